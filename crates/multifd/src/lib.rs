@@ -1,1 +1,4 @@
-//! Placeholder until the first module lands.
+//! Moves the RAM of a running virtual machine over many channels.
+
+pub mod ram;
+pub mod wire;

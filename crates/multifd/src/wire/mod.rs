@@ -1,0 +1,5 @@
+//! Packets as bytes: pure, no I/O.
+
+mod id;
+
+pub use id::{ChannelId, ParseUuidError, VmUuid};
