@@ -1,2 +1,72 @@
-//! Placeholder.
-fn main() {}
+//! The project's own tasks, run as `cargo xtask NAME`.
+//!
+//! ```text
+//! check   format, lints, documentation, which way the arrows point, licences, file lengths
+//! test    fetches the QEMUs the interop tests talk to, then runs every test
+//! qemu    only fetches the QEMUs
+//! ```
+//!
+//! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
+//! was expected and what was met. Talk goes to standard error, results to standard output.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
+
+mod apt;
+mod arrows;
+mod check;
+mod deps;
+mod length;
+mod licences;
+mod qemu;
+mod sources;
+mod step;
+mod test;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// What went wrong, as one text for a person.
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    let mut args = env::args().skip(1);
+    let task = args.next();
+    let rest: Vec<String> = args.collect();
+    let outcome = match (task.as_deref(), rest.as_slice()) {
+        (Some("check"), []) => check::run(),
+        (Some("qemu"), []) => qemu::run(),
+        (Some("test"), rest) => test::run(rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest)),
+        (Some("help" | "--help" | "-h"), _) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("xtask: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the workspace this program was built from.
+fn workspace_root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest).to_owned()
+}
+
+/// Whether this runs in CI, where nothing may be skipped.
+fn in_ci() -> bool {
+    env::var("CI").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
+}
+
+const USAGE: &str = "usage: cargo xtask <task>
+  check           format, lints, documentation, dependency rules, licences, file lengths
+  test [-- ARGS]  fetch the QEMUs, then run every test; ARGS go to `cargo test`
+  qemu            fetch the QEMUs the interop tests talk to, under target/qemu";

@@ -1,0 +1,217 @@
+//! Arrows point one way, inside the crates: which modules a folder may not know.
+//!
+//! A reading of the text, not of the language: comments and strings are cut out, then every path that starts
+//! at `crate`, `super` or another crate's name is looked at, groups in braces included. A rule names the first
+//! module of the path. That is coarse and quick, and errs on the side of a complaint.
+
+use crate::Failure;
+use crate::sources::{self, Source};
+
+/// Sources below `folder` (a file of that name with `.rs` counts) must not name any of `forbidden`.
+struct Rule {
+    folder: &'static str,
+    forbidden: &'static [&'static str],
+    why: &'static str,
+}
+
+const RULES: [Rule; 5] = [
+    Rule {
+        folder: "crates/multifd/src/wire",
+        forbidden: &["batch", "channel", "compress", "options", "recv", "send", "stats"],
+        why: "packets are pure bytes and know none of the stages that use them",
+    },
+    Rule {
+        folder: "crates/multifd/src/ram",
+        forbidden: &["batch", "channel", "compress", "options", "recv", "send", "stats", "wire"],
+        why: "guest RAM knows none of the stages that use it",
+    },
+    Rule {
+        folder: "crates/multifd/src",
+        forbidden: &["qemu_stream", "multifd_cli"],
+        why: "the engine knows neither the main stream nor the program",
+    },
+    Rule {
+        folder: "crates/qemu-stream/src/format",
+        forbidden: &["incoming", "outgoing", "mapped_ram"],
+        why: "the stream's bytes know none of the drivers that read and write them",
+    },
+    Rule {
+        folder: "crates/qemu-stream/src",
+        forbidden: &["multifd_cli"],
+        why: "no library knows the program",
+    },
+];
+
+/// Checks every source file against every rule.
+///
+/// # Errors
+///
+/// Names each file and line that points the wrong way.
+pub(crate) fn check() -> Result<(), Failure> {
+    let complaints: Vec<String> = sources::all()?.iter().flat_map(complaints).collect();
+    if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
+}
+
+fn complaints(source: &Source) -> Vec<String> {
+    let rules: Vec<&Rule> = RULES.iter().filter(|rule| rule.covers(&source.path)).collect();
+    if rules.is_empty() {
+        return Vec::new();
+    }
+    let words = words(&source.text);
+    let mut found = Vec::new();
+    for (line, name) in paths(&words) {
+        for rule in rules.iter().filter(|rule| rule.forbidden.contains(&name)) {
+            found.push(format!("{}:{line}: names `{name}`: {}", source.path, rule.why));
+        }
+    }
+    // A group's member that goes on with `::` is met twice.
+    found.dedup();
+    found
+}
+
+impl Rule {
+    fn covers(&self, path: &str) -> bool {
+        path.strip_prefix(self.folder).is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
+    }
+}
+
+/// A word or a sign of the text, with its line.
+type Word<'a> = (usize, &'a str);
+
+/// Cuts a text into names, `::` and single signs, without comments, strings and characters.
+fn words(text: &str) -> Vec<Word<'_>> {
+    let mut words = Vec::new();
+    let (mut rest, mut line) = (text, 1);
+    while let Some(first) = rest.chars().next() {
+        let is_name = |c: char| c.is_alphanumeric() || c == '_';
+        let taken = if rest.starts_with("//") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("/*") {
+            rest.find("*/").map_or(rest.len(), |at| at + 2)
+        } else if first == '"' {
+            string_length(rest)
+        } else if first == '\'' {
+            // A character, or the tick of a lifetime.
+            let character = rest.chars().nth(2) == Some('\'') || rest.starts_with("'\\");
+            if character { rest[2..].find('\'').map_or(rest.len(), |at| at + 3) } else { 1 }
+        } else if is_name(first) {
+            let length = rest.find(|c| !is_name(c)).unwrap_or(rest.len());
+            words.push((line, &rest[..length]));
+            length
+        } else {
+            let length = if rest.starts_with("::") { 2 } else { first.len_utf8() };
+            if !first.is_whitespace() {
+                words.push((line, &rest[..length]));
+            }
+            length
+        };
+        let (passed, left) = rest.split_at(taken);
+        line += passed.matches('\n').count();
+        rest = left;
+    }
+    words
+}
+
+/// How long the string literal is that `text` starts with.
+fn string_length(text: &str) -> usize {
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '"' => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// The first module of each path: what follows `crate::` or `super::`, the members of a group there, and what
+/// stands alone before `::`.
+fn paths<'a>(words: &[Word<'a>]) -> Vec<Word<'a>> {
+    let at = |index: usize| words.get(index).map_or("", |word| word.1);
+    let mut found = Vec::new();
+    for index in 0..words.len() {
+        let rooted = matches!(at(index), "crate" | "super") && at(index + 1) == "::";
+        if rooted && at(index + 2) == "{" {
+            found.extend(group(&words[index + 3..]));
+        } else if rooted {
+            found.extend(words.get(index + 2).copied());
+        } else if at(index + 1) == "::" && (index == 0 || !matches!(at(index - 1), "::" | ".")) {
+            found.push(words[index]);
+        }
+    }
+    found
+}
+
+/// The first names of the members of a group that has been opened.
+fn group<'a>(words: &[Word<'a>]) -> Vec<Word<'a>> {
+    let mut found = Vec::new();
+    let (mut depth, mut first) = (1, true);
+    for word in words {
+        match word.1 {
+            "{" => depth += 1,
+            "}" => depth -= 1,
+            "," if depth == 1 => first = true,
+            _ if first && depth == 1 => {
+                found.push(*word);
+                first = false;
+            }
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complaints_of(path: &str, text: &str) -> Vec<String> {
+        complaints(&Source { path: path.into(), text: text.into() })
+    }
+
+    #[test]
+    fn stage_named_by_the_wire_is_met_in_every_spelling() {
+        for text in [
+            "use crate::send::Sender;",
+            "use crate::{error::Error, send::{self, x}};",
+            "fn f() { crate::recv::go() }",
+            "use super::super::channel::Channel;",
+            "use super::{stats};",
+        ] {
+            assert_eq!(complaints_of("crates/multifd/src/wire/packet.rs", text).len(), 1, "{text}");
+        }
+    }
+
+    #[test]
+    fn words_in_comments_strings_and_members_are_no_paths() {
+        let text = "// crate::send::x\n/* crate::recv */ const A: &str = \"crate::send::x \\\" crate::recv\";\n\
+                    use crate::error::{send, recv};\nfn f<'a>(send: &'a u8) -> char { 'x' }\nlet a = b.send::<u8>();";
+        assert_eq!(complaints_of("crates/multifd/src/wire/packet.rs", text), [""; 0]);
+    }
+
+    #[test]
+    fn line_of_the_wrong_arrow_is_named() {
+        let met = complaints_of("crates/multifd/src/send/emit.rs", "//! x\n\nuse qemu_stream::format;\n");
+        assert_eq!(met.len(), 1);
+        assert!(met[0].starts_with("crates/multifd/src/send/emit.rs:3: names `qemu_stream`"), "{}", met[0]);
+    }
+
+    #[test]
+    fn stages_may_use_the_wire() {
+        assert!(
+            complaints_of("crates/multifd/src/send/emit.rs", "use crate::{wire::Packet, ram, batch};")
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn folder_of_a_like_name_is_another() {
+        assert!(complaints_of("crates/multifd/src/wired.rs", "use crate::send;").is_empty());
+        assert_eq!(complaints_of("crates/multifd/src/wire.rs", "use crate::send;").len(), 1);
+    }
+}

@@ -1,0 +1,50 @@
+//! `cargo xtask check`: everything that can be told without running the project.
+
+use std::process::Command;
+
+use crate::step::{cargo, run as run_command, step};
+use crate::{Failure, arrows, deps, length, licences, workspace_root};
+
+/// Runs all checks, the quick ones first; the first that fails ends it.
+///
+/// # Errors
+///
+/// What the failing check met.
+pub(crate) fn run() -> Result<(), Failure> {
+    step("format", || {
+        run_command(cargo().args(["fmt", "--all", "--check"]))?;
+        let fuzz = workspace_root().join("fuzz/Cargo.toml");
+        if fuzz.exists() {
+            run_command(cargo().arg("fmt").arg("--check").arg("--manifest-path").arg(fuzz))
+        } else {
+            Ok(())
+        }
+    })?;
+    step("file lengths", length::check)?;
+    step("arrows point one way (sources)", arrows::check)?;
+    let metadata = step("lock file", deps::metadata)?;
+    step("arrows point one way (packages)", || deps::check(&metadata))?;
+    step("licences", || licences::check(&metadata))?;
+    for (name, features) in FEATURE_SETS {
+        step(&format!("clippy, {name}"), || {
+            run_command(clippy().args(features).args(["--", "-D", "warnings"]))
+        })?;
+    }
+    step("rustdoc", || {
+        let mut doc = cargo();
+        doc.args(["doc", "--workspace", "--no-deps", "--all-features"]).env("RUSTDOCFLAGS", "-D warnings");
+        run_command(&mut doc)
+    })
+}
+
+fn clippy() -> Command {
+    let mut clippy = cargo();
+    clippy.args(["clippy", "--workspace", "--all-targets"]);
+    clippy
+}
+
+const FEATURE_SETS: [(&str, &[&str]); 3] = [
+    ("default features", &[]),
+    ("no features", &["--no-default-features"]),
+    ("all features", &["--all-features"]),
+];

@@ -1,0 +1,95 @@
+//! Arrows point one way, between the packages; and the engine stays lean.
+
+use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
+
+use crate::Failure;
+use crate::step::{cargo, output};
+
+/// What cargo knows of the workspace, with the lock file as committed.
+///
+/// # Errors
+///
+/// When the lock file does not fit the manifests.
+pub(crate) fn metadata() -> Result<Metadata, Failure> {
+    let manifest = crate::workspace_root().join("Cargo.toml");
+    let options = ["--locked".to_owned(), "--all-features".to_owned()];
+    Ok(MetadataCommand::new().manifest_path(manifest).other_options(options).exec()?)
+}
+
+/// Checks who depends on whom.
+///
+/// # Errors
+///
+/// Names each dependency that points the wrong way.
+pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
+    let mut complaints = Vec::new();
+    for package in metadata.workspace_packages() {
+        for dependency in &package.dependencies {
+            if let Some(why) = forbidden(package.name.as_str(), &dependency.name, dependency.kind) {
+                complaints.push(format!("{} depends on {}: {why}", package.name, dependency.name));
+            }
+        }
+    }
+    let tree =
+        output(cargo().args(["tree", "-p", "multifd", "-e", "normal", "--prefix", "none", "--locked"]))?;
+    for line in tree.lines() {
+        let name = line.split_ascii_whitespace().next().unwrap_or_default();
+        if HEAVY.contains(&name) {
+            complaints.push(format!("multifd depends on {name} by default: its default features stay lean"));
+        }
+    }
+    if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
+}
+
+/// Why `package` may not depend on `dependency`, if so.
+fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'static str> {
+    match (package, dependency) {
+        (_, "multifd-testkit") if kind != DependencyKind::Development => {
+            Some("the test kit is for tests only")
+        }
+        (_, "multifd-cli") => Some("nothing knows the program"),
+        ("multifd", "qemu-stream") => Some("the engine knows nothing of the main stream"),
+        ("multifd-testkit", "multifd" | "qemu-stream") => {
+            Some("the kit tests these, so it must not believe what they say")
+        }
+        _ => None,
+    }
+}
+
+/// What an embedder that wants plain TCP must not have to compile.
+const HEAVY: [&str; 12] = [
+    "async-std",
+    "aws-lc-rs",
+    "clap",
+    "flate2",
+    "kvm-ioctls",
+    "ring",
+    "rustls",
+    "serde_json",
+    "tokio",
+    "userfaultfd",
+    "vm-memory",
+    "zstd",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kit_is_for_tests_only() {
+        assert!(forbidden("multifd", "multifd-testkit", DependencyKind::Normal).is_some());
+        assert!(forbidden("multifd", "multifd-testkit", DependencyKind::Development).is_none());
+    }
+
+    #[test]
+    fn nothing_knows_the_program() {
+        assert!(forbidden("qemu-stream", "multifd-cli", DependencyKind::Development).is_some());
+    }
+
+    #[test]
+    fn program_knows_both_libraries() {
+        assert!(forbidden("multifd-cli", "multifd", DependencyKind::Normal).is_none());
+        assert!(forbidden("multifd-cli", "qemu-stream", DependencyKind::Normal).is_none());
+    }
+}

@@ -1,0 +1,202 @@
+//! The real QEMUs that the interop tests talk to.
+//!
+//! Comes in: Debian's packages of each release in [`RELEASES`]. Goes out, for each, a folder
+//!
+//! ```text
+//! target/qemu/10.0/qemu-system-x86_64   a launcher: starts the emulator with its own loader and libraries
+//! target/qemu/10.0/root/                the packages, unpacked
+//! target/qemu/10.0/stamp                what was unpacked; written last, so it stands for a whole folder
+//! ```
+//!
+//! Since every library comes along, libc and loader included, a folder fits any distribution. Where packages
+//! cannot be had, `$MULTIFD_QEMU` or a `qemu-system-x86_64` from `PATH` takes the place of the release it can
+//! stand in for.
+
+use std::env;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::Failure;
+use crate::apt::Apt;
+use crate::step::{output, step};
+
+/// A release of QEMU that the tests want.
+pub(crate) struct Release {
+    /// Its series, as `query-version` and the folder's name have it.
+    pub(crate) series: &'static str,
+    /// The environment variable that tells the tests where it is.
+    pub(crate) variable: &'static str,
+    suite: &'static str,
+}
+
+/// The releases, oldest first.
+pub(crate) const RELEASES: [Release; 2] = [
+    Release { series: "7.2", variable: "MULTIFD_QEMU_7_2", suite: "bookworm" },
+    Release { series: "10.0", variable: "MULTIFD_QEMU_10_0", suite: "bookworm-backports" },
+];
+
+/// An emulator: the package it comes in, its program.
+struct Emulator {
+    package: &'static str,
+    program: &'static str,
+}
+
+/// The emulators taken of each release. The first is the one that has to be there.
+const EMULATORS: [Emulator; 1] = [Emulator { package: "qemu-system-x86", program: "qemu-system-x86_64" }];
+
+/// Fetches every release, or fails.
+///
+/// # Errors
+///
+/// When a release cannot be had.
+pub(crate) fn run() -> Result<(), Failure> {
+    for release in &RELEASES {
+        println!("{} {}", release.series, fetch(release)?.display());
+    }
+    Ok(())
+}
+
+/// Where a release is to be found: fetched, or what stands in for it, or why there is none.
+///
+/// # Errors
+///
+/// Why the release can be had in neither way.
+pub(crate) fn locate(release: &Release) -> Result<PathBuf, Failure> {
+    if let Some(program) = env::var_os(release.variable) {
+        return Ok(program.into());
+    }
+    let unfetched = match fetch(release) {
+        Ok(program) => return Ok(program),
+        Err(failure) => failure,
+    };
+    eprintln!("xtask: QEMU {} cannot be fetched: {unfetched}", release.series);
+    let (program, from) = match env::var_os("MULTIFD_QEMU") {
+        Some(program) => (PathBuf::from(program), "$MULTIFD_QEMU"),
+        None => (PathBuf::from(EMULATORS[0].program), "PATH"),
+    };
+    let version = version_of(&program).map_err(|e| format!("{unfetched}; and {from} has none: {e}"))?;
+    if stands_in(&version, release.series) {
+        eprintln!("xtask: {} {version} from {from} stands in for {}", program.display(), release.series);
+        Ok(program)
+    } else {
+        Err(format!("{unfetched}; and {} {version} from {from} cannot stand in", program.display()).into())
+    }
+}
+
+/// Fetches a release unless it is there already, and says where its launcher is.
+fn fetch(release: &Release) -> Result<PathBuf, Failure> {
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+        return Err("Debian's packages are only fetched on x86-64 Linux".into());
+    }
+    let base = crate::workspace_root().join("target/qemu");
+    let home = base.join(release.series);
+    let launcher = home.join(EMULATORS[0].program);
+    fs::create_dir_all(&home)?;
+    // Two tasks at a time: the second waits and finds the work done.
+    let lock = File::create(base.join("lock"))?;
+    lock.lock()?;
+    if fs::read_to_string(home.join("stamp")).is_ok_and(|stamp| stamp.starts_with(&recipe(release))) {
+        return Ok(launcher);
+    }
+    step(&format!("fetch QEMU {}", release.series), || {
+        let _ = fs::remove_file(home.join("stamp"));
+        let apt_home = base.join("apt");
+        let suites: Vec<&str> = RELEASES.iter().map(|release| release.suite).collect();
+        let apt = Apt::new(&apt_home, &suites)?;
+        let names: Vec<&str> = EMULATORS.iter().map(|emulator| emulator.package).collect();
+        let packages = apt.download(release.suite, &names)?;
+        let root = home.join("root");
+        if root.exists() {
+            fs::remove_dir_all(&root)?;
+        }
+        fs::create_dir_all(&root)?;
+        let mut stamp = recipe(release);
+        for package in &packages {
+            package.unpack(&root)?;
+            stamp.push_str(&package.name);
+            stamp.push('\n');
+        }
+        for emulator in &EMULATORS {
+            write_launcher(&home.join(emulator.program), emulator.program)?;
+        }
+        let version = version_of(&launcher)?;
+        if !version.starts_with(release.series) {
+            return Err(
+                format!("expected version {} of {}, met {version}", release.series, release.suite).into()
+            );
+        }
+        fs::write(home.join("stamp"), stamp)?;
+        let _ = fs::remove_dir_all(&apt_home);
+        eprintln!("   QEMU {version}, {} packages, in {}", packages.len(), home.display());
+        Ok(())
+    })?;
+    Ok(launcher)
+}
+
+/// The head of a stamp: a folder made by another recipe is made anew.
+fn recipe(release: &Release) -> String {
+    let names: String = EMULATORS.iter().map(|emulator| format!(" {}", emulator.package)).collect();
+    format!("recipe 1: {}{names}\n", release.suite)
+}
+
+/// Writes a launcher that finds everything beside itself, so the folder may be moved.
+fn write_launcher(path: &Path, program: &str) -> Result<(), Failure> {
+    fs::write(path, LAUNCHER.replace("PROGRAM", program))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+/// The version that `program --version` reports.
+fn version_of(program: &Path) -> Result<String, Failure> {
+    let text = output(Command::new(program).arg("--version"))?;
+    let version = text.split_ascii_whitespace().skip_while(|word| *word != "version").nth(1);
+    Ok(version.ok_or_else(|| format!("{} tells no version: {text:?}", program.display()))?.to_owned())
+}
+
+/// Whether a QEMU of `version` can play the part of `series`: the same series does, and anything newer than
+/// the newest series, since it still has that one's machine type.
+fn stands_in(version: &str, series: &str) -> bool {
+    let numbers =
+        |text: &str| -> Vec<u32> { text.split('.').map_while(|part| part.parse().ok()).take(2).collect() };
+    let newest = RELEASES.last().map_or("", |release| release.series);
+    let (have, want) = (numbers(version), numbers(series));
+    have == want || (series == newest && have > want)
+}
+
+const LAUNCHER: &str = r#"#!/bin/sh
+# Starts QEMU with the loader, the libraries, the modules and the firmware it was packaged with.
+here=$(dirname "$(readlink -f "$0")")
+root=$here/root
+lib=x86_64-linux-gnu
+unset LD_LIBRARY_PATH LD_PRELOAD
+export QEMU_MODULE_DIR="$root/usr/lib/$lib/qemu"
+exec "$root/lib64/ld-linux-x86-64.so.2" \
+    --library-path "$root/lib/$lib:$root/usr/lib/$lib:$root/usr/lib/$lib/pulseaudio" \
+    "$root/usr/bin/PROGRAM" \
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"
+"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn same_series_stands_in() {
+        assert!(stands_in("7.2.22", "7.2"));
+        assert!(stands_in("10.0.2", "10.0"));
+    }
+
+    #[test]
+    fn newer_release_stands_in_for_the_newest_only() {
+        assert!(stands_in("10.1.0", "10.0"));
+        assert!(!stands_in("10.1.0", "7.2"));
+    }
+
+    #[test]
+    fn release_between_stands_in_for_none() {
+        assert!(!stands_in("8.2.1", "7.2"));
+        assert!(!stands_in("8.2.1", "10.0"));
+    }
+}

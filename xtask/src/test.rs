@@ -1,0 +1,114 @@
+//! `cargo xtask test`: every test there is, the interop tests included.
+//!
+//! Fetches the QEMUs, tells the tests where they are, runs `cargo test`, adds its binaries' counts up. A test
+//! that lacks its QEMU writes its name and the reason to a file we hand it; these are listed at the end. In CI
+//! a QEMU that is missing is a failure.
+//!
+//! The last line on standard output sums up: `N passed, N failed, N skipped`.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Write, stdout};
+use std::process::Stdio;
+
+use crate::Failure;
+use crate::qemu;
+use crate::step::{cargo, step};
+
+/// Runs all tests; `args` go to `cargo test`.
+///
+/// # Errors
+///
+/// When a test fails, cannot be built, or is skipped in CI.
+pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
+    let skip_file = crate::workspace_root().join("target/skipped-tests");
+    fs::create_dir_all(crate::workspace_root().join("target"))?;
+    fs::write(&skip_file, "")?;
+    let mut command = cargo();
+    command.args(["test", "--workspace", "--all-features", "--no-fail-fast"]).args(args);
+    command.env("MULTIFD_SKIP_FILE", &skip_file);
+
+    let mut missing = Vec::new();
+    for release in &qemu::RELEASES {
+        match qemu::locate(release) {
+            Ok(program) => {
+                command.env(release.variable, program);
+            }
+            Err(reason) => missing.push(format!("no QEMU {}: {reason}", release.series)),
+        }
+    }
+    if crate::in_ci() && !missing.is_empty() {
+        return Err(format!("in CI no interop test may be skipped: {}", missing.join("; ")).into());
+    }
+
+    let mut sum = Sum::default();
+    let outcome = step("cargo test", || {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let lines = child.stdout.take().map(BufReader::new).ok_or("no pipe from `cargo test`")?;
+        for line in lines.split(b'\n') {
+            let line = line?;
+            sum.add(&String::from_utf8_lossy(&line));
+            let mut out = stdout().lock();
+            out.write_all(&line)?;
+            out.write_all(b"\n")?;
+        }
+        let status = child.wait()?;
+        if status.success() { Ok(()) } else { Err(format!("`cargo test` ended with {status}").into()) }
+    });
+
+    let talk = fs::read_to_string(&skip_file)?;
+    let skipped: BTreeSet<&str> = talk.lines().collect();
+    if !skipped.is_empty() || !missing.is_empty() {
+        eprintln!("\nSKIPPED {} tests:", skipped.len());
+        missing.iter().for_each(|line| eprintln!("  {line}"));
+        skipped.iter().for_each(|line| eprintln!("  {line}"));
+    }
+    // A test that skips itself counts as passed with the test runner.
+    let passed = sum.passed.saturating_sub(skipped.len());
+    println!("{passed} passed, {} failed, {} skipped", sum.failed, sum.ignored + skipped.len());
+    outcome
+}
+
+/// The counts of all test binaries.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Sum {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
+impl Sum {
+    /// Adds what a line reports, if it is one of the runner's closing lines.
+    fn add(&mut self, line: &str) {
+        let Some(counts) = line.trim().strip_prefix("test result: ") else { return };
+        for count in counts.split(['.', ';']) {
+            let mut words = count.split_ascii_whitespace();
+            let (Some(number), Some(kind), None) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            let Ok(number) = number.parse::<usize>() else { continue };
+            match kind {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_are_added_up() {
+        let mut sum = Sum::default();
+        sum.add("running 3 tests");
+        sum.add(
+            "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s",
+        );
+        sum.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s");
+        assert_eq!(sum, Sum { passed: 13, failed: 2, ignored: 1 });
+    }
+}
