@@ -1,7 +1,28 @@
-//! Guest RAM: blocks, their pages and the mapping they live in.
+//! Guest RAM: blocks, their pages, their dirty bits, and the memory they live in.
+//!
+//! ```text
+//! RamBlocks ── RamBlock "pc.ram" ── Memory::Mapped(Mapping) ── GuestSlice ── Part / PartMut ── system call
+//!                   │                Memory::File
+//!                   └── present: PageBitmap          DirtyLog ── take ──▶ PageBitmap ── pass
+//! ```
+//!
+//! Guest RAM is never a Rust reference: it changes while we look at it. The only ways to its bytes are a
+//! [`GuestSlice`], which copies, and a [`Part`] or [`PartMut`], which a system call reads or fills.
+//! Nothing here knows of channels or packets.
 
+mod bitmap;
+mod block;
+mod dirty;
+mod mapping;
 mod name;
 mod page;
+mod part;
 
+pub use bitmap::PageBitmap;
+pub(crate) use bitmap::runs;
+pub use block::{BlockIndex, Memory, RamBlock, RamBlocks};
+pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};
+pub use mapping::{Access, GuestSlice, Mapping};
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
+pub use part::{MAX_PARTS, Part, PartMut, advance, advance_mut};

@@ -1,6 +1,6 @@
 //! The name of a RAM block (`idstr`): 1 to 255 bytes, any value but NUL.
 
-use std::{fmt, str::Utf8Error};
+use std::{borrow::Borrow, fmt, str::Utf8Error};
 
 /// The name that both sides know a RAM block by, such as `pc.ram` or `/rom@etc/acpi/tables`.
 ///
@@ -31,6 +31,13 @@ impl BlockName {
     /// If it is not UTF-8.
     pub fn to_str(&self) -> Result<&str, Utf8Error> {
         str::from_utf8(&self.0)
+    }
+}
+
+// A name and its bytes are equal and hash alike, so a registry is asked with bytes from the wire.
+impl Borrow<[u8]> for BlockName {
+    fn borrow(&self) -> &[u8] {
+        &self.0
     }
 }
 

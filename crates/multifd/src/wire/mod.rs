@@ -1,5 +1,22 @@
-//! Packets as bytes: pure, no I/O.
+//! A channel's packets as bytes.
+//!
+//! ```text
+//! 64 bytes    head                payload               head       head
+//! ┌─────────┬───────────────────┬─────────────────────┬──────────┬───────────────────┬──
+//! │ Initial │ Packet: 2 pages,… │ page 7 │ page 8 │ … │ SYNC     │ Packet: zero only │ …
+//! └─────────┴───────────────────┴─────────────────────┴──────────┴───────────────────┴──
+//! ```
+//!
+//! Pure: no I/O, no unsafe, no knowledge of who sends or receives. Every number is big-endian, and every count
+//! has met its bound before a value exists. The bytes are drawn in `docs/stream-format.md`.
 
+mod flags;
 mod id;
+mod initial;
+pub mod limits;
+mod packet;
 
+pub use flags::Flags;
 pub use id::{ChannelId, ParseUuidError, VmUuid};
+pub use initial::{INITIAL_LEN, Initial, MAGIC, VERSION};
+pub use packet::{HeadBuffer, Packet, Pages, head_len};

@@ -1,0 +1,4 @@
+//! Live migration.
+mod status;
+pub use status::Status;
+pub(crate) use status::StatusCell;

@@ -1,0 +1,144 @@
+//! The states of a migration, named as QEMU's `query-migrate` names them.
+
+use std::{
+    fmt,
+    sync::atomic::{AtomicU8, Ordering},
+};
+
+use crate::error::{Result, Usage};
+
+/// Where a migration stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Status {
+    /// Not begun.
+    #[default]
+    None,
+    /// Connections are made and blocks announced.
+    Setup,
+    /// RAM moves while the guest runs.
+    Active,
+    /// The guest has stopped: the last pages and the devices move.
+    Device,
+    /// The destination has everything.
+    Completed,
+    /// An error ended it; the guest can go on at the source.
+    Failed,
+    /// Somebody asked for its end.
+    Cancelling,
+    /// It ended because somebody asked; the guest can go on at the source.
+    Cancelled,
+}
+
+impl Status {
+    const ALL: [Self; 8] = [
+        Self::None,
+        Self::Setup,
+        Self::Active,
+        Self::Device,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelling,
+        Self::Cancelled,
+    ];
+
+    /// QEMU's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether the migration is over.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+
+    /// Whether `next` may follow.
+    pub fn may_become(self, next: Self) -> bool {
+        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, Setup};
+        match next {
+            None => false,
+            Setup => self == None,
+            Active => self == Setup,
+            Device => self == Active,
+            Completed => self == Device,
+            Failed => matches!(self, None | Setup | Active | Device),
+            Cancelling => matches!(self, None | Setup | Active | Device),
+            Cancelled => self == Cancelling,
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The state of one migration, for all threads to look at; it moves along the arrows of
+/// [`Status::may_become`] and no others.
+#[derive(Debug, Default)]
+pub(crate) struct StatusCell(AtomicU8);
+
+impl StatusCell {
+    pub(crate) fn load(&self) -> Status {
+        Status::ALL[usize::from(self.0.load(Ordering::Acquire))]
+    }
+
+    /// Goes on to `next`.
+    pub(crate) fn advance(&self, next: Status) -> Result<()> {
+        let mut from = self.load();
+        loop {
+            if !from.may_become(next) {
+                return Err(Usage::IllegalTransition { from, to: next }.into());
+            }
+            // Pairs with the acquire in `load`: who sees the state sees what was done to reach it.
+            match self.0.compare_exchange(from as u8, next as u8, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => {
+                    tracing::debug!(%from, to = %next, "migrate_set_state");
+                    return Ok(());
+                }
+                Err(now) => from = Status::ALL[usize::from(now)],
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_arrows_of_a_migration_can_be_walked() {
+        let walked = |steps: &[Status]| {
+            let cell = StatusCell::default();
+            steps.iter().try_for_each(|step| cell.advance(*step)).map(|()| cell.load())
+        };
+        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, Setup};
+        assert_eq!(walked(&[Setup, Active, Device, Completed]).expect("legal"), Completed);
+        assert_eq!(walked(&[Setup, Failed]).expect("legal"), Failed);
+        assert_eq!(walked(&[Setup, Active, Cancelling, Cancelled]).expect("legal"), Cancelled);
+        for steps in
+            [&[Active][..], &[Setup, Device], &[Failed, Setup], &[Setup, Failed, Cancelling], &[Cancelled]]
+        {
+            walked(steps).expect_err("illegal");
+        }
+        let refused = walked(&[Setup, Completed]).expect_err("illegal");
+        assert_eq!(refused.to_string(), "a migration that is setup cannot become completed");
+    }
+
+    #[test]
+    fn every_state_is_found_again_by_its_number() {
+        for status in Status::ALL {
+            assert_eq!(Status::ALL[status as usize], status);
+        }
+    }
+}

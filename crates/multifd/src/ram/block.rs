@@ -1,0 +1,266 @@
+//! RAM blocks and their registry.
+//!
+//! A block is a name, a used length, a page size and the memory behind it. Both sides list the same blocks;
+//! the source announces its list on the main stream, the destination looks every name up before it writes.
+
+use std::{collections::HashMap, fs::File};
+
+use super::{BlockName, BlockOffset, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
+use crate::error::{Error, Result, Usage};
+
+/// The place of a block in its [`RamBlocks`], from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockIndex(pub usize);
+
+/// Where the bytes of a block live.
+#[derive(Debug)]
+pub enum Memory {
+    /// In this process's address space. Pages are sent from it and received into it without a copy.
+    Mapped(Mapping),
+    /// In a file, from `offset` on. Pages are only received into it, run by run, with positioned writes.
+    File {
+        /// Opened for writing. A handle of its own for each block is not needed: positions are absolute.
+        file: File,
+        /// Where the block's first byte lies.
+        offset: u64,
+    },
+}
+
+/// A block of guest RAM, or of a ROM or device memory that migrates like RAM.
+#[derive(Debug)]
+pub struct RamBlock {
+    name: BlockName,
+    used_length: u64,
+    page_size: PageSize,
+    memory: Memory,
+    /// Pages that may hold something else than zero; all others are known to be zero.
+    present: PageBitmap,
+}
+
+impl RamBlock {
+    /// A block whose memory may hold anything: the blocks of a source, or of a destination that reuses memory.
+    ///
+    /// # Errors
+    /// [`Usage::ShortMemory`] if a mapping is shorter than `used_length`.
+    pub fn new(name: BlockName, used_length: u64, page_size: PageSize, memory: Memory) -> Result<Self> {
+        let present = PageBitmap::full(page_size.whole_pages_in(used_length));
+        Self::with_present(name, used_length, page_size, memory, present)
+    }
+
+    /// A block whose memory is all zero: the blocks of a destination with fresh memory. A zero page that
+    /// arrives there is not written, so memory that stays zero stays untouched.
+    ///
+    /// # Errors
+    /// As [`RamBlock::new`].
+    pub fn fresh(name: BlockName, used_length: u64, page_size: PageSize, memory: Memory) -> Result<Self> {
+        let present = PageBitmap::new(page_size.whole_pages_in(used_length));
+        Self::with_present(name, used_length, page_size, memory, present)
+    }
+
+    /// A block of which only the pages in `present` hold something; the others count as zero, whatever
+    /// bytes their memory has. That is what a mapped-ram file is.
+    ///
+    /// # Errors
+    /// As [`RamBlock::new`].
+    ///
+    /// # Panics
+    /// If `present` has another number of pages than the block.
+    pub fn with_present(
+        name: BlockName,
+        used_length: u64,
+        page_size: PageSize,
+        memory: Memory,
+        present: PageBitmap,
+    ) -> Result<Self> {
+        assert_eq!(present.pages(), page_size.whole_pages_in(used_length), "a bit for each page of {name:?}");
+        if let Memory::Mapped(mapping) = &memory
+            && mapping.len() < used_length
+        {
+            return Err(Usage::ShortMemory { name, mapped: mapping.len(), used_length }.into());
+        }
+        Ok(Self { name, used_length, page_size, memory, present })
+    }
+
+    /// The name that both sides know it by.
+    pub fn name(&self) -> &BlockName {
+        &self.name
+    }
+
+    /// The length in bytes that is in use and migrates.
+    pub fn used_length(&self) -> u64 {
+        self.used_length
+    }
+
+    /// The size of its pages.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// The number of its whole pages. A block smaller than a page has none.
+    pub fn pages(&self) -> u64 {
+        self.present.pages()
+    }
+
+    /// The pages that may hold something else than zero: all of them, or those received into fresh memory.
+    pub fn present(&self) -> &PageBitmap {
+        &self.present
+    }
+
+    /// Where its bytes live.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Where `page` starts; `None` if the block has no such page.
+    pub fn offset_of(&self, page: PageIndex) -> Option<BlockOffset> {
+        if page.0 < self.pages() { self.page_size.offset_of(page) } else { None }
+    }
+
+    /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
+    /// lives in a file.
+    pub fn slice(&self, first: PageIndex, count: u64) -> Option<GuestSlice<'_>> {
+        let end = first.0.checked_add(count)?;
+        if end > self.pages() {
+            return None;
+        }
+        let len = usize::try_from(count).ok()?.checked_mul(self.page_size.bytes())?;
+        match &self.memory {
+            Memory::Mapped(mapping) => mapping.slice(self.page_size.offset_of(first)?.0, len),
+            Memory::File { .. } => None,
+        }
+    }
+}
+
+/// All RAM blocks of a machine, in the order in which the source lists them.
+#[derive(Debug, Default)]
+pub struct RamBlocks {
+    blocks: Vec<RamBlock>,
+    by_name: HashMap<BlockName, BlockIndex>,
+    page_size: PageSize,
+}
+
+impl RamBlocks {
+    /// A registry of `blocks`.
+    ///
+    /// # Errors
+    /// [`Usage::DuplicateBlock`] if two have one name, [`Usage::MixedPageSizes`] if their page sizes differ.
+    pub fn new(blocks: Vec<RamBlock>) -> Result<Self> {
+        let page_size = blocks.first().map(RamBlock::page_size).unwrap_or_default();
+        let mut by_name = HashMap::with_capacity(blocks.len());
+        for (index, block) in blocks.iter().enumerate() {
+            if block.page_size != page_size {
+                return Err(Usage::MixedPageSizes(page_size, block.page_size).into());
+            }
+            if by_name.insert(block.name.clone(), BlockIndex(index)).is_some() {
+                return Err(Usage::DuplicateBlock(block.name.clone()).into());
+            }
+        }
+        Ok(Self { blocks, by_name, page_size })
+    }
+
+    /// The page size of all blocks; 4 KiB where there is no block.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// The number of blocks.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether there is no block.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    /// The blocks in their order, each with its index.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (BlockIndex, &RamBlock)> {
+        self.blocks.iter().enumerate().map(|(index, block)| (BlockIndex(index), block))
+    }
+
+    /// The block at `index`.
+    pub fn get(&self, index: BlockIndex) -> Option<&RamBlock> {
+        self.blocks.get(index.0)
+    }
+
+    /// The block at `index`.
+    ///
+    /// # Errors
+    /// [`Usage::NoSuchBlock`].
+    pub fn block(&self, index: BlockIndex) -> Result<&RamBlock> {
+        self.get(index).ok_or_else(|| Error::from(Usage::NoSuchBlock(index.0)))
+    }
+
+    /// The index of the block named `name`.
+    pub fn find(&self, name: &[u8]) -> Option<BlockIndex> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The used lengths of all blocks, added up: `total` of the RAM statistics, in bytes.
+    pub fn total(&self) -> u64 {
+        self.blocks.iter().map(RamBlock::used_length).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(name: &str, used_length: u64) -> RamBlock {
+        let memory = Memory::Mapped(Mapping::anonymous(used_length).expect("memory"));
+        RamBlock::new(BlockName::new(name).expect("a name"), used_length, PageSize::KIB_4, memory)
+            .expect("a block")
+    }
+
+    #[test]
+    fn a_block_smaller_than_a_page_and_an_empty_one_have_no_pages() {
+        for length in [0, 1, 4095] {
+            let block = block("small", length);
+            assert_eq!(block.pages(), 0);
+            assert!(block.offset_of(PageIndex(0)).is_none());
+            assert!(block.slice(PageIndex(0), 1).is_none());
+        }
+    }
+
+    #[test]
+    fn a_page_outside_the_block_has_no_slice() {
+        let block = block("b", 3 * 4096 + 5);
+        assert!(block.slice(PageIndex(0), 3).is_some());
+        assert!(block.slice(PageIndex(1), 3).is_none());
+        assert!(block.slice(PageIndex(u64::MAX), 1).is_none());
+        assert!(block.slice(PageIndex(0), u64::MAX).is_none());
+    }
+
+    #[test]
+    fn three_hundred_blocks_are_found_by_name() {
+        let blocks =
+            RamBlocks::new((0..300).map(|n| block(&format!("block{n}"), 4096)).collect()).expect("distinct");
+        assert_eq!(blocks.find(b"block299"), Some(BlockIndex(299)));
+        assert_eq!(blocks.find(b"block300"), None);
+        assert_eq!(blocks.total(), 300 * 4096);
+    }
+
+    #[test]
+    fn two_blocks_of_one_name_are_refused() {
+        let refused =
+            RamBlocks::new(vec![block("pc.ram", 4096), block("pc.ram", 8192)]).expect_err("refused");
+        assert_eq!(refused.to_string(), r#"two RAM blocks are named "pc.ram""#);
+    }
+
+    #[test]
+    fn a_block_of_terabytes_works() {
+        let block = block("huge", 2 << 40);
+        assert_eq!(block.pages(), 1 << 29);
+        assert_eq!(block.slice(PageIndex((1 << 29) - 1), 1).expect("the last page").len(), 4096);
+    }
+
+    #[test]
+    fn memory_shorter_than_the_block_is_refused() {
+        let memory = Memory::Mapped(Mapping::anonymous(4096).expect("memory"));
+        let refused = RamBlock::new(BlockName::new("b").expect("a name"), 8192, PageSize::KIB_4, memory);
+        assert_eq!(
+            refused.expect_err("refused").to_string(),
+            r#"block "b": 0x1000 bytes of memory for a used length of 0x2000"#
+        );
+    }
+}

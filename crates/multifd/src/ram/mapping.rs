@@ -1,0 +1,282 @@
+//! Guest memory in this process, and the only ways to touch it.
+//!
+//! UNSAFETY: this file makes mappings, and copies between them and private buffers. A guest, a device
+//! thread or another channel may write to the memory at any time, so no Rust reference to it is ever
+//! made: a [`GuestSlice`] is a pointer and a length that lie inside the mapping they borrow. What is
+//! read may be torn; callers decide from bytes they have copied, or send the page again.
+#![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
+
+use std::{any::Any, fmt, fs::File, io, marker::PhantomData, ptr::NonNull};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+/// What a mapping of a file may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Pages are sent from it.
+    Read,
+    /// Pages are received into it.
+    ReadWrite,
+}
+
+/// A stretch of guest memory mapped into this process.
+///
+/// It unmaps itself when dropped, unless it was made [from raw parts](Mapping::from_raw).
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    owner: Owner,
+}
+
+enum Owner {
+    Mapped,
+    Foreign { _keep: Box<dyn Any + Send + Sync> },
+}
+
+// SAFETY: the pointer is to memory that lives until the drop of the mapping or of what `owner` keeps,
+// whichever thread does that; it is reached through raw pointers only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent access is part of the contract and happens through raw copies only.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Fresh memory, all zero, of `len` bytes: private, not reserved, in huge pages where the system
+    /// gives them. Costs nothing until it is touched, so terabytes are fine.
+    ///
+    /// # Errors
+    /// If the system refuses the mapping.
+    pub fn anonymous(len: u64) -> io::Result<Self> {
+        let len = address_space(len)?;
+        if len == 0 {
+            return Ok(Self::empty());
+        }
+        // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
+        let base = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel
+        // without huge pages refuses it, which costs speed and nothing else.
+        let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
+        Self::mapped(base, len)
+    }
+
+    /// `len` bytes of `file` from `offset` on, shared with it.
+    ///
+    /// If the file is cut shorter while it is mapped, system calls on the lost part fail with `EFAULT`;
+    /// the copies of [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can reach
+    /// are moved by system calls only.
+    ///
+    /// # Errors
+    /// If `offset` is no multiple of the host's page size, or the system refuses the mapping.
+    pub fn of_file(file: &File, offset: u64, len: u64, access: Access) -> io::Result<Self> {
+        let len = address_space(len)?;
+        if len == 0 {
+            return Ok(Self::empty());
+        }
+        let protection = match access {
+            Access::Read => ProtFlags::READ,
+            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
+        let base = unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, offset) }?;
+        Self::mapped(base, len)
+    }
+
+    /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
+    ///
+    /// # Safety
+    /// `base .. base + len` must stay mapped, readable, and writable if pages are received into it, until
+    /// the mapping is dropped (dropping `keep` may unmap it), and no Rust reference to any of it may be
+    /// alive while the mapping is.
+    pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
+        Self { base, len, owner: Owner::Foreign { _keep: Box::new(keep) } }
+    }
+
+    fn empty() -> Self {
+        Self { base: NonNull::dangling(), len: 0, owner: Owner::Foreign { _keep: Box::new(()) } }
+    }
+
+    fn mapped(base: *mut std::ffi::c_void, len: usize) -> io::Result<Self> {
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { base, len, owner: Owner::Mapped })
+    }
+
+    /// The length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether there is no byte in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The `len` bytes at `offset`; `None` if they do not lie inside the mapping.
+    pub fn slice(&self, offset: u64, len: usize) -> Option<GuestSlice<'_>> {
+        let start = usize::try_from(offset).ok()?;
+        let end = start.checked_add(len)?;
+        if end > self.len {
+            return None;
+        }
+        // SAFETY: `start <= end <= self.len`, so the result is inside the mapping or one past its end.
+        let ptr = unsafe { self.base.add(start) };
+        Some(GuestSlice { ptr, len, life: PhantomData })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if matches!(self.owner, Owner::Mapped) {
+            // SAFETY: this range was mapped by us, and every slice of it has borrowed `self`, so none lives.
+            let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+            debug_assert!(unmapped.is_ok(), "a range that was mapped whole is unmapped whole");
+        }
+    }
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapping({:#x} bytes at {:p})", self.len, self.base)
+    }
+}
+
+/// A part of a [`Mapping`]: a pointer and a length, never a reference.
+#[derive(Clone, Copy)]
+pub struct GuestSlice<'a> {
+    ptr: NonNull<u8>,
+    len: usize,
+    life: PhantomData<&'a Mapping>,
+}
+
+// SAFETY: it borrows a mapping, which is `Sync`, and gives no reference to the memory.
+unsafe impl Send for GuestSlice<'_> {}
+
+impl GuestSlice<'_> {
+    /// The length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a slice is asked for by its length")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where it starts. The bytes behind it may change at any time.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Copies the bytes into a private buffer.
+    ///
+    /// # Panics
+    /// If `buffer` has another length.
+    pub fn copy_to(&self, buffer: &mut [u8]) {
+        assert_eq!(buffer.len(), self.len, "a copy has the length of its source");
+        // SAFETY: both are valid for `len` bytes (the slice lies inside its mapping, the lengths are equal),
+        // and a private buffer cannot overlap guest memory, to which no reference exists.
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr(), buffer.as_mut_ptr(), self.len) };
+    }
+
+    /// Copies a private buffer into the memory.
+    ///
+    /// # Panics
+    /// If `buffer` has another length.
+    pub fn copy_from(&self, buffer: &[u8]) {
+        assert_eq!(buffer.len(), self.len, "a copy has the length of its target");
+        // SAFETY: as in `copy_to`; the mapping was made writable by whoever receives into it.
+        unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), self.ptr.as_ptr(), self.len) };
+    }
+
+    /// Writes zeros.
+    pub fn clear(&self) {
+        // SAFETY: the slice lies inside its mapping.
+        unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
+    }
+
+    /// Whether every byte is zero at the moment it is looked at.
+    ///
+    /// The guest may write meanwhile; the answer is good for a page whose dirty bit was taken before, since
+    /// a later write sets it again.
+    pub fn is_zero(&self) -> bool {
+        const STEP: usize = size_of::<[u64; 8]>();
+        let steps = self.len / STEP;
+        for step in 0..steps {
+            // SAFETY: `step < len / STEP`, so the eight words lie inside the slice.
+            let words = unsafe { self.ptr.as_ptr().add(step * STEP) }.cast::<u64>();
+            let mut any = 0;
+            for word in 0..8 {
+                // SAFETY: `word` is one of the eight words found inside the slice above.
+                let at = unsafe { words.add(word) };
+                // SAFETY: inside the slice; volatile because the guest may write, unaligned because nothing
+                // promises more.
+                any |= unsafe { at.cast::<Unaligned>().read_volatile() }.0;
+            }
+            if any != 0 {
+                return false;
+            }
+        }
+        (steps * STEP..self.len).all(|at| {
+            // SAFETY: `at < len`.
+            let byte = unsafe { self.ptr.as_ptr().add(at) };
+            // SAFETY: inside the slice; volatile because the guest may write.
+            unsafe { byte.read_volatile() == 0 }
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned(u64);
+
+fn address_space(len: u64) -> io::Result<usize> {
+    usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_outside_the_mapping_does_not_exist() {
+        let mapping = Mapping::anonymous(8192).expect("8 KiB");
+        assert!(mapping.slice(0, 8192).is_some());
+        assert!(mapping.slice(8192, 0).is_some());
+        assert!(mapping.slice(1, 8192).is_none());
+        assert!(mapping.slice(u64::MAX, 2).is_none());
+    }
+
+    #[test]
+    fn one_set_bit_anywhere_makes_a_page_not_zero() {
+        let mapping = Mapping::anonymous(4096 + 3).expect("memory");
+        for len in [4096, 4096 + 3] {
+            let slice = mapping.slice(0, len).expect("inside");
+            assert!(slice.is_zero());
+            for at in [0, 7, 8, 63, 64, 4095, len - 1] {
+                mapping.slice(at as u64, 1).expect("inside").copy_from(&[1]);
+                assert!(!slice.is_zero(), "byte {at} of {len}");
+                mapping.slice(at as u64, 1).expect("inside").clear();
+            }
+        }
+    }
+
+    #[test]
+    fn terabytes_that_nobody_touches_cost_nothing() {
+        let mapping = Mapping::anonymous(4 << 40).expect("4 TiB, not reserved");
+        let last = mapping.slice((4 << 40) - 4096, 4096).expect("inside");
+        last.copy_from(&[7; 4096]);
+        assert!(!last.is_zero());
+    }
+
+    #[test]
+    fn foreign_memory_is_kept_alive_and_not_unmapped() {
+        let mut memory = vec![3_u8; 4096].into_boxed_slice();
+        let base = NonNull::new(memory.as_mut_ptr()).expect("not null");
+        // SAFETY: the box is kept by the mapping and not used otherwise.
+        let mapping = unsafe { Mapping::from_raw(base, 4096, memory) };
+        let mut byte = [0];
+        mapping.slice(4095, 1).expect("inside").copy_to(&mut byte);
+        assert_eq!(byte, [3]);
+    }
+}

@@ -1,0 +1,53 @@
+//! The flags of a packet head.
+
+use std::{fmt, ops::BitOr};
+
+/// The flags of a packet: SYNC, the compression method, the kind of packet.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Flags(pub u32);
+
+impl Flags {
+    /// The packet closes a stretch of its channel.
+    pub const SYNC: Self = Self(0x01);
+    /// The bits that tell the compression method; none set: pages travel as they are.
+    pub const METHOD: Self = Self(0x3e);
+    /// The packet carries device state and has another layout.
+    pub const DEVICE_STATE: Self = Self(0x40);
+
+    /// Whether any bit of `other` is set.
+    pub const fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+
+    /// The bits that are also in `mask`.
+    #[must_use]
+    pub const fn masked(self, mask: Self) -> Self {
+        Self(self.0 & mask.0)
+    }
+
+    /// The bits without a meaning here.
+    #[must_use]
+    pub const fn unknown(self) -> Self {
+        Self(self.0 & !(Self::SYNC.0 | Self::METHOD.0 | Self::DEVICE_STATE.0))
+    }
+}
+
+impl BitOr for Flags {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl fmt::Display for Flags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Debug for Flags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}

@@ -1,0 +1,125 @@
+//! The initial packet: 64 bytes, once, the first thing on every channel.
+//!
+//! In come the bytes, out goes who opened the channel. Whether the UUID and the id are welcome is for
+//! the receiver to say. The layout is drawn in `docs/stream-format.md`.
+
+use zerocopy::{
+    FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
+    byteorder::big_endian::{U32, U64},
+};
+
+use super::{ChannelId, VmUuid};
+use crate::error::Malformed;
+
+/// The first four bytes of a channel and of each of its packets.
+pub const MAGIC: u32 = 0x1122_3344;
+/// The one version of initial packet and packet.
+pub const VERSION: u32 = 1;
+/// The length of an initial packet in bytes.
+pub const INITIAL_LEN: usize = 64;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Layout {
+    magic: U32,
+    version: U32,
+    uuid: [u8; 16],
+    id: u8,
+    unused: [u8; 7],
+    unused_words: [U64; 4],
+}
+
+const _: () = assert!(size_of::<Layout>() == INITIAL_LEN);
+
+/// What a channel says of itself when it opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Initial {
+    /// The source machine's UUID, nil where none was given.
+    pub uuid: VmUuid,
+    /// The number of the channel.
+    pub id: ChannelId,
+}
+
+impl Initial {
+    /// The packet's bytes. Unused ones are zero.
+    pub fn encode(&self) -> [u8; INITIAL_LEN] {
+        let layout = Layout {
+            magic: MAGIC.into(),
+            version: VERSION.into(),
+            uuid: self.uuid.0,
+            id: self.id.0,
+            unused: [0; 7],
+            unused_words: [U64::ZERO; 4],
+        };
+        zerocopy::transmute!(layout)
+    }
+
+    /// Reads a packet. Unused bytes are ignored.
+    ///
+    /// # Errors
+    /// [`Malformed::Magic`] or [`Malformed::Version`].
+    pub fn decode(bytes: &[u8; INITIAL_LEN]) -> Result<Self, Malformed> {
+        let layout: Layout = zerocopy::transmute!(*bytes);
+        check(layout.magic, layout.version)?;
+        Ok(Self { uuid: VmUuid(layout.uuid), id: ChannelId(layout.id) })
+    }
+}
+
+/// Refuses a wrong magic or version.
+pub(super) fn check(magic: U32, version: U32) -> Result<(), Malformed> {
+    if magic.get() != MAGIC {
+        return Err(Malformed::Magic { expected: MAGIC, met: magic.get() });
+    }
+    if version.get() != VERSION {
+        return Err(Malformed::Version { expected: VERSION, met: version.get() });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Written by QEMU 10.0.2 for channel 1 of a machine with this UUID.
+    const GOLDEN: [u8; INITIAL_LEN] = {
+        let mut bytes = [0; INITIAL_LEN];
+        let head = [
+            0x11, 0x22, 0x33, 0x44, 0x00, 0x00, 0x00, 0x01, 0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77,
+            0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff, 0x01,
+        ];
+        let mut at = 0;
+        while at < head.len() {
+            bytes[at] = head[at];
+            at += 1;
+        }
+        bytes
+    };
+
+    fn golden() -> Initial {
+        Initial { uuid: "00112233-4455-6677-8899-aabbccddeeff".parse().expect("a UUID"), id: ChannelId(1) }
+    }
+
+    #[test]
+    fn qemus_initial_packet_is_read_and_written_to_the_byte() {
+        assert_eq!(Initial::decode(&GOLDEN), Ok(golden()));
+        assert_eq!(golden().encode(), GOLDEN);
+    }
+
+    #[test]
+    fn a_wrong_magic_and_a_wrong_version_are_refused() {
+        let mut bytes = GOLDEN;
+        bytes[0] = 0x51;
+        let refused = Initial::decode(&bytes).expect_err("refused");
+        assert_eq!(refused.to_string(), "expected magic 0x11223344, met 0x51223344");
+        let mut bytes = GOLDEN;
+        bytes[7] = 2;
+        assert_eq!(Initial::decode(&bytes), Err(Malformed::Version { expected: 1, met: 2 }));
+    }
+
+    #[test]
+    fn unused_bytes_are_ignored() {
+        let mut bytes = GOLDEN;
+        bytes[25..].fill(0xff);
+        assert_eq!(Initial::decode(&bytes), Ok(golden()));
+    }
+}

@@ -1,0 +1,257 @@
+//! The packet head: which pages follow, or that a sync point is reached.
+//!
+//! In come the bytes of a head, out goes a [`Packet`] whose counts fit each other and whose offsets are page
+//! borders. Whether the block exists and has those pages is for the receiver to say. The layout is drawn in
+//! `docs/stream-format.md`.
+//!
+//! Senders up to QEMU 9.1 never clear the buffer that they write heads into: block name, offsets and, up to
+//! 8.1, `next_packet_size` of an earlier packet stand in packets that list no pages. So those fields are
+//! looked at only where pages are listed.
+
+use std::slice;
+
+use zerocopy::{
+    FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned,
+    byteorder::big_endian::{U32, U64},
+};
+
+use super::{
+    flags::Flags,
+    initial::{MAGIC, VERSION, check},
+    limits::packet_pages,
+};
+use crate::{
+    error::{Error, Malformed, Unsupported},
+    ram::{BlockName, BlockOffset, PageIndex, PageSize},
+};
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Layout {
+    magic: U32,
+    version: U32,
+    flags: U32,
+    pages_alloc: U32,
+    normal_pages: U32,
+    next_packet_size: U32,
+    packet_num: U64,
+    zero_pages: U32,
+    unused: [u8; 28],
+    name: [u8; 256],
+}
+
+const FIXED_LEN: usize = 320;
+const _: () = assert!(size_of::<Layout>() == FIXED_LEN);
+
+/// The length of a packet head in bytes. It depends on the page size alone, never on the pages listed.
+pub const fn head_len(page_size: PageSize) -> usize {
+    FIXED_LEN + packet_pages(page_size) * size_of::<U64>()
+}
+
+/// A packet head whose fields fit each other.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet<'a> {
+    /// SYNC and method.
+    pub flags: Flags,
+    /// A number for diagnostics. It orders nothing.
+    pub packet_num: u64,
+    /// The length of the payload in bytes: 0 where no normal page is listed.
+    pub payload_len: u32,
+    /// The bytes of the block's name; empty where no page is listed.
+    pub block: &'a [u8],
+    normal: &'a [U64],
+    zero: &'a [U64],
+    page_size: PageSize,
+}
+
+impl<'a> Packet<'a> {
+    /// Reads a head.
+    ///
+    /// # Errors
+    /// [`Malformed`] if a field is wrong or fields contradict each other, [`Unsupported`] for a device-state
+    /// packet and for flags without a meaning here.
+    pub fn decode(bytes: &'a [u8], page_size: PageSize) -> Result<Self, Error> {
+        let expected = head_len(page_size);
+        let wrong_length = Malformed::Length { expected, met: bytes.len() };
+        let (layout, offsets) = Layout::ref_from_prefix(bytes).map_err(|_| wrong_length.clone())?;
+        let offsets = <[U64]>::ref_from_bytes(offsets).map_err(|_| wrong_length.clone())?;
+        if bytes.len() != expected {
+            return Err(wrong_length.into());
+        }
+        check(layout.magic, layout.version)?;
+        let flags = Flags(layout.flags.get());
+        if flags.intersects(Flags::DEVICE_STATE) {
+            return Err(Unsupported::DeviceState.into());
+        }
+        if flags.unknown() != Flags::default() {
+            return Err(Unsupported::Flags { flags, unknown: flags.unknown() }.into());
+        }
+        let (normal, zero) = layout.counts(packet_pages(page_size))?;
+        let (normal, rest) = offsets.split_at(normal);
+        let mut packet = Self {
+            flags,
+            packet_num: layout.packet_num.get(),
+            payload_len: if normal.is_empty() { 0 } else { layout.next_packet_size.get() },
+            block: &[],
+            normal,
+            zero: &rest[..zero],
+            page_size,
+        };
+        if packet.lists_pages() {
+            packet.block = layout.block()?;
+            packet.check_offsets()?;
+        }
+        Ok(packet)
+    }
+
+    /// Whether it lists any page, normal or zero.
+    pub fn lists_pages(&self) -> bool {
+        !self.normal.is_empty() || !self.zero.is_empty()
+    }
+
+    /// Whether it closes a stretch of its channel.
+    pub fn is_sync(&self) -> bool {
+        self.flags.intersects(Flags::SYNC)
+    }
+
+    /// The pages whose bytes follow, in the order in which they follow.
+    pub fn normal(&self) -> Pages<'a> {
+        Pages { offsets: self.normal.iter(), page_size: self.page_size }
+    }
+
+    /// The pages that are zero.
+    pub fn zero(&self) -> Pages<'a> {
+        Pages { offsets: self.zero.iter(), page_size: self.page_size }
+    }
+
+    fn check_offsets(&self) -> Result<(), Malformed> {
+        let page_size = self.page_size;
+        for offset in self.normal.iter().chain(self.zero) {
+            let offset = BlockOffset(offset.get());
+            if page_size.page_at(offset).is_none() {
+                return Err(Malformed::Unaligned { offset, page_size });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Layout {
+    fn counts(&self, most: usize) -> Result<(usize, usize), Malformed> {
+        let (alloc, normal, zero) = (self.pages_alloc.get(), self.normal_pages.get(), self.zero_pages.get());
+        #[expect(clippy::cast_possible_truncation, reason = "at most 128")]
+        let most = most as u32;
+        if alloc > most {
+            return Err(Malformed::PagesAlloc { most, met: alloc });
+        }
+        if normal > alloc {
+            return Err(Malformed::NormalPages { alloc, normal });
+        }
+        if zero > alloc - normal {
+            return Err(Malformed::ZeroPages { alloc, normal, zero });
+        }
+        Ok((normal as usize, zero as usize))
+    }
+
+    /// The name up to its NUL. Senders up to 9.1 do not promise a NUL; the last byte counts as one.
+    fn block(&self) -> Result<&[u8], Malformed> {
+        let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(BlockName::MAX_LEN);
+        if end == 0 { Err(Malformed::NoBlockName) } else { Ok(&self.name[..end]) }
+    }
+}
+
+/// The pages that a packet lists.
+#[derive(Clone, Debug)]
+pub struct Pages<'a> {
+    offsets: slice::Iter<'a, U64>,
+    page_size: PageSize,
+}
+
+impl Iterator for Pages<'_> {
+    type Item = PageIndex;
+
+    fn next(&mut self) -> Option<PageIndex> {
+        // Every offset was found to be a page's border when the packet was read.
+        self.offsets.next().map(|offset| PageIndex(offset.get() >> self.page_size.bits()))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.offsets.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Pages<'_> {}
+
+/// Where heads are written: one buffer that a channel keeps, cleared for every packet.
+#[derive(Debug)]
+pub struct HeadBuffer {
+    bytes: Box<[u8]>,
+    page_size: PageSize,
+    /// How many offsets of the last packet stand in the buffer.
+    used: usize,
+}
+
+impl HeadBuffer {
+    /// A buffer for heads of this page size.
+    pub fn new(page_size: PageSize) -> Self {
+        Self { bytes: vec![0; head_len(page_size)].into(), page_size, used: 0 }
+    }
+
+    /// Writes the head of a packet with pages of one block. Nothing of an earlier packet remains.
+    ///
+    /// # Panics
+    /// If more pages are listed than a packet holds, or a page has no offset: a batch holds no more, and a
+    /// block has no such pages.
+    pub fn pages(
+        &mut self,
+        method: Flags,
+        packet_num: u64,
+        block: &BlockName,
+        normal: &[PageIndex],
+        zero: &[PageIndex],
+        payload_len: u32,
+    ) -> &[u8] {
+        let (most, page_size) = (packet_pages(self.page_size), self.page_size);
+        assert!(normal.len() + zero.len() <= most, "a batch holds no more pages than a packet");
+        let (layout, offsets) = self.cleared();
+        layout.flags = method.masked(Flags::METHOD).0.into();
+        layout.pages_alloc = count(most);
+        layout.normal_pages = count(normal.len());
+        layout.next_packet_size = payload_len.into();
+        layout.packet_num = packet_num.into();
+        layout.zero_pages = count(zero.len());
+        let name = block.as_bytes();
+        layout.name[..name.len()].copy_from_slice(name);
+        for (offset, page) in offsets.iter_mut().zip(normal.iter().chain(zero)) {
+            *offset = page_size.offset_of(*page).expect("a page of a block has an offset").0.into();
+        }
+        self.used = normal.len() + zero.len();
+        &self.bytes
+    }
+
+    /// Writes a SYNC packet. It lists no pages: a 9.2.0 destination would lose them.
+    pub fn sync(&mut self, packet_num: u64) -> &[u8] {
+        let (layout, _) = self.cleared();
+        layout.flags = Flags::SYNC.0.into();
+        layout.packet_num = packet_num.into();
+        self.used = 0;
+        &self.bytes
+    }
+
+    fn cleared(&mut self) -> (&mut Layout, &mut [U64]) {
+        let (layout, offsets) = Layout::mut_from_prefix(&mut self.bytes).expect("the buffer holds a head");
+        let offsets = <[U64]>::mut_from_bytes(offsets).expect("the rest of the buffer is offsets");
+        *layout = Layout::new_zeroed();
+        layout.magic = MAGIC.into();
+        layout.version = VERSION.into();
+        offsets[..self.used].fill(U64::ZERO);
+        (layout, offsets)
+    }
+}
+
+fn count(pages: usize) -> U32 {
+    u32::try_from(pages).expect("a packet holds at most 128 pages").into()
+}
+
+#[cfg(test)]
+mod tests;
