@@ -1,1 +1,15 @@
-//! Placeholder until the first module lands.
+//! What the project tests migrations with: patterns that reveal a misplaced page, and real QEMUs to talk to.
+//!
+//! ```text
+//! pattern   fills pages with words that tell where they belong, and says where a stray page came from
+//! guest     a guest that keeps rewriting its memory, checks it, and reports on its serial line
+//! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
+//! ```
+//!
+//! The kit knows nothing of the crates it tests: it must not believe what they say. It panics only where its
+//! caller has made a mistake; what a peer or the system does comes back as an error that says what was
+//! expected and what was met, with the peer's own last words.
+
+pub mod guest;
+pub mod pattern;
+//pub mod qemu;
