@@ -1,0 +1,154 @@
+//! Pages of one block on their way to a channel.
+//!
+//! A batch is filled by the collector, carried by a channel and comes back empty. There is a fixed number of
+//! them for the whole migration; they are moved from owner to owner, never copied and never made anew.
+
+use crate::{
+    ram::{BlockIndex, PageIndex, PageSize},
+    wire::limits::packet_pages,
+};
+
+/// Up to 512 KiB of one block: what becomes one packet.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) block: BlockIndex,
+    normal: Vec<PageIndex>,
+    zero: Vec<PageIndex>,
+    capacity: usize,
+}
+
+impl Batch {
+    /// An empty batch with room for all pages that it will ever hold.
+    pub(crate) fn new(page_size: PageSize) -> Self {
+        let capacity = packet_pages(page_size);
+        Self {
+            block: BlockIndex(0),
+            normal: Vec::with_capacity(capacity),
+            zero: Vec::with_capacity(capacity),
+            capacity,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.normal.is_empty() && self.zero.is_empty()
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.normal.len() + self.zero.len() == self.capacity
+    }
+
+    /// Whether a page of `block` may join: there is room, and the pages there are of the same block.
+    pub(crate) fn takes(&self, block: BlockIndex) -> bool {
+        self.is_empty() || (self.block == block && !self.is_full())
+    }
+
+    /// Adds a page whose bytes travel.
+    ///
+    /// # Panics
+    /// If the batch does not [take](Batch::takes) it.
+    pub(crate) fn push_normal(&mut self, block: BlockIndex, page: PageIndex) {
+        self.join(block);
+        self.normal.push(page);
+    }
+
+    /// Adds a page that is zero.
+    ///
+    /// # Panics
+    /// If the batch does not [take](Batch::takes) it.
+    pub(crate) fn push_zero(&mut self, block: BlockIndex, page: PageIndex) {
+        self.join(block);
+        self.zero.push(page);
+    }
+
+    fn join(&mut self, block: BlockIndex) {
+        assert!(self.takes(block), "a batch holds pages of one block, up to its capacity");
+        self.block = block;
+    }
+
+    /// The pages whose bytes travel, in the order in which they were added.
+    pub(crate) fn normal(&self) -> &[PageIndex] {
+        &self.normal
+    }
+
+    /// The pages that are zero.
+    pub(crate) fn zero(&self) -> &[PageIndex] {
+        &self.zero
+    }
+
+    /// Forgets all pages and keeps the room.
+    pub(crate) fn clear(&mut self) {
+        self.normal.clear();
+        self.zero.clear();
+    }
+}
+
+/// Pages in the order given, neighbours put together: first page and count.
+pub(crate) fn neighbours(
+    pages: impl IntoIterator<Item = PageIndex>,
+) -> impl Iterator<Item = (PageIndex, u64)> {
+    let mut pages = pages.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let first = pages.next()?;
+        let mut count = 1;
+        while pages.next_if(|page| page.0 == first.0 + count).is_some() {
+            count += 1;
+        }
+        Some((first, count))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_batch_holds_what_a_packet_holds_and_comes_back_empty(
+            steps in prop::collection::vec((0_usize..3, 0_u64..1000, any::<bool>()), 1..400),
+        ) {
+            let mut batch = Batch::new(PageSize::KIB_4);
+            let room = (batch.normal.as_ptr(), batch.zero.as_ptr());
+            let mut model: Option<(BlockIndex, Vec<PageIndex>, Vec<PageIndex>)> = None;
+            for (block, page, zero) in steps {
+                let (block, page) = (BlockIndex(block), PageIndex(page));
+                let fits = model.as_ref().is_none_or(|(of, normal, zero)| *of == block && normal.len() + zero.len() < 128);
+                prop_assert_eq!(batch.takes(block), fits);
+                if !fits {
+                    let (_, normal, zero) = model.take().expect("not empty");
+                    prop_assert_eq!(batch.normal(), normal);
+                    prop_assert_eq!(batch.zero(), zero);
+                    batch.clear();
+                }
+                let entry = model.get_or_insert((block, Vec::new(), Vec::new()));
+                if zero {
+                    batch.push_zero(block, page);
+                    entry.2.push(page);
+                } else {
+                    batch.push_normal(block, page);
+                    entry.1.push(page);
+                }
+            }
+            prop_assert_eq!(room, (batch.normal.as_ptr(), batch.zero.as_ptr()), "nothing was allocated anew");
+        }
+
+        #[test]
+        fn neighbours_are_the_pages_in_order_in_the_fewest_runs(pages in prop::collection::vec(0_u64..12, 0..60)) {
+            let runs: Vec<_> = neighbours(pages.iter().copied().map(PageIndex)).collect();
+            let flat: Vec<u64> = runs.iter().flat_map(|(first, count)| first.0..first.0 + count).collect();
+            prop_assert_eq!(flat, pages);
+            prop_assert!(runs.windows(2).all(|pair| pair[0].0.0 + pair[0].1 != pair[1].0.0));
+        }
+    }
+
+    #[test]
+    fn a_batch_of_64_kib_pages_is_full_with_eight() {
+        let mut batch = Batch::new(PageSize::KIB_64);
+        for page in 0..8 {
+            assert!(batch.takes(BlockIndex(4)));
+            batch.push_normal(BlockIndex(4), PageIndex(page));
+        }
+        assert!(batch.is_full() && !batch.takes(BlockIndex(4)));
+    }
+}

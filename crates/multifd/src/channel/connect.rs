@@ -1,0 +1,91 @@
+//! Connecting to a destination: without blocking a stop.
+
+use std::{
+    io,
+    net::{SocketAddr, ToSocketAddrs},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{
+    Address, Connect, Link, Stop,
+    socket::{EventFd, SocketLink, inherited},
+};
+
+impl Connect for Address {
+    fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
+        let deadline = Instant::now() + limit;
+        let socket = match self {
+            Self::Tcp { host, port } => {
+                let host = if host.is_empty() { "localhost" } else { host };
+                connect_any((host, *port).to_socket_addrs()?, stop, deadline)?
+            }
+            Self::Unix(path) => {
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                connect_one(&socket, &SockAddr::unix(path)?, stop, deadline)?;
+                socket
+            }
+            Self::Fd(fd) => inherited(*fd)?,
+        };
+        Ok(Box::new(SocketLink::new(socket)?))
+    }
+
+    fn target(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// Tries the addresses in their order; reports the last failure.
+fn connect_any(
+    addresses: impl Iterator<Item = SocketAddr>,
+    stop: &Stop,
+    deadline: Instant,
+) -> io::Result<Socket> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
+    for address in addresses {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        match connect_one(&socket, &address.into(), stop, deadline) {
+            Ok(()) => return Ok(socket),
+            Err(error) => last = error,
+        }
+        if stop.is_stopped() {
+            break;
+        }
+    }
+    Err(last)
+}
+
+fn connect_one(socket: &Socket, address: &SockAddr, stop: &Stop, deadline: Instant) -> io::Result<()> {
+    let woken = EventFd::new()?;
+    let _watch = stop.watch(woken.clone());
+    socket.set_nonblocking(true)?;
+    loop {
+        match socket.connect(address) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => break,
+            // A unix listener whose queue is full; there is nothing to poll for.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if stop.pause(Duration::from_millis(10)).is_err() || Instant::now() >= deadline {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(socket, PollFlags::OUT), PollFd::new(woken.fd(), PollFlags::IN)];
+        match poll(&mut fds, Some(&Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) if !fds[1].revents().is_empty() => return Err(io::ErrorKind::Interrupted.into()),
+            Ok(_) => return socket.take_error()?.map_or(Ok(()), Err),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What a connection must do to carry a channel or the main stream.
+
+use std::{
+    io::{self, Read, Write},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::Wake;
+use crate::ram::{Part, PartMut, advance, advance_mut};
+
+/// A two-way byte stream with one owner: a TCP or unix socket, an in-memory pipe, a TLS session.
+///
+/// All calls block. Another thread ends them through [`waker`](Link::waker).
+pub trait Link: Send {
+    /// Sends bytes of `parts`, in order; says how many, at least one unless all parts are empty.
+    ///
+    /// # Errors
+    /// If the connection is broken or was shut down.
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize>;
+
+    /// Receives bytes into `parts`, in order, as many as are there; 0 means that the peer has closed.
+    ///
+    /// # Errors
+    /// If the connection is broken or was shut down, or [`io::ErrorKind::TimedOut`] after the time set.
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize>;
+
+    /// How long [`recv`](Link::recv) waits for the first byte; `None` is for ever.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
+
+    /// What shuts the connection down in both directions, from any thread.
+    fn waker(&self) -> Arc<dyn Wake>;
+
+    /// The other end, for messages: `127.0.0.1:4711`.
+    fn peer(&self) -> String;
+
+    /// Says that nothing more is sent, after everything sent so far.
+    ///
+    /// # Errors
+    /// If the connection is broken.
+    fn close_send(&mut self) -> io::Result<()>;
+}
+
+/// Opens connections to one destination.
+pub trait Connect: Send + Sync {
+    /// Opens a connection. `stop` ends the attempt.
+    ///
+    /// # Errors
+    /// If none comes about before `limit`, or the migration stops.
+    fn connect(&self, stop: &super::Stop, limit: Duration) -> io::Result<Box<dyn Link>>;
+
+    /// The destination, for messages: `tcp:127.0.0.1:4444`.
+    fn target(&self) -> String;
+}
+
+/// Takes connections from sources.
+pub trait Listen: Send {
+    /// Waits for the next connection; `None` if the [waker](Listen::waker) ended the wait.
+    ///
+    /// # Errors
+    /// If the system refuses: no descriptors are left, say.
+    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>>;
+
+    /// The next connection that is there already.
+    ///
+    /// # Errors
+    /// As [`accept`](Listen::accept).
+    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>>;
+
+    /// What ends a wait in [`accept`](Listen::accept), each time it is called.
+    fn waker(&self) -> Arc<dyn Wake>;
+
+    /// Where it listens, for messages.
+    fn address(&self) -> String;
+}
+
+/// Sends all bytes of `parts`.
+pub(crate) fn send_all(link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::Result<()> {
+    while parts.iter().any(|part| part.len() > 0) {
+        match link.send(parts) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(sent) => parts = advance(parts, sent),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Receives into `parts` until at least `least` bytes are there; says how many, fewer if the peer has closed.
+pub(crate) fn recv_at_least(
+    link: &mut dyn Link,
+    mut parts: &mut [PartMut<'_>],
+    least: usize,
+) -> io::Result<usize> {
+    let mut received = 0;
+    while received < least {
+        match link.recv(parts) {
+            Ok(0) => break,
+            Ok(some) => {
+                received += some;
+                parts = advance_mut(parts, some);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(received)
+}
+
+/// A link as a plain byte stream: what carries the main stream.
+pub struct Stream {
+    link: Box<dyn Link>,
+    /// Bytes that were received while finding out what this connection is.
+    seen: Vec<u8>,
+}
+
+impl Stream {
+    /// A stream over `link`.
+    pub fn new(link: Box<dyn Link>) -> Self {
+        Self { link, seen: Vec::new() }
+    }
+
+    /// A stream over `link` from which `seen` was received before.
+    pub(crate) fn resumed(link: Box<dyn Link>, seen: Vec<u8>) -> Self {
+        Self { link, seen }
+    }
+
+    /// The other end, for messages.
+    pub fn peer(&self) -> String {
+        self.link.peer()
+    }
+
+    /// What shuts the connection down, from any thread.
+    pub fn waker(&self) -> Arc<dyn Wake> {
+        self.link.waker()
+    }
+
+    /// How long a read waits for the first byte; `None` is for ever.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    pub fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.link.set_recv_timeout(limit)
+    }
+
+    /// Says that nothing more is written.
+    ///
+    /// # Errors
+    /// If the connection is broken.
+    pub fn close_write(&mut self) -> io::Result<()> {
+        self.link.close_send()
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.seen.is_empty() {
+            let len = buffer.len().min(self.seen.len());
+            buffer[..len].copy_from_slice(&self.seen[..len]);
+            self.seen.drain(..len);
+            return Ok(len);
+        }
+        self.link.recv(&mut [PartMut::from(buffer)])
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.link.send(&[Part::from(buffer)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

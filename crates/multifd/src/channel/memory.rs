@@ -1,0 +1,251 @@
+//! Connections inside one process: two bounded pipes, and a listener to meet at.
+//!
+//! They behave as sockets do, back-pressure, shutdown and half-closing included, and need no network: for
+//! tests, for fuzzing, for a VMM whose two ends live in one process.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use super::{Connect, Link, Listen, Stop, Wake};
+use crate::ram::{Part, PartMut};
+
+/// Two ends of a connection that holds up to `capacity` bytes on their way in each direction.
+pub fn pair(capacity: usize) -> (MemoryLink, MemoryLink) {
+    let (there, back) = (Arc::new(Pipe::new(capacity)), Arc::new(Pipe::new(capacity)));
+    let end = |incoming: &Arc<Pipe>, outgoing: &Arc<Pipe>| MemoryLink {
+        ends: Arc::new(Ends { incoming: incoming.clone(), outgoing: outgoing.clone() }),
+        timeout: None,
+    };
+    (end(&back, &there), end(&there, &back))
+}
+
+/// A place to meet: what the connector opens, the listener takes.
+pub fn network(capacity: usize) -> (MemoryConnector, MemoryListener) {
+    let meeting = Arc::new(Meeting::default());
+    (MemoryConnector { meeting: meeting.clone(), capacity }, MemoryListener { meeting })
+}
+
+/// One end of a connection in memory.
+pub struct MemoryLink {
+    ends: Arc<Ends>,
+    timeout: Option<Duration>,
+}
+
+struct Ends {
+    incoming: Arc<Pipe>,
+    outgoing: Arc<Pipe>,
+}
+
+impl Wake for Ends {
+    fn wake(&self) {
+        self.incoming.close();
+        self.outgoing.close();
+    }
+}
+
+impl Link for MemoryLink {
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.ends.outgoing.write(parts)
+    }
+
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
+        self.ends.incoming.read(parts, self.timeout)
+    }
+
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.timeout = limit;
+        Ok(())
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.ends.clone()
+    }
+
+    fn peer(&self) -> String {
+        "memory".into()
+    }
+
+    fn close_send(&mut self) -> io::Result<()> {
+        self.ends.outgoing.close();
+        Ok(())
+    }
+}
+
+impl Drop for MemoryLink {
+    fn drop(&mut self) {
+        self.ends.wake();
+    }
+}
+
+/// Bytes on their way. Closed, it gives out what it holds and then ends; writing to it fails.
+struct Pipe {
+    state: Mutex<Bytes>,
+    changed: Condvar,
+    capacity: usize,
+}
+
+#[derive(Default)]
+struct Bytes {
+    buffer: Vec<u8>,
+    read: usize,
+    closed: bool,
+}
+
+impl Pipe {
+    fn new(capacity: usize) -> Self {
+        Self { state: Mutex::default(), changed: Condvar::new(), capacity: capacity.max(1) }
+    }
+
+    fn write(&self, parts: &[Part<'_>]) -> io::Result<usize> {
+        if parts.iter().all(|part| part.len() == 0) {
+            return Ok(0);
+        }
+        let mut state = self.lock();
+        while !state.closed && state.buffer.len() - state.read >= self.capacity {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.closed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let read = std::mem::take(&mut state.read);
+        state.buffer.drain(..read);
+        let mut written = 0;
+        for part in parts {
+            let start = state.buffer.len();
+            let room = part.len().min(self.capacity - start);
+            state.buffer.resize(start + room, 0);
+            written += part.copy_to(&mut state.buffer[start..]);
+            if room < part.len() {
+                break;
+            }
+        }
+        self.changed.notify_all();
+        Ok(written)
+    }
+
+    fn read(&self, parts: &mut [PartMut<'_>], timeout: Option<Duration>) -> io::Result<usize> {
+        let end = timeout.map(|limit| Instant::now() + limit);
+        let mut state = self.lock();
+        while !state.closed && state.buffer.len() == state.read {
+            state = match end.map(|end| end.saturating_duration_since(Instant::now())) {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => return Err(io::ErrorKind::TimedOut.into()),
+                Some(left) => {
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        let mut received = 0;
+        for part in parts {
+            let bytes = &state.buffer[state.read..];
+            let copied = part.copy_from(bytes);
+            state.read += copied;
+            received += copied;
+        }
+        self.changed.notify_all();
+        Ok(received)
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Bytes> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Default)]
+struct Meeting {
+    state: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    links: VecDeque<MemoryLink>,
+    woken: bool,
+    closed: bool,
+}
+
+impl Meeting {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Meeting {
+    fn wake(&self) {
+        self.lock().woken = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Opens connections to a [`MemoryListener`].
+#[derive(Clone)]
+pub struct MemoryConnector {
+    meeting: Arc<Meeting>,
+    capacity: usize,
+}
+
+impl Connect for MemoryConnector {
+    fn connect(&self, _stop: &Stop, _limit: Duration) -> io::Result<Box<dyn Link>> {
+        let (near, far) = pair(self.capacity);
+        let mut waiting = self.meeting.lock();
+        if waiting.closed {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        waiting.links.push_back(far);
+        self.meeting.changed.notify_all();
+        Ok(Box::new(near))
+    }
+
+    fn target(&self) -> String {
+        "memory".into()
+    }
+}
+
+/// Takes connections from a [`MemoryConnector`].
+pub struct MemoryListener {
+    meeting: Arc<Meeting>,
+}
+
+impl Listen for MemoryListener {
+    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+        let mut waiting = self.meeting.lock();
+        loop {
+            if std::mem::take(&mut waiting.woken) {
+                return Ok(None);
+            }
+            if let Some(link) = waiting.links.pop_front() {
+                return Ok(Some(Box::new(link)));
+            }
+            waiting = self.meeting.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.meeting.lock().links.pop_front().map(|link| Box::new(link) as _))
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.meeting.clone()
+    }
+
+    fn address(&self) -> String {
+        "memory".into()
+    }
+}
+
+impl Drop for MemoryListener {
+    fn drop(&mut self) {
+        let mut waiting = self.meeting.lock();
+        waiting.closed = true;
+        waiting.links.clear();
+    }
+}

@@ -1,0 +1,26 @@
+//! Connections: how they are addressed, opened, taken, used and stopped.
+//!
+//! ```text
+//! Address ── Connect ──▶ Link ═══════════ Link ◀── Listen ── Listener
+//!                          │                │
+//!                        waker ◀── Stop ──▶ waker        (one Stop a side)
+//! ```
+//!
+//! A [`Link`] has one owner, blocks, and is woken from elsewhere through its waker. Sockets and in-memory pipes are
+//! links; so is whatever an embedder has that moves bytes.
+
+mod address;
+mod connect;
+mod link;
+mod listen;
+pub mod memory;
+mod socket;
+mod stop;
+
+pub use address::Address;
+pub use link::{Connect, Link, Listen, Stream};
+pub(crate) use link::{recv_at_least, send_all};
+pub use listen::Listener;
+pub use socket::SocketLink;
+pub(crate) use stop::OnFailure;
+pub use stop::{Stop, Wake, Watch};

@@ -1,0 +1,276 @@
+//! The one Stop of a migration's side.
+//!
+//! In comes the first error, a cancel, or the good end; out goes a wake-up to everybody who waits. Whoever
+//! can wait registers a [`Wake`]: a socket that shuts down, a condition that is notified. The first cause wins
+//! and is the one reported; those it brings about elsewhere go to the log. A second stop does nothing.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::error::{Error, Result};
+
+/// Something that may be waited on, and can be told to end its waits.
+pub trait Wake: Send + Sync {
+    /// Ends all present and future waits. Called at most a few times, from any thread, and must not block.
+    fn wake(&self);
+}
+
+/// Stops one side of a migration, exactly once. Clones are the same stop.
+#[derive(Clone, Default)]
+pub struct Stop(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    /// Set after the cause; pairs with the acquire in `is_stopped`, the way past the lock for hot paths.
+    stopped: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    cause: Option<Cause>,
+    watchers: Vec<(u64, Arc<dyn Wake>)>,
+    next: u64,
+}
+
+#[derive(Clone)]
+enum Cause {
+    Failed(Error),
+    Finished,
+}
+
+impl Stop {
+    /// A stop that has not happened.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Stops with an error, unless something else has stopped the migration before. Returns the error that
+    /// is to be reported: the first one.
+    pub fn fail(&self, error: Error) -> Error {
+        match self.stop(Cause::Failed(error.clone())) {
+            None => {
+                tracing::debug!(%error, "the migration stops");
+                error
+            }
+            Some(first) => {
+                tracing::debug!(%error, "an error after the stop");
+                match first {
+                    Cause::Failed(first) => first,
+                    Cause::Finished => error,
+                }
+            }
+        }
+    }
+
+    /// Cancels: stops with [`Error::Cancelled`]. From any thread, at any time; does nothing once stopped.
+    pub fn cancel(&self) {
+        self.fail(Error::Cancelled);
+    }
+
+    /// Ends well: waits end, connections stay open for their owners to close. Says whether it was in time.
+    pub(crate) fn finish(&self) -> bool {
+        self.stop(Cause::Finished).is_none()
+    }
+
+    /// Whether it has happened, for whatever cause.
+    pub fn is_stopped(&self) -> bool {
+        self.0.stopped.load(Ordering::Acquire)
+    }
+
+    /// The error that stopped the migration; `None` while it runs and after a good end.
+    pub fn error(&self) -> Option<Error> {
+        match &self.lock().cause {
+            Some(Cause::Failed(error)) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
+    /// Goes on only while the migration has not failed.
+    ///
+    /// # Errors
+    /// The error that stopped it.
+    pub fn check(&self) -> Result<()> {
+        if self.is_stopped() { self.error().map_or(Ok(()), Err) } else { Ok(()) }
+    }
+
+    /// Waits for `time`, or until stopped.
+    ///
+    /// # Errors
+    /// The error that stopped the migration.
+    pub fn pause(&self, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        let mut state = self.lock();
+        while state.cause.is_none() {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            state = self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.check()
+    }
+
+    /// Has `watcher` woken at the stop, until the returned guard is dropped. If the stop has happened, it is
+    /// woken now.
+    pub fn watch(&self, watcher: Arc<dyn Wake>) -> Watch {
+        let mut state = self.lock();
+        let id = state.next;
+        state.next += 1;
+        let failed = state.cause.is_some();
+        state.watchers.push((id, watcher.clone()));
+        drop(state);
+        if failed {
+            watcher.wake();
+        }
+        Watch { stop: self.clone(), id }
+    }
+
+    /// Returns the cause that was there before, if any.
+    fn stop(&self, cause: Cause) -> Option<Cause> {
+        let mut state = self.lock();
+        if let Some(first) = &state.cause {
+            return Some(first.clone());
+        }
+        state.cause = Some(cause);
+        self.0.stopped.store(true, Ordering::Release);
+        let watchers: Vec<_> = state.watchers.iter().map(|(_, watcher)| watcher.clone()).collect();
+        self.0.changed.notify_all();
+        drop(state);
+        // The lock is free: a watcher may take its own, and its owner may be taking ours.
+        for watcher in watchers {
+            watcher.wake();
+        }
+        None
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stop").field("stopped", &self.is_stopped()).finish_non_exhaustive()
+    }
+}
+
+/// Keeps a watcher registered with a [`Stop`] until dropped.
+#[must_use = "dropped, the watcher is no longer woken"]
+pub struct Watch {
+    stop: Stop,
+    id: u64,
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.lock().watchers.retain(|(id, _)| *id != self.id);
+    }
+}
+
+/// Wakes a link's waits only when the migration fails: after a good end its owner closes it in order.
+pub(crate) struct OnFailure {
+    pub(crate) stop: Stop,
+    pub(crate) wake: Arc<dyn Wake>,
+}
+
+impl Wake for OnFailure {
+    fn wake(&self) {
+        if self.stop.error().is_some() {
+            self.wake.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::AtomicUsize,
+        thread::{scope, spawn},
+    };
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn failure(text: &str) -> Error {
+        Error::other(text, "because")
+    }
+
+    #[test]
+    fn the_first_error_is_the_one_reported() {
+        let stop = Stop::new();
+        assert_eq!(stop.fail(failure("first")).to_string(), "first");
+        assert_eq!(stop.fail(failure("second")).to_string(), "first");
+        stop.cancel();
+        assert_eq!(stop.check().expect_err("stopped").to_string(), "first");
+    }
+
+    #[test]
+    fn of_many_threads_that_stop_exactly_one_wins() {
+        let (stop, count) = (Stop::new(), Arc::new(Count::default()));
+        let _watch = stop.watch(count.clone());
+        let reported: Vec<String> = scope(|threads| {
+            let all: Vec<_> = (0..8)
+                .map(|n| {
+                    threads.spawn({
+                        let stop = &stop;
+                        move || stop.fail(failure(&n.to_string()))
+                    })
+                })
+                .collect();
+            all.into_iter().map(|thread| thread.join().expect("no panic").to_string()).collect()
+        });
+        assert!(reported.iter().all(|text| *text == reported[0]));
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_watcher_that_comes_late_is_woken_at_once_and_one_that_left_is_not() {
+        let (stop, early, late) = (Stop::new(), Arc::new(Count::default()), Arc::new(Count::default()));
+        drop(stop.watch(early.clone()));
+        stop.cancel();
+        let _watch = stop.watch(late.clone());
+        assert_eq!((early.0.load(Ordering::Relaxed), late.0.load(Ordering::Relaxed)), (0, 1));
+    }
+
+    #[test]
+    fn a_pause_ends_with_the_stop() {
+        let stop = Stop::new();
+        let waiter = spawn({
+            let stop = stop.clone();
+            move || stop.pause(Duration::from_secs(600))
+        });
+        stop.cancel();
+        assert!(waiter.join().expect("no panic").expect_err("cancelled").is_cancelled());
+        assert!(Stop::new().pause(Duration::from_millis(1)).is_ok());
+    }
+
+    #[test]
+    fn a_good_end_is_no_error() {
+        let stop = Stop::new();
+        assert!(stop.finish());
+        assert!(stop.is_stopped() && stop.check().is_ok() && !stop.finish());
+    }
+}

@@ -1,0 +1,157 @@
+//! What can be chosen, a struct for each side, with defaults that work with a default QEMU.
+
+use std::time::Duration;
+
+use crate::{
+    compress::Method,
+    error::{Result, Usage},
+    wire::{VmUuid, limits},
+};
+
+/// How a source sends.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct SendOptions {
+    pub(crate) channels: u8,
+    pub(crate) uuid: VmUuid,
+    pub(crate) method: Method,
+    pub(crate) connect_timeout: Duration,
+}
+
+impl Default for SendOptions {
+    fn default() -> Self {
+        Self {
+            channels: 2,
+            uuid: VmUuid::NIL,
+            method: Method::None,
+            connect_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl SendOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `multifd-channels`: the number of channels, 1 to 255. Default 2. Must be the destination's number. Each
+    /// costs a thread, a connection and one batch; more than there are cores seldom helps.
+    pub fn channels(mut self, channels: u8) -> Self {
+        self.channels = channels;
+        self
+    }
+
+    /// The machine's UUID, which a QEMU destination compares with its own. Default nil, as for a machine that
+    /// was given none.
+    pub fn uuid(mut self, uuid: VmUuid) -> Self {
+        self.uuid = uuid;
+        self
+    }
+
+    /// `multifd-compression`. Default none. Must be the destination's method.
+    pub fn method(mut self, method: Method) -> Self {
+        self.method = method;
+        self
+    }
+
+    /// How long a channel may take to connect. Default 30 s.
+    pub fn connect_timeout(mut self, limit: Duration) -> Self {
+        self.connect_timeout = limit;
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.channels == 0 { Err(Usage::Channels(0).into()) } else { Ok(()) }
+    }
+}
+
+/// How many channels a destination expects.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ChannelCount {
+    /// As many as the source has opened when it comes to the first sync point; none if it has multifd off.
+    #[default]
+    Auto,
+    /// This many, 0 to 255; 0 is multifd off.
+    Exact(u8),
+}
+
+impl ChannelCount {
+    /// The bound that channel ids stay below.
+    pub(crate) fn most(self) -> u8 {
+        match self {
+            Self::Auto => limits::CHANNELS,
+            Self::Exact(count) => count,
+        }
+    }
+}
+
+/// How a destination receives.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct ReceiveOptions {
+    pub(crate) channels: ChannelCount,
+    pub(crate) uuid: Option<VmUuid>,
+    pub(crate) method: Method,
+    pub(crate) greeting_timeout: Duration,
+    pub(crate) channels_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
+}
+
+impl Default for ReceiveOptions {
+    fn default() -> Self {
+        Self {
+            channels: ChannelCount::Auto,
+            uuid: None,
+            method: Method::None,
+            greeting_timeout: Duration::from_secs(10),
+            channels_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl ReceiveOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `multifd-channels`: the number of channels, or to learn it from the source. Default
+    /// [`ChannelCount::Auto`].
+    pub fn channels(mut self, channels: ChannelCount) -> Self {
+        self.channels = channels;
+        self
+    }
+
+    /// The UUID that the source's channels must name. Default `None`: any, but all channels the same.
+    pub fn uuid(mut self, uuid: Option<VmUuid>) -> Self {
+        self.uuid = uuid;
+        self
+    }
+
+    /// `multifd-compression`. Default none. Must be the source's method.
+    pub fn method(mut self, method: Method) -> Self {
+        self.method = method;
+        self
+    }
+
+    /// How long a new connection may take to say what it is. Default 10 s; then it is dropped.
+    pub fn greeting_timeout(mut self, limit: Duration) -> Self {
+        self.greeting_timeout = limit;
+        self
+    }
+
+    /// How long the first sync point waits for channels that are on their way. Default 30 s.
+    pub fn channels_timeout(mut self, limit: Duration) -> Self {
+        self.channels_timeout = limit;
+        self
+    }
+
+    /// How long, after everything has come, the source may take to close its channels. Default 5 s; then they are
+    /// closed from here.
+    pub fn drain_timeout(mut self, limit: Duration) -> Self {
+        self.drain_timeout = limit;
+        self
+    }
+}

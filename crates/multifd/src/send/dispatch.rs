@@ -1,0 +1,272 @@
+//! The meeting point of collector and channels: full batches go out, empty ones come back.
+//!
+//! One lock, held only to move batches and numbers, never while bytes are written. Any idle channel takes the
+//! next batch. A channel sync is a number: the collector raises it, and a channel that finds no batch from before
+//! it sends its SYNC and reports. A batch queued after the number was raised waits for the channel that takes it
+//! to have sent its own SYNC, so no channel carries a newer page ahead of the sync point.
+
+use std::{
+    collections::VecDeque,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::{
+    batch::Batch,
+    channel::{Stop, Wake},
+    error::Result,
+    ram::PageSize,
+};
+
+/// What a channel has to do next.
+pub(super) enum Job {
+    /// Send these pages.
+    Batch(Batch),
+    /// Send a SYNC packet.
+    Sync,
+    /// Nothing more will come.
+    End,
+}
+
+pub(super) struct Dispatch {
+    queue: Mutex<Queue>,
+    /// Channels wait here for a batch, a sync, the end.
+    work: Condvar,
+    /// The collector waits here for an empty batch, for all SYNCs, for all channels to be there.
+    progress: Condvar,
+    channels: usize,
+}
+
+struct Queue {
+    ready: VecDeque<(u64, Batch)>,
+    free: Vec<Batch>,
+    /// Channels waiting for work.
+    idle: usize,
+    /// Channels that have connected.
+    connected: usize,
+    /// Sync points asked for.
+    syncs: u64,
+    /// Channels that have sent the last SYNC asked for.
+    synced: usize,
+    stopped: bool,
+}
+
+impl Dispatch {
+    /// Batches for `channels` channels: one for each to carry, one for each to find ready. The collector
+    /// brings its own.
+    pub(super) fn new(channels: u8, page_size: PageSize) -> Self {
+        let channels = usize::from(channels);
+        let free: Vec<Batch> = std::iter::repeat_with(|| Batch::new(page_size)).take(2 * channels).collect();
+        Self {
+            queue: Mutex::new(Queue {
+                ready: VecDeque::with_capacity(free.len()),
+                free,
+                idle: 0,
+                connected: 0,
+                syncs: 0,
+                synced: 0,
+                stopped: false,
+            }),
+            work: Condvar::new(),
+            progress: Condvar::new(),
+            channels,
+        }
+    }
+
+    /// Hands a full batch over and takes an empty one, waiting until there is one.
+    ///
+    /// # Errors
+    /// The error that stopped the migration.
+    pub(super) fn swap(&self, batch: &mut Batch, stop: &Stop) -> Result<()> {
+        let mut queue = self.lock();
+        loop {
+            if queue.stopped {
+                drop(queue);
+                return stop.check();
+            }
+            if let Some(empty) = queue.free.pop() {
+                let full = std::mem::replace(batch, empty);
+                let epoch = queue.syncs;
+                queue.ready.push_back((epoch, full));
+                if queue.idle > 0 {
+                    self.work.notify_one();
+                }
+                return Ok(());
+            }
+            queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The channel sync: waits until everything queued and then one SYNC on every channel is on its way.
+    ///
+    /// # Errors
+    /// The error that stopped the migration.
+    pub(super) fn sync(&self, stop: &Stop) -> Result<()> {
+        let mut queue = self.lock();
+        queue.syncs += 1;
+        queue.synced = 0;
+        self.work.notify_all();
+        while queue.synced < self.channels && !queue.stopped {
+            queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(queue);
+        stop.check()
+    }
+
+    /// A channel's next job. `done` is the batch that it has carried; `synced` the SYNCs that it has sent.
+    pub(super) fn next(&self, done: Option<Batch>, synced: u64) -> Job {
+        let mut queue = self.lock();
+        if let Some(mut batch) = done {
+            batch.clear();
+            queue.free.push(batch);
+            self.progress.notify_one();
+        }
+        loop {
+            if queue.stopped {
+                return Job::End;
+            }
+            match queue.ready.front() {
+                Some((epoch, _)) if *epoch <= synced => {
+                    if let Some((_, batch)) = queue.ready.pop_front() {
+                        return Job::Batch(batch);
+                    }
+                }
+                _ if synced < queue.syncs => return Job::Sync,
+                _ => {}
+            }
+            queue.idle += 1;
+            queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.idle -= 1;
+        }
+    }
+
+    /// A channel has sent its SYNC.
+    pub(super) fn synced(&self) {
+        let mut queue = self.lock();
+        queue.synced += 1;
+        if queue.synced == self.channels {
+            self.progress.notify_all();
+        }
+    }
+
+    /// A channel has connected.
+    pub(super) fn connected(&self) {
+        let mut queue = self.lock();
+        queue.connected += 1;
+        if queue.connected == self.channels {
+            self.progress.notify_all();
+        }
+    }
+
+    /// Waits until all channels have connected.
+    ///
+    /// # Errors
+    /// The error that stopped the migration, such as a connect that failed.
+    pub(super) fn wait_connected(&self, stop: &Stop) -> Result<()> {
+        let mut queue = self.lock();
+        while queue.connected < self.channels && !queue.stopped {
+            queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(queue);
+        stop.check()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Dispatch {
+    fn wake(&self) {
+        self.lock().stopped = true;
+        self.work.notify_all();
+        self.progress.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Arc, Mutex},
+        thread::{scope, spawn},
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::{
+        error::Error,
+        ram::{BlockIndex, PageIndex},
+    };
+
+    const PAGE: PageSize = PageSize::KIB_4;
+
+    fn one_page(batch: &mut Batch, page: u64) {
+        batch.push_normal(BlockIndex(0), PageIndex(page));
+    }
+
+    #[test]
+    fn no_channel_carries_a_page_of_after_a_sync_ahead_of_its_own_sync() {
+        const CHANNELS: u8 = 4;
+        let (dispatch, stop) = (Dispatch::new(CHANNELS, PAGE), Stop::new());
+        let carried = Mutex::new(Vec::new());
+        scope(|threads| {
+            for _ in 0..CHANNELS {
+                threads.spawn(|| {
+                    let (mut done, mut synced) = (None, 0);
+                    loop {
+                        match dispatch.next(done.take(), synced) {
+                            Job::Batch(batch) => {
+                                carried.lock().expect("whole").push((synced, batch.normal()[0].0));
+                                done = Some(batch);
+                            }
+                            Job::Sync => {
+                                synced += 1;
+                                dispatch.synced();
+                            }
+                            Job::End => return,
+                        }
+                    }
+                });
+            }
+            let mut hand = Batch::new(PAGE);
+            for round in 0..200 {
+                for _ in 0..7 {
+                    one_page(&mut hand, round);
+                    dispatch.swap(&mut hand, &stop).expect("running");
+                    assert!(hand.is_empty());
+                }
+                dispatch.sync(&stop).expect("running");
+            }
+            dispatch.wake();
+        });
+        let carried = carried.into_inner().expect("whole");
+        assert_eq!(carried.len(), 1400);
+        assert!(carried.iter().all(|(synced, round)| synced == round));
+    }
+
+    #[test]
+    fn a_collector_waiting_for_channels_that_stand_still_is_woken_by_the_stop() {
+        let (dispatch, stop) = (Arc::new(Dispatch::new(1, PAGE)), Stop::new());
+        let _watch = stop.watch(dispatch.clone());
+        let collectors = [0, 1, 2].map(|wait| {
+            let (dispatch, stop) = (dispatch.clone(), stop.clone());
+            spawn(move || match wait {
+                0 => dispatch.sync(&stop),
+                1 => dispatch.wait_connected(&stop),
+                _ => {
+                    let mut hand = Batch::new(PAGE);
+                    loop {
+                        one_page(&mut hand, 1);
+                        dispatch.swap(&mut hand, &stop)?;
+                    }
+                }
+            })
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        stop.fail(Error::other("a channel broke", "no cause"));
+        for collector in collectors {
+            let error = collector.join().expect("no panic").expect_err("stopped");
+            assert_eq!(error.to_string(), "a channel broke");
+        }
+        assert!(matches!(dispatch.next(None, 0), Job::End));
+    }
+}

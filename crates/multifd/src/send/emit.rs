@@ -1,0 +1,156 @@
+//! A channel's thread: it connects, introduces itself, and sends one packet after the other.
+//!
+//! It owns its connection, its head buffer and its codec. A packet is one call: the head and the pages, neighbours
+//! as one vector, straight from guest memory.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use arrayvec::ArrayVec;
+
+use super::{Shared, dispatch::Job};
+use crate::{
+    batch::{Batch, neighbours},
+    channel::{Connect, Link, OnFailure, Watch, send_all},
+    compress::Encode,
+    error::{Error, Result},
+    options::SendOptions,
+    ram::{MAX_PARTS, Part, RamBlock},
+    stats::ChannelCounters,
+    wire::{ChannelId, HeadBuffer, Initial},
+};
+
+/// The life of a channel. An error ends the whole migration.
+pub(super) fn run(id: ChannelId, shared: &Shared, options: &SendOptions, connector: &dyn Connect) {
+    let emitted = Emitter::connect(id, shared, options, connector).and_then(Emitter::emit);
+    if let Err(error) = emitted {
+        tracing::debug!(channel = id.0, %error, "multifd_send_error");
+        shared.stop.fail(error.on_channel(id));
+    }
+    tracing::debug!(channel = id.0, "multifd_send_thread_end");
+}
+
+struct Emitter<'a> {
+    id: ChannelId,
+    shared: &'a Shared,
+    counters: &'a ChannelCounters,
+    link: Box<dyn Link>,
+    head: HeadBuffer,
+    encoder: Option<Box<dyn Encode>>,
+    options: &'a SendOptions,
+    _watch: Watch,
+}
+
+impl<'a> Emitter<'a> {
+    fn connect(
+        id: ChannelId,
+        shared: &'a Shared,
+        options: &'a SendOptions,
+        connector: &dyn Connect,
+    ) -> Result<Self> {
+        let target = connector.target();
+        tracing::debug!(channel = id.0, %target, "multifd_new_send_channel_async");
+        let link = connector
+            .connect(&shared.stop, options.connect_timeout)
+            .map_err(|error| Error::io(format!("connect to {target}"), error))?;
+        let wake = OnFailure { stop: shared.stop.clone(), wake: link.waker() };
+        let mut emitter = Self {
+            id,
+            shared,
+            counters: &shared.counters[usize::from(id.0)],
+            _watch: shared.stop.watch(Arc::new(wake)),
+            link,
+            head: HeadBuffer::new(shared.blocks.page_size()),
+            encoder: options.method.encoder(),
+            options,
+        };
+        let initial = Initial { uuid: options.uuid, id }.encode();
+        send_all(&mut *emitter.link, &mut [Part::from(&initial[..])])
+            .map_err(|error| emitter.broken("send the initial packet", error))?;
+        emitter.counters.add_bytes(initial.len() as u64);
+        shared.dispatch.connected();
+        tracing::debug!(channel = id.0, peer = emitter.link.peer(), "multifd_send_thread_start");
+        Ok(emitter)
+    }
+
+    fn emit(mut self) -> Result<()> {
+        let (mut done, mut synced) = (None, 0);
+        loop {
+            match self.shared.dispatch.next(done.take(), synced) {
+                Job::Batch(batch) => {
+                    self.pages(&batch)?;
+                    done = Some(batch);
+                }
+                Job::Sync => {
+                    self.sync()?;
+                    synced += 1;
+                    self.shared.dispatch.synced();
+                }
+                Job::End => break,
+            }
+        }
+        if self.shared.stop.error().is_none() {
+            // Everything was sent and the destination has said so; how it takes our leave changes nothing.
+            let _ = self.link.close_send();
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, batch: &Batch) -> Result<()> {
+        let block = self.shared.blocks.block(batch.block)?;
+        let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
+        let (normal, zero) = (batch.normal(), batch.zero());
+        let plain = normal.len() * block.page_size().bytes();
+        let payload = match &mut self.encoder {
+            Some(encoder) if !normal.is_empty() => Some(encoder.encode(block, normal)?),
+            _ => None,
+        };
+        let payload_len = payload.map_or(plain, <[u8]>::len);
+        tracing::trace!(
+            channel = self.id.0,
+            packet_num,
+            normal = normal.len(),
+            zero = zero.len(),
+            next_packet_size = payload_len,
+            block = %block.name(),
+            "multifd_send"
+        );
+        let length = u32::try_from(payload_len).expect("a payload stays below 1 MiB");
+        let method = self.options.method.flags();
+        let head = self.head.pages(method, packet_num, block.name(), normal, zero, length);
+        let bytes = head.len() + payload_len;
+        let sent = {
+            let mut parts: ArrayVec<Part<'_>, MAX_PARTS> = ArrayVec::new();
+            parts.push(Part::from(head));
+            match payload {
+                Some(payload) => parts.push(Part::from(payload)),
+                None => parts.extend(in_place(block, batch)),
+            }
+            send_all(&mut *self.link, &mut parts)
+        };
+        sent.map_err(|error| self.broken(format_args!("send packet {packet_num}"), error))?;
+        self.counters.add_packet(normal.len(), zero.len(), bytes as u64);
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
+        tracing::trace!(channel = self.id.0, packet_num, "multifd_send_sync");
+        let head = self.head.sync(packet_num);
+        let bytes = head.len() as u64;
+        let sent = send_all(&mut *self.link, &mut [Part::from(head)]);
+        sent.map_err(|error| self.broken(format_args!("send SYNC packet {packet_num}"), error))?;
+        self.counters.add_packet(0, 0, bytes);
+        Ok(())
+    }
+
+    fn broken(&self, doing: impl std::fmt::Display, error: std::io::Error) -> Error {
+        Error::io(format!("{doing} to {}", self.link.peer()), error)
+    }
+}
+
+/// The batch's pages where they are, neighbours as one part.
+fn in_place<'b>(block: &'b RamBlock, batch: &'b Batch) -> impl Iterator<Item = Part<'b>> {
+    neighbours(batch.normal().iter().copied()).map(|(first, count)| {
+        block.slice(first, count).expect("queued pages were found in their block").into()
+    })
+}

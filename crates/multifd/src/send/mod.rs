@@ -1,0 +1,219 @@
+//! The source's side of the channels.
+//!
+//! ```text
+//!   collect            dispatch                     emit (a thread a channel)
+//! queue(page) ─▶ Batch ═══swap═══▶ ready ──next──▶ multifdsend_0 ─▶ Link
+//!                  ▲                  │     └────▶ multifdsend_1 ─▶ Link
+//!                  └────── free ◀─────┴── done ──────────┘
+//! sync() ──────────────── raises the sync number ──▶ one SYNC on every channel
+//! ```
+//!
+//! The collector belongs to one thread, the caller's. Batches have one owner at a time. No lock is held while bytes
+//! are written. This module knows nothing of the main stream.
+
+mod collect;
+mod dispatch;
+mod emit;
+
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    thread::{Builder, JoinHandle},
+};
+
+use dispatch::Dispatch;
+
+use crate::{
+    batch::Batch,
+    channel::{Connect, Stop, Watch},
+    error::{Error, Result, Usage},
+    options::SendOptions,
+    ram::{Memory, RamBlocks},
+    stats::{ChannelCounters, ChannelStats},
+    wire::ChannelId,
+};
+
+/// Sends pages over N channels: the data plane of one outgoing migration.
+///
+/// Made with [`new`](Sender::new), connected once with [`set_up`](Sender::set_up), fed with
+/// [`queue`](Sender::queue) and [`sync`](Sender::sync), ended with [`finish`](Sender::finish). Dropped before, it
+/// cancels the migration and joins its threads.
+#[derive(Debug)]
+pub struct Sender {
+    options: SendOptions,
+    blocks: Arc<RamBlocks>,
+    stop: Stop,
+    hand: Batch,
+    shared: Option<Arc<Shared>>,
+    threads: Vec<JoinHandle<()>>,
+    /// Has the channels and the collector woken at the stop, for as long as the sender lives.
+    watch: Option<Watch>,
+}
+
+/// What the channels' threads share with the collector.
+struct Shared {
+    /// Never changes.
+    blocks: Arc<RamBlocks>,
+    /// Locked within; see `docs/concurrency.md`.
+    stop: Stop,
+    dispatch: Dispatch,
+    /// Drawn by each channel as it fills a head.
+    packet_num: AtomicU64,
+    /// Each written by its channel only.
+    counters: Box<[ChannelCounters]>,
+}
+
+impl Sender {
+    /// A sender for `blocks`, not connected yet. `stop` ends it together with the rest of the migration.
+    ///
+    /// # Errors
+    /// [`Usage`] if the options contradict each other, a block lives in a file, or a block ends inside a page:
+    /// the wire carries whole pages, so its last bytes would be lost.
+    pub fn new(options: SendOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
+        options.check()?;
+        for (_, block) in blocks.iter() {
+            let (name, used_length, page_size) = (block.name(), block.used_length(), block.page_size());
+            if matches!(block.memory(), Memory::File { .. }) {
+                return Err(Usage::NotMapped(name.clone()).into());
+            }
+            if used_length % page_size.bytes() as u64 != 0 {
+                return Err(Usage::PartialPage { name: name.clone(), used_length, page_size }.into());
+            }
+        }
+        let hand = Batch::new(blocks.page_size());
+        Ok(Self { options, blocks, stop, hand, shared: None, threads: Vec::new(), watch: None })
+    }
+
+    /// Starts the channels' threads, each of which connects. Returns at once; a connect that fails stops the
+    /// migration. The main connection must be established before.
+    ///
+    /// # Errors
+    /// [`Usage::UsedTwice`] the second time; the system's error if it refuses a thread.
+    pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
+        if self.shared.is_some() {
+            return Err(Usage::UsedTwice.into());
+        }
+        self.stop.check()?;
+        let channels = self.options.channels;
+        let shared = Arc::new(Shared {
+            blocks: self.blocks.clone(),
+            stop: self.stop.clone(),
+            dispatch: Dispatch::new(channels, self.blocks.page_size()),
+            packet_num: AtomicU64::new(0),
+            counters: std::iter::repeat_with(ChannelCounters::default).take(channels.into()).collect(),
+        });
+        self.watch = Some(self.stop.watch(Arc::new(WakeDispatch(shared.clone()))));
+        self.shared = Some(shared.clone());
+        for id in (0..channels).map(ChannelId) {
+            let (shared, options, connector) = (shared.clone(), self.options.clone(), connector.clone());
+            let thread = Builder::new()
+                .name(format!("multifdsend_{id}"))
+                .spawn(move || emit::run(id, &shared, &options, &*connector))
+                .map_err(|error| self.stop.fail(Error::io("start a channel's thread", error)))?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Waits until every channel has connected and sent its initial packet.
+    ///
+    /// # Errors
+    /// The error that stopped the migration, such as a connect that failed.
+    pub fn wait_connected(&self) -> Result<()> {
+        let shared = self.shared()?;
+        shared.dispatch.wait_connected(&shared.stop)
+    }
+
+    /// The number of channels.
+    pub fn channels(&self) -> u8 {
+        self.options.channels
+    }
+
+    /// The blocks that it sends.
+    pub fn blocks(&self) -> &Arc<RamBlocks> {
+        &self.blocks
+    }
+
+    /// What stops it.
+    pub fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
+    /// What each channel has carried so far; exact after a [`sync`](Sender::sync) and at the end.
+    pub fn stats(&self) -> Vec<ChannelStats> {
+        self.counters().stats()
+    }
+
+    /// The same counters for another thread to read, a progress display say.
+    pub fn counters(&self) -> SendCounters {
+        SendCounters(self.shared.clone())
+    }
+
+    /// Ends well: the destination has said that it has everything. Closes the channels and joins their threads.
+    ///
+    /// # Errors
+    /// The error that stopped the migration before.
+    pub fn finish(mut self) -> Result<Vec<ChannelStats>> {
+        self.stop.finish();
+        self.join();
+        self.stop.check()?;
+        Ok(self.stats())
+    }
+
+    /// Joins the channels' threads, cancelling the migration if it has not ended. Harmless before
+    /// [`set_up`](Sender::set_up) and when called again.
+    pub fn clean_up(&mut self) {
+        if self.shared.is_some() {
+            tracing::debug!("multifd_send_terminate_threads");
+            self.stop.cancel();
+            self.join();
+        }
+    }
+
+    fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                self.stop.fail(Error::other("a channel's thread panicked", "a bug in this library"));
+            }
+        }
+    }
+
+    fn ready(&self) -> Result<()> {
+        if self.shared.is_none() { Err(Usage::TooEarly("the sender").into()) } else { self.stop.check() }
+    }
+
+    fn shared(&self) -> Result<&Shared> {
+        self.shared.as_deref().ok_or_else(|| Usage::TooEarly("the sender").into())
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.clean_up();
+    }
+}
+
+/// Reads the counters of a [`Sender`] from any thread.
+#[derive(Clone)]
+pub struct SendCounters(Option<Arc<Shared>>);
+
+impl SendCounters {
+    /// What each channel has carried so far.
+    pub fn stats(&self) -> Vec<ChannelStats> {
+        let counters = self.0.iter().flat_map(|shared| &shared.counters);
+        (0..=u8::MAX).map(ChannelId).zip(counters).map(|(id, counters)| counters.snapshot(id)).collect()
+    }
+}
+
+struct WakeDispatch(Arc<Shared>);
+
+impl crate::channel::Wake for WakeDispatch {
+    fn wake(&self) {
+        self.0.dispatch.wake();
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("stop", &self.stop).finish_non_exhaustive()
+    }
+}

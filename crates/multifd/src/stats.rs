@@ -1,0 +1,56 @@
+//! What has moved, counted where it moves and named as QEMU's `query-migrate` names it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::wire::ChannelId;
+
+/// What one channel has carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChannelStats {
+    /// The channel.
+    pub id: ChannelId,
+    /// Packets, SYNC packets included, the initial packet not.
+    pub packets: u64,
+    /// Pages whose bytes travelled.
+    pub normal: u64,
+    /// Pages that were listed as zero.
+    pub zero: u64,
+    /// Bytes on the connection: initial packet, heads and payloads.
+    pub bytes: u64,
+}
+
+/// A channel's counters: written by its own thread, read by any.
+#[derive(Debug, Default)]
+pub(crate) struct ChannelCounters {
+    packets: AtomicU64,
+    normal: AtomicU64,
+    zero: AtomicU64,
+    bytes: AtomicU64,
+}
+
+// Relaxed throughout: the numbers order nothing. A reader that has joined the thread, or passed a channel sync
+// with it, sees them exact.
+impl ChannelCounters {
+    /// Bytes that belong to no packet.
+    pub(crate) fn add_bytes(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A packet with its pages and all its bytes.
+    pub(crate) fn add_packet(&self, normal: usize, zero: usize, bytes: u64) {
+        self.packets.fetch_add(1, Ordering::Relaxed);
+        self.normal.fetch_add(normal as u64, Ordering::Relaxed);
+        self.zero.fetch_add(zero as u64, Ordering::Relaxed);
+        self.add_bytes(bytes);
+    }
+
+    pub(crate) fn snapshot(&self, id: ChannelId) -> ChannelStats {
+        ChannelStats {
+            id,
+            packets: self.packets.load(Ordering::Relaxed),
+            normal: self.normal.load(Ordering::Relaxed),
+            zero: self.zero.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
