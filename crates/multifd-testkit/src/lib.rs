@@ -12,4 +12,4 @@
 
 pub mod guest;
 pub mod pattern;
-//pub mod qemu;
+pub mod qemu;

@@ -150,7 +150,6 @@ impl Pattern {
 
     /// What the word at `index` of a page comes from. The id leaves twelve bits zero, by which a word of
     /// another making is told.
-    #[expect(clippy::cast_possible_truncation, reason = "cut to ten bits")]
     fn origin(&self, word: u64, index: usize) -> Option<Origin> {
         let id = unmix(word.wrapping_sub((index as u64).wrapping_mul(STEP))) ^ self.seed;
         let small = |shift: u32| (id >> shift & SMALL_MASK) as u16;

@@ -1,0 +1,153 @@
+//! Which QEMU programs there are, and what a test does without one.
+//!
+//! Looked for, in this order: the launcher that `cargo xtask test` names in `MULTIFD_QEMU_7_2` or
+//! `MULTIFD_QEMU_10_0`; the one that `cargo xtask qemu` left under `target/qemu`; `$MULTIFD_QEMU` or
+//! `qemu-system-x86_64` of `PATH`, if its version can stand in.
+
+use std::env;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use super::VmBuilder;
+
+/// A QEMU that can be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qemu {
+    program: PathBuf,
+    series: &'static str,
+}
+
+/// A series the tests know, and the one look for it that a process makes.
+struct Series {
+    name: &'static str,
+    variable: &'static str,
+    newest: bool,
+    found: OnceLock<Result<PathBuf, String>>,
+}
+
+static V7_2: Series =
+    Series { name: "7.2", variable: "MULTIFD_QEMU_7_2", newest: false, found: OnceLock::new() };
+static V10_0: Series =
+    Series { name: "10.0", variable: "MULTIFD_QEMU_10_0", newest: true, found: OnceLock::new() };
+
+impl Qemu {
+    /// QEMU 7.2. `None` means that the test is to return: it has been listed as skipped.
+    ///
+    /// # Panics
+    ///
+    /// If there is none and `CI` or `MULTIFD_REQUIRE_QEMU` is set.
+    pub fn v7_2() -> Option<Self> {
+        V7_2.find()
+    }
+
+    /// QEMU 10.0. `None` means that the test is to return: it has been listed as skipped.
+    ///
+    /// # Panics
+    ///
+    /// If there is none and `CI` or `MULTIFD_REQUIRE_QEMU` is set.
+    pub fn v10_0() -> Option<Self> {
+        V10_0.find()
+    }
+
+    /// Both, oldest first; for tests that need the pair.
+    ///
+    /// # Panics
+    ///
+    /// If one is missing and `CI` or `MULTIFD_REQUIRE_QEMU` is set.
+    pub fn both() -> Option<[Self; 2]> {
+        Some([Self::v7_2()?, Self::v10_0()?])
+    }
+
+    /// The series it plays: `7.2` or `10.0`.
+    pub fn series(&self) -> &'static str {
+        self.series
+    }
+
+    /// Its own machine type: `pc-q35-7.2` or `pc-q35-10.0`.
+    pub fn machine(&self) -> String {
+        format!("pc-q35-{}", self.series)
+    }
+
+    /// The program to start.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// A machine on this QEMU, to be described and started.
+    pub fn vm(&self) -> VmBuilder {
+        VmBuilder::new(self.clone())
+    }
+}
+
+impl Series {
+    fn find(&self) -> Option<Qemu> {
+        match self.found.get_or_init(|| self.look()) {
+            Ok(program) => Some(Qemu { program: program.clone(), series: self.name }),
+            Err(reason) => {
+                skip(&format!("no QEMU {}: {reason}", self.name));
+                None
+            }
+        }
+    }
+
+    fn look(&self) -> Result<PathBuf, String> {
+        if !cfg!(target_arch = "x86_64") {
+            return Err("the guest's program is assembled on x86-64 only".into());
+        }
+        if let Some(program) = env::var_os(self.variable).filter(|value| !value.is_empty()) {
+            return Ok(program.into());
+        }
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let fetched = workspace.join("target/qemu").join(self.name);
+        if fetched.join("stamp").exists() {
+            return Ok(fetched.join(PROGRAM));
+        }
+        let program = env::var_os("MULTIFD_QEMU").map_or_else(|| PROGRAM.into(), PathBuf::from);
+        let version = version_of(&program)
+            .map_err(|reason| format!("not fetched (`cargo xtask qemu` does), and {reason}"))?;
+        let (have, want) = (numbers(&version), numbers(self.name));
+        if have == want || (self.newest && have > want) {
+            Ok(program)
+        } else {
+            Err(format!("not fetched, and {} is {version}, which cannot stand in", program.display()))
+        }
+    }
+}
+
+/// Lists the running test as skipped, loudly.
+///
+/// # Panics
+///
+/// If `CI` or `MULTIFD_REQUIRE_QEMU` is set: there a skip is a failure.
+fn skip(reason: &str) {
+    let set = |name: &str| env::var(name).is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
+    assert!(!set("CI") && !set("MULTIFD_REQUIRE_QEMU"), "{reason}");
+    let thread = std::thread::current();
+    let line = format!("{}: {reason}\n", thread.name().unwrap_or("a test"));
+    let listed = env::var_os("MULTIFD_SKIP_FILE")
+        .and_then(|path| OpenOptions::new().append(true).create(true).open(path).ok())
+        .is_some_and(|mut file| file.write_all(line.as_bytes()).is_ok());
+    if !listed {
+        // Past the test runner, which keeps what a passing test prints to itself.
+        let _ = std::io::stderr().write_all(format!("SKIPPED {line}").as_bytes());
+    }
+}
+
+fn version_of(program: &Path) -> Result<String, String> {
+    let output = Command::new(program)
+        .arg("--version")
+        .output()
+        .map_err(|cause| format!("{} cannot be started: {cause}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut words = text.split_ascii_whitespace().skip_while(|word| *word != "version");
+    words.nth(1).map(str::to_owned).ok_or_else(|| format!("{} tells no version", program.display()))
+}
+
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').map_while(|part| part.parse().ok()).take(2).collect()
+}
+
+const PROGRAM: &str = "qemu-system-x86_64";

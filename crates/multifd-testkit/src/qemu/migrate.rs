@@ -1,0 +1,114 @@
+//! What a migration test asks of either end.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use super::{Error, Vm, wait_for};
+
+impl Vm {
+    /// Switches migration capabilities.
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub fn set_capabilities(&mut self, capabilities: &[(&str, bool)]) -> Result<(), Error> {
+        let list: Vec<Value> = capabilities
+            .iter()
+            .map(|(capability, state)| json!({ "capability": capability, "state": state }))
+            .collect();
+        self.execute("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
+    }
+
+    /// Sets migration parameters, an object named as in `migrate-set-parameters`.
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub fn set_parameters(&mut self, parameters: Value) -> Result<(), Error> {
+        self.execute("migrate-set-parameters", parameters).map(drop)
+    }
+
+    /// Switches multifd on with this many channels; 0 switches it off.
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub fn set_multifd_channels(&mut self, channels: u8) -> Result<(), Error> {
+        self.set_capabilities(&[("multifd", channels > 0)])?;
+        if channels > 0 { self.set_parameters(json!({ "multifd-channels": channels })) } else { Ok(()) }
+    }
+
+    /// Starts to migrate to `address`, in QEMU's form: `tcp:HOST:PORT`, `unix:PATH`, `file:PATH`, …
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub fn migrate(&mut self, address: &str) -> Result<(), Error> {
+        self.execute("migrate", json!({ "uri": address })).map(drop)
+    }
+
+    /// Starts to listen at `address`, or to load the file it names. Returns the address with the real port.
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub fn migrate_incoming(&mut self, address: &str) -> Result<String, Error> {
+        self.execute("migrate-incoming", json!({ "uri": address }))?;
+        if !address.starts_with("tcp:") {
+            return Ok(address.to_owned());
+        }
+        let answer = self.query_migrate()?;
+        let place = &answer["socket-address"][0];
+        match (place["host"].as_str(), place["port"].as_str()) {
+            (Some(host), Some(port)) if host.contains(':') => Ok(format!("tcp:[{host}]:{port}")),
+            (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
+            _ => Err(Error::Unmet(format!("expected a socket-address, met {answer}"))),
+        }
+    }
+
+    /// All that QEMU tells of its migration.
+    ///
+    /// # Errors
+    ///
+    /// As [`execute`](Self::execute).
+    pub fn query_migrate(&mut self) -> Result<Value, Error> {
+        self.execute("query-migrate", Value::Object(Map::new()))
+    }
+
+    /// Waits until the migration is in the state `status`, and returns all that QEMU tells of it.
+    ///
+    /// # Errors
+    ///
+    /// When it ends in another state, does not come there in time, or QEMU is gone.
+    pub fn wait_migration(&mut self, status: &str, patience: Duration) -> Result<Value, Error> {
+        let mut last = Value::Null;
+        let what = format!("migration status {status} on QEMU {}", self.series());
+        wait_for(&what, patience, || {
+            last = self.query_migrate()?;
+            match last["status"].as_str() {
+                Some(met) if met == status => Ok(Some(last.clone())),
+                Some("completed" | "failed" | "cancelled") => {
+                    Err(Error::Unmet(format!("expected {what}, met {last}")))
+                }
+                _ => Ok(None),
+            }
+        })
+        .map_err(|error| {
+            let error = self.explain(error);
+            error.with(&format!("\n  query-migrate: {last}"))
+        })
+    }
+
+    /// Waits until the guest's state is `state`, in QEMU's words (`running`, `postmigrate`, …).
+    ///
+    /// # Errors
+    ///
+    /// When it does not come there in time, or QEMU is gone.
+    pub fn wait_run_state(&mut self, state: &str, patience: Duration) -> Result<(), Error> {
+        wait_for(&format!("state {state} of the guest"), patience, || {
+            Ok((self.run_state()? == state).then_some(()))
+        })
+        .map_err(|error| self.explain(error))
+    }
+}

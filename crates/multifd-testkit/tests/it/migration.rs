@@ -1,0 +1,71 @@
+//! A guest moves from one QEMU to another and finds its memory as it left it: so the kit tells no lies about
+//! migrations that are known to work.
+
+use multifd_testkit::guest::Guest;
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
+use serde_json::json;
+
+/// Moves a running guest and lets it go on; says what the source told of it.
+fn migrate(
+    source: &mut Vm,
+    destination: &mut Vm,
+    channels: u8,
+    listen: &str,
+) -> Result<serde_json::Value, Error> {
+    for vm in [&mut *source, &mut *destination] {
+        vm.set_multifd_channels(channels)?;
+    }
+    source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
+    let address = destination.migrate_incoming(listen)?;
+    source.wait_round(3, PATIENCE)?;
+
+    source.migrate(&address)?;
+    let told = source.wait_migration("completed", PATIENCE)?;
+    destination.wait_migration("completed", PATIENCE)?;
+
+    let at = source.round()?.unwrap_or_default();
+    // More rounds than it takes to look at every filled page once.
+    destination.wait_round(at + 40, PATIENCE)?;
+    Ok(told)
+}
+
+fn live(from: &Qemu, to: &Qemu, channels: u8, listen: &str) -> Result<serde_json::Value, Error> {
+    let guest = Guest::new();
+    let vm = |qemu: &Qemu| qemu.vm().machine(&from.machine()).guest(&guest);
+    let mut source = vm(from).start()?;
+    let mut destination = vm(to).incoming().start()?;
+    migrate(&mut source, &mut destination, channels, listen)
+}
+
+#[test]
+fn live_guest_moves_over_one_connection_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    live(&qemu, &qemu, 0, "tcp:127.0.0.1:0").unwrap();
+}
+
+#[test]
+fn live_guest_moves_over_one_connection_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    live(&qemu, &qemu, 0, "tcp:127.0.0.1:0").unwrap();
+}
+
+#[test]
+fn live_guest_moves_over_four_channels_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    let told = live(&qemu, &qemu, 4, "tcp:127.0.0.1:0").unwrap();
+    assert!(told["ram"]["multifd-bytes"].as_u64() > Some(30 << 20), "{told}");
+}
+
+#[test]
+fn live_guest_moves_over_four_channels_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    let told = live(&qemu, &qemu, 4, "tcp:[::1]:0").unwrap();
+    assert!(told["ram"]["multifd-bytes"].as_u64() > Some(30 << 20), "{told}");
+}
+
+#[test]
+fn live_guest_moves_from_7_2_to_10_0_over_a_unix_socket() {
+    let Some([old, new]) = Qemu::both() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    live(&old, &new, 2, &format!("unix:{}/socket", folder.path().display())).unwrap();
+}
