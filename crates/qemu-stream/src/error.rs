@@ -1,0 +1,413 @@
+//! What can go wrong, sorted by who is at fault.
+//!
+//! Every error that bytes caused says where: the stream, and the offset in it at which the field
+//! begins. Causes from below are in `source()`, not in the text.
+
+use std::{borrow::Cow, fmt, io};
+
+use multifd::ram::{BlockName, BlockOffset};
+
+use crate::format::{MachineType, Misfit, SectionId, SectionName};
+
+/// Why a stream or a file could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Bytes that mean nothing in the format.
+    #[error("{at}: {what}")]
+    Malformed {
+        /// Where the field begins.
+        at: Place,
+        /// What is wrong with it.
+        what: Malformed,
+    },
+    /// The stream ends in the middle.
+    #[error("{at}: stream ends where {expected} was expected")]
+    Cut {
+        /// Where the stream ends.
+        at: Place,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// Well-formed bytes where the rules do not allow them.
+    #[error("{at}: {what}")]
+    Peer {
+        /// Where they stand.
+        at: Place,
+        /// Which rule was broken.
+        what: PeerMisbehaved,
+    },
+    /// The peer uses what this library does not speak.
+    #[error("{at}: {what}")]
+    Unsupported {
+        /// Where it is used.
+        at: Place,
+        /// What it is, and what to switch off.
+        what: Unsupported,
+    },
+    /// The destination says that it failed; the guest can go on at the source.
+    #[error("destination failed with SHUT {code}; the guest can go on at the source")]
+    DestinationFailed {
+        /// The value of the SHUT message, never 0.
+        code: u32,
+    },
+    /// The destination left without SHUT; the guest can go on at the source.
+    #[error("{at}: destination closed the return path without SHUT; the guest can go on at the source")]
+    NoShut {
+        /// How far the return path got.
+        at: Place,
+    },
+    /// No message came in time.
+    #[error("{at}: deadline passed where {expected} was expected")]
+    TimedOut {
+        /// How far the stream got.
+        at: Place,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// The caller asked for what cannot be done.
+    #[error("{0}")]
+    Caller(#[from] CallerMistake),
+    /// The implementation of [`Destination`](crate::incoming::Destination) failed.
+    #[error("{at}: destination could not take {what}")]
+    Destination {
+        /// How far the stream got.
+        at: Place,
+        /// What it was asked to take.
+        what: &'static str,
+        /// Its own error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The implementation of [`Channels`](crate::outgoing::Channels) failed.
+    #[error("{at}: channels could not be synchronised")]
+    Channels {
+        /// How far the main stream got.
+        at: Place,
+        /// Its own error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The system refused to read or write.
+    #[error("{at}: cannot {doing}")]
+    Io {
+        /// How far the stream got.
+        at: Place,
+        /// What was tried.
+        doing: &'static str,
+        /// The system's error.
+        source: io::Error,
+    },
+}
+
+/// A stream and an offset in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which stream.
+    pub stream: Stream,
+    /// Bytes from its beginning; for a file, from the beginning of the file.
+    pub offset: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: offset {:#x}", self.stream, self.offset)
+    }
+}
+
+/// Which stream is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stream {
+    /// The main stream, source to destination.
+    Main,
+    /// The messages from destination to source.
+    ReturnPath,
+    /// A mapped-ram file.
+    File,
+}
+
+impl fmt::Display for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Main => "main stream",
+            Self::ReturnPath => "return path",
+            Self::File => "mapped-ram file",
+        })
+    }
+}
+
+/// Bytes that mean nothing in the format.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Malformed {
+    /// A field holds what it must not hold.
+    #[error("{field}: expected {expected}, met {met:#x}")]
+    Value {
+        /// The field.
+        field: Cow<'static, str>,
+        /// What it may hold.
+        expected: Cow<'static, str>,
+        /// What it holds.
+        met: u64,
+    },
+    /// A length or count above its bound.
+    #[error("{field}: expected at most {max:#x}, met {met:#x}")]
+    TooLong {
+        /// The field.
+        field: Cow<'static, str>,
+        /// The bound.
+        max: u64,
+        /// What was met.
+        met: u64,
+    },
+    /// A name is empty, holds a NUL or is not printable where it must be.
+    #[error("{field}: expected a name of 1 to 255 bytes without NUL, met \"{met}\"")]
+    Name {
+        /// Which name.
+        field: &'static str,
+        /// The bytes, escaped.
+        met: String,
+    },
+    /// A RAM record with flags that make no record.
+    #[error("ram record: expected one known kind, met flags {flags:#x}")]
+    RecordFlags {
+        /// The flags.
+        flags: u64,
+    },
+    /// The closing description does not fit the sections before it.
+    #[error("device part: {0}")]
+    DevicePart(#[source] Misfit),
+    /// The stream ended without a description that fits.
+    #[error(
+        "device part: ends after {length:#x} bytes without a description that fits{}; \
+         the stream is incomplete, or the source's machine option suppress-vmdesc is on (switch it off)",
+        last.as_ref().map(|m| format!(" (nearest: {m})")).unwrap_or_default()
+    )]
+    NoDescription {
+        /// Bytes after the RAM section.
+        length: u64,
+        /// Why the nearest candidate did not fit.
+        last: Option<Misfit>,
+    },
+}
+
+/// Well-formed bytes where the rules do not allow them.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeerMisbehaved {
+    /// A record or message names a block that is not in the list.
+    #[error("block \"{0}\" is not in the block list")]
+    UnknownBlock(BlockName),
+    /// Two entries of the list have one name.
+    #[error("block \"{0}\" is listed twice")]
+    BlockTwice(BlockName),
+    /// A page does not lie in its block.
+    #[error("page at {offset} outside block \"{block}\" ({used_length:#x})")]
+    PageOutside {
+        /// The block.
+        block: BlockName,
+        /// The page's offset.
+        offset: BlockOffset,
+        /// The block's used length.
+        used_length: u64,
+    },
+    /// A used length is not a whole number of pages.
+    #[error("block \"{block}\": expected a used length in whole pages of {page_size:#x}, met {met:#x}")]
+    PartialPage {
+        /// The block.
+        block: BlockName,
+        /// The page size in bytes.
+        page_size: u64,
+        /// The used length.
+        met: u64,
+    },
+    /// The blocks are longer than the total that was announced.
+    #[error("block \"{block}\": length {met:#x} is more than the {left:#x} left of the total")]
+    BeyondTotal {
+        /// The block.
+        block: BlockName,
+        /// What is left of the total.
+        left: u64,
+        /// The block's used length.
+        met: u64,
+    },
+    /// A record continues a block, and there was none before it.
+    #[error("ram record: flag CONTINUE (0x20), but no record named a block before")]
+    NoCurrentBlock,
+    /// A record stands where it has no place.
+    #[error("{record} record has no place {place}")]
+    Misplaced {
+        /// The record or section.
+        record: &'static str,
+        /// Where it stands.
+        place: &'static str,
+    },
+    /// The footer closes another section.
+    #[error("footer: expected section {expected}, met {met}")]
+    Footer {
+        /// The section that is open.
+        expected: SectionId,
+        /// The section the footer names.
+        met: SectionId,
+    },
+    /// A section that is not the RAM section.
+    #[error("section {met} was never started; the ram section is {expected}")]
+    UnknownSection {
+        /// The RAM section.
+        expected: SectionId,
+        /// The section named.
+        met: SectionId,
+    },
+    /// The footer is missing.
+    #[error("section {section}: expected a footer (0x7e), met {met:#x}")]
+    NoFooter {
+        /// The section that is open.
+        section: SectionId,
+        /// The byte in its place.
+        met: u8,
+    },
+    /// PING before OPEN_RETURN_PATH.
+    #[error("command PING without a return path")]
+    PingWithoutReturnPath,
+    /// Parts of a mapped-ram file lie on each other or outside the file.
+    #[error("block \"{block}\": {what} at {at:#x}, expected {expected}")]
+    Placement {
+        /// The block.
+        block: BlockName,
+        /// Its bitmap or its pages.
+        what: &'static str,
+        /// Where it is said to lie.
+        at: u64,
+        /// Where it may lie.
+        expected: String,
+    },
+    /// More candidates for the end than any real device part has.
+    #[error("device part: more than {max} places look like its end")]
+    TooManyEnds {
+        /// The bound.
+        max: usize,
+    },
+}
+
+/// What the peer uses and this library does not speak.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// The stream has another version.
+    #[error("stream version {0}: expected 3")]
+    Version(u32),
+    /// A subsection of the configuration whose length nobody can know.
+    #[error("configuration subsection \"{0}\" is unknown and cannot be skipped")]
+    Subsection(SectionName),
+    /// A page size that is no size from 4 to 64 KiB.
+    #[error("target page bits {0}: expected 12 to 16")]
+    PageBits(u32),
+    /// A section that cannot be skipped, because it has no length.
+    #[error("section \"{name}\" cannot be skipped{}", remedy.map(|r| format!("; {r}")).unwrap_or_default())]
+    Section {
+        /// Its name.
+        name: SectionName,
+        /// What to do about it.
+        remedy: Option<&'static str>,
+    },
+    /// A device sent before RAM.
+    #[error("device \"{name}\" is sent before ram; its length is unknown there: unplug it at the source")]
+    EarlyDevice {
+        /// The device.
+        name: SectionName,
+    },
+    /// Something that a capability of the source has brought.
+    #[error("{what} is not served: switch capability {capability} off at the source")]
+    Capability {
+        /// What was met.
+        what: &'static str,
+        /// The capability to switch off.
+        capability: &'static str,
+    },
+    /// Something that a capability must bring and has not.
+    #[error("{what}: capability {capability} was off when it was written")]
+    NeedsCapability {
+        /// What was met.
+        what: &'static str,
+        /// The capability that should have been on.
+        capability: &'static str,
+    },
+    /// A mapped-ram header of a later version.
+    #[error("block \"{block}\": mapped-ram header version {met}, expected at most 1")]
+    MappedRamVersion {
+        /// The block.
+        block: BlockName,
+        /// The version.
+        met: u32,
+    },
+}
+
+/// What the caller did wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallerMistake {
+    /// Calls in the wrong order.
+    #[error("{call} has no place {state}")]
+    OutOfOrder {
+        /// The call.
+        call: &'static str,
+        /// Where the stream is.
+        state: &'static str,
+    },
+    /// A block list that cannot be written.
+    #[error("block list: {0}")]
+    Blocks(String),
+    /// A page that is not in its block.
+    #[error("page {page} is not in block {block}")]
+    NoSuchPage {
+        /// Number of the block in the list.
+        block: usize,
+        /// The page.
+        page: u64,
+    },
+    /// A name, machine type or device that cannot be written.
+    #[error("{what}: {why}")]
+    Value {
+        /// What was given.
+        what: &'static str,
+        /// Why it cannot be used.
+        why: String,
+    },
+    /// The machine type does not go with what was asked.
+    #[error("machine type {machine}: {why}")]
+    Machine {
+        /// The machine type.
+        machine: MachineType,
+        /// What does not go with it.
+        why: &'static str,
+    },
+}
+
+impl Malformed {
+    pub(crate) fn value(
+        field: impl Into<Cow<'static, str>>,
+        expected: impl Into<Cow<'static, str>>,
+        met: impl Into<u64>,
+    ) -> Self {
+        Self::Value { field: field.into(), expected: expected.into(), met: met.into() }
+    }
+
+    pub(crate) fn too_long(field: impl Into<Cow<'static, str>>, max: u64, met: u64) -> Self {
+        Self::TooLong { field: field.into(), max, met }
+    }
+
+    pub(crate) fn at(self, at: Place) -> Error {
+        Error::Malformed { at, what: self }
+    }
+}
+
+impl PeerMisbehaved {
+    pub(crate) fn at(self, at: Place) -> Error {
+        Error::Peer { at, what: self }
+    }
+}
+
+impl Unsupported {
+    pub(crate) fn at(self, at: Place) -> Error {
+        Error::Unsupported { at, what: self }
+    }
+}

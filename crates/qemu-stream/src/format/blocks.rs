@@ -1,0 +1,225 @@
+//! The block list of the RAM section's START.
+//!
+//! ```text
+//! u64 total | MEM_SIZE (0x4)
+//! per block: counted name | u64 used length | [u64 address, if x-ignore-shared] | [mapped-ram header]
+//! ```
+//!
+//! The list has no count: it ends when the lengths have used up the total. So a list cannot end
+//! with an empty block, and the total must be whole pages, or its low bits would be taken for flags.
+
+use std::{collections::HashMap, fmt, io::Read};
+
+use multifd::ram::{BlockName, BlockOffset, PageIndex, PageSize};
+
+use super::{Put, Reader, limits, record};
+use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved};
+
+/// The number of a block in the list, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockIndex(pub usize);
+
+impl fmt::Display for BlockIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// One block of the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockEntry {
+    /// Its name (`idstr`).
+    pub name: BlockName,
+    /// Bytes in use, whole pages.
+    pub used_length: u64,
+    /// Its guest-physical address; sent with x-ignore-shared only.
+    pub address: Option<u64>,
+}
+
+impl BlockEntry {
+    /// A block without an address.
+    pub fn new(name: BlockName, used_length: u64) -> Self {
+        Self { name, used_length, address: None }
+    }
+
+    /// Appends the entry; a mapped-ram header is not part of it.
+    pub(crate) fn encode(&self, ignore_shared: bool, out: &mut Vec<u8>) {
+        out.put_name(&self.name);
+        out.put_u64(self.used_length);
+        if ignore_shared {
+            out.put_u64(self.address.unwrap_or_default());
+        }
+    }
+}
+
+/// All RAM blocks of a machine, in the order of the stream; names differ, lengths are whole pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockList {
+    entries: Vec<BlockEntry>,
+    by_name: HashMap<BlockName, BlockIndex>,
+    page_size: PageSize,
+    total: u64,
+}
+
+impl BlockList {
+    /// A list of these blocks.
+    ///
+    /// # Errors
+    /// If two have one name, a length is no whole number of pages, the last one is empty, or there
+    /// are more, or longer ones, than a list may have.
+    pub fn new(entries: Vec<BlockEntry>, page_size: PageSize) -> Result<Self, CallerMistake> {
+        let refused = |why: String| Err(CallerMistake::Blocks(why));
+        if entries.len() > limits::BLOCKS {
+            return refused(format!("expected at most {}, met {}", limits::BLOCKS, entries.len()));
+        }
+        if let Some(last) = entries.last().filter(|last| last.used_length == 0) {
+            return refused(format!(
+                "\"{}\" is empty and last, where no reader would find it; list it earlier or leave it out",
+                last.name
+            ));
+        }
+        let mut list = Self { entries: Vec::new(), by_name: HashMap::new(), page_size, total: 0 };
+        for entry in entries {
+            if entry.used_length % page_size.bytes() as u64 != 0 {
+                let length = entry.used_length;
+                return refused(format!("\"{}\" has {length:#x} bytes, not whole pages", entry.name));
+            }
+            if entry.used_length > limits::RAM_TOTAL - list.total {
+                return refused(format!("expected at most {:#x} bytes in all", limits::RAM_TOTAL));
+            }
+            if list.position(&entry.name).is_some() {
+                return refused(format!("\"{}\" is there twice", entry.name));
+            }
+            list.push(entry);
+        }
+        Ok(list)
+    }
+
+    /// The blocks.
+    pub fn entries(&self) -> &[BlockEntry] {
+        &self.entries
+    }
+
+    /// The blocks with their numbers.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (BlockIndex, &BlockEntry)> {
+        self.entries.iter().enumerate().map(|(i, entry)| (BlockIndex(i), entry))
+    }
+
+    /// The block of this number.
+    pub fn entry(&self, block: BlockIndex) -> Option<&BlockEntry> {
+        self.entries.get(block.0)
+    }
+
+    /// The number of the block of this name.
+    pub fn position(&self, name: &BlockName) -> Option<BlockIndex> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The page size all lengths are multiples of.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// Bytes in all blocks together.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Where `page` of `block` begins; `None` if the block has no such page.
+    pub fn offset_of(&self, block: BlockIndex, page: PageIndex) -> Option<BlockOffset> {
+        let pages = self.page_size.whole_pages_in(self.entry(block)?.used_length);
+        if page.0 < pages { self.page_size.offset_of(page) } else { None }
+    }
+
+    /// Appends the list as START has it over a socket.
+    pub fn encode(&self, ignore_shared: bool, out: &mut Vec<u8>) {
+        self.encode_total(out);
+        for entry in &self.entries {
+            entry.encode(ignore_shared, out);
+        }
+    }
+
+    /// Reads the list as START has it over a socket.
+    ///
+    /// # Errors
+    /// If a field is malformed, a bound is passed, a name comes twice, or the stream ends before.
+    pub fn decode<R: Read>(r: &mut Reader<R>, page_size: PageSize, shared: bool) -> Result<Self, Error> {
+        let mut reader = ListReader::begin(r, page_size, shared)?;
+        while reader.next(r)?.is_some() {}
+        Ok(reader.list)
+    }
+
+    pub(crate) fn encode_total(&self, out: &mut Vec<u8>) {
+        out.put_u64(self.total | record::MEM_SIZE);
+    }
+
+    fn push(&mut self, entry: BlockEntry) {
+        self.total += entry.used_length;
+        self.by_name.insert(entry.name.clone(), BlockIndex(self.entries.len()));
+        self.entries.push(entry);
+    }
+}
+
+/// Reads a list entry by entry, for whoever has something to read between two.
+pub(crate) struct ListReader {
+    list: BlockList,
+    left: u64,
+    ignore_shared: bool,
+}
+
+impl ListReader {
+    pub(crate) fn begin<R: Read>(
+        r: &mut Reader<R>,
+        page_size: PageSize,
+        ignore_shared: bool,
+    ) -> Result<Self, Error> {
+        let head = r.u64("total of the block list")?;
+        let flags = head & (page_size.bytes() as u64 - 1);
+        if flags != record::MEM_SIZE {
+            return Err(
+                Malformed::value("flags of the first ram record", "MEM_SIZE (0x4)", flags).at(r.place())
+            );
+        }
+        let left = head & !flags;
+        if left > limits::RAM_TOTAL {
+            return Err(Malformed::too_long("total of the block list", limits::RAM_TOTAL, left).at(r.place()));
+        }
+        let list = BlockList { entries: Vec::new(), by_name: HashMap::new(), page_size, total: 0 };
+        Ok(Self { list, left, ignore_shared })
+    }
+
+    /// The next entry; `None` when the total is used up.
+    pub(crate) fn next<R: Read>(&mut self, r: &mut Reader<R>) -> Result<Option<&BlockEntry>, Error> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let at = r.here();
+        if self.list.entries.len() == limits::BLOCKS {
+            let max = limits::BLOCKS as u64;
+            return Err(Malformed::too_long("number of blocks", max, max + 1).at(at));
+        }
+        let name = r.block_name("name of a block")?;
+        let used_length = r.u64("used length of a block")?;
+        if used_length % self.list.page_size.bytes() as u64 != 0 {
+            let page_size = self.list.page_size.bytes() as u64;
+            return Err(PeerMisbehaved::PartialPage { block: name, page_size, met: used_length }.at(at));
+        }
+        if used_length > self.left {
+            return Err(PeerMisbehaved::BeyondTotal { block: name, left: self.left, met: used_length }.at(at));
+        }
+        if self.list.position(&name).is_some() {
+            return Err(PeerMisbehaved::BlockTwice(name).at(at));
+        }
+        let address = if self.ignore_shared { Some(r.u64("address of a block")?) } else { None };
+        self.left -= used_length;
+        self.list.push(BlockEntry { name, used_length, address });
+        Ok(self.list.entries.last())
+    }
+
+    pub(crate) fn finish(self) -> BlockList {
+        self.list
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! The file header and the configuration behind it.
+//!
+//! ```text
+//! "QEVM" | u32 3 | 07 | u32 length, machine type | subsection*      (07 and what follows: 2.4 and newer)
+//! subsection = 05 | counted name | u32 1 | body of a length that only the name tells
+//! ```
+
+use std::io::Read;
+
+use multifd::{ram::PageSize, wire::VmUuid};
+
+use super::{MachineType, Put, Reader, SectionName, limits};
+use crate::error::{Error, Malformed, PeerMisbehaved, Unsupported};
+
+const MAGIC: u32 = 0x5145_564d;
+const VERSION: u32 = 3;
+const CONFIGURATION: u8 = 0x07;
+const SUBSECTION: u8 = 0x05;
+const SUBSECTION_VERSION: u32 = 1;
+const TARGET_PAGE_BITS: &str = "configuration/target-page-bits";
+const CAPABILITIES: &str = "configuration/capabilities";
+const UUID: &str = "configuration/uuid";
+const IGNORE_SHARED: &str = "x-ignore-shared";
+const MAPPED_RAM: &str = "mapped-ram";
+
+/// What both sides must agree on, as far as the stream says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configuration {
+    /// The machine type.
+    pub machine: MachineType,
+    /// The page size, where the architecture leaves a choice and it is not the smallest.
+    pub target_page_size: Option<PageSize>,
+    /// Shared RAM blocks are listed, with their address, but not sent.
+    pub ignore_shared: bool,
+    /// Pages have fixed places: the stream is a mapped-ram file.
+    pub mapped_ram: bool,
+    /// The machine's UUID, if it is to be compared.
+    pub uuid: Option<VmUuid>,
+}
+
+impl Configuration {
+    /// The configuration of a machine with nothing special about it.
+    pub fn new(machine: MachineType) -> Self {
+        Self { machine, target_page_size: None, ignore_shared: false, mapped_ram: false, uuid: None }
+    }
+
+    /// The page size: the one named, else 4 KiB.
+    pub fn page_size(&self) -> PageSize {
+        self.target_page_size.unwrap_or_default()
+    }
+
+    /// Appends the configuration, its type byte included.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.put_u8(CONFIGURATION);
+        #[expect(clippy::cast_possible_truncation, reason = "a machine type has at most 255 bytes")]
+        out.put_u32(self.machine.as_str().len() as u32);
+        out.put(self.machine.as_str().as_bytes());
+        if let Some(page_size) = self.target_page_size {
+            put_subsection(out, TARGET_PAGE_BITS);
+            out.put_u32(page_size.bits());
+        }
+        let named: Vec<&str> = [(self.ignore_shared, IGNORE_SHARED), (self.mapped_ram, MAPPED_RAM)]
+            .into_iter()
+            .filter_map(|(on, name)| on.then_some(name))
+            .collect();
+        if !named.is_empty() {
+            put_subsection(out, CAPABILITIES);
+            out.put_u32(u32::from(self.ignore_shared) + u32::from(self.mapped_ram));
+            for name in named {
+                put_text(out, name);
+            }
+        }
+        if let Some(uuid) = self.uuid {
+            put_subsection(out, UUID);
+            out.put(&uuid.0);
+        }
+    }
+
+    /// Reads what [`Configuration::encode`] writes, type byte included.
+    ///
+    /// # Errors
+    /// If a field is malformed, a subsection unknown or there twice, or the stream ends before.
+    pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Self, Error> {
+        let kind = r.u8("configuration")?;
+        if kind != CONFIGURATION {
+            return Err(Malformed::value("configuration", "0x7", kind).at(r.place()));
+        }
+        let length = r.u32("length of the machine type")?;
+        let bytes = r.bytes(length.into(), limits::MACHINE_NAME.into(), "machine type")?;
+        let machine = String::from_utf8(bytes).ok().and_then(|name| MachineType::new(name).ok());
+        let machine = machine.ok_or_else(|| {
+            Malformed::value("machine type of length", "1 to 255 printable bytes", length).at(r.place())
+        })?;
+        let mut configuration = Self::new(machine);
+        let mut capabilities_met = false;
+        while r.peek()? == Some(SUBSECTION) {
+            let at = r.place();
+            r.u8("subsection")?;
+            let name = r.section_name("name of a subsection")?;
+            let version = r.u32("version of a subsection")?;
+            if version != SUBSECTION_VERSION {
+                return Err(Malformed::value(format!("version of \"{name}\""), "1", version).at(r.place()));
+            }
+            let first = match name.as_bytes() {
+                known if known == TARGET_PAGE_BITS.as_bytes() => {
+                    let bits = r.u32("target page bits")?;
+                    let size = PageSize::from_bits(bits);
+                    let size = size.ok_or_else(|| Unsupported::PageBits(bits).at(r.place()))?;
+                    configuration.target_page_size.replace(size).is_none()
+                }
+                known if known == CAPABILITIES.as_bytes() => {
+                    configuration.decode_capabilities(r)?;
+                    !std::mem::replace(&mut capabilities_met, true)
+                }
+                known if known == UUID.as_bytes() => {
+                    let uuid = VmUuid(r.array("uuid")?);
+                    configuration.uuid.replace(uuid).is_none()
+                }
+                _ => return Err(Unsupported::Subsection(name).at(at)),
+            };
+            if !first {
+                let (record, place) = ("second subsection of one name", "in the configuration");
+                return Err(PeerMisbehaved::Misplaced { record, place }.at(at));
+            }
+        }
+        Ok(configuration)
+    }
+
+    fn decode_capabilities<R: Read>(&mut self, r: &mut Reader<R>) -> Result<(), Error> {
+        let count = r.u32("number of capabilities")?;
+        if count > limits::CAPABILITIES {
+            let max = limits::CAPABILITIES.into();
+            return Err(Malformed::too_long("number of capabilities", max, count.into()).at(r.place()));
+        }
+        for _ in 0..count {
+            let at = r.here();
+            let name = r.section_name("name of a capability")?;
+            match name.as_bytes() {
+                known if known == IGNORE_SHARED.as_bytes() => self.ignore_shared = true,
+                known if known == MAPPED_RAM.as_bytes() => self.mapped_ram = true,
+                _ => {
+                    let met = name.to_string();
+                    return Err(Malformed::Name { field: "capability", met }.at(at));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends the file header, with the configuration if there is one.
+pub fn encode_header(configuration: Option<&Configuration>, out: &mut Vec<u8>) {
+    out.put_u32(MAGIC);
+    out.put_u32(VERSION);
+    if let Some(configuration) = configuration {
+        configuration.encode(out);
+    }
+}
+
+/// Reads the file header; `None` when no configuration follows, as with machine types up to 2.3.
+///
+/// # Errors
+/// If the stream is none of QEMU's, of another version, or the configuration is refused.
+pub fn decode_header<R: Read>(r: &mut Reader<R>) -> Result<Option<Configuration>, Error> {
+    let magic = r.u32("magic")?;
+    if magic != MAGIC {
+        return Err(Malformed::value("magic", "0x5145564d (\"QEVM\")", magic).at(r.place()));
+    }
+    let version = r.u32("version")?;
+    if version != VERSION {
+        return Err(Unsupported::Version(version).at(r.place()));
+    }
+    match r.peek()? {
+        Some(CONFIGURATION) => Configuration::decode(r).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn put_subsection(out: &mut Vec<u8>, name: &'static str) {
+    out.put_u8(SUBSECTION);
+    put_text(out, name);
+    out.put_u32(SUBSECTION_VERSION);
+}
+
+fn put_text(out: &mut Vec<u8>, name: &'static str) {
+    if let Some(name) = SectionName::new(name) {
+        out.put_name(name.as_name());
+    }
+}
+
+#[cfg(test)]
+mod tests;

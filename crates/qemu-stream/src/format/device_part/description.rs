@@ -1,0 +1,190 @@
+//! The closing JSON, reduced to what splits the device part: names and lengths.
+//!
+//! Lengths are summed while parsing and the fields are not kept, so a hostile description costs no
+//! more memory than its devices' names. Nesting is bounded by the JSON parser.
+
+use std::fmt;
+
+use multifd::ram::BlockName;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, IgnoredAny, SeqAccess, Visitor},
+};
+use serde_json::json;
+
+use super::Device;
+use crate::{
+    error::CallerMistake,
+    format::{SectionName, limits},
+};
+
+/// Bytes of a subsection before its fields, without its name: type, length of the name, version.
+const SUBSECTION_HEAD: u64 = 6;
+
+/// The closing description: which devices there are and how long their bodies.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Description {
+    /// The target page size.
+    pub page_size: Option<u64>,
+    #[serde(deserialize_with = "bounded")]
+    pub(super) devices: Vec<Entry>,
+}
+
+/// One device as described.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "Described")]
+pub(super) struct Entry {
+    pub(super) name: String,
+    pub(super) instance: i64,
+    /// Bytes of the body; `None` if the sum passes 64 bits.
+    pub(super) length: Option<u64>,
+}
+
+impl Description {
+    /// Reads the JSON.
+    ///
+    /// # Errors
+    /// If it is no JSON or not of the expected shape.
+    pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(json)
+    }
+}
+
+#[derive(Deserialize)]
+struct Described {
+    name: String,
+    #[serde(default)]
+    instance_id: i64,
+    #[serde(default)]
+    fields: Sum<Field>,
+    #[serde(default)]
+    subsections: Sum<Subsection>,
+}
+
+impl From<Described> for Entry {
+    fn from(device: Described) -> Self {
+        let Described { name, instance_id, fields, subsections } = device;
+        Self { name, instance: instance_id, length: add(fields.total, subsections.total) }
+    }
+}
+
+/// The size of a field that is a struct holds everything nested in it, its subsections too.
+#[derive(Deserialize)]
+struct Field {
+    size: u64,
+    array_len: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Subsection {
+    vmsd_name: String,
+    #[serde(default)]
+    fields: Sum<Field>,
+    #[serde(default)]
+    subsections: Sum<Self>,
+}
+
+trait Length {
+    fn length(&self) -> Option<u64>;
+}
+
+impl Length for Field {
+    fn length(&self) -> Option<u64> {
+        self.size.checked_mul(self.array_len.unwrap_or(1))
+    }
+}
+
+impl Length for Subsection {
+    fn length(&self) -> Option<u64> {
+        let head = SUBSECTION_HEAD + self.vmsd_name.len() as u64;
+        add(Some(head), add(self.fields.total, self.subsections.total))
+    }
+}
+
+/// The lengths of an array's elements, added up while they are parsed; `None` beyond 64 bits.
+struct Sum<T> {
+    total: Option<u64>,
+    element: std::marker::PhantomData<T>,
+}
+
+impl<T> Default for Sum<T> {
+    fn default() -> Self {
+        Self { total: Some(0), element: std::marker::PhantomData }
+    }
+}
+
+impl<'de, T: Length + Deserialize<'de>> Deserialize<'de> for Sum<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Adder<T>(Sum<T>);
+
+        impl<'de, T: Length + Deserialize<'de>> Visitor<'de> for Adder<T> {
+            type Value = Sum<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array of fields or subsections")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<Sum<T>, A::Error> {
+                while let Some(element) = seq.next_element::<T>()? {
+                    self.0.total = add(self.0.total, element.length());
+                }
+                Ok(self.0)
+            }
+        }
+
+        deserializer.deserialize_seq(Adder(Self::default()))
+    }
+}
+
+fn add(a: Option<u64>, b: Option<u64>) -> Option<u64> {
+    a?.checked_add(b?)
+}
+
+fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::Error> {
+    struct Entries;
+
+    impl<'de> Visitor<'de> for Entries {
+        type Value = Vec<Entry>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an array of devices")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<Entry>, A::Error> {
+            let mut entries = Vec::new();
+            while entries.len() < limits::DEVICES {
+                let Some(entry) = seq.next_element()? else { return Ok(entries) };
+                entries.push(entry);
+            }
+            match seq.next_element::<IgnoredAny>()? {
+                None => Ok(entries),
+                Some(_) => Err(A::Error::custom(format_args!("more than {} devices", limits::DEVICES))),
+            }
+        }
+    }
+
+    deserializer.deserialize_seq(Entries)
+}
+
+/// The description of an embedder's devices, each with one field that holds its state.
+pub(super) fn describe(devices: &[Device], page_size: u32) -> Result<Vec<u8>, CallerMistake> {
+    let described: Result<Vec<_>, CallerMistake> = devices.iter().map(describe_one).collect();
+    Ok(json!({ "page_size": page_size, "devices": described? }).to_string().into_bytes())
+}
+
+fn describe_one(device: &Device) -> Result<serde_json::Value, CallerMistake> {
+    let name = device.name.as_name();
+    let text = BlockName::to_str(name).ok().filter(|text| text.is_ascii());
+    let text = text.ok_or_else(|| not_ascii(&device.name))?;
+    let size = device.state.len();
+    Ok(json!({
+        "name": text,
+        "instance_id": device.instance,
+        "size": size,
+        "fields": [{ "name": "data", "size": size, "type": "buffer" }],
+    }))
+}
+
+fn not_ascii(name: &SectionName) -> CallerMistake {
+    CallerMistake::Value { what: "device name", why: format!("expected ascii, met \"{name}\"") }
+}

@@ -1,0 +1,111 @@
+//! Finds the end of a device part while it arrives, without knowing a device.
+//!
+//! Bodies have no length, so the end is known by its shape: `[7e id] 00 06 length {`, after which
+//! exactly `length` bytes follow, which are JSON, whose devices fit everything before. Device data
+//! may hold that shape by chance or by malice: such a place fails one of these tests, and how many
+//! are tested is bounded. Each byte is looked at once, each candidate parsed at most once.
+//!
+//! Where the source does not close after its last byte, nothing but this tells the end. A guest that
+//! plants a complete, fitting description of a part of its own devices in device data can cut its own
+//! state short; it can harm nobody else.
+
+use super::{Description, DevicePart, Misfit, walk};
+use crate::{
+    error::{Malformed, PeerMisbehaved},
+    format::limits,
+};
+
+const FOOTER_TYPE: u8 = 0x7e;
+/// Type and id.
+const FOOTER: usize = 5;
+/// EOF, VMDESCRIPTION, length, the brace.
+const MARK: usize = 7;
+
+/// Looks for the end in the bytes collected so far.
+#[derive(Clone, Debug)]
+pub struct EndFinder {
+    footers: bool,
+    scanned: usize,
+    /// Places that look like the end and whose JSON has not all arrived; most have none.
+    candidates: Vec<Candidate>,
+    met: usize,
+    parsed: u64,
+    misfit: Option<Misfit>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    eof: usize,
+    end: usize,
+}
+
+impl EndFinder {
+    /// A finder for a stream whose sections have `footers`.
+    pub fn new(footers: bool) -> Self {
+        Self { footers, scanned: 0, candidates: Vec::new(), met: 0, parsed: 0, misfit: None }
+    }
+
+    /// Looks whether `collected`, which begins behind the RAM section and may only grow from call to
+    /// call, ends with the end of the stream. If so, takes the bytes and splits them.
+    ///
+    /// # Errors
+    /// If more places look like the end than any real device part has.
+    pub fn look(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, PeerMisbehaved> {
+        self.scan(collected)?;
+        let mut found = None;
+        for Candidate { eof, end } in self.candidates.iter().copied().filter(|c| c.end == collected.len()) {
+            let json = &collected[eof + DevicePart::END_HEAD..end];
+            self.parsed += json.len() as u64;
+            if self.parsed > limits::DESCRIPTIONS_PARSED {
+                return Err(PeerMisbehaved::TooManyEnds { max: self.met });
+            }
+            let split = Description::parse(json)
+                .map_err(|e| Misfit::Json(e.to_string()))
+                .and_then(|description| walk::split(&collected[..eof], &description, self.footers));
+            match split {
+                Ok(sections) => {
+                    found = Some((eof, sections));
+                    break;
+                }
+                Err(misfit) => self.misfit = Some(misfit),
+            }
+        }
+        // Whose end has passed was none: behind the true one nothing comes.
+        self.candidates.retain(|c| c.end > collected.len());
+        Ok(found.map(|(eof, sections)| DevicePart {
+            bytes: std::mem::take(collected),
+            eof,
+            json: eof + DevicePart::END_HEAD,
+            sections,
+        }))
+    }
+
+    /// The error of a stream that ends after `length` bytes without an end in them.
+    pub fn missing(self, length: usize) -> Malformed {
+        Malformed::NoDescription { length: length as u64, last: self.misfit }
+    }
+
+    /// Notes the places that look like the end in what has come since the last look.
+    fn scan(&mut self, collected: &[u8]) -> Result<(), PeerMisbehaved> {
+        while let Some(mark) = collected.get(self.scanned..self.scanned + MARK) {
+            let eof = self.scanned;
+            self.scanned += 1;
+            let &[0x00, 0x06, a, b, c, d, b'{'] = mark else { continue };
+            let length = u32::from_be_bytes([a, b, c, d]);
+            let behind_footer = eof.checked_sub(FOOTER).is_some_and(|at| collected[at] == FOOTER_TYPE);
+            if length > limits::DESCRIPTION || (self.footers && eof > 0 && !behind_footer) {
+                continue;
+            }
+            self.met += 1;
+            if self.met > limits::ENDS {
+                return Err(PeerMisbehaved::TooManyEnds { max: limits::ENDS });
+            }
+            let Some(end) = usize::try_from(length).ok().map(|length| eof + DevicePart::END_HEAD + length)
+            else {
+                continue;
+            };
+            self.candidates.push(Candidate { eof, end });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,104 @@
+//! Splits the device part by its description.
+
+use super::{DeviceSection, description::Description};
+use crate::{
+    error::Stream,
+    format::{Reader, Section, SectionHead, SectionName, decode_footer},
+};
+
+/// Why a description does not fit the sections before it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Misfit {
+    /// It is no JSON, or not of the expected shape.
+    #[error("description: {0}")]
+    Json(String),
+    /// Another section stands where it has this one.
+    #[error("at {at:#x}: expected section of device \"{name}\" instance {instance}")]
+    Device {
+        /// Where in the device part.
+        at: usize,
+        /// The device described.
+        name: String,
+        /// Its instance.
+        instance: i64,
+    },
+    /// The footer is not where the described length puts it.
+    #[error("at {at:#x}: expected the footer of device \"{name}\", whose body has {length:#x} bytes")]
+    Footer {
+        /// Where in the device part.
+        at: usize,
+        /// The device described.
+        name: SectionName,
+        /// The described length of its body.
+        length: u64,
+    },
+    /// The body reaches beyond the sections.
+    #[error("at {at:#x}: device \"{name}\" reaches beyond the last section")]
+    Beyond {
+        /// Where in the device part.
+        at: usize,
+        /// The device described.
+        name: SectionName,
+    },
+    /// More sections follow than are described.
+    #[error("{left:#x} bytes behind the last described device")]
+    Left {
+        /// How many.
+        left: usize,
+    },
+}
+
+/// The sections of `blob`, which ends before EOF; all of it must be used.
+pub(super) fn split(
+    blob: &[u8],
+    description: &Description,
+    footers: bool,
+) -> Result<Vec<DeviceSection>, Misfit> {
+    let mut sections = Vec::new();
+    let mut at = 0;
+    for entry in &description.devices {
+        let other = || Misfit::Device { at, name: entry.name.clone(), instance: entry.instance };
+        let (head, length) = head_at(&blob[at..]).ok_or_else(other)?;
+        // JSON shows an instance above 2^31 as a negative number: both mean the same 32 bits.
+        if head.name.as_bytes() != entry.name.as_bytes()
+            || i64::from(head.instance) != entry.instance.rem_euclid(1 << 32)
+        {
+            return Err(other());
+        }
+        let from = at + length;
+        let beyond = || Misfit::Beyond { at: from, name: head.name.clone() };
+        let length = entry.length.ok_or_else(beyond)?;
+        let to = usize::try_from(length).ok().and_then(|length| from.checked_add(length));
+        let to = to.filter(|to| *to <= blob.len()).ok_or_else(beyond)?;
+        at = to;
+        if footers {
+            let mut r = Reader::with_capacity(&blob[to..], Stream::Main, HEAD);
+            decode_footer(head.id, &mut r).map_err(|_| Misfit::Footer {
+                at: to,
+                name: head.name.clone(),
+                length,
+            })?;
+            at += FOOTER;
+        }
+        let SectionHead { id, name, instance, version } = head;
+        sections.push(DeviceSection { name, instance, version, id, body: from..to });
+    }
+    match blob.len() - at {
+        0 => Ok(sections),
+        left => Err(Misfit::Left { left }),
+    }
+}
+
+/// The head of the FULL section at the beginning of `blob`, and its length.
+fn head_at(blob: &[u8]) -> Option<(SectionHead, usize)> {
+    let mut r = Reader::with_capacity(blob, Stream::Main, HEAD);
+    match Section::decode(&mut r).ok()? {
+        Section::Full(head) => Some((head, usize::try_from(r.position()).ok()?)),
+        _ => None,
+    }
+}
+
+/// Above the longest head: type, id, name, instance, version.
+const HEAD: usize = 512;
+const FOOTER: usize = 5;

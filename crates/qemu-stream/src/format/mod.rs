@@ -1,0 +1,49 @@
+//! The stream as bytes: pure, bounded, no sockets.
+//!
+//! ```text
+//! header ─ configuration ─ commands ─ START ram ─ PART* ─ [SWITCHOVER_START] ─ END ─ FULL* ─ EOF ─ JSON
+//! configuration.rs         command.rs   │ section.rs                            device_part/
+//!                                       └ block list, records: blocks.rs, record.rs, xbzrle.rs
+//! ```
+//!
+//! In comes a [`Reader`] over anything that can be read, out go values that are valid because they
+//! exist; each has `decode` and `encode` side by side. What may go wrong is an [`Error`](crate::Error)
+//! that names the stream and the offset. The whole format is drawn in `docs/stream-format.md`.
+
+mod blocks;
+mod command;
+mod configuration;
+mod device_part;
+pub mod limits;
+mod machine;
+mod name;
+mod put;
+mod reader;
+mod record;
+mod return_path;
+mod section;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod xbzrle;
+
+pub(crate) use blocks::ListReader;
+pub use blocks::{BlockEntry, BlockIndex, BlockList};
+pub use command::{Command, PageSizes};
+pub use configuration::{Configuration, decode_header, encode_header};
+pub use device_part::{Description, Device, DevicePart, DeviceSection, EndFinder, Misfit};
+pub use machine::{MachineType, MachineVersion};
+pub use name::SectionName;
+pub(crate) use put::Put;
+pub use reader::Reader;
+pub use record::{CurrentBlock, Record};
+pub use return_path::Message;
+pub use section::{Section, SectionHead, SectionId, decode_footer, encode_footer, footer_follows};
+
+/// How the ends of dirty rounds are marked on the main stream when multifd is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncMode {
+    /// Every EOS of the RAM section: machine types up to 8.0.
+    Legacy,
+    /// A MULTIFD_FLUSH record at the end of each scan over RAM: machine types from 8.1 on.
+    Round,
+}

@@ -1,0 +1,338 @@
+//! Reads fields from a connection through a buffer of its own.
+//!
+//! In comes anything that can be read, out go checked fields and slices lent from the buffer. The
+//! reader knows where in the stream it is, so that every refusal can say so, and tells a clean end
+//! (between two items) from a cut (within one).
+
+use std::io::{self, Read};
+
+use multifd::ram::BlockName;
+
+use super::{SectionName, limits};
+use crate::error::{Error, Malformed, Place, Stream};
+
+/// A buffered, bounded reader of big-endian fields.
+#[derive(Debug)]
+pub struct Reader<R> {
+    inner: R,
+    stream: Stream,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// Where in the stream `buffer[start]` is.
+    position: u64,
+    /// Where the field that was read last begins.
+    field: u64,
+}
+
+impl<R: Read> Reader<R> {
+    /// The default size of the buffer: many small records, or a batch of pages, a call.
+    pub const CAPACITY: usize = 256 << 10;
+
+    /// A reader of `inner`, whose errors name `stream`.
+    pub fn new(inner: R, stream: Stream) -> Self {
+        Self::with_capacity(inner, stream, Self::CAPACITY)
+    }
+
+    /// A reader with a buffer of `capacity` bytes, at least 512.
+    pub fn with_capacity(inner: R, stream: Stream, capacity: usize) -> Self {
+        let buffer = vec![0; capacity.max(512)].into_boxed_slice();
+        Self { inner, stream, buffer, start: 0, end: 0, position: 0, field: 0 }
+    }
+
+    /// Bytes taken from the stream so far.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Where the field that was read last begins: the place to name when it is refused.
+    pub fn place(&self) -> Place {
+        Place { stream: self.stream, offset: self.field }
+    }
+
+    /// Where the next byte stands.
+    pub fn here(&self) -> Place {
+        Place { stream: self.stream, offset: self.position }
+    }
+
+    /// What the reader reads from.
+    pub fn get_ref(&self) -> &R {
+        &self.inner
+    }
+
+    /// What the reader reads from, to set a deadline or shut it down. Reading from it loses bytes.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.inner
+    }
+
+    /// The next byte without taking it; `None` at the end of the stream.
+    ///
+    /// # Errors
+    /// If the system cannot read.
+    pub fn peek(&mut self) -> Result<Option<u8>, Error> {
+        if self.start == self.end {
+            self.fill()?;
+        }
+        self.field = self.position;
+        Ok(self.buffer[self.start..self.end].first().copied())
+    }
+
+    /// The bytes that have arrived and were not taken, at least one unless the stream has ended.
+    ///
+    /// # Errors
+    /// If the system cannot read.
+    pub fn arrived(&mut self) -> Result<&[u8], Error> {
+        self.peek()?;
+        Ok(&self.buffer[self.start..self.end])
+    }
+
+    /// Takes `count` of the bytes that [`Reader::arrived`] has shown; no more than those.
+    pub fn consume(&mut self, count: usize) {
+        let count = count.min(self.end - self.start);
+        self.start += count;
+        self.position += count as u64;
+    }
+
+    /// Takes `count` bytes and lends them, without a copy. `what` names them if the stream is cut.
+    ///
+    /// # Errors
+    /// If the stream ends before, or `count` is above the size of the buffer.
+    pub fn lend(&mut self, count: usize, what: &'static str) -> Result<&[u8], Error> {
+        self.field = self.position;
+        if count > self.buffer.len() {
+            return Err(Malformed::too_long(what, self.buffer.len() as u64, count as u64).at(self.place()));
+        }
+        while self.end - self.start < count {
+            if self.fill()? == 0 {
+                return Err(self.cut(what));
+            }
+        }
+        let from = self.start;
+        self.consume(count);
+        Ok(&self.buffer[from..from + count])
+    }
+
+    /// Fills `into`; what is not in the buffer yet goes from the connection straight into it.
+    ///
+    /// # Errors
+    /// If the stream ends before.
+    pub fn exact(&mut self, into: &mut [u8], what: &'static str) -> Result<(), Error> {
+        self.field = self.position;
+        let buffered = into.len().min(self.end - self.start);
+        let (head, mut rest) = into.split_at_mut(buffered);
+        head.copy_from_slice(&self.buffer[self.start..self.start + buffered]);
+        self.consume(buffered);
+        while !rest.is_empty() {
+            let count = retry(|| self.inner.read(rest)).map_err(|e| self.io(e, what))?;
+            if count == 0 {
+                return Err(self.cut(what));
+            }
+            self.position += count as u64;
+            rest = &mut rest[count..];
+        }
+        Ok(())
+    }
+
+    /// Takes `length` bytes, at most `max`. Memory grows with what arrives, not with what is announced.
+    ///
+    /// # Errors
+    /// If `length` is above `max` or the stream ends before.
+    pub fn bytes(&mut self, length: u64, max: u64, what: &'static str) -> Result<Vec<u8>, Error> {
+        self.field = self.position;
+        let length = match usize::try_from(length) {
+            Ok(length_fits) if length <= max => length_fits,
+            _ => return Err(Malformed::too_long(what, max, length).at(self.place())),
+        };
+        let mut bytes = Vec::new();
+        while bytes.len() < length {
+            let from = bytes.len();
+            bytes.resize(from + (length - from).min(limits::AHEAD.max(from)), 0);
+            self.exact(&mut bytes[from..], what)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Takes a `u8`.
+    ///
+    /// # Errors
+    /// If the stream ends before.
+    pub fn u8(&mut self, what: &'static str) -> Result<u8, Error> {
+        self.array(what).map(u8::from_be_bytes)
+    }
+
+    /// Takes a `u16`.
+    ///
+    /// # Errors
+    /// If the stream ends before.
+    pub fn u16(&mut self, what: &'static str) -> Result<u16, Error> {
+        self.array(what).map(u16::from_be_bytes)
+    }
+
+    /// Takes a `u32`.
+    ///
+    /// # Errors
+    /// If the stream ends before.
+    pub fn u32(&mut self, what: &'static str) -> Result<u32, Error> {
+        self.array(what).map(u32::from_be_bytes)
+    }
+
+    /// Takes a `u64`.
+    ///
+    /// # Errors
+    /// If the stream ends before.
+    pub fn u64(&mut self, what: &'static str) -> Result<u64, Error> {
+        self.array(what).map(u64::from_be_bytes)
+    }
+
+    /// Takes an array.
+    ///
+    /// # Errors
+    /// If the stream ends before.
+    pub fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], Error> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.lend(N, what)?);
+        Ok(array)
+    }
+
+    /// Takes a counted name of a block.
+    ///
+    /// # Errors
+    /// If it is empty, holds a NUL, or the stream ends before.
+    pub fn block_name(&mut self, what: &'static str) -> Result<BlockName, Error> {
+        let at = self.here();
+        let length = usize::from(self.u8(what)?);
+        let bytes = self.lend(length, what)?;
+        BlockName::new(bytes)
+            .ok_or_else(|| Malformed::Name { field: what, met: bytes.escape_ascii().to_string() }.at(at))
+    }
+
+    /// Takes a counted name of a section.
+    ///
+    /// # Errors
+    /// If it is empty, holds a NUL, or the stream ends before.
+    pub fn section_name(&mut self, what: &'static str) -> Result<SectionName, Error> {
+        self.block_name(what).map(SectionName::from)
+    }
+
+    /// The error of a stream that ends where `expected` should be.
+    pub fn cut(&self, expected: &'static str) -> Error {
+        let offset = self.position + (self.end - self.start) as u64;
+        Error::Cut { at: Place { stream: self.stream, offset }, expected }
+    }
+
+    /// Goes on at another place of something that can be read anywhere, with an empty buffer.
+    pub(crate) fn jump(&mut self, inner: R, position: u64) {
+        self.inner = inner;
+        (self.start, self.end) = (0, 0);
+        (self.position, self.field) = (position, position);
+    }
+
+    /// Reads once behind what is in the buffer; 0 at the end of the stream.
+    fn fill(&mut self) -> Result<usize, Error> {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let free = &mut self.buffer[self.end..];
+        let count = retry(|| self.inner.read(free)).map_err(|e| self.io(e, "the next bytes"))?;
+        self.end += count;
+        Ok(count)
+    }
+
+    fn io(&self, source: io::Error, expected: &'static str) -> Error {
+        let at = self.here();
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::TimedOut { at, expected },
+            _ => Error::Io { at, doing: "read", source },
+        }
+    }
+}
+
+fn retry(mut read: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match read() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gives one byte a call, as a slow connection does.
+    struct Trickle<'a>(&'a [u8]);
+
+    impl Read for Trickle<'_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            let count = into.len().min(1);
+            self.0.read(&mut into[..count])
+        }
+    }
+
+    #[test]
+    fn fields_are_put_together_from_single_bytes() {
+        let bytes = [1, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 4, 2, b'h', b'i'];
+        let mut r = Reader::new(Trickle(&bytes), Stream::Main);
+        assert_eq!(r.u8("a").unwrap(), 1);
+        assert_eq!(r.u16("b").unwrap(), 2);
+        assert_eq!(r.u32("c").unwrap(), 3);
+        assert_eq!(r.u64("d").unwrap(), 4);
+        assert_eq!(r.section_name("e").unwrap().to_string(), "hi");
+        assert_eq!(r.position(), 18);
+        assert_eq!(r.peek().unwrap(), None);
+    }
+
+    #[test]
+    fn a_field_cut_in_the_middle_names_the_field_and_the_end() {
+        let mut r = Reader::new(&[0_u8, 1, 2, 3, 4][..], Stream::Main);
+        r.u16("head").unwrap();
+        let error = r.u32("total").unwrap_err();
+        assert_eq!(error.to_string(), "main stream: offset 0x5: stream ends where total was expected");
+    }
+
+    #[test]
+    fn a_slice_longer_than_the_buffer_is_refused() {
+        let bytes = [0; 1024];
+        let mut r = Reader::with_capacity(&bytes[..], Stream::Main, 512);
+        assert!(r.lend(512, "page").is_ok());
+        assert!(matches!(r.lend(513, "page"), Err(Error::Malformed { .. })));
+    }
+
+    #[test]
+    fn bytes_above_their_bound_are_refused_before_they_are_read() {
+        let mut r = Reader::new(&[0_u8; 9][..], Stream::Main);
+        assert!(matches!(r.bytes(9, 8, "blob"), Err(Error::Malformed { .. })));
+        assert_eq!(r.position(), 0);
+        assert_eq!(r.bytes(8, 8, "blob").unwrap(), [0; 8]);
+    }
+
+    #[test]
+    fn an_announced_length_allocates_only_what_arrives() {
+        let mut r = Reader::new(&[7_u8; 3][..], Stream::Main);
+        assert!(matches!(r.bytes(1 << 40, 1 << 41, "blob"), Err(Error::Cut { .. })));
+    }
+
+    #[test]
+    fn a_slice_taken_directly_uses_what_was_buffered_first() {
+        let bytes: Vec<u8> = (0..=255).cycle().take(4096).collect();
+        let mut r = Reader::with_capacity(&bytes[..], Stream::Main, 512);
+        r.u8("first").unwrap();
+        let mut page = vec![0; 4000];
+        r.exact(&mut page, "page").unwrap();
+        assert_eq!(page, bytes[1..4001]);
+        assert_eq!(r.u8("next").unwrap(), bytes[4001]);
+    }
+
+    #[test]
+    fn an_empty_name_and_one_with_a_nul_are_refused() {
+        for bytes in [&[0_u8][..], &[2, b'a', 0][..]] {
+            let mut r = Reader::new(bytes, Stream::Main);
+            assert!(matches!(
+                r.block_name("idstr"),
+                Err(Error::Malformed { what: Malformed::Name { .. }, .. })
+            ));
+        }
+    }
+}

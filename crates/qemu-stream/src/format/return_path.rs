@@ -1,0 +1,176 @@
+//! Messages from destination to source: `u16` type, `u16` length, data.
+
+use std::io::Read;
+
+use multifd::ram::BlockName;
+
+use super::{Put, Reader, limits};
+use crate::error::{Error, Malformed};
+
+const SHUT: u16 = 1;
+const PONG: u16 = 2;
+const REQ_PAGES_ID: u16 = 3;
+const REQ_PAGES: u16 = 4;
+const RECV_BITMAP: u16 = 5;
+const RESUME_ACK: u16 = 6;
+const SWITCHOVER_ACK: u16 = 7;
+
+const RESUME_ACK_VALUE: u32 = 1;
+const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
+
+/// What the destination tells the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Message {
+    /// The destination sends nothing more: 0 when all is loaded, else it has failed.
+    Shut(u32),
+    /// The answer to PING.
+    Pong(u32),
+    /// Pages that postcopy needs now; no block means the one of the last request.
+    ReqPages {
+        /// The block.
+        block: Option<BlockName>,
+        /// Offset of the first byte.
+        start: u64,
+        /// Number of bytes.
+        length: u32,
+    },
+    /// Which pages of a block have arrived.
+    RecvBitmap {
+        /// The block.
+        block: BlockName,
+        /// Bit i of byte i / 8, least significant first; a multiple of 8 bytes.
+        bitmap: Vec<u8>,
+    },
+    /// Ready to go on with postcopy.
+    ResumeAck,
+    /// Ready for the switchover.
+    SwitchoverAck,
+}
+
+impl Message {
+    /// Appends the message.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let mut data = Vec::new();
+        let kind = match self {
+            Self::Shut(value) => {
+                data.put_u32(*value);
+                SHUT
+            }
+            Self::Pong(value) => {
+                data.put_u32(*value);
+                PONG
+            }
+            Self::ReqPages { block, start, length } => {
+                data.put_u64(*start);
+                data.put_u32(*length);
+                if let Some(block) = block {
+                    data.put_name(block);
+                }
+                if block.is_some() { REQ_PAGES_ID } else { REQ_PAGES }
+            }
+            Self::RecvBitmap { block, .. } => {
+                data.put_name(block);
+                RECV_BITMAP
+            }
+            Self::ResumeAck => {
+                data.put_u32(RESUME_ACK_VALUE);
+                RESUME_ACK
+            }
+            Self::SwitchoverAck => SWITCHOVER_ACK,
+        };
+        out.put_u16(kind);
+        #[expect(clippy::cast_possible_truncation, reason = "at most a name and 12 bytes")]
+        out.put_u16(data.len() as u16);
+        out.put(&data);
+        if let Self::RecvBitmap { bitmap, .. } = self {
+            let padding = bitmap.len().next_multiple_of(8) - bitmap.len();
+            out.put_u64((bitmap.len() + padding) as u64);
+            out.put(bitmap);
+            out.put(&[0; 8][..padding]);
+            out.put_u64(BITMAP_END);
+        }
+    }
+
+    /// Reads a message; `None` if the destination has closed the return path between two.
+    ///
+    /// # Errors
+    /// If the type is unknown, the length wrong, or the stream ends within the message.
+    pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Option<Self>, Error> {
+        if r.peek()?.is_none() {
+            return Ok(None);
+        }
+        let kind = r.u16("type of a message")?;
+        let at = r.place();
+        let length = r.u16("length of a message")?;
+        if length > limits::MESSAGE {
+            let max = limits::MESSAGE.into();
+            return Err(Malformed::too_long("length of a message", max, length.into()).at(r.place()));
+        }
+        let before = r.position();
+        let wrong =
+            |text: &'static str| Malformed::value(format!("length of message {kind}"), text, length).at(at);
+        let fixed = |expected: u16, text| if length == expected { Ok(()) } else { Err(wrong(text)) };
+        let message = match kind {
+            SHUT => {
+                fixed(4, "4")?;
+                Self::Shut(r.u32("value of SHUT")?)
+            }
+            PONG => {
+                fixed(4, "4")?;
+                Self::Pong(r.u32("value of PONG")?)
+            }
+            REQ_PAGES | REQ_PAGES_ID => {
+                if kind == REQ_PAGES {
+                    fixed(12, "0xc")?;
+                } else if length < 14 {
+                    return Err(wrong("at least 0xe"));
+                }
+                let start = r.u64("start of the pages")?;
+                let length = r.u32("length of the pages")?;
+                let block = match kind {
+                    REQ_PAGES_ID => Some(r.block_name("block of the pages")?),
+                    _ => None,
+                };
+                Self::ReqPages { block, start, length }
+            }
+            RECV_BITMAP => Self::RecvBitmap { block: r.block_name("block of a bitmap")?, bitmap: Vec::new() },
+            RESUME_ACK => {
+                fixed(4, "4")?;
+                let value = r.u32("value of RESUME_ACK")?;
+                if value != RESUME_ACK_VALUE {
+                    return Err(Malformed::value("value of RESUME_ACK", "1", value).at(r.place()));
+                }
+                Self::ResumeAck
+            }
+            SWITCHOVER_ACK => fixed(0, "0").map(|()| Self::SwitchoverAck)?,
+            unknown => return Err(Malformed::value("type of a message", "1 to 7", unknown).at(at)),
+        };
+        if r.position() - before != u64::from(length) {
+            return Err(wrong("the length of its contents"));
+        }
+        match message {
+            Self::RecvBitmap { block, .. } => {
+                decode_bitmap(r).map(|bitmap| Self::RecvBitmap { block, bitmap })
+            }
+            complete => Ok(complete),
+        }
+        .map(Some)
+    }
+}
+
+fn decode_bitmap<R: Read>(r: &mut Reader<R>) -> Result<Vec<u8>, Error> {
+    let size = r.u64("size of a bitmap")?;
+    if size % 8 != 0 {
+        return Err(Malformed::value("size of a bitmap", "a multiple of 8", size).at(r.place()));
+    }
+    let bitmap = r.bytes(size, limits::RECV_BITMAP, "bitmap")?;
+    let end = r.u64("end of a bitmap")?;
+    if end != BITMAP_END {
+        return Err(Malformed::value("end of a bitmap", "0x123456789abcdef", end).at(r.place()));
+    }
+    Ok(bitmap)
+}
+
+#[cfg(test)]
+mod tests;
