@@ -2,5 +2,7 @@
 
 pub mod error;
 pub mod format;
+pub mod mapped_ram;
+mod refuse;
 
 pub use error::Error;

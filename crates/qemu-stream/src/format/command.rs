@@ -82,6 +82,19 @@ impl Command {
         }
     }
 
+    /// What to call it in a refusal.
+    pub(crate) fn refusal(&self) -> &'static str {
+        match self {
+            Self::PostcopyListen => "command POSTCOPY_LISTEN",
+            Self::PostcopyRun => "command POSTCOPY_RUN",
+            Self::PostcopyRamDiscard { .. } => "command POSTCOPY_RAM_DISCARD",
+            Self::Packaged(_) => "command PACKAGED",
+            Self::PostcopyResume => "command POSTCOPY_RESUME",
+            Self::RecvBitmap(_) => "command RECV_BITMAP",
+            other => other.name(),
+        }
+    }
+
     /// Appends the command, without the section type before it.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut data = Vec::new();

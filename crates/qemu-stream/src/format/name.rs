@@ -21,6 +21,11 @@ impl SectionName {
         self.0.as_bytes()
     }
 
+    /// The name of the RAM section.
+    pub(crate) fn ram() -> Self {
+        Self(BlockName::new("ram").expect("three bytes, none NUL"))
+    }
+
     pub(crate) fn as_name(&self) -> &BlockName {
         &self.0
     }

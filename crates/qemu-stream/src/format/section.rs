@@ -10,7 +10,7 @@
 use std::{fmt, io::Read};
 
 use super::{Command, Put, Reader, SectionName};
-use crate::error::{Error, Malformed, PeerMisbehaved};
+use crate::error::{Error, Malformed, PeerMisbehaved, Place};
 
 const EOF: u8 = 0x00;
 const START: u8 = 0x01;
@@ -66,6 +66,19 @@ pub enum Section {
 }
 
 impl Section {
+    /// The name of its type.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Eof => "EOF",
+            Self::Start(_) => "START",
+            Self::Part(_) => "PART",
+            Self::End(_) => "END",
+            Self::Full(_) => "FULL",
+            Self::VmDescription(_) => "VMDESCRIPTION",
+            Self::Command(command) => command.name(),
+        }
+    }
+
     /// Appends the head.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
@@ -115,6 +128,30 @@ impl Section {
 }
 
 impl SectionHead {
+    /// The version of the RAM section's body.
+    pub(crate) const RAM_VERSION: u32 = 4;
+
+    /// The head of the RAM section's START.
+    pub(crate) fn ram(id: SectionId) -> Self {
+        Self { id, name: SectionName::ram(), instance: 0, version: Self::RAM_VERSION }
+    }
+
+    /// Whether this is the RAM section.
+    pub(crate) fn is_ram(&self) -> bool {
+        self.name == SectionName::ram()
+    }
+
+    /// Refuses a RAM section of another instance or version; `at` is where its head stands.
+    pub(crate) fn check_ram(&self, at: Place) -> Result<(), Error> {
+        if self.version != Self::RAM_VERSION {
+            return Err(Malformed::value("version of section \"ram\"", "4", self.version).at(at));
+        }
+        if self.instance != 0 {
+            return Err(Malformed::value("instance of section \"ram\"", "0", self.instance).at(at));
+        }
+        Ok(())
+    }
+
     fn encode(&self, kind: u8, out: &mut Vec<u8>) {
         out.put_u8(kind);
         out.put_u32(self.id.0);

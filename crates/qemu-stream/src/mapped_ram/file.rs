@@ -1,0 +1,303 @@
+//! Reads a mapped-ram file: everything but the pages, which are read where they lie.
+//!
+//! In comes a file, ours or QEMU's, hostile until checked: every place it names must lie in it and
+//! behind the one before, so that no two overlap. A file without its end is refused; one that was
+//! being written when its writer died has no bitmaps worth reading.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+};
+
+use multifd::ram::{BlockName, PageSize};
+
+use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader};
+use crate::{
+    error::{CallerMistake, Error, Malformed, PeerMisbehaved, Place, Stream, Unsupported},
+    format::{
+        BlockEntry, BlockIndex, BlockList, Command, Configuration, CurrentBlock, DevicePart, EndFinder,
+        ListReader, Reader, Record, Section, SectionId, decode_footer, decode_header, limits,
+    },
+    refuse,
+};
+
+/// A mapped-ram file that is whole.
+#[derive(Debug)]
+pub struct MappedRamFile {
+    file: File,
+    configuration: Configuration,
+    section: SectionId,
+    blocks: BlockList,
+    places: Vec<BlockPlace>,
+    switchover_start: bool,
+    devices: DevicePart,
+}
+
+impl MappedRamFile {
+    /// Reads the file whose stream begins at `offset`, and checks everything but the pages.
+    ///
+    /// # Errors
+    /// If it is no mapped-ram file, incomplete, hostile, or the system cannot read it.
+    pub fn open(file: File, offset: u64) -> Result<Self, Error> {
+        let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
+        let mut parser = Parser {
+            r: Reader::with_capacity(Cursor { file: &file, at: 0 }, Stream::File, BUFFER),
+            file: &file,
+            length,
+        };
+        parser.jump(offset);
+        let configuration = parser.configuration()?;
+        let section = parser.start()?;
+        let (blocks, places) = parser.blocks(&configuration)?;
+        parser.eos(&blocks, section)?;
+        let switchover_start = parser.rest_of_ram(&blocks, section)?;
+        let devices = parser.devices()?;
+        Ok(Self { configuration, section, blocks, places, switchover_start, devices, file })
+    }
+
+    /// The configuration.
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+
+    /// The RAM section's number.
+    pub fn section(&self) -> SectionId {
+        self.section
+    }
+
+    /// The block list.
+    pub fn blocks(&self) -> &BlockList {
+        &self.blocks
+    }
+
+    /// Where the blocks lie, in the order of the list.
+    pub fn places(&self) -> &[BlockPlace] {
+        &self.places
+    }
+
+    /// Where one block lies.
+    pub fn place(&self, block: BlockIndex) -> Option<&BlockPlace> {
+        self.places.get(block.0)
+    }
+
+    /// Whether the stream has SWITCHOVER_START.
+    pub fn switchover_start(&self) -> bool {
+        self.switchover_start
+    }
+
+    /// The devices and their description.
+    pub fn devices(&self) -> &DevicePart {
+        &self.devices
+    }
+
+    /// The file, to read pages from.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Reads which pages of a block are present: bit i of word i / 64, least significant first, is
+    /// page i. Pages that are not are zero, whatever the file holds in their place. Read block by
+    /// block because all bitmaps together grow with RAM.
+    ///
+    /// # Errors
+    /// If there is no such block or the system cannot read.
+    pub fn bitmap(&self, block: BlockIndex) -> Result<Vec<u64>, Error> {
+        let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
+        let mut words = Vec::new();
+        let mut bytes = vec![0; BITMAP_PIECE];
+        let mut at = place.bitmap_offset;
+        let end = at + place.bitmap_length();
+        while at < end {
+            let length = usize::try_from(end - at).unwrap_or(BITMAP_PIECE).min(BITMAP_PIECE);
+            let piece = &mut bytes[..length];
+            self.file.read_exact_at(piece, at).map_err(|source| io_error(source, at, "read a bitmap"))?;
+            words.extend(piece.chunks_exact(WORD).map(word));
+            at += length as u64;
+        }
+        // What stands behind the last page's bit means nothing.
+        let behind = place.pages() % u64::from(u64::BITS);
+        if let Some(last) = words.last_mut().filter(|_| behind != 0) {
+            *last &= (1 << behind) - 1;
+        }
+        Ok(words)
+    }
+}
+
+struct Parser<'a> {
+    r: Reader<Cursor<'a>>,
+    file: &'a File,
+    length: u64,
+}
+
+impl Parser<'_> {
+    fn jump(&mut self, to: u64) {
+        self.r.jump(Cursor { file: self.file, at: to }, to);
+    }
+
+    fn configuration(&mut self) -> Result<Configuration, Error> {
+        let configuration = decode_header(&mut self.r)?.filter(|configuration| configuration.mapped_ram);
+        configuration.ok_or_else(|| {
+            let what = "stream in a file without places for pages";
+            Unsupported::NeedsCapability { what, capability: "mapped-ram" }.at(self.r.here())
+        })
+    }
+
+    /// The head of the RAM section.
+    fn start(&mut self) -> Result<SectionId, Error> {
+        loop {
+            let at = self.r.here();
+            match Section::decode(&mut self.r)? {
+                Section::Start(head) if head.is_ram() => {
+                    head.check_ram(at)?;
+                    return Ok(head.id);
+                }
+                Section::Start(head) => return Err(refuse::iterative_section(&head, at)),
+                Section::Full(head) => return Err(refuse::early_device(&head, at)),
+                // Of no use in a file, and no harm.
+                Section::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
+                Section::Command(command) => return Err(refuse::command(&command, at)),
+                other => return Err(misplaced(&other, "before the start of ram", at)),
+            }
+        }
+    }
+
+    fn blocks(&mut self, configuration: &Configuration) -> Result<(BlockList, Vec<BlockPlace>), Error> {
+        let page_size = configuration.page_size();
+        let mut list = ListReader::begin(&mut self.r, page_size, configuration.ignore_shared)?;
+        let mut places = Vec::new();
+        while let Some(entry) = list.next(&mut self.r)? {
+            let at = self.r.here();
+            let header = BlockHeader::decode(&mut self.r, entry)?;
+            let place = place(entry, &header, page_size, self.r.position(), self.length, at)?;
+            let next = place.pages_offset + place.used_length;
+            self.r.jump(Cursor { file: self.file, at: next }, next);
+            places.push(place);
+        }
+        Ok((list.finish(), places))
+    }
+
+    /// The body of a part of the RAM section: nothing but its end.
+    fn eos(&mut self, blocks: &BlockList, section: SectionId) -> Result<(), Error> {
+        let at = self.r.here();
+        let record = match Record::decode(&mut self.r, blocks, &mut CurrentBlock::default())? {
+            Record::Eos => return decode_footer(section, &mut self.r),
+            Record::Zero(..) => "ZERO",
+            Record::Page(..) => "PAGE",
+            Record::Xbzrle(..) => "XBZRLE",
+            Record::MultifdFlush => "MULTIFD_FLUSH",
+        };
+        Err(PeerMisbehaved::Misplaced { record, place: "in a mapped-ram file" }.at(at))
+    }
+
+    /// All parts up to the last; whether SWITCHOVER_START was among them.
+    fn rest_of_ram(&mut self, blocks: &BlockList, section: SectionId) -> Result<bool, Error> {
+        let mut switchover_start = false;
+        loop {
+            let at = self.r.here();
+            match Section::decode(&mut self.r)? {
+                Section::Part(id) | Section::End(id) if id != section => {
+                    return Err(PeerMisbehaved::UnknownSection { expected: section, met: id }.at(at));
+                }
+                Section::Part(_) => self.eos(blocks, section)?,
+                Section::End(_) => {
+                    self.eos(blocks, section)?;
+                    return Ok(switchover_start);
+                }
+                Section::Command(Command::SwitchoverStart) => switchover_start = true,
+                Section::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
+                Section::Command(command) => return Err(refuse::command(&command, at)),
+                Section::Start(head) => return Err(refuse::iterative_section(&head, at)),
+                other => return Err(misplaced(&other, "before the end of ram", at)),
+            }
+        }
+    }
+
+    /// The file ends where the stream does, so one look at its end is enough.
+    fn devices(&mut self) -> Result<DevicePart, Error> {
+        let at = self.r.here();
+        let length = self.length.saturating_sub(at.offset);
+        let mut bytes = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
+        let mut finder = EndFinder::new(true);
+        let found = finder.look(&mut bytes).map_err(|what| what.at(at))?;
+        found.ok_or_else(|| finder.missing(bytes.len()).at(self.r.here()))
+    }
+}
+
+/// Checks where a block says it lies: behind its header, bitmap before pages, pages in the file. As
+/// the next entry stands behind the pages, nothing can overlap.
+fn place(
+    entry: &BlockEntry,
+    header: &BlockHeader,
+    page_size: PageSize,
+    header_end: u64,
+    file_length: u64,
+    at: Place,
+) -> Result<BlockPlace, Error> {
+    let BlockHeader { page_size: met, bitmap_offset, pages_offset } = *header;
+    if met != page_size.bytes() as u64 {
+        let field = format!("block \"{}\": page size of the mapped-ram header", entry.name);
+        return Err(Malformed::value(field, format!("{:#x}", page_size.bytes()), met).at(at));
+    }
+    let place = BlockPlace { bitmap_offset, pages_offset, used_length: entry.used_length, page_size };
+    let refused = |name: &BlockName, what, offset, expected: String| {
+        Err(PeerMisbehaved::Placement { block: name.clone(), what, at: offset, expected }.at(at))
+    };
+    if bitmap_offset < header_end {
+        return refused(
+            &entry.name,
+            "bitmap",
+            bitmap_offset,
+            format!("behind its header at {header_end:#x}"),
+        );
+    }
+    let Some(bitmap_end) = bitmap_offset.checked_add(place.bitmap_length()) else {
+        return refused(&entry.name, "bitmap", bitmap_offset, "inside the file".to_owned());
+    };
+    if pages_offset % page_size.bytes() as u64 != 0 {
+        let expected = format!("a multiple of {:#x}", page_size.bytes());
+        return refused(&entry.name, "pages", pages_offset, expected);
+    }
+    if pages_offset < bitmap_end {
+        let expected = format!("behind the bitmap's end at {bitmap_end:#x}");
+        return refused(&entry.name, "pages", pages_offset, expected);
+    }
+    match pages_offset.checked_add(entry.used_length) {
+        Some(end) if end <= file_length => Ok(place),
+        _ => {
+            refused(&entry.name, "pages", pages_offset, format!("inside the file of {file_length:#x} bytes"))
+        }
+    }
+}
+
+fn misplaced(section: &Section, place: &'static str, at: Place) -> Error {
+    PeerMisbehaved::Misplaced { record: section.name(), place }.at(at)
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
+}
+
+fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
+    Error::Io { at: Place { stream: Stream::File, offset }, doing, source }
+}
+
+/// Reads on from a position of a file, without moving the file's own.
+struct Cursor<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for Cursor<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(into, self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+/// Enough for an entry and its header, and little to read in vain before a jump.
+const BUFFER: usize = 4 << 10;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,187 @@
+//! Where everything goes in a file that is about to be written, and the writing of all but the pages.
+//!
+//! In come configuration and block list, out go the places of bitmaps and pages. A file is trusted
+//! only once its tail is there, so the order is: head, pages, bitmaps, tail. Nothing here syncs the
+//! file; who writes it decides when it must be durable.
+
+use std::{fs::File, io, os::unix::fs::FileExt};
+
+use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader};
+use crate::{
+    error::{CallerMistake, Error, Place, Stream},
+    format::{
+        BlockIndex, BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section,
+        SectionHead, SectionId, encode_footer, encode_header,
+    },
+};
+
+/// The places of a file that is about to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of the stream between the pages, each with its position.
+    head: Vec<(u64, Vec<u8>)>,
+    places: Vec<BlockPlace>,
+    section: SectionId,
+    blocks: BlockList,
+    tail: u64,
+}
+
+/// What follows the RAM section's first part.
+#[derive(Clone, Copy, Debug)]
+pub struct Tail<'a> {
+    /// Whether SWITCHOVER_START comes before END: machine types from 10.0 on.
+    pub switchover_start: bool,
+    /// The devices and their description.
+    pub devices: &'a DevicePart,
+}
+
+impl Layout {
+    /// The layout of a file that begins at `offset` of its container (0 for a file of its own). The
+    /// configuration is marked as mapped-ram whether it is or not; `section` becomes the RAM
+    /// section's number, which must not be one of the devices'.
+    ///
+    /// # Errors
+    /// If the offset leaves no room, or the machine type is too old for such files.
+    pub fn new(
+        configuration: &Configuration,
+        blocks: &BlockList,
+        section: SectionId,
+        offset: u64,
+    ) -> Result<Self, CallerMistake> {
+        if !configuration.machine.has_footers() {
+            let machine = configuration.machine.clone();
+            return Err(CallerMistake::Machine { machine, why: "has no configuration to say mapped-ram in" });
+        }
+        let page_size = blocks.page_size();
+        if page_size != configuration.page_size() {
+            let why = format!("{page_size}, but the configuration has {}", configuration.page_size());
+            return Err(CallerMistake::Value { what: "page size of the block list", why });
+        }
+        let configuration = Configuration { mapped_ram: true, ..configuration.clone() };
+        let too_far = || CallerMistake::Value { what: "offset", why: format!("{offset:#x} is too far") };
+        let (mut head, mut places) = (Vec::new(), Vec::new());
+        let mut piece = Vec::new();
+        let mut at = offset;
+        encode_header(Some(&configuration), &mut piece);
+        Section::Start(SectionHead::ram(section)).encode(&mut piece);
+        blocks.encode_total(&mut piece);
+        for entry in blocks.entries() {
+            entry.encode(configuration.ignore_shared, &mut piece);
+            let bitmap_offset = at.checked_add(piece.len() as u64 + header::LENGTH).ok_or_else(too_far)?;
+            let mut place =
+                BlockPlace { bitmap_offset, pages_offset: 0, used_length: entry.used_length, page_size };
+            let behind = bitmap_offset.checked_add(place.bitmap_length()).ok_or_else(too_far)?;
+            place.pages_offset = behind.checked_next_multiple_of(PAGES_ALIGNMENT).ok_or_else(too_far)?;
+            block_header(&place).encode(&mut piece);
+            head.push((at, std::mem::take(&mut piece)));
+            at = place.pages_offset.checked_add(entry.used_length).ok_or_else(too_far)?;
+            places.push(place);
+        }
+        eos(blocks, section, &mut piece);
+        let tail = at.checked_add(piece.len() as u64).ok_or_else(too_far)?;
+        head.push((at, piece));
+        // The system counts file positions in signed 64 bits.
+        if tail > MAX_POSITION {
+            return Err(too_far());
+        }
+        Ok(Self { head, places, section, blocks: blocks.clone(), tail })
+    }
+
+    /// The places of the blocks, in the order of the list.
+    pub fn places(&self) -> &[BlockPlace] {
+        &self.places
+    }
+
+    /// The place of one block.
+    pub fn place(&self, block: BlockIndex) -> Option<&BlockPlace> {
+        self.places.get(block.0)
+    }
+
+    /// The block list the layout is made of.
+    pub fn blocks(&self) -> &BlockList {
+        &self.blocks
+    }
+
+    /// Where the tail begins: behind all pages, so the length to reserve or map.
+    pub fn tail_offset(&self) -> u64 {
+        self.tail
+    }
+
+    /// Writes everything before the tail but bitmaps and pages.
+    ///
+    /// # Errors
+    /// If the system cannot write.
+    pub fn write_head(&self, file: &File) -> Result<(), Error> {
+        self.head.iter().try_for_each(|(at, piece)| write_at(file, piece, *at, "write the head"))
+    }
+
+    /// Writes the bitmap of one block: bit i of word i / 64, least significant first, is page i.
+    ///
+    /// # Errors
+    /// If the bitmap has not as many words as the block needs, or the system cannot write.
+    pub fn write_bitmap(&self, file: &File, block: BlockIndex, words: &[u64]) -> Result<(), Error> {
+        let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
+        if words.len() as u64 != place.bitmap_words() {
+            let why = format!("expected {:#x} words, met {:#x}", place.bitmap_words(), words.len());
+            return Err(CallerMistake::Value { what: "bitmap", why }.into());
+        }
+        let mut at = place.bitmap_offset;
+        let mut bytes = Vec::with_capacity(words.len().min(BITMAP_PIECE / WORD) * WORD);
+        for piece in words.chunks(BITMAP_PIECE / WORD) {
+            bytes.clear();
+            for word in piece {
+                // The one little-endian thing in either format.
+                bytes.extend(word.to_le_bytes());
+            }
+            write_at(file, &bytes, at, "write a bitmap")?;
+            at += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes the tail and cuts the file behind it. Returns the length of the file. Before this the
+    /// file is no file anyone would load; after it, it is whole.
+    ///
+    /// # Errors
+    /// If the system cannot write.
+    pub fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
+        let mut bytes = Vec::new();
+        if tail.switchover_start {
+            Section::Command(Command::SwitchoverStart).encode(&mut bytes);
+        }
+        Section::End(self.section).encode(&mut bytes);
+        eos(&self.blocks, self.section, &mut bytes);
+        write_at(file, &bytes, self.tail, "write the end of ram")?;
+        let devices_at = self.tail + bytes.len() as u64;
+        write_at(file, tail.devices.as_bytes(), devices_at, "write the devices")?;
+        let end = devices_at + tail.devices.as_bytes().len() as u64;
+        file.set_len(end).map_err(|source| io_error(source, end, "cut the file"))?;
+        Ok(end)
+    }
+}
+
+/// Position that no file reaches, with room for the tail.
+const MAX_POSITION: u64 = 1 << 62;
+
+fn block_header(place: &BlockPlace) -> BlockHeader {
+    let page_size = place.page_size.bytes() as u64;
+    BlockHeader { page_size, bitmap_offset: place.bitmap_offset, pages_offset: place.pages_offset }
+}
+
+/// The end of a part of the RAM section: EOS and footer.
+fn eos(blocks: &BlockList, section: SectionId, out: &mut Vec<u8>) {
+    // An EOS names no page, so no list can refuse it.
+    let _ = Record::Eos.encode(blocks, &mut CurrentBlock::default(), out);
+    encode_footer(section, out);
+}
+
+fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {
+    file.write_all_at(bytes, at).map_err(|source| io_error(source, at, doing))
+}
+
+fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
+    Error::Io { at: Place { stream: Stream::File, offset }, doing, source }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,92 @@
+use std::os::unix::fs::FileExt;
+
+use multifd::ram::{PageIndex, PageSize};
+
+use super::*;
+use crate::format::{
+    BlockEntry, MachineType,
+    testing::{block_name, dump},
+};
+
+fn q35() -> Configuration {
+    Configuration::new(MachineType::new("pc-q35-10.0").unwrap())
+}
+
+fn blocks(blocks: &[(&str, u64)]) -> BlockList {
+    let entries = blocks.iter().map(|(name, length)| BlockEntry::new(block_name(name), *length)).collect();
+    BlockList::new(entries, PageSize::KIB_4).unwrap()
+}
+
+/// Captured from QEMU 10.0.2 with a guest of 96 MiB, its block list shortened to the first two.
+#[test]
+fn the_head_is_what_qemu_writes() {
+    let blocks = blocks(&[("pc.ram", 0x600_0000), ("/rom@etc/acpi/tables", 0x2_0000)]);
+    let layout = Layout::new(&q35(), &blocks, SectionId(1), 0).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    layout.write_head(&file).unwrap();
+    let golden = dump(
+        "51 45 56 4d 00 00 00 03 07 00 00 00 0b \"pc-q35-10.0\"
+         05 1a \"configuration/capabilities\" 00 00 00 01  00 00 00 01  0a \"mapped-ram\"
+         01 00 00 00 01 03 \"ram\" 00 00 00 00 00 00 00 04
+         00 00 00 00 06 02 00 04
+         06 \"pc.ram\" 00 00 00 00 06 00 00 00
+         00 00 00 01  00 00 00 00 00 00 10 00  00 00 00 00 00 00 00 8b  00 00 00 00 00 10 00 00",
+    );
+    let mut head = vec![0; golden.len()];
+    file.read_exact_at(&mut head, 0).unwrap();
+    assert_eq!(head, golden);
+    let golden = dump(
+        "14 \"/rom@etc/acpi/tables\" 00 00 00 00 00 02 00 00
+         00 00 00 01  00 00 00 00 00 00 10 00  00 00 00 00 06 10 00 39  00 00 00 00 06 20 00 00",
+    );
+    let mut entry = vec![0; golden.len()];
+    file.read_exact_at(&mut entry, 0x610_0000).unwrap();
+    assert_eq!(entry, golden);
+    assert_eq!(layout.places()[1].bitmap_offset, 0x610_0039);
+    let golden = dump("00 00 00 00 00 00 00 10 7e 00 00 00 01");
+    let mut eos = vec![0; golden.len()];
+    file.read_exact_at(&mut eos, 0x622_0000).unwrap();
+    assert_eq!(eos, golden);
+    assert_eq!(layout.tail_offset(), 0x622_000d);
+}
+
+/// QEMU 10.0.2 with `offset=4096`: bitmap of pc.ram at 0x108b, its pages still at 0x100000.
+#[test]
+fn places_are_absolute_and_aligned_absolutely_when_the_file_has_an_offset() {
+    let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 0x600_0000)]), SectionId(1), 0x1000).unwrap();
+    let place = layout.places()[0];
+    assert_eq!((place.bitmap_offset, place.pages_offset), (0x108b, 0x10_0000));
+    assert_eq!(place.page_offset(PageIndex(2)), Some(0x10_2000));
+    assert_eq!(place.page_offset(PageIndex(0x6000)), None);
+}
+
+#[test]
+fn an_offset_that_leaves_no_room_is_refused() {
+    let blocks = blocks(&[("pc.ram", 0x600_0000)]);
+    for offset in [u64::MAX, u64::MAX - 0x600_0000, 1 << 62] {
+        assert!(Layout::new(&q35(), &blocks, SectionId(1), offset).is_err(), "{offset:#x}");
+    }
+}
+
+#[test]
+fn a_page_size_that_differs_from_the_configuration_is_refused() {
+    let arm = Configuration { target_page_size: Some(PageSize::KIB_64), ..q35() };
+    assert!(Layout::new(&arm, &blocks(&[("mach-virt.ram", 0x10_0000)]), SectionId(1), 0).is_err());
+}
+
+#[test]
+fn a_machine_without_configuration_is_refused() {
+    let old = Configuration::new(MachineType::new("pc-i440fx-2.3").unwrap());
+    let refused = Layout::new(&old, &blocks(&[("pc.ram", 0x10_0000)]), SectionId(1), 0);
+    assert!(matches!(refused, Err(CallerMistake::Machine { .. })));
+}
+
+#[test]
+fn a_bitmap_of_another_length_is_refused() {
+    let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 0x4_1000)]), SectionId(1), 0).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 2]).is_ok());
+    assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 1]).is_err());
+    assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 3]).is_err());
+    assert!(layout.write_bitmap(&file, BlockIndex(1), &[0; 2]).is_err());
+}

@@ -1,0 +1,64 @@
+//! The mapped-ram file: a migration stream in which every page has a fixed place.
+//!
+//! ```text
+//! head ─ entry 0 ─ header ─ bitmap ─┄─ pages ─ entry 1 ─ header ─ bitmap ─┄─ pages ─ EOS ─ tail
+//!                           │          │ aligned to 1 MiB
+//!                           └ 1 bit a page: present. Only this decides; holes may hold anything.
+//! tail = footer [SWITCHOVER_START] END EOS footer, devices, EOF, JSON
+//! ```
+//!
+//! QEMU 9.0 and later write and read such files with `file:PATH[,offset=N]`. [`Layout`] says where
+//! everything goes and writes all but the pages; [`MappedRamFile`] reads it back, ours or QEMU's.
+//! Pages themselves are moved by whoever owns the RAM, at their places in the file.
+
+mod file;
+mod header;
+mod layout;
+
+use multifd::ram::{PageIndex, PageSize};
+
+pub use file::MappedRamFile;
+pub use layout::{Layout, Tail};
+
+/// What QEMU aligns the pages of a block to, so that they can be written unbuffered.
+pub const PAGES_ALIGNMENT: u64 = 1 << 20;
+
+/// Where the bitmap and the pages of a block lie, in absolute file positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockPlace {
+    /// Where the bitmap begins.
+    pub bitmap_offset: u64,
+    /// Where page 0 begins.
+    pub pages_offset: u64,
+    /// Bytes of pages.
+    pub used_length: u64,
+    /// The page size.
+    pub page_size: PageSize,
+}
+
+impl BlockPlace {
+    /// The number of pages.
+    pub fn pages(&self) -> u64 {
+        self.page_size.whole_pages_in(self.used_length)
+    }
+
+    /// The number of 64-bit words in the bitmap.
+    pub fn bitmap_words(&self) -> u64 {
+        self.pages().div_ceil(u64::from(u64::BITS))
+    }
+
+    /// Where `page` lies; `None` if the block has no such page.
+    pub fn page_offset(&self, page: PageIndex) -> Option<u64> {
+        let offset = self.page_size.offset_of(page).filter(|_| page.0 < self.pages())?;
+        self.pages_offset.checked_add(offset.0)
+    }
+
+    fn bitmap_length(&self) -> u64 {
+        self.bitmap_words() * WORD as u64
+    }
+}
+
+/// Bytes of one word of a bitmap.
+const WORD: usize = 8;
+/// Bytes of bitmap that are turned into words, or back, at once.
+const BITMAP_PIECE: usize = 64 << 10;
