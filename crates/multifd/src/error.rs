@@ -238,6 +238,14 @@ pub enum Violation {
         /// The number of channels.
         channels: u16,
     },
+    /// A channel connected when RAM had been moving for a while.
+    #[error("channel {id} connected after sync point {point}: its pages may be outdated")]
+    LateChannel {
+        /// The channel's id.
+        id: ChannelId,
+        /// The sync point that the main stream has passed, from 1.
+        point: u64,
+    },
     /// Two connections claim the same id.
     #[error("channel id {id} is already taken")]
     DuplicateChannel {

@@ -1,4 +1,63 @@
-//! Moves the RAM of a running virtual machine over many channels.
+//! **multifd** moves the RAM of a running virtual machine over many channels at once, live, in the wire format of
+//! QEMU's multifd.
+//!
+//! ```text
+//!  source                                                          destination
+//!  guest RAM → DirtyLog → batch → channel thread → Link ═══════ Link → channel thread → guest RAM
+//!                │  pass   (one block, up to 512 KiB)                packet checked, pages placed │
+//!  Main ─────────┴── setup · passes · flush · switchover · devices · end ── Receiver::sync ───────┘
+//! ```
+//!
+//! A *pass* walks the dirty bits once. Between two passes stands a *flush*: every channel carries a SYNC packet, and the
+//! destination goes on only when all channels have reached theirs. So two versions of one page never overtake each
+//! other. That is the one ordering rule; everything else runs in parallel.
+//!
+//! | module | a place on that way |
+//! | --- | --- |
+//! | [`ram`] | blocks, dirty bits, guest memory, which is never a Rust reference |
+//! | [`wire`] | packets as bytes |
+//! | [`channel`] | addresses, links, the one [`Stop`](channel::Stop) |
+//! | [`Sender`], [`Receiver`] | the two ends of the channels |
+//! | [`live`] | passes, switchover, states |
+//!
+//! The main stream is not written here: `qemu-stream` does that, or whatever implements [`live::Main`].
+//!
+//! # The channels alone
+//!
+//! ```
+//! use std::{sync::Arc, thread};
+//!
+//! use multifd::{ReceiveOptions, Receiver, SendOptions, Sender};
+//! use multifd::{channel::{Stop, memory}, ram::*};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let blocks = || -> Result<_, Box<dyn std::error::Error>> {
+//!     let memory = Memory::Mapped(Mapping::anonymous(1 << 20)?);
+//!     let name = BlockName::new("pc.ram").ok_or("a name")?;
+//!     Ok(Arc::new(RamBlocks::new(vec![RamBlock::new(name, 1 << 20, PageSize::KIB_4, memory)?])?))
+//! };
+//! let (source, destination) = (blocks()?, blocks()?);
+//! let (connector, listener) = memory::network(1 << 16);
+//!
+//! let mut receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+//! receiver.listen(Box::new(listener))?;
+//! receiver.set_blocks(destination.clone())?;
+//!
+//! source.block(BlockIndex(0))?.store(PageIndex(7), &[42; 4096])?;
+//! let mut sender = Sender::new(SendOptions::new().channels(4), source, Stop::new())?;
+//! sender.set_up(Arc::new(connector))?;
+//! sender.queue(BlockIndex(0), PageIndex(7))?;
+//! let sent = thread::spawn(move || sender.sync().and_then(|()| sender.finish()));
+//! receiver.sync()?; // the pages before the sync point are in place
+//!
+//! let mut page = [0; 4096];
+//! destination.block(BlockIndex(0))?.slice(PageIndex(7), 1).ok_or("there")?.copy_to(&mut page);
+//! assert_eq!(page, [42; 4096]);
+//! receiver.finish()?;
+//! sent.join().expect("no panic")?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod batch;
 pub mod channel;
@@ -7,6 +66,7 @@ pub mod error;
 pub mod live;
 mod options;
 pub mod ram;
+mod recv;
 mod send;
 mod stats;
 pub mod wire;
@@ -14,5 +74,6 @@ pub mod wire;
 pub use compress::Method;
 pub use error::{Error, Result};
 pub use options::{ChannelCount, ReceiveOptions, SendOptions};
+pub use recv::{Receiver, RecvCounters};
 pub use send::{SendCounters, Sender};
 pub use stats::ChannelStats;

@@ -1,6 +1,7 @@
 //! What a connection must do to carry a channel or the main stream.
 
 use std::{
+    fmt,
     io::{self, Read, Write},
     sync::Arc,
     time::Duration,
@@ -153,6 +154,12 @@ impl Stream {
     /// If the connection is broken.
     pub fn close_write(&mut self) -> io::Result<()> {
         self.link.close_send()
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream").field("peer", &self.peer()).finish_non_exhaustive()
     }
 }
 

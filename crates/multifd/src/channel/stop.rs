@@ -178,7 +178,12 @@ impl fmt::Debug for Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.stop.lock().watchers.retain(|(id, _)| *id != self.id);
+        let mut state = self.stop.lock();
+        let watcher = state.watchers.iter().position(|(id, _)| *id == self.id);
+        let watcher = watcher.map(|at| state.watchers.remove(at));
+        // The watcher may own other guards of this stop, whose drop takes the lock.
+        drop(state);
+        drop(watcher);
     }
 }
 
@@ -253,6 +258,21 @@ mod tests {
         stop.cancel();
         let _watch = stop.watch(late.clone());
         assert_eq!((early.0.load(Ordering::Relaxed), late.0.load(Ordering::Relaxed)), (0, 1));
+    }
+
+    /// A watcher owned another guard of its stop; dropping it under the lock stood for ever.
+    #[test]
+    fn a_watcher_may_own_another_guard() {
+        struct Owns {
+            _watch: Watch,
+        }
+        impl Wake for Owns {
+            fn wake(&self) {}
+        }
+        let stop = Stop::new();
+        let inner = stop.watch(Arc::new(Count::default()));
+        drop(stop.watch(Arc::new(Owns { _watch: inner })));
+        assert!(stop.lock().watchers.is_empty());
     }
 
     #[test]

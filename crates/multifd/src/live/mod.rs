@@ -1,4 +1,370 @@
-//! Live migration.
+//! A live migration at the source: passes over dirty RAM while the guest runs, then the switchover.
+//!
+//! ```text
+//! none ─▶ setup ─▶ active ─▶ device ─▶ completed          pass: dirty bits ─▶ pages ─▶ channels (or main)
+//!            └───────┴────────┴──▶ failed                  flush: SYNC on all channels, then main's record
+//!            └───────┴────────┴──▶ cancelling ─▶ cancelled
+//! ```
+//!
+//! [`Migration::run`] drives the whole of it in the caller's thread: it knows when to walk, when to sync, when the
+//! rest fits into the downtime and how to go back. What the main stream looks like it asks a [`Main`], what the
+//! guest has written a [`DirtyLog`], and to stop it a [`Guest`].
+
+mod pace;
+mod pass;
+mod progress;
 mod status;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use pace::Pace;
+use pass::Walk;
+use progress::PassRate;
+pub use progress::{MigrationInfo, Progress, RamInfo};
 pub use status::Status;
-pub(crate) use status::StatusCell;
+
+use crate::{
+    channel::Stop,
+    error::{Error, Result},
+    ram::{DirtyLog, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    send::Sender,
+};
+
+/// A pass over RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// The guest runs meanwhile.
+    Live,
+    /// The guest has stopped; nothing remains afterwards.
+    Final,
+}
+
+/// The main stream of a source, as the passes see it. `qemu-stream` writes QEMU's.
+///
+/// Calls come in this order: `begin`, `setup`, then for each pass `begin_pass`, pages, `end_pass`; before the
+/// final pass `switchover`, after it `devices` and `complete`. Before `setup` and each `end_pass` a SYNC has left on
+/// every channel, so what marks the sync point on main must leave at once.
+pub trait Main {
+    /// Opens the stream.
+    ///
+    /// # Errors
+    /// Any of these calls fails if the stream breaks, and the migration with it.
+    fn begin(&mut self) -> Result<()>;
+    /// Announces the blocks; a sync point.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn setup(&mut self, blocks: &RamBlocks) -> Result<()>;
+    /// A pass begins.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn begin_pass(&mut self, pass: Pass) -> Result<()>;
+    /// A page that is zero, when zero pages go over main.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn zero_page(&mut self, block: &RamBlock, page: PageIndex) -> Result<()>;
+    /// A page, in a migration without channels.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn page(&mut self, block: &RamBlock, page: PageIndex, bytes: &[u8]) -> Result<()>;
+    /// The pass is over; a sync point.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn end_pass(&mut self, pass: Pass) -> Result<()>;
+    /// The guest has stopped.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn switchover(&mut self) -> Result<()>;
+    /// The devices' state, as the guest's stop gave it.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    fn devices(&mut self, devices: Vec<DeviceSection>) -> Result<()>;
+    /// Ends the stream and waits for the destination's word that it has everything.
+    ///
+    /// # Errors
+    /// If the destination says otherwise, or nothing.
+    fn complete(&mut self) -> Result<()>;
+    /// Bytes written so far.
+    fn bytes(&self) -> u64;
+}
+
+/// The state of one device, as bytes that only that device understands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// The device's name, 1 to 255 bytes.
+    pub name: String,
+    /// Which of several devices of that name.
+    pub instance_id: u32,
+    /// The version of the state's layout.
+    pub version: u32,
+    /// The state.
+    pub data: Vec<u8>,
+}
+
+/// The guest whose RAM moves.
+pub trait Guest {
+    /// Stops the guest and gives the state of its devices. From here on nothing writes to RAM.
+    ///
+    /// # Errors
+    /// If it cannot be stopped; the migration then fails and the guest runs on.
+    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>>;
+
+    /// Lets the stopped guest run on: the migration failed or was cancelled.
+    fn resume(&mut self);
+}
+
+/// Where zero pages are looked for, and how they travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ZeroPageDetection {
+    /// They travel as any other page, except those known to be zero without looking.
+    None,
+    /// They go over main, which every destination understands.
+    #[default]
+    Legacy,
+    /// They go over the channels. For destinations from QEMU 9.0 on, and this library.
+    Multifd,
+}
+
+/// When and how fast a migration moves.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct MigrateOptions {
+    downtime_limit: Duration,
+    max_bandwidth: Option<u64>,
+    zero_page_detection: ZeroPageDetection,
+}
+
+impl Default for MigrateOptions {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            max_bandwidth: None,
+            zero_page_detection: ZeroPageDetection::Legacy,
+        }
+    }
+}
+
+impl MigrateOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `downtime-limit`: the guest is stopped when what remains can be sent in this time. Default 300 ms. A shorter
+    /// one takes more passes, and may never be reached by a guest that writes faster than the channels send.
+    pub fn downtime_limit(mut self, limit: Duration) -> Self {
+        self.downtime_limit = limit;
+        self
+    }
+
+    /// `max-bandwidth`: bytes a second over all connections while the guest runs; `None`, the default, and 0
+    /// are no limit.
+    pub fn max_bandwidth(mut self, bytes: Option<u64>) -> Self {
+        self.max_bandwidth = bytes.filter(|bytes| *bytes > 0);
+        self
+    }
+
+    /// `zero-page-detection`. Default legacy.
+    pub fn zero_page_detection(mut self, detection: ZeroPageDetection) -> Self {
+        self.zero_page_detection = detection;
+        self
+    }
+}
+
+/// One live migration, from set-up to its end.
+pub struct Migration {
+    options: MigrateOptions,
+    blocks: Arc<RamBlocks>,
+    stop: Stop,
+    progress: Progress,
+}
+
+impl Migration {
+    /// A migration of `blocks`. `stop` cancels it from any thread, and must be the sender's.
+    pub fn new(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Self {
+        let progress = Progress::new(blocks.total(), blocks.page_size());
+        Self { options, blocks, stop, progress }
+    }
+
+    /// The numbers of this migration, for another thread to read.
+    pub fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    /// Migrates. `sender` has been set up for the same blocks; without one, pages go over main.
+    ///
+    /// Whatever happens before the destination has said that it has everything, the guest can go on: a failed or
+    /// cancelled migration resumes it and puts the dirty bits of all pages back, for no destination has them.
+    ///
+    /// # Errors
+    /// The first error, or [`Error::Cancelled`].
+    pub fn run(
+        self,
+        mut sender: Option<Sender>,
+        main: &mut dyn Main,
+        log: &mut dyn DirtyLog,
+        guest: &mut dyn Guest,
+    ) -> Result<MigrationInfo> {
+        let mut stopped = false;
+        let mut driver = Driver {
+            pending: self.blocks.iter().map(|(_, block)| PageBitmap::full(block.pages())).collect(),
+            page: vec![0; self.blocks.page_size().bytes()],
+            migration: &self,
+            sender: sender.as_mut(),
+            main,
+            log,
+            guest,
+            stopped: &mut stopped,
+        };
+        let driven = driver.drive();
+        if let Err(error) = driven {
+            // The first error is the one to report, and it has shut everything down.
+            let error = self.stop.fail(error);
+            drop(sender);
+            if stopped {
+                guest.resume();
+            }
+            for (index, block) in self.blocks.iter() {
+                log.put_back(index, &PageBitmap::full(block.pages()));
+            }
+            if error.is_cancelled() {
+                self.progress.advance(Status::Cancelling)?;
+                self.progress.advance(Status::Cancelled)?;
+            } else {
+                self.progress.advance(Status::Failed)?;
+            }
+            return Err(error);
+        }
+        if let Some(sender) = sender {
+            // The destination runs the guest now; an error in taking leave of it changes nothing.
+            if let Err(error) = sender.finish() {
+                tracing::debug!(%error, "an error after completion");
+            }
+        }
+        self.progress.advance(Status::Completed)?;
+        Ok(self.progress.info())
+    }
+}
+
+/// The parts of a running migration.
+struct Driver<'a> {
+    migration: &'a Migration,
+    sender: Option<&'a mut Sender>,
+    main: &'a mut dyn Main,
+    log: &'a mut dyn DirtyLog,
+    guest: &'a mut dyn Guest,
+    /// Pages to send, a bitmap for each block.
+    pending: Vec<PageBitmap>,
+    page: Vec<u8>,
+    stopped: &'a mut bool,
+}
+
+impl Driver<'_> {
+    fn drive(&mut self) -> Result<()> {
+        let Migration { options, stop, progress, .. } = self.migration;
+        stop.check()?;
+        progress.advance(Status::Setup)?;
+        self.set_up()?;
+        progress.advance(Status::Active)?;
+        let mut pace = Pace::new(options.max_bandwidth);
+        self.bitmap_sync(None)?;
+        loop {
+            let rate = self.pass(Pass::Live, &mut pace)?;
+            let remaining =
+                self.bitmap_sync(Some(rate.time))? * self.migration.blocks.page_size().bytes() as u64;
+            let expected = Duration::try_from_secs_f64(remaining as f64 / rate.bandwidth().max(1.0));
+            let expected = expected.unwrap_or(Duration::MAX);
+            progress.expect_downtime(expected);
+            tracing::debug!(remaining, ?expected, bandwidth = rate.bandwidth(), "migration_iteration");
+            if expected <= options.downtime_limit {
+                break;
+            }
+        }
+        self.switch_over()
+    }
+
+    fn set_up(&mut self) -> Result<()> {
+        let Migration { blocks, progress, .. } = self.migration;
+        progress.started(self.sender.as_deref());
+        if let Some(sender) = &mut self.sender {
+            sender.wait_connected()?;
+        }
+        self.main.begin()?;
+        if let Some(sender) = &mut self.sender {
+            sender.sync()?;
+        }
+        self.main.setup(blocks)?;
+        progress.set_up();
+        Ok(())
+    }
+
+    fn switch_over(&mut self) -> Result<()> {
+        let Migration { stop, progress, .. } = self.migration;
+        stop.check()?;
+        let start = Instant::now();
+        let precopy = self.main.bytes();
+        progress.main_bytes(precopy, 0);
+        *self.stopped = true;
+        let devices = self.guest.stop().map_err(|error| Error::io("stop the guest", error))?;
+        progress.advance(Status::Device)?;
+        self.main.switchover()?;
+        self.bitmap_sync(None)?;
+        self.pass(Pass::Final, &mut Pace::new(None))?;
+        self.main.devices(devices)?;
+        self.main.complete()?;
+        progress.main_bytes(precopy, self.main.bytes().saturating_sub(precopy));
+        progress.downtime(start.elapsed());
+        Ok(())
+    }
+
+    /// Takes the dirty bits of all blocks; says how many pages remain to be sent.
+    fn bitmap_sync(&mut self, time: Option<Duration>) -> Result<u64> {
+        for ((index, block), pending) in self.migration.blocks.iter().zip(&self.pending) {
+            let taken = self.log.take(index, pending);
+            taken.map_err(|error| {
+                Error::io(format!("take the dirty bits of block {:?}", block.name()), error)
+            })?;
+        }
+        let remaining = self.pending.iter().map(PageBitmap::count).sum();
+        self.migration.progress.bitmap_sync(remaining, time);
+        Ok(remaining)
+    }
+
+    fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<PassRate> {
+        let Migration { options, blocks, stop, progress } = self.migration;
+        let (start, before) = (Instant::now(), progress.sent());
+        self.main.begin_pass(pass)?;
+        let mut walk = Walk {
+            sender: self.sender.as_deref_mut(),
+            main: self.main,
+            detection: options.zero_page_detection,
+            pace,
+            progress,
+            stop,
+            page: &mut self.page,
+        };
+        for ((index, block), pending) in blocks.iter().zip(&self.pending) {
+            walk.block(index, block, pending)?;
+        }
+        if let Some(sender) = &mut self.sender {
+            sender.sync()?;
+        }
+        self.main.end_pass(pass)?;
+        if pass == Pass::Live {
+            progress.main_bytes(self.main.bytes(), 0);
+        }
+        let after = progress.sent();
+        let rate = PassRate { bytes: after.1 - before.1, pages: after.0 - before.0, time: start.elapsed() };
+        progress.passed(&rate);
+        Ok(rate)
+    }
+}

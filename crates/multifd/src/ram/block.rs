@@ -3,7 +3,7 @@
 //! A block is a name, a used length, a page size and the memory behind it. Both sides list the same blocks;
 //! the source announces its list on the main stream, the destination looks every name up before it writes.
 
-use std::{collections::HashMap, fs::File};
+use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt};
 
 use super::{BlockName, BlockOffset, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
 use crate::error::{Error, Result, Usage};
@@ -114,6 +114,42 @@ impl RamBlock {
     /// Where `page` starts; `None` if the block has no such page.
     pub fn offset_of(&self, page: PageIndex) -> Option<BlockOffset> {
         if page.0 < self.pages() { self.page_size.offset_of(page) } else { None }
+    }
+
+    /// Writes whole pages from `first` on, into memory or file, and notes that they hold something.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    ///
+    /// # Panics
+    /// If `bytes` are no whole pages of this block.
+    pub fn store(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let page_size = self.page_size.bytes();
+        let count = (bytes.len() / page_size) as u64;
+        let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
+        assert!(bytes.len().is_multiple_of(page_size) && inside, "whole pages of the block");
+        let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+        match &self.memory {
+            Memory::Mapped(mapping) => {
+                mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
+            }
+            Memory::File { file, offset } => file.write_all_at(bytes, offset + start)?,
+        }
+        self.present.set_run(first, count);
+        Ok(())
+    }
+
+    /// Makes a page zero. Memory is touched only if the page may hold something else; in a file, the page is
+    /// no longer [present](RamBlock::present) and its bytes stay.
+    ///
+    /// # Panics
+    /// If the block has no such page.
+    pub fn clear(&self, page: PageIndex) {
+        if self.present.clear(page)
+            && let Some(slice) = self.slice(page, 1)
+        {
+            slice.clear();
+        }
     }
 
     /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
@@ -252,6 +288,28 @@ mod tests {
         let block = block("huge", 2 << 40);
         assert_eq!(block.pages(), 1 << 29);
         assert_eq!(block.slice(PageIndex((1 << 29) - 1), 1).expect("the last page").len(), 4096);
+    }
+
+    #[test]
+    fn pages_are_stored_in_memory_and_in_files_and_cleared_there() {
+        let file = tempfile::tempfile().expect("a file");
+        let in_file = Memory::File { file: file.try_clone().expect("a handle"), offset: 8192 };
+        for memory in [in_file, Memory::Mapped(Mapping::anonymous(4 * 4096).expect("memory"))] {
+            let name = BlockName::new("b").expect("a name");
+            let block = RamBlock::fresh(name, 4 * 4096, PageSize::KIB_4, memory).expect("a block");
+            block.store(PageIndex(1), &[7; 8192]).expect("stored");
+            assert_eq!(block.present().words().next(), Some(0b0110));
+            block.clear(PageIndex(2));
+            block.clear(PageIndex(3));
+            assert_eq!(block.present().words().next(), Some(0b0010));
+            if let Some(slice) = block.slice(PageIndex(2), 1) {
+                assert!(slice.is_zero());
+                assert!(!block.slice(PageIndex(1), 1).expect("there").is_zero());
+            }
+        }
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, 8192 + 4096).expect("written");
+        assert_eq!(bytes, [7; 4096]);
     }
 
     #[test]

@@ -1,0 +1,73 @@
+//! `max-bandwidth`: the source waits when it has sent what a slice of time allows.
+
+use std::time::{Duration, Instant};
+
+use crate::{channel::Stop, error::Result};
+
+/// Spends bytes at no more than a set rate.
+#[derive(Debug)]
+pub(super) struct Pace {
+    rate: Option<u64>,
+    slice: Instant,
+    spent: u64,
+}
+
+impl Pace {
+    /// Up to `rate` bytes a second; `None` is no limit.
+    pub(super) fn new(rate: Option<u64>) -> Self {
+        Self { rate, slice: Instant::now(), spent: 0 }
+    }
+
+    /// Notes bytes that go out now, and waits if they are more than is due.
+    ///
+    /// # Errors
+    /// The error that stopped the migration.
+    pub(super) fn spend(&mut self, bytes: u64, stop: &Stop) -> Result<()> {
+        let Some(rate) = self.rate else { return Ok(()) };
+        self.spent = self.spent.saturating_add(bytes);
+        let allowed = rate / SLICES_A_SECOND;
+        while self.spent > allowed {
+            // A source that had nothing to send has no claim to send faster later.
+            let left = SLICE.saturating_sub(self.slice.elapsed());
+            if left.is_zero() {
+                self.slice = Instant::now();
+                self.spent = self.spent.saturating_sub(allowed.max(1));
+            } else {
+                stop.pause(left)?;
+                if stop.is_stopped() {
+                    return stop.check();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+const SLICES_A_SECOND: u64 = 20;
+const SLICE: Duration = Duration::from_millis(1000 / SLICES_A_SECOND);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_spent_than_the_rate_allows() {
+        let (mut pace, stop, start) = (Pace::new(Some(1_000_000)), Stop::new(), Instant::now());
+        for _ in 0..300 {
+            pace.spend(1000, &stop).expect("running");
+        }
+        // 300 kB at 1 MB/s, of which the first and the last slice may count whole.
+        assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn a_waiting_source_ends_with_the_stop() {
+        let (mut pace, stop) = (Pace::new(Some(20)), Stop::new());
+        let cancel = std::thread::spawn({
+            let stop = stop.clone();
+            move || stop.cancel()
+        });
+        assert!(pace.spend(1 << 40, &stop).expect_err("cancelled").is_cancelled());
+        cancel.join().expect("no panic");
+    }
+}

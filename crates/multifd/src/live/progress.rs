@@ -1,0 +1,253 @@
+//! How far a migration is: numbers that any thread may read while it runs, named as QEMU's `query-migrate`
+//! names them.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{Status, status::StatusCell};
+use crate::{
+    error::Result,
+    ram::PageSize,
+    send::{SendCounters, Sender},
+    stats::ChannelStats,
+};
+
+/// A look at a migration: what `query-migrate` shows at the source.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct MigrationInfo {
+    /// `status`.
+    pub status: Status,
+    /// `total-time`: from the first connection to now, or to the end.
+    pub total_time: Duration,
+    /// `setup-time`: until the blocks were announced.
+    pub setup_time: Duration,
+    /// `downtime`: from stopping the guest to the destination's word that it has everything.
+    pub downtime: Option<Duration>,
+    /// `expected-downtime`: what the remaining pages would take, while the guest runs.
+    pub expected_downtime: Option<Duration>,
+    /// `ram`.
+    pub ram: RamInfo,
+    /// What each channel has carried.
+    pub channels: Vec<ChannelStats>,
+}
+
+/// The `ram` part of [`MigrationInfo`]. Lengths are in bytes.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct RamInfo {
+    /// `total`: the used lengths of all blocks.
+    pub total: u64,
+    /// `remaining`: dirty pages not sent yet.
+    pub remaining: u64,
+    /// `transferred`: all bytes on all connections.
+    pub transferred: u64,
+    /// `duplicate`: zero pages.
+    pub duplicate: u64,
+    /// `normal`: pages whose bytes travelled.
+    pub normal: u64,
+    /// `normal-bytes`.
+    pub normal_bytes: u64,
+    /// `page-size`.
+    pub page_size: u64,
+    /// `mbps`: megabits a second over the last pass.
+    pub mbps: f64,
+    /// `dirty-sync-count`: how often the dirty bits were taken.
+    pub dirty_sync_count: u64,
+    /// `dirty-pages-rate`: pages the guest dirtied a second, in the last pass.
+    pub dirty_pages_rate: u64,
+    /// `pages-per-second`: pages sent a second over the last pass.
+    pub pages_per_second: u64,
+    /// `multifd-bytes`: bytes on the channels.
+    pub multifd_bytes: u64,
+    /// `precopy-bytes`: bytes on main while the guest ran.
+    pub precopy_bytes: u64,
+    /// `downtime-bytes`: bytes on main after the guest had stopped.
+    pub downtime_bytes: u64,
+}
+
+/// The live numbers of one migration. Clones show the same.
+#[derive(Clone)]
+pub struct Progress(Arc<Inner>);
+
+struct Inner {
+    status: StatusCell,
+    page_size: PageSize,
+    total: u64,
+    start: Instant,
+    // Relaxed: the migration's thread alone writes them, and they order nothing.
+    remaining_pages: AtomicU64,
+    duplicate: AtomicU64,
+    normal: AtomicU64,
+    /// What changes once a pass.
+    passes: Mutex<Passes>,
+}
+
+#[derive(Clone, Default)]
+struct Passes {
+    channels: Option<SendCounters>,
+    setup_time: Option<Duration>,
+    total_time: Option<Duration>,
+    downtime: Option<Duration>,
+    expected_downtime: Option<Duration>,
+    dirty_sync_count: u64,
+    dirty_pages_rate: u64,
+    pages_per_second: u64,
+    mbps: f64,
+    precopy_bytes: u64,
+    downtime_bytes: u64,
+}
+
+/// What a pass has sent, and in what time.
+pub(super) struct PassRate {
+    pub(super) bytes: u64,
+    pub(super) pages: u64,
+    pub(super) time: Duration,
+}
+
+impl PassRate {
+    /// Bytes a second.
+    pub(super) fn bandwidth(&self) -> f64 {
+        self.bytes as f64 / self.time.as_secs_f64().max(1e-9)
+    }
+}
+
+impl Progress {
+    pub(super) fn new(total: u64, page_size: PageSize) -> Self {
+        Self(Arc::new(Inner {
+            status: StatusCell::default(),
+            page_size,
+            total,
+            start: Instant::now(),
+            remaining_pages: AtomicU64::new(0),
+            duplicate: AtomicU64::new(0),
+            normal: AtomicU64::new(0),
+            passes: Mutex::default(),
+        }))
+    }
+
+    /// How things stand now.
+    pub fn info(&self) -> MigrationInfo {
+        let inner = &*self.0;
+        let passes = self.passes(|passes| passes.clone());
+        let channels = passes.channels.map_or_else(Vec::new, |counters| counters.stats());
+        let page_size = inner.page_size.bytes() as u64;
+        let normal = inner.normal.load(Ordering::Relaxed);
+        let multifd_bytes = channels.iter().map(|channel| channel.bytes).sum();
+        MigrationInfo {
+            status: inner.status.load(),
+            total_time: passes.total_time.unwrap_or_else(|| inner.start.elapsed()),
+            setup_time: passes.setup_time.unwrap_or_else(|| inner.start.elapsed()),
+            downtime: passes.downtime,
+            expected_downtime: passes.expected_downtime,
+            ram: RamInfo {
+                total: inner.total,
+                remaining: inner.remaining_pages.load(Ordering::Relaxed) * page_size,
+                transferred: multifd_bytes + passes.precopy_bytes + passes.downtime_bytes,
+                duplicate: inner.duplicate.load(Ordering::Relaxed),
+                normal,
+                normal_bytes: normal * page_size,
+                page_size,
+                mbps: passes.mbps,
+                dirty_sync_count: passes.dirty_sync_count,
+                dirty_pages_rate: passes.dirty_pages_rate,
+                pages_per_second: passes.pages_per_second,
+                multifd_bytes,
+                precopy_bytes: passes.precopy_bytes,
+                downtime_bytes: passes.downtime_bytes,
+            },
+            channels,
+        }
+    }
+
+    /// Where the migration stands.
+    pub fn status(&self) -> Status {
+        self.0.status.load()
+    }
+
+    pub(super) fn advance(&self, next: Status) -> Result<()> {
+        self.0.status.advance(next)?;
+        if next.is_final() {
+            let total = self.0.start.elapsed();
+            self.passes(|passes| passes.total_time = Some(total));
+        }
+        Ok(())
+    }
+
+    pub(super) fn started(&self, sender: Option<&Sender>) {
+        self.passes(|passes| passes.channels = sender.map(Sender::counters));
+    }
+
+    pub(super) fn set_up(&self) {
+        let time = self.0.start.elapsed();
+        self.passes(|passes| passes.setup_time = Some(time));
+    }
+
+    pub(super) fn normal(&self) {
+        self.0.normal.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn duplicate(&self) {
+        self.0.duplicate.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many dirty pages less remain.
+    pub(super) fn walked(&self, pages: u64) {
+        self.0.remaining_pages.fetch_sub(pages, Ordering::Relaxed);
+    }
+
+    /// The dirty bits were taken: so many pages remain, the guest wrote them in `time`.
+    pub(super) fn bitmap_sync(&self, remaining: u64, time: Option<Duration>) {
+        self.0.remaining_pages.store(remaining, Ordering::Relaxed);
+        self.passes(|passes| {
+            passes.dirty_sync_count += 1;
+            if let Some(time) = time {
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a rate of pages"
+                )]
+                {
+                    passes.dirty_pages_rate = (remaining as f64 / time.as_secs_f64().max(1e-9)) as u64;
+                }
+            }
+        });
+    }
+
+    pub(super) fn passed(&self, rate: &PassRate) {
+        self.passes(|passes| {
+            passes.mbps = rate.bandwidth() * 8.0 / 1e6;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of pages")]
+            {
+                passes.pages_per_second = (rate.pages as f64 / rate.time.as_secs_f64().max(1e-9)) as u64;
+            }
+        });
+    }
+
+    pub(super) fn expect_downtime(&self, expected: Duration) {
+        self.passes(|passes| passes.expected_downtime = Some(expected));
+    }
+
+    pub(super) fn main_bytes(&self, precopy: u64, downtime: u64) {
+        self.passes(|passes| (passes.precopy_bytes, passes.downtime_bytes) = (precopy, downtime));
+    }
+
+    pub(super) fn downtime(&self, downtime: Duration) {
+        self.passes(|passes| (passes.downtime, passes.expected_downtime) = (Some(downtime), None));
+    }
+
+    /// Pages and bytes sent so far.
+    pub(super) fn sent(&self) -> (u64, u64) {
+        let info = self.info();
+        (info.ram.normal + info.ram.duplicate, info.ram.transferred)
+    }
+
+    fn passes<T>(&self, look: impl FnOnce(&mut Passes) -> T) -> T {
+        look(&mut self.0.passes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

@@ -1,0 +1,221 @@
+//! Connections come in, in any order; each says what it is, then it is main or a channel.
+//!
+//! Nothing but the first bytes tells the two apart: main begins with its file's magic, a channel with its
+//! initial packet. Each connection is asked by a thread of its own with a time limit, so a silent one holds up
+//! nobody; the thread of a channel then goes on as the channel's. A connection that is neither is a stranger: it is
+//! reported and dropped, and the migration goes on.
+
+use std::{io, sync::Arc, thread::Builder};
+
+use super::{Shared, consume, sync::Place};
+use crate::{
+    channel::{Link, Listen, OnFailure, Stream, Wake},
+    error::{Error, Result, Violation},
+    ram::PartMut,
+    wire::{ChannelId, INITIAL_LEN, Initial, limits},
+};
+
+/// The first bytes of a main stream.
+const MAIN_MAGIC: [u8; 4] = *b"QEVM";
+
+/// The acceptor's thread: takes connections until the migration is over.
+pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
+    loop {
+        match listener.accept() {
+            Ok(Some(link)) => greet(shared, link),
+            Ok(None) => {
+                // What is waiting now was there when main asked.
+                while let Ok(Some(link)) = listener.accept_waiting() {
+                    greet(shared, link);
+                }
+                if shared.drained() {
+                    break;
+                }
+            }
+            Err(error) => {
+                shared.stop.fail(Error::io(format!("accept a connection at {}", listener.address()), error));
+                break;
+            }
+        }
+    }
+    tracing::debug!("the listener closes");
+}
+
+/// Gives a new connection a thread that finds out what it is.
+pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
+    let peer = link.peer();
+    {
+        let mut state = shared.lock();
+        if state.sealed || state.stopped || state.greeting >= limits::GREETINGS {
+            tracing::warn!(peer, "a connection too many is dropped");
+            return;
+        }
+        state.greeting += 1;
+    }
+    let thread = Builder::new().name("multifdrecv_new".into()).spawn({
+        let shared = shared.clone();
+        move || meet(&shared, link)
+    });
+    match thread {
+        Ok(thread) => shared.keep(thread),
+        Err(error) => {
+            shared.greeted(|_| {});
+            shared.stop.fail(Error::io("start a thread for a connection", error));
+        }
+    }
+}
+
+fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
+    let peer = link.peer();
+    let wake: Arc<dyn Wake> = link.waker();
+    let watch = shared.stop.watch(Arc::new(OnFailure { stop: shared.stop.clone(), wake: wake.clone() }));
+    match introduce(shared, &mut *link) {
+        Ok(Caller::Main(seen)) => {
+            let main = Stream::resumed(link, seen);
+            shared.greeted(|state| {
+                if state.main_came || state.sealed {
+                    tracing::warn!(peer, "a second main connection is dropped");
+                } else {
+                    state.main_came = true;
+                    state.main = Some(main);
+                    state.main_watch = Some(watch);
+                }
+            });
+        }
+        Ok(Caller::Channel(initial)) => {
+            let met = initial.id;
+            let id = match shared.register(&initial, wake) {
+                Ok(()) => met,
+                Err(error) => {
+                    shared.stop.fail(error.at(format_args!("connection from {peer}")));
+                    return;
+                }
+            };
+            // A name is for whoever looks at the threads; without it they are called as before.
+            let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
+            let _ = rustix::thread::set_name(&name);
+            tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
+            consume::run(id, shared, link);
+        }
+        Err(error) => {
+            shared.greeted(|_| {});
+            tracing::warn!(peer, %error, "a connection that is neither main nor a channel is dropped");
+        }
+    }
+}
+
+enum Caller {
+    /// The main stream, with the bytes read so far.
+    Main(Vec<u8>),
+    Channel(Initial),
+}
+
+fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
+    let limit = shared.options.greeting_timeout;
+    let peer = link.peer();
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not say what it is"), limit },
+        _ => Error::io(format!("receive the first bytes of {peer}"), error),
+    };
+    link.set_recv_timeout(Some(limit)).map_err(failed)?;
+    let mut first = [0; INITIAL_LEN];
+    let mut have = read_up_to(link, &mut first, 0, MAIN_MAGIC.len()).map_err(failed)?;
+    if first.starts_with(&MAIN_MAGIC) {
+        link.set_recv_timeout(None).map_err(failed)?;
+        return Ok(Caller::Main(MAIN_MAGIC.to_vec()));
+    }
+    have = read_up_to(link, &mut first, have, INITIAL_LEN).map_err(failed)?;
+    if have < INITIAL_LEN {
+        let (expected, met) = (INITIAL_LEN as u64, have as u64);
+        return Err(Violation::Cut { what: "the initial packet", expected, met }.into());
+    }
+    let initial = Initial::decode(&first)?;
+    link.set_recv_timeout(None).map_err(failed)?;
+    Ok(Caller::Channel(initial))
+}
+
+fn read_up_to(
+    link: &mut dyn Link,
+    buffer: &mut [u8; INITIAL_LEN],
+    have: usize,
+    end: usize,
+) -> io::Result<usize> {
+    let room = &mut buffer[have..end];
+    let least = room.len();
+    let received = crate::channel::recv_at_least(link, &mut [PartMut::from(room)], least)?;
+    Ok(have + received)
+}
+
+impl Shared {
+    /// A connection has said what it is, or will never.
+    fn greeted(&self, then: impl FnOnce(&mut super::State)) {
+        let mut state = self.lock();
+        state.greeting -= 1;
+        then(&mut state);
+        self.changed.notify_all();
+    }
+
+    /// Takes a channel in, if it belongs to this migration.
+    fn register(&self, initial: &Initial, wake: Arc<dyn Wake>) -> Result<()> {
+        let mut result = Ok(());
+        self.greeted(|state| result = self.admit(state, initial, wake));
+        result
+    }
+
+    fn admit(&self, state: &mut super::State, initial: &Initial, wake: Arc<dyn Wake>) -> Result<()> {
+        let &Initial { uuid, id } = initial;
+        let expected = *state.uuid.get_or_insert(uuid);
+        if uuid != expected {
+            return Err(Violation::ForeignUuid { expected, met: uuid }.into());
+        }
+        let most = self.options.channels.most();
+        if id.0 >= most {
+            return Err(Violation::ChannelId { id, channels: most.into() }.into());
+        }
+        let slot = usize::from(id.0);
+        if state.channels.len() <= slot {
+            state.channels.resize_with(slot + 1, || None);
+            state.wakers.resize_with(slot + 1, || None);
+        }
+        if state.channels[slot].is_some() {
+            return Err(Violation::DuplicateChannel { id }.into());
+        }
+        if state.released > 1 {
+            // Pages of this channel may be older than what other channels have brought since.
+            return Err(Violation::LateChannel { id, point: state.released }.into());
+        }
+        state.channels[slot] = Some(Place { reached: 0, ended: false });
+        state.wakers[slot] = Some(wake);
+        Ok(())
+    }
+
+    /// Has the acceptor take every connection that is waiting now, and waits until it has.
+    pub(super) fn drain_listener(&self) {
+        let mut state = self.lock();
+        let Some(waker) = state.acceptor.clone() else { return };
+        state.drain_asked += 1;
+        let asked = state.drain_asked;
+        drop(state);
+        waker.wake();
+        let mut state = self.lock();
+        while state.drain_done < asked && state.acceptor.is_some() && !state.stopped {
+            state = self.wait(state);
+        }
+    }
+
+    /// The acceptor has taken what was waiting; says whether it is to end.
+    fn drained(&self) -> bool {
+        let mut state = self.lock();
+        state.drain_done = state.drain_asked;
+        self.changed.notify_all();
+        state.stopped
+    }
+
+    /// The channel's connection has ended.
+    pub(super) fn ended(&self, id: ChannelId) {
+        if let Some(Some(place)) = self.lock().channels.get_mut(usize::from(id.0)) {
+            place.ended = true;
+        }
+        self.changed.notify_all();
+    }
+}

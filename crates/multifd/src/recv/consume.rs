@@ -1,0 +1,140 @@
+//! A channel's thread: heads and payloads come off the connection, one packet after the other.
+//!
+//! It owns its connection and its buffers. The pages of a packet and the head of the next one arrive in one call:
+//! pages where they belong, the head in the channel's buffer.
+
+use std::{
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use arrayvec::ArrayVec;
+
+use super::{Shared, decode::Listed, fill::Filler};
+use crate::{
+    channel::{Link, recv_at_least},
+    error::{Error, Result, Violation},
+    ram::{MAX_PARTS, PartMut},
+    wire::{ChannelId, INITIAL_LEN, head_len},
+};
+
+/// The life of a channel after its initial packet. An error ends the whole migration, unless everything has come.
+pub(super) fn run(id: ChannelId, shared: &Shared, link: Box<dyn Link>) {
+    tracing::debug!(channel = id.0, "multifd_recv_thread_start");
+    shared.counters[usize::from(id.0)].add_bytes(INITIAL_LEN as u64);
+    if let Err(error) = consume(id, shared, link) {
+        if shared.is_sealed() {
+            tracing::debug!(channel = id.0, %error, "an error after everything has come");
+        } else {
+            tracing::debug!(channel = id.0, %error, "multifd_recv_terminate_threads");
+            shared.stop.fail(error.on_channel(id));
+        }
+    }
+    shared.ended(id);
+    tracing::debug!(channel = id.0, "multifd_recv_thread_end");
+}
+
+fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
+    let Some(page_size) = shared.wait_page_size()? else { return Ok(()) };
+    let counters = &shared.counters[usize::from(id.0)];
+    let mut inlet = Inlet { link, head: vec![0; head_len(page_size)].into(), have: 0 };
+    let mut listed = Listed::new(page_size);
+    let mut filler = Filler::new(shared.options.method);
+    let mut packets: u64 = 0;
+    while inlet.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
+        let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
+        let blocks = shared.blocks();
+        listed.decode(&inlet.head, shared.options.method, blocks).map_err(in_packet)?;
+        inlet.have = 0;
+        tracing::trace!(
+            channel = id.0,
+            packet_num = listed.packet_num,
+            normal = listed.normal.len(),
+            zero = listed.zero.len(),
+            next_packet_size = listed.payload_len,
+            sync = listed.sync,
+            "multifd_recv"
+        );
+        if let Some(blocks) = blocks.filter(|_| listed.has_pages()) {
+            let _filling = Filling::begin(id, shared, &listed).map_err(in_packet)?;
+            let block = blocks.block(listed.block)?;
+            filler.fill(&mut inlet, &listed, block).map_err(in_packet)?;
+        }
+        let bytes = (inlet.head.len() + listed.payload_len) as u64;
+        counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
+        if listed.sync {
+            shared.reach(id)?;
+        }
+        packets += 1;
+    }
+    Ok(())
+}
+
+/// The connection, and what has come of the next head.
+pub(super) struct Inlet {
+    link: Box<dyn Link>,
+    head: Box<[u8]>,
+    have: usize,
+}
+
+impl Inlet {
+    /// Completes the head. `false` if the peer has closed at a packet's border.
+    fn head(&mut self) -> Result<bool> {
+        let room = &mut self.head[self.have..];
+        let least = room.len();
+        let received = recv_at_least(&mut *self.link, &mut [PartMut::from(room)], least)
+            .map_err(|error| self.broken(error))?;
+        self.have += received;
+        if self.have == self.head.len() {
+            Ok(true)
+        } else if self.have == 0 {
+            Ok(false)
+        } else {
+            let (expected, met) = (self.head.len() as u64, self.have as u64);
+            Err(Violation::Cut { what: "a packet head", expected, met }.into())
+        }
+    }
+
+    /// Receives `length` bytes of payload into `parts`, and as much of the next head as is there.
+    pub(super) fn payload(&mut self, parts: ArrayVec<PartMut<'_>, MAX_PARTS>, length: usize) -> Result<()> {
+        let received = {
+            let mut parts = parts;
+            parts.push(PartMut::from(&mut *self.head));
+            recv_at_least(&mut *self.link, &mut parts, length)
+        };
+        let received = received.map_err(|error| self.broken(error))?;
+        if received < length {
+            let (expected, met) = (length as u64, received as u64);
+            return Err(Violation::Cut { what: "a packet's pages", expected, met }.into());
+        }
+        self.have = received - length;
+        Ok(())
+    }
+
+    fn broken(&self, error: io::Error) -> Error {
+        Error::io(format!("receive from {}", self.link.peer()), error)
+    }
+}
+
+/// Marks a channel as writing to guest memory, for as long as it lives.
+struct Filling<'a>(&'a AtomicBool);
+
+impl<'a> Filling<'a> {
+    /// Sequentially consistent, as is `Shared::seal`: either this sees the seal, or the seal sees this.
+    fn begin(id: ChannelId, shared: &'a Shared, listed: &Listed) -> Result<Self> {
+        let flag = &shared.filling[usize::from(id.0)];
+        flag.store(true, Ordering::SeqCst);
+        let filling = Self(flag);
+        if shared.is_sealed() {
+            let pages = u32::try_from(listed.normal.len() + listed.zero.len()).unwrap_or(u32::MAX);
+            return Err(Violation::PagesAfterEnd { pages }.into());
+        }
+        Ok(filling)
+    }
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}

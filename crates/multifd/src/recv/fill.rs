@@ -1,0 +1,87 @@
+//! Pages go where they belong.
+//!
+//! Into mapped memory they are received in place, neighbours as one vector. Into a file, and with a method that
+//! compresses, they pass through one buffer of the channel's. A zero page is cleared only if it may hold
+//! something else.
+
+use arrayvec::ArrayVec;
+
+use super::{consume::Inlet, decode::Listed};
+use crate::{
+    batch::neighbours,
+    compress::{Decode, Method},
+    error::{Error, Result},
+    ram::{BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
+    wire::limits::{PACKET_BYTES, PAYLOAD_BYTES},
+};
+
+pub(super) struct Filler {
+    decoder: Option<Box<dyn Decode>>,
+    /// A packet's payload as it came, with a method that compresses.
+    payload: Box<[u8]>,
+    /// A packet's pages on their way to where they cannot be received; made when first needed.
+    pages: Box<[u8]>,
+}
+
+impl Filler {
+    pub(super) fn new(method: Method) -> Self {
+        let decoder = method.decoder();
+        let payload = if decoder.is_some() { PAYLOAD_BYTES as usize } else { 0 };
+        Self { decoder, payload: vec![0; payload].into(), pages: Box::default() }
+    }
+
+    /// Receives the packet's payload and writes its pages.
+    pub(super) fn fill(&mut self, inlet: &mut Inlet, listed: &Listed, block: &RamBlock) -> Result<()> {
+        if !listed.normal.is_empty() {
+            self.normal(inlet, listed, block)?;
+        }
+        for page in &listed.zero {
+            block.clear(*page);
+        }
+        Ok(())
+    }
+
+    fn normal(&mut self, inlet: &mut Inlet, listed: &Listed, block: &RamBlock) -> Result<()> {
+        let mut parts: ArrayVec<PartMut<'_>, MAX_PARTS> = ArrayVec::new();
+        if let (None, Memory::Mapped(_)) = (&self.decoder, block.memory()) {
+            for (first, count) in neighbours(listed.normal.iter().copied()) {
+                parts.push(block.slice(first, count).expect("listed pages are in their block").into());
+            }
+            inlet.payload(parts, listed.payload_len)?;
+            for (first, count) in neighbours(listed.normal.iter().copied()) {
+                block.present().set_run(first, count);
+            }
+            return Ok(());
+        }
+        if self.pages.is_empty() {
+            self.pages = vec![0; PACKET_BYTES].into();
+        }
+        let pages = &mut self.pages[..listed.normal.len() * block.page_size().bytes()];
+        match &mut self.decoder {
+            None => {
+                parts.push(PartMut::from(&mut *pages));
+                inlet.payload(parts, listed.payload_len)?;
+            }
+            Some(decoder) => {
+                let payload = &mut self.payload[..listed.payload_len];
+                parts.push(PartMut::from(&mut *payload));
+                inlet.payload(parts, listed.payload_len)?;
+                decoder.decode(payload, pages)?;
+            }
+        }
+        let mut rest = &*pages;
+        for (first, count) in neighbours(listed.normal.iter().copied()) {
+            let length =
+                usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(block.page_size().bytes());
+            let (run, after) = rest.split_at(length);
+            block.store(first, run).map_err(|error| not_stored(block, first, error))?;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+fn not_stored(block: &RamBlock, first: PageIndex, error: std::io::Error) -> Error {
+    let offset = block.offset_of(first).unwrap_or(BlockOffset(u64::MAX));
+    Error::io(format!("write block {:?} at offset {offset}", block.name()), error)
+}

@@ -1,0 +1,390 @@
+//! The destination's side of the channels.
+//!
+//! ```text
+//!   accept          (thread a channel) consume ─▶ decode ─▶ fill
+//! Listener ─▶ meet ─┬▶ multifdrecv_0: head ─▶ block, pages ─▶ guest RAM or file ─┐
+//!                   ├▶ multifdrecv_1: head ─▶ …                                  ├─▶ sync
+//!                   └▶ main stream ─▶ the caller ── sync() ──────────────────────┘
+//! ```
+//!
+//! Nothing that a peer says is believed before it has met its bound. This module knows nothing of the main stream but
+//! its first four bytes, by which it is told from a channel.
+
+mod accept;
+mod consume;
+mod decode;
+mod fill;
+mod sync;
+
+use std::{
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use sync::Place;
+
+use crate::{
+    channel::{Link, Listen, Stop, Stream, Wake, Watch},
+    error::{Error, Result, Usage, Violation},
+    options::ReceiveOptions,
+    ram::{PageSize, RamBlocks},
+    stats::{ChannelCounters, ChannelStats},
+    wire::{ChannelId, VmUuid, limits},
+};
+
+/// Receives pages over N channels: the data plane of one incoming migration.
+///
+/// It is given connections by a [listener](Receiver::listen) or [one by one](Receiver::add), hands the main one to
+/// the caller, and is told by the caller what the main stream says: [page size](Receiver::set_page_size),
+/// [blocks](Receiver::set_blocks), [sync points](Receiver::sync), the [end of RAM](Receiver::seal). Dropped before
+/// [`finish`](Receiver::finish), it cancels the migration and joins its threads.
+pub struct Receiver {
+    shared: Arc<Shared>,
+    /// Has all waits woken at the stop, for as long as the receiver lives.
+    watches: Vec<Watch>,
+}
+
+/// What main, the acceptor and the channels' threads share.
+struct Shared {
+    /// Never changes.
+    options: ReceiveOptions,
+    /// Locked within; see `docs/concurrency.md`.
+    stop: Stop,
+    /// Set once, by main.
+    page_size: OnceLock<PageSize>,
+    blocks: OnceLock<Arc<RamBlocks>>,
+    /// Set by main when no page may be written any more; with `filling`, see [`Shared::seal`].
+    sealed: AtomicBool,
+    /// Each set by its channel while it writes pages.
+    filling: Box<[AtomicBool]>,
+    /// Each written by its channel only.
+    counters: Box<[ChannelCounters]>,
+    state: Mutex<State>,
+    /// Notified at every change of the state.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// By id.
+    channels: Vec<Option<Place>>,
+    wakers: Vec<Option<Arc<dyn Wake>>>,
+    /// The UUID of this side, or of the first channel.
+    uuid: Option<VmUuid>,
+    /// Connections that have not said yet what they are.
+    greeting: usize,
+    main: Option<Stream>,
+    main_came: bool,
+    main_watch: Option<Watch>,
+    /// Sync points that main has passed.
+    released: u64,
+    /// What wakes the acceptor, while there is one.
+    acceptor: Option<Arc<dyn Wake>>,
+    drain_asked: u64,
+    drain_done: u64,
+    /// Everything has come: a copy of `Shared::sealed` under the lock.
+    sealed: bool,
+    stopped: bool,
+    threads: Vec<JoinHandle<()>>,
+}
+
+type Guard<'a> = MutexGuard<'a, State>;
+
+impl Receiver {
+    /// A receiver without connections. `stop` ends it together with the rest of the migration.
+    pub fn new(options: ReceiveOptions, stop: Stop) -> Self {
+        let most = usize::from(options.channels.most());
+        let uuid = options.uuid;
+        let shared = Arc::new(Shared {
+            options,
+            stop: stop.clone(),
+            page_size: OnceLock::new(),
+            blocks: OnceLock::new(),
+            sealed: AtomicBool::new(false),
+            filling: std::iter::repeat_with(AtomicBool::default).take(most).collect(),
+            counters: std::iter::repeat_with(ChannelCounters::default).take(most).collect(),
+            state: Mutex::new(State { uuid, ..State::default() }),
+            changed: Condvar::new(),
+        });
+        // First, so that whoever is woken later finds the state stopped.
+        let watches = vec![stop.watch(Arc::new(WakeState(shared.clone())))];
+        Self { shared, watches }
+    }
+
+    /// Takes connections from `listener` in a thread of its own, until the migration is over.
+    ///
+    /// # Errors
+    /// [`Usage::UsedTwice`] the second time; the system's error if it refuses the thread.
+    pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
+        let waker = listener.waker();
+        {
+            let mut state = self.shared.lock();
+            if state.acceptor.is_some() {
+                return Err(Usage::UsedTwice.into());
+            }
+            state.acceptor = Some(waker.clone());
+        }
+        self.watches.push(self.shared.stop.watch(waker));
+        let shared = self.shared.clone();
+        let thread = Builder::new()
+            .name("multifdaccept".into())
+            .spawn(move || {
+                accept::run(&shared, listener);
+                shared.lock().acceptor = None;
+                shared.changed.notify_all();
+            })
+            .map_err(|error| self.shared.stop.fail(Error::io("start the acceptor's thread", error)))?;
+        self.shared.keep(thread);
+        Ok(())
+    }
+
+    /// Takes in one connection, main or channel, that the caller has accepted.
+    pub fn add(&self, link: Box<dyn Link>) {
+        accept::greet(&self.shared, link);
+    }
+
+    /// Waits for the main connection, without limit: a destination may wait for its source for days.
+    ///
+    /// # Errors
+    /// The error that stopped the migration; [`Usage::UsedTwice`] the second time.
+    pub fn wait_main(&self) -> Result<Stream> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(main) = state.main.take() {
+                return Ok(main);
+            }
+            if state.main_came {
+                return Err(Usage::UsedTwice.into());
+            }
+            if state.stopped {
+                drop(state);
+                self.shared.stop.check()?;
+                return Err(Error::Cancelled);
+            }
+            state = self.shared.wait(state);
+        }
+    }
+
+    /// Tells the page size that the main stream's configuration names. Channels stand until they know it.
+    ///
+    /// # Errors
+    /// [`Usage::UsedTwice`] if another one was set before.
+    pub fn set_page_size(&self, page_size: PageSize) -> Result<()> {
+        if *self.shared.page_size.get_or_init(|| page_size) != page_size {
+            return Err(Usage::UsedTwice.into());
+        }
+        drop(self.shared.lock());
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
+    ///
+    /// # Errors
+    /// [`Usage::UsedTwice`] the second time, [`Usage::MixedPageSizes`] if they do not have the page size set.
+    pub fn set_blocks(&self, blocks: Arc<RamBlocks>) -> Result<()> {
+        if !blocks.is_empty() {
+            let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
+            if expected != blocks.page_size() {
+                return Err(Usage::MixedPageSizes(expected, blocks.page_size()).into());
+            }
+        }
+        self.shared.blocks.set(blocks).map_err(|_| Error::from(Usage::UsedTwice))?;
+        drop(self.shared.lock());
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Main has come to its next sync point: waits until every channel has, then lets them all go on. The first
+    /// one also waits until all channels are here, and so learns how many there are.
+    ///
+    /// # Errors
+    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`] if there are fewer
+    /// than expected, or the error that stopped the migration.
+    pub fn sync(&self) -> Result<()> {
+        self.shared.sync()
+    }
+
+    /// Main has come to the end of RAM: from now on no page is written.
+    ///
+    /// # Errors
+    /// [`Violation::PagesAfterEnd`] if a channel is still receiving pages, or the error that stopped the migration.
+    pub fn seal(&self) -> Result<()> {
+        self.shared.seal()
+    }
+
+    /// How many channels have come so far.
+    pub fn channels(&self) -> u16 {
+        self.shared.lock().count()
+    }
+
+    /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come.
+    pub fn uuid(&self) -> Option<VmUuid> {
+        self.shared.lock().uuid
+    }
+
+    /// What stops it.
+    pub fn stop(&self) -> &Stop {
+        &self.shared.stop
+    }
+
+    /// What each channel has brought so far.
+    pub fn stats(&self) -> Vec<ChannelStats> {
+        self.shared.stats()
+    }
+
+    /// The same counters for another thread to read, a progress display say.
+    pub fn counters(&self) -> RecvCounters {
+        RecvCounters(self.shared.clone())
+    }
+
+    /// Ends well: the source has been told that everything is here. Waits a little for it to close its channels,
+    /// closes what is left, and joins all threads.
+    ///
+    /// # Errors
+    /// The error that stopped the migration before.
+    pub fn finish(self) -> Result<Vec<ChannelStats>> {
+        self.shared.seal()?;
+        self.shared.drain_channels();
+        self.shared.stop.finish();
+        self.shared.join();
+        self.shared.stop.check()?;
+        Ok(self.shared.stats())
+    }
+
+    /// Joins all threads, cancelling the migration if it has not ended. Harmless when called again.
+    pub fn clean_up(&mut self) {
+        self.shared.stop.cancel();
+        self.shared.join();
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.clean_up();
+    }
+}
+
+/// Reads the counters of a [`Receiver`] from any thread.
+#[derive(Clone)]
+pub struct RecvCounters(Arc<Shared>);
+
+impl RecvCounters {
+    /// What each channel has brought so far.
+    pub fn stats(&self) -> Vec<ChannelStats> {
+        self.0.stats()
+    }
+
+    /// Sync points that the migration has passed.
+    pub fn sync_points(&self) -> u64 {
+        self.0.lock().released
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> Guard<'_> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: Guard<'a>) -> Guard<'a> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_timeout<'a>(&self, state: Guard<'a>, limit: Duration) -> Guard<'a> {
+        self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn blocks(&self) -> Option<&RamBlocks> {
+        self.blocks.get().map(|blocks| &**blocks)
+    }
+
+    fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::SeqCst)
+    }
+
+    /// Waits until main has told the page size; `None` if the migration is over first.
+    fn wait_page_size(&self) -> Result<Option<PageSize>> {
+        let mut state = self.lock();
+        loop {
+            if let Some(page_size) = self.page_size.get() {
+                return Ok(Some(*page_size));
+            }
+            if state.stopped || state.sealed {
+                drop(state);
+                return self.stop.check().map(|()| None);
+            }
+            state = self.wait(state);
+        }
+    }
+
+    /// Sequentially consistent, as is a channel's mark: a channel that begins to write either sees the seal and
+    /// does not, or is seen here.
+    fn seal(&self) -> Result<()> {
+        self.stop.check()?;
+        self.sealed.store(true, Ordering::SeqCst);
+        self.lock().sealed = true;
+        self.changed.notify_all();
+        let writing = self.filling.iter().position(|flag| flag.load(Ordering::SeqCst));
+        if let Some(id) = writing.and_then(|id| u8::try_from(id).ok()) {
+            let error = Error::from(Violation::PagesAfterEnd { pages: 1 }).on_channel(ChannelId(id));
+            return Err(self.stop.fail(error));
+        }
+        Ok(())
+    }
+
+    /// Waits until the source has closed every channel, and closes those that it leaves open.
+    fn drain_channels(&self) {
+        let end = Instant::now() + self.options.drain_timeout;
+        let mut state = self.lock();
+        while state.greeting > 0 || state.channels.iter().flatten().any(|place| !place.ended) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || state.stopped {
+                tracing::debug!("the source left channels open");
+                break;
+            }
+            state = self.wait_timeout(state, left);
+        }
+        let wakers: Vec<_> = state.wakers.iter().flatten().cloned().collect();
+        drop(state);
+        for waker in wakers {
+            waker.wake();
+        }
+    }
+
+    /// Keeps a thread to be joined, and lets go of those that have ended.
+    fn keep(&self, thread: JoinHandle<()>) {
+        let mut state = self.lock();
+        state.threads.retain(|thread| !thread.is_finished());
+        state.threads.push(thread);
+    }
+
+    fn join(&self) {
+        loop {
+            let Some(thread) = self.lock().threads.pop() else { return };
+            if thread.join().is_err() {
+                self.stop.fail(Error::other("a channel's thread panicked", "a bug in this library"));
+            }
+        }
+    }
+
+    fn stats(&self) -> Vec<ChannelStats> {
+        let state = self.lock();
+        let here = (0..=u8::MAX).zip(&state.channels).filter(|(_, place)| place.is_some());
+        here.map(|(id, _)| self.counters[usize::from(id)].snapshot(ChannelId(id))).collect()
+    }
+}
+
+struct WakeState(Arc<Shared>);
+
+impl Wake for WakeState {
+    fn wake(&self) {
+        self.0.lock().stopped = true;
+        self.0.changed.notify_all();
+    }
+}
+
+const _: () = assert!(limits::CHANNELS == u8::MAX);

@@ -1,0 +1,137 @@
+//! Where main and the channels meet: the channel sync on the destination's side.
+//!
+//! A channel that has met its k-th SYNC stands here until main has come to sync point k; main stands until every
+//! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
+//! channels they take. A channel that has ended can no longer come, and fails the wait at once.
+
+use std::time::{Duration, Instant};
+
+use super::{Shared, State};
+use crate::{
+    error::{Error, Result, Violation},
+    options::ChannelCount,
+    wire::ChannelId,
+};
+
+/// What main knows of a channel.
+pub(super) struct Place {
+    /// SYNC packets met.
+    pub(super) reached: u64,
+    /// Its connection has ended, or its thread has.
+    pub(super) ended: bool,
+}
+
+impl Shared {
+    /// A channel has met a SYNC: it stands until main has come to the same point. Surplus ones at the end of a
+    /// migration are let through.
+    pub(super) fn reach(&self, id: ChannelId) -> Result<()> {
+        let mut state = self.lock();
+        let Some(place) = state.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
+            return Ok(());
+        };
+        place.reached += 1;
+        let reached = place.reached;
+        self.changed.notify_all();
+        tracing::trace!(channel = id.0, point = reached, "multifd_recv_sync");
+        while state.released < reached && !state.sealed && !state.stopped {
+            state = self.wait(state);
+        }
+        drop(state);
+        self.stop.check()
+    }
+
+    /// Main has come to its next sync point: it stands until every channel has.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.drain_listener();
+        let mut state = self.lock();
+        let point = state.released + 1;
+        if point == 1 {
+            state = self.settle(state)?;
+        }
+        loop {
+            if state.stopped {
+                drop(state);
+                return self.stop.check();
+            }
+            let mut all_here = true;
+            for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.channels) {
+                let Some(place) = place else { continue };
+                if place.reached >= point {
+                    continue;
+                }
+                if place.ended {
+                    let met = place.reached;
+                    drop(state);
+                    let early = Error::from(Violation::EndedEarly { expected: point, met });
+                    return Err(self.stop.fail(early.on_channel(id)));
+                }
+                all_here = false;
+            }
+            // A connection that has not said yet what it is may be a channel on its way.
+            if all_here && state.greeting == 0 {
+                break;
+            }
+            state = self.wait(state);
+        }
+        state.released = point;
+        self.changed.notify_all();
+        tracing::debug!(point, "multifd_recv_sync_main");
+        Ok(())
+    }
+
+    /// Before the first sync point: waits for the channels that belong to this migration. A source has connected
+    /// them all before it can come here, but the network may deliver main's bytes first.
+    fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
+        let limit = self.options.channels_timeout;
+        let end = Instant::now() + limit;
+        loop {
+            if state.stopped {
+                drop(state);
+                self.stop.check()?;
+                return Err(Error::Cancelled);
+            }
+            let missing = state.missing(self.options.channels);
+            if missing.is_none() && state.greeting == 0 {
+                tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
+                return Ok(state);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let error = state.count_error(self.options.channels, missing, limit);
+                drop(state);
+                return Err(self.stop.fail(error));
+            }
+            state = self.wait_timeout(state, left);
+        }
+    }
+}
+
+impl State {
+    /// How many channels are here.
+    pub(super) fn count(&self) -> u16 {
+        let count = self.channels.iter().flatten().count();
+        u16::try_from(count).unwrap_or(u16::MAX)
+    }
+
+    /// The first channel that belongs to this migration and is not here.
+    fn missing(&self, expected: ChannelCount) -> Option<ChannelId> {
+        let end = match expected {
+            ChannelCount::Exact(count) => usize::from(count),
+            ChannelCount::Auto => self.channels.iter().rposition(Option::is_some).map_or(0, |last| last + 1),
+        };
+        let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
+        u8::try_from(gap).ok().map(ChannelId)
+    }
+
+    fn count_error(&self, expected: ChannelCount, missing: Option<ChannelId>, limit: Duration) -> Error {
+        match (expected, missing) {
+            (_, None) => Error::TimedOut { what: "a connection did not say what it is".into(), limit },
+            (ChannelCount::Exact(count), _) => {
+                Violation::ChannelCount { expected: count.into(), met: self.count() }.into()
+            }
+            (ChannelCount::Auto, Some(missing)) => {
+                Violation::ChannelMissing { missing, channels: self.count() }.into()
+            }
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Connections break, peers fall silent, callers change their mind: every wait ends, and the first cause is told.
+
+use std::{
+    io::Write,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
+    channel::{Connect, Link, Stop, memory},
+    error::{Error, Usage, Violation},
+    live::{DeviceSection, Guest, MigrateOptions, Migration, Status},
+    ram::{BlockIndex, DirtyBitmaps, DirtyLog, NeverDirty, PageBitmap, PageIndex, PageSize},
+    wire::{ChannelId, Initial, VmUuid},
+};
+
+use crate::kit::{StoppedGuest, TIMEOUT, TestMain, follow, fresh, receive, spawn, used, write};
+
+const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
+
+/// Connects to nothing from the n-th connection on.
+struct FailsFrom(usize, AtomicUsize, memory::MemoryConnector);
+
+impl Connect for FailsFrom {
+    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
+        if self.1.fetch_add(1, Ordering::Relaxed) >= self.0 {
+            return Err(std::io::ErrorKind::ConnectionRefused.into());
+        }
+        self.2.connect(stop, limit)
+    }
+    fn target(&self) -> String {
+        "tcp:nowhere:1".into()
+    }
+}
+
+#[test]
+fn a_connect_that_fails_wakes_everyone_who_waits_for_it() {
+    let (connector, _listener) = memory::network(1 << 16);
+    let mut sender =
+        Sender::new(SendOptions::new().channels(4), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    sender.set_up(Arc::new(FailsFrom(2, AtomicUsize::new(0), connector))).expect("set up");
+    let error = sender.wait_connected().expect_err("refused");
+    assert!(error.to_string().ends_with(": connect to tcp:nowhere:1"), "{error}");
+    assert!(matches!(error.kind(), Error::Io { .. }));
+    assert!(sender.sync().is_err() && sender.queue(BlockIndex(0), PageIndex(0)).is_err());
+}
+
+#[test]
+fn a_peer_that_reads_nothing_holds_up_no_cancel() {
+    let (connector, _listener) = memory::network(1 << 12);
+    let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
+    let mut sender = Sender::new(SendOptions::new().channels(2), blocks, stop.clone()).expect("made");
+    sender.set_up(Arc::new(connector)).expect("set up");
+    let canceller = spawn("canceller", move || {
+        sleep(Duration::from_millis(50));
+        stop.cancel();
+    });
+    let error = loop {
+        if let Err(error) = sender.queue_run(BlockIndex(0), PageIndex(0), 256) {
+            break error;
+        }
+    };
+    assert!(error.is_cancelled());
+    let start = Instant::now();
+    drop(sender);
+    assert!(start.elapsed() < Duration::from_secs(5), "blocked writers were woken and joined");
+    canceller.join().expect("no panic");
+}
+
+#[test]
+fn ends_are_used_once_and_cleaned_up_as_often_as_one_likes() {
+    let (connector, listener) = memory::network(1 << 16);
+    let connector: Arc<dyn Connect> = Arc::new(connector);
+    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    sender.clean_up();
+    assert!(matches!(sender.sync().expect_err("early").kind(), Error::Usage(Usage::TooEarly(_))));
+    assert!(sender.wait_connected().is_err());
+    sender.set_up(connector.clone()).expect("a clean-up before set-up does nothing");
+    let twice = sender.set_up(connector.clone()).expect_err("refused");
+    assert!(matches!(twice.kind(), Error::Usage(Usage::UsedTwice)));
+    sender.clean_up();
+    sender.clean_up();
+    assert!(sender.set_up(connector).is_err());
+    let mut receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.clean_up();
+    receiver.clean_up();
+    assert!(receiver.wait_main().expect_err("over").is_cancelled());
+    drop(Receiver::new(ReceiveOptions::new(), Stop::new()));
+    drop(Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made"));
+}
+
+#[test]
+fn options_and_blocks_that_cannot_be_are_refused() {
+    let make = |options, blocks| Sender::new(options, blocks, Stop::new()).expect_err("refused").to_string();
+    assert_eq!(
+        make(SendOptions::new().channels(0), fresh(PageSize::KIB_4, RAM)),
+        "expected 1 to 255 channels, met 0"
+    );
+    assert_eq!(
+        make(SendOptions::new(), used(PageSize::KIB_64, &[("rom", 4096)])),
+        r#"block "rom": 0x1000 bytes end inside a page of 64 KiB, whose bytes cannot be sent"#
+    );
+    let (connector, _listener) = memory::network(1 << 16);
+    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    sender.set_up(Arc::new(connector)).expect("set up");
+    let far = sender.queue(BlockIndex(0), PageIndex(256)).expect_err("refused").to_string();
+    assert_eq!(far, r#"block "pc.ram" has no page 256 (256 pages)"#);
+    assert!(sender.queue(BlockIndex(1), PageIndex(0)).is_err());
+}
+
+/// A destination that dies at a moment of its choosing, and a log that is asked what came back.
+struct Watched {
+    bits: DirtyBitmaps,
+    put_back: u64,
+}
+
+impl DirtyLog for Watched {
+    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> std::io::Result<()> {
+        self.bits.take(block, into)
+    }
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        self.put_back += from.count();
+        self.bits.put_back(block, from);
+    }
+}
+
+#[test]
+fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_dirty() {
+    let (connector, listener) = memory::network(1 << 16);
+    let destination = spawn("destination", move || {
+        let mut receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+        receiver.listen(Box::new(listener)).expect("listening");
+        let mut main = receiver.wait_main().expect("main");
+        receiver.set_blocks(fresh(PageSize::KIB_4, RAM)).expect("set");
+        // Setup and one live pass; then main closes instead of saying that all is well.
+        receiver.sync().expect("setup");
+        receiver.sync().expect("first pass");
+        receiver.sync().expect("final pass");
+        main.write_all(b"N").expect("written");
+        drop(main);
+    });
+    let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
+    write(&blocks, 0, 3, 1);
+    let mut main = TestMain::connect(&connector, &stop);
+    let mut sender = Sender::new(SendOptions::new(), blocks.clone(), stop.clone()).expect("made");
+    sender.set_up(Arc::new(connector)).expect("set up");
+    let mut log = Watched { bits: DirtyBitmaps::new(&blocks), put_back: 0 };
+    let mut guest = StoppedGuest::default();
+    let migration = Migration::new(MigrateOptions::new(), blocks, stop);
+    let progress = migration.progress();
+    let error = migration.run(Some(sender), &mut main, &mut log, &mut guest).expect_err("failed");
+    assert_eq!(error.to_string(), "the destination failed");
+    assert_eq!(progress.status(), Status::Failed);
+    assert!(guest.resumed);
+    assert_eq!(log.put_back, 256);
+    destination.join().expect("no panic");
+}
+
+/// A guest that cancels the migration when it is told to stop.
+struct Cancels(Stop, bool);
+
+impl Guest for Cancels {
+    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+        self.0.cancel();
+        Ok(Vec::new())
+    }
+    fn resume(&mut self) {
+        self.1 = true;
+    }
+}
+
+#[test]
+fn a_cancel_after_the_guest_has_stopped_lets_it_run_on() {
+    let (connector, listener) = memory::network(1 << 16);
+    let destination = spawn("destination", move || {
+        receive(
+            Receiver::new(ReceiveOptions::new(), Stop::new()),
+            Box::new(listener),
+            fresh(PageSize::KIB_4, RAM),
+        )
+    });
+    let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
+    let mut main = TestMain::connect(&connector, &stop);
+    let mut sender = Sender::new(SendOptions::new().channels(3), blocks.clone(), stop.clone()).expect("made");
+    sender.set_up(Arc::new(connector)).expect("set up");
+    let mut guest = Cancels(stop.clone(), false);
+    let migration = Migration::new(MigrateOptions::new(), blocks, stop);
+    let progress = migration.progress();
+    let error = migration.run(Some(sender), &mut main, &mut NeverDirty, &mut guest).expect_err("cancelled");
+    assert!(error.is_cancelled() && guest.1);
+    assert_eq!(progress.status(), Status::Cancelled);
+    drop(main);
+    destination.join().expect("no panic").expect_err("the destination has nothing");
+}
+
+fn channel(connector: &dyn Connect, id: u8) -> Box<dyn Link> {
+    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(id) }.encode();
+    assert_eq!(link.send(&[initial[..].into()]).expect("sent"), 64);
+    link
+}
+
+#[test]
+fn a_channel_that_ends_early_fails_the_wait_at_once() {
+    let (connector, listener) = memory::network(1 << 16);
+    let mut receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.set_blocks(fresh(PageSize::KIB_4, RAM)).expect("set");
+    let _stays = channel(&connector, 0);
+    drop(channel(&connector, 1));
+    let start = Instant::now();
+    let error = receiver.sync().expect_err("it cannot come");
+    assert_eq!(error.to_string(), "channel 1: connection closed before sync point 1, after 0");
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn too_few_channels_are_told_after_the_time_limit() {
+    let (connector, listener) = memory::network(1 << 16);
+    let options =
+        ReceiveOptions::new().channels(ChannelCount::Exact(3)).channels_timeout(Duration::from_millis(50));
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    let _link = channel(&connector, 2);
+    let error = receiver.sync().expect_err("two are missing");
+    assert!(
+        matches!(error.kind(), Error::Violation(Violation::ChannelCount { expected: 3, met: 1 })),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_silent_stranger_holds_up_nobody_for_longer_than_its_limit() {
+    let (connector, listener) = memory::network(1 << 16);
+    let options = ReceiveOptions::new().greeting_timeout(Duration::from_millis(50));
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    let _silent = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut chatty = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    chatty
+        .send(&[
+            b"GET / HTTP/1.1\r\n\r\n0123456789012345678901234567890123456789012345678901234567890"[..].into()
+        ])
+        .expect("sent");
+    receiver.sync().expect("no channels, so nothing to wait for");
+    assert_eq!(receiver.channels(), 0);
+}
+
+#[test]
+fn main_that_breaks_off_is_an_error_and_ends_all_threads() {
+    let (connector, listener) = memory::network(1 << 16);
+    let mut receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    let _channels: Vec<_> = (0..3).map(|id| channel(&connector, id)).collect();
+    let main = TestMain::connect(&connector, &Stop::new());
+    drop(main);
+    let error = follow(receiver, &fresh(PageSize::KIB_4, RAM)).expect_err("broken off");
+    assert_eq!(error.to_string(), "read main");
+}

@@ -1,0 +1,231 @@
+//! A source that lies: every lie is refused with its place, and no byte outside a page it may write has changed.
+
+use std::{sync::Arc, time::Duration};
+
+use multifd::{
+    ChannelCount, Error, ReceiveOptions, Receiver, Result,
+    channel::{Connect, Link, Stop, memory},
+    error::{Malformed, Unsupported, Violation},
+    ram::{PageIndex, PageSize, RamBlocks},
+    wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid},
+};
+
+use crate::kit::{TIMEOUT, fresh, name};
+
+const RAM: &[(&str, u64)] = &[("pc.ram", 64 << 10)];
+
+fn open(connector: &dyn Connect, uuid: VmUuid, id: u8) -> Box<dyn Link> {
+    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    put(&mut *link, &Initial { uuid, id: ChannelId(id) }.encode());
+    link
+}
+
+fn put(link: &mut dyn Link, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        let Ok(sent) = link.send(&[bytes.into()]) else { return };
+        bytes = &bytes[sent..];
+    }
+}
+
+fn destination(options: ReceiveOptions) -> (Receiver, memory::MemoryConnector, Arc<RamBlocks>) {
+    let (connector, listener) = memory::network(1 << 20);
+    let blocks = fresh(PageSize::KIB_4, RAM);
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.set_blocks(blocks.clone()).expect("set");
+    (receiver, connector, blocks)
+}
+
+fn untouched(blocks: &RamBlocks) -> bool {
+    blocks.iter().all(|(_, block)| block.slice(PageIndex(0), block.pages()).expect("whole").is_zero())
+}
+
+/// What main is told when a channel sends these bytes after its initial packet.
+fn answer_to(bytes: &[u8]) -> (Result<()>, Arc<RamBlocks>) {
+    let (receiver, connector, blocks) = destination(ReceiveOptions::new());
+    let mut link = open(&connector, VmUuid::NIL, 0);
+    put(&mut *link, bytes);
+    link.close_send().expect("closed");
+    (receiver.sync(), blocks)
+}
+
+fn head(normal: &[u64], zero: &[u64], payload: u32) -> Vec<u8> {
+    let pages = |list: &[u64]| list.iter().copied().map(PageIndex).collect::<Vec<_>>();
+    let mut buffer = HeadBuffer::new(PageSize::KIB_4);
+    buffer.pages(Flags::default(), 7, &name("pc.ram"), &pages(normal), &pages(zero), payload).to_vec()
+}
+
+#[test]
+fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
+    let patched = |at: usize, bytes: &[u8]| {
+        let mut packet = head(&[1], &[], 4096);
+        packet[at..at + bytes.len()].copy_from_slice(bytes);
+        packet.extend([0xaa; 4096]);
+        packet
+    };
+    type Expected = fn(&Error) -> bool;
+    let cases: [(&str, Vec<u8>, Expected, &str); 9] = [
+        (
+            "magic",
+            patched(0, b"QEVM"),
+            |e| matches!(e, Error::Malformed(Malformed::Magic { .. })),
+            "expected magic",
+        ),
+        (
+            "version",
+            patched(7, &[9]),
+            |e| matches!(e, Error::Malformed(Malformed::Version { .. })),
+            "expected version 1, met 9",
+        ),
+        (
+            "alloc",
+            patched(12, &[0, 0, 1, 0]),
+            |e| matches!(e, Error::Malformed(Malformed::PagesAlloc { .. })),
+            "pages_alloc 256",
+        ),
+        (
+            "normal",
+            patched(16, &[0, 0, 1, 0]),
+            |e| matches!(e, Error::Malformed(Malformed::NormalPages { .. })),
+            "256 normal pages",
+        ),
+        (
+            "name",
+            patched(64, b"vc.ram"),
+            |e| matches!(e, Error::Violation(Violation::UnknownBlock { .. })),
+            r#"unknown block "vc.ram""#,
+        ),
+        (
+            "offset",
+            patched(325, &[0x01, 0x00, 0x00]),
+            |e| matches!(e, Error::Violation(Violation::OutsideBlock { .. })),
+            "offset 0x10000 outside block",
+        ),
+        (
+            "unaligned",
+            patched(327, &[1]),
+            |e| matches!(e, Error::Malformed(Malformed::Unaligned { .. })),
+            "offset 0x1001 is no multiple",
+        ),
+        (
+            "method",
+            patched(11, &[2]),
+            |e| matches!(e, Error::Violation(Violation::Method { .. })),
+            "expected method none",
+        ),
+        (
+            "device",
+            patched(11, &[0x40]),
+            |e| matches!(e, Error::Unsupported(Unsupported::DeviceState)),
+            "device-state packet",
+        ),
+    ];
+    for (case, bytes, expected, text) in cases {
+        let (answer, blocks) = answer_to(&bytes);
+        let error = answer.expect_err(case);
+        assert!(expected(error.kind()), "{case}: {error}");
+        assert!(error.to_string().starts_with(&format!("channel 0: packet 0: {text}")), "{case}: {error}");
+        assert!(untouched(&blocks), "{case}");
+    }
+}
+
+#[test]
+fn a_packet_cut_anywhere_is_refused() {
+    let mut packet = head(&[1, 2, 5], &[], 3 * 4096);
+    packet.extend([0xaa; 3 * 4096]);
+    for length in [1, 63, 1343, 1344, 1345, 1344 + 4096, packet.len() - 1] {
+        let (answer, blocks) = answer_to(&packet[..length]);
+        let error = answer.expect_err("cut");
+        let (expected, met) = if length < 1344 { (1344, length) } else { (3 * 4096, length - 1344) };
+        let cut = matches!(error.kind(), Error::Violation(Violation::Cut { expected: e, met: m, .. })
+            if (*e, *m) == (expected, met as u64));
+        assert!(cut, "{length}: {error}");
+        let block = blocks.block(multifd::ram::BlockIndex(0)).expect("there");
+        assert!(block.slice(PageIndex(6), 10).expect("there").is_zero(), "only listed pages change");
+    }
+}
+
+#[test]
+fn stale_heads_pages_in_a_sync_packet_and_empty_packets_are_taken() {
+    let mut bytes = head(&[1], &[], 4096);
+    bytes[11] = 1; // SYNC and a page, as sources up to 8.2 send it
+    bytes.extend([0xaa; 4096]);
+    let mut empty = head(&[1], &[], 4096);
+    empty[16..20].fill(0); // no page, but everything else as it was
+    bytes.extend(&empty);
+    let (answer, blocks) = answer_to(&bytes);
+    answer.expect("taken");
+    let block = blocks.block(multifd::ram::BlockIndex(0)).expect("there");
+    assert!(!block.slice(PageIndex(1), 1).expect("there").is_zero());
+}
+
+#[test]
+fn channels_that_do_not_belong_are_refused() {
+    let exact = || ReceiveOptions::new().channels(ChannelCount::Exact(2));
+    let uuid = |text: &str| text.parse::<VmUuid>().expect("a UUID");
+    let (ours, theirs) =
+        (uuid("00112233-4455-6677-8899-aabbccddeeff"), uuid("ff112233-4455-6677-8899-aabbccddeeff"));
+
+    let (receiver, connector, _) = destination(exact());
+    let _link = open(&connector, VmUuid::NIL, 2);
+    let error = receiver.sync().expect_err("id 2 of 2");
+    assert!(matches!(error.kind(), Error::Violation(Violation::ChannelId { channels: 2, .. })), "{error}");
+
+    let (receiver, connector, _) = destination(exact());
+    let _links = [open(&connector, VmUuid::NIL, 1), open(&connector, VmUuid::NIL, 1)];
+    let error = receiver.sync().expect_err("twice");
+    assert!(
+        matches!(error.kind(), Error::Violation(Violation::DuplicateChannel { id: ChannelId(1) })),
+        "{error}"
+    );
+    assert!(error.to_string().starts_with("connection from memory: channel id 1"), "{error}");
+
+    let (receiver, connector, _) = destination(exact().uuid(Some(ours)));
+    let _link = open(&connector, theirs, 0);
+    let error = receiver.sync().expect_err("a foreign machine");
+    assert!(matches!(error.kind(), Error::Violation(Violation::ForeignUuid { .. })), "{error}");
+
+    let (receiver, connector, _) = destination(ReceiveOptions::new());
+    let _links = [open(&connector, ours, 0), open(&connector, theirs, 1)];
+    assert!(matches!(
+        receiver.sync().expect_err("two machines").kind(),
+        Error::Violation(Violation::ForeignUuid { .. })
+    ));
+
+    let (receiver, connector, _) =
+        destination(ReceiveOptions::new().channels_timeout(Duration::from_millis(50)));
+    let _links = [open(&connector, ours, 0), open(&connector, ours, 2)];
+    let error = receiver.sync().expect_err("a gap");
+    assert_eq!(error.to_string(), "channel 1 is missing among 2 channels");
+}
+
+#[test]
+fn a_channel_that_comes_when_ram_has_moved_is_refused() {
+    let (receiver, connector, _) = destination(ReceiveOptions::new());
+    let mut first = open(&connector, VmUuid::NIL, 0);
+    let mut buffer = HeadBuffer::new(PageSize::KIB_4);
+    for _ in 0..2 {
+        put(&mut *first, buffer.sync(0));
+        receiver.sync().expect("passed");
+    }
+    let _late = open(&connector, VmUuid::NIL, 1);
+    put(&mut *first, buffer.sync(0));
+    let error = receiver.sync().expect_err("late");
+    assert!(matches!(error.kind(), Error::Violation(Violation::LateChannel { point: 2, .. })), "{error}");
+}
+
+#[test]
+fn no_page_is_written_after_the_end_of_ram() {
+    let (receiver, connector, blocks) =
+        destination(ReceiveOptions::new().drain_timeout(Duration::from_millis(200)));
+    let mut link = open(&connector, VmUuid::NIL, 0);
+    let mut buffer = HeadBuffer::new(PageSize::KIB_4);
+    put(&mut *link, buffer.sync(0));
+    receiver.sync().expect("passed");
+    receiver.seal().expect("sealed");
+    put(&mut *link, buffer.sync(1)); // a surplus SYNC, as 9.1 sends it
+    put(&mut *link, &head(&[1], &[], 4096));
+    put(&mut *link, &[0xaa; 4096]);
+    receiver.finish().expect("what comes after the end changes nothing");
+    assert!(untouched(&blocks));
+}

@@ -1,0 +1,236 @@
+//! Two ends and a main stream between them: one byte a sync point, an answer at the end.
+
+use std::{
+    io::{Read, Write},
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use multifd::{
+    ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender,
+    channel::{Connect, Listen, Stop, Stream, memory},
+    live::{DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass},
+    ram::{BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
+};
+
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+
+pub(crate) fn name(text: &str) -> BlockName {
+    BlockName::new(text).expect("a name")
+}
+
+/// Blocks of these lengths in fresh memory, known to be zero.
+pub(crate) fn fresh(page_size: PageSize, blocks: &[(&str, u64)]) -> Arc<RamBlocks> {
+    make(page_size, blocks, RamBlock::fresh)
+}
+
+/// Blocks of these lengths in memory that may hold anything.
+pub(crate) fn used(page_size: PageSize, blocks: &[(&str, u64)]) -> Arc<RamBlocks> {
+    make(page_size, blocks, RamBlock::new)
+}
+
+fn make(
+    page_size: PageSize,
+    blocks: &[(&str, u64)],
+    block: fn(BlockName, u64, PageSize, Memory) -> Result<RamBlock>,
+) -> Arc<RamBlocks> {
+    let made = blocks.iter().map(|(text, length)| {
+        let memory = Memory::Mapped(Mapping::anonymous(*length).expect("memory"));
+        block(name(text), *length, page_size, memory).expect("a block")
+    });
+    Arc::new(RamBlocks::new(made.collect()).expect("distinct"))
+}
+
+/// Fills a page with words that tell block, page and version.
+pub(crate) fn write(blocks: &RamBlocks, block: usize, page: u64, version: u64) {
+    let of = blocks.block(multifd::ram::BlockIndex(block)).expect("there");
+    let word = (block as u64) << 56 | page << 16 | version;
+    let bytes: Vec<u8> =
+        std::iter::repeat_n(word.to_be_bytes(), of.page_size().bytes() / 8).flatten().collect();
+    of.slice(PageIndex(page), 1).expect("there").copy_from(&bytes);
+}
+
+/// The first page in which two machines differ.
+pub(crate) fn difference(left: &RamBlocks, right: &RamBlocks) -> Option<String> {
+    for ((index, a), (_, b)) in left.iter().zip(right.iter()) {
+        let size = a.page_size().bytes();
+        let (mut x, mut y) = (vec![0; size], vec![0; size]);
+        for page in (0..a.pages()).map(PageIndex) {
+            a.slice(page, 1).expect("there").copy_to(&mut x);
+            b.slice(page, 1).expect("there").copy_to(&mut y);
+            if x != y {
+                return Some(format!("block {} page {page}: {:02x?} is {:02x?}", index.0, &x[..8], &y[..8]));
+            }
+        }
+    }
+    None
+}
+
+/// The source's side of the test's main stream.
+pub(crate) struct TestMain {
+    pub(crate) stream: Stream,
+    pub(crate) bytes: u64,
+    pub(crate) devices: Vec<DeviceSection>,
+}
+
+impl TestMain {
+    pub(crate) fn connect(connector: &dyn Connect, stop: &Stop) -> Self {
+        let link = connector.connect(stop, TIMEOUT).expect("connected");
+        let mut main = Self { stream: Stream::new(link), bytes: 0, devices: Vec::new() };
+        main.stream.write_all(b"QEVM").expect("written");
+        main
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes += bytes.len() as u64;
+        self.stream.write_all(bytes).map_err(|error| Error::io("write main", error))
+    }
+}
+
+impl Main for TestMain {
+    fn begin(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn setup(&mut self, _blocks: &RamBlocks) -> Result<()> {
+        self.put(b"S")
+    }
+    fn begin_pass(&mut self, _pass: Pass) -> Result<()> {
+        Ok(())
+    }
+    fn zero_page(&mut self, block: &RamBlock, page: PageIndex) -> Result<()> {
+        self.record(b'Z', block, page)
+    }
+    fn page(&mut self, block: &RamBlock, page: PageIndex, bytes: &[u8]) -> Result<()> {
+        self.record(b'P', block, page)?;
+        self.put(bytes)
+    }
+    fn end_pass(&mut self, _pass: Pass) -> Result<()> {
+        self.put(b"S")
+    }
+    fn switchover(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn devices(&mut self, devices: Vec<DeviceSection>) -> Result<()> {
+        self.devices = devices;
+        Ok(())
+    }
+    fn complete(&mut self) -> Result<()> {
+        self.put(b"E")?;
+        let mut answer = [0];
+        self.stream.read_exact(&mut answer).map_err(|error| Error::io("wait for the destination", error))?;
+        if answer == *b"K" { Ok(()) } else { Err(Error::other("the destination failed", "it said so")) }
+    }
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl TestMain {
+    fn record(&mut self, kind: u8, block: &RamBlock, page: PageIndex) -> Result<()> {
+        let mut record = vec![kind, u8::try_from(block.name().as_bytes().len()).expect("short")];
+        record.extend(block.name().as_bytes());
+        record.extend(page.0.to_be_bytes());
+        self.put(&record)
+    }
+}
+
+/// The destination: follows main until its end.
+pub(crate) fn receive(
+    mut receiver: Receiver,
+    listener: Box<dyn Listen>,
+    blocks: Arc<RamBlocks>,
+) -> Result<Vec<ChannelStats>> {
+    receiver.listen(listener)?;
+    follow(receiver, &blocks)
+}
+
+pub(crate) fn follow(receiver: Receiver, blocks: &Arc<RamBlocks>) -> Result<Vec<ChannelStats>> {
+    let mut main = receiver.wait_main()?;
+    let failed = |error| receiver.stop().fail(Error::io("read main", error));
+    let mut byte = [0];
+    main.read_exact(&mut [0; 4]).map_err(failed)?;
+    receiver.set_blocks(blocks.clone())?;
+    loop {
+        main.read_exact(&mut byte).map_err(failed)?;
+        match byte[0] {
+            b'S' => receiver.sync()?,
+            b'E' => break,
+            kind => {
+                main.read_exact(&mut byte).map_err(failed)?;
+                let (mut id, mut page) = (vec![0; byte[0].into()], [0; 8]);
+                main.read_exact(&mut id).map_err(failed)?;
+                main.read_exact(&mut page).map_err(failed)?;
+                let block = blocks.block(blocks.find(&id).expect("a block"))?;
+                let page = PageIndex(u64::from_be_bytes(page));
+                if kind == b'Z' {
+                    block.clear(page);
+                } else {
+                    let mut bytes = vec![0; block.page_size().bytes()];
+                    main.read_exact(&mut bytes).map_err(failed)?;
+                    block.store(page, &bytes).expect("stored");
+                }
+            }
+        }
+    }
+    receiver.seal()?;
+    main.write_all(b"K").map_err(failed)?;
+    receiver.finish()
+}
+
+/// A guest that nobody needs to stop.
+#[derive(Default)]
+pub(crate) struct StoppedGuest {
+    pub(crate) resumed: bool,
+}
+
+impl Guest for StoppedGuest {
+    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+        Ok(Vec::new())
+    }
+    fn resume(&mut self) {
+        self.resumed = true;
+    }
+}
+
+/// What both sides of a migration ended with.
+pub(crate) struct Outcome {
+    pub(crate) sent: Result<MigrationInfo>,
+    pub(crate) received: Result<Vec<ChannelStats>>,
+}
+
+/// Migrates `source` into `destination` over `channels` channels in memory.
+pub(crate) fn migrate(
+    source: &Arc<RamBlocks>,
+    destination: &Arc<RamBlocks>,
+    channels: u8,
+    options: MigrateOptions,
+    log: &mut dyn DirtyLog,
+    guest: &mut dyn Guest,
+) -> Outcome {
+    let (connector, listener) = memory::network(1 << 18);
+    let receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Auto), Stop::new());
+    let destination = spawn("destination", {
+        let blocks = destination.clone();
+        move || receive(receiver, Box::new(listener), blocks)
+    });
+    let stop = Stop::new();
+    let mut main = TestMain::connect(&connector, &stop);
+    let sender = (channels > 0).then(|| {
+        let options = SendOptions::new().channels(channels);
+        let mut sender = Sender::new(options, source.clone(), stop.clone()).expect("a sender");
+        sender.set_up(Arc::new(connector)).expect("set up");
+        sender
+    });
+    let migration = Migration::new(options, source.clone(), stop);
+    let sent = migration.run(sender, &mut main, log, guest);
+    drop(main);
+    Outcome { sent, received: destination.join().expect("no panic") }
+}
+
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
+    thread::Builder::new().name(name.into()).spawn(run).expect("a thread")
+}

@@ -1,0 +1,182 @@
+//! What goes in at one end comes out at the other.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use multifd::{
+    live::{DeviceSection, Guest, MigrateOptions, Status, ZeroPageDetection},
+    ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, RamBlocks},
+    wire::head_len,
+};
+
+use crate::kit::{StoppedGuest, difference, fresh, migrate, spawn, used, write};
+
+/// Blocks of every kind: large, small, empty, with holes.
+const BLOCKS: &[(&str, u64)] =
+    &[("pc.ram", 8 << 20), ("/rom@etc/acpi/tables", 128 << 10), ("empty", 0), ("vga.vram", 1 << 20)];
+
+fn filled(page_size: PageSize) -> Arc<RamBlocks> {
+    let blocks = used(page_size, BLOCKS);
+    for (index, block) in blocks.iter() {
+        for page in (0..block.pages()).filter(|page| page % 3 != 1) {
+            write(&blocks, index.0, page, 1);
+        }
+    }
+    blocks
+}
+
+#[test]
+fn a_stopped_machine_arrives_whole_over_any_number_of_channels() {
+    for channels in [0, 1, 2, 3, 8, 33] {
+        for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
+            let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+            let options = MigrateOptions::new().zero_page_detection(detection);
+            let outcome = migrate(
+                &source,
+                &destination,
+                channels,
+                options,
+                &mut NeverDirty,
+                &mut StoppedGuest::default(),
+            );
+            let (sent, received) = (outcome.sent.expect("sent"), outcome.received.expect("received"));
+            assert_eq!(difference(&source, &destination), None, "{channels} channels, {detection:?}");
+            assert_eq!(sent.status, Status::Completed);
+            assert_eq!(sent.channels, received, "both sides have counted the same");
+            let pages: u64 = source.iter().map(|(_, block)| block.pages()).sum();
+            assert_eq!(sent.ram.normal + sent.ram.duplicate, pages);
+            assert_eq!(sent.ram.duplicate > 0, detection != ZeroPageDetection::None);
+            let heads = head_len(PageSize::KIB_4) as u64;
+            for channel in &sent.channels {
+                assert_eq!(channel.bytes, 64 + channel.packets * heads + channel.normal * 4096);
+            }
+            assert_eq!(
+                sent.ram.transferred,
+                sent.ram.multifd_bytes + sent.ram.precopy_bytes + sent.ram.downtime_bytes
+            );
+        }
+    }
+}
+
+#[test]
+fn pages_of_16_and_64_kib_arrive() {
+    for page_size in [PageSize::KIB_16, PageSize::KIB_64] {
+        let (source, destination) = (filled(page_size), fresh(page_size, BLOCKS));
+        let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::Multifd);
+        let outcome =
+            migrate(&source, &destination, 3, options, &mut NeverDirty, &mut StoppedGuest::default());
+        outcome.sent.expect("sent");
+        outcome.received.expect("received");
+        assert_eq!(difference(&source, &destination), None, "{page_size}");
+    }
+}
+
+#[test]
+fn memory_that_held_something_else_is_overwritten_by_zero_pages() {
+    for detection in [ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
+        let (source, destination) = (filled(PageSize::KIB_4), used(PageSize::KIB_4, BLOCKS));
+        for (index, block) in destination.iter() {
+            (0..block.pages()).for_each(|page| write(&destination, index.0, page, 0xdead));
+        }
+        let options = MigrateOptions::new().zero_page_detection(detection);
+        let outcome =
+            migrate(&source, &destination, 2, options, &mut NeverDirty, &mut StoppedGuest::default());
+        outcome.received.expect("received");
+        assert_eq!(difference(&source, &destination), None, "{detection:?}");
+    }
+}
+
+#[test]
+fn three_hundred_blocks_arrive() {
+    let names: Vec<String> = (0..300).map(|n| format!("block{n}")).collect();
+    let list: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 3 * 4096)).collect();
+    let (source, destination) = (used(PageSize::KIB_4, &list), fresh(PageSize::KIB_4, &list));
+    (0..300).for_each(|block| write(&source, block, 1, 9));
+    let outcome = migrate(
+        &source,
+        &destination,
+        4,
+        MigrateOptions::new(),
+        &mut NeverDirty,
+        &mut StoppedGuest::default(),
+    );
+    outcome.sent.expect("sent");
+    outcome.received.expect("received");
+    assert_eq!(difference(&source, &destination), None);
+}
+
+/// Threads that write to RAM and mark what they wrote, until they are stopped.
+struct Writers {
+    run: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+    stopped: bool,
+}
+
+impl Writers {
+    fn start(blocks: &Arc<RamBlocks>, log: &DirtyBitmaps, pages: u64, pause: Duration) -> Self {
+        let run = Arc::new(AtomicBool::new(true));
+        let version = Arc::new(AtomicU64::new(2));
+        let threads = (0..2).map(|thread| {
+            let (blocks, log, run, version) = (blocks.clone(), log.clone(), run.clone(), version.clone());
+            spawn("writer", move || {
+                // A page belongs to one writer, so that its content is one version and no mixture.
+                while run.load(Ordering::Relaxed) {
+                    for page in (0..pages).filter(|page| page % 2 == thread) {
+                        write(&blocks, 0, page, version.fetch_add(1, Ordering::Relaxed) & 0xffff);
+                        log.mark(BlockIndex(0), PageIndex(page));
+                    }
+                    std::thread::sleep(pause);
+                }
+            })
+        });
+        Self { threads: threads.collect(), run, stopped: false }
+    }
+}
+
+impl Guest for Writers {
+    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+        self.run.store(false, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| thread.join().expect("no panic"));
+        self.stopped = true;
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self) {}
+}
+
+#[test]
+fn a_guest_that_keeps_writing_arrives_as_it_was_when_it_stopped() {
+    for channels in [0, 1, 4] {
+        let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+        let mut log = DirtyBitmaps::new(&source);
+        let mut writers = Writers::start(&source, &log, 600, Duration::from_micros(200));
+        // So short that it takes passes; the writers pause, so that one pass will find little.
+        let options = MigrateOptions::new().downtime_limit(Duration::from_millis(2));
+        let outcome = migrate(&source, &destination, channels, options, &mut log, &mut writers);
+        let sent = outcome.sent.expect("sent");
+        outcome.received.expect("received");
+        assert!(writers.stopped);
+        assert_eq!(difference(&source, &destination), None, "{channels} channels");
+        assert!(sent.ram.dirty_sync_count >= 3, "{sent:?}");
+        assert!(sent.downtime.is_some());
+    }
+}
+
+#[test]
+fn max_bandwidth_is_kept_while_the_guest_runs() {
+    let (source, destination) =
+        (used(PageSize::KIB_4, &[("pc.ram", 2 << 20)]), fresh(PageSize::KIB_4, &[("pc.ram", 2 << 20)]));
+    (0..512).for_each(|page| write(&source, 0, page, 1));
+    let options = MigrateOptions::new().max_bandwidth(Some(4 << 20));
+    let outcome = migrate(&source, &destination, 2, options, &mut NeverDirty, &mut StoppedGuest::default());
+    let sent = outcome.sent.expect("sent");
+    // 2 MiB at 4 MiB/s take half a second, less what the first and last slice of time allow.
+    assert!(sent.total_time >= Duration::from_millis(350), "{:?}", sent.total_time);
+    outcome.received.expect("received");
+    assert_eq!(difference(&source, &destination), None);
+}

@@ -1,0 +1,10 @@
+//! The promises of the engine, both ends together over links in memory.
+
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod kit;
+#[cfg(test)]
+mod loopback;
