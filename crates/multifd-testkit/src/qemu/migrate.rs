@@ -100,6 +100,24 @@ impl Vm {
         })
     }
 
+    /// Waits until the source has begun at least this many passes (`dirty-sync-count`), or has completed.
+    ///
+    /// # Errors
+    ///
+    /// When it fails or does not come so far in time, or QEMU is gone.
+    pub fn wait_passes(&mut self, passes: u64, patience: Duration) -> Result<(), Error> {
+        let what = format!("{passes} passes of QEMU {}", self.series());
+        wait_for(&what, patience, || {
+            let told = self.query_migrate()?;
+            match told["status"].as_str() {
+                Some("completed") => Ok(Some(())),
+                Some("failed" | "cancelled") => Err(Error::Unmet(format!("expected {what}, met {told}"))),
+                _ => Ok((told["ram"]["dirty-sync-count"].as_u64() >= Some(passes)).then_some(())),
+            }
+        })
+        .map_err(|error| self.explain(error))
+    }
+
     /// Waits until the guest's state is `state`, in QEMU's words (`running`, `postmigrate`, …).
     ///
     /// # Errors

@@ -2,24 +2,35 @@
 //! migrations that are known to work.
 
 use multifd_testkit::guest::Guest;
-use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
-use serde_json::json;
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use serde_json::{Value, json};
 
 /// Moves a running guest and lets it go on; says what the source told of it.
-fn migrate(
-    source: &mut Vm,
-    destination: &mut Vm,
-    channels: u8,
-    listen: &str,
-) -> Result<serde_json::Value, Error> {
-    for vm in [&mut *source, &mut *destination] {
+fn live(from: &Qemu, to: &Qemu, channels: u8, listen: &str) -> Result<Value, Error> {
+    live_in_passes(from, to, channels, listen, 2)
+}
+
+/// The same, in at least so many passes.
+fn live_in_passes(from: &Qemu, to: &Qemu, channels: u8, listen: &str, passes: u64) -> Result<Value, Error> {
+    let guest = Guest::new();
+    let vm = |qemu: &Qemu| qemu.vm().machine(&from.machine()).guest(&guest);
+    let mut source = vm(from).start()?;
+    let mut destination = vm(to).incoming().start()?;
+    for vm in [&mut source, &mut destination] {
         vm.set_multifd_channels(channels)?;
     }
-    source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
+    if passes > 2 {
+        // What the guest rewrites in a pass takes longer than the downtime allowed.
+        source.set_parameters(json!({ "max-bandwidth": 60_000_000, "downtime-limit": 50 }))?;
+    } else {
+        source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
+    }
     let address = destination.migrate_incoming(listen)?;
     source.wait_round(3, PATIENCE)?;
 
     source.migrate(&address)?;
+    source.wait_passes(passes, PATIENCE)?;
+    source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
     let told = source.wait_migration("completed", PATIENCE)?;
     destination.wait_migration("completed", PATIENCE)?;
 
@@ -27,14 +38,6 @@ fn migrate(
     // More rounds than it takes to look at every filled page once.
     destination.wait_round(at + 40, PATIENCE)?;
     Ok(told)
-}
-
-fn live(from: &Qemu, to: &Qemu, channels: u8, listen: &str) -> Result<serde_json::Value, Error> {
-    let guest = Guest::new();
-    let vm = |qemu: &Qemu| qemu.vm().machine(&from.machine()).guest(&guest);
-    let mut source = vm(from).start()?;
-    let mut destination = vm(to).incoming().start()?;
-    migrate(&mut source, &mut destination, channels, listen)
 }
 
 #[test]
@@ -68,4 +71,18 @@ fn live_guest_moves_from_7_2_to_10_0_over_a_unix_socket() {
     let Some([old, new]) = Qemu::both() else { return };
     let folder = tempfile::tempdir().unwrap();
     live(&old, &new, 2, &format!("unix:{}/socket", folder.path().display())).unwrap();
+}
+
+#[test]
+fn live_guest_moves_in_many_passes_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    let told = live_in_passes(&qemu, &qemu, 2, "tcp:127.0.0.1:0", 8).unwrap();
+    assert!(told["ram"]["dirty-sync-count"].as_u64() >= Some(8), "{told}");
+}
+
+#[test]
+fn live_guest_moves_in_many_passes_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    let told = live_in_passes(&qemu, &qemu, 2, "tcp:127.0.0.1:0", 4).unwrap();
+    assert!(told["ram"]["dirty-sync-count"].as_u64() >= Some(4), "{told}");
 }
