@@ -29,7 +29,7 @@ pub use status::Status;
 use crate::{
     channel::Stop,
     error::{Error, Result},
-    ram::{DirtyLog, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, RamBlocks},
     send::Sender,
 };
 
@@ -67,12 +67,12 @@ pub trait Main {
     ///
     /// # Errors
     /// If the stream breaks.
-    fn zero_page(&mut self, block: &RamBlock, page: PageIndex) -> Result<()>;
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()>;
     /// A page, in a migration without channels.
     ///
     /// # Errors
     /// If the stream breaks.
-    fn page(&mut self, block: &RamBlock, page: PageIndex, bytes: &[u8]) -> Result<()>;
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()>;
     /// The pass is over; a sync point.
     ///
     /// # Errors
@@ -295,11 +295,10 @@ impl Driver<'_> {
     fn set_up(&mut self) -> Result<()> {
         let Migration { blocks, progress, .. } = self.migration;
         progress.started(self.sender.as_deref());
-        if let Some(sender) = &mut self.sender {
-            sender.wait_connected()?;
-        }
+        // First: a destination may look at main's first bytes before it takes the channels.
         self.main.begin()?;
         if let Some(sender) = &mut self.sender {
+            sender.wait_connected()?;
             sender.sync()?;
         }
         self.main.setup(blocks)?;

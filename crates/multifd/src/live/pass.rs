@@ -42,7 +42,7 @@ impl Walk<'_> {
             self.progress.duplicate();
             match (&mut self.sender, self.detection) {
                 (Some(sender), ZeroPageDetection::Multifd) => sender.queue_zero(index, page)?,
-                _ => self.main.zero_page(block, page)?,
+                _ => self.main.zero_page(index, page)?,
             }
             return self.pace.spend(ZERO_ENTRY, self.stop);
         }
@@ -52,7 +52,7 @@ impl Walk<'_> {
             None => {
                 let slice = block.slice(page, 1).expect("the bitmap has a bit for each page of the block");
                 slice.copy_to(self.page);
-                self.main.page(block, page, self.page)?;
+                self.main.page(index, page, self.page)?;
             }
         }
         self.pace.spend(block.page_size().bytes() as u64, self.stop)

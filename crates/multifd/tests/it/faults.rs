@@ -1,7 +1,7 @@
 //! Connections break, peers fall silent, callers change their mind: every wait ends, and the first cause is told.
 
 use std::{
-    io::Write,
+    io::{Read, Write},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -14,7 +14,7 @@ use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
     channel::{Connect, Link, Stop, memory},
     error::{Error, Usage, Violation},
-    live::{DeviceSection, Guest, MigrateOptions, Migration, Status},
+    live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
     ram::{BlockIndex, DirtyBitmaps, DirtyLog, NeverDirty, PageBitmap, PageIndex, PageSize},
     wire::{ChannelId, Initial, VmUuid},
 };
@@ -138,12 +138,13 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
         receiver.listen(Box::new(listener)).expect("listening");
         let mut main = receiver.wait_main().expect("main");
         receiver.set_blocks(fresh(PageSize::KIB_4, RAM)).expect("set");
-        // Setup and one live pass; then main closes instead of saying that all is well.
-        receiver.sync().expect("setup");
-        receiver.sync().expect("first pass");
-        receiver.sync().expect("final pass");
+        main.read_exact(&mut [0; b"QEVM".len()]).expect("a main stream");
+        for point in ["setup", "first pass", "final pass"] {
+            main.read_exact(&mut [0; b"S".len()]).expect(point);
+            receiver.sync().expect(point);
+        }
+        main.read_exact(&mut [0; b"E".len()]).expect("read to the end");
         main.write_all(b"N").expect("written");
-        drop(main);
     });
     let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
     write(&blocks, 0, 3, 1);
@@ -152,7 +153,8 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
     sender.set_up(Arc::new(connector)).expect("set up");
     let mut log = Watched { bits: DirtyBitmaps::new(&blocks), put_back: 0 };
     let mut guest = StoppedGuest::default();
-    let migration = Migration::new(MigrateOptions::new(), blocks, stop);
+    let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::None);
+    let migration = Migration::new(options, blocks, stop);
     let progress = migration.progress();
     let error = migration.run(Some(sender), &mut main, &mut log, &mut guest).expect_err("failed");
     assert_eq!(error.to_string(), "the destination failed");

@@ -11,7 +11,7 @@ use multifd::{
     ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender,
     channel::{Connect, Listen, Stop, Stream, memory},
     live::{DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass},
-    ram::{BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
+    ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
@@ -44,7 +44,7 @@ fn make(
 
 /// Fills a page with words that tell block, page and version.
 pub(crate) fn write(blocks: &RamBlocks, block: usize, page: u64, version: u64) {
-    let of = blocks.block(multifd::ram::BlockIndex(block)).expect("there");
+    let of = blocks.block(BlockIndex(block)).expect("there");
     let word = (block as u64) << 56 | page << 16 | version;
     let bytes: Vec<u8> =
         std::iter::repeat_n(word.to_be_bytes(), of.page_size().bytes() / 8).flatten().collect();
@@ -98,10 +98,10 @@ impl Main for TestMain {
     fn begin_pass(&mut self, _pass: Pass) -> Result<()> {
         Ok(())
     }
-    fn zero_page(&mut self, block: &RamBlock, page: PageIndex) -> Result<()> {
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
         self.record(b'Z', block, page)
     }
-    fn page(&mut self, block: &RamBlock, page: PageIndex, bytes: &[u8]) -> Result<()> {
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
         self.record(b'P', block, page)?;
         self.put(bytes)
     }
@@ -127,9 +127,9 @@ impl Main for TestMain {
 }
 
 impl TestMain {
-    fn record(&mut self, kind: u8, block: &RamBlock, page: PageIndex) -> Result<()> {
-        let mut record = vec![kind, u8::try_from(block.name().as_bytes().len()).expect("short")];
-        record.extend(block.name().as_bytes());
+    fn record(&mut self, kind: u8, block: BlockIndex, page: PageIndex) -> Result<()> {
+        let mut record = vec![kind];
+        record.extend((block.0 as u64).to_be_bytes());
         record.extend(page.0.to_be_bytes());
         self.put(&record)
     }
@@ -157,11 +157,11 @@ pub(crate) fn follow(receiver: Receiver, blocks: &Arc<RamBlocks>) -> Result<Vec<
             b'S' => receiver.sync()?,
             b'E' => break,
             kind => {
-                main.read_exact(&mut byte).map_err(failed)?;
-                let (mut id, mut page) = (vec![0; byte[0].into()], [0; 8]);
-                main.read_exact(&mut id).map_err(failed)?;
+                let (mut block, mut page) = ([0; 8], [0; 8]);
+                main.read_exact(&mut block).map_err(failed)?;
                 main.read_exact(&mut page).map_err(failed)?;
-                let block = blocks.block(blocks.find(&id).expect("a block"))?;
+                let block = usize::try_from(u64::from_be_bytes(block)).expect("a block");
+                let block = blocks.block(BlockIndex(block))?;
                 let page = PageIndex(u64::from_be_bytes(page));
                 if kind == b'Z' {
                     block.clear(page);
