@@ -83,14 +83,10 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
             });
         }
         Ok(Caller::Channel(initial)) => {
-            let met = initial.id;
-            let id = match shared.register(&initial, wake) {
-                Ok(()) => met,
-                Err(error) => {
-                    shared.stop.fail(error.at(format_args!("connection from {peer}")));
-                    return;
-                }
-            };
+            let id = initial.id;
+            if !shared.register(&initial, wake, &peer) {
+                return;
+            }
             // A name is for whoever looks at the threads; without it they are called as before.
             let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
             let _ = rustix::thread::set_name(&name);
@@ -155,11 +151,16 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Takes a channel in, if it belongs to this migration.
-    fn register(&self, initial: &Initial, wake: Arc<dyn Wake>) -> Result<()> {
-        let mut result = Ok(());
-        self.greeted(|state| result = self.admit(state, initial, wake));
-        result
+    /// Takes a channel in, or fails the migration if it does not belong to it. Only then has it been greeted: main
+    /// must not pass a sync point in between.
+    fn register(&self, initial: &Initial, wake: Arc<dyn Wake>, peer: &str) -> bool {
+        let admitted = self.admit(&mut self.lock(), initial, wake);
+        let welcome = admitted.is_ok();
+        if let Err(error) = admitted {
+            self.stop.fail(error.at(format_args!("connection from {peer}")));
+        }
+        self.greeted(|_| {});
+        welcome
     }
 
     fn admit(&self, state: &mut super::State, initial: &Initial, wake: Arc<dyn Wake>) -> Result<()> {
