@@ -22,5 +22,4 @@ pub use link::{Connect, Link, Listen, Stream};
 pub(crate) use link::{recv_at_least, send_all};
 pub use listen::Listener;
 pub use socket::SocketLink;
-pub(crate) use stop::OnFailure;
 pub use stop::{Stop, Wake, Watch};

@@ -134,6 +134,12 @@ impl Stop {
         Watch { stop: self.clone(), id }
     }
 
+    /// As [`watch`](Stop::watch), but only a failure wakes: what shuts a connection down, which after a good end its
+    /// owner closes in order.
+    pub fn watch_failure(&self, watcher: Arc<dyn Wake>) -> Watch {
+        self.watch(Arc::new(OnFailure { stop: self.clone(), wake: watcher }))
+    }
+
     /// Returns the cause that was there before, if any.
     fn stop(&self, cause: Cause) -> Option<Cause> {
         let mut state = self.lock();
@@ -187,10 +193,9 @@ impl Drop for Watch {
     }
 }
 
-/// Wakes a link's waits only when the migration fails: after a good end its owner closes it in order.
-pub(crate) struct OnFailure {
-    pub(crate) stop: Stop,
-    pub(crate) wake: Arc<dyn Wake>,
+struct OnFailure {
+    stop: Stop,
+    wake: Arc<dyn Wake>,
 }
 
 impl Wake for OnFailure {

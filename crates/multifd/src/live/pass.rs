@@ -3,7 +3,7 @@
 use super::{Main, Pace, Progress, ZeroPageDetection};
 use crate::{
     channel::Stop,
-    error::Result,
+    error::{Error, Result},
     ram::{BlockIndex, PageBitmap, PageIndex, RamBlock, runs},
     send::Sender,
 };
@@ -50,8 +50,10 @@ impl Walk<'_> {
         match &mut self.sender {
             Some(sender) => sender.queue(index, page)?,
             None => {
-                let slice = block.slice(page, 1).expect("the bitmap has a bit for each page of the block");
-                slice.copy_to(self.page);
+                let loaded = block.load(page, self.page);
+                loaded.map_err(|error| {
+                    Error::io(format!("read page {page} of block {:?}", block.name()), error)
+                })?;
                 self.main.page(index, page, self.page)?;
             }
         }

@@ -3,7 +3,7 @@
 //! A block is a name, a used length, a page size and the memory behind it. Both sides list the same blocks;
 //! the source announces its list on the main stream, the destination looks every name up before it writes.
 
-use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt};
+use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use super::{BlockName, BlockOffset, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
 use crate::error::{Error, Result, Usage};
@@ -17,10 +17,11 @@ pub struct BlockIndex(pub usize);
 pub enum Memory {
     /// In this process's address space. Pages are sent from it and received into it without a copy.
     Mapped(Mapping),
-    /// In a file, from `offset` on. Pages are only received into it, run by run, with positioned writes.
+    /// In a file, from `offset` on. Pages are received into it run by run, with positioned writes; they can
+    /// be sent from it over main, but not over channels.
     File {
-        /// Opened for writing. A handle of its own for each block is not needed: positions are absolute.
-        file: File,
+        /// Shared by all blocks in it: positions are absolute.
+        file: Arc<File>,
         /// Where the block's first byte lies.
         offset: u64,
     },
@@ -137,6 +138,30 @@ impl RamBlock {
         }
         self.present.set_run(first, count);
         Ok(())
+    }
+
+    /// Reads a page, from memory or file, into a private buffer. One that is not
+    /// [present](RamBlock::present) is zero.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    ///
+    /// # Panics
+    /// If the block has no such page, or `buffer` is not a page long.
+    pub fn load(&self, page: PageIndex, buffer: &mut [u8]) -> io::Result<()> {
+        let start = self.offset_of(page).expect("a page of the block").0;
+        assert_eq!(buffer.len(), self.page_size.bytes(), "a page's buffer");
+        if !self.present.contains(page) {
+            buffer.fill(0);
+            return Ok(());
+        }
+        match &self.memory {
+            Memory::Mapped(mapping) => {
+                mapping.slice(start, buffer.len()).expect("the mapping covers the block").copy_to(buffer);
+                Ok(())
+            }
+            Memory::File { file, offset } => file.read_exact_at(buffer, offset + start),
+        }
     }
 
     /// Makes a page zero. Memory is touched only if the page may hold something else; in a file, the page is
@@ -292,8 +317,8 @@ mod tests {
 
     #[test]
     fn pages_are_stored_in_memory_and_in_files_and_cleared_there() {
-        let file = tempfile::tempfile().expect("a file");
-        let in_file = Memory::File { file: file.try_clone().expect("a handle"), offset: 8192 };
+        let file = Arc::new(tempfile::tempfile().expect("a file"));
+        let in_file = Memory::File { file: file.clone(), offset: 8192 };
         for memory in [in_file, Memory::Mapped(Mapping::anonymous(4 * 4096).expect("memory"))] {
             let name = BlockName::new("b").expect("a name");
             let block = RamBlock::fresh(name, 4 * 4096, PageSize::KIB_4, memory).expect("a block");
@@ -302,6 +327,11 @@ mod tests {
             block.clear(PageIndex(2));
             block.clear(PageIndex(3));
             assert_eq!(block.present().words().next(), Some(0b0010));
+            for (page, expected) in [(1, 7), (2, 0), (3, 0)] {
+                let mut bytes = [1; 4096];
+                block.load(PageIndex(page), &mut bytes).expect("loaded");
+                assert_eq!(bytes, [expected; 4096]);
+            }
             if let Some(slice) = block.slice(PageIndex(2), 1) {
                 assert!(slice.is_zero());
                 assert!(!block.slice(PageIndex(1), 1).expect("there").is_zero());

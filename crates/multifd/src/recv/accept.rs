@@ -9,7 +9,7 @@ use std::{io, sync::Arc, thread::Builder};
 
 use super::{Shared, consume, sync::Place};
 use crate::{
-    channel::{Link, Listen, OnFailure, Stream, Wake},
+    channel::{Link, Listen, Stream, Wake},
     error::{Error, Result, Violation},
     ram::PartMut,
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
@@ -68,7 +68,7 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
 fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
-    let watch = shared.stop.watch(Arc::new(OnFailure { stop: shared.stop.clone(), wake: wake.clone() }));
+    let watch = shared.stop.watch_failure(wake.clone());
     match introduce(shared, &mut *link) {
         Ok(Caller::Main(seen)) => {
             let main = Stream::resumed(link, seen);

@@ -3,14 +3,14 @@
 //! It owns its connection, its head buffer and its codec. A packet is one call: the head and the pages, neighbours
 //! as one vector, straight from guest memory.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 
 use super::{Shared, dispatch::Job};
 use crate::{
     batch::{Batch, neighbours},
-    channel::{Connect, Link, OnFailure, Watch, send_all},
+    channel::{Connect, Link, Watch, send_all},
     compress::Encode,
     error::{Error, Result},
     options::SendOptions,
@@ -52,12 +52,11 @@ impl<'a> Emitter<'a> {
         let link = connector
             .connect(&shared.stop, options.connect_timeout)
             .map_err(|error| Error::io(format!("connect to {target}"), error))?;
-        let wake = OnFailure { stop: shared.stop.clone(), wake: link.waker() };
         let mut emitter = Self {
             id,
             shared,
             counters: &shared.counters[usize::from(id.0)],
-            _watch: shared.stop.watch(Arc::new(wake)),
+            _watch: shared.stop.watch_failure(link.waker()),
             link,
             head: HeadBuffer::new(shared.blocks.page_size()),
             encoder: options.method.encoder(),
