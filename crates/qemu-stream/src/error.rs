@@ -7,7 +7,7 @@ use std::{borrow::Cow, fmt, io};
 
 use multifd::ram::{BlockName, BlockOffset};
 
-use crate::format::{MachineType, Misfit, SectionId, SectionName};
+use crate::format::{MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
 
 /// Why a stream or a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -75,14 +75,6 @@ pub enum Error {
         at: Place,
         /// What it was asked to take.
         what: &'static str,
-        /// Its own error.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// The implementation of [`Channels`](crate::outgoing::Channels) failed.
-    #[error("{at}: channels could not be synchronised")]
-    Channels {
-        /// How far the main stream got.
-        at: Place,
         /// Its own error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -173,9 +165,9 @@ pub enum Malformed {
         /// The flags.
         flags: u64,
     },
-    /// The closing description does not fit the sections before it.
-    #[error("device part: {0}")]
-    DevicePart(#[source] Misfit),
+    /// An XBZRLE delta does not fit its page.
+    #[error("xbzrle record: {0}")]
+    Delta(BadDelta),
     /// The stream ended without a description that fits.
     #[error(
         "device part: ends after {length:#x} bytes without a description that fits{}; \

@@ -8,22 +8,12 @@
 //! The list has no count: it ends when the lengths have used up the total. So a list cannot end
 //! with an empty block, and the total must be whole pages, or its low bits would be taken for flags.
 
-use std::{collections::HashMap, fmt, io::Read};
+use std::{collections::HashMap, io::Read};
 
-use multifd::ram::{BlockName, BlockOffset, PageIndex, PageSize};
+use multifd::ram::{BlockIndex, BlockName, BlockOffset, PageIndex, PageSize};
 
 use super::{Put, Reader, limits, record};
 use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved};
-
-/// The number of a block in the list, from 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct BlockIndex(pub usize);
-
-impl fmt::Display for BlockIndex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
 
 /// One block of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -65,6 +65,11 @@ impl<R: Read> Reader<R> {
         &mut self.inner
     }
 
+    /// What the reader read from; bytes that were buffered are lost.
+    pub fn into_inner(self) -> R {
+        self.inner
+    }
+
     /// The next byte without taking it; `None` at the end of the stream.
     ///
     /// # Errors

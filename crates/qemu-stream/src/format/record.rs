@@ -10,9 +10,9 @@
 
 use std::io::Read;
 
-use multifd::ram::{BlockOffset, PageIndex};
+use multifd::ram::{BlockIndex, BlockOffset, PageIndex};
 
-use super::{BlockIndex, BlockList, Put, Reader};
+use super::{BlockList, Put, Reader};
 use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved, Unsupported};
 
 pub(super) const MEM_SIZE: u64 = 0x4;

@@ -10,14 +10,14 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use multifd::ram::{BlockName, PageSize};
+use multifd::ram::{BlockIndex, BlockName, PageSize};
 
 use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader};
 use crate::{
     error::{CallerMistake, Error, Malformed, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
-        BlockEntry, BlockIndex, BlockList, Command, Configuration, CurrentBlock, DevicePart, EndFinder,
-        ListReader, Reader, Record, Section, SectionId, decode_footer, decode_header, limits,
+        BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EndFinder, ListReader,
+        Reader, Record, Section, SectionId, decode_footer, decode_header, limits,
     },
     refuse,
 };

@@ -6,12 +6,14 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
+use multifd::ram::BlockIndex;
+
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader};
 use crate::{
     error::{CallerMistake, Error, Place, Stream},
     format::{
-        BlockIndex, BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section,
-        SectionHead, SectionId, encode_footer, encode_header,
+        BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section, SectionHead, SectionId,
+        encode_footer, encode_header,
     },
 };
 
@@ -143,8 +145,12 @@ impl Layout {
     /// file is no file anyone would load; after it, it is whole.
     ///
     /// # Errors
-    /// If the system cannot write.
+    /// If the devices are of a machine type without footers, or the system cannot write.
     pub fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
+        if !tail.devices.has_footers() {
+            let why = "have no footers: a file of their machine type cannot be".to_owned();
+            return Err(CallerMistake::Value { what: "devices", why }.into());
+        }
         let mut bytes = Vec::new();
         if tail.switchover_start {
             Section::Command(Command::SwitchoverStart).encode(&mut bytes);

@@ -77,6 +77,7 @@ impl EndFinder {
             eof,
             json: eof + DevicePart::END_HEAD,
             sections,
+            footers: self.footers,
         }))
     }
 

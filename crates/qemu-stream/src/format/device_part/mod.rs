@@ -43,6 +43,7 @@ pub struct DevicePart {
     eof: usize,
     json: usize,
     sections: Vec<DeviceSection>,
+    footers: bool,
 }
 
 /// A device of an embedder's own, to be sent as one section.
@@ -98,7 +99,7 @@ impl DevicePart {
         Section::Eof.encode(&mut bytes);
         Section::VmDescription(length).encode(&mut bytes);
         bytes.put(&json);
-        Ok(Self { bytes, eof, json: eof + Self::END_HEAD, sections })
+        Ok(Self { bytes, eof, json: eof + Self::END_HEAD, sections, footers: true })
     }
 
     /// All of it, as it stands in the stream: sections, EOF, VMDESCRIPTION.
@@ -119,6 +120,11 @@ impl DevicePart {
     /// The devices, in the order of the stream.
     pub fn sections(&self) -> &[DeviceSection] {
         &self.sections
+    }
+
+    /// Whether its sections have footers, as all have but those of machine types up to 2.3.
+    pub fn has_footers(&self) -> bool {
+        self.footers
     }
 
     /// The body of a section of this part; `None` for one of another.

@@ -1,0 +1,84 @@
+//! The engine's receiver as the destination of a main stream.
+//!
+//! Main's records become calls on a [`Receiver`]: the page size before the first packet, the blocks before the first
+//! page, every sync point, the end of RAM. What the blocks are made of is the caller's: memory, or a file.
+
+use std::sync::Arc;
+
+use multifd::{
+    Error, Receiver, Result,
+    error::Usage,
+    ram::{PageIndex, RamBlock, RamBlocks},
+};
+
+use super::Destination;
+use crate::format::{BlockIndex, BlockList, Configuration};
+
+/// Takes a machine in through a [`Receiver`].
+pub struct Loader<'a, F> {
+    receiver: &'a Receiver,
+    make: F,
+    configuration: Option<Configuration>,
+    blocks: Option<Arc<RamBlocks>>,
+}
+
+impl<'a, F> Loader<'a, F>
+where
+    F: FnMut(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
+{
+    /// A loader whose blocks are made by `make`, once the source has announced them. It may refuse the machine.
+    pub fn new(receiver: &'a Receiver, make: F) -> Self {
+        Self { receiver, make, configuration: None, blocks: None }
+    }
+
+    /// The blocks, once they are known.
+    pub fn into_blocks(self) -> Option<Arc<RamBlocks>> {
+        self.blocks
+    }
+
+    fn block(&self, block: BlockIndex) -> Result<&RamBlock> {
+        let blocks = self.blocks.as_ref().ok_or(Usage::TooEarly("the block list"))?;
+        blocks.block(block)
+    }
+}
+
+impl<F> Destination for Loader<'_, F>
+where
+    F: FnMut(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
+{
+    type Error = Error;
+
+    fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<()> {
+        self.configuration = configuration.cloned();
+        self.receiver.set_page_size(configuration.map(Configuration::page_size).unwrap_or_default())
+    }
+
+    fn blocks(&mut self, blocks: &BlockList) -> Result<()> {
+        let blocks = Arc::new((self.make)(self.configuration.as_ref(), blocks)?);
+        self.blocks = Some(blocks.clone());
+        self.receiver.set_blocks(blocks)
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.receiver.sync()
+    }
+
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
+        self.block(block)?.clear(page);
+        Ok(())
+    }
+
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
+        let block = self.block(block)?;
+        block.store(page, bytes).map_err(|error| Error::io(format!("write block {:?}", block.name()), error))
+    }
+
+    fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
+        let block = self.block(block)?;
+        block.load(page, into).map_err(|error| Error::io(format!("read block {:?}", block.name()), error))
+    }
+
+    fn end_of_ram(&mut self) -> Result<()> {
+        self.receiver.seal()
+    }
+}

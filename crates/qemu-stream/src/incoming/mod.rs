@@ -1,0 +1,309 @@
+//! The destination's side of the main stream.
+//!
+//! ```text
+//! connection ─▶ Reader ─▶ header ─ commands ─ ram records ─ … ─ device part ─▶ Loaded
+//!     ▲                       │        │          │
+//!     └── PONG, SHUT ─────────┴────────┴──────────┴──▶ Destination: configuration, blocks, pages, sync
+//! ```
+//!
+//! [`Incoming`] reads a whole precopy migration in the caller's thread and tells a [`Destination`]
+//! what it reads. It owns the connection and one buffer. What it cannot take it refuses by name;
+//! nothing a peer sends makes it allocate, loop or index beyond `format/limits.rs`.
+
+mod device_part;
+mod loader;
+mod ram;
+
+use std::io::{Read, Write};
+
+use multifd::ram::{BlockIndex, PageIndex};
+
+use crate::{
+    error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
+    format::{
+        BlockList, Command, Configuration, DevicePart, Message, Reader, Section, SectionHead, SectionId,
+        SyncMode, decode_footer, decode_header, footer_follows,
+    },
+    refuse,
+};
+pub use loader::Loader;
+use ram::Ram;
+
+/// What takes a machine in. Calls come in the order of the stream; the first error ends the migration.
+pub trait Destination {
+    /// What it fails with.
+    type Error: Into<Box<dyn std::error::Error + Send + Sync>>;
+
+    /// What both sides must agree on; `None` from machine types up to 2.3. Page size and UUID are in it.
+    /// A destination that cannot do without shared RAM refuses `ignore_shared` here.
+    ///
+    /// # Errors
+    /// If it does not agree.
+    fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<(), Self::Error>;
+
+    /// The RAM blocks. Comes once, before all pages; channels may fill pages from here on.
+    ///
+    /// # Errors
+    /// If it has not these blocks and cannot make them.
+    fn blocks(&mut self, blocks: &BlockList) -> Result<(), Self::Error>;
+
+    /// A channel sync: returns when every channel has come to its next SYNC, and lets them go on.
+    /// Nothing to do when no channel has connected: then multifd is off at the source.
+    ///
+    /// # Errors
+    /// If a channel has failed.
+    fn sync(&mut self) -> Result<(), Self::Error>;
+
+    /// The page is zero now, whatever it was.
+    ///
+    /// # Errors
+    /// If the page cannot be cleared.
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<(), Self::Error>;
+
+    /// The page has these contents now: multifd is off at the source.
+    ///
+    /// # Errors
+    /// If the page cannot be written.
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Gives the page's contents, against which the source has encoded its new ones.
+    ///
+    /// # Errors
+    /// If the page cannot be read.
+    fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<(), Self::Error>;
+
+    /// All of RAM is here; from now on no page may change.
+    ///
+    /// # Errors
+    /// If a channel is still in the middle of something.
+    fn end_of_ram(&mut self) -> Result<(), Self::Error>;
+}
+
+/// What has been loaded, beside RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loaded {
+    /// The configuration; `None` from machine types up to 2.3.
+    pub configuration: Option<Configuration>,
+    /// The RAM blocks.
+    pub blocks: BlockList,
+    /// The RAM section's number, which the devices' sections have left free.
+    pub section: SectionId,
+    /// How the ends of dirty rounds were marked. Legacy as well when multifd is off at the source.
+    pub sync_mode: SyncMode,
+    /// Whether the source waits for our SHUT.
+    pub return_path: bool,
+    /// Whether SWITCHOVER_START was sent.
+    pub switchover_start: bool,
+    /// Whether sections have footers.
+    pub footers: bool,
+    /// The devices and their description.
+    pub devices: DevicePart,
+    /// Bytes of the main stream.
+    pub bytes: u64,
+}
+
+/// How loading ended, for the source to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All is here and durable: the source may forget the guest.
+    Loaded,
+    /// The guest must go on at the source.
+    Failed,
+}
+
+/// A precopy migration coming in.
+#[derive(Debug)]
+#[must_use]
+pub struct Incoming<C> {
+    r: Reader<C>,
+    switchover_ack: bool,
+    return_path: bool,
+    loaded: bool,
+}
+
+impl<C: Read + Write> Incoming<C> {
+    /// A migration whose main stream comes over `connection`.
+    pub fn new(connection: C) -> Self {
+        let r = Reader::new(connection, Stream::Main);
+        Self { r, switchover_ack: false, return_path: false, loaded: false }
+    }
+
+    /// Says SWITCHOVER_ACK as soon as there is a return path. Needed if, and only if, the source has
+    /// capability switchover-ack on, which nothing in the stream tells. Off by default.
+    pub fn switchover_ack(mut self, on: bool) -> Self {
+        self.switchover_ack = on;
+        self
+    }
+
+    /// Reads the whole stream. Nothing is said to the source at the end: call
+    /// [`finish`](Self::finish) when what was loaded is durable, or has failed.
+    ///
+    /// # Errors
+    /// If the stream is malformed, cut or uses what is not served, or the destination fails.
+    pub fn run<D: Destination>(&mut self, destination: &mut D) -> Result<Loaded, Error> {
+        let configuration = decode_header(&mut self.r)?;
+        if configuration.as_ref().is_some_and(|configuration| configuration.mapped_ram) {
+            let (what, capability) = ("mapped-ram stream over a connection", "mapped-ram");
+            return Err(Unsupported::Capability { what, capability }.at(self.r.place()));
+        }
+        let taken = destination.configuration(configuration.as_ref());
+        taken.map_err(|e| refused(&self.r, "the configuration", e))?;
+        let section = self.until_ram()?;
+        let page_size = configuration.as_ref().map(Configuration::page_size).unwrap_or_default();
+        let shared = configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared);
+        let blocks = BlockList::decode(&mut self.r, page_size, shared)?;
+        tracing::debug!(blocks = blocks.entries().len(), total = blocks.total(), "ram section starts");
+        destination.blocks(&blocks).map_err(|e| refused(&self.r, "the ram blocks", e))?;
+
+        let mut ram = Ram::new(&blocks);
+        let sync_mode = ram.start(&mut self.r, destination)?;
+        let must = configuration.as_ref().is_some_and(|configuration| configuration.machine.has_footers());
+        let footers = footer_follows(&mut self.r)?;
+        if footers || must {
+            decode_footer(section, &mut self.r)?;
+        }
+        let switchover_start = self.passes(&mut ram, sync_mode, section, footers, destination)?;
+        destination.end_of_ram().map_err(|e| refused(&self.r, "the end of ram", e))?;
+        let devices = device_part::collect(&mut self.r, footers)?;
+        tracing::debug!(devices = devices.sections().len(), bytes = self.r.position(), "stream is complete");
+        self.loaded = true;
+        Ok(Loaded {
+            configuration,
+            blocks,
+            section,
+            sync_mode,
+            return_path: self.return_path,
+            switchover_start,
+            footers,
+            devices,
+            bytes: self.r.position(),
+        })
+    }
+
+    /// Whether the source has opened the return path, so far.
+    pub fn has_return_path(&self) -> bool {
+        self.return_path
+    }
+
+    /// Bytes of the main stream read so far.
+    pub fn bytes(&self) -> u64 {
+        self.r.position()
+    }
+
+    /// Tells the source how it ended, and gives the connection back. Without a return path nothing is
+    /// sent: such a source has gone its way already.
+    ///
+    /// # Errors
+    /// If all is said to be loaded and it is not, or SHUT cannot be sent: then the source has not
+    /// forgotten its guest.
+    pub fn finish(mut self, outcome: Outcome) -> Result<C, Error> {
+        if outcome == Outcome::Loaded && !self.loaded {
+            return Err(CallerMistake::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
+        }
+        if self.return_path {
+            self.say(&Message::Shut(u32::from(outcome == Outcome::Failed)))?;
+        }
+        Ok(self.r.into_inner())
+    }
+
+    /// Commands up to the head of the RAM section, which must be the first.
+    fn until_ram(&mut self) -> Result<SectionId, Error> {
+        loop {
+            let at = self.r.here();
+            match Section::decode(&mut self.r)? {
+                Section::Start(head) if head.is_ram() => return head.check_ram(at).map(|()| head.id),
+                Section::Full(head) => return Err(refuse::early_device(&head, at)),
+                other => {
+                    self.between(other, at, "before the start of ram")?;
+                }
+            }
+        }
+    }
+
+    /// All sections of RAM behind the first; whether SWITCHOVER_START was between them.
+    fn passes<D: Destination>(
+        &mut self,
+        ram: &mut Ram<'_>,
+        mode: SyncMode,
+        section: SectionId,
+        footers: bool,
+        destination: &mut D,
+    ) -> Result<bool, Error> {
+        let mut switchover_start = false;
+        loop {
+            let at = self.r.here();
+            let (id, last) = match Section::decode(&mut self.r)? {
+                Section::Part(id) => (id, false),
+                Section::End(id) => (id, true),
+                Section::Command(Command::SwitchoverStart) => {
+                    switchover_start = true;
+                    continue;
+                }
+                other => {
+                    self.between(other, at, "before the end of ram")?;
+                    continue;
+                }
+            };
+            if id != section {
+                return Err(PeerMisbehaved::UnknownSection { expected: section, met: id }.at(at));
+            }
+            ram.body(&mut self.r, mode, destination)?;
+            if footers {
+                decode_footer(section, &mut self.r)?;
+            }
+            if last {
+                return Ok(switchover_start);
+            }
+        }
+    }
+
+    /// What may come anywhere, and the refusal of what may not.
+    fn between(&mut self, section: Section, at: Place, place: &'static str) -> Result<(), Error> {
+        match section {
+            Section::Command(Command::OpenReturnPath) => {
+                self.return_path = true;
+                if self.switchover_ack {
+                    self.say(&Message::SwitchoverAck)?;
+                }
+                Ok(())
+            }
+            Section::Command(Command::Ping(_)) if !self.return_path => {
+                Err(PeerMisbehaved::PingWithoutReturnPath.at(at))
+            }
+            Section::Command(Command::Ping(value)) => self.say(&Message::Pong(value)),
+            Section::Command(Command::SwitchoverStart) => {
+                Err(PeerMisbehaved::Misplaced { record: "SWITCHOVER_START", place }.at(at))
+            }
+            Section::Command(command) => Err(refuse::command(&command, at)),
+            Section::Start(head) => Err(self.not_ram(&head, at)),
+            other => Err(PeerMisbehaved::Misplaced { record: other.name(), place }.at(at)),
+        }
+    }
+
+    fn not_ram(&self, head: &SectionHead, at: Place) -> Error {
+        if head.is_ram() {
+            return PeerMisbehaved::Misplaced { record: "second START of ram", place: "in one stream" }
+                .at(at);
+        }
+        refuse::iterative_section(head, at)
+    }
+
+    fn say(&mut self, message: &Message) -> Result<(), Error> {
+        tracing::debug!(?message, "return path");
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let at = Place { stream: Stream::ReturnPath, offset: 0 };
+        let connection = self.r.get_mut();
+        let written = connection.write_all(&bytes).and_then(|()| connection.flush());
+        written.map_err(|source| Error::Io { at, doing: "write", source })
+    }
+}
+
+fn refused<R: Read>(
+    r: &Reader<R>,
+    what: &'static str,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> Error {
+    Error::Destination { at: r.here(), what, source: source.into() }
+}

@@ -1,0 +1,129 @@
+//! QEMU's main stream as the engine's passes see it.
+//!
+//! A [`MainStream`] turns the calls of a [`Migration`](multifd::live::Migration) into those of an [`Outgoing`]. The
+//! devices are what the guest's stop gives, or a captured machine's, which travel as they came.
+
+use std::time::{Duration, Instant};
+
+use multifd::{
+    Error, Result,
+    live::{self, Main, Pass},
+    ram::{self, PageIndex, RamBlocks},
+};
+
+use super::Outgoing;
+use crate::{
+    connection::Connection,
+    error::CallerMistake,
+    format::{BlockEntry, BlockIndex, BlockList, Device, DevicePart, SectionId, SectionName},
+};
+
+/// The main stream of a live migration.
+pub struct MainStream<C> {
+    outgoing: Outgoing<C>,
+    captured: Option<(BlockList, DevicePart)>,
+    end_timeout: Option<Duration>,
+}
+
+impl<C: Connection> MainStream<C> {
+    /// The stream of a running machine, whose block list is the engine's and whose devices come from its guest.
+    pub fn of_guest(outgoing: Outgoing<C>) -> Self {
+        Self { outgoing, captured: None, end_timeout: None }
+    }
+
+    /// The stream of a captured machine, whose block list and devices are replayed.
+    pub fn of_capture(outgoing: Outgoing<C>, blocks: BlockList, devices: DevicePart) -> Self {
+        Self { outgoing, captured: Some((blocks, devices)), end_timeout: None }
+    }
+
+    /// How long the destination may take to load the devices. Default for ever, as QEMU's source waits.
+    #[must_use]
+    pub fn end_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.end_timeout = limit;
+        self
+    }
+
+    /// The stream behind it.
+    pub fn into_inner(self) -> Outgoing<C> {
+        self.outgoing
+    }
+
+    fn list(&self, blocks: &RamBlocks) -> Result<BlockList, CallerMistake> {
+        if let Some((list, _)) = &self.captured {
+            return Ok(list.clone());
+        }
+        let entry = |block: &ram::RamBlock| BlockEntry::new(block.name().clone(), block.used_length());
+        BlockList::new(blocks.iter().map(|(_, block)| entry(block)).collect(), blocks.page_size())
+    }
+
+    fn devices_of(&self, devices: Vec<live::DeviceSection>) -> Result<DevicePart, CallerMistake> {
+        let device = |device: live::DeviceSection| {
+            let name = SectionName::new(&device.name).ok_or_else(|| CallerMistake::Value {
+                what: "name of a device",
+                why: format!("{:?} has not 1 to 255 bytes without NUL", device.name),
+            })?;
+            Ok(Device { name, instance: device.instance_id, version: device.version, state: device.data })
+        };
+        let devices: Vec<Device> = devices.into_iter().map(device).collect::<Result<_, CallerMistake>>()?;
+        let page_size = self.outgoing.options().page_size().bytes();
+        let page_size = u32::try_from(page_size).unwrap_or(u32::MAX);
+        let first = SectionId(self.outgoing.options().section.0.wrapping_add(1));
+        DevicePart::build(&devices, page_size, first)
+    }
+}
+
+impl<C: Connection> Main for MainStream<C> {
+    fn begin(&mut self) -> Result<()> {
+        self.outgoing.begin().map_err(failed)
+    }
+
+    fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
+        let list = self.list(blocks).map_err(failed)?;
+        self.outgoing.setup(list).map_err(failed)
+    }
+
+    fn begin_pass(&mut self, pass: Pass) -> Result<()> {
+        match pass {
+            Pass::Live => self.outgoing.begin_part(),
+            Pass::Final => self.outgoing.begin_end(),
+        }
+        .map_err(failed)
+    }
+
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
+        self.outgoing.zero_page(block, page).map_err(failed)
+    }
+
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
+        self.outgoing.page(block, page, bytes).map_err(failed)
+    }
+
+    fn end_pass(&mut self, _pass: Pass) -> Result<()> {
+        self.outgoing.end_part().map_err(failed)
+    }
+
+    fn switchover(&mut self) -> Result<()> {
+        self.outgoing.switchover().map_err(failed)
+    }
+
+    fn devices(&mut self, devices: Vec<live::DeviceSection>) -> Result<()> {
+        let part = match &self.captured {
+            Some((_, captured)) => captured.clone(),
+            None => self.devices_of(devices).map_err(failed)?,
+        };
+        self.outgoing.devices(&part).map_err(failed)
+    }
+
+    fn complete(&mut self) -> Result<()> {
+        let deadline = self.end_timeout.map(|limit| Instant::now() + limit);
+        self.outgoing.complete(deadline).map_err(failed)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.outgoing.bytes()
+    }
+}
+
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::other("the main stream failed", error)
+}

@@ -1,0 +1,306 @@
+//! The source's side of the main stream.
+//!
+//! ```text
+//! begin ─ setup ─┬─ begin_part ─ pages ─ end_part ─┬─ switchover ─ begin_end ─ pages ─ end_part ─ devices ─ complete
+//!                └──────────◀──────────────────────┘                                     wait for SHUT ──┘
+//! ```
+//!
+//! [`Outgoing`] writes what it is told, in the caller's thread, and refuses calls out of order. It owns
+//! the connection and a buffer. What marks a sync point leaves before the call returns: the
+//! destination's channels stand still until it arrives, and keeping it back while channels fill would
+//! be a deadlock. Between sync points only a full buffer is written.
+
+mod main_stream;
+mod options;
+mod return_path;
+mod writer;
+
+use std::time::Instant;
+
+use multifd::ram::{BlockIndex, PageIndex};
+
+pub use main_stream::MainStream;
+pub use options::Options;
+
+use crate::{
+    connection::Connection,
+    error::{CallerMistake, Error},
+    format::{
+        BlockList, Command, CurrentBlock, DevicePart, Record, Section, SectionHead, SyncMode, encode_footer,
+        encode_header,
+    },
+};
+use writer::Writer;
+
+/// A precopy migration going out.
+///
+/// Each of [`setup`](Self::setup) and [`end_part`](Self::end_part) is a sync point: one SYNC must have
+/// been sent on every channel, after all pages, before it is called.
+#[derive(Debug)]
+#[must_use]
+pub struct Outgoing<C> {
+    writer: Writer<C>,
+    options: Options,
+    blocks: Option<BlockList>,
+    current: CurrentBlock,
+    stage: Stage,
+}
+
+/// How far the stream has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    New,
+    Begun,
+    Between,
+    InPart,
+    InEnd,
+    RamDone,
+    Closed,
+    Broken,
+}
+
+impl<C: Connection> Outgoing<C> {
+    /// A migration whose main stream goes over `connection`.
+    ///
+    /// # Errors
+    /// If the options contradict each other.
+    pub fn new(connection: C, options: Options) -> Result<Self, CallerMistake> {
+        options.check()?;
+        let (current, stage) = (CurrentBlock::default(), Stage::New);
+        Ok(Self { writer: Writer::new(connection), options, blocks: None, current, stage })
+    }
+
+    /// Writes header and configuration, and opens the return path. Every peer is served if this is
+    /// called when the connection stands and before the channels connect.
+    ///
+    /// # Errors
+    /// If the connection breaks.
+    pub fn begin(&mut self) -> Result<(), Error> {
+        self.expect("begin", Stage::New)?;
+        encode_header(self.options.configuration.as_ref(), self.writer.buffer());
+        if self.options.return_path {
+            Section::Command(Command::OpenReturnPath).encode(self.writer.buffer());
+            Section::Command(Command::Ping(FIRST_PING)).encode(self.writer.buffer());
+        }
+        self.leave(Stage::Begun)
+    }
+
+    /// Announces the blocks. A sync point.
+    ///
+    /// # Errors
+    /// If the connection breaks.
+    pub fn setup(&mut self, blocks: BlockList) -> Result<(), Error> {
+        self.expect("setup", Stage::Begun)?;
+        let expected = self.options.page_size();
+        if blocks.page_size() != expected {
+            let why = format!("{}, but the configuration has {expected}", blocks.page_size());
+            return Err(CallerMistake::Value { what: "page size of the block list", why }.into());
+        }
+        let section = SectionHead::ram(self.options.section);
+        Section::Start(section).encode(self.writer.buffer());
+        blocks.encode(self.options.ignore_shared(), self.writer.buffer());
+        self.blocks = Some(blocks);
+        self.end_body(Stage::Between)
+    }
+
+    /// A pass over RAM begins while the guest runs.
+    ///
+    /// # Errors
+    /// If the call is out of order.
+    pub fn begin_part(&mut self) -> Result<(), Error> {
+        self.expect("begin_part", Stage::Between)?;
+        Section::Part(self.options.section).encode(self.writer.buffer());
+        self.stage = Stage::InPart;
+        Ok(())
+    }
+
+    /// The last pass begins; the guest has stopped.
+    ///
+    /// # Errors
+    /// If the call is out of order.
+    pub fn begin_end(&mut self) -> Result<(), Error> {
+        self.expect("begin_end", Stage::Between)?;
+        Section::End(self.options.section).encode(self.writer.buffer());
+        self.stage = Stage::InEnd;
+        Ok(())
+    }
+
+    /// A page that is zero. It must not go over a channel in the same pass.
+    ///
+    /// # Errors
+    /// If there is no such page, no pass has begun, or the connection breaks.
+    pub fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<(), Error> {
+        self.record("zero_page", Record::Zero(block, page))?;
+        self.spill()
+    }
+
+    /// A page and its contents, when multifd is off. `fill` writes them straight into the stream's
+    /// buffer; they may change meanwhile if the page is sent again.
+    ///
+    /// # Errors
+    /// If there is no such page, no pass has begun, multifd is on, or the connection breaks.
+    pub fn page_with(
+        &mut self,
+        block: BlockIndex,
+        page: PageIndex,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<(), Error> {
+        if self.options.sync_mode.is_some() {
+            return Err(CallerMistake::OutOfOrder { call: "page", state: "while multifd is on" }.into());
+        }
+        self.record("page", Record::Page(block, page))?;
+        let length = self.options.page_size().bytes();
+        let buffer = self.writer.buffer();
+        let from = buffer.len();
+        buffer.resize(from + length, 0);
+        fill(&mut buffer[from..]);
+        self.spill()
+    }
+
+    /// A page and its contents, when multifd is off.
+    ///
+    /// # Errors
+    /// As [`page_with`](Self::page_with), or if `bytes` are not a page.
+    pub fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), Error> {
+        let length = self.options.page_size().bytes();
+        if bytes.len() != length {
+            let why = format!("expected {length:#x} bytes, met {:#x}", bytes.len());
+            return Err(CallerMistake::Value { what: "page", why }.into());
+        }
+        self.page_with(block, page, |into| into.copy_from_slice(bytes))
+    }
+
+    /// The pass is over. A sync point.
+    ///
+    /// # Errors
+    /// If no pass has begun or the connection breaks.
+    pub fn end_part(&mut self) -> Result<(), Error> {
+        match self.stage {
+            Stage::InPart => self.end_body(Stage::Between),
+            Stage::InEnd => self.end_body(Stage::RamDone),
+            _ => Err(self.out_of_order("end_part")),
+        }
+    }
+
+    /// The guest has stopped: says so to machine types that want to know. Comes before
+    /// [`begin_end`](Self::begin_end).
+    ///
+    /// # Errors
+    /// If the call is out of order or the connection breaks.
+    pub fn switchover(&mut self) -> Result<(), Error> {
+        self.expect("switchover", Stage::Between)?;
+        if self.options.switchover_start {
+            Section::Command(Command::SwitchoverStart).encode(self.writer.buffer());
+        }
+        self.leave(Stage::Between)
+    }
+
+    /// Writes the devices and ends the stream.
+    ///
+    /// # Errors
+    /// If RAM is not done, the devices have footers and the machine type has not (or the reverse), or
+    /// the connection breaks.
+    pub fn devices(&mut self, devices: &DevicePart) -> Result<(), Error> {
+        self.expect("devices", Stage::RamDone)?;
+        if devices.has_footers() != self.options.has_footers() {
+            let why = "have footers where the machine type has none, or none where it has".to_owned();
+            return Err(CallerMistake::Value { what: "devices", why }.into());
+        }
+        let written = self.writer.flush().and_then(|()| self.writer.write_through(devices.as_bytes()));
+        self.settle(written, Stage::Closed)
+    }
+
+    /// Waits for the destination's word that it has everything, until `deadline`; `None` waits as long
+    /// as QEMU does: for ever. Without a return path there is no word to wait for.
+    ///
+    /// # Errors
+    /// If the destination says that it failed, says nothing, or breaks the rules. In each case the
+    /// guest can go on at the source.
+    pub fn complete(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        self.expect("complete", Stage::Closed)?;
+        if !self.options.return_path {
+            return Ok(());
+        }
+        return_path::wait_for_shut(self.writer.connection(), deadline)
+    }
+
+    /// Bytes written and waiting to be.
+    pub fn bytes(&self) -> u64 {
+        self.writer.bytes()
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The connection, to close it when all is over.
+    pub fn into_inner(self) -> C {
+        self.writer.into_inner()
+    }
+
+    /// Ends a body at a sync point, and the section with it.
+    fn end_body(&mut self, next: Stage) -> Result<(), Error> {
+        if self.options.sync_mode == Some(SyncMode::Round) {
+            self.put(Record::MultifdFlush)?;
+        }
+        self.put(Record::Eos)?;
+        if self.options.has_footers() {
+            encode_footer(self.options.section, self.writer.buffer());
+        }
+        self.leave(next)
+    }
+
+    fn record(&mut self, call: &'static str, record: Record) -> Result<(), Error> {
+        if !matches!(self.stage, Stage::InPart | Stage::InEnd) {
+            return Err(self.out_of_order(call));
+        }
+        self.put(record)
+    }
+
+    fn put(&mut self, record: Record) -> Result<(), Error> {
+        let Some(blocks) = &self.blocks else { return Err(self.out_of_order("page")) };
+        Ok(record.encode(blocks, &mut self.current, self.writer.buffer())?)
+    }
+
+    /// Writes the buffer if it is full.
+    fn spill(&mut self) -> Result<(), Error> {
+        let written = self.writer.spill();
+        self.settle(written, self.stage)
+    }
+
+    /// Writes the buffer: nothing may be kept back here.
+    fn leave(&mut self, next: Stage) -> Result<(), Error> {
+        let written = self.writer.flush();
+        self.settle(written, next)
+    }
+
+    /// After a failed write, asks the destination for its last word: it says more than the system.
+    fn settle(&mut self, written: Result<(), Error>, next: Stage) -> Result<(), Error> {
+        self.stage = if written.is_ok() { next } else { Stage::Broken };
+        written.map_err(|error| match self.options.return_path {
+            true => return_path::last_word(self.writer.connection()).unwrap_or(error),
+            false => error,
+        })
+    }
+
+    fn expect(&self, call: &'static str, stage: Stage) -> Result<(), Error> {
+        if self.stage == stage { Ok(()) } else { Err(self.out_of_order(call)) }
+    }
+
+    fn out_of_order(&self, call: &'static str) -> Error {
+        let state = match self.stage {
+            Stage::New => "before begin",
+            Stage::Begun => "before setup",
+            Stage::Between => "between two passes",
+            Stage::InPart | Stage::InEnd => "within a pass",
+            Stage::RamDone => "after the last pass",
+            Stage::Closed => "after the end of the stream",
+            Stage::Broken => "after the connection broke",
+        };
+        CallerMistake::OutOfOrder { call, state }.into()
+    }
+}
+
+/// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.
+const FIRST_PING: u32 = 1;

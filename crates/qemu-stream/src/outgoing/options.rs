@@ -1,0 +1,100 @@
+//! What a migration going out is made with.
+
+use multifd::ram::PageSize;
+
+use crate::{
+    error::CallerMistake,
+    format::{Configuration, MachineType, SectionId, SyncMode},
+};
+
+/// How the stream is to be written. The defaults follow the machine type, as QEMU does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Options {
+    pub(super) configuration: Option<Configuration>,
+    pub(super) sync_mode: Option<SyncMode>,
+    pub(super) return_path: bool,
+    pub(super) switchover_start: bool,
+    pub(super) section: SectionId,
+}
+
+impl Options {
+    /// The options of a machine of this configuration: multifd on, with the sync mode of its type
+    /// (round if the type has no version), a return path, SWITCHOVER_START where the type has it. A
+    /// configuration of a file loses its mapped-ram: over a connection pages have no places.
+    pub fn new(configuration: Configuration) -> Self {
+        let machine = &configuration.machine;
+        Self {
+            sync_mode: Some(machine.sync_mode().unwrap_or(SyncMode::Round)),
+            return_path: true,
+            switchover_start: machine.has_switchover_start(),
+            section: SectionId(1),
+            configuration: Some(Configuration { mapped_ram: false, ..configuration }),
+        }
+    }
+
+    /// The options of a machine type up to 2.3, which has neither configuration nor footers.
+    pub fn without_configuration() -> Self {
+        Self {
+            configuration: None,
+            sync_mode: Some(SyncMode::Legacy),
+            return_path: true,
+            switchover_start: false,
+            section: SectionId(1),
+        }
+    }
+
+    /// The sync mode; `None` if multifd is off. It must be the destination's: a wrong one is refused
+    /// by it at best, and hangs it at worst.
+    pub fn sync_mode(mut self, mode: Option<SyncMode>) -> Self {
+        self.sync_mode = mode;
+        self
+    }
+
+    /// Whether to wait for the destination's word at the end. On by default: without it, a destination
+    /// that fails at the end goes unnoticed and the guest is lost.
+    pub fn return_path(mut self, on: bool) -> Self {
+        self.return_path = on;
+        self
+    }
+
+    /// Whether to send SWITCHOVER_START. Destinations before 10.0 refuse it.
+    pub fn switchover_start(mut self, on: bool) -> Self {
+        self.switchover_start = on;
+        self
+    }
+
+    /// The RAM section's number; 1 by default. It must differ from the devices' numbers, so a replayed
+    /// machine keeps the number it was captured with.
+    pub fn section(mut self, id: SectionId) -> Self {
+        self.section = id;
+        self
+    }
+
+    /// The machine type, if there is a configuration.
+    pub fn machine(&self) -> Option<&MachineType> {
+        self.configuration.as_ref().map(|configuration| &configuration.machine)
+    }
+
+    pub(super) fn page_size(&self) -> PageSize {
+        self.configuration.as_ref().map(Configuration::page_size).unwrap_or_default()
+    }
+
+    pub(super) fn ignore_shared(&self) -> bool {
+        self.configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared)
+    }
+
+    pub(super) fn has_footers(&self) -> bool {
+        self.machine().is_some_and(MachineType::has_footers)
+    }
+
+    pub(super) fn check(&self) -> Result<(), CallerMistake> {
+        match self.machine().filter(|machine| !machine.has_footers()) {
+            None => Ok(()),
+            Some(machine) => Err(CallerMistake::Machine {
+                machine: machine.clone(),
+                why: "has no configuration; leave it out",
+            }),
+        }
+    }
+}
