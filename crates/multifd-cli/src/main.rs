@@ -1,2 +1,41 @@
-//! Placeholder.
-fn main() {}
+//! `multifd`: stands at either end of a QEMU migration, or between two.
+//!
+//! ```text
+//! args ─▶ receive   QEMU ═══ channels ═══▶ file        capture/  the file being written
+//!         send      file ═══ channels ═══▶ QEMU
+//!         inspect   file ─▶ a table
+//!         demo      this process ═══ channels ═══▶ a second one
+//!                     └── interrupt (Ctrl-C)   display (progress)   report (the end, as text or JSON)
+//! ```
+//!
+//! Standard output is for results, standard error for talk. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
+//! interrupted.
+
+mod args;
+mod capture;
+mod demo;
+mod display;
+mod inspect;
+mod interrupt;
+mod outcome;
+mod receive;
+mod report;
+mod send;
+
+use std::process::ExitCode;
+
+use args::{Args, Verb};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    outcome::trace();
+    let ended = match args.verb {
+        Verb::Receive(args) => receive::run(&args),
+        Verb::Send(args) => send::run(&args),
+        Verb::Inspect(args) => inspect::run(&args),
+        Verb::Demo(args) => demo::run(&args),
+        Verb::DemoDestination(args) => demo::destination(&args),
+    };
+    outcome::exit_code(ended)
+}

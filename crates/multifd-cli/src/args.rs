@@ -1,0 +1,163 @@
+//! The command line.
+
+use std::{path::PathBuf, str::FromStr};
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use multifd::{ChannelCount, channel::Address, wire::VmUuid};
+use parse_size::Config;
+
+/// Moves running virtual machines over many channels, in QEMU's own wire format.
+///
+/// Set MULTIFD_LOG to debug or trace to see what happens on every channel.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Take a running QEMU guest in and keep it as a file
+    ///
+    /// Waits for one migration, stores it, and ends. The file is a mapped-ram file: send it on with `multifd
+    /// send`, or let QEMU 9.0 and later load it itself with capability mapped-ram and `-incoming file:FILE`.
+    ///
+    /// The file appears under its name only when it is complete and on the disk. It is readable by its owner
+    /// alone, for it holds the guest's memory.
+    Receive(ReceiveArgs),
+    /// Send a file that holds a guest into a waiting QEMU
+    ///
+    /// Takes files written by `multifd receive`, and by QEMU 9.0 and later with capability mapped-ram.
+    Send(SendArgs),
+    /// Show what a file holds: machine, RAM blocks, devices
+    Inspect(InspectArgs),
+    /// Migrate a busy guest between two processes of this machine, and prove that nothing was lost
+    ///
+    /// Needs no QEMU: the guest is memory and threads that keep writing to it.
+    Demo(DemoArgs),
+    #[command(hide = true)]
+    DemoDestination(DemoDestinationArgs),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ReceiveArgs {
+    /// Number of channels that the source opens, 0 to 255, or auto to learn it from the source
+    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
+    pub(crate) multifd_channels: ChannelCount,
+    /// Replace FILE if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    /// Where to listen: tcp:HOST:PORT (port 0 takes a free one), unix:PATH or fd:N
+    pub(crate) listen: Address,
+    /// The file to write
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct SendArgs {
+    /// Number of channels, the destination's multifd-channels; 0 for a destination with multifd off
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) multifd_channels: u8,
+    /// Bytes a second over all connections, like 100M; 0 is no limit
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    pub(crate) max_bandwidth: u64,
+    /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
+    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    pub(crate) sync_mode: SyncModeArg,
+    /// The machine's UUID, the destination's -uuid; taken from the file where it has one
+    #[arg(long)]
+    pub(crate) uuid: Option<VmUuid>,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    /// The file to send
+    pub(crate) file: PathBuf,
+    /// Where the destination listens: tcp:HOST:PORT, unix:PATH or fd:N
+    pub(crate) address: Address,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct InspectArgs {
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The file to look into
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoArgs {
+    /// The guest's memory, like 512M or 4G
+    #[arg(long, default_value = "1G", value_parser = size)]
+    pub(crate) size: u64,
+    /// Number of channels
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) channels: u8,
+    /// Bytes of memory that the guest writes a second
+    #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
+    pub(crate) dirty_rate: u64,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoDestinationArgs {
+    pub(crate) listen: Address,
+}
+
+#[derive(Clone, Copy, Debug, ClapArgs)]
+pub(crate) struct OutputArgs {
+    /// Print one JSON object at the end, with the fields of QEMU's query-migrate
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SyncModeArg {
+    /// As the machine type has it
+    #[default]
+    Auto,
+    /// A sync with every section: machine types up to 8.0
+    Legacy,
+    /// A sync with every round: machine types from 8.1 on
+    Round,
+}
+
+fn channel_count(text: &str) -> Result<ChannelCount, String> {
+    if text == "auto" {
+        return Ok(ChannelCount::Auto);
+    }
+    u8::from_str(text).map(ChannelCount::Exact).map_err(|_| "expected 0 to 255, or auto".into())
+}
+
+/// Bytes, with binary units as QEMU has them: 1K is 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let parsed = Config::new().with_binary().parse_size(text.trim_end_matches("/s"));
+    parsed.map_err(|error| format!("expected bytes like 4096, 100M or 2G: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_binary_and_nonsense_is_refused() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert_eq!(size("100M/s"), Ok(100 << 20));
+        assert!(size("lots").is_err() && size("-1").is_err() && size("99999999E").is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! A captured machine on its way into a file.
+//!
+//! The file grows under a temporary name in the folder that it is to appear in. RAM goes straight to its places while
+//! the migration runs; bitmaps, devices and head are written when everything has come, then it is synced and
+//! renamed. Dropped before that, it is removed.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use multifd::{
+    Error, Result,
+    ram::{Memory, RamBlock, RamBlocks},
+    wire::VmUuid,
+};
+use qemu_stream::{
+    format::{BlockIndex, BlockList, Configuration, SectionId},
+    incoming::Loaded,
+    mapped_ram::{Layout, Tail},
+};
+use tempfile::NamedTempFile;
+
+use crate::outcome::While;
+
+/// A file that holds nothing valid yet.
+pub(crate) struct Capture {
+    temporary: NamedTempFile,
+    file: Arc<File>,
+    target: PathBuf,
+    force: bool,
+}
+
+impl Capture {
+    /// A temporary file beside `target`.
+    pub(crate) fn create(target: &Path, force: bool) -> Result<Self, While> {
+        let refused = |error| While::new(format!("cannot create {}", target.display()), error);
+        if !force && target.symlink_metadata().is_ok() {
+            return Err(refused(io::Error::new(io::ErrorKind::AlreadyExists, EXISTS)));
+        }
+        let name = target.file_name().ok_or_else(|| refused(io::ErrorKind::IsADirectory.into()))?;
+        let mut prefix = std::ffi::OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        let temporary =
+            tempfile::Builder::new().prefix(&prefix).tempfile_in(folder(target)).map_err(refused)?;
+        let file = Arc::new(temporary.as_file().try_clone().map_err(refused)?);
+        Ok(Self { temporary, file, target: target.to_owned(), force })
+    }
+
+    /// The machine's blocks, each at its place in the file.
+    pub(crate) fn blocks(
+        &self,
+        configuration: Option<&Configuration>,
+        list: &BlockList,
+    ) -> Result<RamBlocks> {
+        let configuration =
+            configuration.ok_or_else(|| refused("a machine type up to 2.3 has no configuration"))?;
+        if configuration.ignore_shared {
+            return Err(refused("its shared RAM does not travel: switch x-ignore-shared off at the source"));
+        }
+        let layout = layout(configuration, list, SectionId(1))?;
+        // A full disk is to be found when pages are written, so this makes a hole, not a reservation.
+        let sized = self.file.set_len(layout.tail_offset());
+        sized.map_err(|error| {
+            Error::io(format!("extend the file to {:#x} bytes", layout.tail_offset()), error)
+        })?;
+        let blocks = list.entries().iter().zip(layout.places()).map(|(entry, place)| {
+            let memory = Memory::File { file: self.file.clone(), offset: place.pages_offset };
+            RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)
+        });
+        RamBlocks::new(blocks.collect::<Result<_>>()?)
+    }
+
+    /// Writes everything but the pages, makes it durable and gives the file its name.
+    pub(crate) fn complete(
+        self,
+        loaded: &Loaded,
+        blocks: &RamBlocks,
+        uuid: Option<VmUuid>,
+    ) -> Result<u64, While> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            While::new(format!("cannot complete {}", self.target.display()), error)
+        };
+        let length = self.write(loaded, blocks, uuid).map_err(|error| failed(error.into()))?;
+        self.file.sync_all().map_err(|error| failed(error.into()))?;
+        let named = if self.force {
+            self.temporary.persist(&self.target)
+        } else {
+            self.temporary.persist_noclobber(&self.target)
+        };
+        named
+            .map_err(|error| While::new(format!("cannot name it {}", self.target.display()), error.error))?;
+        // The name is in the folder, and must be there after a power cut too.
+        let synced = File::open(folder(&self.target)).and_then(|folder| folder.sync_all());
+        synced.map_err(|error| {
+            While::new(format!("cannot sync the folder of {}", self.target.display()), error)
+        })?;
+        Ok(length)
+    }
+
+    fn write(&self, loaded: &Loaded, blocks: &RamBlocks, uuid: Option<VmUuid>) -> Result<u64> {
+        let plain = loaded.configuration.clone().ok_or_else(|| refused("it has no configuration"))?;
+        let mut laid = layout(&plain, &loaded.blocks, loaded.section)?;
+        // The channels name the machine's UUID, which the file can keep, if its pages stay where they are.
+        if let (None, Some(uuid)) = (plain.uuid, uuid.filter(|uuid| !uuid.is_nil())) {
+            let named = Configuration { uuid: Some(uuid), ..plain };
+            let with_uuid = layout(&named, &loaded.blocks, loaded.section)?;
+            if places(&with_uuid) == places(&laid) {
+                laid = with_uuid;
+            }
+        }
+        let written = || -> Result<u64, qemu_stream::Error> {
+            laid.write_head(&self.file)?;
+            for (index, block) in blocks.iter() {
+                let words: Vec<u64> = block.present().words().collect();
+                laid.write_bitmap(&self.file, BlockIndex(index.0), &words)?;
+            }
+            let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
+            laid.write_tail(&self.file, &tail)
+        };
+        written().map_err(|error| Error::other("write the file", error))
+    }
+}
+
+/// What is said when the file is there already.
+const EXISTS: &str = "it exists; give --force to replace it";
+
+fn folder(target: &Path) -> &Path {
+    target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn layout(configuration: &Configuration, list: &BlockList, section: SectionId) -> Result<Layout> {
+    Layout::new(configuration, list, section, 0).map_err(|error| Error::other("lay the file out", error))
+}
+
+fn places(layout: &Layout) -> Vec<u64> {
+    layout.places().iter().map(|place| place.pages_offset).chain([layout.tail_offset()]).collect()
+}
+
+fn refused(why: &'static str) -> Error {
+    Error::other("this machine cannot be kept in a mapped-ram file", why)
+}

@@ -1,0 +1,187 @@
+//! The demo's guest: memory, and threads that keep writing to it at a set rate.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    channel::Stop,
+    live::{DeviceSection, Guest},
+    ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlock, RamBlocks},
+};
+
+use crate::outcome::{Failure, While};
+
+pub(super) const DEVICE: &str = "demo-guest";
+
+/// A guest of which only the memory is real.
+pub(super) struct DemoGuest {
+    blocks: Arc<RamBlocks>,
+    log: DirtyBitmaps,
+    rate: u64,
+    rounds: Arc<AtomicU64>,
+    power: Stop,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl DemoGuest {
+    /// Fills RAM, an eighth of it left zero, and starts the writers.
+    pub(super) fn boot(blocks: Arc<RamBlocks>, rate: u64) -> Result<Self, Failure> {
+        let log = DirtyBitmaps::new(&blocks);
+        let (rounds, power) = (Arc::new(AtomicU64::new(0)), Stop::new());
+        let mut guest = Self { blocks, log, rate, rounds, power, threads: Vec::new() };
+        guest.fill();
+        guest.run().map_err(|error| While::new("cannot start the guest", error))?;
+        Ok(guest)
+    }
+
+    /// The log that the writers keep.
+    pub(super) fn dirty_log(&self) -> DirtyBitmaps {
+        self.log.clone()
+    }
+
+    /// How many pages the writers have written.
+    pub(super) fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Acquire)
+    }
+
+    fn fill(&self) {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        for (_, block) in self.blocks.iter() {
+            for page in (0..block.pages()).filter(|page| page % 8 != 7) {
+                write(&self.blocks, PageIndex(page), random.next());
+            }
+        }
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        self.power = Stop::new();
+        for writer in 0..WRITERS {
+            let (blocks, log) = (self.blocks.clone(), self.log.clone());
+            let (rounds, power, rate) = (self.rounds.clone(), self.power.clone(), self.rate / WRITERS);
+            let thread = Builder::new().name(format!("vcpu_{writer}")).spawn(move || {
+                let mut random = Random(0xd1b5_4a32_d192_ed03 ^ writer);
+                keep_writing(&blocks, &log, &rounds, &power, rate, writer, &mut random);
+            })?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+}
+
+/// Writes a pageful at a time, as many as the rate makes due, until the power goes.
+fn keep_writing(
+    blocks: &RamBlocks,
+    log: &DirtyBitmaps,
+    rounds: &AtomicU64,
+    power: &Stop,
+    rate: u64,
+    writer: u64,
+    random: &mut Random,
+) {
+    let Some(block) = blocks.get(BlockIndex(0)) else { return };
+    let page_size = block.page_size().bytes() as u64;
+    // Each writer has pages of its own, so that no page is a mixture of two.
+    let pages = block.pages() / WRITERS;
+    let (start, mut written) = (Instant::now(), 0);
+    while power.pause(TICK).is_ok() {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate times seconds")]
+        let due = (rate as f64 * start.elapsed().as_secs_f64()) as u64 / page_size;
+        while written < due {
+            let page = PageIndex(random.next() % pages.max(1) * WRITERS + writer);
+            write(blocks, page, random.next());
+            log.mark(BlockIndex(0), page);
+            rounds.fetch_add(1, Ordering::AcqRel);
+            written += 1;
+            if written % LOOK_EVERY == 0 && power.is_stopped() {
+                return;
+            }
+        }
+    }
+}
+
+/// Fills a page with words that follow from one random one.
+fn write(blocks: &RamBlocks, page: PageIndex, seed: u64) {
+    let slice = blocks.get(BlockIndex(0)).and_then(|block| block.slice(page, 1));
+    let Some(slice) = slice else { return };
+    let mut bytes = [0; 4096];
+    for (word, at) in bytes.chunks_exact_mut(8).zip(0_u64..) {
+        word.copy_from_slice(&(seed ^ at.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_be_bytes());
+    }
+    slice.copy_from(&bytes);
+}
+
+impl Guest for DemoGuest {
+    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+        self.power.cancel();
+        for thread in self.threads.drain(..) {
+            thread.join().map_err(|_| io::Error::other("a writer panicked"))?;
+        }
+        let data = self.rounds().to_be_bytes().to_vec();
+        Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
+    }
+
+    fn resume(&mut self) {
+        if let Err(error) = self.run() {
+            tracing::error!(%error, "the demo's guest cannot go on");
+        }
+    }
+}
+
+impl Drop for DemoGuest {
+    fn drop(&mut self) {
+        self.power.cancel();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Peak resident memory of this process beyond what the guest's RAM takes, in bytes.
+pub(super) fn peak_beyond(blocks: &RamBlocks) -> Result<u64, Failure> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let peak =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let kib: u64 = peak.ok_or_else(|| While::new("cannot find this process's memory", "no VmHWM"))?;
+    let ram = blocks.iter().map(|(_, block)| resident(block)).sum::<io::Result<u64>>()?;
+    Ok((kib << 10).saturating_sub(ram))
+}
+
+/// The bytes of a block that are in memory: with huge pages more than were ever written.
+fn resident(block: &RamBlock) -> io::Result<u64> {
+    let Some(slice) = block.slice(PageIndex(0), block.pages()) else { return Ok(0) };
+    let page_size = block.page_size().bytes();
+    let first = slice.as_ptr().addr() / page_size;
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut entries = vec![0; slice.len() / page_size * PAGEMAP_ENTRY];
+    pagemap.read_exact_at(&mut entries, (first * PAGEMAP_ENTRY) as u64)?;
+    // Entries are words in host order; the top bit says that the page is in memory.
+    let present = |entry: &&[u8]| entry.last().is_some_and(|top| top & 0x80 != 0);
+    Ok((entries.chunks_exact(PAGEMAP_ENTRY).filter(present).count() * page_size) as u64)
+}
+
+/// Numbers that look random and can be had again (a splitmix sequence).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+}
+
+/// Bytes of an entry in `/proc/self/pagemap`.
+const PAGEMAP_ENTRY: usize = 8;
+const WRITERS: u64 = 2;
+const TICK: Duration = Duration::from_millis(1);
+const LOOK_EVERY: u64 = 64;

@@ -1,0 +1,200 @@
+//! `multifd demo`: the engine at work between two processes.
+//!
+//! ```text
+//! guest.rs: memory, and threads that write to it ══ channels and QEMU's main stream, on loopback ══▶ destination.rs
+//!           stopped at the switchover; a hash ◀───────────────── compared ─────────────────────── a hash
+//! ```
+//!
+//! The destination is this program again, in a process of its own. It says where it listens, then what it got.
+
+mod destination;
+mod guest;
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+pub(crate) use destination::destination;
+use guest::DemoGuest;
+use indicatif::BinaryBytes;
+use multifd::{
+    Error, SendOptions, Sender,
+    channel::{Address, Connect, Stop, Stream},
+    live::{MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
+    ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
+};
+use qemu_stream::{
+    format::{Configuration, MachineType},
+    outgoing::{MainStream, Options, Outgoing},
+};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::{
+    args::DemoArgs,
+    display::{Display, Look},
+    interrupt,
+    outcome::{Failure, While, print},
+    report::{BeyondRam, Report},
+    send,
+};
+
+/// What the destination says when it has everything.
+#[derive(Serialize, Deserialize)]
+struct Arrived {
+    hash: String,
+    /// Bytes that the guest's device section brought: how often it had written.
+    rounds: u64,
+    beyond_ram: u64,
+}
+
+pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
+    let stop = Stop::new();
+    interrupt::cancels(&stop)?;
+    let size = args.size.next_multiple_of(PageSize::KIB_4.bytes() as u64).max(MIN_RAM);
+    let blocks = Arc::new(RamBlocks::new(vec![block(size, RamBlock::new)?])?);
+    let mut guest = DemoGuest::boot(blocks.clone(), args.dirty_rate)?;
+    let (destination, mut lines) = start_destination()?;
+    let address = lines.next_line()?.parse::<Address>()?;
+
+    let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::Multifd);
+    let migration = Migration::new(options, blocks.clone(), stop.clone());
+    let progress = migration.progress();
+    let display = {
+        let progress = progress.clone();
+        Display::start("demo", args.json, move || look(&progress))
+    };
+    let sent = migrate(args.channels, &address, &blocks, migration, &mut guest, &stop);
+    drop(display);
+    let info = match sent {
+        Ok(info) => info,
+        Err(error) => {
+            if args.json {
+                let status = if error.is_cancelled() { "cancelled" } else { "failed" };
+                print(&Report::of_source(&progress.info()).failed(status, &error).json())?;
+            }
+            return Err(Failure::of(error));
+        }
+    };
+    let source = BeyondRam { source: guest::peak_beyond(&blocks)?, destination: 0 };
+    let here = hash(&blocks)?;
+    let arrived: Arrived = serde_json::from_str(&lines.next_line()?)?;
+    destination.wait()?;
+    let equal = arrived.hash == here && arrived.rounds == guest.rounds();
+    let mut report = Report::of_source(&info);
+    report.ram_equal = Some(equal);
+    report.memory_beyond_ram = Some(BeyondRam { destination: arrived.beyond_ram, ..source });
+    if args.json {
+        print(&report.json())?;
+    } else {
+        let done = format!("migrated over {} channels", args.channels);
+        print(&report.text(&done))?;
+        let verdict = if equal { "equal" } else { "DIFFERENT" };
+        print(&format!("RAM is {verdict}: source {here}, destination {}", arrived.hash))?;
+    }
+    if equal { Ok(()) } else { Err(While::new("the guest did not arrive whole", "its RAM differs").into()) }
+}
+
+fn migrate(
+    channels: u8,
+    address: &Address,
+    blocks: &Arc<RamBlocks>,
+    migration: Migration,
+    guest: &mut DemoGuest,
+    stop: &Stop,
+) -> Result<MigrationInfo, Error> {
+    let link = address.connect(stop, CONNECT_TIMEOUT);
+    let main = Stream::new(link.map_err(|error| Error::io(format!("connect to {address}"), error))?);
+    let _watch = stop.watch_failure(main.waker());
+    let machine = MachineType::new(MACHINE).map_err(|error| Error::other("name the machine", error))?;
+    let outgoing = Outgoing::new(main, Options::new(Configuration::new(machine)))
+        .map_err(|error| Error::other("open the main stream", error))?;
+    let mut main = MainStream::of_guest(outgoing);
+    let mut sender = Sender::new(SendOptions::new().channels(channels), blocks.clone(), stop.clone())?;
+    sender.set_up(Arc::new(address.clone()))?;
+    let mut log = guest.dirty_log();
+    migration.run(Some(sender), &mut main, &mut log, guest)
+}
+
+/// The second process, and what it says. It is ended if this one leaves before it is done.
+struct Destination(Child);
+
+struct Lines(BufReader<ChildStdout>);
+
+fn start_destination() -> Result<(Destination, Lines), Failure> {
+    let program = std::env::current_exe()?;
+    let mut child = Command::new(program)
+        .args(["demo-destination", "tcp:127.0.0.1:0"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| While::new("cannot start the destination's process", error))?;
+    let out = child.stdout.take().ok_or_else(|| While::new("the destination", "has no output"))?;
+    Ok((Destination(child), Lines(BufReader::new(out))))
+}
+
+impl Destination {
+    fn wait(mut self) -> Result<(), Failure> {
+        let status = self.0.wait()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(While::new("the destination failed", status.to_string()).into())
+        }
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        // Gone already in most cases; then there is nothing to end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Lines {
+    fn next_line(&mut self) -> Result<String, Failure> {
+        let mut line = String::new();
+        if self.0.read_line(&mut line)? == 0 {
+            return Err(While::new("the destination ended", "before it had said what it got").into());
+        }
+        Ok(line.trim_end().to_owned())
+    }
+}
+
+/// The demo's one block.
+fn block(
+    size: u64,
+    make: fn(BlockName, u64, PageSize, Memory) -> multifd::Result<RamBlock>,
+) -> Result<RamBlock, Failure> {
+    let memory =
+        Mapping::anonymous(size).map_err(|error| While::new("cannot map the guest's memory", error))?;
+    let name = BlockName::new("demo.ram").ok_or_else(|| While::new("cannot name the block", "a bug"))?;
+    Ok(make(name, size, PageSize::KIB_4, Memory::Mapped(memory))?)
+}
+
+/// A hash over all RAM, of private copies of its pages.
+fn hash(blocks: &RamBlocks) -> Result<String, Failure> {
+    let (mut hasher, mut page) = (Xxh3::new(), vec![0; blocks.page_size().bytes()]);
+    for (_, block) in blocks.iter() {
+        for index in (0..block.pages()).map(PageIndex) {
+            let slice = block.slice(index, 1).ok_or_else(|| While::new("cannot read RAM", "no such page"))?;
+            slice.copy_to(&mut page);
+            hasher.update(&page);
+        }
+    }
+    Ok(format!("{:032x}", hasher.digest128()))
+}
+
+fn look(progress: &Progress) -> Look {
+    let ram = progress.info().ram;
+    let dirty = ram.dirty_pages_rate * ram.page_size;
+    Look { note: format!("dirty {}/s", BinaryBytes(dirty)), ..send::look(progress) }
+}
+
+const MACHINE: &str = "multifd-demo";
+const MIN_RAM: u64 = 1 << 20;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);

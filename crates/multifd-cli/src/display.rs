@@ -1,0 +1,124 @@
+//! Progress while a migration runs: a bar on a terminal, a line now and then elsewhere, nothing when quiet.
+//!
+//! A thread of its own looks at the counters; the migration knows nothing of it. It ends when its handle is dropped.
+
+use std::{
+    io::{self, IsTerminal},
+    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::{outcome::say, report::rate};
+
+/// A look at a migration.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Look {
+    /// Bytes of the present pass, or of all RAM, that are done.
+    pub(crate) done: u64,
+    /// Bytes that there are to do; 0 if that is not known yet.
+    pub(crate) total: u64,
+    /// Bytes on all connections so far.
+    pub(crate) transferred: u64,
+    /// The pass, from 1; 0 before the first.
+    pub(crate) pass: u64,
+    /// What else is worth a word: `dirty 200 MiB/s`.
+    pub(crate) note: String,
+}
+
+/// Shows progress until it is dropped.
+pub(crate) struct Display {
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Display {
+    /// Shows what `look` sees, unless it is to be quiet.
+    pub(crate) fn start(verb: &'static str, quiet: bool, look: impl Fn() -> Look + Send + 'static) -> Self {
+        if quiet {
+            return Self { end: None, thread: None };
+        }
+        let (end, ended) = channel();
+        let thread = Builder::new().name("display".into()).spawn(move || {
+            let terminal = io::stderr().is_terminal();
+            let every = if terminal { BAR_EVERY } else { LINE_EVERY };
+            let bar = terminal.then(new_bar);
+            let mut meter = Meter::default();
+            // Nothing is ever sent: the wait ends when the other end is dropped.
+            while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                let look = look();
+                let text = meter.text(&look);
+                match &bar {
+                    Some(bar) => {
+                        bar.set_length(look.total);
+                        bar.set_position(look.done.min(look.total));
+                        bar.set_message(text);
+                    }
+                    None => say(&format!("{verb}: {}{text}", percent(&look))),
+                }
+            }
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+        });
+        // Without a thread there is no progress to see, and that is all.
+        Self { end: Some(end), thread: thread.ok() }
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+const BAR_EVERY: Duration = Duration::from_millis(100);
+const LINE_EVERY: Duration = Duration::from_secs(1);
+
+fn new_bar() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(20));
+    let style = ProgressStyle::with_template("[{bar:20}] {percent:>3}% {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+    bar
+}
+
+fn percent(look: &Look) -> String {
+    match (look.done.min(look.total) * 100).checked_div(look.total) {
+        Some(percent) => format!("{percent} %, "),
+        None => String::new(),
+    }
+}
+
+/// Bytes a second since the last look.
+#[derive(Default)]
+struct Meter {
+    last: Option<(Instant, u64)>,
+}
+
+impl Meter {
+    fn text(&mut self, look: &Look) -> String {
+        let now = Instant::now();
+        let speed = self
+            .last
+            .replace((now, look.transferred))
+            .map_or(0, |(then, before)| rate(look.transferred.saturating_sub(before), now - then));
+        let mut text = String::new();
+        if look.pass > 0 {
+            text += &format!("pass {}, ", look.pass);
+        }
+        let remaining = look.total.saturating_sub(look.done);
+        if remaining > 0 {
+            text += &format!("{} left, ", BinaryBytes(remaining));
+        }
+        text += &format!("{}/s", BinaryBytes(speed));
+        if !look.note.is_empty() {
+            text += &format!(", {}", look.note);
+        }
+        text
+    }
+}

@@ -1,0 +1,111 @@
+//! How the program ends: the exit code, and the chain of causes on standard error.
+
+use std::{
+    error::Error,
+    io::{self, IsTerminal, Write},
+    process::ExitCode,
+};
+
+use tracing_subscriber::EnvFilter;
+
+/// Why a verb did not do what was asked.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// It could not: exit code 1.
+    Failed(Box<dyn Error + Send + Sync>),
+    /// The command line asks for what cannot be: exit code 2.
+    Usage(Box<dyn Error + Send + Sync>),
+    /// Ctrl-C: exit code 130.
+    Interrupted,
+}
+
+impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl Failure {
+    /// A migration's end: cancelled is interrupted, for nothing else cancels here.
+    pub(crate) fn of(error: multifd::Error) -> Self {
+        if error.is_cancelled() { Self::Interrupted } else { Self::Failed(error.into()) }
+    }
+}
+
+/// An error that says what was being done; the cause is its source.
+#[derive(Debug)]
+pub(crate) struct While {
+    doing: String,
+    cause: Box<dyn Error + Send + Sync>,
+}
+
+impl While {
+    pub(crate) fn new(doing: impl Into<String>, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { doing: doing.into(), cause: cause.into() }
+    }
+}
+
+impl std::fmt::Display for While {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.doing)
+    }
+}
+
+impl Error for While {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&*self.cause)
+    }
+}
+
+/// Sends the libraries' events to standard error, as `MULTIFD_LOG` asks: `debug`, `multifd=trace`.
+pub(crate) fn trace() {
+    let Ok(filter) = EnvFilter::try_from_env("MULTIFD_LOG") else { return };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+}
+
+/// Tells why it failed, and turns that into the process's exit code.
+pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => {
+            tell(&*error);
+            ExitCode::from(1)
+        }
+        Err(Failure::Usage(error)) => {
+            tell(&*error);
+            ExitCode::from(2)
+        }
+        Err(Failure::Interrupted) => {
+            say("multifd: interrupted; nothing has been left behind");
+            ExitCode::from(130)
+        }
+    }
+}
+
+fn tell(error: &(dyn Error + 'static)) {
+    let mut text = format!("multifd: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!("\n  because: {error}");
+        cause = error.source();
+    }
+    say(&text);
+}
+
+/// A line for people. Whoever closed standard error does not want it.
+pub(crate) fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// A line of result.
+///
+/// # Errors
+/// If standard output is closed or full.
+pub(crate) fn print(line: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush())
+}

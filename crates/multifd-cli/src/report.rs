@@ -1,0 +1,176 @@
+//! What has been done, as one line of JSON with the names of QEMU's `query-migrate`, or as a few for people.
+
+use std::time::Duration;
+
+use indicatif::{BinaryBytes, HumanCount, HumanDuration};
+use multifd::{ChannelStats, live::MigrationInfo};
+use serde::Serialize;
+
+/// The end of a migration.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Report {
+    pub(crate) status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error_desc: Option<String>,
+    pub(crate) total_time: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) downtime: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) setup_time: Option<u64>,
+    pub(crate) ram: Ram,
+    pub(crate) channels: Vec<Channel>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ram_equal: Option<bool>,
+    /// Peak resident memory beyond the guest's RAM, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) memory_beyond_ram: Option<BeyondRam>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct BeyondRam {
+    pub(crate) source: u64,
+    pub(crate) destination: u64,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Ram {
+    pub(crate) total: u64,
+    pub(crate) remaining: u64,
+    pub(crate) transferred: u64,
+    pub(crate) duplicate: u64,
+    pub(crate) normal: u64,
+    pub(crate) normal_bytes: u64,
+    pub(crate) page_size: u64,
+    pub(crate) mbps: f64,
+    pub(crate) dirty_sync_count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dirty_pages_rate: Option<u64>,
+    pub(crate) pages_per_second: u64,
+    pub(crate) multifd_bytes: u64,
+    pub(crate) precopy_bytes: u64,
+    pub(crate) downtime_bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Channel {
+    pub(crate) id: u8,
+    pub(crate) packets: u64,
+    pub(crate) pages: u64,
+    pub(crate) bytes: u64,
+}
+
+impl From<&ChannelStats> for Channel {
+    fn from(stats: &ChannelStats) -> Self {
+        let ChannelStats { id, packets, normal, zero, bytes } = *stats;
+        Self { id: id.0, packets, pages: normal + zero, bytes }
+    }
+}
+
+impl Report {
+    /// What a source has seen of its migration. Rates are over the whole of it.
+    pub(crate) fn of_source(info: &MigrationInfo) -> Self {
+        let ram = &info.ram;
+        let seconds = info.total_time.as_secs_f64().max(1e-9);
+        Self {
+            status: info.status.as_str(),
+            total_time: millis(info.total_time),
+            downtime: info.downtime.map(millis),
+            setup_time: Some(millis(info.setup_time)),
+            ram: Ram {
+                total: ram.total,
+                remaining: ram.remaining,
+                transferred: ram.transferred,
+                duplicate: ram.duplicate,
+                normal: ram.normal,
+                normal_bytes: ram.normal_bytes,
+                page_size: ram.page_size,
+                mbps: ram.transferred as f64 * 8.0 / 1e6 / seconds,
+                dirty_sync_count: ram.dirty_sync_count,
+                dirty_pages_rate: Some(ram.dirty_pages_rate),
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a rate of pages"
+                )]
+                pages_per_second: ((ram.normal + ram.duplicate) as f64 / seconds) as u64,
+                multifd_bytes: ram.multifd_bytes,
+                precopy_bytes: ram.precopy_bytes,
+                downtime_bytes: ram.downtime_bytes,
+            },
+            channels: info.channels.iter().map(Channel::from).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// The same, of a migration that failed.
+    #[must_use]
+    pub(crate) fn failed(mut self, status: &'static str, error: &(dyn std::error::Error + 'static)) -> Self {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        self.status = status;
+        self.error_desc = Some(text);
+        self
+    }
+
+    /// One object on one line.
+    pub(crate) fn json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_else(|error| format!("{{\"error-desc\": \"{error}\"}}"))
+    }
+
+    /// What is worth telling a person.
+    pub(crate) fn text(&self, done: &str) -> String {
+        let ram = &self.ram;
+        let time = Duration::from_millis(self.total_time);
+        let mut text = format!(
+            "{done}: {} of RAM in {} ({}/s), {} transferred, {} pages, {} zero",
+            BinaryBytes(ram.total),
+            seconds(time),
+            BinaryBytes(rate(ram.transferred, time)),
+            BinaryBytes(ram.transferred),
+            HumanCount(ram.normal),
+            HumanCount(ram.duplicate),
+        );
+        if let Some(downtime) = self.downtime {
+            text += &format!("\ndowntime {downtime} ms, {} passes", ram.dirty_sync_count);
+        }
+        let sum: u64 = self.channels.iter().map(|channel| channel.bytes).sum();
+        for channel in &self.channels {
+            let share = channel.bytes as f64 * 100.0 / sum.max(1) as f64;
+            text += &format!(
+                "\nchannel {:<3} {:>12} {share:5.1} %  {:>8} packets",
+                channel.id,
+                BinaryBytes(channel.bytes).to_string(),
+                HumanCount(channel.packets).to_string(),
+            );
+        }
+        text
+    }
+}
+
+pub(crate) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Bytes a second.
+pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes")]
+    {
+        (bytes as f64 / time.as_secs_f64().max(1e-3)) as u64
+    }
+}
+
+/// A time for people: short ones to the hundredth.
+fn seconds(time: Duration) -> String {
+    if time < Duration::from_secs(60) {
+        format!("{:.2} s", time.as_secs_f64())
+    } else {
+        HumanDuration(time).to_string()
+    }
+}

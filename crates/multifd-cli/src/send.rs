@@ -1,0 +1,163 @@
+//! `multifd send`: a file that holds a guest goes into a waiting QEMU.
+
+use std::{fs::File, path::Path, sync::Arc, time::Duration};
+
+use multifd::{
+    Error, SendOptions, Sender,
+    channel::{Address, Connect, Stop, Stream},
+    error::Usage,
+    live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
+    ram::{Access, Mapping, Memory, NeverDirty, PageBitmap, RamBlock, RamBlocks},
+    wire::VmUuid,
+};
+use qemu_stream::{
+    format::SyncMode,
+    mapped_ram::{BlockPlace, MappedRamFile},
+    outgoing::{MainStream, Options, Outgoing},
+};
+
+use crate::{
+    args::{SendArgs, SyncModeArg},
+    display::{Display, Look},
+    interrupt,
+    outcome::{Failure, While, print, say},
+    report::Report,
+};
+
+pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
+    let channels = args.multifd_channels;
+    if let (Address::Fd(_), 1..) = (&args.address, channels) {
+        let refused = Usage::SingleConnection(args.address.to_string());
+        return Err(Failure::Usage(refused.into()));
+    }
+    let stop = Stop::new();
+    interrupt::cancels(&stop)?;
+    let file = open(&args.file)?;
+    let blocks = Arc::new(blocks(&file, channels == 0)?);
+    let options = MigrateOptions::new().max_bandwidth(Some(args.max_bandwidth));
+    let migration = Migration::new(options, blocks.clone(), stop.clone());
+    let progress = migration.progress();
+    let display = {
+        let progress = progress.clone();
+        Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
+    };
+    let sent = send(args, &file, blocks, migration, &stop);
+    drop(display);
+    match sent {
+        Ok(info) => {
+            let report = Report::of_source(&info);
+            if args.output.json {
+                print(&report.json())?;
+            } else if !args.output.quiet {
+                say(&report.text(&format!("sent {} to {}", args.file.display(), args.address)));
+            }
+            Ok(())
+        }
+        Err(error) => {
+            if args.output.json {
+                let info = progress.info();
+                let status = if error.is_cancelled() { "cancelled" } else { "failed" };
+                print(&Report::of_source(&info).failed(status, &error).json())?;
+            }
+            Err(Failure::of(error))
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<MappedRamFile, While> {
+    let refused = |error: Box<dyn std::error::Error + Send + Sync>| {
+        While::new(format!("cannot read {}", path.display()), error)
+    };
+    let file = File::open(path).map_err(|error| refused(error.into()))?;
+    MappedRamFile::open(file, 0).map_err(|error| refused(error.into()))
+}
+
+/// The file's blocks. Channels send from a mapping, by system calls alone; main copies pages out of the file, which
+/// somebody may be cutting shorter.
+fn blocks(file: &MappedRamFile, over_main: bool) -> Result<RamBlocks, Failure> {
+    let shared = Arc::new(file.file().try_clone()?);
+    let mut blocks = Vec::new();
+    for ((index, entry), place) in file.blocks().iter().zip(file.places()) {
+        let present = PageBitmap::new(place.pages());
+        present.merge(file.bitmap(index)?);
+        let memory = if over_main {
+            Memory::File { file: shared.clone(), offset: place.pages_offset }
+        } else {
+            Memory::Mapped(map(file, place)?)
+        };
+        let (name, length) = (entry.name.clone(), entry.used_length);
+        blocks.push(RamBlock::with_present(name, length, place.page_size, memory, present)?);
+    }
+    Ok(RamBlocks::new(blocks)?)
+}
+
+fn map(file: &MappedRamFile, place: &BlockPlace) -> Result<Mapping, While> {
+    Mapping::of_file(file.file(), place.pages_offset, place.used_length, Access::Read)
+        .map_err(|error| While::new("cannot map the file", error))
+}
+
+fn send(
+    args: &SendArgs,
+    file: &MappedRamFile,
+    blocks: Arc<RamBlocks>,
+    migration: Migration,
+    stop: &Stop,
+) -> Result<MigrationInfo, Error> {
+    let link = args
+        .address
+        .connect(stop, CONNECT_TIMEOUT)
+        .map_err(|error| stop.fail(Error::io(format!("connect to {}", args.address), error)))?;
+    let main = Stream::new(link);
+    let _watch = stop.watch_failure(main.waker());
+    let outgoing = Outgoing::new(main, stream_options(args, file))
+        .map_err(|error| Error::other("this machine cannot be sent", error))?;
+    let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone());
+    let sender = (args.multifd_channels > 0).then(|| -> Result<Sender, Error> {
+        let uuid = args.uuid.or(file.configuration().uuid).unwrap_or(VmUuid::NIL);
+        let options = SendOptions::new().channels(args.multifd_channels).uuid(uuid);
+        let mut sender = Sender::new(options, blocks, stop.clone())?;
+        sender.set_up(Arc::new(args.address.clone()))?;
+        Ok(sender)
+    });
+    migration.run(sender.transpose()?, &mut main, &mut NeverDirty, &mut AtRest)
+}
+
+/// The stream that a socket peer of this machine expects.
+fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
+    let machine = &file.configuration().machine;
+    let mode = match args.sync_mode {
+        SyncModeArg::Legacy => SyncMode::Legacy,
+        SyncModeArg::Round => SyncMode::Round,
+        SyncModeArg::Auto => machine.sync_mode().unwrap_or(SyncMode::Round),
+    };
+    Options::new(file.configuration().clone())
+        .section(file.section())
+        .switchover_start(file.switchover_start() || machine.has_switchover_start())
+        .sync_mode((args.multifd_channels > 0).then_some(mode))
+}
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A guest in a file does not run.
+struct AtRest;
+
+impl Guest for AtRest {
+    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self) {}
+}
+
+/// How far a source is in its present pass.
+pub(crate) fn look(progress: &Progress) -> Look {
+    let info = progress.info();
+    let ram = &info.ram;
+    Look {
+        done: ram.total.saturating_sub(ram.remaining),
+        total: ram.total,
+        transferred: ram.transferred,
+        pass: ram.dirty_sync_count,
+        note: String::new(),
+    }
+}
