@@ -1,0 +1,200 @@
+//! A destination that remembers, a connection that is a tape, and machines to send.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Cursor, Read, Write},
+    time::Duration,
+};
+
+use multifd::{
+    channel::{Stream, memory},
+    ram::{BlockIndex, BlockName, PageIndex, PageSize},
+};
+use qemu_stream::{
+    Connection,
+    format::{
+        BlockEntry, BlockList, Configuration, Device, DevicePart, EndFinder, MachineType, SectionId,
+        SectionName, SyncMode,
+    },
+    incoming::Destination,
+    outgoing::{Options, Outgoing},
+};
+
+/// Two ends of a connection in memory.
+pub(crate) fn pair() -> (Stream, Stream) {
+    let (source, destination) = memory::pair(1 << 16);
+    (Stream::new(Box::new(source)), Stream::new(Box::new(destination)))
+}
+
+/// A connection that plays one recording and makes another.
+#[derive(Debug, Default)]
+pub(crate) struct Tape {
+    pub(crate) input: Cursor<Vec<u8>>,
+    pub(crate) output: Vec<u8>,
+}
+
+impl Tape {
+    pub(crate) fn playing(bytes: &[u8]) -> Self {
+        Self { input: Cursor::new(bytes.to_vec()), output: Vec::new() }
+    }
+}
+
+impl Read for Tape {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.input.read(into)
+    }
+}
+
+impl Write for Tape {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.output.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Connection for Tape {
+    fn set_read_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Remembers what it was told; fails at the call named.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    pub(crate) pages: BTreeMap<(usize, u64), Vec<u8>>,
+    pub(crate) calls: Vec<&'static str>,
+    pub(crate) fails_at: Option<&'static str>,
+}
+
+impl Memory {
+    pub(crate) fn syncs(&self) -> usize {
+        self.calls.iter().filter(|call| **call == "sync").count()
+    }
+
+    fn call(&mut self, name: &'static str) -> Result<(), io::Error> {
+        self.calls.push(name);
+        if self.fails_at == Some(name) { Err(io::Error::other(format!("no {name}"))) } else { Ok(()) }
+    }
+}
+
+impl Destination for Memory {
+    type Error = io::Error;
+
+    fn configuration(&mut self, _: Option<&Configuration>) -> Result<(), io::Error> {
+        self.call("configuration")
+    }
+
+    fn blocks(&mut self, _: &BlockList) -> Result<(), io::Error> {
+        self.call("blocks")
+    }
+
+    fn sync(&mut self) -> Result<(), io::Error> {
+        self.call("sync")
+    }
+
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<(), io::Error> {
+        self.pages.insert((block.0, page.0), vec![0; 4096]);
+        self.call("zero_page")
+    }
+
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), io::Error> {
+        self.pages.insert((block.0, page.0), bytes.to_vec());
+        self.call("page")
+    }
+
+    fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<(), io::Error> {
+        match self.pages.get(&(block.0, page.0)) {
+            Some(bytes) => into.copy_from_slice(bytes),
+            None => into.fill(0),
+        }
+        self.call("read_page")
+    }
+
+    fn end_of_ram(&mut self) -> Result<(), io::Error> {
+        self.call("end_of_ram")
+    }
+}
+
+pub(crate) fn q35(version: &str) -> Configuration {
+    Configuration::new(MachineType::new(format!("pc-q35-{version}")).unwrap())
+}
+
+pub(crate) fn blocks() -> BlockList {
+    let entry = |name, length| BlockEntry::new(BlockName::new(name).unwrap(), length);
+    BlockList::new(vec![entry("pc.ram", 1 << 20), entry("pc.rom", 0x2000)], PageSize::KIB_4).unwrap()
+}
+
+pub(crate) fn devices() -> DevicePart {
+    let device = |name, instance, state: &[u8]| Device {
+        name: SectionName::new(name).unwrap(),
+        instance,
+        version: 2,
+        state: state.to_vec(),
+    };
+    let devices = [
+        device("timer", 0, &[1; 24]),
+        device("vcpu", 0, &[2; 700]),
+        device("vcpu", 1, b"\x7e\0\0\0\0\0\x06"),
+    ];
+    DevicePart::build(&devices, 4096, SectionId(2)).unwrap()
+}
+
+/// The devices of a machine type up to 2.3: one, without a footer.
+pub(crate) fn devices_without_footers() -> DevicePart {
+    let json = br#"{"devices": [{"name": "d", "instance_id": 0, "fields": [{"size": 2}]}]}"#;
+    let mut bytes = b"\x04\0\0\0\x05\x01d\0\0\0\0\0\0\0\x01\xaa\xaa\0\x06\0\0\0".to_vec();
+    bytes.push(u8::try_from(json.len()).unwrap());
+    bytes.extend(json);
+    EndFinder::new(false).look(&mut bytes).unwrap().unwrap()
+}
+
+/// The devices that go with such options.
+pub(crate) fn devices_of(options: &Options) -> DevicePart {
+    if options.machine().is_some() { devices() } else { devices_without_footers() }
+}
+
+/// Sends a machine: a live pass, a last pass, devices. With multifd off its pages are on main.
+pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Result<(), qemu_stream::Error> {
+    out.begin()?;
+    out.setup(blocks())?;
+    out.begin_part()?;
+    out.zero_page(BlockIndex(0), PageIndex(3))?;
+    if !multifd {
+        out.page(BlockIndex(0), PageIndex(4), &[7; 4096])?;
+        out.page_with(BlockIndex(1), PageIndex(1), |page| page.fill(8))?;
+    }
+    out.end_part()?;
+    out.switchover()?;
+    out.begin_end()?;
+    out.zero_page(BlockIndex(1), PageIndex(0))?;
+    out.end_part()?;
+    let devices = devices_of(out.options());
+    out.devices(&devices)
+}
+
+/// The whole stream of such a machine.
+pub(crate) fn stream(options: Options) -> Vec<u8> {
+    let multifd = options != options.clone().sync_mode(None);
+    let mut out = Outgoing::new(Tape::default(), options).unwrap();
+    send(&mut out, multifd).unwrap();
+    let bytes = out.bytes();
+    let output = out.into_inner().output;
+    assert_eq!(output.len() as u64, bytes);
+    output
+}
+
+/// Every way to write a stream.
+pub(crate) fn all_options() -> Vec<Options> {
+    let mut all = vec![Options::without_configuration(), Options::without_configuration().sync_mode(None)];
+    for version in ["7.2", "8.1", "10.0"] {
+        for mode in [None, Some(SyncMode::Legacy), Some(SyncMode::Round)] {
+            for return_path in [false, true] {
+                all.push(Options::new(q35(version)).sync_mode(mode).return_path(return_path));
+            }
+        }
+    }
+    all
+}

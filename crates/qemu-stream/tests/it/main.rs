@@ -1,0 +1,10 @@
+//! The two drivers against each other and against streams made to hurt.
+
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod kit;
+#[cfg(test)]
+mod loopback;
+#[cfg(test)]
+mod return_path;

@@ -1,0 +1,178 @@
+//! How a migration ends: what the destination says, and what the source makes of it.
+
+use std::{
+    io::{Read, Write},
+    thread,
+    time::{Duration, Instant},
+};
+
+use qemu_stream::{
+    error::{CallerMistake, Error},
+    format::Message,
+    incoming::{Incoming, Outcome},
+    outgoing::{Options, Outgoing},
+};
+
+use crate::kit::{Memory, Tape, pair, q35, send, stream};
+
+/// A source that has sent everything, and what it makes of `answer` and the connection's end.
+fn complete_with(answer: &[u8]) -> Result<(), Error> {
+    let tape = Tape::playing(answer);
+    let mut out = Outgoing::new(tape, Options::new(q35("10.0"))).unwrap();
+    send(&mut out, true).unwrap();
+    out.complete(None)
+}
+
+fn said(messages: &[Message]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    messages.iter().for_each(|message| message.encode(&mut bytes));
+    bytes
+}
+
+#[test]
+fn the_source_completes_when_the_destination_has_loaded() {
+    complete_with(&said(&[Message::Pong(1), Message::SwitchoverAck, Message::Shut(0)])).unwrap();
+}
+
+#[test]
+fn a_destination_that_failed_leaves_the_guest_at_the_source() {
+    let error = complete_with(&said(&[Message::Pong(1), Message::Shut(1)])).unwrap_err();
+    assert!(matches!(error, Error::DestinationFailed { code: 1 }));
+}
+
+#[test]
+fn a_destination_that_leaves_without_shut_leaves_the_guest_at_the_source() {
+    let error = complete_with(&said(&[Message::Pong(1)])).unwrap_err();
+    assert!(matches!(error, Error::NoShut { .. }));
+    assert!(error.to_string().contains("the guest can go on at the source"), "{error}");
+    assert!(matches!(complete_with(&[0, 1, 0]), Err(Error::Cut { .. })));
+}
+
+#[test]
+fn messages_that_have_no_place_in_precopy_are_refused() {
+    let request = Message::ReqPages { block: None, start: 0, length: 0x1000 };
+    let error = complete_with(&said(&[request])).unwrap_err();
+    assert!(error.to_string().contains("postcopy-ram"), "{error}");
+    assert!(matches!(complete_with(&[0, 9, 0, 0]), Err(Error::Malformed { .. })));
+}
+
+#[test]
+fn without_a_return_path_nothing_is_waited_for_and_nothing_said() {
+    let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).return_path(false)).unwrap();
+    send(&mut out, true).unwrap();
+    out.complete(None).unwrap();
+    let mut incoming = Incoming::new(Tape::playing(&out.into_inner().output));
+    incoming.run(&mut Memory::default()).unwrap();
+    assert!(incoming.finish(Outcome::Loaded).unwrap().output.is_empty());
+}
+
+#[test]
+fn pong_and_shut_are_what_the_destination_says() {
+    for (outcome, code) in [(Outcome::Loaded, 0), (Outcome::Failed, 1)] {
+        let mut incoming = Incoming::new(Tape::playing(&stream(Options::new(q35("10.0")))));
+        incoming.run(&mut Memory::default()).unwrap();
+        let tape = incoming.finish(outcome).unwrap();
+        assert_eq!(tape.output, said(&[Message::Pong(1), Message::Shut(code)]));
+    }
+}
+
+#[test]
+fn switchover_ack_is_said_when_asked_for() {
+    let mut incoming = Incoming::new(Tape::playing(&stream(Options::new(q35("10.0"))))).switchover_ack(true);
+    incoming.run(&mut Memory::default()).unwrap();
+    let tape = incoming.finish(Outcome::Loaded).unwrap();
+    assert_eq!(tape.output, said(&[Message::SwitchoverAck, Message::Pong(1), Message::Shut(0)]));
+}
+
+#[test]
+fn loaded_cannot_be_said_before_it_is() {
+    let mut bytes = stream(Options::new(q35("10.0")));
+    bytes.pop();
+    let mut incoming = Incoming::new(Tape::playing(&bytes));
+    assert!(incoming.run(&mut Memory::default()).is_err());
+    let refused = incoming.finish(Outcome::Loaded);
+    assert!(matches!(refused, Err(Error::Caller(CallerMistake::OutOfOrder { .. }))));
+}
+
+#[test]
+fn a_destination_that_says_nothing_is_left_at_the_deadline() {
+    let (source, mut destination) = pair();
+    let reader = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        destination.read_to_end(&mut bytes).map(|_| bytes.len())
+    });
+    let mut out = Outgoing::new(source, Options::new(q35("10.0"))).unwrap();
+    send(&mut out, true).unwrap();
+    let began = Instant::now();
+    let error = out.complete(Some(began + Duration::from_millis(50))).unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(10));
+    out.into_inner().close_write().unwrap();
+    reader.join().unwrap().unwrap();
+}
+
+/// A byte now and then must not put the deadline off.
+#[test]
+fn a_destination_that_dribbles_is_left_at_the_deadline() {
+    let (source, mut destination) = pair();
+    let waker = destination.waker();
+    let dribble = thread::spawn(move || {
+        let pongs = said(&[Message::Pong(1)]);
+        while pongs.iter().all(|byte| destination.write_all(&[*byte]).is_ok()) {
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let mut out = Outgoing::new(source, Options::new(q35("10.0"))).unwrap();
+    send(&mut out, true).unwrap();
+    let error = out.complete(Some(Instant::now() + Duration::from_millis(50))).unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+    waker.wake();
+    dribble.join().unwrap();
+}
+
+#[test]
+fn a_wait_for_shut_ends_when_the_connection_is_shut_down() {
+    let (source, destination) = pair();
+    let waker = source.waker();
+    let mut out = Outgoing::new(source, Options::new(q35("10.0"))).unwrap();
+    send(&mut out, true).unwrap();
+    let waiting = thread::spawn(move || out.complete(None));
+    waker.wake();
+    assert!(waiting.join().unwrap().is_err());
+    drop(destination);
+}
+
+/// The system only says that the connection broke; the destination has said why it left.
+#[test]
+fn the_last_word_of_a_destination_explains_a_failed_write() {
+    struct Broken(Tape);
+    impl Read for Broken {
+        fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+            self.0.read(into)
+        }
+    }
+    impl Write for Broken {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            if self.0.output.len() > 100 {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            } else {
+                self.0.write(bytes)
+            }
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    impl qemu_stream::Connection for Broken {
+        fn set_read_timeout(&mut self, _: Option<Duration>) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    for (answer, explained) in [(said(&[Message::Pong(1), Message::Shut(1)]), true), (Vec::new(), false)] {
+        let mut out = Outgoing::new(Broken(Tape::playing(&answer)), Options::new(q35("10.0"))).unwrap();
+        let error = send(&mut out, true).unwrap_err();
+        assert_eq!(matches!(error, Error::DestinationFailed { code: 1 }), explained, "{error}");
+        assert_eq!(matches!(error, Error::Io { .. }), !explained, "{error}");
+        assert!(matches!(out.switchover(), Err(Error::Caller(_))));
+    }
+}
