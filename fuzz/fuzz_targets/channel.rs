@@ -1,0 +1,35 @@
+//! A whole channel, from its initial packet to its end: no byte outside the one listed block changes, all threads end.
+#![no_main]
+
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use multifd::{
+    ReceiveOptions, Receiver,
+    channel::{Link, Stop, memory},
+    ram::{BlockName, Mapping, Memory, PageSize, RamBlock, RamBlocks},
+    wire::{ChannelId, Initial, VmUuid},
+};
+
+const RAM: u64 = 64 << 10;
+
+fuzz_target!(|bytes: &[u8]| {
+    let block = |name: &str| {
+        let memory = Memory::Mapped(Mapping::anonymous(RAM).expect("memory"));
+        RamBlock::fresh(BlockName::new(name).expect("a name"), RAM, PageSize::KIB_4, memory).expect("a block")
+    };
+    let blocks = Arc::new(RamBlocks::new(vec![block("pc.ram"), block("guard")]).expect("two blocks"));
+    let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    receiver.set_blocks(blocks.clone()).expect("the first time");
+    let (mut near, far) = memory::pair(bytes.len() + 64);
+    let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(0) }.encode();
+    near.send(&[initial[..].into(), bytes.into()]).expect("there is room");
+    near.close_send().expect("open");
+    receiver.add(Box::new(far));
+    // Main goes on as long as the channel does.
+    while receiver.sync().is_ok() {}
+    drop(receiver);
+    if !bytes.windows(5).any(|name| name == b"guard") {
+        assert_eq!(blocks.iter().nth(1).expect("two").1.present().count(), 0);
+    }
+});

@@ -1,0 +1,17 @@
+//! A mapped-ram file: read whole or refused.
+#![no_main]
+
+use std::io::Write;
+
+use libfuzzer_sys::fuzz_target;
+use qemu_stream::mapped_ram::MappedRamFile;
+
+fuzz_target!(|bytes: &[u8]| {
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(bytes).expect("written");
+    if let Ok(file) = MappedRamFile::open(file, 0) {
+        for (index, _) in file.blocks().iter() {
+            let _ = file.bitmap(index);
+        }
+    }
+});

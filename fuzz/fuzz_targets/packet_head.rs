@@ -1,0 +1,19 @@
+//! A packet head of any page size is read or refused; what is read lists no more pages than a packet holds.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use multifd::{
+    ram::PageSize,
+    wire::{Packet, head_len, limits::packet_pages},
+};
+
+fuzz_target!(|bytes: &[u8]| {
+    for page_size in [PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64] {
+        let mut head = bytes.to_vec();
+        head.resize(head_len(page_size), 0);
+        if let Ok(packet) = Packet::decode(&head, page_size) {
+            assert!(packet.normal().len() + packet.zero().len() <= packet_pages(page_size));
+            assert!(packet.normal().chain(packet.zero()).all(|page| page_size.offset_of(page).is_some()));
+        }
+    }
+});
