@@ -1,17 +1,19 @@
 //! `multifd receive`: a running QEMU guest comes in and is kept as a file.
 
-use std::time::Instant;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
 
 use multifd::{
     ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
     channel::{Listener, Stop, Stream},
     ram::RamBlocks,
 };
-use qemu_stream::incoming::{Incoming, Loaded, Loader, Outcome};
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use qemu_stream::incoming::{Incoming, Loaded, Loader, MainPages, Outcome};
 
 use crate::{
     args::ReceiveArgs,
@@ -28,6 +30,7 @@ struct Received {
     blocks: Arc<RamBlocks>,
     channels: Vec<ChannelStats>,
     main_bytes: u64,
+    main_pages: MainPages,
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
@@ -78,6 +81,7 @@ fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64
         capture.blocks(configuration, list)
     });
     let loaded = incoming.run(&mut loader);
+    let main_pages = loader.main_pages();
     let blocks = loader.into_blocks();
     let kept = loaded.map_err(|error| stop.fail(broken(error))).and_then(|loaded| {
         let blocks =
@@ -94,7 +98,7 @@ fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64
             let main = told.map_err(|error| stop.fail(broken(error)))?;
             let channels = receiver.finish()?;
             drop(main);
-            Ok(Received { loaded, blocks, channels, main_bytes })
+            Ok(Received { loaded, blocks, channels, main_bytes, main_pages })
         }
         Err(error) => {
             // The source finds out either way: it is told if it can be, or its connections close.
@@ -127,12 +131,12 @@ fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
 }
 
 fn report(received: &Received, start: Instant) -> Report {
-    let Received { loaded, blocks, channels, main_bytes } = received;
+    let Received { loaded, blocks, channels, main_bytes, main_pages } = received;
     let time = start.elapsed();
     let page_size = blocks.page_size().bytes() as u64;
     let multifd_bytes: u64 = channels.iter().map(|channel| channel.bytes).sum();
-    let normal: u64 = channels.iter().map(|channel| channel.normal).sum();
-    let zero: u64 = channels.iter().map(|channel| channel.zero).sum();
+    let normal = channels.iter().map(|channel| channel.normal).sum::<u64>() + main_pages.normal;
+    let zero = channels.iter().map(|channel| channel.zero).sum::<u64>() + main_pages.zero;
     let seconds = time.as_secs_f64().max(1e-9);
     let transferred = multifd_bytes + main_bytes;
     Report {

@@ -45,13 +45,15 @@ pub(crate) struct Ram {
     pub(crate) normal_bytes: u64,
     pub(crate) page_size: u64,
     pub(crate) mbps: f64,
-    pub(crate) dirty_sync_count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dirty_sync_count: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) dirty_pages_rate: Option<u64>,
     pub(crate) pages_per_second: u64,
     pub(crate) multifd_bytes: u64,
     pub(crate) precopy_bytes: u64,
-    pub(crate) downtime_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) downtime_bytes: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -88,7 +90,7 @@ impl Report {
                 normal_bytes: ram.normal_bytes,
                 page_size: ram.page_size,
                 mbps: ram.transferred as f64 * 8.0 / 1e6 / seconds,
-                dirty_sync_count: ram.dirty_sync_count,
+                dirty_sync_count: Some(ram.dirty_sync_count),
                 dirty_pages_rate: Some(ram.dirty_pages_rate),
                 #[expect(
                     clippy::cast_possible_truncation,
@@ -98,7 +100,7 @@ impl Report {
                 pages_per_second: ((ram.normal + ram.duplicate) as f64 / seconds) as u64,
                 multifd_bytes: ram.multifd_bytes,
                 precopy_bytes: ram.precopy_bytes,
-                downtime_bytes: ram.downtime_bytes,
+                downtime_bytes: Some(ram.downtime_bytes),
             },
             channels: info.channels.iter().map(Channel::from).collect(),
             ..Self::default()
@@ -138,7 +140,9 @@ impl Report {
             HumanCount(ram.duplicate),
         );
         if let Some(downtime) = self.downtime {
-            text += &format!("\ndowntime {downtime} ms, {} passes", ram.dirty_sync_count);
+            // The dirty bits are taken before every pass, and once to find that one pass more is enough.
+            let passes = ram.dirty_sync_count.unwrap_or_default().saturating_sub(1);
+            text += &format!("\ndowntime {downtime} ms, {passes} passes");
         }
         let sum: u64 = self.channels.iter().map(|channel| channel.bytes).sum();
         for channel in &self.channels {

@@ -1,4 +1,81 @@
-//! Reads and writes a QEMU migration stream: main stream, device sections, mapped-ram files.
+//! Reads and writes a QEMU migration around its RAM: the main stream, the device sections as opaque
+//! bytes, the closing description, the mapped-ram file.
+//!
+//! ```text
+//!             outgoing                                           incoming
+//! engine ─▶ MainStream ─▶ Outgoing ══ main connection ══▶ Incoming ─▶ Loader ─▶ engine
+//!                            │  ▲                           │
+//!                            │  └─────── return path ───────┤
+//!                            └──────── format ──────────────┘
+//!                                         │
+//!                     MappedRamFile ── mapped_ram ── Layout
+//! ```
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`format`] | the bytes: pure, bounded, no sockets |
+//! | [`incoming`] | a destination's main stream, read whole; tells a [`Destination`](incoming::Destination) |
+//! | [`outgoing`] | a source's main stream, call by call |
+//! | [`mapped_ram`] | the file QEMU 9.0 and later save to and load from |
+//! | [`error`] | what can go wrong, by who is at fault |
+//!
+//! RAM is moved by the engine, `multifd`; devices are carried and never interpreted. The format is drawn
+//! in `docs/stream-format.md`.
+//!
+//! # A machine of an embedder's own, from one end to the other
+//!
+//! ```
+//! use std::{convert::Infallible, os::unix::net::UnixStream, thread};
+//!
+//! use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
+//! use qemu_stream::{format::*, incoming::*, outgoing::*};
+//!
+//! /// Knows nothing but how to print.
+//! struct Printer;
+//!
+//! impl Destination for Printer {
+//!     type Error = Infallible;
+//!     fn configuration(&mut self, _: Option<&Configuration>) -> Result<(), Infallible> { Ok(()) }
+//!     fn blocks(&mut self, list: &BlockList) -> Result<(), Infallible> {
+//!         println!("{} bytes of RAM", list.total());
+//!         Ok(())
+//!     }
+//!     fn sync(&mut self) -> Result<(), Infallible> { Ok(()) }
+//!     fn zero_page(&mut self, _: BlockIndex, _: PageIndex) -> Result<(), Infallible> { Ok(()) }
+//!     fn page(&mut self, _: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), Infallible> {
+//!         println!("page {page}: {:?}…", &bytes[..2]);
+//!         Ok(())
+//!     }
+//!     fn read_page(&mut self, _: BlockIndex, _: PageIndex, _: &mut [u8]) -> Result<(), Infallible> { Ok(()) }
+//!     fn end_of_ram(&mut self) -> Result<(), Infallible> { Ok(()) }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (source, destination) = UnixStream::pair()?;
+//! let sent = thread::spawn(move || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+//!     let machine = MachineType::new("my-vmm-10.0")?;
+//!     // No channels here: pages go over main.
+//!     let mut out = Outgoing::new(source, Options::new(Configuration::new(machine)).sync_mode(None))?;
+//!     let ram = BlockEntry::new(BlockName::new("ram0").ok_or("a name")?, 1 << 20);
+//!     out.begin()?;
+//!     out.setup(BlockList::new(vec![ram], PageSize::KIB_4)?)?;
+//!     out.switchover()?;
+//!     out.begin_end()?;
+//!     out.page(BlockIndex(0), PageIndex(7), &[42; 4096])?;
+//!     out.end_part()?;
+//!     let vcpu = Device { name: SectionName::new("vcpu").ok_or("a name")?, instance: 0, version: 1, state: vec![1] };
+//!     out.devices(&DevicePart::build(&[vcpu], 4096, SectionId(2))?)?;
+//!     Ok(out.complete(None)?)
+//! });
+//!
+//! let mut incoming = Incoming::new(destination);
+//! let loaded = incoming.run(&mut Printer)?;
+//! assert_eq!(loaded.devices.sections()[0].name.to_string(), "vcpu");
+//! incoming.finish(Outcome::Loaded)?; // only now does the source forget the guest
+//! sent.join().expect("no panic").expect("sent");
+//! # Ok(())
+//! # }
+//! ```
 
 mod connection;
 pub mod error;

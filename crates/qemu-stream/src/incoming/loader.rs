@@ -20,6 +20,16 @@ pub struct Loader<'a, F> {
     make: F,
     configuration: Option<Configuration>,
     blocks: Option<Arc<RamBlocks>>,
+    pages: MainPages,
+}
+
+/// Pages that came over main: all pages of a source with multifd off, zero pages of many others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MainPages {
+    /// Pages whose bytes came.
+    pub normal: u64,
+    /// Pages that are zero.
+    pub zero: u64,
 }
 
 impl<'a, F> Loader<'a, F>
@@ -28,7 +38,12 @@ where
 {
     /// A loader whose blocks are made by `make`, once the source has announced them. It may refuse the machine.
     pub fn new(receiver: &'a Receiver, make: F) -> Self {
-        Self { receiver, make, configuration: None, blocks: None }
+        Self { receiver, make, configuration: None, blocks: None, pages: MainPages::default() }
+    }
+
+    /// The pages that came over main so far.
+    pub fn main_pages(&self) -> MainPages {
+        self.pages
     }
 
     /// The blocks, once they are known.
@@ -65,12 +80,17 @@ where
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
         self.block(block)?.clear(page);
+        self.pages.zero += 1;
         Ok(())
     }
 
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
         let block = self.block(block)?;
-        block.store(page, bytes).map_err(|error| Error::io(format!("write block {:?}", block.name()), error))
+        block
+            .store(page, bytes)
+            .map_err(|error| Error::io(format!("write block {:?}", block.name()), error))?;
+        self.pages.normal += 1;
+        Ok(())
     }
 
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {

@@ -26,7 +26,7 @@ use crate::{
     },
     refuse,
 };
-pub use loader::Loader;
+pub use loader::{Loader, MainPages};
 use ram::Ram;
 
 /// What takes a machine in. Calls come in the order of the stream; the first error ends the migration.
