@@ -52,7 +52,10 @@ pub enum Error {
         code: u32,
     },
     /// The destination left without SHUT; the guest can go on at the source.
-    #[error("{at}: destination closed the return path without SHUT; the guest can go on at the source")]
+    #[error(
+        "{at}: destination closed the connection without SHUT; the guest can go on at the source, why it \
+             closed stands in its own log: channel count, method, UUID and machine type must be the same on both sides"
+    )]
     NoShut {
         /// How far the return path got.
         at: Place,

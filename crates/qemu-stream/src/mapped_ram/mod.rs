@@ -10,6 +10,33 @@
 //! QEMU 9.0 and later write and read such files with `file:PATH[,offset=N]`. [`Layout`] says where
 //! everything goes and writes all but the pages; [`MappedRamFile`] reads it back, ours or QEMU's.
 //! Pages themselves are moved by whoever owns the RAM, at their places in the file.
+//!
+//! ```
+//! use std::os::unix::fs::FileExt;
+//!
+//! use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
+//! use qemu_stream::{format::*, mapped_ram::*};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let file = tempfile::tempfile()?;
+//! let machine = Configuration::new(MachineType::new("pc-q35-10.0")?);
+//! let ram = BlockEntry::new(BlockName::new("pc.ram").ok_or("a name")?, 1 << 20);
+//! let blocks = BlockList::new(vec![ram], PageSize::KIB_4)?;
+//! let devices = DevicePart::build(&[], 4096, SectionId(2))?;
+//!
+//! let layout = Layout::new(&machine, &blocks, SectionId(1), 0)?;
+//! layout.write_head(&file)?;
+//! let page_7 = layout.places()[0].page_offset(PageIndex(7)).ok_or("outside")?;
+//! file.write_all_at(&[42; 4096], page_7)?;
+//! layout.write_bitmap(&file, BlockIndex(0), &[1 << 7, 0, 0, 0])?;
+//! layout.write_tail(&file, &Tail { switchover_start: true, devices: &devices })?;
+//!
+//! let read = MappedRamFile::open(file, 0)?;
+//! assert_eq!(read.blocks(), &blocks);
+//! assert_eq!(read.bitmap(BlockIndex(0))?, [1 << 7, 0, 0, 0]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod file;
 mod header;
