@@ -105,7 +105,7 @@ impl Default for ReceiveOptions {
             uuid: None,
             method: Method::None,
             greeting_timeout: Duration::from_secs(10),
-            channels_timeout: Duration::from_secs(30),
+            channels_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
         }
     }
@@ -142,7 +142,7 @@ impl ReceiveOptions {
         self
     }
 
-    /// How long the first sync point waits for channels that are on their way. Default 30 s.
+    /// How long the first sync point waits for channels that are on their way. Default 10 s.
     pub fn channels_timeout(mut self, limit: Duration) -> Self {
         self.channels_timeout = limit;
         self

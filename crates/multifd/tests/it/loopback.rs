@@ -9,12 +9,14 @@ use std::{
 };
 
 use multifd::{
-    live::{DeviceSection, Guest, MigrateOptions, Status, ZeroPageDetection},
-    ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, RamBlocks},
+    ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
+    channel::{Connect, Link, Stop, Wake, memory},
+    live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
+    ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, Part, PartMut, RamBlocks},
     wire::head_len,
 };
 
-use crate::kit::{StoppedGuest, difference, fresh, migrate, spawn, used, write};
+use crate::kit::{StoppedGuest, TestMain, difference, fresh, migrate, receive, spawn, used, write};
 
 /// Blocks of every kind: large, small, empty, with holes.
 const BLOCKS: &[(&str, u64)] =
@@ -108,6 +110,92 @@ fn three_hundred_blocks_arrive() {
     outcome.sent.expect("sent");
     outcome.received.expect("received");
     assert_eq!(difference(&source, &destination), None);
+}
+
+#[test]
+fn the_last_page_of_terabytes_arrives() {
+    const TERABYTES: &[(&str, u64)] = &[("small", 4096), ("huge", 2 << 40)];
+    let (source, destination) = (used(PageSize::KIB_4, TERABYTES), fresh(PageSize::KIB_4, TERABYTES));
+    let last = (2 << 40) / 4096 - 1;
+    write(&source, 1, last, 5);
+    let (connector, listener) = memory::network(1 << 16);
+    let mut receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Exact(2)), Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.set_blocks(destination.clone()).expect("set");
+    let mut sender = Sender::new(SendOptions::new(), source.clone(), Stop::new()).expect("made");
+    sender.set_up(Arc::new(connector)).expect("set up");
+    sender.queue(BlockIndex(1), PageIndex(last)).expect("queued");
+    let sent = spawn("source", move || sender.sync().and_then(|()| sender.finish()));
+    receiver.sync().expect("passed");
+    receiver.finish().expect("received");
+    sent.join().expect("no panic").expect("sent");
+    let page = |blocks: &RamBlocks| {
+        let mut bytes = vec![0; 4096];
+        let block = blocks.block(BlockIndex(1)).expect("there");
+        block.slice(PageIndex(last), 1).expect("there").copy_to(&mut bytes);
+        bytes
+    };
+    assert_eq!(page(&source), page(&destination));
+    assert_eq!(destination.block(BlockIndex(1)).expect("there").present().count(), 1);
+}
+
+/// Counts what crosses a connection, whatever the engine says that it was.
+struct Counting(Box<dyn Link>, Arc<AtomicU64>);
+
+impl Link for Counting {
+    fn send(&mut self, parts: &[Part<'_>]) -> std::io::Result<usize> {
+        let sent = self.0.send(parts)?;
+        self.1.fetch_add(sent as u64, Ordering::Relaxed);
+        Ok(sent)
+    }
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+        self.0.recv(parts)
+    }
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+        self.0.set_recv_timeout(limit)
+    }
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.0.waker()
+    }
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+    fn close_send(&mut self) -> std::io::Result<()> {
+        self.0.close_send()
+    }
+}
+
+struct CountingConnector(memory::MemoryConnector, Arc<AtomicU64>);
+
+impl Connect for CountingConnector {
+    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
+        Ok(Box::new(Counting(self.0.connect(stop, limit)?, self.1.clone())))
+    }
+    fn target(&self) -> String {
+        self.0.target()
+    }
+}
+
+#[test]
+fn the_bytes_counted_are_the_bytes_on_the_connections() {
+    let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+    let (connector, listener) = memory::network(10_000);
+    let (stop, on_channels) = (Stop::new(), Arc::new(AtomicU64::new(0)));
+    let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    let received = spawn("destination", move || receive(receiver, Box::new(listener), destination));
+    let mut main = TestMain::connect(&connector, &stop);
+    let mut sender = Sender::new(SendOptions::new().channels(5), source.clone(), stop.clone()).expect("made");
+    sender.set_up(Arc::new(CountingConnector(connector, on_channels.clone()))).expect("set up");
+    let migration = Migration::new(MigrateOptions::new(), source, stop);
+    let sent =
+        migration.run(Some(sender), &mut main, &mut NeverDirty, &mut StoppedGuest::default()).expect("sent");
+    assert_eq!(sent.ram.multifd_bytes, on_channels.load(Ordering::Relaxed));
+    assert_eq!(sent.ram.precopy_bytes + sent.ram.downtime_bytes, main.bytes);
+    let received = received.join().expect("no panic").expect("received");
+    assert_eq!(
+        received.iter().map(|channel| channel.bytes).sum::<u64>(),
+        on_channels.load(Ordering::Relaxed)
+    );
 }
 
 /// Threads that write to RAM and mark what they wrote, until they are stopped.
