@@ -13,7 +13,7 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`format`] | the bytes: pure, bounded, no sockets |
+//! | [`mod@format`] | the bytes: pure, bounded, no sockets |
 //! | [`incoming`] | a destination's main stream, read whole; tells a [`Destination`](incoming::Destination) |
 //! | [`outgoing`] | a source's main stream, call by call |
 //! | [`mapped_ram`] | the file QEMU 9.0 and later save to and load from |
