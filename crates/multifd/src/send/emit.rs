@@ -3,7 +3,7 @@
 //! It owns its connection, its head buffer and its codec. A packet is one call: the head and the pages, neighbours
 //! as one vector, straight from guest memory.
 
-use std::sync::atomic::Ordering;
+use std::{io, sync::atomic::Ordering};
 
 use arrayvec::ArrayVec;
 
@@ -142,8 +142,12 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    fn broken(&self, doing: impl std::fmt::Display, error: std::io::Error) -> Error {
-        Error::io(format!("{doing} to {}", self.link.peer()), error)
+    fn broken(&self, doing: impl std::fmt::Display, error: io::Error) -> Error {
+        let hint = match error.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => CLOSED,
+            _ => "",
+        };
+        Error::io(format!("{doing} to {}{hint}", self.link.peer()), error)
     }
 }
 
@@ -153,3 +157,7 @@ fn in_place<'b>(block: &'b RamBlock, batch: &'b Batch) -> impl Iterator<Item = P
         block.slice(first, count).expect("queued pages were found in their block").into()
     })
 }
+
+/// What to do when a destination has closed a channel: it never says why on the wire.
+const CLOSED: &str = ", which has closed the connection; why stands in its own log: channel count, method, UUID \
+                      and machine type must be the same on both sides";

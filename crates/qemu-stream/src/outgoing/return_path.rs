@@ -27,7 +27,7 @@ pub(super) fn wait_for_shut<C: Connection>(
 /// write either the message is there or it never will be.
 pub(super) fn last_word<C: Connection>(connection: &mut C) -> Option<Error> {
     let ended = wait_for_shut(connection, Some(Instant::now() + MOMENT));
-    ended.err().filter(|error| matches!(error, Error::DestinationFailed { .. }))
+    ended.err().filter(|error| matches!(error, Error::DestinationFailed { .. } | Error::NoShut { .. }))
 }
 
 fn until_shut<R: Read>(r: &mut Reader<R>) -> Result<(), Error> {
