@@ -51,7 +51,7 @@ impl<'a> Emitter<'a> {
         tracing::debug!(channel = id.0, %target, "multifd_new_send_channel_async");
         let link = connector
             .connect(&shared.stop, options.connect_timeout)
-            .map_err(|error| Error::io(format!("connect to {target}"), error))?;
+            .map_err(|error| Error::io(format!("connect to {target}{}", hint(&error)), error))?;
         let mut emitter = Self {
             id,
             shared,
@@ -143,11 +143,7 @@ impl<'a> Emitter<'a> {
     }
 
     fn broken(&self, doing: impl std::fmt::Display, error: io::Error) -> Error {
-        let hint = match error.kind() {
-            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => CLOSED,
-            _ => "",
-        };
-        Error::io(format!("{doing} to {}{hint}", self.link.peer()), error)
+        Error::io(format!("{doing} to {}{}", self.link.peer(), hint(&error)), error)
     }
 }
 
@@ -158,6 +154,13 @@ fn in_place<'b>(block: &'b RamBlock, batch: &'b Batch) -> impl Iterator<Item = P
     })
 }
 
-/// What to do when a destination has closed a channel: it never says why on the wire.
-const CLOSED: &str = ", which has closed the connection; why stands in its own log: channel count, method, UUID \
-                      and machine type must be the same on both sides";
+/// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused | io::ErrorKind::BrokenPipe => {
+            ": the destination has closed, why stands in its own log: channel count, method, UUID and machine type \
+             must be the same on both sides"
+        }
+        _ => "",
+    }
+}
