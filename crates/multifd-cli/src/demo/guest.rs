@@ -33,12 +33,12 @@ pub(super) struct DemoGuest {
 }
 
 impl DemoGuest {
-    /// Fills RAM, an eighth of it left zero, and starts the writers.
-    pub(super) fn boot(blocks: Arc<RamBlocks>, rate: u64) -> Result<Self, Failure> {
+    /// Fills RAM, an eighth of it left zero, and starts the writers, unless `stop` comes first.
+    pub(super) fn boot(blocks: Arc<RamBlocks>, rate: u64, stop: &Stop) -> Result<Self, Failure> {
         let log = DirtyBitmaps::new(&blocks);
         let (rounds, power) = (Arc::new(AtomicU64::new(0)), Stop::new());
         let mut guest = Self { blocks, log, rate, rounds, power, threads: Vec::new() };
-        guest.fill();
+        guest.fill(stop).map_err(Failure::of)?;
         guest.run().map_err(|error| While::new("cannot start the guest", error))?;
         Ok(guest)
     }
@@ -53,13 +53,17 @@ impl DemoGuest {
         self.rounds.load(Ordering::Acquire)
     }
 
-    fn fill(&self) {
+    fn fill(&self, stop: &Stop) -> multifd::Result<()> {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         for (_, block) in self.blocks.iter() {
-            for page in (0..block.pages()).filter(|page| page % 8 != 7) {
-                write(&self.blocks, PageIndex(page), random.next());
+            for page in 0..block.pages() {
+                match page % 8 {
+                    7 => stop.check()?,
+                    _ => write(&self.blocks, PageIndex(page), random.next()),
+                }
             }
         }
+        Ok(())
     }
 
     fn run(&mut self) -> io::Result<()> {

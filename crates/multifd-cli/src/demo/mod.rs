@@ -37,7 +37,7 @@ use crate::{
     args::DemoArgs,
     display::{Display, Look},
     interrupt,
-    outcome::{Failure, While, print},
+    outcome::{Failure, While, print, say},
     report::{BeyondRam, Report},
     send,
 };
@@ -56,7 +56,14 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     interrupt::cancels(&stop)?;
     let size = args.size.next_multiple_of(PageSize::KIB_4.bytes() as u64).max(MIN_RAM);
     let blocks = Arc::new(RamBlocks::new(vec![block(size, RamBlock::new)?])?);
-    let mut guest = DemoGuest::boot(blocks.clone(), args.dirty_rate)?;
+    if !args.json {
+        say(&format!(
+            "the guest fills {} of RAM, then writes {}/s",
+            BinaryBytes(size),
+            BinaryBytes(args.dirty_rate)
+        ));
+    }
+    let mut guest = DemoGuest::boot(blocks.clone(), args.dirty_rate, &stop)?;
     let (destination, mut lines) = start_destination()?;
     let address = lines.next_line()?.parse::<Address>()?;
 
@@ -107,7 +114,8 @@ fn migrate(
     stop: &Stop,
 ) -> Result<MigrationInfo, Error> {
     let link = address.connect(stop, CONNECT_TIMEOUT);
-    let main = Stream::new(link.map_err(|error| Error::io(format!("connect to {address}"), error))?);
+    let link = link.map_err(|error| stop.fail(Error::io(format!("connect to {address}"), error)))?;
+    let main = Stream::new(link);
     let _watch = stop.watch_failure(main.waker());
     let machine = MachineType::new(MACHINE).map_err(|error| Error::other("name the machine", error))?;
     let outgoing = Outgoing::new(main, Options::new(Configuration::new(machine)))
@@ -191,8 +199,10 @@ fn hash(blocks: &RamBlocks) -> Result<String, Failure> {
 
 fn look(progress: &Progress) -> Look {
     let ram = progress.info().ram;
-    let dirty = ram.dirty_pages_rate * ram.page_size;
-    Look { note: format!("dirty {}/s", BinaryBytes(dirty)), ..send::look(progress) }
+    let dirty = BinaryBytes(ram.dirty_pages_rate * ram.page_size);
+    // It is known once a pass is over.
+    let note = if ram.dirty_sync_count > 1 { format!("dirty {dirty}/s") } else { String::new() };
+    Look { note, ..send::look(progress) }
 }
 
 const MACHINE: &str = "multifd-demo";
