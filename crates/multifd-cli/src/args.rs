@@ -10,7 +10,7 @@ use parse_size::Config;
 ///
 /// Set MULTIFD_LOG to debug or trace to see what happens on every channel.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "multifd", version, max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) verb: Verb,
