@@ -40,6 +40,10 @@ impl Capture {
         if !force && target.symlink_metadata().is_ok() {
             return Err(refused(io::Error::new(io::ErrorKind::AlreadyExists, EXISTS)));
         }
+        // Not to be found out when the machine has come and cannot have its name.
+        if target.is_dir() {
+            return Err(refused(io::ErrorKind::IsADirectory.into()));
+        }
         let name = target.file_name().ok_or_else(|| refused(io::ErrorKind::IsADirectory.into()))?;
         let mut prefix = std::ffi::OsString::from(".");
         prefix.push(name);
