@@ -1,4 +1,8 @@
-//! Ctrl-C: the first one cancels the migration in order, the second one ends the process.
+//! Signals: an interrupt cancels the migration in order, the second one ends the process; a file that has come to
+//! the limit of its size is an error of the write that meets it, and does not end the process.
+//!
+//! UNSAFETY: a signal is set to be ignored, which runs no code of ours.
+#![expect(unsafe_code, reason = "ignores a signal")]
 
 use std::{
     process,
@@ -18,4 +22,11 @@ pub(crate) fn cancels(stop: &Stop) -> Result<(), Failure> {
         }
         stop.cancel();
     })?)
+}
+
+/// Has a write beyond the limit of a file's size fail with an error, which tells more than a killed process and
+/// leaves nothing behind.
+pub(crate) fn spares_large_files() {
+    // SAFETY: the number is a signal's, and to ignore it installs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }

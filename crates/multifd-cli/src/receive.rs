@@ -36,13 +36,15 @@ struct Received {
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    interrupt::spares_large_files();
     let capture = Capture::create(&args.file, args.force)?;
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     say(&format!("listening on {}", listener.local_address()));
     let mut receiver = Receiver::new(ReceiveOptions::new().channels(args.multifd_channels), stop.clone());
     receiver.listen(Box::new(listener)).map_err(Failure::of)?;
-    let main = receiver.wait_main().map_err(Failure::of)?;
+    let listening = Instant::now();
+    let main = receiver.wait_main().map_err(|error| failed(args, listening, error))?;
     let start = Instant::now();
     let total = Arc::new(AtomicU64::new(0));
     let display = {
@@ -61,15 +63,23 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
             }
             Ok(())
         }
-        Err(error) => {
-            if args.output.json {
-                let status = if error.is_cancelled() { "cancelled" } else { "failed" };
-                let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
-                print(&report.failed(status, &error).json())?;
-            }
-            Err(Failure::of(error))
+        Err(error) => Err(failed(args, start, error)),
+    }
+}
+
+/// The end of a migration that failed, told as it was asked for.
+fn failed(args: &ReceiveArgs, start: Instant, error: Error) -> Failure {
+    if args.output.json {
+        let status = if error.is_cancelled() { "cancelled" } else { "failed" };
+        let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
+        if let Err(full) = print(&report.failed(status, &error).json()) {
+            tracing::error!(error = %full, "the report is lost");
         }
     }
+    if error.is_cancelled() {
+        return Failure::Interrupted;
+    }
+    While::new(format!("the migration into {} failed", args.file.display()), error).into()
 }
 
 /// Reads the whole migration, keeps it, and tells the source how that went.
@@ -94,9 +104,18 @@ fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64
     match kept {
         Ok((loaded, blocks)) => {
             let main_bytes = incoming.bytes();
-            let told = incoming.finish(Outcome::Loaded);
-            let main = told.map_err(|error| stop.fail(broken(error)))?;
-            let channels = receiver.finish()?;
+            // The file has its name by now, so no error from here on may read as if there were none.
+            let main = incoming.finish(Outcome::Loaded).map_err(|error| {
+                let error = Error::other(UNTOLD, error);
+                stop.fail(error.clone());
+                error
+            })?;
+            // The source has let go of the guest: taking leave of its channels cannot fail the migration.
+            let counters = receiver.counters();
+            let channels = receiver.finish().unwrap_or_else(|error| {
+                tracing::debug!(%error, "an error after completion");
+                counters.stats()
+            });
             drop(main);
             Ok(Received { loaded, blocks, channels, main_bytes, main_pages })
         }
@@ -109,6 +128,9 @@ fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64
         }
     }
 }
+
+const UNTOLD: &str =
+    "the machine has come and is kept, but its source could not be told, and may let it run on";
 
 fn broken(error: qemu_stream::Error) -> Error {
     Error::other("the migration broke off", error)
