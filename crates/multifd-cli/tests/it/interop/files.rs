@@ -1,0 +1,126 @@
+//! The file is QEMU's own: what we write QEMU 10.0 loads by itself, what it writes we send.
+
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
+
+use crate::kit::{
+    Program, file_uri, first_difference, folder, machine, memory, migrate, migrate_live, path, runs_on, send,
+    source, stored_memory,
+};
+
+/// A machine of 10.0 that reads or writes files with fixed places, over so many channels; 0 is none.
+fn for_files(vm: &mut Vm, channels: u8) -> Result<(), Error> {
+    vm.set_capabilities(&[("mapped-ram", true)])?;
+    vm.set_multifd_channels(channels)
+}
+
+/// We write, QEMU 10.0 loads.
+fn ours_is_loaded(from: &Qemu, machine_type: &str, channels: u8) -> Result<(), Error> {
+    let Some(new) = Qemu::v10_0() else { return Ok(()) };
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = source(machine(from, machine_type))?;
+    from.set_multifd_channels(2)?;
+    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &file);
+    migrate_live(&mut from, &address, 3)?;
+    receive.done();
+
+    let mut to = machine(&new, machine_type).incoming().start()?;
+    for_files(&mut to, channels)?;
+    to.migrate_incoming(&file_uri(&file))?;
+    to.wait_migration("completed", PATIENCE)?;
+    runs_on(&from, &mut to)
+}
+
+#[test]
+fn our_file_of_7_2_is_loaded_by_10_0() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    ours_is_loaded(&qemu, "pc-q35-7.2", 0).unwrap();
+}
+
+#[test]
+fn our_file_of_7_2_is_loaded_by_10_0_over_channels() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    ours_is_loaded(&qemu, "pc-q35-7.2", 3).unwrap();
+}
+
+#[test]
+fn our_file_of_10_0_is_loaded_by_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    ours_is_loaded(&qemu, "pc-q35-10.0", 0).unwrap();
+}
+
+#[test]
+fn our_file_of_10_0_is_loaded_by_10_0_over_channels() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    ours_is_loaded(&qemu, "pc-q35-10.0", 3).unwrap();
+}
+
+#[test]
+fn our_file_of_10_0_on_machine_7_2_is_loaded_by_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    ours_is_loaded(&qemu, "pc-q35-7.2", 0).unwrap();
+}
+
+/// QEMU 10.0 writes, we send.
+fn theirs_is_sent(machine_type: &str, live: bool, writing: u8, to: &Qemu, sending: u8) -> Result<(), Error> {
+    let Some(new) = Qemu::v10_0() else { return Ok(()) };
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = source(machine(&new, machine_type))?;
+    for_files(&mut from, writing)?;
+    let before = if live {
+        migrate_live(&mut from, &file_uri(&file), 3)?;
+        None
+    } else {
+        from.stop()?;
+        let before = memory(&mut from)?;
+        migrate(&mut from, &file_uri(&file))?;
+        Some(before)
+    };
+
+    let mut to = machine(to, machine_type).incoming().start()?;
+    to.set_multifd_channels(sending)?;
+    send(&["--multifd-channels", &sending.to_string()], &file, &mut to, "tcp:127.0.0.1:0")?;
+    if let Some(before) = before {
+        assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
+        assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
+        to.cont()?;
+    }
+    runs_on(&from, &mut to)
+}
+
+#[test]
+fn file_of_a_running_10_0_is_sent() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    theirs_is_sent("pc-q35-10.0", true, 0, &qemu, 2).unwrap();
+}
+
+#[test]
+fn file_that_a_running_10_0_wrote_over_channels_is_sent() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    theirs_is_sent("pc-q35-10.0", true, 3, &qemu, 4).unwrap();
+}
+
+#[test]
+fn file_of_a_stopped_10_0_is_sent() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    theirs_is_sent("pc-q35-10.0", false, 0, &qemu, 3).unwrap();
+}
+
+#[test]
+fn file_that_a_stopped_10_0_wrote_over_channels_is_sent() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    theirs_is_sent("pc-q35-10.0", false, 2, &qemu, 2).unwrap();
+}
+
+#[test]
+fn file_of_10_0_is_sent_without_channels() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    theirs_is_sent("pc-q35-10.0", true, 0, &qemu, 0).unwrap();
+}
+
+#[test]
+fn file_of_10_0_on_machine_7_2_is_sent_to_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    theirs_is_sent("pc-q35-7.2", true, 2, &qemu, 2).unwrap();
+}

@@ -1,0 +1,5 @@
+//! Real QEMUs at both ends, the program between them.
+
+mod files;
+mod matrix;
+mod peers;

@@ -1,0 +1,8 @@
+//! The program as its users meet it: a process, started with arguments, at either end of real migrations.
+
+#[cfg(test)]
+mod interop;
+#[cfg(test)]
+mod kit;
+#[cfg(test)]
+mod program;

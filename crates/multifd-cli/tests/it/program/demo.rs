@@ -1,0 +1,80 @@
+//! `multifd demo`: two processes, and proof that nothing was lost.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::kit::{Program, multifd, run};
+
+fn demo(arguments: &[&str]) -> Value {
+    let ended = run([&["demo", "--json"], arguments].concat());
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""), "{ended:?}");
+    ended.json()
+}
+
+fn assert_whole(report: &Value, channels: u64, size: u64) {
+    assert_eq!(report["ram-equal"], json!(true), "{report}");
+    assert_eq!(report["status"], json!("completed"), "{report}");
+    assert_eq!(report["ram"]["total"], json!(size), "{report}");
+    let listed = report["channels"].as_array().expect("channels");
+    let ids: Vec<u64> = listed.iter().filter_map(|channel| channel["id"].as_u64()).collect();
+    assert_eq!(ids, (0..channels).collect::<Vec<_>>(), "{report}");
+    let bytes: u64 = listed.iter().filter_map(|channel| channel["bytes"].as_u64()).sum();
+    assert_eq!(json!(bytes), report["ram"]["multifd-bytes"], "{report}");
+    for field in ["total-time", "downtime", "setup-time"] {
+        assert!(report[field].is_u64(), "{field}: {report}");
+    }
+    assert!(report["ram"]["dirty-sync-count"].as_u64() >= Some(2), "{report}");
+}
+
+#[test]
+fn ram_is_equal_after_a_demo_over_1_channel() {
+    assert_whole(&demo(&["--size", "64M", "--channels", "1"]), 1, 64 << 20);
+}
+
+#[test]
+fn ram_is_equal_after_a_demo_over_8_channels() {
+    assert_whole(&demo(&["--size", "64M", "--channels", "8"]), 8, 64 << 20);
+}
+
+#[test]
+fn ram_is_equal_after_a_demo_over_255_channels() {
+    assert_whole(&demo(&["--size", "16M", "--channels", "255"]), 255, 16 << 20);
+}
+
+#[test]
+fn ram_is_equal_when_the_guest_does_not_write() {
+    assert_whole(&demo(&["--size", "16M", "--dirty-rate", "0"]), 4, 16 << 20);
+}
+
+/// Far more than any machine writes.
+#[test]
+fn ram_is_equal_when_the_guest_writes_without_a_pause() {
+    assert_whole(&demo(&["--size", "16M", "--dirty-rate", "1T"]), 4, 16 << 20);
+}
+
+#[test]
+fn least_demo_is_a_demo() {
+    let report = demo(&["--size", "1"]);
+    assert_eq!(report["ram-equal"], json!(true), "{report}");
+}
+
+#[test]
+fn text_tells_what_matters() {
+    let ended = run(["demo", "--size", "32M", "--channels", "3"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    for words in ["migrated over 3 channels", "downtime ", " ms", "channel 2", "RAM is equal: source "] {
+        assert!(ended.stdout.contains(words), "expected {words:?}: {ended:?}");
+    }
+}
+
+#[test]
+fn interrupt_ends_it() {
+    let mut command = multifd(["demo", "--size", "512M", "--dirty-rate", "1T"]);
+    // The first line of the log is the first sign that it is under way.
+    let program = Program::start(command.env("MULTIFD_LOG", "debug"));
+    program.next_line();
+    program.signal(Signal::INT);
+    program.end_within(Duration::from_secs(8)).assert_failed(130, &["interrupted"]);
+}

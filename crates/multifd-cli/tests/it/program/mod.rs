@@ -1,0 +1,8 @@
+//! What the command line promises: results on standard output, talk on standard error, exit codes, nothing left
+//! half-made.
+
+mod demo;
+mod inspect;
+mod receive;
+mod send;
+mod usage;

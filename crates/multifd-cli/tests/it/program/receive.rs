@@ -1,0 +1,500 @@
+//! `multifd receive`, and what it leaves behind.
+
+use std::{
+    fs,
+    io::Write,
+    net::{TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    time::Duration,
+};
+
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
+use qemu_stream::mapped_ram::MappedRamFile;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::kit::{
+    Ended, Program, as_stdin, captured, fast, folder, machine, migrate, multifd, names, path, run, slow,
+    source, stored_memory,
+};
+
+const LOCAL: &str = "tcp:127.0.0.1:0";
+const MIB: u64 = 1 << 20;
+/// What an error may take to show that needs no waiting for a peer.
+const SOON: Duration = Duration::from_secs(8);
+
+/// `multifd send` of a file, as a source that is always at hand.
+fn feed(options: &[&str], file: &Path, address: &str) -> Program {
+    Program::start(multifd(["send"]).args(options).arg(file).arg(address))
+}
+
+/// The program has refused or failed, and the folder holds what it held before.
+#[track_caller]
+fn assert_left(folder: &TempDir, expected: &[&str]) {
+    assert_eq!(names(folder.path()), expected);
+}
+
+#[test]
+fn first_line_says_where_it_listens() {
+    let folder = folder();
+    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+    let port: u16 = address.strip_prefix("tcp:127.0.0.1:").expect("its form").parse().expect("a port");
+    assert_ne!(port, 0);
+    drop(receive);
+}
+
+#[test]
+fn file_is_equal_and_its_owners_alone() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, 8 * MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    feed(&[], &from, &address).done();
+    let ended = receive.done();
+    assert_eq!(stored_memory(&file), stored_memory(&from));
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(ended.stdout.is_empty(), "{ended:?}");
+    assert!(ended.stderr.contains(&format!("received {}", file.display())), "{ended:?}");
+    assert_left(&folder, &["captured", "machine"]);
+}
+
+#[test]
+fn quiet_says_nothing_but_where_it_listens() {
+    let folder = folder();
+    let from = captured(&folder, 8 * MIB);
+    let (receive, address) = Program::receive(&["--quiet"], LOCAL, &path(&folder, "machine"));
+    let sent = feed(&["--quiet"], &from, &address).done();
+    assert_eq!((sent.stdout.as_str(), sent.stderr.as_str()), ("", ""));
+    let ended = receive.done();
+    assert_eq!((ended.stdout, ended.stderr), (String::new(), format!("listening on {address}\n")));
+}
+
+#[test]
+fn json_is_one_object_on_one_line_named_as_in_query_migrate() {
+    let folder = folder();
+    let from = captured(&folder, 8 * MIB);
+    let (receive, address) = Program::receive(&["--json"], LOCAL, &path(&folder, "machine"));
+    let sent = feed(&["--json", "--multifd-channels", "3"], &from, &address).done().json();
+    let ended = receive.done();
+    assert_eq!(ended.stderr, format!("listening on {address}\n"));
+    let received = ended.json();
+
+    assert_eq!(received["status"], json!("completed"));
+    assert!(received["total-time"].is_u64(), "{received}");
+    let ram = &received["ram"];
+    assert_eq!(ram["total"], json!(8 * MIB));
+    assert_eq!(ram["normal"], json!(2048));
+    assert_eq!(ram["normal-bytes"], json!(8 * MIB));
+    assert_eq!(ram["duplicate"], json!(0));
+    assert_eq!(ram["page-size"], json!(4096));
+    assert_eq!(ram["remaining"], json!(0));
+    assert!(ram["mbps"].is_f64() && ram["pages-per-second"].is_u64(), "{received}");
+    // What one end has sent is what the other has received.
+    assert_eq!(received["channels"], sent["channels"]);
+    for field in ["multifd-bytes", "transferred"] {
+        assert_eq!(ram[field], sent["ram"][field], "{field}: {received} {sent}");
+    }
+    let sum = |field: &str| -> u64 {
+        let channels = received["channels"].as_array().expect("channels");
+        channels.iter().map(|channel| channel[field].as_u64().expect("a number")).sum()
+    };
+    assert_eq!(json!(sum("bytes")), ram["multifd-bytes"]);
+    assert_eq!(sum("pages"), 2048);
+    for field in ["downtime", "setup-time", "total-time"] {
+        assert!(sent[field].is_u64(), "{field}: {sent}");
+    }
+}
+
+#[test]
+fn existing_file_is_refused_before_anything_is_done() {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    fs::write(&file, "precious").unwrap();
+    let ended = run([Path::new("receive"), Path::new(LOCAL), &file]);
+    ended.assert_failed(1, &["cannot create", &file.display().to_string(), "because: ", "--force"]);
+    assert!(!ended.stderr.contains("listening"), "{ended:?}");
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert_left(&folder, &["machine"]);
+}
+
+#[test]
+fn file_that_appears_meanwhile_is_left_alone() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    fs::write(&file, "precious").unwrap();
+    let sent = feed(&[], &from, &address).end();
+    receive.end().assert_failed(1, &[&file.display().to_string()]);
+    sent.assert_failed(1, &[]);
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert_left(&folder, &["captured", "machine"]);
+}
+
+#[test]
+fn force_replaces_a_file() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, MIB), path(&folder, "machine"));
+    fs::write(&file, "old").unwrap();
+    let (receive, address) = Program::receive(&["--force"], LOCAL, &file);
+    feed(&[], &from, &address).done();
+    receive.done();
+    assert_eq!(stored_memory(&file), stored_memory(&from));
+    assert_left(&folder, &["captured", "machine"]);
+}
+
+#[test]
+fn force_keeps_the_old_file_when_the_migration_fails() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
+    fs::write(&file, "old").unwrap();
+    let (receive, address) = Program::receive(&["--force"], LOCAL, &file);
+    let send = feed(&["--max-bandwidth", "2M"], &from, &address);
+    send.next_line();
+    drop(send);
+    receive.end_within(SOON).assert_failed(1, &["because: "]);
+    assert_eq!(fs::read(&file).unwrap(), b"old");
+    assert_left(&folder, &["captured", "machine"]);
+}
+
+#[test]
+fn folder_that_is_missing_is_an_error() {
+    let folder = folder();
+    let file = folder.path().join("missing/machine");
+    let ended = run([Path::new("receive"), Path::new(LOCAL), &file]);
+    ended.assert_failed(1, &["cannot create", &file.display().to_string(), "because: "]);
+}
+
+#[test]
+fn folder_that_may_not_be_written_is_an_error() {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o500)).unwrap();
+    // The superuser may write there; nobody may in this one.
+    let file = if rustix::process::geteuid().is_root() { "/proc/machine".into() } else { file };
+    let ended = run([Path::new("receive"), Path::new(LOCAL), &file]);
+    ended.assert_failed(1, &["cannot create", &file.display().to_string(), "because: "]);
+    assert_left(&folder, &[]);
+}
+
+#[test]
+fn folder_in_place_of_the_file_is_an_error() {
+    let folder = folder();
+    let ended = run([Path::new("receive"), Path::new("--force"), Path::new(LOCAL), folder.path()]);
+    // At once, not when the machine has come.
+    ended.assert_failed(1, &["cannot create", &folder.path().display().to_string()]);
+    assert_left(&folder, &[]);
+}
+
+#[test]
+fn address_in_use_is_an_error_and_leaves_nothing() {
+    let folder = folder();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", taken.local_addr().unwrap());
+    let ended = run([Path::new("receive"), Path::new(&address), &path(&folder, "machine")]);
+    ended.assert_failed(1, &["cannot listen at", &address, "because: "]);
+    assert_left(&folder, &[]);
+}
+
+fn interrupted_while_it_listens(signal: Signal) {
+    let folder = folder();
+    let (receive, _) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+    receive.signal(signal);
+    receive.end_within(SOON).assert_failed(130, &["interrupted"]);
+    assert_left(&folder, &[]);
+}
+
+#[test]
+fn interrupt_while_it_listens_leaves_nothing() {
+    interrupted_while_it_listens(Signal::INT);
+}
+
+#[test]
+fn termination_while_it_listens_leaves_nothing() {
+    interrupted_while_it_listens(Signal::TERM);
+}
+
+#[test]
+fn interrupt_while_it_listens_is_told_as_json() {
+    let folder = folder();
+    let (receive, _) = Program::receive(&["--json"], LOCAL, &path(&folder, "machine"));
+    receive.signal(Signal::INT);
+    let ended = receive.end_within(SOON);
+    ended.assert_failed(130, &["interrupted"]);
+    assert_eq!(ended.json()["status"], json!("cancelled"));
+}
+
+#[test]
+fn interrupt_leaves_no_socket_behind() {
+    let folder = folder();
+    let listen = format!("unix:{}", path(&folder, "socket").display());
+    let (receive, _) = Program::receive(&[], &listen, &path(&folder, "machine"));
+    receive.signal(Signal::INT);
+    receive.end_within(SOON).assert_failed(130, &["interrupted"]);
+    assert_left(&folder, &[]);
+}
+
+/// A source in the middle of a migration that does not come to an end.
+fn in_the_middle(qemu: &Qemu, folder: &TempDir, options: &[&str]) -> Result<(Vm, Program), Error> {
+    let mut from = source(machine(qemu, &qemu.machine()))?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(2)?;
+    slow(&mut from)?;
+    let (receive, address) = Program::receive(options, LOCAL, &path(folder, "machine"));
+    from.migrate(&address)?;
+    from.wait_passes(2, PATIENCE)?;
+    Ok((from, receive))
+}
+
+/// The guest has not noticed that it did not leave.
+fn runs_on_here(from: &mut Vm) -> Result<(), Error> {
+    from.wait_run_state("running", PATIENCE)?;
+    let at = from.round()?.unwrap_or_default();
+    from.wait_round(at + 3, PATIENCE).map(drop)
+}
+
+fn interrupted_in_the_middle(qemu: &Qemu) -> Result<(), Error> {
+    let folder = folder();
+    let (mut from, receive) = in_the_middle(qemu, &folder, &["--json"])?;
+    receive.signal(Signal::INT);
+    let ended = receive.end_within(SOON);
+    ended.assert_failed(130, &["interrupted"]);
+    assert_eq!(ended.json()["status"], json!("cancelled"));
+    assert_left(&folder, &[]);
+    from.wait_migration("failed", PATIENCE)?;
+    runs_on_here(&mut from)
+}
+
+#[test]
+fn interrupt_in_the_middle_leaves_nothing_and_the_guest_runs_on_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    interrupted_in_the_middle(&qemu).unwrap();
+}
+
+#[test]
+fn interrupt_in_the_middle_leaves_nothing_and_the_guest_runs_on_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    interrupted_in_the_middle(&qemu).unwrap();
+}
+
+fn cancelled_at_the_source(qemu: &Qemu) -> Result<(), Error> {
+    let folder = folder();
+    let (mut from, receive) = in_the_middle(qemu, &folder, &["--json"])?;
+    from.execute("migrate_cancel", json!({}))?;
+    let ended = receive.end_within(SOON);
+    ended.assert_failed(1, &["multifd: ", "because: "]);
+    let told = ended.json();
+    assert_eq!(told["status"], json!("failed"));
+    assert!(told["error-desc"].is_string(), "{told}");
+    assert_left(&folder, &[]);
+    from.wait_migration("cancelled", PATIENCE)?;
+    runs_on_here(&mut from)
+}
+
+#[test]
+fn source_that_cancels_leaves_nothing_and_its_guest_runs_on_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    cancelled_at_the_source(&qemu).unwrap();
+}
+
+#[test]
+fn source_that_cancels_leaves_nothing_and_its_guest_runs_on_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    cancelled_at_the_source(&qemu).unwrap();
+}
+
+/// A guest that has been sent away once may be sent again.
+#[test]
+fn source_moves_at_the_second_attempt() {
+    fn moves(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let (mut from, receive) = in_the_middle(qemu, &folder, &[])?;
+        from.execute("migrate_cancel", json!({}))?;
+        from.wait_migration("cancelled", PATIENCE)?;
+        receive.end_within(SOON).assert_failed(1, &[]);
+        let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+        migrate(&mut from, &address)?;
+        receive.done();
+        Ok(())
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    moves(&qemu).unwrap();
+}
+
+#[test]
+fn source_that_dies_leaves_nothing() {
+    fn dies(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let (mut from, receive) = in_the_middle(qemu, &folder, &[])?;
+        from.kill()?;
+        receive.end_within(SOON).assert_failed(1, &["multifd: ", "because: "]);
+        assert_left(&folder, &[]);
+        Ok(())
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    dies(&qemu).unwrap();
+}
+
+/// A source of 2 channels, or of none, and a number that is another.
+fn wrong_number(channels: u8, expected: &str, told: &[&str]) -> Result<(), Error> {
+    let Some(qemu) = Qemu::v10_0() else { return Ok(()) };
+    let folder = folder();
+    let mut from = source(machine(&qemu, &qemu.machine()))?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(channels)?;
+    fast(&mut from)?;
+    let (receive, address) =
+        Program::receive(&["--multifd-channels", expected], LOCAL, &path(&folder, "machine"));
+    from.migrate(&address)?;
+    receive.end_within(Duration::from_secs(20)).assert_failed(1, told);
+    assert_left(&folder, &[]);
+    from.wait_migration("failed", PATIENCE)?;
+    runs_on_here(&mut from)
+}
+
+#[test]
+fn fewer_channels_than_expected_are_an_error() {
+    wrong_number(2, "3", &["expected 3 channels, 2 connected", "multifd-channels"]).unwrap();
+}
+
+#[test]
+fn more_channels_than_expected_are_an_error() {
+    wrong_number(2, "1", &["channel"]).unwrap();
+}
+
+#[test]
+fn channels_where_none_are_expected_are_an_error() {
+    wrong_number(2, "0", &["channel"]).unwrap();
+}
+
+#[test]
+fn no_channels_where_some_are_expected_are_an_error() {
+    wrong_number(0, "2", &["expected 2 channels, 0 connected", "multifd-channels"]).unwrap();
+}
+
+/// Receives from a source that is sent to its end, and fails for want of room.
+fn without_room(bytes: u64, room: impl FnOnce(u64) -> u64) -> (Ended, TempDir) {
+    let folder = folder();
+    let from = captured(&folder, bytes);
+    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+    receive.limit_file_size(room(fs::metadata(&from).unwrap().len()));
+    let sent = feed(&[], &from, &address).end();
+    sent.assert_failed(1, &["because: "]);
+    (receive.end_within(SOON), folder)
+}
+
+#[test]
+fn file_that_may_not_grow_for_its_pages_is_an_error_that_names_it() {
+    let (ended, folder) = without_room(8 * MIB, |_| MIB);
+    ended.assert_failed(1, &["because: ", &path(&folder, "machine").display().to_string()]);
+    assert_left(&folder, &["captured"]);
+}
+
+#[test]
+fn file_that_may_not_grow_for_its_devices_is_an_error_that_names_it() {
+    let (ended, folder) = without_room(8 * MIB, |whole| whole - 1);
+    ended.assert_failed(1, &["because: ", &path(&folder, "machine").display().to_string()]);
+    assert_left(&folder, &["captured"]);
+}
+
+#[test]
+fn strangers_do_not_disturb() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    let place = address.strip_prefix("tcp:").unwrap();
+    drop(TcpStream::connect(place).unwrap());
+    let mut browser = TcpStream::connect(place).unwrap();
+    browser.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    drop(browser);
+    feed(&[], &from, &address).done();
+    receive.done();
+    assert_eq!(stored_memory(&file), stored_memory(&from));
+}
+
+#[test]
+fn stream_that_is_none_is_an_error_that_says_what_was_met() {
+    let folder = folder();
+    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+    let mut main = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
+    main.write_all(b"QEVM\x00\x00\x00\x02\x07").unwrap();
+    receive.end_within(SOON).assert_failed(1, &["because: ", "version"]);
+    assert_left(&folder, &[]);
+}
+
+#[test]
+fn listening_socket_is_inherited() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, MIB), path(&folder, "machine"));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    let mut command = multifd(["receive", "fd:0"]);
+    let receive = Program::start(command.arg(&file).stdin(as_stdin(listener)));
+    // A command keeps what it was given for the next process it may start.
+    drop(command);
+    assert_eq!(receive.listening(), "fd:0");
+    feed(&[], &from, &address).done();
+    receive.done();
+    assert_eq!(stored_memory(&file), stored_memory(&from));
+}
+
+#[test]
+fn connection_of_a_source_without_channels_is_inherited() {
+    fn moves(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let mut from = source(machine(qemu, &qemu.machine()))?;
+        from.stop()?;
+        fast(&mut from)?;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        from.migrate(&format!("tcp:{}", listener.local_addr().unwrap()))?;
+        let (connection, _) = listener.accept().unwrap();
+        let mut command = multifd(["receive", "fd:0"]);
+        let receive = Program::start(command.arg(&file).stdin(as_stdin(connection)));
+        drop(command);
+        assert_eq!(receive.listening(), "fd:0");
+        from.wait_migration("completed", PATIENCE)?;
+        receive.done();
+        MappedRamFile::open(fs::File::open(&file).unwrap(), 0).unwrap();
+        Ok(())
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    moves(&qemu).unwrap();
+}
+
+#[test]
+fn descriptor_that_is_no_socket_is_an_error() {
+    let folder = folder();
+    let ended = run([Path::new("receive"), Path::new("fd:0"), &path(&folder, "machine")]);
+    ended.assert_failed(1, &["cannot listen at fd:0", "because: "]);
+    let ended = run([Path::new("receive"), Path::new("fd:77"), &path(&folder, "machine")]);
+    ended.assert_failed(1, &["cannot listen at fd:77", "because: "]);
+    assert_left(&folder, &[]);
+}
+
+/// The machine is kept; only the report is lost, and that is told.
+#[test]
+fn full_standard_output_is_told() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, MIB), path(&folder, "machine"));
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = multifd(["receive", "--json", LOCAL]);
+    let receive = Program::start_with_output(command.arg(&file), full);
+    feed(&[], &from, &receive.listening()).done();
+    receive.end().assert_failed(1, &["multifd: "]);
+    assert_eq!(stored_memory(&file), stored_memory(&from));
+}
+
+#[test]
+fn report_of_a_failure_is_json_too() {
+    let folder = folder();
+    let (receive, address) = Program::receive(&["--json"], LOCAL, &path(&folder, "machine"));
+    let mut main = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
+    main.write_all(b"QEVM\x00\x00\x00\x03").unwrap();
+    drop(main);
+    let ended = receive.end_within(SOON);
+    ended.assert_failed(1, &["because: "]);
+    let told: Value = ended.json();
+    assert_eq!(told["status"], json!("failed"));
+    assert!(told["error-desc"].is_string(), "{told}");
+}

@@ -1,0 +1,169 @@
+//! `multifd send`, and how it ends.
+
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::kit::{Program, as_stdin, captured, folder, machine, multifd, names, path, run, stored_memory};
+
+const LOCAL: &str = "tcp:127.0.0.1:0";
+const MIB: u64 = 1 << 20;
+const SOON: Duration = Duration::from_secs(8);
+
+fn send(options: &[&str], file: &Path, address: &str) -> Program {
+    Program::start(multifd(["send"]).args(options).arg(file).arg(address))
+}
+
+#[test]
+fn progress_and_report_go_to_standard_error() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, 4 * MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    let ended = send(&["--max-bandwidth", "2M"], &from, &address).done();
+    receive.done();
+    assert!(ended.stdout.is_empty(), "{ended:?}");
+    let first = ended.stderr.lines().next().unwrap_or_default();
+    assert!(first.starts_with("send: ") && first.contains(" %, pass 1, "), "{ended:?}");
+    let last = format!("sent {} to {address}", from.display());
+    assert!(ended.stderr.contains(&last) && ended.stderr.contains("channel 1"), "{ended:?}");
+}
+
+#[test]
+fn max_bandwidth_is_honoured() {
+    let folder = folder();
+    let from = captured(&folder, 4 * MIB);
+    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+    let start = Instant::now();
+    let sent = send(&["--json", "--max-bandwidth", "2M"], &from, &address).done().json();
+    let took = start.elapsed();
+    receive.done();
+    assert!(took > Duration::from_millis(1500) && took < Duration::from_secs(6), "{took:?}: {sent}");
+}
+
+#[test]
+fn file_that_is_missing_is_an_error() {
+    let folder = folder();
+    let file = path(&folder, "missing");
+    let ended = run([Path::new("send"), &file, Path::new("tcp:127.0.0.1:1")]);
+    ended.assert_failed(1, &["cannot read", &file.display().to_string(), "because: "]);
+}
+
+#[test]
+fn file_that_is_something_else_is_an_error() {
+    let folder = folder();
+    let file = path(&folder, "something");
+    let long = "# something else\n".repeat(1000);
+    for contents in ["", "Q", "QEVM", "QEVM\0\0\0\x03", "QEVM\0\0\0\x02\x07", &long] {
+        fs::write(&file, contents).unwrap();
+        let ended = run([Path::new("send"), &file, Path::new("tcp:127.0.0.1:1")]);
+        ended.assert_failed(1, &["cannot read", &file.display().to_string(), "because: "]);
+    }
+    let ended = run([Path::new("send"), folder.path(), Path::new("tcp:127.0.0.1:1")]);
+    ended.assert_failed(1, &["cannot read", "because: "]);
+}
+
+#[test]
+fn file_that_is_cut_is_an_error_wherever_it_is_cut() {
+    let folder = folder();
+    let file = captured(&folder, MIB);
+    let whole = fs::metadata(&file).unwrap().len();
+    let open = fs::OpenOptions::new().write(true).open(&file).unwrap();
+    for length in [whole - 1, whole - 200, 2 * MIB - 1, MIB, 200, 100, 20] {
+        open.set_len(length).unwrap();
+        let ended = run([Path::new("send"), &file, Path::new("tcp:127.0.0.1:1")]);
+        ended.assert_failed(1, &["cannot read", &file.display().to_string(), "because: "]);
+    }
+}
+
+#[test]
+fn destination_that_is_not_there_is_an_error() {
+    let folder = folder();
+    let file = captured(&folder, MIB);
+    // A port that was free a moment ago.
+    let address = format!("tcp:{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    let ended = send(&["--json"], &file, &address).end_within(SOON);
+    ended.assert_failed(1, &[&format!("connect to {address}"), "because: "]);
+    assert_eq!(ended.json()["status"], json!("failed"));
+    let address = format!("unix:{}", path(&folder, "socket").display());
+    let ended = send(&[], &file, &address).end_within(SOON);
+    ended.assert_failed(1, &[&format!("connect to {address}"), "because: "]);
+}
+
+#[test]
+fn interrupt_in_the_middle_ends_both() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    let sending = send(&["--max-bandwidth", "2M"], &from, &address);
+    sending.next_line();
+    sending.signal(Signal::INT);
+    sending.end_within(SOON).assert_failed(130, &["interrupted"]);
+    receive.end_within(SOON).assert_failed(1, &["because: "]);
+    assert_eq!(names(folder.path()), ["captured"]);
+}
+
+/// A destination that takes connections and reads nothing.
+#[test]
+fn interrupt_ends_it_when_the_destination_stands_still() {
+    let folder = folder();
+    let from = captured(&folder, 64 * MIB);
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", silent.local_addr().unwrap());
+    let sending = send(&["--json"], &from, &address);
+    let connections: Vec<TcpStream> = (0..3).map(|_| silent.accept().unwrap().0).collect();
+    sending.signal(Signal::INT);
+    let ended = sending.end_within(SOON);
+    ended.assert_failed(130, &["interrupted"]);
+    assert_eq!(ended.json()["status"], json!("cancelled"));
+    drop(connections);
+}
+
+#[test]
+fn destination_that_dies_is_an_error() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    let sending = send(&["--max-bandwidth", "2M"], &from, &address);
+    sending.next_line();
+    receive.signal(Signal::KILL);
+    sending.end_within(SOON).assert_failed(1, &["multifd: ", "because: "]);
+}
+
+#[test]
+fn connection_without_channels_is_inherited() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, MIB), path(&folder, "machine"));
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    let connection = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
+    let mut command = multifd(["send", "--multifd-channels", "0"]);
+    let sending = Program::start(command.arg(&from).arg("fd:0").stdin(as_stdin(connection)));
+    drop(command);
+    sending.done();
+    receive.done();
+    assert_eq!(stored_memory(&file), stored_memory(&from));
+}
+
+#[test]
+fn destination_of_another_machine_type_is_an_error() {
+    fn refuses(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let from = captured(&folder, MIB);
+        let mut to = machine(qemu, "pc-q35-7.2").incoming().start()?;
+        to.set_multifd_channels(2)?;
+        let address = to.migrate_incoming(LOCAL)?;
+        let ended = send(&[], &from, &address).end_within(SOON);
+        ended.assert_failed(1, &["multifd: ", "because: "]);
+        to.wait_end(PATIENCE).map(drop)
+    }
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()] {
+        let Some(qemu) = qemu else { return };
+        refuses(&qemu).unwrap();
+    }
+}

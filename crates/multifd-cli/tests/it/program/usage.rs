@@ -1,0 +1,89 @@
+//! The command line itself.
+
+use crate::kit::run;
+
+#[track_caller]
+fn assert_usage(arguments: &[&str], told: &str) {
+    let ended = run(arguments);
+    ended.assert_failed(2, &[told]);
+    assert!(ended.stdout.is_empty(), "{ended:?}");
+}
+
+#[test]
+fn help_is_a_result() {
+    for arguments in
+        [&["--help"][..], &["receive", "--help"], &["send", "-h"], &["help", "inspect"], &["demo", "-h"]]
+    {
+        let ended = run(arguments);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(ended.stdout.contains("Usage: multifd") && ended.stderr.is_empty(), "{ended:?}");
+    }
+    let verbs = run(["--help"]).stdout;
+    assert!(["receive", "send", "inspect", "demo"].iter().all(|verb| verbs.contains(verb)), "{verbs}");
+    assert!(!verbs.contains("demo-destination"), "{verbs}");
+}
+
+#[test]
+fn version_is_a_result() {
+    let ended = run(["--version"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.stdout, format!("multifd {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn no_verb_is_refused_with_the_usage() {
+    assert_usage(&[], "Usage: multifd");
+}
+
+#[test]
+fn unknown_verb_is_refused() {
+    assert_usage(&["recieve"], "recieve");
+}
+
+#[test]
+fn unknown_flag_is_refused() {
+    assert_usage(&["receive", "--channels", "2", "tcp:127.0.0.1:0", "machine"], "--channels");
+}
+
+#[test]
+fn missing_argument_is_named() {
+    assert_usage(&["receive", "tcp:127.0.0.1:0"], "<FILE>");
+}
+
+#[test]
+fn address_that_is_none_is_refused_with_the_forms_that_are() {
+    assert_usage(&["receive", "127.0.0.1:4444", "machine"], "tcp:HOST:PORT, unix:PATH or fd:N");
+    assert_usage(&["send", "machine", "exec:cat"], "tcp:HOST:PORT, unix:PATH or fd:N");
+}
+
+#[test]
+fn number_of_channels_beyond_the_range_is_refused() {
+    assert_usage(
+        &["receive", "--multifd-channels", "256", "tcp:127.0.0.1:0", "machine"],
+        "--multifd-channels",
+    );
+    assert_usage(&["send", "--multifd-channels", "256", "machine", "tcp:127.0.0.1:1"], "--multifd-channels");
+    assert_usage(&["send", "--multifd-channels", "auto", "machine", "tcp:127.0.0.1:1"], "--multifd-channels");
+    assert_usage(&["demo", "--channels", "0"], "--channels");
+}
+
+#[test]
+fn uuid_that_is_none_is_refused() {
+    assert_usage(&["send", "--uuid", "00112233", "machine", "tcp:127.0.0.1:1"], "--uuid");
+}
+
+#[test]
+fn sync_mode_that_is_none_is_refused_with_those_that_are() {
+    assert_usage(&["send", "--sync-mode", "never", "machine", "tcp:127.0.0.1:1"], "auto, legacy, round");
+}
+
+#[test]
+fn size_that_is_none_is_refused() {
+    assert_usage(&["demo", "--size", "lots"], "--size");
+    assert_usage(&["send", "--max-bandwidth", "fast", "machine", "tcp:127.0.0.1:1"], "--max-bandwidth");
+}
+
+#[test]
+fn channels_over_one_inherited_connection_are_refused() {
+    assert_usage(&["send", "machine", "fd:0"], "fd:0");
+}
