@@ -6,8 +6,8 @@ use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder};
 use serde_json::{Value, json};
 
 use crate::kit::{
-    Ended, Program, file_uri, folder, machine, migrate, migrate_live, multifd, path, run, runs_on, send,
-    source,
+    Ended, Program, file_uri, first_difference, folder, machine, memory, migrate, migrate_live, multifd,
+    path, run, runs_on, send, source, stored_memory,
 };
 
 /// Has a running guest received from `from` over `channels`, in many passes.
@@ -62,6 +62,70 @@ fn guest_of_7_2_runs_on_in_10_0_and_back_again_in_7_2() {
 fn guest_of_10_0_on_machine_7_2_runs_on_in_7_2() {
     let Some([old, new]) = Qemu::both() else { return };
     moves(machine(&new, OLD), machine(&old, OLD), (8, 2), (LOCAL, LOCAL)).unwrap();
+}
+
+/// A stopped guest, whose memory is compared on its way.
+fn moves_at_rest(from: VmBuilder, to: VmBuilder, channels: u8) -> Result<(), Error> {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = source(from)?;
+    from.stop()?;
+    let before = memory(&mut from)?;
+    from.set_multifd_channels(channels)?;
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    migrate(&mut from, &address)?;
+    receive.done();
+    assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
+    let mut to = restore(to, channels, &[], LOCAL, &file)?;
+    assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
+    to.cont()?;
+    runs_on(&from, &mut to)
+}
+
+#[test]
+fn stopped_guest_of_7_2_goes_to_10_0() {
+    let Some([old, new]) = Qemu::both() else { return };
+    moves_at_rest(machine(&old, OLD), machine(&new, OLD), 2).unwrap();
+}
+
+#[test]
+fn stopped_guest_of_10_0_goes_to_7_2() {
+    let Some([old, new]) = Qemu::both() else { return };
+    moves_at_rest(machine(&new, OLD), machine(&old, OLD), 2).unwrap();
+}
+
+#[test]
+fn stopped_guest_moves_with_multifd_off_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    moves_at_rest(machine(&qemu, OLD), machine(&qemu, OLD), 0).unwrap();
+}
+
+#[test]
+fn stopped_guest_moves_with_multifd_off_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    moves_at_rest(machine(&qemu, NEW), machine(&qemu, NEW), 0).unwrap();
+}
+
+/// With xbzrle a page that changes again travels as what has changed in it.
+#[test]
+fn pages_that_come_as_differences_are_put_together() {
+    fn moves(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let mut from = source(machine(qemu, qemu.machine().as_str()))?;
+        from.set_capabilities(&[("xbzrle", true)])?;
+        from.set_parameters(json!({ "xbzrle-cache-size": 8 << 20 }))?;
+        let (receive, address) = Program::receive(&["--json"], LOCAL, &file);
+        let told = migrate_live(&mut from, &address, 4)?;
+        receive.done();
+        assert!(told["xbzrle-cache"]["pages"].as_u64() > Some(0), "{told}");
+        let mut to = restore(machine(qemu, qemu.machine().as_str()), 2, &[], LOCAL, &file)?;
+        runs_on(&from, &mut to)
+    }
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()] {
+        let Some(qemu) = qemu else { return };
+        moves(&qemu).unwrap();
+    }
 }
 
 #[test]
@@ -259,8 +323,28 @@ fn wrong_uuid_is_refused(qemu: &Qemu, machine_type: &str) -> Result<(), Error> {
     let address = to.migrate_incoming(LOCAL)?;
     let mut command = multifd(["send", "--uuid", OTHER]);
     let ended = Program::start(command.arg(&file).arg(address)).end_within(Duration::from_secs(20));
-    ended.assert_failed(1, &["multifd: ", "because: "]);
+    ended.assert_failed(1, &["multifd: ", "its own log", "UUID", "because: "]);
     Ok(())
+}
+
+/// The file names the machine's UUID, the destination is another machine.
+#[test]
+fn uuid_of_another_machine_fails_at_once() {
+    fn fails(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let mut from = source(machine(qemu, NEW).uuid(UUID))?;
+        capture(&mut from, 2, &[], LOCAL, &file)?;
+        let mut to = machine(qemu, NEW).uuid(OTHER).incoming().start()?;
+        to.set_multifd_channels(2)?;
+        let address = to.migrate_incoming(LOCAL)?;
+        let ended =
+            Program::start(multifd(["send"]).arg(&file).arg(address)).end_within(Duration::from_secs(20));
+        ended.assert_failed(1, &["multifd: ", "its own log", "UUID", "because: "]);
+        Ok(())
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    fails(&qemu).unwrap();
 }
 
 #[test]

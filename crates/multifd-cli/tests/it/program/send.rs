@@ -7,9 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 use rustix::process::Signal;
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::kit::{Program, as_stdin, captured, folder, machine, multifd, names, path, run, stored_memory};
 
@@ -134,6 +135,48 @@ fn destination_that_dies_is_an_error() {
     sending.next_line();
     receive.signal(Signal::KILL);
     sending.end_within(SOON).assert_failed(1, &["multifd: ", "because: "]);
+}
+
+/// A machine that waits with multifd on over `expected` channels is sent one of `channels`.
+fn another_number(qemu: &Qemu, expected: u8, channels: u8) -> Result<(Program, Vm, TempDir), Error> {
+    let folder = folder();
+    let from = captured(&folder, 32 * MIB);
+    let mut to = machine(qemu, "pc-q35-7.2").incoming().start()?;
+    to.set_multifd_channels(expected)?;
+    let address = to.migrate_incoming(LOCAL)?;
+    Ok((send(&["--multifd-channels", &channels.to_string()], &from, &address), to, folder))
+}
+
+fn too_many(qemu: &Qemu) -> Result<(), Error> {
+    for (expected, channels) in [(2, 4), (0, 2)] {
+        let (sending, _to, _folder) = another_number(qemu, expected, channels)?;
+        sending.end_within(SOON).assert_failed(1, &["channel count", "because: "]);
+    }
+    Ok(())
+}
+
+#[test]
+fn more_channels_than_the_destination_has_are_an_error_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    too_many(&qemu).unwrap();
+}
+
+#[test]
+fn more_channels_than_the_destination_has_are_an_error_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    too_many(&qemu).unwrap();
+}
+
+/// The destination waits for the others without a word, and so do we until somebody ends it.
+#[test]
+fn interrupt_ends_it_when_the_destination_waits_for_more_channels() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    for (expected, channels) in [(4, 2), (2, 0)] {
+        let (sending, _to, _folder) = another_number(&qemu, expected, channels).unwrap();
+        sending.next_line();
+        sending.signal(Signal::INT);
+        sending.end_within(SOON).assert_failed(130, &["interrupted"]);
+    }
 }
 
 #[test]
