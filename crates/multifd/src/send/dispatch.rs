@@ -13,7 +13,7 @@ use std::{
 use crate::{
     batch::Batch,
     channel::{Stop, Wake},
-    error::Result,
+    error::{Error, Result},
     ram::PageSize,
 };
 
@@ -81,7 +81,8 @@ impl Dispatch {
         loop {
             if queue.stopped {
                 drop(queue);
-                return stop.check();
+                // After a good end there is nobody left to hand pages to.
+                return Err(stop.error().unwrap_or(Error::Cancelled));
             }
             if let Some(empty) = queue.free.pop() {
                 let full = std::mem::replace(batch, empty);
@@ -192,10 +193,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        error::Error,
-        ram::{BlockIndex, PageIndex},
-    };
+    use crate::ram::{BlockIndex, PageIndex};
 
     const PAGE: PageSize = PageSize::KIB_4;
 
