@@ -14,16 +14,26 @@ struct Rule {
     why: &'static str,
 }
 
-const RULES: [Rule; 5] = [
+const RULES: [Rule; 7] = [
     Rule {
         folder: "crates/multifd/src/wire",
-        forbidden: &["batch", "channel", "compress", "options", "recv", "send", "stats"],
+        forbidden: &["batch", "channel", "compress", "live", "options", "recv", "send", "stats"],
         why: "packets are pure bytes and know none of the stages that use them",
     },
     Rule {
         folder: "crates/multifd/src/ram",
-        forbidden: &["batch", "channel", "compress", "options", "recv", "send", "stats", "wire"],
+        forbidden: &["batch", "channel", "compress", "live", "options", "recv", "send", "stats", "wire"],
         why: "guest RAM knows none of the stages that use it",
+    },
+    Rule {
+        folder: "crates/multifd/src/send",
+        forbidden: &["live", "recv"],
+        why: "the channels out know neither the passes that feed them nor the other direction",
+    },
+    Rule {
+        folder: "crates/multifd/src/recv",
+        forbidden: &["live", "send"],
+        why: "the channels in know nothing of the source",
     },
     Rule {
         folder: "crates/multifd/src",

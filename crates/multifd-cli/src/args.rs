@@ -40,6 +40,17 @@ pub(crate) enum Verb {
     DemoDestination(DemoDestinationArgs),
 }
 
+impl Verb {
+    /// Whether nothing but errors is to be said.
+    pub(crate) fn quiet(&self) -> bool {
+        match self {
+            Self::Receive(args) => args.output.quiet,
+            Self::Send(args) => args.output.quiet,
+            Self::Inspect(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
+        }
+    }
+}
+
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ReceiveArgs {
     /// Number of channels that the source opens, 0 to 255, or auto to learn it from the source

@@ -29,7 +29,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    outcome::trace();
+    outcome::trace(args.verb.quiet());
     let ended = match args.verb {
         Verb::Receive(args) => receive::run(&args),
         Verb::Send(args) => send::run(&args),

@@ -57,11 +57,12 @@ impl Error for While {
     }
 }
 
-/// Sends the libraries' events to standard error, as `MULTIFD_LOG` asks: `debug`, `multifd=trace`.
-pub(crate) fn trace() {
-    let Ok(filter) = EnvFilter::try_from_env("MULTIFD_LOG") else { return };
+/// Sends the libraries' events to standard error, as `MULTIFD_LOG` asks: `debug`, `multifd=trace`. Unasked, warnings
+/// unless it is to be quiet.
+pub(crate) fn trace(quiet: bool) {
+    let unasked = || EnvFilter::new(if quiet { "off" } else { "warn" });
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(EnvFilter::try_from_env("MULTIFD_LOG").unwrap_or_else(|_| unasked()))
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();

@@ -27,7 +27,7 @@
 //! ```
 //! use std::{sync::Arc, thread};
 //!
-//! use multifd::{ReceiveOptions, Receiver, SendOptions, Sender};
+//! use multifd::{ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender};
 //! use multifd::{channel::{Stop, memory}, ram::*};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -39,7 +39,9 @@
 //! let (source, destination) = (blocks()?, blocks()?);
 //! let (connector, listener) = memory::network(1 << 16);
 //!
-//! let mut receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+//! // No main stream tells here when all channels have connected, so their number is said.
+//! let options = ReceiveOptions::new().channels(ChannelCount::Exact(4));
+//! let mut receiver = Receiver::new(options, Stop::new());
 //! receiver.listen(Box::new(listener))?;
 //! receiver.set_blocks(destination.clone())?;
 //!

@@ -69,7 +69,8 @@ impl SendOptions {
 /// How many channels a destination expects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ChannelCount {
-    /// As many as the source has opened when it comes to the first sync point; none if it has multifd off.
+    /// As many as the source has opened when main comes to the first sync point; none if it has multifd off. Only for
+    /// a source whose main stream tells of that point after all channels have connected, as QEMU's does.
     #[default]
     Auto,
     /// This many, 0 to 255; 0 is multifd off.

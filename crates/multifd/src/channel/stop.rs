@@ -140,6 +140,12 @@ impl Stop {
         self.watch(Arc::new(OnFailure { stop: self.clone(), wake: watcher }))
     }
 
+    /// Fails the migration if the thread that holds the returned guard panics: whoever waits for that thread would
+    /// wait for ever.
+    pub(crate) fn alarm(&self, thread: &'static str) -> Alarm<'_> {
+        Alarm { stop: self, thread }
+    }
+
     /// Returns the cause that was there before, if any.
     fn stop(&self, cause: Cause) -> Option<Cause> {
         let mut state = self.lock();
@@ -192,6 +198,23 @@ impl Drop for Watch {
         drop(watcher);
     }
 }
+
+/// See [`Stop::alarm`].
+pub(crate) struct Alarm<'a> {
+    stop: &'a Stop,
+    thread: &'static str,
+}
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.stop.fail(Error::other(format!("{} panicked", self.thread), PANICKED));
+        }
+    }
+}
+
+/// Why a thread can have panicked.
+const PANICKED: &str = "a bug in this library, or in a link that it was given";
 
 struct OnFailure {
     stop: Stop,

@@ -20,6 +20,7 @@ const MAIN_MAGIC: [u8; 4] = *b"QEVM";
 
 /// The acceptor's thread: takes connections until the migration is over.
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
+    let _alarm = shared.stop.alarm("the acceptor's thread");
     loop {
         match listener.accept() {
             Ok(Some(link)) => greet(shared, link),
@@ -66,6 +67,7 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
 }
 
 fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
+    let _alarm = shared.stop.alarm("a channel's thread");
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
     let watch = shared.stop.watch_failure(wake.clone());

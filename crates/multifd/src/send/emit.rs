@@ -21,6 +21,7 @@ use crate::{
 
 /// The life of a channel. An error ends the whole migration.
 pub(super) fn run(id: ChannelId, shared: &Shared, options: &SendOptions, connector: &dyn Connect) {
+    let _alarm = shared.stop.alarm("a channel's thread");
     let emitted = Emitter::connect(id, shared, options, connector).and_then(Emitter::emit);
     if let Err(error) = emitted {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");

@@ -171,9 +171,8 @@ impl Sender {
 
     fn join(&mut self) {
         for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                self.stop.fail(Error::other("a channel's thread panicked", "a bug in this library"));
-            }
+            // One that panicked has failed the migration itself.
+            let _ = thread.join();
         }
     }
 

@@ -12,10 +12,10 @@ use std::{
 
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
-    channel::{Connect, Link, Stop, memory},
+    channel::{Connect, Link, Stop, Wake, memory},
     error::{Error, Usage, Violation},
     live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
-    ram::{BlockIndex, DirtyBitmaps, DirtyLog, NeverDirty, PageBitmap, PageIndex, PageSize},
+    ram::{BlockIndex, DirtyBitmaps, DirtyLog, NeverDirty, PageBitmap, PageIndex, PageSize, Part, PartMut},
     wire::{ChannelId, Initial, VmUuid},
 };
 
@@ -264,4 +264,54 @@ fn main_that_breaks_off_is_an_error_and_ends_all_threads() {
     drop(main);
     let error = follow(receiver, &fresh(PageSize::KIB_4, RAM)).expect_err("broken off");
     assert_eq!(error.to_string(), "read main");
+}
+
+/// A link that panics where it should send or receive.
+struct Panics(Box<dyn Link>);
+
+impl Link for Panics {
+    fn send(&mut self, _parts: &[Part<'_>]) -> std::io::Result<usize> {
+        panic!("a link that the test has broken")
+    }
+    fn recv(&mut self, _parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+        panic!("a link that the test has broken")
+    }
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+        self.0.set_recv_timeout(limit)
+    }
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.0.waker()
+    }
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+    fn close_send(&mut self) -> std::io::Result<()> {
+        self.0.close_send()
+    }
+}
+
+struct PanickingConnector(memory::MemoryConnector);
+
+impl Connect for PanickingConnector {
+    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
+        Ok(Box::new(Panics(self.0.connect(stop, limit)?)))
+    }
+    fn target(&self) -> String {
+        self.0.target()
+    }
+}
+
+/// A thread that panicked left whoever waited for it waiting for ever.
+#[test]
+fn a_thread_that_panics_fails_the_migration() {
+    let (connector, _listener) = memory::network(1 << 16);
+    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    sender.set_up(Arc::new(PanickingConnector(connector))).expect("set up");
+    let error = sender.wait_connected().expect_err("no channel is left");
+    assert_eq!(error.to_string(), "a channel's thread panicked");
+
+    let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    receiver.add(Box::new(Panics(Box::new(memory::pair(64).0))));
+    let error = receiver.sync().expect_err("it will never say what it is");
+    assert_eq!(error.to_string(), "a channel's thread panicked");
 }
