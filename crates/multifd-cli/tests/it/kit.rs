@@ -57,6 +57,11 @@ pub(crate) fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> En
     Program::start(&mut multifd(arguments)).end()
 }
 
+/// `multifd send` of a file.
+pub(crate) fn feed(options: &[&str], file: &Path, address: &str) -> Program {
+    Program::start(multifd(["send"]).args(options).arg(file).arg(address))
+}
+
 impl Program {
     /// Starts it, and collects what it says.
     pub(crate) fn start(command: &mut Command) -> Self {
@@ -193,12 +198,18 @@ pub(crate) fn folder() -> TempDir {
 }
 
 /// The names in a folder, hidden ones included.
-pub(crate) fn names(folder: &Path) -> Vec<String> {
+fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("the folder");
     let mut names: Vec<String> =
         entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
     names.sort();
     names
+}
+
+/// The folder holds this and nothing else.
+#[track_caller]
+pub(crate) fn assert_left(folder: &TempDir, expected: &[&str]) {
+    assert_eq!(names(folder.path()), expected);
 }
 
 /// A connected socket, or a listening one, for the program to inherit as descriptor 0.

@@ -3,3 +3,4 @@
 mod files;
 mod matrix;
 mod peers;
+mod refused;

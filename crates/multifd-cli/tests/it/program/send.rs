@@ -12,22 +12,20 @@ use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::kit::{Program, as_stdin, captured, folder, machine, multifd, names, path, run, stored_memory};
+use crate::kit::{
+    Program, as_stdin, assert_left, captured, feed, folder, machine, multifd, path, run, stored_memory,
+};
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
 const SOON: Duration = Duration::from_secs(8);
-
-fn send(options: &[&str], file: &Path, address: &str) -> Program {
-    Program::start(multifd(["send"]).args(options).arg(file).arg(address))
-}
 
 #[test]
 fn progress_and_report_go_to_standard_error() {
     let folder = folder();
     let (from, file) = (captured(&folder, 4 * MIB), path(&folder, "machine"));
     let (receive, address) = Program::receive(&[], LOCAL, &file);
-    let ended = send(&["--max-bandwidth", "2M"], &from, &address).done();
+    let ended = feed(&["--max-bandwidth", "2M"], &from, &address).done();
     receive.done();
     assert!(ended.stdout.is_empty(), "{ended:?}");
     let first = ended.stderr.lines().next().unwrap_or_default();
@@ -42,7 +40,7 @@ fn max_bandwidth_is_honoured() {
     let from = captured(&folder, 4 * MIB);
     let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
     let start = Instant::now();
-    let sent = send(&["--json", "--max-bandwidth", "2M"], &from, &address).done().json();
+    let sent = feed(&["--json", "--max-bandwidth", "2M"], &from, &address).done().json();
     let took = start.elapsed();
     receive.done();
     assert!(took > Duration::from_millis(1500) && took < Duration::from_secs(6), "{took:?}: {sent}");
@@ -89,11 +87,11 @@ fn destination_that_is_not_there_is_an_error() {
     let file = captured(&folder, MIB);
     // A port that was free a moment ago.
     let address = format!("tcp:{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
-    let ended = send(&["--json"], &file, &address).end_within(SOON);
+    let ended = feed(&["--json"], &file, &address).end_within(SOON);
     ended.assert_failed(1, &[&format!("connect to {address}"), "because: "]);
     assert_eq!(ended.json()["status"], json!("failed"));
     let address = format!("unix:{}", path(&folder, "socket").display());
-    let ended = send(&[], &file, &address).end_within(SOON);
+    let ended = feed(&[], &file, &address).end_within(SOON);
     ended.assert_failed(1, &[&format!("connect to {address}"), "because: "]);
 }
 
@@ -102,12 +100,12 @@ fn interrupt_in_the_middle_ends_both() {
     let folder = folder();
     let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
     let (receive, address) = Program::receive(&[], LOCAL, &file);
-    let sending = send(&["--max-bandwidth", "2M"], &from, &address);
+    let sending = feed(&["--max-bandwidth", "2M"], &from, &address);
     sending.next_line();
     sending.signal(Signal::INT);
     sending.end_within(SOON).assert_failed(130, &["interrupted"]);
     receive.end_within(SOON).assert_failed(1, &["because: "]);
-    assert_eq!(names(folder.path()), ["captured"]);
+    assert_left(&folder, &["captured"]);
 }
 
 /// A destination that takes connections and reads nothing.
@@ -117,7 +115,7 @@ fn interrupt_ends_it_when_the_destination_stands_still() {
     let from = captured(&folder, 64 * MIB);
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp:{}", silent.local_addr().unwrap());
-    let sending = send(&["--json"], &from, &address);
+    let sending = feed(&["--json"], &from, &address);
     let connections: Vec<TcpStream> = (0..3).map(|_| silent.accept().unwrap().0).collect();
     sending.signal(Signal::INT);
     let ended = sending.end_within(SOON);
@@ -131,7 +129,7 @@ fn destination_that_dies_is_an_error() {
     let folder = folder();
     let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
     let (receive, address) = Program::receive(&[], LOCAL, &file);
-    let sending = send(&["--max-bandwidth", "2M"], &from, &address);
+    let sending = feed(&["--max-bandwidth", "2M"], &from, &address);
     sending.next_line();
     receive.signal(Signal::KILL);
     sending.end_within(SOON).assert_failed(1, &["multifd: ", "because: "]);
@@ -144,7 +142,7 @@ fn another_number(qemu: &Qemu, expected: u8, channels: u8) -> Result<(Program, V
     let mut to = machine(qemu, "pc-q35-7.2").incoming().start()?;
     to.set_multifd_channels(expected)?;
     let address = to.migrate_incoming(LOCAL)?;
-    Ok((send(&["--multifd-channels", &channels.to_string()], &from, &address), to, folder))
+    Ok((feed(&["--multifd-channels", &channels.to_string()], &from, &address), to, folder))
 }
 
 fn too_many(qemu: &Qemu) -> Result<(), Error> {
@@ -201,7 +199,7 @@ fn destination_of_another_machine_type_is_an_error() {
         let mut to = machine(qemu, "pc-q35-7.2").incoming().start()?;
         to.set_multifd_channels(2)?;
         let address = to.migrate_incoming(LOCAL)?;
-        let ended = send(&[], &from, &address).end_within(SOON);
+        let ended = feed(&[], &from, &address).end_within(SOON);
         ended.assert_failed(1, &["multifd: ", "because: "]);
         to.wait_end(PATIENCE).map(drop)
     }

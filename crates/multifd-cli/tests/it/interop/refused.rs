@@ -1,0 +1,56 @@
+//! What a source may be told to do that we do not serve: an error that says what was met and which capability to
+//! switch off, and a guest that runs on.
+
+use std::time::Duration;
+
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
+use serde_json::json;
+
+use crate::kit::{Program, assert_left, fast, folder, machine, path, source};
+
+/// What the source is told on top.
+type Setting = fn(&mut Vm) -> Result<(), Error>;
+
+fn refused(qemu: &Qemu, channels: u8, setting: Setting, told: &[&str]) -> Result<(), Error> {
+    let folder = folder();
+    let mut from = source(machine(qemu, &qemu.machine()))?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(channels)?;
+    setting(&mut from)?;
+    fast(&mut from)?;
+    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &path(&folder, "machine"));
+    from.migrate(&address)?;
+    receive.end_within(Duration::from_secs(8)).assert_failed(1, told);
+    assert_left(&folder, &[]);
+    from.wait_migration("failed", PATIENCE)?;
+    from.wait_run_state("running", PATIENCE)?;
+    let at = from.round()?.unwrap_or_default();
+    from.wait_round(at + 3, PATIENCE).map(drop)
+}
+
+macro_rules! refusals {
+    ($($name:ident: $qemu:expr, $channels:expr, $setting:expr, $told:expr;)*) => {$(
+        #[test]
+        fn $name() {
+            let Some(qemu) = $qemu else { return };
+            refused(&qemu, $channels, $setting, $told).unwrap();
+        }
+    )*};
+}
+
+refusals! {
+    postcopy_is_refused_7_2: Qemu::v7_2(), 0,
+        |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
+    postcopy_is_refused_10_0: Qemu::v10_0(), 0,
+        |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
+    shared_ram_that_stays_is_refused_7_2: Qemu::v7_2(), 2,
+        |vm| vm.set_capabilities(&[("x-ignore-shared", true)]), &["x-ignore-shared"];
+    shared_ram_that_stays_is_refused_10_0: Qemu::v10_0(), 2,
+        |vm| vm.set_capabilities(&[("x-ignore-shared", true)]), &["x-ignore-shared"];
+    zlib_is_refused_7_2: Qemu::v7_2(), 2,
+        |vm| vm.set_parameters(json!({ "multifd-compression": "zlib" })), &["channel ", "expected method none", "multifd-compression"];
+    zstd_is_refused_10_0: Qemu::v10_0(), 2,
+        |vm| vm.set_parameters(json!({ "multifd-compression": "zstd" })), &["channel ", "expected method none", "multifd-compression"];
+    compressed_pages_are_refused: Qemu::v7_2(), 0,
+        |vm| vm.set_capabilities(&[("compress", true)]), &["capability compress"];
+}
