@@ -1,6 +1,8 @@
 //! The promises of the engine, both ends together over links in memory.
 
 #[cfg(test)]
+mod events;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod hostile;
