@@ -13,6 +13,7 @@ use std::{
 
 use multifd::{
     Error, Result,
+    channel::Stop,
     ram::{Memory, RamBlock, RamBlocks},
     wire::VmUuid,
 };
@@ -84,12 +85,15 @@ impl Capture {
         loaded: &Loaded,
         blocks: &RamBlocks,
         uuid: Option<VmUuid>,
+        stop: &Stop,
     ) -> Result<u64, While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
             While::new(format!("cannot complete {}", self.target.display()), error)
         };
         let length = self.write(loaded, blocks, uuid).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
+        // That can take long enough for a channel to turn up whose pages are missing.
+        stop.check().map_err(|error| failed(error.into()))?;
         let named = if self.force {
             self.temporary.persist(&self.target)
         } else {

@@ -93,12 +93,11 @@ fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64
     let loaded = incoming.run(&mut loader);
     let main_pages = loader.main_pages();
     let blocks = loader.into_blocks();
-    let kept = loaded.map_err(|error| stop.fail(broken(error))).and_then(|loaded| {
-        let blocks =
-            blocks.ok_or_else(|| stop.fail(Error::other("no RAM came", "the stream has no blocks")))?;
+    let kept = loaded.map_err(broken).and_then(|loaded| {
+        let blocks = blocks.ok_or_else(|| Error::other("no RAM came", "the stream has no blocks"))?;
         stop.check()?;
-        let kept = capture.complete(&loaded, &blocks, receiver.uuid());
-        kept.map_err(|error| stop.fail(Error::other("the machine has come, but cannot be kept", error)))?;
+        let kept = capture.complete(&loaded, &blocks, receiver.uuid(), &stop);
+        kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))?;
         Ok((loaded, blocks))
     });
     match kept {
@@ -120,11 +119,11 @@ fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64
             Ok(Received { loaded, blocks, channels, main_bytes, main_pages })
         }
         Err(error) => {
-            // The source finds out either way: it is told if it can be, or its connections close.
+            // It is told before anything is shut down, unless a channel's failure has done that; then it finds out.
             if let Err(untold) = incoming.finish(Outcome::Failed) {
                 tracing::debug!(%untold, "the source could not be told");
             }
-            Err(error)
+            Err(stop.fail(error))
         }
     }
 }

@@ -6,7 +6,7 @@ use multifd::{
     Error, SendOptions, Sender,
     channel::{Address, Connect, Stop, Stream},
     error::Usage,
-    live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
+    live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
     ram::{Access, Mapping, Memory, NeverDirty, PageBitmap, RamBlock, RamBlocks},
     wire::VmUuid,
 };
@@ -34,7 +34,10 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     interrupt::cancels(&stop)?;
     let file = open(&args.file)?;
     let blocks = Arc::new(blocks(&file, channels == 0)?);
-    let options = MigrateOptions::new().max_bandwidth(Some(args.max_bandwidth));
+    // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
+    let options = MigrateOptions::new()
+        .max_bandwidth(Some(args.max_bandwidth))
+        .zero_page_detection(ZeroPageDetection::None);
     let migration = Migration::new(options, blocks.clone(), stop.clone());
     let progress = migration.progress();
     let display = {

@@ -399,6 +399,9 @@ pub enum Usage {
     /// The block's memory cannot be sent from.
     #[error("block {0:?} lives in a file and can only be received into")]
     NotMapped(BlockName),
+    /// The block's memory cannot be received into.
+    #[error("block {0:?} is mapped for reading and cannot be received into")]
+    ReadOnly(BlockName),
     /// A sender or receiver was set up for the second time.
     #[error("this end of the migration was set up before: make a new one for each migration")]
     UsedTwice,

@@ -98,28 +98,25 @@ impl Listen for Listener {
     }
 
     fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        let socket = match &mut self.kind {
-            Kind::Connection { taken: true } => return Ok(None),
-            Kind::Connection { taken } => {
-                *taken = true;
-                self.socket.try_clone()?
-            }
-            Kind::Listening { .. } => loop {
-                match self.socket.accept() {
-                    Ok((socket, _)) => break socket,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                    // The peer gave up before we came to it.
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
+        loop {
+            let socket = match &mut self.kind {
+                Kind::Connection { taken: true } => return Ok(None),
+                Kind::Connection { taken } => {
+                    *taken = true;
+                    self.socket.try_clone()
                 }
-            },
-        };
-        match SocketLink::new(socket) {
-            Ok(link) => Ok(Some(Box::new(link))),
-            // Closed again before we could ask who it was.
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => self.accept_waiting(),
-            Err(error) => Err(error),
+                Kind::Listening { .. } => self.socket.accept().map(|(socket, _)| socket),
+            };
+            match socket.and_then(SocketLink::new) {
+                Ok(link) => return Ok(Some(Box::new(link))),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(None),
+                    // The peer gave up before we came to it, or before we could ask who it was.
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::NotConnected => {}
+                    io::ErrorKind::Interrupted => {}
+                    _ => return Err(error),
+                },
+            }
         }
     }
 

@@ -14,10 +14,16 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, eventfd};
-use socket2::{Domain, SockAddr, Socket};
+use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
 
 use super::{Link, Wake};
 use crate::ram::{Part, PartMut};
+
+/// A dead peer is given up after a minute and a half without a sign of life.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(30))
+    .with_interval(Duration::from_secs(10))
+    .with_retries(6);
 
 /// A connected stream socket.
 pub struct SocketLink {
@@ -35,6 +41,8 @@ impl SocketLink {
         let peer = describe(&socket.peer_addr()?);
         if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             socket.set_tcp_nodelay(true)?;
+            // A host that has gone is noticed; one whose program stands still answers for it.
+            socket.set_tcp_keepalive(&KEEPALIVE)?;
         }
         Ok(Self { socket: Arc::new(socket), peer })
     }

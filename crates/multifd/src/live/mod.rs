@@ -118,7 +118,7 @@ pub trait Guest {
     /// If it cannot be stopped; the migration then fails and the guest runs on.
     fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>>;
 
-    /// Lets the stopped guest run on: the migration failed or was cancelled.
+    /// Lets the stopped guest run on: the migration failed or was cancelled, or the guest could not be stopped whole.
     fn resume(&mut self);
 }
 
@@ -189,7 +189,8 @@ pub struct Migration {
 }
 
 impl Migration {
-    /// A migration of `blocks`. `stop` cancels it from any thread, and must be the sender's.
+    /// A migration of `blocks`. `stop` cancels it from any thread, and must be the sender's; for a cancel to end a wait
+    /// on main, main's waker must be [watched](Stop::watch_failure) by it.
     pub fn new(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Self {
         let progress = Progress::new(blocks.total(), blocks.page_size());
         Self { options, blocks, stop, progress }
@@ -229,10 +230,11 @@ impl Migration {
         if let Err(error) = driven {
             // The first error is the one to report, and it has shut everything down.
             let error = self.stop.fail(error);
-            drop(sender);
+            // First of all: nothing that is left to be cleaned up writes to its RAM.
             if stopped {
                 guest.resume();
             }
+            drop(sender);
             for (index, block) in self.blocks.iter() {
                 log.put_back(index, &PageBitmap::full(block.pages()));
             }

@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use zerocopy::FromZeros;
+
 use super::PageIndex;
 
 /// A bit for each page of a block.
@@ -21,10 +23,14 @@ pub struct PageBitmap {
 const WORD: u64 = u64::BITS as u64;
 
 impl PageBitmap {
-    /// `pages` bits, all clear.
+    /// `pages` bits, all clear. Costs nothing until bits are set, so sparse terabytes are fine.
+    ///
+    /// # Panics
+    /// If there is no memory for them.
     pub fn new(pages: u64) -> Self {
         let words = usize::try_from(pages.div_ceil(WORD)).expect("a bit a page fits the address space");
-        Self { words: std::iter::repeat_with(AtomicU64::default).take(words).collect(), pages }
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(words).expect("memory for a bit a page");
+        Self { words, pages }
     }
 
     /// `pages` bits, all set.

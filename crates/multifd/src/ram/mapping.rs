@@ -25,6 +25,7 @@ pub enum Access {
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    writable: bool,
     owner: Owner,
 }
 
@@ -62,7 +63,7 @@ impl Mapping {
         // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel
         // without huge pages refuses it, which costs speed and nothing else.
         let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
-        Self::mapped(base, len)
+        Self::mapped(base, len, true)
     }
 
     /// `len` bytes of `file` from `offset` on, shared with it.
@@ -84,26 +85,26 @@ impl Mapping {
         };
         // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
         let base = unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, offset) }?;
-        Self::mapped(base, len)
+        Self::mapped(base, len, access == Access::ReadWrite)
     }
 
     /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
     ///
     /// # Safety
-    /// `base .. base + len` must stay mapped, readable, and writable if pages are received into it, until
-    /// the mapping is dropped (dropping `keep` may unmap it), and no Rust reference to any of it may be
+    /// `base .. base + len` must stay mapped, readable and writable until the mapping is dropped (dropping `keep` may unmap it), and no Rust reference to any of it may be
     /// alive while the mapping is.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
-        Self { base, len, owner: Owner::Foreign { _keep: Box::new(keep) } }
+        Self { base, len, writable: true, owner: Owner::Foreign { _keep: Box::new(keep) } }
     }
 
     fn empty() -> Self {
-        Self { base: NonNull::dangling(), len: 0, owner: Owner::Foreign { _keep: Box::new(()) } }
+        let owner = Owner::Foreign { _keep: Box::new(()) };
+        Self { base: NonNull::dangling(), len: 0, writable: true, owner }
     }
 
-    fn mapped(base: *mut std::ffi::c_void, len: usize) -> io::Result<Self> {
+    fn mapped(base: *mut std::ffi::c_void, len: usize, writable: bool) -> io::Result<Self> {
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { base, len, owner: Owner::Mapped })
+        Ok(Self { base, len, writable, owner: Owner::Mapped })
     }
 
     /// The length in bytes.
@@ -116,6 +117,11 @@ impl Mapping {
         self.len == 0
     }
 
+    /// Whether pages can be received into it.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// The `len` bytes at `offset`; `None` if they do not lie inside the mapping.
     pub fn slice(&self, offset: u64, len: usize) -> Option<GuestSlice<'_>> {
         let start = usize::try_from(offset).ok()?;
@@ -125,7 +131,7 @@ impl Mapping {
         }
         // SAFETY: `start <= end <= self.len`, so the result is inside the mapping or one past its end.
         let ptr = unsafe { self.base.add(start) };
-        Some(GuestSlice { ptr, len, life: PhantomData })
+        Some(GuestSlice { ptr, len, writable: self.writable, life: PhantomData })
     }
 }
 
@@ -150,6 +156,7 @@ impl fmt::Debug for Mapping {
 pub struct GuestSlice<'a> {
     ptr: NonNull<u8>,
     len: usize,
+    writable: bool,
     life: PhantomData<&'a Mapping>,
 }
 
@@ -168,6 +175,11 @@ impl GuestSlice<'_> {
         self.ptr.as_ptr()
     }
 
+    /// Whether the memory may be written to.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// Copies the bytes into a private buffer.
     ///
     /// # Panics
@@ -182,16 +194,21 @@ impl GuestSlice<'_> {
     /// Copies a private buffer into the memory.
     ///
     /// # Panics
-    /// If `buffer` has another length.
+    /// If `buffer` has another length, or the memory is mapped for reading alone.
     pub fn copy_from(&self, buffer: &[u8]) {
+        assert!(self.writable, "memory mapped for reading is not written to");
         assert_eq!(buffer.len(), self.len, "a copy has the length of its target");
-        // SAFETY: as in `copy_to`; the mapping was made writable by whoever receives into it.
+        // SAFETY: as in `copy_to`; that the mapping is writable is checked above.
         unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), self.ptr.as_ptr(), self.len) };
     }
 
     /// Writes zeros.
+    ///
+    /// # Panics
+    /// If the memory is mapped for reading alone.
     pub fn clear(&self) {
-        // SAFETY: the slice lies inside its mapping.
+        assert!(self.writable, "memory mapped for reading is not written to");
+        // SAFETY: the slice lies inside its mapping, which is writable.
         unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
     }
 
@@ -267,6 +284,15 @@ mod tests {
         let last = mapping.slice((4 << 40) - 4096, 4096).expect("inside");
         last.copy_from(&[7; 4096]);
         assert!(!last.is_zero());
+    }
+
+    #[test]
+    #[should_panic(expected = "mapped for reading")]
+    fn memory_mapped_for_reading_is_not_written_to() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(4096).expect("sized");
+        let mapping = Mapping::of_file(&file, 0, 4096, Access::Read).expect("mapped");
+        mapping.slice(0, 1).expect("inside").copy_from(&[1]);
     }
 
     #[test]

@@ -45,7 +45,10 @@ impl<'a> From<&'a mut [u8]> for PartMut<'a> {
 }
 
 impl<'a> From<GuestSlice<'a>> for PartMut<'a> {
+    /// # Panics
+    /// If the memory is mapped for reading alone.
     fn from(slice: GuestSlice<'a>) -> Self {
+        assert!(slice.is_writable(), "memory mapped for reading is not received into");
         Self(libc::iovec { iov_base: slice.as_ptr().cast(), iov_len: slice.len() }, PhantomData)
     }
 }

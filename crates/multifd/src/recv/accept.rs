@@ -5,7 +5,7 @@
 //! nobody; the thread of a channel then goes on as the channel's. A connection that is neither is a stranger: it is
 //! reported and dropped, and the migration goes on.
 
-use std::{io, sync::Arc, thread::Builder};
+use std::{io, sync::Arc, thread::Builder, time::Instant};
 
 use super::{Shared, consume, sync::Place};
 use crate::{
@@ -15,6 +15,8 @@ use crate::{
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
 };
 
+/// More connections than a listener's queue holds: no crowd keeps main waiting.
+const DRAIN_MOST: usize = 512;
 /// The first bytes of a main stream.
 const MAIN_MAGIC: [u8; 4] = *b"QEVM";
 
@@ -26,7 +28,8 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
             Ok(Some(link)) => greet(shared, link),
             Ok(None) => {
                 // What is waiting now was there when main asked.
-                while let Ok(Some(link)) = listener.accept_waiting() {
+                for _ in 0..DRAIN_MOST {
+                    let Ok(Some(link)) = listener.accept_waiting() else { break };
                     greet(shared, link);
                 }
                 if shared.drained() {
@@ -47,7 +50,7 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
     let peer = link.peer();
     {
         let mut state = shared.lock();
-        if state.sealed || state.stopped || state.greeting >= limits::GREETINGS {
+        if state.stopped || state.greeting >= limits::GREETINGS {
             tracing::warn!(peer, "a connection too many is dropped");
             return;
         }
@@ -70,9 +73,12 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
     let _alarm = shared.stop.alarm("a channel's thread");
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
-    let watch = shared.stop.watch_failure(wake.clone());
+    // While it has not said what it is, any end of the migration is its end.
+    let greeting = shared.stop.watch(wake.clone());
     match introduce(shared, &mut *link) {
         Ok(Caller::Main(seen)) => {
+            let watch = shared.stop.watch_failure(wake);
+            drop(greeting);
             let main = Stream::resumed(link, seen);
             shared.greeted(|state| {
                 if state.main_came || state.sealed {
@@ -86,9 +92,11 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
         }
         Ok(Caller::Channel(initial)) => {
             let id = initial.id;
+            let _watch = shared.stop.watch_failure(wake.clone());
             if !shared.register(&initial, wake, &peer) {
                 return;
             }
+            drop(greeting);
             // A name is for whoever looks at the threads; without it they are called as before.
             let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
             let _ = rustix::thread::set_name(&name);
@@ -110,19 +118,18 @@ enum Caller {
 
 fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
     let limit = shared.options.greeting_timeout;
-    let peer = link.peer();
+    let (peer, end) = (link.peer(), Instant::now() + limit);
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not say what it is"), limit },
         _ => Error::io(format!("receive the first bytes of {peer}"), error),
     };
-    link.set_recv_timeout(Some(limit)).map_err(failed)?;
     let mut first = [0; INITIAL_LEN];
-    let mut have = read_up_to(link, &mut first, 0, MAIN_MAGIC.len()).map_err(failed)?;
+    let mut have = read_up_to(link, &mut first[..MAIN_MAGIC.len()], 0, end).map_err(failed)?;
     if first.starts_with(&MAIN_MAGIC) {
         link.set_recv_timeout(None).map_err(failed)?;
         return Ok(Caller::Main(MAIN_MAGIC.to_vec()));
     }
-    have = read_up_to(link, &mut first, have, INITIAL_LEN).map_err(failed)?;
+    have = read_up_to(link, &mut first, have, end).map_err(failed)?;
     if have < INITIAL_LEN {
         let (expected, met) = (INITIAL_LEN as u64, have as u64);
         return Err(Violation::Cut { what: "the initial packet", expected, met }.into());
@@ -132,16 +139,23 @@ fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
     Ok(Caller::Channel(initial))
 }
 
-fn read_up_to(
-    link: &mut dyn Link,
-    buffer: &mut [u8; INITIAL_LEN],
-    have: usize,
-    end: usize,
-) -> io::Result<usize> {
-    let room = &mut buffer[have..end];
-    let least = room.len();
-    let received = crate::channel::recv_at_least(link, &mut [PartMut::from(room)], least)?;
-    Ok(have + received)
+/// Fills `buffer`, of which `have` bytes are there, until `end`; says how many are there then. However few bytes a
+/// peer sends at a time, it gains no time by it.
+fn read_up_to(link: &mut dyn Link, buffer: &mut [u8], mut have: usize, end: Instant) -> io::Result<usize> {
+    while have < buffer.len() {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        link.set_recv_timeout(Some(left))?;
+        match link.recv(&mut [PartMut::from(&mut buffer[have..])]) {
+            Ok(0) => break,
+            Ok(some) => have += some,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(have)
 }
 
 impl Shared {
@@ -183,7 +197,7 @@ impl Shared {
         if state.channels[slot].is_some() {
             return Err(Violation::DuplicateChannel { id }.into());
         }
-        if state.released > 1 {
+        if state.released > 1 || state.sealed {
             // Pages of this channel may be older than what other channels have brought since.
             return Err(Violation::LateChannel { id, point: state.released }.into());
         }

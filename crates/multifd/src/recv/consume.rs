@@ -23,7 +23,9 @@ pub(super) fn run(id: ChannelId, shared: &Shared, link: Box<dyn Link>) {
     tracing::debug!(channel = id.0, "multifd_recv_thread_start");
     shared.counters[usize::from(id.0)].add_bytes(INITIAL_LEN as u64);
     if let Err(error) = consume(id, shared, link) {
-        if shared.is_sealed() {
+        // Pages after the end may be newer than what is kept: that is no way to take leave.
+        let pages_lost = matches!(error.kind(), Error::Violation(Violation::PagesAfterEnd { .. }));
+        if shared.is_sealed() && !pages_lost {
             tracing::debug!(channel = id.0, %error, "an error after everything has come");
         } else {
             tracing::debug!(channel = id.0, %error, "multifd_recv_terminate_threads");

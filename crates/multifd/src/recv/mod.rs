@@ -31,7 +31,7 @@ use crate::{
     channel::{Link, Listen, Stop, Stream, Wake, Watch},
     error::{Error, Result, Usage, Violation},
     options::ReceiveOptions,
-    ram::{PageSize, RamBlocks},
+    ram::{Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     wire::{ChannelId, VmUuid, limits},
 };
@@ -185,8 +185,12 @@ impl Receiver {
     /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time, [`Usage::MixedPageSizes`] if they do not have the page size set.
+    /// [`Usage::UsedTwice`] the second time, [`Usage::ReadOnly`] if one is mapped for reading, [`Usage::MixedPageSizes`] if they do not have the page size set.
     pub fn set_blocks(&self, blocks: Arc<RamBlocks>) -> Result<()> {
+        let read_only = |memory: &Memory| matches!(memory, Memory::Mapped(mapping) if !mapping.is_writable());
+        if let Some((_, block)) = blocks.iter().find(|(_, block)| read_only(block.memory())) {
+            return Err(Usage::ReadOnly(block.name().clone()).into());
+        }
         if !blocks.is_empty() {
             let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
             if expected != blocks.page_size() {
@@ -340,7 +344,7 @@ impl Shared {
     fn drain_channels(&self) {
         let end = Instant::now() + self.options.drain_timeout;
         let mut state = self.lock();
-        while state.greeting > 0 || state.channels.iter().flatten().any(|place| !place.ended) {
+        while state.channels.iter().flatten().any(|place| !place.ended) {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || state.stopped {
                 tracing::debug!("the source left channels open");

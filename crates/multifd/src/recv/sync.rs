@@ -4,7 +4,7 @@
 //! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
 //! channels they take. A channel that has ended can no longer come, and fails the wait at once.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{Shared, State};
 use crate::{
@@ -42,10 +42,14 @@ impl Shared {
 
     /// Main has come to its next sync point: it stands until every channel has.
     pub(super) fn sync(&self) -> Result<()> {
-        self.drain_listener();
+        // A channel that comes after the second point is refused, so there is nothing to wait for any more.
+        let may_grow = self.lock().released < 2;
+        if may_grow {
+            self.drain_listener();
+        }
         let mut state = self.lock();
         let point = state.released + 1;
-        if point == 1 {
+        if may_grow {
             state = self.settle(state)?;
         }
         loop {
@@ -67,8 +71,7 @@ impl Shared {
                 }
                 all_here = false;
             }
-            // A connection that has not said yet what it is may be a channel on its way.
-            if all_here && state.greeting == 0 {
+            if all_here {
                 break;
             }
             state = self.wait(state);
@@ -79,8 +82,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Before the first sync point: waits for the channels that belong to this migration. A source has connected
-    /// them all before it can come here, but the network may deliver main's bytes first.
+    /// Before the first sync points: waits for the channels that belong to this migration. A source has connected
+    /// them all before it can come here, but the network may deliver main's bytes first. A connection that has not
+    /// said yet what it is may be one of them, unless their number is known and complete.
     fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
         let limit = self.options.channels_timeout;
         let end = Instant::now() + limit;
@@ -91,13 +95,14 @@ impl Shared {
                 return Err(Error::Cancelled);
             }
             let missing = state.missing(self.options.channels);
-            if missing.is_none() && state.greeting == 0 {
+            let left = end.saturating_duration_since(Instant::now());
+            let exact = matches!(self.options.channels, ChannelCount::Exact(_));
+            if missing.is_none() && (exact || state.greeting == 0 || left.is_zero()) {
                 tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let error = state.count_error(self.options.channels, missing, limit);
+            if let Some(missing) = missing.filter(|_| left.is_zero()) {
+                let error = state.count_error(self.options.channels, missing);
                 drop(state);
                 return Err(self.stop.fail(error));
             }
@@ -123,15 +128,12 @@ impl State {
         u8::try_from(gap).ok().map(ChannelId)
     }
 
-    fn count_error(&self, expected: ChannelCount, missing: Option<ChannelId>, limit: Duration) -> Error {
-        match (expected, missing) {
-            (_, None) => Error::TimedOut { what: "a connection did not say what it is".into(), limit },
-            (ChannelCount::Exact(count), _) => {
+    fn count_error(&self, expected: ChannelCount, missing: ChannelId) -> Error {
+        match expected {
+            ChannelCount::Exact(count) => {
                 Violation::ChannelCount { expected: count.into(), met: self.count() }.into()
             }
-            (ChannelCount::Auto, Some(missing)) => {
-                Violation::ChannelMissing { missing, channels: self.count() }.into()
-            }
+            ChannelCount::Auto => Violation::ChannelMissing { missing, channels: self.count() }.into(),
         }
     }
 }

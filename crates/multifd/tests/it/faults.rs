@@ -15,11 +15,14 @@ use multifd::{
     channel::{Connect, Link, Stop, Wake, memory},
     error::{Error, Usage, Violation},
     live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
-    ram::{BlockIndex, DirtyBitmaps, DirtyLog, NeverDirty, PageBitmap, PageIndex, PageSize, Part, PartMut},
-    wire::{ChannelId, Initial, VmUuid},
+    ram::{
+        Access, BlockIndex, DirtyBitmaps, DirtyLog, Mapping, Memory, NeverDirty, PageBitmap, PageIndex,
+        PageSize, Part, PartMut, RamBlock, RamBlocks,
+    },
+    wire::{ChannelId, HeadBuffer, Initial, VmUuid},
 };
 
-use crate::kit::{StoppedGuest, TIMEOUT, TestMain, follow, fresh, receive, spawn, used, write};
+use crate::kit::{StoppedGuest, TIMEOUT, TestMain, follow, fresh, name, receive, spawn, used, write};
 
 const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 
@@ -252,6 +255,54 @@ fn a_silent_stranger_holds_up_nobody_for_longer_than_its_limit() {
         .expect("sent");
     receiver.sync().expect("no channels, so nothing to wait for");
     assert_eq!(receiver.channels(), 0);
+}
+
+/// The time limit held for each byte, so that a peer that sent one now and then had hundreds of them.
+#[test]
+fn a_peer_that_drips_gains_no_time_by_it() {
+    let (connector, listener) = memory::network(1 << 16);
+    let options = ReceiveOptions::new().greeting_timeout(Duration::from_millis(100));
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    let mut drip = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let dripper = spawn("dripper", move || {
+        while drip.send(&[b"\x11"[..].into()]).is_ok() {
+            sleep(Duration::from_millis(40));
+        }
+    });
+    let start = Instant::now();
+    receiver.sync().expect("no channels, so nothing to wait for");
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+    dripper.join().expect("no panic");
+}
+
+/// A connection that has not said what it is was not woken at a good end, which waited for its time limit.
+#[test]
+fn a_silent_stranger_does_not_hold_up_the_end() {
+    let (connector, listener) = memory::network(1 << 16);
+    let mut receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Exact(1)), Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.set_blocks(fresh(PageSize::KIB_4, RAM)).expect("set");
+    let _silent = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut first = channel(&connector, 0);
+    first.send(&[HeadBuffer::new(PageSize::KIB_4).sync(0).into()]).expect("sent");
+    first.close_send().expect("open");
+    let start = Instant::now();
+    receiver.sync().expect("the one channel is here");
+    receiver.finish().expect("a good end");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[test]
+fn memory_mapped_for_reading_is_refused_by_a_receiver() {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(4096).expect("sized");
+    let memory = Memory::Mapped(Mapping::of_file(&file, 0, 4096, Access::Read).expect("mapped"));
+    let block = RamBlock::new(name("rom"), 4096, PageSize::KIB_4, memory).expect("a block");
+    let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
+    let refused = receiver.set_blocks(blocks).expect_err("refused");
+    assert_eq!(refused.to_string(), r#"block "rom" is mapped for reading and cannot be received into"#);
 }
 
 #[test]
