@@ -56,6 +56,9 @@ pub(crate) struct ReceiveArgs {
     /// Number of channels that the source opens, 0 to 255, or auto to learn it from the source
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
     pub(crate) multifd_channels: ChannelCount,
+    /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
+    #[arg(long)]
+    pub(crate) switchover_ack: bool,
     /// Replace FILE if it exists
     #[arg(long)]
     pub(crate) force: bool,

@@ -81,7 +81,7 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
             ExitCode::from(2)
         }
         Err(Failure::Interrupted) => {
-            say("multifd: interrupted; nothing has been left behind");
+            say("multifd: interrupted; the migration is cancelled");
             ExitCode::from(130)
         }
     }

@@ -51,7 +51,8 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         let (counters, total) = (receiver.counters(), total.clone());
         Display::start("receive", args.output.quiet || args.output.json, move || look(&counters, &total))
     };
-    let received = take_in(receiver, main, capture, &total);
+    let received =
+        take_in(receiver, Incoming::new(main).switchover_ack(args.switchover_ack), capture, &total);
     drop(display);
     match received {
         Ok(received) => {
@@ -83,9 +84,13 @@ fn failed(args: &ReceiveArgs, start: Instant, error: Error) -> Failure {
 }
 
 /// Reads the whole migration, keeps it, and tells the source how that went.
-fn take_in(receiver: Receiver, main: Stream, capture: Capture, total: &AtomicU64) -> Result<Received, Error> {
+fn take_in(
+    receiver: Receiver,
+    mut incoming: Incoming<Stream>,
+    capture: Capture,
+    total: &AtomicU64,
+) -> Result<Received, Error> {
     let stop = receiver.stop().clone();
-    let mut incoming = Incoming::new(main);
     let mut loader = Loader::new(&receiver, |configuration, list| {
         total.store(list.total(), Ordering::Relaxed);
         capture.blocks(configuration, list)
@@ -144,7 +149,7 @@ fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
         transferred,
         pass: counters.sync_points(),
         note: format!(
-            "{} of {} RAM",
+            "{} received, the guest has {}",
             indicatif::BinaryBytes(transferred),
             indicatif::BinaryBytes(total.load(Ordering::Relaxed))
         ),

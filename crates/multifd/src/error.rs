@@ -314,7 +314,9 @@ pub enum Violation {
     #[error("packet with pages before the source announced its RAM blocks")]
     PagesBeforeBlocks,
     /// The packet's method is not the one that this side was told.
-    #[error("expected method {expected}, met flags {met}: set multifd-compression to the same on both sides")]
+    #[error(
+        "expected method {expected}, met flags {met}: set multifd-compression to {expected} at the source"
+    )]
     Method {
         /// The method of this side.
         expected: &'static str,

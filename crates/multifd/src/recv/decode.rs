@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(refusal("vga.vram", 0, &[0], &[], 4096), r#"unknown block "vga.vram""#);
         assert_eq!(
             refusal("pc.ram", 2, &[0], &[], 4096),
-            "expected method none, met flags 0x2: set multifd-compression to the same on both sides"
+            "expected method none, met flags 0x2: set multifd-compression to none at the source"
         );
         assert_eq!(
             refusal("pc.ram", 0, &[0, 1], &[], 4096),

@@ -358,3 +358,16 @@ fn wrong_uuid_fails_at_once_10_0() {
     let Some(qemu) = Qemu::v10_0() else { return };
     wrong_uuid_is_refused(&qemu, NEW).unwrap();
 }
+
+#[test]
+fn source_that_waits_for_the_switchover_ack_gets_it() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    let folder = folder();
+    let mut from = source(machine(&qemu, "pc-q35-10.0")).unwrap();
+    from.set_capabilities(&[("return-path", true), ("switchover-ack", true)]).unwrap();
+    let file = path(&folder, "machine");
+    capture(&mut from, 2, &["--switchover-ack"], "tcp:127.0.0.1:0", &file).unwrap();
+    let to = machine(&qemu, "pc-q35-10.0");
+    let mut to = restore(to, 2, &[], "tcp:127.0.0.1:0", &file).unwrap();
+    runs_on(&from, &mut to).unwrap();
+}
