@@ -108,6 +108,26 @@ fn interrupt_in_the_middle_ends_both() {
     assert_left(&folder, &["captured"]);
 }
 
+/// Pages were read from the file's mapping to see whether they are zero: where the file had ended by then, that was
+/// a signal which killed the program without a word.
+#[test]
+fn file_that_is_cut_in_the_middle_is_an_error() {
+    let folder = folder();
+    let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
+    for channels in ["2", "0"] {
+        let whole = fs::read(&from).unwrap();
+        let (receive, address) = Program::receive(&[], LOCAL, &file);
+        let options = ["--max-bandwidth", "8M", "--multifd-channels", channels];
+        let sending = feed(&options, &from, &address);
+        sending.next_line();
+        fs::File::options().write(true).open(&from).unwrap().set_len(2 * MIB).unwrap();
+        sending.end_within(PATIENCE).assert_failed(1, &["because: "]);
+        receive.end_within(SOON).assert_failed(1, &["because: "]);
+        assert_left(&folder, &["captured"]);
+        fs::write(&from, whole).unwrap();
+    }
+}
+
 /// A destination that takes connections and reads nothing.
 #[test]
 fn interrupt_ends_it_when_the_destination_stands_still() {
