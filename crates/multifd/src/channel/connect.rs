@@ -13,13 +13,13 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    Address, Connect, Link, Stop,
+    Address, Connect, Link, Stop, deadline,
     socket::{EventFd, SocketLink, inherited},
 };
 
 impl Connect for Address {
     fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
-        let deadline = Instant::now() + limit;
+        let deadline = deadline(limit);
         let socket = match self {
             Self::Tcp { host, port } => {
                 let host = if host.is_empty() { "localhost" } else { host };
@@ -47,9 +47,13 @@ fn connect_any(
     deadline: Instant,
 ) -> io::Result<Socket> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-    for address in addresses {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-        match connect_one(&socket, &address.into(), stop, deadline) {
+    let addresses: Vec<SocketAddr> = addresses.collect();
+    for (address, left) in addresses.iter().zip((1..=addresses.len()).rev()) {
+        let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
+        // Each gets its share of the time, so that one that swallows everything leaves some for the next.
+        let time =
+            deadline.saturating_duration_since(Instant::now()) / u32::try_from(left).unwrap_or(u32::MAX);
+        match connect_one(&socket, &(*address).into(), stop, Instant::now() + time) {
             Ok(()) => return Ok(socket),
             Err(error) => last = error,
         }

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Connect, Link, Listen, Stop, Wake};
+use super::{Connect, Link, Listen, Stop, Wake, deadline};
 use crate::ram::{Part, PartMut};
 
 /// Two ends of a connection that holds up to `capacity` bytes on their way in each direction.
@@ -128,7 +128,7 @@ impl Pipe {
     }
 
     fn read(&self, parts: &mut [PartMut<'_>], timeout: Option<Duration>) -> io::Result<usize> {
-        let end = timeout.map(|limit| Instant::now() + limit);
+        let end = timeout.map(deadline);
         let mut state = self.lock();
         while !state.closed && state.buffer.len() == state.read {
             state = match end.map(|end| end.saturating_duration_since(Instant::now())) {

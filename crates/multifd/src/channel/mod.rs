@@ -19,7 +19,7 @@ mod stop;
 
 pub use address::Address;
 pub use link::{Connect, Link, Listen, Stream};
-pub(crate) use link::{recv_at_least, send_all};
+pub(crate) use link::{deadline, recv_at_least, send_all};
 pub use listen::Listener;
 pub use socket::SocketLink;
 pub use stop::{Stop, Wake, Watch};

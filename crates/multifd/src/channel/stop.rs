@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::deadline;
 use crate::error::{Error, Result};
 
 /// Something that may be waited on, and can be told to end its waits.
@@ -106,7 +107,7 @@ impl Stop {
     /// # Errors
     /// The error that stopped the migration.
     pub fn pause(&self, time: Duration) -> Result<()> {
-        let end = Instant::now() + time;
+        let end = deadline(time);
         let mut state = self.lock();
         while state.cause.is_none() {
             let left = end.saturating_duration_since(Instant::now());

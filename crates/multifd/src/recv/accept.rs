@@ -9,7 +9,7 @@ use std::{io, sync::Arc, thread::Builder, time::Instant};
 
 use super::{Shared, consume, sync::Place};
 use crate::{
-    channel::{Link, Listen, Stream, Wake},
+    channel::{Link, Listen, Stream, Wake, deadline},
     error::{Error, Result, Violation},
     ram::PartMut,
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
@@ -118,7 +118,7 @@ enum Caller {
 
 fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
     let limit = shared.options.greeting_timeout;
-    let (peer, end) = (link.peer(), Instant::now() + limit);
+    let (peer, end) = (link.peer(), deadline(limit));
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not say what it is"), limit },
         _ => Error::io(format!("receive the first bytes of {peer}"), error),

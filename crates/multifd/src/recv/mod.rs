@@ -28,7 +28,7 @@ use std::{
 use sync::Place;
 
 use crate::{
-    channel::{Link, Listen, Stop, Stream, Wake, Watch},
+    channel::{Link, Listen, Stop, Stream, Wake, Watch, deadline},
     error::{Error, Result, Usage, Violation},
     options::ReceiveOptions,
     ram::{Memory, PageSize, RamBlocks},
@@ -342,7 +342,7 @@ impl Shared {
 
     /// Waits until the source has closed every channel, and closes those that it leaves open.
     fn drain_channels(&self) {
-        let end = Instant::now() + self.options.drain_timeout;
+        let end = deadline(self.options.drain_timeout);
         let mut state = self.lock();
         while state.channels.iter().flatten().any(|place| !place.ended) {
             let left = end.saturating_duration_since(Instant::now());
@@ -366,12 +366,17 @@ impl Shared {
         state.threads.push(thread);
     }
 
+    /// Joins all threads and lets go of all connections, whoever still looks at the counters.
     fn join(&self) {
         loop {
-            let Some(thread) = self.lock().threads.pop() else { return };
+            let Some(thread) = self.lock().threads.pop() else { break };
             // One that panicked has failed the migration itself.
             let _ = thread.join();
         }
+        let mut state = self.lock();
+        let connections = (state.main.take(), state.main_watch.take(), std::mem::take(&mut state.wakers));
+        drop(state);
+        drop(connections);
     }
 
     fn stats(&self) -> Vec<ChannelStats> {

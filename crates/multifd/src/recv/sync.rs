@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::{Shared, State};
 use crate::{
+    channel::deadline,
     error::{Error, Result, Violation},
     options::ChannelCount,
     wire::ChannelId,
@@ -87,7 +88,7 @@ impl Shared {
     /// said yet what it is may be one of them, unless their number is known and complete.
     fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
         let limit = self.options.channels_timeout;
-        let end = Instant::now() + limit;
+        let end = deadline(limit);
         loop {
             if state.stopped {
                 drop(state);
