@@ -94,10 +94,11 @@ fn percent(look: &Look) -> String {
     }
 }
 
-/// Bytes a second since the last look.
+/// Bytes a second since the last look, and since when there have been none.
 #[derive(Default)]
 struct Meter {
     last: Option<(Instant, u64)>,
+    still_since: Option<Instant>,
 }
 
 impl Meter {
@@ -107,6 +108,13 @@ impl Meter {
             .last
             .replace((now, look.transferred))
             .map_or(0, |(then, before)| rate(look.transferred.saturating_sub(before), now - then));
+        let still = if speed == 0 { now - *self.still_since.get_or_insert(now) } else { Duration::ZERO };
+        if speed > 0 {
+            self.still_since = None;
+        }
+        if still >= STILL {
+            return format!("nothing has moved for {} s: {ASK}", still.as_secs());
+        }
         let mut text = String::new();
         if look.pass > 0 {
             text += &format!("pass {}, ", look.pass);
@@ -120,5 +128,28 @@ impl Meter {
             text += &format!(", {}", look.note);
         }
         text
+    }
+}
+
+/// After so long without a byte it is worth asking why.
+const STILL: Duration = Duration::from_secs(10);
+const ASK: &str = "does the other side have the same channels?";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_takes_nothing_is_told_of_after_a_while() {
+        let mut meter = Meter::default();
+        let look = Look { transferred: 5, pass: 1, ..Look::default() };
+        assert_eq!(meter.text(&look), "pass 1, 0 B/s");
+        meter.still_since = Instant::now().checked_sub(STILL);
+        assert_eq!(
+            meter.text(&look),
+            "nothing has moved for 10 s: does the other side have the same channels?"
+        );
+        meter.last = Instant::now().checked_sub(Duration::from_secs(1)).map(|then| (then, 0));
+        assert!(meter.text(&look).starts_with("pass 1, "), "it moves again");
     }
 }
