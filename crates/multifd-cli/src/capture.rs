@@ -86,11 +86,11 @@ impl Capture {
         blocks: &RamBlocks,
         uuid: Option<VmUuid>,
         stop: &Stop,
-    ) -> Result<u64, While> {
+    ) -> Result<(), While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
             While::new(format!("cannot complete {}", self.target.display()), error)
         };
-        let length = self.write(loaded, blocks, uuid).map_err(|error| failed(error.into()))?;
+        self.write(loaded, blocks, uuid).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
         // That can take long enough for a channel to turn up whose pages are missing.
         stop.check().map_err(|error| failed(error.into()))?;
@@ -106,7 +106,7 @@ impl Capture {
         synced.map_err(|error| {
             While::new(format!("cannot sync the folder of {}", self.target.display()), error)
         })?;
-        Ok(length)
+        Ok(())
     }
 
     fn write(&self, loaded: &Loaded, blocks: &RamBlocks, uuid: Option<VmUuid>) -> Result<u64> {

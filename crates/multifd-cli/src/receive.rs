@@ -71,9 +71,8 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
 /// The end of a migration that failed, told as it was asked for.
 fn failed(args: &ReceiveArgs, start: Instant, error: Error) -> Failure {
     if args.output.json {
-        let status = if error.is_cancelled() { "cancelled" } else { "failed" };
         let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
-        if let Err(full) = print(&report.failed(status, &error).json()) {
+        if let Err(full) = print(&report.failed(&error).json()) {
             tracing::error!(error = %full, "the report is lost");
         }
     }

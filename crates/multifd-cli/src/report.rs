@@ -1,9 +1,12 @@
 //! What has been done, as one line of JSON with the names of QEMU's `query-migrate`, or as a few for people.
 
-use std::time::Duration;
+use std::{error::Error as _, time::Duration};
 
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
-use multifd::{ChannelStats, live::MigrationInfo};
+use multifd::{
+    ChannelStats,
+    live::{MigrationInfo, Status},
+};
 use serde::Serialize;
 
 /// The end of a migration.
@@ -109,14 +112,14 @@ impl Report {
 
     /// The same, of a migration that failed.
     #[must_use]
-    pub(crate) fn failed(mut self, status: &'static str, error: &(dyn std::error::Error + 'static)) -> Self {
+    pub(crate) fn failed(mut self, error: &multifd::Error) -> Self {
         let mut text = error.to_string();
         let mut cause = error.source();
         while let Some(error) = cause {
             text += &format!(": {error}");
             cause = error.source();
         }
-        self.status = status;
+        self.status = if error.is_cancelled() { Status::Cancelled } else { Status::Failed }.as_str();
         self.error_desc = Some(text);
         self
     }

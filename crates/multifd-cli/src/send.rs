@@ -58,9 +58,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         }
         Err(error) => {
             if args.output.json {
-                let info = progress.info();
-                let status = if error.is_cancelled() { "cancelled" } else { "failed" };
-                print(&Report::of_source(&info).failed(status, &error).json())?;
+                print(&Report::of_source(&progress.info()).failed(&error).json())?;
             }
             Err(Failure::of(error))
         }

@@ -80,8 +80,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
         Ok(info) => info,
         Err(error) => {
             if args.json {
-                let status = if error.is_cancelled() { "cancelled" } else { "failed" };
-                print(&Report::of_source(&progress.info()).failed(status, &error).json())?;
+                print(&Report::of_source(&progress.info()).failed(&error).json())?;
             }
             return Err(Failure::of(error));
         }

@@ -15,7 +15,7 @@ impl Sender {
     /// # Errors
     /// The error that stopped the migration; [`Usage`] if there is no such page.
     pub fn queue(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.make_room(block, page, 1)?;
+        self.make_room(block, page)?;
         self.hand.push_normal(block, page);
         self.hand_over_if_full()
     }
@@ -37,7 +37,7 @@ impl Sender {
     /// # Errors
     /// As [`queue`](Sender::queue).
     pub fn queue_zero(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.make_room(block, page, 1)?;
+        self.make_room(block, page)?;
         self.hand.push_zero(block, page);
         self.hand_over_if_full()
     }
@@ -58,10 +58,10 @@ impl Sender {
         Ok(())
     }
 
-    fn make_room(&mut self, block: BlockIndex, page: PageIndex, count: u64) -> Result<()> {
+    fn make_room(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
         self.ready()?;
         let of = self.blocks.block(block)?;
-        if page.0.checked_add(count).is_none_or(|end| end > of.pages()) {
+        if page.0 >= of.pages() {
             let (name, pages) = (of.name().clone(), of.pages());
             return Err(Usage::NoSuchPage { name, page: page.0, pages }.into());
         }
