@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! check   format, lints, documentation, which way the arrows point, licences, file lengths
-//! test    fetches the QEMUs the interop tests talk to, then runs every test
+//! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! ```
 //!
@@ -36,7 +36,13 @@ fn main() -> ExitCode {
     let outcome = match (task.as_deref(), rest.as_slice()) {
         (Some("check"), []) => check::run(),
         (Some("qemu"), []) => qemu::run(),
-        (Some("test"), rest) => test::run(rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest)),
+        (Some("test"), rest) => {
+            let (slow, rest) = match rest {
+                [all, rest @ ..] if all == "--all" => (true, rest),
+                rest => (false, rest),
+            };
+            test::run(slow, rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest))
+        }
         (Some("help" | "--help" | "-h"), _) => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -68,5 +74,6 @@ fn in_ci() -> bool {
 
 const USAGE: &str = "usage: cargo xtask <task>
   check           format, lints, documentation, dependency rules, licences, file lengths
-  test [-- ARGS]  fetch the QEMUs, then run every test; ARGS go to `cargo test`
+  test [--all] [-- ARGS]
+                  fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
   qemu            fetch the QEMUs the interop tests talk to, under target/qemu";

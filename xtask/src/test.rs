@@ -1,8 +1,11 @@
-//! `cargo xtask test`: every test there is, the interop tests included.
+//! `cargo xtask test`: the tests, those with real QEMUs included.
 //!
 //! Fetches the QEMUs, tells the tests where they are, runs `cargo test`, adds its binaries' counts up. A test
 //! that lacks its QEMU writes its name and the reason to a file we hand it; these are listed at the end. In CI
 //! a QEMU that is missing is a failure.
+//!
+//! A test that is slow says so, `#[ignore = "slow: …"]`, and runs only with `--all`: soaks, and those cells of the
+//! interop tables that differ from a cell of the quick run in something that other cells cover.
 //!
 //! The last line on standard output sums up: `N passed, N failed, N skipped`.
 
@@ -15,17 +18,21 @@ use crate::Failure;
 use crate::qemu;
 use crate::step::{cargo, step};
 
-/// Runs all tests; `args` go to `cargo test`.
+/// Runs the tests, the `slow` ones too if told so; `args` go to `cargo test`.
 ///
 /// # Errors
 ///
 /// When a test fails, cannot be built, or is skipped in CI.
-pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
+pub(crate) fn run(slow: bool, args: &[String]) -> Result<(), Failure> {
     let skip_file = crate::workspace_root().join("target/skipped-tests");
     fs::create_dir_all(crate::workspace_root().join("target"))?;
     fs::write(&skip_file, "")?;
     let mut command = cargo();
     command.args(["test", "--workspace", "--all-features", "--no-fail-fast"]).args(args);
+    if slow {
+        let separator = if args.iter().any(|arg| arg == "--") { None } else { Some("--") };
+        command.args(separator).arg("--include-ignored");
+    }
     command.env("MULTIFD_SKIP_FILE", &skip_file);
 
     let mut missing = Vec::new();
@@ -62,6 +69,9 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
         eprintln!("\nSKIPPED {} tests:", skipped.len());
         missing.iter().for_each(|line| eprintln!("  {line}"));
         skipped.iter().for_each(|line| eprintln!("  {line}"));
+    }
+    if sum.ignored > 0 {
+        eprintln!("\n{} slow tests were left out; `cargo xtask test --all` runs them", sum.ignored);
     }
     // A test that skips itself counts as passed with the test runner.
     let passed = sum.passed.saturating_sub(skipped.len());
