@@ -3,7 +3,7 @@
 use std::{path::PathBuf, str::FromStr};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
-use multifd::{ChannelCount, channel::Address, wire::VmUuid};
+use multifd::{ChannelCount, Method, SendOptions, channel::Address, error::Usage, wire::VmUuid};
 use parse_size::Config;
 
 /// Moves running virtual machines over many channels, in QEMU's own wire format.
@@ -56,6 +56,9 @@ pub(crate) struct ReceiveArgs {
     /// Number of channels that the source opens, 0 to 255, or auto to learn it from the source
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
     pub(crate) multifd_channels: ChannelCount,
+    /// Method that the source must use: none, zlib or zstd, or auto to take the one that its packets name
+    #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
+    pub(crate) multifd_compression: MethodChoice,
     /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
     #[arg(long)]
     pub(crate) switchover_ack: bool,
@@ -75,6 +78,8 @@ pub(crate) struct SendArgs {
     /// Number of channels, the destination's multifd-channels; 0 for a destination with multifd off
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) multifd_channels: u8,
+    #[command(flatten)]
+    pub(crate) compression: CompressionArgs,
     /// Bytes a second over all connections, like 100M; 0 is no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) max_bandwidth: u64,
@@ -109,6 +114,8 @@ pub(crate) struct DemoArgs {
     /// Number of channels
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) channels: u8,
+    #[command(flatten)]
+    pub(crate) compression: CompressionArgs,
     /// Bytes of memory that the guest writes a second
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
     pub(crate) dirty_rate: u64,
@@ -121,6 +128,33 @@ pub(crate) struct DemoArgs {
 pub(crate) struct DemoDestinationArgs {
     pub(crate) listen: Address,
 }
+
+/// How a source packs pages.
+#[derive(Clone, Copy, Debug, ClapArgs)]
+pub(crate) struct CompressionArgs {
+    /// How pages are packed: none, zlib or zstd; the destination's multifd-compression
+    #[arg(long, value_name = "METHOD", default_value = "none", value_parser = Method::from_str)]
+    multifd_compression: Method,
+    /// Level of zlib, 0 (stored) to 9 (smallest)
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=9))]
+    multifd_zlib_level: u8,
+    /// Level of zstd, 1 (fastest) to 20 (smallest); 0 is zstd's own default
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=20))]
+    multifd_zstd_level: u8,
+}
+
+impl CompressionArgs {
+    pub(crate) fn apply(self, options: SendOptions) -> SendOptions {
+        options
+            .method(self.multifd_compression)
+            .zlib_level(self.multifd_zlib_level)
+            .zstd_level(self.multifd_zstd_level)
+    }
+}
+
+/// A method, or whichever the packets name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MethodChoice(pub(crate) Option<Method>);
 
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct OutputArgs {
@@ -148,6 +182,15 @@ fn channel_count(text: &str) -> Result<ChannelCount, String> {
         return Ok(ChannelCount::Auto);
     }
     u8::from_str(text).map(ChannelCount::Exact).map_err(|_| "expected 0 to 255, or auto".into())
+}
+
+fn method_or_auto(text: &str) -> Result<MethodChoice, String> {
+    if text == "auto" {
+        return Ok(MethodChoice(None));
+    }
+    text.parse()
+        .map(|method| MethodChoice(Some(method)))
+        .map_err(|error: Usage| error.to_string() + ", or auto")
 }
 
 /// Bytes, with binary units as QEMU has them: 1K is 1024.

@@ -115,7 +115,7 @@ fn send(
     let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone());
     let sender = (args.multifd_channels > 0).then(|| -> Result<Sender, Error> {
         let uuid = args.uuid.or(file.configuration().uuid).unwrap_or(VmUuid::NIL);
-        let options = SendOptions::new().channels(args.multifd_channels).uuid(uuid);
+        let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid));
         let mut sender = Sender::new(options, blocks, stop.clone())?;
         sender.set_up(Arc::new(args.address.clone()))?;
         Ok(sender)

@@ -214,6 +214,30 @@ pub enum Malformed {
         /// The page size of the migration.
         page_size: PageSize,
     },
+    /// `next_packet_size` of a packed payload is nothing, or more than any packet takes.
+    #[error("next_packet_size {met} of compressed pages: expected 1 to {most}")]
+    CompressedSize {
+        /// The greatest payload.
+        most: u32,
+        /// The field's value.
+        met: u32,
+    },
+    /// A payload that is not what its method makes.
+    #[error("broken {method} data: {why}")]
+    Compressed {
+        /// The method.
+        method: &'static str,
+        /// What the decompressor says.
+        why: String,
+    },
+    /// A payload that holds more or less than the pages listed.
+    #[error("the payload makes {} bytes, expected {expected}", made(*.expected, *.met))]
+    Inflated {
+        /// The bytes of the pages listed.
+        expected: usize,
+        /// The bytes made, one more than expected if there are more.
+        met: usize,
+    },
 }
 
 /// A rule of the protocol that the peer broke.
@@ -337,6 +361,17 @@ pub enum Unsupported {
         /// Those without a meaning here.
         unknown: Flags,
     },
+    /// Pages packed by a method that this build does not speak.
+    #[error(
+        "packet of method {name} ({met}), which is not built in: set multifd-compression to none at the source{}",
+        built_in()
+    )]
+    Method {
+        /// The method's bits.
+        met: Flags,
+        /// QEMU's name for it.
+        name: &'static str,
+    },
     /// A device-state packet.
     #[error("device-state packet (flag 0x40): switch the device's transfer over multifd off at the source")]
     DeviceState,
@@ -349,6 +384,22 @@ pub enum Usage {
     /// The number of channels is not 1 to 255.
     #[error("expected 1 to 255 channels, met {0}")]
     Channels(u64),
+    /// A level outside of its range.
+    #[error("expected {name} 0 to {most}, met {met}")]
+    Level {
+        /// The parameter.
+        name: &'static str,
+        /// The greatest level.
+        most: u8,
+        /// The level given.
+        met: u8,
+    },
+    /// A method that this build does not speak.
+    #[error("expected multifd-compression none{}, met {met:?}", built_in())]
+    Method {
+        /// The name given.
+        met: String,
+    },
     /// An address in no form that is known.
     #[error("expected an address like tcp:HOST:PORT, unix:PATH or fd:N, met {0:?}")]
     Address(String),
@@ -418,6 +469,20 @@ pub enum Usage {
         /// The state asked for.
         to: Status,
     },
+}
+
+fn made(expected: usize, met: usize) -> String {
+    if met > expected { format!("more than {expected}") } else { met.to_string() }
+}
+
+/// The methods beside none, as the rest of an enumeration.
+fn built_in() -> &'static str {
+    match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
+        (true, true) => ", zlib or zstd",
+        (true, false) => " or zlib",
+        (false, true) => " or zstd",
+        (false, false) => "",
+    }
 }
 
 fn seconds(limit: Duration) -> String {

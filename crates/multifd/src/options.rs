@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    compress::Method,
+    compress::{Levels, Method},
     error::{Result, Usage},
     wire::{VmUuid, limits},
 };
@@ -15,6 +15,7 @@ pub struct SendOptions {
     pub(crate) channels: u8,
     pub(crate) uuid: VmUuid,
     pub(crate) method: Method,
+    pub(crate) levels: Levels,
     pub(crate) connect_timeout: Duration,
 }
 
@@ -24,6 +25,7 @@ impl Default for SendOptions {
             channels: 2,
             uuid: VmUuid::NIL,
             method: Method::None,
+            levels: Levels::default(),
             connect_timeout: Duration::from_secs(30),
         }
     }
@@ -49,9 +51,23 @@ impl SendOptions {
         self
     }
 
-    /// `multifd-compression`. Default none. Must be the destination's method.
+    /// `multifd-compression`. Default none. Must be the destination's method. The others cost CPU time on both
+    /// sides, a buffer of 1 MiB a channel and the method's own state; they pay where the network is slow.
     pub fn method(mut self, method: Method) -> Self {
         self.method = method;
+        self
+    }
+
+    /// `multifd-zlib-level`, 0 (stored) to 9 (smallest). Default 1. Of no matter with another method.
+    pub fn zlib_level(mut self, level: u8) -> Self {
+        self.levels.zlib = level;
+        self
+    }
+
+    /// `multifd-zstd-level`, 1 (fastest) to 20 (smallest), 0 is zstd's own default. Default 1. Of no matter with
+    /// another method.
+    pub fn zstd_level(mut self, level: u8) -> Self {
+        self.levels.zstd = level;
         self
     }
 
@@ -62,6 +78,7 @@ impl SendOptions {
     }
 
     pub(crate) fn check(&self) -> Result<()> {
+        self.levels.check()?;
         if self.channels == 0 { Err(Usage::Channels(0).into()) } else { Ok(()) }
     }
 }
@@ -93,7 +110,7 @@ impl ChannelCount {
 pub struct ReceiveOptions {
     pub(crate) channels: ChannelCount,
     pub(crate) uuid: Option<VmUuid>,
-    pub(crate) method: Method,
+    pub(crate) method: Option<Method>,
     pub(crate) greeting_timeout: Duration,
     pub(crate) channels_timeout: Duration,
     pub(crate) drain_timeout: Duration,
@@ -104,7 +121,7 @@ impl Default for ReceiveOptions {
         Self {
             channels: ChannelCount::Auto,
             uuid: None,
-            method: Method::None,
+            method: None,
             greeting_timeout: Duration::from_secs(10),
             channels_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
@@ -131,8 +148,9 @@ impl ReceiveOptions {
         self
     }
 
-    /// `multifd-compression`. Default none. Must be the source's method.
-    pub fn method(mut self, method: Method) -> Self {
+    /// `multifd-compression`. Default `None`: the method that the first packet with pages names, of those built in
+    /// ([`Method::ALL`]). A method given here is the only one taken.
+    pub fn method(mut self, method: Option<Method>) -> Self {
         self.method = method;
         self
     }

@@ -74,7 +74,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
         let progress = progress.clone();
         Display::start("demo", args.json, move || look(&progress))
     };
-    let sent = migrate(args.channels, &address, &blocks, migration, &mut guest, &stop);
+    let sent = migrate(args, &address, &blocks, migration, &mut guest, &stop);
     drop(display);
     let info = match sent {
         Ok(info) => info,
@@ -105,7 +105,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
 }
 
 fn migrate(
-    channels: u8,
+    args: &DemoArgs,
     address: &Address,
     blocks: &Arc<RamBlocks>,
     migration: Migration,
@@ -120,7 +120,8 @@ fn migrate(
     let outgoing = Outgoing::new(main, Options::new(Configuration::new(machine)))
         .map_err(|error| Error::other("open the main stream", error))?;
     let mut main = MainStream::of_guest(outgoing);
-    let mut sender = Sender::new(SendOptions::new().channels(channels), blocks.clone(), stop.clone())?;
+    let options = args.compression.apply(SendOptions::new().channels(args.channels));
+    let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
     sender.set_up(Arc::new(address.clone()))?;
     let mut log = guest.dirty_log();
     migration.run(Some(sender), &mut main, &mut log, guest)

@@ -1,12 +1,22 @@
 //! The method: how pages become payload and payload becomes pages.
 //!
-//! A channel owns its codec for the whole migration. With [`Method::None`] there is none: pages leave guest
-//! memory and arrive in it without passing through a buffer. `send` and `recv` know no method by name.
+//! ```text
+//! pages ─copy─▶ Encode ─▶ payload ═══ channel ═══▶ payload ─▶ Decode ─▶ pages
+//! ```
+//!
+//! A channel owns its codec for the whole migration: what one packet held makes the next one smaller, and only a
+//! channel's first payload begins as its format does. With [`Method::None`] there is none: pages leave guest memory
+//! and arrive in it without passing through a buffer. `send` and `recv` know no method by name.
 
-use std::fmt;
+#[cfg(feature = "zlib")]
+mod zlib;
+#[cfg(feature = "zstd")]
+mod zstd;
+
+use std::{fmt, str::FromStr};
 
 use crate::{
-    error::{Result, Violation},
+    error::{Result, Unsupported, Usage, Violation},
     ram::{PageIndex, RamBlock},
     wire::Flags,
 };
@@ -18,20 +28,75 @@ pub enum Method {
     /// Pages travel as they are.
     #[default]
     None,
+    /// One zlib stream a channel. QEMU has it since 5.0.
+    #[cfg(feature = "zlib")]
+    Zlib,
+    /// One zstd frame a channel. QEMU has it since 5.0, if it is built with it.
+    #[cfg(feature = "zstd")]
+    Zstd,
+}
+
+/// How hard each method tries; of no matter to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Levels {
+    pub(crate) zlib: u8,
+    pub(crate) zstd: u8,
+}
+
+impl Default for Levels {
+    fn default() -> Self {
+        Self { zlib: 1, zstd: 1 }
+    }
+}
+
+impl Levels {
+    pub(crate) fn check(self) -> Result<(), Usage> {
+        for (name, most, met) in [("multifd-zlib-level", 9, self.zlib), ("multifd-zstd-level", 20, self.zstd)]
+        {
+            if met > most {
+                return Err(Usage::Level { name, most, met });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Method {
+    /// The methods that this build speaks.
+    pub const ALL: &[Self] = &[
+        Self::None,
+        #[cfg(feature = "zlib")]
+        Self::Zlib,
+        #[cfg(feature = "zstd")]
+        Self::Zstd,
+    ];
+
     /// QEMU's name for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
+            #[cfg(feature = "zlib")]
+            Self::Zlib => "zlib",
+            #[cfg(feature = "zstd")]
+            Self::Zstd => "zstd",
         }
+    }
+
+    /// The method that a packet with pages names.
+    pub(crate) fn of(flags: Flags) -> Result<Self, Unsupported> {
+        let met = flags.masked(Flags::METHOD);
+        let known = Self::ALL.iter().find(|method| method.flags() == met);
+        known.copied().ok_or_else(|| Unsupported::Method { met, name: name_of(met) })
     }
 
     /// The bits that packets with pages carry.
     pub(crate) fn flags(self) -> Flags {
         match self {
             Self::None => Flags::default(),
+            #[cfg(feature = "zlib")]
+            Self::Zlib => Flags::ZLIB,
+            #[cfg(feature = "zstd")]
+            Self::Zstd => Flags::ZSTD,
         }
     }
 
@@ -45,16 +110,33 @@ impl Method {
     }
 
     /// What makes payloads; `None` if the pages themselves are the payload.
-    pub(crate) fn encoder(self) -> Option<Box<dyn Encode>> {
+    ///
+    /// # Errors
+    /// If the library behind the method refuses, for want of memory say.
+    pub(crate) fn encoder(self, levels: Levels) -> Result<Option<Box<dyn Encode>>> {
         match self {
-            Self::None => None,
+            Self::None => {
+                let _ = levels;
+                Ok(None)
+            }
+            #[cfg(feature = "zlib")]
+            Self::Zlib => Ok(Some(Box::new(zlib::Encoder::new(levels.zlib)))),
+            #[cfg(feature = "zstd")]
+            Self::Zstd => Ok(Some(Box::new(zstd::Encoder::new(levels.zstd)?))),
         }
     }
 
     /// What reads payloads; `None` if the pages themselves are the payload.
-    pub(crate) fn decoder(self) -> Option<Box<dyn Decode>> {
+    ///
+    /// # Errors
+    /// As [`encoder`](Self::encoder).
+    pub(crate) fn decoder(self) -> Result<Option<Box<dyn Decode>>> {
         match self {
-            Self::None => None,
+            Self::None => Ok(None),
+            #[cfg(feature = "zlib")]
+            Self::Zlib => Ok(Some(Box::new(zlib::Decoder::new()))),
+            #[cfg(feature = "zstd")]
+            Self::Zstd => Ok(Some(Box::new(zstd::Decoder::new()?))),
         }
     }
 }
@@ -65,14 +147,42 @@ impl fmt::Display for Method {
     }
 }
 
+impl FromStr for Method {
+    type Err = Usage;
+
+    fn from_str(text: &str) -> Result<Self, Usage> {
+        let known = Self::ALL.iter().find(|method| method.as_str() == text);
+        known.copied().ok_or_else(|| Usage::Method { met: text.to_owned() })
+    }
+}
+
+/// QEMU's name of a method that this build does not speak.
+fn name_of(flags: Flags) -> &'static str {
+    match flags {
+        Flags::ZLIB => "zlib",
+        Flags::ZSTD => "zstd",
+        Flags::QPL => "qpl",
+        Flags::UADK => "uadk",
+        Flags::QATZIP => "qatzip",
+        _ => "unknown",
+    }
+}
+
 /// Makes the payload of one channel's packets.
 pub(crate) trait Encode: Send {
-    /// The payload of a packet with these pages.
+    /// The payload of a packet with these pages. They are compressed from a private copy: the guest writes to them
+    /// meanwhile, and a compressor reads its input more than once.
     fn encode(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<&[u8]>;
 }
 
 /// Reads the payload of one channel's packets.
 pub(crate) trait Decode: Send {
-    /// Fills `pages`, all pages of a packet in order, from its payload.
-    fn decode(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<()>;
+    /// Fills `pages`, all pages of a packet in order, from its payload. `pages` has room for one byte more than the
+    /// packet may make, so that a surplus is met and not left inside the codec for the next packet. Says how many bytes
+    /// were made, with all of the payload used.
+    fn decode(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<usize>;
 }
+
+#[cfg(test)]
+#[cfg(any(feature = "zlib", feature = "zstd"))]
+mod tests;

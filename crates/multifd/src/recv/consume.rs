@@ -41,12 +41,12 @@ fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
     let counters = &shared.counters[usize::from(id.0)];
     let mut inlet = Inlet { link, head: vec![0; head_len(page_size)].into(), have: 0 };
     let mut listed = Listed::new(page_size);
-    let mut filler = Filler::new(shared.options.method);
+    let mut filler = Filler::default();
     let mut packets: u64 = 0;
     while inlet.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
         let blocks = shared.blocks();
-        listed.decode(&inlet.head, shared.options.method, blocks).map_err(in_packet)?;
+        listed.decode(&inlet.head, &shared.method, blocks).map_err(in_packet)?;
         inlet.have = 0;
         tracing::trace!(
             channel = id.0,

@@ -9,13 +9,15 @@ use arrayvec::ArrayVec;
 use super::{consume::Inlet, decode::Listed};
 use crate::{
     batch::neighbours,
-    compress::{Decode, Method},
-    error::{Error, Result},
+    compress::Decode,
+    error::{Error, Malformed, Result},
     ram::{BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
     wire::limits::{PACKET_BYTES, PAYLOAD_BYTES},
 };
 
+#[derive(Default)]
 pub(super) struct Filler {
+    /// Made when the first packet with pages says that it is needed, and kept: a channel is one stream.
     decoder: Option<Box<dyn Decode>>,
     /// A packet's payload as it came, with a method that compresses.
     payload: Box<[u8]>,
@@ -24,12 +26,6 @@ pub(super) struct Filler {
 }
 
 impl Filler {
-    pub(super) fn new(method: Method) -> Self {
-        let decoder = method.decoder();
-        let payload = if decoder.is_some() { PAYLOAD_BYTES as usize } else { 0 };
-        Self { decoder, payload: vec![0; payload].into(), pages: Box::default() }
-    }
-
     /// Receives the packet's payload and writes its pages.
     pub(super) fn fill(&mut self, inlet: &mut Inlet, listed: &Listed, block: &RamBlock) -> Result<()> {
         if !listed.normal.is_empty() {
@@ -43,6 +39,12 @@ impl Filler {
 
     fn normal(&mut self, inlet: &mut Inlet, listed: &Listed, block: &RamBlock) -> Result<()> {
         let mut parts: ArrayVec<PartMut<'_>, MAX_PARTS> = ArrayVec::new();
+        if self.decoder.is_none()
+            && let Some(decoder) = listed.method.decoder()?
+        {
+            self.decoder = Some(decoder);
+            self.payload = vec![0; PAYLOAD_BYTES as usize].into();
+        }
         if let (None, Memory::Mapped(_)) = (&self.decoder, block.memory()) {
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 parts.push(block.slice(first, count).expect("listed pages are in their block").into());
@@ -54,22 +56,26 @@ impl Filler {
             return Ok(());
         }
         if self.pages.is_empty() {
-            self.pages = vec![0; PACKET_BYTES].into();
+            // Room for one byte more than a packet may make.
+            self.pages = vec![0; PACKET_BYTES + 1].into();
         }
-        let pages = &mut self.pages[..listed.normal.len() * block.page_size().bytes()];
+        let length = listed.normal.len() * block.page_size().bytes();
         match &mut self.decoder {
             None => {
-                parts.push(PartMut::from(&mut *pages));
+                parts.push(PartMut::from(&mut self.pages[..length]));
                 inlet.payload(parts, listed.payload_len)?;
             }
             Some(decoder) => {
                 let payload = &mut self.payload[..listed.payload_len];
                 parts.push(PartMut::from(&mut *payload));
                 inlet.payload(parts, listed.payload_len)?;
-                decoder.decode(payload, pages)?;
+                let met = decoder.decode(payload, &mut self.pages[..=length])?;
+                if met != length {
+                    return Err(Malformed::Inflated { expected: length, met }.into());
+                }
             }
         }
-        let mut rest = &*pages;
+        let mut rest = &self.pages[..length];
         for (first, count) in neighbours(listed.normal.iter().copied()) {
             let length =
                 usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(block.page_size().bytes());

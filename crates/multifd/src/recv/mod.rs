@@ -29,6 +29,7 @@ use sync::Place;
 
 use crate::{
     channel::{Link, Listen, Stop, Stream, Wake, Watch, deadline},
+    compress::Method,
     error::{Error, Result, Usage, Violation},
     options::ReceiveOptions,
     ram::{Memory, PageSize, RamBlocks},
@@ -57,6 +58,8 @@ struct Shared {
     /// Set once, by main.
     page_size: OnceLock<PageSize>,
     blocks: OnceLock<Arc<RamBlocks>>,
+    /// Set by the options, or by the first packet with pages of any channel.
+    method: OnceLock<Method>,
     /// Set by main when no page may be written any more; with `filling`, see [`Shared::seal`].
     sealed: AtomicBool,
     /// Each set by its channel while it writes pages.
@@ -99,11 +102,13 @@ impl Receiver {
     pub fn new(options: ReceiveOptions, stop: Stop) -> Self {
         let most = usize::from(options.channels.most());
         let uuid = options.uuid;
+        let method = options.method.map_or_else(OnceLock::new, OnceLock::from);
         let shared = Arc::new(Shared {
             options,
             stop: stop.clone(),
             page_size: OnceLock::new(),
             blocks: OnceLock::new(),
+            method,
             sealed: AtomicBool::new(false),
             filling: std::iter::repeat_with(AtomicBool::default).take(most).collect(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(most).collect(),

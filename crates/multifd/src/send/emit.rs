@@ -60,7 +60,7 @@ impl<'a> Emitter<'a> {
             _watch: shared.stop.watch_failure(link.waker()),
             link,
             head: HeadBuffer::new(shared.blocks.page_size()),
-            encoder: options.method.encoder(),
+            encoder: options.method.encoder(options.levels)?,
             options,
         };
         let initial = Initial { uuid: options.uuid, id }.encode();
@@ -158,7 +158,11 @@ fn in_place<'b>(block: &'b RamBlock, batch: &'b Batch) -> impl Iterator<Item = P
 /// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused | io::ErrorKind::BrokenPipe => {
+        // Not connected: it was gone before we could ask who it is.
+        io::ErrorKind::ConnectionReset
+        | io::ErrorKind::ConnectionRefused
+        | io::ErrorKind::NotConnected
+        | io::ErrorKind::BrokenPipe => {
             ": the destination has closed, why stands in its own log: channel count, method, UUID and machine type \
              must be the same on both sides"
         }

@@ -11,6 +11,16 @@ impl Flags {
     pub const SYNC: Self = Self(0x01);
     /// The bits that tell the compression method; none set: pages travel as they are.
     pub const METHOD: Self = Self(0x3e);
+    /// Pages packed by zlib, one stream a channel.
+    pub const ZLIB: Self = Self(0x02);
+    /// Pages packed by zstd, one frame a channel.
+    pub const ZSTD: Self = Self(0x04);
+    /// Pages packed by Intel's IAA.
+    pub const QPL: Self = Self(0x08);
+    /// Pages packed by Kunpeng's accelerator.
+    pub const UADK: Self = Self(0x10);
+    /// Pages packed by Intel's QAT.
+    pub const QATZIP: Self = Self(0x20);
     /// The packet carries device state and has another layout.
     pub const DEVICE_STATE: Self = Self(0x40);
 

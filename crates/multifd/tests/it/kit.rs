@@ -208,6 +208,27 @@ pub(crate) fn migrate(
     log: &mut dyn DirtyLog,
     guest: &mut dyn Guest,
 ) -> Outcome {
+    migrate_with(
+        source,
+        destination,
+        SendOptions::new().channels(channels),
+        channels > 0,
+        options,
+        log,
+        guest,
+    )
+}
+
+/// The same, with more to choose.
+pub(crate) fn migrate_with(
+    source: &Arc<RamBlocks>,
+    destination: &Arc<RamBlocks>,
+    send: SendOptions,
+    multifd: bool,
+    options: MigrateOptions,
+    log: &mut dyn DirtyLog,
+    guest: &mut dyn Guest,
+) -> Outcome {
     let (connector, listener) = memory::network(1 << 18);
     let receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Auto), Stop::new());
     let destination = spawn("destination", {
@@ -216,9 +237,8 @@ pub(crate) fn migrate(
     });
     let stop = Stop::new();
     let mut main = TestMain::connect(&connector, &stop);
-    let sender = (channels > 0).then(|| {
-        let options = SendOptions::new().channels(channels);
-        let mut sender = Sender::new(options, source.clone(), stop.clone()).expect("a sender");
+    let sender = multifd.then(|| {
+        let mut sender = Sender::new(send, source.clone(), stop.clone()).expect("a sender");
         sender.set_up(Arc::new(connector)).expect("set up");
         sender
     });

@@ -19,10 +19,10 @@ use multifd::{
 use crate::kit::{StoppedGuest, TestMain, difference, fresh, migrate, receive, spawn, used, write};
 
 /// Blocks of every kind: large, small, empty, with holes.
-const BLOCKS: &[(&str, u64)] =
+pub(crate) const BLOCKS: &[(&str, u64)] =
     &[("pc.ram", 8 << 20), ("/rom@etc/acpi/tables", 128 << 10), ("empty", 0), ("vga.vram", 1 << 20)];
 
-fn filled(page_size: PageSize) -> Arc<RamBlocks> {
+pub(crate) fn filled(page_size: PageSize) -> Arc<RamBlocks> {
     let blocks = used(page_size, BLOCKS);
     for (index, block) in blocks.iter() {
         for page in (0..block.pages()).filter(|page| page % 3 != 1) {
@@ -199,14 +199,14 @@ fn the_bytes_counted_are_the_bytes_on_the_connections() {
 }
 
 /// Threads that write to RAM and mark what they wrote, until they are stopped.
-struct Writers {
+pub(crate) struct Writers {
     run: Arc<AtomicBool>,
     threads: Vec<std::thread::JoinHandle<()>>,
     stopped: bool,
 }
 
 impl Writers {
-    fn start(blocks: &Arc<RamBlocks>, log: &DirtyBitmaps, pages: u64, pause: Duration) -> Self {
+    pub(crate) fn start(blocks: &Arc<RamBlocks>, log: &DirtyBitmaps, pages: u64, pause: Duration) -> Self {
         let run = Arc::new(AtomicBool::new(true));
         let version = Arc::new(AtomicU64::new(2));
         let threads = (0..2).map(|thread| {

@@ -4,7 +4,6 @@
 use std::time::Duration;
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
-use serde_json::json;
 
 use crate::kit::{Program, assert_left, fast, folder, machine, path, source};
 
@@ -47,10 +46,6 @@ refusals! {
         |vm| vm.set_capabilities(&[("x-ignore-shared", true)]), &["x-ignore-shared"];
     shared_ram_that_stays_is_refused_10_0: Qemu::v10_0(), 2,
         |vm| vm.set_capabilities(&[("x-ignore-shared", true)]), &["x-ignore-shared"];
-    zlib_is_refused_7_2: Qemu::v7_2(), 2,
-        |vm| vm.set_parameters(json!({ "multifd-compression": "zlib" })), &["channel ", "expected method none", "multifd-compression"];
-    zstd_is_refused_10_0: Qemu::v10_0(), 2,
-        |vm| vm.set_parameters(json!({ "multifd-compression": "zstd" })), &["channel ", "expected method none", "multifd-compression"];
     compressed_pages_are_refused: Qemu::v7_2(), 0,
         |vm| vm.set_capabilities(&[("compress", true)]), &["capability compress"];
 }

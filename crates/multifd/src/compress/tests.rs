@@ -1,0 +1,194 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    error::{Error, Malformed},
+    ram::{BlockName, Mapping, Memory, PageSize},
+    wire::limits::{PACKET_BYTES, PAYLOAD_BYTES, packet_pages},
+};
+
+fn packed() -> impl Iterator<Item = Method> {
+    Method::ALL.iter().copied().filter(|method| *method != Method::None)
+}
+
+fn block(page_size: PageSize, pages: u64, fill: impl Fn(usize) -> u8) -> (RamBlock, Vec<u8>) {
+    let length = pages * page_size.bytes() as u64;
+    let memory = Mapping::anonymous(length).expect("memory");
+    let bytes: Vec<u8> = (0..usize::try_from(length).expect("small")).map(fill).collect();
+    memory.slice(0, bytes.len()).expect("in the mapping").copy_from(&bytes);
+    let name = BlockName::new("pc.ram").expect("a name");
+    (RamBlock::new(name, length, page_size, Memory::Mapped(memory)).expect("a block"), bytes)
+}
+
+/// Bytes that no method makes smaller.
+fn noise(at: usize) -> u8 {
+    let mut x = at as u64 ^ 0x9e37_79b9_7f4a_7c15;
+    for _ in 0..3 {
+        x = (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    }
+    (x >> 56) as u8
+}
+
+/// As guests have it: a quarter of each page noise, the rest constant.
+fn guest_like(at: usize) -> u8 {
+    if at % 4096 < 1024 { noise(at) } else { 7 }
+}
+
+fn decode(decoder: &mut dyn Decode, payload: &[u8], expected: usize) -> Result<Vec<u8>> {
+    let mut room = vec![0; expected + 1];
+    let met = decoder.decode(payload, &mut room)?;
+    if met != expected {
+        return Err(Malformed::Inflated { expected, met }.into());
+    }
+    room.truncate(expected);
+    Ok(room)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn pages_come_back_over_many_packets_of_one_stream(
+        packets in prop::collection::vec(prop::collection::vec(0_u64..64, 1..24), 1..12),
+        level in 0_u8..=9,
+        size in prop::sample::select(vec![PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64]),
+    ) {
+        for method in packed() {
+            let (block, bytes) = block(size, 64, |at| if at % 3 == 0 { noise(at) } else { 7 });
+            let mut encoder = method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+            let mut decoder = method.decoder().expect("made").expect("packs");
+            for pages in &packets {
+                let pages: Vec<_> = pages.iter().copied().take(packet_pages(size)).map(PageIndex).collect();
+                let payload = encoder.encode(&block, &pages).expect("packed").to_vec();
+                prop_assert!(!payload.is_empty() && payload.len() <= PAYLOAD_BYTES as usize);
+                let expected: Vec<u8> = pages
+                    .iter()
+                    .flat_map(|page| {
+                        let start = usize::try_from(page.0).expect("small") * size.bytes();
+                        bytes[start..start + size.bytes()].iter().copied()
+                    })
+                    .collect();
+                let met = decode(&mut *decoder, &payload, expected.len()).expect("unpacked");
+                prop_assert!(met == expected, "{method}");
+            }
+        }
+    }
+}
+
+fn all_pages() -> Vec<PageIndex> {
+    (0..packet_pages(PageSize::KIB_4) as u64).map(PageIndex).collect()
+}
+
+#[test]
+fn a_packet_of_noise_stays_below_the_bound_at_every_level() {
+    let (block, bytes) = block(PageSize::KIB_4, 128, noise);
+    for method in packed() {
+        for level in 0..=9 {
+            let mut encoder =
+                method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+            let payload = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+            assert!(payload.len() < PACKET_BYTES + PACKET_BYTES / 8, "{method} {level}: {}", payload.len());
+            let mut decoder = method.decoder().expect("made").expect("packs");
+            assert!(decode(&mut *decoder, &payload, PACKET_BYTES).expect("unpacked") == bytes);
+        }
+    }
+}
+
+#[test]
+fn only_the_first_payload_of_a_channel_has_the_formats_head() {
+    let (block, _) = block(PageSize::KIB_4, 128, guest_like);
+    for method in packed() {
+        let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
+        let head: &[u8] = if method.as_str() == "zlib" { &[0x78] } else { &[0x28, 0xb5, 0x2f, 0xfd] };
+        assert!(encoder.encode(&block, &all_pages()).expect("packed").starts_with(head), "{method}");
+        let second = encoder.encode(&block, &all_pages()).expect("packed");
+        assert!(!second.starts_with(head), "{method}");
+        assert!(method.as_str() != "zlib" || second.ends_with(&[0, 0, 0xff, 0xff]));
+    }
+}
+
+#[test]
+fn a_packet_alone_is_not_understood_without_those_before_it() {
+    let (block, _) = block(PageSize::KIB_4, 128, guest_like);
+    for method in packed() {
+        let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
+        encoder.encode(&block, &all_pages()).expect("packed");
+        let second = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+        let mut decoder = method.decoder().expect("made").expect("packs");
+        let refused = decode(&mut *decoder, &second, PACKET_BYTES).expect_err("refused");
+        assert!(matches!(refused, Error::Malformed(Malformed::Compressed { .. })), "{method}: {refused}");
+    }
+}
+
+#[test]
+fn a_cut_payload_makes_too_little() {
+    let (block, _) = block(PageSize::KIB_4, 128, guest_like);
+    for method in packed() {
+        let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
+        let payload = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+        let mut decoder = method.decoder().expect("made").expect("packs");
+        let refused =
+            decode(&mut *decoder, &payload[..payload.len() / 2], PACKET_BYTES).expect_err("refused");
+        assert!(
+            refused.to_string().ends_with(&format!("bytes, expected {PACKET_BYTES}")),
+            "{method}: {refused}"
+        );
+    }
+}
+
+#[test]
+fn a_bomb_is_refused_at_the_first_byte_too_many() {
+    let (block, _) = block(PageSize::KIB_4, 128, |_| 1);
+    for method in packed() {
+        let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
+        // 512 KiB in a payload for one page.
+        let payload = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+        let mut decoder = method.decoder().expect("made").expect("packs");
+        let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
+        assert_eq!(refused.to_string(), "the payload makes more than 4096 bytes, expected 4096", "{method}");
+    }
+}
+
+#[cfg(feature = "zlib")]
+#[test]
+fn a_zlib_stream_that_ends_is_refused() {
+    let mut stream = flate2::Compress::new(flate2::Compression::fast(), true);
+    let mut payload = vec![0; 1000];
+    stream.compress(&[5; 4096], &mut payload, flate2::FlushCompress::Finish).expect("packed");
+    payload.truncate(usize::try_from(stream.total_out()).expect("small"));
+    let mut decoder = Method::Zlib.decoder().expect("made").expect("packs");
+    let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
+    assert_eq!(refused.to_string(), "broken zlib data: the stream ends");
+}
+
+#[cfg(feature = "zstd")]
+#[test]
+fn a_zstd_frame_that_ends_or_asks_for_too_large_a_window_is_refused() {
+    let mut payload = vec![0; 1000];
+    let length = zstd_safe::compress(&mut payload[..], &[5; 4096], 1).expect("packed");
+    let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
+    let refused = decode(&mut *decoder, &payload[..length], 4096).expect_err("refused");
+    assert_eq!(refused.to_string(), "broken zstd data: the frame ends");
+    // Magic, a head with a window of 2^28 bytes, an empty block.
+    let wide = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 18 << 3, 0x01, 0x00, 0x00];
+    let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
+    let refused = decode(&mut *decoder, &wide, 4096).expect_err("refused");
+    assert!(refused.to_string().starts_with("broken zstd data: frame requires too much memory"), "{refused}");
+    // A window of 2^27 is what level 20 uses.
+    let most = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 17 << 3, 0x00, 0x00, 0x00];
+    let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
+    let refused = decode(&mut *decoder, &most, 4096).expect_err("nothing in it");
+    assert_eq!(refused.to_string(), "the payload makes 0 bytes, expected 4096");
+}
+
+#[test]
+fn what_is_not_built_in_is_named() {
+    assert_eq!(
+        Method::of(Flags::QPL | Flags::SYNC).expect_err("refused").to_string().split(':').next(),
+        Some("packet of method qpl (0x8), which is not built in")
+    );
+    for method in Method::ALL {
+        assert_eq!(method.as_str().parse::<Method>().expect("known"), *method);
+        assert_eq!(Method::of(method.flags()), Ok(*method));
+    }
+    assert!("qatzip".parse::<Method>().is_err());
+}

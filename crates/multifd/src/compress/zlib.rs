@@ -1,0 +1,80 @@
+//! zlib: one stream a channel (RFC 1950), a sync flush at the end of each packet, never an end of the stream.
+
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+
+use super::{Decode, Encode};
+use crate::{
+    error::{Error, Malformed, Result},
+    ram::{PageIndex, RamBlock},
+    wire::limits::PAYLOAD_BYTES,
+};
+
+pub(super) struct Encoder {
+    stream: Compress,
+    page: Vec<u8>,
+    payload: Box<[u8]>,
+}
+
+impl Encoder {
+    pub(super) fn new(level: u8) -> Self {
+        let stream = Compress::new(Compression::new(level.into()), true);
+        Self { stream, page: Vec::new(), payload: vec![0; PAYLOAD_BYTES as usize].into() }
+    }
+}
+
+impl Encode for Encoder {
+    fn encode(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<&[u8]> {
+        self.page.resize(block.page_size().bytes(), 0);
+        let mut made = 0;
+        for (at, page) in pages.iter().enumerate() {
+            block.load(*page, &mut self.page).map_err(|error| Error::io("read a page", error))?;
+            let last = at + 1 == pages.len();
+            let flush = if last { FlushCompress::Sync } else { FlushCompress::None };
+            let (taken, given) = (self.stream.total_in(), self.stream.total_out());
+            let outcome = self.stream.compress(&self.page, &mut self.payload[made..], flush);
+            outcome.map_err(|error| Error::other("compress a page with zlib", error))?;
+            made += length(self.stream.total_out() - given);
+            let whole = length(self.stream.total_in() - taken) == self.page.len();
+            if !whole || made == self.payload.len() {
+                return Err(Error::other("compress a page with zlib", "it outgrows the largest payload"));
+            }
+        }
+        Ok(&self.payload[..made])
+    }
+}
+
+pub(super) struct Decoder(Decompress);
+
+impl Decoder {
+    pub(super) fn new() -> Self {
+        Self(Decompress::new(true))
+    }
+}
+
+impl Decode for Decoder {
+    fn decode(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<usize> {
+        let (mut used, mut made) = (0, 0);
+        while used < payload.len() {
+            let (taken, given) = (self.0.total_in(), self.0.total_out());
+            let status = self
+                .0
+                .decompress(&payload[used..], &mut pages[made..], FlushDecompress::Sync)
+                .map_err(|error| Malformed::Compressed { method: "zlib", why: error.to_string() })?;
+            let (input, output) = (length(self.0.total_in() - taken), length(self.0.total_out() - given));
+            (used, made) = (used + input, made + output);
+            if status == Status::StreamEnd {
+                return Err(Malformed::Compressed { method: "zlib", why: "the stream ends".into() }.into());
+            }
+            // Neither can go on: the room is full, which the caller finds to be too much.
+            if input == 0 && output == 0 || made == pages.len() {
+                break;
+            }
+        }
+        Ok(made)
+    }
+}
+
+/// Within one packet, so it fits.
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

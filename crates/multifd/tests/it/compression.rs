@@ -1,0 +1,254 @@
+//! Packed pages from end to end: whole machines arrive, and what is broken on the way is refused with its place.
+
+use std::{sync::Arc, time::Duration};
+
+use multifd::{
+    Error, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
+    channel::{Connect, Link, Stop, Wake, memory},
+    error::{Malformed, Unsupported, Usage, Violation},
+    live::{MigrateOptions, ZeroPageDetection},
+    ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, Part, PartMut, RamBlocks},
+    wire::head_len,
+};
+
+use crate::{
+    kit::{StoppedGuest, difference, fresh, migrate_with, spawn, used, write},
+    loopback::{BLOCKS, Writers, filled},
+};
+
+fn packed() -> impl Iterator<Item = Method> {
+    Method::ALL.iter().copied().filter(|method| *method != Method::None)
+}
+
+#[test]
+fn a_machine_arrives_whole_with_every_method_page_size_and_zero_page_mode() {
+    for method in packed() {
+        for page_size in [PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64] {
+            for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd]
+            {
+                let (source, destination) = (filled(page_size), fresh(page_size, BLOCKS));
+                let send = SendOptions::new().channels(3).method(method).zlib_level(6).zstd_level(3);
+                let options = MigrateOptions::new().zero_page_detection(detection);
+                let guest = &mut StoppedGuest::default();
+                let outcome =
+                    migrate_with(&source, &destination, send, true, options, &mut NeverDirty, guest);
+                let (sent, received) = (outcome.sent.expect("sent"), outcome.received.expect("received"));
+                assert_eq!(difference(&source, &destination), None, "{method} {page_size} {detection:?}");
+                assert_eq!(sent.channels, received, "both sides have counted the same");
+                let pages = sent.channels.iter().map(|channel| channel.normal).sum::<u64>();
+                assert!(sent.ram.multifd_bytes < pages * page_size.bytes() as u64, "it packs: {sent:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn pages_that_are_written_while_they_are_packed_arrive_as_they_were_last() {
+    for method in packed() {
+        let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+        let mut log = DirtyBitmaps::new(&source);
+        let mut writers = Writers::start(&source, &log, 600, Duration::from_micros(20));
+        let options = MigrateOptions::new().downtime_limit(Duration::from_millis(2));
+        let send = SendOptions::new().channels(4).method(method);
+        let outcome = migrate_with(&source, &destination, send, true, options, &mut log, &mut writers);
+        let sent = outcome.sent.expect("sent");
+        outcome.received.expect("received");
+        assert_eq!(difference(&source, &destination), None, "{method}");
+        assert!(sent.ram.dirty_sync_count >= 3, "{sent:?}");
+    }
+}
+
+/// A connection that changes what its channel sends.
+struct Changing {
+    link: Box<dyn Link>,
+    change: fn(&mut Vec<u8>),
+}
+
+impl Link for Changing {
+    fn send(&mut self, parts: &[Part<'_>]) -> std::io::Result<usize> {
+        let mut bytes = Vec::new();
+        for part in parts {
+            let start = bytes.len();
+            bytes.resize(start + part.len(), 0);
+            part.copy_to(&mut bytes[start..]);
+        }
+        let length = bytes.len();
+        if length > head_len(PageSize::KIB_4) {
+            (self.change)(&mut bytes);
+        }
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let sent = self.link.send(&[rest.into()])?;
+            rest = &rest[sent..];
+        }
+        if bytes.len() < length {
+            self.link.close_send()?;
+        }
+        Ok(length)
+    }
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+        self.link.recv(parts)
+    }
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+        self.link.set_recv_timeout(limit)
+    }
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.link.waker()
+    }
+    fn peer(&self) -> String {
+        self.link.peer()
+    }
+    fn close_send(&mut self) -> std::io::Result<()> {
+        self.link.close_send()
+    }
+}
+
+struct ChangingConnector(memory::MemoryConnector, fn(&mut Vec<u8>));
+
+impl Connect for ChangingConnector {
+    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
+        Ok(Box::new(Changing { link: self.0.connect(stop, limit)?, change: self.1 }))
+    }
+    fn target(&self) -> String {
+        self.0.target()
+    }
+}
+
+/// What the destination says when a channel's packet of 64 pages is changed on its way.
+fn answer_to(
+    method: Method,
+    choice: Option<Method>,
+    change: fn(&mut Vec<u8>),
+) -> (Result<()>, Arc<RamBlocks>) {
+    const RAM: &[(&str, u64)] = &[("pc.ram", 256 << 10)];
+    let (source, destination) = (used(PageSize::KIB_4, RAM), fresh(PageSize::KIB_4, RAM));
+    (0..64).for_each(|page| write(&source, 0, page, page * page));
+    let (connector, listener) = memory::network(1 << 22);
+    let options = ReceiveOptions::new().channels(multifd::ChannelCount::Exact(1)).method(choice);
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.set_blocks(destination.clone()).expect("set");
+    let options = SendOptions::new().channels(1).method(method);
+    let mut sender = Sender::new(options, source, Stop::new()).expect("made");
+    sender.set_up(Arc::new(ChangingConnector(connector, change))).expect("set up");
+    let sent = spawn("source", move || {
+        for page in 0..64 {
+            sender.queue(BlockIndex(0), PageIndex(page)).expect("queued");
+        }
+        // The destination hangs up in the middle of it.
+        let _ = sender.sync();
+    });
+    let answer = receiver.sync();
+    drop(receiver);
+    sent.join().expect("no panic");
+    (answer, destination)
+}
+
+fn untouched(blocks: &RamBlocks) -> bool {
+    blocks.iter().all(|(_, block)| block.slice(PageIndex(0), block.pages()).expect("whole").is_zero())
+}
+
+#[test]
+fn what_is_broken_on_the_way_is_refused_with_channel_and_packet_and_touches_nothing() {
+    type Change = fn(&mut Vec<u8>);
+    type Expected = fn(&Error) -> bool;
+    let payload = head_len(PageSize::KIB_4);
+    assert_eq!(payload, 1344);
+    let cases: [(&str, Change, Expected, &str); 6] = [
+        (
+            "a flipped bit in the stream's head",
+            |bytes| bytes[1344] ^= 0x10,
+            |error| matches!(error, Error::Malformed(Malformed::Compressed { .. })),
+            "channel 0: packet 0: broken ",
+        ),
+        (
+            "a packet cut short",
+            |bytes| bytes.truncate(bytes.len() - 10),
+            |error| matches!(error, Error::Violation(Violation::Cut { .. })),
+            "channel 0: packet 0: connection closed after ",
+        ),
+        (
+            "fewer bytes than pages",
+            |bytes| bytes[19] += 1,
+            |error| matches!(error, Error::Malformed(Malformed::Inflated { .. })),
+            "channel 0: packet 0: the payload makes 262144 bytes, expected 266240",
+        ),
+        (
+            "a bomb",
+            |bytes| bytes[19] -= 1,
+            |error| matches!(error, Error::Malformed(Malformed::Inflated { .. })),
+            "channel 0: packet 0: the payload makes more than 258048 bytes, expected 258048",
+        ),
+        (
+            "a payload of nothing",
+            |bytes| bytes[20..24].fill(0),
+            |error| matches!(error, Error::Malformed(Malformed::CompressedSize { .. })),
+            "channel 0: packet 0: next_packet_size 0 of compressed pages: expected 1 to 1048576",
+        ),
+        (
+            "a payload beyond the bound",
+            |bytes| bytes[20..24].copy_from_slice(&[0, 0x10, 0, 1]),
+            |error| matches!(error, Error::Malformed(Malformed::CompressedSize { .. })),
+            "channel 0: packet 0: next_packet_size 1048577 of compressed pages: expected 1 to 1048576",
+        ),
+    ];
+    for method in packed() {
+        for (what, change, expected, text) in cases {
+            let (answer, blocks) = answer_to(method, None, change);
+            let error = answer.expect_err(what);
+            assert!(expected(error.kind()), "{method}, {what}: {error}");
+            assert!(error.to_string().starts_with(text), "{method}, {what}: {error}");
+            assert!(untouched(&blocks), "{method}, {what}");
+        }
+    }
+}
+
+#[test]
+fn a_bit_flipped_anywhere_in_a_payload_never_panics_or_writes_beside_the_pages() {
+    for method in packed() {
+        for at in (1344_usize..1344 + 400).step_by(7) {
+            // A bit of data rather than of structure may go unnoticed: there is no checksum.
+            static AT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+            AT.store(at, std::sync::atomic::Ordering::Relaxed);
+            let (answer, _) = answer_to(method, None, |bytes| {
+                let at = AT.load(std::sync::atomic::Ordering::Relaxed).min(bytes.len() - 1);
+                bytes[at] ^= 1 << (at % 8);
+            });
+            if let Err(error) = answer {
+                assert!(error.to_string().starts_with("channel 0: packet 0: "), "{method}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn another_method_than_the_one_told_is_refused_and_one_that_is_not_built_in_is_named() {
+    for method in packed() {
+        let (answer, blocks) = answer_to(method, Some(Method::None), |_| {});
+        let error = answer.expect_err("refused");
+        assert!(matches!(error.kind(), Error::Violation(Violation::Method { .. })), "{error}");
+        assert!(error.to_string().ends_with("set multifd-compression to none at the source"), "{error}");
+        assert!(untouched(&blocks));
+        answer_to(method, Some(method), |_| {}).0.expect("taken");
+        let (answer, _) = answer_to(method, None, |bytes| bytes[11] = 0x20);
+        let error = answer.expect_err("refused");
+        assert!(matches!(error.kind(), Error::Unsupported(Unsupported::Method { .. })), "{error}");
+        assert!(
+            error.to_string().contains("packet of method qatzip (0x20), which is not built in"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn levels_outside_of_their_range_are_refused() {
+    let blocks = used(PageSize::KIB_4, &[("pc.ram", 4096)]);
+    let refused = |options| {
+        let error = Sender::new(options, blocks.clone(), Stop::new()).expect_err("refused");
+        assert!(matches!(error.kind(), Error::Usage(Usage::Level { .. })), "{error}");
+        error.to_string()
+    };
+    assert_eq!(refused(SendOptions::new().zlib_level(10)), "expected multifd-zlib-level 0 to 9, met 10");
+    assert_eq!(refused(SendOptions::new().zstd_level(21)), "expected multifd-zstd-level 0 to 20, met 21");
+    Sender::new(SendOptions::new().zlib_level(9).zstd_level(20), blocks, Stop::new()).expect("in range");
+}
