@@ -3,7 +3,7 @@
 use std::{
     io,
     net::ToSocketAddrs,
-    os::unix::fs::FileTypeExt,
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -29,7 +29,7 @@ pub struct Listener {
 
 enum Kind {
     /// Accepts connections; a unix socket's file is removed in the end.
-    Listening { remove: Option<PathBuf> },
+    Listening { remove: Option<SocketFile> },
     /// The descriptor is a connection, to be taken once.
     Connection { taken: bool },
 }
@@ -44,7 +44,7 @@ impl Listener {
             Address::Tcp { host, port } => (listen_tcp(host, *port)?, Kind::Listening { remove: None }),
             Address::Unix(path) => {
                 let socket = listen_unix(path)?;
-                (socket, Kind::Listening { remove: Some(path.clone()) })
+                (socket, Kind::Listening { remove: SocketFile::at(path) })
             }
             Address::Fd(fd) => {
                 let socket = inherited(*fd)?;
@@ -131,10 +131,37 @@ impl Listen for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Kind::Listening { remove: Some(path) } = &self.kind {
-            // Somebody may have removed or replaced it, which is theirs to know.
-            let _ = std::fs::remove_file(path);
+        if let Kind::Listening { remove: Some(file) } = &self.kind {
+            file.remove();
         }
+    }
+}
+
+/// The file of a unix socket that was bound here.
+struct SocketFile {
+    path: PathBuf,
+    /// Device and inode. The socket holds on to the inode, so no other file has its number while the socket is open.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// `None` if somebody has removed it already.
+    fn at(path: &Path) -> Option<Self> {
+        let path = std::path::absolute(path).ok()?;
+        let identity = Self::identity(&path)?;
+        Some(Self { path, identity })
+    }
+
+    /// Removes it, unless another file is there by now: a listener that came later has taken the path over.
+    fn remove(&self) {
+        if Self::identity(&self.path) == Some(self.identity) {
+            // If it is gone meanwhile, that is what was wanted.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
+    fn identity(path: &Path) -> Option<(u64, u64)> {
+        std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
     }
 }
 
@@ -169,4 +196,24 @@ fn listen_unix(path: &Path) -> io::Result<Socket> {
     socket.bind(&SockAddr::unix(path)?)?;
     socket.listen(BACKLOG)?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A listener that ended removed the path, and with it the socket of the one that had taken the path over.
+    #[test]
+    fn listener_that_ends_removes_its_own_socket_and_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let address = Address::Unix(path.clone());
+        let first = Listener::bind(&address).expect("bound");
+        let second = Listener::bind(&address).expect("bound in its place");
+        drop(first);
+        assert!(path.exists(), "the second one's socket");
+        std::os::unix::net::UnixStream::connect(&path).expect("the second one listens");
+        drop(second);
+        assert!(!path.exists());
+    }
 }
