@@ -1,10 +1,15 @@
 //! The command line.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args as ClapArgs, Parser, Subcommand, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use multifd::{ChannelCount, Method, SendOptions, channel::Address, error::Usage, wire::VmUuid};
 use parse_size::Config;
+
+use crate::file_address::FileAddress;
 
 /// Moves running virtual machines over many channels, in QEMU's own wire format.
 ///
@@ -24,13 +29,13 @@ pub(crate) enum Verb {
     /// send`, or let QEMU 9.0 and later load it itself with capability mapped-ram and `-incoming file:FILE`.
     ///
     /// The file appears under its name only when it is complete and on the disk. It is readable by its owner
-    /// alone, for it holds the guest's memory.
+    /// alone, for it holds the guest's memory. In a container, `file:PATH,offset=N`, the first N bytes are kept.
     Receive(ReceiveArgs),
     /// Send a file that holds a guest into a waiting QEMU
     ///
     /// Takes files written by `multifd receive`, and by QEMU 9.0 and later with capability mapped-ram.
     Send(SendArgs),
-    /// Show what a file holds: machine, RAM blocks, devices
+    /// Show what a file holds: machine, RAM blocks, devices; or take the RAM of a block out
     Inspect(InspectArgs),
     /// Migrate a busy guest between two processes of this machine, and prove that nothing was lost
     ///
@@ -62,15 +67,16 @@ pub(crate) struct ReceiveArgs {
     /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
     #[arg(long)]
     pub(crate) switchover_ack: bool,
-    /// Replace FILE if it exists
+    /// Replace FILE if it exists; with an offset, what stands behind the offset
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Where to listen: tcp:HOST:PORT (port 0 takes a free one), unix:PATH or fd:N
     pub(crate) listen: Address,
-    /// The file to write
-    pub(crate) file: PathBuf,
+    /// The file to write: a path, or file:PATH,offset=N to keep its first N bytes and write behind them
+    #[arg(value_parser = file_address())]
+    pub(crate) file: FileAddress,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -91,8 +97,9 @@ pub(crate) struct SendArgs {
     pub(crate) uuid: Option<VmUuid>,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// The file to send
-    pub(crate) file: PathBuf,
+    /// The file to send: a path, or file:PATH,offset=N
+    #[arg(value_parser = file_address())]
+    pub(crate) file: FileAddress,
     /// Where the destination listens: tcp:HOST:PORT, unix:PATH or fd:N
     pub(crate) address: Address,
 }
@@ -102,8 +109,18 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
-    /// The file to look into
-    pub(crate) file: PathBuf,
+    /// Write the RAM of this block into OUT, as raw bytes; pages that are zero become holes
+    #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
+    pub(crate) extract: Option<OsString>,
+    /// Replace OUT if it exists
+    #[arg(long, requires = "extract")]
+    pub(crate) force: bool,
+    /// The file to look into: a path, or file:PATH,offset=N
+    #[arg(value_parser = file_address())]
+    pub(crate) file: FileAddress,
+    /// Where the RAM of BLOCK goes: a new file, readable by its owner alone, or - for standard output
+    #[arg(requires = "extract")]
+    pub(crate) out: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -191,6 +208,11 @@ fn method_or_auto(text: &str) -> Result<MethodChoice, String> {
     text.parse()
         .map(|method| MethodChoice(Some(method)))
         .map_err(|error: Usage| error.to_string() + ", or auto")
+}
+
+/// A path, or QEMU's form of it.
+fn file_address() -> impl TypedValueParser<Value = FileAddress> {
+    OsStringValueParser::new().try_map(FileAddress::parse)
 }
 
 /// Bytes, with binary units as QEMU has them: 1K is 1024.

@@ -1,15 +1,9 @@
 //! A captured machine on its way into a file.
 //!
-//! The file grows under a temporary name in the folder that it is to appear in. RAM goes straight to its places while
-//! the migration runs; bitmaps, devices and head are written when everything has come, then it is synced and
-//! renamed. Dropped before that, it is removed.
+//! RAM goes straight to its places in a [`NewFile`] while the migration runs; bitmaps, devices and head are written
+//! when everything has come, then it is synced and gets its name. Dropped before that, it is removed.
 
-use std::{
-    fs::File,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs::File, sync::Arc};
 
 use multifd::{
     Error, Result,
@@ -22,37 +16,25 @@ use qemu_stream::{
     incoming::Loaded,
     mapped_ram::{Layout, Tail},
 };
-use tempfile::NamedTempFile;
 
-use crate::outcome::While;
+use crate::{file_address::FileAddress, new_file::NewFile, outcome::While};
 
 /// A file that holds nothing valid yet.
 pub(crate) struct Capture {
-    temporary: NamedTempFile,
+    new: NewFile,
     file: Arc<File>,
-    target: PathBuf,
-    force: bool,
+    /// Where the machine's stream begins in it.
+    offset: u64,
 }
 
 impl Capture {
-    /// A temporary file beside `target`.
-    pub(crate) fn create(target: &Path, force: bool) -> Result<Self, While> {
-        let refused = |error| While::new(format!("cannot create {}", target.display()), error);
-        if !force && target.symlink_metadata().is_ok() {
-            return Err(refused(io::Error::new(io::ErrorKind::AlreadyExists, EXISTS)));
-        }
-        // Not to be found out when the machine has come and cannot have its name.
-        if target.is_dir() {
-            return Err(refused(io::ErrorKind::IsADirectory.into()));
-        }
-        let name = target.file_name().ok_or_else(|| refused(io::ErrorKind::IsADirectory.into()))?;
-        let mut prefix = std::ffi::OsString::from(".");
-        prefix.push(name);
-        prefix.push(".");
-        let temporary =
-            tempfile::Builder::new().prefix(&prefix).tempfile_in(folder(target)).map_err(refused)?;
-        let file = Arc::new(temporary.as_file().try_clone().map_err(refused)?);
-        Ok(Self { temporary, file, target: target.to_owned(), force })
+    /// A file that will appear at `address`, which keeps what stands before the address's offset.
+    pub(crate) fn create(address: &FileAddress, force: bool) -> Result<Self, While> {
+        let offset = address.offset();
+        let new = NewFile::create(address.path(), offset, force)?;
+        let file = new.file().try_clone();
+        let file = file.map_err(|error| While::new(format!("cannot create {address}"), error))?;
+        Ok(Self { new, file: Arc::new(file), offset })
     }
 
     /// The machine's blocks, each at its place in the file.
@@ -66,7 +48,7 @@ impl Capture {
         if configuration.ignore_shared {
             return Err(refused("its shared RAM does not travel: switch x-ignore-shared off at the source"));
         }
-        let layout = layout(configuration, list, SectionId(1))?;
+        let layout = self.layout(configuration, list, SectionId(1))?;
         // A full disk is to be found when pages are written, so this makes a hole, not a reservation.
         let sized = self.file.set_len(layout.tail_offset());
         sized.map_err(|error| {
@@ -88,34 +70,22 @@ impl Capture {
         stop: &Stop,
     ) -> Result<(), While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-            While::new(format!("cannot complete {}", self.target.display()), error)
+            While::new(format!("cannot complete {}", self.new.target().display()), error)
         };
         self.write(loaded, blocks, uuid).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
         // That can take long enough for a channel to turn up whose pages are missing.
         stop.check().map_err(|error| failed(error.into()))?;
-        let named = if self.force {
-            self.temporary.persist(&self.target)
-        } else {
-            self.temporary.persist_noclobber(&self.target)
-        };
-        named
-            .map_err(|error| While::new(format!("cannot name it {}", self.target.display()), error.error))?;
-        // The name is in the folder, and must be there after a power cut too.
-        let synced = File::open(folder(&self.target)).and_then(|folder| folder.sync_all());
-        synced.map_err(|error| {
-            While::new(format!("cannot sync the folder of {}", self.target.display()), error)
-        })?;
-        Ok(())
+        self.new.name()
     }
 
     fn write(&self, loaded: &Loaded, blocks: &RamBlocks, uuid: Option<VmUuid>) -> Result<u64> {
         let plain = loaded.configuration.clone().ok_or_else(|| refused("it has no configuration"))?;
-        let mut laid = layout(&plain, &loaded.blocks, loaded.section)?;
+        let mut laid = self.layout(&plain, &loaded.blocks, loaded.section)?;
         // The channels name the machine's UUID, which the file can keep, if its pages stay where they are.
         if let (None, Some(uuid)) = (plain.uuid, uuid.filter(|uuid| !uuid.is_nil())) {
             let named = Configuration { uuid: Some(uuid), ..plain };
-            let with_uuid = layout(&named, &loaded.blocks, loaded.section)?;
+            let with_uuid = self.layout(&named, &loaded.blocks, loaded.section)?;
             if places(&with_uuid) == places(&laid) {
                 laid = with_uuid;
             }
@@ -131,17 +101,11 @@ impl Capture {
         };
         written().map_err(|error| Error::other("write the file", error))
     }
-}
 
-/// What is said when the file is there already.
-const EXISTS: &str = "it exists; give --force to replace it";
-
-fn folder(target: &Path) -> &Path {
-    target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-fn layout(configuration: &Configuration, list: &BlockList, section: SectionId) -> Result<Layout> {
-    Layout::new(configuration, list, section, 0).map_err(|error| Error::other("lay the file out", error))
+    fn layout(&self, configuration: &Configuration, list: &BlockList, section: SectionId) -> Result<Layout> {
+        Layout::new(configuration, list, section, self.offset)
+            .map_err(|error| Error::other("lay the file out", error))
+    }
 }
 
 fn places(layout: &Layout) -> Vec<u64> {

@@ -1,6 +1,4 @@
-//! `multifd inspect`: what a mapped-ram file holds, without its pages.
-
-use std::fs::File;
+//! `multifd inspect`: what a mapped-ram file holds, without its pages, or one block's pages alone.
 
 use indicatif::BinaryBytes;
 use qemu_stream::mapped_ram::MappedRamFile;
@@ -8,7 +6,8 @@ use serde::Serialize;
 
 use crate::{
     args::InspectArgs,
-    outcome::{Failure, While, print},
+    extract,
+    outcome::{Failure, print},
 };
 
 #[derive(Serialize)]
@@ -44,12 +43,11 @@ struct Device {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let refused = |error: Box<dyn std::error::Error + Send + Sync>| {
-        While::new(format!("cannot read {}", args.file.display()), error)
-    };
-    let file = File::open(&args.file).map_err(|error| refused(error.into()))?;
-    let file = MappedRamFile::open(file, 0).map_err(|error| refused(error.into()))?;
-    let contents = contents(&file).map_err(|error| refused(error.into()))?;
+    let file = args.file.open()?;
+    if let (Some(block), Some(out)) = (&args.extract, &args.out) {
+        return extract::run(&args.file, &file, block, out, args.force);
+    }
+    let contents = contents(&file).map_err(|error| args.file.unreadable(error))?;
     if args.json {
         print(&serde_json::to_string(&contents)?)?;
     } else {

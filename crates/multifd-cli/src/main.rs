@@ -3,7 +3,7 @@
 //! ```text
 //! args ─▶ receive   QEMU ═══ channels ═══▶ file        capture/  the file being written
 //!         send      file ═══ channels ═══▶ QEMU
-//!         inspect   file ─▶ a table
+//!         inspect   file ─▶ a table, or (extract) one block's RAM
 //!         demo      this process ═══ channels ═══▶ a second one
 //!                     └── interrupt (Ctrl-C)   display (progress)   report (the end, as text or JSON)
 //! ```
@@ -15,8 +15,11 @@ mod args;
 mod capture;
 mod demo;
 mod display;
+mod extract;
+mod file_address;
 mod inspect;
 mod interrupt;
+mod new_file;
 mod outcome;
 mod receive;
 mod report;

@@ -81,7 +81,7 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
             ExitCode::from(2)
         }
         Err(Failure::Interrupted) => {
-            say("multifd: interrupted; the migration is cancelled");
+            say("multifd: interrupted; what was begun is cancelled");
             ExitCode::from(130)
         }
     }

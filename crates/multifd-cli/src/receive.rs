@@ -61,7 +61,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
             if args.output.json {
                 print(&report.json())?;
             } else if !args.output.quiet {
-                say(&report.text(&format!("received {}", args.file.display())));
+                say(&report.text(&format!("received {}", args.file)));
             }
             Ok(())
         }
@@ -80,7 +80,7 @@ fn failed(args: &ReceiveArgs, start: Instant, error: Error) -> Failure {
     if error.is_cancelled() {
         return Failure::Interrupted;
     }
-    While::new(format!("the migration into {} failed", args.file.display()), error).into()
+    While::new(format!("the migration into {} failed", args.file), error).into()
 }
 
 /// Reads the whole migration, keeps it, and tells the source how that went.

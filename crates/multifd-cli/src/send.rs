@@ -1,6 +1,6 @@
 //! `multifd send`: a file that holds a guest goes into a waiting QEMU.
 
-use std::{fs::File, path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use multifd::{
     Error, SendOptions, Sender,
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     }
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let file = open(&args.file)?;
+    let file = args.file.open()?;
     let blocks = Arc::new(blocks(&file, channels == 0)?);
     // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
     let options = MigrateOptions::new()
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
             if args.output.json {
                 print(&report.json())?;
             } else if !args.output.quiet {
-                say(&report.text(&format!("sent {} to {}", args.file.display(), args.address)));
+                say(&report.text(&format!("sent {} to {}", args.file, args.address)));
             }
             Ok(())
         }
@@ -63,14 +63,6 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
             Err(Failure::of(error))
         }
     }
-}
-
-fn open(path: &Path) -> Result<MappedRamFile, While> {
-    let refused = |error: Box<dyn std::error::Error + Send + Sync>| {
-        While::new(format!("cannot read {}", path.display()), error)
-    };
-    let file = File::open(path).map_err(|error| refused(error.into()))?;
-    MappedRamFile::open(file, 0).map_err(|error| refused(error.into()))
 }
 
 /// The file's blocks. Channels send from a mapping, by system calls alone; main copies pages out of the file, which

@@ -52,6 +52,16 @@ pub(crate) fn multifd<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -
     command
 }
 
+/// The program with these arguments, started where `script` has changed something for it: the limits of a shell, the
+/// mounts of a namespace.
+pub(crate) fn multifd_in(launcher: &[&str], script: &str, arguments: &[&str]) -> Command {
+    let shell = ["sh", "-c", &format!("{script} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_multifd")];
+    let words: Vec<&str> = launcher.iter().copied().chain(shell).chain(arguments.iter().copied()).collect();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).env_remove("MULTIFD_LOG").stdin(Stdio::null());
+    command
+}
+
 /// Runs it to its end.
 pub(crate) fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Ended {
     Program::start(&mut multifd(arguments)).end()
@@ -272,6 +282,11 @@ pub(crate) fn file_uri(path: &Path) -> String {
     format!("file:{}", path.display())
 }
 
+/// The same, for a stream that begins at `offset`.
+pub(crate) fn file_uri_at(path: &Path, offset: u64) -> String {
+    format!("file:{},offset={offset:#x}", path.display())
+}
+
 /// Waits until a guest that was running when it left has checked all it brought to `destination`.
 pub(crate) fn runs_on(source: &Vm, destination: &mut Vm) -> Result<(), Error> {
     let at = source.round()?.unwrap_or_default();
@@ -311,7 +326,12 @@ pub(crate) fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
 
 /// The main block of RAM in a file: pages that are not present are zero.
 pub(crate) fn stored_memory(file: &Path) -> Vec<u8> {
-    let file = MappedRamFile::open(File::open(file).expect("the file"), 0).expect("a whole file");
+    stored_memory_at(file, 0)
+}
+
+/// The same, in a file whose stream begins at `offset`.
+pub(crate) fn stored_memory_at(file: &Path, offset: u64) -> Vec<u8> {
+    let file = MappedRamFile::open(File::open(file).expect("the file"), offset).expect("a whole file");
     let (index, entry) =
         file.blocks().iter().find(|(_, entry)| entry.name.as_bytes() == b"pc.ram").expect("RAM");
     let place = file.place(index).expect("its place");

@@ -1,10 +1,15 @@
 //! The file is QEMU's own: what we write QEMU 10.0 loads by itself, what it writes we send.
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 
 use crate::kit::{
-    Program, file_uri, first_difference, folder, machine, memory, migrate, migrate_live, path, runs_on, send,
-    source, stored_memory,
+    Program, file_uri, file_uri_at, first_difference, folder, machine, memory, migrate, migrate_live, path,
+    run, runs_on, send, source, stored_memory, stored_memory_at,
 };
 
 /// A machine of 10.0 that reads or writes files with fixed places, over so many channels; 0 is none.
@@ -123,4 +128,58 @@ fn file_of_10_0_is_sent_without_channels() {
 fn file_of_10_0_on_machine_7_2_is_sent_to_7_2() {
     let Some(qemu) = Qemu::v7_2() else { return };
     theirs_is_sent("pc-q35-7.2", true, 2, &qemu, 2).unwrap();
+}
+
+/// Head and machine in one file, both ways: we write and 10.0 loads, then 10.0 writes and we send.
+#[test]
+fn machine_behind_an_offset_is_loaded_by_10_0_and_sent_by_us() {
+    fn both_ways(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let (ours, theirs, ram) = (path(&folder, "ours"), path(&folder, "theirs"), path(&folder, "ram"));
+        let (machine_type, head) = (qemu.machine(), vec![0x5a; 0x1234]);
+        let offset = head.len() as u64;
+        let at = |file: &Path| PathBuf::from(file_uri_at(file, offset));
+        for file in [&ours, &theirs] {
+            fs::write(file, &head).unwrap();
+        }
+        let mut from = source(machine(qemu, &machine_type))?;
+        from.stop()?;
+        let before = memory(&mut from)?;
+        from.set_multifd_channels(2)?;
+        let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &at(&ours));
+        migrate(&mut from, &address)?;
+        receive.done();
+        // It has to run once more before it may leave once more.
+        let mut middle = machine(qemu, &machine_type).incoming().start()?;
+        for_files(&mut middle, 2)?;
+        middle.migrate_incoming(&at(&ours).display().to_string())?;
+        middle.wait_migration("completed", PATIENCE)?;
+        assert_eq!(first_difference(&before, &memory(&mut middle)?), None, "page, source and 10.0");
+        middle.cont()?;
+        runs_on(&from, &mut middle)?;
+
+        middle.stop()?;
+        let before = memory(&mut middle)?;
+        migrate(&mut middle, &at(&theirs).display().to_string())?;
+        assert_eq!(
+            first_difference(&before, &stored_memory_at(&theirs, offset)),
+            None,
+            "page, 10.0 and file"
+        );
+        let extract = [Path::new("inspect"), "--extract".as_ref(), "pc.ram".as_ref(), &at(&theirs), &ram];
+        assert_eq!(run(extract).code, Some(0));
+        assert_eq!(first_difference(&before, &fs::read(&ram).unwrap()), None, "page, 10.0 and extract");
+        let mut to = machine(qemu, &machine_type).incoming().start()?;
+        to.set_multifd_channels(2)?;
+        send(&["--multifd-channels", "2"], &at(&theirs), &mut to, "tcp:127.0.0.1:0")?;
+        assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, 10.0 and destination");
+        to.cont()?;
+        runs_on(&middle, &mut to)?;
+        for file in [&ours, &theirs] {
+            assert_eq!(fs::read(file).unwrap()[..head.len()], head);
+        }
+        Ok(())
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    both_ways(&qemu).unwrap();
 }

@@ -2,7 +2,9 @@
 //! half-made.
 
 mod broken_off;
+mod containers;
 mod demo;
+mod extract;
 mod inspect;
 mod receive;
 mod send;

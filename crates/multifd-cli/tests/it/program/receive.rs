@@ -14,8 +14,8 @@ use qemu_stream::mapped_ram::MappedRamFile;
 use serde_json::{Value, json};
 
 use crate::kit::{
-    Program, as_stdin, assert_left, captured, fast, feed, folder, machine, multifd, path, run, source,
-    stored_memory,
+    Program, as_stdin, assert_left, captured, fast, feed, folder, machine, multifd, multifd_in, path, run,
+    source, stored_memory,
 };
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
@@ -161,6 +161,22 @@ fn folder_that_may_not_be_written_is_an_error() {
     let file = if rustix::process::geteuid().is_root() { "/proc/machine".into() } else { file };
     let ended = run([Path::new("receive"), Path::new(LOCAL), &file]);
     ended.assert_failed(1, &["cannot create", &file.display().to_string(), "because: "]);
+    assert_left(&folder, &[]);
+}
+
+/// One that cannot be opened cannot be synced: that used to be found out when the machine had come.
+#[test]
+fn folder_that_may_not_be_read_is_an_error_at_once() {
+    let folder = folder();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o300)).unwrap();
+    let file = path(&folder, "machine").display().to_string();
+    // The superuser may read everything, unless that is taken away.
+    let launcher = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"];
+    let launcher = if rustix::process::geteuid().is_root() { &launcher[..] } else { &[] };
+    let ended = Program::start(&mut multifd_in(launcher, "true", &["receive", LOCAL, &file])).end();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    ended.assert_failed(1, &["cannot create", &file, "because: "]);
+    assert!(!ended.stderr.contains("listening"), "{ended:?}");
     assert_left(&folder, &[]);
 }
 

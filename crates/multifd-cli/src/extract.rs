@@ -1,0 +1,229 @@
+//! `multifd inspect --extract`: the RAM of one block as raw bytes.
+//!
+//! Into a file, pages that are not present are holes, and runs of pages are moved by the system, which shares them
+//! instead of copying where it can. Into standard output, holes are zeros.
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io::{self, Write},
+    os::unix::{ffi::OsStrExt, fs::FileExt},
+    path::Path,
+};
+
+use multifd::channel::Stop;
+use qemu_stream::{format::BlockEntry, mapped_ram::MappedRamFile};
+use rustix::{fs::copy_file_range, io::Errno};
+
+use crate::{
+    file_address::FileAddress,
+    interrupt,
+    new_file::NewFile,
+    outcome::{Failure, While},
+};
+
+/// Writes the block named `name` into `out`, or into standard output if that is `-`.
+pub(crate) fn run(
+    address: &FileAddress,
+    file: &MappedRamFile,
+    name: &OsStr,
+    out: &Path,
+    force: bool,
+) -> Result<(), Failure> {
+    let found = file.blocks().iter().zip(file.places()).find(|((_, entry), _)| is_named(entry, name));
+    let Some(((index, _), place)) = found else { return Err(unknown(address, file, name).into()) };
+    let words = file.bitmap(index).map_err(|error| address.unreadable(error))?;
+    let failed = |error| {
+        let doing = format!("cannot extract block {} into {}", name.display(), out.display());
+        Failure::from(While::new(doing, error))
+    };
+    let stop = Stop::new();
+    let page_size = place.page_size.bytes() as u64;
+    let block = Block { file: file.file(), at: place.pages_offset, stop: &stop };
+    if out == Path::new("-") {
+        // Nothing would be left behind, so an interrupt may end the process.
+        let mut out = io::stdout().lock();
+        return stretches(&words, page_size, place.used_length)
+            .try_for_each(|stretch| block.write(&stretch, &mut out))
+            .and_then(|()| out.flush())
+            .map_err(failed);
+    }
+    interrupt::cancels(&stop)?;
+    interrupt::spares_large_files();
+    let new = NewFile::create(out, 0, force)?;
+    let target = new.file();
+    // The holes are there with that, and it has the block's length to the byte.
+    target.set_len(place.used_length).map_err(failed)?;
+    let mut shares = true;
+    for stretch in stretches(&words, page_size, place.used_length).filter(|stretch| stretch.present) {
+        let copied = block.copy(&stretch, target, &mut shares);
+        stop.check().map_err(Failure::of)?;
+        copied.map_err(failed)?;
+    }
+    target.sync_all().map_err(failed)?;
+    stop.check().map_err(Failure::of)?;
+    Ok(new.name()?)
+}
+
+/// As its name is, or as it is shown.
+fn is_named(entry: &BlockEntry, name: &OsStr) -> bool {
+    entry.name.as_bytes() == name.as_bytes() || *entry.name.to_string() == *name
+}
+
+fn unknown(address: &FileAddress, file: &MappedRamFile, name: &OsStr) -> While {
+    let names: Vec<String> = file.blocks().entries().iter().map(|entry| entry.name.to_string()).collect();
+    let why = format!("expected one of {}, met {}", names.join(", "), name.display());
+    While::new(format!("no such block in {address}"), why)
+}
+
+/// A block's pages in the file of its machine.
+struct Block<'a> {
+    file: &'a File,
+    at: u64,
+    stop: &'a Stop,
+}
+
+impl Block<'_> {
+    /// Moves a stretch to its place in `target`, by the system as long as it `shares`.
+    fn copy(&self, stretch: &Stretch, target: &File, shares: &mut bool) -> io::Result<()> {
+        let (mut done, mut buffer) = (0, Vec::new());
+        while done < stretch.length && !self.stop.is_stopped() {
+            let (mut from, mut to) = (self.at + stretch.start + done, stretch.start + done);
+            let rest = stretch.length - done;
+            if *shares {
+                let length = usize::try_from(rest).unwrap_or(SHARED).min(SHARED);
+                match copy_file_range(self.file, Some(&mut from), target, Some(&mut to), length) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(copied) => done += copied as u64,
+                    Err(Errno::INTR) => {}
+                    // Not between these two files, or not on this system.
+                    Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => *shares = false,
+                    Err(error) => return Err(error.into()),
+                }
+            } else {
+                let piece = self.read(&mut buffer, from, rest)?;
+                target.write_all_at(piece, to)?;
+                done += piece.len() as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a stretch, zeros for what is not present.
+    fn write(&self, stretch: &Stretch, out: &mut impl Write) -> io::Result<()> {
+        let (mut done, mut buffer) = (0, Vec::new());
+        while done < stretch.length {
+            let rest = stretch.length - done;
+            let piece = if stretch.present {
+                self.read(&mut buffer, self.at + stretch.start + done, rest)?
+            } else {
+                buffer.resize(usize::try_from(rest).unwrap_or(PIECE).min(PIECE), 0);
+                &buffer
+            };
+            out.write_all(piece)?;
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn read<'b>(&self, buffer: &'b mut Vec<u8>, at: u64, rest: u64) -> io::Result<&'b [u8]> {
+        buffer.resize(usize::try_from(rest).unwrap_or(PIECE).min(PIECE), 0);
+        self.file.read_exact_at(buffer, at)?;
+        Ok(buffer)
+    }
+}
+
+/// Neighbours of one kind, in bytes from the start of the block.
+#[derive(Debug, PartialEq, Eq)]
+struct Stretch {
+    present: bool,
+    start: u64,
+    length: u64,
+}
+
+/// The whole block in its order, present and absent in turn. What stands behind the last whole page is absent.
+fn stretches(words: &[u64], page_size: u64, used_length: u64) -> impl Iterator<Item = Stretch> + '_ {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        if start >= used_length {
+            return None;
+        }
+        let first = start / page_size;
+        let present = bit(words, first);
+        let end = change(words, first).map_or(used_length, |page| page * page_size).min(used_length);
+        let stretch = Stretch { present, start, length: end - start };
+        start = end;
+        Some(stretch)
+    })
+}
+
+fn bit(words: &[u64], page: u64) -> bool {
+    let word = usize::try_from(page / WORD).ok().and_then(|index| words.get(index));
+    word.is_some_and(|word| word >> (page % WORD) & 1 == 1)
+}
+
+/// The next page behind `page` that is of the other kind; `None` if all that follow are absent as it is.
+fn change(words: &[u64], page: u64) -> Option<u64> {
+    let flip = if bit(words, page) { u64::MAX } else { 0 };
+    let index = usize::try_from(page / WORD).ok()?;
+    let (head, rest) = words.get(index..)?.split_first()?;
+    let head = (head ^ flip) & u64::MAX << (page % WORD);
+    let differing = std::iter::once(head).chain(rest.iter().map(|word| word ^ flip));
+    let found = differing.enumerate().find(|(_, word)| *word != 0);
+    match found {
+        Some((at, word)) => Some((index + at) as u64 * WORD + u64::from(word.trailing_zeros())),
+        // Behind the last word is nothing.
+        None => (flip != 0).then_some(words.len() as u64 * WORD),
+    }
+}
+
+const WORD: u64 = u64::BITS as u64;
+/// Bytes that the system is asked to move at once: a stop is looked for in between.
+const SHARED: usize = 64 << 20;
+/// Bytes that are read and written at once.
+const PIECE: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stretch(present: bool, start: u64, length: u64) -> Stretch {
+        Stretch { present, start, length }
+    }
+
+    #[test]
+    fn stretches_cross_words_and_cover_the_block_to_its_last_byte() {
+        let page = 4096;
+        let words = [1 << 63 | 1, 0b11];
+        let met: Vec<Stretch> = stretches(&words, page, 130 * page + 5).collect();
+        let expected = [
+            stretch(true, 0, page),
+            stretch(false, page, 62 * page),
+            stretch(true, 63 * page, 3 * page),
+            stretch(false, 66 * page, 64 * page + 5),
+        ];
+        assert_eq!(met, expected);
+    }
+
+    #[test]
+    fn full_block_is_one_stretch_and_an_empty_one_none() {
+        let met: Vec<Stretch> = stretches(&[u64::MAX; 2], 4096, 128 * 4096).collect();
+        assert_eq!(met, [stretch(true, 0, 128 * 4096)]);
+        let met: Vec<Stretch> = stretches(&[u64::MAX], 4096, 64 * 4096 + 7).collect();
+        assert_eq!(met, [stretch(true, 0, 64 * 4096), stretch(false, 64 * 4096, 7)]);
+        assert_eq!(stretches(&[], 4096, 0).next(), None);
+        assert_eq!(stretches(&[], 4096, 9).collect::<Vec<_>>(), [stretch(false, 0, 9)]);
+    }
+
+    #[test]
+    fn stretches_are_what_the_bits_say() {
+        let words = [0x0123_4567_89ab_cdef, u64::MAX, 0, 0xf000_0000_0000_000f];
+        let mut pages = Vec::new();
+        for stretch in stretches(&words, 1, 256) {
+            assert_eq!(stretch.start, pages.len() as u64, "in order, nothing left out");
+            pages.extend((0..stretch.length).map(|_| stretch.present));
+        }
+        let expected: Vec<bool> = (0..256).map(|page| bit(&words, page)).collect();
+        assert_eq!(pages, expected);
+    }
+}

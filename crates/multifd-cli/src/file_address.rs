@@ -1,0 +1,131 @@
+//! A file that holds a machine, as the command line names it: a path, or as QEMU has it, `file:PATH[,offset=N]`.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    fs::File,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+};
+
+use parse_size::Config;
+use qemu_stream::mapped_ram::MappedRamFile;
+
+use crate::outcome::While;
+
+/// Where a machine is kept: a file, and the position in it at which its stream begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FileAddress {
+    path: PathBuf,
+    offset: u64,
+}
+
+impl FileAddress {
+    /// Reads `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:` is written `./file:…`.
+    pub(crate) fn parse(text: OsString) -> Result<Self, String> {
+        let Some(rest) = text.as_bytes().strip_prefix(b"file:") else {
+            return Ok(Self { path: text.into(), offset: 0 });
+        };
+        let mut windows = rest.windows(OFFSET.len());
+        let (path, offset) = match windows.position(|window| window == OFFSET) {
+            Some(at) => (&rest[..at], position(&rest[at + OFFSET.len()..])?),
+            None => (rest, 0),
+        };
+        if path.is_empty() {
+            return Err("expected file:PATH or file:PATH,offset=N, met no path".into());
+        }
+        Ok(Self { path: OsString::from_vec(path.to_owned()).into(), offset })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the stream begins, in bytes.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Opens the machine that is kept there, to be read.
+    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
+        let file = File::open(&self.path).map_err(|error| self.unreadable(error))?;
+        MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(error))
+    }
+
+    /// What is said if it cannot be read.
+    pub(crate) fn unreadable(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> While {
+        While::new(format!("cannot read {self}"), error)
+    }
+}
+
+impl fmt::Display for FileAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        if self.offset > 0 {
+            write!(f, " at offset {:#x}", self.offset)?;
+        }
+        Ok(())
+    }
+}
+
+const OFFSET: &[u8] = b",offset=";
+
+/// Bytes: decimal with QEMU's suffixes (4K is 4096), or hexadecimal without one.
+fn position(text: &[u8]) -> Result<u64, String> {
+    let text = String::from_utf8_lossy(text);
+    let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let parsed = match hexadecimal {
+        // A sign is no digit, whatever `from_str_radix` thinks of it.
+        Some(digits) if digits.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+            u64::from_str_radix(digits, 16).ok()
+        }
+        Some(_) => None,
+        None => Config::new().with_binary().parse_size(text.as_bytes()).ok(),
+    };
+    parsed.ok_or_else(|| format!("expected an offset in bytes like 0x1000, 4096 or 4K, met {text:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<(String, u64), String> {
+        let parsed = FileAddress::parse(text.into())?;
+        Ok((parsed.path.display().to_string(), parsed.offset))
+    }
+
+    #[test]
+    fn paths_and_qemus_form_are_read() {
+        for (text, path, offset) in [
+            ("vm.ram", "vm.ram", 0),
+            ("vm,offset=7", "vm,offset=7", 0),
+            ("./file:vm", "./file:vm", 0),
+            ("file:vm.ram", "vm.ram", 0),
+            ("file:/a,b.ram,foo=bar", "/a,b.ram,foo=bar", 0),
+            ("file:/a,b,offset=0x1000", "/a,b", 0x1000),
+            ("file:vm,offset=4096", "vm", 4096),
+            ("file:vm,offset=4K", "vm", 4096),
+            ("file:vm,offset=4k", "vm", 4096),
+            ("file:vm,offset=1.5M", "vm", 3 << 19),
+            ("file:vm,offset=010", "vm", 10),
+        ] {
+            assert_eq!(parse(text), Ok((path.to_owned(), offset)), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_offset_is_refused() {
+        for offset in ["", "-1", "0x", "0x1G", "0x+1", "16E", "4096,foo=1", "1,offset=2", "lots"] {
+            let refused = parse(&format!("file:vm,offset={offset}")).expect_err(offset);
+            assert!(refused.contains(&format!("met {offset:?}")), "{refused}");
+        }
+        assert!(parse("file:").is_err() && parse("file:,offset=1").is_err());
+    }
+
+    #[test]
+    fn path_that_is_no_text_is_kept_to_the_byte() {
+        let text = OsString::from_vec(b"file:\xff,offset=1".to_vec());
+        let parsed = FileAddress::parse(text).expect("a path");
+        assert_eq!(parsed.path.as_os_str().as_bytes(), b"\xff");
+    }
+}

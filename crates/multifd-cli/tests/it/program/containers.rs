@@ -1,0 +1,159 @@
+//! A machine behind an offset of a file, `file:PATH,offset=N`: what stands before it is kept.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::kit::{
+    Ended, Program, assert_left, captured, feed, file_uri_at, folder, path, run, stored_memory,
+    stored_memory_at,
+};
+
+const LOCAL: &str = "tcp:127.0.0.1:0";
+const MIB: u64 = 1 << 20;
+/// On no border of anything.
+const OFFSET: u64 = 5001;
+
+/// A file with something in it.
+fn container(folder: &TempDir, bytes: u64) -> PathBuf {
+    let path = path(folder, "container");
+    fs::write(&path, head(bytes)).unwrap();
+    path
+}
+
+fn head(bytes: u64) -> Vec<u8> {
+    (0..bytes).map(|byte| (byte % 251) as u8 + 1).collect()
+}
+
+/// `multifd receive` into the container behind the offset.
+fn receive(options: &[&str], container: &Path) -> (Program, String) {
+    Program::receive(options, LOCAL, Path::new(&file_uri_at(container, OFFSET)))
+}
+
+/// Moves a machine into the container; the machine's own file.
+fn moved(folder: &TempDir, options: &[&str], container: &Path) -> (PathBuf, Ended) {
+    let from = captured(folder, 4 * MIB);
+    let (receive, address) = receive(options, container);
+    feed(&[], &from, &address).done();
+    (from, receive.done())
+}
+
+/// What it holds before the offset.
+fn kept(container: &Path) -> Vec<u8> {
+    fs::read(container).unwrap()[..usize::try_from(OFFSET).unwrap()].to_vec()
+}
+
+#[test]
+fn machine_is_kept_behind_the_offset_and_the_head_before_it() {
+    let folder = folder();
+    let container = container(&folder, OFFSET);
+    let (from, ended) = moved(&folder, &[], &container);
+    assert!(ended.stderr.contains("container at offset 0x1389: 4.00 MiB of RAM"), "{ended:?}");
+    assert_eq!(kept(&container), head(OFFSET));
+    assert!(stored_memory_at(&container, OFFSET) == stored_memory(&from), "equal RAM");
+    assert_eq!(fs::metadata(&container).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_left(&folder, &["captured", "container"]);
+
+    // On it goes, and its RAM comes out as it went in.
+    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "again"));
+    feed(&[], Path::new(&file_uri_at(&container, OFFSET)), &address).done();
+    receive.done();
+    assert!(stored_memory(&path(&folder, "again")) == stored_memory(&from), "equal RAM");
+    let (uri, out) = (file_uri_at(&container, OFFSET), path(&folder, "out"));
+    let arguments = ["inspect", "--extract", "pc.ram", &uri].map(OsStr::new);
+    assert_eq!(run(arguments.into_iter().chain([out.as_os_str()])).code, Some(0));
+    assert!(fs::read(&out).unwrap() == stored_memory(&from), "equal RAM");
+    let told = run(["inspect", "--json", &uri]).json();
+    assert_eq!(told["blocks"][0]["pages"], 1024);
+}
+
+#[test]
+fn container_that_is_missing_or_short_is_zero_up_to_the_offset() {
+    let folder = folder();
+    let missing = path(&folder, "container");
+    let (from, _) = moved(&folder, &[], &missing);
+    assert!(kept(&missing).iter().all(|byte| *byte == 0));
+    assert!(stored_memory_at(&missing, OFFSET) == stored_memory(&from), "equal RAM");
+    fs::remove_file(&missing).unwrap();
+    fs::remove_file(&from).unwrap();
+
+    let short = container(&folder, 100);
+    moved(&folder, &[], &short);
+    let kept = kept(&short);
+    assert!(kept[..100] == head(100) && kept[100..].iter().all(|byte| *byte == 0), "{kept:?}");
+}
+
+#[test]
+fn bytes_behind_the_offset_are_replaced_with_force_alone() {
+    let folder = folder();
+    let container = container(&folder, OFFSET + 16);
+    let ended = run(["receive", LOCAL, &file_uri_at(&container, OFFSET)]);
+    ended.assert_failed(1, &["cannot create", "0x10 bytes stand behind offset 0x1389", "--force"]);
+    assert_eq!(fs::read(&container).unwrap(), head(OFFSET + 16));
+    let (from, _) = moved(&folder, &["--force"], &container);
+    assert_eq!(kept(&container), head(OFFSET));
+    assert!(stored_memory_at(&container, OFFSET) == stored_memory(&from), "equal RAM");
+}
+
+#[test]
+fn container_stays_as_it_was_when_the_migration_fails() {
+    let folder = folder();
+    let (from, container) = (captured(&folder, 64 * MIB), container(&folder, 2 * OFFSET));
+    let (receive, address) = receive(&["--force"], &container);
+    let sending = feed(&["--max-bandwidth", "2M"], &from, &address);
+    sending.next_line();
+    sending.signal(Signal::KILL);
+    receive.end().assert_failed(1, &["because: "]);
+    assert_eq!(fs::read(&container).unwrap(), head(2 * OFFSET));
+    assert_left(&folder, &["captured", "container"]);
+}
+
+#[test]
+fn container_that_is_changed_meanwhile_is_left_alone() {
+    let folder = folder();
+    let (from, container) = (captured(&folder, MIB), container(&folder, OFFSET));
+    let (receive, address) = receive(&[], &container);
+    fs::write(&container, "newer").unwrap();
+    let sent = feed(&[], &from, &address).end();
+    receive.end().assert_failed(1, &["cannot name it", "another has changed it meanwhile"]);
+    sent.assert_failed(1, &[]);
+    assert_eq!(fs::read(&container).unwrap(), b"newer");
+    assert_left(&folder, &["captured", "container"]);
+}
+
+#[test]
+fn link_to_a_container_stays_a_link() {
+    let (here, elsewhere) = (folder(), folder());
+    let container = container(&elsewhere, OFFSET);
+    let link = path(&here, "link");
+    symlink(&container, &link).unwrap();
+    moved(&here, &[], &link);
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert_eq!(kept(&container), head(OFFSET));
+    assert_left(&elsewhere, &["container"]);
+}
+
+#[test]
+fn offset_that_is_none_is_refused() {
+    for arguments in
+        [&["receive", LOCAL, "file:vm,offset=1,offset=2"][..], &["send", "file:vm,offset=-1", LOCAL]]
+    {
+        run(arguments).assert_failed(2, &["expected an offset in bytes like 0x1000, 4096 or 4K"]);
+    }
+    run(["receive", LOCAL, "file:"]).assert_failed(2, &["expected file:PATH"]);
+}
+
+#[test]
+fn machine_is_looked_for_at_the_offset_alone() {
+    let folder = folder();
+    let file = captured(&folder, MIB);
+    for offset in [1, 4096, 1 << 40, u64::MAX] {
+        run(["inspect", &file_uri_at(&file, offset)]).assert_failed(1, &["cannot read", "because: "]);
+    }
+}
