@@ -1,6 +1,6 @@
 //! zlib: one stream a channel (RFC 1950), a sync flush at the end of each packet, never an end of the stream.
 
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use flate2::{Compress, Compression, Decompress, DecompressError, FlushCompress, FlushDecompress, Status};
 
 use super::{Decode, Encode};
 use crate::{
@@ -59,19 +59,32 @@ impl Decode for Decoder {
             let status = self
                 .0
                 .decompress(&payload[used..], &mut pages[made..], FlushDecompress::Sync)
-                .map_err(|error| Malformed::Compressed { method: "zlib", why: error.to_string() })?;
+                .map_err(|error| malformed(why(&error)))?;
             let (input, output) = (length(self.0.total_in() - taken), length(self.0.total_out() - given));
             (used, made) = (used + input, made + output);
             if status == Status::StreamEnd {
-                return Err(Malformed::Compressed { method: "zlib", why: "the stream ends".into() }.into());
+                return Err(malformed("the stream ends").into());
             }
-            // Neither can go on: the room is full, which the caller finds to be too much.
-            if input == 0 && output == 0 || made == pages.len() {
+            if made == pages.len() {
+                // More than there may be, whatever is left.
                 break;
+            }
+            if input == 0 && output == 0 {
+                return Err(malformed("it leads nowhere").into());
             }
         }
         Ok(made)
     }
+}
+
+fn why(error: &DecompressError) -> &str {
+    let otherwise =
+        if error.needs_dictionary().is_some() { "it wants a dictionary" } else { "it is corrupt" };
+    error.message().unwrap_or(otherwise)
+}
+
+fn malformed(why: &str) -> Malformed {
+    Malformed::Compressed { method: "zlib", why: why.into() }
 }
 
 /// Within one packet, so it fits.

@@ -76,10 +76,12 @@ impl Decode for Decoder {
             if left == 0 {
                 return Err(malformed("the frame ends").into());
             }
-            // It holds back output only while there is no room, which the caller finds to be too much.
-            let done = input.pos() == payload.len() && output.pos() < output.capacity();
-            if done || (input.pos(), output.pos()) == before {
+            // A full room is more than there may be, whatever is left; with room, nothing is held back.
+            if output.pos() == output.capacity() || input.pos() == payload.len() {
                 return Ok(output.pos());
+            }
+            if (input.pos(), output.pos()) == before {
+                return Err(malformed("it leads nowhere").into());
             }
         }
     }
