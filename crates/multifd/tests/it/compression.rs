@@ -8,11 +8,11 @@ use multifd::{
     error::{Malformed, Unsupported, Usage, Violation},
     live::{MigrateOptions, ZeroPageDetection},
     ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, Part, PartMut, RamBlocks},
-    wire::head_len,
+    wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid, head_len},
 };
 
 use crate::{
-    kit::{StoppedGuest, difference, fresh, migrate_with, spawn, used, write},
+    kit::{StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, used, write},
     loopback::{BLOCKS, Writers, filled},
 };
 
@@ -237,6 +237,63 @@ fn another_method_than_the_one_told_is_refused_and_one_that_is_not_built_in_is_n
             error.to_string().contains("packet of method qatzip (0x20), which is not built in"),
             "{error}"
         );
+    }
+}
+
+/// What the destination says when channels 0 and 1 send these packet heads, one after the other.
+fn answer_to_heads(heads: &[(u8, Vec<u8>)]) -> Result<()> {
+    let (connector, listener) = memory::network(1 << 16);
+    let options = ReceiveOptions::new().channels(multifd::ChannelCount::Exact(2));
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.set_blocks(fresh(PageSize::KIB_4, &[("pc.ram", 64 << 10)])).expect("set");
+    let mut links = [0, 1].map(|id| {
+        let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+        let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(id) }.encode();
+        assert_eq!(link.send(&[initial[..].into()]).expect("sent"), initial.len());
+        link
+    });
+    let mut buffer = HeadBuffer::new(PageSize::KIB_4);
+    for (channel, head) in heads {
+        let link = &mut links[usize::from(*channel)];
+        assert_eq!(link.send(&[head[..].into()]).expect("sent"), head.len());
+        // Main waits for the other channel as well, so what follows comes after this packet.
+        for link in &mut links {
+            link.send(&[buffer.sync(0).into()]).expect("sent");
+        }
+        receiver.sync()?;
+    }
+    Ok(())
+}
+
+fn zero_entries(flags: Flags) -> Vec<u8> {
+    let mut buffer = HeadBuffer::new(PageSize::KIB_4);
+    buffer.pages(flags, 0, &name("pc.ram"), &[], &[PageIndex(1), PageIndex(3)], 0).to_vec()
+}
+
+#[test]
+fn packets_of_zero_entries_alone_name_the_method_and_have_no_payload() {
+    for flags in [Flags::ZLIB, Flags::ZSTD, Flags::default()] {
+        answer_to_heads(&[(0, zero_entries(flags)), (1, zero_entries(flags)), (0, zero_entries(flags))])
+            .expect("taken");
+    }
+}
+
+#[test]
+fn the_first_packet_with_pages_decides_the_method_of_all_channels() {
+    for (first, then, told) in [
+        (Flags::ZLIB, Flags::ZSTD, "zlib"),
+        (Flags::ZSTD, Flags::default(), "zstd"),
+        (Flags::default(), Flags::ZLIB, "none"),
+    ] {
+        for (channel, packet) in [(0, 2), (1, 1)] {
+            let error = answer_to_heads(&[(0, zero_entries(first)), (channel, zero_entries(then))])
+                .expect_err("refused");
+            assert!(matches!(error.kind(), Error::Violation(Violation::Method { .. })), "{error}");
+            let text =
+                format!("channel {channel}: packet {packet}: expected method {told}, met flags {then}: ");
+            assert!(error.to_string().starts_with(&text), "{error}");
+        }
     }
 }
 
