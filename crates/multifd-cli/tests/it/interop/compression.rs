@@ -91,6 +91,7 @@ cells! {
 }
 
 #[test]
+#[ignore = "slow: the zero-page modes that a machine type does not have by itself"]
 fn every_zero_page_mode_of_a_source_arrives_packed() {
     let Some(qemu) = Qemu::v10_0() else { return };
     for machine_type in ["pc-q35-7.2", "pc-q35-10.0"] {
@@ -104,6 +105,7 @@ fn every_zero_page_mode_of_a_source_arrives_packed() {
 }
 
 #[test]
+#[ignore = "slow: a level is not on the wire, and every level is packed and unpacked in the engine's tests"]
 fn every_level_of_a_source_arrives_and_every_level_of_ours_is_taken() {
     let Some(qemu) = Qemu::v10_0() else { return };
     let folder = folder();

@@ -44,6 +44,16 @@ fn ram_is_equal_after_a_demo_over_255_channels() {
 }
 
 #[test]
+fn ram_is_equal_after_a_demo_with_every_method() {
+    for options in [["zlib", "--multifd-zlib-level", "6"], ["zstd", "--multifd-zstd-level", "0"]] {
+        // No more than what an unoptimised build can pack meanwhile.
+        let report =
+            demo(&[&["--size", "32M", "--dirty-rate", "2M", "--multifd-compression"], &options[..]].concat());
+        assert_whole(&report, 4, 32 << 20);
+    }
+}
+
+#[test]
 fn ram_is_equal_when_the_guest_does_not_write() {
     assert_whole(&demo(&["--size", "16M", "--dirty-rate", "0"]), 4, 16 << 20);
 }

@@ -78,6 +78,32 @@ fn sync_mode_that_is_none_is_refused_with_those_that_are() {
 }
 
 #[test]
+fn method_that_is_none_of_ours_is_refused_with_those_that_are() {
+    let told = "expected multifd-compression none, zlib or zstd, met \"qpl\"";
+    assert_usage(&["send", "--multifd-compression", "qpl", "machine", "tcp:127.0.0.1:1"], told);
+    assert_usage(&["demo", "--multifd-compression", "qpl"], told);
+    let told = told.to_owned() + ", or auto";
+    assert_usage(&["receive", "--multifd-compression", "qpl", "tcp:127.0.0.1:0", "machine"], &told);
+}
+
+#[test]
+fn level_beyond_the_range_is_refused_with_the_range() {
+    for (level, most, range) in
+        [("--multifd-zlib-level", "10", "0..=9"), ("--multifd-zstd-level", "21", "0..=20")]
+    {
+        assert_usage(&["send", level, most, "machine", "tcp:127.0.0.1:1"], range);
+        assert_usage(&["demo", level, most], range);
+    }
+}
+
+/// As in QEMU it is a parameter, which waits for its method.
+#[test]
+fn level_without_its_method_is_taken() {
+    let ended = run(["send", "--multifd-zstd-level", "3", "no/such/machine", "tcp:127.0.0.1:1"]);
+    ended.assert_failed(1, &["cannot read no/such/machine"]);
+}
+
+#[test]
 fn size_that_is_none_is_refused() {
     assert_usage(&["demo", "--size", "lots"], "--size");
     assert_usage(&["send", "--max-bandwidth", "fast", "machine", "tcp:127.0.0.1:1"], "--max-bandwidth");
