@@ -5,3 +5,4 @@ mod files;
 mod matrix;
 mod peers;
 mod refused;
+mod tls;
