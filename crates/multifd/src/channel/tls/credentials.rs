@@ -16,7 +16,7 @@ use std::{
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::{Resumption, WebPkiServerVerifier},
-    crypto::aws_lc_rs,
+    crypto::ring,
     pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
@@ -47,7 +47,7 @@ impl ClientCredentials {
             what: format!("tls-hostname: expected a host name or an IP address, met {name:?}"),
             source: None,
         })?;
-        let provider = Arc::new(aws_lc_rs::default_provider());
+        let provider = Arc::new(ring::default_provider());
         let verifier = WebPkiServerVerifier::builder_with_provider(authorities(folder)?, provider.clone())
             .with_crls(revocations(folder)?)
             .allow_unknown_revocation_status()
@@ -77,7 +77,7 @@ impl ServerCredentials {
     /// # Errors
     /// [`CredentialsError`], which names the file.
     pub fn load(folder: &Path, authz: Vec<String>) -> Result<Self, CredentialsError> {
-        let provider = Arc::new(aws_lc_rs::default_provider());
+        let provider = Arc::new(ring::default_provider());
         let verifier = WebPkiClientVerifier::builder_with_provider(authorities(folder)?, provider.clone())
             .with_crls(revocations(folder)?)
             .allow_unknown_revocation_status()
