@@ -164,14 +164,15 @@ impl RamBlock {
         }
     }
 
-    /// Makes a page zero. Memory is touched only if the page may hold something else; in a file, the page is
-    /// no longer [present](RamBlock::present) and its bytes stay.
+    /// Makes a page zero. Memory is looked at only if the page may hold something else, and written only if it
+    /// does; in a file, the page is no longer [present](RamBlock::present) and its bytes stay.
     ///
     /// # Panics
     /// If the block has no such page.
     pub fn clear(&self, page: PageIndex) {
         if self.present.clear(page)
             && let Some(slice) = self.slice(page, 1)
+            && !slice.is_zero()
         {
             slice.clear();
         }

@@ -10,6 +10,8 @@ use std::{any::Any, fmt, fs::File, io, marker::PhantomData, ptr::NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use super::zero;
+
 /// What a mapping of a file may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -217,35 +219,10 @@ impl GuestSlice<'_> {
     /// The guest may write meanwhile; the answer is good for a page whose dirty bit was taken before, since
     /// a later write sets it again.
     pub fn is_zero(&self) -> bool {
-        const STEP: usize = size_of::<[u64; 8]>();
-        let steps = self.len / STEP;
-        for step in 0..steps {
-            // SAFETY: `step < len / STEP`, so the eight words lie inside the slice.
-            let words = unsafe { self.ptr.as_ptr().add(step * STEP) }.cast::<u64>();
-            let mut any = 0;
-            for word in 0..8 {
-                // SAFETY: `word` is one of the eight words found inside the slice above.
-                let at = unsafe { words.add(word) };
-                // SAFETY: inside the slice; volatile because the guest may write, unaligned because nothing
-                // promises more.
-                any |= unsafe { at.cast::<Unaligned>().read_volatile() }.0;
-            }
-            if any != 0 {
-                return false;
-            }
-        }
-        (steps * STEP..self.len).all(|at| {
-            // SAFETY: `at < len`.
-            let byte = unsafe { self.ptr.as_ptr().add(at) };
-            // SAFETY: inside the slice; volatile because the guest may write.
-            unsafe { byte.read_volatile() == 0 }
-        })
+        // SAFETY: the slice lies inside the mapping that it borrows.
+        unsafe { zero::is_zero(self.ptr.as_ptr(), self.len) }
     }
 }
-
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-struct Unaligned(u64);
 
 fn address_space(len: u64) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into())

@@ -17,6 +17,7 @@ mod mapping;
 mod name;
 mod page;
 mod part;
+mod zero;
 
 pub use bitmap::PageBitmap;
 pub(crate) use bitmap::runs;
