@@ -1,23 +1,17 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf, str::FromStr, sync::Arc};
+use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
 use clap::{
     Args as ClapArgs, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
 use multifd::{
-    ChannelCount, Method, SendOptions,
-    channel::{
-        Address, Connect, Listen, Listener,
-        tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
-    },
-    error::Usage,
-    wire::VmUuid,
+    ChannelCount, Method, SendOptions, channel::Address, error::Usage, live::ZeroPageDetection, wire::VmUuid,
 };
 use parse_size::Config;
 
-use crate::{file_address::FileAddress, outcome::While};
+use crate::file_address::FileAddress;
 
 /// Moves running virtual machines over many channels, in QEMU's own wire format.
 ///
@@ -72,8 +66,6 @@ pub(crate) struct ReceiveArgs {
     /// Method that the source must use: none, zlib or zstd, or auto to take the one that its packets name
     #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
     pub(crate) multifd_compression: MethodChoice,
-    #[command(flatten)]
-    pub(crate) tls: ReceiveTlsArgs,
     /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
     #[arg(long)]
     pub(crate) switchover_ack: bool,
@@ -99,11 +91,13 @@ pub(crate) struct SendArgs {
     /// Bytes a second over all connections, like 100M; 0 is no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) max_bandwidth: u64,
+    /// How zero pages travel; auto: multifd where only a QEMU that understands it can have the file's machine type,
+    /// else legacy
+    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    pub(crate) zero_page_detection: ZeroPagesArg,
     /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
-    #[command(flatten)]
-    pub(crate) tls: SendTlsArgs,
     /// The machine's UUID, the destination's -uuid; taken from the file where it has one
     #[arg(long)]
     pub(crate) uuid: Option<VmUuid>,
@@ -145,6 +139,9 @@ pub(crate) struct DemoArgs {
     pub(crate) channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
+    /// Where zero pages are looked for, and how they travel; auto is multifd
+    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    pub(crate) zero_page_detection: ZeroPagesArg,
     /// Bytes of memory that the guest writes a second
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
     pub(crate) dirty_rate: u64,
@@ -181,57 +178,6 @@ impl CompressionArgs {
     }
 }
 
-/// Whom a destination trusts.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct ReceiveTlsArgs {
-    /// Take connections over TLS, with the certificates in DIR: ca-cert.pem, server-cert.pem, server-key.pem
-    #[arg(long, value_name = "DIR")]
-    pub(crate) tls_creds: Option<PathBuf>,
-    /// Subject of a source that may come, like CN=source,O=Example; may be given often; without it, all that ca-cert.pem vouches for
-    #[arg(long, value_name = "SUBJECT", requires = "tls_creds")]
-    pub(crate) tls_authz: Vec<String>,
-}
-
-/// Whom a source trusts.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct SendTlsArgs {
-    /// Connect over TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
-    #[arg(long, value_name = "DIR")]
-    tls_creds: Option<PathBuf>,
-    /// Name that the destination's certificate must hold, if it is not ADDRESS's host
-    #[arg(long, value_name = "NAME", requires = "tls_creds")]
-    tls_hostname: Option<String>,
-}
-
-impl SendTlsArgs {
-    /// What opens connections to `address`.
-    pub(crate) fn connector(&self, address: &Address) -> Result<Arc<dyn Connect>, While> {
-        let plain = Arc::new(address.clone());
-        let Some(folder) = &self.tls_creds else { return Ok(plain) };
-        let host = match address {
-            Address::Tcp { host, .. } if !host.is_empty() => Some(host),
-            _ => None,
-        };
-        let name = self.tls_hostname.as_ref().or(host).ok_or_else(|| {
-            While::new("cannot set TLS up", format!("{address} has no host name: give --tls-hostname"))
-        })?;
-        let credentials = ClientCredentials::load(folder, name);
-        let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
-        Ok(Arc::new(TlsConnector::new(plain, credentials)))
-    }
-}
-
-impl ReceiveTlsArgs {
-    /// What takes connections from `listener`.
-    pub(crate) fn listener(&self, listener: Listener) -> Result<Box<dyn Listen>, While> {
-        let plain = Box::new(listener);
-        let Some(folder) = &self.tls_creds else { return Ok(plain) };
-        let credentials = ServerCredentials::load(folder, self.tls_authz.clone());
-        let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
-        Ok(Box::new(TlsListener::new(plain, credentials)))
-    }
-}
-
 /// A method, or whichever the packets name.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MethodChoice(pub(crate) Option<Method>);
@@ -255,6 +201,32 @@ pub(crate) enum SyncModeArg {
     Legacy,
     /// A sync with every round: machine types from 8.1 on
     Round,
+}
+
+/// `zero-page-detection`, or what suits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ZeroPagesArg {
+    /// As is best for this destination
+    #[default]
+    Auto,
+    /// They travel as any other page
+    None,
+    /// As records on main: every destination
+    Legacy,
+    /// As entries in the channels' packets: QEMU 9.0 and later
+    Multifd,
+}
+
+impl ZeroPagesArg {
+    /// The mode; `auto` is for a caller who leaves it to the destination.
+    pub(crate) fn or(self, auto: ZeroPageDetection) -> ZeroPageDetection {
+        match self {
+            Self::Auto => auto,
+            Self::None => ZeroPageDetection::None,
+            Self::Legacy => ZeroPageDetection::Legacy,
+            Self::Multifd => ZeroPageDetection::Multifd,
+        }
+    }
 }
 
 fn channel_count(text: &str) -> Result<ChannelCount, String> {

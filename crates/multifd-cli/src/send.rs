@@ -30,7 +30,6 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         let refused = Usage::SingleConnection(args.address.to_string());
         return Err(Failure::Usage(refused.into()));
     }
-    let connector = args.tls.connector(&args.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;
@@ -38,14 +37,15 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
     let options = MigrateOptions::new()
         .max_bandwidth(Some(args.max_bandwidth))
-        .zero_page_detection(ZeroPageDetection::None);
+        .zero_page_detection(args.zero_page_detection.or(understood(&file)))
+        .look_for_zero_pages(false);
     let migration = Migration::new(options, blocks.clone(), stop.clone());
     let progress = migration.progress();
     let display = {
         let progress = progress.clone();
         Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
     };
-    let sent = send(args, &connector, &file, blocks, migration, &stop);
+    let sent = send(args, &file, blocks, migration, &stop);
     drop(display);
     match sent {
         Ok(info) => {
@@ -63,6 +63,15 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
             }
             Err(Failure::of(error))
         }
+    }
+}
+
+/// How zero pages travel to any destination that can have this machine.
+fn understood(file: &MappedRamFile) -> ZeroPageDetection {
+    match file.configuration().machine.has_zero_pages_on_main() {
+        // No QEMU before 9.0 knows the type, and every later one understands the entries.
+        Some(false) => ZeroPageDetection::Multifd,
+        _ => ZeroPageDetection::Legacy,
     }
 }
 
@@ -92,13 +101,13 @@ fn map(file: &MappedRamFile, place: &BlockPlace) -> Result<Mapping, While> {
 
 fn send(
     args: &SendArgs,
-    connector: &Arc<dyn Connect>,
     file: &MappedRamFile,
     blocks: Arc<RamBlocks>,
     migration: Migration,
     stop: &Stop,
 ) -> Result<MigrationInfo, Error> {
-    let link = connector
+    let link = args
+        .address
         .connect(stop, CONNECT_TIMEOUT)
         .map_err(|error| stop.fail(Error::io(format!("connect to {}", args.address), error)))?;
     let main = Stream::new(link);
@@ -110,7 +119,7 @@ fn send(
         let uuid = args.uuid.or(file.configuration().uuid).unwrap_or(VmUuid::NIL);
         let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid));
         let mut sender = Sender::new(options, blocks, stop.clone())?;
-        sender.set_up(connector.clone())?;
+        sender.set_up(Arc::new(args.address.clone()))?;
         Ok(sender)
     });
     migration.run(sender.transpose()?, &mut main, &mut NeverDirty, &mut AtRest)

@@ -67,7 +67,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let (destination, mut lines) = start_destination()?;
     let address = lines.next_line()?.parse::<Address>()?;
 
-    let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::Multifd);
+    let detection = args.zero_page_detection.or(ZeroPageDetection::Multifd);
+    let options = MigrateOptions::new().zero_page_detection(detection);
     let migration = Migration::new(options, blocks.clone(), stop.clone());
     let progress = migration.progress();
     let display = {

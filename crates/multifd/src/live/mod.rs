@@ -125,12 +125,15 @@ pub trait Guest {
 /// Where zero pages are looked for, and how they travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ZeroPageDetection {
-    /// They travel as any other page, except those known to be zero without looking.
+    /// They are not looked for and travel as any other page, those that are [known](crate::ram::RamBlock::present) to
+    /// be zero included.
     None,
-    /// They go over main, which every destination understands.
+    /// The migration's thread looks, and they go over main, which every destination understands.
     #[default]
     Legacy,
-    /// They go over the channels. For destinations from QEMU 9.0 on, and this library.
+    /// The channels look, and list them in their packets. For destinations from QEMU 9.0 on, and this library.
+    /// Without channels, and for the looking alone where there is a [limit](MigrateOptions::max_bandwidth), as
+    /// `Legacy`.
     Multifd,
 }
 
@@ -141,6 +144,7 @@ pub struct MigrateOptions {
     downtime_limit: Duration,
     max_bandwidth: Option<u64>,
     zero_page_detection: ZeroPageDetection,
+    look_for_zero_pages: bool,
 }
 
 impl Default for MigrateOptions {
@@ -149,6 +153,7 @@ impl Default for MigrateOptions {
             downtime_limit: Duration::from_millis(300),
             max_bandwidth: None,
             zero_page_detection: ZeroPageDetection::Legacy,
+            look_for_zero_pages: true,
         }
     }
 }
@@ -176,6 +181,14 @@ impl MigrateOptions {
     /// `zero-page-detection`. Default legacy.
     pub fn zero_page_detection(mut self, detection: ZeroPageDetection) -> Self {
         self.zero_page_detection = detection;
+        self
+    }
+
+    /// Whether pages that may hold something are looked at, unless `zero-page-detection` is none. Default true. If
+    /// false, only those that are [known](crate::ram::RamBlock::present) to be zero count as zero: for a mapping of
+    /// a file that somebody may cut shorter, where a look would raise `SIGBUS`.
+    pub fn look_for_zero_pages(mut self, look: bool) -> Self {
+        self.look_for_zero_pages = look;
         self
     }
 }
@@ -348,6 +361,7 @@ impl Driver<'_> {
             sender: self.sender.as_deref_mut(),
             main: self.main,
             detection: options.zero_page_detection,
+            look: options.look_for_zero_pages,
             pace,
             progress,
             stop,

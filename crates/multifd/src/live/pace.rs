@@ -18,6 +18,11 @@ impl Pace {
         Self { rate, slice: Instant::now(), spent: 0 }
     }
 
+    /// Whether there is a limit.
+    pub(super) fn is_limited(&self) -> bool {
+        self.rate.is_some()
+    }
+
     /// Notes bytes that go out now, and waits if they are more than is due.
     ///
     /// # Errors

@@ -13,6 +13,8 @@ pub(super) struct Walk<'a> {
     pub(super) sender: Option<&'a mut Sender>,
     pub(super) main: &'a mut dyn Main,
     pub(super) detection: ZeroPageDetection,
+    /// Whether pages are looked at that are not known to be zero.
+    pub(super) look: bool,
     pub(super) pace: &'a mut Pace,
     pub(super) progress: &'a Progress,
     pub(super) stop: &'a Stop,
@@ -38,35 +40,63 @@ impl Walk<'_> {
     }
 
     fn page(&mut self, index: BlockIndex, block: &RamBlock, page: PageIndex) -> Result<()> {
-        if self.is_zero(block, page) {
-            self.progress.duplicate();
-            match (&mut self.sender, self.detection) {
-                (Some(sender), ZeroPageDetection::Multifd) => sender.queue_zero(index, page)?,
-                _ => self.main.zero_page(index, page)?,
+        let cost = match (self.kind(block, page), &mut self.sender, self.detection) {
+            (Kind::Unknown, Some(sender), _) => {
+                sender.queue_unknown(index, page)?;
+                0
             }
-            return self.pace.spend(ZERO_ENTRY, self.stop);
-        }
-        self.progress.normal();
-        match &mut self.sender {
-            Some(sender) => sender.queue(index, page)?,
-            None => {
+            (Kind::Zero, Some(sender), ZeroPageDetection::Multifd) => {
+                sender.queue_zero(index, page)?;
+                ZERO_ENTRY
+            }
+            (Kind::Zero, ..) => {
+                self.progress.duplicate();
+                self.main.zero_page(index, page)?;
+                ZERO_ENTRY
+            }
+            (_, Some(sender), _) => {
+                sender.queue(index, page)?;
+                block.page_size().bytes() as u64
+            }
+            (_, None, _) => {
+                self.progress.normal();
                 let loaded = block.load(page, self.page);
                 loaded.map_err(|error| {
                     Error::io(format!("read page {page} of block {:?}", block.name()), error)
                 })?;
                 self.main.page(index, page, self.page)?;
+                block.page_size().bytes() as u64
             }
-        }
-        self.pace.spend(block.page_size().bytes() as u64, self.stop)
+        };
+        self.pace.spend(cost, self.stop)
     }
 
     /// A page that is known to be zero is never read: a file may have anything there. A wrong answer because the
     /// guest writes meanwhile is harmless, for the page is then dirty again.
-    fn is_zero(&self, block: &RamBlock, page: PageIndex) -> bool {
-        !block.present().contains(page)
-            || (self.detection != ZeroPageDetection::None
-                && block.slice(page, 1).is_some_and(|slice| slice.is_zero()))
+    fn kind(&self, block: &RamBlock, page: PageIndex) -> Kind {
+        if self.detection == ZeroPageDetection::None {
+            return Kind::Normal;
+        }
+        if !block.present().contains(page) {
+            return Kind::Zero;
+        }
+        if !self.look {
+            return Kind::Normal;
+        }
+        // With a limit it must be known what a page costs before it goes, and there is time to look here.
+        if self.detection == ZeroPageDetection::Multifd && self.sender.is_some() && !self.pace.is_limited() {
+            return Kind::Unknown;
+        }
+        if block.slice(page, 1).is_some_and(|slice| slice.is_zero()) { Kind::Zero } else { Kind::Normal }
     }
+}
+
+/// What is known of a page before it goes.
+enum Kind {
+    Normal,
+    Zero,
+    /// The channel looks.
+    Unknown,
 }
 
 /// What a zero page costs on the wire, about: its entry in a head, or its record on main.

@@ -47,9 +47,9 @@ pub struct RamInfo {
     pub remaining: u64,
     /// `transferred`: all bytes on all connections.
     pub transferred: u64,
-    /// `duplicate`: zero pages.
+    /// `duplicate`: zero pages that have left.
     pub duplicate: u64,
-    /// `normal`: pages whose bytes travelled.
+    /// `normal`: pages whose bytes have left.
     pub normal: u64,
     /// `normal-bytes`.
     pub normal_bytes: u64,
@@ -82,8 +82,9 @@ struct Inner {
     start: Instant,
     // Relaxed: the migration's thread alone writes them, and they order nothing.
     remaining_pages: AtomicU64,
-    duplicate: AtomicU64,
-    normal: AtomicU64,
+    /// Pages over main. Those over channels stand in the channels' counters.
+    main_duplicate: AtomicU64,
+    main_normal: AtomicU64,
     /// What changes once a pass.
     passes: Mutex<Passes>,
 }
@@ -125,8 +126,8 @@ impl Progress {
             total,
             start: Instant::now(),
             remaining_pages: AtomicU64::new(0),
-            duplicate: AtomicU64::new(0),
-            normal: AtomicU64::new(0),
+            main_duplicate: AtomicU64::new(0),
+            main_normal: AtomicU64::new(0),
             passes: Mutex::default(),
         }))
     }
@@ -137,8 +138,10 @@ impl Progress {
         let passes = self.passes(|passes| passes.clone());
         let channels = passes.channels.map_or_else(Vec::new, |counters| counters.stats());
         let page_size = inner.page_size.bytes() as u64;
-        let normal = inner.normal.load(Ordering::Relaxed);
-        let multifd_bytes = channels.iter().map(|channel| channel.bytes).sum();
+        let on_channels = |count: fn(&ChannelStats) -> u64| channels.iter().map(count).sum::<u64>();
+        let normal = inner.main_normal.load(Ordering::Relaxed) + on_channels(|channel| channel.normal);
+        let duplicate = inner.main_duplicate.load(Ordering::Relaxed) + on_channels(|channel| channel.zero);
+        let multifd_bytes = on_channels(|channel| channel.bytes);
         MigrationInfo {
             status: inner.status.load(),
             total_time: passes.total_time.unwrap_or_else(|| inner.start.elapsed()),
@@ -149,7 +152,7 @@ impl Progress {
                 total: inner.total,
                 remaining: inner.remaining_pages.load(Ordering::Relaxed) * page_size,
                 transferred: multifd_bytes + passes.precopy_bytes + passes.downtime_bytes,
-                duplicate: inner.duplicate.load(Ordering::Relaxed),
+                duplicate,
                 normal,
                 normal_bytes: normal * page_size,
                 page_size,
@@ -188,12 +191,14 @@ impl Progress {
         self.passes(|passes| passes.setup_time = Some(time));
     }
 
+    /// A page went over main.
     pub(super) fn normal(&self) {
-        self.0.normal.fetch_add(1, Ordering::Relaxed);
+        self.0.main_normal.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A zero page went over main.
     pub(super) fn duplicate(&self) {
-        self.0.duplicate.fetch_add(1, Ordering::Relaxed);
+        self.0.main_duplicate.fetch_add(1, Ordering::Relaxed);
     }
 
     /// So many dirty pages less remain.

@@ -42,6 +42,17 @@ impl Sender {
         self.hand_over_if_full()
     }
 
+    /// Queues a page that is zero or not: the channel that carries it looks, and sends its bytes or
+    /// [an entry](Sender::queue_zero) accordingly.
+    ///
+    /// # Errors
+    /// As [`queue`](Sender::queue).
+    pub fn queue_unknown(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
+        self.make_room(block, page)?;
+        self.hand.push_unknown(block, page);
+        self.hand_over_if_full()
+    }
+
     /// The channel sync: hands over what is queued, and waits until one SYNC packet has left on every channel
     /// after everything queued so far. Then the main stream's record of the sync point may go, at once.
     ///

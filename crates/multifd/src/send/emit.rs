@@ -1,7 +1,8 @@
 //! A channel's thread: it connects, introduces itself, and sends one packet after the other.
 //!
 //! It owns its connection, its head buffer and its codec. A packet is one call: the head and the pages, neighbours
-//! as one vector, straight from guest memory.
+//! as one vector, straight from guest memory. Pages that nobody has looked at yet are looked at here, so that finding
+//! zeros is spread over the channels.
 
 use std::{io, sync::atomic::Ordering};
 
@@ -9,12 +10,12 @@ use arrayvec::ArrayVec;
 
 use super::{Shared, dispatch::Job};
 use crate::{
-    batch::{Batch, neighbours},
+    batch::Batch,
     channel::{Connect, Link, Watch, send_all},
     compress::Encode,
     error::{Error, Result},
     options::SendOptions,
-    ram::{MAX_PARTS, Part, RamBlock},
+    ram::{MAX_PARTS, PageIndex, Part, RamBlock},
     stats::ChannelCounters,
     wire::{ChannelId, HeadBuffer, Initial},
 };
@@ -37,6 +38,8 @@ struct Emitter<'a> {
     link: Box<dyn Link>,
     head: HeadBuffer,
     encoder: Option<Box<dyn Encode>>,
+    /// A page of zeros, sent in place of pages that are known to be zero, whatever their memory has.
+    zeros: Box<[u8]>,
     options: &'a SendOptions,
     _watch: Watch,
 }
@@ -61,6 +64,7 @@ impl<'a> Emitter<'a> {
             link,
             head: HeadBuffer::new(shared.blocks.page_size()),
             encoder: options.method.encoder(options.levels)?,
+            zeros: vec![0; shared.blocks.page_size().bytes()].into(),
             options,
         };
         let initial = Initial { uuid: options.uuid, id }.encode();
@@ -76,8 +80,8 @@ impl<'a> Emitter<'a> {
         let (mut done, mut synced) = (None, 0);
         loop {
             match self.shared.dispatch.next(done.take(), synced) {
-                Job::Batch(batch) => {
-                    self.pages(&batch)?;
+                Job::Batch(mut batch) => {
+                    self.pages(&mut batch)?;
                     done = Some(batch);
                 }
                 Job::Sync => {
@@ -95,8 +99,9 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    fn pages(&mut self, batch: &Batch) -> Result<()> {
+    fn pages(&mut self, batch: &mut Batch) -> Result<()> {
         let block = self.shared.blocks.block(batch.block)?;
+        batch.part(|page| is_zero(block, page));
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
         let (normal, zero) = (batch.normal(), batch.zero());
         let plain = normal.len() * block.page_size().bytes();
@@ -123,7 +128,7 @@ impl<'a> Emitter<'a> {
             parts.push(Part::from(head));
             match payload {
                 Some(payload) => parts.push(Part::from(payload)),
-                None => parts.extend(in_place(block, batch)),
+                None => parts.extend(in_place(block, normal, &self.zeros)),
             }
             send_all(&mut *self.link, &mut parts)
         };
@@ -148,11 +153,33 @@ impl<'a> Emitter<'a> {
     }
 }
 
-/// The batch's pages where they are, neighbours as one part.
-fn in_place<'b>(block: &'b RamBlock, batch: &'b Batch) -> impl Iterator<Item = Part<'b>> {
-    neighbours(batch.normal().iter().copied()).map(|(first, count)| {
-        block.slice(first, count).expect("queued pages were found in their block").into()
+/// Pages where they are, neighbours as one part. One that is [known to be zero](RamBlock::present) is a part of its
+/// own.
+fn in_place<'b>(
+    block: &'b RamBlock,
+    pages: &'b [PageIndex],
+    zeros: &'b [u8],
+) -> impl Iterator<Item = Part<'b>> {
+    let present = |page: &PageIndex| block.present().contains(*page);
+    let mut pages = pages.iter().copied().peekable();
+    std::iter::from_fn(move || {
+        let first = pages.next()?;
+        if !present(&first) {
+            return Some(zeros.into());
+        }
+        let mut count = 1;
+        while pages.next_if(|page| page.0 == first.0 + count && present(page)).is_some() {
+            count += 1;
+        }
+        Some(block.slice(first, count).expect("queued pages were found in their block").into())
     })
+}
+
+/// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
+/// the page is then dirty again.
+fn is_zero(block: &RamBlock, page: PageIndex) -> bool {
+    !block.present().contains(page)
+        || block.slice(page, 1).expect("queued pages were found in their block").is_zero()
 }
 
 /// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.

@@ -210,29 +210,6 @@ fn guest_moves_over_ipv6() {
     moves(from.clone(), from, (2, 2), ("tcp:[::1]:0", "tcp:[::1]:0")).unwrap();
 }
 
-#[test]
-fn zero_pages_arrive_however_the_source_looks_for_them() {
-    fn moves(qemu: &Qemu, detection: &str) -> Result<(), Error> {
-        let folder = folder();
-        let file = path(&folder, "machine");
-        let mut from = source(machine(qemu, NEW))?;
-        from.set_parameters(json!({ "zero-page-detection": detection }))?;
-        let received = capture(&mut from, 2, &[], LOCAL, &file)?.json();
-        let count = |name: &str| received["ram"][name].as_u64().expect("a number");
-        let listed = received["channels"].as_array().expect("channels");
-        let on_channels: u64 = listed.iter().filter_map(|channel| channel["pages"].as_u64()).sum();
-        let zero_on_channels = on_channels - count("normal");
-        assert_eq!(count("duplicate") > 0, detection != "none", "{detection}: {received}");
-        assert_eq!(zero_on_channels > 0, detection == "multifd", "{detection}: {received}");
-        let mut to = restore(machine(qemu, NEW), 2, &[], LOCAL, &file)?;
-        runs_on(&from, &mut to)
-    }
-    let Some(qemu) = Qemu::v10_0() else { return };
-    for detection in ["none", "legacy", "multifd"] {
-        moves(&qemu, detection).unwrap();
-    }
-}
-
 const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
 const OTHER: &str = "ffffffff-4455-6677-8899-aabbccddeeff";
 

@@ -58,6 +58,15 @@ fn ram_is_equal_when_the_guest_does_not_write() {
     assert_whole(&demo(&["--size", "16M", "--dirty-rate", "0"]), 4, 16 << 20);
 }
 
+#[test]
+fn ram_is_equal_in_every_mode_of_zero_pages() {
+    for mode in ["none", "legacy", "multifd", "auto"] {
+        let report = demo(&["--size", "32M", "--zero-page-detection", mode]);
+        assert_whole(&report, 4, 32 << 20);
+        assert_eq!(report["ram"]["duplicate"].as_u64() > Some(0), mode != "none", "{mode}: {report}");
+    }
+}
+
 /// Far more than any machine writes.
 #[test]
 fn ram_is_equal_when_the_guest_writes_without_a_pause() {
