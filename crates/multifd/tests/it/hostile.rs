@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use multifd::{
-    ChannelCount, Error, ReceiveOptions, Receiver, Result,
+    ChannelCount, Error, Method, ReceiveOptions, Receiver, Result,
     channel::{Connect, Link, Stop, memory},
     error::{Malformed, Unsupported, Violation},
     ram::{PageIndex, PageSize, RamBlocks},
@@ -42,7 +42,7 @@ fn untouched(blocks: &RamBlocks) -> bool {
 
 /// What main is told when a channel sends these bytes after its initial packet.
 fn answer_to(bytes: &[u8]) -> (Result<()>, Arc<RamBlocks>) {
-    let (receiver, connector, blocks) = destination(ReceiveOptions::new());
+    let (receiver, connector, blocks) = destination(ReceiveOptions::new().method(Some(Method::None)));
     let mut link = open(&connector, VmUuid::NIL, 0);
     put(&mut *link, bytes);
     link.close_send().expect("closed");
