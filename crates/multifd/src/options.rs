@@ -65,7 +65,8 @@ impl SendOptions {
     }
 
     /// `multifd-zstd-level`, 1 (fastest) to 20 (smallest), 0 is zstd's own default. Default 1. Of no matter with
-    /// another method.
+    /// another method. A channel costs 1 MiB of memory at level 1, 14 at 9 and 190 at 20; at the destination 32 at the
+    /// most.
     pub fn zstd_level(mut self, level: u8) -> Self {
         self.levels.zstd = level;
         self

@@ -212,7 +212,7 @@ fn a_zstd_frame_that_ends_or_asks_for_too_large_a_window_is_refused() {
     let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
     let refused = decode(&mut *decoder, &wide, 4096).expect_err("refused");
     assert!(refused.to_string().starts_with("broken zstd data: frame requires too much memory"), "{refused}");
-    // A window of 2^27 is what level 20 uses.
+    // A window of 2^27 is the largest.
     let most = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 17 << 3, 0x00, 0x00, 0x00];
     let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
     let refused = decode(&mut *decoder, &most, 4096).expect_err("nothing in it");

@@ -8,7 +8,8 @@ pub const PACKET_BYTES: usize = 512 << 10;
 /// The greatest payload: a compressed packet may outgrow its pages a little, never double.
 pub const PAYLOAD_BYTES: u32 = 1 << 20;
 
-/// The largest window that a zstd frame may ask for, as a power of two: 128 MiB, what level 20 uses.
+/// The largest window that a zstd frame may ask for, as a power of two: 128 MiB, zstd's own limit. Level 20 asks for 32
+/// MiB.
 pub const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// The most channels of a migration.
