@@ -1,17 +1,24 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf, str::FromStr};
+use std::{ffi::OsString, path::PathBuf, str::FromStr, sync::Arc};
 
 use clap::{
     Args as ClapArgs, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
 use multifd::{
-    ChannelCount, Method, SendOptions, channel::Address, error::Usage, live::ZeroPageDetection, wire::VmUuid,
+    ChannelCount, Method, SendOptions,
+    channel::{
+        Address, Connect, Listen, Listener,
+        tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
+    },
+    error::Usage,
+    live::ZeroPageDetection,
+    wire::VmUuid,
 };
 use parse_size::Config;
 
-use crate::file_address::FileAddress;
+use crate::{file_address::FileAddress, outcome::While};
 
 /// Moves running virtual machines over many channels, in QEMU's own wire format.
 ///
@@ -66,6 +73,8 @@ pub(crate) struct ReceiveArgs {
     /// Method that the source must use: none, zlib or zstd, or auto to take the one that its packets name
     #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
     pub(crate) multifd_compression: MethodChoice,
+    #[command(flatten)]
+    pub(crate) tls: ReceiveTlsArgs,
     /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
     #[arg(long)]
     pub(crate) switchover_ack: bool,
@@ -98,6 +107,8 @@ pub(crate) struct SendArgs {
     /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
+    #[command(flatten)]
+    pub(crate) tls: SendTlsArgs,
     /// The machine's UUID, the destination's -uuid; taken from the file where it has one
     #[arg(long)]
     pub(crate) uuid: Option<VmUuid>,
@@ -175,6 +186,57 @@ impl CompressionArgs {
             .method(self.multifd_compression)
             .zlib_level(self.multifd_zlib_level)
             .zstd_level(self.multifd_zstd_level)
+    }
+}
+
+/// Whom a destination trusts.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ReceiveTlsArgs {
+    /// Take connections over TLS, with the certificates in DIR: ca-cert.pem, server-cert.pem, server-key.pem
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_creds: Option<PathBuf>,
+    /// Subject of a source that may come, like CN=source,O=Example; may be given often; without it, all that ca-cert.pem vouches for
+    #[arg(long, value_name = "SUBJECT", requires = "tls_creds")]
+    pub(crate) tls_authz: Vec<String>,
+}
+
+/// Whom a source trusts.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct SendTlsArgs {
+    /// Connect over TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
+    #[arg(long, value_name = "DIR")]
+    tls_creds: Option<PathBuf>,
+    /// Name that the destination's certificate must hold, if it is not ADDRESS's host
+    #[arg(long, value_name = "NAME", requires = "tls_creds")]
+    tls_hostname: Option<String>,
+}
+
+impl SendTlsArgs {
+    /// What opens connections to `address`.
+    pub(crate) fn connector(&self, address: &Address) -> Result<Arc<dyn Connect>, While> {
+        let plain = Arc::new(address.clone());
+        let Some(folder) = &self.tls_creds else { return Ok(plain) };
+        let host = match address {
+            Address::Tcp { host, .. } if !host.is_empty() => Some(host),
+            _ => None,
+        };
+        let name = self.tls_hostname.as_ref().or(host).ok_or_else(|| {
+            While::new("cannot set TLS up", format!("{address} has no host name: give --tls-hostname"))
+        })?;
+        let credentials = ClientCredentials::load(folder, name);
+        let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
+        Ok(Arc::new(TlsConnector::new(plain, credentials)))
+    }
+}
+
+impl ReceiveTlsArgs {
+    /// What takes connections from `listener`.
+    pub(crate) fn listener(&self, listener: Listener) -> Result<Box<dyn Listen>, While> {
+        let plain = Box::new(listener);
+        let Some(folder) = &self.tls_creds else { return Ok(plain) };
+        let credentials = ServerCredentials::load(folder, self.tls_authz.clone());
+        let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
+        Ok(Box::new(TlsListener::new(plain, credentials)))
     }
 }
 

@@ -40,10 +40,12 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let capture = Capture::create(&args.file, args.force)?;
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
-    say(&format!("listening on {}", listener.local_address()));
+    let address = listener.local_address().clone();
+    let listener = args.tls.listener(listener)?;
+    say(&format!("listening on {address}"));
     let options = ReceiveOptions::new().channels(args.multifd_channels).method(args.multifd_compression.0);
     let mut receiver = Receiver::new(options, stop.clone());
-    receiver.listen(Box::new(listener)).map_err(Failure::of)?;
+    receiver.listen(listener).map_err(Failure::of)?;
     let listening = Instant::now();
     let main = receiver.wait_main().map_err(|error| failed(args, listening, error))?;
     let start = Instant::now();

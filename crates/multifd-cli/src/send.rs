@@ -30,6 +30,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         let refused = Usage::SingleConnection(args.address.to_string());
         return Err(Failure::Usage(refused.into()));
     }
+    let connector = args.tls.connector(&args.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;
@@ -45,7 +46,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         let progress = progress.clone();
         Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
     };
-    let sent = send(args, &file, blocks, migration, &stop);
+    let sent = send(args, &connector, &file, blocks, migration, &stop);
     drop(display);
     match sent {
         Ok(info) => {
@@ -101,13 +102,13 @@ fn map(file: &MappedRamFile, place: &BlockPlace) -> Result<Mapping, While> {
 
 fn send(
     args: &SendArgs,
+    connector: &Arc<dyn Connect>,
     file: &MappedRamFile,
     blocks: Arc<RamBlocks>,
     migration: Migration,
     stop: &Stop,
 ) -> Result<MigrationInfo, Error> {
-    let link = args
-        .address
+    let link = connector
         .connect(stop, CONNECT_TIMEOUT)
         .map_err(|error| stop.fail(Error::io(format!("connect to {}", args.address), error)))?;
     let main = Stream::new(link);
@@ -119,7 +120,7 @@ fn send(
         let uuid = args.uuid.or(file.configuration().uuid).unwrap_or(VmUuid::NIL);
         let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid));
         let mut sender = Sender::new(options, blocks, stop.clone())?;
-        sender.set_up(Arc::new(args.address.clone()))?;
+        sender.set_up(connector.clone())?;
         Ok(sender)
     });
     migration.run(sender.transpose()?, &mut main, &mut NeverDirty, &mut AtRest)

@@ -10,6 +10,7 @@
 //! caller has made a mistake; what a peer or the system does comes back as an error that says what was
 //! expected and what was met, with the peer's own last words.
 
+pub mod certificates;
 pub mod guest;
 pub mod pattern;
 pub mod qemu;

@@ -372,6 +372,9 @@ pub enum Unsupported {
         /// QEMU's name for it.
         name: &'static str,
     },
+    /// The peer speaks TLS on a connection that is plain here.
+    #[error("the source speaks TLS: give tls-creds on this side too, or clear it at the source")]
+    Tls,
     /// A device-state packet.
     #[error("device-state packet (flag 0x40): switch the device's transfer over multifd off at the source")]
     DeviceState,

@@ -16,6 +16,8 @@ mod listen;
 pub mod memory;
 mod socket;
 mod stop;
+#[cfg(feature = "tls")]
+pub mod tls;
 
 pub use address::Address;
 pub use link::{Connect, Link, Listen, Stream};

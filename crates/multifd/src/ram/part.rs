@@ -87,6 +87,20 @@ impl PartMut<'_> {
     }
 }
 
+#[cfg(feature = "tls")]
+impl PartMut<'_> {
+    /// Copies bytes in from `offset` on, as many as `buffer` has and the part takes there; says how many.
+    pub(crate) fn copy_from_at(&mut self, offset: usize, buffer: &[u8]) -> usize {
+        let offset = offset.min(self.0.iov_len);
+        let len = buffer.len().min(self.0.iov_len - offset);
+        // SAFETY: `offset` is at most the part's length, so the pointer stays inside what it borrows.
+        let at = unsafe { self.0.iov_base.cast::<u8>().add(offset) };
+        // SAFETY: as in `copy_from`, for the `len` bytes from `offset` on, which the part has.
+        unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), at, len) };
+        len
+    }
+}
+
 macro_rules! advance {
     ($name:ident, $part:ident) => {
         /// Drops the first `done` bytes: whole parts are passed over, the next one is shortened.

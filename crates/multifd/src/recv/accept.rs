@@ -10,7 +10,7 @@ use std::{io, sync::Arc, thread::Builder, time::Instant};
 use super::{Shared, consume, sync::Place};
 use crate::{
     channel::{Link, Listen, Stream, Wake, deadline},
-    error::{Error, Result, Violation},
+    error::{Error, Result, Unsupported, Violation},
     ram::PartMut,
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
 };
@@ -19,6 +19,8 @@ use crate::{
 const DRAIN_MOST: usize = 512;
 /// The first bytes of a main stream.
 const MAIN_MAGIC: [u8; 4] = *b"QEVM";
+/// The first bytes of a handshake record of TLS.
+const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
 /// The acceptor's thread: takes connections until the migration is over.
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
@@ -105,7 +107,12 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
         }
         Err(error) => {
             shared.greeted(|_| {});
-            tracing::warn!(peer, %error, "a connection that is neither main nor a channel is dropped");
+            let cause =
+                std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+            tracing::warn!(
+                peer,
+                "a connection that is neither main nor a channel is dropped: {error}{cause}"
+            );
         }
     }
 }
@@ -128,6 +135,9 @@ fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
     if first.starts_with(&MAIN_MAGIC) {
         link.set_recv_timeout(None).map_err(failed)?;
         return Ok(Caller::Main(MAIN_MAGIC.to_vec()));
+    }
+    if first.starts_with(&TLS_HELLO) {
+        return Err(Unsupported::Tls.into());
     }
     have = read_up_to(link, &mut first, have, end).map_err(failed)?;
     if have < INITIAL_LEN {

@@ -230,16 +230,33 @@ pub(crate) fn migrate_with(
     guest: &mut dyn Guest,
 ) -> Outcome {
     let (connector, listener) = memory::network(1 << 18);
+    let ends: Ends = (Arc::new(connector), Box::new(listener));
+    migrate_over(ends, source, destination, multifd.then_some(send), options, log, guest)
+}
+
+/// What opens connections, and what takes them.
+pub(crate) type Ends = (Arc<dyn Connect>, Box<dyn Listen>);
+
+/// The same, over connections of the caller's choice.
+pub(crate) fn migrate_over(
+    (connector, listener): Ends,
+    source: &Arc<RamBlocks>,
+    destination: &Arc<RamBlocks>,
+    send: Option<SendOptions>,
+    options: MigrateOptions,
+    log: &mut dyn DirtyLog,
+    guest: &mut dyn Guest,
+) -> Outcome {
     let receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Auto), Stop::new());
     let destination = spawn("destination", {
         let blocks = destination.clone();
-        move || receive(receiver, Box::new(listener), blocks)
+        move || receive(receiver, listener, blocks)
     });
     let stop = Stop::new();
-    let mut main = TestMain::connect(&connector, &stop);
-    let sender = multifd.then(|| {
+    let mut main = TestMain::connect(&*connector, &stop);
+    let sender = send.map(|send| {
         let mut sender = Sender::new(send, source.clone(), stop.clone()).expect("a sender");
-        sender.set_up(Arc::new(connector)).expect("set up");
+        sender.set_up(connector).expect("set up");
         sender
     });
     let migration = Migration::new(options, source.clone(), stop);

@@ -12,5 +12,7 @@ mod hostile;
 mod kit;
 #[cfg(test)]
 mod loopback;
+#[cfg(all(test, feature = "tls"))]
+mod tls;
 #[cfg(test)]
 mod zero_pages;

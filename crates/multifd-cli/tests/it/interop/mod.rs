@@ -5,4 +5,5 @@ mod files;
 mod matrix;
 mod peers;
 mod refused;
+mod tls;
 mod zero_pages;

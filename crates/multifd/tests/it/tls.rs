@@ -1,0 +1,311 @@
+//! Sessions on every connection: whole machines arrive, and who may not come does not.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    ChannelCount, ReceiveOptions, Receiver, SendOptions,
+    channel::{
+        Address, Connect, Listen, Listener, Stop, memory,
+        tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
+    },
+    live::{MigrateOptions, ZeroPageDetection},
+    ram::{DirtyBitmaps, NeverDirty, PageSize, Part, PartMut},
+};
+use multifd_testkit::certificates::{Authority, Subject, write_both};
+use tempfile::TempDir;
+
+use crate::{
+    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_over, spawn},
+    loopback::{BLOCKS, Writers, filled},
+};
+
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    write_both(folder.path()).expect("certificates");
+    folder
+}
+
+fn ends(client: &Path, server: &Path, name: &str, authz: &[&str]) -> Ends {
+    let (connector, listener) = memory::network(1 << 18);
+    let client = ClientCredentials::load(client, name).expect("a source's credentials");
+    let authz = authz.iter().map(ToString::to_string).collect();
+    let server = ServerCredentials::load(server, authz).expect("a destination's credentials");
+    (
+        Arc::new(TlsConnector::new(Arc::new(connector), client)),
+        Box::new(TlsListener::new(Box::new(listener), server)),
+    )
+}
+
+#[test]
+fn a_machine_arrives_whole_over_sessions() {
+    let folder = folder();
+    for channels in [0, 1, 4] {
+        let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+        let send = (channels > 0).then(|| SendOptions::new().channels(channels));
+        let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::Multifd);
+        let ends = ends(folder.path(), folder.path(), "localhost", &["CN=source,O=Test"]);
+        let guest = &mut StoppedGuest::default();
+        let outcome = migrate_over(ends, &source, &destination, send, options, &mut NeverDirty, guest);
+        outcome.sent.expect("sent");
+        outcome.received.expect("received");
+        assert_eq!(difference(&source, &destination), None, "{channels} channels");
+    }
+}
+
+#[test]
+fn a_guest_that_keeps_writing_arrives_over_sessions() {
+    let folder = folder();
+    let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+    let mut log = DirtyBitmaps::new(&source);
+    let mut writers = Writers::start(&source, &log, 600, Duration::from_micros(200));
+    let options = MigrateOptions::new().downtime_limit(Duration::from_millis(5));
+    let ends = ends(folder.path(), folder.path(), "127.0.0.1", &[]);
+    let send = Some(SendOptions::new().channels(4));
+    let outcome = migrate_over(ends, &source, &destination, send, options, &mut log, &mut writers);
+    outcome.sent.expect("sent");
+    outcome.received.expect("received");
+    assert_eq!(difference(&source, &destination), None);
+}
+
+/// Both ends of one connection: what the source's handshake says, then what its peer's first read says.
+fn meet((connector, mut listener): Ends) -> (Result<(), String>, Result<usize, String>) {
+    let told = |error: std::io::Error| error.to_string();
+    let destination = spawn("destination", move || {
+        let mut link = listener.accept().expect("accepted").expect("a connection");
+        link.set_recv_timeout(Some(TIMEOUT)).expect("set");
+        let mut byte = [0];
+        link.recv(&mut [PartMut::from(&mut byte[..])]).map_err(told)
+    });
+    let source = connector.connect(&Stop::new(), TIMEOUT).and_then(|mut link| {
+        link.send(&[Part::from(&b"Q"[..])])?;
+        // In TLS 1.3 a source learns that it is refused when it next reads.
+        link.set_recv_timeout(Some(TIMEOUT))?;
+        let mut byte = [0];
+        link.recv(&mut [PartMut::from(&mut byte[..])]).map(drop)
+    });
+    (source.map_err(told), destination.join().expect("no panic"))
+}
+
+#[track_caller]
+fn assert_refused(ends: Ends, source: &str, destination: &str) {
+    let (sent, received) = meet(ends);
+    let (sent, received) = (sent.expect_err("refused"), received.expect_err("refused"));
+    assert!(sent.contains(source), "source: {sent}");
+    assert!(received.contains(destination), "destination: {received}");
+}
+
+fn authority(folder: &TempDir, name: &str) -> Authority {
+    let authority = Authority::new(name).expect("an authority");
+    authority.write(folder.path()).expect("written");
+    authority
+}
+
+fn subject<'a>(name: &'a str, hosts: &'a [&'a str], expired: bool) -> Subject<'a> {
+    Subject { organisation: "Test", name, hosts, expired }
+}
+
+#[test]
+fn both_ends_of_one_authority_meet() {
+    let folder = folder();
+    let (sent, received) = meet(ends(folder.path(), folder.path(), "localhost", &["O=Test,CN=source"]));
+    assert_eq!((sent, received), (Ok(()), Ok(1)));
+}
+
+#[test]
+fn a_destination_of_another_authority_is_refused() {
+    let (ours, theirs) = (folder(), folder());
+    assert_refused(
+        ends(ours.path(), theirs.path(), "localhost", &[]),
+        "our ca-cert.pem does not know its authority",
+        "its ca-cert.pem does not know the authority of our certificate",
+    );
+}
+
+#[test]
+fn a_destination_of_another_name_is_refused() {
+    let folder = folder();
+    assert_refused(
+        ends(folder.path(), folder.path(), "elsewhere.example", &[]),
+        "give the name in its certificate's subjectAltName as tls-hostname",
+        "TLS alert",
+    );
+}
+
+#[test]
+fn a_destination_whose_time_is_over_is_refused() {
+    let folder = folder();
+    let authority = authority(&folder, "one");
+    authority.sign(folder.path(), "server", &subject("destination", &["localhost"], true)).expect("signed");
+    authority.sign(folder.path(), "client", &subject("source", &[], false)).expect("signed");
+    assert_refused(ends(folder.path(), folder.path(), "localhost", &[]), "expired", "CertificateExpired");
+}
+
+#[test]
+fn a_source_of_another_authority_without_certificate_or_out_of_date_is_refused() {
+    let server = tempfile::tempdir().expect("a folder");
+    let authority = authority(&server, "one");
+    authority.sign(server.path(), "server", &subject("destination", &["localhost"], false)).expect("signed");
+    let client = tempfile::tempdir().expect("a folder");
+    authority.write(client.path()).expect("written");
+    let nobody = ends(client.path(), server.path(), "localhost", &[]);
+    assert_refused(
+        nobody,
+        "TLS alert CertificateRequired",
+        "give the source client-cert.pem and client-key.pem",
+    );
+
+    authority.sign(client.path(), "client", &subject("source", &[], true)).expect("signed");
+    assert_refused(ends(client.path(), server.path(), "localhost", &[]), "CertificateExpired", "expired");
+
+    let other = Authority::new("another").expect("an authority");
+    other.sign(client.path(), "client", &subject("source", &[], false)).expect("signed");
+    let stranger = ends(client.path(), server.path(), "localhost", &[]);
+    assert_refused(stranger, "TLS alert UnknownCA", "does not know its authority");
+}
+
+#[test]
+fn a_source_that_is_not_in_the_list_is_refused_by_its_name() {
+    let folder = folder();
+    let ends = ends(folder.path(), folder.path(), "localhost", &["CN=somebody,O=Test", "CN=source"]);
+    let (sent, received) = meet(ends);
+    // It is hung up on, in the middle of its sending or after.
+    let hung_up = |told: &String| told.contains("tls-authz") || told.contains("its own log says why");
+    assert!(sent.as_ref().err().is_none_or(hung_up), "{sent:?}");
+    let told = received.expect_err("refused");
+    assert_eq!(told, r#"the source's subject "CN=source,O=Test" is not in the list of tls-authz"#);
+}
+
+#[test]
+fn whoever_does_not_speak_tls_is_told_of_it_on_both_sides() {
+    let folder = folder();
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("credentials");
+    let (connector, listener) = memory::network(1 << 16);
+    let plain_source: Ends = (Arc::new(connector), Box::new(TlsListener::new(Box::new(listener), server)));
+    let (_, received) = meet(plain_source);
+    let told = received.expect_err("refused");
+    assert!(told.contains("does the other side speak TLS, is its tls-creds set?"), "{told}");
+
+    let client = ClientCredentials::load(folder.path(), "localhost").expect("credentials");
+    let (connector, listener) = memory::network(1 << 16);
+    let plain_destination: Ends =
+        (Arc::new(TlsConnector::new(Arc::new(connector), client)), Box::new(listener));
+    let (sent, _) = meet(plain_destination);
+    let told = sent.expect_err("refused");
+    assert!(told.contains("the other side closed during the TLS handshake"), "{told}");
+}
+
+#[test]
+fn a_handshake_that_dribbles_or_stands_still_ends_at_its_limit() {
+    let folder = folder();
+    let (connector, listener) = memory::network(1 << 16);
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("credentials");
+    let options = ReceiveOptions::new()
+        .channels(ChannelCount::Exact(1))
+        .greeting_timeout(Duration::from_millis(300))
+        .channels_timeout(Duration::from_millis(600));
+    let mut receiver = Receiver::new(options, Stop::new());
+    receiver.listen(Box::new(TlsListener::new(Box::new(listener), server))).expect("listening");
+    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let start = Instant::now();
+    // The head of a record that announces more than ever comes.
+    let hello = [0x16, 0x03, 0x01, 0x02, 0x00];
+    for byte in hello.iter().chain([&0; 400]) {
+        if link.send(&[Part::from(&[*byte][..])]).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    link.set_recv_timeout(Some(TIMEOUT)).expect("set");
+    let mut rest = [0; 64];
+    while matches!(link.recv(&mut [PartMut::from(&mut rest[..])]), Ok(1..)) {}
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_stop_ends_a_handshake() {
+    let folder = folder();
+    let (connector, listener) = memory::network(1 << 16);
+    let client = ClientCredentials::load(folder.path(), "localhost").expect("credentials");
+    let connector = TlsConnector::new(Arc::new(connector), client);
+    let stop = Stop::new();
+    let handshake = spawn("source", {
+        let stop = stop.clone();
+        move || connector.connect(&stop, Duration::from_secs(600)).map(drop)
+    });
+    let mut listener: Box<dyn Listen> = Box::new(listener);
+    let link = listener.accept().expect("accepted");
+    stop.cancel();
+    handshake.join().expect("no panic").expect_err("cancelled");
+    drop(link);
+}
+
+#[test]
+fn files_that_are_not_there_or_do_not_fit_are_named() {
+    let folder = folder();
+    let chain = |error: &dyn std::error::Error| {
+        format!("{error}: {}", error.source().map_or_else(String::new, ToString::to_string))
+    };
+    let refused = |name: &str| {
+        let error = ServerCredentials::load(folder.path(), Vec::new()).err().expect("refused");
+        let told = chain(&error);
+        assert!(told.contains(name), "{told}");
+    };
+    let key = folder.path().join("server-key.pem");
+    std::fs::copy(folder.path().join("client-key.pem"), &key).expect("copied");
+    refused("server-key.pem");
+    std::fs::remove_file(&key).expect("removed");
+    refused("No such file");
+    std::fs::write(folder.path().join("server-cert.pem"), "nothing").expect("written");
+    refused("server-cert.pem: it holds no certificate");
+    std::fs::remove_file(folder.path().join("ca-cert.pem")).expect("removed");
+    refused("No such file");
+    let error = ClientCredentials::load(folder.path(), "no host").err().expect("refused");
+    assert_eq!(error.to_string(), r#"tls-hostname: expected a host name or an IP address, met "no host""#);
+}
+
+/// More than 64 GiB through one session: keys are changed on the way. `cargo test --release` shows the rate with
+/// `--nocapture`.
+#[test]
+#[ignore = "slow: moves 68 GiB"]
+fn sixty_eight_gib_pass_one_session() {
+    const CHUNK: usize = 1 << 20;
+    const CHUNKS: u64 = 68 << 10;
+    let folder = folder();
+    let client = ClientCredentials::load(folder.path(), "127.0.0.1").expect("credentials");
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("credentials");
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse::<Address>().expect("an address")).expect("bound");
+    let address = listener.local_address().clone();
+    let mut listener = TlsListener::new(Box::new(listener), server);
+    let destination = spawn("destination", move || {
+        let mut link = listener.accept().expect("accepted").expect("a connection");
+        let (mut buffer, mut received) = (vec![0; CHUNK], 0_u64);
+        loop {
+            match link.recv(&mut [PartMut::from(&mut *buffer)]).expect("received") {
+                0 => return received,
+                some => {
+                    // Every byte tells its place in the stream, modulo a chunk.
+                    let at = usize::try_from(received % 251).expect("small");
+                    assert_eq!(usize::from(buffer[0]), at, "at {received}");
+                    received += some as u64;
+                }
+            }
+        }
+    });
+    let connector = TlsConnector::new(Arc::new(address), client);
+    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    // 251 does not divide a chunk: two periods, sent from where the stream is.
+    let pattern: Vec<u8> = (0..=250).cycle().take(CHUNK + 251).collect();
+    let (start, mut sent) = (Instant::now(), 0_u64);
+    while sent < CHUNKS * CHUNK as u64 {
+        let at = usize::try_from(sent % 251).expect("small");
+        sent += link.send(&[Part::from(&pattern[at..at + CHUNK])]).expect("sent") as u64;
+    }
+    link.close_send().expect("closed");
+    assert_eq!(destination.join().expect("no panic"), sent);
+    let rate = sent as f64 / start.elapsed().as_secs_f64() / 1e9;
+    println!("{sent} bytes in {:?}: {rate:.2} GB/s", start.elapsed());
+}
