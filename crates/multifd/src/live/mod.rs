@@ -29,7 +29,7 @@ pub use status::Status;
 use crate::{
     channel::Stop,
     error::{Error, Result},
-    ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, RamBlocks},
+    ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, RamBlock, RamBlocks},
     send::Sender,
 };
 
@@ -230,7 +230,7 @@ impl Migration {
     ) -> Result<MigrationInfo> {
         let mut stopped = false;
         let mut driver = Driver {
-            pending: self.blocks.iter().map(|(_, block)| PageBitmap::full(block.pages())).collect(),
+            pending: self.blocks.iter().map(|(_, block)| first_pass(block)).collect(),
             page: vec![0; self.blocks.page_size().bytes()],
             migration: &self,
             sender: sender.as_mut(),
@@ -347,6 +347,9 @@ impl Driver<'_> {
             taken.map_err(|error| {
                 Error::io(format!("take the dirty bits of block {:?}", block.name()), error)
             })?;
+            if block.is_ignored() {
+                pending.forget();
+            }
         }
         let remaining = self.pending.iter().map(PageBitmap::count).sum();
         self.migration.progress.bitmap_sync(remaining, time);
@@ -382,4 +385,9 @@ impl Driver<'_> {
         progress.passed(&rate);
         Ok(rate)
     }
+}
+
+/// What the first pass sends of a block: every page, or none.
+fn first_pass(block: &RamBlock) -> PageBitmap {
+    if block.is_ignored() { PageBitmap::new(block.pages()) } else { PageBitmap::full(block.pages()) }
 }

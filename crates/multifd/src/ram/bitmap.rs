@@ -67,6 +67,13 @@ impl PageBitmap {
         }
     }
 
+    /// Clears every bit.
+    pub fn forget(&self) {
+        for word in &self.words {
+            word.store(0, Ordering::Release);
+        }
+    }
+
     /// Sets the bit of `page`; says whether it was set before.
     ///
     /// # Panics

@@ -3,7 +3,16 @@
 //! A block is a name, a used length, a page size and the memory behind it. Both sides list the same blocks;
 //! the source announces its list on the main stream, the destination looks every name up before it writes.
 
-use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use super::{BlockName, BlockOffset, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
 use crate::error::{Error, Result, Usage};
@@ -36,6 +45,9 @@ pub struct RamBlock {
     memory: Memory,
     /// Pages that may hold something else than zero; all others are known to be zero.
     present: PageBitmap,
+    /// Whether a page has been cleared. Orders nothing: read when nobody clears any more.
+    cleared: AtomicBool,
+    ignored: bool,
 }
 
 impl RamBlock {
@@ -79,7 +91,26 @@ impl RamBlock {
         {
             return Err(Usage::ShortMemory { name, mapped: mapping.len(), used_length }.into());
         }
-        Ok(Self { name, used_length, page_size, memory, present })
+        let cleared = AtomicBool::new(false);
+        Ok(Self { name, used_length, page_size, memory, present, cleared, ignored: false })
+    }
+
+    /// The block, but none of its pages are sent: both sides share its memory (capability `x-ignore-shared`).
+    #[must_use]
+    pub fn ignored(mut self) -> Self {
+        self.ignored = true;
+        self
+    }
+
+    /// Whether its pages are not sent.
+    pub fn is_ignored(&self) -> bool {
+        self.ignored
+    }
+
+    /// Whether no page has come for a block that was [fresh](RamBlock::fresh), not even a zero one. To be asked
+    /// when all of RAM is here.
+    pub fn is_untouched(&self) -> bool {
+        !self.cleared.load(Ordering::Relaxed) && self.present.words().all(|word| word == 0)
     }
 
     /// The name that both sides know it by.
@@ -170,6 +201,10 @@ impl RamBlock {
     /// # Panics
     /// If the block has no such page.
     pub fn clear(&self, page: PageIndex) {
+        // Looked at first, so that channels do not take the line from each other.
+        if !self.cleared.load(Ordering::Relaxed) {
+            self.cleared.store(true, Ordering::Relaxed);
+        }
         if self.present.clear(page)
             && let Some(slice) = self.slice(page, 1)
             && !slice.is_zero()
