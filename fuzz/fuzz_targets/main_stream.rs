@@ -1,7 +1,10 @@
 //! The whole main stream of a source with multifd off, into blocks of memory that are no larger than a bound.
 #![no_main]
 
-use std::io::{Cursor, Read, Write};
+use std::{
+    io::{Cursor, Read, Write},
+    time::Duration,
+};
 
 use libfuzzer_sys::fuzz_target;
 use multifd::{
@@ -9,7 +12,10 @@ use multifd::{
     channel::Stop,
     ram::{Mapping, Memory, RamBlock, RamBlocks},
 };
-use qemu_stream::incoming::{Incoming, Loader};
+use qemu_stream::{
+    Connection,
+    incoming::{Incoming, Loader},
+};
 
 /// Gives the input, takes whatever is answered.
 struct Source<'a>(Cursor<&'a [u8]>);
@@ -29,11 +35,17 @@ impl Write for Source<'_> {
     }
 }
 
+impl Connection for Source<'_> {
+    fn set_read_timeout(&mut self, _: Option<Duration>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 const MOST_RAM: u64 = 1 << 20;
 
 fuzz_target!(|bytes: &[u8]| {
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
-    let mut incoming = Incoming::new(Source(Cursor::new(bytes)));
+    let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
     let mut loader = Loader::new(&receiver, |_, list| {
         if list.total() > MOST_RAM {
             return Err(Error::other("make the blocks", "more RAM than this target gives"));

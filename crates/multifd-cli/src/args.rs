@@ -78,6 +78,12 @@ pub(crate) struct ReceiveArgs {
     /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
     #[arg(long)]
     pub(crate) switchover_ack: bool,
+    /// Take it that the source does not describe its devices: its machine has suppress-vmdesc on, as types up to 2.2
+    ///
+    /// Their end is then where the source closes, which one with return-path does not: there 10 seconds of silence
+    /// behind the footer of a device count, and machine types without footers are refused.
+    #[arg(long)]
+    pub(crate) suppress_vmdesc: bool,
     /// Replace FILE if it exists; with an offset, what stands behind the offset
     #[arg(long)]
     pub(crate) force: bool,

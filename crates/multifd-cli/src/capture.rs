@@ -8,13 +8,13 @@ use std::{fs::File, sync::Arc};
 use multifd::{
     Error, Result,
     channel::Stop,
-    ram::{Memory, RamBlock, RamBlocks},
+    ram::{BlockName, Memory, RamBlock, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
     format::{BlockIndex, BlockList, Configuration, SectionId},
     incoming::Loaded,
-    mapped_ram::{Layout, Tail},
+    mapped_ram::{Layout, Shape, Tail},
 };
 
 use crate::{file_address::FileAddress, new_file::NewFile, outcome::While};
@@ -43,12 +43,7 @@ impl Capture {
         configuration: Option<&Configuration>,
         list: &BlockList,
     ) -> Result<RamBlocks> {
-        let configuration =
-            configuration.ok_or_else(|| refused("a machine type up to 2.3 has no configuration"))?;
-        if configuration.ignore_shared {
-            return Err(refused("its shared RAM does not travel: switch x-ignore-shared off at the source"));
-        }
-        let layout = self.layout(configuration, list, SectionId(1))?;
+        let layout = layout(&self.shape(configuration), list)?;
         // A full disk is to be found when pages are written, so this makes a hole, not a reservation.
         let sized = self.file.set_len(layout.tail_offset());
         sized.map_err(|error| {
@@ -61,38 +56,56 @@ impl Capture {
         RamBlocks::new(blocks.collect::<Result<_>>()?)
     }
 
-    /// Writes everything but the pages, makes it durable and gives the file its name.
+    /// Writes everything but the pages, makes it durable and gives the file its name. Returns the blocks whose memory
+    /// is shared and not in the file.
     pub(crate) fn complete(
         self,
         loaded: &Loaded,
         blocks: &RamBlocks,
-        uuid: Option<VmUuid>,
+        channels: &Channels,
         stop: &Stop,
-    ) -> Result<(), While> {
+    ) -> Result<Vec<BlockName>, While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
             While::new(format!("cannot complete {}", self.new.target().display()), error)
         };
-        self.write(loaded, blocks, uuid).map_err(|error| failed(error.into()))?;
+        let ignored = ignored(loaded.configuration.as_ref(), blocks);
+        self.write(loaded, blocks, &ignored, channels).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
         // That can take long enough for a channel to turn up whose pages are missing.
         stop.check().map_err(|error| failed(error.into()))?;
-        self.new.name()
+        self.new.name()?;
+        Ok(ignored.into_iter().filter_map(|index| Some(blocks.get(index)?.name().clone())).collect())
     }
 
-    fn write(&self, loaded: &Loaded, blocks: &RamBlocks, uuid: Option<VmUuid>) -> Result<u64> {
-        let plain = loaded.configuration.clone().ok_or_else(|| refused("it has no configuration"))?;
-        let mut laid = self.layout(&plain, &loaded.blocks, loaded.section)?;
+    fn write(
+        &self,
+        loaded: &Loaded,
+        blocks: &RamBlocks,
+        ignored: &[BlockIndex],
+        channels: &Channels,
+    ) -> Result<u64> {
+        let plain = loaded.configuration.as_ref();
+        let shape = Shape {
+            section: loaded.section,
+            footers: loaded.footers,
+            ignored,
+            sync_mode: channels.any.then_some(loaded.sync_mode),
+            ..self.shape(plain)
+        };
+        let mut laid = layout(&shape, &loaded.blocks)?;
         // The channels name the machine's UUID, which the file can keep, if its pages stay where they are.
-        if let (None, Some(uuid)) = (plain.uuid, uuid.filter(|uuid| !uuid.is_nil())) {
-            let named = Configuration { uuid: Some(uuid), ..plain };
-            let with_uuid = self.layout(&named, &loaded.blocks, loaded.section)?;
+        if let (Some(plain), Some(uuid)) = (plain, channels.uuid.filter(|uuid| !uuid.is_nil()))
+            && plain.uuid.is_none()
+        {
+            let named = Configuration { uuid: Some(uuid), ..plain.clone() };
+            let with_uuid = layout(&Shape { configuration: Some(&named), ..shape.clone() }, &loaded.blocks)?;
             if places(&with_uuid) == places(&laid) {
                 laid = with_uuid;
             }
         }
         let written = || -> Result<u64, qemu_stream::Error> {
             laid.write_head(&self.file)?;
-            for (index, block) in blocks.iter() {
+            for (index, block) in blocks.iter().filter(|(index, _)| !ignored.contains(index)) {
                 let words: Vec<u64> = block.present().words().collect();
                 laid.write_bitmap(&self.file, BlockIndex(index.0), &words)?;
             }
@@ -102,16 +115,35 @@ impl Capture {
         written().map_err(|error| Error::other("write the file", error))
     }
 
-    fn layout(&self, configuration: &Configuration, list: &BlockList, section: SectionId) -> Result<Layout> {
-        Layout::new(configuration, list, section, self.offset)
-            .map_err(|error| Error::other("lay the file out", error))
+    /// What can be said before RAM has come.
+    fn shape<'a>(&self, configuration: Option<&'a Configuration>) -> Shape<'a> {
+        let (section, ignored) = (SectionId(1), &[][..]);
+        Shape { configuration, section, offset: self.offset, footers: true, ignored, sync_mode: None }
     }
+}
+
+/// What the channels have told beside pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Channels {
+    /// Whether there were any: without, the sync mode has not shown itself.
+    pub(crate) any: bool,
+    /// The machine's UUID.
+    pub(crate) uuid: Option<VmUuid>,
+}
+
+/// With x-ignore-shared, nothing tells which blocks are shared but that no page of theirs has come.
+fn ignored(configuration: Option<&Configuration>, blocks: &RamBlocks) -> Vec<BlockIndex> {
+    if !configuration.is_some_and(|configuration| configuration.ignore_shared) {
+        return Vec::new();
+    }
+    let untouched = blocks.iter().filter(|(_, block)| block.pages() > 0 && block.is_untouched());
+    untouched.map(|(index, _)| index).collect()
+}
+
+fn layout(shape: &Shape<'_>, list: &BlockList) -> Result<Layout> {
+    Layout::of(shape, list).map_err(|error| Error::other("lay the file out", error))
 }
 
 fn places(layout: &Layout) -> Vec<u64> {
     layout.places().iter().map(|place| place.pages_offset).chain([layout.tail_offset()]).collect()
-}
-
-fn refused(why: &'static str) -> Error {
-    Error::other("this machine cannot be kept in a mapped-ram file", why)
 }

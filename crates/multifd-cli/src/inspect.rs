@@ -1,7 +1,7 @@
 //! `multifd inspect`: what a mapped-ram file holds, without its pages, or one block's pages alone.
 
 use indicatif::BinaryBytes;
-use qemu_stream::mapped_ram::MappedRamFile;
+use qemu_stream::{format::SyncMode, mapped_ram::MappedRamFile};
 use serde::Serialize;
 
 use crate::{
@@ -13,10 +13,16 @@ use crate::{
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Contents {
-    machine: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     uuid: Option<String>,
     page_size: usize,
+    footers: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sync_mode: Option<&'static str>,
+    switchover_start: bool,
+    described: bool,
     blocks: Vec<Block>,
     devices: Vec<Device>,
     total: u64,
@@ -31,6 +37,9 @@ struct Block {
     pages: u64,
     pages_present: u64,
     pages_offset: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<u64>,
+    ignored: bool,
 }
 
 #[derive(Serialize)]
@@ -40,6 +49,7 @@ struct Device {
     instance_id: u32,
     version: u32,
     size: usize,
+    early: bool,
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
@@ -67,19 +77,29 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
             pages: place.pages(),
             pages_present: present,
             pages_offset: place.pages_offset,
+            address: entry.address,
+            ignored: place.is_ignored(),
         });
     }
-    let page_size = configuration.page_size().bytes();
+    let page_size = file.blocks().page_size().bytes();
     let devices = file.devices().sections().iter().map(|device| Device {
         name: device.name.to_string(),
         instance_id: device.instance,
         version: device.version,
         size: device.body.len(),
+        early: device.early,
     });
     Ok(Contents {
-        machine: configuration.machine.to_string(),
-        uuid: configuration.uuid.map(|uuid| uuid.to_string()),
+        machine: configuration.map(|configuration| configuration.machine.to_string()),
+        uuid: configuration.and_then(|configuration| configuration.uuid).map(|uuid| uuid.to_string()),
         page_size,
+        footers: file.devices().has_footers(),
+        sync_mode: file.sync_mode().map(|mode| match mode {
+            SyncMode::Legacy => "legacy",
+            SyncMode::Round => "round",
+        }),
+        switchover_start: file.switchover_start(),
+        described: file.devices().description().is_some(),
         total: file.blocks().total(),
         present: blocks.iter().map(|block| block.pages_present * page_size as u64).sum(),
         blocks,
@@ -89,7 +109,8 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
 
 impl Contents {
     fn table(&self) -> String {
-        let mut lines = vec![format!("machine    {}", self.machine)];
+        let machine = self.machine.as_deref().unwrap_or("not named: a machine type up to 2.3");
+        let mut lines = vec![format!("machine    {machine}")];
         lines.extend(self.uuid.iter().map(|uuid| format!("uuid       {uuid}")));
         lines.push(format!("page size  {}", BinaryBytes(self.page_size as u64)));
         lines.push(format!(
@@ -98,12 +119,20 @@ impl Contents {
             self.blocks.len(),
             BinaryBytes(self.present)
         ));
+        lines.extend(self.sync_mode.map(|mode| format!("sync mode  {mode}")));
         lines.push(format!("\n{:<40} {:>14} {:>10} {:>10}", "block", "used length", "pages", "present"));
         lines.extend(self.blocks.iter().map(|block| {
             let length = format!("{:#x}", block.used_length);
-            format!("{:<40} {length:>14} {:>10} {:>10}", block.name, block.pages, block.pages_present)
+            let present = block.pages_present.to_string();
+            let present = if block.ignored { "shared" } else { &present };
+            format!("{:<40} {length:>14} {:>10} {present:>10}", block.name, block.pages)
         }));
         lines.push(format!("\n{:<40} {:>14} {:>10} {:>10}", "device", "instance", "version", "bytes"));
+        if !self.described {
+            lines.push(
+                "(not described: machine option suppress-vmdesc, or a machine type up to 2.2)".to_owned(),
+            );
+        }
         lines.extend(self.devices.iter().map(|device| {
             let instance = format!("{:#x}", device.instance_id);
             format!("{:<40} {instance:>14} {:>10} {:>10}", device.name, device.version, device.size)

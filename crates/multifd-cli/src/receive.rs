@@ -11,13 +11,13 @@ use std::{
 use multifd::{
     ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
     channel::{Listener, Stop, Stream},
-    ram::RamBlocks,
+    ram::{BlockName, RamBlocks},
 };
 use qemu_stream::incoming::{Incoming, Loaded, Loader, MainPages, Outcome};
 
 use crate::{
     args::ReceiveArgs,
-    capture::Capture,
+    capture::{Capture, Channels},
     display::{Display, Look},
     interrupt,
     outcome::{Failure, While, print, say},
@@ -28,6 +28,8 @@ use crate::{
 struct Received {
     loaded: Loaded,
     blocks: Arc<RamBlocks>,
+    /// Shared blocks, whose memory has not come.
+    ignored: Vec<BlockName>,
     channels: Vec<ChannelStats>,
     main_bytes: u64,
     main_pages: MainPages,
@@ -54,8 +56,9 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         let (counters, total) = (receiver.counters(), total.clone());
         Display::start("receive", args.output.quiet || args.output.json, move || look(&counters, &total))
     };
-    let received =
-        take_in(receiver, Incoming::new(main).switchover_ack(args.switchover_ack), capture, &total);
+    let incoming =
+        Incoming::new(main).switchover_ack(args.switchover_ack).suppress_vmdesc(args.suppress_vmdesc);
+    let received = take_in(receiver, incoming, capture, &total);
     drop(display);
     match received {
         Ok(received) => {
@@ -64,10 +67,20 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
                 print(&report.json())?;
             } else if !args.output.quiet {
                 say(&report.text(&format!("received {}", args.file)));
+                ignored(&received);
             }
             Ok(())
         }
         Err(error) => Err(failed(args, start, error)),
+    }
+}
+
+/// Says what the file lacks: it is worth nothing without.
+fn ignored(received: &Received) {
+    for name in &received.ignored {
+        say(&format!(
+            "block {name:?} is shared and stays where it is: the file is good for as long as nobody changes that memory"
+        ));
     }
 }
 
@@ -103,12 +116,14 @@ fn take_in(
     let kept = loaded.map_err(broken).and_then(|loaded| {
         let blocks = blocks.ok_or_else(|| Error::other("no RAM came", "the stream has no blocks"))?;
         stop.check()?;
-        let kept = capture.complete(&loaded, &blocks, receiver.uuid(), &stop);
-        kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))?;
-        Ok((loaded, blocks))
+        let channels = Channels { any: !receiver.counters().stats().is_empty(), uuid: receiver.uuid() };
+        let kept = capture.complete(&loaded, &blocks, &channels, &stop);
+        let ignored =
+            kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))?;
+        Ok((loaded, blocks, ignored))
     });
     match kept {
-        Ok((loaded, blocks)) => {
+        Ok((loaded, blocks, ignored)) => {
             let main_bytes = incoming.bytes();
             // The file has its name by now, so no error from here on may read as if there were none.
             let main = incoming.finish(Outcome::Loaded).map_err(|error| {
@@ -123,7 +138,7 @@ fn take_in(
                 counters.stats()
             });
             drop(main);
-            Ok(Received { loaded, blocks, channels, main_bytes, main_pages })
+            Ok(Received { loaded, blocks, ignored, channels, main_bytes, main_pages })
         }
         Err(error) => {
             // It is told before anything is shut down, unless a channel's failure has done that; then it finds out.
@@ -159,7 +174,7 @@ fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
 }
 
 fn report(received: &Received, start: Instant) -> Report {
-    let Received { loaded, blocks, channels, main_bytes, main_pages } = received;
+    let Received { loaded, blocks, channels, main_bytes, main_pages, .. } = received;
     let time = start.elapsed();
     let page_size = blocks.page_size().bytes() as u64;
     let multifd_bytes: u64 = channels.iter().map(|channel| channel.bytes).sum();

@@ -69,7 +69,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
 
 /// How zero pages travel to any destination that can have this machine.
 fn understood(file: &MappedRamFile) -> ZeroPageDetection {
-    match file.configuration().machine.has_zero_pages_on_main() {
+    match file.configuration().and_then(|configuration| configuration.machine.has_zero_pages_on_main()) {
         // No QEMU before 9.0 knows the type, and every later one understands the entries.
         Some(false) => ZeroPageDetection::Multifd,
         _ => ZeroPageDetection::Legacy,
@@ -90,7 +90,8 @@ fn blocks(file: &MappedRamFile, over_main: bool) -> Result<RamBlocks, Failure> {
             Memory::Mapped(map(file, place)?)
         };
         let (name, length) = (entry.name.clone(), entry.used_length);
-        blocks.push(RamBlock::with_present(name, length, place.page_size, memory, present)?);
+        let block = RamBlock::with_present(name, length, place.page_size, memory, present)?;
+        blocks.push(if place.is_ignored() { block.ignored() } else { block });
     }
     Ok(RamBlocks::new(blocks)?)
 }
@@ -117,7 +118,7 @@ fn send(
         .map_err(|error| Error::other("this machine cannot be sent", error))?;
     let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone());
     let sender = (args.multifd_channels > 0).then(|| -> Result<Sender, Error> {
-        let uuid = args.uuid.or(file.configuration().uuid).unwrap_or(VmUuid::NIL);
+        let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
         let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid));
         let mut sender = Sender::new(options, blocks, stop.clone())?;
         sender.set_up(connector.clone())?;
@@ -128,16 +129,20 @@ fn send(
 
 /// The stream that a socket peer of this machine expects.
 fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
-    let machine = &file.configuration().machine;
-    let mode = match args.sync_mode {
-        SyncModeArg::Legacy => SyncMode::Legacy,
-        SyncModeArg::Round => SyncMode::Round,
-        SyncModeArg::Auto => machine.sync_mode().unwrap_or(SyncMode::Round),
+    let options = match file.configuration() {
+        Some(configuration) => Options::new(configuration.clone()),
+        None => Options::without_configuration(),
     };
-    Options::new(file.configuration().clone())
+    let mode = match args.sync_mode {
+        SyncModeArg::Legacy => Some(SyncMode::Legacy),
+        SyncModeArg::Round => Some(SyncMode::Round),
+        SyncModeArg::Auto => file.sync_mode().or(options.chosen_sync_mode()),
+    };
+    options
         .section(file.section())
-        .switchover_start(file.switchover_start() || machine.has_switchover_start())
-        .sync_mode((args.multifd_channels > 0).then_some(mode))
+        .footers(file.devices().has_footers())
+        .switchover_start(file.switchover_start())
+        .sync_mode(mode.filter(|_| args.multifd_channels > 0))
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);

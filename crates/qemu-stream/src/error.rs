@@ -174,7 +174,7 @@ pub enum Malformed {
     /// The stream ended without a description that fits.
     #[error(
         "device part: ends after {length:#x} bytes without a description that fits{}; \
-         the stream is incomplete, or the source's machine option suppress-vmdesc is on (switch it off)",
+         the stream is incomplete, or its source leaves the description out (machine option suppress-vmdesc)",
         last.as_ref().map(|m| format!(" (nearest: {m})")).unwrap_or_default()
     )]
     NoDescription {
@@ -304,11 +304,24 @@ pub enum Unsupported {
         /// What to do about it.
         remedy: Option<&'static str>,
     },
-    /// A device sent before RAM.
-    #[error("device \"{name}\" is sent before ram; its length is unknown there: unplug it at the source")]
+    /// A device sent before the end of RAM by a source without footers.
+    #[error(
+        "device \"{name}\" is sent before the end of ram without a footer, so its end cannot be found: switch \
+             send-section-footer on at the source, or unplug the device"
+    )]
     EarlyDevice {
         /// The device.
         name: SectionName,
+    },
+    /// A source with a return path whose description does not come.
+    #[error(
+        "device part: no description behind {length:#x} bytes that look complete, and with a return path nothing \
+             else tells the end: switch the machine's option suppress-vmdesc off at the source, or its capability \
+             return-path"
+    )]
+    NoDescription {
+        /// Bytes after the RAM section.
+        length: u64,
     },
     /// Something that a capability of the source has brought.
     #[error("{what} is not served: switch capability {capability} off at the source")]

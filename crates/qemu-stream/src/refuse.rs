@@ -27,8 +27,3 @@ pub(crate) fn iterative_section(head: &SectionHead, at: Place) -> Error {
     };
     Unsupported::Section { name: head.name.clone(), remedy }.at(at)
 }
-
-/// The error of a device sent before RAM.
-pub(crate) fn early_device(head: &SectionHead, at: Place) -> Error {
-    Unsupported::EarlyDevice { name: head.name.clone() }.at(at)
-}

@@ -324,16 +324,26 @@ pub(crate) fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
         .map(|(page, _)| page)
 }
 
-/// The main block of RAM in a file: pages that are not present are zero.
+/// The main block of RAM in a file.
 pub(crate) fn stored_memory(file: &Path) -> Vec<u8> {
     stored_memory_at(file, 0)
 }
 
 /// The same, in a file whose stream begins at `offset`.
 pub(crate) fn stored_memory_at(file: &Path, offset: u64) -> Vec<u8> {
+    stored_block_at(file, offset, "pc.ram")
+}
+
+/// A block of RAM in a file.
+pub(crate) fn stored_block(file: &Path, name: &str) -> Vec<u8> {
+    stored_block_at(file, 0, name)
+}
+
+/// The same: pages that are not present are zero.
+fn stored_block_at(file: &Path, offset: u64, name: &str) -> Vec<u8> {
     let file = MappedRamFile::open(File::open(file).expect("the file"), offset).expect("a whole file");
     let (index, entry) =
-        file.blocks().iter().find(|(_, entry)| entry.name.as_bytes() == b"pc.ram").expect("RAM");
+        file.blocks().iter().find(|(_, entry)| entry.name.as_bytes() == name.as_bytes()).expect("RAM");
     let place = file.place(index).expect("its place");
     let present = file.bitmap(index).expect("its bitmap");
     let mut memory = vec![0; usize::try_from(entry.used_length).expect("small")];

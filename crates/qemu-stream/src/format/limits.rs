@@ -27,6 +27,9 @@ pub const RECV_BITMAP: u64 = RAM_TOTAL >> 12 >> 3;
 /// Bytes between the RAM section and the end of the stream.
 pub const DEVICE_PART: usize = 256 << 20;
 
+/// Bytes of devices sent before the end of RAM. virtio-mem has a bit for each block of 2 MiB or so.
+pub const EARLY_PART: usize = 16 << 20;
+
 /// Bytes of the closing description. A q35 guest's has 45 KiB.
 pub const DESCRIPTION: u32 = 16 << 20;
 

@@ -91,6 +91,23 @@ impl<R: Read> Reader<R> {
         Ok(&self.buffer[self.start..self.end])
     }
 
+    /// The next `count` bytes without taking them; `None` if the stream ends before, or they are more than the
+    /// buffer holds.
+    ///
+    /// # Errors
+    /// If the system cannot read.
+    pub fn look(&mut self, count: usize) -> Result<Option<&[u8]>, Error> {
+        if count > self.buffer.len() {
+            return Ok(None);
+        }
+        while self.end - self.start < count {
+            if self.fill()? == 0 {
+                return Ok(None);
+            }
+        }
+        Ok(Some(&self.buffer[self.start..self.start + count]))
+    }
+
     /// Takes `count` of the bytes that [`Reader::arrived`] has shown; no more than those.
     pub fn consume(&mut self, count: usize) {
         let count = count.min(self.end - self.start);

@@ -14,18 +14,20 @@ mod device_part;
 mod loader;
 mod ram;
 
-use std::io::{Read, Write};
+use std::{io::Read, time::Duration};
 
 use multifd::ram::{BlockIndex, PageIndex};
 
 use crate::{
+    connection::Connection,
     error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
-        BlockList, Command, Configuration, DevicePart, Message, Reader, Section, SectionHead, SectionId,
-        SyncMode, decode_footer, decode_header, footer_follows,
+        BlockList, Command, Configuration, DevicePart, EarlyPart, EndFinder, Message, Reader, Section,
+        SectionHead, SectionId, SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
 };
+use device_part::Without;
 pub use loader::{Loader, MainPages};
 use ram::Ram;
 
@@ -97,7 +99,7 @@ pub struct Loaded {
     pub switchover_start: bool,
     /// Whether sections have footers.
     pub footers: bool,
-    /// The devices and their description.
+    /// The devices and their description, if the source has sent one.
     pub devices: DevicePart,
     /// Bytes of the main stream.
     pub bytes: u64,
@@ -118,21 +120,52 @@ pub enum Outcome {
 pub struct Incoming<C> {
     r: Reader<C>,
     switchover_ack: bool,
+    suppress_vmdesc: bool,
+    silence: Duration,
     return_path: bool,
+    early: EarlyPart,
     loaded: bool,
 }
 
-impl<C: Read + Write> Incoming<C> {
+impl<C: Connection> Incoming<C> {
     /// A migration whose main stream comes over `connection`.
     pub fn new(connection: C) -> Self {
         let r = Reader::new(connection, Stream::Main);
-        Self { r, switchover_ack: false, return_path: false, loaded: false }
+        let early = EarlyPart::default();
+        Self {
+            r,
+            switchover_ack: false,
+            suppress_vmdesc: false,
+            silence: SILENCE,
+            return_path: false,
+            early,
+            loaded: false,
+        }
     }
 
     /// Says SWITCHOVER_ACK as soon as there is a return path. Needed if, and only if, the source has
     /// capability switchover-ack on, which nothing in the stream tells. Off by default.
     pub fn switchover_ack(mut self, on: bool) -> Self {
         self.switchover_ack = on;
+        self
+    }
+
+    /// Takes it that the source sends no description of its devices: machine option suppress-vmdesc, on for machine
+    /// types up to 2.2. Off by default. What tells the end then:
+    ///
+    /// | sections have | no return path | return path |
+    /// | --- | --- | --- |
+    /// | footers | the source closes behind one; also if this is off | [silence](Self::silence) behind one |
+    /// | no footers | the source closes: a source that dies there goes unnoticed | nothing: refused |
+    pub fn suppress_vmdesc(mut self, on: bool) -> Self {
+        self.suppress_vmdesc = on;
+        self
+    }
+
+    /// How long a source with a return path may be silent behind what looks like the end of its devices. Such a source
+    /// sends no description; it is refused, unless [that is expected](Self::suppress_vmdesc). Default 10 s.
+    pub fn silence(mut self, limit: Duration) -> Self {
+        self.silence = limit;
         self
     }
 
@@ -158,14 +191,17 @@ impl<C: Read + Write> Incoming<C> {
 
         let mut ram = Ram::new(&blocks);
         let sync_mode = ram.start(&mut self.r, destination)?;
-        let must = configuration.as_ref().is_some_and(|configuration| configuration.machine.has_footers());
+        // Not what the machine type says: a property of the source may differ.
         let footers = footer_follows(&mut self.r)?;
-        if footers || must {
+        if footers {
             decode_footer(section, &mut self.r)?;
         }
         let switchover_start = self.passes(&mut ram, sync_mode, section, footers, destination)?;
         destination.end_of_ram().map_err(|e| refused(&self.r, "the end of ram", e))?;
-        let devices = device_part::collect(&mut self.r, footers)?;
+        let finder = EndFinder::new(footers).early(std::mem::take(&mut self.early));
+        let without =
+            Without { return_path: self.return_path, expected: self.suppress_vmdesc, silence: self.silence };
+        let devices = device_part::collect(&mut self.r, finder, footers, &without)?;
         tracing::debug!(devices = devices.sections().len(), bytes = self.r.position(), "stream is complete");
         self.loaded = true;
         Ok(Loaded {
@@ -213,7 +249,7 @@ impl<C: Read + Write> Incoming<C> {
             let at = self.r.here();
             match Section::decode(&mut self.r)? {
                 Section::Start(head) if head.is_ram() => return head.check_ram(at).map(|()| head.id),
-                Section::Full(head) => return Err(refuse::early_device(&head, at)),
+                Section::Full(head) => self.early.take(&mut self.r, &head, None, true)?,
                 other => {
                     self.between(other, at, "before the start of ram")?;
                 }
@@ -238,6 +274,10 @@ impl<C: Read + Write> Incoming<C> {
                 Section::End(id) => (id, true),
                 Section::Command(Command::SwitchoverStart) => {
                     switchover_start = true;
+                    continue;
+                }
+                Section::Full(head) => {
+                    self.early.take(&mut self.r, &head, Some(section), footers)?;
                     continue;
                 }
                 other => {
@@ -307,3 +347,5 @@ fn refused<R: Read>(
 ) -> Error {
     Error::Destination { at: r.here(), what, source: source.into() }
 }
+
+const SILENCE: Duration = Duration::from_secs(10);

@@ -12,12 +12,13 @@ use std::{
 
 use multifd::ram::{BlockIndex, BlockName, PageSize};
 
-use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader};
+use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
 use crate::{
     error::{CallerMistake, Error, Malformed, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
-        BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EndFinder, ListReader,
-        Reader, Record, Section, SectionId, decode_footer, decode_header, limits,
+        BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EarlyPart, EndFinder,
+        ListReader, Reader, Record, Section, SectionId, SyncMode, decode_footer, decode_header,
+        footer_follows, limits,
     },
     refuse,
 };
@@ -26,11 +27,12 @@ use crate::{
 #[derive(Debug)]
 pub struct MappedRamFile {
     file: File,
-    configuration: Configuration,
+    configuration: Option<Configuration>,
     section: SectionId,
     blocks: BlockList,
     places: Vec<BlockPlace>,
     switchover_start: bool,
+    sync_mode: Option<SyncMode>,
     devices: DevicePart,
 }
 
@@ -45,20 +47,31 @@ impl MappedRamFile {
             r: Reader::with_capacity(Cursor { file: &file, at: 0 }, Stream::File, BUFFER),
             file: &file,
             length,
+            footers: true,
+            early: EarlyPart::default(),
         };
         parser.jump(offset);
         let configuration = parser.configuration()?;
         let section = parser.start()?;
-        let (blocks, places) = parser.blocks(&configuration)?;
-        parser.eos(&blocks, section)?;
+        let (blocks, places) = parser.blocks(configuration.as_ref())?;
+        parser.first_eos(&blocks, section)?;
         let switchover_start = parser.rest_of_ram(&blocks, section)?;
-        let devices = parser.devices()?;
-        Ok(Self { configuration, section, blocks, places, switchover_start, devices, file })
+        let note = Note::read(&file, &places);
+        let complete = note.map(|note| offset.checked_add(note.length) == Some(length));
+        let devices = parser.devices(complete)?;
+        let sync_mode = note.and_then(|note| note.sync_mode);
+        Ok(Self { configuration, section, blocks, places, switchover_start, sync_mode, devices, file })
     }
 
-    /// The configuration.
-    pub fn configuration(&self) -> &Configuration {
-        &self.configuration
+    /// The configuration; `None` for machine types up to 2.3.
+    pub fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// How the source has marked the ends of dirty rounds, if the file knows: one that QEMU wrote does not, nor one
+    /// of a machine that came without channels.
+    pub fn sync_mode(&self) -> Option<SyncMode> {
+        self.sync_mode
     }
 
     /// The RAM section's number.
@@ -105,6 +118,10 @@ impl MappedRamFile {
     pub fn bitmap(&self, block: BlockIndex) -> Result<Vec<u64>, Error> {
         let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
         let mut words = Vec::new();
+        if place.is_ignored() {
+            words.resize(usize::try_from(place.bitmap_words()).unwrap_or_default(), 0);
+            return Ok(words);
+        }
         let mut bytes = vec![0; BITMAP_PIECE];
         let mut at = place.bitmap_offset;
         let end = at + place.bitmap_length();
@@ -128,6 +145,8 @@ struct Parser<'a> {
     r: Reader<Cursor<'a>>,
     file: &'a File,
     length: u64,
+    footers: bool,
+    early: EarlyPart,
 }
 
 impl Parser<'_> {
@@ -135,12 +154,13 @@ impl Parser<'_> {
         self.r.jump(Cursor { file: self.file, at: to }, to);
     }
 
-    fn configuration(&mut self) -> Result<Configuration, Error> {
-        let configuration = decode_header(&mut self.r)?.filter(|configuration| configuration.mapped_ram);
-        configuration.ok_or_else(|| {
+    fn configuration(&mut self) -> Result<Option<Configuration>, Error> {
+        let configuration = decode_header(&mut self.r)?;
+        if configuration.as_ref().is_some_and(|configuration| !configuration.mapped_ram) {
             let what = "stream in a file without places for pages";
-            Unsupported::NeedsCapability { what, capability: "mapped-ram" }.at(self.r.here())
-        })
+            return Err(Unsupported::NeedsCapability { what, capability: "mapped-ram" }.at(self.r.here()));
+        }
+        Ok(configuration)
     }
 
     /// The head of the RAM section.
@@ -153,7 +173,7 @@ impl Parser<'_> {
                     return Ok(head.id);
                 }
                 Section::Start(head) => return Err(refuse::iterative_section(&head, at)),
-                Section::Full(head) => return Err(refuse::early_device(&head, at)),
+                Section::Full(head) => self.early.take(&mut self.r, &head, None, true)?,
                 // Of no use in a file, and no harm.
                 Section::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
                 Section::Command(command) => return Err(refuse::command(&command, at)),
@@ -162,14 +182,19 @@ impl Parser<'_> {
         }
     }
 
-    fn blocks(&mut self, configuration: &Configuration) -> Result<(BlockList, Vec<BlockPlace>), Error> {
-        let page_size = configuration.page_size();
-        let mut list = ListReader::begin(&mut self.r, page_size, configuration.ignore_shared)?;
+    fn blocks(
+        &mut self,
+        configuration: Option<&Configuration>,
+    ) -> Result<(BlockList, Vec<BlockPlace>), Error> {
+        let page_size = configuration.map(Configuration::page_size).unwrap_or_default();
+        let ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
+        let mut list = ListReader::begin(&mut self.r, page_size, ignore_shared)?;
         let mut places = Vec::new();
         while let Some(entry) = list.next(&mut self.r)? {
             let at = self.r.here();
             let header = BlockHeader::decode(&mut self.r, entry)?;
-            let place = place(entry, &header, page_size, self.r.position(), self.length, at)?;
+            let header_end = self.r.position();
+            let place = place(entry, &header, page_size, header_end, self.length, ignore_shared, at)?;
             let next = place.pages_offset + place.used_length;
             self.r.jump(Cursor { file: self.file, at: next }, next);
             places.push(place);
@@ -177,11 +202,20 @@ impl Parser<'_> {
         Ok((list.finish(), places))
     }
 
+    /// The end of START, which tells whether there are footers.
+    fn first_eos(&mut self, blocks: &BlockList, section: SectionId) -> Result<(), Error> {
+        self.footers = false;
+        self.eos(blocks, section)?;
+        self.footers = footer_follows(&mut self.r)?;
+        if self.footers { decode_footer(section, &mut self.r) } else { Ok(()) }
+    }
+
     /// The body of a part of the RAM section: nothing but its end.
     fn eos(&mut self, blocks: &BlockList, section: SectionId) -> Result<(), Error> {
         let at = self.r.here();
         let record = match Record::decode(&mut self.r, blocks, &mut CurrentBlock::default())? {
-            Record::Eos => return decode_footer(section, &mut self.r),
+            Record::Eos if self.footers => return decode_footer(section, &mut self.r),
+            Record::Eos => return Ok(()),
             Record::Zero(..) => "ZERO",
             Record::Page(..) => "PAGE",
             Record::Xbzrle(..) => "XBZRLE",
@@ -204,6 +238,9 @@ impl Parser<'_> {
                     self.eos(blocks, section)?;
                     return Ok(switchover_start);
                 }
+                Section::Full(head) => {
+                    self.early.take(&mut self.r, &head, Some(section), self.footers)?;
+                }
                 Section::Command(Command::SwitchoverStart) => switchover_start = true,
                 Section::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
                 Section::Command(command) => return Err(refuse::command(&command, at)),
@@ -213,14 +250,20 @@ impl Parser<'_> {
         }
     }
 
-    /// The file ends where the stream does, so one look at its end is enough.
-    fn devices(&mut self) -> Result<DevicePart, Error> {
+    /// The file ends where the stream does, so one look at its end is enough. Without a description, a note that
+    /// says whether the file is `complete` is believed; without that, footers must do.
+    fn devices(&mut self, complete: Option<bool>) -> Result<DevicePart, Error> {
         let at = self.r.here();
         let length = self.length.saturating_sub(at.offset);
         let mut bytes = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
-        let mut finder = EndFinder::new(true);
-        let found = finder.look(&mut bytes).map_err(|what| what.at(at))?;
-        found.ok_or_else(|| finder.missing(bytes.len()).at(self.r.here()))
+        let mut finder = EndFinder::new(self.footers).early(std::mem::take(&mut self.early));
+        if let Some(part) = finder.look(&mut bytes).map_err(|what| what.at(at))? {
+            return Ok(part);
+        }
+        if !complete.unwrap_or(self.footers) {
+            return Err(finder.missing(bytes.len()).at(self.r.here()));
+        }
+        finder.without_description(bytes).map_err(|what| what.at(self.r.here()))
     }
 }
 
@@ -232,6 +275,7 @@ fn place(
     page_size: PageSize,
     header_end: u64,
     file_length: u64,
+    ignore_shared: bool,
     at: Place,
 ) -> Result<BlockPlace, Error> {
     let BlockHeader { page_size: met, bitmap_offset, pages_offset } = *header;
@@ -243,7 +287,9 @@ fn place(
     let refused = |name: &BlockName, what, offset, expected: String| {
         Err(PeerMisbehaved::Placement { block: name.clone(), what, at: offset, expected }.at(at))
     };
-    if bitmap_offset < header_end {
+    // A block that does not travel has no bitmap.
+    let ignored = ignore_shared && place.is_ignored();
+    if bitmap_offset < header_end && !ignored {
         return refused(
             &entry.name,
             "bitmap",
@@ -251,8 +297,10 @@ fn place(
             format!("behind its header at {header_end:#x}"),
         );
     }
-    let Some(bitmap_end) = bitmap_offset.checked_add(place.bitmap_length()) else {
-        return refused(&entry.name, "bitmap", bitmap_offset, "inside the file".to_owned());
+    let bitmap_end = match bitmap_offset.checked_add(place.bitmap_length()) {
+        _ if ignored => header_end,
+        Some(end) => end,
+        None => return refused(&entry.name, "bitmap", bitmap_offset, "inside the file".to_owned()),
     };
     if pages_offset % page_size.bytes() as u64 != 0 {
         let expected = format!("a multiple of {:#x}", page_size.bytes());

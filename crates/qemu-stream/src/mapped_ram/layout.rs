@@ -8,12 +8,12 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 
 use multifd::ram::BlockIndex;
 
-use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader};
+use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
     error::{CallerMistake, Error, Place, Stream},
     format::{
         BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section, SectionHead, SectionId,
-        encode_footer, encode_header,
+        SyncMode, encode_footer, encode_header,
     },
 };
 
@@ -26,6 +26,26 @@ pub struct Layout {
     section: SectionId,
     blocks: BlockList,
     tail: u64,
+    offset: u64,
+    footers: bool,
+    sync_mode: Option<SyncMode>,
+}
+
+/// What shapes a file, beside its blocks.
+#[derive(Clone, Debug)]
+pub struct Shape<'a> {
+    /// Marked as mapped-ram whether it is or not; `None` for machine types up to 2.3.
+    pub configuration: Option<&'a Configuration>,
+    /// The RAM section's number, which must not be one of the devices'.
+    pub section: SectionId,
+    /// Where the file begins in its container; 0 for a file of its own.
+    pub offset: u64,
+    /// Whether sections have footers: from machine type 2.4 on.
+    pub footers: bool,
+    /// Blocks that do not travel, because both sides share their memory (x-ignore-shared).
+    pub ignored: &'a [BlockIndex],
+    /// How the source has marked the ends of dirty rounds, if that is known: kept beside the stream.
+    pub sync_mode: Option<SyncMode>,
 }
 
 /// What follows the RAM section's first part.
@@ -54,39 +74,66 @@ impl Layout {
             let machine = configuration.machine.clone();
             return Err(CallerMistake::Machine { machine, why: "has no configuration to say mapped-ram in" });
         }
+        let shape = Shape {
+            configuration: Some(configuration),
+            section,
+            offset,
+            footers: true,
+            ignored: &[],
+            sync_mode: None,
+        };
+        Self::of(&shape, blocks)
+    }
+
+    /// The layout of a file of any shape.
+    ///
+    /// # Errors
+    /// If the offset leaves no room, page sizes differ, or a block is ignored and capability x-ignore-shared is off.
+    pub fn of(shape: &Shape<'_>, blocks: &BlockList) -> Result<Self, CallerMistake> {
+        let &Shape { configuration, section, offset, footers, ignored, sync_mode } = shape;
         let page_size = blocks.page_size();
-        if page_size != configuration.page_size() {
-            let why = format!("{page_size}, but the configuration has {}", configuration.page_size());
+        let expected = configuration.map(Configuration::page_size).unwrap_or_default();
+        if page_size != expected {
+            let why = format!("{page_size}, but the configuration has {expected}");
             return Err(CallerMistake::Value { what: "page size of the block list", why });
         }
-        let configuration = Configuration { mapped_ram: true, ..configuration.clone() };
+        let ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
+        if !ignore_shared && !ignored.is_empty() {
+            let why = "some are left out, but the configuration lacks x-ignore-shared".to_owned();
+            return Err(CallerMistake::Value { what: "blocks", why });
+        }
+        let configuration =
+            configuration.map(|configuration| Configuration { mapped_ram: true, ..configuration.clone() });
         let too_far = || CallerMistake::Value { what: "offset", why: format!("{offset:#x} is too far") };
         let (mut head, mut places) = (Vec::new(), Vec::new());
         let mut piece = Vec::new();
         let mut at = offset;
-        encode_header(Some(&configuration), &mut piece);
+        encode_header(configuration.as_ref(), &mut piece);
         Section::Start(SectionHead::ram(section)).encode(&mut piece);
         blocks.encode_total(&mut piece);
-        for entry in blocks.entries() {
-            entry.encode(configuration.ignore_shared, &mut piece);
+        for (index, entry) in blocks.iter() {
+            entry.encode(ignore_shared, &mut piece);
             let bitmap_offset = at.checked_add(piece.len() as u64 + header::LENGTH).ok_or_else(too_far)?;
             let mut place =
                 BlockPlace { bitmap_offset, pages_offset: 0, used_length: entry.used_length, page_size };
             let behind = bitmap_offset.checked_add(place.bitmap_length()).ok_or_else(too_far)?;
             place.pages_offset = behind.checked_next_multiple_of(PAGES_ALIGNMENT).ok_or_else(too_far)?;
+            if ignored.contains(&index) {
+                place.bitmap_offset = 0;
+            }
             block_header(&place).encode(&mut piece);
             head.push((at, std::mem::take(&mut piece)));
             at = place.pages_offset.checked_add(entry.used_length).ok_or_else(too_far)?;
             places.push(place);
         }
-        eos(blocks, section, &mut piece);
+        eos(blocks, section, footers, &mut piece);
         let tail = at.checked_add(piece.len() as u64).ok_or_else(too_far)?;
         head.push((at, piece));
         // The system counts file positions in signed 64 bits.
         if tail > MAX_POSITION {
             return Err(too_far());
         }
-        Ok(Self { head, places, section, blocks: blocks.clone(), tail })
+        Ok(Self { head, places, section, blocks: blocks.clone(), tail, offset, footers, sync_mode })
     }
 
     /// The places of the blocks, in the order of the list.
@@ -123,6 +170,10 @@ impl Layout {
     /// If the bitmap has not as many words as the block needs, or the system cannot write.
     pub fn write_bitmap(&self, file: &File, block: BlockIndex, words: &[u64]) -> Result<(), Error> {
         let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
+        if place.is_ignored() {
+            let why = "the block is left out of the file".to_owned();
+            return Err(CallerMistake::Value { what: "bitmap", why }.into());
+        }
         if words.len() as u64 != place.bitmap_words() {
             let why = format!("expected {:#x} words, met {:#x}", place.bitmap_words(), words.len());
             return Err(CallerMistake::Value { what: "bitmap", why }.into());
@@ -145,22 +196,26 @@ impl Layout {
     /// file is no file anyone would load; after it, it is whole.
     ///
     /// # Errors
-    /// If the devices are of a machine type without footers, or the system cannot write.
+    /// If the devices have footers and the file has not (or the reverse), or the system cannot write.
     pub fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
-        if !tail.devices.has_footers() {
-            let why = "have no footers: a file of their machine type cannot be".to_owned();
+        if tail.devices.has_footers() != self.footers {
+            let why = "have footers where the file has none, or none where it has".to_owned();
             return Err(CallerMistake::Value { what: "devices", why }.into());
         }
-        let mut bytes = Vec::new();
+        let mut bytes = tail.devices.early().to_vec();
         if tail.switchover_start {
             Section::Command(Command::SwitchoverStart).encode(&mut bytes);
         }
         Section::End(self.section).encode(&mut bytes);
-        eos(&self.blocks, self.section, &mut bytes);
+        eos(&self.blocks, self.section, self.footers, &mut bytes);
         write_at(file, &bytes, self.tail, "write the end of ram")?;
         let devices_at = self.tail + bytes.len() as u64;
         write_at(file, tail.devices.as_bytes(), devices_at, "write the devices")?;
         let end = devices_at + tail.devices.as_bytes().len() as u64;
+        let note = Note { sync_mode: self.sync_mode, length: end - self.offset };
+        if let Some(at) = Note::offset(&self.places) {
+            write_at(file, &note.encode(), at, "write the note")?;
+        }
         file.set_len(end).map_err(|source| io_error(source, end, "cut the file"))?;
         Ok(end)
     }
@@ -175,10 +230,12 @@ fn block_header(place: &BlockPlace) -> BlockHeader {
 }
 
 /// The end of a part of the RAM section: EOS and footer.
-fn eos(blocks: &BlockList, section: SectionId, out: &mut Vec<u8>) {
+fn eos(blocks: &BlockList, section: SectionId, footers: bool, out: &mut Vec<u8>) {
     // An EOS names no page, so no list can refuse it.
     let _ = Record::Eos.encode(blocks, &mut CurrentBlock::default(), out);
-    encode_footer(section, out);
+    if footers {
+        encode_footer(section, out);
+    }
 }
 
 fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {

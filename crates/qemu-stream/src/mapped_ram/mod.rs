@@ -4,8 +4,12 @@
 //! head ─ entry 0 ─ header ─ bitmap ─┄─ pages ─ entry 1 ─ header ─ bitmap ─┄─ pages ─ EOS ─ tail
 //!                           │          │ aligned to 1 MiB
 //!                           └ 1 bit a page: present. Only this decides; holes may hold anything.
-//! tail = footer [SWITCHOVER_START] END EOS footer, devices, EOF, JSON
+//! tail = footer [early devices] [SWITCHOVER_START] END EOS footer, devices, EOF, JSON
 //! ```
+//!
+//! Machine types up to 2.3 have no configuration and no footers, here as over a connection. With x-ignore-shared, a
+//! block that does not travel has no bitmap (its bitmap offset is 0), and a hole in the place of its pages; no QEMU
+//! writes or loads such a file.
 //!
 //! QEMU 9.0 and later write and read such files with `file:PATH[,offset=N]`. [`Layout`] says where
 //! everything goes and writes all but the pages; [`MappedRamFile`] reads it back, ours or QEMU's.
@@ -41,11 +45,12 @@
 mod file;
 mod header;
 mod layout;
+mod note;
 
 use multifd::ram::{PageIndex, PageSize};
 
 pub use file::MappedRamFile;
-pub use layout::{Layout, Tail};
+pub use layout::{Layout, Shape, Tail};
 
 /// What QEMU aligns the pages of a block to, so that they can be written unbuffered.
 pub const PAGES_ALIGNMENT: u64 = 1 << 20;
@@ -53,7 +58,7 @@ pub const PAGES_ALIGNMENT: u64 = 1 << 20;
 /// Where the bitmap and the pages of a block lie, in absolute file positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockPlace {
-    /// Where the bitmap begins.
+    /// Where the bitmap begins; 0 if the block does not travel: both sides share its memory.
     pub bitmap_offset: u64,
     /// Where page 0 begins.
     pub pages_offset: u64,
@@ -64,6 +69,11 @@ pub struct BlockPlace {
 }
 
 impl BlockPlace {
+    /// Whether the block's memory does not travel: no page of it is in the file.
+    pub fn is_ignored(&self) -> bool {
+        self.bitmap_offset == 0
+    }
+
     /// The number of pages.
     pub fn pages(&self) -> u64 {
         self.page_size.whole_pages_in(self.used_length)

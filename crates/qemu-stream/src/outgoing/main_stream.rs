@@ -79,7 +79,11 @@ impl<C: Connection> Main for MainStream<C> {
 
     fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
         let list = self.list(blocks).map_err(failed)?;
-        self.outgoing.setup(list).map_err(failed)
+        self.outgoing.setup(list).map_err(failed)?;
+        match &self.captured {
+            Some((_, devices)) => self.outgoing.early(devices).map_err(failed),
+            None => Ok(()),
+        }
     }
 
     fn begin_pass(&mut self, pass: Pass) -> Result<()> {

@@ -26,8 +26,8 @@ use crate::{
     connection::Connection,
     error::{CallerMistake, Error},
     format::{
-        BlockList, Command, CurrentBlock, DevicePart, Record, Section, SectionHead, SyncMode, encode_footer,
-        encode_header,
+        BlockList, Command, CurrentBlock, DevicePart, Put, Record, Section, SectionHead, SyncMode,
+        encode_footer, encode_header,
     },
 };
 use writer::Writer;
@@ -44,6 +44,7 @@ pub struct Outgoing<C> {
     blocks: Option<BlockList>,
     current: CurrentBlock,
     stage: Stage,
+    early: bool,
 }
 
 /// How far the stream has got.
@@ -67,7 +68,7 @@ impl<C: Connection> Outgoing<C> {
     pub fn new(connection: C, options: Options) -> Result<Self, CallerMistake> {
         options.check()?;
         let (current, stage) = (CurrentBlock::default(), Stage::New);
-        Ok(Self { writer: Writer::new(connection), options, blocks: None, current, stage })
+        Ok(Self { writer: Writer::new(connection), options, blocks: None, current, stage, early: false })
     }
 
     /// Writes header and configuration, and opens the return path. Every peer is served if this is
@@ -101,6 +102,21 @@ impl<C: Connection> Outgoing<C> {
         blocks.encode(self.options.ignore_shared(), self.writer.buffer());
         self.blocks = Some(blocks);
         self.end_body(Stage::Between)
+    }
+
+    /// Writes the devices that are to come before the end of RAM, if there are any: behind
+    /// [`setup`](Self::setup), before the first pass.
+    ///
+    /// # Errors
+    /// If the call is out of order or the connection breaks.
+    pub fn early(&mut self, devices: &DevicePart) -> Result<(), Error> {
+        self.expect("early", Stage::Between)?;
+        self.early = true;
+        if devices.early().is_empty() {
+            return Ok(());
+        }
+        self.writer.buffer().put(devices.early());
+        self.leave(Stage::Between)
     }
 
     /// A pass over RAM begins while the guest runs.
@@ -204,6 +220,10 @@ impl<C: Connection> Outgoing<C> {
         self.expect("devices", Stage::RamDone)?;
         if devices.has_footers() != self.options.has_footers() {
             let why = "have footers where the machine type has none, or none where it has".to_owned();
+            return Err(CallerMistake::Value { what: "devices", why }.into());
+        }
+        if !self.early && !devices.early().is_empty() {
+            let why = "have some that come before the end of ram, and were not sent there".to_owned();
             return Err(CallerMistake::Value { what: "devices", why }.into());
         }
         let written = self.writer.flush().and_then(|()| self.writer.write_through(devices.as_bytes()));

@@ -16,6 +16,7 @@ pub struct Options {
     pub(super) return_path: bool,
     pub(super) switchover_start: bool,
     pub(super) section: SectionId,
+    pub(super) footers: bool,
 }
 
 impl Options {
@@ -29,6 +30,7 @@ impl Options {
             return_path: true,
             switchover_start: machine.has_switchover_start(),
             section: SectionId(1),
+            footers: machine.has_footers(),
             configuration: Some(Configuration { mapped_ram: false, ..configuration }),
         }
     }
@@ -41,6 +43,7 @@ impl Options {
             return_path: true,
             switchover_start: false,
             section: SectionId(1),
+            footers: false,
         }
     }
 
@@ -49,6 +52,11 @@ impl Options {
     pub fn sync_mode(mut self, mode: Option<SyncMode>) -> Self {
         self.sync_mode = mode;
         self
+    }
+
+    /// The sync mode these options have.
+    pub fn chosen_sync_mode(&self) -> Option<SyncMode> {
+        self.sync_mode
     }
 
     /// Whether to wait for the destination's word at the end. On by default: without it, a destination
@@ -71,6 +79,13 @@ impl Options {
         self
     }
 
+    /// Whether sections have footers, as the destination must expect it: it refuses both a missing and a needless
+    /// one. By default as the machine type has it.
+    pub fn footers(mut self, on: bool) -> Self {
+        self.footers = on;
+        self
+    }
+
     /// The machine type, if there is a configuration.
     pub fn machine(&self) -> Option<&MachineType> {
         self.configuration.as_ref().map(|configuration| &configuration.machine)
@@ -85,7 +100,7 @@ impl Options {
     }
 
     pub(super) fn has_footers(&self) -> bool {
-        self.machine().is_some_and(MachineType::has_footers)
+        self.footers
     }
 
     pub(super) fn check(&self) -> Result<(), CallerMistake> {

@@ -7,4 +7,6 @@ mod kit;
 #[cfg(test)]
 mod loopback;
 #[cfg(test)]
+mod odd;
+#[cfg(test)]
 mod return_path;

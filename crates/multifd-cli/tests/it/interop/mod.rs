@@ -3,6 +3,7 @@
 mod compression;
 mod files;
 mod matrix;
+mod odd;
 mod peers;
 mod refused;
 mod tls;

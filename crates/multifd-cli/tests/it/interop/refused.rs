@@ -42,10 +42,6 @@ refusals! {
         |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
     postcopy_is_refused_10_0: Qemu::v10_0(), 0,
         |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
-    shared_ram_that_stays_is_refused_7_2: Qemu::v7_2(), 2,
-        |vm| vm.set_capabilities(&[("x-ignore-shared", true)]), &["x-ignore-shared"];
-    shared_ram_that_stays_is_refused_10_0: Qemu::v10_0(), 2,
-        |vm| vm.set_capabilities(&[("x-ignore-shared", true)]), &["x-ignore-shared"];
     compressed_pages_are_refused: Qemu::v7_2(), 0,
         |vm| vm.set_capabilities(&[("compress", true)]), &["capability compress"];
 }

@@ -9,12 +9,14 @@
 //! plants a complete, fitting description of a part of its own devices in device data can cut its own
 //! state short; it can harm nobody else.
 
-use super::{Description, DevicePart, Misfit, walk};
+use super::{Description, DevicePart, EarlyPart, Misfit, walk};
 use crate::{
     error::{Malformed, PeerMisbehaved},
     format::limits,
 };
 
+const EOF: u8 = 0x00;
+const FULL: u8 = 0x04;
 const FOOTER_TYPE: u8 = 0x7e;
 /// Type and id.
 const FOOTER: usize = 5;
@@ -25,6 +27,7 @@ const MARK: usize = 7;
 #[derive(Clone, Debug)]
 pub struct EndFinder {
     footers: bool,
+    early: EarlyPart,
     scanned: usize,
     /// Places that look like the end and whose JSON has not all arrived; most have none.
     candidates: Vec<Candidate>,
@@ -42,7 +45,15 @@ struct Candidate {
 impl EndFinder {
     /// A finder for a stream whose sections have `footers`.
     pub fn new(footers: bool) -> Self {
-        Self { footers, scanned: 0, candidates: Vec::new(), met: 0, parsed: 0, misfit: None }
+        let early = EarlyPart::default();
+        Self { footers, early, scanned: 0, candidates: Vec::new(), met: 0, parsed: 0, misfit: None }
+    }
+
+    /// The devices that came before the end of RAM: they are described first.
+    #[must_use]
+    pub fn early(mut self, early: EarlyPart) -> Self {
+        self.early = early;
+        self
     }
 
     /// Looks whether `collected`, which begins behind the RAM section and may only grow from call to
@@ -59,9 +70,10 @@ impl EndFinder {
             if self.parsed > limits::DESCRIPTIONS_PARSED {
                 return Err(PeerMisbehaved::TooManyEnds { max: self.met });
             }
-            let split = Description::parse(json)
-                .map_err(|e| Misfit::Json(e.to_string()))
-                .and_then(|description| walk::split(&collected[..eof], &description, self.footers));
+            let split =
+                Description::parse(json).map_err(|e| Misfit::Json(e.to_string())).and_then(|description| {
+                    walk::split(&self.early.bytes, &collected[..eof], &description, self.footers)
+                });
             match split {
                 Ok(sections) => {
                     found = Some((eof, sections));
@@ -73,12 +85,44 @@ impl EndFinder {
         // Whose end has passed was none: behind the true one nothing comes.
         self.candidates.retain(|c| c.end > collected.len());
         Ok(found.map(|(eof, sections)| DevicePart {
+            early: std::mem::take(&mut self.early.bytes),
             bytes: std::mem::take(collected),
             eof,
-            json: eof + DevicePart::END_HEAD,
+            json: Some(eof + DevicePart::END_HEAD),
             sections,
             footers: self.footers,
         }))
+    }
+
+    /// Whether `collected` has the end of a device part without a description: a footer and EOF; without footers, a
+    /// byte 0, which says little.
+    pub fn may_have_ended(&self, collected: &[u8]) -> bool {
+        let Some((&EOF, blob)) = collected.split_last() else { return false };
+        match blob.split_last_chunk::<FOOTER>() {
+            _ if blob.is_empty() => true,
+            Some((_, last)) if self.footers => last[0] == FOOTER_TYPE,
+            _ => !self.footers && blob[0] == FULL,
+        }
+    }
+
+    /// The device part of a stream that has ended behind `collected` without a description.
+    ///
+    /// # Errors
+    /// If no device part ends so: its last footer must be that of one of its sections.
+    pub fn without_description(self, collected: Vec<u8>) -> Result<DevicePart, Malformed> {
+        let eof = collected.len().saturating_sub(1);
+        let closed = !self.footers || eof == 0 || opens_last(&collected[..eof]);
+        if !self.may_have_ended(&collected) || !closed {
+            return Err(self.missing(collected.len()));
+        }
+        Ok(DevicePart {
+            early: self.early.bytes,
+            bytes: collected,
+            eof,
+            json: None,
+            sections: self.early.sections,
+            footers: self.footers,
+        })
     }
 
     /// The error of a stream that ends after `length` bytes without an end in them.
@@ -109,4 +153,15 @@ impl EndFinder {
         }
         Ok(())
     }
+}
+
+/// Whether the section that the last footer closes begins somewhere before.
+fn opens_last(blob: &[u8]) -> bool {
+    let Some((blob, &[_, a, b, c, d])) = blob.split_last_chunk() else { return false };
+    let head = [FULL, a, b, c, d];
+    let named = |rest: &[u8]| {
+        let name = rest.split_first().and_then(|(length, rest)| rest.get(..usize::from(*length)));
+        name.is_some_and(|name| !name.is_empty() && name.iter().all(|byte| (b' '..=b'~').contains(byte)))
+    };
+    blob.windows(FOOTER).enumerate().any(|(at, bytes)| bytes == head && named(&blob[at + FOOTER..]))
 }

@@ -6,15 +6,18 @@
 //! 06 length {"page_size": …, "devices": […]} sums of sizes, from which the bodies' lengths follow
 //! ```
 //!
-//! Devices are carried, never interpreted. What is known of a body is where it begins and ends.
+//! Devices are carried, never interpreted. What is known of a body is where it begins and ends. Without the JSON
+//! (machine option suppress-vmdesc, machine types up to 2.2) not even that is known: the part stays in one piece.
 
 mod description;
+mod early;
 mod end;
 mod walk;
 
 use std::ops::Range;
 
 pub use description::Description;
+pub use early::EarlyPart;
 pub use end::EndFinder;
 pub use walk::Misfit;
 
@@ -32,16 +35,20 @@ pub struct DeviceSection {
     pub version: u32,
     /// The number the source gave the section.
     pub id: SectionId,
-    /// Where its body lies in the device part.
+    /// Where its body lies: in the device part, or among the early devices.
     pub body: Range<usize>,
+    /// Whether it came before the end of RAM.
+    pub early: bool,
 }
 
-/// The bytes behind the RAM section, split and complete.
+/// The bytes behind the RAM section, complete and, where they are described, split; with the devices that were
+/// sent early.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePart {
+    early: Vec<u8>,
     bytes: Vec<u8>,
     eof: usize,
-    json: usize,
+    json: Option<usize>,
     sections: Vec<DeviceSection>,
     footers: bool,
 }
@@ -90,6 +97,7 @@ impl DevicePart {
                 version: *version,
                 id,
                 body,
+                early: false,
             });
         }
         let json = description::describe(devices, page_size)?;
@@ -99,10 +107,11 @@ impl DevicePart {
         Section::Eof.encode(&mut bytes);
         Section::VmDescription(length).encode(&mut bytes);
         bytes.put(&json);
-        Ok(Self { bytes, eof, json: eof + Self::END_HEAD, sections, footers: true })
+        let json = Some(eof + Self::END_HEAD);
+        Ok(Self { early: Vec::new(), bytes, eof, json, sections, footers: true })
     }
 
-    /// All of it, as it stands in the stream: sections, EOF, VMDESCRIPTION.
+    /// All of it behind the end of RAM, as it stands in the stream: sections, EOF, VMDESCRIPTION.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -112,12 +121,17 @@ impl DevicePart {
         &self.bytes[..self.eof]
     }
 
-    /// The JSON.
-    pub fn description(&self) -> &[u8] {
-        &self.bytes[self.json..]
+    /// The sections that came before the end of RAM, and go there again.
+    pub fn early(&self) -> &[u8] {
+        &self.early
     }
 
-    /// The devices, in the order of the stream.
+    /// The JSON; `None` if the source has sent none.
+    pub fn description(&self) -> Option<&[u8]> {
+        self.json.map(|json| &self.bytes[json..])
+    }
+
+    /// The devices, in the order of the stream; without a [description](Self::description), only the early ones.
     pub fn sections(&self) -> &[DeviceSection] {
         &self.sections
     }
@@ -129,7 +143,8 @@ impl DevicePart {
 
     /// The body of a section of this part; `None` for one of another.
     pub fn body(&self, section: &DeviceSection) -> Option<&[u8]> {
-        self.blob().get(section.body.clone())
+        let bytes = if section.early { self.early() } else { self.blob() };
+        bytes.get(section.body.clone())
     }
 }
 

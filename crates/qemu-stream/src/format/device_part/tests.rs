@@ -57,7 +57,7 @@ fn sections_are_split_as_described() {
         .collect();
     let expected = [("timer", 0, 2, 33), ("ich", u32::MAX - 1, 1, 2), ("old", 1, 9, 3)];
     assert_eq!(lengths, expected.map(|(name, instance, version, l)| (name.to_owned(), instance, version, l)));
-    assert_eq!(part.description(), JSON.as_bytes());
+    assert_eq!(part.description(), Some(JSON.as_bytes()));
     assert_eq!(part.blob(), dump(SECTIONS));
 }
 

@@ -1,6 +1,9 @@
 //! Splits the device part by its description.
 
-use super::{DeviceSection, description::Description};
+use super::{
+    DeviceSection,
+    description::{Description, Entry},
+};
 use crate::{
     error::Stream,
     format::{Reader, Section, SectionHead, SectionName, decode_footer},
@@ -49,45 +52,70 @@ pub enum Misfit {
     },
 }
 
-/// The sections of `blob`, which ends before EOF; all of it must be used.
+/// The sections of `early`, which came before the end of RAM and are described first, and of `blob`, which ends
+/// before EOF; all of both must be used.
 pub(super) fn split(
+    early: &[u8],
     blob: &[u8],
     description: &Description,
     footers: bool,
 ) -> Result<Vec<DeviceSection>, Misfit> {
+    let mut entries = description.devices.iter();
     let mut sections = Vec::new();
     let mut at = 0;
-    for entry in &description.devices {
-        let other = || Misfit::Device { at, name: entry.name.clone(), instance: entry.instance };
-        let (head, length) = head_at(&blob[at..]).ok_or_else(other)?;
-        // JSON shows an instance above 2^31 as a negative number: both mean the same 32 bits.
-        if head.name.as_bytes() != entry.name.as_bytes()
-            || i64::from(head.instance) != entry.instance.rem_euclid(1 << 32)
-        {
-            return Err(other());
-        }
-        let from = at + length;
-        let beyond = || Misfit::Beyond { at: from, name: head.name.clone() };
-        let length = entry.length.ok_or_else(beyond)?;
-        let to = usize::try_from(length).ok().and_then(|length| from.checked_add(length));
-        let to = to.filter(|to| *to <= blob.len()).ok_or_else(beyond)?;
-        at = to;
-        if footers {
-            let mut r = Reader::with_capacity(&blob[to..], Stream::Main, HEAD);
-            decode_footer(head.id, &mut r).map_err(|_| Misfit::Footer {
-                at: to,
-                name: head.name.clone(),
-                length,
-            })?;
-            at += FOOTER;
-        }
-        let SectionHead { id, name, instance, version } = head;
-        sections.push(DeviceSection { name, instance, version, id, body: from..to });
+    while at < early.len()
+        && let Some(entry) = entries.next()
+    {
+        at = take(early, at, entry, footers, true, &mut sections)?;
+    }
+    if at < early.len() {
+        return Err(Misfit::Left { left: early.len() - at });
+    }
+    at = 0;
+    for entry in entries {
+        at = take(blob, at, entry, footers, false, &mut sections)?;
     }
     match blob.len() - at {
         0 => Ok(sections),
         left => Err(Misfit::Left { left }),
     }
+}
+
+/// The section at `at`, which must be the one described; where it ends.
+fn take(
+    blob: &[u8],
+    mut at: usize,
+    entry: &Entry,
+    footers: bool,
+    early: bool,
+    sections: &mut Vec<DeviceSection>,
+) -> Result<usize, Misfit> {
+    let other = || Misfit::Device { at, name: entry.name.clone(), instance: entry.instance };
+    let (head, length) = head_at(&blob[at..]).ok_or_else(other)?;
+    // JSON shows an instance above 2^31 as a negative number: both mean the same 32 bits.
+    if head.name.as_bytes() != entry.name.as_bytes()
+        || i64::from(head.instance) != entry.instance.rem_euclid(1 << 32)
+    {
+        return Err(other());
+    }
+    let from = at + length;
+    let beyond = || Misfit::Beyond { at: from, name: head.name.clone() };
+    let length = entry.length.ok_or_else(beyond)?;
+    let to = usize::try_from(length).ok().and_then(|length| from.checked_add(length));
+    let to = to.filter(|to| *to <= blob.len()).ok_or_else(beyond)?;
+    at = to;
+    if footers {
+        let mut r = Reader::with_capacity(&blob[to..], Stream::Main, HEAD);
+        decode_footer(head.id, &mut r).map_err(|_| Misfit::Footer {
+            at: to,
+            name: head.name.clone(),
+            length,
+        })?;
+        at += FOOTER;
+    }
+    let SectionHead { id, name, instance, version } = head;
+    sections.push(DeviceSection { name, instance, version, id, body: from..to, early });
+    Ok(at)
 }
 
 /// The head of the FULL section at the beginning of `blob`, and its length.
