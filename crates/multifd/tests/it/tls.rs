@@ -115,6 +115,25 @@ fn both_ends_of_one_authority_meet() {
     assert_eq!((sent, received), (Ok(()), Ok(1)));
 }
 
+/// The handshake's limit stayed on the connection: a source gave up if SHUT did not come within it.
+#[test]
+fn a_read_after_the_handshake_waits_longer_than_the_handshake_might() {
+    let folder = folder();
+    let (connector, mut listener) = ends(folder.path(), folder.path(), "localhost", &[]);
+    let destination = spawn("destination", move || {
+        let mut link = listener.accept().expect("accepted").expect("a connection");
+        let mut byte = [0];
+        link.recv(&mut [PartMut::from(&mut byte[..])]).expect("received");
+        std::thread::sleep(Duration::from_millis(700));
+        link.send(&[Part::from(&b"K"[..])]).expect("sent");
+    });
+    let mut link = connector.connect(&Stop::new(), Duration::from_millis(500)).expect("connected");
+    link.send(&[Part::from(&b"Q"[..])]).expect("sent");
+    let mut byte = [0];
+    assert_eq!(link.recv(&mut [PartMut::from(&mut byte[..])]).expect("received"), 1);
+    destination.join().expect("no panic");
+}
+
 #[test]
 fn a_destination_of_another_authority_is_refused() {
     let (ours, theirs) = (folder(), folder());

@@ -29,6 +29,8 @@ pub(super) struct TlsLink {
     plain: Box<[u8]>,
     received: Received,
     timeout: Option<Duration>,
+    /// The connection was given a shorter limit than `timeout`.
+    limited: bool,
 }
 
 /// Bytes of the connection that the session has not looked at.
@@ -56,7 +58,7 @@ impl TlsLink {
         // What is sent leaves in the same call.
         session.set_buffer_limit(None);
         let received = Received { buffer: vec![0; CIPHERED].into(), from: 0, to: 0, ended: false };
-        Self { link, session, authz, plain: vec![0; PLAIN].into(), received, timeout: None }
+        Self { link, session, authz, plain: vec![0; PLAIN].into(), received, timeout: None, limited: false }
     }
 
     /// Agrees with the peer on keys and on who is who.
@@ -72,6 +74,10 @@ impl TlsLink {
             }
         }
         self.flush()?;
+        if std::mem::take(&mut self.limited) {
+            // The handshake's limit is not that of the reads to come.
+            self.link.set_recv_timeout(self.timeout)?;
+        }
         if let Some(authz) = self.authz.take() {
             let admitted = subject::admit(&authz, self.session.peer_certificates());
             if admitted.is_err() {
@@ -102,6 +108,7 @@ impl TlsLink {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
                 self.link.set_recv_timeout(Some(left))?;
+                self.limited = true;
             }
             (received.from, received.to) = (0, 0);
             received.to = self.link.recv(&mut [PartMut::from(&mut *received.buffer)])?;
