@@ -286,8 +286,8 @@ fn files_that_are_not_there_or_do_not_fit_are_named() {
     assert_eq!(error.to_string(), r#"tls-hostname: expected a host name or an IP address, met "no host""#);
 }
 
-/// More than 64 GiB through one session: keys are changed on the way. `cargo test --release` shows the rate with
-/// `--nocapture`.
+/// More than 64 GiB through one session, which broke others; keys would be changed at 256 GiB. `cargo test --release`
+/// shows the rate with `--nocapture`.
 #[test]
 #[ignore = "slow: moves 68 GiB"]
 fn sixty_eight_gib_pass_one_session() {
