@@ -277,6 +277,18 @@ pub(crate) fn migrate(source: &mut Vm, address: &str) -> Result<Value, Error> {
     source.wait_migration("completed", PATIENCE)
 }
 
+/// A source goes: running, in at least so many passes, or stopped. Says what was in its memory when it was stopped.
+pub(crate) fn leave(source: &mut Vm, address: &str, passes: Option<u64>) -> Result<Vec<u8>, Error> {
+    if let Some(passes) = passes {
+        migrate_live(source, address, passes)?;
+        return Ok(Vec::new());
+    }
+    source.stop()?;
+    let memory = memory(source)?;
+    migrate(source, address)?;
+    Ok(memory)
+}
+
 /// The path in a file's name for QEMU.
 pub(crate) fn file_uri(path: &Path) -> String {
     format!("file:{}", path.display())

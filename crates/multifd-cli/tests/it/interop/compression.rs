@@ -5,8 +5,8 @@ use multifd_testkit::qemu::{Error, Qemu, Vm};
 use serde_json::json;
 
 use crate::kit::{
-    Program, fast, first_difference, folder, machine, memory, migrate, migrate_live, path, runs_on, send,
-    source, stored_memory,
+    Program, fast, first_difference, folder, leave, machine, memory, migrate, path, runs_on, send, source,
+    stored_memory,
 };
 
 const METHODS: [&str; 2] = ["zlib", "zstd"];
@@ -35,15 +35,7 @@ fn moves(
     let told = if live { "auto" } else { method };
     let (receive, address) =
         Program::receive(&["--json", "--multifd-compression", told], "tcp:127.0.0.1:0", &file);
-    let before = if live {
-        migrate_live(&mut from, &address, 4)?;
-        Vec::new()
-    } else {
-        from.stop()?;
-        let memory = memory(&mut from)?;
-        migrate(&mut from, &address)?;
-        memory
-    };
+    let before = leave(&mut from, &address, live.then_some(4))?;
     let received = receive.done().json();
     assert_eq!(received["channels"].as_array().map(Vec::len), Some(3), "{received}");
 

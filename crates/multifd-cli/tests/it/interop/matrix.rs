@@ -8,8 +8,7 @@ use multifd_testkit::qemu::{Error, Qemu};
 use serde_json::{Value, json};
 
 use crate::kit::{
-    Program, first_difference, folder, machine, memory, migrate, migrate_live, path, runs_on, send, source,
-    stored_memory,
+    Program, first_difference, folder, leave, machine, memory, path, runs_on, send, source, stored_memory,
 };
 
 /// What is tried.
@@ -34,15 +33,7 @@ fn there_and_back(cell: &Cell) -> Result<(), Error> {
 
     let (receive, address) =
         Program::receive(&["--json", "--multifd-channels", channels], "tcp:127.0.0.1:0", &file);
-    let before = if cell.live {
-        migrate_live(&mut from, &address, 4)?;
-        Vec::new()
-    } else {
-        from.stop()?;
-        let memory = memory(&mut from)?;
-        migrate(&mut from, &address)?;
-        memory
-    };
+    let before = leave(&mut from, &address, cell.live.then_some(4))?;
     let received = receive.done().json();
 
     assert_channels(&received, cell.channels);

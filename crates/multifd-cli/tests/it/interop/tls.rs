@@ -11,8 +11,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::kit::{
-    Program, assert_left, fast, feed, first_difference, folder, machine, memory, migrate, migrate_live, path,
-    runs_on, send, source, stored_memory,
+    Program, assert_left, fast, feed, first_difference, folder, leave, machine, memory, path, runs_on, send,
+    source, stored_memory,
 };
 
 fn certificates() -> TempDir {
@@ -45,15 +45,7 @@ fn there_and_back(cell: &Cell) -> Result<(), Error> {
     from.set_parameters(json!({ "tls-creds": "tls0", "multifd-compression": cell.method }))?;
     let options = ["--json", "--tls-creds", creds, "--tls-authz", "CN=source,O=Test"];
     let (receive, address) = Program::receive(&options, "tcp:127.0.0.1:0", &file);
-    let before = if cell.live {
-        migrate_live(&mut from, &address, 4)?;
-        Vec::new()
-    } else {
-        from.stop()?;
-        let memory = memory(&mut from)?;
-        migrate(&mut from, &address)?;
-        memory
-    };
+    let before = leave(&mut from, &address, cell.live.then_some(4))?;
     receive.done();
 
     let builder = with_tls(machine(&cell.qemu, cell.machine), tls.path(), "server");

@@ -6,8 +6,7 @@ use multifd_testkit::qemu::{Error, Qemu, VmBuilder};
 use serde_json::{Value, json};
 
 use crate::kit::{
-    Program, first_difference, folder, machine, memory, migrate, migrate_live, path, runs_on, send, source,
-    stored_memory,
+    Program, first_difference, folder, leave, machine, memory, path, runs_on, send, source, stored_memory,
 };
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
@@ -49,15 +48,7 @@ fn moves(
         from.set_parameters(json!({ "zero-page-detection": mode }))?;
     }
     let (receive, address) = Program::receive(&["--json"], LOCAL, &file);
-    let before = if live {
-        migrate_live(&mut from, &address, 3)?;
-        Vec::new()
-    } else {
-        from.stop()?;
-        let memory = memory(&mut from)?;
-        migrate(&mut from, &address)?;
-        memory
-    };
+    let before = leave(&mut from, &address, live.then_some(3))?;
     let received = receive.done().json();
     assert_mode(&received, mode.unwrap_or("legacy"));
 
