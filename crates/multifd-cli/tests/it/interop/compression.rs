@@ -1,60 +1,24 @@
-//! Packed pages, with real QEMUs: source → `receive` → file → `send` → destination, for each method, sync mode and
-//! way of sending zero pages.
+//! Packed pages, with real QEMUs at both ends, for each method and sync mode.
 
 use multifd_testkit::qemu::{Error, Qemu, Vm};
 use serde_json::json;
 
+use super::journey::Journey;
 use crate::kit::{
-    Program, fast, first_difference, folder, leave, machine, memory, migrate, path, runs_on, send, source,
-    stored_memory,
+    Program, fast, first_difference, folder, machine, memory, migrate, path, send, source, stored_memory,
 };
-
-const METHODS: [&str; 2] = ["zlib", "zstd"];
 
 fn set_up(vm: &mut Vm, method: &str) -> Result<(), Error> {
     vm.set_multifd_channels(3)?;
     vm.set_parameters(json!({ "multifd-compression": method }))
 }
 
-/// The way there and back. `there` are more parameters of the source.
-fn moves(
-    qemu: &Qemu,
-    machine_type: &str,
-    method: &str,
-    live: bool,
-    there: serde_json::Value,
-) -> Result<(), Error> {
-    let folder = folder();
-    let file = path(&folder, "machine");
-    let builder = || machine(qemu, machine_type);
-    let mut from = source(builder())?;
-    from.set_capabilities(&[("return-path", live)])?;
-    set_up(&mut from, method)?;
-    from.set_parameters(there)?;
-    // Told the method it takes no other; not told, it takes the one that the packets name.
-    let told = if live { "auto" } else { method };
-    let (receive, address) =
-        Program::receive(&["--json", "--multifd-compression", told], "tcp:127.0.0.1:0", &file);
-    let before = leave(&mut from, &address, live.then_some(4))?;
-    let received = receive.done().json();
-    assert_eq!(received["channels"].as_array().map(Vec::len), Some(3), "{received}");
-
-    let mut to = builder().incoming().start()?;
-    set_up(&mut to, method)?;
-    let options = ["--multifd-channels", "3", "--multifd-compression", method];
-    send(&options, &file, &mut to, "tcp:127.0.0.1:0")?;
-    if !live {
-        assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
-        assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
-        to.cont()?;
-    }
-    runs_on(&from, &mut to)
-}
-
-fn both(qemu: Option<Qemu>, machine_type: &str, method: &str) {
+fn both(qemu: Option<Qemu>, machine_type: &'static str, method: &'static str) {
     let Some(qemu) = qemu else { return };
     for live in [true, false] {
-        moves(&qemu, machine_type, method, live, json!({})).unwrap();
+        let journey = Journey { live, return_path: live, method, ..Journey::new(&qemu, machine_type) };
+        let reports = journey.take().unwrap();
+        assert_eq!(reports.received["channels"].as_array().map(Vec::len), Some(3), "{}", reports.received);
     }
 }
 
@@ -80,20 +44,6 @@ cells! {
     guest_of_7_2: Qemu::v7_2(), "pc-q35-7.2";
     guest_of_10_0_on_machine_7_2: Qemu::v10_0(), "pc-q35-7.2";
     guest_of_10_0: Qemu::v10_0(), "pc-q35-10.0";
-}
-
-#[test]
-#[ignore = "slow: the zero-page modes that a machine type does not have by itself"]
-fn every_zero_page_mode_of_a_source_arrives_packed() {
-    let Some(qemu) = Qemu::v10_0() else { return };
-    for machine_type in ["pc-q35-7.2", "pc-q35-10.0"] {
-        for method in METHODS {
-            for mode in ["none", "legacy", "multifd"] {
-                let live = mode != "none";
-                moves(&qemu, machine_type, method, live, json!({ "zero-page-detection": mode })).unwrap();
-            }
-        }
-    }
 }
 
 #[test]

@@ -1,53 +1,10 @@
-//! source → `receive` → file → `send` → destination, for every pair of QEMU and machine type, number of channels,
-//! with and without return path, running and stopped.
-//!
-//! A stopped guest's memory is compared three times: at the source, in the file, at the destination. Then, as a
-//! running one does at once, it runs on and checks all of it.
+//! A guest's way for every pair of QEMU and machine type, number of channels, with and without return path, running
+//! and stopped; then for every method, with and without TLS, in every zero-page mode.
 
-use multifd_testkit::qemu::{Error, Qemu};
+use multifd_testkit::qemu::Qemu;
 use serde_json::{Value, json};
 
-use crate::kit::{
-    Program, first_difference, folder, leave, machine, memory, path, runs_on, send, source, stored_memory,
-};
-
-/// What is tried.
-struct Cell {
-    qemu: Qemu,
-    machine: &'static str,
-    channels: u8,
-    return_path: bool,
-    live: bool,
-}
-
-fn there_and_back(cell: &Cell) -> Result<(), Error> {
-    let folder = folder();
-    let file = path(&folder, "machine");
-    let builder = || machine(&cell.qemu, cell.machine);
-    let mut from = source(builder())?;
-    from.set_capabilities(&[("return-path", cell.return_path)])?;
-    from.set_multifd_channels(cell.channels)?;
-    let exact = cell.channels.to_string();
-    // Most learn the number of channels; some are told it.
-    let channels = if cell.channels == 4 { exact.as_str() } else { "auto" };
-
-    let (receive, address) =
-        Program::receive(&["--json", "--multifd-channels", channels], "tcp:127.0.0.1:0", &file);
-    let before = leave(&mut from, &address, cell.live.then_some(4))?;
-    let received = receive.done().json();
-
-    assert_channels(&received, cell.channels);
-    let mut to = builder().incoming().start()?;
-    to.set_multifd_channels(cell.channels)?;
-    let sent = send(&["--multifd-channels", &exact], &file, &mut to, "tcp:127.0.0.1:0")?.json();
-    assert_channels(&sent, cell.channels);
-    if !cell.live {
-        assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
-        assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
-        to.cont()?;
-    }
-    runs_on(&from, &mut to)
-}
+use super::journey::{Journey, assert_mode};
 
 /// Every channel has carried its share, and the sum is right.
 fn assert_channels(report: &Value, channels: u8) {
@@ -59,14 +16,50 @@ fn assert_channels(report: &Value, channels: u8) {
     assert_eq!(report["status"], json!("completed"), "{report}");
 }
 
+fn over(qemu: Option<Qemu>, machine: &'static str, live: bool, channels: u8, return_path: bool) {
+    let Some(qemu) = qemu else { return };
+    let reports = Journey { channels, live, return_path, ..Journey::new(&qemu, machine) }.take().unwrap();
+    assert_channels(&reports.received, channels);
+    assert_channels(&reports.sent, channels);
+}
+
+/// Zero-page modes of a source and of `send`, each with each way of carrying pages, running and stopped, with and
+/// without return path.
+fn every_way(qemu: Option<Qemu>, machine: &'static str, method: &'static str, tls: bool) {
+    let Some(qemu) = qemu else { return };
+    // What a 7.2 does with zero pages is not to be chosen, and of ours it takes what it does itself.
+    let modes: &[_] = if qemu.series() == "7.2" {
+        &[(None, "legacy"), (None, "none")]
+    } else {
+        &[(Some("none"), "multifd"), (Some("legacy"), "none"), (Some("multifd"), "legacy")]
+    };
+    for (zero_there, zero_back) in modes.iter().copied() {
+        for (live, return_path) in [(true, true), (true, false), (false, true), (false, false)] {
+            let journey = Journey {
+                live,
+                return_path,
+                tls,
+                method,
+                zero_there,
+                zero_back,
+                ..Journey::new(&qemu, machine)
+            };
+            let reports = journey.take().unwrap_or_else(|error| panic!("{journey:?}: {error}"));
+            assert_mode(&reports.received, zero_there.unwrap_or("legacy"));
+            assert_mode(&reports.sent, journey.mode_back(zero_back));
+        }
+    }
+}
+
 macro_rules! cells {
-    ($($name:ident: $qemu:expr, $machine:expr, $live:expr;)*) => {$(
+    ($($name:ident: $qemu:expr, $machine:expr;)*) => {$(
         mod $name {
             use super::*;
 
             fn cell(channels: u8, return_path: bool) {
-                let Some(qemu) = $qemu else { return };
-                there_and_back(&Cell { qemu, machine: $machine, channels, return_path, live: $live }).unwrap();
+                for live in [true, false] {
+                    over($qemu, $machine, live, channels, return_path);
+                }
             }
 
             #[test]
@@ -108,15 +101,48 @@ macro_rules! cells {
             fn moves_over_8_channels_without_return_path() {
                 cell(8, false);
             }
+
+            #[test]
+            #[ignore = "slow: the whole product, of which the quick tests of each option show a part"]
+            fn moves_plain_in_every_way() {
+                every_way($qemu, $machine, "none", false);
+            }
+
+            #[test]
+            #[ignore = "slow: the whole product, of which the quick tests of each option show a part"]
+            fn moves_by_zlib_in_every_way() {
+                every_way($qemu, $machine, "zlib", false);
+            }
+
+            #[test]
+            #[ignore = "slow: the whole product, of which the quick tests of each option show a part"]
+            fn moves_by_zstd_in_every_way() {
+                every_way($qemu, $machine, "zstd", false);
+            }
+
+            #[test]
+            #[ignore = "slow: the whole product, of which the quick tests of each option show a part"]
+            fn moves_over_tls_in_every_way() {
+                every_way($qemu, $machine, "none", true);
+            }
+
+            #[test]
+            #[ignore = "slow: the whole product, of which the quick tests of each option show a part"]
+            fn moves_by_zlib_over_tls_in_every_way() {
+                every_way($qemu, $machine, "zlib", true);
+            }
+
+            #[test]
+            #[ignore = "slow: the whole product, of which the quick tests of each option show a part"]
+            fn moves_by_zstd_over_tls_in_every_way() {
+                every_way($qemu, $machine, "zstd", true);
+            }
         }
     )*};
 }
 
 cells! {
-    running_guest_of_7_2: Qemu::v7_2(), "pc-q35-7.2", true;
-    stopped_guest_of_7_2: Qemu::v7_2(), "pc-q35-7.2", false;
-    running_guest_of_10_0_on_machine_7_2: Qemu::v10_0(), "pc-q35-7.2", true;
-    stopped_guest_of_10_0_on_machine_7_2: Qemu::v10_0(), "pc-q35-7.2", false;
-    running_guest_of_10_0: Qemu::v10_0(), "pc-q35-10.0", true;
-    stopped_guest_of_10_0: Qemu::v10_0(), "pc-q35-10.0", false;
+    guest_of_7_2: Qemu::v7_2(), "pc-q35-7.2";
+    guest_of_10_0_on_machine_7_2: Qemu::v10_0(), "pc-q35-7.2";
+    guest_of_10_0: Qemu::v10_0(), "pc-q35-10.0";
 }

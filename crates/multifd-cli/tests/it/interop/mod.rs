@@ -2,6 +2,7 @@
 
 mod compression;
 mod files;
+mod journey;
 mod matrix;
 mod odd;
 mod peers;

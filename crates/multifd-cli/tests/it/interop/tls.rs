@@ -4,16 +4,14 @@ use std::{path::Path, time::Duration};
 
 use multifd_testkit::{
     certificates::write_both,
-    qemu::{Error, PATIENCE, Qemu, VmBuilder},
+    qemu::{Error, PATIENCE, Qemu},
 };
 use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::kit::{
-    Program, assert_left, fast, feed, first_difference, folder, leave, machine, memory, path, runs_on, send,
-    source, stored_memory,
-};
+use super::journey::{Journey, with_tls};
+use crate::kit::{Program, assert_left, fast, feed, folder, machine, path, source};
 
 fn certificates() -> TempDir {
     let folder = folder();
@@ -21,64 +19,19 @@ fn certificates() -> TempDir {
     folder
 }
 
-fn with_tls(builder: VmBuilder, folder: &Path, endpoint: &str) -> VmBuilder {
-    let object =
-        format!("tls-creds-x509,id=tls0,dir={},endpoint={endpoint},verify-peer=on", folder.display());
-    builder.arg("-object").arg(object)
-}
-
-struct Cell {
-    qemu: Qemu,
-    machine: &'static str,
-    channels: u8,
-    live: bool,
-    method: &'static str,
-}
-
-fn there_and_back(cell: &Cell) -> Result<(), Error> {
-    let (folder, tls) = (folder(), certificates());
-    let file = path(&folder, "machine");
-    let creds = tls.path().to_str().expect("text");
-    let mut from = source(with_tls(machine(&cell.qemu, cell.machine), tls.path(), "client"))?;
-    from.set_capabilities(&[("return-path", true)])?;
-    from.set_multifd_channels(cell.channels)?;
-    from.set_parameters(json!({ "tls-creds": "tls0", "multifd-compression": cell.method }))?;
-    let options = ["--json", "--tls-creds", creds, "--tls-authz", "CN=source,O=Test"];
-    let (receive, address) = Program::receive(&options, "tcp:127.0.0.1:0", &file);
-    let before = leave(&mut from, &address, cell.live.then_some(4))?;
-    receive.done();
-
-    let builder = with_tls(machine(&cell.qemu, cell.machine), tls.path(), "server");
-    let mut to = builder.incoming().start()?;
-    to.set_multifd_channels(cell.channels)?;
-    to.set_parameters(json!({ "tls-creds": "tls0", "multifd-compression": cell.method }))?;
-    let channels = cell.channels.to_string();
-    let options = [
-        "--multifd-channels",
-        &channels,
-        "--multifd-compression",
-        cell.method,
-        "--tls-creds",
-        creds,
-        "--tls-hostname",
-        "localhost",
-    ];
-    send(&options, &file, &mut to, "tcp:127.0.0.1:0")?;
-    if !cell.live {
-        assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
-        assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
-        to.cont()?;
-    }
-    runs_on(&from, &mut to)
-}
-
 macro_rules! cells {
     ($($name:ident: $qemu:expr, $machine:expr, $channels:expr, $live:expr, $method:expr;)*) => {$(
         #[test]
         fn $name() {
             let Some(qemu) = $qemu else { return };
-            let cell = Cell { qemu, machine: $machine, channels: $channels, live: $live, method: $method };
-            there_and_back(&cell).unwrap();
+            let way = Journey {
+                channels: $channels,
+                live: $live,
+                tls: true,
+                method: $method,
+                ..Journey::new(&qemu, $machine)
+            };
+            way.take().unwrap();
         }
     )*};
 }

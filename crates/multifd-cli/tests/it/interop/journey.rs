@@ -1,0 +1,159 @@
+//! The way of a guest: source → `receive` → file → `send` → destination.
+//!
+//! A stopped guest's memory is compared three times: at the source, in the file, at the destination. Then, as a
+//! running one does at once, it runs on and checks all of it.
+
+use std::path::Path;
+
+use multifd_testkit::{
+    certificates::write_both,
+    qemu::{Error, Qemu, Vm, VmBuilder},
+};
+use serde_json::{Value, json};
+
+use crate::kit::{
+    Program, first_difference, folder, leave, machine, memory, path, runs_on, send, source, stored_memory,
+};
+
+const LOCAL: &str = "tcp:127.0.0.1:0";
+
+/// What differs from one guest's way to another's.
+#[derive(Debug, Clone)]
+pub(super) struct Journey {
+    /// The source and the destination, and the type of each one's machine.
+    pub(super) ends: [(Qemu, &'static str); 2],
+    /// 0 with multifd off.
+    pub(super) channels: u8,
+    /// Migrated while it runs, in four passes at least.
+    pub(super) live: bool,
+    /// A source's capability, and what `send` asks for.
+    pub(super) return_path: bool,
+    pub(super) tls: bool,
+    pub(super) method: &'static str,
+    /// The source's `zero-page-detection`, where it has one.
+    pub(super) zero_there: Option<&'static str>,
+    /// The same of `send`.
+    pub(super) zero_back: &'static str,
+}
+
+/// What the program has said of it.
+pub(super) struct Reports {
+    pub(super) received: Value,
+    pub(super) sent: Value,
+}
+
+impl Journey {
+    /// A stopped guest's, between two machines of a type.
+    pub(super) fn new(qemu: &Qemu, machine: &'static str) -> Self {
+        Self {
+            ends: [(qemu.clone(), machine), (qemu.clone(), machine)],
+            channels: 3,
+            live: false,
+            return_path: true,
+            tls: false,
+            method: "none",
+            zero_there: None,
+            zero_back: "auto",
+        }
+    }
+
+    /// Makes it.
+    pub(super) fn take(&self) -> Result<Reports, Error> {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        write_both(folder.path()).expect("certificates");
+        let mut from = source(self.machine(0, folder.path(), "client"))?;
+        self.set_up(&mut from)?;
+        from.set_capabilities(&[("return-path", self.return_path)])?;
+        if let Some(mode) = self.zero_there {
+            from.set_parameters(json!({ "zero-page-detection": mode }))?;
+        }
+        let (receive, address) = Program::receive(&self.receive_options(folder.path()), LOCAL, &file);
+        let before = leave(&mut from, &address, self.live.then_some(4))?;
+        let received = receive.done().json();
+
+        let mut to = self.machine(1, folder.path(), "server").incoming().start()?;
+        self.set_up(&mut to)?;
+        let channels = self.channels.to_string();
+        let sent = send(&self.send_options(&channels, folder.path()), &file, &mut to, LOCAL)?.json();
+        if !self.live {
+            assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
+            assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
+            to.cont()?;
+        }
+        runs_on(&from, &mut to)?;
+        Ok(Reports { received, sent })
+    }
+
+    /// How zero pages leave `send` in this mode.
+    pub(super) fn mode_back<'a>(&self, mode: &'a str) -> &'a str {
+        // The file of a source that did not look for them has every page, and `send` does not look either.
+        if self.zero_there == Some("none") { "none" } else { mode }
+    }
+
+    fn machine(&self, end: usize, certificates: &Path, endpoint: &str) -> VmBuilder {
+        let (qemu, kind) = &self.ends[end];
+        let builder = machine(qemu, kind);
+        if self.tls { with_tls(builder, certificates, endpoint) } else { builder }
+    }
+
+    fn set_up(&self, vm: &mut Vm) -> Result<(), Error> {
+        vm.set_multifd_channels(self.channels)?;
+        vm.set_parameters(json!({ "multifd-compression": self.method }))?;
+        if self.tls { vm.set_parameters(json!({ "tls-creds": "tls0" })) } else { Ok(()) }
+    }
+
+    /// What can be learned from the stream is told to some and learned by others.
+    fn receive_options<'a>(&self, certificates: &'a Path) -> Vec<&'a str> {
+        let mut options = vec!["--json"];
+        if self.channels == 4 {
+            options.extend(["--multifd-channels", "4"]);
+        }
+        if !self.live {
+            options.extend(["--multifd-compression", self.method]);
+        }
+        if self.tls {
+            options.extend(["--tls-creds", text(certificates), "--tls-authz", "CN=source,O=Test"]);
+        }
+        options
+    }
+
+    fn send_options<'a>(&self, channels: &'a str, certificates: &'a Path) -> Vec<&'a str> {
+        let mut options = vec!["--multifd-channels", channels, "--multifd-compression", self.method];
+        options.extend(["--zero-page-detection", self.zero_back]);
+        if self.tls {
+            options.extend(["--tls-creds", text(certificates), "--tls-hostname", "localhost"]);
+        }
+        options
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("text")
+}
+
+/// A machine with the certificates of a folder.
+pub(super) fn with_tls(builder: VmBuilder, folder: &Path, endpoint: &str) -> VmBuilder {
+    let object =
+        format!("tls-creds-x509,id=tls0,dir={},endpoint={endpoint},verify-peer=on", folder.display());
+    builder.arg("-object").arg(object)
+}
+
+/// What a side has counted: zero pages in all, and those of them that went over channels.
+fn zeros(report: &Value) -> (u64, u64) {
+    let count = |name: &str| report["ram"][name].as_u64().expect("a number");
+    let listed = report["channels"].as_array().expect("channels");
+    let pages: u64 = listed.iter().filter_map(|channel| channel["pages"].as_u64()).sum();
+    (count("duplicate"), pages.saturating_sub(count("normal")))
+}
+
+/// Zero pages went as `mode` has it.
+#[track_caller]
+pub(super) fn assert_mode(report: &Value, mode: &str) {
+    let (zero, on_channels) = zeros(report);
+    match mode {
+        "none" => assert_eq!((zero, on_channels), (0, 0), "{report}"),
+        "legacy" => assert!(zero > 0 && on_channels == 0, "{report}"),
+        _ => assert!(zero > 0 && on_channels == zero, "{report}"),
+    }
+}
