@@ -8,4 +8,7 @@ fuzz_target!(|bytes: &[u8]| {
     let _ = Description::parse(bytes);
     let mut collected = bytes.to_vec();
     let _ = EndFinder::new(true).look(&mut collected);
+    for footers in [false, true] {
+        let _ = EndFinder::new(footers).without_description(bytes.to_vec());
+    }
 });

@@ -4,10 +4,13 @@
 use libfuzzer_sys::fuzz_target;
 use multifd::{
     ram::PageSize,
-    wire::{Packet, head_len, limits::packet_pages},
+    wire::{DEVICE_STATE_LEN, DeviceState, Packet, head_len, limits::packet_pages},
 };
 
 fuzz_target!(|bytes: &[u8]| {
+    if let Some(Ok(state)) = bytes.first_chunk::<DEVICE_STATE_LEN>().map(DeviceState::decode) {
+        assert!(state.payload_len > 0 && !state.device.as_bytes().is_empty());
+    }
     for page_size in [PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64] {
         let mut head = bytes.to_vec();
         head.resize(head_len(page_size), 0);

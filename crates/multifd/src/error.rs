@@ -8,7 +8,7 @@ use std::{fmt, io, sync::Arc, time::Duration};
 use crate::{
     live::Status,
     ram::{BlockName, BlockOffset, PageSize},
-    wire::{ChannelId, Flags, VmUuid},
+    wire::{ChannelId, DeviceId, Flags, VmUuid},
 };
 
 /// The result of this crate's functions.
@@ -194,6 +194,23 @@ pub enum Malformed {
     /// The packet lists pages of a block without a name.
     #[error("the packet lists pages, but names no block")]
     NoBlockName,
+    /// A device-state packet with a flag beside its own.
+    #[error("device-state packet: expected flags 0x40 alone, met {met}")]
+    DeviceStateFlags {
+        /// All flags of the packet.
+        met: Flags,
+    },
+    /// A device-state packet without a device.
+    #[error("device-state packet: expected a device id of 1 to 255 bytes, ended by NUL")]
+    DeviceId,
+    /// A device-state packet without state, or with too much.
+    #[error("device-state packet: next_packet_size {met:#x} is not 0x1 to {most:#x}")]
+    DeviceStateSize {
+        /// The most.
+        most: u32,
+        /// The field's value.
+        met: u32,
+    },
     /// An offset inside a page.
     #[error("offset {offset} is no multiple of the page size {page_size}")]
     Unaligned {
@@ -376,8 +393,16 @@ pub enum Unsupported {
     #[error("the source speaks TLS: give tls-creds on this side too, or clear it at the source")]
     Tls,
     /// A device-state packet.
-    #[error("device-state packet (flag 0x40): switch the device's transfer over multifd off at the source")]
-    DeviceState,
+    #[error(
+        "device-state packet (flag 0x40) of device {device:?} instance {instance}: switch the device's transfer over \
+             multifd off at the source"
+    )]
+    DeviceState {
+        /// The device.
+        device: DeviceId,
+        /// Which of several of that name.
+        instance: u32,
+    },
 }
 
 /// A call that cannot be.

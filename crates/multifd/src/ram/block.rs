@@ -299,6 +299,16 @@ impl RamBlocks {
     }
 }
 
+impl IntoIterator for RamBlocks {
+    type Item = RamBlock;
+    type IntoIter = std::vec::IntoIter<RamBlock>;
+
+    /// The blocks in their order.
+    fn into_iter(self) -> Self::IntoIter {
+        self.blocks.into_iter()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -376,6 +386,22 @@ mod tests {
         let mut bytes = [0; 4096];
         file.read_exact_at(&mut bytes, 8192 + 4096).expect("written");
         assert_eq!(bytes, [7; 4096]);
+    }
+
+    #[test]
+    fn a_fresh_block_is_untouched_until_a_page_comes_even_a_zero_one() {
+        let fresh = || {
+            let memory = Memory::Mapped(Mapping::anonymous(8192).expect("memory"));
+            RamBlock::fresh(BlockName::new("b").expect("a name"), 8192, PageSize::KIB_4, memory)
+                .expect("a block")
+        };
+        assert!(fresh().is_untouched());
+        let block = fresh();
+        block.clear(PageIndex(1));
+        assert!(!block.is_untouched());
+        let block = fresh();
+        block.store(PageIndex(0), &[0; 4096]).expect("stored");
+        assert!(!block.is_untouched());
     }
 
     #[test]

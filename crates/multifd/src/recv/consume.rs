@@ -13,9 +13,9 @@ use arrayvec::ArrayVec;
 use super::{Shared, decode::Listed, fill::Filler};
 use crate::{
     channel::{Link, recv_at_least},
-    error::{Error, Result, Violation},
+    error::{Error, Result, Unsupported, Violation},
     ram::{MAX_PARTS, PartMut},
-    wire::{ChannelId, INITIAL_LEN, head_len},
+    wire::{COMMON_LEN, ChannelId, DEVICE_STATE_LEN, DeviceState, INITIAL_LEN, head_len},
 };
 
 /// The life of a channel after its initial packet. An error ends the whole migration, unless everything has come.
@@ -24,8 +24,13 @@ pub(super) fn run(id: ChannelId, shared: &Shared, link: Box<dyn Link>) {
     shared.counters[usize::from(id.0)].add_bytes(INITIAL_LEN as u64);
     if let Err(error) = consume(id, shared, link) {
         // Pages after the end may be newer than what is kept: that is no way to take leave.
-        let pages_lost = matches!(error.kind(), Error::Violation(Violation::PagesAfterEnd { .. }));
-        if shared.is_sealed() && !pages_lost {
+        // Nor is a device whose state comes here.
+        let lost = matches!(
+            error.kind(),
+            Error::Violation(Violation::PagesAfterEnd { .. })
+                | Error::Unsupported(Unsupported::DeviceState { .. })
+        );
+        if shared.is_sealed() && !lost {
             tracing::debug!(channel = id.0, %error, "an error after everything has come");
         } else {
             tracing::debug!(channel = id.0, %error, "multifd_recv_terminate_threads");
@@ -82,12 +87,17 @@ pub(super) struct Inlet {
 impl Inlet {
     /// Completes the head. `false` if the peer has closed at a packet's border.
     fn head(&mut self) -> Result<bool> {
-        let room = &mut self.head[self.have..];
-        let least = room.len();
-        let received = recv_at_least(&mut *self.link, &mut [PartMut::from(room)], least)
-            .map_err(|error| self.broken(error))?;
-        self.have += received;
-        if self.have == self.head.len() {
+        let begun = self.at_least(COMMON_LEN)?;
+        // The head of a device-state packet is shorter: waiting for more of it could be for ever.
+        if begun
+            && self.head.first_chunk().is_some_and(DeviceState::is_begun_by)
+            && self.at_least(DEVICE_STATE_LEN)?
+            && let Some(head) = self.head.first_chunk()
+        {
+            let DeviceState { device, instance, .. } = DeviceState::decode(head)?;
+            return Err(Unsupported::DeviceState { device, instance }.into());
+        }
+        if begun && self.at_least(self.head.len())? {
             Ok(true)
         } else if self.have == 0 {
             Ok(false)
@@ -95,6 +105,17 @@ impl Inlet {
             let (expected, met) = (self.head.len() as u64, self.have as u64);
             Err(Violation::Cut { what: "a packet head", expected, met }.into())
         }
+    }
+
+    /// Receives until so many bytes of the head are there. `false` if the peer closes before.
+    fn at_least(&mut self, bytes: usize) -> Result<bool> {
+        if self.have < bytes {
+            let room = &mut self.head[self.have..];
+            let received = recv_at_least(&mut *self.link, &mut [PartMut::from(room)], bytes - self.have)
+                .map_err(|error| self.broken(error))?;
+            self.have += received;
+        }
+        Ok(self.have >= bytes)
     }
 
     /// Receives `length` bytes of payload into `parts`, and as much of the next head as is there.

@@ -8,6 +8,9 @@ pub const PACKET_BYTES: usize = 512 << 10;
 /// The greatest payload: a compressed packet may outgrow its pages a little, never double.
 pub const PAYLOAD_BYTES: u32 = 1 << 20;
 
+/// The most bytes of a device's state in one packet.
+pub const DEVICE_STATE_BYTES: u32 = 64 << 20;
+
 /// The largest window that a zstd frame may ask for, as a power of two: 128 MiB, zstd's own limit. Level 20 asks for 32
 /// MiB.
 pub const ZSTD_WINDOW_LOG: u32 = 27;

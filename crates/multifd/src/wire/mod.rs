@@ -10,12 +10,14 @@
 //! Pure: no I/O, no unsafe, no knowledge of who sends or receives. Every number is big-endian, and every count
 //! has met its bound before a value exists. The bytes are drawn in `docs/stream-format.md`.
 
+mod device_state;
 mod flags;
 mod id;
 mod initial;
 pub mod limits;
 mod packet;
 
+pub use device_state::{COMMON_LEN, DEVICE_STATE_LEN, DeviceId, DeviceState};
 pub use flags::Flags;
 pub use id::{ChannelId, ParseUuidError, VmUuid};
 pub use initial::{INITIAL_LEN, Initial, MAGIC, VERSION};

@@ -16,6 +16,7 @@ use zerocopy::{
 };
 
 use super::{
+    device_state::DeviceState,
     flags::Flags,
     initial::{MAGIC, VERSION, check},
     limits::packet_pages,
@@ -81,7 +82,9 @@ impl<'a> Packet<'a> {
         check(layout.magic, layout.version)?;
         let flags = Flags(layout.flags.get());
         if flags.intersects(Flags::DEVICE_STATE) {
-            return Err(Unsupported::DeviceState.into());
+            let head = bytes.first_chunk().ok_or(wrong_length)?;
+            let DeviceState { device, instance, .. } = DeviceState::decode(head)?;
+            return Err(Unsupported::DeviceState { device, instance }.into());
         }
         if flags.unknown() != Flags::default() {
             return Err(Unsupported::Flags { flags, unknown: flags.unknown() }.into());

@@ -64,7 +64,7 @@ fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
         packet
     };
     type Expected = fn(&Error) -> bool;
-    let cases: [(&str, Vec<u8>, Expected, &str); 9] = [
+    let cases: [(&str, Vec<u8>, Expected, &str); 8] = [
         (
             "magic",
             patched(0, b"QEVM"),
@@ -113,12 +113,6 @@ fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
             |e| matches!(e, Error::Violation(Violation::Method { .. })),
             "expected method none",
         ),
-        (
-            "device",
-            patched(11, &[0x40]),
-            |e| matches!(e, Error::Unsupported(Unsupported::DeviceState)),
-            "device-state packet",
-        ),
     ];
     for (case, bytes, expected, text) in cases {
         let (answer, blocks) = answer_to(&bytes);
@@ -127,6 +121,63 @@ fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
         assert!(error.to_string().starts_with(&format!("channel 0: packet 0: {text}")), "{case}: {error}");
         assert!(untouched(&blocks), "{case}");
     }
+}
+
+/// Its head is shorter than others, and less than another's length may follow it: nothing is waited for in vain.
+#[test]
+fn a_device_state_packet_is_refused_by_name_while_its_channel_stays_open() {
+    let mut packet = vec![0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40];
+    packet.extend(b"0000:00:05.0/vfio");
+    packet.resize(268, 0);
+    packet.extend([0, 0, 0, 2, 0, 0, 0, 20]);
+    packet.extend([0xaa; 20]);
+    let (receiver, connector, blocks) = destination(ReceiveOptions::new());
+    let mut link = open(&connector, VmUuid::NIL, 0);
+    put(&mut *link, &packet);
+    let (told, answer) = std::sync::mpsc::channel();
+    let main = std::thread::spawn(move || told.send(receiver.sync()));
+    let error = answer.recv_timeout(TIMEOUT).expect("in time").expect_err("refused");
+    let expected =
+        "channel 0: packet 0: device-state packet (flag 0x40) of device \"0000:00:05.0/vfio\" instance 2: ";
+    assert!(error.to_string().starts_with(expected), "{error}");
+    assert!(
+        matches!(error.kind(), Error::Unsupported(Unsupported::DeviceState { instance: 2, .. })),
+        "{error}"
+    );
+    assert!(untouched(&blocks));
+    main.join().expect("no panic").expect("taken");
+}
+
+#[test]
+fn a_device_state_packet_cut_or_malformed_is_refused() {
+    let mut packet = vec![0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40];
+    for (length, cut) in [(12, true), (13, true), (275, true), (276, false)] {
+        packet.resize(length, 0);
+        let (answer, _) = answer_to(&packet);
+        let error = answer.expect_err("refused");
+        assert_eq!(matches!(error.kind(), Error::Violation(Violation::Cut { .. })), cut, "{length}: {error}");
+        assert_eq!(matches!(error.kind(), Error::Malformed(Malformed::DeviceId)), !cut, "{length}: {error}");
+    }
+    packet[11] = 0x41;
+    let error = answer_to(&packet).0.expect_err("a sync as well");
+    assert!(matches!(error.kind(), Error::Malformed(Malformed::DeviceStateFlags { .. })), "{error}");
+}
+
+/// Such a state belongs behind RAM, where other errors of a channel only go to the log.
+#[test]
+fn a_device_state_packet_after_the_end_of_ram_fails_the_migration() {
+    let mut packet = vec![0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40, b'd'];
+    packet.resize(275, 0);
+    packet.push(1);
+    let (receiver, connector, _) = destination(ReceiveOptions::new());
+    let mut link = open(&connector, VmUuid::NIL, 0);
+    put(&mut *link, HeadBuffer::new(PageSize::KIB_4).sync(0));
+    receiver.sync().expect("the first point");
+    receiver.seal().expect("the end of ram");
+    put(&mut *link, &packet);
+    link.close_send().expect("closed");
+    let error = receiver.finish().expect_err("refused");
+    assert!(matches!(error.kind(), Error::Unsupported(Unsupported::DeviceState { .. })), "{error}");
 }
 
 #[test]

@@ -32,6 +32,33 @@ pub(crate) fn filled(page_size: PageSize) -> Arc<RamBlocks> {
     blocks
 }
 
+/// Both sides share its memory: a page of it, even a zero one, would be written into what the source still uses.
+#[test]
+fn no_page_of_a_block_that_is_ignored_is_sent() {
+    const LIST: &[(&str, u64)] = &[("sent", 1 << 20), ("shared", 1 << 20)];
+    for channels in [0, 2] {
+        let plain = used(PageSize::KIB_4, LIST);
+        write(&plain, 0, 3, 1);
+        write(&plain, 1, 3, 1);
+        let blocks = Arc::into_inner(plain).expect("alone").into_iter();
+        let blocks =
+            blocks.map(|block| if block.name().as_bytes() == b"shared" { block.ignored() } else { block });
+        let source = Arc::new(RamBlocks::new(blocks.collect()).expect("two blocks"));
+        let destination = fresh(PageSize::KIB_4, LIST);
+        let mut log = DirtyBitmaps::new(&source);
+        log.mark(BlockIndex(0), PageIndex(7));
+        log.mark(BlockIndex(1), PageIndex(7));
+        let (options, guest) = (MigrateOptions::new(), &mut StoppedGuest::default());
+        let outcome = migrate(&source, &destination, channels, options, &mut log, guest);
+        outcome.received.expect("received");
+        let ram = outcome.sent.expect("sent").ram;
+        let [sent, shared] = [0, 1].map(|block| destination.get(BlockIndex(block)).expect("there"));
+        assert!(!sent.is_untouched() && shared.is_untouched(), "{channels} channels");
+        assert!(ram.normal + ram.duplicate <= 2 * 256, "{ram:?}");
+        assert!(!sent.slice(PageIndex(3), 1).expect("a page").is_zero());
+    }
+}
+
 #[test]
 fn a_stopped_machine_arrives_whole_over_any_number_of_channels() {
     for channels in [0, 1, 2, 3, 8, 33] {

@@ -121,11 +121,7 @@ fn every_wrong_field_is_refused_with_its_reason() {
         (64, &[0], "the packet lists pages, but names no block"),
         (326, &[0x02, 0x00], "offset 0x200 is no multiple of the page size 4 KiB"),
         (11, &[0x80], "packet flags 0x80 hold 0x80, which this version does not know"),
-        (
-            11,
-            &[0x40],
-            "device-state packet (flag 0x40): switch the device's transfer over multifd off at the source",
-        ),
+        (11, &[0x40], "device-state packet: expected a device id of 1 to 255 bytes, ended by NUL"),
     ];
     for (offset, field, text) in cases {
         assert_eq!(refusal(offset, field), text);
