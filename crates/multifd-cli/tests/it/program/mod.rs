@@ -6,6 +6,7 @@ mod containers;
 mod demo;
 mod extract;
 mod inspect;
+mod pages;
 mod receive;
 mod send;
 mod usage;
