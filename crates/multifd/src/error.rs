@@ -409,18 +409,23 @@ pub enum Unsupported {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Usage {
-    /// The number of channels is not 1 to 255.
-    #[error("expected 1 to 255 channels, met {0}")]
-    Channels(u64),
-    /// A level outside of its range.
-    #[error("expected {name} 0 to {most}, met {met}")]
-    Level {
+    /// A number outside of its [range](crate::parameters).
+    #[error("expected {name} {least} to {most}, met {met}")]
+    OutOfRange {
         /// The parameter.
         name: &'static str,
-        /// The greatest level.
-        most: u8,
-        /// The level given.
-        met: u8,
+        /// The least value.
+        least: u64,
+        /// The greatest value.
+        most: u64,
+        /// The value given.
+        met: i128,
+    },
+    /// A way of zero pages that there is not.
+    #[error("expected zero-page-detection none, legacy or multifd, met {met:?}")]
+    ZeroPageDetection {
+        /// The name given.
+        met: String,
     },
     /// A method that this build does not speak.
     #[error("expected multifd-compression none{}, met {met:?}", built_in())]

@@ -19,6 +19,7 @@
 //! | [`channel`] | addresses, links, the one [`Stop`](channel::Stop) |
 //! | [`Sender`], [`Receiver`] | the two ends of the channels |
 //! | [`live`] | passes, switchover, states |
+//! | [`parameters`] | the ranges of what can be chosen |
 //!
 //! The main stream is not written here: `qemu-stream` does that, or whatever implements [`live::Main`].
 //!
@@ -67,9 +68,12 @@ mod compress;
 pub mod error;
 pub mod live;
 mod options;
+pub mod parameters;
 pub mod ram;
 mod recv;
 mod send;
+#[cfg(feature = "serde")]
+mod settings;
 mod stats;
 pub mod wire;
 

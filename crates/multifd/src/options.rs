@@ -4,12 +4,21 @@ use std::time::Duration;
 
 use crate::{
     compress::{Levels, Method},
-    error::{Result, Usage},
+    error::Result,
+    parameters,
     wire::{VmUuid, limits},
 };
 
 /// How a source sends.
-#[derive(Clone, Debug)]
+///
+/// With feature `serde` an object of the parameters' names, times in milliseconds. What is missing has its default, what
+/// is unknown or outside its range is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "crate::settings::SendSettings", into = "crate::settings::SendSettings")
+)]
 #[must_use]
 pub struct SendOptions {
     pub(crate) channels: u8,
@@ -80,7 +89,7 @@ impl SendOptions {
 
     pub(crate) fn check(&self) -> Result<()> {
         self.levels.check()?;
-        if self.channels == 0 { Err(Usage::Channels(0).into()) } else { Ok(()) }
+        Ok(parameters::MULTIFD_CHANNELS.check(self.channels)?)
     }
 }
 
@@ -106,7 +115,15 @@ impl ChannelCount {
 }
 
 /// How a destination receives.
-#[derive(Clone, Debug)]
+///
+/// With feature `serde` an object of the parameters' names, times in milliseconds. What is missing has its default, what
+/// is unknown or outside its range is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "crate::settings::ReceiveSettings", into = "crate::settings::ReceiveSettings")
+)]
 #[must_use]
 pub struct ReceiveOptions {
     pub(crate) channels: ChannelCount,

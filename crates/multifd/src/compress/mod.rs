@@ -17,6 +17,7 @@ use std::{fmt, str::FromStr};
 
 use crate::{
     error::{Result, Unsupported, Usage, Violation},
+    parameters,
     ram::{PageIndex, RamBlock},
     wire::Flags,
 };
@@ -51,13 +52,8 @@ impl Default for Levels {
 
 impl Levels {
     pub(crate) fn check(self) -> Result<(), Usage> {
-        for (name, most, met) in [("multifd-zlib-level", 9, self.zlib), ("multifd-zstd-level", 20, self.zstd)]
-        {
-            if met > most {
-                return Err(Usage::Level { name, most, met });
-            }
-        }
-        Ok(())
+        parameters::MULTIFD_ZLIB_LEVEL.check(self.zlib)?;
+        parameters::MULTIFD_ZSTD_LEVEL.check(self.zstd)
     }
 }
 

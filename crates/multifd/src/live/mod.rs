@@ -10,6 +10,7 @@
 //! rest fits into the downtime and how to go back. What the main stream looks like it asks a [`Main`], what the
 //! guest has written a [`DirtyLog`], and to stop it a [`Guest`].
 
+mod options;
 mod pace;
 mod pass;
 mod progress;
@@ -20,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use options::{MigrateOptions, ZeroPageDetection};
 use pace::Pace;
 use pass::Walk;
 use progress::PassRate;
@@ -122,77 +124,6 @@ pub trait Guest {
     fn resume(&mut self);
 }
 
-/// Where zero pages are looked for, and how they travel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum ZeroPageDetection {
-    /// They are not looked for and travel as any other page, those that are [known](crate::ram::RamBlock::present) to
-    /// be zero included.
-    None,
-    /// The migration's thread looks, and they go over main, which every destination understands.
-    #[default]
-    Legacy,
-    /// The channels look, and list them in their packets. For destinations from QEMU 9.0 on, and this library.
-    /// Without channels, and for the looking alone where there is a [limit](MigrateOptions::max_bandwidth), as
-    /// `Legacy`.
-    Multifd,
-}
-
-/// When and how fast a migration moves.
-#[derive(Clone, Debug)]
-#[must_use]
-pub struct MigrateOptions {
-    downtime_limit: Duration,
-    max_bandwidth: Option<u64>,
-    zero_page_detection: ZeroPageDetection,
-    look_for_zero_pages: bool,
-}
-
-impl Default for MigrateOptions {
-    fn default() -> Self {
-        Self {
-            downtime_limit: Duration::from_millis(300),
-            max_bandwidth: None,
-            zero_page_detection: ZeroPageDetection::Legacy,
-            look_for_zero_pages: true,
-        }
-    }
-}
-
-impl MigrateOptions {
-    /// The default options.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// `downtime-limit`: the guest is stopped when what remains can be sent in this time. Default 300 ms. A shorter
-    /// one takes more passes, and may never be reached by a guest that writes faster than the channels send.
-    pub fn downtime_limit(mut self, limit: Duration) -> Self {
-        self.downtime_limit = limit;
-        self
-    }
-
-    /// `max-bandwidth`: bytes a second over all connections while the guest runs; `None`, the default, and 0
-    /// are no limit.
-    pub fn max_bandwidth(mut self, bytes: Option<u64>) -> Self {
-        self.max_bandwidth = bytes.filter(|bytes| *bytes > 0);
-        self
-    }
-
-    /// `zero-page-detection`. Default legacy.
-    pub fn zero_page_detection(mut self, detection: ZeroPageDetection) -> Self {
-        self.zero_page_detection = detection;
-        self
-    }
-
-    /// Whether pages that may hold something are looked at, unless `zero-page-detection` is none. Default true. If
-    /// false, only those that are [known](crate::ram::RamBlock::present) to be zero count as zero: for a mapping of
-    /// a file that somebody may cut shorter, where a look would raise `SIGBUS`.
-    pub fn look_for_zero_pages(mut self, look: bool) -> Self {
-        self.look_for_zero_pages = look;
-        self
-    }
-}
-
 /// One live migration, from set-up to its end.
 pub struct Migration {
     options: MigrateOptions,
@@ -287,6 +218,7 @@ impl Driver<'_> {
     fn drive(&mut self) -> Result<()> {
         let Migration { options, stop, progress, .. } = self.migration;
         stop.check()?;
+        options.check()?;
         progress.advance(Status::Setup)?;
         self.set_up()?;
         progress.advance(Status::Active)?;
@@ -296,8 +228,7 @@ impl Driver<'_> {
             let rate = self.pass(Pass::Live, &mut pace)?;
             let remaining =
                 self.bitmap_sync(Some(rate.time))? * self.migration.blocks.page_size().bytes() as u64;
-            let expected = Duration::try_from_secs_f64(remaining as f64 / rate.bandwidth().max(1.0));
-            let expected = expected.unwrap_or(Duration::MAX);
+            let expected = options.expected_downtime(remaining, rate.bandwidth());
             progress.expect_downtime(expected);
             tracing::debug!(remaining, ?expected, bandwidth = rate.bandwidth(), "migration_iteration");
             if expected <= options.downtime_limit {

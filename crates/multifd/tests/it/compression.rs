@@ -303,7 +303,7 @@ fn levels_outside_of_their_range_are_refused() {
     let blocks = used(PageSize::KIB_4, &[("pc.ram", 4096)]);
     let refused = |options| {
         let error = Sender::new(options, blocks.clone(), Stop::new()).expect_err("refused");
-        assert!(matches!(error.kind(), Error::Usage(Usage::Level { .. })), "{error}");
+        assert!(matches!(error.kind(), Error::Usage(Usage::OutOfRange { .. })), "{error}");
         error.to_string()
     };
     assert_eq!(refused(SendOptions::new().zlib_level(10)), "expected multifd-zlib-level 0 to 9, met 10");

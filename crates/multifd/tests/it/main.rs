@@ -12,6 +12,8 @@ mod hostile;
 mod kit;
 #[cfg(test)]
 mod loopback;
+#[cfg(all(test, feature = "serde"))]
+mod settings;
 #[cfg(all(test, feature = "tls"))]
 mod tls;
 #[cfg(test)]

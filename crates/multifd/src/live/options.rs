@@ -1,0 +1,165 @@
+//! What can be chosen for the passes: `max-bandwidth`, `downtime-limit`, `zero-page-detection` and their like.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use crate::{error::Usage, parameters};
+
+/// Where zero pages are looked for, and how they travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ZeroPageDetection {
+    /// They are not looked for and travel as any other page, those that are [known](crate::ram::RamBlock::present) to
+    /// be zero included.
+    None,
+    /// The migration's thread looks, and they go over main, which every destination understands.
+    #[default]
+    Legacy,
+    /// The channels look, and list them in their packets. For destinations from QEMU 9.0 on, and this library.
+    /// Without channels, and for the looking alone where there is a [limit](MigrateOptions::max_bandwidth), as
+    /// `Legacy`.
+    Multifd,
+}
+
+impl ZeroPageDetection {
+    /// QEMU's name for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Legacy => "legacy",
+            Self::Multifd => "multifd",
+        }
+    }
+}
+
+impl fmt::Display for ZeroPageDetection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for ZeroPageDetection {
+    type Err = Usage;
+
+    fn from_str(text: &str) -> Result<Self, Usage> {
+        let known = [Self::None, Self::Legacy, Self::Multifd].into_iter().find(|mode| mode.as_str() == text);
+        known.ok_or_else(|| Usage::ZeroPageDetection { met: text.to_owned() })
+    }
+}
+
+/// When and how fast a migration moves.
+///
+/// With feature `serde` an object of the parameters' names, times in milliseconds, no limit as 0. What is missing has
+/// its default, what is unknown or outside its range is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "crate::settings::MigrateSettings", into = "crate::settings::MigrateSettings")
+)]
+#[must_use]
+pub struct MigrateOptions {
+    pub(crate) downtime_limit: Duration,
+    pub(crate) max_bandwidth: Option<u64>,
+    pub(crate) avail_switchover_bandwidth: Option<u64>,
+    pub(crate) zero_page_detection: ZeroPageDetection,
+    pub(crate) look_for_zero_pages: bool,
+}
+
+impl Default for MigrateOptions {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            max_bandwidth: None,
+            avail_switchover_bandwidth: None,
+            zero_page_detection: ZeroPageDetection::Legacy,
+            look_for_zero_pages: true,
+        }
+    }
+}
+
+impl MigrateOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `downtime-limit`: the guest is stopped when what remains can be sent in this time, 0 to 2000 s. Default 300 ms.
+    /// A shorter one takes more passes, and may never be reached by a guest that writes faster than the channels send.
+    pub fn downtime_limit(mut self, limit: Duration) -> Self {
+        self.downtime_limit = limit;
+        self
+    }
+
+    /// `max-bandwidth`: bytes a second over all connections while the guest runs; `None`, the default, and 0
+    /// are no limit.
+    pub fn max_bandwidth(mut self, bytes: Option<u64>) -> Self {
+        self.max_bandwidth = bytes.filter(|bytes| *bytes > 0);
+        self
+    }
+
+    /// `avail-switchover-bandwidth`: bytes a second to reckon with for what remains when the guest has been stopped;
+    /// `None`, the default, and 0 take what the pass before has measured. For where `max-bandwidth` holds that pass
+    /// back, but not the last one: the guest is then stopped earlier.
+    pub fn avail_switchover_bandwidth(mut self, bytes: Option<u64>) -> Self {
+        self.avail_switchover_bandwidth = bytes.filter(|bytes| *bytes > 0);
+        self
+    }
+
+    /// `zero-page-detection`. Default legacy.
+    pub fn zero_page_detection(mut self, detection: ZeroPageDetection) -> Self {
+        self.zero_page_detection = detection;
+        self
+    }
+
+    /// Whether pages that may hold something are looked at, unless `zero-page-detection` is none. Default true. If
+    /// false, only those that are [known](crate::ram::RamBlock::present) to be zero count as zero: for a mapping of
+    /// a file that somebody may cut shorter, where a look would raise `SIGBUS`.
+    pub fn look_for_zero_pages(mut self, look: bool) -> Self {
+        self.look_for_zero_pages = look;
+        self
+    }
+
+    /// How long `remaining` bytes would take with the guest stopped, after a pass at `measured` bytes a second.
+    pub(super) fn expected_downtime(&self, remaining: u64, measured: f64) -> Duration {
+        let bandwidth = self.avail_switchover_bandwidth.map_or(measured, |bytes| bytes as f64);
+        Duration::try_from_secs_f64(remaining as f64 / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
+    }
+
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        let limit = self.downtime_limit;
+        // Rounded up: what is above the bound by less than a millisecond is above it.
+        let millis = limit.as_nanos().div_ceil(1_000_000);
+        parameters::DOWNTIME_LIMIT.check(i128::try_from(millis).unwrap_or(i128::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn downtime_limit_beyond_the_bound_is_refused_by_name() {
+        let limit = |limit| MigrateOptions::new().downtime_limit(limit).check();
+        assert_eq!(limit(Duration::from_secs(2000)), Ok(()));
+        for above in [Duration::from_secs(2000) + Duration::from_nanos(1), Duration::MAX] {
+            let refused = limit(above).expect_err("refused").to_string();
+            assert!(refused.starts_with("expected downtime-limit 0 to 2000000, met "), "{refused}");
+        }
+    }
+
+    #[test]
+    fn bandwidth_of_the_switchover_replaces_what_was_measured() {
+        let options = MigrateOptions::new();
+        assert_eq!(options.expected_downtime(1000, 100.0), Duration::from_secs(10));
+        let told = options.clone().avail_switchover_bandwidth(Some(500));
+        assert_eq!(told.expected_downtime(1000, 100.0), Duration::from_secs(2));
+        let none = told.avail_switchover_bandwidth(Some(0));
+        assert_eq!(none, options);
+    }
+
+    #[test]
+    fn mode_that_is_none_is_refused_with_those_that_are() {
+        let refused = "off".parse::<ZeroPageDetection>().expect_err("refused").to_string();
+        assert_eq!(refused, r#"expected zero-page-detection none, legacy or multifd, met "off""#);
+        assert_eq!("multifd".parse(), Ok(ZeroPageDetection::Multifd));
+    }
+}

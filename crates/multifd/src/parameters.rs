@@ -1,0 +1,58 @@
+//! Names, ranges and defaults of the parameters that are numbers, as QEMU has them.
+//!
+//! The options of both sides take their defaults from here and are judged by it; so can a command line be.
+
+use crate::error::Usage;
+
+/// A parameter that is a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Range {
+    /// QEMU's name where it has the parameter.
+    pub name: &'static str,
+    /// The least value.
+    pub least: u64,
+    /// The greatest value.
+    pub most: u64,
+}
+
+impl Range {
+    /// Refuses a value outside.
+    ///
+    /// # Errors
+    /// [`Usage::OutOfRange`], with the name.
+    pub fn check(&self, met: impl Into<i128>) -> Result<(), Usage> {
+        let (name, least, most, met) = (self.name, self.least, self.most, met.into());
+        if (i128::from(least)..=i128::from(most)).contains(&met) {
+            Ok(())
+        } else {
+            Err(Usage::OutOfRange { name, least, most, met })
+        }
+    }
+}
+
+/// Number of channels of a source.
+pub const MULTIFD_CHANNELS: Range = Range { name: "multifd-channels", least: 1, most: 255 };
+/// Level of zlib.
+pub const MULTIFD_ZLIB_LEVEL: Range = Range { name: "multifd-zlib-level", least: 0, most: 9 };
+/// Level of zstd.
+pub const MULTIFD_ZSTD_LEVEL: Range = Range { name: "multifd-zstd-level", least: 0, most: 20 };
+/// Milliseconds that the guest may stand still.
+pub const DOWNTIME_LIMIT: Range = Range { name: "downtime-limit", least: 0, most: 2_000_000 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn value_beyond_either_bound_is_refused_by_name() {
+        for range in [MULTIFD_CHANNELS, MULTIFD_ZLIB_LEVEL, MULTIFD_ZSTD_LEVEL, DOWNTIME_LIMIT] {
+            let (least, most) = (i128::from(range.least), i128::from(range.most));
+            assert_eq!((range.check(least), range.check(most)), (Ok(()), Ok(())));
+            for met in [least - 1, most + 1] {
+                let told = format!("expected {} {least} to {most}, met {met}", range.name);
+                assert_eq!(range.check(met).expect_err("refused").to_string(), told);
+            }
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! The options as data (feature `serde`): QEMU's parameter names, its words and units.
+//!
+//! What comes in is judged here, so that every refusal names its parameter; options that exist are in range.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
+
+use crate::{
+    compress::{Levels, Method},
+    error::Usage,
+    live::MigrateOptions,
+    options::{ChannelCount, ReceiveOptions, SendOptions},
+    parameters::{DOWNTIME_LIMIT, MULTIFD_CHANNELS, MULTIFD_ZLIB_LEVEL, MULTIFD_ZSTD_LEVEL, Range},
+    wire::VmUuid,
+};
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+pub(crate) struct SendSettings {
+    multifd_channels: Number,
+    multifd_compression: String,
+    multifd_zlib_level: Number,
+    multifd_zstd_level: Number,
+    uuid: String,
+    connect_timeout: Number,
+}
+
+impl Default for SendSettings {
+    fn default() -> Self {
+        SendOptions::default().into()
+    }
+}
+
+impl From<SendOptions> for SendSettings {
+    fn from(options: SendOptions) -> Self {
+        Self {
+            multifd_channels: Number(options.channels.into()),
+            multifd_compression: options.method.to_string(),
+            multifd_zlib_level: Number(options.levels.zlib.into()),
+            multifd_zstd_level: Number(options.levels.zstd.into()),
+            uuid: options.uuid.to_string(),
+            connect_timeout: Number::millis(options.connect_timeout),
+        }
+    }
+}
+
+impl TryFrom<SendSettings> for SendOptions {
+    type Error = String;
+
+    fn try_from(settings: SendSettings) -> Result<Self, String> {
+        let levels = Levels {
+            zlib: settings.multifd_zlib_level.within(MULTIFD_ZLIB_LEVEL)?,
+            zstd: settings.multifd_zstd_level.within(MULTIFD_ZSTD_LEVEL)?,
+        };
+        Ok(Self {
+            channels: settings.multifd_channels.within(MULTIFD_CHANNELS)?,
+            uuid: uuid(&settings.uuid)?,
+            method: method(&settings.multifd_compression)?,
+            levels,
+            connect_timeout: settings.connect_timeout.duration("connect-timeout")?,
+        })
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+pub(crate) struct ReceiveSettings {
+    multifd_channels: CountOrWord,
+    multifd_compression: String,
+    uuid: Option<String>,
+    greeting_timeout: Number,
+    channels_timeout: Number,
+    drain_timeout: Number,
+}
+
+impl Default for ReceiveSettings {
+    fn default() -> Self {
+        ReceiveOptions::default().into()
+    }
+}
+
+impl From<ReceiveOptions> for ReceiveSettings {
+    fn from(options: ReceiveOptions) -> Self {
+        let multifd_channels = match options.channels {
+            ChannelCount::Auto => CountOrWord::Word(AUTO.to_owned()),
+            ChannelCount::Exact(count) => CountOrWord::Count(Number(count.into())),
+        };
+        Self {
+            multifd_channels,
+            multifd_compression: options.method.map_or(AUTO, Method::as_str).to_owned(),
+            uuid: options.uuid.map(|uuid| uuid.to_string()),
+            greeting_timeout: Number::millis(options.greeting_timeout),
+            channels_timeout: Number::millis(options.channels_timeout),
+            drain_timeout: Number::millis(options.drain_timeout),
+        }
+    }
+}
+
+impl TryFrom<ReceiveSettings> for ReceiveOptions {
+    type Error = String;
+
+    fn try_from(settings: ReceiveSettings) -> Result<Self, String> {
+        let channels = match settings.multifd_channels {
+            CountOrWord::Word(word) if word == AUTO => ChannelCount::Auto,
+            CountOrWord::Word(word) => {
+                return Err(format!("expected multifd-channels 0 to 255, or auto, met {word:?}"));
+            }
+            // 0 is multifd off.
+            CountOrWord::Count(count) => {
+                ChannelCount::Exact(count.within(Range { least: 0, ..MULTIFD_CHANNELS })?)
+            }
+        };
+        let method = match settings.multifd_compression.as_str() {
+            AUTO => None,
+            word => Some(method(word).map_err(|error| error + ", or auto")?),
+        };
+        Ok(Self {
+            channels,
+            uuid: settings.uuid.as_deref().map(uuid).transpose()?,
+            method,
+            greeting_timeout: settings.greeting_timeout.duration("greeting-timeout")?,
+            channels_timeout: settings.channels_timeout.duration("channels-timeout")?,
+            drain_timeout: settings.drain_timeout.duration("drain-timeout")?,
+        })
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+pub(crate) struct MigrateSettings {
+    max_bandwidth: Number,
+    avail_switchover_bandwidth: Number,
+    downtime_limit: Number,
+    zero_page_detection: String,
+    look_for_zero_pages: bool,
+}
+
+impl Default for MigrateSettings {
+    fn default() -> Self {
+        MigrateOptions::default().into()
+    }
+}
+
+impl From<MigrateOptions> for MigrateSettings {
+    fn from(options: MigrateOptions) -> Self {
+        let bytes = |bytes: Option<u64>| Number(bytes.unwrap_or_default().into());
+        Self {
+            max_bandwidth: bytes(options.max_bandwidth),
+            avail_switchover_bandwidth: bytes(options.avail_switchover_bandwidth),
+            downtime_limit: Number::millis(options.downtime_limit),
+            zero_page_detection: options.zero_page_detection.to_string(),
+            look_for_zero_pages: options.look_for_zero_pages,
+        }
+    }
+}
+
+impl TryFrom<MigrateSettings> for MigrateOptions {
+    type Error = String;
+
+    fn try_from(settings: MigrateSettings) -> Result<Self, String> {
+        let zero_page_detection =
+            settings.zero_page_detection.parse().map_err(|error: Usage| error.to_string())?;
+        let max_bandwidth = settings.max_bandwidth.any("max-bandwidth")?;
+        let switchover = settings.avail_switchover_bandwidth.any("avail-switchover-bandwidth")?;
+        Ok(Self::new()
+            .max_bandwidth(Some(max_bandwidth))
+            .avail_switchover_bandwidth(Some(switchover))
+            .downtime_limit(Duration::from_millis(settings.downtime_limit.within(DOWNTIME_LIMIT)?))
+            .zero_page_detection(zero_page_detection)
+            .look_for_zero_pages(settings.look_for_zero_pages))
+    }
+}
+
+/// A number of any size, so that what is outside a range gets as far as its name is known.
+#[derive(Clone, Copy)]
+struct Number(i128);
+
+impl Number {
+    fn millis(time: Duration) -> Self {
+        Self(u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into())
+    }
+
+    fn within<T: TryFrom<i128>>(self, range: Range) -> Result<T, String> {
+        range.check(self.0).map_err(|error| error.to_string())?;
+        T::try_from(self.0).map_err(|_| format!("{} {} is too great", range.name, self.0))
+    }
+
+    fn any(self, name: &'static str) -> Result<u64, String> {
+        self.within(Range { name, least: 0, most: u64::MAX })
+    }
+
+    fn duration(self, name: &'static str) -> Result<Duration, String> {
+        self.any(name).map(Duration::from_millis)
+    }
+}
+
+impl Serialize for Number {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(u64::try_from(self.0).map_err(ser::Error::custom)?)
+    }
+}
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Number;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a whole number")
+            }
+
+            fn visit_u64<E>(self, met: u64) -> Result<Number, E> {
+                Ok(Number(met.into()))
+            }
+
+            fn visit_i64<E>(self, met: i64) -> Result<Number, E> {
+                Ok(Number(met.into()))
+            }
+        }
+        deserializer.deserialize_u64(Visitor)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum CountOrWord {
+    Count(Number),
+    Word(String),
+}
+
+fn method(text: &str) -> Result<Method, String> {
+    text.parse().map_err(|error: Usage| error.to_string())
+}
+
+fn uuid(text: &str) -> Result<VmUuid, String> {
+    text.parse().map_err(|error| format!("uuid: {error}"))
+}
+
+const AUTO: &str = "auto";
