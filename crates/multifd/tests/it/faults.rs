@@ -103,7 +103,7 @@ fn options_and_blocks_that_cannot_be_are_refused() {
     let make = |options, blocks| Sender::new(options, blocks, Stop::new()).expect_err("refused").to_string();
     assert_eq!(
         make(SendOptions::new().channels(0), fresh(PageSize::KIB_4, RAM)),
-        "expected 1 to 255 channels, met 0"
+        "expected multifd-channels 1 to 255, met 0"
     );
     assert_eq!(
         make(SendOptions::new(), used(PageSize::KIB_64, &[("rom", 4096)])),
