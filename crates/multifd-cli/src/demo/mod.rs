@@ -68,7 +68,11 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let address = lines.next_line()?.parse::<Address>()?;
 
     let detection = args.zero_page_detection.or(ZeroPageDetection::Multifd);
-    let options = MigrateOptions::new().zero_page_detection(detection);
+    let options = MigrateOptions::new()
+        .zero_page_detection(detection)
+        .max_bandwidth(Some(args.max_bandwidth))
+        .avail_switchover_bandwidth(Some(args.avail_switchover_bandwidth))
+        .downtime_limit(Duration::from_millis(args.downtime_limit));
     let migration = Migration::new(options, blocks.clone(), stop.clone());
     let progress = migration.progress();
     let display = {
@@ -97,7 +101,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     if args.json {
         print(&report.json())?;
     } else {
-        let done = format!("migrated over {} channels", args.channels);
+        let done = format!("migrated over {} channels", args.multifd_channels);
         print(&report.text(&done))?;
         let verdict = if equal { "equal" } else { "DIFFERENT" };
         print(&format!("RAM is {verdict}: source {here}, destination {}", arrived.hash))?;
@@ -121,7 +125,7 @@ fn migrate(
     let outgoing = Outgoing::new(main, Options::new(Configuration::new(machine)))
         .map_err(|error| Error::other("open the main stream", error))?;
     let mut main = MainStream::of_guest(outgoing);
-    let options = args.compression.apply(SendOptions::new().channels(args.channels));
+    let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels));
     let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
     sender.set_up(Arc::new(address.clone()))?;
     let mut log = guest.dirty_log();

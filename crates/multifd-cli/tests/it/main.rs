@@ -6,3 +6,5 @@ mod interop;
 mod kit;
 #[cfg(test)]
 mod program;
+#[cfg(test)]
+mod table;

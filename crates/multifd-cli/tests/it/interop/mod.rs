@@ -5,6 +5,7 @@ mod files;
 mod journey;
 mod matrix;
 mod odd;
+mod parameters;
 mod peers;
 mod refused;
 mod tls;

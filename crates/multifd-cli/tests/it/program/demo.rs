@@ -97,3 +97,23 @@ fn interrupt_ends_it() {
     program.signal(Signal::INT);
     program.end_within(Duration::from_secs(8)).assert_failed(130, &["interrupted"]);
 }
+
+/// It writes twice as fast as the limit lets it go, so what the passes measure would never let it stop.
+#[test]
+fn guest_held_back_is_stopped_by_what_the_switchover_has_for_bandwidth() {
+    let ended = run([
+        "demo",
+        "--json",
+        "--size=32M",
+        "--dirty-rate=100M",
+        "--max-bandwidth=50M",
+        "--avail-switchover-bandwidth=100G",
+        "--downtime-limit=100",
+        "--multifd-channels=2",
+    ]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let told = ended.json();
+    assert_eq!(told["ram-equal"], true, "{told}");
+    assert!(told["ram"]["dirty-sync-count"].as_u64() <= Some(3), "{told}");
+    assert!(told["total-time"].as_u64() >= Some(500), "held back: {told}");
+}

@@ -7,6 +7,7 @@ mod demo;
 mod extract;
 mod inspect;
 mod pages;
+mod parameters;
 mod receive;
 mod send;
 mod usage;

@@ -64,7 +64,8 @@ fn number_of_channels_beyond_the_range_is_refused() {
     );
     assert_usage(&["send", "--multifd-channels", "256", "machine", "tcp:127.0.0.1:1"], "--multifd-channels");
     assert_usage(&["send", "--multifd-channels", "auto", "machine", "tcp:127.0.0.1:1"], "--multifd-channels");
-    assert_usage(&["demo", "--channels", "0"], "--channels");
+    assert_usage(&["demo", "--multifd-channels", "0"], "--multifd-channels");
+    assert_usage(&["demo", "--channels", "0"], "--multifd-channels");
 }
 
 #[test]
