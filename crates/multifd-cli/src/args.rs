@@ -228,17 +228,24 @@ pub(crate) struct SendTlsArgs {
 }
 
 impl SendTlsArgs {
+    /// The name that the certificate at `address` must hold; of no matter without TLS.
+    ///
+    /// # Errors
+    /// [`Usage::NoTlsHostname`].
+    pub(crate) fn hostname<'a>(&'a self, address: &'a Address) -> Result<&'a str, Usage> {
+        match (&self.tls_creds, &self.tls_hostname, address) {
+            (None, ..) => Ok(""),
+            (_, Some(name), _) => Ok(name),
+            (_, None, Address::Tcp { host, .. }) if !host.is_empty() => Ok(host),
+            _ => Err(Usage::NoTlsHostname(address.to_string())),
+        }
+    }
+
     /// What opens connections to `address`.
     pub(crate) fn connector(&self, address: &Address) -> Result<Arc<dyn Connect>, While> {
         let plain = Arc::new(address.clone());
         let Some(folder) = &self.tls_creds else { return Ok(plain) };
-        let host = match address {
-            Address::Tcp { host, .. } if !host.is_empty() => Some(host),
-            _ => None,
-        };
-        let name = self.tls_hostname.as_ref().or(host).ok_or_else(|| {
-            While::new("cannot set TLS up", format!("{address} has no host name: give --tls-hostname"))
-        })?;
+        let name = self.hostname(address).map_err(|error| While::new("cannot set TLS up", error))?;
         let credentials = ClientCredentials::load(folder, name);
         let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
         Ok(Arc::new(TlsConnector::new(plain, credentials)))

@@ -13,6 +13,7 @@
 
 mod args;
 mod capture;
+mod combinations;
 mod demo;
 mod display;
 mod extract;

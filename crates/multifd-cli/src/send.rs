@@ -4,8 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use multifd::{
     Error, SendOptions, Sender,
-    channel::{Address, Connect, Stop, Stream},
-    error::Usage,
+    channel::{Connect, Stop, Stream},
     live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
     ram::{Access, Mapping, Memory, NeverDirty, PageBitmap, RamBlock, RamBlocks},
     wire::VmUuid,
@@ -18,6 +17,7 @@ use qemu_stream::{
 
 use crate::{
     args::{SendArgs, SyncModeArg},
+    combinations,
     display::{Display, Look},
     interrupt,
     outcome::{Failure, While, print, say},
@@ -26,10 +26,7 @@ use crate::{
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let channels = args.multifd_channels;
-    if let (Address::Fd(_), 1..) = (&args.address, channels) {
-        let refused = Usage::SingleConnection(args.address.to_string());
-        return Err(Failure::Usage(refused.into()));
-    }
+    combinations::of_send(args).map_err(|refused| Failure::Usage(refused.into()))?;
     let connector = args.tls.connector(&args.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;

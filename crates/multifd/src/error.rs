@@ -441,6 +441,9 @@ pub enum Usage {
         "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp or unix"
     )]
     SingleConnection(String),
+    /// TLS to an address that names no host, and no name given.
+    #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
+    NoTlsHostname(String),
     /// Two blocks have one name.
     #[error("two RAM blocks are named {0:?}")]
     DuplicateBlock(BlockName),

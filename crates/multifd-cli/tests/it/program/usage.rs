@@ -111,6 +111,16 @@ fn size_that_is_none_is_refused() {
 }
 
 #[test]
+fn tls_to_an_address_without_a_host_is_refused_without_a_name() {
+    let told = "has no host name to hold the certificate of tls-creds against: give tls-hostname";
+    for address in ["unix:/no/such/socket", "tcp::1"] {
+        assert_usage(&["send", "--tls-creds", "no/such/folder", "machine", address], told);
+    }
+    let named = ["send", "--tls-creds", "no/such/folder", "--tls-hostname", "x", "machine", "unix:/no/such"];
+    run(named).assert_failed(1, &["no/such/folder"]);
+}
+
+#[test]
 fn channels_over_one_inherited_connection_are_refused() {
     assert_usage(&["send", "machine", "fd:0"], "fd:0");
 }

@@ -1,0 +1,18 @@
+//! What cannot go together on a command line, judged before anything is opened: exit code 2, with the reason.
+//!
+//! Flags that are nothing without another one (`requires` in `args`) are refused by the parser, values by their ranges.
+
+use multifd::{channel::Address, error::Usage};
+
+use crate::args::SendArgs;
+
+/// Refuses what `send` cannot do.
+///
+/// # Errors
+/// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`].
+pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
+    if let (Address::Fd(_), 1..) = (&args.address, args.multifd_channels) {
+        return Err(Usage::SingleConnection(args.address.to_string()));
+    }
+    args.tls.hostname(&args.address).map(drop)
+}
