@@ -3,7 +3,8 @@
 //! Comes in: Debian's packages of each release in [`RELEASES`]. Goes out, for each, a folder
 //!
 //! ```text
-//! target/qemu/10.0/qemu-system-x86_64   a launcher: starts the emulator with its own loader and libraries
+//! target/qemu/10.0/qemu-system-x86_64   a launcher: starts the emulator with its own loader and libraries;
+//!                                       beside it one for each other guest architecture
 //! target/qemu/10.0/root/                the packages, unpacked
 //! target/qemu/10.0/stamp                what was unpacked; written last, so it stands for a whole folder
 //! ```
@@ -14,6 +15,7 @@
 
 use std::env;
 use std::fs::{self, File};
+use std::iter;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,22 +31,51 @@ pub(crate) struct Release {
     /// The environment variable that tells the tests where it is.
     pub(crate) variable: &'static str,
     suite: &'static str,
+    /// Emulators of other guest architectures. Those of 7.2 share one package of 46 MB, so there it is Arm alone.
+    others: &'static [Emulator],
 }
 
 /// The releases, oldest first.
 pub(crate) const RELEASES: [Release; 2] = [
-    Release { series: "7.2", variable: "MULTIFD_QEMU_7_2", suite: "bookworm" },
-    Release { series: "10.0", variable: "MULTIFD_QEMU_10_0", suite: "bookworm-backports" },
+    Release { series: "7.2", variable: "MULTIFD_QEMU_7_2", suite: "bookworm", others: &[ARM] },
+    Release {
+        series: "10.0",
+        variable: "MULTIFD_QEMU_10_0",
+        suite: "bookworm-backports",
+        others: &[
+            ARM,
+            Emulator { package: "qemu-system-ppc", program: "qemu-system-ppc64" },
+            Emulator { package: "qemu-system-riscv", program: "qemu-system-riscv64" },
+            Emulator { package: "qemu-system-s390x", program: "qemu-system-s390x" },
+        ],
+    },
 ];
 
 /// An emulator: the package it comes in, its program.
-struct Emulator {
+pub(crate) struct Emulator {
     package: &'static str,
     program: &'static str,
 }
 
-/// The emulators taken of each release. The first is the one that has to be there.
-const EMULATORS: [Emulator; 1] = [Emulator { package: "qemu-system-x86", program: "qemu-system-x86_64" }];
+/// The emulator taken of each release, the one that another QEMU can stand in for.
+const X86: Emulator = Emulator { package: "qemu-system-x86", program: "qemu-system-x86_64" };
+const ARM: Emulator = Emulator { package: "qemu-system-arm", program: "qemu-system-aarch64" };
+
+impl Release {
+    fn emulators(&self) -> impl Iterator<Item = &Emulator> {
+        iter::once(&X86).chain(self.others)
+    }
+
+    /// Whether `stamp` stands for a folder with everything that is wanted of this release.
+    fn is_whole(&self, stamp: &str) -> bool {
+        let mut lines = stamp.lines();
+        lines.next() == Some(&recipe(self))
+            && self
+                .others
+                .iter()
+                .all(|other| stamp.lines().any(|line| line.split('_').next() == Some(other.package)))
+    }
+}
 
 /// Fetches every release, or fails.
 ///
@@ -74,7 +105,7 @@ pub(crate) fn locate(release: &Release) -> Result<PathBuf, Failure> {
     eprintln!("xtask: QEMU {} cannot be fetched: {unfetched}", release.series);
     let (program, from) = match env::var_os("MULTIFD_QEMU") {
         Some(program) => (PathBuf::from(program), "$MULTIFD_QEMU"),
-        None => (PathBuf::from(EMULATORS[0].program), "PATH"),
+        None => (PathBuf::from(X86.program), "PATH"),
     };
     let version = version_of(&program).map_err(|e| format!("{unfetched}; and {from} has none: {e}"))?;
     if stands_in(&version, release.series) {
@@ -92,33 +123,40 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
     }
     let base = crate::workspace_root().join("target/qemu");
     let home = base.join(release.series);
-    let launcher = home.join(EMULATORS[0].program);
+    let launcher = home.join(X86.program);
     fs::create_dir_all(&home)?;
     // Two tasks at a time: the second waits and finds the work done.
     let lock = File::create(base.join("lock"))?;
     lock.lock()?;
-    if fs::read_to_string(home.join("stamp")).is_ok_and(|stamp| stamp.starts_with(&recipe(release))) {
+    if fs::read_to_string(home.join("stamp")).is_ok_and(|stamp| release.is_whole(&stamp)) {
         return Ok(launcher);
     }
     step(&format!("fetch QEMU {}", release.series), || {
-        let _ = fs::remove_file(home.join("stamp"));
         let apt_home = base.join("apt");
         let suites: Vec<&str> = RELEASES.iter().map(|release| release.suite).collect();
         let apt = Apt::new(&apt_home, &suites)?;
-        let names: Vec<&str> = EMULATORS.iter().map(|emulator| emulator.package).collect();
+        let names: Vec<&str> = release.emulators().map(|emulator| emulator.package).collect();
         let packages = apt.download(release.suite, &names)?;
-        let root = home.join("root");
-        if root.exists() {
-            fs::remove_dir_all(&root)?;
+        // Beside the one that tests may be starting from, until it is whole.
+        let (root, new, old) = (home.join("root"), home.join("root.new"), home.join("root.old"));
+        for leftover in [&new, &old] {
+            if leftover.exists() {
+                fs::remove_dir_all(leftover)?;
+            }
         }
-        fs::create_dir_all(&root)?;
-        let mut stamp = recipe(release);
+        fs::create_dir_all(&new)?;
+        let mut stamp = recipe(release) + "\n";
         for package in &packages {
-            package.unpack(&root)?;
+            package.unpack(&new)?;
             stamp.push_str(&package.name);
             stamp.push('\n');
         }
-        for emulator in &EMULATORS {
+        let _ = fs::remove_file(home.join("stamp"));
+        if root.exists() {
+            fs::rename(&root, &old)?;
+        }
+        fs::rename(&new, &root)?;
+        for emulator in release.emulators() {
             write_launcher(&home.join(emulator.program), emulator.program)?;
         }
         let version = version_of(&launcher)?;
@@ -128,7 +166,9 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
             );
         }
         fs::write(home.join("stamp"), stamp)?;
-        let _ = fs::remove_dir_all(&apt_home);
+        for leftover in [&apt_home, &old] {
+            let _ = fs::remove_dir_all(leftover);
+        }
         eprintln!("   QEMU {version}, {} packages, in {}", packages.len(), home.display());
         Ok(())
     })?;
@@ -137,8 +177,7 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
 
 /// The head of a stamp: a folder made by another recipe is made anew.
 fn recipe(release: &Release) -> String {
-    let names: String = EMULATORS.iter().map(|emulator| format!(" {}", emulator.package)).collect();
-    format!("recipe 1: {}{names}\n", release.suite)
+    format!("recipe 1: {} {}", release.suite, X86.package)
 }
 
 /// Writes a launcher that finds everything beside itself, so the folder may be moved.
@@ -175,12 +214,22 @@ export QEMU_MODULE_DIR="$root/usr/lib/$lib/qemu"
 exec "$root/lib64/ld-linux-x86-64.so.2" \
     --library-path "$root/lib/$lib:$root/usr/lib/$lib:$root/usr/lib/$lib/pulseaudio" \
     "$root/usr/bin/PROGRAM" \
-    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" \
+    -L "$root/usr/share/slof" -L "$root/usr/lib/riscv64-linux-gnu/opensbi/generic" "$@"
 "#;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folder_without_a_wanted_emulator_is_not_whole() {
+        let [old, _] = &RELEASES;
+        let x86 = "recipe 1: bookworm qemu-system-x86\nqemu-system-x86_7.2.deb\n";
+        assert!(!old.is_whole(x86));
+        assert!(old.is_whole(&format!("{x86}qemu-system-arm_7.2.deb\n")));
+        assert!(!old.is_whole("recipe 0: bookworm qemu-system-x86\nqemu-system-arm_7.2.deb\n"));
+    }
 
     #[test]
     fn same_series_stands_in() {

@@ -76,6 +76,27 @@ impl Qemu {
         &self.program
     }
 
+    /// The emulator of another guest architecture, `qemu-system-aarch64` for example, that lies beside this one. `None`
+    /// means that the test is to return: it has been listed as skipped.
+    ///
+    /// # Panics
+    ///
+    /// If there is none and `CI` or `MULTIFD_REQUIRE_QEMU` is set.
+    pub fn emulator(&self, program: &str) -> Option<Self> {
+        let other = Self { program: self.program.with_file_name(program), series: self.series };
+        match version_of(&other.program) {
+            Ok(version) if numbers(&version) == numbers(self.series) => Some(other),
+            Ok(version) => {
+                skip(&format!("no {program} of QEMU {}: it is {version}", self.series));
+                None
+            }
+            Err(reason) => {
+                skip(&format!("no {program} of QEMU {}: {reason}", self.series));
+                None
+            }
+        }
+    }
+
     /// A machine on this QEMU, to be described and started.
     pub fn vm(&self) -> VmBuilder {
         VmBuilder::new(self.clone())

@@ -1,5 +1,6 @@
 //! Real QEMUs at both ends, the program between them.
 
+mod architectures;
 mod compression;
 mod files;
 mod journey;

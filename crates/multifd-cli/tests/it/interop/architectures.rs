@@ -1,0 +1,246 @@
+//! Guests of other architectures: machines that have never run, their RAM filled with a pattern.
+//!
+//! The destination is started without the pattern. What it has then has come through the file.
+
+use std::fs;
+
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder};
+use serde_json::json;
+
+use crate::kit::{
+    PAGE, Program, assert_left, fast, file_uri, folder, migrate, path, run, send, stored_block,
+};
+
+/// A machine of another architecture.
+#[derive(Clone, Copy)]
+struct Board {
+    program: &'static str,
+    machine: &'static str,
+    options: &'static [&'static str],
+    /// RAM's block, its guest-physical address, its length.
+    block: &'static str,
+    base: u64,
+    memory: u64,
+}
+
+const AARCH64: Board = Board {
+    program: "qemu-system-aarch64",
+    machine: "virt-10.0",
+    options: &["-cpu", "max"],
+    block: "mach-virt.ram",
+    base: 0x4000_0000,
+    memory: 64 << 20,
+};
+const AARCH64_7_2: Board = Board { machine: "virt-7.2", ..AARCH64 };
+/// Its machine type has no version in its name.
+const RISCV64: Board = Board {
+    program: "qemu-system-riscv64",
+    machine: "virt",
+    options: &["-bios", "none"],
+    block: "riscv_virt_board.ram",
+    base: 0x8000_0000,
+    memory: 64 << 20,
+};
+const S390X: Board = Board {
+    program: "qemu-system-s390x",
+    machine: "s390-ccw-virtio-10.0",
+    options: &[],
+    block: "s390.ram",
+    base: 0,
+    memory: 64 << 20,
+};
+const PPC64: Board = Board {
+    program: "qemu-system-ppc64",
+    machine: "pseries-10.0",
+    options: &[],
+    block: "ppc_spapr.ram",
+    base: 0,
+    memory: 256 << 20,
+};
+
+impl Board {
+    fn machine(&self, qemu: &Qemu) -> VmBuilder {
+        qemu.vm().machine(self.machine).memory(self.memory).args(self.options.iter().copied()).paused()
+    }
+
+    /// A machine that has never run and whose RAM holds the pattern.
+    fn filled(&self, qemu: &Qemu) -> Result<Vm, Error> {
+        let folder = folder();
+        let file = path(&folder, "pattern");
+        fs::write(&file, pattern()).expect("the pattern");
+        let loader =
+            format!("loader,file={},addr={:#x},force-raw=on", file.display(), self.base + PATTERN_AT);
+        let mut vm = self.machine(qemu).arg("-device").arg(loader).start()?;
+        let memory = vm.pmemsave(self.base + PATTERN_AT, PATTERN_LENGTH)?;
+        assert_eq!(first_difference(&memory, &pattern()), None, "the pattern is in place");
+        Ok(vm)
+    }
+
+    fn ram(&self, vm: &mut Vm) -> Result<Vec<u8>, Error> {
+        vm.pmemsave(self.base, self.memory)
+    }
+}
+
+/// Pages that differ, one in four of them zero.
+fn pattern() -> Vec<u8> {
+    (0..PATTERN_LENGTH / PAGE as u64)
+        .flat_map(|page| {
+            let seed = if page % 4 == 0 { 0 } else { page.wrapping_mul(0x9e37_79b9_7f4a_7c15) };
+            (0..PAGE as u64 / 8).flat_map(move |word| (seed.wrapping_mul(word + 1)).to_be_bytes())
+        })
+        .collect()
+}
+
+const PATTERN_AT: u64 = 16 << 20;
+const PATTERN_LENGTH: u64 = 8 << 20;
+
+fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
+    assert_eq!(one.len(), other.len());
+    one.chunks(PAGE).zip(other.chunks(PAGE)).position(|(a, b)| a != b)
+}
+
+/// The machine in the destination has all of it, and starts.
+fn is_there_and_starts(board: &Board, to: &mut Vm, before: &[u8]) -> Result<(), Error> {
+    assert_eq!(first_difference(before, &board.ram(to)?), None, "page, source and destination");
+    to.cont()?;
+    to.wait_run_state("running", PATIENCE)
+}
+
+/// source → `receive` → file → `send` → destination.
+fn there_and_back(qemu: Option<Qemu>, board: &Board, channels: u8) -> Result<(), Error> {
+    let Some(qemu) = qemu.and_then(|qemu| qemu.emulator(board.program)) else { return Ok(()) };
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = board.filled(&qemu)?;
+    let before = board.ram(&mut from)?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(channels)?;
+    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &file);
+    migrate(&mut from, &address)?;
+    receive.done();
+    assert_eq!(first_difference(&before, &stored_block(&file, board.block)), None, "page, source and file");
+    let inspected = run(["inspect".as_ref(), "--json".as_ref(), file.as_os_str()]).json();
+    assert_eq!(inspected["machine"], json!(board.machine));
+    assert_eq!(inspected["page-size"], json!(PAGE));
+
+    let mut to = board.machine(&qemu).incoming().start()?;
+    to.set_multifd_channels(channels)?;
+    send(&["--multifd-channels", &channels.to_string()], &file, &mut to, "tcp:127.0.0.1:0")?;
+    is_there_and_starts(board, &mut to, &before)
+}
+
+#[test]
+fn aarch64_machine_moves_over_channels_10_0() {
+    there_and_back(Qemu::v10_0(), &AARCH64, 2).unwrap();
+}
+
+#[test]
+fn aarch64_machine_moves_over_channels_7_2() {
+    there_and_back(Qemu::v7_2(), &AARCH64_7_2, 2).unwrap();
+}
+
+#[test]
+#[ignore = "slow: another machine of x86 shows the same"]
+fn aarch64_machine_moves_with_multifd_off_10_0() {
+    there_and_back(Qemu::v10_0(), &AARCH64, 0).unwrap();
+}
+
+#[test]
+#[ignore = "slow: another machine of x86 shows the same"]
+fn aarch64_machine_moves_with_multifd_off_7_2() {
+    there_and_back(Qemu::v7_2(), &AARCH64_7_2, 0).unwrap();
+}
+
+#[test]
+fn riscv64_machine_without_a_version_moves_over_channels_10_0() {
+    there_and_back(Qemu::v10_0(), &RISCV64, 2).unwrap();
+}
+
+#[test]
+#[ignore = "slow: another machine of x86 shows the same"]
+fn riscv64_machine_moves_with_multifd_off_10_0() {
+    there_and_back(Qemu::v10_0(), &RISCV64, 0).unwrap();
+}
+
+/// We write, QEMU loads by itself.
+fn ours_is_loaded(qemu: Option<Qemu>, board: &Board) -> Result<(), Error> {
+    let Some(qemu) = qemu.and_then(|qemu| qemu.emulator(board.program)) else { return Ok(()) };
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = board.filled(&qemu)?;
+    let before = board.ram(&mut from)?;
+    from.set_multifd_channels(2)?;
+    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &file);
+    migrate(&mut from, &address)?;
+    receive.done();
+    let mut to = board.machine(&qemu).incoming().start()?;
+    to.set_capabilities(&[("mapped-ram", true)])?;
+    to.migrate_incoming(&file_uri(&file))?;
+    to.wait_migration("completed", PATIENCE)?;
+    is_there_and_starts(board, &mut to, &before)
+}
+
+#[test]
+#[ignore = "slow: files.rs shows it with x86"]
+fn our_file_of_an_aarch64_machine_is_loaded_by_10_0() {
+    ours_is_loaded(Qemu::v10_0(), &AARCH64).unwrap();
+}
+
+#[test]
+#[ignore = "slow: files.rs shows it with x86"]
+fn our_file_of_a_riscv64_machine_is_loaded_by_10_0() {
+    ours_is_loaded(Qemu::v10_0(), &RISCV64).unwrap();
+}
+
+/// QEMU writes, we send.
+fn theirs_is_sent(qemu: Option<Qemu>, board: &Board) -> Result<(), Error> {
+    let Some(qemu) = qemu.and_then(|qemu| qemu.emulator(board.program)) else { return Ok(()) };
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = board.filled(&qemu)?;
+    let before = board.ram(&mut from)?;
+    from.set_capabilities(&[("mapped-ram", true)])?;
+    migrate(&mut from, &file_uri(&file))?;
+    assert_eq!(first_difference(&before, &stored_block(&file, board.block)), None, "page, source and file");
+    let mut to = board.machine(&qemu).incoming().start()?;
+    to.set_multifd_channels(2)?;
+    send(&["--multifd-channels", "2"], &file, &mut to, "tcp:127.0.0.1:0")?;
+    is_there_and_starts(board, &mut to, &before)
+}
+
+#[test]
+#[ignore = "slow: files.rs shows it with x86"]
+fn file_of_an_aarch64_machine_of_10_0_is_sent() {
+    theirs_is_sent(Qemu::v10_0(), &AARCH64).unwrap();
+}
+
+#[test]
+#[ignore = "slow: files.rs shows it with x86"]
+fn file_of_a_riscv64_machine_of_10_0_is_sent() {
+    theirs_is_sent(Qemu::v10_0(), &RISCV64).unwrap();
+}
+
+/// A machine with a section that comes in pieces beside RAM: nothing tells where a piece ends.
+fn is_refused(qemu: Option<Qemu>, board: &Board, section: &str) -> Result<(), Error> {
+    let Some(qemu) = qemu.and_then(|qemu| qemu.emulator(board.program)) else { return Ok(()) };
+    let folder = folder();
+    let mut from = board.filled(&qemu)?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(2)?;
+    fast(&mut from)?;
+    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &path(&folder, "machine"));
+    from.migrate(&address)?;
+    receive.end().assert_failed(1, &[section, "cannot be skipped"]);
+    assert_left(&folder, &[]);
+    from.wait_migration("failed", PATIENCE).map(drop)
+}
+
+#[test]
+fn s390x_machine_is_refused_by_its_section_10_0() {
+    is_refused(Qemu::v10_0(), &S390X, "s390-storage_attributes").unwrap();
+}
+
+#[test]
+fn ppc64_machine_is_refused_by_its_section_10_0() {
+    is_refused(Qemu::v10_0(), &PPC64, "spapr/htab").unwrap();
+}
