@@ -85,6 +85,9 @@ pub(crate) struct ReceiveArgs {
     /// behind the footer of a device count, and machine types without footers are refused.
     #[arg(long)]
     pub(crate) suppress_vmdesc: bool,
+    /// Write pages from channels past the page cache, where the file system can
+    #[arg(long)]
+    pub(crate) direct_io: bool,
     /// Replace FILE if it exists; with an offset, what stands behind the offset
     #[arg(long)]
     pub(crate) force: bool,
@@ -119,6 +122,9 @@ pub(crate) struct SendArgs {
     /// The machine's UUID, the destination's -uuid; taken from the file where it has one
     #[arg(long)]
     pub(crate) uuid: Option<VmUuid>,
+    /// Read pages for channels past the page cache, where the file system can
+    #[arg(long)]
+    pub(crate) direct_io: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// The file to send: a path, or file:PATH,offset=N
@@ -197,6 +203,11 @@ pub(crate) struct CompressionArgs {
 }
 
 impl CompressionArgs {
+    /// Whether pages are packed at all.
+    pub(crate) fn packs(self) -> bool {
+        self.multifd_compression != Method::None
+    }
+
     pub(crate) fn apply(self, options: SendOptions) -> SendOptions {
         options
             .method(self.multifd_compression)
@@ -239,6 +250,11 @@ impl SendTlsArgs {
             (_, None, Address::Tcp { host, .. }) if !host.is_empty() => Ok(host),
             _ => Err(Usage::NoTlsHostname(address.to_string())),
         }
+    }
+
+    /// Whether connections are encrypted.
+    pub(crate) fn encrypts(&self) -> bool {
+        self.tls_creds.is_some()
     }
 
     /// What opens connections to `address`.

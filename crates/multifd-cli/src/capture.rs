@@ -8,7 +8,7 @@ use std::{fs::File, sync::Arc};
 use multifd::{
     Error, Result,
     channel::Stop,
-    ram::{BlockName, Memory, RamBlock, RamBlocks},
+    ram::{BlockName, DirectFile, Memory, RamBlock, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
@@ -17,24 +17,30 @@ use qemu_stream::{
     mapped_ram::{Layout, Shape, Tail},
 };
 
-use crate::{file_address::FileAddress, new_file::NewFile, outcome::While};
+use crate::{direct_io::DirectIo, file_address::FileAddress, new_file::NewFile, outcome::While};
 
 /// A file that holds nothing valid yet.
 pub(crate) struct Capture {
     new: NewFile,
     file: Arc<File>,
+    direct: Option<Arc<DirectFile>>,
     /// Where the machine's stream begins in it.
     offset: u64,
 }
 
 impl Capture {
     /// A file that will appear at `address`, which keeps what stands before the address's offset.
-    pub(crate) fn create(address: &FileAddress, force: bool) -> Result<Self, While> {
+    pub(crate) fn create(
+        address: &FileAddress,
+        force: bool,
+        direct_io: &DirectIo<'_>,
+    ) -> Result<Self, While> {
         let offset = address.offset();
         let new = NewFile::create(address.path(), offset, force)?;
         let file = new.file().try_clone();
         let file = file.map_err(|error| While::new(format!("cannot create {address}"), error))?;
-        Ok(Self { new, file: Arc::new(file), offset })
+        let direct = direct_io.open(&file);
+        Ok(Self { new, file: Arc::new(file), direct, offset })
     }
 
     /// The machine's blocks, each at its place in the file.
@@ -50,7 +56,8 @@ impl Capture {
             Error::io(format!("extend the file to {:#x} bytes", layout.tail_offset()), error)
         })?;
         let blocks = list.entries().iter().zip(layout.places()).map(|(entry, place)| {
-            let memory = Memory::File { file: self.file.clone(), offset: place.pages_offset };
+            let (file, direct) = (self.file.clone(), self.direct.clone());
+            let memory = Memory::File { file, direct, offset: place.pages_offset };
             RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)
         });
         RamBlocks::new(blocks.collect::<Result<_>>()?)

@@ -15,6 +15,7 @@ mod args;
 mod capture;
 mod combinations;
 mod demo;
+mod direct_io;
 mod display;
 mod extract;
 mod file_address;

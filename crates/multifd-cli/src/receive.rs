@@ -18,6 +18,7 @@ use qemu_stream::incoming::{Incoming, Loaded, Loader, MainPages, Outcome};
 use crate::{
     args::ReceiveArgs,
     capture::{Capture, Channels},
+    direct_io::DirectIo,
     display::{Display, Look},
     interrupt,
     outcome::{Failure, While, print, say},
@@ -39,7 +40,8 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
-    let capture = Capture::create(&args.file, args.force)?;
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
+    let capture = Capture::create(&args.file, args.force, &direct_io)?;
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = listener.local_address().clone();
@@ -62,6 +64,9 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     drop(display);
     match received {
         Ok(received) => {
+            if received.main_pages.normal > 0 {
+                direct_io.without_channels();
+            }
             let report = report(&received, start);
             if args.output.json {
                 print(&report.json())?;

@@ -18,6 +18,7 @@ use qemu_stream::{
 use crate::{
     args::{SendArgs, SyncModeArg},
     combinations,
+    direct_io::DirectIo,
     display::{Display, Look},
     interrupt,
     outcome::{Failure, While, print, say},
@@ -25,13 +26,12 @@ use crate::{
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
-    let channels = args.multifd_channels;
     combinations::of_send(args).map_err(|refused| Failure::Usage(refused.into()))?;
     let connector = args.tls.connector(&args.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;
-    let blocks = Arc::new(blocks(&file, channels == 0)?);
+    let blocks = Arc::new(blocks(&file, args)?);
     // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
     let options = MigrateOptions::new()
         .max_bandwidth(Some(args.max_bandwidth))
@@ -73,16 +73,28 @@ fn understood(file: &MappedRamFile) -> ZeroPageDetection {
     }
 }
 
-/// The file's blocks. Channels send from a mapping, by system calls alone; main copies pages out of the file, which
-/// somebody may be cutting shorter.
-fn blocks(file: &MappedRamFile, over_main: bool) -> Result<RamBlocks, Failure> {
+/// The file's blocks. Channels send from a mapping, by system calls alone. Where pages are read into this process, over
+/// main, to be packed or encrypted, or past the page cache, they come out of the file, which somebody may be cutting shorter.
+fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
     let shared = Arc::new(file.file().try_clone()?);
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
+    let over_main = args.multifd_channels == 0;
+    let direct = if over_main {
+        direct_io.without_channels();
+        None
+    } else {
+        direct_io.open(file.file())
+    };
+    let reads = over_main || direct.is_some() || args.compression.packs() || args.tls.encrypts();
     let mut blocks = Vec::new();
     for ((index, entry), place) in file.blocks().iter().zip(file.places()) {
         let present = PageBitmap::new(place.pages());
         present.merge(file.bitmap(index)?);
-        let memory = if over_main {
-            Memory::File { file: shared.clone(), offset: place.pages_offset }
+        if let Some(direct) = &direct {
+            direct_io.check(direct, &entry.name, place.pages_offset);
+        }
+        let memory = if reads {
+            Memory::File { file: shared.clone(), direct: direct.clone(), offset: place.pages_offset }
         } else {
             Memory::Mapped(map(file, place)?)
         };

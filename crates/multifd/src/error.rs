@@ -485,9 +485,6 @@ pub enum Usage {
     /// A block number that the registry does not have.
     #[error("there is no RAM block number {0}")]
     NoSuchBlock(usize),
-    /// The block's memory cannot be sent from.
-    #[error("block {0:?} lives in a file and can only be received into")]
-    NotMapped(BlockName),
     /// The block's memory cannot be received into.
     #[error("block {0:?} is mapped for reading and cannot be received into")]
     ReadOnly(BlockName),

@@ -143,7 +143,7 @@ impl Series {
 /// # Panics
 ///
 /// If `CI` or `MULTIFD_REQUIRE_QEMU` is set: there a skip is a failure.
-fn skip(reason: &str) {
+pub fn skip(reason: &str) {
     let set = |name: &str| env::var(name).is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
     assert!(!set("CI") && !set("MULTIFD_REQUIRE_QEMU"), "{reason}");
     let thread = std::thread::current();

@@ -18,7 +18,7 @@ use std::{fmt, str::FromStr};
 use crate::{
     error::{Result, Unsupported, Usage, Violation},
     parameters,
-    ram::{PageIndex, RamBlock},
+    ram::{PageIndex, PageSize, RamBlock},
     wire::Flags,
 };
 
@@ -168,7 +168,45 @@ fn name_of(flags: Flags) -> &'static str {
 pub(crate) trait Encode: Send {
     /// The payload of a packet with these pages. They are compressed from a private copy: the guest writes to them
     /// meanwhile, and a compressor reads its input more than once.
-    fn encode(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<&[u8]>;
+    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]>;
+}
+
+/// The pages of a packet, wherever they are.
+#[cfg_attr(not(any(feature = "zlib", feature = "zstd")), expect(dead_code, reason = "no method reads them"))]
+pub(crate) enum Pages<'a> {
+    /// In guest memory.
+    Mapped(&'a RamBlock, &'a [PageIndex]),
+    /// In a private buffer, one behind the other.
+    Private(&'a [u8], PageSize),
+}
+
+#[cfg(any(feature = "zlib", feature = "zstd"))]
+impl Pages<'_> {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Mapped(_, pages) => pages.len(),
+            Self::Private(bytes, page_size) => bytes.len() / page_size.bytes(),
+        }
+    }
+
+    /// Copies the one at this place among them into `page`, which gets the length of a page.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub(crate) fn copy(&self, at: usize, page: &mut Vec<u8>) -> Result<()> {
+        match self {
+            Self::Mapped(block, pages) => {
+                page.resize(block.page_size().bytes(), 0);
+                block.load(pages[at], page).map_err(|error| crate::Error::io("read a page", error))
+            }
+            Self::Private(bytes, page_size) => {
+                page.clear();
+                page.extend(&bytes[at * page_size.bytes()..][..page_size.bytes()]);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Reads the payload of one channel's packets.

@@ -58,7 +58,7 @@ proptest! {
             let mut decoder = method.decoder().expect("made").expect("packs");
             for pages in &packets {
                 let pages: Vec<_> = pages.iter().copied().take(packet_pages(size)).map(PageIndex).collect();
-                let payload = encoder.encode(&block, &pages).expect("packed").to_vec();
+                let payload = encoder.encode(&Pages::Mapped(&block, &pages)).expect("packed").to_vec();
                 prop_assert!(!payload.is_empty() && payload.len() <= PAYLOAD_BYTES as usize);
                 let expected: Vec<u8> = pages
                     .iter()
@@ -86,7 +86,7 @@ fn a_packet_of_noise_stays_below_the_bound_at_every_level() {
         for level in levels {
             let mut encoder =
                 method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
-            let payload = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+            let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
             assert!(payload.len() < PACKET_BYTES + PACKET_BYTES / 8, "{method} {level}: {}", payload.len());
             let mut decoder = method.decoder().expect("made").expect("packs");
             assert!(decode(&mut *decoder, &payload, PACKET_BYTES).expect("unpacked") == bytes);
@@ -100,8 +100,11 @@ fn only_the_first_payload_of_a_channel_has_the_formats_head() {
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         let head: &[u8] = if method.as_str() == "zlib" { &[0x78] } else { &[0x28, 0xb5, 0x2f, 0xfd] };
-        assert!(encoder.encode(&block, &all_pages()).expect("packed").starts_with(head), "{method}");
-        let second = encoder.encode(&block, &all_pages()).expect("packed");
+        assert!(
+            encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").starts_with(head),
+            "{method}"
+        );
+        let second = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed");
         assert!(!second.starts_with(head), "{method}");
         assert!(method.as_str() != "zlib" || second.ends_with(&[0, 0, 0xff, 0xff]));
     }
@@ -112,8 +115,8 @@ fn a_packet_alone_is_not_understood_without_those_before_it() {
     let (block, _) = block(PageSize::KIB_4, 128, guest_like);
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
-        encoder.encode(&block, &all_pages()).expect("packed");
-        let second = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+        encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed");
+        let second = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused = decode(&mut *decoder, &second, PACKET_BYTES).expect_err("refused");
         assert!(matches!(refused, Error::Malformed(Malformed::Compressed { .. })), "{method}: {refused}");
@@ -125,7 +128,7 @@ fn a_cut_payload_makes_too_little() {
     let (block, _) = block(PageSize::KIB_4, 128, guest_like);
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
-        let payload = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+        let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused =
             decode(&mut *decoder, &payload[..payload.len() / 2], PACKET_BYTES).expect_err("refused");
@@ -142,7 +145,7 @@ fn a_bomb_is_refused_at_the_first_byte_too_many() {
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         // 512 KiB in a payload for one page.
-        let payload = encoder.encode(&block, &all_pages()).expect("packed").to_vec();
+        let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
         assert_eq!(refused.to_string(), "the payload makes more than 4096 bytes, expected 4096", "{method}");

@@ -2,10 +2,9 @@
 
 use flate2::{Compress, Compression, Decompress, DecompressError, FlushCompress, FlushDecompress, Status};
 
-use super::{Decode, Encode};
+use super::{Decode, Encode, Pages};
 use crate::{
     error::{Error, Malformed, Result},
-    ram::{PageIndex, RamBlock},
     wire::limits::PAYLOAD_BYTES,
 };
 
@@ -23,11 +22,10 @@ impl Encoder {
 }
 
 impl Encode for Encoder {
-    fn encode(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<&[u8]> {
-        self.page.resize(block.page_size().bytes(), 0);
+    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]> {
         let mut made = 0;
-        for (at, page) in pages.iter().enumerate() {
-            block.load(*page, &mut self.page).map_err(|error| Error::io("read a page", error))?;
+        for at in 0..pages.len() {
+            pages.copy(at, &mut self.page)?;
             let last = at + 1 == pages.len();
             let flush = if last { FlushCompress::Sync } else { FlushCompress::None };
             let (taken, given) = (self.stream.total_in(), self.stream.total_out());

@@ -4,10 +4,9 @@ use zstd_safe::{
     CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer, get_error_name, zstd_sys::ZSTD_EndDirective,
 };
 
-use super::{Decode, Encode};
+use super::{Decode, Encode, Pages};
 use crate::{
     error::{Error, Malformed, Result},
-    ram::{PageIndex, RamBlock},
     wire::limits::{PAYLOAD_BYTES, ZSTD_WINDOW_LOG},
 };
 
@@ -26,11 +25,10 @@ impl Encoder {
 }
 
 impl Encode for Encoder {
-    fn encode(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<&[u8]> {
-        self.page.resize(block.page_size().bytes(), 0);
+    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]> {
         let mut output = OutBuffer::around(&mut *self.payload);
-        for (at, page) in pages.iter().enumerate() {
-            block.load(*page, &mut self.page).map_err(|error| Error::io("read a page", error))?;
+        for at in 0..pages.len() {
+            pages.copy(at, &mut self.page)?;
             let mut input = InBuffer::around(&self.page);
             let end = if at + 1 == pages.len() {
                 ZSTD_EndDirective::ZSTD_e_flush

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use super::{BlockName, BlockOffset, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
+use super::{BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
 use crate::error::{Error, Result, Usage};
 
 /// The place of a block in its [`RamBlocks`], from 0.
@@ -26,11 +26,13 @@ pub struct BlockIndex(pub usize);
 pub enum Memory {
     /// In this process's address space. Pages are sent from it and received into it without a copy.
     Mapped(Mapping),
-    /// In a file, from `offset` on. Pages are received into it run by run, with positioned writes; they can
-    /// be sent from it over main, but not over channels.
+    /// In a file, from `offset` on. Pages pass through a private buffer, run by run. Zero pages are not looked for:
+    /// they are those that are not [present](RamBlock::present).
     File {
         /// Shared by all blocks in it: positions are absolute.
         file: Arc<File>,
+        /// How channels go past the page cache, if they do; main never does.
+        direct: Option<Arc<DirectFile>>,
         /// Where the block's first byte lies.
         offset: u64,
     },
@@ -156,6 +158,16 @@ impl RamBlock {
     /// # Panics
     /// If `bytes` are no whole pages of this block.
     pub fn store(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        self.write(first, bytes, None)
+    }
+
+    /// The same from a channel, past the page cache if the file is to be written so.
+    pub(crate) fn store_direct(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let Memory::File { direct, .. } = &self.memory else { return self.store(first, bytes) };
+        self.write(first, bytes, direct.as_deref())
+    }
+
+    fn write(&self, first: PageIndex, bytes: &[u8], direct: Option<&DirectFile>) -> io::Result<()> {
         let page_size = self.page_size.bytes();
         let count = (bytes.len() / page_size) as u64;
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
@@ -165,7 +177,10 @@ impl RamBlock {
             Memory::Mapped(mapping) => {
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
             }
-            Memory::File { file, offset } => file.write_all_at(bytes, offset + start)?,
+            Memory::File { file, offset, .. } => match direct {
+                Some(direct) => direct.write_all_at(file, bytes, offset + start)?,
+                None => file.write_all_at(bytes, offset + start)?,
+            },
         }
         self.present.set_run(first, count);
         Ok(())
@@ -191,8 +206,31 @@ impl RamBlock {
                 mapping.slice(start, buffer.len()).expect("the mapping covers the block").copy_to(buffer);
                 Ok(())
             }
-            Memory::File { file, offset } => file.read_exact_at(buffer, offset + start),
+            Memory::File { file, offset, .. } => file.read_exact_at(buffer, offset + start),
         }
+    }
+
+    /// Reads `count` pages of a file from `first` on, past the page cache if the file is to be read so. Pages that are
+    /// not [present](RamBlock::present) are zero.
+    ///
+    /// # Panics
+    /// If the block has no such pages or is not in a file, or `buffer` has another length.
+    pub(crate) fn load_direct(&self, first: PageIndex, count: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let Memory::File { file, direct, offset } = &self.memory else { panic!("a block in a file") };
+        let page_size = self.page_size.bytes();
+        let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
+        assert!(inside && buffer.len() as u64 == count * page_size as u64, "pages of the block");
+        let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+        match direct {
+            Some(direct) => direct.read_exact_at(file, buffer, offset + start)?,
+            None => file.read_exact_at(buffer, offset + start)?,
+        }
+        for (page, bytes) in (first.0..).map(PageIndex).zip(buffer.chunks_mut(page_size)) {
+            if !self.present.contains(page) {
+                bytes.fill(0);
+            }
+        }
+        Ok(())
     }
 
     /// Makes a page zero. Memory is looked at only if the page may hold something else, and written only if it
@@ -364,7 +402,7 @@ mod tests {
     #[test]
     fn pages_are_stored_in_memory_and_in_files_and_cleared_there() {
         let file = Arc::new(tempfile::tempfile().expect("a file"));
-        let in_file = Memory::File { file: file.clone(), offset: 8192 };
+        let in_file = Memory::File { file: file.clone(), direct: None, offset: 8192 };
         for memory in [in_file, Memory::Mapped(Mapping::anonymous(4 * 4096).expect("memory"))] {
             let name = BlockName::new("b").expect("a name");
             let block = RamBlock::fresh(name, 4 * 4096, PageSize::KIB_4, memory).expect("a block");

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! RamBlocks ── RamBlock "pc.ram" ── Memory::Mapped(Mapping) ── GuestSlice ── Part / PartMut ── system call
-//!                   │                Memory::File
+//!                   │                Memory::File ── cached, or past the page cache (DirectFile)
 //!                   └── present: PageBitmap          DirtyLog ── take ──▶ PageBitmap ── pass
 //! ```
 //!
@@ -12,6 +12,7 @@
 
 mod bitmap;
 mod block;
+mod direct;
 mod dirty;
 mod mapping;
 mod name;
@@ -22,6 +23,8 @@ mod zero;
 pub use bitmap::PageBitmap;
 pub(crate) use bitmap::runs;
 pub use block::{BlockIndex, Memory, RamBlock, RamBlocks};
+pub(crate) use direct::AlignedBuffer;
+pub use direct::DirectFile;
 pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};
 pub use mapping::{Access, GuestSlice, Mapping};
 pub use name::BlockName;

@@ -11,7 +11,7 @@ use crate::{
     batch::neighbours,
     compress::Decode,
     error::{Error, Malformed, Result},
-    ram::{BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
+    ram::{AlignedBuffer, BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
     wire::limits::{PACKET_BYTES, PAYLOAD_BYTES},
 };
 
@@ -22,7 +22,7 @@ pub(super) struct Filler {
     /// A packet's payload as it came, with a method that compresses.
     payload: Box<[u8]>,
     /// A packet's pages on their way to where they cannot be received; made when first needed.
-    pages: Box<[u8]>,
+    pages: AlignedBuffer,
 }
 
 impl Filler {
@@ -57,7 +57,7 @@ impl Filler {
         }
         if self.pages.is_empty() {
             // Room for one byte more than a packet may make.
-            self.pages = vec![0; PACKET_BYTES + 1].into();
+            self.pages = AlignedBuffer::new(PACKET_BYTES + 1);
         }
         let length = listed.normal.len() * block.page_size().bytes();
         match &mut self.decoder {
@@ -80,7 +80,7 @@ impl Filler {
             let length =
                 usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(block.page_size().bytes());
             let (run, after) = rest.split_at(length);
-            block.store(first, run).map_err(|error| not_stored(block, first, error))?;
+            block.store_direct(first, run).map_err(|error| not_stored(block, first, error))?;
             rest = after;
         }
         Ok(())

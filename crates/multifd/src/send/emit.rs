@@ -1,18 +1,18 @@
 //! A channel's thread: it connects, introduces itself, and sends one packet after the other.
 //!
-//! It owns its connection, its head buffer and its codec. A packet is one call: the head and the pages, neighbours
-//! as one vector, straight from guest memory. Pages that nobody has looked at yet are looked at here, so that finding
-//! zeros is spread over the channels.
+//! It owns its connection, its buffers and its codec. A packet is one call: the head and the pages, neighbours as one
+//! vector, straight from guest memory. Pages that nobody has looked at yet are looked at here, so that finding zeros is
+//! spread over the channels.
 
 use std::{io, sync::atomic::Ordering};
 
 use arrayvec::ArrayVec;
 
-use super::{Shared, dispatch::Job};
+use super::{Shared, dispatch::Job, draw::Drawer};
 use crate::{
     batch::Batch,
     channel::{Connect, Link, Watch, send_all},
-    compress::Encode,
+    compress::{Encode, Pages},
     error::{Error, Result},
     options::SendOptions,
     ram::{MAX_PARTS, PageIndex, Part, RamBlock},
@@ -37,6 +37,7 @@ struct Emitter<'a> {
     counters: &'a ChannelCounters,
     link: Box<dyn Link>,
     head: HeadBuffer,
+    drawer: Drawer,
     encoder: Option<Box<dyn Encode>>,
     /// A page of zeros, sent in place of pages that are known to be zero, whatever their memory has.
     zeros: Box<[u8]>,
@@ -63,6 +64,7 @@ impl<'a> Emitter<'a> {
             _watch: shared.stop.watch_failure(link.waker()),
             link,
             head: HeadBuffer::new(shared.blocks.page_size()),
+            drawer: Drawer::default(),
             encoder: options.method.encoder(options.levels)?,
             zeros: vec![0; shared.blocks.page_size().bytes()].into(),
             options,
@@ -105,9 +107,16 @@ impl<'a> Emitter<'a> {
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
         let (normal, zero) = (batch.normal(), batch.zero());
         let plain = normal.len() * block.page_size().bytes();
+        let drawn = self.drawer.draw(block, normal)?;
         let payload = match &mut self.encoder {
-            Some(encoder) if !normal.is_empty() => Some(encoder.encode(block, normal)?),
-            _ => None,
+            Some(encoder) if !normal.is_empty() => {
+                let pages = match drawn {
+                    Some(bytes) => Pages::Private(bytes, block.page_size()),
+                    None => Pages::Mapped(block, normal),
+                };
+                Some(encoder.encode(&pages)?)
+            }
+            _ => drawn,
         };
         let payload_len = payload.map_or(plain, <[u8]>::len);
         tracing::trace!(
@@ -176,10 +185,10 @@ fn in_place<'b>(
 }
 
 /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
-/// the page is then dirty again.
+/// the page is then dirty again. One in a file is not looked at: what the file knows of it stands in
+/// [`present`](RamBlock::present).
 fn is_zero(block: &RamBlock, page: PageIndex) -> bool {
-    !block.present().contains(page)
-        || block.slice(page, 1).expect("queued pages were found in their block").is_zero()
+    !block.present().contains(page) || block.slice(page, 1).is_some_and(|slice| slice.is_zero())
 }
 
 /// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.

@@ -1,7 +1,7 @@
 //! The source's side of the channels.
 //!
 //! ```text
-//!   collect            dispatch                     emit (a thread a channel)
+//!   collect            dispatch                draw, emit (a thread a channel)
 //! queue(page) ─▶ Batch ═══swap═══▶ ready ──next──▶ multifdsend_0 ─▶ Link
 //!                  ▲                  │     └────▶ multifdsend_1 ─▶ Link
 //!                  └────── free ◀─────┴── done ──────────┘
@@ -13,6 +13,7 @@
 
 mod collect;
 mod dispatch;
+mod draw;
 mod emit;
 
 use std::{
@@ -27,7 +28,7 @@ use crate::{
     channel::{Connect, Stop, Watch},
     error::{Error, Result, Usage},
     options::SendOptions,
-    ram::{Memory, RamBlocks},
+    ram::RamBlocks,
     stats::{ChannelCounters, ChannelStats},
     wire::ChannelId,
 };
@@ -66,15 +67,11 @@ impl Sender {
     /// A sender for `blocks`, not connected yet. `stop` ends it together with the rest of the migration.
     ///
     /// # Errors
-    /// [`Usage`] if the options contradict each other, a block lives in a file, or a block ends inside a page:
-    /// the wire carries whole pages, so its last bytes would be lost.
+    /// [`Usage`] if the options contradict each other, or a block ends inside a page: the wire carries whole pages, so its last bytes would be lost.
     pub fn new(options: SendOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         options.check()?;
         for (_, block) in blocks.iter() {
             let (name, used_length, page_size) = (block.name(), block.used_length(), block.page_size());
-            if matches!(block.memory(), Memory::File { .. }) {
-                return Err(Usage::NotMapped(name.clone()).into());
-            }
             if used_length % page_size.bytes() as u64 != 0 {
                 return Err(Usage::PartialPage { name: name.clone(), used_length, page_size }.into());
             }

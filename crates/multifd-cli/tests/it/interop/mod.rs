@@ -2,6 +2,7 @@
 
 mod architectures;
 mod compression;
+mod direct_io;
 mod files;
 mod journey;
 mod matrix;

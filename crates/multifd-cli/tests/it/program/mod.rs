@@ -4,6 +4,7 @@
 mod broken_off;
 mod containers;
 mod demo;
+mod direct_io;
 mod extract;
 mod inspect;
 mod pages;

@@ -68,7 +68,8 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         .iter()
         .flat_map(|row| row.command_line.iter().map(|place| (place.name.clone(), row.name.clone())))
         .collect();
-    let capabilities: Vec<_> = rows("## Capabilities that apply");
+    let capabilities: Vec<_> =
+        [rows("## Capabilities that apply"), rows("## Switches")].into_iter().flatten().collect();
     let of_ours =
         ["json", "quiet", "help", "uuid", "sync-mode", "force", "suppress-vmdesc", "size", "dirty-rate"];
     for verb in ["send", "receive", "demo"] {

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
+use multifd_testkit::{
+    certificates::write_both,
+    qemu::{Error, PATIENCE, Qemu, Vm},
+};
 use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
@@ -108,24 +111,48 @@ fn interrupt_in_the_middle_ends_both() {
     assert_left(&folder, &["captured"]);
 }
 
-/// Pages were read from the file's mapping to see whether they are zero: where the file had ended by then, that was
-/// a signal which killed the program without a word.
-#[test]
-fn file_that_is_cut_in_the_middle_is_an_error() {
+/// Pages were read from the file's mapping to see whether they are zero, to pack and to encrypt them: where the file
+/// had ended by then, that was a signal which killed the program without a word.
+fn cut_in_the_middle(receive: &[&str], send: &[&str]) {
     let folder = folder();
     let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
-    for channels in ["2", "0"] {
-        let whole = fs::read(&from).unwrap();
-        let (receive, address) = Program::receive(&[], LOCAL, &file);
-        let options = ["--max-bandwidth", "8M", "--multifd-channels", channels];
-        let sending = feed(&options, &from, &address);
-        sending.next_line();
-        fs::File::options().write(true).open(&from).unwrap().set_len(2 * MIB).unwrap();
-        sending.end_within(PATIENCE).assert_failed(1, &["because: "]);
-        receive.end_within(SOON).assert_failed(1, &["because: "]);
-        assert_left(&folder, &["captured"]);
-        fs::write(&from, whole).unwrap();
-    }
+    let (receive, address) = Program::receive(receive, LOCAL, &file);
+    // Packed, 64 MiB of counters are little: it must be far from its end when the file is cut.
+    let sending = feed(&[&["--max-bandwidth", "1M"], send].concat(), &from, &address);
+    sending.next_line();
+    fs::File::options().write(true).open(&from).unwrap().set_len(2 * MIB).unwrap();
+    sending.end_within(PATIENCE).assert_failed(1, &["because: "]);
+    receive.end_within(SOON).assert_failed(1, &["because: "]);
+    assert_left(&folder, &["captured"]);
+}
+
+#[test]
+fn file_that_is_cut_in_the_middle_is_an_error() {
+    cut_in_the_middle(&[], &["--multifd-channels", "2"]);
+}
+
+#[test]
+fn file_that_is_cut_in_the_middle_is_an_error_without_channels() {
+    cut_in_the_middle(&[], &["--multifd-channels", "0"]);
+}
+
+#[test]
+fn file_that_is_cut_in_the_middle_is_an_error_with_packed_pages() {
+    cut_in_the_middle(&[], &["--multifd-compression", "zlib", "--multifd-zlib-level", "0"]);
+}
+
+#[test]
+fn file_that_is_cut_in_the_middle_is_an_error_with_encrypted_pages() {
+    let tls = folder();
+    write_both(tls.path()).unwrap();
+    let creds = tls.path().to_str().unwrap();
+    let send = ["--tls-creds", creds, "--tls-hostname", "localhost"];
+    cut_in_the_middle(&["--tls-creds", creds], &send);
+}
+
+#[test]
+fn file_that_is_cut_in_the_middle_is_an_error_past_the_page_cache() {
+    cut_in_the_middle(&[], &["--direct-io"]);
 }
 
 /// A destination that takes connections and reads nothing.

@@ -1,0 +1,41 @@
+//! Pages of a block that lives in a file are drawn into a buffer of the channel's, one read for each run of neighbours.
+//!
+//! Pages in mapped memory stay where they are. Where the file is read past the page cache, this is what aligns.
+
+use crate::{
+    batch::neighbours,
+    error::{Error, Result},
+    ram::{AlignedBuffer, Memory, PageIndex, RamBlock},
+    wire::limits::PACKET_BYTES,
+};
+
+/// The buffer, made when first needed.
+#[derive(Default)]
+pub(super) struct Drawer(AlignedBuffer);
+
+impl Drawer {
+    /// The pages, one behind the other; `None` if they are in mapped memory.
+    pub(super) fn draw(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<Option<&[u8]>> {
+        if matches!(block.memory(), Memory::Mapped(_)) {
+            return Ok(None);
+        }
+        if self.0.is_empty() {
+            self.0 = AlignedBuffer::new(PACKET_BYTES);
+        }
+        let page_size = block.page_size().bytes();
+        let all = &mut self.0[..pages.len() * page_size];
+        let mut rest = &mut *all;
+        for (first, count) in neighbours(pages.iter().copied()) {
+            let length = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(page_size);
+            let (run, after) = rest.split_at_mut(length);
+            block.load_direct(first, count, run).map_err(|error| unread(block, first, error))?;
+            rest = after;
+        }
+        Ok(Some(all))
+    }
+}
+
+fn unread(block: &RamBlock, first: PageIndex, error: std::io::Error) -> Error {
+    let offset = block.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+    Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
+}
