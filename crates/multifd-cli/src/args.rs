@@ -93,7 +93,9 @@ pub(crate) struct ReceiveArgs {
     pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// Where to listen: tcp:HOST:PORT (port 0 takes a free one), unix:PATH or fd:N
+    /// Where to listen: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS] (port 0
+    /// takes a free one), unix:PATH, vsock:CID:PORT, fd:N, or exec:COMMAND, whose output comes from a source with multifd
+    /// off
     pub(crate) listen: Address,
     /// The file to write: a path, or file:PATH,offset=N to keep its first N bytes and write behind them
     #[arg(value_parser = file_address())]
@@ -114,6 +116,9 @@ pub(crate) struct SendArgs {
     /// else legacy
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) zero_page_detection: ZeroPagesArg,
+    /// Wait for the destination's word that it has the guest; auto does, but not over exec
+    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    pub(crate) return_path: ReturnPathArg,
     /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
@@ -130,7 +135,8 @@ pub(crate) struct SendArgs {
     /// The file to send: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
-    /// Where the destination listens: tcp:HOST:PORT, unix:PATH or fd:N
+    /// Where the destination listens: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
+    /// exec:COMMAND, whose input goes to a destination with multifd off
     pub(crate) address: Address,
 }
 
@@ -291,6 +297,17 @@ pub(crate) struct OutputArgs {
     /// No progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReturnPathArg {
+    /// On, but off over exec
+    #[default]
+    Auto,
+    /// Wait for the destination's word
+    On,
+    /// Count the last byte as success; over exec, exit status 0
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -2,7 +2,7 @@
 //!
 //! Flags that are nothing without another one (`requires` in `args`) are refused by the parser, values by their ranges.
 
-use multifd::{channel::Address, error::Usage};
+use multifd::{channel::Connect, error::Usage};
 
 use crate::args::SendArgs;
 
@@ -11,7 +11,7 @@ use crate::args::SendArgs;
 /// # Errors
 /// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`].
 pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
-    if let (Address::Fd(_), 1..) = (&args.address, args.multifd_channels) {
+    if args.address.is_single() && args.multifd_channels > 0 {
         return Err(Usage::SingleConnection(args.address.to_string()));
     }
     args.tls.hostname(&args.address).map(drop)

@@ -9,8 +9,9 @@ use std::{
 };
 
 use multifd::{
-    ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
-    channel::{Listener, Stop, Stream},
+    ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
+    channel::{Address, Listener, Stop, Stream},
+    error::Usage,
     ram::{BlockName, RamBlocks},
 };
 use qemu_stream::incoming::{Incoming, Loaded, Loader, MainPages, Outcome};
@@ -37,6 +38,10 @@ struct Received {
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
+    if let (Address::Exec(_), ChannelCount::Exact(1..)) = (&args.listen, args.multifd_channels) {
+        let refused = Usage::SingleConnection(args.listen.to_string());
+        return Err(Failure::Usage(refused.into()));
+    }
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
@@ -121,6 +126,11 @@ fn take_in(
     let kept = loaded.map_err(broken).and_then(|loaded| {
         let blocks = blocks.ok_or_else(|| Error::other("no RAM came", "the stream has no blocks"))?;
         stop.check()?;
+        if !loaded.return_path {
+            // The source has gone its way, and what there is to know of it can be known now.
+            let ended = incoming.connection().finish();
+            ended.map_err(|error| Error::io("take leave of the source", error))?;
+        }
         let channels = Channels { any: !receiver.counters().stats().is_empty(), uuid: receiver.uuid() };
         let kept = capture.complete(&loaded, &blocks, &channels, &stop);
         let ignored =

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use multifd::{
     Error, SendOptions, Sender,
-    channel::{Connect, Stop, Stream},
+    channel::{Address, Connect, Stop, Stream},
     live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
     ram::{Access, Mapping, Memory, NeverDirty, PageBitmap, RamBlock, RamBlocks},
     wire::VmUuid,
@@ -16,7 +16,7 @@ use qemu_stream::{
 };
 
 use crate::{
-    args::{SendArgs, SyncModeArg},
+    args::{ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
     direct_io::DirectIo,
     display::{Display, Look},
@@ -150,6 +150,11 @@ fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
     options
         .section(file.section())
         .footers(file.devices().has_footers())
+        .return_path(match args.return_path {
+            ReturnPathArg::On => true,
+            ReturnPathArg::Off => false,
+            ReturnPathArg::Auto => !matches!(args.address, Address::Exec(_)),
+        })
         .switchover_start(file.switchover_start())
         .sync_mode(mode.filter(|_| args.multifd_channels > 0))
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! pattern   fills pages with words that tell where they belong, and says where a stray page came from
 //! guest     a guest that keeps rewriting its memory, checks it, and reports on its serial line
+//! skip      a test that the machine has not the means for, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
 //! ```
 //!
@@ -14,3 +15,6 @@ pub mod certificates;
 pub mod guest;
 pub mod pattern;
 pub mod qemu;
+mod skip;
+
+pub use skip::skip;

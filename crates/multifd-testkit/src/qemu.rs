@@ -45,7 +45,7 @@ use std::io;
 use std::time::Duration;
 
 pub use builder::VmBuilder;
-pub use find::{Qemu, skip};
+pub use find::Qemu;
 pub use process::Vm;
 
 /// How long a test waits for something that takes a moment on an idle machine, a busy one considered.

@@ -434,11 +434,21 @@ pub enum Usage {
         met: String,
     },
     /// An address in no form that is known.
-    #[error("expected an address like tcp:HOST:PORT, unix:PATH or fd:N, met {0:?}")]
+    #[error(
+        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met {0:?}"
+    )]
     Address(String),
+    /// An option behind an address that is not known, or not so.
+    #[error("address option: expected {expected}, met {met:?}")]
+    AddressOption {
+        /// What it can be.
+        expected: &'static str,
+        /// The option given.
+        met: String,
+    },
     /// The transport has one connection only, and more were asked for.
     #[error(
-        "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp or unix"
+        "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
     )]
     SingleConnection(String),
     /// TLS to an address that names no host, and no name given.

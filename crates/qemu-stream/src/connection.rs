@@ -18,6 +18,14 @@ pub trait Connection: Read + Write {
     /// # Errors
     /// If the system refuses it.
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
+
+    /// Takes leave of a destination that has no return path to tell how it went, and waits for what can be known of it.
+    ///
+    /// # Errors
+    /// If it is known to have failed.
+    fn finish(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Connection for TcpStream {
@@ -35,5 +43,9 @@ impl Connection for UnixStream {
 impl Connection for multifd::channel::Stream {
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         Self::set_read_timeout(self, limit)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        Self::finish(self)
     }
 }

@@ -5,13 +5,12 @@
 //! `qemu-system-x86_64` of `PATH`, if its version can stand in.
 
 use std::env;
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
 use super::VmBuilder;
+use crate::skip;
 
 /// A QEMU that can be started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,25 +134,6 @@ impl Series {
         } else {
             Err(format!("not fetched, and {} is {version}, which cannot stand in", program.display()))
         }
-    }
-}
-
-/// Lists the running test as skipped, loudly.
-///
-/// # Panics
-///
-/// If `CI` or `MULTIFD_REQUIRE_QEMU` is set: there a skip is a failure.
-pub fn skip(reason: &str) {
-    let set = |name: &str| env::var(name).is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
-    assert!(!set("CI") && !set("MULTIFD_REQUIRE_QEMU"), "{reason}");
-    let thread = std::thread::current();
-    let line = format!("{}: {reason}\n", thread.name().unwrap_or("a test"));
-    let listed = env::var_os("MULTIFD_SKIP_FILE")
-        .and_then(|path| OpenOptions::new().append(true).create(true).open(path).ok())
-        .is_some_and(|mut file| file.write_all(line.as_bytes()).is_ok());
-    if !listed {
-        // Past the test runner, which keeps what a passing test prints to itself.
-        let _ = std::io::stderr().write_all(format!("SKIPPED {line}").as_bytes());
     }
 }
 

@@ -1,10 +1,10 @@
 //! Where to connect to or listen at, written as QEMU writes it.
 
-use std::{fmt, os::fd::RawFd, path::PathBuf, str::FromStr};
+use std::{fmt, os::fd::RawFd, path::PathBuf, str::FromStr, time::Duration};
 
 use crate::error::Usage;
 
-/// A migration address: `tcp:HOST:PORT`, `unix:PATH` or `fd:N`.
+/// A migration address: `tcp:HOST:PORT[,OPTION…]`, `unix:PATH`, `vsock:CID:PORT`, `exec:COMMAND` or `fd:N`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
@@ -15,12 +15,121 @@ pub enum Address {
         host: String,
         /// The port.
         port: u16,
+        /// What stands behind the port.
+        options: TcpOptions,
     },
     /// A unix socket.
     Unix(PathBuf),
+    /// A virtual socket between a host and its guests.
+    Vsock {
+        /// Whose: 2 is the host. Listening, [`CID_ANY`](Self::CID_ANY) is every one that this machine has; it may be
+        /// left out, `vsock::PORT`.
+        cid: u32,
+        /// The port; 4294967295 lets the system choose when listening.
+        port: u32,
+    },
+    /// A shell command whose standard input and output are the one connection of a migration without channels. It is
+    /// run by `/bin/sh -c`; its standard error is this process's. See [`Stream::finish`](super::Stream::finish) for
+    /// its exit status.
+    Exec(String),
     /// A descriptor inherited from the parent process: a listening socket, or the one connection of a
     /// migration without channels.
     Fd(RawFd),
+}
+
+impl Address {
+    /// Every context id that this machine has.
+    pub const CID_ANY: u32 = u32::MAX;
+}
+
+/// What a `tcp:` address says behind its port: `,ipv4=on,keep-alive=off`.
+///
+/// `on` may be left out: `,ipv4`. Of the two families, one that is on rules out the other unless that is on too; one
+/// that is off leaves the other.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct TcpOptions {
+    /// `ipv4`: whether IPv4 is to be used. Default as `ipv6` says; both if neither is said.
+    pub ipv4: Option<bool>,
+    /// `ipv6`: whether IPv6 is to be used. Default as `ipv4` says; both if neither is said.
+    pub ipv6: Option<bool>,
+    /// `keep-alive`: whether a silent connection is probed, so that a host that has gone is noticed. Default on.
+    pub keep_alive: bool,
+    /// `user-timeout`, in seconds: how long a host may leave data and probes unanswered before the connection is given
+    /// up. Default 90 s; `None`, written 0, leaves it to the system, which takes a quarter of an hour or so. A
+    /// peer whose host answers is never given up, however long it takes nothing in.
+    pub user_timeout: Option<Duration>,
+}
+
+impl Default for TcpOptions {
+    fn default() -> Self {
+        Self { ipv4: None, ipv6: None, keep_alive: true, user_timeout: Some(USER_TIMEOUT) }
+    }
+}
+
+impl TcpOptions {
+    /// Whether IPv4 is to be used.
+    pub fn uses_ipv4(&self) -> bool {
+        self.ipv4.unwrap_or(self.ipv6 != Some(true))
+    }
+
+    /// Whether IPv6 is to be used.
+    pub fn uses_ipv6(&self) -> bool {
+        self.ipv6.unwrap_or(self.ipv4 != Some(true))
+    }
+
+    fn parse<'a>(options: impl Iterator<Item = &'a str>) -> Result<Self, Usage> {
+        let mut parsed = Self::default();
+        let mut seen = Vec::new();
+        for option in options {
+            let refused = |expected| Usage::AddressOption { expected, met: option.to_owned() };
+            let (name, value) = option.split_once('=').unwrap_or((option, "on"));
+            let switch = || match value {
+                "on" => Ok(true),
+                "off" => Ok(false),
+                _ => Err(refused("on or off")),
+            };
+            match name {
+                "ipv4" => parsed.ipv4 = Some(switch()?),
+                "ipv6" => parsed.ipv6 = Some(switch()?),
+                "keep-alive" => parsed.keep_alive = switch()?,
+                "user-timeout" => {
+                    let seconds = number::<u32>(value).filter(|seconds| *seconds <= USER_TIMEOUT_MOST);
+                    let seconds = seconds.ok_or_else(|| refused("0 to 86400 seconds"))?;
+                    parsed.user_timeout = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
+                }
+                _ => return Err(refused(KNOWN)),
+            }
+            if seen.contains(&name) {
+                return Err(refused("each option once"));
+            }
+            seen.push(name);
+        }
+        if !parsed.uses_ipv4() && !parsed.uses_ipv6() {
+            let met = "ipv4=off,ipv6=off".into();
+            return Err(Usage::AddressOption { expected: "one of IPv4 and IPv6 to be left", met });
+        }
+        Ok(parsed)
+    }
+}
+
+impl fmt::Display for TcpOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = Self::default();
+        let word = |on| if on { "on" } else { "off" };
+        for (name, switch) in [("ipv4", self.ipv4), ("ipv6", self.ipv6)] {
+            if let Some(on) = switch {
+                write!(f, ",{name}={}", word(on))?;
+            }
+        }
+        if self.keep_alive != plain.keep_alive {
+            write!(f, ",keep-alive={}", word(self.keep_alive))?;
+        }
+        if self.user_timeout != plain.user_timeout {
+            write!(f, ",user-timeout={}", self.user_timeout.unwrap_or_default().as_secs())?;
+        }
+        Ok(())
+    }
 }
 
 impl FromStr for Address {
@@ -31,17 +140,24 @@ impl FromStr for Address {
         let (kind, rest) = text.split_once(':').ok_or_else(refused)?;
         match kind {
             "tcp" => {
-                let (host, port) = rest.rsplit_once(':').ok_or_else(refused)?;
+                let mut parts = rest.split(',');
+                let (host, port) = parts.next().and_then(|at| at.rsplit_once(':')).ok_or_else(refused)?;
                 let host = match host.strip_prefix('[') {
                     Some(bracketed) => bracketed.strip_suffix(']').ok_or_else(refused)?,
                     None if host.contains(':') => return Err(refused()),
                     None => host,
                 };
-                let digits = port.bytes().all(|byte| byte.is_ascii_digit());
-                let port = port.parse().ok().filter(|_| digits).ok_or_else(refused)?;
-                Ok(Self::Tcp { host: host.to_owned(), port })
+                let port = number(port).ok_or_else(refused)?;
+                Ok(Self::Tcp { host: host.to_owned(), port, options: TcpOptions::parse(parts)? })
             }
             "unix" if !rest.is_empty() => Ok(Self::Unix(rest.into())),
+            "vsock" => {
+                let (cid, port) = rest.split_once(':').ok_or_else(refused)?;
+                let cid = if cid.is_empty() { Some(Self::CID_ANY) } else { number(cid) };
+                let (cid, port) = cid.zip(number(port)).ok_or_else(refused)?;
+                Ok(Self::Vsock { cid, port })
+            }
+            "exec" if !rest.is_empty() => Ok(Self::Exec(rest.to_owned())),
             "fd" => rest.parse().ok().filter(|fd| *fd >= 0).map(Self::Fd).ok_or_else(refused),
             _ => Err(refused()),
         }
@@ -51,13 +167,27 @@ impl FromStr for Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Tcp { host, port, options } if host.contains(':') => {
+                write!(f, "tcp:[{host}]:{port}{options}")
+            }
+            Self::Tcp { host, port, options } => write!(f, "tcp:{host}:{port}{options}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+            Self::Exec(command) => write!(f, "exec:{command}"),
             Self::Fd(fd) => write!(f, "fd:{fd}"),
         }
     }
 }
+
+/// Digits and nothing else: no sign, no space.
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+const USER_TIMEOUT: Duration = Duration::from_secs(90);
+/// A day.
+const USER_TIMEOUT_MOST: u32 = 24 * 60 * 60;
+const KNOWN: &str = "one of ipv4=on|off, ipv6=on|off, keep-alive=on|off, user-timeout=SECONDS";
 
 #[cfg(test)]
 mod tests {
@@ -70,7 +200,13 @@ mod tests {
             "tcp:[::1]:0",
             "tcp:host.example:65535",
             "tcp::4444",
+            "tcp:host:1,ipv4=on,ipv6=off,keep-alive=off,user-timeout=0",
+            "tcp:[::1]:1,ipv6=on,user-timeout=7",
             "unix:/run/x:y",
+            "unix:/run/x,ipv4=on",
+            "vsock:3:5000",
+            "vsock:4294967295:4294967295",
+            "exec:cat >'a file', or:so",
             "fd:3",
         ] {
             assert_eq!(text.parse::<Address>().expect(text).to_string(), text);
@@ -92,7 +228,12 @@ mod tests {
             "fd:",
             "fd:-1",
             "fd:x",
-            "exec:cat",
+            "exec:",
+            "vsock:3",
+            "vsock:3:x",
+            "vsock:-1:5000",
+            "vsock:any:5000",
+            "vsock:4294967296:1",
             "host:80",
         ] {
             assert!(text.parse::<Address>().is_err(), "{text}");
@@ -100,7 +241,54 @@ mod tests {
         let refused = "tcp:host".parse::<Address>().expect_err("refused");
         assert_eq!(
             refused.to_string(),
-            r#"expected an address like tcp:HOST:PORT, unix:PATH or fd:N, met "tcp:host""#
+            r#"expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met "tcp:host""#
         );
+    }
+
+    fn families(options: &str) -> Result<(bool, bool), String> {
+        match format!("tcp::0{options}").parse::<Address>() {
+            Ok(Address::Tcp { options, .. }) => Ok((options.uses_ipv4(), options.uses_ipv6())),
+            Ok(other) => Err(format!("{other:?}")),
+            Err(refused) => Err(refused.to_string()),
+        }
+    }
+
+    /// As observed of QEMU 7.2 and 10.0, by the sockets that they listened at.
+    #[test]
+    fn families_are_chosen_as_by_qemu() {
+        assert_eq!(families(""), Ok((true, true)));
+        assert_eq!(families(",ipv4=on"), Ok((true, false)));
+        assert_eq!(families(",ipv4"), Ok((true, false)));
+        assert_eq!(families(",ipv6=on"), Ok((false, true)));
+        assert_eq!(families(",ipv4=on,ipv6=on"), Ok((true, true)));
+        assert_eq!(families(",ipv6=off"), Ok((true, false)));
+        assert_eq!(families(",ipv4=off"), Ok((false, true)));
+        assert_eq!(families(",ipv4=on,ipv6=off"), Ok((true, false)));
+    }
+
+    #[test]
+    fn option_that_cannot_be_is_refused_by_name() {
+        for (options, told) in [
+            (",ipv4=off,ipv6=off", r#"expected one of IPv4 and IPv6 to be left, met "ipv4=off,ipv6=off""#),
+            (",ipv4=yes", r#"expected on or off, met "ipv4=yes""#),
+            (
+                ",to=4450",
+                r#"expected one of ipv4=on|off, ipv6=on|off, keep-alive=on|off, user-timeout=SECONDS, met "to=4450""#,
+            ),
+            (",ipv4=on,", r#"user-timeout=SECONDS, met """#),
+            (",ipv4=on,ipv4=off", r#"expected each option once, met "ipv4=off""#),
+            (",user-timeout=86401", r#"expected 0 to 86400 seconds, met "user-timeout=86401""#),
+            (",user-timeout=-1", "0 to 86400"),
+        ] {
+            let refused = families(options).expect_err(options);
+            assert!(refused.starts_with("address option: expected ") && refused.contains(told), "{refused}");
+        }
+    }
+
+    #[test]
+    fn context_id_may_be_left_out_for_every_one() {
+        let any = "vsock::5000".parse::<Address>().expect("an address");
+        assert_eq!(any, Address::Vsock { cid: Address::CID_ANY, port: 5000 });
+        assert_eq!(any.to_string(), "vsock:4294967295:5000");
     }
 }

@@ -13,7 +13,8 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    Address, Connect, Link, Stop, deadline,
+    Address, Connect, Link, Stop, TcpOptions, deadline,
+    exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
 };
 
@@ -21,15 +22,23 @@ impl Connect for Address {
     fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
         let deadline = deadline(limit);
         let socket = match self {
-            Self::Tcp { host, port } => {
+            Self::Tcp { host, port, options } => {
                 let host = if host.is_empty() { "localhost" } else { host };
-                connect_any((host, *port).to_socket_addrs()?, stop, deadline)?
+                let addresses = options.of_families((host, *port).to_socket_addrs()?)?;
+                let socket = connect_any(&addresses, stop, deadline)?;
+                return Ok(Box::new(SocketLink::with_options(socket, options)?));
             }
             Self::Unix(path) => {
                 let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
                 connect_one(&socket, &SockAddr::unix(path)?, stop, deadline)?;
                 socket
             }
+            Self::Vsock { cid, port } => {
+                let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+                connect_one(&socket, &SockAddr::vsock(*cid, *port), stop, deadline)?;
+                socket
+            }
+            Self::Exec(command) => return Ok(Box::new(ExecLink::start(command)?)),
             Self::Fd(fd) => inherited(*fd)?,
         };
         Ok(Box::new(SocketLink::new(socket)?))
@@ -38,16 +47,39 @@ impl Connect for Address {
     fn target(&self) -> String {
         self.to_string()
     }
+
+    fn is_single(&self) -> bool {
+        matches!(self, Self::Exec(_) | Self::Fd(_))
+    }
+}
+
+impl TcpOptions {
+    /// The addresses of the families to be used, in their order.
+    pub(super) fn of_families(
+        &self,
+        addresses: impl Iterator<Item = SocketAddr>,
+    ) -> io::Result<Vec<SocketAddr>> {
+        let used = |address: &SocketAddr| match address {
+            SocketAddr::V4(_) => self.uses_ipv4(),
+            SocketAddr::V6(_) => self.uses_ipv6(),
+        };
+        let left: Vec<SocketAddr> = addresses.filter(used).collect();
+        if left.is_empty() {
+            let family = match (self.uses_ipv4(), self.uses_ipv6()) {
+                (true, false) => "IPv4 ",
+                (false, true) => "IPv6 ",
+                _ => "",
+            };
+            let text = format!("the host has no {family}address");
+            return Err(io::Error::new(io::ErrorKind::NotFound, text));
+        }
+        Ok(left)
+    }
 }
 
 /// Tries the addresses in their order; reports the last failure.
-fn connect_any(
-    addresses: impl Iterator<Item = SocketAddr>,
-    stop: &Stop,
-    deadline: Instant,
-) -> io::Result<Socket> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-    let addresses: Vec<SocketAddr> = addresses.collect();
+fn connect_any(addresses: &[SocketAddr], stop: &Stop, deadline: Instant) -> io::Result<Socket> {
+    let mut last = io::ErrorKind::NotFound.into();
     for (address, left) in addresses.iter().zip((1..=addresses.len()).rev()) {
         let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
         // Each gets its share of the time, so that one that swallows everything leaves some for the next.
@@ -72,7 +104,8 @@ fn connect_one(socket: &Socket, address: &SockAddr, stop: &Stop, deadline: Insta
         match socket.connect(address) {
             Ok(()) => return Ok(()),
             Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => break,
-            // A unix listener whose queue is full; there is nothing to poll for.
+            // A unix listener whose queue is full. There is nothing to poll for; a connect that blocks waits for room, but
+            // nothing wakes it before its time, shutting the socket down neither.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if stop.pause(Duration::from_millis(10)).is_err() || Instant::now() >= deadline {
                     return Err(io::ErrorKind::TimedOut.into());

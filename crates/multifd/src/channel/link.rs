@@ -43,6 +43,15 @@ pub trait Link: Send {
     /// # Errors
     /// If the connection is broken.
     fn close_send(&mut self) -> io::Result<()>;
+
+    /// Takes leave of a peer that says nothing more itself: says that nothing more is sent, and waits for what can be
+    /// known of the other end.
+    ///
+    /// # Errors
+    /// If it is known that the other end has failed: a command has ended with another exit status than 0.
+    fn finish(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Opens connections to one destination.
@@ -55,6 +64,11 @@ pub trait Connect: Send + Sync {
 
     /// The destination, for messages: `tcp:127.0.0.1:4444`.
     fn target(&self) -> String;
+
+    /// Whether it opens one connection and no more, so that there are no channels.
+    fn is_single(&self) -> bool {
+        false
+    }
 }
 
 /// Takes connections from sources.
@@ -76,6 +90,11 @@ pub trait Listen: Send {
 
     /// Where it listens, for messages.
     fn address(&self) -> String;
+
+    /// Whether it takes one connection and no more, so that there are no channels.
+    fn is_single(&self) -> bool {
+        false
+    }
 }
 
 /// When `limit` from now on is over; a limit beyond the clock's range is as good as a century.
@@ -162,6 +181,14 @@ impl Stream {
     /// If the connection is broken.
     pub fn close_write(&mut self) -> io::Result<()> {
         self.link.close_send()
+    }
+
+    /// Takes leave, where there is no return path that ends the migration: see [`Link::finish`].
+    ///
+    /// # Errors
+    /// If it is known that the other end has failed.
+    pub fn finish(&mut self) -> io::Result<()> {
+        self.link.finish()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::ToSocketAddrs,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,23 +15,27 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    Address, Link, Listen, Wake,
+    Address, Link, Listen, TcpOptions, Wake,
+    exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
 };
 
-/// A listening socket, or the one connection of an inherited descriptor.
+/// A listening socket, or the one connection of a command or an inherited descriptor.
 pub struct Listener {
-    socket: Socket,
+    /// `None` for a command, which is a connection already.
+    socket: Option<Socket>,
     woken: Arc<EventFd>,
     address: Address,
+    /// For the connections that it takes.
+    options: TcpOptions,
     kind: Kind,
 }
 
 enum Kind {
     /// Accepts connections; a unix socket's file is removed in the end.
     Listening { remove: Option<SocketFile> },
-    /// The descriptor is a connection, to be taken once.
-    Connection { taken: bool },
+    /// A connection that was there from the start, to be taken once.
+    Connection { link: Option<Box<dyn Link>> },
 }
 
 impl Listener {
@@ -40,31 +44,49 @@ impl Listener {
     /// # Errors
     /// If the system refuses the address.
     pub fn bind(address: &Address) -> io::Result<Self> {
+        let mut options = TcpOptions::default();
+        let listening = Kind::Listening { remove: None };
         let (socket, kind) = match address {
-            Address::Tcp { host, port } => (listen_tcp(host, *port)?, Kind::Listening { remove: None }),
+            Address::Tcp { host, port, options: given } => {
+                options = given.clone();
+                (listen_tcp(host, *port, given)?, listening)
+            }
             Address::Unix(path) => {
                 let socket = listen_unix(path)?;
                 (socket, Kind::Listening { remove: SocketFile::at(path) })
             }
+            Address::Vsock { cid, port } => {
+                let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+                socket.bind(&SockAddr::vsock(*cid, *port))?;
+                socket.listen(BACKLOG)?;
+                (socket, listening)
+            }
+            Address::Exec(command) => return Self::connected(Box::new(ExecLink::start(command)?), address),
             Address::Fd(fd) => {
                 let socket = inherited(*fd)?;
-                let listening = rustix::net::sockopt::socket_acceptconn(&socket)?;
-                let kind = if listening {
-                    Kind::Listening { remove: None }
-                } else {
-                    Kind::Connection { taken: false }
-                };
-                (socket, kind)
+                if !rustix::net::sockopt::socket_acceptconn(&socket)? {
+                    return Self::connected(Box::new(SocketLink::new(socket)?), address);
+                }
+                (socket, listening)
             }
         };
-        let address = match (address, socket.local_addr()?.as_socket()) {
-            (Address::Tcp { .. }, Some(bound)) => {
-                Address::Tcp { host: bound.ip().to_string(), port: bound.port() }
+        let local = socket.local_addr()?;
+        let address = match (address, local.as_socket(), local.as_vsock_address()) {
+            (Address::Tcp { options, .. }, Some(bound), _) => {
+                let (host, port) = (bound.ip().to_string(), bound.port());
+                Address::Tcp { host, port, options: options.clone() }
             }
+            (Address::Vsock { .. }, _, Some((cid, port))) => Address::Vsock { cid, port },
             _ => address.clone(),
         };
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, woken: EventFd::new()?, address, kind })
+        Ok(Self { socket: Some(socket), woken: EventFd::new()?, address, options, kind })
+    }
+
+    fn connected(link: Box<dyn Link>, address: &Address) -> io::Result<Self> {
+        let kind = Kind::Connection { link: Some(link) };
+        let (address, options) = (address.clone(), TcpOptions::default());
+        Ok(Self { socket: None, woken: EventFd::new()?, address, options, kind })
     }
 
     /// Where it listens, with the port that the system chose.
@@ -79,14 +101,10 @@ impl Listen for Listener {
             if let Some(link) = self.accept_waiting()? {
                 return Ok(Some(link));
             }
-            // Once its one connection is taken, an inherited descriptor is the link's: nothing to wait for.
-            let wanted = match self.kind {
-                Kind::Connection { taken: true } => PollFlags::empty(),
-                _ => PollFlags::IN,
-            };
-            let mut fds = [PollFd::new(self.woken.fd(), PollFlags::IN), PollFd::new(&self.socket, wanted)];
-            let count = if wanted.is_empty() { 1 } else { 2 };
-            match poll(&mut fds[..count], None) {
+            let mut fds = vec![PollFd::new(self.woken.fd(), PollFlags::IN)];
+            // Where there is none, the one connection was taken: nothing more to wait for.
+            fds.extend(self.socket.as_ref().map(|socket| PollFd::new(socket, PollFlags::IN)));
+            match poll(&mut fds, None) {
                 Ok(_) if !fds[0].revents().is_empty() => {
                     self.woken.drain();
                     return Ok(None);
@@ -99,15 +117,12 @@ impl Listen for Listener {
 
     fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
         loop {
-            let socket = match &mut self.kind {
-                Kind::Connection { taken: true } => return Ok(None),
-                Kind::Connection { taken } => {
-                    *taken = true;
-                    self.socket.try_clone()
-                }
-                Kind::Listening { .. } => self.socket.accept().map(|(socket, _)| socket),
+            let socket = match (&mut self.kind, &self.socket) {
+                (Kind::Connection { link }, _) => return Ok(link.take()),
+                (_, None) => return Ok(None),
+                (_, Some(socket)) => socket.accept().map(|(socket, _)| socket),
             };
-            match socket.and_then(SocketLink::new) {
+            match socket.and_then(|socket| SocketLink::with_options(socket, &self.options)) {
                 Ok(link) => return Ok(Some(Box::new(link))),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),
@@ -126,6 +141,10 @@ impl Listen for Listener {
 
     fn address(&self) -> String {
         self.address.to_string()
+    }
+
+    fn is_single(&self) -> bool {
+        matches!(self.kind, Kind::Connection { .. })
     }
 }
 
@@ -169,13 +188,19 @@ impl SocketFile {
 /// that it is connected when it is not.
 const BACKLOG: i32 = 512;
 
-fn listen_tcp(host: &str, port: u16) -> io::Result<Socket> {
-    let host = if host.is_empty() { "::" } else { host };
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-    for address in (host, port).to_socket_addrs()? {
+fn listen_tcp(host: &str, port: u16, options: &TcpOptions) -> io::Result<Socket> {
+    let every = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
+    let addresses: Vec<SocketAddr> =
+        if host.is_empty() { every.into() } else { (host, port).to_socket_addrs()?.collect() };
+    let mut last = io::ErrorKind::NotFound.into();
+    for address in options.of_families(addresses.into_iter())? {
         let listen = || {
             let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
             socket.set_reuse_address(true)?;
+            if address.is_ipv6() {
+                // Every IPv6 address takes IPv4 in as well, if that is to be used.
+                socket.set_only_v6(!options.uses_ipv4())?;
+            }
             socket.bind(&address.into())?;
             socket.listen(BACKLOG)?;
             Ok(socket)

@@ -10,7 +10,9 @@
 //! links; so is whatever an embedder has that moves bytes.
 
 mod address;
+mod alive;
 mod connect;
+mod exec;
 mod link;
 mod listen;
 pub mod memory;
@@ -19,7 +21,7 @@ mod stop;
 #[cfg(feature = "tls")]
 pub mod tls;
 
-pub use address::Address;
+pub use address::{Address, TcpOptions};
 pub use link::{Connect, Link, Listen, Stream};
 pub(crate) use link::{deadline, recv_at_least, send_all};
 pub use listen::Listener;

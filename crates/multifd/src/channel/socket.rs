@@ -14,63 +14,90 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, eventfd};
-use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
+use socket2::{Domain, SockAddr, Socket};
 
-use super::{Link, Wake};
+use super::{Link, TcpOptions, Wake, alive::Watched};
 use crate::ram::{Part, PartMut};
-
-/// A dead peer is given up after a minute and a half without a sign of life.
-const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
-    .with_time(Duration::from_secs(30))
-    .with_interval(Duration::from_secs(10))
-    .with_retries(6);
 
 /// A connected stream socket.
 pub struct SocketLink {
     socket: Arc<Socket>,
     peer: String,
+    watched: Option<Watched>,
+    /// Set by `set_recv_timeout`.
+    recv_timeout: bool,
 }
 
 impl SocketLink {
-    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one.
+    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one. A TCP peer is looked
+    /// after as [`TcpOptions::default`] has it.
     ///
     /// # Errors
     /// If the system refuses an option.
     pub fn new(socket: Socket) -> io::Result<Self> {
+        Self::with_options(socket, &TcpOptions::default())
+    }
+
+    /// The same, looked after as `options` say; they are of no matter if it is no TCP.
+    ///
+    /// # Errors
+    /// If the system refuses an option.
+    pub fn with_options(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let peer = describe(&socket.peer_addr()?);
+        let mut watched = None;
         if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             socket.set_tcp_nodelay(true)?;
-            // A host that has gone is noticed; one whose program stands still answers for it.
-            socket.set_tcp_keepalive(&KEEPALIVE)?;
+            watched = Watched::set_up(&socket, options)?;
         }
-        Ok(Self { socket: Arc::new(socket), peer })
+        Ok(Self { socket: Arc::new(socket), peer, watched, recv_timeout: false })
+    }
+
+    /// After a wait that took its time: an error unless the peer's host still answers.
+    fn look(&self) -> io::Result<()> {
+        self.watched.map_or(Ok(()), |watched| watched.check(&self.socket))
     }
 }
 
 impl Link for SocketLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let message = message(parts.as_ptr().cast(), parts.len());
-        // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be read for its
-        // length until this call has ended.
-        let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        loop {
+            // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be read for its
+            // length until this call has ended.
+            let sent =
+                unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+            match usize::try_from(sent).map_err(|_| io::Error::last_os_error()) {
+                // The socket blocks, so a wait took its time.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.look()?,
+                sent => return sent,
+            }
+        }
     }
 
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
         let mut message = message(parts.as_ptr().cast(), parts.len());
-        // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be written for
-        // its length until this call has ended.
-        let received = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, 0) };
-        usize::try_from(received).map_err(|_| match io::Error::last_os_error() {
-            // The socket blocks, so this is the time set by `set_recv_timeout`.
-            error if error.kind() == io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            error => error,
-        })
+        loop {
+            // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be written for
+            // its length until this call has ended.
+            let received = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, 0) };
+            match usize::try_from(received).map_err(|_| io::Error::last_os_error()) {
+                // The socket blocks, so a wait took its time.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.recv_timeout {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    self.look()?;
+                }
+                received => return received,
+            }
+        }
     }
 
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        self.socket.set_read_timeout(limit)
+        self.socket.set_read_timeout(limit.or(self.watched.map(Watched::interval)))?;
+        self.recv_timeout = limit.is_some();
+        Ok(())
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
@@ -132,11 +159,13 @@ pub(super) fn inherited(fd: RawFd) -> io::Result<Socket> {
 
 /// An address for messages.
 pub(super) fn describe(address: &SockAddr) -> String {
-    match (address.as_socket(), address.as_pathname()) {
-        (Some(address), _) => address.to_string(),
-        (None, Some(path)) => path.display().to_string(),
-        (None, None) => "a local process".into(),
+    if let Some(address) = address.as_socket() {
+        return address.to_string();
     }
+    if let Some((cid, port)) = address.as_vsock_address() {
+        return format!("vsock:{cid}:{port}");
+    }
+    address.as_pathname().map_or_else(|| "a local process".into(), |path| path.display().to_string())
 }
 
 fn message(parts: *const libc::iovec, count: usize) -> libc::msghdr {

@@ -3,14 +3,14 @@
 //! Nothing but the first bytes tells the two apart: main begins with its file's magic, a channel with its
 //! initial packet. Each connection is asked by a thread of its own with a time limit, so a silent one holds up
 //! nobody; the thread of a channel then goes on as the channel's. A connection that is neither is a stranger: it is
-//! reported and dropped, and the migration goes on.
+//! reported and dropped, and the migration goes on; unless it is the only one there can be, as with a command.
 
 use std::{io, sync::Arc, thread::Builder, time::Instant};
 
 use super::{Shared, consume, sync::Place};
 use crate::{
     channel::{Link, Listen, Stream, Wake, deadline},
-    error::{Error, Result, Unsupported, Violation},
+    error::{Error, Result, Unsupported, Usage, Violation},
     ram::PartMut,
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
 };
@@ -105,6 +105,10 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
             tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
             consume::run(id, shared, link);
         }
+        Err(error) if shared.lock().single => {
+            shared.stop.fail(error.at(format_args!("connection from {peer}")));
+            shared.greeted(|_| {});
+        }
         Err(error) => {
             shared.greeted(|_| {});
             let cause =
@@ -125,7 +129,8 @@ enum Caller {
 
 fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
     let limit = shared.options.greeting_timeout;
-    let (peer, end) = (link.peer(), deadline(limit));
+    // The only connection there is holds up nobody, and may have far to go before it says anything.
+    let (peer, end) = (link.peer(), (!shared.lock().single).then(|| deadline(limit)));
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not say what it is"), limit },
         _ => Error::io(format!("receive the first bytes of {peer}"), error),
@@ -149,15 +154,20 @@ fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
     Ok(Caller::Channel(initial))
 }
 
-/// Fills `buffer`, of which `have` bytes are there, until `end`; says how many are there then. However few bytes a
-/// peer sends at a time, it gains no time by it.
-fn read_up_to(link: &mut dyn Link, buffer: &mut [u8], mut have: usize, end: Instant) -> io::Result<usize> {
+/// Fills `buffer`, of which `have` bytes are there, until `end` if there is one; says how many are there then. However
+/// few bytes a peer sends at a time, it gains no time by it.
+fn read_up_to(
+    link: &mut dyn Link,
+    buffer: &mut [u8],
+    mut have: usize,
+    end: Option<Instant>,
+) -> io::Result<usize> {
     while have < buffer.len() {
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        link.set_recv_timeout(Some(left))?;
+        link.set_recv_timeout(left)?;
         match link.recv(&mut [PartMut::from(&mut buffer[have..])]) {
             Ok(0) => break,
             Ok(some) => have += some,
@@ -180,7 +190,7 @@ impl Shared {
     /// Takes a channel in, or fails the migration if it does not belong to it. Only then has it been greeted: main
     /// must not pass a sync point in between.
     fn register(&self, initial: &Initial, wake: Arc<dyn Wake>, peer: &str) -> bool {
-        let admitted = self.admit(&mut self.lock(), initial, wake);
+        let admitted = self.admit(&mut self.lock(), initial, wake, peer);
         let welcome = admitted.is_ok();
         if let Err(error) = admitted {
             self.stop.fail(error.at(format_args!("connection from {peer}")));
@@ -189,7 +199,16 @@ impl Shared {
         welcome
     }
 
-    fn admit(&self, state: &mut super::State, initial: &Initial, wake: Arc<dyn Wake>) -> Result<()> {
+    fn admit(
+        &self,
+        state: &mut super::State,
+        initial: &Initial,
+        wake: Arc<dyn Wake>,
+        peer: &str,
+    ) -> Result<()> {
+        if state.single {
+            return Err(Usage::SingleConnection(peer.into()).into());
+        }
         let &Initial { uuid, id } = initial;
         let expected = *state.uuid.get_or_insert(uuid);
         if uuid != expected {

@@ -31,7 +31,7 @@ use crate::{
     channel::{Link, Listen, Stop, Stream, Wake, Watch, deadline},
     compress::Method,
     error::{Error, Result, Usage, Violation},
-    options::ReceiveOptions,
+    options::{ChannelCount, ReceiveOptions},
     ram::{Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     wire::{ChannelId, VmUuid, limits},
@@ -80,6 +80,8 @@ struct State {
     uuid: Option<VmUuid>,
     /// Connections that have not said yet what they are.
     greeting: usize,
+    /// There is one connection only: what becomes of it becomes of the migration.
+    single: bool,
     main: Option<Stream>,
     main_came: bool,
     main_watch: Option<Watch>,
@@ -123,8 +125,12 @@ impl Receiver {
     /// Takes connections from `listener` in a thread of its own, until the migration is over.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time; the system's error if it refuses the thread.
+    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the listener takes one connection only and
+    /// channels are expected; the system's error if it refuses the thread.
     pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
+        if let (true, ChannelCount::Exact(1..)) = (listener.is_single(), self.shared.options.channels) {
+            return Err(Usage::SingleConnection(listener.address()).into());
+        }
         let waker = listener.waker();
         {
             let mut state = self.shared.lock();
@@ -132,6 +138,7 @@ impl Receiver {
                 return Err(Usage::UsedTwice.into());
             }
             state.acceptor = Some(waker.clone());
+            state.single = listener.is_single();
         }
         self.watches.push(self.shared.stop.watch(waker));
         let shared = self.shared.clone();

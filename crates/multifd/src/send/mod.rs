@@ -84,10 +84,14 @@ impl Sender {
     /// migration. The main connection must be established before.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time; the system's error if it refuses a thread.
+    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the destination takes one connection only;
+    /// the system's error if it refuses a thread.
     pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
         if self.shared.is_some() {
             return Err(Usage::UsedTwice.into());
+        }
+        if connector.is_single() {
+            return Err(Usage::SingleConnection(connector.target()).into());
         }
         self.stop.check()?;
         let channels = self.options.channels;

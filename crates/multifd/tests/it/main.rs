@@ -3,6 +3,9 @@
 #[cfg(test)]
 #[cfg(any(feature = "zlib", feature = "zstd"))]
 mod compression;
+#[cfg(test)]
+mod dead_peers;
+#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod faults;
@@ -18,5 +21,7 @@ mod loopback;
 mod settings;
 #[cfg(all(test, feature = "tls"))]
 mod tls;
+#[cfg(test)]
+mod transports;
 #[cfg(test)]
 mod zero_pages;

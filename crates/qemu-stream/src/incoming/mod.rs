@@ -222,6 +222,11 @@ impl<C: Connection> Incoming<C> {
         self.return_path
     }
 
+    /// The connection. What has been read of it and what not is this driver's affair.
+    pub fn connection(&mut self) -> &mut C {
+        self.r.get_mut()
+    }
+
     /// Bytes of the main stream read so far.
     pub fn bytes(&self) -> u64 {
         self.r.position()

@@ -231,7 +231,8 @@ impl<C: Connection> Outgoing<C> {
     }
 
     /// Waits for the destination's word that it has everything, until `deadline`; `None` waits as long
-    /// as QEMU does: for ever. Without a return path there is no word to wait for.
+    /// as QEMU does: for ever. Without a return path there is no word to wait for, only what the connection itself knows:
+    /// of a command, its exit status.
     ///
     /// # Errors
     /// If the destination says that it failed, says nothing, or breaks the rules. In each case the
@@ -239,7 +240,7 @@ impl<C: Connection> Outgoing<C> {
     pub fn complete(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
         self.expect("complete", Stage::Closed)?;
         if !self.options.return_path {
-            return Ok(());
+            return self.writer.finish();
         }
         return_path::wait_for_shut(self.writer.connection(), deadline)
     }

@@ -2,7 +2,10 @@
 
 use std::io::Write;
 
-use crate::error::{Error, Place, Stream};
+use crate::{
+    connection::Connection,
+    error::{Error, Place, Stream},
+};
 
 /// Gathers small fields and writes them in one call.
 #[derive(Debug)]
@@ -10,6 +13,14 @@ pub(super) struct Writer<C> {
     connection: C,
     buffer: Vec<u8>,
     written: u64,
+}
+
+impl<C: Connection> Writer<C> {
+    /// Takes leave of a destination that says nothing.
+    pub(super) fn finish(&mut self) -> Result<(), Error> {
+        let finished = self.connection.finish();
+        finished.map_err(|source| Error::Io { at: self.here(), doing: "end the connection in order", source })
+    }
 }
 
 impl<C: Write> Writer<C> {

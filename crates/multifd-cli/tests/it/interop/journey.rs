@@ -121,6 +121,7 @@ impl Journey {
     fn send_options<'a>(&self, channels: &'a str, certificates: &'a Path) -> Vec<&'a str> {
         let mut options = vec!["--multifd-channels", channels, "--multifd-compression", self.method];
         options.extend(["--zero-page-detection", self.zero_back]);
+        options.extend(["--return-path", if self.return_path { "on" } else { "off" }]);
         if self.tls {
             options.extend(["--tls-creds", text(certificates), "--tls-hostname", "localhost"]);
         }

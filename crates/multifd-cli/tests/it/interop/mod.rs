@@ -11,4 +11,5 @@ mod parameters;
 mod peers;
 mod refused;
 mod tls;
+mod transports;
 mod zero_pages;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::ram::BlockIndex;
-use multifd_testkit::qemu::skip;
+use multifd_testkit::skip;
 use qemu_stream::mapped_ram::MappedRamFile;
 use rustix::{
     fs::{Advice, fadvise, fstatfs},

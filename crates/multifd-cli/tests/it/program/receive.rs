@@ -300,3 +300,22 @@ fn report_of_a_failure_is_json_too() {
     assert_eq!(told["status"], json!("failed"));
     assert!(told["error-desc"].is_string(), "{told}");
 }
+
+#[test]
+fn command_is_received_from_and_its_failure_leaves_no_file() {
+    let folder = folder();
+    let (from, stream, kept) = (captured(&folder, 4 << 20), path(&folder, "stream"), path(&folder, "kept"));
+    let to = format!("exec:cat >{}", stream.display());
+    feed(&["--multifd-channels", "0"], &from, &to).done();
+    let failing = format!("exec:cat {}; exit 3", stream.display());
+    let (receive, _) = Program::receive(&[], &failing, &kept);
+    receive.end().assert_failed(1, &["the command ended with exit status 3"]);
+    let (receive, _) = Program::receive(&[], "exec:exit 3", &kept);
+    receive.end().assert_failed(1, &["the command ended with exit status 3"]);
+    assert_left(&folder, &["captured", "stream"]);
+    let whole = format!("exec:cat {}", stream.display());
+    let (receive, address) = Program::receive(&[], &whole, &kept);
+    assert_eq!(address, whole);
+    receive.done();
+    assert_eq!(stored_memory(&kept), stored_memory(&from));
+}

@@ -255,3 +255,39 @@ fn destination_of_another_machine_type_is_an_error() {
         refuses(&qemu).unwrap();
     }
 }
+
+#[test]
+fn command_that_fails_fails_the_migration_and_is_named() {
+    let folder = folder();
+    let from = captured(&folder, 4 * MIB);
+    for (command, status) in [
+        ("exec:exit 3", 3),
+        ("exec:cat >/dev/null; exit 4", 4),
+        ("exec:/no/such/program 2>/dev/null", 127),
+        ("exec:head -c 100 >/dev/null; exit 5", 5),
+    ] {
+        let ended = feed(&["--multifd-channels", "0"], &from, command).end();
+        ended.assert_failed(1, &[&format!("the command ended with exit status {status}")]);
+    }
+}
+
+#[test]
+fn interrupt_ends_the_command() {
+    let folder = folder();
+    let (from, pid) = (captured(&folder, 16 * MIB), path(&folder, "pid"));
+    let command = format!("exec:echo $$ >{}; exec sleep 600", pid.display());
+    let program = feed(&["--multifd-channels", "0"], &from, &command);
+    let start = Instant::now();
+    let process = loop {
+        let number = fs::read_to_string(&pid).unwrap_or_default();
+        if let Some(number) = number.strip_suffix('\n') {
+            break format!("/proc/{number}");
+        }
+        assert!(start.elapsed() < PATIENCE, "the command starts");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(fs::exists(&process).unwrap());
+    program.signal(Signal::INT);
+    assert_eq!(program.end_within(SOON).code, Some(130));
+    assert!(!fs::exists(&process).unwrap());
+}

@@ -52,8 +52,9 @@ fn missing_argument_is_named() {
 
 #[test]
 fn address_that_is_none_is_refused_with_the_forms_that_are() {
-    assert_usage(&["receive", "127.0.0.1:4444", "machine"], "tcp:HOST:PORT, unix:PATH or fd:N");
-    assert_usage(&["send", "machine", "exec:cat"], "tcp:HOST:PORT, unix:PATH or fd:N");
+    assert_usage(&["receive", "127.0.0.1:4444", "machine"], "tcp:HOST:PORT, unix:PATH");
+    assert_usage(&["send", "machine", "rdma:host:1"], "tcp:HOST:PORT, unix:PATH");
+    assert_usage(&["send", "machine", "tcp:host:1,to=5"], "ipv4=on|off, ipv6=on|off");
 }
 
 #[test]
@@ -123,4 +124,11 @@ fn tls_to_an_address_without_a_host_is_refused_without_a_name() {
 #[test]
 fn channels_over_one_inherited_connection_are_refused() {
     assert_usage(&["send", "machine", "fd:0"], "fd:0");
+}
+
+#[test]
+fn channels_over_a_command_are_refused() {
+    let told = "exec:cat is a single connection and cannot carry channels: set multifd-channels to 0";
+    assert_usage(&["send", "machine", "exec:cat"], told);
+    assert_usage(&["receive", "--multifd-channels", "2", "exec:cat", "machine"], told);
 }

@@ -211,6 +211,10 @@ impl Link for TlsLink {
         while matches!(self.link.recv(&mut [PartMut::from(&mut *self.received.buffer)]), Ok(1..)) {}
         self.link.set_recv_timeout(self.timeout)
     }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.link.finish()
+    }
 }
 
 impl TlsLink {

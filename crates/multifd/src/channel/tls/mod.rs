@@ -49,6 +49,10 @@ impl Connect for TlsConnector {
     fn target(&self) -> String {
         self.inner.target()
     }
+
+    fn is_single(&self) -> bool {
+        self.inner.is_single()
+    }
 }
 
 /// Takes connections, each of which must become a session.
@@ -83,5 +87,9 @@ impl Listen for TlsListener {
 
     fn address(&self) -> String {
         self.inner.address()
+    }
+
+    fn is_single(&self) -> bool {
+        self.inner.is_single()
     }
 }

@@ -1,0 +1,101 @@
+//! Whether the host at the other end of a TCP connection still answers.
+//!
+//! Keep-alive looks after a connection on which nothing is under way. Where data are under way, or the peer's window is
+//! shut, it is silent, and the system goes on for a quarter of an hour. `TCP_USER_TIMEOUT` would end that, and would
+//! also end a connection whose peer answers every probe and takes nothing in: a guest that is stopped, a disk that is slow.
+//! So the waits of a socket end now and then, and the system's own account is looked at: how often the peer has left
+//! the same data, or the same question, unanswered, and when it was last heard of.
+//!
+//! UNSAFETY: one system call fills a structure of plain numbers, whose size it is told.
+#![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO")]
+
+use std::{io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
+
+use socket2::{Socket, TcpKeepalive};
+
+use super::TcpOptions;
+
+/// How a TCP connection is watched.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watched {
+    limit: Duration,
+}
+
+impl Watched {
+    /// Sets the socket up as `options` say; `None` if it is left to the system.
+    pub(super) fn set_up(socket: &Socket, options: &TcpOptions) -> io::Result<Option<Self>> {
+        let limit = options.user_timeout;
+        if options.keep_alive {
+            let limit = limit.unwrap_or_else(|| TcpOptions::default().user_timeout.unwrap_or_default());
+            socket.set_tcp_keepalive(&keepalive(limit))?;
+        }
+        let Some(limit) = limit else { return Ok(None) };
+        let watched = Self { limit };
+        socket.set_write_timeout(Some(watched.interval()))?;
+        socket.set_read_timeout(Some(watched.interval()))?;
+        Ok(Some(watched))
+    }
+
+    /// How long a wait takes at most before the peer is looked at.
+    pub(super) fn interval(self) -> Duration {
+        self.limit / 3
+    }
+
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] if the host has not answered for the time set.
+    pub(super) fn check(self, socket: &Socket) -> io::Result<()> {
+        let Some(answers) = Answers::of(socket)? else { return Ok(()) };
+        if answers.unanswered >= UNANSWERED && answers.silent >= self.limit {
+            let text = format!("the host has not answered for {} s", answers.silent.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
+        Ok(())
+    }
+}
+
+/// One is under way at any time.
+const UNANSWERED: u8 = 2;
+
+/// 90 s: after 30 s without a sign of life, six questions, 10 s apart.
+fn keepalive(limit: Duration) -> TcpKeepalive {
+    let second = Duration::from_secs(1);
+    TcpKeepalive::new()
+        .with_time((limit / 3).max(second))
+        .with_interval((limit / 9).max(second))
+        .with_retries(6)
+}
+
+/// What the system knows of the peer.
+struct Answers {
+    /// Times that the same data were sent again, or probes of a shut window, since the peer was last heard of.
+    unanswered: u8,
+    /// Since it was last heard of.
+    silent: Duration,
+}
+
+impl Answers {
+    /// `None` where the system does not tell.
+    fn of(socket: &Socket) -> io::Result<Option<Self>> {
+        let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+        let Ok(mut length) = libc::socklen_t::try_from(size_of::<libc::tcp_info>()) else { return Ok(None) };
+        // SAFETY: `info` has `length` bytes to be written, and is not used otherwise during the call.
+        let told = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                info.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if told != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: every byte was zero before the call, and any bytes are numbers.
+        let info = unsafe { info.assume_init() };
+        Ok(Some(Self {
+            unanswered: info.tcpi_retransmits.max(info.tcpi_probes),
+            silent: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        }))
+    }
+}

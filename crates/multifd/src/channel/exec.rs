@@ -1,0 +1,236 @@
+//! A shell command whose standard input and output are the one connection of a migration.
+//!
+//! ```text
+//! ExecLink ── SocketLink ══ socket pair ══ stdin, stdout of /bin/sh -c COMMAND
+//!     └────── Running: a descriptor of the process, which becomes readable when it ends
+//! ```
+//!
+//! A socket pair and no pipes: the calls of a socket serve it, and a command that has ended is an error of the write and
+//! no signal. The command stays in this process's group, so that an `ssh` may ask for a password at the terminal.
+//!
+//! Whoever owns the link reaps the command, at the latest in the drop: closed connection, then SIGTERM, then SIGKILL,
+//! each with its time. A migration that ends badly sends SIGTERM at once. What the command itself has started is not
+//! signalled; it finds its input and output closed.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+use socket2::{Domain, Socket, Type};
+
+use super::{
+    Link, Wake,
+    socket::{EventFd, SocketLink},
+};
+use crate::ram::{Part, PartMut};
+
+/// A connection to a command that was started for it.
+pub(super) struct ExecLink {
+    link: SocketLink,
+    running: Arc<Running>,
+}
+
+impl ExecLink {
+    /// Starts `command`.
+    pub(super) fn start(command: &str) -> io::Result<Self> {
+        let (ours, theirs) = Socket::pair(Domain::UNIX, Type::STREAM, None)?;
+        let (input, output) = (OwnedFd::from(theirs.try_clone()?), OwnedFd::from(theirs));
+        let mut shell = Command::new("/bin/sh");
+        shell.arg("-c").arg(command).stdin(Stdio::from(input)).stdout(Stdio::from(output));
+        let child = shell.spawn()?;
+        // The command's ends are its own alone, or it would never be seen to close them.
+        drop(shell);
+        let link = SocketLink::new(ours)?;
+        Ok(Self { link, running: Arc::new(Running::new(child, format!("exec:{command}"))?) })
+    }
+
+    /// What a connection that has broken, or ended, is about: a command that has failed says more than the system.
+    fn explain(&self, or: io::Result<usize>) -> io::Result<usize> {
+        match self.running.wait(EXIT_LAG) {
+            Ok(Some(status)) if or.is_err() || !status.success() => Err(ended(status)),
+            _ => or,
+        }
+    }
+}
+
+impl Link for ExecLink {
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        match self.link.send(parts) {
+            Err(error) if is_broken(&error) => self.explain(Err(error)),
+            sent => sent,
+        }
+    }
+
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
+        let room = parts.iter().any(|part| part.len() > 0);
+        match self.link.recv(parts) {
+            Ok(0) if room => self.explain(Ok(0)),
+            Err(error) if is_broken(&error) => self.explain(Err(error)),
+            received => received,
+        }
+    }
+
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.link.set_recv_timeout(limit)
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Terminate { link: self.link.waker(), running: self.running.clone() })
+    }
+
+    fn peer(&self) -> String {
+        self.running.name.clone()
+    }
+
+    fn close_send(&mut self) -> io::Result<()> {
+        self.link.close_send()
+    }
+
+    /// Waits for the command to end; that it failed is an error.
+    fn finish(&mut self) -> io::Result<()> {
+        // A command that has ended has closed its side, which is as good.
+        let _ = self.link.close_send();
+        match self.running.wait(END_LIMIT)? {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => Err(ended(status)),
+            None => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("the command has not ended within {} s of its input", END_LIMIT.as_secs()),
+            )),
+        }
+    }
+}
+
+impl Drop for ExecLink {
+    fn drop(&mut self) {
+        self.link.waker().wake();
+        self.running.reap();
+    }
+}
+
+/// A command that was started, and how to end it.
+struct Running {
+    name: String,
+    /// Of the process, whatever becomes of its number; readable when it has ended.
+    process: OwnedFd,
+    /// Readable when it is to end.
+    woken: Arc<EventFd>,
+    /// Relaxed: orders nothing, only spares a command that is being terminated the wait for a good end.
+    terminated: AtomicBool,
+    child: Mutex<Child>,
+}
+
+impl Running {
+    fn new(mut child: Child, name: String) -> io::Result<Self> {
+        let handles = || Ok((pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?, EventFd::new()?));
+        match handles() {
+            Ok((process, woken)) => {
+                let terminated = AtomicBool::new(false);
+                Ok(Self { name, process, woken, terminated, child: Mutex::new(child) })
+            }
+            Err(error) => {
+                // It may have ended already, which is what is wanted.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until it has ended, or `limit` is over: then `None`.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Interrupted`] as soon as it is to be terminated.
+    fn wait(&self, limit: Duration) -> io::Result<Option<ExitStatus>> {
+        let mut fds =
+            [PollFd::new(&self.process, PollFlags::IN), PollFd::new(self.woken.fd(), PollFlags::IN)];
+        poll_until(&mut fds, limit)?;
+        if !fds[0].revents().is_empty() {
+            return self.child.lock().unwrap_or_else(PoisonError::into_inner).wait().map(Some);
+        }
+        if fds[1].revents().is_empty() { Ok(None) } else { Err(io::ErrorKind::Interrupted.into()) }
+    }
+
+    /// Has it end, however it takes that.
+    fn reap(&self) {
+        if !self.terminated.load(Ordering::Relaxed) && self.has_ended(GRACE) {
+            tracing::debug!(command = self.name, "ended");
+        } else {
+            self.signal(Signal::TERM);
+            if !self.has_ended(GRACE) {
+                tracing::warn!(command = self.name, "does not end: it is killed");
+                self.signal(Signal::KILL);
+            }
+        }
+        // It has ended, or cannot help it.
+        let _ = self.child.lock().unwrap_or_else(PoisonError::into_inner).wait();
+    }
+
+    fn has_ended(&self, limit: Duration) -> bool {
+        let mut fds = [PollFd::new(&self.process, PollFlags::IN)];
+        poll_until(&mut fds, limit).is_ok() && !fds[0].revents().is_empty()
+    }
+
+    fn signal(&self, signal: Signal) {
+        // It may have ended by itself.
+        let _ = pidfd_send_signal(&self.process, signal);
+    }
+}
+
+struct Terminate {
+    link: Arc<dyn Wake>,
+    running: Arc<Running>,
+}
+
+impl Wake for Terminate {
+    fn wake(&self) {
+        self.running.terminated.store(true, Ordering::Relaxed);
+        self.running.signal(Signal::TERM);
+        self.running.woken.wake();
+        self.link.wake();
+    }
+}
+
+fn poll_until(fds: &mut [PollFd<'_>], limit: Duration) -> io::Result<()> {
+    let end = super::deadline(limit);
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match poll(fds, Some(&Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?)) {
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+fn is_broken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+}
+
+fn ended(status: ExitStatus) -> io::Error {
+    let how = match (status.code(), status.signal()) {
+        (Some(code), _) => format!("with exit status {code}"),
+        (None, Some(signal)) => format!("by signal {signal}"),
+        (None, None) => status.to_string(),
+    };
+    io::Error::new(io::ErrorKind::BrokenPipe, format!("the command ended {how}"))
+}
+
+/// Between the end of a command's output and its own.
+const EXIT_LAG: Duration = Duration::from_secs(1);
+/// What a command may take to write the last of its input away.
+const END_LIMIT: Duration = Duration::from_secs(60);
+/// What a command may take to end when it is told to.
+const GRACE: Duration = Duration::from_secs(2);
