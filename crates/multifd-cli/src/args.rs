@@ -130,6 +130,9 @@ pub(crate) struct SendArgs {
     /// Read pages for channels past the page cache, where the file system can
     #[arg(long)]
     pub(crate) direct_io: bool,
+    /// Have the network card read pages where they are; plain tcp only, and 4 MiB of locked memory a channel
+    #[arg(long)]
+    pub(crate) zero_copy_send: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// The file to send: a path, or file:PATH,offset=N
@@ -184,6 +187,9 @@ pub(crate) struct DemoArgs {
     /// Bytes of memory that the guest writes a second
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
     pub(crate) dirty_rate: u64,
+    /// Have the system read pages where they are; on one machine it copies them all the same
+    #[arg(long)]
+    pub(crate) zero_copy_send: bool,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     pub(crate) json: bool,

@@ -51,6 +51,8 @@ pub(crate) struct Ram {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) dirty_sync_count: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dirty_sync_missed_zero_copy: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) dirty_pages_rate: Option<u64>,
     pub(crate) pages_per_second: u64,
     pub(crate) multifd_bytes: u64,
@@ -69,7 +71,7 @@ pub(crate) struct Channel {
 
 impl From<&ChannelStats> for Channel {
     fn from(stats: &ChannelStats) -> Self {
-        let ChannelStats { id, packets, normal, zero, bytes } = *stats;
+        let ChannelStats { id, packets, normal, zero, bytes, .. } = *stats;
         Self { id: id.0, packets, pages: normal + zero, bytes }
     }
 }
@@ -94,6 +96,7 @@ impl Report {
                 page_size: ram.page_size,
                 mbps: ram.transferred as f64 * 8.0 / 1e6 / seconds,
                 dirty_sync_count: Some(ram.dirty_sync_count),
+                dirty_sync_missed_zero_copy: Some(ram.dirty_sync_missed_zero_copy),
                 dirty_pages_rate: Some(ram.dirty_pages_rate),
                 #[expect(
                     clippy::cast_possible_truncation,
@@ -146,6 +149,11 @@ impl Report {
             // The dirty bits are taken before every pass, and once to find that one pass more is enough.
             let passes = ram.dirty_sync_count.unwrap_or_default().saturating_sub(1);
             text += &format!("\ndowntime {downtime} ms, {passes} passes");
+        }
+        if let Some(missed @ 1..) = ram.dirty_sync_missed_zero_copy {
+            text += &format!(
+                "\nzero-copy-send: the system copied pages all the same, before {missed} channel syncs"
+            );
         }
         let sum: u64 = self.channels.iter().map(|channel| channel.bytes).sum();
         for channel in &self.channels {

@@ -128,7 +128,10 @@ fn send(
     let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone());
     let sender = (args.multifd_channels > 0).then(|| -> Result<Sender, Error> {
         let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
-        let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid));
+        let options = args
+            .compression
+            .apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid))
+            .zero_copy_send(args.zero_copy_send);
         let mut sender = Sender::new(options, blocks, stop.clone())?;
         sender.set_up(connector.clone())?;
         Ok(sender)

@@ -451,6 +451,9 @@ pub enum Usage {
         "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
     )]
     SingleConnection(String),
+    /// `zero-copy-send` where pages are copied anyway.
+    #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
+    ZeroCopy(&'static str),
     /// TLS to an address that names no host, and no name given.
     #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
     NoTlsHostname(String),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     compress::{Levels, Method},
-    error::Result,
+    error::{Result, Usage},
     parameters,
     wire::{VmUuid, limits},
 };
@@ -26,6 +26,7 @@ pub struct SendOptions {
     pub(crate) method: Method,
     pub(crate) levels: Levels,
     pub(crate) connect_timeout: Duration,
+    pub(crate) zero_copy_send: bool,
 }
 
 impl Default for SendOptions {
@@ -36,6 +37,7 @@ impl Default for SendOptions {
             method: Method::None,
             levels: Levels::default(),
             connect_timeout: Duration::from_secs(30),
+            zero_copy_send: false,
         }
     }
 }
@@ -87,7 +89,18 @@ impl SendOptions {
         self
     }
 
+    /// `zero-copy-send`: has the network card read pages where they are. Default off. It needs plain TCP, pages that are
+    /// not packed, and leave to lock memory: 4 MiB a channel (`RLIMIT_MEMLOCK`). It saves a copy where the card and the
+    /// way to it can, and costs where they cannot: [`missed_zero_copy`](crate::ChannelStats::missed_zero_copy) tells.
+    pub fn zero_copy_send(mut self, on: bool) -> Self {
+        self.zero_copy_send = on;
+        self
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
+        if self.zero_copy_send && self.method != Method::None {
+            return Err(Usage::ZeroCopy("with multifd-compression").into());
+        }
         self.levels.check()?;
         Ok(parameters::MULTIFD_CHANNELS.check(self.channels)?)
     }

@@ -24,6 +24,7 @@ pub(crate) struct SendSettings {
     multifd_zstd_level: Number,
     uuid: String,
     connect_timeout: Number,
+    zero_copy_send: bool,
 }
 
 impl Default for SendSettings {
@@ -41,6 +42,7 @@ impl From<SendOptions> for SendSettings {
             multifd_zstd_level: Number(options.levels.zstd.into()),
             uuid: options.uuid.to_string(),
             connect_timeout: Number::millis(options.connect_timeout),
+            zero_copy_send: options.zero_copy_send,
         }
     }
 }
@@ -53,13 +55,16 @@ impl TryFrom<SendSettings> for SendOptions {
             zlib: settings.multifd_zlib_level.within(MULTIFD_ZLIB_LEVEL)?,
             zstd: settings.multifd_zstd_level.within(MULTIFD_ZSTD_LEVEL)?,
         };
-        Ok(Self {
+        let options = Self {
             channels: settings.multifd_channels.within(MULTIFD_CHANNELS)?,
             uuid: uuid(&settings.uuid)?,
             method: method(&settings.multifd_compression)?,
             levels,
             connect_timeout: settings.connect_timeout.duration("connect-timeout")?,
-        })
+            zero_copy_send: settings.zero_copy_send,
+        };
+        options.check().map_err(|error| error.to_string())?;
+        Ok(options)
     }
 }
 

@@ -17,6 +17,8 @@ pub struct ChannelStats {
     pub zero: u64,
     /// Bytes on the connection: initial packet, heads and payloads.
     pub bytes: u64,
+    /// Channel syncs up to which some pages were copied though `zero-copy-send` was asked for.
+    pub missed_zero_copy: u64,
 }
 
 /// A channel's counters: written by its own thread, read by any.
@@ -26,6 +28,7 @@ pub(crate) struct ChannelCounters {
     normal: AtomicU64,
     zero: AtomicU64,
     bytes: AtomicU64,
+    missed_zero_copy: AtomicU64,
 }
 
 // Relaxed throughout: the numbers order nothing. A reader that has joined the thread, or passed a channel sync
@@ -44,6 +47,11 @@ impl ChannelCounters {
         self.add_bytes(bytes);
     }
 
+    /// A channel sync, up to which pages were `copied` or not.
+    pub(crate) fn add_missed_zero_copy(&self, copied: bool) {
+        self.missed_zero_copy.fetch_add(copied.into(), Ordering::Relaxed);
+    }
+
     pub(crate) fn snapshot(&self, id: ChannelId) -> ChannelStats {
         ChannelStats {
             id,
@@ -51,6 +59,7 @@ impl ChannelCounters {
             normal: self.normal.load(Ordering::Relaxed),
             zero: self.zero.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
+            missed_zero_copy: self.missed_zero_copy.load(Ordering::Relaxed),
         }
     }
 }

@@ -35,6 +35,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     args::DemoArgs,
+    combinations,
     display::{Display, Look},
     interrupt,
     outcome::{Failure, While, print, say},
@@ -52,6 +53,7 @@ struct Arrived {
 }
 
 pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
+    combinations::of_demo(args).map_err(|refused| Failure::Usage(refused.into()))?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let size = args.size.next_multiple_of(PageSize::KIB_4.bytes() as u64).max(MIN_RAM);
@@ -125,7 +127,8 @@ fn migrate(
     let outgoing = Outgoing::new(main, Options::new(Configuration::new(machine)))
         .map_err(|error| Error::other("open the main stream", error))?;
     let mut main = MainStream::of_guest(outgoing);
-    let options = args.compression.apply(SendOptions::new().channels(args.multifd_channels));
+    let options = SendOptions::new().channels(args.multifd_channels).zero_copy_send(args.zero_copy_send);
+    let options = args.compression.apply(options);
     let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
     sender.set_up(Arc::new(address.clone()))?;
     let mut log = guest.dirty_log();

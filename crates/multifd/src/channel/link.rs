@@ -44,6 +44,41 @@ pub trait Link: Send {
     /// If the connection is broken.
     fn close_send(&mut self) -> io::Result<()>;
 
+    /// As [`send`](Link::send), with more to follow at once: a head, before what it announces.
+    ///
+    /// # Errors
+    /// As [`send`](Link::send).
+    fn send_more(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.send(parts)
+    }
+
+    /// Makes [`send_in_place`](Link::send_in_place) possible: `zero-copy-send`.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if the connection is of another kind than TCP; the system's error if it cannot.
+    fn enable_in_place(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// As [`send`](Link::send), but the system reads the bytes where they are, now or later: until
+    /// [`completed_in_place`](Link::completed_in_place) tells of this call, what is written there may travel, too. It
+    /// keeps the memory for itself as long as it needs it, even if that is unmapped.
+    ///
+    /// # Errors
+    /// As [`send`](Link::send); `ENOBUFS` if no more memory may be locked for this.
+    fn send_in_place(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.send(parts)
+    }
+
+    /// Waits until the system is through with the first `calls` calls of [`send_in_place`](Link::send_in_place) that
+    /// sent something. Says with how many it is through by now, and how many of these it has copied after all.
+    ///
+    /// # Errors
+    /// If the connection is broken or was shut down.
+    fn completed_in_place(&mut self, calls: u64) -> io::Result<(u64, u64)> {
+        Ok((calls, calls))
+    }
+
     /// Takes leave of a peer that says nothing more itself: says that nothing more is sent, and waits for what can be
     /// known of the other end.
     ///
@@ -109,6 +144,20 @@ const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 pub(crate) fn send_all(link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::Result<()> {
     while parts.iter().any(|part| part.len() > 0) {
         match link.send(parts) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(sent) => parts = advance(parts, sent),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Sends all bytes of a part that more follows.
+pub(crate) fn send_all_more(link: &mut dyn Link, part: Part<'_>) -> io::Result<()> {
+    let mut parts = &mut [part][..];
+    while parts.iter().any(|part| part.len() > 0) {
+        match link.send_more(parts) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(sent) => parts = advance(parts, sent),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

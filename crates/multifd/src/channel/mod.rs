@@ -11,11 +11,13 @@
 
 mod address;
 mod alive;
+mod completions;
 mod connect;
 mod exec;
 mod link;
 mod listen;
 pub mod memory;
+mod notice;
 mod socket;
 mod stop;
 #[cfg(feature = "tls")]
@@ -23,7 +25,7 @@ pub mod tls;
 
 pub use address::{Address, TcpOptions};
 pub use link::{Connect, Link, Listen, Stream};
-pub(crate) use link::{deadline, recv_at_least, send_all};
+pub(crate) use link::{deadline, recv_at_least, send_all, send_all_more};
 pub use listen::Listener;
 pub use socket::SocketLink;
 pub use stop::{Stop, Wake, Watch};

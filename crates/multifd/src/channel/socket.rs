@@ -8,15 +8,18 @@ use std::{
     io,
     mem::MaybeUninit,
     net::Shutdown,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::Arc,
     time::Duration,
 };
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::Errno,
+};
 use socket2::{Domain, SockAddr, Socket};
 
-use super::{Link, TcpOptions, Wake, alive::Watched};
+use super::{Link, TcpOptions, Wake, alive::Watched, completions::Completions, notice::Notice};
 use crate::ram::{Part, PartMut};
 
 /// A connected stream socket.
@@ -26,6 +29,8 @@ pub struct SocketLink {
     watched: Option<Watched>,
     /// Set by `set_recv_timeout`.
     recv_timeout: bool,
+    /// Of what was sent in place.
+    completions: Completions,
 }
 
 impl SocketLink {
@@ -50,7 +55,23 @@ impl SocketLink {
             socket.set_tcp_nodelay(true)?;
             watched = Watched::set_up(&socket, options)?;
         }
-        Ok(Self { socket: Arc::new(socket), peer, watched, recv_timeout: false })
+        let completions = Completions::default();
+        Ok(Self { socket: Arc::new(socket), peer, watched, recv_timeout: false, completions })
+    }
+
+    fn send_with(&self, parts: &[Part<'_>], flags: libc::c_int) -> io::Result<usize> {
+        let message = message(parts.as_ptr().cast(), parts.len());
+        let flags = flags | libc::MSG_NOSIGNAL;
+        loop {
+            // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be read for its
+            // length until this call has ended. What it sends in place it holds on to by itself.
+            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, flags) };
+            match usize::try_from(sent).map_err(|_| io::Error::last_os_error()) {
+                // The socket blocks, so a wait took its time.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.look()?,
+                sent => return sent,
+            }
+        }
     }
 
     /// After a wait that took its time: an error unless the peer's host still answers.
@@ -61,16 +82,55 @@ impl SocketLink {
 
 impl Link for SocketLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        let message = message(parts.as_ptr().cast(), parts.len());
+        self.send_with(parts, 0)
+    }
+
+    fn send_more(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.send_with(parts, libc::MSG_MORE)
+    }
+
+    fn enable_in_place(&mut self) -> io::Result<()> {
+        if !matches!(self.socket.domain()?, Domain::IPV4 | Domain::IPV6) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let on: libc::c_int = 1;
+        let length = libc::socklen_t::try_from(size_of_val(&on)).unwrap_or(0);
+        // SAFETY: the option's value is a number of the length told, there until the call has ended.
+        let set = unsafe {
+            let fd = self.socket.as_raw_fd();
+            libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, (&raw const on).cast(), length)
+        };
+        if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn send_in_place(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        let sent = self.send_with(parts, libc::MSG_ZEROCOPY)?;
+        if sent > 0 {
+            self.completions.sent();
+        }
+        Ok(sent)
+    }
+
+    fn completed_in_place(&mut self, calls: u64) -> io::Result<(u64, u64)> {
+        let mut gone = false;
         loop {
-            // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be read for its
-            // length until this call has ended.
-            let sent =
-                unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
-            match usize::try_from(sent).map_err(|_| io::Error::last_os_error()) {
-                // The socket blocks, so a wait took its time.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.look()?,
-                sent => return sent,
+            while let Some(notice) = Notice::next(self.socket.as_fd())? {
+                self.completions.complete(notice.first, notice.last, notice.copied)?;
+            }
+            if self.completions.done() >= calls {
+                return Ok((self.completions.done(), self.completions.copied()));
+            }
+            if gone {
+                return Err(self.socket.take_error()?.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into()));
+            }
+            // Nothing is asked for: notices, and the end of the connection, are always told.
+            let mut fds = [PollFd::new(&*self.socket, PollFlags::empty())];
+            let limit = self.watched.and_then(|watched| Timespec::try_from(watched.interval()).ok());
+            match poll(&mut fds, limit.as_ref()) {
+                Ok(0) => self.look()?,
+                Ok(_) => gone = fds[0].revents().contains(PollFlags::HUP),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -59,6 +59,9 @@ pub struct RamInfo {
     pub mbps: f64,
     /// `dirty-sync-count`: how often the dirty bits were taken.
     pub dirty_sync_count: u64,
+    /// `dirty-sync-missed-zero-copy`: channel syncs, of each channel, up to which pages were copied though
+    /// `zero-copy-send` was asked for.
+    pub dirty_sync_missed_zero_copy: u64,
     /// `dirty-pages-rate`: pages the guest dirtied a second, in the last pass.
     pub dirty_pages_rate: u64,
     /// `pages-per-second`: pages sent a second over the last pass.
@@ -158,6 +161,7 @@ impl Progress {
                 page_size,
                 mbps: passes.mbps,
                 dirty_sync_count: passes.dirty_sync_count,
+                dirty_sync_missed_zero_copy: on_channels(|channel| channel.missed_zero_copy),
                 dirty_pages_rate: passes.dirty_pages_rate,
                 pages_per_second: passes.pages_per_second,
                 multifd_bytes,

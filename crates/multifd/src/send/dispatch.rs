@@ -10,6 +10,7 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
 };
 
+use super::in_flight::DEPTH;
 use crate::{
     batch::Batch,
     channel::{Stop, Wake},
@@ -53,9 +54,10 @@ struct Queue {
 impl Dispatch {
     /// Batches for `channels` channels: one for each to carry, one for each to find ready. The collector
     /// brings its own.
-    pub(super) fn new(channels: u8, page_size: PageSize) -> Self {
+    pub(super) fn new(channels: u8, page_size: PageSize, in_place: bool) -> Self {
         let channels = usize::from(channels);
-        let free: Vec<Batch> = std::iter::repeat_with(|| Batch::new(page_size)).take(2 * channels).collect();
+        let most = channels * if in_place { 2 + DEPTH } else { 2 };
+        let free: Vec<Batch> = std::iter::repeat_with(|| Batch::new(page_size)).take(most).collect();
         Self {
             queue: Mutex::new(Queue {
                 ready: VecDeque::with_capacity(free.len()),
@@ -204,7 +206,7 @@ mod tests {
     #[test]
     fn no_channel_carries_a_page_of_after_a_sync_ahead_of_its_own_sync() {
         const CHANNELS: u8 = 4;
-        let (dispatch, stop) = (Dispatch::new(CHANNELS, PAGE), Stop::new());
+        let (dispatch, stop) = (Dispatch::new(CHANNELS, PAGE, false), Stop::new());
         let carried = Mutex::new(Vec::new());
         scope(|threads| {
             for _ in 0..CHANNELS {
@@ -243,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_collector_waiting_for_channels_that_stand_still_is_woken_by_the_stop() {
-        let (dispatch, stop) = (Arc::new(Dispatch::new(1, PAGE)), Stop::new());
+        let (dispatch, stop) = (Arc::new(Dispatch::new(1, PAGE, false)), Stop::new());
         let _watch = stop.watch(dispatch.clone());
         let collectors = [0, 1, 2].map(|wait| {
             let (dispatch, stop) = (dispatch.clone(), stop.clone());

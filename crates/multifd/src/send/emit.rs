@@ -8,12 +8,17 @@ use std::{io, sync::atomic::Ordering};
 
 use arrayvec::ArrayVec;
 
-use super::{Shared, dispatch::Job, draw::Drawer};
+use super::{
+    Shared,
+    dispatch::Job,
+    draw::Drawer,
+    in_flight::{self, InFlight},
+};
 use crate::{
     batch::Batch,
-    channel::{Connect, Link, Watch, send_all},
+    channel::{Connect, Link, Watch, send_all, send_all_more},
     compress::{Encode, Pages},
-    error::{Error, Result},
+    error::{Error, Result, Usage},
     options::SendOptions,
     ram::{MAX_PARTS, PageIndex, Part, RamBlock},
     stats::ChannelCounters,
@@ -39,6 +44,8 @@ struct Emitter<'a> {
     head: HeadBuffer,
     drawer: Drawer,
     encoder: Option<Box<dyn Encode>>,
+    /// With `zero-copy-send`.
+    in_flight: Option<InFlight<'a>>,
     /// A page of zeros, sent in place of pages that are known to be zero, whatever their memory has.
     zeros: Box<[u8]>,
     options: &'a SendOptions,
@@ -54,9 +61,16 @@ impl<'a> Emitter<'a> {
     ) -> Result<Self> {
         let target = connector.target();
         tracing::debug!(channel = id.0, %target, "multifd_new_send_channel_async");
-        let link = connector
+        let mut link = connector
             .connect(&shared.stop, options.connect_timeout)
             .map_err(|error| Error::io(format!("connect to {target}{}", hint(&error)), error))?;
+        if options.zero_copy_send {
+            link.enable_in_place().map_err(|error| match error.kind() {
+                io::ErrorKind::Unsupported => Usage::ZeroCopy("over anything but plain TCP").into(),
+                _ => Error::io(format!("switch zero-copy-send on for {target}"), error),
+            })?;
+            in_flight::check_limit().map_err(|error| Error::io(format!("send to {target}"), error))?;
+        }
         let mut emitter = Self {
             id,
             shared,
@@ -66,6 +80,7 @@ impl<'a> Emitter<'a> {
             head: HeadBuffer::new(shared.blocks.page_size()),
             drawer: Drawer::default(),
             encoder: options.method.encoder(options.levels)?,
+            in_flight: options.zero_copy_send.then(|| InFlight::new(&shared.in_flight)),
             zeros: vec![0; shared.blocks.page_size().bytes()].into(),
             options,
         };
@@ -84,7 +99,12 @@ impl<'a> Emitter<'a> {
             match self.shared.dispatch.next(done.take(), synced) {
                 Job::Batch(mut batch) => {
                     self.pages(&mut batch)?;
-                    done = Some(batch);
+                    done = match &mut self.in_flight {
+                        Some(in_flight) => in_flight
+                            .carried(&mut *self.link, batch)
+                            .map_err(|error| self.broken("wait for what was sent", error))?,
+                        None => Some(batch),
+                    };
                 }
                 Job::Sync => {
                     self.sync()?;
@@ -134,12 +154,24 @@ impl<'a> Emitter<'a> {
         let bytes = head.len() + payload_len;
         let sent = {
             let mut parts: ArrayVec<Part<'_>, MAX_PARTS> = ArrayVec::new();
-            parts.push(Part::from(head));
-            match payload {
-                Some(payload) => parts.push(Part::from(payload)),
-                None => parts.extend(in_place(block, normal, &self.zeros)),
+            match (&mut self.in_flight, payload) {
+                (Some(in_flight), None) if !normal.is_empty() => {
+                    parts.extend(in_place(block, normal, &self.zeros));
+                    send_all_more(&mut *self.link, Part::from(head))
+                        .and_then(|()| in_flight.send(&mut *self.link, &mut parts))
+                }
+                (in_flight, payload) => {
+                    parts.push(Part::from(head));
+                    match payload {
+                        Some(payload) => parts.push(Part::from(payload)),
+                        None => parts.extend(in_place(block, normal, &self.zeros)),
+                    }
+                    if let (Some(in_flight), Some(_)) = (in_flight, payload) {
+                        in_flight.copied();
+                    }
+                    send_all(&mut *self.link, &mut parts)
+                }
             }
-            send_all(&mut *self.link, &mut parts)
         };
         sent.map_err(|error| self.broken(format_args!("send packet {packet_num}"), error))?;
         self.counters.add_packet(normal.len(), zero.len(), bytes as u64);
@@ -147,6 +179,11 @@ impl<'a> Emitter<'a> {
     }
 
     fn sync(&mut self) -> Result<()> {
+        if let Some(in_flight) = &mut self.in_flight {
+            let settled = in_flight.settle(&mut *self.link);
+            let copied = settled.map_err(|error| self.broken("wait for what was sent", error))?;
+            self.counters.add_missed_zero_copy(copied);
+        }
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
         tracing::trace!(channel = self.id.0, packet_num, "multifd_send_sync");
         let head = self.head.sync(packet_num);

@@ -15,6 +15,7 @@ mod collect;
 mod dispatch;
 mod draw;
 mod emit;
+mod in_flight;
 
 use std::{
     sync::{Arc, atomic::AtomicU64},
@@ -59,6 +60,8 @@ struct Shared {
     dispatch: Dispatch,
     /// Drawn by each channel as it fills a head.
     packet_num: AtomicU64,
+    /// Calls under way that send in place, over all channels. Relaxed: it only tells whether there are any.
+    in_flight: AtomicU64,
     /// Each written by its channel only.
     counters: Box<[ChannelCounters]>,
 }
@@ -98,8 +101,9 @@ impl Sender {
         let shared = Arc::new(Shared {
             blocks: self.blocks.clone(),
             stop: self.stop.clone(),
-            dispatch: Dispatch::new(channels, self.blocks.page_size()),
+            dispatch: Dispatch::new(channels, self.blocks.page_size(), self.options.zero_copy_send),
             packet_num: AtomicU64::new(0),
+            in_flight: AtomicU64::new(0),
             counters: std::iter::repeat_with(ChannelCounters::default).take(channels.into()).collect(),
         });
         self.watch = Some(self.stop.watch(Arc::new(WakeDispatch(shared.clone()))));

@@ -24,4 +24,5 @@ mod tls;
 #[cfg(test)]
 mod transports;
 #[cfg(test)]
+mod zero_copy;
 mod zero_pages;

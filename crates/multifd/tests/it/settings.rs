@@ -24,6 +24,7 @@ fn assert_refused<T: DeserializeOwned + std::fmt::Debug>(text: &str, told: &str)
 #[test]
 fn options_read_back_as_written() {
     assert_reads_back(&SendOptions::new());
+    assert_reads_back(&SendOptions::new().zero_copy_send(true));
     assert_reads_back(&ReceiveOptions::new());
     assert_reads_back(&MigrateOptions::new());
     let uuid = "00112233-4455-6677-8899-aabbccddeeff".parse().expect("a UUID");
@@ -53,7 +54,7 @@ fn options_have_the_names_of_the_parameters() {
     let send = serde_json::to_value(SendOptions::new()).expect("written");
     let expected = json!({
         "multifd-channels": 2, "multifd-compression": "none", "multifd-zlib-level": 1, "multifd-zstd-level": 1,
-        "uuid": "00000000-0000-0000-0000-000000000000", "connect-timeout": 30000,
+        "uuid": "00000000-0000-0000-0000-000000000000", "connect-timeout": 30000, "zero-copy-send": false,
     });
     assert_eq!(send, expected);
     let migrate = serde_json::to_value(MigrateOptions::new()).expect("written");

@@ -29,6 +29,8 @@ pub(super) struct Journey {
     /// A source's capability, and what `send` asks for.
     pub(super) return_path: bool,
     pub(super) tls: bool,
+    /// At both sources.
+    pub(super) zero_copy: bool,
     pub(super) method: &'static str,
     /// The source's `zero-page-detection`, where it has one.
     pub(super) zero_there: Option<&'static str>,
@@ -51,6 +53,7 @@ impl Journey {
             live: false,
             return_path: true,
             tls: false,
+            zero_copy: false,
             method: "none",
             zero_there: None,
             zero_back: "auto",
@@ -64,7 +67,7 @@ impl Journey {
         write_both(folder.path()).expect("certificates");
         let mut from = source(self.machine(0, folder.path(), "client"))?;
         self.set_up(&mut from)?;
-        from.set_capabilities(&[("return-path", self.return_path)])?;
+        from.set_capabilities(&[("return-path", self.return_path), ("zero-copy-send", self.zero_copy)])?;
         if let Some(mode) = self.zero_there {
             from.set_parameters(json!({ "zero-page-detection": mode }))?;
         }
@@ -122,6 +125,9 @@ impl Journey {
         let mut options = vec!["--multifd-channels", channels, "--multifd-compression", self.method];
         options.extend(["--zero-page-detection", self.zero_back]);
         options.extend(["--return-path", if self.return_path { "on" } else { "off" }]);
+        if self.zero_copy {
+            options.push("--zero-copy-send");
+        }
         if self.tls {
             options.extend(["--tls-creds", text(certificates), "--tls-hostname", "localhost"]);
         }

@@ -12,4 +12,5 @@ mod peers;
 mod refused;
 mod tls;
 mod transports;
+mod zero_copy;
 mod zero_pages;

@@ -12,3 +12,4 @@ mod parameters;
 mod receive;
 mod send;
 mod usage;
+mod zero_copy;

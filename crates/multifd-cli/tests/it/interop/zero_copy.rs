@@ -1,0 +1,38 @@
+//! Pages that either source's system reads where they are, from and to real QEMUs.
+
+use multifd_testkit::qemu::Qemu;
+
+use super::journey::Journey;
+
+/// From a machine to itself the system always copies, and every source says so.
+fn moves(qemu: &Qemu, machine: &'static str, live: bool) {
+    let journey = Journey { live, zero_copy: true, zero_back: "none", ..Journey::new(qemu, machine) };
+    let sent = journey.take().unwrap().sent;
+    let missed = &sent["ram"]["dirty-sync-missed-zero-copy"];
+    assert!(missed.as_u64().is_some_and(|missed| missed > 0), "{sent}");
+}
+
+/// Not a running one: a 7.2 sends its SYNC before the system is through, so an older page may come later.
+#[test]
+fn stopped_guest_of_7_2_moves_without_copies() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    moves(&qemu, "pc-q35-7.2", false);
+}
+
+#[test]
+fn stopped_guest_of_10_0_moves_without_copies() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    moves(&qemu, "pc-q35-10.0", false);
+}
+
+#[test]
+fn running_guest_of_10_0_moves_without_copies() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    moves(&qemu, "pc-q35-10.0", true);
+}
+
+#[test]
+fn running_guest_of_10_0_on_machine_7_2_moves_without_copies() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    moves(&qemu, "pc-q35-7.2", true);
+}

@@ -1,0 +1,152 @@
+//! Batches whose pages the system sends from where they are.
+//!
+//! ```text
+//! emit ── pages ──▶ Link::send_in_place ──▶ calls under way ──completed──▶ the batch goes back
+//! ```
+//!
+//! Up to [`DEPTH`] batches of a channel are under way; before the next one the oldest is waited for, and before a SYNC
+//! all are. The memory is the guest's, which goes on writing: what it writes meanwhile travels, or is copied, as luck has
+//! it, and its page is dirty again.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rustix::{
+    io::Errno,
+    process::{Resource, getrlimit},
+    thread::{CapabilitySet, capabilities},
+};
+
+use crate::{
+    batch::Batch,
+    channel::Link,
+    ram::{Part, advance},
+};
+
+/// Up to 4 MiB a channel, half of what most systems let a process lock.
+pub(super) const DEPTH: usize = 8;
+
+pub(super) struct InFlight<'a> {
+    calls: u64,
+    completed: u64,
+    /// Calls that the system has copied up to the last SYNC, and now.
+    copied: [u64; 2],
+    /// Pages were copied here since the last SYNC.
+    copied_here: bool,
+    /// With the calls that had been made when it was sent.
+    batches: VecDeque<(u64, Batch)>,
+    /// Calls under way on all channels.
+    all: &'a AtomicU64,
+}
+
+impl<'a> InFlight<'a> {
+    pub(super) fn new(all: &'a AtomicU64) -> Self {
+        let batches = VecDeque::with_capacity(DEPTH + 1);
+        Self { calls: 0, completed: 0, copied: [0; 2], copied_here: false, batches, all }
+    }
+
+    /// Sends all bytes of `parts`.
+    ///
+    /// # Errors
+    /// If the connection is broken, or the system locks not even this much memory.
+    pub(super) fn send(&mut self, link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::Result<()> {
+        while parts.iter().any(|part| part.len() > 0) {
+            // Counted before, so that whoever is refused meanwhile knows why.
+            self.all.fetch_add(1, Ordering::Relaxed);
+            self.calls += 1;
+            let sent = link.send_in_place(parts);
+            if !matches!(sent, Ok(1..)) {
+                self.calls -= 1;
+                self.all.fetch_sub(1, Ordering::Relaxed);
+            }
+            let sent = match sent {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
+                    if self.completed < self.calls {
+                        self.wait(link, self.completed + 1)?;
+                        continue;
+                    }
+                    if self.all.load(Ordering::Relaxed) == 0 {
+                        return Err(too_little());
+                    }
+                    // Other channels have locked what there is to lock.
+                    self.copied_here = true;
+                    link.send(parts)?
+                }
+                sent => sent?,
+            };
+            if sent == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            parts = advance(parts, sent);
+        }
+        Ok(())
+    }
+
+    /// Pages have left in the old way.
+    pub(super) fn copied(&mut self) {
+        self.copied_here = true;
+    }
+
+    /// Takes a batch that was sent; gives one back with which the system is through.
+    pub(super) fn carried(&mut self, link: &mut dyn Link, batch: Batch) -> io::Result<Option<Batch>> {
+        self.batches.push_back((self.calls, batch));
+        if self.batches.len() <= DEPTH {
+            return Ok(None);
+        }
+        let Some((calls, batch)) = self.batches.pop_front() else { return Ok(None) };
+        self.wait(link, calls)?;
+        Ok(Some(batch))
+    }
+
+    /// Waits until the system is through with everything; says whether some was copied since the last time.
+    pub(super) fn settle(&mut self, link: &mut dyn Link) -> io::Result<bool> {
+        self.wait(link, self.calls)?;
+        let [before, now] = self.copied;
+        self.copied = [now; 2];
+        Ok(std::mem::take(&mut self.copied_here) || now > before)
+    }
+
+    fn wait(&mut self, link: &mut dyn Link, calls: u64) -> io::Result<()> {
+        if self.completed < calls {
+            let (completed, copied) = link.completed_in_place(calls)?;
+            self.all.fetch_sub(completed - self.completed, Ordering::Relaxed);
+            (self.completed, self.copied[1]) = (completed, copied);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.calls - self.completed, Ordering::Relaxed);
+    }
+}
+
+/// Whether there is leave to lock the pages of a packet at all.
+///
+/// # Errors
+/// [`io::ErrorKind::OutOfMemory`], with the limit.
+pub(super) fn check_limit() -> io::Result<()> {
+    // A process that may lock what it likes has no limit; one whose capabilities cannot be asked for finds out.
+    let bound = capabilities(None).is_ok_and(|sets| !sets.effective.contains(CapabilitySet::IPC_LOCK));
+    let limit = getrlimit(Resource::Memlock).current;
+    if bound && limit.is_some_and(|limit| limit < PACKET) { Err(too_little()) } else { Ok(()) }
+}
+
+fn too_little() -> io::Error {
+    let limit = getrlimit(Resource::Memlock).current;
+    let limit = limit.map_or_else(|| "without bound".into(), |bytes| format!("{} KiB", bytes >> 10));
+    let text = format!(
+        "the system locks no memory for zero-copy-send: the limit of locked memory (RLIMIT_MEMLOCK, `ulimit -l`) is \
+         {limit}, a packet takes up to {} KiB and a channel 4 MiB; raise it, or switch zero-copy-send off",
+        PACKET >> 10
+    );
+    io::Error::new(io::ErrorKind::OutOfMemory, text)
+}
+
+/// The pages of a packet, and one at either end.
+const PACKET: u64 = (512 << 10) + (8 << 10);
