@@ -4,7 +4,9 @@
 //! instead of copying where it can. Into standard output, holes are zeros.
 
 use std::{
+    error::Error,
     ffi::OsStr,
+    fmt,
     fs::File,
     io::{self, Write},
     os::unix::{ffi::OsStrExt, fs::FileExt},
@@ -32,10 +34,14 @@ pub(crate) fn run(
 ) -> Result<(), Failure> {
     let found = file.blocks().iter().zip(file.places()).find(|((_, entry), _)| is_named(entry, name));
     let Some(((index, _), place)) = found else { return Err(unknown(address, file, name).into()) };
+    if place.is_ignored() {
+        let doing = format!("cannot extract block {} of {address}", name.display());
+        return Err(While::new(doing, Shared).into());
+    }
     let words = file.bitmap(index).map_err(|error| address.unreadable(error))?;
-    let failed = |error| {
-        let doing = format!("cannot extract block {} into {}", name.display(), out.display());
-        Failure::from(While::new(doing, error))
+    let whereto = if out == Path::new("-") { "standard output".into() } else { out.display().to_string() };
+    let failed = |error: Cause| {
+        Failure::from(While::new(format!("cannot extract block {} into {whereto}", name.display()), error))
     };
     let stop = Stop::new();
     let page_size = place.page_size.bytes() as u64;
@@ -45,7 +51,7 @@ pub(crate) fn run(
         let mut out = io::stdout().lock();
         return stretches(&words, page_size, place.used_length)
             .try_for_each(|stretch| block.write(&stretch, &mut out))
-            .and_then(|()| out.flush())
+            .and_then(|()| Ok(out.flush()?))
             .map_err(failed);
     }
     interrupt::cancels(&stop)?;
@@ -53,14 +59,14 @@ pub(crate) fn run(
     let new = NewFile::create(out, 0, force)?;
     let target = new.file();
     // The holes are there with that, and it has the block's length to the byte.
-    target.set_len(place.used_length).map_err(failed)?;
+    target.set_len(place.used_length).map_err(|error| failed(error.into()))?;
     let mut shares = true;
     for stretch in stretches(&words, page_size, place.used_length).filter(|stretch| stretch.present) {
         let copied = block.copy(&stretch, target, &mut shares);
         stop.check().map_err(Failure::of)?;
         copied.map_err(failed)?;
     }
-    target.sync_all().map_err(failed)?;
+    target.sync_all().map_err(|error| failed(error.into()))?;
     stop.check().map_err(Failure::of)?;
     Ok(new.name()?)
 }
@@ -76,6 +82,20 @@ fn unknown(address: &FileAddress, file: &MappedRamFile, name: &OsStr) -> While {
     While::new(format!("no such block in {address}"), why)
 }
 
+/// The block's memory has stayed where it is, and zeros in its stead would not be it.
+#[derive(Debug)]
+struct Shared;
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "its memory is shared and was left out of the file (x-ignore-shared): copy the memory itself",
+        )
+    }
+}
+
+impl Error for Shared {}
+
 /// A block's pages in the file of its machine.
 struct Block<'a> {
     file: &'a File,
@@ -85,53 +105,75 @@ struct Block<'a> {
 
 impl Block<'_> {
     /// Moves a stretch to its place in `target`, by the system as long as it `shares`.
-    fn copy(&self, stretch: &Stretch, target: &File, shares: &mut bool) -> io::Result<()> {
+    fn copy(&self, stretch: &Stretch, target: &File, shares: &mut bool) -> Result<(), Cause> {
         let (mut done, mut buffer) = (0, Vec::new());
         while done < stretch.length && !self.stop.is_stopped() {
-            let (mut from, mut to) = (self.at + stretch.start + done, stretch.start + done);
-            let rest = stretch.length - done;
-            if *shares {
-                let length = usize::try_from(rest).unwrap_or(SHARED).min(SHARED);
-                match copy_file_range(self.file, Some(&mut from), target, Some(&mut to), length) {
-                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(copied) => done += copied as u64,
-                    Err(Errno::INTR) => {}
-                    // Not between these two files, or not on this system.
-                    Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => *shares = false,
-                    Err(error) => return Err(error.into()),
-                }
+            let (at, rest) = (stretch.start + done, stretch.length - done);
+            let moved = if *shares {
+                self.share(target, at, rest, shares)
             } else {
-                let piece = self.read(&mut buffer, from, rest)?;
-                target.write_all_at(piece, to)?;
-                done += piece.len() as u64;
-            }
+                self.read(&mut buffer, at, rest).and_then(|piece| {
+                    target.write_all_at(piece, at)?;
+                    Ok(piece.len() as u64)
+                })
+            };
+            done += moved.map_err(|error| broken(at, error))?;
         }
         Ok(())
+    }
+
+    /// Has the system move up to `rest` bytes. None at all are no error: it is to be tried again, or it no longer `shares`.
+    fn share(&self, target: &File, at: u64, rest: u64, shares: &mut bool) -> io::Result<u64> {
+        let (mut from, mut to) = (self.at + at, at);
+        let length = usize::try_from(rest).unwrap_or(SHARED).min(SHARED);
+        match copy_file_range(self.file, Some(&mut from), target, Some(&mut to), length) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(copied) => Ok(copied as u64),
+            Err(Errno::INTR) => Ok(0),
+            // Not between these two files, or not on this system.
+            Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                *shares = false;
+                Ok(0)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Writes a stretch, zeros for what is not present.
-    fn write(&self, stretch: &Stretch, out: &mut impl Write) -> io::Result<()> {
+    fn write(&self, stretch: &Stretch, out: &mut impl Write) -> Result<(), Cause> {
         let (mut done, mut buffer) = (0, Vec::new());
         while done < stretch.length {
-            let rest = stretch.length - done;
+            let (at, rest) = (stretch.start + done, stretch.length - done);
             let piece = if stretch.present {
-                self.read(&mut buffer, self.at + stretch.start + done, rest)?
+                self.read(&mut buffer, at, rest)
             } else {
                 buffer.resize(usize::try_from(rest).unwrap_or(PIECE).min(PIECE), 0);
-                &buffer
+                Ok(&*buffer)
             };
-            out.write_all(piece)?;
-            done += piece.len() as u64;
+            let written = piece.and_then(|piece| out.write_all(piece).map(|()| piece.len() as u64));
+            done += written.map_err(|error| broken(at, error))?;
         }
         Ok(())
     }
 
+    /// Reads up to `rest` bytes from `at` in the block on.
     fn read<'b>(&self, buffer: &'b mut Vec<u8>, at: u64, rest: u64) -> io::Result<&'b [u8]> {
         buffer.resize(usize::try_from(rest).unwrap_or(PIECE).min(PIECE), 0);
-        self.file.read_exact_at(buffer, at)?;
+        self.file.read_exact_at(buffer, self.at + at)?;
         Ok(buffer)
     }
 }
+
+/// What went wrong, and where in the block.
+fn broken(at: u64, error: io::Error) -> Cause {
+    let error = match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the machine's file ends there: it has been cut shorter".into(),
+        _ => Cause::from(error),
+    };
+    While::new(format!("copy from offset {at:#x} of the block on"), error).into()
+}
+
+type Cause = Box<dyn Error + Send + Sync>;
 
 /// Neighbours of one kind, in bytes from the start of the block.
 #[derive(Debug, PartialEq, Eq)]

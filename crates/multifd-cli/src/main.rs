@@ -19,6 +19,7 @@ mod direct_io;
 mod display;
 mod extract;
 mod file_address;
+mod identity;
 mod inspect;
 mod interrupt;
 mod new_file;

@@ -6,14 +6,13 @@
 use std::{
     fs::{self, File, Metadata},
     io::{self, Read},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
 use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
-use crate::outcome::While;
+use crate::{identity::Identity, outcome::While};
 
 /// A file that holds nothing valid yet.
 pub(crate) struct NewFile {
@@ -129,26 +128,6 @@ fn durable(synced: io::Result<()>) -> io::Result<()> {
     match synced {
         Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => Ok(()),
         other => other,
-    }
-}
-
-/// Enough to see that a file is another one, or has been written to.
-#[derive(PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-    length: u64,
-    modified: (i64, i64),
-}
-
-impl Identity {
-    fn of(found: &Metadata) -> Self {
-        Self {
-            device: found.dev(),
-            inode: found.ino(),
-            length: found.len(),
-            modified: (found.mtime(), found.mtime_nsec()),
-        }
     }
 }
 

@@ -106,7 +106,8 @@ pub(crate) fn say(line: &str) {
 ///
 /// # Errors
 /// If standard output is closed or full.
-pub(crate) fn print(line: &str) -> io::Result<()> {
+pub(crate) fn print(line: &str) -> Result<(), While> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush())
+    let printed = writeln!(out, "{line}").and_then(|()| out.flush());
+    printed.map_err(|error| While::new("cannot write to standard output", error))
 }

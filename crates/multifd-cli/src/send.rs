@@ -1,6 +1,6 @@
 //! `multifd send`: a file that holds a guest goes into a waiting QEMU.
 
-use std::{sync::Arc, time::Duration};
+use std::{fs::File, io, sync::Arc, time::Duration};
 
 use multifd::{
     Error, SendOptions, Sender,
@@ -20,6 +20,7 @@ use crate::{
     combinations,
     direct_io::DirectIo,
     display::{Display, Look},
+    identity::Identity,
     interrupt,
     outcome::{Failure, While, print, say},
     report::Report,
@@ -31,6 +32,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;
+    let mut at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let blocks = Arc::new(blocks(&file, args)?);
     // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
     let options = MigrateOptions::new()
@@ -43,7 +45,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         let progress = progress.clone();
         Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
     };
-    let sent = send(args, &connector, &file, blocks, migration, &stop);
+    let sent = send(args, &connector, &file, blocks, migration, &stop, &mut at_rest);
     drop(display);
     match sent {
         Ok(info) => {
@@ -57,9 +59,15 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         }
         Err(error) => {
             if args.output.json {
-                print(&Report::of_source(&progress.info()).failed(&error).json())?;
+                let report = Report::of_source(&progress.info()).failed(&error);
+                if let Err(full) = print(&report.json()) {
+                    tracing::error!(error = %full, "the report is lost");
+                }
             }
-            Err(Failure::of(error))
+            if error.is_cancelled() {
+                return Err(Failure::Interrupted);
+            }
+            Err(While::new(format!("the migration of {} failed", args.file), error).into())
         }
     }
 }
@@ -117,6 +125,7 @@ fn send(
     blocks: Arc<RamBlocks>,
     migration: Migration,
     stop: &Stop,
+    at_rest: &mut AtRest,
 ) -> Result<MigrationInfo, Error> {
     let link = connector
         .connect(stop, CONNECT_TIMEOUT)
@@ -136,7 +145,7 @@ fn send(
         sender.set_up(connector.clone())?;
         Ok(sender)
     });
-    migration.run(sender.transpose()?, &mut main, &mut NeverDirty, &mut AtRest)
+    migration.run(sender.transpose()?, &mut main, &mut NeverDirty, at_rest)
 }
 
 /// The stream that a socket peer of this machine expects.
@@ -164,12 +173,30 @@ fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A guest in a file does not run.
-struct AtRest;
+/// A guest in a file does not run, unless somebody writes to the file.
+struct AtRest {
+    file: File,
+    identity: Identity,
+}
+
+impl AtRest {
+    fn of(file: &MappedRamFile) -> io::Result<Self> {
+        let file = file.file().try_clone()?;
+        Ok(Self { identity: Identity::of(&file.metadata()?), file })
+    }
+}
 
 impl Guest for AtRest {
-    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
-        Ok(Vec::new())
+    /// All pages have gone. A file that has ended inside a page tells so nowhere else: the rest of that page reads as
+    /// zeros where it is mapped.
+    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+        if Identity::of(&self.file.metadata()?) == self.identity {
+            return Ok(Vec::new());
+        }
+        Err(io::Error::other(
+            "the file has been changed while it was sent, and what was sent may be no machine: send it from a copy \
+             that nobody changes",
+        ))
     }
 
     fn resume(&mut self) {}

@@ -62,7 +62,8 @@ impl Walk<'_> {
                 self.progress.normal();
                 let loaded = block.load(page, self.page);
                 loaded.map_err(|error| {
-                    Error::io(format!("read page {page} of block {:?}", block.name()), error)
+                    let offset = block.page_size().bytes() as u64 * page.0;
+                    Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
                 })?;
                 self.main.page(index, page, self.page)?;
                 block.page_size().bytes() as u64

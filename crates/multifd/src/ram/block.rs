@@ -14,7 +14,9 @@ use std::{
     },
 };
 
-use super::{BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize};
+use super::{
+    BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, cut::explained,
+};
 use crate::error::{Error, Result, Usage};
 
 /// The place of a block in its [`RamBlocks`], from 0.
@@ -206,7 +208,9 @@ impl RamBlock {
                 mapping.slice(start, buffer.len()).expect("the mapping covers the block").copy_to(buffer);
                 Ok(())
             }
-            Memory::File { file, offset, .. } => file.read_exact_at(buffer, offset + start),
+            Memory::File { file, offset, .. } => {
+                file.read_exact_at(buffer, offset + start).map_err(explained)
+            }
         }
     }
 
@@ -221,10 +225,11 @@ impl RamBlock {
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
         assert!(inside && buffer.len() as u64 == count * page_size as u64, "pages of the block");
         let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
-        match direct {
-            Some(direct) => direct.read_exact_at(file, buffer, offset + start)?,
-            None => file.read_exact_at(buffer, offset + start)?,
-        }
+        let read = match direct {
+            Some(direct) => direct.read_exact_at(file, buffer, offset + start),
+            None => file.read_exact_at(buffer, offset + start),
+        };
+        read.map_err(explained)?;
         for (page, bytes) in (first.0..).map(PageIndex).zip(buffer.chunks_mut(page_size)) {
             if !self.present.contains(page) {
                 bytes.fill(0);

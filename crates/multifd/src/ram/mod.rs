@@ -12,6 +12,7 @@
 
 mod bitmap;
 mod block;
+mod cut;
 mod direct;
 mod dirty;
 mod mapping;
@@ -23,6 +24,7 @@ mod zero;
 pub use bitmap::PageBitmap;
 pub(crate) use bitmap::runs;
 pub use block::{BlockIndex, Memory, RamBlock, RamBlocks};
+pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;
 pub use direct::DirectFile;
 pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};

@@ -35,7 +35,8 @@ impl Drawer {
     }
 }
 
-fn unread(block: &RamBlock, first: PageIndex, error: std::io::Error) -> Error {
+/// That pages from `first` on could not be read.
+pub(super) fn unread(block: &RamBlock, first: PageIndex, error: std::io::Error) -> Error {
     let offset = block.offset_of(first).map_or(u64::MAX, |offset| offset.0);
     Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
 }

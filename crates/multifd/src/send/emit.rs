@@ -7,11 +7,12 @@
 use std::{io, sync::atomic::Ordering};
 
 use arrayvec::ArrayVec;
+use rustix::io::Errno;
 
 use super::{
     Shared,
     dispatch::Job,
-    draw::Drawer,
+    draw::{Drawer, unread},
     in_flight::{self, InFlight},
 };
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
     compress::{Encode, Pages},
     error::{Error, Result, Usage},
     options::SendOptions,
-    ram::{MAX_PARTS, PageIndex, Part, RamBlock},
+    ram::{MAX_PARTS, PageIndex, Part, RamBlock, cut_short},
     stats::ChannelCounters,
     wire::{ChannelId, HeadBuffer, Initial},
 };
@@ -173,7 +174,13 @@ impl<'a> Emitter<'a> {
                 }
             }
         };
-        sent.map_err(|error| self.broken(format_args!("send packet {packet_num}"), error))?;
+        let read_in_place = payload.is_none();
+        sent.map_err(|error| match normal.first() {
+            Some(first) if read_in_place && Errno::from_io_error(&error) == Some(Errno::FAULT) => {
+                unread(block, *first, cut_short()).at(format_args!("packet {packet_num}"))
+            }
+            _ => self.broken(format_args!("send packet {packet_num}"), error),
+        })?;
         self.counters.add_packet(normal.len(), zero.len(), bytes as u64);
         Ok(())
     }

@@ -88,17 +88,23 @@ where
         let block = self.block(block)?;
         block
             .store(page, bytes)
-            .map_err(|error| Error::io(format!("write block {:?}", block.name()), error))?;
+            .map_err(|error| Error::io(format!("write {}", place(block, page)), error))?;
         self.pages.normal += 1;
         Ok(())
     }
 
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
         let block = self.block(block)?;
-        block.load(page, into).map_err(|error| Error::io(format!("read block {:?}", block.name()), error))
+        block.load(page, into).map_err(|error| Error::io(format!("read {}", place(block, page)), error))
     }
 
     fn end_of_ram(&mut self) -> Result<()> {
         self.receiver.seal()
     }
+}
+
+/// Of a page, to be told.
+fn place(block: &RamBlock, page: PageIndex) -> String {
+    let offset = block.page_size().bytes() as u64 * page.0;
+    format!("block {:?} at offset {offset:#x}", block.name())
 }

@@ -7,8 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use multifd::ram::BlockIndex;
-use qemu_stream::mapped_ram::MappedRamFile;
+use multifd::ram::{BlockIndex, BlockName, PageSize};
+use qemu_stream::{
+    format::{BlockEntry, BlockList, Configuration, DevicePart, MachineType, SectionId},
+    mapped_ram::{Layout, MappedRamFile, Shape, Tail},
+};
 use tempfile::TempDir;
 
 use crate::kit::{
@@ -99,6 +102,43 @@ fn unknown_block_is_an_error_that_names_those_there_are() {
     assert_left(&folder, &["captured"]);
 }
 
+/// Zeros were written in its stead, as if the guest had no other memory.
+#[test]
+fn block_whose_memory_is_shared_is_refused_with_the_reason() {
+    let folder = folder();
+    let (file, out) = (path(&folder, "machine"), path(&folder, "out"));
+    let shared =
+        Configuration { ignore_shared: true, ..Configuration::new(MachineType::new("pc-q35-10.0").unwrap()) };
+    let entry = |name, address| BlockEntry {
+        address: Some(address),
+        ..BlockEntry::new(BlockName::new(name).unwrap(), MIB)
+    };
+    let blocks = vec![entry("ram", 0), entry("pc.bios", 0xfffc_0000)];
+    let blocks = BlockList::new(blocks, PageSize::KIB_4).unwrap();
+    let shape = Shape {
+        configuration: Some(&shared),
+        section: SectionId(1),
+        offset: 0,
+        footers: true,
+        ignored: &[BlockIndex(0)],
+        sync_mode: None,
+    };
+    let layout = Layout::of(&shape, &blocks).unwrap();
+    let devices = DevicePart::build(&[], 4096, SectionId(2)).unwrap();
+    let written = fs::File::create_new(&file).unwrap();
+    layout.write_head(&written).unwrap();
+    layout.write_bitmap(&written, BlockIndex(1), &[0; 4]).unwrap();
+    layout.write_tail(&written, &Tail { switchover_start: true, devices: &devices }).unwrap();
+    for to in [&out, Path::new("-")] {
+        let ended = extract(&[], "ram", &file, to);
+        ended.assert_failed(1, &["cannot extract block ram of ", "x-ignore-shared", "left out", "copy"]);
+        assert_eq!(ended.stdout, "");
+    }
+    assert_left(&folder, &["machine"]);
+    assert_eq!(extract(&[], "pc.bios", &file, &out).code, Some(0));
+    assert!(fs::read(&out).unwrap() == vec![0; 1 << 20], "its zeros");
+}
+
 #[test]
 fn options_of_an_extract_need_one() {
     for arguments in [
@@ -136,6 +176,7 @@ fn file_that_is_cut_in_the_middle_is_an_error() {
     fs::File::options().write(true).open(&file).unwrap().set_len(6 * MIB).unwrap();
     let mut met = Vec::new();
     reader.read_to_end(&mut met).unwrap();
-    program.end().assert_failed(1, &["cannot extract block pc.ram", "because: "]);
+    let told = ["cannot extract block pc.ram into standard output", "from offset 0x", "cut shorter"];
+    program.end().assert_failed(1, &told);
     assert!((met.len() as u64) < 16 * MIB, "{} bytes", met.len());
 }

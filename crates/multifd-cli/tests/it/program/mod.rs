@@ -5,6 +5,7 @@ mod broken_off;
 mod containers;
 mod demo;
 mod direct_io;
+mod disks;
 mod extract;
 mod inspect;
 mod pages;

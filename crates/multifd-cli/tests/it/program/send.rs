@@ -3,14 +3,17 @@
 use std::{
     fs,
     net::{TcpListener, TcpStream},
+    os::unix::fs::FileExt,
     path::Path,
     time::{Duration, Instant},
 };
 
+use multifd::ram::BlockIndex;
 use multifd_testkit::{
     certificates::write_both,
     qemu::{Error, PATIENCE, Qemu, Vm},
 };
+use qemu_stream::mapped_ram::MappedRamFile;
 use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
@@ -112,16 +115,24 @@ fn interrupt_in_the_middle_ends_both() {
 }
 
 /// Pages were read from the file's mapping to see whether they are zero, to pack and to encrypt them: where the file
-/// had ended by then, that was a signal which killed the program without a word.
+/// had ended by then, that was a signal which killed the program without a word. Sent from where it is mapped, it was
+/// a bad address.
 fn cut_in_the_middle(receive: &[&str], send: &[&str]) {
+    for length in [2 * MIB, 2 * MIB + 100] {
+        cut_to(length, receive, send);
+    }
+}
+
+fn cut_to(length: u64, receive: &[&str], send: &[&str]) {
     let folder = folder();
     let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
     let (receive, address) = Program::receive(receive, LOCAL, &file);
     // Packed, 64 MiB of counters are little: it must be far from its end when the file is cut.
     let sending = feed(&[&["--max-bandwidth", "1M"], send].concat(), &from, &address);
     sending.next_line();
-    fs::File::options().write(true).open(&from).unwrap().set_len(2 * MIB).unwrap();
-    sending.end_within(PATIENCE).assert_failed(1, &["because: "]);
+    fs::File::options().write(true).open(&from).unwrap().set_len(length).unwrap();
+    let told = [&format!("the migration of {} failed", from.display()), READ, "cut shorter"];
+    sending.end_within(PATIENCE).assert_failed(1, &told);
     receive.end_within(SOON).assert_failed(1, &["because: "]);
     assert_left(&folder, &["captured"]);
 }
@@ -148,11 +159,50 @@ fn file_that_is_cut_in_the_middle_is_an_error_with_encrypted_pages() {
     let creds = tls.path().to_str().unwrap();
     let send = ["--tls-creds", creds, "--tls-hostname", "localhost"];
     cut_in_the_middle(&["--tls-creds", creds], &send);
+    cut_in_the_middle(&["--tls-creds", creds], &[&send[..], &["--direct-io"]].concat());
 }
 
 #[test]
 fn file_that_is_cut_in_the_middle_is_an_error_past_the_page_cache() {
     cut_in_the_middle(&[], &["--direct-io"]);
+    cut_in_the_middle(&[], &["--direct-io", "--multifd-channels", "0"]);
+    cut_in_the_middle(&[], &["--direct-io", "--multifd-compression", "zlib", "--multifd-zlib-level", "0"]);
+}
+
+const READ: &str = "read block \"pc.ram\" at offset 0x";
+
+/// What is mapped reads as zeros from the end of the file to the end of the page: where that page was the last one,
+/// nothing failed, and a broken machine was said to be sent.
+fn changed_in_the_middle(change: impl Fn(&fs::File, u64)) {
+    for options in [&[][..], &["--multifd-channels", "0"]] {
+        let folder = folder();
+        let (from, file) = (captured(&folder, 4 * MIB), path(&folder, "machine"));
+        let (receive, address) = Program::receive(&[], LOCAL, &file);
+        let sending = feed(&[&["--max-bandwidth", "2M"], options].concat(), &from, &address);
+        sending.next_line();
+        let open = fs::File::options().read(true).write(true).open(&from).unwrap();
+        let place = *MappedRamFile::open(open.try_clone().unwrap(), 0).unwrap().place(BlockIndex(0)).unwrap();
+        change(&open, place.pages_offset + place.used_length);
+        let told = ["the migration of ", &from.display().to_string(), "because: "];
+        let ended = sending.end_within(PATIENCE);
+        ended.assert_failed(1, &told);
+        assert!(
+            ended.stderr.contains("changed while it was sent") || ended.stderr.contains(READ),
+            "{ended:?}"
+        );
+        receive.end_within(SOON).assert_failed(1, &["because: "]);
+        assert_left(&folder, &["captured"]);
+    }
+}
+
+#[test]
+fn file_that_is_cut_inside_its_last_page_is_an_error() {
+    changed_in_the_middle(|file, end| file.set_len(end - 100).unwrap());
+}
+
+#[test]
+fn file_that_is_written_to_meanwhile_is_an_error() {
+    changed_in_the_middle(|file, end| file.write_all_at(b"x", end - 100).unwrap());
 }
 
 /// A destination that takes connections and reads nothing.
