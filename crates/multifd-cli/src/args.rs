@@ -234,7 +234,7 @@ pub(crate) struct ReceiveTlsArgs {
     /// Take connections over TLS, with the certificates in DIR: ca-cert.pem, server-cert.pem, server-key.pem
     #[arg(long, value_name = "DIR")]
     pub(crate) tls_creds: Option<PathBuf>,
-    /// Subject of a source that may come, like CN=source,O=Example; may be given often; without it, all that ca-cert.pem vouches for
+    /// Subject of a source that may come, like O=Example,CN=source; may be given often; without it, all that ca-cert.pem vouches for
     #[arg(long, value_name = "SUBJECT", requires = "tls_creds")]
     pub(crate) tls_authz: Vec<String>,
 }

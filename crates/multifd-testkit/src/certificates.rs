@@ -3,8 +3,8 @@
 use std::{fs, path::Path};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, Error, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType, Error,
+    IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
 };
 
 /// Somebody who signs certificates.
@@ -56,12 +56,37 @@ impl Authority {
     ///
     /// When it cannot be made or written.
     pub fn sign(&self, folder: &Path, role: &str, subject: &Subject<'_>) -> std::io::Result<()> {
-        let (certificate, key) = self.signed(subject).map_err(std::io::Error::other)?;
+        let (certificate, key) = self.signed(subject, serial(role)).map_err(std::io::Error::other)?;
         fs::write(folder.join(format!("{role}-cert.pem")), certificate)?;
         fs::write(folder.join(format!("{role}-key.pem")), key)
     }
 
-    fn signed(&self, subject: &Subject<'_>) -> Result<(String, String), Error> {
+    /// Puts a list into a folder, as `ca-crl.pem`, by which the certificate of `role` is taken back.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made or written.
+    pub fn take_back(&self, folder: &Path, role: &str, outdated: bool) -> std::io::Result<()> {
+        let revoked = RevokedCertParams {
+            serial_number: serial(role),
+            revocation_time: date_time_ymd(2020, 6, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2020, 6, 1),
+            next_update: if outdated { date_time_ymd(2021, 1, 1) } else { date_time_ymd(2120, 1, 1) },
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list =
+            params.signed_by(&self.issuer).and_then(|list| list.pem()).map_err(std::io::Error::other)?;
+        fs::write(folder.join("ca-crl.pem"), list)
+    }
+
+    fn signed(&self, subject: &Subject<'_>, serial: SerialNumber) -> Result<(String, String), Error> {
         let key = KeyPair::generate()?;
         let hosts: Vec<String> = subject.hosts.iter().map(ToString::to_string).collect();
         let mut params = CertificateParams::new(hosts)?;
@@ -70,12 +95,17 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, subject.name);
         // QEMU 10.0 insists on the second.
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        params.serial_number = Some(serial);
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after =
             if subject.expired { date_time_ymd(2021, 1, 1) } else { date_time_ymd(2120, 1, 1) };
         let certificate = params.signed_by(&key, &self.issuer)?;
         Ok((certificate.pem(), key.serialize_pem()))
     }
+}
+
+fn serial(role: &str) -> SerialNumber {
+    SerialNumber::from(if role == "server" { 1 } else { 2 })
 }
 
 /// A folder with all that both ends need on this host.

@@ -12,7 +12,7 @@ use multifd::{
 };
 
 use crate::{
-    kit::{StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, used, write},
+    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, used, write},
     loopback::{BLOCKS, Writers, filled},
 };
 
@@ -103,7 +103,7 @@ impl Link for Changing {
     }
 }
 
-struct ChangingConnector(memory::MemoryConnector, fn(&mut Vec<u8>));
+pub(crate) struct ChangingConnector(pub(crate) memory::MemoryConnector, pub(crate) fn(&mut Vec<u8>));
 
 impl Connect for ChangingConnector {
     fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
@@ -120,17 +120,26 @@ fn answer_to(
     choice: Option<Method>,
     change: fn(&mut Vec<u8>),
 ) -> (Result<()>, Arc<RamBlocks>) {
+    let (connector, listener) = memory::network(1 << 22);
+    answer_over((Arc::new(ChangingConnector(connector, change)), Box::new(listener)), method, choice)
+}
+
+/// The same, over connections of the caller's choice.
+pub(crate) fn answer_over(
+    (connector, listener): Ends,
+    method: Method,
+    choice: Option<Method>,
+) -> (Result<()>, Arc<RamBlocks>) {
     const RAM: &[(&str, u64)] = &[("pc.ram", 256 << 10)];
     let (source, destination) = (used(PageSize::KIB_4, RAM), fresh(PageSize::KIB_4, RAM));
     (0..64).for_each(|page| write(&source, 0, page, page * page));
-    let (connector, listener) = memory::network(1 << 22);
     let options = ReceiveOptions::new().channels(multifd::ChannelCount::Exact(1)).method(choice);
     let mut receiver = Receiver::new(options, Stop::new());
-    receiver.listen(Box::new(listener)).expect("listening");
+    receiver.listen(listener).expect("listening");
     receiver.set_blocks(destination.clone()).expect("set");
     let options = SendOptions::new().channels(1).method(method);
     let mut sender = Sender::new(options, source, Stop::new()).expect("made");
-    sender.set_up(Arc::new(ChangingConnector(connector, change))).expect("set up");
+    sender.set_up(connector).expect("set up");
     let sent = spawn("source", move || {
         for page in 0..64 {
             sender.queue(BlockIndex(0), PageIndex(page)).expect("queued");

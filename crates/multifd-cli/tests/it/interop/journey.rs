@@ -29,6 +29,8 @@ pub(super) struct Journey {
     /// A source's capability, and what `send` asks for.
     pub(super) return_path: bool,
     pub(super) tls: bool,
+    /// More of what QEMU's credentials are told.
+    pub(super) tls_more: &'static str,
     /// At both sources.
     pub(super) zero_copy: bool,
     pub(super) method: &'static str,
@@ -53,6 +55,7 @@ impl Journey {
             live: false,
             return_path: true,
             tls: false,
+            tls_more: "",
             zero_copy: false,
             method: "none",
             zero_there: None,
@@ -97,7 +100,7 @@ impl Journey {
     fn machine(&self, end: usize, certificates: &Path, endpoint: &str) -> VmBuilder {
         let (qemu, kind) = &self.ends[end];
         let builder = machine(qemu, kind);
-        if self.tls { with_tls(builder, certificates, endpoint) } else { builder }
+        if self.tls { with_tls_and(builder, certificates, endpoint, self.tls_more) } else { builder }
     }
 
     fn set_up(&self, vm: &mut Vm) -> Result<(), Error> {
@@ -116,7 +119,7 @@ impl Journey {
             options.extend(["--multifd-compression", self.method]);
         }
         if self.tls {
-            options.extend(["--tls-creds", text(certificates), "--tls-authz", "CN=source,O=Test"]);
+            options.extend(["--tls-creds", text(certificates), "--tls-authz", "O=Test,CN=source"]);
         }
         options
     }
@@ -141,8 +144,13 @@ fn text(path: &Path) -> &str {
 
 /// A machine with the certificates of a folder.
 pub(super) fn with_tls(builder: VmBuilder, folder: &Path, endpoint: &str) -> VmBuilder {
-    let object =
-        format!("tls-creds-x509,id=tls0,dir={},endpoint={endpoint},verify-peer=on", folder.display());
+    with_tls_and(builder, folder, endpoint, "")
+}
+
+/// The same, with more to say of them.
+pub(super) fn with_tls_and(builder: VmBuilder, folder: &Path, endpoint: &str, more: &str) -> VmBuilder {
+    let folder = folder.display();
+    let object = format!("tls-creds-x509,id=tls0,dir={folder},endpoint={endpoint},verify-peer=on{more}");
     builder.arg("-object").arg(object)
 }
 

@@ -14,25 +14,31 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
-    client::{Resumption, WebPkiServerVerifier},
-    crypto::ring,
-    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, pem::PemObject},
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    CertificateError, ClientConfig, RootCertStore, ServerConfig,
+    client::{Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor},
+    crypto::{CryptoProvider, ring},
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject,
+    },
+    server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
+use x509_cert::{crl::CertificateList, der::Decode};
+
+use super::subject::Listed;
 
 /// What a source shows and asks for.
 #[derive(Clone)]
 pub struct ClientCredentials {
     pub(super) config: Arc<ClientConfig>,
     pub(super) name: ServerName<'static>,
+    pub(super) rekey_after: u64,
 }
 
 /// What a destination shows and asks for.
 #[derive(Clone)]
 pub struct ServerCredentials {
     pub(super) config: Arc<ServerConfig>,
-    pub(super) authz: Arc<[String]>,
+    pub(super) rekey_after: u64,
 }
 
 impl ClientCredentials {
@@ -40,7 +46,8 @@ impl ClientCredentials {
     /// its alternative names: `tls-hostname`, or the host of the address.
     ///
     /// # Errors
-    /// [`CredentialsError`], which names the file.
+    /// [`CredentialsError`], which names the file: also if our own certificate is not valid now, or not of this folder's
+    /// authority, and if the list of what was taken back is out of date.
     pub fn load(folder: &Path, name: &str) -> Result<Self, CredentialsError> {
         let refused = |file: &str, error: rustls::Error| CredentialsError::new(folder.join(file), error);
         let checked = ServerName::try_from(name.to_owned()).map_err(|_| CredentialsError {
@@ -48,42 +55,64 @@ impl ClientCredentials {
             source: None,
         })?;
         let provider = Arc::new(ring::default_provider());
-        let verifier = WebPkiServerVerifier::builder_with_provider(authorities(folder)?, provider.clone())
+        let roots = authorities(folder)?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone())
             .with_crls(revocations(folder)?)
             .allow_unknown_revocation_status()
+            .enforce_revocation_expiration()
             .build()
             .map_err(|error| CredentialsError::new(folder.join(CA), error))?;
-        let builder = ClientConfig::builder_with_provider(provider)
+        let builder = ClientConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| refused(CA, error))?
             .with_webpki_verifier(verifier);
         let mut config = if folder.join(CLIENT_CERT).exists() {
             let (chain, key) = identity(folder, CLIENT_CERT, CLIENT_KEY)?;
+            let usual = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+            let usual = usual.map_err(|error| CredentialsError::new(folder.join(CA), error))?;
+            let vouched = usual.verify_client_cert(&chain[0], &chain[1..], UnixTime::now());
+            vouched.map_err(|error| CredentialsError::of_own(folder.join(CLIENT_CERT), error))?;
             builder.with_client_auth_cert(chain, key).map_err(|error| refused(CLIENT_KEY, error))?
         } else {
             builder.with_no_client_auth()
         };
         config.enable_sni = false;
         config.resumption = Resumption::disabled();
-        Ok(Self { config: Arc::new(config), name: checked })
+        Ok(Self { config: Arc::new(config), name: checked, rekey_after: u64::MAX })
+    }
+
+    /// Has every connection change its keys after so many records of up to 16 KiB, at least 1; in TLS 1.2, which cannot,
+    /// it ends there with an error. By default that is as often as the cipher asks for: 2^24 records of AES-GCM. Peers may
+    /// refuse many changes in little time.
+    #[must_use]
+    pub fn rekey_after(mut self, records: u64) -> Self {
+        self.rekey_after = records;
+        self
     }
 }
 
 impl ServerCredentials {
     /// Reads the folder. A source must show a certificate of one of its authorities. `authz` is the list of subjects
-    /// that may come, as `CN=source,O=Example`, with the parts in the certificate's order or in the reverse, as
-    /// RFC 4514 has it; an empty list takes every subject.
+    /// that may come, written as QEMU writes them: as in RFC 4514, but with the parts in the certificate's order, say
+    /// `O=Example,CN=source`. An empty list takes every subject.
     ///
     /// # Errors
-    /// [`CredentialsError`], which names the file.
+    /// [`CredentialsError`], which names the file: also if our own certificate is not valid now, or not of this folder's
+    /// authority, and if the list of what was taken back is out of date.
     pub fn load(folder: &Path, authz: Vec<String>) -> Result<Self, CredentialsError> {
         let provider = Arc::new(ring::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(authorities(folder)?, provider.clone())
-            .with_crls(revocations(folder)?)
-            .allow_unknown_revocation_status()
-            .build()
-            .map_err(|error| CredentialsError::new(folder.join(CA), error))?;
+        let roots = authorities(folder)?;
+        let verifier: Arc<dyn ClientCertVerifier> =
+            WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+                .with_crls(revocations(folder)?)
+                .allow_unknown_revocation_status()
+                .enforce_revocation_expiration()
+                .build()
+                .map_err(|error| CredentialsError::new(folder.join(CA), error))?;
+        let verifier = if authz.is_empty() { verifier } else { Arc::new(Listed { inner: verifier, authz }) };
         let (chain, key) = identity(folder, SERVER_CERT, SERVER_KEY)?;
+        vouched(&provider, &roots, &chain)
+            .map_err(|error| CredentialsError::of_own(folder.join(SERVER_CERT), error))?;
         let refused = |error| CredentialsError::new(folder.join(SERVER_KEY), error);
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -94,7 +123,14 @@ impl ServerCredentials {
         // A channel's source never reads: whatever we send would lie in its socket, and reset it when it closes.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { config: Arc::new(config), authz: authz.into() })
+        Ok(Self { config: Arc::new(config), rekey_after: u64::MAX })
+    }
+
+    /// As [`ClientCredentials::rekey_after`].
+    #[must_use]
+    pub fn rekey_after(mut self, records: u64) -> Self {
+        self.rekey_after = records;
+        self
     }
 }
 
@@ -108,6 +144,26 @@ pub struct CredentialsError {
 impl CredentialsError {
     fn new(file: PathBuf, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self { what: format!("cannot use {}", file.display()), source: Some(Box::new(source)) }
+    }
+
+    /// Our own certificate is not one that a peer would take.
+    fn of_own(file: PathBuf, error: rustls::Error) -> Self {
+        use CertificateError as Certificate;
+        let why = match &error {
+            rustls::Error::InvalidCertificate(why) => match why {
+                Certificate::Expired | Certificate::ExpiredContext { .. } => "it is not valid any more",
+                Certificate::NotValidYet | Certificate::NotValidYetContext { .. } => "it is not valid yet",
+                Certificate::UnknownIssuer | Certificate::BadSignature => {
+                    "it is not of the authority in ca-cert.pem beside it"
+                }
+                Certificate::InvalidPurpose | Certificate::InvalidPurposeContext { .. } => {
+                    "its extendedKeyUsage is for the other side"
+                }
+                _ => return Self::new(file, error),
+            },
+            _ => return Self::new(file, error),
+        };
+        Self::new(file, io::Error::new(io::ErrorKind::InvalidData, why))
     }
 }
 
@@ -136,8 +192,30 @@ fn revocations(folder: &Path) -> Result<Vec<CertificateRevocationListDer<'static
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let lists = CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect);
-    lists.map_err(|error| CredentialsError::new(path, error))
+    let lists =
+        CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let lists = lists.map_err(|error| CredentialsError::new(path.clone(), error))?;
+    for list in &lists {
+        let read =
+            CertificateList::from_der(list).map_err(|error| CredentialsError::new(path.clone(), error))?;
+        let next = read.tbs_cert_list.next_update.map(|next| next.to_unix_duration());
+        if next.is_some_and(|next| next.as_secs() < UnixTime::now().as_secs()) {
+            let late = "it is out of date: fetch the authority's newer one, or remove it";
+            return Err(CredentialsError::new(path, io::Error::new(io::ErrorKind::InvalidData, late)));
+        }
+    }
+    Ok(lists)
+}
+
+/// Whether a source with these authorities would take our certificate.
+fn vouched(
+    provider: &CryptoProvider,
+    roots: &RootCertStore,
+    chain: &[CertificateDer<'_>],
+) -> Result<(), rustls::Error> {
+    let algorithms = provider.signature_verification_algorithms.all;
+    let own = ParsedCertificate::try_from(&chain[0])?;
+    verify_server_cert_signed_by_trust_anchor(&own, roots, &chain[1..], UnixTime::now(), algorithms)
 }
 
 fn certificates(folder: &Path, name: &str) -> Result<Vec<CertificateDer<'static>>, CredentialsError> {

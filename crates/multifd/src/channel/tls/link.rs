@@ -1,7 +1,7 @@
 //! A session as a link.
 //!
 //! Bytes to send are copied out of guest memory first, for it changes while they are packed; bytes received are
-//! unpacked in private memory and copied in. Keys are changed by whoever sends, as often as the cipher asks for; the
+//! unpacked in private memory and copied in. Keys are changed by whoever sends, before the cipher asks for it; the
 //! answer to a change, and an alert, leave with the next thing that is sent or received.
 
 use std::{
@@ -11,7 +11,10 @@ use std::{
 };
 
 use arrayvec::ArrayVec;
-use rustls::{AlertDescription, ClientConnection, Connection, Error as TlsError, ServerConnection};
+use rustls::{
+    AlertDescription, CertificateError, ClientConnection, Connection, Error as TlsError, ProtocolVersion,
+    ServerConnection, SupportedCipherSuite,
+};
 
 use super::{ClientCredentials, ServerCredentials, subject};
 use crate::{
@@ -23,8 +26,11 @@ use crate::{
 pub(super) struct TlsLink {
     link: Box<dyn Link>,
     session: Connection,
-    /// Who may come, until the session has told who it is.
-    authz: Option<Arc<[String]>>,
+    /// Records sent since the keys were changed, and how many may be.
+    spent: u64,
+    rekey_after: u64,
+    /// It says that it closes, once: a source when it closes its side, a destination when it is through.
+    open: bool,
     /// A private copy of what is sent next.
     plain: Box<[u8]>,
     received: Received,
@@ -45,24 +51,35 @@ impl TlsLink {
     /// A source's end; the handshake is still to come.
     pub(super) fn client(link: Box<dyn Link>, credentials: &ClientCredentials) -> io::Result<Self> {
         let session = ClientConnection::new(credentials.config.clone(), credentials.name.clone());
-        Ok(Self::new(link, session.map_err(io::Error::other)?.into(), None))
+        Ok(Self::new(link, session.map_err(io::Error::other)?.into(), credentials.rekey_after))
     }
 
     /// A destination's end; the handshake comes with the first read.
     pub(super) fn server(link: Box<dyn Link>, credentials: &ServerCredentials) -> io::Result<Self> {
         let session = ServerConnection::new(credentials.config.clone());
-        Ok(Self::new(link, session.map_err(io::Error::other)?.into(), Some(credentials.authz.clone())))
+        Ok(Self::new(link, session.map_err(io::Error::other)?.into(), credentials.rekey_after))
     }
 
-    fn new(link: Box<dyn Link>, mut session: Connection, authz: Option<Arc<[String]>>) -> Self {
+    fn new(link: Box<dyn Link>, mut session: Connection, rekey_after: u64) -> Self {
         // What is sent leaves in the same call.
         session.set_buffer_limit(None);
         let received = Received { buffer: vec![0; CIPHERED].into(), from: 0, to: 0, ended: false };
-        Self { link, session, authz, plain: vec![0; PLAIN].into(), received, timeout: None, limited: false }
+        Self {
+            link,
+            session,
+            spent: 0,
+            rekey_after,
+            open: false,
+            plain: vec![0; PLAIN].into(),
+            received,
+            timeout: None,
+            limited: false,
+        }
     }
 
     /// Agrees with the peer on keys and on who is who.
     pub(super) fn handshake(&mut self, end: Option<Instant>) -> io::Result<()> {
+        let begins = self.session.is_handshaking();
         while self.session.is_handshaking() {
             if self.session.wants_write() {
                 self.flush()?;
@@ -74,19 +91,38 @@ impl TlsLink {
             }
         }
         self.flush()?;
+        if begins {
+            self.open = matches!(self.session, Connection::Server(_));
+        }
         if std::mem::take(&mut self.limited) {
             // The handshake's limit is not that of the reads to come.
             self.link.set_recv_timeout(self.timeout)?;
         }
-        if let Some(authz) = self.authz.take() {
-            let admitted = subject::admit(&authz, self.session.peer_certificates());
-            if admitted.is_err() {
-                // It is told only that it may not; there is no better word for it in TLS.
-                self.session.send_close_notify();
-                let _ = self.flush();
+        Ok(())
+    }
+
+    /// So many records more will be sent: new keys, if the present ones have served their time.
+    fn spend(&mut self, records: u64) -> io::Result<()> {
+        let cipher = match self.session.negotiated_cipher_suite() {
+            Some(SupportedCipherSuite::Tls12(suite)) => suite.common.confidentiality_limit,
+            Some(SupportedCipherSuite::Tls13(suite)) => suite.common.confidentiality_limit,
+            None => u64::MAX,
+        };
+        let limit = self.rekey_after.min(cipher.saturating_sub(HANDSHAKE_RECORDS));
+        if self.spent.saturating_add(records) > limit {
+            if self.session.protocol_version() != Some(ProtocolVersion::TLSv1_3) {
+                let why = format!(
+                    "TLS 1.2 cannot change keys, and those of this connection have served for {} records: let both \
+                     sides speak TLS 1.3, or use more channels",
+                    self.spent
+                );
+                return Err(io::Error::new(io::ErrorKind::InvalidData, Refused { why }));
             }
-            admitted?;
+            self.session.refresh_traffic_keys().map_err(io::Error::other)?;
+            tracing::debug!(peer = self.link.peer(), records = self.spent, "new keys");
+            self.spent = 0;
         }
+        self.spent += records;
         Ok(())
     }
 
@@ -119,11 +155,30 @@ impl TlsLink {
         self.session.read_tls(&mut bytes)?;
         received.from += before - bytes.len();
         if let Err(error) = self.session.process_new_packets() {
-            // The peer is told why, if it still listens.
+            // The peer is told why, if it still listens. Nothing more is taken in from it: one that believes that it has
+            // sent everything believes that it is done.
+            self.open = false;
             let _ = self.flush();
             return Err(told(error));
         }
         self.flush()
+    }
+
+    /// Takes leave so that the last thing sent arrives: whatever lies unread here when the socket is closed has the system
+    /// reset the connection, and what is still on its way would be lost.
+    fn part(&mut self, limit: Duration) {
+        self.open = false;
+        let end = deadline(limit);
+        // A connection that is broken has nothing on its way.
+        let _ = self.link.close_send();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let waits = !left.is_zero() && self.link.set_recv_timeout(Some(left)).is_ok();
+            if !waits || !matches!(self.link.recv(&mut [PartMut::from(&mut *self.received.buffer)]), Ok(1..))
+            {
+                break;
+            }
+        }
     }
 
     /// A write that failed because the peer has hung up: why, if it has said so.
@@ -163,6 +218,7 @@ impl Link for TlsLink {
                 break;
             }
         }
+        self.spend(taken.div_ceil(RECORD) as u64)?;
         self.session.writer().write_all(&self.plain[..taken])?;
         self.flush().map_err(|error| self.last_word(error))?;
         Ok(taken)
@@ -205,10 +261,8 @@ impl Link for TlsLink {
         self.session.send_close_notify();
         self.flush()?;
         self.link.close_send()?;
-        // Whatever the peer has sent to a side that does not read, its tickets for example, must not lie here when the
-        // socket is closed: the system would reset the connection, and what is still on its way would be lost.
-        self.link.set_recv_timeout(Some(DRAIN))?;
-        while matches!(self.link.recv(&mut [PartMut::from(&mut *self.received.buffer)]), Ok(1..)) {}
+        // A side that does not read has been sent something nevertheless, tickets for example.
+        self.part(DRAIN);
         self.link.set_recv_timeout(self.timeout)
     }
 
@@ -221,6 +275,17 @@ impl TlsLink {
     fn session_closed(&mut self) -> bool {
         // Nothing to read, and nothing will ever come.
         matches!(self.session.reader().fill_buf(), Ok([]))
+    }
+}
+
+impl Drop for TlsLink {
+    /// Says that it closes. A source has done so by then, unless it failed, and then it must not wait.
+    fn drop(&mut self) {
+        if std::mem::take(&mut self.open) {
+            self.session.send_close_notify();
+            // What a destination sends is little, and finds room.
+            let _ = self.flush();
+        }
     }
 }
 
@@ -290,22 +355,24 @@ fn told(error: TlsError) -> io::Error {
             }
             Alert::BadCertificate | Alert::CertificateUnknown => ": it does not take our certificate",
             Alert::CertificateExpired => ": our certificate is not valid at this time",
+            Alert::AccessDenied => ": does its tls-authz list our certificate's subject?",
             Alert::CertificateRequired | Alert::HandshakeFailure => {
                 ": it may want a certificate; put client-cert.pem and client-key.pem into the folder of tls-creds"
             }
             _ => "",
         },
         TlsError::InvalidCertificate(
-            rustls::CertificateError::NotValidForName
-            | rustls::CertificateError::NotValidForNameContext { .. },
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
         ) => ": give the name in its certificate's subjectAltName as tls-hostname",
-        TlsError::InvalidCertificate(
-            rustls::CertificateError::UnknownIssuer | rustls::CertificateError::BadSignature,
-        ) => ": our ca-cert.pem does not know its authority",
-        TlsError::EncryptError => ": too much for one session of TLS 1.2, use TLS 1.3",
+        TlsError::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+            ": our ca-cert.pem does not know its authority"
+        }
         _ => "",
     };
     let why = match &error {
+        TlsError::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => {
+            subject::denied().unwrap_or_else(|| format!("TLS: {error}"))
+        }
         TlsError::AlertReceived(alert) => format!("the other side refused with TLS alert {alert:?}{hint}"),
         _ => format!("TLS: {error}{hint}"),
     };
@@ -315,7 +382,11 @@ fn told(error: TlsError) -> io::Error {
 const CLOSED: &str =
     "the other side closed during the TLS handshake: does it speak TLS, is its tls-creds set?";
 /// Eight records in one call: more gained nothing.
-const PLAIN: usize = 8 * (16 << 10);
+const PLAIN: usize = 8 * RECORD;
+/// The most that a record holds.
+const RECORD: usize = 16 << 10;
+/// More than a handshake, and the answers to its peer's changes of keys, may have spent.
+const HANDSHAKE_RECORDS: u64 = 1 << 16;
 /// As many records, and the next one.
 const CIPHERED: usize = PLAIN + (18 << 10);
 const RECORDS: usize = 16;
