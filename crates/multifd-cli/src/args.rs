@@ -300,7 +300,7 @@ pub(crate) struct OutputArgs {
     /// Print one JSON object at the end, with the fields of QEMU's query-migrate
     #[arg(long)]
     pub(crate) json: bool,
-    /// No progress
+    /// No progress, no warnings, no report in words: where it listens, and errors alone
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }

@@ -73,6 +73,30 @@ fn machine_is_kept_behind_the_offset_and_the_head_before_it() {
     assert_eq!(told["blocks"][0]["pages"], 1024);
 }
 
+/// Its pages lie on borders that direct I/O takes, wherever the stream begins.
+#[test]
+fn container_is_the_same_to_the_byte_past_the_page_cache_and_through_it() {
+    let folder = folder();
+    let from = captured(&folder, 4 * MIB);
+    let containers = [("cached", &[][..]), ("direct", &["--direct-io"])].map(|(name, options)| {
+        let container = path(&folder, name);
+        fs::write(&container, head(OFFSET)).unwrap();
+        let (receive, address) = receive(options, &container);
+        feed(&["--multifd-channels", "3"], &from, &address).done();
+        let ended = receive.done();
+        assert!(!ended.stderr.contains("direct-io"), "{ended:?}");
+        container
+    });
+    let [cached, direct] = containers.each_ref().map(|container| fs::read(container).unwrap());
+    assert!(cached == direct, "head, RAM, bitmaps and devices");
+
+    let (receive, address) = Program::receive(&["--direct-io"], LOCAL, &path(&folder, "again"));
+    let sent = feed(&["--direct-io"], Path::new(&file_uri_at(&containers[1], OFFSET)), &address).done();
+    receive.done();
+    assert!(!sent.stderr.contains("direct-io"), "{sent:?}");
+    assert!(stored_memory(&path(&folder, "again")) == stored_memory(&from), "equal RAM");
+}
+
 #[test]
 fn container_that_is_missing_or_short_is_zero_up_to_the_offset() {
     let folder = folder();

@@ -77,12 +77,14 @@ fn pages(file: &MappedRamFile) -> Vec<Vec<Option<Vec<u8>>>> {
 #[test]
 fn pages_of_every_size_go_from_file_to_file() {
     for page_size in [PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64] {
-        for channels in ["0", "1", "3"] {
+        for (channels, direct) in
+            [("0", &[][..]), ("1", &[]), ("3", &[]), ("1", &["--direct-io"]), ("3", &["--direct-io"])]
+        {
             let folder = folder();
             let (here, there) = (path(&folder, "here"), path(&folder, "there"));
             write(&here, page_size);
-            let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &there);
-            feed(&["--multifd-channels", channels], &here, &address).done();
+            let (receive, address) = Program::receive(direct, "tcp:127.0.0.1:0", &there);
+            feed(&[&["--multifd-channels", channels], direct].concat(), &here, &address).done();
             receive.done();
             let [sent, received] = [&here, &there]
                 .map(|file| MappedRamFile::open(File::open(file).expect("there"), 0).expect("a whole file"));
