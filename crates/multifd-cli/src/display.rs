@@ -44,7 +44,11 @@ impl Display {
         let thread = Builder::new().name("display".into()).spawn(move || {
             let terminal = io::stderr().is_terminal();
             let every = if terminal { BAR_EVERY } else { LINE_EVERY };
-            let bar = terminal.then(new_bar);
+            let bar = terminal.then(ProgressBar::new_spinner);
+            if let Some(bar) = &bar {
+                bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(20));
+            }
+            let mut bounded = None;
             let mut meter = Meter::default();
             // Nothing is ever sent: the wait ends when the other end is dropped.
             while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
@@ -52,6 +56,9 @@ impl Display {
                 let text = meter.text(&look);
                 match &bar {
                     Some(bar) => {
+                        if bounded.replace(look.total > 0) != Some(look.total > 0) {
+                            bar.set_style(style(look.total > 0));
+                        }
                         bar.set_length(look.total);
                         bar.set_position(look.done.min(look.total));
                         bar.set_message(text);
@@ -80,11 +87,11 @@ impl Drop for Display {
 const BAR_EVERY: Duration = Duration::from_millis(100);
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-fn new_bar() -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(20));
-    let style = ProgressStyle::with_template("[{bar:20}] {percent:>3}% {msg}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
-    bar
+/// One line, cut where the terminal ends: a bar, where there is an end to be `bounded` by.
+fn style(bounded: bool) -> ProgressStyle {
+    let template = if bounded { "[{bar:10}] {percent:>3}% {wide_msg}" } else { "{spinner} {wide_msg}" };
+    let style = ProgressStyle::with_template(template);
+    style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ").tick_chars("-\\|/-")
 }
 
 fn percent(look: &Look) -> String {
@@ -113,7 +120,7 @@ impl Meter {
             self.still_since = None;
         }
         if still >= STILL {
-            return format!("nothing has moved for {} s: {ASK}", still.as_secs());
+            return format!("nothing moves ({} s): {ASK}", still.as_secs());
         }
         let mut text = String::new();
         if look.pass > 0 {
@@ -133,11 +140,37 @@ impl Meter {
 
 /// After so long without a byte it is worth asking why.
 const STILL: Duration = Duration::from_secs(10);
-const ASK: &str = "does the other side have the same channels?";
+const ASK: &str = "has the other side the same channels?";
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `[==========] 100% ` takes 18 columns of the 80 that a terminal has.
+    #[test]
+    fn busiest_text_fits_beside_its_bar() {
+        let mut meter =
+            Meter { last: Instant::now().checked_sub(SECOND).map(|then| (then, 0)), ..Meter::default() };
+        let look = Look {
+            total: 900 << 30,
+            transferred: 900 << 20,
+            pass: 10,
+            note: "dirty 899.99 MiB/s".into(),
+            ..Look::default()
+        };
+        let text = meter.text(&look);
+        assert!(
+            text.contains("pass 10, 900.00 GiB left, ") && text.len() <= 80 - 18,
+            "{text}: {}",
+            text.len()
+        );
+        let still = Instant::now().checked_sub(SECOND * 9999);
+        meter = Meter { last: Some((Instant::now(), look.transferred)), still_since: still };
+        let text = meter.text(&look);
+        assert!(text.contains("9999 s") && text.len() <= 80 - 18, "{text}: {}", text.len());
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
     fn a_peer_that_takes_nothing_is_told_of_after_a_while() {
@@ -145,10 +178,7 @@ mod tests {
         let look = Look { transferred: 5, pass: 1, ..Look::default() };
         assert_eq!(meter.text(&look), "pass 1, 0 B/s");
         meter.still_since = Instant::now().checked_sub(STILL);
-        assert_eq!(
-            meter.text(&look),
-            "nothing has moved for 10 s: does the other side have the same channels?"
-        );
+        assert_eq!(meter.text(&look), "nothing moves (10 s): has the other side the same channels?");
         meter.last = Instant::now().checked_sub(Duration::from_secs(1)).map(|then| (then, 0));
         assert!(meter.text(&look).starts_with("pass 1, "), "it moves again");
     }

@@ -137,7 +137,7 @@ impl Report {
         let ram = &self.ram;
         let time = Duration::from_millis(self.total_time);
         let mut text = format!(
-            "{done}: {} of RAM in {} ({}/s), {} transferred, {} pages, {} zero",
+            "{done}: {} of RAM in {} ({}/s)\n{} transferred, {} pages, {} zero",
             BinaryBytes(ram.total),
             seconds(time),
             BinaryBytes(rate(ram.transferred, time)),

@@ -105,8 +105,10 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     } else {
         let done = format!("migrated over {} channels", args.multifd_channels);
         print(&report.text(&done))?;
-        let verdict = if equal { "equal" } else { "DIFFERENT" };
-        print(&format!("RAM is {verdict}: source {here}, destination {}", arrived.hash))?;
+        print(&match equal {
+            true => format!("RAM is equal: {here} on both sides"),
+            false => format!("RAM is DIFFERENT: source {here}\n             destination {}", arrived.hash),
+        })?;
     }
     if equal { Ok(()) } else { Err(While::new("the guest did not arrive whole", "its RAM differs").into()) }
 }

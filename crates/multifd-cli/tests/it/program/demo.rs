@@ -83,8 +83,12 @@ fn least_demo_is_a_demo() {
 fn text_tells_what_matters() {
     let ended = run(["demo", "--size", "32M", "--channels", "3"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    for words in ["migrated over 3 channels", "downtime ", " ms", "channel 2", "RAM is equal: source "] {
+    for words in ["migrated over 3 channels", "downtime ", " ms", "channel 2", "RAM is equal: "] {
         assert!(ended.stdout.contains(words), "expected {words:?}: {ended:?}");
+    }
+    assert!(ended.stdout.lines().all(|line| line.len() <= 80), "as wide as a terminal: {ended:?}");
+    for text in [ended.stdout, ended.stderr] {
+        assert!(!text.contains(['\x1b', '\r']), "nothing for terminals where there is none: {text:?}");
     }
 }
 
