@@ -112,8 +112,9 @@ impl Link for SocketLink {
     }
 
     fn completed_in_place(&mut self, calls: u64) -> io::Result<(u64, u64)> {
-        let mut gone = false;
+        let (mut gone, mut woken) = (false, false);
         loop {
+            let before = self.completions.done();
             while let Some(notice) = Notice::next(self.socket.as_fd())? {
                 self.completions.complete(notice.first, notice.last, notice.copied)?;
             }
@@ -123,12 +124,19 @@ impl Link for SocketLink {
             if gone {
                 return Err(self.socket.take_error()?.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into()));
             }
+            // An error that is no notice, and would be told for ever.
+            if woken
+                && self.completions.done() == before
+                && let Some(error) = self.socket.take_error()?
+            {
+                return Err(error);
+            }
             // Nothing is asked for: notices, and the end of the connection, are always told.
             let mut fds = [PollFd::new(&*self.socket, PollFlags::empty())];
             let limit = self.watched.and_then(|watched| Timespec::try_from(watched.interval()).ok());
             match poll(&mut fds, limit.as_ref()) {
                 Ok(0) => self.look()?,
-                Ok(_) => gone = fds[0].revents().contains(PollFlags::HUP),
+                Ok(_) => (gone, woken) = (fds[0].revents().contains(PollFlags::HUP), true),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

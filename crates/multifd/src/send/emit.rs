@@ -21,7 +21,7 @@ use crate::{
     compress::{Encode, Pages},
     error::{Error, Result, Usage},
     options::SendOptions,
-    ram::{MAX_PARTS, PageIndex, Part, RamBlock, cut_short},
+    ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock, cut_short},
     stats::ChannelCounters,
     wire::{ChannelId, HeadBuffer, Initial},
 };
@@ -47,8 +47,6 @@ struct Emitter<'a> {
     encoder: Option<Box<dyn Encode>>,
     /// With `zero-copy-send`.
     in_flight: Option<InFlight<'a>>,
-    /// A page of zeros, sent in place of pages that are known to be zero, whatever their memory has.
-    zeros: Box<[u8]>,
     options: &'a SendOptions,
     _watch: Watch,
 }
@@ -82,7 +80,6 @@ impl<'a> Emitter<'a> {
             drawer: Drawer::default(),
             encoder: options.method.encoder(options.levels)?,
             in_flight: options.zero_copy_send.then(|| InFlight::new(&shared.in_flight)),
-            zeros: vec![0; shared.blocks.page_size().bytes()].into(),
             options,
         };
         let initial = Initial { uuid: options.uuid, id }.encode();
@@ -157,7 +154,7 @@ impl<'a> Emitter<'a> {
             let mut parts: ArrayVec<Part<'_>, MAX_PARTS> = ArrayVec::new();
             match (&mut self.in_flight, payload) {
                 (Some(in_flight), None) if !normal.is_empty() => {
-                    parts.extend(in_place(block, normal, &self.zeros));
+                    parts.extend(in_place(block, normal));
                     send_all_more(&mut *self.link, Part::from(head))
                         .and_then(|()| in_flight.send(&mut *self.link, &mut parts))
                 }
@@ -165,7 +162,7 @@ impl<'a> Emitter<'a> {
                     parts.push(Part::from(head));
                     match payload {
                         Some(payload) => parts.push(Part::from(payload)),
-                        None => parts.extend(in_place(block, normal, &self.zeros)),
+                        None => parts.extend(in_place(block, normal)),
                     }
                     if let (Some(in_flight), Some(_)) = (in_flight, payload) {
                         in_flight.copied();
@@ -206,19 +203,19 @@ impl<'a> Emitter<'a> {
     }
 }
 
+/// Sent in place of pages that are known to be zero, whatever their memory has. Never freed: the system may still send it
+/// when the channel is gone.
+static ZEROS: [u8; PageSize::KIB_64.bytes()] = [0; PageSize::KIB_64.bytes()];
+
 /// Pages where they are, neighbours as one part. One that is [known to be zero](RamBlock::present) is a part of its
 /// own.
-fn in_place<'b>(
-    block: &'b RamBlock,
-    pages: &'b [PageIndex],
-    zeros: &'b [u8],
-) -> impl Iterator<Item = Part<'b>> {
+fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<Item = Part<'b>> {
     let present = |page: &PageIndex| block.present().contains(*page);
     let mut pages = pages.iter().copied().peekable();
     std::iter::from_fn(move || {
         let first = pages.next()?;
         if !present(&first) {
-            return Some(zeros.into());
+            return Some(ZEROS[..block.page_size().bytes()].into());
         }
         let mut count = 1;
         while pages.next_if(|page| page.0 == first.0 + count && present(page)).is_some() {

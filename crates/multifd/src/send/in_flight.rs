@@ -29,6 +29,15 @@ use crate::{
 /// Up to 4 MiB a channel, half of what most systems let a process lock.
 pub(super) const DEPTH: usize = 8;
 
+/// What the channels know of each other. Relaxed: it tells whether to try again, and orders nothing.
+#[derive(Default)]
+pub(super) struct Shared {
+    /// Calls under way.
+    calls: AtomicU64,
+    /// Calls ever completed.
+    completed: AtomicU64,
+}
+
 pub(super) struct InFlight<'a> {
     calls: u64,
     completed: u64,
@@ -38,14 +47,13 @@ pub(super) struct InFlight<'a> {
     copied_here: bool,
     /// With the calls that had been made when it was sent.
     batches: VecDeque<(u64, Batch)>,
-    /// Calls under way on all channels.
-    all: &'a AtomicU64,
+    shared: &'a Shared,
 }
 
 impl<'a> InFlight<'a> {
-    pub(super) fn new(all: &'a AtomicU64) -> Self {
+    pub(super) fn new(shared: &'a Shared) -> Self {
         let batches = VecDeque::with_capacity(DEPTH + 1);
-        Self { calls: 0, completed: 0, copied: [0; 2], copied_here: false, batches, all }
+        Self { calls: 0, completed: 0, copied: [0; 2], copied_here: false, batches, shared }
     }
 
     /// Sends all bytes of `parts`.
@@ -55,12 +63,13 @@ impl<'a> InFlight<'a> {
     pub(super) fn send(&mut self, link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::Result<()> {
         while parts.iter().any(|part| part.len() > 0) {
             // Counted before, so that whoever is refused meanwhile knows why.
-            self.all.fetch_add(1, Ordering::Relaxed);
+            let before = self.shared.completed.load(Ordering::Relaxed);
+            self.shared.calls.fetch_add(1, Ordering::Relaxed);
             self.calls += 1;
             let sent = link.send_in_place(parts);
             if !matches!(sent, Ok(1..)) {
                 self.calls -= 1;
-                self.all.fetch_sub(1, Ordering::Relaxed);
+                self.shared.calls.fetch_sub(1, Ordering::Relaxed);
             }
             let sent = match sent {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -69,8 +78,12 @@ impl<'a> InFlight<'a> {
                         self.wait(link, self.completed + 1)?;
                         continue;
                     }
-                    if self.all.load(Ordering::Relaxed) == 0 {
-                        return Err(too_little());
+                    if self.shared.calls.load(Ordering::Relaxed) == 0 {
+                        if self.shared.completed.load(Ordering::Relaxed) == before {
+                            return Err(too_little());
+                        }
+                        // There was little when it was asked for, and there is more now.
+                        continue;
                     }
                     // Other channels have locked what there is to lock.
                     self.copied_here = true;
@@ -113,7 +126,9 @@ impl<'a> InFlight<'a> {
     fn wait(&mut self, link: &mut dyn Link, calls: u64) -> io::Result<()> {
         if self.completed < calls {
             let (completed, copied) = link.completed_in_place(calls)?;
-            self.all.fetch_sub(completed - self.completed, Ordering::Relaxed);
+            let more = completed - self.completed;
+            self.shared.completed.fetch_add(more, Ordering::Relaxed);
+            self.shared.calls.fetch_sub(more, Ordering::Relaxed);
             (self.completed, self.copied[1]) = (completed, copied);
         }
         Ok(())
@@ -122,7 +137,7 @@ impl<'a> InFlight<'a> {
 
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.all.fetch_sub(self.calls - self.completed, Ordering::Relaxed);
+        self.shared.calls.fetch_sub(self.calls - self.completed, Ordering::Relaxed);
     }
 }
 

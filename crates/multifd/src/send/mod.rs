@@ -60,8 +60,8 @@ struct Shared {
     dispatch: Dispatch,
     /// Drawn by each channel as it fills a head.
     packet_num: AtomicU64,
-    /// Calls under way that send in place, over all channels. Relaxed: it only tells whether there are any.
-    in_flight: AtomicU64,
+    /// Of sending in place.
+    in_flight: in_flight::Shared,
     /// Each written by its channel only.
     counters: Box<[ChannelCounters]>,
 }
@@ -103,7 +103,7 @@ impl Sender {
             stop: self.stop.clone(),
             dispatch: Dispatch::new(channels, self.blocks.page_size(), self.options.zero_copy_send),
             packet_num: AtomicU64::new(0),
-            in_flight: AtomicU64::new(0),
+            in_flight: in_flight::Shared::default(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(channels.into()).collect(),
         });
         self.watch = Some(self.stop.watch(Arc::new(WakeDispatch(shared.clone()))));

@@ -21,7 +21,11 @@ use crate::{
 };
 
 fn ends() -> Ends {
-    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
+    ends_at("tcp:127.0.0.1:0")
+}
+
+fn ends_at(address: &str) -> Ends {
+    let listener = Listener::bind(&address.parse().expect("an address")).expect("bound");
     let address: Address = listener.local_address().clone();
     (Arc::new(address), Box::new(listener))
 }
@@ -47,6 +51,22 @@ fn a_stopped_machine_arrives_whole_and_copies_are_counted() {
             assert!((1..=ram.dirty_sync_count * u64::from(channels)).contains(&missed), "{ram:?}");
         }
     }
+}
+
+/// Notices come as messages of another protocol there.
+#[test]
+fn a_stopped_machine_arrives_whole_over_ipv6() {
+    if TcpListener::bind("[::1]:0").is_err() {
+        return multifd_testkit::skip("this machine has no IPv6");
+    }
+    let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
+    let (options, guest) = (MigrateOptions::new(), &mut StoppedGuest::default());
+    let ends = ends_at("tcp:[::1]:0");
+    let outcome =
+        migrate_over(ends, &source, &destination, Some(in_place(2)), options, &mut NeverDirty, guest);
+    outcome.received.expect("received");
+    assert_eq!(difference(&source, &destination), None);
+    assert!(outcome.sent.expect("sent").ram.dirty_sync_missed_zero_copy > 0);
 }
 
 #[test]

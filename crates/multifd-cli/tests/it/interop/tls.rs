@@ -5,7 +5,7 @@ use std::{
     path::Path,
     sync::Arc,
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use multifd::channel::{
@@ -21,9 +21,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::journey::{Journey, with_tls, with_tls_and};
-use crate::kit::{
-    Program, assert_left, fast, feed, first_difference, folder, machine, memory, path, runs_on, send, source,
-};
+use crate::kit::{Program, assert_left, fast, feed, first_difference, folder, machine, memory, path, source};
 
 fn certificates() -> TempDir {
     let folder = folder();
@@ -326,39 +324,4 @@ fn destination_takes_new_keys() {
         to.wait_migration("completed", PATIENCE).unwrap();
         assert_eq!(first_difference(&before, &memory(&mut to).unwrap()), None);
     });
-}
-
-/// A QEMU sends records of a page each, so it changes its keys after 64 GiB of a channel.
-#[test]
-#[ignore = "slow: moves 70 GiB over one channel"]
-fn source_changes_its_keys() {
-    let Some(qemu) = Qemu::v10_0() else { return };
-    let (folder, tls) = (folder(), certificates());
-    let mut from = source(with_tls(machine(&qemu, &qemu.machine()), tls.path(), "client")).unwrap();
-    from.set_multifd_channels(1).unwrap();
-    from.set_parameters(json!({ "tls-creds": "tls0" })).unwrap();
-    fast(&mut from).unwrap();
-    from.set_parameters(json!({ "downtime-limit": 0, "zero-page-detection": "none" })).unwrap();
-    let creds = tls.path().to_str().expect("text");
-    let file = path(&folder, "machine");
-    let (receive, address) = Program::receive(&["--tls-creds", creds, "--json"], "tcp:127.0.0.1:0", &file);
-    from.migrate(&address).unwrap();
-    let end = Instant::now() + Duration::from_secs(1200);
-    loop {
-        let met = from.execute("query-migrate", json!({})).unwrap();
-        assert_eq!(met["status"], json!("active"), "{met}");
-        if met["ram"]["multifd-bytes"].as_u64() > Some(70 << 30) {
-            break;
-        }
-        assert!(Instant::now() < end, "{met}");
-        thread::sleep(Duration::from_millis(500));
-    }
-    from.set_parameters(json!({ "downtime-limit": 60_000 })).unwrap();
-    from.wait_migration("completed", PATIENCE).unwrap();
-    let report = receive.end_within(Duration::from_secs(60)).json();
-    assert_eq!(report["status"], json!("completed"), "{report}");
-    let mut to = machine(&qemu, &qemu.machine()).incoming().start().unwrap();
-    to.set_multifd_channels(2).unwrap();
-    send(&[], &file, &mut to, "tcp:127.0.0.1:0").unwrap();
-    runs_on(&from, &mut to).unwrap();
 }

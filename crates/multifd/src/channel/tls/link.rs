@@ -381,8 +381,9 @@ fn told(error: TlsError) -> io::Error {
 
 const CLOSED: &str =
     "the other side closed during the TLS handshake: does it speak TLS, is its tls-creds set?";
-/// Eight records in one call: more gained nothing.
-const PLAIN: usize = 8 * RECORD;
+/// Seven records in one call. The system sends 64 KiB at a time; four or eight records, each with its head and tag, end
+/// just behind that, and the receiver is woken for the rest: half the speed.
+const PLAIN: usize = 7 * RECORD;
 /// The most that a record holds.
 const RECORD: usize = 16 << 10;
 /// More than a handshake, and the answers to its peer's changes of keys, may have spent.
