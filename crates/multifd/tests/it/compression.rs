@@ -62,6 +62,9 @@ fn pages_that_are_written_while_they_are_packed_arrive_as_they_were_last() {
 struct Changing {
     link: Box<dyn Link>,
     change: fn(&mut Vec<u8>),
+    /// It has cut something, and takes no notice of what comes after that: a source that fails as well would hang up, and
+    /// what is on its way in memory would be lost.
+    cut: bool,
 }
 
 impl Link for Changing {
@@ -73,6 +76,9 @@ impl Link for Changing {
             part.copy_to(&mut bytes[start..]);
         }
         let length = bytes.len();
+        if self.cut {
+            return Ok(length);
+        }
         if length > head_len(PageSize::KIB_4) {
             (self.change)(&mut bytes);
         }
@@ -83,6 +89,7 @@ impl Link for Changing {
         }
         if bytes.len() < length {
             self.link.close_send()?;
+            self.cut = true;
         }
         Ok(length)
     }
@@ -107,7 +114,7 @@ pub(crate) struct ChangingConnector(pub(crate) memory::MemoryConnector, pub(crat
 
 impl Connect for ChangingConnector {
     fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
-        Ok(Box::new(Changing { link: self.0.connect(stop, limit)?, change: self.1 }))
+        Ok(Box::new(Changing { link: self.0.connect(stop, limit)?, change: self.1, cut: false }))
     }
     fn target(&self) -> String {
         self.0.target()
@@ -146,10 +153,12 @@ pub(crate) fn answer_over(
         }
         // The destination hangs up in the middle of it.
         let _ = sender.sync();
+        // Dropped now, it would shut its connections down, and what is on its way in memory would be lost.
+        sender
     });
     let answer = receiver.sync();
     drop(receiver);
-    sent.join().expect("no panic");
+    drop(sent.join().expect("no panic"));
     (answer, destination)
 }
 

@@ -34,6 +34,8 @@ pub(super) struct TlsLink {
     /// A private copy of what is sent next.
     plain: Box<[u8]>,
     received: Received,
+    /// Why nothing more comes, once everything before that has been taken.
+    failed: Option<io::Error>,
     timeout: Option<Duration>,
     /// The connection was given a shorter limit than `timeout`.
     limited: bool,
@@ -72,6 +74,7 @@ impl TlsLink {
             open: false,
             plain: vec![0; PLAIN].into(),
             received,
+            failed: None,
             timeout: None,
             limited: false,
         }
@@ -84,7 +87,12 @@ impl TlsLink {
             if self.session.wants_write() {
                 self.flush()?;
             } else {
-                self.receive(end)?;
+                match self.receive(end) {
+                    Err(error) if self.session.is_handshaking() => return Err(error),
+                    // Met behind the handshake, in the same call: for whoever reads.
+                    Err(error) => self.failed = Some(error),
+                    Ok(()) => {}
+                }
                 if self.received.ended && self.session.is_handshaking() {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, CLOSED));
                 }
@@ -232,13 +240,17 @@ impl Link for TlsLink {
             if copied > 0 || self.received.ended {
                 return Ok(copied);
             }
+            if let Some(error) = self.failed.take() {
+                return Err(error);
+            }
             match self.receive(end) {
                 Ok(()) => {}
                 // An end is an end, with a closing alert or without.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
-                Err(error) => return Err(error),
+                // What came before it in the same call is good.
+                Err(error) => self.failed = Some(error),
             }
-            if self.session_closed() {
+            if self.failed.is_none() && self.session_closed() {
                 return copy_out(&mut self.session, parts);
             }
         }
