@@ -17,4 +17,4 @@ pub mod pattern;
 pub mod qemu;
 mod skip;
 
-pub use skip::skip;
+pub use skip::{lacks, skip};

@@ -14,7 +14,7 @@ use std::{
 };
 
 use multifd::channel::{Address, Connect, Listen, Listener, Stop, Stream};
-use multifd_testkit::skip;
+use multifd_testkit::lacks;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::kit::TIMEOUT;
@@ -42,7 +42,7 @@ impl Hosts {
         ];
         for step in steps {
             if let Err(reason) = ip(&step) {
-                skip(&format!("no two hosts: {reason}"));
+                lacks(&format!("no two hosts: {reason}"));
                 return None;
             }
         }

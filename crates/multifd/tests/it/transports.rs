@@ -16,7 +16,7 @@ use multifd::{
     ram::PageSize,
     wire::{ChannelId, Initial, VmUuid},
 };
-use multifd_testkit::skip;
+use multifd_testkit::lacks;
 
 use crate::kit::{TIMEOUT, used};
 
@@ -43,7 +43,7 @@ fn reached(options: &str) -> (bool, bool) {
 fn has_ipv6() -> bool {
     let has = TcpListener::bind("[::1]:0").is_ok();
     if !has {
-        skip("this machine has no IPv6");
+        lacks("this machine has no IPv6");
     }
     has
 }
@@ -278,7 +278,7 @@ fn connect_to_a_full_unix_queue_goes_on_when_there_is_room_and_ends_with_the_sto
 fn vsock() -> bool {
     let made = socket2::Socket::new(socket2::Domain::VSOCK, socket2::Type::STREAM, None);
     if let Err(error) = &made {
-        skip(&format!("no virtual sockets: {error}"));
+        lacks(&format!("no virtual sockets: {error}"));
     }
     made.is_ok()
 }
@@ -329,7 +329,7 @@ fn virtual_sockets_carry_many_connections() {
     let local = address(&format!("vsock:1:{port}"));
     let mut links = match local.connect(&Stop::new(), TIMEOUT) {
         Ok(link) => vec![Stream::new(link)],
-        Err(error) => return skip(&format!("virtual sockets do not reach this machine itself: {error}")),
+        Err(error) => return lacks(&format!("virtual sockets do not reach this machine itself: {error}")),
     };
     links.extend((0..3).map(|_| Stream::new(local.connect(&Stop::new(), TIMEOUT).expect("connected"))));
     for link in &mut links {

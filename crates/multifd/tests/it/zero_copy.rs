@@ -57,7 +57,7 @@ fn a_stopped_machine_arrives_whole_and_copies_are_counted() {
 #[test]
 fn a_stopped_machine_arrives_whole_over_ipv6() {
     if TcpListener::bind("[::1]:0").is_err() {
-        return multifd_testkit::skip("this machine has no IPv6");
+        return multifd_testkit::lacks("this machine has no IPv6");
     }
     let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
     let (options, guest) = (MigrateOptions::new(), &mut StoppedGuest::default());

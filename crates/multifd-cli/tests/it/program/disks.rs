@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use multifd_testkit::{certificates::write_both, skip};
+use multifd_testkit::{certificates::write_both, lacks};
 
 use crate::kit::{Ended, Program, assert_left, captured, feed, folder, multifd_in, path, stored_memory};
 
@@ -24,7 +24,7 @@ pub(super) fn mounted(words: &str, mount: &Path, arguments: &[&str], then: &str)
     let namespace = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--kill-child"];
     let allowed = Command::new(namespace[0]).args(&namespace[1..]).arg("true").stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
-        skip("no user namespace to mount a file system in");
+        lacks("no user namespace to mount a file system in");
         return None;
     }
     let script = format!("mount {words} {} && \"$0\" \"$@\" {then}; exit", mount.display());
