@@ -89,6 +89,13 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
         size: device.body.len(),
         early: device.early,
     });
+    let live = file.devices().live().iter().map(|live| Device {
+        name: live.name.to_string(),
+        instance_id: live.instance,
+        version: live.version,
+        size: usize::try_from(live.size).unwrap_or(usize::MAX),
+        early: true,
+    });
     Ok(Contents {
         machine: configuration.map(|configuration| configuration.machine.to_string()),
         uuid: configuration.and_then(|configuration| configuration.uuid).map(|uuid| uuid.to_string()),
@@ -103,7 +110,7 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
         total: file.blocks().total(),
         present: blocks.iter().map(|block| block.pages_present * page_size as u64).sum(),
         blocks,
-        devices: devices.collect(),
+        devices: devices.chain(live).collect(),
     })
 }
 

@@ -252,6 +252,16 @@ pub enum PeerMisbehaved {
         /// The section named.
         met: SectionId,
     },
+    /// A section that was sent in pieces has no last one.
+    #[error("section \"{name}\" ({id}): expected its END behind that of ram, met {met}")]
+    Unfinished {
+        /// Its name.
+        name: SectionName,
+        /// Its number.
+        id: SectionId,
+        /// What stands there.
+        met: &'static str,
+    },
     /// The footer is missing.
     #[error("section {section}: expected a footer (0x7e), met {met:#x}")]
     NoFooter {
@@ -303,6 +313,16 @@ pub enum Unsupported {
         name: SectionName,
         /// What to do about it.
         remedy: Option<&'static str>,
+    },
+    /// A record of a section sent in pieces that nobody here has ever seen, so that its length is not known.
+    #[error(
+        "section \"{name}\": record {met:#x} is not known, so its end cannot be found; the guest can go on at the source"
+    )]
+    LiveRecord {
+        /// The section.
+        name: SectionName,
+        /// The first word of the record.
+        met: u64,
     },
     /// A device sent before the end of RAM by a source without footers.
     #[error(

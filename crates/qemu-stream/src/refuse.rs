@@ -21,7 +21,6 @@ pub(crate) fn iterative_section(head: &SectionHead, at: Place) -> Error {
     let remedy = match head.name.as_bytes() {
         b"dirty-bitmap" => Some("switch capability dirty-bitmaps off at the source"),
         b"block" => Some("switch capability block off at the source and share or copy the disks instead"),
-        b"spapr/htab" => Some("use a guest with radix page tables"),
         name if name.ends_with(b"vfio") => Some("unplug the vfio device at the source"),
         _ => None,
     };

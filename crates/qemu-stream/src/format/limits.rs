@@ -30,6 +30,9 @@ pub const DEVICE_PART: usize = 256 << 20;
 /// Bytes of devices sent before the end of RAM. virtio-mem has a bit for each block of 2 MiB or so.
 pub const EARLY_PART: usize = 16 << 20;
 
+/// Bytes of all sections beside RAM that are sent in pieces. A guest of 16 GiB has a hash table of 128 MiB.
+pub const LIVE_PART: usize = 256 << 20;
+
 /// Bytes of the closing description. A q35 guest's has 45 KiB.
 pub const DESCRIPTION: u32 = 16 << 20;
 

@@ -30,7 +30,9 @@ pub(crate) use blocks::ListReader;
 pub use blocks::{BlockEntry, BlockList};
 pub use command::{Command, PageSizes};
 pub use configuration::{Configuration, decode_header, encode_header};
-pub use device_part::{Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, Misfit};
+pub use device_part::{
+    Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, LiveSection, Misfit,
+};
 pub use machine::{MachineType, MachineVersion};
 pub use multifd::ram::BlockIndex;
 pub use name::SectionName;

@@ -29,7 +29,8 @@ pub(super) fn collect<C: Connection>(
     footers: bool,
     without: &Without,
 ) -> Result<DevicePart, Error> {
-    let mut collected = Vec::new();
+    let mut collected = finder.ends().to_vec();
+    let ends = collected.len();
     loop {
         let at = r.here();
         let may_have_ended = without.return_path && finder.may_have_ended(&collected);
@@ -57,8 +58,9 @@ pub(super) fn collect<C: Connection>(
             }
             return finder.without_description(collected).map_err(|what| what.at(at));
         }
-        if count > limits::DEVICE_PART - collected.len() {
-            let (max, met) = (limits::DEVICE_PART as u64, (collected.len() + count) as u64);
+        let devices = collected.len() - ends;
+        if count > limits::DEVICE_PART - devices {
+            let (max, met) = (limits::DEVICE_PART as u64, (devices + count) as u64);
             return Err(Malformed::too_long("device part", max, met).at(at));
         }
         collected.extend_from_slice(arrived);

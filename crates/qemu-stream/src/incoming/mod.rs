@@ -198,6 +198,7 @@ impl<C: Connection> Incoming<C> {
         }
         let switchover_start = self.passes(&mut ram, sync_mode, section, footers, destination)?;
         destination.end_of_ram().map_err(|e| refused(&self.r, "the end of ram", e))?;
+        self.early.finish(&mut self.r, footers)?;
         let finder = EndFinder::new(footers).early(std::mem::take(&mut self.early));
         let without =
             Without { return_path: self.return_path, expected: self.suppress_vmdesc, silence: self.silence };
@@ -274,25 +275,20 @@ impl<C: Connection> Incoming<C> {
         let mut switchover_start = false;
         loop {
             let at = self.r.here();
-            let (id, last) = match Section::decode(&mut self.r)? {
-                Section::Part(id) => (id, false),
-                Section::End(id) => (id, true),
-                Section::Command(Command::SwitchoverStart) => {
+            let met = Section::decode(&mut self.r)?;
+            let last = match self.early.offer(&mut self.r, met, at, section, footers)? {
+                None => continue,
+                Some(Section::Part(_)) => false,
+                Some(Section::End(_)) => true,
+                Some(Section::Command(Command::SwitchoverStart)) => {
                     switchover_start = true;
                     continue;
                 }
-                Section::Full(head) => {
-                    self.early.take(&mut self.r, &head, Some(section), footers)?;
-                    continue;
-                }
-                other => {
+                Some(other) => {
                     self.between(other, at, "before the end of ram")?;
                     continue;
                 }
             };
-            if id != section {
-                return Err(PeerMisbehaved::UnknownSection { expected: section, met: id }.at(at));
-            }
             ram.body(&mut self.r, mode, destination)?;
             if footers {
                 decode_footer(section, &mut self.r)?;

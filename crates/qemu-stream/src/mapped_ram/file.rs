@@ -229,22 +229,18 @@ impl Parser<'_> {
         let mut switchover_start = false;
         loop {
             let at = self.r.here();
-            match Section::decode(&mut self.r)? {
-                Section::Part(id) | Section::End(id) if id != section => {
-                    return Err(PeerMisbehaved::UnknownSection { expected: section, met: id }.at(at));
-                }
+            let met = Section::decode(&mut self.r)?;
+            let Some(met) = self.early.offer(&mut self.r, met, at, section, self.footers)? else { continue };
+            match met {
                 Section::Part(_) => self.eos(blocks, section)?,
                 Section::End(_) => {
                     self.eos(blocks, section)?;
+                    self.early.finish(&mut self.r, self.footers)?;
                     return Ok(switchover_start);
-                }
-                Section::Full(head) => {
-                    self.early.take(&mut self.r, &head, Some(section), self.footers)?;
                 }
                 Section::Command(Command::SwitchoverStart) => switchover_start = true,
                 Section::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
                 Section::Command(command) => return Err(refuse::command(&command, at)),
-                Section::Start(head) => return Err(refuse::iterative_section(&head, at)),
                 other => return Err(misplaced(&other, "before the end of ram", at)),
             }
         }
@@ -255,8 +251,9 @@ impl Parser<'_> {
     fn devices(&mut self, complete: Option<bool>) -> Result<DevicePart, Error> {
         let at = self.r.here();
         let length = self.length.saturating_sub(at.offset);
-        let mut bytes = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
+        let rest = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
         let mut finder = EndFinder::new(self.footers).early(std::mem::take(&mut self.early));
+        let mut bytes = [finder.ends(), &rest].concat();
         if let Some(part) = finder.look(&mut bytes).map_err(|what| what.at(at))? {
             return Ok(part);
         }

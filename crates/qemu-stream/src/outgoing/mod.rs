@@ -26,8 +26,8 @@ use crate::{
     connection::Connection,
     error::{CallerMistake, Error},
     format::{
-        BlockList, Command, CurrentBlock, DevicePart, Put, Record, Section, SectionHead, SyncMode,
-        encode_footer, encode_header,
+        BlockList, Command, CurrentBlock, DevicePart, Record, Section, SectionHead, SyncMode, encode_footer,
+        encode_header,
     },
 };
 use writer::Writer;
@@ -104,7 +104,7 @@ impl<C: Connection> Outgoing<C> {
         self.end_body(Stage::Between)
     }
 
-    /// Writes the devices that are to come before the end of RAM, if there are any: behind
+    /// Writes what is to come before the end of RAM, devices and pieces of live sections, if there are any: behind
     /// [`setup`](Self::setup), before the first pass.
     ///
     /// # Errors
@@ -115,8 +115,8 @@ impl<C: Connection> Outgoing<C> {
         if devices.early().is_empty() {
             return Ok(());
         }
-        self.writer.buffer().put(devices.early());
-        self.leave(Stage::Between)
+        let written = self.writer.flush().and_then(|()| self.writer.write_through(devices.early()));
+        self.settle(written, Stage::Between)
     }
 
     /// A pass over RAM begins while the guest runs.

@@ -89,7 +89,7 @@ fn sections_that_cannot_be_skipped_are_refused_by_name() {
         ("dirty-bitmap", "dirty-bitmaps"),
         ("block", "capability block"),
         ("0000:00:05.0/vfio", "unplug the vfio device"),
-        ("spapr/htab", "radix"),
+        ("spapr/htab", "spapr/htab"),
         ("moo", "section \"moo\" cannot be skipped"),
     ] {
         let piece = encoded(&Section::Start(head(9, name)));

@@ -2,14 +2,15 @@
 //!
 //! The destination is started without the pattern. What it has then has come through the file.
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder};
 use serde_json::json;
 
-use crate::kit::{
-    PAGE, Program, assert_left, fast, file_uri, folder, migrate, path, run, send, stored_block,
-};
+use crate::kit::{PAGE, Program, file_uri, folder, migrate, path, run, send, stored_block};
 
 /// A machine of another architecture.
 #[derive(Clone, Copy)]
@@ -243,27 +244,107 @@ fn file_of_a_riscv64_machine_of_10_0_is_sent() {
     theirs_is_sent(Qemu::v10_0(), &RISCV64).unwrap();
 }
 
-/// A machine with a section that comes in pieces beside RAM: nothing tells where a piece ends.
-fn is_refused(qemu: Option<Qemu>, board: &Board, section: &str) -> Result<(), Error> {
-    let Some(qemu) = qemu.and_then(|qemu| qemu.emulator(board.program)) else { return Ok(()) };
+/// Its storage attributes come in pieces beside RAM.
+#[test]
+fn big_endian_s390x_machine_moves_over_channels_10_0() {
+    there_and_back(Qemu::v10_0(), &S390X, 2).unwrap();
+}
+
+/// Its hash table does.
+#[test]
+fn big_endian_ppc64_machine_moves_over_channels_10_0() {
+    there_and_back(Qemu::v10_0(), &PPC64, 2).unwrap();
+}
+
+#[test]
+#[ignore = "slow: another machine of x86 shows the same"]
+fn big_endian_ppc64_machine_moves_with_multifd_off_10_0() {
+    there_and_back(Qemu::v10_0(), &PPC64, 0).unwrap();
+}
+
+/// The file keeps the pieces where QEMU's own would have them.
+#[test]
+fn our_files_of_machines_with_pieces_beside_ram_are_loaded_by_10_0() {
+    for board in [&S390X, &PPC64] {
+        ours_is_loaded(Qemu::v10_0(), board).unwrap();
+    }
+}
+
+#[test]
+fn files_of_machines_with_pieces_beside_ram_of_10_0_are_sent() {
+    for board in [&S390X, &PPC64] {
+        theirs_is_sent(Qemu::v10_0(), board).unwrap();
+    }
+}
+
+/// A firmware that asks the hypervisor for two entries of the hash table, near its beginning and further on, and stands
+/// still: `li r3, H_ENTER; li r4, 0; li r5, index; li r6, valid; li r7, memory's attributes; sc 1`.
+fn firmware() -> Vec<u8> {
+    const CODE: [u32; 10] = [
+        0x3860_0008,
+        0x3880_0000,
+        0x38a0_0018,
+        0x38c0_0001,
+        0x38e0_0010,
+        0x4400_0022,
+        0x3860_0008,
+        0x38a0_0800,
+        0x4400_0022,
+        0x4800_0000,
+    ];
+    let code = CODE.iter().flat_map(|word| word.to_be_bytes());
+    std::iter::repeat_n(0, 0x100).chain(code).collect()
+}
+
+/// Index, one valid entry, none invalid, the entry: as they stand in a piece of the table.
+fn entry(index: u32) -> Vec<u8> {
+    let words = [0_u32, 1, 0, 0x10];
+    let head = index.to_be_bytes().into_iter().chain([0, 1, 0, 0]);
+    head.chain(words.iter().flat_map(|word| word.to_be_bytes())).collect()
+}
+
+fn has_entries(file: &std::path::Path) -> bool {
+    let bytes = fs::read(file).expect("read");
+    [entry(0x18), entry(0x800)].iter().all(|entry| bytes.windows(entry.len()).any(|met| met == entry))
+}
+
+/// There, back, and there again: the destination has the entries that the source's guest has made.
+fn hash_table_travels(qemu: &Qemu) -> Result<(), Error> {
     let folder = folder();
-    let mut from = board.filled(&qemu)?;
-    from.set_capabilities(&[("return-path", true)])?;
-    from.set_multifd_channels(2)?;
-    fast(&mut from)?;
-    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &path(&folder, "machine"));
-    from.migrate(&address)?;
-    receive.end().assert_failed(1, &[section, "cannot be skipped"]);
-    assert_left(&folder, &[]);
-    from.wait_migration("failed", PATIENCE).map(drop)
+    let [firmware_file, first, second] = ["firmware", "first", "second"].map(|name| path(&folder, name));
+    fs::write(&firmware_file, firmware()).expect("the firmware");
+    let builder =
+        || qemu.vm().machine(PPC64.machine).memory(PPC64.memory).arg("-bios").arg(firmware_file.clone());
+    let capture = |vm: &mut Vm, file: &std::path::Path| -> Result<(), Error> {
+        vm.set_multifd_channels(2)?;
+        let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", file);
+        migrate(vm, &address)?;
+        receive.done();
+        Ok(())
+    };
+    let mut from = builder().start()?;
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let registers = from.execute("human-monitor-command", json!({ "command-line": "info registers" }))?;
+        if registers.as_str().expect("text").contains("NIP 0000000000000124") {
+            break;
+        }
+        assert!(Instant::now() < end, "the firmware does not come to its end: {registers}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    from.stop()?;
+    capture(&mut from, &first)?;
+    assert!(has_entries(&first), "source and file");
+    let mut to = builder().paused().incoming().start()?;
+    to.set_multifd_channels(2)?;
+    send(&[], &first, &mut to, "tcp:127.0.0.1:0")?;
+    capture(&mut to, &second)?;
+    assert!(has_entries(&second), "source and destination");
+    Ok(())
 }
 
 #[test]
-fn s390x_machine_is_refused_by_its_section_10_0() {
-    is_refused(Qemu::v10_0(), &S390X, "s390-storage_attributes").unwrap();
-}
-
-#[test]
-fn ppc64_machine_is_refused_by_its_section_10_0() {
-    is_refused(Qemu::v10_0(), &PPC64, "spapr/htab").unwrap();
+fn hash_table_of_a_ppc64_guest_travels_10_0() {
+    let Some(qemu) = Qemu::v10_0().and_then(|qemu| qemu.emulator(PPC64.program)) else { return };
+    hash_table_travels(&qemu).unwrap();
 }

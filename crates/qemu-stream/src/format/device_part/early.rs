@@ -1,20 +1,23 @@
-//! Devices that are sent before the end of RAM, whose end nothing marks either.
+//! What is sent before the end of RAM beside RAM: devices, and pieces of live sections.
 //!
 //! ```text
-//! START ram … footer ─ 04 id name instance version body 7e id ─ … ─ PART ram
+//! START ram … footer ─ 04 id name instance version body 7e id ─ … ─ PART ram ─ … ─ END ram ─ last pieces ─ devices
+//!                      01 id name instance version body 7e id       02 id body 7e id           03 id body 7e id
 //! ```
 //!
+//! What a piece of a live section looks like stands in `live.rs`. The end of a device nothing marks.
 //! The description that tells their lengths comes at the end of the stream, and RAM cannot wait for it. So a body
 //! ends at the first footer of its section behind which something stands that can follow one. Device data may
 //! look so by chance or by malice; then the description, whose first devices these are, fails to fit at the end,
 //! and the whole stream is refused. Until then only RAM of the same machine was written.
 
-use std::io::Read;
+use std::{io::Read, ops::Range};
 
-use super::DeviceSection;
+use super::{DeviceSection, LiveSection, live::Piece};
 use crate::{
-    error::{Error, Malformed, Unsupported},
-    format::{Reader, Section, SectionHead, SectionId, encode_footer, limits},
+    error::{Error, Malformed, PeerMisbehaved, Place, Unsupported},
+    format::{Reader, Section, SectionHead, SectionId, decode_footer, encode_footer, limits},
+    refuse,
 };
 
 const START: u8 = 0x01;
@@ -26,15 +29,21 @@ const FOOTER: u8 = 0x7e;
 /// Type and id: of a footer, and the least that follows one.
 const HEAD: usize = 5;
 
-/// The devices that came before the end of RAM, in the order of the stream.
+/// What came before the end of RAM beside RAM, in the order of the stream, and the last pieces of its live sections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EarlyPart {
     pub(super) bytes: Vec<u8>,
     pub(super) sections: Vec<DeviceSection>,
+    pub(super) live: Vec<LiveSection>,
+    /// Where in `bytes` pieces of live sections lie; neighbours are one.
+    pieces: Vec<Range<usize>>,
+    /// Pieces that came behind the end of RAM.
+    pub(super) ends: Vec<u8>,
+    behind_ram: bool,
 }
 
 impl EarlyPart {
-    /// The sections as they stand in the stream.
+    /// The sections as they stand in the stream, those before the end of RAM.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -66,14 +75,15 @@ impl EarlyPart {
             }
             self.bytes.extend_from_slice(&arrived[..ordinary]);
             r.consume(ordinary);
-            if self.bytes.len() > limits::EARLY_PART {
-                let (max, met) = (limits::EARLY_PART as u64, self.bytes.len() as u64);
+            let devices = self.bytes.len() - self.in_pieces();
+            if devices > limits::EARLY_PART {
+                let (max, met) = (limits::EARLY_PART as u64, devices as u64);
                 return Err(Malformed::too_long("devices sent before ram", max, met).at(at));
             }
             if ordinary > 0 {
                 continue;
             }
-            if r.look(HEAD)?.is_some_and(|bytes| bytes == footer) && follows_footer(r, ram)? {
+            if r.look(HEAD)?.is_some_and(|bytes| bytes == footer) && self.follows_footer(r, ram)? {
                 break;
             }
             self.bytes.push(FOOTER);
@@ -86,23 +96,129 @@ impl EarlyPart {
         self.sections.push(DeviceSection { name, instance, version, id, body, early: true });
         Ok(())
     }
-}
 
-/// Whether behind the footer that comes next stands what may follow a device before the end of RAM.
-fn follows_footer<R: Read>(r: &mut Reader<R>, ram: Option<SectionId>) -> Result<bool, Error> {
-    let Some(&[kind, a, b, c, d]) = r.look(2 * HEAD)?.and_then(|bytes| bytes.get(HEAD..)) else {
-        return Ok(false);
-    };
-    match kind {
-        PART | END => Ok(ram == Some(SectionId(u32::from_be_bytes([a, b, c, d])))),
-        // Number and length; what is not served is refused by name when it is read.
-        COMMAND => Ok(a == 0 && (1..=11).contains(&b)),
-        START | FULL => {
-            let length = r.look(2 * HEAD + 1)?.and_then(|bytes| bytes.last().copied()).unwrap_or_default();
-            let name = r.look(2 * HEAD + 1 + usize::from(length))?;
-            let name = name.and_then(|bytes| bytes.get(2 * HEAD + 1..)).unwrap_or_default();
-            Ok(!name.is_empty() && name.iter().all(|byte| (b' '..=b'~').contains(byte)))
+    /// Takes a section that came before the end of RAM, if it is not one of RAM's; gives it back if nothing of this
+    /// kind. `at` is where its head stands.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take); if nothing is known of a section that is sent in pieces, or a piece of one is malformed.
+    pub fn offer<R: Read>(
+        &mut self,
+        r: &mut Reader<R>,
+        section: Section,
+        at: Place,
+        ram: SectionId,
+        footers: bool,
+    ) -> Result<Option<Section>, Error> {
+        match section {
+            Section::Full(head) => self.take(r, &head, Some(ram), footers)?,
+            Section::Start(head) if !head.is_ram() => {
+                let live = LiveSection::of(&head).ok_or_else(|| refuse::iterative_section(&head, at))?;
+                if head.id == ram
+                    || self.live.iter().any(|other| other.id == live.id || other.name == live.name)
+                {
+                    let place = "for a section or a number that was started before";
+                    return Err(PeerMisbehaved::Misplaced { record: "START", place }.at(at));
+                }
+                self.live.push(live);
+                self.piece(r, &Section::Start(head), Piece::Start, footers)?;
+            }
+            Section::Part(id) | Section::End(id) if id != ram => {
+                if !self.live.iter().any(|live| live.id == id) {
+                    return Err(PeerMisbehaved::UnknownSection { expected: ram, met: id }.at(at));
+                }
+                let piece = if matches!(section, Section::End(_)) { Piece::End } else { Piece::Part };
+                self.piece(r, &section, piece, footers)?;
+            }
+            other => return Ok(Some(other)),
         }
-        _ => Ok(false),
+        Ok(None)
+    }
+
+    /// Takes the last pieces of the live sections, which stand right behind the END of RAM.
+    ///
+    /// # Errors
+    /// If one is missing or malformed.
+    pub fn finish<R: Read>(&mut self, r: &mut Reader<R>, footers: bool) -> Result<(), Error> {
+        self.behind_ram = true;
+        while let Some(open) = self.live.iter().find(|live| !live.has_ended()) {
+            let at = r.here();
+            let met = Section::decode(r)?;
+            match met {
+                Section::End(id) if self.live.iter().any(|live| live.id == id) => {
+                    self.piece(r, &met, Piece::End, footers)?;
+                }
+                _ => {
+                    let (name, id, met) = (open.name.clone(), open.id, met.name());
+                    return Err(PeerMisbehaved::Unfinished { name, id, met }.at(at));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a piece, whose head has just been read, of a section that is known.
+    fn piece<R: Read>(
+        &mut self,
+        r: &mut Reader<R>,
+        head: &Section,
+        piece: Piece,
+        footers: bool,
+    ) -> Result<(), Error> {
+        let (Section::Start(SectionHead { id, .. }) | Section::Part(id) | Section::End(id)) = head else {
+            return Ok(());
+        };
+        let kept = self.in_pieces() + self.ends.len();
+        let out = if self.behind_ram { &mut self.ends } else { &mut self.bytes };
+        let from = out.len();
+        head.encode(out);
+        let left = limits::LIVE_PART.saturating_sub(kept + out.len() - from);
+        for live in self.live.iter_mut().filter(|live| live.id == *id) {
+            live.body(r, piece, out, left)?;
+        }
+        if footers {
+            decode_footer(*id, r)?;
+            encode_footer(*id, out);
+        }
+        let to = out.len();
+        if self.behind_ram {
+            return Ok(());
+        }
+        match self.pieces.last_mut().filter(|last| last.end == from) {
+            Some(last) => last.end = to,
+            None => self.pieces.push(from..to),
+        }
+        Ok(())
+    }
+
+    /// Bytes of live sections among those before the end of RAM.
+    fn in_pieces(&self) -> usize {
+        self.pieces.iter().map(Range::len).sum()
+    }
+
+    /// Where in the bytes before the end of RAM the next device stands, seen from `at`.
+    pub(super) fn behind_live(&self, at: usize) -> usize {
+        self.pieces.iter().find(|piece| piece.start == at).map_or(at, |piece| piece.end)
+    }
+
+    /// Whether behind the footer that comes next stands what may follow a device before the end of RAM.
+    fn follows_footer<R: Read>(&self, r: &mut Reader<R>, ram: Option<SectionId>) -> Result<bool, Error> {
+        let Some(&[kind, a, b, c, d]) = r.look(2 * HEAD)?.and_then(|bytes| bytes.get(HEAD..)) else {
+            return Ok(false);
+        };
+        let id = SectionId(u32::from_be_bytes([a, b, c, d]));
+        match kind {
+            PART | END => Ok(ram == Some(id) || self.live.iter().any(|live| live.id == id)),
+            // Number and length; what is not served is refused by name when it is read.
+            COMMAND => Ok(a == 0 && (1..=11).contains(&b)),
+            START | FULL => {
+                let length =
+                    r.look(2 * HEAD + 1)?.and_then(|bytes| bytes.last().copied()).unwrap_or_default();
+                let name = r.look(2 * HEAD + 1 + usize::from(length))?;
+                let name = name.and_then(|bytes| bytes.get(2 * HEAD + 1..)).unwrap_or_default();
+                Ok(!name.is_empty() && name.iter().all(|byte| (b' '..=b'~').contains(byte)))
+            }
+            _ => Ok(false),
+        }
     }
 }

@@ -49,11 +49,18 @@ impl EndFinder {
         Self { footers, early, scanned: 0, candidates: Vec::new(), met: 0, parsed: 0, misfit: None }
     }
 
-    /// The devices that came before the end of RAM: they are described first.
+    /// What came before the end of RAM. Its devices are described first; the last pieces of its live sections are what
+    /// `collected` begins with.
     #[must_use]
     pub fn early(mut self, early: EarlyPart) -> Self {
+        self.scanned = early.ends.len();
         self.early = early;
         self
+    }
+
+    /// The last pieces of the live sections.
+    pub(crate) fn ends(&self) -> &[u8] {
+        &self.early.ends
     }
 
     /// Looks whether `collected`, which begins behind the RAM section and may only grow from call to
@@ -72,7 +79,7 @@ impl EndFinder {
             }
             let split =
                 Description::parse(json).map_err(|e| Misfit::Json(e.to_string())).and_then(|description| {
-                    walk::split(&self.early.bytes, &collected[..eof], &description, self.footers)
+                    walk::split(&self.early, &collected[..eof], &description, self.footers)
                 });
             match split {
                 Ok(sections) => {
@@ -90,6 +97,7 @@ impl EndFinder {
             eof,
             json: Some(eof + DevicePart::END_HEAD),
             sections,
+            live: std::mem::take(&mut self.early.live),
             footers: self.footers,
         }))
     }
@@ -99,9 +107,9 @@ impl EndFinder {
     pub fn may_have_ended(&self, collected: &[u8]) -> bool {
         let Some((&EOF, blob)) = collected.split_last() else { return false };
         match blob.split_last_chunk::<FOOTER>() {
-            _ if blob.is_empty() => true,
+            _ if blob.len() == self.early.ends.len() => true,
             Some((_, last)) if self.footers => last[0] == FOOTER_TYPE,
-            _ => !self.footers && blob[0] == FULL,
+            _ => !self.footers && blob.get(self.early.ends.len()) == Some(&FULL),
         }
     }
 
@@ -110,8 +118,8 @@ impl EndFinder {
     /// # Errors
     /// If no device part ends so: its last footer must be that of one of its sections.
     pub fn without_description(self, collected: Vec<u8>) -> Result<DevicePart, Malformed> {
-        let eof = collected.len().saturating_sub(1);
-        let closed = !self.footers || eof == 0 || opens_last(&collected[..eof]);
+        let (from, eof) = (self.early.ends.len(), collected.len().saturating_sub(1));
+        let closed = !self.footers || eof == from || collected.get(from..eof).is_some_and(opens_last);
         if !self.may_have_ended(&collected) || !closed {
             return Err(self.missing(collected.len()));
         }
@@ -121,6 +129,7 @@ impl EndFinder {
             eof,
             json: None,
             sections: self.early.sections,
+            live: self.early.live,
             footers: self.footers,
         })
     }
@@ -138,7 +147,8 @@ impl EndFinder {
             let &[0x00, 0x06, a, b, c, d, b'{'] = mark else { continue };
             let length = u32::from_be_bytes([a, b, c, d]);
             let behind_footer = eof.checked_sub(FOOTER).is_some_and(|at| collected[at] == FOOTER_TYPE);
-            if length > limits::DESCRIPTION || (self.footers && eof > 0 && !behind_footer) {
+            if length > limits::DESCRIPTION || (self.footers && eof > self.early.ends.len() && !behind_footer)
+            {
                 continue;
             }
             self.met += 1;

@@ -12,6 +12,7 @@
 mod description;
 mod early;
 mod end;
+mod live;
 mod walk;
 
 use std::ops::Range;
@@ -19,6 +20,7 @@ use std::ops::Range;
 pub use description::Description;
 pub use early::EarlyPart;
 pub use end::EndFinder;
+pub use live::LiveSection;
 pub use walk::Misfit;
 
 use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits};
@@ -41,8 +43,8 @@ pub struct DeviceSection {
     pub early: bool,
 }
 
-/// The bytes behind the RAM section, complete and, where they are described, split; with the devices that were
-/// sent early.
+/// The bytes behind the RAM section, complete and, where they are described, split; with what was sent before its end,
+/// devices and pieces of [live sections](LiveSection). Those sections' last pieces stand before the devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePart {
     early: Vec<u8>,
@@ -50,6 +52,7 @@ pub struct DevicePart {
     eof: usize,
     json: Option<usize>,
     sections: Vec<DeviceSection>,
+    live: Vec<LiveSection>,
     footers: bool,
 }
 
@@ -108,10 +111,11 @@ impl DevicePart {
         Section::VmDescription(length).encode(&mut bytes);
         bytes.put(&json);
         let json = Some(eof + Self::END_HEAD);
-        Ok(Self { early: Vec::new(), bytes, eof, json, sections, footers: true })
+        Ok(Self { early: Vec::new(), bytes, eof, json, sections, live: Vec::new(), footers: true })
     }
 
-    /// All of it behind the end of RAM, as it stands in the stream: sections, EOF, VMDESCRIPTION.
+    /// All of it behind the end of RAM, as it stands in the stream: last pieces of live sections, devices, EOF,
+    /// VMDESCRIPTION.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -134,6 +138,11 @@ impl DevicePart {
     /// The devices, in the order of the stream; without a [description](Self::description), only the early ones.
     pub fn sections(&self) -> &[DeviceSection] {
         &self.sections
+    }
+
+    /// The sections beside RAM that came in pieces, in the order in which they began.
+    pub fn live(&self) -> &[LiveSection] {
+        &self.live
     }
 
     /// Whether its sections have footers, as all have but those of machine types up to 2.3.

@@ -1,7 +1,7 @@
 //! Splits the device part by its description.
 
 use super::{
-    DeviceSection,
+    DeviceSection, EarlyPart,
     description::{Description, Entry},
 };
 use crate::{
@@ -53,25 +53,27 @@ pub enum Misfit {
 }
 
 /// The sections of `early`, which came before the end of RAM and are described first, and of `blob`, which ends
-/// before EOF; all of both must be used.
+/// before EOF; all of both must be used. Live sections are not described: what is in `early` of those is known, and what
+/// is in `blob` stands at its beginning.
 pub(super) fn split(
-    early: &[u8],
+    early: &EarlyPart,
     blob: &[u8],
     description: &Description,
     footers: bool,
 ) -> Result<Vec<DeviceSection>, Misfit> {
     let mut entries = description.devices.iter();
     let mut sections = Vec::new();
-    let mut at = 0;
-    while at < early.len()
+    let end = early.bytes.len();
+    let mut at = early.behind_live(0);
+    while at < end
         && let Some(entry) = entries.next()
     {
-        at = take(early, at, entry, footers, true, &mut sections)?;
+        at = early.behind_live(take(&early.bytes, at, entry, footers, true, &mut sections)?);
     }
-    if at < early.len() {
-        return Err(Misfit::Left { left: early.len() - at });
+    if at < end {
+        return Err(Misfit::Left { left: end - at });
     }
-    at = 0;
+    at = early.ends.len();
     for entry in entries {
         at = take(blob, at, entry, footers, false, &mut sections)?;
     }
