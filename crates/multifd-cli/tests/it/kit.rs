@@ -281,7 +281,8 @@ pub(crate) fn migrate(source: &mut Vm, address: &str) -> Result<Value, Error> {
 pub(crate) fn leave(source: &mut Vm, address: &str, passes: Option<u64>) -> Result<Vec<u8>, Error> {
     if let Some(passes) = passes {
         migrate_live(source, address, passes)?;
-        return Ok(Vec::new());
+        // It stands since the switchover.
+        return memory(source);
     }
     source.stop()?;
     let memory = memory(source)?;
