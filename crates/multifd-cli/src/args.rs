@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf, str::FromStr, sync::Arc};
+use std::{ffi::OsString, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use clap::{
     Args as ClapArgs, Parser, Subcommand, ValueEnum,
@@ -85,6 +85,10 @@ pub(crate) struct ReceiveArgs {
     /// behind the footer of a device count, and machine types without footers are refused.
     #[arg(long)]
     pub(crate) suppress_vmdesc: bool,
+    /// Seconds that the source may send nothing at all where something is due; 0 is for ever. Between passes it may be
+    /// silent for as long as it likes
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    stall_timeout: u64,
     /// Write pages from channels past the page cache, where the file system can
     #[arg(long)]
     pub(crate) direct_io: bool,
@@ -100,6 +104,13 @@ pub(crate) struct ReceiveArgs {
     /// The file to write: a path, or file:PATH,offset=N to keep its first N bytes and write behind them
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
+}
+
+impl ReceiveArgs {
+    /// `None` is for ever.
+    pub(crate) fn stall_timeout(&self) -> Option<Duration> {
+        seconds(self.stall_timeout)
+    }
 }
 
 #[derive(Debug, ClapArgs)]
@@ -122,6 +133,12 @@ pub(crate) struct SendArgs {
     /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
+    /// Seconds that the destination may take nothing in at all; 0 is for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    stall_timeout: u64,
+    /// Seconds that the destination may take, when it has got everything, to say that it has the guest; 0 is for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    end_timeout: u64,
     #[command(flatten)]
     pub(crate) tls: SendTlsArgs,
     /// The machine's UUID, the destination's -uuid; taken from the file where it has one
@@ -141,6 +158,18 @@ pub(crate) struct SendArgs {
     /// Where the destination listens: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
     /// exec:COMMAND, whose input goes to a destination with multifd off
     pub(crate) address: Address,
+}
+
+impl SendArgs {
+    /// `None` is for ever.
+    pub(crate) fn stall_timeout(&self) -> Option<Duration> {
+        seconds(self.stall_timeout)
+    }
+
+    /// `None` is for ever.
+    pub(crate) fn end_timeout(&self) -> Option<Duration> {
+        seconds(self.end_timeout)
+    }
 }
 
 #[derive(Debug, ClapArgs)]
@@ -351,6 +380,11 @@ impl ZeroPagesArg {
             Self::Multifd => ZeroPageDetection::Multifd,
         }
     }
+}
+
+/// A limit; 0 is none.
+fn seconds(limit: u64) -> Option<Duration> {
+    (limit > 0).then(|| Duration::from_secs(limit))
 }
 
 fn channel_count(text: &str) -> Result<ChannelCount, String> {

@@ -52,19 +52,25 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let address = listener.local_address().clone();
     let listener = args.tls.listener(listener)?;
     say(&format!("listening on {address}"));
-    let options = ReceiveOptions::new().channels(args.multifd_channels).method(args.multifd_compression.0);
+    let options = ReceiveOptions::new()
+        .channels(args.multifd_channels)
+        .method(args.multifd_compression.0)
+        .stall_timeout(args.stall_timeout());
     let mut receiver = Receiver::new(options, stop.clone());
     receiver.listen(listener).map_err(Failure::of)?;
     let listening = Instant::now();
-    let main = receiver.wait_main().map_err(|error| failed(args, listening, error))?;
+    let main = receiver.wait_main().map_err(|error| failed(args, None, listening, error))?;
     let start = Instant::now();
     let total = Arc::new(AtomicU64::new(0));
     let display = {
         let (counters, total) = (receiver.counters(), total.clone());
         Display::start("receive", args.output.quiet || args.output.json, move || look(&counters, &total))
     };
-    let incoming =
-        Incoming::new(main).switchover_ack(args.switchover_ack).suppress_vmdesc(args.suppress_vmdesc);
+    let peer = main.peer();
+    let incoming = Incoming::new(main)
+        .switchover_ack(args.switchover_ack)
+        .suppress_vmdesc(args.suppress_vmdesc)
+        .stall_timeout(args.stall_timeout());
     let received = take_in(receiver, incoming, capture, &total);
     drop(display);
     match received {
@@ -81,7 +87,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
             }
             Ok(())
         }
-        Err(error) => Err(failed(args, start, error)),
+        Err(error) => Err(failed(args, Some(&peer), start, error)),
     }
 }
 
@@ -95,7 +101,7 @@ fn ignored(received: &Received) {
 }
 
 /// The end of a migration that failed, told as it was asked for.
-fn failed(args: &ReceiveArgs, start: Instant, error: Error) -> Failure {
+fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) -> Failure {
     if args.output.json {
         let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
         if let Err(full) = print(&report.failed(&error).json()) {
@@ -105,7 +111,8 @@ fn failed(args: &ReceiveArgs, start: Instant, error: Error) -> Failure {
     if error.is_cancelled() {
         return Failure::Interrupted;
     }
-    While::new(format!("the migration into {} failed", args.file), error).into()
+    let from = peer.map_or_else(String::new, |peer| format!(" from {peer}"));
+    While::new(format!("the migration{from} into {} failed", args.file), error).into()
 }
 
 /// Reads the whole migration, keeps it, and tells the source how that went.

@@ -130,16 +130,20 @@ fn send(
     let link = connector
         .connect(stop, CONNECT_TIMEOUT)
         .map_err(|error| stop.fail(Error::io(format!("connect to {}", args.address), error)))?;
-    let main = Stream::new(link);
+    let main = Stream::new(link)
+        .attended(stop.attention(args.stall_timeout()))
+        .map_err(|error| stop.fail(Error::io(format!("set a time limit for {}", args.address), error)))?;
     let _watch = stop.watch_failure(main.waker());
     let outgoing = Outgoing::new(main, stream_options(args, file))
         .map_err(|error| Error::other("this machine cannot be sent", error))?;
-    let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone());
+    let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone())
+        .end_timeout(args.end_timeout());
     let sender = (args.multifd_channels > 0).then(|| -> Result<Sender, Error> {
         let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
         let options = args
             .compression
             .apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid))
+            .stall_timeout(args.stall_timeout())
             .zero_copy_send(args.zero_copy_send);
         let mut sender = Sender::new(options, blocks, stop.clone())?;
         sender.set_up(connector.clone())?;

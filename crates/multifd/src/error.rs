@@ -48,6 +48,16 @@ pub enum Error {
         /// How long it was waited for.
         limit: Duration,
     },
+    /// Nothing moved on any connection for so long, although something was due.
+    #[error("{what}, and nothing has moved on any connection for {}: {hint}", seconds(*.limit))]
+    Stalled {
+        /// What is due.
+        what: String,
+        /// How long it was waited for.
+        limit: Duration,
+        /// Where to look.
+        hint: &'static str,
+    },
     /// An error that belongs to one place: a channel, a packet, a connection.
     #[error(transparent)]
     At(#[from] Located),
@@ -304,15 +314,24 @@ pub enum Violation {
         met: u16,
     },
     /// The ids of the channels leave a gap.
-    #[error("channel {missing} is missing among {channels} channels")]
+    #[error(
+        "channel {missing} is missing: {channels} channels are here, and ids from 0 on were expected; its connection may have \
+         failed at the source"
+    )]
     ChannelMissing {
         /// The first id that is not there.
         missing: ChannelId,
         /// How many channels are there.
         channels: u16,
     },
+    /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
+    #[error(
+        "it did not say what it is and was dropped, but may have been a channel, whose pages would be missing: give the \
+         number of channels (multifd-channels) on this side"
+    )]
+    LostConnection,
     /// A packet names a block that the source did not announce.
-    #[error("unknown block {name:?}")]
+    #[error("unknown block {name:?}: the source has not announced it")]
     UnknownBlock {
         /// The name met.
         name: BlockName,

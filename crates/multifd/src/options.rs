@@ -26,6 +26,7 @@ pub struct SendOptions {
     pub(crate) method: Method,
     pub(crate) levels: Levels,
     pub(crate) connect_timeout: Duration,
+    pub(crate) stall_timeout: Option<Duration>,
     pub(crate) zero_copy_send: bool,
 }
 
@@ -37,6 +38,7 @@ impl Default for SendOptions {
             method: Method::None,
             levels: Levels::default(),
             connect_timeout: Duration::from_secs(30),
+            stall_timeout: Some(STALL_TIMEOUT),
             zero_copy_send: false,
         }
     }
@@ -86,6 +88,13 @@ impl SendOptions {
     /// How long a channel may take to connect. Default 30 s.
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         self.connect_timeout = limit;
+        self
+    }
+
+    /// How long the destination may take nothing in, on any connection, while a channel has something for it. Default 120
+    /// s; `None` is for ever, as QEMU waits. A destination that is slow, however slow, is not given up.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall_timeout = limit;
         self
     }
 
@@ -145,6 +154,7 @@ pub struct ReceiveOptions {
     pub(crate) greeting_timeout: Duration,
     pub(crate) channels_timeout: Duration,
     pub(crate) drain_timeout: Duration,
+    pub(crate) stall_timeout: Option<Duration>,
 }
 
 impl Default for ReceiveOptions {
@@ -156,6 +166,7 @@ impl Default for ReceiveOptions {
             greeting_timeout: Duration::from_secs(10),
             channels_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
+            stall_timeout: Some(STALL_TIMEOUT),
         }
     }
 }
@@ -204,4 +215,15 @@ impl ReceiveOptions {
         self.drain_timeout = limit;
         self
     }
+    /// How long the source may send nothing, on any connection, while a channel or main stands at a sync point and waits
+    /// for the others. Default 120 s; `None` is for ever, as QEMU waits. Between sync points a source may be silent for as
+    /// long as it likes.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall_timeout = limit;
+        self
+    }
 }
+
+/// Longer than the links of a network that is being repaired, and than [`TcpOptions`](crate::channel::TcpOptions) gives a
+/// host that does not answer, so that the more exact error comes first.
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);

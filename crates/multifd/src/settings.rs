@@ -24,6 +24,7 @@ pub(crate) struct SendSettings {
     multifd_zstd_level: Number,
     uuid: String,
     connect_timeout: Number,
+    stall_timeout: Number,
     zero_copy_send: bool,
 }
 
@@ -42,6 +43,7 @@ impl From<SendOptions> for SendSettings {
             multifd_zstd_level: Number(options.levels.zstd.into()),
             uuid: options.uuid.to_string(),
             connect_timeout: Number::millis(options.connect_timeout),
+            stall_timeout: Number::millis(options.stall_timeout.unwrap_or_default()),
             zero_copy_send: options.zero_copy_send,
         }
     }
@@ -61,6 +63,7 @@ impl TryFrom<SendSettings> for SendOptions {
             method: method(&settings.multifd_compression)?,
             levels,
             connect_timeout: settings.connect_timeout.duration("connect-timeout")?,
+            stall_timeout: limit(settings.stall_timeout)?,
             zero_copy_send: settings.zero_copy_send,
         };
         options.check().map_err(|error| error.to_string())?;
@@ -77,6 +80,7 @@ pub(crate) struct ReceiveSettings {
     greeting_timeout: Number,
     channels_timeout: Number,
     drain_timeout: Number,
+    stall_timeout: Number,
 }
 
 impl Default for ReceiveSettings {
@@ -98,6 +102,7 @@ impl From<ReceiveOptions> for ReceiveSettings {
             greeting_timeout: Number::millis(options.greeting_timeout),
             channels_timeout: Number::millis(options.channels_timeout),
             drain_timeout: Number::millis(options.drain_timeout),
+            stall_timeout: Number::millis(options.stall_timeout.unwrap_or_default()),
         }
     }
 }
@@ -127,6 +132,7 @@ impl TryFrom<ReceiveSettings> for ReceiveOptions {
             greeting_timeout: settings.greeting_timeout.duration("greeting-timeout")?,
             channels_timeout: settings.channels_timeout.duration("channels-timeout")?,
             drain_timeout: settings.drain_timeout.duration("drain-timeout")?,
+            stall_timeout: limit(settings.stall_timeout)?,
         })
     }
 }
@@ -237,6 +243,11 @@ enum CountOrWord {
 
 fn method(text: &str) -> Result<Method, String> {
     text.parse().map_err(|error: Usage| error.to_string())
+}
+
+/// 0 is none.
+fn limit(stall_timeout: Number) -> Result<Option<Duration>, String> {
+    stall_timeout.duration("stall-timeout").map(|limit| Some(limit).filter(|limit| !limit.is_zero()))
 }
 
 fn uuid(text: &str) -> Result<VmUuid, String> {

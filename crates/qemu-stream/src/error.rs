@@ -60,8 +60,8 @@ pub enum Error {
         /// How far the return path got.
         at: Place,
     },
-    /// No message came in time.
-    #[error("{at}: deadline passed where {expected} was expected")]
+    /// Nothing came in time, on this connection or on any other of its side.
+    #[error("{at}: nothing came in time where {expected} was expected; {}", where_to_look(at.stream))]
     TimedOut {
         /// How far the stream got.
         at: Place,
@@ -91,6 +91,20 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
+}
+
+/// What to do about a peer that is alive and silent.
+fn where_to_look(stream: Stream) -> &'static str {
+    match stream {
+        Stream::ReturnPath => {
+            "the destination stands still, or waits for what this side does not send: more channels (multifd-channels), \
+             or the other sync mode (machine types up to 8.0 take legacy, later ones round); make sure that the guest does \
+             not run there before it goes on here"
+        }
+        _ => {
+            "the source stands still, or its network does; its guest is there, look at its query-migrate and its log"
+        }
+    }
 }
 
 /// A stream and an offset in it.

@@ -31,7 +31,7 @@ use rustix::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    Link, Wake,
+    Attention, Link, Wake,
     socket::{EventFd, SocketLink},
 };
 use crate::ram::{Part, PartMut};
@@ -84,6 +84,10 @@ impl Link for ExecLink {
 
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.link.set_recv_timeout(limit)
+    }
+
+    fn attend(&mut self, attention: Attention) -> io::Result<()> {
+        self.link.attend(attention)
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::Wake;
+use super::{Attention, Wake, attention};
 use crate::ram::{Part, PartMut, advance, advance_mut};
 
 /// A two-way byte stream with one owner: a TCP or unix socket, an in-memory pipe, a TLS session.
@@ -77,6 +77,17 @@ pub trait Link: Send {
     /// If the connection is broken or was shut down.
     fn completed_in_place(&mut self, calls: u64) -> io::Result<(u64, u64)> {
         Ok((calls, calls))
+    }
+
+    /// Has the link note in `attention` when bytes move, and has it fail a [`send`](Link::send) with
+    /// [`io::ErrorKind::TimedOut`] when the other end has taken nothing for as long as that allows. A link that does
+    /// neither waits as long as it takes; what it carries is noted all the same, a packet at a time.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    fn attend(&mut self, attention: Attention) -> io::Result<()> {
+        drop(attention);
+        Ok(())
     }
 
     /// Takes leave of a peer that says nothing more itself: says that nothing more is sent, and waits for what can be
@@ -193,17 +204,31 @@ pub struct Stream {
     link: Box<dyn Link>,
     /// Bytes that were received while finding out what this connection is.
     seen: Vec<u8>,
+    attention: Option<Attention>,
+    timeout: Option<Duration>,
 }
 
 impl Stream {
     /// A stream over `link`.
     pub fn new(link: Box<dyn Link>) -> Self {
-        Self { link, seen: Vec::new() }
+        Self::resumed(link, Vec::new())
     }
 
     /// A stream over `link` from which `seen` was received before.
     pub(crate) fn resumed(link: Box<dyn Link>, seen: Vec<u8>) -> Self {
-        Self { link, seen }
+        Self { link, seen, attention: None, timeout: None }
+    }
+
+    /// The same stream, whose waits go on as long as another connection of its side moves: a write fails when the other
+    /// end has taken nothing for as long as `attention` allows, and the [time of a read](Self::set_read_timeout) begins
+    /// anew whenever something moves.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    pub fn attended(mut self, attention: Attention) -> io::Result<Self> {
+        self.link.attend(attention.clone())?;
+        self.attention = Some(attention);
+        Ok(self)
     }
 
     /// The other end, for messages.
@@ -221,7 +246,9 @@ impl Stream {
     /// # Errors
     /// If the system refuses it.
     pub fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        self.link.set_recv_timeout(limit)
+        self.timeout = limit;
+        let attended = self.attention.is_some();
+        self.link.set_recv_timeout(if attended { limit.map(attention::interval) } else { limit })
     }
 
     /// Says that nothing more is written.
@@ -255,7 +282,22 @@ impl Read for Stream {
             self.seen.drain(..len);
             return Ok(len);
         }
-        self.link.recv(&mut [PartMut::from(buffer)])
+        let mut parts = [PartMut::from(buffer)];
+        let (Some(attention), Some(limit)) = (&self.attention, self.timeout) else {
+            return self.link.recv(&mut parts);
+        };
+        let begun = Instant::now();
+        loop {
+            match self.link.recv(&mut parts) {
+                // Not the system's own: that one is of a host that has gone.
+                Err(error)
+                    if error.kind() == io::ErrorKind::TimedOut
+                        && error.get_ref().is_none()
+                        && error.raw_os_error().is_none()
+                        && !attention.left_of(limit, begun).is_zero() => {}
+                received => return received,
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Connect, Link, Listen, Stop, Wake, deadline};
+use super::{Attention, Connect, Link, Listen, Stop, Wake, deadline};
 use crate::ram::{Part, PartMut};
 
 /// Two ends of a connection that holds up to `capacity` bytes on their way in each direction.
@@ -19,6 +19,7 @@ pub fn pair(capacity: usize) -> (MemoryLink, MemoryLink) {
     let end = |incoming: &Arc<Pipe>, outgoing: &Arc<Pipe>| MemoryLink {
         ends: Arc::new(Ends { incoming: incoming.clone(), outgoing: outgoing.clone() }),
         timeout: None,
+        attention: None,
     };
     (end(&back, &there), end(&there, &back))
 }
@@ -33,6 +34,7 @@ pub fn network(capacity: usize) -> (MemoryConnector, MemoryListener) {
 pub struct MemoryLink {
     ends: Arc<Ends>,
     timeout: Option<Duration>,
+    attention: Option<Attention>,
 }
 
 struct Ends {
@@ -49,11 +51,18 @@ impl Wake for Ends {
 
 impl Link for MemoryLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        self.ends.outgoing.write(parts)
+        let sent = self.ends.outgoing.write(parts, self.attention.as_ref());
+        self.moved(sent)
     }
 
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
-        self.ends.incoming.read(parts, self.timeout)
+        let received = self.ends.incoming.read(parts, self.timeout);
+        self.moved(received)
+    }
+
+    fn attend(&mut self, attention: Attention) -> io::Result<()> {
+        self.attention = Some(attention);
+        Ok(())
     }
 
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
@@ -72,6 +81,15 @@ impl Link for MemoryLink {
     fn close_send(&mut self) -> io::Result<()> {
         self.ends.outgoing.close();
         Ok(())
+    }
+}
+
+impl MemoryLink {
+    fn moved(&self, bytes: io::Result<usize>) -> io::Result<usize> {
+        if let (Some(attention), Ok(1..)) = (&self.attention, &bytes) {
+            attention.beat();
+        }
+        bytes
     }
 }
 
@@ -100,13 +118,21 @@ impl Pipe {
         Self { state: Mutex::default(), changed: Condvar::new(), capacity: capacity.max(1) }
     }
 
-    fn write(&self, parts: &[Part<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[Part<'_>], attention: Option<&Attention>) -> io::Result<usize> {
         if parts.iter().all(|part| part.len() == 0) {
             return Ok(0);
         }
         let mut state = self.lock();
+        let begun = Instant::now();
         while !state.closed && state.buffer.len() - state.read >= self.capacity {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = match attention.and_then(|attention| attention.left(begun)) {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.changed.wait_timeout(state, left);
+                    attention.map_or(Ok(()), |attention| attention.check_send(begun))?;
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
         if state.closed {
             return Err(io::ErrorKind::BrokenPipe.into());

@@ -11,6 +11,7 @@
 
 mod address;
 mod alive;
+mod attention;
 mod completions;
 mod connect;
 mod exec;
@@ -24,6 +25,7 @@ mod stop;
 pub mod tls;
 
 pub use address::{Address, TcpOptions};
+pub use attention::Attention;
 pub use link::{Connect, Link, Listen, Stream};
 pub(crate) use link::{deadline, recv_at_least, send_all, send_all_more};
 pub use listen::Listener;

@@ -10,7 +10,7 @@ use std::{
     net::Shutdown,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -19,7 +19,9 @@ use rustix::{
 };
 use socket2::{Domain, SockAddr, Socket};
 
-use super::{Link, TcpOptions, Wake, alive::Watched, completions::Completions, notice::Notice};
+use super::{
+    Attention, Link, TcpOptions, Wake, alive::Watched, attention, completions::Completions, notice::Notice,
+};
 use crate::ram::{Part, PartMut};
 
 /// A connected stream socket.
@@ -31,6 +33,7 @@ pub struct SocketLink {
     recv_timeout: bool,
     /// Of what was sent in place.
     completions: Completions,
+    attention: Option<Attention>,
 }
 
 impl SocketLink {
@@ -56,21 +59,52 @@ impl SocketLink {
             watched = Watched::set_up(&socket, options)?;
         }
         let completions = Completions::default();
-        Ok(Self { socket: Arc::new(socket), peer, watched, recv_timeout: false, completions })
+        Ok(Self {
+            socket: Arc::new(socket),
+            peer,
+            watched,
+            recv_timeout: false,
+            completions,
+            attention: None,
+        })
     }
 
     fn send_with(&self, parts: &[Part<'_>], flags: libc::c_int) -> io::Result<usize> {
         let message = message(parts.as_ptr().cast(), parts.len());
         let flags = flags | libc::MSG_NOSIGNAL;
+        let mut begun = None;
         loop {
             // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be read for its
             // length until this call has ended. What it sends in place it holds on to by itself.
             let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, flags) };
             match usize::try_from(sent).map_err(|_| io::Error::last_os_error()) {
                 // The socket blocks, so a wait took its time.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.look()?,
-                sent => return sent,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.look_at_send(&mut begun)?,
+                sent => {
+                    self.moved(&sent);
+                    return sent;
+                }
             }
+        }
+    }
+
+    /// After a wait to send that took its time, like all of its kind since `begun`.
+    fn look_at_send(&self, begun: &mut Option<Instant>) -> io::Result<()> {
+        self.look()?;
+        let Some(attention) = &self.attention else { return Ok(()) };
+        let interval = self.send_interval().unwrap_or_default();
+        attention.check_send(*begun.get_or_insert_with(|| attention::begun(interval)))
+    }
+
+    /// How long a wait to send takes before it looks at the peer.
+    fn send_interval(&self) -> Option<Duration> {
+        let attended = self.attention.as_ref().and_then(Attention::limit).map(attention::interval);
+        self.watched.map(Watched::interval).into_iter().chain(attended).min()
+    }
+
+    fn moved(&self, bytes: &io::Result<usize>) {
+        if let (Some(attention), Ok(1..)) = (&self.attention, bytes) {
+            attention.beat();
         }
     }
 
@@ -113,10 +147,15 @@ impl Link for SocketLink {
 
     fn completed_in_place(&mut self, calls: u64) -> io::Result<(u64, u64)> {
         let (mut gone, mut woken) = (false, false);
+        let mut begun = None;
         loop {
             let before = self.completions.done();
             while let Some(notice) = Notice::next(self.socket.as_fd())? {
                 self.completions.complete(notice.first, notice.last, notice.copied)?;
+            }
+            if self.completions.done() > before {
+                self.moved(&Ok(1));
+                begun = None;
             }
             if self.completions.done() >= calls {
                 return Ok((self.completions.done(), self.completions.copied()));
@@ -133,9 +172,9 @@ impl Link for SocketLink {
             }
             // Nothing is asked for: notices, and the end of the connection, are always told.
             let mut fds = [PollFd::new(&*self.socket, PollFlags::empty())];
-            let limit = self.watched.and_then(|watched| Timespec::try_from(watched.interval()).ok());
+            let limit = self.send_interval().and_then(|interval| Timespec::try_from(interval).ok());
             match poll(&mut fds, limit.as_ref()) {
-                Ok(0) => self.look()?,
+                Ok(0) => self.look_at_send(&mut begun)?,
                 Ok(_) => (gone, woken) = (fds[0].revents().contains(PollFlags::HUP), true),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -152,12 +191,15 @@ impl Link for SocketLink {
             match usize::try_from(received).map_err(|_| io::Error::last_os_error()) {
                 // The socket blocks, so a wait took its time.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.look()?;
                     if self.recv_timeout {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
-                    self.look()?;
                 }
-                received => return received,
+                received => {
+                    self.moved(&received);
+                    return received;
+                }
             }
         }
     }
@@ -166,6 +208,11 @@ impl Link for SocketLink {
         self.socket.set_read_timeout(limit.or(self.watched.map(Watched::interval)))?;
         self.recv_timeout = limit.is_some();
         Ok(())
+    }
+
+    fn attend(&mut self, attention: Attention) -> io::Result<()> {
+        self.attention = Some(attention);
+        self.socket.set_write_timeout(self.send_interval())
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

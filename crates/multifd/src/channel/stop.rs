@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::deadline;
+use super::{Attention, attention::Pulse, deadline};
 use crate::error::{Error, Result};
 
 /// Something that may be waited on, and can be told to end its waits.
@@ -32,6 +32,8 @@ struct Inner {
     stopped: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
+    /// Locks nothing; see `attention.rs`.
+    pulse: Arc<Pulse>,
 }
 
 #[derive(Default)]
@@ -118,6 +120,12 @@ impl Stop {
         }
         drop(state);
         self.check()
+    }
+
+    /// What a connection of this side is to look after its peer with: it may do nothing for `limit` at the most, `None` is
+    /// for ever, while no other connection of this side moves a byte either.
+    pub fn attention(&self, limit: Option<Duration>) -> Attention {
+        Attention::new(self.0.pulse.clone(), limit)
     }
 
     /// Has `watcher` woken at the stop, until the returned guard is dropped. If the stop has happened, it is

@@ -3,7 +3,9 @@
 //! Nothing but the first bytes tells the two apart: main begins with its file's magic, a channel with its
 //! initial packet. Each connection is asked by a thread of its own with a time limit, so a silent one holds up
 //! nobody; the thread of a channel then goes on as the channel's. A connection that is neither is a stranger: it is
-//! reported and dropped, and the migration goes on; unless it is the only one there can be, as with a command.
+//! reported and dropped, and the migration goes on; unless it is the only one there can be, as with a command, or
+//! cannot be told from a channel whose pages would be missing: one that begins like a channel, or, while it is not known how
+//! many channels there are, one from main's host that came behind main.
 
 use std::{io, sync::Arc, thread::Builder, time::Instant};
 
@@ -11,6 +13,7 @@ use super::{Shared, consume, sync::Place};
 use crate::{
     channel::{Link, Listen, Stream, Wake, deadline},
     error::{Error, Result, Unsupported, Usage, Violation},
+    options::ChannelCount,
     ram::PartMut,
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
 };
@@ -50,6 +53,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
 /// Gives a new connection a thread that finds out what it is.
 pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
     let peer = link.peer();
+    let number;
     {
         let mut state = shared.lock();
         if state.stopped || state.greeting >= limits::GREETINGS {
@@ -57,10 +61,12 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
             return;
         }
         state.greeting += 1;
+        state.accepted += 1;
+        number = state.accepted;
     }
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let shared = shared.clone();
-        move || meet(&shared, link)
+        move || meet(&shared, link, number)
     });
     match thread {
         Ok(thread) => shared.keep(thread),
@@ -71,7 +77,7 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
     }
 }
 
-fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
+fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
     let _alarm = shared.stop.alarm("a channel's thread");
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
@@ -81,7 +87,14 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
         Ok(Caller::Main(seen)) => {
             let watch = shared.stop.watch_failure(wake);
             drop(greeting);
-            let main = Stream::resumed(link, seen);
+            let main = match Stream::resumed(link, seen).attended(shared.attention.clone()) {
+                Ok(main) => main,
+                Err(error) => {
+                    shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error));
+                    return shared.greeted(|_| {});
+                }
+            };
+            let mut missed = None;
             shared.greeted(|state| {
                 if state.main_came || state.sealed {
                     tracing::warn!(peer, "a second main connection is dropped");
@@ -89,8 +102,13 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
                     state.main_came = true;
                     state.main = Some(main);
                     state.main_watch = Some(watch);
+                    let lost = std::mem::take(&mut state.lost);
+                    missed =
+                        lost.into_iter().find(|lost| lost.number > number && lost.host() == host_of(&peer));
+                    state.main_from = Some(Origin { peer, number });
                 }
             });
+            shared.miss(missed);
         }
         Ok(Caller::Channel(initial)) => {
             let id = initial.id;
@@ -103,13 +121,26 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
             let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
             let _ = rustix::thread::set_name(&name);
             tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
+            if let Err(error) = link.attend(shared.attention.clone()) {
+                shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error).on_channel(id));
+            }
             consume::run(id, shared, link);
         }
-        Err(error) if shared.lock().single => {
+        Err(Refused { error, a_channel }) if a_channel || shared.lock().single => {
             shared.stop.fail(error.at(format_args!("connection from {peer}")));
             shared.greeted(|_| {});
         }
-        Err(error) => {
+        Err(Refused { error, .. }) => {
+            // One that was closed is known to the source to have failed, and so is a handshake.
+            let unknown = match error.kind() {
+                Error::TimedOut { .. } | Error::Malformed(_) | Error::Unsupported(_) => true,
+                Error::Io { source, .. } => source.raw_os_error().is_some(),
+                _ => false,
+            };
+            let from = unknown.then(|| Origin { peer: peer.clone(), number });
+            // Before it counts as greeted: main must not pass a sync point in between.
+            let missed = from.and_then(|from| shared.may_be_missed(&mut shared.lock(), from));
+            shared.miss(missed);
             shared.greeted(|_| {});
             let cause =
                 std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
@@ -121,13 +152,44 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
     }
 }
 
+/// The address without the port: `127.0.0.1` of `127.0.0.1:4711`.
+fn host_of(peer: &str) -> &str {
+    peer.rsplit_once(':').map_or(peer, |(host, _)| host)
+}
+
+/// Where a connection comes from.
+pub(super) struct Origin {
+    peer: String,
+    /// Counted from 1 in the order in which connections were accepted. A source opens main before it opens channels.
+    number: u64,
+}
+
+impl Origin {
+    fn host(&self) -> &str {
+        host_of(&self.peer)
+    }
+}
+
+/// A connection that is not taken in.
+struct Refused {
+    error: Error,
+    /// It has begun as a channel does.
+    a_channel: bool,
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self { error, a_channel: false }
+    }
+}
+
 enum Caller {
     /// The main stream, with the bytes read so far.
     Main(Vec<u8>),
     Channel(Initial),
 }
 
-fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
+fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller, Refused> {
     let limit = shared.options.greeting_timeout;
     // The only connection there is holds up nobody, and may have far to go before it says anything.
     let (peer, end) = (link.peer(), (!shared.lock().single).then(|| deadline(limit)));
@@ -142,14 +204,17 @@ fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller> {
         return Ok(Caller::Main(MAIN_MAGIC.to_vec()));
     }
     if first.starts_with(&TLS_HELLO) {
-        return Err(Unsupported::Tls.into());
+        return Err(Error::from(Unsupported::Tls).into());
     }
-    have = read_up_to(link, &mut first, have, end).map_err(failed)?;
+    let a_channel = have == MAIN_MAGIC.len() && Initial::is_begun_by(&first);
+    have = read_up_to(link, &mut first, have, end)
+        .map_err(|error| Refused { error: failed(error), a_channel })?;
     if have < INITIAL_LEN {
         let (expected, met) = (INITIAL_LEN as u64, have as u64);
-        return Err(Violation::Cut { what: "the initial packet", expected, met }.into());
+        let error = Violation::Cut { what: "the initial packet", expected, met }.into();
+        return Err(Refused { error, a_channel });
     }
-    let initial = Initial::decode(&first)?;
+    let initial = Initial::decode(&first).map_err(|error| Refused { error: error.into(), a_channel })?;
     link.set_recv_timeout(None).map_err(failed)?;
     Ok(Caller::Channel(initial))
 }
@@ -185,6 +250,28 @@ impl Shared {
         state.greeting -= 1;
         then(&mut state);
         self.changed.notify_all();
+    }
+
+    /// A connection that is dropped, if it may have been a channel of this migration.
+    fn may_be_missed(&self, state: &mut super::State, from: Origin) -> Option<Origin> {
+        if state.sealed || !matches!(self.options.channels, ChannelCount::Auto) {
+            return None;
+        }
+        let Some(main) = &state.main_from else {
+            if state.lost.len() == limits::GREETINGS {
+                state.lost.remove(0);
+            }
+            state.lost.push(from);
+            return None;
+        };
+        (from.number > main.number && from.host() == main.host()).then_some(from)
+    }
+
+    fn miss(&self, connection: Option<Origin>) {
+        if let Some(Origin { peer, .. }) = connection {
+            let error = Error::from(Violation::LostConnection);
+            self.stop.fail(error.at(format_args!("connection from {peer}")));
+        }
     }
 
     /// Takes a channel in, or fails the migration if it does not belong to it. Only then has it been greeted: main
@@ -232,6 +319,7 @@ impl Shared {
         }
         state.channels[slot] = Some(Place { reached: 0, ended: false });
         state.wakers[slot] = Some(wake);
+        self.attention.beat();
         Ok(())
     }
 

@@ -69,6 +69,7 @@ fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
         }
         let bytes = (inlet.head.len() + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
+        shared.attention.beat();
         if listed.sync {
             shared.reach(id)?;
         }

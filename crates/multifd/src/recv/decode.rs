@@ -188,7 +188,10 @@ mod tests {
 
     #[test]
     fn unknown_blocks_other_methods_and_wrong_sizes_are_refused() {
-        assert_eq!(refusal("vga.vram", 0, &[0], &[], 4096), r#"unknown block "vga.vram""#);
+        assert_eq!(
+            refusal("vga.vram", 0, &[0], &[], 4096),
+            r#"unknown block "vga.vram": the source has not announced it"#
+        );
         assert_eq!(
             refusal("pc.ram", 2, &[0], &[], 4096),
             "expected method none, met flags 0x2: set multifd-compression to none at the source"

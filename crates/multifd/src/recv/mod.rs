@@ -25,10 +25,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use accept::Origin;
 use sync::Place;
 
 use crate::{
-    channel::{Link, Listen, Stop, Stream, Wake, Watch, deadline},
+    channel::{Attention, Link, Listen, Stop, Stream, Wake, Watch, deadline},
     compress::Method,
     error::{Error, Result, Usage, Violation},
     options::{ChannelCount, ReceiveOptions},
@@ -55,6 +56,8 @@ struct Shared {
     options: ReceiveOptions,
     /// Locked within; see `docs/concurrency.md`.
     stop: Stop,
+    /// Of this side's connections.
+    attention: Attention,
     /// Set once, by main.
     page_size: OnceLock<PageSize>,
     blocks: OnceLock<Arc<RamBlocks>>,
@@ -87,6 +90,14 @@ struct State {
     main_watch: Option<Watch>,
     /// Sync points that main has passed.
     released: u64,
+    /// Main stands at the next one, and looks after those that it waits for. It does so to the end if that fails.
+    main_waits: bool,
+    /// Connections accepted so far.
+    accepted: u64,
+    /// Where main comes from.
+    main_from: Option<Origin>,
+    /// Connections that were dropped while that was not known.
+    lost: Vec<Origin>,
     /// What wakes the acceptor, while there is one.
     acceptor: Option<Arc<dyn Wake>>,
     drain_asked: u64,
@@ -106,6 +117,7 @@ impl Receiver {
         let uuid = options.uuid;
         let method = options.method.map_or_else(OnceLock::new, OnceLock::from);
         let shared = Arc::new(Shared {
+            attention: stop.attention(options.stall_timeout),
             options,
             stop: stop.clone(),
             page_size: OnceLock::new(),
@@ -159,12 +171,14 @@ impl Receiver {
         accept::greet(&self.shared, link);
     }
 
-    /// Waits for the main connection, without limit: a destination may wait for its source for days.
+    /// Waits for the main connection, without limit: a destination may wait for its source for days. Only when a channel is
+    /// here is main due.
     ///
     /// # Errors
     /// The error that stopped the migration; [`Usage::UsedTwice`] the second time.
     pub fn wait_main(&self) -> Result<Stream> {
         let mut state = self.shared.lock();
+        let mut begun = None;
         loop {
             if let Some(main) = state.main.take() {
                 return Ok(main);
@@ -177,7 +191,13 @@ impl Receiver {
                 self.shared.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            state = self.shared.wait(state);
+            state = if state.count() == 0 {
+                self.shared.wait(state)
+            } else {
+                let begun = *begun.get_or_insert_with(Instant::now);
+                let due = "channels have come, but not the main connection";
+                self.shared.wait_moving(state, begun, |stalled| stalled.where_due(due))?
+            };
         }
     }
 

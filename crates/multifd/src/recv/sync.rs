@@ -4,7 +4,7 @@
 //! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
 //! channels they take. A channel that has ended can no longer come, and fails the wait at once.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Shared, State};
 use crate::{
@@ -34,8 +34,16 @@ impl Shared {
         let reached = place.reached;
         self.changed.notify_all();
         tracing::trace!(channel = id.0, point = reached, "multifd_recv_sync");
+        let begun = Instant::now();
         while state.released < reached && !state.sealed && !state.stopped {
-            state = self.wait(state);
+            state = if state.main_waits {
+                // It knows better what for.
+                self.wait(state)
+            } else {
+                self.wait_moving(state, begun, |stalled| {
+                    stalled.where_due(format!("main has not come to sync point {reached}")).on_channel(id)
+                })?
+            };
         }
         drop(state);
         self.stop.check()
@@ -44,7 +52,11 @@ impl Shared {
     /// Main has come to its next sync point: it stands until every channel has.
     pub(super) fn sync(&self) -> Result<()> {
         // A channel that comes after the second point is refused, so there is nothing to wait for any more.
-        let may_grow = self.lock().released < 2;
+        let may_grow = {
+            let mut state = self.lock();
+            state.main_waits = true;
+            state.released < 2
+        };
         if may_grow {
             self.drain_listener();
         }
@@ -53,12 +65,13 @@ impl Shared {
         if may_grow {
             state = self.settle(state)?;
         }
+        let begun = Instant::now();
         loop {
             if state.stopped {
                 drop(state);
                 return self.stop.check();
             }
-            let mut all_here = true;
+            let mut missing = None;
             for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.channels) {
                 let Some(place) = place else { continue };
                 if place.reached >= point {
@@ -70,17 +83,34 @@ impl Shared {
                     let early = Error::from(Violation::EndedEarly { expected: point, met });
                     return Err(self.stop.fail(early.on_channel(id)));
                 }
-                all_here = false;
+                missing = missing.or(Some(id));
             }
-            if all_here {
-                break;
-            }
-            state = self.wait(state);
+            let Some(missing) = missing else { break };
+            state = self.wait_moving(state, begun, |stalled| {
+                let what = format!("no SYNC packet has come for sync point {point}");
+                stalled.where_due(what).on_channel(missing)
+            })?;
         }
         state.released = point;
+        state.main_waits = false;
         self.changed.notify_all();
         tracing::debug!(point, "multifd_recv_sync_main");
         Ok(())
+    }
+
+    /// Waits for a change, in a wait that began at `begun`, but no longer than the source may stand still.
+    pub(super) fn wait_moving<'a>(
+        &'a self,
+        state: super::Guard<'a>,
+        begun: Instant,
+        stalled: impl FnOnce(Stalled) -> Error,
+    ) -> Result<super::Guard<'a>> {
+        let Some(left) = self.attention.left(begun) else { return Ok(self.wait(state)) };
+        if !left.is_zero() {
+            return Ok(self.wait_timeout(state, left));
+        }
+        drop(state);
+        Err(self.stop.fail(stalled(Stalled(self.options.stall_timeout.unwrap_or_default()))))
     }
 
     /// Before the first sync points: waits for the channels that belong to this migration. A source has connected
@@ -111,6 +141,19 @@ impl Shared {
         }
     }
 }
+
+/// A source that has stood still for so long.
+pub(super) struct Stalled(Duration);
+
+impl Stalled {
+    /// While this was due.
+    pub(super) fn where_due(self, what: impl Into<String>) -> Error {
+        Error::Stalled { what: what.into(), limit: self.0, hint: STANDS_STILL }
+    }
+}
+
+const STANDS_STILL: &str =
+    "the source stands still, or its network does; its guest is there, look at its query-migrate and its log";
 
 impl State {
     /// How many channels are here.

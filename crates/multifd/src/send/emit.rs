@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    channel::{Connect, Link, Watch, send_all, send_all_more},
+    channel::{Attention, Connect, Link, Watch, send_all, send_all_more},
     compress::{Encode, Pages},
     error::{Error, Result, Usage},
     options::SendOptions,
@@ -48,6 +48,7 @@ struct Emitter<'a> {
     /// With `zero-copy-send`.
     in_flight: Option<InFlight<'a>>,
     options: &'a SendOptions,
+    attention: Attention,
     _watch: Watch,
 }
 
@@ -81,7 +82,12 @@ impl<'a> Emitter<'a> {
             encoder: options.method.encoder(options.levels)?,
             in_flight: options.zero_copy_send.then(|| InFlight::new(&shared.in_flight)),
             options,
+            attention: shared.stop.attention(options.stall_timeout),
         };
+        emitter
+            .link
+            .attend(emitter.attention.clone())
+            .map_err(|error| Error::io(format!("set a time limit for {target}"), error))?;
         let initial = Initial { uuid: options.uuid, id }.encode();
         send_all(&mut *emitter.link, &mut [Part::from(&initial[..])])
             .map_err(|error| emitter.broken("send the initial packet", error))?;
@@ -179,6 +185,7 @@ impl<'a> Emitter<'a> {
             _ => self.broken(format_args!("send packet {packet_num}"), error),
         })?;
         self.counters.add_packet(normal.len(), zero.len(), bytes as u64);
+        self.attention.beat();
         Ok(())
     }
 
@@ -242,6 +249,10 @@ fn hint(error: &io::Error) -> &'static str {
         | io::ErrorKind::BrokenPipe => {
             ": the destination has closed, why stands in its own log: channel count, method, UUID and machine type \
              must be the same on both sides"
+        }
+        io::ErrorKind::TimedOut => {
+            ": its program stands still, or waits for what this side does not send: more channels (multifd-channels), or \
+             the other sync mode (machine types up to 8.0 take legacy, later ones round)"
         }
         _ => "",
     }

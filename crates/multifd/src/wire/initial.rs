@@ -54,6 +54,11 @@ impl Initial {
         zerocopy::transmute!(layout)
     }
 
+    /// Whether bytes begin as this packet does.
+    pub fn is_begun_by(bytes: &[u8]) -> bool {
+        bytes.starts_with(&MAGIC.to_be_bytes())
+    }
+
     /// Reads a packet. Unused bytes are ignored.
     ///
     /// # Errors

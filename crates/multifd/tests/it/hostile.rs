@@ -247,7 +247,7 @@ fn channels_that_do_not_belong_are_refused() {
         destination(ReceiveOptions::new().channels_timeout(Duration::from_millis(50)));
     let _links = [open(&connector, ours, 0), open(&connector, ours, 2)];
     let error = receiver.sync().expect_err("a gap");
-    assert_eq!(error.to_string(), "channel 1 is missing among 2 channels");
+    assert!(error.to_string().starts_with("channel 1 is missing: 2 channels are here"), "{error}");
 }
 
 #[test]
@@ -307,5 +307,6 @@ fn a_gap_that_opens_after_the_first_sync_point_is_seen() {
     receiver.sync().expect("passed");
     let _third = open(&connector, VmUuid::NIL, 2);
     put(&mut *first, buffer.sync(0));
-    assert_eq!(receiver.sync().expect_err("a gap").to_string(), "channel 1 is missing among 2 channels");
+    let error = receiver.sync().expect_err("a gap").to_string();
+    assert!(error.starts_with("channel 1 is missing: 2 channels are here"), "{error}");
 }

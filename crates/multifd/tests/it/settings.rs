@@ -33,7 +33,12 @@ fn options_read_back_as_written() {
         assert_reads_back(&send.connect_timeout(Duration::from_millis(1)));
         let receive =
             ReceiveOptions::new().channels(ChannelCount::Exact(0)).uuid(Some(uuid)).method(Some(method));
-        assert_reads_back(&receive.greeting_timeout(Duration::from_millis(7)).drain_timeout(Duration::ZERO));
+        assert_reads_back(
+            &receive
+                .greeting_timeout(Duration::from_millis(7))
+                .drain_timeout(Duration::ZERO)
+                .stall_timeout(None),
+        );
     }
     for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
         let options = MigrateOptions::new().zero_page_detection(detection).look_for_zero_pages(false);
@@ -54,7 +59,8 @@ fn options_have_the_names_of_the_parameters() {
     let send = serde_json::to_value(SendOptions::new()).expect("written");
     let expected = json!({
         "multifd-channels": 2, "multifd-compression": "none", "multifd-zlib-level": 1, "multifd-zstd-level": 1,
-        "uuid": "00000000-0000-0000-0000-000000000000", "connect-timeout": 30000, "zero-copy-send": false,
+        "uuid": "00000000-0000-0000-0000-000000000000", "connect-timeout": 30000, "stall-timeout": 120000,
+        "zero-copy-send": false,
     });
     assert_eq!(send, expected);
     let migrate = serde_json::to_value(MigrateOptions::new()).expect("written");

@@ -70,6 +70,11 @@ impl<R: Read> Reader<R> {
         self.inner
     }
 
+    /// Whether what has been read was all taken, so that the next field waits for the connection.
+    pub fn is_drained(&self) -> bool {
+        self.start == self.end
+    }
+
     /// The next byte without taking it; `None` at the end of the stream.
     ///
     /// # Errors
@@ -256,7 +261,7 @@ impl<R: Read> Reader<R> {
             (self.start, self.end) = (0, self.end - self.start);
         }
         let free = &mut self.buffer[self.end..];
-        let count = retry(|| self.inner.read(free)).map_err(|e| self.io(e, "the next bytes"))?;
+        let count = retry(|| self.inner.read(free)).map_err(|e| self.io(e, "more"))?;
         self.end += count;
         Ok(count)
     }
@@ -264,7 +269,11 @@ impl<R: Read> Reader<R> {
     fn io(&self, source: io::Error, expected: &'static str) -> Error {
         let at = self.here();
         match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::TimedOut { at, expected },
+            io::ErrorKind::WouldBlock => Error::TimedOut { at, expected },
+            // One of the system's own is of a host that has gone, and tells so.
+            io::ErrorKind::TimedOut if source.get_ref().is_none() && source.raw_os_error().is_none() => {
+                Error::TimedOut { at, expected }
+            }
             _ => Error::Io { at, doing: "read", source },
         }
     }

@@ -20,6 +20,8 @@ pub(super) struct Without {
     pub(super) expected: bool,
     /// With a return path: a silence as long as this, behind what may be the end, is taken for it.
     pub(super) silence: Duration,
+    /// What every read is held to otherwise.
+    pub(super) stall: Option<Duration>,
 }
 
 /// Reads to the end of the stream, which its contents tell: a source with a return path does not close.
@@ -42,7 +44,7 @@ pub(super) fn collect<C: Connection>(
             Ok(arrived) => arrived,
             Err(Error::TimedOut { .. }) if limit.is_some() => {
                 if without.expected && footers {
-                    set_limit(r, None)?;
+                    set_limit(r, without.stall)?;
                     return finder.without_description(collected).map_err(|what| what.at(at));
                 }
                 return Err(Unsupported::NoDescription { length: collected.len() as u64 }.at(at));
@@ -66,7 +68,7 @@ pub(super) fn collect<C: Connection>(
         collected.extend_from_slice(arrived);
         r.consume(count);
         if limit.is_some() {
-            set_limit(r, None)?;
+            set_limit(r, without.stall)?;
         }
         if let Some(part) = finder.look(&mut collected).map_err(|what| what.at(at))? {
             return Ok(part);
@@ -74,7 +76,8 @@ pub(super) fn collect<C: Connection>(
     }
 }
 
-fn set_limit<C: Connection>(r: &mut Reader<C>, limit: Option<Duration>) -> Result<(), Error> {
+/// How long the reads to come wait.
+pub(super) fn set_limit<C: Connection>(r: &mut Reader<C>, limit: Option<Duration>) -> Result<(), Error> {
     let at = r.here();
     let set = r.get_mut().set_read_timeout(limit);
     set.map_err(|source| Error::Io { at, doing: "set a time limit", source })

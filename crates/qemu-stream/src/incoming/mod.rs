@@ -27,7 +27,7 @@ use crate::{
     },
     refuse,
 };
-use device_part::Without;
+use device_part::{Without, set_limit};
 pub use loader::{Loader, MainPages};
 use ram::Ram;
 
@@ -122,6 +122,7 @@ pub struct Incoming<C> {
     switchover_ack: bool,
     suppress_vmdesc: bool,
     silence: Duration,
+    stall: Option<Duration>,
     return_path: bool,
     early: EarlyPart,
     loaded: bool,
@@ -137,6 +138,7 @@ impl<C: Connection> Incoming<C> {
             switchover_ack: false,
             suppress_vmdesc: false,
             silence: SILENCE,
+            stall: Some(STALL),
             return_path: false,
             early,
             loaded: false,
@@ -169,12 +171,25 @@ impl<C: Connection> Incoming<C> {
         self
     }
 
+    /// How long the source may be silent where something is due: before RAM's first section has ended, in the middle of any
+    /// section, and behind the end of RAM. Default 120 s; `None` is for ever, as QEMU waits. Between the sections of RAM a
+    /// source may be silent for as long as it likes: one that pauses before the switchover is.
+    ///
+    /// A long section is silent on this connection while its pages come over channels. The connection that
+    /// [`Receiver::wait_main`](multifd::Receiver::wait_main) gives knows of them; with another one of your own, and
+    /// channels, say `None`.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall = limit;
+        self
+    }
+
     /// Reads the whole stream. Nothing is said to the source at the end: call
     /// [`finish`](Self::finish) when what was loaded is durable, or has failed.
     ///
     /// # Errors
     /// If the stream is malformed, cut or uses what is not served, or the destination fails.
     pub fn run<D: Destination>(&mut self, destination: &mut D) -> Result<Loaded, Error> {
+        set_limit(&mut self.r, self.stall)?;
         let configuration = decode_header(&mut self.r)?;
         if configuration.as_ref().is_some_and(|configuration| configuration.mapped_ram) {
             let (what, capability) = ("mapped-ram stream over a connection", "mapped-ram");
@@ -200,8 +215,12 @@ impl<C: Connection> Incoming<C> {
         destination.end_of_ram().map_err(|e| refused(&self.r, "the end of ram", e))?;
         self.early.finish(&mut self.r, footers)?;
         let finder = EndFinder::new(footers).early(std::mem::take(&mut self.early));
-        let without =
-            Without { return_path: self.return_path, expected: self.suppress_vmdesc, silence: self.silence };
+        let without = Without {
+            return_path: self.return_path,
+            expected: self.suppress_vmdesc,
+            silence: self.silence,
+            stall: self.stall,
+        };
         let devices = device_part::collect(&mut self.r, finder, footers, &without)?;
         tracing::debug!(devices = devices.sections().len(), bytes = self.r.position(), "stream is complete");
         self.loaded = true;
@@ -275,6 +294,7 @@ impl<C: Connection> Incoming<C> {
         let mut switchover_start = false;
         loop {
             let at = self.r.here();
+            self.wait_for_section()?;
             let met = Section::decode(&mut self.r)?;
             let last = match self.early.offer(&mut self.r, met, at, section, footers)? {
                 None => continue,
@@ -297,6 +317,16 @@ impl<C: Connection> Incoming<C> {
                 return Ok(switchover_start);
             }
         }
+    }
+
+    /// Waits without limit for what comes next.
+    fn wait_for_section(&mut self) -> Result<(), Error> {
+        if self.r.is_drained() && self.stall.is_some() {
+            set_limit(&mut self.r, None)?;
+            self.r.peek()?;
+            set_limit(&mut self.r, self.stall)?;
+        }
+        Ok(())
     }
 
     /// What may come anywhere, and the refusal of what may not.
@@ -350,3 +380,4 @@ fn refused<R: Read>(
 }
 
 const SILENCE: Duration = Duration::from_secs(10);
+const STALL: Duration = Duration::from_secs(120);

@@ -28,15 +28,17 @@ pub struct MainStream<C> {
 impl<C: Connection> MainStream<C> {
     /// The stream of a running machine, whose block list is the engine's and whose devices come from its guest.
     pub fn of_guest(outgoing: Outgoing<C>) -> Self {
-        Self { outgoing, captured: None, end_timeout: None }
+        Self { outgoing, captured: None, end_timeout: Some(END) }
     }
 
     /// The stream of a captured machine, whose block list and devices are replayed.
     pub fn of_capture(outgoing: Outgoing<C>, blocks: BlockList, devices: DevicePart) -> Self {
-        Self { outgoing, captured: Some((blocks, devices)), end_timeout: None }
+        Self { outgoing, captured: Some((blocks, devices)), end_timeout: Some(END) }
     }
 
-    /// How long the destination may take to load the devices. Default for ever, as QEMU's source waits.
+    /// How long the destination may take, when it has got everything, to say that it has. Default 600 s; `None` is for
+    /// ever, as QEMU waits. It may be writing a file to a slow disk. One that is given up is taken for failed, and the guest
+    /// goes on at the source: whoever sets this short makes sure by other means that it does not run there as well.
     #[must_use]
     pub fn end_timeout(mut self, limit: Option<Duration>) -> Self {
         self.end_timeout = limit;
@@ -131,3 +133,5 @@ impl<C: Connection> Main for MainStream<C> {
 fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::other("the main stream failed", error)
 }
+
+const END: Duration = Duration::from_secs(600);

@@ -18,7 +18,7 @@ use rustls::{
 
 use super::{ClientCredentials, ServerCredentials, subject};
 use crate::{
-    channel::{Link, Wake, deadline},
+    channel::{Attention, Link, Wake, deadline},
     ram::{Part, PartMut},
 };
 
@@ -276,6 +276,10 @@ impl Link for TlsLink {
         // A side that does not read has been sent something nevertheless, tickets for example.
         self.part(DRAIN);
         self.link.set_recv_timeout(self.timeout)
+    }
+
+    fn attend(&mut self, attention: Attention) -> io::Result<()> {
+        self.link.attend(attention)
     }
 
     fn finish(&mut self) -> io::Result<()> {
