@@ -1,0 +1,163 @@
+//! Plays a script over real sockets.
+
+use std::{
+    collections::HashMap,
+    io::{self, Read, Write},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    time::Duration,
+};
+
+use socket2::{Domain, SockRef, Socket, Type};
+
+use super::{Act, On, Script};
+
+/// Where a destination listens.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// At a TCP address.
+    Tcp(SocketAddr),
+    /// At a unix socket.
+    Unix(PathBuf),
+}
+
+/// What was heard of the destination; holds the connections open that no step has closed.
+#[derive(Debug, Default)]
+pub struct Heard {
+    connections: HashMap<On, Connection>,
+    /// All that the destination has said on main, as far as it was waited for.
+    pub said: Vec<u8>,
+    /// The first thing that could not be done: by then the destination has hung up.
+    pub refused: Option<(On, &'static str)>,
+}
+
+#[derive(Debug)]
+enum Connection {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Strangers come from a host of their own, which over loopback is one more of its addresses.
+const STRANGER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), 0);
+/// A destination that says nothing for so long hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+impl Script {
+    /// Plays the script, step by step. A destination that hangs up ends nothing: the rest of the steps is tried.
+    ///
+    /// # Errors
+    /// If the destination cannot be connected to, or hangs.
+    pub fn play(&self, target: &Target) -> io::Result<Heard> {
+        let mut heard = Heard::default();
+        for step in &self.steps {
+            let done = match (&step.act, heard.connections.get_mut(&step.on)) {
+                (Act::Connect, _) => Connection::open(target, step.on).map(|connection| {
+                    heard.connections.insert(step.on, connection);
+                }),
+                (_, None) => Err(io::ErrorKind::NotConnected.into()),
+                (Act::Send(bytes), Some(connection)) => connection.stream().write_all(bytes),
+                (Act::Dribble(bytes), Some(connection)) => {
+                    bytes.iter().try_for_each(|byte| connection.stream().write_all(&[*byte]))
+                }
+                (Act::Close, Some(connection)) => connection.close(),
+                (Act::Reset, Some(connection)) => {
+                    connection.lingers_not()?;
+                    heard.connections.remove(&step.on);
+                    Ok(())
+                }
+                (Act::Hear(word), Some(connection)) => connection.hear(word, &mut heard.said),
+            };
+            match done {
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(error),
+                Err(_) => heard.refused = heard.refused.or(Some((step.on, step.name))),
+                Ok(()) => {}
+            }
+        }
+        Ok(heard)
+    }
+}
+
+impl Heard {
+    /// Waits until the destination has closed main, and says all that it has said there.
+    ///
+    /// # Errors
+    /// If it says and does nothing.
+    pub fn rest(&mut self) -> io::Result<&[u8]> {
+        if let Some(main) = self.connections.get_mut(&On::Main) {
+            main.hear(&[], &mut self.said)?;
+        }
+        Ok(&self.said)
+    }
+}
+
+trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
+
+impl Connection {
+    fn open(target: &Target, on: On) -> io::Result<Self> {
+        match target {
+            Target::Tcp(address) => {
+                let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
+                if let On::Stranger(_) = on {
+                    socket.bind(&STRANGER.into())?;
+                }
+                socket.connect(&(*address).into())?;
+                let stream = TcpStream::from(socket);
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                Ok(Self::Tcp(stream))
+            }
+            Target::Unix(path) => {
+                let stream = UnixStream::connect(path)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                Ok(Self::Unix(stream))
+            }
+        }
+    }
+
+    fn stream(&mut self) -> &mut dyn Stream {
+        match self {
+            Self::Tcp(stream) => stream,
+            Self::Unix(stream) => stream,
+        }
+    }
+
+    fn close(&mut self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Self::Unix(stream) => stream.shutdown(Shutdown::Write),
+        }
+    }
+
+    /// Closing it is a reset from now on.
+    fn lingers_not(&mut self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(&*stream).set_linger(Some(Duration::ZERO)),
+            Self::Unix(_) => Ok(()),
+        }
+    }
+
+    /// Reads until `word` has come, or the destination has closed; no word is waited for if it is empty.
+    fn hear(&mut self, word: &[u8], said: &mut Vec<u8>) -> io::Result<()> {
+        let mut bytes = [0; 512];
+        loop {
+            if !word.is_empty() && said.windows(word.len()).any(|window| window == word) {
+                return Ok(());
+            }
+            match self.stream().read(&mut bytes) {
+                Ok(0) => {
+                    return if word.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+                }
+                Ok(some) => said.extend(&bytes[..some]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, "the destination hangs"));
+                }
+                Err(error) if word.is_empty() && error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
