@@ -8,6 +8,9 @@ use super::{BlockIndex, PageBitmap, PageIndex, RamBlocks};
 ///
 /// A migration sends every page once and from then on those that the log names. It asks with the guest running
 /// before every pass, and once more after the guest has stopped.
+///
+/// A log that costs the guest something, as the kernel's do, starts when it is made and ends with its drop: make it for
+/// one migration, before that runs. What was written before it was made is sent by the first pass.
 pub trait DirtyLog {
     /// The *bitmap sync*: sets in `into` the bits of all pages of `block` written since they were last taken,
     /// and forgets them in the same step. A write that happens meanwhile must be found now or the next time.
@@ -18,6 +21,26 @@ pub trait DirtyLog {
 
     /// Puts bits back that were taken and whose pages no destination has: the migration failed or was cancelled.
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap);
+}
+
+impl<L: DirtyLog + ?Sized> DirtyLog for &mut L {
+    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+        (**self).take(block, into)
+    }
+
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        (**self).put_back(block, from);
+    }
+}
+
+impl<L: DirtyLog + ?Sized> DirtyLog for Box<L> {
+    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+        (**self).take(block, into)
+    }
+
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        (**self).put_back(block, from);
+    }
 }
 
 /// A dirty log kept by the writers themselves: whoever writes to guest memory marks the page.

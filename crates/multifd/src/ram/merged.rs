@@ -1,0 +1,143 @@
+//! Several dirty logs as one: a VMM's vCPUs are logged by the kernel, its device threads mark what they write.
+
+use std::{error, fmt, io};
+
+use super::{BlockIndex, DirtyLog, PageBitmap};
+
+/// A dirty log that has every page that one of its logs has.
+///
+/// ```
+/// use multifd::ram::{DirtyBitmaps, MergedLog, RamBlocks};
+///
+/// let blocks = RamBlocks::default();
+/// let (vcpus, devices) = (DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks));
+/// let log = MergedLog::new().with("vcpus", vcpus).with("devices", devices.clone());
+/// ```
+///
+/// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several.
+#[derive(Default)]
+pub struct MergedLog<'a> {
+    logs: Vec<(&'static str, Box<dyn DirtyLog + 'a>)>,
+}
+
+impl<'a> MergedLog<'a> {
+    /// No log yet: nothing is ever written.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// These logs, and `log`. An error of it tells `name`.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, log: impl DirtyLog + 'a) -> Self {
+        self.logs.push((name, Box::new(log)));
+        self
+    }
+}
+
+impl DirtyLog for MergedLog<'_> {
+    /// # Errors
+    /// The first error of one of them. The bits that had been taken are in `into`.
+    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+        for (name, log) in &mut self.logs {
+            log.take(block, into)
+                .map_err(|source| io::Error::new(source.kind(), Unreadable { name, source }))?;
+        }
+        Ok(())
+    }
+
+    /// Every log gets them: a log may be one that keeps nothing, and a bit too many costs a page.
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        for (_, log) in &mut self.logs {
+            log.put_back(block, from);
+        }
+    }
+}
+
+impl fmt::Debug for MergedLog<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.logs.iter().map(|(name, _)| name)).finish()
+    }
+}
+
+/// Which log it was.
+#[derive(Debug)]
+struct Unreadable {
+    name: &'static str,
+    source: io::Error,
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the dirty log of {} cannot be read", self.name)
+    }
+}
+
+impl error::Error for Unreadable {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+    use crate::ram::{
+        BlockName, DirtyBitmaps, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks,
+    };
+
+    const BLOCK: BlockIndex = BlockIndex(0);
+
+    fn blocks() -> RamBlocks {
+        let memory = Memory::Mapped(Mapping::anonymous(16 * 4096).expect("memory"));
+        let block = RamBlock::new(BlockName::new("b").expect("a name"), 16 * 4096, PageSize::KIB_4, memory);
+        RamBlocks::new(vec![block.expect("a block")]).expect("one")
+    }
+
+    fn taken(log: &mut dyn DirtyLog) -> u64 {
+        let into = PageBitmap::new(16);
+        log.take(BLOCK, &into).expect("taken");
+        into.words().next().expect("a word")
+    }
+
+    #[test]
+    fn page_of_any_log_is_taken_once() {
+        let blocks = blocks();
+        let (vcpus, mut devices) = (DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks));
+        let mut merged = MergedLog::new().with("vcpus", vcpus.clone()).with("devices", &mut devices);
+        vcpus.mark(BLOCK, PageIndex(1));
+        assert_eq!(taken(&mut merged), 0b0010);
+        drop(merged);
+        devices.mark(BLOCK, PageIndex(2));
+        vcpus.mark(BLOCK, PageIndex(2));
+        vcpus.mark(BLOCK, PageIndex(3));
+        let mut merged = MergedLog::new().with("vcpus", vcpus).with("devices", devices);
+        assert_eq!(taken(&mut merged), 0b1100);
+        assert_eq!(taken(&mut merged), 0);
+    }
+
+    #[test]
+    fn bits_put_back_are_taken_again_though_one_log_keeps_nothing() {
+        let devices = DirtyBitmaps::new(&blocks());
+        let mut merged = MergedLog::new().with("a file", NeverDirty).with("devices", devices);
+        merged.put_back(BLOCK, &PageBitmap::full(16));
+        assert_eq!(taken(&mut merged), 0xffff);
+    }
+
+    #[test]
+    fn log_that_cannot_be_read_is_named() {
+        struct Broken;
+        impl DirtyLog for Broken {
+            fn take(&mut self, _: BlockIndex, _: &PageBitmap) -> io::Result<()> {
+                Err(io::ErrorKind::PermissionDenied.into())
+            }
+            fn put_back(&mut self, _: BlockIndex, _: &PageBitmap) {}
+        }
+        let mut merged = MergedLog::new().with("devices", NeverDirty).with("vcpus", Broken);
+        let met = merged.take(BLOCK, &PageBitmap::new(16)).expect_err("broken");
+        assert_eq!(met.to_string(), "the dirty log of vcpus cannot be read");
+        assert_eq!(met.kind(), io::ErrorKind::PermissionDenied);
+        assert!(met.source().is_some());
+    }
+}
