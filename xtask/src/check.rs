@@ -45,12 +45,14 @@ fn clippy() -> Command {
 
 /// In a run over the workspace the program switches features of the libraries on, so each of these is also looked at
 /// alone: as an embedder builds it.
-const FEATURE_SETS: [(&str, &[&str]); 8] = [
+const FEATURE_SETS: [(&str, &[&str]); 10] = [
     ("default features", &["--workspace"]),
     ("no features", &["--workspace", "--no-default-features"]),
     ("all features", &["--workspace", "--all-features"]),
     ("the engine alone", &["-p", "multifd"]),
     ("the engine with serde", &["-p", "multifd", "--features", "serde"]),
+    ("the engine with kvm", &["-p", "multifd", "--features", "kvm"]),
+    ("the engine with vm-memory", &["-p", "multifd", "--features", "vm-memory"]),
     ("the engine with zlib", &["-p", "multifd", "--features", "zlib"]),
     ("the engine with zstd", &["-p", "multifd", "--features", "zstd"]),
     ("the main stream alone", &["-p", "qemu-stream"]),

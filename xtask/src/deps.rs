@@ -57,11 +57,12 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
 }
 
 /// What an embedder that wants plain TCP must not have to compile.
-const HEAVY: [&str; 12] = [
+const HEAVY: [&str; 14] = [
     "async-std",
     "aws-lc-rs",
     "clap",
     "flate2",
+    "kvm-bindings",
     "kvm-ioctls",
     "ring",
     "rustls",
@@ -69,6 +70,7 @@ const HEAVY: [&str; 12] = [
     "tokio",
     "userfaultfd",
     "vm-memory",
+    "vmm-sys-util",
     "zstd",
 ];
 

@@ -520,6 +520,17 @@ pub enum Usage {
     /// The block's memory cannot be received into.
     #[error("block {0:?} is mapped for reading and cannot be received into")]
     ReadOnly(BlockName),
+    /// The block's memory is mapped without the right to read it.
+    #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
+    Unreadable(BlockName),
+    /// No dirty log can be made of the bitmaps of the block's memory.
+    #[error("block {name:?}: the dirty bitmap does not fit: {why}")]
+    DirtyBitmap {
+        /// The block's name.
+        name: BlockName,
+        /// What is in the way.
+        why: &'static str,
+    },
     /// A sender or receiver was set up for the second time.
     #[error("this end of the migration was set up before: make a new one for each migration")]
     UsedTwice,

@@ -93,10 +93,18 @@ impl Mapping {
     /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
     ///
     /// # Safety
-    /// `base .. base + len` must stay mapped, readable and writable until the mapping is dropped (dropping `keep` may unmap it), and no Rust reference to any of it may be
-    /// alive while the mapping is.
+    /// `base .. base + len` must stay mapped, readable and writable until the mapping is dropped (dropping `keep` may unmap
+    /// it), and no Rust reference to any of it may be alive while the mapping is. If it is not writable, the mapping must be
+    /// made [`read_only`](Self::read_only) before it is used.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
         Self { base, len, writable: true, owner: Owner::Foreign { _keep: Box::new(keep) } }
+    }
+
+    /// The mapping, but nothing is received into it: memory that is mapped without the right to write.
+    #[must_use]
+    pub fn read_only(mut self) -> Self {
+        self.writable = false;
+        self
     }
 
     fn empty() -> Self {

@@ -15,6 +15,12 @@ mod block;
 mod cut;
 mod direct;
 mod dirty;
+#[cfg(any(feature = "kvm", feature = "vm-memory"))]
+mod granule;
+#[cfg(feature = "vm-memory")]
+mod guest_memory;
+#[cfg(feature = "kvm")]
+mod kvm;
 mod mapping;
 mod merged;
 mod name;
@@ -29,6 +35,10 @@ pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;
 pub use direct::DirectFile;
 pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};
+#[cfg(feature = "vm-memory")]
+pub use guest_memory::{AtomicBitmapLog, MakeBlock, RegionBitmap, block_of, blocks_of};
+#[cfg(feature = "kvm")]
+pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingLog, KvmRingSize, KvmSlot};
 pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;

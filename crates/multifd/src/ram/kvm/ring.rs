@@ -1,0 +1,323 @@
+//! The rings of the vCPUs: each lists the pages that it has written (`KVM_CAP_DIRTY_LOG_RING`, Linux 5.11).
+//!
+//! ```text
+//! vCPU 0 ─▶ ring ─┐            full: the vCPU's thread drains, too
+//! vCPU 1 ─▶ ring ─┴─ drain ─▶ bits of the slots ─ take ─▶ pending
+//! ```
+//!
+//! What a take costs goes by the pages that were written, not by the memory there is. A vCPU whose ring is full leaves
+//! the guest until somebody drains it: that slows a guest down that writes faster than its writes are looked at.
+//!
+//! A kernel that lets a vCPU write on past a full ring overwrites what it has listed: kernels that emulate the guest's
+//! instructions have been seen to. The reserve at a ring's end is there to be never used, so a ring without a free entry
+//! has run over. Nothing can mend that: both [`KvmDirtyRings::drain`] and the take fail from then on.
+//!
+//! UNSAFETY: rings are mapped memory, shared with the kernel. Their words are reached through atomics and raw reads;
+//! which side may write an entry is told by its flags.
+#![expect(unsafe_code, reason = "rings shared with the kernel")]
+
+use std::{
+    fmt, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn,
+    kvm_enable_cap,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use rustix::{
+    io::fcntl_dupfd_cloexec,
+    ioctl::{NoArg, Opcode, ioctl, opcode},
+    mm::{MapFlags, ProtFlags, mmap, munmap},
+};
+
+use super::{KvmSlot, Logging};
+use crate::ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, PageSize, RamBlocks};
+
+/// The rings of all vCPUs of a virtual machine. Clones are the same.
+///
+/// 1. [`enable`](Self::enable) for the machine that has no vCPU yet.
+/// 2. [`new`](Self::new) with all its vCPUs.
+/// 3. The thread of each vCPU calls [`drain`](Self::drain) whenever `KVM_RUN` comes back with
+///    [`RING_FULL`](Self::RING_FULL), and goes on.
+/// 4. For each migration, [`start`](Self::start).
+#[derive(Clone, Debug)]
+pub struct KvmDirtyRings(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    vm: OwnedFd,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    rings: Vec<Ring>,
+    /// The pages of each slot that is logged.
+    logged: Vec<(u32, PageBitmap)>,
+}
+
+/// The entries of each ring, as the kernel has been told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvmRingSize(u32);
+
+impl KvmDirtyRings {
+    /// `KVM_EXIT_DIRTY_RING_FULL`, the reason of an exit: `kvm-ioctls` gives it as `VcpuExit::Unsupported`.
+    pub const RING_FULL: u32 = 31;
+
+    /// Gives every vCPU that `vm` will have a ring of `entries`, a power of two from 128 on or so, of 16 bytes each. No
+    /// bitmap is kept from then on. 65,536 entries let a vCPU write 256 MiB between two looks.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if the kernel has no rings; if the number is no power of two or out of its bounds, or
+    /// the machine has a vCPU already.
+    pub fn enable(vm: &VmFd, entries: u32) -> io::Result<KvmRingSize> {
+        let caps = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
+        let cap = caps.into_iter().find(|cap| vm.check_extension_raw((*cap).into()) > 0);
+        let Some(cap) = cap else { return Err(io::ErrorKind::Unsupported.into()) };
+        let mut enable = kvm_enable_cap { cap, ..Default::default() };
+        enable.args[0] = u64::from(entries) * size_of::<kvm_dirty_gfn>() as u64;
+        vm.enable_cap(&enable)?;
+        Ok(KvmRingSize(entries))
+    }
+
+    /// The rings of `vcpus`, which are all that `vm` has, of the size that [`enable`](Self::enable) has set.
+    ///
+    /// # Errors
+    /// If a ring cannot be mapped.
+    pub fn new<'a>(
+        vm: &VmFd,
+        vcpus: impl IntoIterator<Item = &'a VcpuFd>,
+        size: KvmRingSize,
+    ) -> io::Result<Self> {
+        // SAFETY: the machine is borrowed, so its descriptor is open.
+        let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
+        let rings = vcpus.into_iter().map(|vcpu| Ring::map(vcpu, size.0)).collect::<io::Result<_>>()?;
+        let state = Mutex::new(State { rings, logged: Vec::new() });
+        Ok(Self(Arc::new(Inner { vm: fcntl_dupfd_cloexec(vm, 0)?, state })))
+    }
+
+    /// Empties all rings and has the kernel protect their pages again.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or a ring ran over: then its vCPU cannot go on, for it would be sent back for ever.
+    pub fn drain(&self) -> io::Result<()> {
+        self.drained().map(drop)
+    }
+
+    /// Switches logging on. vCPUs may run.
+    ///
+    /// # Errors
+    /// If a slot is not whole pages of its block, logging is on already, or the kernel refuses.
+    ///
+    /// # Safety
+    /// Each region is what `vm` has in that slot, and stays so until the log is dropped; `vm` is the machine of the rings.
+    pub unsafe fn start<'vm>(
+        &self,
+        vm: &'vm VmFd,
+        slots: Vec<KvmSlot>,
+        blocks: &RamBlocks,
+    ) -> io::Result<KvmRingLog<'vm>> {
+        {
+            let mut state = self.drained()?;
+            if !state.logged.is_empty() {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the rings are read by another log"));
+            }
+            // Before the kernel fills the rings, so that no entry meets a slot that is not known.
+            state.logged =
+                slots.iter().map(|slot| (slot.region.slot, PageBitmap::new(slot.bits()))).collect();
+        }
+        let held = blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
+        let reading = Reading(self.clone());
+        // SAFETY: the caller vouches for the slots.
+        let logging = unsafe { Logging::start(vm, slots, blocks) }?;
+        Ok(KvmRingLog { logging, reading, page_size: blocks.page_size(), held })
+    }
+
+    fn drained(&self) -> io::Result<MutexGuard<'_, State>> {
+        // Drained is drained: an entry that was taken out has its bit, whatever panicked behind it.
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { rings, logged } = &mut *state;
+        let mut found = 0;
+        for ring in rings {
+            found += ring.drain(|slot, page| {
+                // A slot that is not logged any more: entries from before the last log's end.
+                let bits = logged.iter().find(|(logged, _)| *logged == slot);
+                if let Some((_, bits)) = bits.filter(|(_, bits)| page < bits.pages()) {
+                    bits.set(PageIndex(page));
+                }
+            });
+        }
+        if found > 0 {
+            // SAFETY: this number takes no argument.
+            let reset = unsafe { NoArg::<RESET_DIRTY_RINGS>::new() };
+            // SAFETY: as above; the descriptor is a virtual machine's.
+            unsafe { ioctl(self.0.vm.as_fd(), reset) }?;
+        }
+        if let Some(vcpu) = state.rings.iter().position(|ring| ring.ran_over) {
+            return Err(io::Error::other(RanOver { vcpu }));
+        }
+        Ok(state)
+    }
+}
+
+/// The dirty log that reads the rings.
+///
+/// A take fails if a ring ran over.
+///
+/// It is on from [`start`](KvmDirtyRings::start) to its drop. When the guest has stopped, its vCPUs must have left `KVM_RUN`
+/// before the last take: only then is everything in the rings.
+#[derive(Debug)]
+pub struct KvmRingLog<'vm> {
+    logging: Logging<'vm>,
+    // Behind the field above: the bits are forgotten when the kernel does not log any more.
+    reading: Reading,
+    page_size: PageSize,
+    /// Bits put back, of each block.
+    held: Vec<PageBitmap>,
+}
+
+/// One log's turn at the rings.
+#[derive(Debug)]
+struct Reading(KvmDirtyRings);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.0.state.lock().unwrap_or_else(PoisonError::into_inner).logged.clear();
+    }
+}
+
+/// Pages that a vCPU has written are not known.
+#[derive(Debug)]
+struct RanOver {
+    vcpu: usize,
+}
+
+impl fmt::Display for RanOver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the dirty ring of vCPU {} ran over, so writes are lost: the kernel did not stop the vCPU in time; use larger \
+             rings, or the bitmap and no rings",
+            self.vcpu
+        )
+    }
+}
+
+impl std::error::Error for RanOver {}
+
+impl DirtyLog for KvmRingLog<'_> {
+    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+        self.held[block.0].take(into);
+        let taken: Vec<_> = {
+            let state = self.reading.0.drained()?;
+            let bits = |slot: &KvmSlot| state.logged.iter().find(|(logged, _)| *logged == slot.region.slot);
+            let moved = |(_, bits): &(u32, PageBitmap)| {
+                let taken = PageBitmap::new(bits.pages());
+                bits.take(&taken);
+                taken
+            };
+            self.logging.of(block).filter_map(|slot| Some((slot.granules(), moved(bits(slot)?)))).collect()
+        };
+        // With the rings free again for the vCPUs' threads.
+        for (granules, bits) in taken {
+            granules.mark(into, self.page_size, bits.words());
+        }
+        Ok(())
+    }
+
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        self.held[block.0].merge(from.words());
+    }
+}
+
+/// The ring of one vCPU, mapped.
+struct Ring {
+    base: NonNull<kvm_dirty_gfn>,
+    entries: u32,
+    next: u32,
+    /// Entries have been overwritten.
+    ran_over: bool,
+}
+
+// SAFETY: the mapping is the ring's own until its drop, whichever thread does that; entries are reached through raw
+// pointers, by whoever has the ring mutably.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    fn map(vcpu: &VcpuFd, entries: u32) -> io::Result<Self> {
+        // SAFETY: the vCPU is borrowed, so its descriptor is open.
+        let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * rustix::param::page_size() as u64;
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
+        let base = unsafe {
+            mmap(std::ptr::null_mut(), Self::len(entries), rights, MapFlags::SHARED, vcpu, offset)
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { base, entries, next: 0, ran_over: false })
+    }
+
+    fn len(entries: u32) -> usize {
+        entries as usize * size_of::<kvm_dirty_gfn>()
+    }
+
+    /// Gives slot and page of every entry that the kernel has filled, and hands the entries back; says how many.
+    fn drain(&mut self, mut found: impl FnMut(u32, u64)) -> u32 {
+        let mut count = 0;
+        while count < self.entries && self.hand_back(&mut found) {
+            count += 1;
+        }
+        self.ran_over |= count == self.entries;
+        count
+    }
+
+    fn entry(&self) -> *mut kvm_dirty_gfn {
+        let index = (self.next % self.entries) as usize;
+        // SAFETY: the index is below the number of entries, which the mapping has.
+        unsafe { self.base.add(index) }.as_ptr()
+    }
+
+    /// Reads the next entry and hands it back, if the kernel has filled it.
+    fn hand_back(&mut self, found: &mut impl FnMut(u32, u64)) -> bool {
+        let entry = self.entry();
+        // SAFETY: the entry is mapped, and its flags are its first field; the kernel writes them as an atomic.
+        let flags = unsafe { AtomicU32::from_ptr(entry.cast()) };
+        // Pairs with the kernel's release: slot and offset of an entry that is dirty are whole, and so is the page.
+        if flags.load(Ordering::Acquire) & DIRTY == 0 {
+            return false;
+        }
+        // SAFETY: mapped and aligned; the kernel leaves an entry alone from dirty to reset.
+        let kvm_dirty_gfn { slot, offset, .. } = unsafe { entry.read_volatile() };
+        found(slot, offset);
+        // Pairs with the kernel's acquire: it takes the entry only after we have read it.
+        flags.store(RESET, Ordering::Release);
+        self.next = self.next.wrapping_add(1);
+        true
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // SAFETY: this range was mapped by us, and nothing points into it any more.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), Self::len(self.entries)) };
+        debug_assert!(unmapped.is_ok(), "a range that was mapped whole is unmapped whole");
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Ring({} entries at {:p})", self.entries, self.base)
+    }
+}
+
+/// Flags of an entry: the kernel has filled it; we have read it.
+const DIRTY: u32 = 1;
+const RESET: u32 = 2;
+const RESET_DIRTY_RINGS: Opcode = opcode::none(0xae, 0xc7);
