@@ -38,6 +38,13 @@ pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
             complaints.push(format!("multifd depends on {name} by default: its default features stay lean"));
         }
     }
+    let tree =
+        output(cargo().args(["tree", "-p", "multifd-cli", "-e", "normal", "--prefix", "none", "--locked"]))?;
+    for name in tree.lines().filter_map(|line| line.split_ascii_whitespace().next()) {
+        if MONITORS.contains(&name) {
+            complaints.push(format!("multifd-cli depends on {name}: the program runs no virtual machines"));
+        }
+    }
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
 }
 
@@ -48,6 +55,7 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
             Some("the test kit is for tests only")
         }
         (_, "multifd-cli") => Some("nothing knows the program"),
+        (_, "microvm") => Some("nothing knows the example"),
         ("multifd", "qemu-stream") => Some("the engine knows nothing of the main stream"),
         ("multifd-testkit", "multifd" | "qemu-stream") => {
             Some("the kit tests these, so it must not believe what they say")
@@ -74,6 +82,9 @@ const HEAVY: [&str; 14] = [
     "zstd",
 ];
 
+/// What only a virtual machine monitor needs.
+const MONITORS: [&str; 3] = ["kvm-bindings", "kvm-ioctls", "vm-memory"];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +98,7 @@ mod tests {
     #[test]
     fn nothing_knows_the_program() {
         assert!(forbidden("qemu-stream", "multifd-cli", DependencyKind::Development).is_some());
+        assert!(forbidden("multifd", "microvm", DependencyKind::Development).is_some());
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(crate) struct Source {
 pub(crate) fn all() -> Result<Vec<Source>, Failure> {
     let root = workspace_root();
     let mut paths = Vec::new();
-    for folder in ["crates", "xtask", "fuzz"] {
+    for folder in ["crates", "examples", "xtask", "fuzz"] {
         let folder = root.join(folder);
         if folder.exists() {
             collect(&folder, &mut paths)?;

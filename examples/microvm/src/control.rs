@@ -1,0 +1,126 @@
+//! The control socket of a running machine: a line in, a line out.
+//!
+//! ```text
+//! status                                         verify                    quit
+//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND
+//! ```
+//!
+//! Whoever hangs up while a migration runs cancels it.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use multifd::channel::Stop;
+
+use crate::{
+    Failure,
+    machine::Machine,
+    source::{self, Wish},
+};
+
+/// Serves one client after the other, until the machine has left or is told to end.
+pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Failure> {
+    loop {
+        let (client, _) = listener.accept()?;
+        let mut line = String::new();
+        if BufReader::new(&client).read_line(&mut line).is_err() {
+            continue;
+        }
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let (answer, goes_on) = match words[..] {
+            ["status"] => (status(machine), true),
+            ["verify"] => (machine.verify().map(|(wrong, all)| format!("wrong={wrong} of={all}")), true),
+            ["quit"] => (Ok(String::new()), false),
+            ["migrate", ref rest @ ..] => match migrate(machine, rest, &client) {
+                Ok(report) => (Ok(report), false),
+                Err(error) => (Err(error), true),
+            },
+            _ => (Err(format!("what is {line:?}?").into()), true),
+        };
+        let answer =
+            answer.map_or_else(|error| format!("error: {}", chain(&*error)), |text| format!("ok {text}"));
+        // A client that has gone has no use for it.
+        let _ = writeln!(&client, "{answer}");
+        if !goes_on {
+            return Ok(());
+        }
+    }
+}
+
+fn status(machine: &Machine) -> Result<String, Failure> {
+    let health = machine.health();
+    match health.wrong {
+        Some(wrong) => Err(wrong.into()),
+        None => {
+            Ok(format!("batches={} ran_at={} stopped_at={}", health.batches, health.times.0, health.times.1))
+        }
+    }
+}
+
+fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {
+    let [address, channels, downtime, bandwidth] = words else {
+        return Err("expected an address and three numbers".into());
+    };
+    let wish = Wish {
+        address: address.parse()?,
+        channels: channels.parse()?,
+        downtime_limit: Duration::from_millis(downtime.parse()?),
+        max_bandwidth: bandwidth.parse()?,
+    };
+    let stop = Stop::new();
+    let info = thread::scope(|scope| {
+        scope.spawn(|| {
+            // Ends with the client, or with the shutdown below.
+            let _ = (&*client).read(&mut [0]);
+            stop.cancel();
+        });
+        let migrated = source::migrate(machine, &wish, &stop);
+        let _ = client.shutdown(Shutdown::Read);
+        migrated
+    })?;
+    let (ram, health) = (&info.ram, machine.health());
+    Ok(format!(
+        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} batches={} stopped_at={}",
+        // The bits are taken before the first pass as well.
+        ram.dirty_sync_count.saturating_sub(1),
+        info.downtime.unwrap_or_default().as_millis(),
+        info.total_time.as_millis(),
+        ram.transferred,
+        ram.normal,
+        ram.duplicate,
+        ram.mbps,
+        health.batches,
+        health.times.1,
+    ))
+}
+
+/// Asks the machine behind `socket`, and gives its answer.
+pub(crate) fn ask(socket: &Path, line: &str) -> Result<String, Failure> {
+    let stream = UnixStream::connect(socket).map_err(|error| format!("{}: {error}", socket.display()))?;
+    writeln!(&stream, "{line}")?;
+    let mut answer = String::new();
+    BufReader::new(&stream).read_line(&mut answer)?;
+    match answer.trim_end().strip_prefix("ok") {
+        Some(answer) => Ok(answer.trim_start().to_owned()),
+        None if answer.is_empty() => Err("the machine has gone".into()),
+        None => Err(answer.trim_end().into()),
+    }
+}
+
+/// The number of a name in an answer.
+pub(crate) fn number(answer: &str, name: &str) -> Result<u128, Failure> {
+    let value = answer.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    Ok(value.ok_or_else(|| format!("no {name} in {answer:?}"))?.parse()?)
+}
+
+/// An error and its causes, in a line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}")).replace('\n', " ")
+}

@@ -1,0 +1,101 @@
+//! `microvm demo`: a machine moves to a second process, and is looked at there.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    DemoArgs, Failure,
+    control::{ask, number},
+    tell,
+};
+
+/// Two machines' processes, this program again. They end with the demo, whatever happens.
+struct Process(Child);
+
+impl Process {
+    /// Starts one, and waits for the line that says that it is ready.
+    fn start(args: &[&str]) -> Result<(Self, String), Failure> {
+        let mut child = Command::new(std::env::current_exe()?).args(args).stdout(Stdio::piped()).spawn()?;
+        let out = child.stdout.take().ok_or("the process has no output")?;
+        let process = Self(child);
+        let mut line = String::new();
+        if BufReader::new(out).read_line(&mut line)? == 0 {
+            return Err("the process has ended before it was ready".into());
+        }
+        Ok((process, line.trim_end().to_owned()))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
+    let folder = std::env::temp_dir().join(format!("microvm-demo-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let done = between(args, &folder);
+    let _ = std::fs::remove_dir_all(&folder);
+    done
+}
+
+fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
+    let (here, there) = (folder.join("source"), folder.join("destination"));
+    let (here_text, there_text) = (here.display().to_string(), there.display().to_string());
+    let (size, rate) = (args.guest.size.to_string(), args.guest.rate.to_string());
+    tell(&format!(
+        "a guest of {} MiB begins to rewrite {} MB/s",
+        args.guest.size >> 20,
+        args.guest.rate / 1_000_000
+    ));
+    let (_source, _) = Process::start(&["run", "--control", &here_text, "--size", &size, "--rate", &rate])?;
+    let (_destination, line) = Process::start(&["incoming", "--control", &there_text, "tcp:127.0.0.1:0"])?;
+    let address = line.rsplit(' ').next().unwrap_or_default();
+    let (before, time) = (ask(&here, "status")?, Duration::from_secs(1));
+    thread::sleep(time);
+    let reached = number(&ask(&here, "status")?, "batches")? - number(&before, "batches")?;
+    tell(&format!(
+        "it has rewritten {} MB in a second; it migrates to {address}",
+        (reached << 20) / 1_000_000
+    ));
+
+    let report = ask(&here, &args.how.wish(address))?;
+    let arrived = ask(&there, "status")?;
+    thread::sleep(time);
+    let later = ask(&there, "status")?;
+    let verified = ask(&there, "verify")?;
+
+    let of = |name| number(&report, name);
+    let downtime = of("downtime_ms")?;
+    let stood = (number(&arrived, "ran_at")?.saturating_sub(of("stopped_at")?)) / 1_000_000;
+    let (left_at, now_at) = (of("batches")?, number(&later, "batches")?);
+    let wrong = number(&verified, "wrong")?;
+    tell(&format!(
+        "migrated over {} channels in {} passes and {} ms: {} MiB, {} pages, {} zero pages, {} Mbit/s in the last",
+        args.how.channels,
+        of("passes")?,
+        of("total_ms")?,
+        of("transferred")? >> 20,
+        of("pages")?,
+        of("zero")?,
+        of("mbps")?,
+    ));
+    tell(&format!(
+        "downtime {downtime} ms (limit {} ms); the guest stood still for {stood} ms",
+        args.how.downtime_limit
+    ));
+    tell(&format!("it counted to {left_at} at the source and goes on there: {now_at}, without a gap"));
+    tell(&format!("{wrong} wrong bytes of {}", number(&verified, "of")?));
+    let held = [
+        (wrong == 0, "bytes are wrong"),
+        (now_at > left_at, "the guest does not run at the destination"),
+        (downtime <= u128::from(args.how.downtime_limit), "the downtime is above its limit"),
+    ];
+    held.iter().find(|(held, _)| !held).map_or(Ok(()), |(_, broken)| Err((*broken).into()))
+}

@@ -1,0 +1,403 @@
+//! The virtual machine: memory, one vCPU in a thread of its own, a clock, and the device that the guest reports to.
+//!
+//! ```text
+//! boot ─▶ stopped ─ resume ─▶ running ─ stop ─▶ stopped, and its state as device sections ─▶ restore, in another process
+//! ```
+//!
+//! UNSAFETY: the kernel is given the mapping of the guest's memory, which lives as long as the machine.
+#![expect(unsafe_code, reason = "the memory slot")]
+
+use std::{
+    io,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use multifd::live::{DeviceSection, Guest};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::{
+    Failure,
+    guest::{self, Memory},
+};
+
+/// A virtual machine of this process.
+pub(crate) struct Machine {
+    pub(crate) memory: Memory,
+    pub(crate) region: kvm_userspace_memory_region,
+    pub(crate) vm: Arc<VmFd>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What the vCPU's thread and the others tell each other. Both wait on `changed`.
+struct State {
+    wanted: Wanted,
+    /// Whether the thread has left the guest and waits to be told; and whether that was between two batches.
+    stands: bool,
+    reported: bool,
+    device: Device,
+    /// The guest's time in nanoseconds, while it stands.
+    clock: u64,
+    cpu: (kvm_regs, kvm_sregs),
+    /// What the guest, or the kernel, has complained of; the guest never runs again then.
+    wrong: Option<String>,
+    /// When the guest last began to run, and when it last stopped, by the system's clock.
+    times: (u128, u128),
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Wanted {
+    Run,
+    /// Stand at the next exit.
+    Stop,
+    /// Stand between two batches.
+    Look,
+    Quit,
+}
+
+/// The device: takes reports, holds the guest back to its rate.
+#[derive(Clone, Copy)]
+struct Device {
+    size: u64,
+    /// Bytes a second.
+    rate: u64,
+    batches: u64,
+}
+
+/// How a machine does.
+pub(crate) struct Health {
+    pub(crate) batches: u64,
+    pub(crate) wrong: Option<String>,
+    /// Nanoseconds since 1970: when it last began to run, and when it last stopped.
+    pub(crate) times: (u128, u128),
+}
+
+impl Machine {
+    /// A machine whose guest has not begun.
+    pub(crate) fn boot(size: u64, rate: u64) -> Result<Self, Failure> {
+        let memory = memory(size)?;
+        guest::load(&memory, size)?;
+        let mut cpu = (kvm_regs { rip: guest::CODE, rflags: 2, ..Default::default() }, kvm_sregs::default());
+        let (kvm, vm) = open()?;
+        let vcpu = vm.create_vcpu(0)?;
+        cpu.1 = vcpu.get_sregs()?;
+        protected_mode(&mut cpu.1);
+        Self::new(memory, (kvm, vm, vcpu), Device { size, rate, batches: 0 }, 0, cpu)
+    }
+
+    /// The machine that another one was, from its memory and its sections.
+    pub(crate) fn restore(
+        memory: Memory,
+        section: impl Fn(&str) -> Option<Vec<u8>>,
+    ) -> Result<Self, Failure> {
+        let body = |name: &str, length| {
+            let body = section(name).ok_or_else(|| format!("section {name:?} is missing"))?;
+            if body.len() == length {
+                Ok(body)
+            } else {
+                Err(format!("section {name:?} has {} bytes", body.len()))
+            }
+        };
+        let numbers = |name, count: usize| {
+            let body = body(name, count * 8)?;
+            let number = |bytes: &[u8]| bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
+            Ok::<_, String>(body.chunks(8).map(number).collect::<Vec<u64>>())
+        };
+        let device = numbers("report", 3)?;
+        let device = Device { size: device[0], rate: device[1], batches: device[2] };
+        if device.size != total(&memory) {
+            return Err("the device has another idea of the memory's size".into());
+        }
+        let cpu = body("vcpu", size_of::<kvm_regs>() + size_of::<kvm_sregs>())?;
+        let (regs, sregs) = cpu.split_at(size_of::<kvm_regs>());
+        let unfit = |_| "the vCPU's state cannot be read";
+        let regs = kvm_regs::read_from_bytes(regs).map_err(|_| unfit(()))?;
+        let sregs = kvm_sregs::read_from_bytes(sregs).map_err(|_| unfit(()))?;
+        let (kvm, vm) = open()?;
+        let vcpu = vm.create_vcpu(0)?;
+        Self::new(memory, (kvm, vm, vcpu), device, numbers("clock", 1)?[0], (regs, sregs))
+    }
+
+    fn new(
+        memory: Memory,
+        (_kvm, vm, vcpu): (Kvm, VmFd, VcpuFd),
+        device: Device,
+        clock: u64,
+        cpu: (kvm_regs, kvm_sregs),
+    ) -> Result<Self, Failure> {
+        let mapped = memory.iter().next().ok_or("the machine has no memory")?.get_mmap();
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: device.size,
+            userspace_addr: mapped.as_ptr().addr() as u64,
+        };
+        // SAFETY: the region is mapped that long, and the machine keeps the memory until its thread has ended.
+        unsafe { vm.set_user_memory_region(region) }?;
+        let vm = Arc::new(vm);
+        vcpu.set_sregs(&cpu.1)?;
+        vcpu.set_regs(&cpu.0)?;
+        let state = State {
+            wanted: Wanted::Stop,
+            stands: false,
+            reported: true,
+            device,
+            clock,
+            cpu,
+            wrong: None,
+            times: (0, 0),
+        };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let mut run =
+            Vcpu { vcpu, vm: vm.clone(), memory: memory.clone(), shared: shared.clone(), due: None };
+        let thread = Builder::new().name("vcpu_0".into()).spawn(move || run.run())?;
+        Ok(Self { memory, region, vm, shared, thread: Some(thread) })
+    }
+
+    /// Lets the guest run, or run on.
+    pub(crate) fn run(&self) {
+        self.shared.want(Wanted::Run);
+    }
+
+    /// How it does.
+    pub(crate) fn health(&self) -> Health {
+        let state = self.shared.lock();
+        Health { batches: state.device.batches, wrong: state.wrong.clone(), times: state.times }
+    }
+
+    /// Has the guest stand for a moment and looks at all of its memory: wrong bytes, of so many.
+    pub(crate) fn verify(&self) -> Result<(u64, u64), Failure> {
+        let device = self.shared.stand(Wanted::Look).device;
+        let wrong = guest::wrong_bytes(&self.memory, device.size, device.batches);
+        self.run();
+        Ok((wrong?, guest::pages(device.size) * guest::PAGE as u64))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.shared.want(Wanted::Quit);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a migration asks of it.
+impl Guest for &Machine {
+    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+        let state = self.shared.stand(Wanted::Stop);
+        if let Some(wrong) = &state.wrong {
+            return Err(io::Error::other(wrong.clone()));
+        }
+        let section =
+            |name: &str, data| DeviceSection { name: name.into(), instance_id: 0, version: 1, data };
+        let numbers = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_be_bytes()).collect();
+        let Device { size, rate, batches } = state.device;
+        // A vCPU of a larger guest has more state: FPU, MSRs, events, local APIC. This one uses none of it.
+        let cpu = [state.cpu.0.as_bytes(), state.cpu.1.as_bytes()].concat();
+        Ok(vec![
+            section("vcpu", cpu),
+            section("clock", numbers(&[state.clock])),
+            section("report", numbers(&[size, rate, batches])),
+        ])
+    }
+
+    fn resume(&mut self) {
+        self.run();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn want(&self, wanted: Wanted) {
+        self.lock().wanted = wanted;
+        self.changed.notify_all();
+    }
+
+    /// Returns when the vCPU stands.
+    fn stand(&self, wanted: Wanted) -> MutexGuard<'_, State> {
+        self.want(wanted);
+        let running = |state: &mut State| {
+            !state.stands || wanted == Wanted::Look && !state.reported && state.wrong.is_none()
+        };
+        self.changed.wait_while(self.lock(), running).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The vCPU, in its thread.
+struct Vcpu {
+    vcpu: VcpuFd,
+    vm: Arc<VmFd>,
+    memory: Memory,
+    shared: Arc<Shared>,
+    /// Since when the guest runs, and the batches it had done then: what its rate is reckoned from.
+    due: Option<(Instant, u64)>,
+}
+
+impl Vcpu {
+    fn run(&mut self) {
+        while self.may_run() {
+            let ran = self.until_exit();
+            let mut state = self.shared.lock();
+            match ran {
+                Ok(reported) => {
+                    state.reported = reported;
+                    state.device.batches += u64::from(reported);
+                }
+                Err(error) => state.wrong = Some(error.to_string()),
+            }
+        }
+    }
+
+    /// Whether to enter the guest again; stands here as long as it is told to.
+    fn may_run(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let mut state = shared.lock();
+        loop {
+            let stand = match state.wanted {
+                Wanted::Quit => return false,
+                Wanted::Run => state.wrong.is_some(),
+                Wanted::Look => state.reported || state.wrong.is_some(),
+                Wanted::Stop => true,
+            };
+            if stand {
+                if !state.stands {
+                    self.leave(&mut state);
+                    shared.changed.notify_all();
+                }
+                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            if state.stands || self.due.is_none() {
+                self.enter(&mut state);
+            }
+            // Not before its time: the rate is the device's affair.
+            let Some((since, done)) = self.due.filter(|_| state.reported) else { return true };
+            let bytes = (state.device.batches - done) * guest::BATCH * guest::PAGE as u64;
+            let time = Duration::from_secs_f64(bytes as f64 / state.device.rate.max(1) as f64);
+            let left = time.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                return true;
+            }
+            let waited = shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            state = waited.0;
+        }
+    }
+
+    /// Completes what the last exit has left undone, without running the guest, and saves the state.
+    fn leave(&mut self, state: &mut State) {
+        self.vcpu.set_kvm_immediate_exit(1);
+        let completed = self.vcpu.run().map(|exit| format!("{exit:?}"));
+        self.vcpu.set_kvm_immediate_exit(0);
+        let saved = self.vcpu.get_regs().and_then(|regs| Ok((regs, self.vcpu.get_sregs()?)));
+        let clock =
+            if self.due.is_some() { self.vm.get_clock().map(|clock| clock.clock) } else { Ok(state.clock) };
+        match (completed, saved, clock) {
+            (Err(error), Ok(cpu), Ok(clock)) if error.errno() == INTERRUPTED => {
+                (state.cpu, state.clock) = (cpu, clock);
+            }
+            other => {
+                state.wrong = state.wrong.take().or(Some(format!("the vCPU cannot be stopped: {other:?}")));
+            }
+        }
+        (state.stands, state.times.1, self.due) = (true, now(), None);
+    }
+
+    /// Sets the clock to where it stood: time that the guest has not run has not passed for it.
+    fn enter(&mut self, state: &mut State) {
+        let clock = kvm_clock_data { clock: state.clock, ..Default::default() };
+        if let Err(error) = self.vm.set_clock(&clock) {
+            state.wrong = Some(format!("the clock cannot be set: {error}"));
+        }
+        (state.stands, state.times.0) = (false, now());
+        self.due = Some((Instant::now(), state.device.batches));
+    }
+
+    /// Runs the guest until it wants something, and does that; whether it was a report.
+    fn until_exit(&mut self) -> Result<bool, Failure> {
+        match self.vcpu.run() {
+            Ok(VcpuExit::IoOut(guest::REPORT, data)) => {
+                let met = u32::read_from_bytes(data).map_err(|_| "a report of four bytes")?;
+                let expected = guest::low(self.shared.lock().device.batches + 1);
+                if met != expected {
+                    return Err(format!("expected report {expected}, met {met}").into());
+                }
+                // As a device does that has memory of its own to write to: through `vm-memory`, which notes it.
+                self.memory.write_obj(met, GuestAddress(guest::MAILBOX))?;
+                Ok(true)
+            }
+            Ok(VcpuExit::IoIn(guest::CLOCK, data)) => {
+                let millis = guest::low(self.vm.get_clock()?.clock / 1_000_000);
+                data.copy_from_slice(millis.as_bytes());
+                Ok(false)
+            }
+            Ok(VcpuExit::IoOut(guest::WRONG, data)) => {
+                let at = u32::read_from_bytes(data).map_err(|_| "an address of four bytes")?;
+                Err(format!("the guest found its memory wrong near {at:#x}").into())
+            }
+            Err(error) if error.errno() == INTERRUPTED => Ok(false),
+            other => Err(format!("the guest left for a reason that is not known: {other:?}").into()),
+        }
+    }
+}
+
+/// Guest memory of so many bytes, all zero.
+pub(crate) fn memory(size: u64) -> Result<Memory, Failure> {
+    let fits = (LEAST..=MOST).contains(&size) && size.is_multiple_of(guest::PAGE as u64);
+    let size = usize::try_from(size).ok().filter(|_| fits);
+    let size =
+        size.ok_or_else(|| format!("expected {LEAST:#x} to {MOST:#x} bytes of memory in whole pages"))?;
+    Ok(Memory::from_ranges(&[(GuestAddress(0), size)])?)
+}
+
+fn total(memory: &Memory) -> u64 {
+    memory.iter().map(|region| region.get_mmap().size() as u64).sum()
+}
+
+fn open() -> Result<(Kvm, VmFd), Failure> {
+    let kvm = Kvm::new().map_err(|error| format!("/dev/kvm cannot be opened: {error}"))?;
+    let vm = kvm.create_vm()?;
+    vm.set_tss_address(0xfffb_d000)?;
+    Ok((kvm, vm))
+}
+
+/// Flat segments over all memory, no paging.
+fn protected_mode(sregs: &mut kvm_sregs) {
+    let flat = |selector, type_| kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = flat(8, 11);
+    (sregs.ds, sregs.es, sregs.ss) = (flat(16, 3), flat(16, 3), flat(16, 3));
+    sregs.cr0 |= 1;
+}
+
+fn now() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos())
+}
+
+const INTERRUPTED: i32 = 4;
+const LEAST: u64 = 4 << 20;
+/// What 32 bits reach, below the kernel's own pages.
+const MOST: u64 = 3 << 30;

@@ -1,0 +1,184 @@
+//! A virtual machine monitor of a few hundred lines whose machine migrates live: how an embedder uses `multifd`.
+//!
+//! | file | what to read it for |
+//! | --- | --- |
+//! | `source.rs` | memory, dirty logs, channels, migration |
+//! | `destination.rs` | taking a machine in |
+//! | `machine.rs` | stopping a vCPU so that its state is whole, and giving it as device sections |
+//! | `guest.rs`, `guest.s` | a guest that notices what went wrong |
+//! | `control.rs`, `demo.rs` | the rest of a monitor |
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the guest's program is for x86-64");
+
+mod control;
+mod demo;
+mod destination;
+mod guest;
+mod machine;
+mod source;
+
+use std::{io::Write, os::unix::net::UnixListener, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use multifd::channel::{Address, Listener, Stop};
+
+use crate::machine::Machine;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// A small virtual machine that migrates live over many channels.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Start a machine and run it until it has migrated, or is told to quit
+    Run {
+        #[command(flatten)]
+        control: Control,
+        #[command(flatten)]
+        guest: GuestArgs,
+    },
+    /// Wait for a machine that migrates here, and run it
+    Incoming {
+        #[command(flatten)]
+        control: Control,
+        /// Where to listen: tcp:HOST:PORT, unix:PATH
+        address: Address,
+    },
+    /// Have a running machine migrate; an interrupt cancels it
+    Migrate {
+        #[command(flatten)]
+        control: Control,
+        #[command(flatten)]
+        how: How,
+        /// Where `microvm incoming` listens
+        address: Address,
+    },
+    /// Ask a running machine: status, verify, quit
+    Ask {
+        #[command(flatten)]
+        control: Control,
+        /// What
+        question: String,
+    },
+    /// Move a busy machine to a second process, and look at it there
+    Demo(DemoArgs),
+}
+
+#[derive(clap::Args)]
+struct Control {
+    /// The machine's control socket
+    #[arg(long, value_name = "PATH")]
+    control: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct GuestArgs {
+    /// Bytes of memory
+    #[arg(long, default_value = "1GiB", value_parser = bytes)]
+    size: u64,
+    /// Bytes a second that the guest rewrites, page by page
+    #[arg(long, default_value = "200MB", value_parser = bytes)]
+    rate: u64,
+}
+
+#[derive(clap::Args)]
+struct DemoArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(clap::Args)]
+struct How {
+    /// Connections for memory, beside the main one
+    #[arg(long, default_value_t = 4)]
+    channels: u8,
+    /// Milliseconds that the guest may stand still
+    #[arg(long, default_value_t = 300)]
+    downtime_limit: u64,
+    /// Bytes a second; 0 is no limit
+    #[arg(long, default_value_t = 0, value_parser = bytes)]
+    max_bandwidth: u64,
+}
+
+impl How {
+    /// What the control socket is told.
+    fn wish(&self, address: &str) -> String {
+        format!("migrate {address} {} {} {}", self.channels, self.downtime_limit, self.max_bandwidth)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse().verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "microvm: {}", control::chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<(), Failure> {
+    match verb {
+        Verb::Run { control, guest } => {
+            let control = Socket::bind(control.control)?;
+            let machine = Machine::boot(guest.size, guest.rate)?;
+            machine.run();
+            control.serve(&machine)
+        }
+        Verb::Incoming { control, address } => {
+            let control = Socket::bind(control.control)?;
+            let listener = Listener::bind(&address)?;
+            tell(&format!("listening at {}", listener.local_address()));
+            let machine = destination::receive(listener, &Stop::new())?;
+            control.serve(&machine)
+        }
+        Verb::Migrate { control, how, address } => {
+            tell(&control::ask(&control.control, &how.wish(&address.to_string()))?);
+            Ok(())
+        }
+        Verb::Ask { control, question } => {
+            tell(&control::ask(&control.control, &question)?);
+            Ok(())
+        }
+        Verb::Demo(args) => demo::run(&args),
+    }
+}
+
+/// The control socket, which goes when its machine goes.
+struct Socket(UnixListener, PathBuf);
+
+impl Socket {
+    fn bind(path: PathBuf) -> Result<Self, Failure> {
+        let listener = UnixListener::bind(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Self(listener, path))
+    }
+
+    fn serve(&self, machine: &Machine) -> Result<(), Failure> {
+        tell(&format!("running, ask at {}", self.1.display()));
+        control::serve(machine, &self.0)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.1);
+    }
+}
+
+fn bytes(text: &str) -> Result<u64, parse_size::Error> {
+    parse_size::parse_size(text)
+}
+
+/// A line on standard output.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

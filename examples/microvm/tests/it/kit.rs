@@ -1,0 +1,138 @@
+//! The program's processes, and how they are asked.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Child, ChildStdout, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+/// A folder for control sockets; `None` where there is no KVM.
+pub(crate) fn folder() -> Option<TempDir> {
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        multifd_testkit::skip(&format!("/dev/kvm cannot be opened: {error}"));
+        return None;
+    }
+    Some(tempfile::tempdir().expect("a folder"))
+}
+
+/// A machine in a process of its own, which is killed in the end.
+pub(crate) struct Machine {
+    child: Child,
+    out: BufReader<ChildStdout>,
+    control: PathBuf,
+}
+
+impl Machine {
+    /// A guest of 64 MiB that runs.
+    pub(crate) fn run(folder: &TempDir, name: &str) -> Self {
+        let mut machine = Self::start(folder, name, &["run", "--size", "64MiB", "--rate", "40MB"]);
+        assert!(machine.line().starts_with("running"));
+        machine
+    }
+
+    /// One that waits, and where.
+    pub(crate) fn incoming(folder: &TempDir, name: &str) -> (Self, String) {
+        let mut machine = Self::start(folder, name, &["incoming", "tcp:127.0.0.1:0"]);
+        let line = machine.line();
+        let address = line.strip_prefix("listening at ").expect("an address").to_owned();
+        (machine, address)
+    }
+
+    fn start(folder: &TempDir, name: &str, args: &[&str]) -> Self {
+        let control = folder.path().join(name);
+        let mut command = program();
+        let mut child = command
+            .args(args)
+            .arg("--control")
+            .arg(&control)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        let out = BufReader::new(child.stdout.take().expect("its output"));
+        Self { child, out, control }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).expect("a line");
+        line.trim_end().to_owned()
+    }
+
+    /// Has it migrate; the client's process.
+    pub(crate) fn migrate(&self, address: &str, max_bandwidth: &str) -> Child {
+        let mut client = program();
+        client.args(["migrate", "--max-bandwidth", max_bandwidth, address, "--control"]).arg(&self.control);
+        client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started")
+    }
+
+    pub(crate) fn ask(&self, question: &str) -> Output {
+        program().args(["ask", question, "--control"]).arg(&self.control).output().expect("asked")
+    }
+
+    /// How many batches its guest has done; fails if that has found anything wrong.
+    pub(crate) fn batches(&self) -> u64 {
+        number(&self.ask("status"), "batches")
+    }
+
+    /// Its guest runs, and every byte of its memory is right.
+    pub(crate) fn assert_well(&self) {
+        let before = self.batches();
+        let deadline = Instant::now() + TIMEOUT;
+        while self.batches() < before + 10 {
+            assert!(Instant::now() < deadline, "the guest does not run");
+        }
+        let verified = self.ask("verify");
+        assert_eq!(number(&verified, "wrong"), 0, "{verified:?}");
+        assert!(number(&verified, "of") > 60 << 20);
+    }
+
+    /// Waits until so many bytes of it are in memory.
+    pub(crate) fn wait_resident(&self, bytes: u64) {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it lives");
+            let resident =
+                status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+            if resident.and_then(|kib| kib.parse::<u64>().ok()).expect("resident memory") << 10 > bytes {
+                return;
+            }
+            assert!(Instant::now() < deadline, "no memory came");
+        }
+    }
+
+    /// Its end, if it has come by itself.
+    pub(crate) fn wait(mut self) -> bool {
+        self.child.wait().expect("waited for").success()
+    }
+
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("waited for");
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The number of a name in an answer.
+pub(crate) fn number(output: &Output, name: &str) -> u64 {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let value = text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {output:?}"))
+}
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
+    command.stdin(Stdio::null());
+    command
+}
+
+const TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,0 +1,6 @@
+//! Real virtual machines of `/dev/kvm`, moved between processes.
+
+#[cfg(test)]
+mod kit;
+#[cfg(test)]
+mod migration;

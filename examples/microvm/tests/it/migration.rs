@@ -1,0 +1,87 @@
+//! A guest that checks itself goes on where it was, whatever happens to its migration.
+
+use std::process::Child;
+
+use crate::kit::{Machine, folder, number};
+
+/// Moves a machine; says what it had counted when it left, after it is well at the other side.
+fn hop(source: Machine, destination: &Machine, address: &str) -> u64 {
+    let report = source.migrate(address, "0").wait_with_output().expect("waited for");
+    assert!(report.status.success(), "{report:?}");
+    let left_at = number(&report, "batches");
+    assert!(source.wait(), "the source's process ends in order when its machine has gone");
+    assert!(destination.batches() >= left_at, "the counter goes on");
+    destination.assert_well();
+    left_at
+}
+
+fn end(client: Child) -> String {
+    let output = client.wait_with_output().expect("waited for");
+    assert!(!output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_running_guest_moves_and_counts_on() {
+    let Some(folder) = folder() else { return };
+    let source = Machine::run(&folder, "source");
+    source.assert_well();
+    let (destination, address) = Machine::incoming(&folder, "destination");
+    let before = source.batches();
+    assert!(hop(source, &destination, &address) >= before);
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_guest_running_and_the_next_one_succeeds() {
+    let Some(folder) = folder() else { return };
+    let source = Machine::run(&folder, "source");
+    let (destination, address) = Machine::incoming(&folder, "cancelled");
+    // Two seconds at least for what it is to send.
+    let mut client = source.migrate(&address, "20MB");
+    destination.wait_resident(16 << 20);
+    client.kill().expect("killed");
+    client.wait().expect("waited for");
+    assert!(!destination.wait(), "a destination without a machine fails");
+    source.assert_well();
+    let (destination, address) = Machine::incoming(&folder, "destination");
+    hop(source, &destination, &address);
+}
+
+#[test]
+fn a_destination_that_is_killed_leaves_the_guest_running_and_the_next_one_gets_it() {
+    let Some(folder) = folder() else { return };
+    let source = Machine::run(&folder, "source");
+    let (destination, address) = Machine::incoming(&folder, "killed");
+    let client = source.migrate(&address, "20MB");
+    destination.wait_resident(16 << 20);
+    destination.kill();
+    let said = end(client);
+    assert!(said.contains("error"), "{said}");
+    source.assert_well();
+    let (destination, address) = Machine::incoming(&folder, "destination");
+    hop(source, &destination, &address);
+}
+
+#[test]
+fn a_destination_that_is_not_there_is_told_and_the_guest_runs_on() {
+    let Some(folder) = folder() else { return };
+    let source = Machine::run(&folder, "source");
+    let (destination, address) = Machine::incoming(&folder, "gone");
+    destination.kill();
+    let said = end(source.migrate(&address, "0"));
+    assert!(said.contains(&format!("connect to {address}")), "{said}");
+    source.assert_well();
+}
+
+#[test]
+fn ten_hops_back_and_forth_lose_nothing() {
+    let Some(folder) = folder() else { return };
+    let mut machine = Machine::run(&folder, "start");
+    let mut counted = machine.batches();
+    for hop_number in 0..10 {
+        let (next, address) = Machine::incoming(&folder, &format!("hop{hop_number}"));
+        let left_at = hop(machine, &next, &address);
+        assert!(left_at >= counted, "hop {hop_number}: {left_at} after {counted}");
+        (machine, counted) = (next, left_at);
+    }
+}
