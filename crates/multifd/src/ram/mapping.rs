@@ -8,7 +8,10 @@
 
 use std::{any::Any, fmt, fs::File, io, marker::PhantomData, ptr::NonNull};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::{
+    fs::fstatfs,
+    mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
+};
 
 use super::zero;
 
@@ -32,8 +35,11 @@ pub struct Mapping {
 }
 
 enum Owner {
-    Mapped,
-    Foreign { _keep: Box<dyn Any + Send + Sync> },
+    /// So many bytes were mapped here, as many as asked for or more.
+    Mapped(usize),
+    Foreign {
+        _keep: Box<dyn Any + Send + Sync>,
+    },
 }
 
 // SAFETY: the pointer is to memory that lives until the drop of the mapping or of what `owner` keeps,
@@ -65,17 +71,20 @@ impl Mapping {
         // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel
         // without huge pages refuses it, which costs speed and nothing else.
         let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
-        Self::mapped(base, len, true)
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { base, len, writable: true, owner: Owner::Mapped(len) })
     }
 
-    /// `len` bytes of `file` from `offset` on, shared with it.
+    /// `len` bytes of `file` from `offset` on, shared with it: a memfd or a file of huge pages that another process has
+    /// handed over by descriptor (`File::from(OwnedFd)`), so that the engine runs beside the monitor and not in it.
     ///
     /// If the file is cut shorter while it is mapped, system calls on the lost part fail with `EFAULT`;
     /// the copies of [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can reach
-    /// are moved by system calls only.
+    /// are moved by system calls only, and [not looked at](crate::live::MigrateOptions::look_for_zero_pages); of a memfd
+    /// that is sealed against shrinking nothing can be lost.
     ///
     /// # Errors
-    /// If `offset` is no multiple of the host's page size, or the system refuses the mapping.
+    /// If `offset` is no multiple of the size of the file's pages, or the system refuses the mapping.
     pub fn of_file(file: &File, offset: u64, len: u64, access: Access) -> io::Result<Self> {
         let len = address_space(len)?;
         if len == 0 {
@@ -85,9 +94,12 @@ impl Mapping {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
+        // Huge pages are mapped and unmapped whole.
+        let whole = len.checked_next_multiple_of(pages_of(file)?).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
-        let base = unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, offset) }?;
-        Self::mapped(base, len, access == Access::ReadWrite)
+        let base = unsafe { mmap(std::ptr::null_mut(), whole, protection, MapFlags::SHARED, file, offset) }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { base, len, writable: access == Access::ReadWrite, owner: Owner::Mapped(whole) })
     }
 
     /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
@@ -110,11 +122,6 @@ impl Mapping {
     fn empty() -> Self {
         let owner = Owner::Foreign { _keep: Box::new(()) };
         Self { base: NonNull::dangling(), len: 0, writable: true, owner }
-    }
-
-    fn mapped(base: *mut std::ffi::c_void, len: usize, writable: bool) -> io::Result<Self> {
-        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { base, len, writable, owner: Owner::Mapped })
     }
 
     /// The length in bytes.
@@ -147,9 +154,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if matches!(self.owner, Owner::Mapped) {
+        if let Owner::Mapped(len) = self.owner {
             // SAFETY: this range was mapped by us, and every slice of it has borrowed `self`, so none lives.
-            let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+            let unmapped = unsafe { munmap(self.base.as_ptr().cast(), len) };
             debug_assert!(unmapped.is_ok(), "a range that was mapped whole is unmapped whole");
         }
     }
@@ -230,6 +237,13 @@ impl GuestSlice<'_> {
         // SAFETY: the slice lies inside the mapping that it borrows.
         unsafe { zero::is_zero(self.ptr.as_ptr(), self.len) }
     }
+}
+
+/// The size of the pages that a file is mapped in, if it is not the host's; 1 if it is.
+fn pages_of(file: &File) -> io::Result<usize> {
+    let stat = fstatfs(file)?;
+    let huge = stat.f_type == libc::HUGETLBFS_MAGIC;
+    Ok(if huge { usize::try_from(stat.f_bsize).unwrap_or(1).max(1) } else { 1 })
 }
 
 fn address_space(len: u64) -> io::Result<usize> {

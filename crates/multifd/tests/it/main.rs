@@ -6,6 +6,8 @@ mod compression;
 #[cfg(test)]
 mod dead_peers;
 #[cfg(test)]
+mod descriptors;
+#[cfg(test)]
 mod dirty;
 #[cfg(test)]
 mod events;
