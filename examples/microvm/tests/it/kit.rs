@@ -129,7 +129,7 @@ pub(crate) fn number(output: &Output, name: &str) -> u64 {
     value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {output:?}"))
 }
 
-fn program() -> Command {
+pub(crate) fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
     command.stdin(Stdio::null());
     command

@@ -2,7 +2,7 @@
 
 use std::process::Child;
 
-use crate::kit::{Machine, folder, number};
+use crate::kit::{Machine, folder, number, program};
 
 /// Moves a machine; says what it had counted when it left, after it is well at the other side.
 fn hop(source: Machine, destination: &Machine, address: &str) -> u64 {
@@ -71,6 +71,16 @@ fn a_destination_that_is_not_there_is_told_and_the_guest_runs_on() {
     let said = end(source.migrate(&address, "0"));
     assert!(said.contains(&format!("connect to {address}")), "{said}");
     source.assert_well();
+}
+
+/// With a limit that no busy machine misses: how long it takes is no matter of a test.
+#[test]
+fn the_demo_finds_no_wrong_byte() {
+    let Some(_folder) = folder() else { return };
+    let arguments = ["demo", "--size", "64MiB", "--rate", "20MB", "--downtime-limit", "60000"];
+    let demo = program().args(arguments).output().expect("run");
+    let said = String::from_utf8_lossy(&demo.stdout);
+    assert!(demo.status.success() && said.contains("\n0 wrong bytes of 66060288\n"), "{demo:?}");
 }
 
 #[test]
