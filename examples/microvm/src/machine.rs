@@ -196,6 +196,8 @@ impl Drop for Machine {
 
 /// What a migration asks of it.
 impl Guest for &Machine {
+    /// This guest leaves to read the clock and to report, every few milliseconds, and is told to stand then. One that does
+    /// not is sent a signal, whose handler sets `immediate_exit`.
     fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
         let state = self.shared.stand(Wanted::Stop);
         if let Some(wrong) = &state.wrong {

@@ -32,7 +32,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::{
-    io::fcntl_dupfd_cloexec,
+    io::{fcntl_dupfd_cloexec, retry_on_intr},
     ioctl::{NoArg, Opcode, ioctl, opcode},
     mm::{MapFlags, ProtFlags, mmap, munmap},
 };
@@ -155,10 +155,13 @@ impl KvmDirtyRings {
             });
         }
         if found > 0 {
-            // SAFETY: this number takes no argument.
-            let reset = unsafe { NoArg::<RESET_DIRTY_RINGS>::new() };
-            // SAFETY: as above; the descriptor is a virtual machine's.
-            unsafe { ioctl(self.0.vm.as_fd(), reset) }?;
+            // A signal, such as one that kicks the vCPU of this thread, may end the call early; the next one resets the rest.
+            retry_on_intr(|| {
+                // SAFETY: this number takes no argument.
+                let reset = unsafe { NoArg::<RESET_DIRTY_RINGS>::new() };
+                // SAFETY: as above; the descriptor is a virtual machine's.
+                unsafe { ioctl(self.0.vm.as_fd(), reset) }
+            })?;
         }
         if let Some(vcpu) = state.rings.iter().position(|ring| ring.ran_over) {
             return Err(io::Error::other(RanOver { vcpu }));
