@@ -3,7 +3,10 @@
 //! ```text
 //! pattern   fills pages with words that tell where they belong, and says where a stray page came from
 //! guest     a guest that keeps rewriting its memory, checks it, and reports on its serial line
-//! bad_source a source that misbehaves on demand, over real sockets
+//! bad_destination
+//!           a destination that misbehaves on demand
+//! bad_source
+//!           a source that misbehaves on demand, over real sockets
 //! skip      a test that the machine has not the means for, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
 //! ```
@@ -12,6 +15,7 @@
 //! caller has made a mistake; what a peer or the system does comes back as an error that says what was
 //! expected and what was met, with the peer's own last words.
 
+pub mod bad_destination;
 pub mod bad_source;
 pub mod certificates;
 pub mod guest;

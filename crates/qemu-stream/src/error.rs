@@ -46,7 +46,9 @@ pub enum Error {
         what: Unsupported,
     },
     /// The destination says that it failed; the guest can go on at the source.
-    #[error("destination failed with SHUT {code}; the guest can go on at the source")]
+    #[error(
+        "destination failed with SHUT {code}, why stands in its own log; the guest can go on at the source"
+    )]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
         code: u32,

@@ -12,5 +12,6 @@ mod pages;
 mod parameters;
 mod receive;
 mod send;
+mod stalls;
 mod usage;
 mod zero_copy;

@@ -1,0 +1,131 @@
+//! Peers that are alive and do nothing: the program ends, and says what to look at.
+
+use std::{net::TcpListener, time::Duration};
+
+use multifd_testkit::{
+    bad_destination::{BadDestination, Plan, Reads, Then},
+    bad_source::{On, Script, Shape, Target},
+    qemu::{Error, PATIENCE, Qemu},
+};
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::kit::{
+    Program, assert_left, captured, fast, feed, folder, machine, migrate, path, runs_on, send, slow, source,
+};
+
+const LOCAL: &str = "tcp:127.0.0.1:0";
+const MIB: u64 = 1 << 20;
+const SOON: Duration = Duration::from_secs(12);
+
+/// A listener that nobody looks after: its system takes connections, and then bytes until it is full.
+#[test]
+fn destination_that_takes_nothing_is_given_up() {
+    let folder = folder();
+    let from = captured(&folder, 64 * MIB);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    for channels in ["2", "0"] {
+        let options = ["--stall-timeout", "1", "--multifd-channels", channels];
+        let ended = feed(&options, &from, &address).end_within(SOON);
+        ended.assert_failed(1, &["because: ", "the other side has taken nothing for 1 s"]);
+    }
+}
+
+#[test]
+fn destination_that_says_nothing_is_given_up() {
+    let folder = folder();
+    let from = captured(&folder, MIB);
+    let destination = BadDestination::start(Plan { says: Vec::new(), ..Plan::default() }).unwrap();
+    let address = format!("tcp:{}", destination.address());
+    let ended = feed(&["--end-timeout", "1"], &from, &address).end_within(SOON);
+    ended.assert_failed(1, &["because: return path: offset 0x0: nothing came in time", "multifd-channels"]);
+}
+
+#[test]
+fn destination_that_is_slow_is_waited_for() {
+    let folder = folder();
+    let from = captured(&folder, MIB);
+    let slow = (Reads::Slowly(20 << 10), Then::Close);
+    let destination = BadDestination::start(Plan { channels: slow, ..Plan::default() }).unwrap();
+    let address = format!("tcp:{}", destination.address());
+    feed(&["--stall-timeout", "1", "--end-timeout", "5"], &from, &address).done();
+}
+
+#[test]
+fn source_that_stops_within_a_section_is_given_up_and_nothing_is_left() {
+    let folder = folder();
+    let (receive, address) = Program::receive(&["--stall-timeout", "1"], LOCAL, &path(&folder, "machine"));
+    let target = Target::Tcp(address.strip_prefix("tcp:").unwrap().parse().unwrap());
+    let heard = Script::whole(Shape::default()).cut(On::Main, "devices", 0, 20, None).play(&target).unwrap();
+    let ended = receive.end_within(SOON);
+    ended.assert_failed(1, &["the migration from 127.0.0.1:", "nothing came in time", "query-migrate"]);
+    assert_left(&folder, &[]);
+    drop(heard);
+}
+
+/// It would wait for the others for ever, and so would `send`.
+#[test]
+fn qemu_that_expects_more_channels_is_given_up() {
+    fn given_up(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let from = captured(&folder, MIB);
+        let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
+        to.set_multifd_channels(4)?;
+        let address = to.migrate_incoming(LOCAL)?;
+        let ended =
+            feed(&["--multifd-channels", "2", "--end-timeout", "1"], &from, &address).end_within(SOON);
+        ended.assert_failed(1, &["because: ", "multifd-channels"]);
+        Ok(())
+    }
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
+        given_up(&qemu).unwrap();
+    }
+}
+
+/// From one destination that is left to another, over 16 channels, and on to a QEMU that takes over from one that was
+/// left as well.
+fn second_attempt(qemu: &Qemu) -> Result<(), Error> {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = source(machine(qemu, &qemu.machine()))?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(16)?;
+    slow(&mut from)?;
+    let (left, address) = Program::receive(&[], LOCAL, &file);
+    from.migrate(&address)?;
+    from.wait_passes(2, PATIENCE)?;
+    from.execute("migrate_cancel", json!({}))?;
+    from.wait_migration("cancelled", PATIENCE)?;
+    left.end_within(SOON).assert_failed(1, &["because: "]);
+    assert_left(&folder, &[]);
+    fast(&mut from)?;
+    let (receive, address) = Program::receive(&[], LOCAL, &file);
+    migrate(&mut from, &address)?;
+    receive.done();
+
+    let mut left = machine(qemu, &qemu.machine()).incoming().start()?;
+    left.set_multifd_channels(16)?;
+    let address = left.migrate_incoming(LOCAL)?;
+    let sending = feed(&["--multifd-channels", "16", "--max-bandwidth", "1M"], &file, &address);
+    sending.next_line();
+    sending.signal(Signal::INT);
+    sending.end_within(SOON).assert_failed(130, &["interrupted"]);
+    drop(left);
+    let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
+    to.set_multifd_channels(16)?;
+    send(&["--multifd-channels", "16"], &file, &mut to, LOCAL)?;
+    runs_on(&from, &mut to)
+}
+
+#[test]
+fn cancelled_at_16_channels_the_next_destination_gets_the_guest_7_2() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    second_attempt(&qemu).unwrap();
+}
+
+#[test]
+fn cancelled_at_16_channels_the_next_destination_gets_the_guest_10_0() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    second_attempt(&qemu).unwrap();
+}
