@@ -470,6 +470,9 @@ pub enum Usage {
         "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
     )]
     SingleConnection(String),
+    /// The sender is to end with pages that no sync point has followed.
+    #[error("pages were queued after the last sync and may not have left: call sync before finish")]
+    Unsynced,
     /// `zero-copy-send` where pages are copied anyway.
     #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
     ZeroCopy(&'static str),

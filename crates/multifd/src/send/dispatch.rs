@@ -48,6 +48,8 @@ struct Queue {
     syncs: u64,
     /// Channels that have sent the last SYNC asked for.
     synced: usize,
+    /// Batches were handed over since.
+    unsynced: bool,
     stopped: bool,
 }
 
@@ -66,6 +68,7 @@ impl Dispatch {
                 connected: 0,
                 syncs: 0,
                 synced: 0,
+                unsynced: false,
                 stopped: false,
             }),
             work: Condvar::new(),
@@ -90,6 +93,7 @@ impl Dispatch {
                 let full = std::mem::replace(batch, empty);
                 let epoch = queue.syncs;
                 queue.ready.push_back((epoch, full));
+                queue.unsynced = true;
                 if queue.idle > 0 {
                     self.work.notify_one();
                 }
@@ -107,12 +111,18 @@ impl Dispatch {
         let mut queue = self.lock();
         queue.syncs += 1;
         queue.synced = 0;
+        queue.unsynced = false;
         self.work.notify_all();
         while queue.synced < self.channels && !queue.stopped {
             queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         drop(queue);
         stop.check()
+    }
+
+    /// Whether pages were handed over that no SYNC has followed.
+    pub(super) fn is_unsynced(&self) -> bool {
+        self.lock().unsynced
     }
 
     /// A channel's next job. `done` is the batch that it has carried; `synced` the SYNCs that it has sent.

@@ -156,8 +156,14 @@ impl Sender {
     /// Ends well: the destination has said that it has everything. Closes the channels and joins their threads.
     ///
     /// # Errors
-    /// The error that stopped the migration before.
+    /// The error that stopped the migration before; [`Usage::Unsynced`] if pages were queued after the last
+    /// [`sync`](Sender::sync), which stops it: they may not have left.
     pub fn finish(mut self) -> Result<Vec<ChannelStats>> {
+        let handed_over = self.shared.as_ref().is_some_and(|shared| shared.dispatch.is_unsynced());
+        if handed_over || !self.hand.is_empty() {
+            self.stop.check()?;
+            return Err(self.stop.fail(Usage::Unsynced.into()));
+        }
         self.stop.finish();
         self.join();
         self.stop.check()?;

@@ -75,6 +75,22 @@ fn a_peer_that_reads_nothing_holds_up_no_cancel() {
     canceller.join().expect("no panic");
 }
 
+/// They were dropped, and the sender said that all was well.
+#[test]
+fn a_sender_with_pages_that_no_sync_has_followed_does_not_end_well() {
+    for pages in [1, 300] {
+        let (connector, _listener) = memory::network(4 << 20);
+        let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, &[("pc.ram", 2 << 20)]));
+        let mut sender = Sender::new(SendOptions::new(), blocks, stop.clone()).expect("made");
+        sender.set_up(Arc::new(connector)).expect("set up");
+        sender.wait_connected().expect("connected");
+        sender.queue_run(BlockIndex(0), PageIndex(0), pages).expect("queued");
+        let refused = sender.finish().expect_err("refused");
+        assert!(matches!(refused.kind(), Error::Usage(Usage::Unsynced)), "{refused}");
+        assert!(matches!(stop.error().expect("stopped").kind(), Error::Usage(Usage::Unsynced)));
+    }
+}
+
 #[test]
 fn ends_are_used_once_and_cleaned_up_as_often_as_one_likes() {
     let (connector, listener) = memory::network(1 << 16);
