@@ -4,6 +4,7 @@
 //! check   format, lints, documentation, which way the arrows point, licences, file lengths
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
+//! fuzz    runs the fuzz targets for a while
 //! ```
 //!
 //! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
@@ -15,6 +16,7 @@ mod apt;
 mod arrows;
 mod check;
 mod deps;
+mod fuzz;
 mod length;
 mod licences;
 mod qemu;
@@ -43,6 +45,16 @@ fn main() -> ExitCode {
             };
             test::run(slow, rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest))
         }
+        (Some("fuzz"), rest) => match rest {
+            [flag, seconds, named @ ..] if flag == "--seconds" && seconds.parse::<u32>().is_ok() => {
+                fuzz::run_targets(seconds.parse().unwrap_or(0), named)
+            }
+            named if named.iter().all(|name| !name.starts_with('-')) => fuzz::run_targets(SECONDS, named),
+            _ => {
+                eprintln!("{USAGE}");
+                return ExitCode::from(2);
+            }
+        },
         (Some("help" | "--help" | "-h"), _) => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -76,4 +88,9 @@ const USAGE: &str = "usage: cargo xtask <task>
   check           format, lints, documentation, dependency rules, licences, file lengths
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
-  qemu            fetch the QEMUs the interop tests talk to, under target/qemu";
+  qemu            fetch the QEMUs the interop tests talk to, under target/qemu
+  fuzz [--seconds N] [TARGET]...
+                  run the fuzz targets, or those named, for N seconds each, 60 unless told";
+
+/// For each fuzz target.
+const SECONDS: u32 = 60;

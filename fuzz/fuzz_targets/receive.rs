@@ -1,0 +1,73 @@
+//! The whole receiving side: main and channels over links in memory, in the order and the pieces that the input says.
+//!
+//! The input is a row of pieces: a byte whose low two bits name the connection (3 is main), two bytes of length, so many
+//! bytes. A connection is opened by its first piece; all are closed behind the last.
+#![no_main]
+
+use std::time::Duration;
+
+use libfuzzer_sys::fuzz_target;
+use multifd::{
+    Error, ReceiveOptions, Receiver,
+    channel::{Connect, Link, Stop, memory},
+    ram::{Mapping, Memory, RamBlock, RamBlocks},
+};
+use qemu_stream::{
+    format::BlockList,
+    incoming::{Incoming, Loader},
+};
+
+const MOST_RAM: u64 = 1 << 20;
+const MAIN: u8 = 3;
+const LIMIT: Duration = Duration::from_millis(20);
+
+fuzz_target!(|bytes: &[u8]| {
+    let (connector, listener) = memory::network(1 << 20);
+    let stop = Stop::new();
+    let options = ReceiveOptions::new()
+        .greeting_timeout(LIMIT)
+        .channels_timeout(LIMIT)
+        .drain_timeout(LIMIT)
+        .stall_timeout(Some(2 * LIMIT));
+    let mut receiver = Receiver::new(options, stop.clone());
+    receiver.listen(Box::new(listener)).expect("the first time");
+    let links = play(bytes, &connector);
+    let opened = links[usize::from(MAIN)].is_some();
+    drop(links);
+    if !opened {
+        return;
+    }
+    let Ok(main) = receiver.wait_main() else { return };
+    let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(LIMIT));
+    let mut loader = Loader::new(&receiver, |_, list| blocks(list));
+    let _ = incoming.run(&mut loader);
+    stop.cancel();
+});
+
+/// Sends every piece; the pipes hold all of an input.
+fn play(mut bytes: &[u8], connector: &dyn Connect) -> [Option<Box<dyn Link>>; 4] {
+    let mut links = [const { None }; 4];
+    while let Some((&[tag, high, low], rest)) = bytes.split_first_chunk() {
+        let (piece, rest) = rest.split_at(rest.len().min(usize::from(high) << 8 | usize::from(low)));
+        bytes = rest;
+        let link = links[usize::from(tag & 3)]
+            .get_or_insert_with(|| connector.connect(&Stop::new(), LIMIT).expect("there is a listener"));
+        let mut piece = piece;
+        while !piece.is_empty() {
+            let Ok(sent) = link.send(&[piece.into()]) else { break };
+            piece = &piece[sent..];
+        }
+    }
+    links
+}
+
+fn blocks(list: &BlockList) -> Result<RamBlocks, Error> {
+    if list.total() > MOST_RAM {
+        return Err(Error::other("make the blocks", "more RAM than this target gives"));
+    }
+    let blocks = list.entries().iter().map(|entry| {
+        let memory = Mapping::anonymous(entry.used_length).map_err(|error| Error::io("map", error))?;
+        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
+    });
+    RamBlocks::new(blocks.collect::<Result<_, Error>>()?)
+}
