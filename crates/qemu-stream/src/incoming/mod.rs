@@ -173,7 +173,8 @@ impl<C: Connection> Incoming<C> {
 
     /// How long the source may be silent where something is due: before RAM's first section has ended, in the middle of any
     /// section, and behind the end of RAM. Default 120 s; `None` is for ever, as QEMU waits. Between the sections of RAM a
-    /// source may be silent for as long as it likes: one that pauses before the switchover is.
+    /// source may be silent for as long as it likes: one that pauses before the switchover is. The footer of a section counts as what is
+    /// between, for QEMU keeps it back that long.
     ///
     /// A long section is silent on this connection while its pages come over channels. The connection that
     /// [`Receiver::wait_main`](multifd::Receiver::wait_main) gives knows of them; with another one of your own, and
@@ -207,6 +208,7 @@ impl<C: Connection> Incoming<C> {
         let mut ram = Ram::new(&blocks);
         let sync_mode = ram.start(&mut self.r, destination)?;
         // Not what the machine type says: a property of the source may differ.
+        self.wait_for_more()?;
         let footers = footer_follows(&mut self.r)?;
         if footers {
             decode_footer(section, &mut self.r)?;
@@ -294,7 +296,7 @@ impl<C: Connection> Incoming<C> {
         let mut switchover_start = false;
         loop {
             let at = self.r.here();
-            self.wait_for_section()?;
+            self.wait_for_more()?;
             let met = Section::decode(&mut self.r)?;
             let last = match self.early.offer(&mut self.r, met, at, section, footers)? {
                 None => continue,
@@ -311,6 +313,10 @@ impl<C: Connection> Incoming<C> {
             };
             ram.body(&mut self.r, mode, destination)?;
             if footers {
+                if !last {
+                    // QEMU keeps it back until it has more to say.
+                    self.wait_for_more()?;
+                }
                 decode_footer(section, &mut self.r)?;
             }
             if last {
@@ -320,7 +326,7 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// Waits without limit for what comes next.
-    fn wait_for_section(&mut self) -> Result<(), Error> {
+    fn wait_for_more(&mut self) -> Result<(), Error> {
         if self.r.is_drained() && self.stall.is_some() {
             set_limit(&mut self.r, None)?;
             self.r.peek()?;

@@ -43,7 +43,7 @@ fn without_room(from: &Path, target: &str, receive: &[&str], send: &[&str]) -> O
     let sent = feed(send, from, &receive.listening()).end_within(SOON);
     sent.assert_failed(1, &["the migration of ", "because: "]);
     let ended = receive.end_within(SOON);
-    ended.assert_failed(1, &[&format!("into {} failed", mount.join("machine").display())]);
+    ended.assert_failed(1, &[&format!("into {}", mount.join("machine").display())]);
     Some((ended, fs::read_to_string(list).unwrap()))
 }
 

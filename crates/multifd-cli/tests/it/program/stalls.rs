@@ -83,6 +83,30 @@ fn qemu_that_expects_more_channels_is_given_up() {
     }
 }
 
+/// A source that pauses before the switchover says nothing for as long as its user likes.
+#[test]
+fn source_that_pauses_between_passes_is_waited_for() {
+    fn waited_for(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let mut from = source(machine(qemu, &qemu.machine()))?;
+        from.set_capabilities(&[("return-path", true), ("pause-before-switchover", true)])?;
+        from.set_multifd_channels(2)?;
+        fast(&mut from)?;
+        let options = ["--stall-timeout", "1"];
+        let (receive, address) = Program::receive(&options, LOCAL, &path(&folder, "machine"));
+        from.migrate(&address)?;
+        from.wait_migration("pre-switchover", PATIENCE)?;
+        std::thread::sleep(Duration::from_secs(3));
+        from.execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
+        from.wait_migration("completed", PATIENCE)?;
+        receive.done();
+        Ok(())
+    }
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
+        waited_for(&qemu).unwrap();
+    }
+}
+
 /// From one destination that is left to another, over 16 channels, and on to a QEMU that takes over from one that was
 /// left as well.
 fn second_attempt(qemu: &Qemu) -> Result<(), Error> {
