@@ -11,6 +11,7 @@ mod inspect;
 mod pages;
 mod parameters;
 mod receive;
+mod security;
 mod send;
 mod stalls;
 mod usage;
