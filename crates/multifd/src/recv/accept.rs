@@ -254,7 +254,7 @@ impl Shared {
 
     /// A connection that is dropped, if it may have been a channel of this migration.
     fn may_be_missed(&self, state: &mut super::State, from: Origin) -> Option<Origin> {
-        if state.sealed || !matches!(self.options.channels, ChannelCount::Auto) {
+        if !matches!(self.options.channels, ChannelCount::Auto) {
             return None;
         }
         let Some(main) = &state.main_from else {

@@ -30,7 +30,9 @@ use On::Main;
 /// What limits are set to, so that those who wait need not wait long.
 const LIMIT: Duration = Duration::from_millis(400);
 /// Of standing still: longer than all that this side waits for before.
-const STALL: Duration = Duration::from_millis(1200);
+const STALL: Duration = Duration::from_millis(1800);
+/// Of the first bytes: a script may do much between a connect and these.
+const GREETING: Duration = Duration::from_millis(1000);
 /// From the fault to the end, on a machine that does other things as well.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -122,8 +124,8 @@ fn run(row: &Row) -> Ended {
     let stop = Stop::new();
     let options = ReceiveOptions::new()
         .channels(row.channels)
-        .greeting_timeout(LIMIT)
-        .channels_timeout(LIMIT)
+        .greeting_timeout(GREETING)
+        .channels_timeout(GREETING)
         .drain_timeout(LIMIT)
         .stall_timeout(Some(STALL));
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("listening");

@@ -211,7 +211,7 @@ fn connections() -> Vec<Row> {
             "a channel that stops within its initial packet",
             whole().cut(Channel(1), "initial", 0, 63, None),
             "TimedOut",
-            &["connection from", "did not say what it is within 400 ms"],
+            &["connection from", "did not say what it is within 1 s"],
         ),
         (
             "a channel that closes within its initial packet",
