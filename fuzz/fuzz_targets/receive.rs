@@ -4,20 +4,17 @@
 //! bytes. A connection is opened by its first piece; all are closed behind the last.
 #![no_main]
 
+mod machine;
+
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use multifd::{
-    Error, ReceiveOptions, Receiver,
+    ReceiveOptions, Receiver,
     channel::{Connect, Link, Stop, memory},
-    ram::{Mapping, Memory, RamBlock, RamBlocks},
 };
-use qemu_stream::{
-    format::BlockList,
-    incoming::{Incoming, Loader},
-};
+use qemu_stream::incoming::{Incoming, Loader};
 
-const MOST_RAM: u64 = 1 << 20;
 const MAIN: u8 = 3;
 const LIMIT: Duration = Duration::from_millis(20);
 
@@ -37,7 +34,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     let Ok(main) = receiver.wait_main() else { return };
     let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(LIMIT));
-    let mut loader = Loader::new(&receiver, |_, list| blocks(list));
+    let mut loader = Loader::new(&receiver, |_, list| machine::blocks(list));
     let _ = incoming.run(&mut loader);
     stop.cancel();
 });
@@ -66,15 +63,4 @@ fn play(mut bytes: &[u8], connector: &dyn Connect) -> Vec<u8> {
         }
     }
     main
-}
-
-fn blocks(list: &BlockList) -> Result<RamBlocks, Error> {
-    if list.total() > MOST_RAM {
-        return Err(Error::other("make the blocks", "more RAM than this target gives"));
-    }
-    let blocks = list.entries().iter().map(|entry| {
-        let memory = Mapping::anonymous(entry.used_length).map_err(|error| Error::io("map", error))?;
-        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
-    });
-    RamBlocks::new(blocks.collect::<Result<_, Error>>()?)
 }

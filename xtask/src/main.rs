@@ -45,16 +45,19 @@ fn main() -> ExitCode {
             };
             test::run(slow, rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest))
         }
-        (Some("fuzz"), rest) => match rest {
-            [flag, seconds, named @ ..] if flag == "--seconds" && seconds.parse::<u32>().is_ok() => {
-                fuzz::run_targets(seconds.parse().unwrap_or(0), named)
+        (Some("fuzz"), rest) => {
+            let (seconds, named) = match rest {
+                [flag, seconds, named @ ..] if flag == "--seconds" => (seconds.parse().ok(), named),
+                named => (Some(SECONDS), named),
+            };
+            match seconds.filter(|_| named.iter().all(|name| !name.starts_with('-'))) {
+                Some(seconds) => fuzz::run_targets(seconds, named),
+                None => {
+                    eprintln!("{USAGE}");
+                    return ExitCode::from(2);
+                }
             }
-            named if named.iter().all(|name| !name.starts_with('-')) => fuzz::run_targets(SECONDS, named),
-            _ => {
-                eprintln!("{USAGE}");
-                return ExitCode::from(2);
-            }
-        },
+        }
         (Some("help" | "--help" | "-h"), _) => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;

@@ -170,11 +170,11 @@ fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
 
 /// Whether a main stream has come to its end: EOF, and a description that is all here.
 fn is_whole(stream: &[u8]) -> bool {
-    let ends = stream
+    let mut ends = stream
         .windows(7)
         .enumerate()
         .filter(|(_, window)| window.starts_with(b"\0\x06") && window[6] == b'{');
-    ends.into_iter().any(|(at, window)| {
+    ends.any(|(at, window)| {
         let length = window[2..6].iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
         at + 6 + length == stream.len()
     })

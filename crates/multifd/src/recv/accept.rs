@@ -96,10 +96,9 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
             };
             let mut missed = None;
             shared.greeted(|state| {
-                if state.main_came || state.sealed {
+                if state.main_from.is_some() || state.sealed {
                     tracing::warn!(peer, "a second main connection is dropped");
                 } else {
-                    state.main_came = true;
                     state.main = Some(main);
                     state.main_watch = Some(watch);
                     let lost = std::mem::take(&mut state.lost);

@@ -86,7 +86,6 @@ struct State {
     /// There is one connection only: what becomes of it becomes of the migration.
     single: bool,
     main: Option<Stream>,
-    main_came: bool,
     main_watch: Option<Watch>,
     /// Sync points that main has passed.
     released: u64,
@@ -94,7 +93,7 @@ struct State {
     main_waits: bool,
     /// Connections accepted so far.
     accepted: u64,
-    /// Where main comes from.
+    /// Where main comes from, once it has come.
     main_from: Option<Origin>,
     /// Connections that were dropped while that was not known.
     lost: Vec<Origin>,
@@ -183,7 +182,7 @@ impl Receiver {
             if let Some(main) = state.main.take() {
                 return Ok(main);
             }
-            if state.main_came {
+            if state.main_from.is_some() {
                 return Err(Usage::UsedTwice.into());
             }
             if state.stopped {

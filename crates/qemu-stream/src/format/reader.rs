@@ -80,7 +80,7 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// If the system cannot read.
     pub fn peek(&mut self) -> Result<Option<u8>, Error> {
-        if self.start == self.end {
+        if self.is_drained() {
             self.fill()?;
         }
         self.field = self.position;

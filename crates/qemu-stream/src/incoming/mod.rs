@@ -171,10 +171,10 @@ impl<C: Connection> Incoming<C> {
         self
     }
 
-    /// How long the source may be silent where something is due: before RAM's first section has ended, in the middle of any
-    /// section, and behind the end of RAM. Default 120 s; `None` is for ever, as QEMU waits. Between the sections of RAM a
-    /// source may be silent for as long as it likes: one that pauses before the switchover is. The footer of a section counts as what is
-    /// between, for QEMU keeps it back that long.
+    /// How long the source may be silent where something is due: before RAM's first section has ended, in the middle
+    /// of any section, and behind the end of RAM. Default 120 s; `None` is for ever, as QEMU waits. Between the
+    /// sections of RAM a source may be silent for as long as it likes: one that pauses before the switchover is. The
+    /// footer of a section counts as what is between, for QEMU keeps it back that long.
     ///
     /// A long section is silent on this connection while its pages come over channels. The connection that
     /// [`Receiver::wait_main`](multifd::Receiver::wait_main) gives knows of them; with another one of your own, and
