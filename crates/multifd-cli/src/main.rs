@@ -1,47 +1,7 @@
-//! `multifd`: stands at either end of a QEMU migration, or between two.
-//!
-//! ```text
-//! args ─▶ receive   QEMU ═══ channels ═══▶ file        capture/  the file being written
-//!         send      file ═══ channels ═══▶ QEMU
-//!         inspect   file ─▶ a table, or (extract) one block's RAM
-//!         demo      this process ═══ channels ═══▶ a second one
-//!                     └── interrupt (Ctrl-C)   display (progress)   report (the end, as text or JSON)
-//! ```
-//!
-//! Standard output is for results, standard error for talk. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
-//! interrupted.
+//! The program `multifd`: a process around its library.
 
-mod args;
-mod capture;
-mod combinations;
-mod demo;
-mod direct_io;
-mod display;
-mod extract;
-mod file_address;
-mod identity;
-mod inspect;
-mod interrupt;
-mod new_file;
-mod outcome;
-mod receive;
-mod report;
-mod send;
-
-use std::process::ExitCode;
-
-use args::{Args, Verb};
-use clap::Parser;
+use std::{env, process::ExitCode};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    outcome::trace(args.verb.quiet());
-    let ended = match args.verb {
-        Verb::Receive(args) => receive::run(&args),
-        Verb::Send(args) => send::run(&args),
-        Verb::Inspect(args) => inspect::run(&args),
-        Verb::Demo(args) => demo::run(&args),
-        Verb::DemoDestination(args) => demo::destination(&args),
-    };
-    outcome::exit_code(ended)
+    multifd_cli::run(env::args_os())
 }

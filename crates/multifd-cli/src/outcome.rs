@@ -61,11 +61,13 @@ impl Error for While {
 /// unless it is to be quiet.
 pub(crate) fn trace(quiet: bool) {
     let unasked = || EnvFilter::new(if quiet { "off" } else { "warn" });
-    tracing_subscriber::fmt()
+    let chosen = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_from_env("MULTIFD_LOG").unwrap_or_else(|_| unasked()))
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
-        .init();
+        .try_init();
+    // Another call in this process has chosen.
+    drop(chosen);
 }
 
 /// Tells why it failed, and turns that into the process's exit code.

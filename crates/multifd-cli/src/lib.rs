@@ -1,0 +1,58 @@
+//! `multifd`: stands at either end of a QEMU migration, or between two.
+//!
+//! ```text
+//! args ─▶ receive   QEMU ═══ channels ═══▶ file        capture/  the file being written
+//!         send      file ═══ channels ═══▶ QEMU
+//!         inspect   file ─▶ a table, or (extract) one block's RAM
+//!         demo      this process ═══ channels ═══▶ a second one
+//!                     └── interrupt (Ctrl-C)   display (progress)   report (the end, as text or JSON)
+//! ```
+//!
+//! Standard output is for results, standard error for talk. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
+//! interrupted.
+
+mod args;
+mod capture;
+mod combinations;
+mod demo;
+mod direct_io;
+mod display;
+mod extract;
+mod file_address;
+mod identity;
+mod inspect;
+mod interrupt;
+mod new_file;
+mod outcome;
+mod receive;
+mod report;
+mod send;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use args::{Args, Verb};
+use clap::Parser;
+
+/// Does what a command line asks for, its first word the program's own name, and says how the process is to end.
+///
+/// It belongs to a process of its own: it writes to standard output and error, may take over Ctrl-C, and only the first
+/// call chooses what is logged. A library so that whatever a command line can be is tried on it.
+pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = match Args::try_parse_from(command_line) {
+        Ok(args) => args,
+        Err(refused) => {
+            // Whoever closed the output does not want it.
+            let _ = refused.print();
+            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(2));
+        }
+    };
+    outcome::trace(args.verb.quiet());
+    let ended = match args.verb {
+        Verb::Receive(args) => receive::run(&args),
+        Verb::Send(args) => send::run(&args),
+        Verb::Inspect(args) => inspect::run(&args),
+        Verb::Demo(args) => demo::run(&args),
+        Verb::DemoDestination(args) => demo::destination(&args),
+    };
+    outcome::exit_code(ended)
+}

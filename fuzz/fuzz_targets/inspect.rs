@@ -1,0 +1,51 @@
+//! `multifd inspect`, its command line and the file that it looks at, `--extract` included.
+//!
+//! The input's first line is the command line, words separated by blanks; what follows is the file. The word FILE stands for
+//! that file, OUT for one beside it that may be written.
+#![no_main]
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    fs::{self, OpenOptions},
+    os::fd::AsFd,
+    os::unix::ffi::OsStrExt,
+    path::Path,
+    sync::OnceLock,
+};
+
+use libfuzzer_sys::fuzz_target;
+use tempfile::TempDir;
+
+fuzz_target!(|bytes: &[u8]| {
+    let folder = folder();
+    let (file, out) = (folder.join("file"), folder.join("out"));
+    let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let words = line.split(|byte| *byte == b' ').map(|word| match word {
+        b"FILE" => file.clone().into_os_string(),
+        b"OUT" => out.clone().into_os_string(),
+        // Whatever the words are, nothing outside the folder is to be written.
+        _ if word.contains(&b'/') => OsString::from("elsewhere"),
+        _ => OsStr::from_bytes(word).to_owned(),
+    });
+    let command_line = ["multifd", "inspect"].into_iter().map(OsString::from).chain(words);
+    fs::write(&file, bytes.get(line.len() + 1..).unwrap_or_default()).expect("written");
+    multifd_cli::run(command_line);
+    for left in fs::read_dir(folder).expect("a folder").flatten() {
+        let _ = fs::remove_file(left.path());
+    }
+});
+
+/// A folder for this process, which the first input makes and enters; from then on standard output leads nowhere.
+fn folder() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    FOLDER
+        .get_or_init(|| {
+            let nowhere = OpenOptions::new().write(true).open("/dev/null").expect("there");
+            rustix::stdio::dup2_stdout(nowhere.as_fd()).expect("standard output");
+            let folder = tempfile::tempdir().expect("a folder");
+            env::set_current_dir(folder.path()).expect("entered");
+            folder
+        })
+        .path()
+}
