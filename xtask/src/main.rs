@@ -5,6 +5,7 @@
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
+//! soak    migrations without end, with faults in most
 //! ```
 //!
 //! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
@@ -20,6 +21,7 @@ mod fuzz;
 mod length;
 mod licences;
 mod qemu;
+mod soak;
 mod sources;
 mod step;
 mod test;
@@ -58,6 +60,13 @@ fn main() -> ExitCode {
                 }
             }
         }
+        (Some("soak"), rest) => match soak::Wanted::parse(rest) {
+            Some(wanted) => soak::soak(&wanted),
+            None => {
+                eprintln!("{USAGE}");
+                return ExitCode::from(2);
+            }
+        },
         (Some("help" | "--help" | "-h"), _) => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -93,7 +102,9 @@ const USAGE: &str = "usage: cargo xtask <task>
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
   qemu            fetch the QEMUs the interop tests talk to, under target/qemu
   fuzz [--seconds N] [TARGET]...
-                  run the fuzz targets, or those named, for N seconds each, 60 unless told";
+                  run the fuzz targets, or those named, for N seconds each, 60 unless told
+  soak [--minutes N] [--seed S] [--migrations N]
+                  migrate in random ways, with faults in most, for N minutes, 10 unless told; a seed names each";
 
 /// For each fuzz target.
 const SECONDS: u32 = 60;

@@ -1,0 +1,315 @@
+//! Connections to which something happens.
+//!
+//! The real connection stays below: what is done to it is done with its own means, so that the engine meets what the system
+//! says to that. Only [`Mishap::Swallow`] and [`Mishap::Hold`] stand for a network or a program that is not there.
+
+use std::{
+    io,
+    sync::{
+        Arc, Condvar, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    channel::{Attention, Connect, Link, Listen, Stop, Wake},
+    ram::{Part, PartMut},
+};
+
+use crate::plan::{Direction, Fault, Mishap, Side};
+
+/// What happens to the connections of one side, and when it did.
+#[derive(Debug)]
+pub(crate) struct Misfortune {
+    fault: Fault,
+    side: Side,
+    opened: AtomicUsize,
+    pub(crate) struck: OnceLock<Instant>,
+}
+
+impl Misfortune {
+    pub(crate) fn new(fault: Fault, side: Side) -> Arc<Self> {
+        Arc::new(Self { fault, side, opened: AtomicUsize::new(0), struck: OnceLock::new() })
+    }
+
+    /// Notes that it happens now.
+    pub(crate) fn strike(&self) {
+        let _ = self.struck.set(Instant::now());
+    }
+
+    fn befall(self: &Arc<Self>, link: Box<dyn Link>) -> Box<dyn Link> {
+        let number = self.opened.fetch_add(1, Ordering::SeqCst);
+        match self.fault {
+            Fault::Link { side, connection, direction, after, what }
+                if side == self.side && connection == number =>
+            {
+                let hold =
+                    Arc::new(Hold { inner: link.waker(), woken: Mutex::default(), changed: Condvar::new() });
+                let fortune = self.clone();
+                let (moved, timeout) = (0, None);
+                Box::new(Unlucky { link, fortune, direction, after, what, moved, hold, timeout })
+            }
+            _ => link,
+        }
+    }
+}
+
+/// The source's side.
+pub(crate) struct UnluckyConnector {
+    pub(crate) inner: Arc<dyn Connect>,
+    pub(crate) fortune: Arc<Misfortune>,
+    /// Strangers stay until the migration is over.
+    pub(crate) strangers: Mutex<Vec<Box<dyn Link>>>,
+}
+
+impl Connect for UnluckyConnector {
+    fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
+        let number = self.fortune.opened.load(Ordering::SeqCst);
+        match self.fortune.fault {
+            Fault::Refused(connection) if connection == number => {
+                self.fortune.strike();
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            Fault::Stranger(connection, says)
+                if connection == number && self.fortune.struck.get().is_none() =>
+            {
+                self.fortune.strike();
+                let mut stranger = self.inner.connect(stop, limit)?;
+                if !says.is_empty() {
+                    stranger.send(&[Part::from(says)])?;
+                }
+                self.strangers.lock().unwrap_or_else(PoisonError::into_inner).push(stranger);
+            }
+            _ => {}
+        }
+        Ok(self.fortune.befall(self.inner.connect(stop, limit)?))
+    }
+
+    fn target(&self) -> String {
+        self.inner.target()
+    }
+}
+
+/// The destination's side.
+pub(crate) struct UnluckyListener {
+    pub(crate) inner: Box<dyn Listen>,
+    pub(crate) fortune: Arc<Misfortune>,
+}
+
+impl Listen for UnluckyListener {
+    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept()?.map(|link| self.fortune.befall(link)))
+    }
+
+    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept_waiting()?.map(|link| self.fortune.befall(link)))
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.inner.waker()
+    }
+
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+}
+
+/// One connection, from one side.
+struct Unlucky {
+    link: Box<dyn Link>,
+    fortune: Arc<Misfortune>,
+    direction: Direction,
+    after: u64,
+    what: Mishap,
+    /// Bytes that have moved in that direction.
+    moved: u64,
+    hold: Arc<Hold>,
+    timeout: Option<Duration>,
+}
+
+/// Where a reader that stands still can be woken.
+struct Hold {
+    inner: Arc<dyn Wake>,
+    woken: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Wake for Hold {
+    fn wake(&self) {
+        *self.woken.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+        self.inner.wake();
+    }
+}
+
+impl Hold {
+    /// Whether somebody wakes it in time.
+    fn wait(&self, limit: Option<Duration>) -> bool {
+        let woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = limit.unwrap_or(Duration::MAX);
+        let waited = self.changed.wait_timeout_while(woken, limit, |woken| !*woken);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl Unlucky {
+    /// How many bytes may still pass before it strikes.
+    fn before(&self) -> usize {
+        usize::try_from(self.after.saturating_sub(self.moved)).unwrap_or(usize::MAX)
+    }
+
+    fn send_with(&mut self, parts: &[Part<'_>], more: bool) -> io::Result<usize> {
+        let mut send =
+            |parts: &[Part<'_>]| if more { self.link.send_more(parts) } else { self.link.send(parts) };
+        let total: usize = parts.iter().map(Part::len).sum();
+        if self.direction == Direction::Received || total == 0 {
+            return send(parts);
+        }
+        let before = usize::try_from(self.after.saturating_sub(self.moved)).unwrap_or(usize::MAX);
+        if before >= total {
+            let sent = send(parts)?;
+            self.moved += sent as u64;
+            return Ok(sent);
+        }
+        if before > 0 {
+            let sent = send(&[Part::from(&first(parts, before)[..])])?;
+            self.moved += sent as u64;
+            return Ok(sent);
+        }
+        self.fortune.strike();
+        match self.what {
+            Mishap::Cut => {
+                self.link.waker().wake();
+                self.link.send(parts)
+            }
+            Mishap::HalfClose => {
+                self.link.close_send()?;
+                self.link.send(parts)
+            }
+            Mishap::Swallow => Ok(total),
+            Mishap::Flip(bit) => {
+                let mut bytes = first(parts, 1);
+                bytes[0] ^= 1 << bit;
+                let sent = self.link.send(&[Part::from(&bytes[..])])?;
+                // One is enough.
+                self.after = u64::MAX;
+                Ok(sent)
+            }
+            Mishap::Slow | Mishap::Hold => {
+                thread::sleep(STEP);
+                let sent = self.link.send(&[Part::from(&first(parts, PIECE)[..])])?;
+                self.moved += sent as u64;
+                self.after = if self.moved > MOST_SLOWLY { u64::MAX } else { self.moved };
+                Ok(sent)
+            }
+        }
+    }
+
+    /// Receives up to `len` bytes by way of a buffer.
+    fn recv_piece(&mut self, parts: &mut [PartMut<'_>], len: usize, change: u8) -> io::Result<usize> {
+        let mut buffer = vec![0; len];
+        let received = self.link.recv(&mut [PartMut::from(&mut buffer[..])])?;
+        if received > 0 {
+            buffer[0] ^= change;
+        }
+        let mut rest = &buffer[..received];
+        for part in parts {
+            rest = &rest[part.copy_from(rest)..];
+        }
+        self.moved += received as u64;
+        Ok(received)
+    }
+}
+
+impl Link for Unlucky {
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.send_with(parts, false)
+    }
+
+    fn send_more(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.send_with(parts, true)
+    }
+
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
+        let total: usize = parts.iter().map(PartMut::len).sum();
+        if self.direction == Direction::Sent || total == 0 {
+            return self.link.recv(parts);
+        }
+        let before = self.before();
+        if before >= total {
+            let received = self.link.recv(parts)?;
+            self.moved += received as u64;
+            return Ok(received);
+        }
+        if before > 0 {
+            return self.recv_piece(parts, before, 0);
+        }
+        self.fortune.strike();
+        match self.what {
+            Mishap::Cut | Mishap::HalfClose | Mishap::Swallow => {
+                self.link.waker().wake();
+                self.link.recv(parts)
+            }
+            Mishap::Hold => {
+                if self.hold.wait(self.timeout) {
+                    self.link.recv(parts)
+                } else {
+                    Err(io::ErrorKind::TimedOut.into())
+                }
+            }
+            Mishap::Flip(bit) => {
+                let received = self.recv_piece(parts, 1, 1 << bit)?;
+                self.after = u64::MAX;
+                Ok(received)
+            }
+            Mishap::Slow => {
+                thread::sleep(STEP);
+                let received = self.recv_piece(parts, PIECE.min(total), 0)?;
+                self.after = if self.moved > MOST_SLOWLY { u64::MAX } else { self.moved };
+                Ok(received)
+            }
+        }
+    }
+
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.timeout = limit;
+        self.link.set_recv_timeout(limit)
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.hold.clone()
+    }
+
+    fn peer(&self) -> String {
+        self.link.peer()
+    }
+
+    fn close_send(&mut self) -> io::Result<()> {
+        self.link.close_send()
+    }
+
+    fn attend(&mut self, attention: Attention) -> io::Result<()> {
+        self.link.attend(attention)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.link.finish()
+    }
+}
+
+/// The first bytes of `parts`.
+fn first(parts: &[Part<'_>], len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len);
+    for part in parts {
+        let mut piece = vec![0; part.len().min(len - bytes.len())];
+        part.copy_to(&mut piece);
+        bytes.extend(piece);
+    }
+    bytes
+}
+
+const STEP: Duration = Duration::from_micros(200);
+const PIECE: usize = 1 << 10;
+const MOST_SLOWLY: u64 = 1 << 18;

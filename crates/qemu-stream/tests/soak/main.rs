@@ -1,0 +1,232 @@
+//! Migrations without end, each another, with faults in most: every one ends with the guest whole at one side, and with
+//! nothing left of it in the process.
+//!
+//! ```text
+//! seed ─▶ plan ─▶ guest ─▶ migrate: source ══ connections to which something happens ══ destination ─▶ judged
+//! ```
+//!
+//! One test and a process of its own, since it counts the threads and descriptors of the process. By default it makes
+//! [`MIGRATIONS`] from one seed on; `cargo xtask soak` goes on for as long as it is told.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    fmt::Write as _,
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    channel::tls::{ClientCredentials, ServerCredentials},
+    live::Status,
+};
+use multifd_testkit::certificates;
+
+mod fault;
+mod guest;
+mod migrate;
+mod plan;
+
+use guest::{SoakGuest, difference};
+use migrate::{Ends, HANG, Means};
+use plan::{Fault, Plan, Side};
+
+/// How a migration ended that ended as it should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Verdict {
+    /// At the destination, which holds what the source held.
+    Arrived,
+    /// The guest runs on at the source, which has said why.
+    Stayed,
+    /// The connection broke when the destination had said that it has everything: the source has not heard, and its guest
+    /// goes on as well. No protocol of messages can exclude it.
+    Untold,
+    /// A bit was another, and nothing in the format tells.
+    Unnoticed,
+}
+
+/// What came of all faults of one kind.
+#[derive(Default)]
+struct Tally {
+    verdicts: BTreeMap<Verdict, u32>,
+    longest: Duration,
+}
+
+fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
+    let Ends { source, destination, .. } = ends;
+    let pages: u64 = plan.blocks.iter().sum();
+    match (&source.result, &destination.result) {
+        (Ok(()), received) => {
+            if source.status != Status::Completed || !source.guest.stopped || source.guest.resumed {
+                return Err(format!("completed, but the source is {:?} and its guest runs", source.status));
+            }
+            if plan.may_differ() {
+                return Ok(Verdict::Unnoticed);
+            }
+            if let Err(error) = received {
+                return Err(format!("the guest is lost: the destination failed: {}", told(error)));
+            }
+            let blocks = destination.blocks.as_ref().ok_or("completed without blocks")?;
+            if let Some(difference) = difference(plan.seed, &source.guest.blocks, blocks) {
+                return Err(difference);
+            }
+            if destination.device.as_ref() != Some(&source.guest.device()) {
+                return Err(format!("the device's state is {:?}", destination.device));
+            }
+            Ok(Verdict::Arrived)
+        }
+        (Err(error), received) => {
+            if plan.must_arrive() {
+                let there = received.as_ref().err().map(told);
+                return Err(format!("failed without a cause: {}; destination: {there:?}", told(error)));
+            }
+            if source.guest.stopped != source.guest.resumed {
+                return Err("the guest stands still at the source".into());
+            }
+            let begun = matches!(source.status, Status::Failed | Status::Cancelled);
+            if begun && source.dirty != pages {
+                return Err(format!("{} of {pages} pages are dirty at the source", source.dirty));
+            }
+            let cancelled = matches!(plan.fault, Fault::Cancel(Side::Source, _));
+            if error.is_cancelled() != cancelled {
+                return Err(format!("not the first cause at the source: {}", told(error)));
+            }
+            let may_be_untold = matches!(plan.fault, Fault::Cancel(..) | Fault::Link { .. });
+            match received {
+                Ok(()) if may_be_untold => Ok(Verdict::Untold),
+                Ok(()) => Err(format!("the guest runs at both sides: {}", told(error))),
+                Err(error) => {
+                    let cancelled =
+                        ends.abandoned || matches!(plan.fault, Fault::Cancel(Side::Destination, _));
+                    if error.is_cancelled() && !cancelled {
+                        return Err(format!("not the first cause at the destination: {}", told(error)));
+                    }
+                    Ok(Verdict::Stayed)
+                }
+            }
+        }
+    }
+}
+
+fn told(error: &multifd::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn count(folder: &str) -> usize {
+    fs::read_dir(folder).expect("the process's own").count()
+}
+
+fn in_use() -> (usize, usize) {
+    (count("/proc/self/task"), count("/proc/self/fd"))
+}
+
+/// What is left in the process of something that has ended: a thread that was joined goes a moment later.
+fn left_behind(before: (usize, usize)) -> Option<String> {
+    let mut now = in_use();
+    for _ in 0..100 {
+        if now == before {
+            return None;
+        }
+        thread::sleep(Duration::from_millis(2));
+        now = in_use();
+    }
+    Some(format!("threads and descriptors: {before:?} before, {now:?} afterwards"))
+}
+
+/// The threads of this process and where each stands, of a migration that hangs.
+fn standing() -> String {
+    let mut text = String::new();
+    for task in fs::read_dir("/proc/self/task").expect("the process's own").flatten() {
+        let of = |file| fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let _ = writeln!(text, "{} in {} {}", of("comm").trim(), of("wchan").trim(), of("syscall").trim());
+    }
+    text
+}
+
+fn number(variable: &str) -> Option<u64> {
+    let text = env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}: expected a number, met {text:?}")))
+}
+
+/// Migrates by `plan` and judges; the guest, if it can go on.
+fn soak(
+    plan: &Plan,
+    means: &Means,
+    guest: SoakGuest,
+    tally: &mut BTreeMap<&str, Tally>,
+) -> Result<SoakGuest, String> {
+    let Some(ends) = migrate::migrate(plan, means, guest) else {
+        let (standing, time) = (standing(), HANG.as_secs());
+        panic!("seed {}: a side hangs for {time} s, or has panicked: {plan:?}\n{standing}", plan.seed);
+    };
+    let verdict = judge(plan, &ends)?;
+    let tally = tally.entry(plan.fault.kind()).or_default();
+    *tally.verdicts.entry(verdict).or_default() += 1;
+    // What only makes a migration slow does not end it.
+    if verdict == Verdict::Stayed {
+        tally.longest = tally.longest.max(ends.took.unwrap_or_default());
+    }
+    Ok(ends.source.guest)
+}
+
+#[test]
+fn every_migration_ends_with_its_guest_whole_at_one_side() {
+    let folder = tempfile::tempdir().expect("a folder");
+    certificates::write_both(folder.path()).expect("certificates");
+    let client = ClientCredentials::load(folder.path(), "127.0.0.1").expect("the source's credentials");
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("the destination's credentials");
+    let means = Means { client, server, folder };
+    let (first, seconds) = (number("MULTIFD_SOAK_SEED").unwrap_or(1), number("MULTIFD_SOAK_SECONDS"));
+    let most =
+        number("MULTIFD_SOAK_MIGRATIONS").unwrap_or(if seconds.is_some() { u64::MAX } else { MIGRATIONS });
+    let (start, mut said) = (Instant::now(), Instant::now());
+    let (mut tally, mut wrong, mut migrations) = (BTreeMap::new(), Vec::new(), 0_u64);
+    for seed in (first..).take(usize::try_from(most).unwrap_or(usize::MAX)) {
+        if seconds.is_some_and(|seconds| start.elapsed().as_secs() >= seconds) {
+            break;
+        }
+        let plan = Plan::new(seed);
+        let before = in_use();
+        let guest = SoakGuest::boot(&plan);
+        let mut outcome = soak(&plan, &means, guest, &mut tally);
+        migrations += 1;
+        // Whoever has failed can move all the same, to the next destination.
+        if let (Ok(guest), 0) = (&outcome, seed % 2)
+            && (guest.resumed || !guest.stopped)
+        {
+            let again = Plan { fault: Fault::None, channels: plan.channels / 2, ..plan.clone() };
+            outcome = outcome.and_then(|guest| soak(&again, &means, guest, &mut tally));
+            migrations += 1;
+        }
+        let outcome = outcome.map(drop);
+        if let Some(text) = outcome.err().or_else(|| left_behind(before)) {
+            println!("WRONG: seed {seed}: {text}\n  {plan:?}");
+            wrong.push(seed);
+        }
+        if said.elapsed() > Duration::from_secs(60) {
+            said = Instant::now();
+            println!("{migrations} migrations in {} s, {} wrong", start.elapsed().as_secs(), wrong.len());
+        }
+    }
+    println!("{migrations} migrations from seed {first} on in {} s", start.elapsed().as_secs());
+    println!("{:<28} {:>7} {:>7} {:>7} {:>9}  longest", "fault", "arrived", "stayed", "untold", "unnoticed");
+    for (kind, tally) in &tally {
+        let of = |verdict| tally.verdicts.get(&verdict).copied().unwrap_or_default();
+        let (arrived, stayed) = (of(Verdict::Arrived), of(Verdict::Stayed));
+        let (untold, unnoticed) = (of(Verdict::Untold), of(Verdict::Unnoticed));
+        println!("{kind:<28} {arrived:>7} {stayed:>7} {untold:>7} {unnoticed:>9}  {:.2?}", tally.longest);
+    }
+    assert!(
+        wrong.is_empty(),
+        "wrong: seeds {wrong:?}; each again: cargo xtask soak --migrations 1 --seed SEED"
+    );
+}
+
+/// Of a run that is not told how long to go on.
+const MIGRATIONS: u64 = 64;

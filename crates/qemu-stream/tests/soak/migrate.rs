@@ -1,0 +1,300 @@
+//! One migration, both its sides in this process, as a VMM would run them.
+
+use std::{
+    fs::File,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    ChannelCount, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender,
+    channel::{
+        Address, Connect, Listen, Listener, Stop, Stream, memory,
+        tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
+    },
+    live::{MigrateOptions, Migration, Status},
+    ram::{BlockIndex, Mapping, Memory, PageBitmap, RamBlock, RamBlocks},
+};
+use qemu_stream::{
+    format::{BlockList, Configuration, MachineType},
+    incoming::{Incoming, Loader, Outcome},
+    outgoing::{MainStream, Options, Outgoing},
+};
+
+use crate::{
+    fault::{Misfortune, UnluckyConnector, UnluckyListener},
+    guest::{DEVICE, SoakGuest, Unreadable},
+    plan::{Fault, Plan, Side, Transport},
+};
+
+/// What a source has come to.
+pub(crate) struct SourceEnd {
+    pub(crate) result: Result<()>,
+    pub(crate) status: Status,
+    pub(crate) dirty: u64,
+    pub(crate) guest: SoakGuest,
+}
+
+/// What a destination has come to.
+pub(crate) struct DestinationEnd {
+    /// Whether it has everything, and could say so.
+    pub(crate) result: Result<()>,
+    pub(crate) blocks: Option<Arc<RamBlocks>>,
+    pub(crate) device: Option<Vec<u8>>,
+}
+
+pub(crate) struct Ends {
+    pub(crate) source: SourceEnd,
+    pub(crate) destination: DestinationEnd,
+    /// Whether the destination waited on for main when the source had ended, and had to be cancelled.
+    pub(crate) abandoned: bool,
+    /// From the fault to the end of both, if it struck.
+    pub(crate) took: Option<Duration>,
+}
+
+/// Credentials of both sides, and a folder for sockets.
+pub(crate) struct Means {
+    pub(crate) client: ClientCredentials,
+    pub(crate) server: ServerCredentials,
+    pub(crate) folder: tempfile::TempDir,
+}
+
+/// Migrates; `None` if a side has not ended after [`HANG`], or has panicked.
+pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Option<Ends> {
+    let (stops, limits) = ((Stop::new(), Stop::new()), Limits::of(plan));
+    let fortunes =
+        (Misfortune::new(plan.fault, Side::Source), Misfortune::new(plan.fault, Side::Destination));
+    let (connector, listener) = network(plan, means, &fortunes);
+    let ((ended, ends), met) = (mpsc::channel(), Arc::new(AtomicBool::new(false)));
+    let receiving = {
+        let (plan, stop, ended, met) = (plan.clone(), stops.1.clone(), ended.clone(), met.clone());
+        spawn("destination", move || {
+            let end = receive(&plan, limits, listener, &stop, &met);
+            let _ = ended.send(());
+            end
+        })
+    };
+    let sending = {
+        let (plan, stop) = (plan.clone(), stops.0.clone());
+        spawn("source", move || {
+            (guest.stopped, guest.resumed) = (false, false);
+            guest.stays_up = plan.fault == Fault::GuestStaysUp;
+            let end = send(&plan, limits, connector, &stop, guest);
+            // The connections of a process that has gone are closed, and whoever waits for it sees that.
+            if end.result.is_err() {
+                stop.cancel();
+            }
+            let _ = ended.send(());
+            end
+        })
+    };
+    if let Fault::Cancel(side, after) = plan.fault {
+        thread::sleep(after);
+        fortunes.0.strike();
+        match side {
+            Side::Source => stops.0.cancel(),
+            Side::Destination => stops.1.cancel(),
+        }
+    }
+    if ends.recv_timeout(HANG).is_err() {
+        return None;
+    }
+    // One that main has not come to waits for it, for as long as its operator likes.
+    let (mut abandoned, left) = (false, Instant::now());
+    if ends.recv_timeout(GRACE).is_err() {
+        abandoned = !met.load(Ordering::SeqCst);
+        if abandoned {
+            stops.1.cancel();
+        }
+        ends.recv_timeout(HANG).ok()?;
+    }
+    let ended = if abandoned { left } else { Instant::now() };
+    let struck = [&fortunes.0, &fortunes.1].into_iter().filter_map(|fortune| fortune.struck.get()).min();
+    let took = struck.map(|struck| ended.saturating_duration_since(*struck));
+    Some(Ends { source: sending.join().ok()?, destination: receiving.join().ok()?, abandoned, took })
+}
+
+/// How long each wait may last.
+#[derive(Clone, Copy)]
+struct Limits {
+    stall: Duration,
+    connect: Duration,
+    greeting: Duration,
+}
+
+impl Limits {
+    fn of(plan: &Plan) -> Self {
+        // Where nothing is waited for in vain, no limit may strike on a machine that is busy with other things.
+        let stall = if plan.waits() { Duration::from_millis(800) } else { Duration::from_secs(60) };
+        // A stranger that says nothing is waited for.
+        let greeting = if matches!(plan.fault, Fault::Stranger(..)) { Duration::from_secs(3) } else { stall };
+        Self { stall, connect: stall, greeting }
+    }
+}
+
+fn network(
+    plan: &Plan,
+    means: &Means,
+    fortunes: &(Arc<Misfortune>, Arc<Misfortune>),
+) -> (Arc<dyn Connect>, Box<dyn Listen>) {
+    let (connector, listener): (Arc<dyn Connect>, Box<dyn Listen>) = match plan.transport {
+        Transport::Memory => {
+            let (connector, listener) = memory::network(1 << 16);
+            (Arc::new(connector), Box::new(listener))
+        }
+        Transport::Tcp | Transport::Unix => {
+            let unix = format!("unix:{}", means.folder.path().join("socket").display());
+            let wanted = if plan.transport == Transport::Tcp { "tcp:127.0.0.1:0" } else { &unix };
+            let listener = Listener::bind(&wanted.parse().expect("an address")).expect("listening");
+            let address: Address = listener.local_address().clone();
+            (Arc::new(address), Box::new(listener))
+        }
+    };
+    let (inner, fortune) = (connector, fortunes.0.clone());
+    let connector = Arc::new(UnluckyConnector { inner, fortune, strangers: Mutex::default() });
+    let fortune = fortunes.1.clone();
+    let listener = Box::new(UnluckyListener { inner: listener, fortune });
+    if plan.tls {
+        let connector = TlsConnector::new(connector, means.client.clone());
+        (Arc::new(connector), Box::new(TlsListener::new(listener, means.server.clone())))
+    } else {
+        (connector, listener)
+    }
+}
+
+fn send(
+    plan: &Plan,
+    limits: Limits,
+    connector: Arc<dyn Connect>,
+    stop: &Stop,
+    mut guest: SoakGuest,
+) -> SourceEnd {
+    let blocks = guest.blocks.clone();
+    let options = MigrateOptions::new()
+        .zero_page_detection(plan.detection)
+        .max_bandwidth(plan.max_bandwidth)
+        .downtime_limit(plan.downtime_limit);
+    let migration = Migration::new(options, blocks.clone(), stop.clone());
+    let progress = migration.progress();
+    let left = if let Fault::LogUnreadable(takes) = plan.fault { Some(takes) } else { None };
+    let mut log = Unreadable { log: guest.log.clone(), left };
+    let result = (|| {
+        let link = connector
+            .connect(stop, limits.connect)
+            .map_err(|error| stop.fail(Error::io("connect main", error)))?;
+        let main = Stream::new(link)
+            .attended(stop.attention(Some(limits.stall)))
+            .map_err(|error| Error::io("attend main", error))?;
+        let _watch = stop.watch_failure(main.waker());
+        let target_page_size = (plan.page_size.bytes() != 4096).then_some(plan.page_size);
+        let machine = MachineType::new(plan.machine).expect("a name");
+        let configuration = Configuration { target_page_size, ..Configuration::new(machine) };
+        let mut options = Options::new(configuration).return_path(plan.return_path);
+        if plan.channels == 0 {
+            options = options.sync_mode(None);
+        }
+        let outgoing = Outgoing::new(main, options).expect("options");
+        let mut main = MainStream::of_guest(outgoing).end_timeout(Some(limits.stall));
+        let sender = (plan.channels > 0)
+            .then(|| {
+                let options = SendOptions::new()
+                    .channels(plan.channels)
+                    .method(plan.method)
+                    .connect_timeout(limits.connect)
+                    .stall_timeout(Some(limits.stall));
+                let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
+                sender.set_up(connector)?;
+                Ok::<_, Error>(sender)
+            })
+            .transpose()?;
+        migration.run(sender, &mut main, &mut log, &mut guest).map(drop)
+    })();
+    let dirty =
+        (0..blocks.len()).filter_map(|block| guest.log.of(BlockIndex(block))).map(PageBitmap::count).sum();
+    SourceEnd { result, status: progress.status(), dirty, guest }
+}
+
+fn receive(
+    plan: &Plan,
+    limits: Limits,
+    listener: Box<dyn Listen>,
+    stop: &Stop,
+    met: &AtomicBool,
+) -> DestinationEnd {
+    let options = ReceiveOptions::new()
+        .channels(if plan.told { ChannelCount::Exact(plan.channels) } else { ChannelCount::Auto })
+        .method(plan.told.then_some(plan.method))
+        .greeting_timeout(limits.greeting)
+        .channels_timeout(limits.greeting)
+        .drain_timeout(Duration::from_millis(500))
+        .stall_timeout(Some(limits.stall));
+    let mut receiver = Receiver::new(options, stop.clone());
+    let main = receiver.listen(listener).and_then(|()| receiver.wait_main());
+    let main = match main {
+        Ok(main) => main,
+        Err(error) => return DestinationEnd { result: Err(error), blocks: None, device: None },
+    };
+    met.store(true, Ordering::SeqCst);
+    let mut incoming = Incoming::new(main).silence(limits.stall).stall_timeout(Some(limits.stall));
+    let mut loader = Loader::new(&receiver, |_, list| memory_of(plan, list));
+    let loaded = incoming.run(&mut loader);
+    let blocks = loader.into_blocks();
+    let loaded = loaded.map_err(|error| stop.fail(Error::other("the migration broke off", error)));
+    let device = loaded.as_ref().ok().and_then(|loaded| {
+        let section =
+            loaded.devices.sections().iter().find(|section| section.name.as_bytes() == DEVICE.as_bytes())?;
+        loaded.devices.body(section).map(<[u8]>::to_vec)
+    });
+    let good = loaded.is_ok() && plan.fault != Fault::LoadFails;
+    let told = incoming.finish(if good { Outcome::Loaded } else { Outcome::Failed });
+    let result = match (loaded, told) {
+        (Err(error), _) => Err(error),
+        (Ok(_), Err(error)) => Err(stop.fail(Error::other("the source could not be told", error))),
+        (Ok(_), Ok(_)) if !good => {
+            Err(stop.fail(Error::other("the devices were not loaded", "they are odd")))
+        }
+        // Whatever befalls the connections from here on, the guest has moved.
+        (Ok(_), Ok(_main)) => receiver.finish().map_or(Ok(()), |_| Ok(())),
+    };
+    DestinationEnd { result, blocks, device }
+}
+
+fn memory_of(plan: &Plan, list: &BlockList) -> Result<RamBlocks> {
+    if plan.fault == Fault::BlocksRefused {
+        return Err(Error::other("take the machine in", "it does not fit"));
+    }
+    let mut offset = 0;
+    let file =
+        plan.in_file.then(tempfile::tempfile).transpose().map_err(|error| Error::io("make a file", error))?;
+    let file: Option<Arc<File>> = file.map(Arc::new);
+    let blocks = list.entries().iter().map(|entry| {
+        let memory = match &file {
+            Some(file) => Memory::File { file: file.clone(), direct: None, offset },
+            None => {
+                let mapping = Mapping::anonymous(entry.used_length);
+                Memory::Mapped(mapping.map_err(|error| Error::io("map memory", error))?)
+            }
+        };
+        offset += entry.used_length.next_multiple_of(1 << 16);
+        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)
+    });
+    let blocks = RamBlocks::new(blocks.collect::<Result<_>>()?)?;
+    if let Some(file) = &file {
+        file.set_len(offset).map_err(|error| Error::io("extend a file", error))?;
+    }
+    Ok(blocks)
+}
+
+fn spawn<T: Send + 'static>(name: &str, run: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+    thread::Builder::new().name(name.into()).spawn(run).expect("a thread")
+}
+
+/// After the source's end, until it is looked whether the destination has met it at all.
+const GRACE: Duration = Duration::from_secs(1);
+/// Longer than all that a side may wait for, on a machine that is busy with other things.
+pub(crate) const HANG: Duration = Duration::from_secs(180);

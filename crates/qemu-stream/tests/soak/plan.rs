@@ -1,0 +1,277 @@
+//! What one migration of the soak is like: everything follows from its seed.
+
+use std::{ops::Range, time::Duration};
+
+use fastrand::Rng;
+use multifd::{Method, live::ZeroPageDetection, ram::PageSize};
+
+/// One migration.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) transport: Transport,
+    pub(crate) tls: bool,
+    pub(crate) page_size: PageSize,
+    /// Pages of each block.
+    pub(crate) blocks: Vec<u64>,
+    /// Of 8 pages, how many are left zero.
+    pub(crate) zero_eighths: u64,
+    /// 0 is multifd off.
+    pub(crate) channels: u8,
+    pub(crate) method: Method,
+    /// Whether the destination is told the number of channels and the method.
+    pub(crate) told: bool,
+    pub(crate) machine: &'static str,
+    pub(crate) detection: ZeroPageDetection,
+    pub(crate) return_path: bool,
+    /// Whether the destination's blocks lie in a file.
+    pub(crate) in_file: bool,
+    pub(crate) max_bandwidth: Option<u64>,
+    pub(crate) downtime_limit: Duration,
+    pub(crate) guest: Load,
+    pub(crate) fault: Fault,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tcp,
+    Unix,
+    Memory,
+}
+
+/// How the guest writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    pub(crate) writers: u64,
+    /// Pages a second, of each writer.
+    pub(crate) rate: u64,
+    /// Pages that each writes before it rests, so that every migration comes to an end.
+    pub(crate) budget: u64,
+}
+
+/// What is done to the migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    None,
+    /// Somebody cancels.
+    Cancel(Side, Duration),
+    /// Something befalls a connection.
+    Link {
+        side: Side,
+        /// In the order in which this side has them: the source's first is main.
+        connection: usize,
+        direction: Direction,
+        /// Bytes that pass before.
+        after: u64,
+        what: Mishap,
+    },
+    /// A connection does not come about.
+    Refused(usize),
+    /// Before a connection is opened, a stranger comes, and says this much.
+    Stranger(usize, &'static [u8]),
+    /// The guest cannot be stopped.
+    GuestStaysUp,
+    /// The dirty log cannot be read, this many times later.
+    LogUnreadable(u32),
+    /// The destination does not take the machine.
+    BlocksRefused,
+    /// The destination has everything and says that it has failed.
+    LoadFails,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Destination,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Sent,
+    Received,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mishap {
+    /// Both directions end.
+    Cut,
+    /// Nothing more can be sent.
+    HalfClose,
+    /// What is sent does not arrive, and nobody is told.
+    Swallow,
+    /// Nothing more is received, as by a program that stands still.
+    Hold,
+    /// One bit is another.
+    Flip(u8),
+    /// Bytes move slowly for a while.
+    Slow,
+}
+
+impl Plan {
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut random = Rng::with_seed(seed);
+        let page_size = match random.u8(..8) {
+            0 => PageSize::KIB_16,
+            1 => PageSize::KIB_64,
+            _ => PageSize::KIB_4,
+        };
+        let channels = match random.u8(..16) {
+            0 => 0,
+            1 => 1,
+            2 => random.u8(9..40),
+            _ => random.u8(2..9),
+        };
+        let method = match (channels, random.u8(..8)) {
+            (1.., 0) => Method::Zlib,
+            (1.., 1) => Method::Zstd,
+            _ => Method::None,
+        };
+        let transport = match random.u8(..8) {
+            0 | 1 => Transport::Unix,
+            2 | 3 => Transport::Memory,
+            _ => Transport::Tcp,
+        };
+        let blocks = blocks(&mut random, page_size);
+        let bytes = blocks.iter().sum::<u64>() * page_size.bytes() as u64;
+        let fault = fault(&mut random, usize::from(channels), bytes);
+        // Where nothing comes back the source cannot know how its destination fares.
+        let return_path = !matches!(fault, Fault::None | Fault::GuestStaysUp | Fault::LogUnreadable(_))
+            || random.u8(..4) > 0;
+        Self {
+            seed,
+            transport,
+            tls: random.u8(..4) == 0,
+            page_size,
+            blocks,
+            zero_eighths: random.u64(..=8),
+            channels,
+            method,
+            told: random.bool(),
+            machine: ["pc-q35-5.2", "pc-q35-7.2", "pc-i440fx-8.1", "pc-q35-10.0", "virt-9.2"]
+                [random.usize(..5)],
+            detection: [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd]
+                [random.usize(..3)],
+            return_path,
+            in_file: random.u8(..4) == 0,
+            max_bandwidth: (random.u8(..8) == 0).then(|| random.u64(50 << 20..500 << 20)),
+            downtime_limit: Duration::from_millis(random.u64(1..300)),
+            guest: Load {
+                writers: random.u64(..3),
+                rate: power_of_two(&mut random, 6..15),
+                budget: power_of_two(&mut random, 6..15),
+            },
+            fault,
+        }
+    }
+
+    /// Whether nothing that was done to it may keep the migration from its end.
+    pub(crate) fn must_arrive(&self) -> bool {
+        match self.fault {
+            Fault::None | Fault::Link { what: Mishap::Slow, .. } => true,
+            // A connection from the source's host that breaks off may have been a channel, if nobody knows their number.
+            // So does one that begins as a channel does.
+            Fault::Stranger(connection, says) => (connection == 0 || self.told) && !says.starts_with(MAGIC),
+            _ => false,
+        }
+    }
+
+    /// Whether what is broken may be something that is only waited for.
+    pub(crate) fn waits(&self) -> bool {
+        matches!(self.fault, Fault::Link { what: Mishap::Swallow | Mishap::Hold | Mishap::Flip(_), .. })
+    }
+
+    /// Whether a wrong byte may arrive unnoticed: the format has no checksum, TLS has.
+    pub(crate) fn may_differ(&self) -> bool {
+        !self.tls && matches!(self.fault, Fault::Link { what: Mishap::Flip(_), .. })
+    }
+}
+
+impl Fault {
+    /// One word, to count by.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Cancel(Side::Source, _) => "cancelled at the source",
+            Self::Cancel(Side::Destination, _) => "cancelled at the destination",
+            Self::Link { what, .. } => match what {
+                Mishap::Cut => "connection cut",
+                Mishap::HalfClose => "connection half closed",
+                Mishap::Swallow => "bytes swallowed",
+                Mishap::Hold => "reader stands still",
+                Mishap::Flip(_) => "bit flipped",
+                Mishap::Slow => "slow connection",
+            },
+            Self::Refused(_) => "connection refused",
+            Self::Stranger(..) => "stranger",
+            Self::GuestStaysUp => "guest cannot be stopped",
+            Self::LogUnreadable(_) => "dirty log unreadable",
+            Self::BlocksRefused => "machine refused",
+            Self::LoadFails => "load fails",
+        }
+    }
+}
+
+/// `bytes` is the size of RAM.
+fn fault(random: &mut Rng, channels: usize, bytes: u64) -> Fault {
+    let side = if random.bool() { Side::Source } else { Side::Destination };
+    let connection = random.usize(..=channels);
+    match random.u8(..32) {
+        0..8 => Fault::None,
+        8..11 => Fault::Cancel(side, Duration::from_micros(power_of_two(random, 5..18))),
+        11..24 => mishap(random, side, connection, channels, bytes),
+        24 => Fault::Refused(connection),
+        25..27 => Fault::Stranger(connection, STRANGE[random.usize(..STRANGE.len())]),
+        27 => Fault::GuestStaysUp,
+        28 => Fault::LogUnreadable(random.u32(..4)),
+        29 => Fault::BlocksRefused,
+        30 => Fault::LoadFails,
+        _ => Fault::Cancel(side, Duration::from_micros(random.u64(..300_000))),
+    }
+}
+
+/// What befalls a connection, mostly before it has carried all that it would.
+fn mishap(random: &mut Rng, side: Side, connection: usize, channels: usize, bytes: u64) -> Fault {
+    let what = match random.u8(..13) {
+        0..4 => Mishap::Cut,
+        4 | 5 => Mishap::HalfClose,
+        6 => Mishap::Swallow,
+        7 => Mishap::Hold,
+        8..11 => Mishap::Flip(random.u8(..8)),
+        _ => Mishap::Slow,
+    };
+    let towards = if side == Side::Source { Direction::Sent } else { Direction::Received };
+    let back = if side == Side::Source { Direction::Received } else { Direction::Sent };
+    let direction = match what {
+        Mishap::HalfClose | Mishap::Swallow => Direction::Sent,
+        Mishap::Hold => Direction::Received,
+        // Only on main does something come back.
+        _ if connection == 0 && random.u8(..4) == 0 => back,
+        _ => towards,
+    };
+    let carries = match (direction == towards, connection, channels) {
+        (false, ..) => 5,
+        (true, _, 0) => bytes.ilog2(),
+        (true, 0, _) => 11,
+        (true, ..) => (bytes / channels as u64).ilog2().max(10),
+    };
+    Fault::Link { side, connection, direction, after: power_of_two(random, 0..carries), what }
+}
+
+fn blocks(random: &mut Rng, page_size: PageSize) -> Vec<u64> {
+    let count = random.usize(1..5);
+    let most = if random.u8(..16) == 0 { 26 } else { 24 };
+    std::iter::repeat_with(|| (power_of_two(random, 12..most) / page_size.bytes() as u64).max(1))
+        .take(count)
+        .collect()
+}
+
+/// A number whose size is as often small as large.
+fn power_of_two(random: &mut Rng, bits: Range<u32>) -> u64 {
+    let least = 1 << random.u32(bits);
+    random.u64(least..2 * least)
+}
+
+const MAGIC: &[u8] = b"\x11\x22\x33\x44";
+/// What strangers say: nothing, another protocol, a part of an initial packet, one of another version.
+const STRANGE: [&[u8]; 4] =
+    [b"", b"GET / HTTP/1.0\r\n\r\n", b"\x11\x22\x33\x44\0\0", b"\x11\x22\x33\x44\0\0\0\x02"];
