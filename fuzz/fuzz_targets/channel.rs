@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use libfuzzer_sys::fuzz_target;
 use multifd::{
     ReceiveOptions, Receiver,
     channel::{Link, Stop, memory},
@@ -13,12 +12,12 @@ use multifd::{
 
 const RAM: u64 = 64 << 10;
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let block = |name: &str| {
         let memory = Memory::Mapped(Mapping::anonymous(RAM).expect("memory"));
         RamBlock::fresh(BlockName::new(name).expect("a name"), RAM, PageSize::KIB_4, memory).expect("a block")
     };
-    let blocks = Arc::new(RamBlocks::new(vec![block("pc.ram"), block("guard")]).expect("two blocks"));
+    let blocks = Arc::new(RamBlocks::new(vec![block("ram"), block("guard")]).expect("two blocks"));
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
     receiver.set_blocks(blocks.clone()).expect("the first time");
     let (mut near, far) = memory::pair(bytes.len() + 64);

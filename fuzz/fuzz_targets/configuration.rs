@@ -1,13 +1,12 @@
 //! Header and configuration of a main stream: what is read can be written, and reads back as the same.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
 use qemu_stream::{
     error::Stream,
     format::{Reader, decode_header, encode_header},
 };
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let Ok(configuration) = decode_header(&mut Reader::new(bytes, Stream::Main)) else { return };
     let mut written = Vec::new();
     encode_header(configuration.as_ref(), &mut written);

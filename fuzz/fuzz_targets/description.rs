@@ -1,10 +1,9 @@
 //! The JSON that describes devices: parsed or refused, however deep and large it says it is.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
 use qemu_stream::format::{Description, EndFinder};
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let _ = Description::parse(bytes);
     let mut collected = bytes.to_vec();
     let _ = EndFinder::new(true).look(&mut collected);

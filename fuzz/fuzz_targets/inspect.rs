@@ -14,10 +14,9 @@ use std::{
     sync::OnceLock,
 };
 
-use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let folder = folder();
     let (file, out) = (folder.join("file"), folder.join("out"));
     let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();

@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use libfuzzer_sys::fuzz_target;
 use multifd::{ReceiveOptions, Receiver, channel::Stop};
 use qemu_stream::{
     Connection,
@@ -39,7 +38,7 @@ impl Connection for Source<'_> {
     }
 }
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
     let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
     let mut loader = Loader::new(&receiver, |_, list| machine::blocks(list));

@@ -3,10 +3,9 @@
 
 use std::io::Write;
 
-use libfuzzer_sys::fuzz_target;
 use qemu_stream::mapped_ram::MappedRamFile;
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let mut file = tempfile::tempfile().expect("a file");
     file.write_all(bytes).expect("written");
     if let Ok(file) = MappedRamFile::open(file, 0) {

@@ -1,13 +1,12 @@
 //! A packet head of any page size is read or refused; what is read lists no more pages than a packet holds.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
 use multifd::{
     ram::PageSize,
     wire::{DEVICE_STATE_LEN, DeviceState, Packet, head_len, limits::packet_pages},
 };
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     if let Some(Ok(state)) = bytes.first_chunk::<DEVICE_STATE_LEN>().map(DeviceState::decode) {
         assert!(state.payload_len > 0 && !state.device.as_bytes().is_empty());
     }

@@ -8,7 +8,6 @@ mod machine;
 
 use std::time::Duration;
 
-use libfuzzer_sys::fuzz_target;
 use multifd::{
     ReceiveOptions, Receiver,
     channel::{Connect, Link, Stop, memory},
@@ -18,7 +17,7 @@ use qemu_stream::incoming::{Incoming, Loader};
 const MAIN: u8 = 3;
 const LIMIT: Duration = Duration::from_millis(20);
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let (connector, listener) = memory::network(1 << 20);
     let stop = Stop::new();
     let options = ReceiveOptions::new()

@@ -4,10 +4,9 @@
 mod payloads;
 
 use flate2::{Compress, Compression, FlushCompress};
-use libfuzzer_sys::fuzz_target;
 use multifd::{Method, wire::Flags};
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let mut stream = Compress::new(Compression::fast(), true);
     payloads::play(bytes, Method::Zlib, Flags::ZLIB, |pages| {
         let mut payload = Vec::with_capacity(2 * pages.len());

@@ -3,11 +3,10 @@
 
 mod payloads;
 
-use libfuzzer_sys::fuzz_target;
 use multifd::{Method, wire::Flags};
 use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, zstd_sys::ZSTD_EndDirective};
 
-fuzz_target!(|bytes: &[u8]| {
+multifd_fuzz::target!(|bytes: &[u8]| {
     let mut stream = CCtx::create();
     stream.set_parameter(CParameter::CompressionLevel(1)).expect("a level");
     payloads::play(bytes, Method::Zstd, Flags::ZSTD, |pages| {

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::step::{cargo, run as run_command, step};
-use crate::{Failure, arrows, deps, length, licences, workspace_root};
+use crate::{Failure, advisories, arrows, deps, length, licences, workspace_root};
 
 /// Runs all checks, the quick ones first; the first that fails ends it.
 ///
@@ -25,6 +25,7 @@ pub(crate) fn run() -> Result<(), Failure> {
     let metadata = step("lock file", deps::metadata)?;
     step("arrows point one way (packages)", || deps::check(&metadata))?;
     step("licences", || licences::check(&metadata))?;
+    step("advisories", advisories::check)?;
     for (name, features) in FEATURE_SETS {
         step(&format!("clippy, {name}"), || {
             run_command(clippy().args(features).args(["--", "-D", "warnings"]))

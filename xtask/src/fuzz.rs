@@ -1,9 +1,15 @@
 //! `cargo xtask fuzz`: every target for a while, from the seeds that are kept in `fuzz/seeds`.
 //!
-//! It needs a nightly compiler and cargo-fuzz, and says so where they are missing. With the address sanitizer no input may
-//! allocate more than 64 MiB at once, or take more than ten seconds.
+//! The targets are built here, with the coverage that libFuzzer wants; a C++ compiler is all that is needed beside the
+//! toolchain. Where a nightly compiler is installed they have the address sanitizer in them as well, which no other offers.
+//! No input may take more than ten seconds, nor allocate more than 64 MiB at once; what small ones may is in `fuzz/src/lib.rs`.
 
-use std::{fs, process::Command};
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use crate::{
     Failure,
@@ -14,40 +20,89 @@ use crate::{
 /// Runs the targets named, or all, for `seconds` each.
 ///
 /// # Errors
-/// If there is no such target, no nightly compiler or cargo-fuzz, or an input was found that fails.
+/// If there is no such target, they cannot be built, or an input was found that fails: libFuzzer names its file.
 pub(crate) fn run_targets(seconds: u32, named: &[String]) -> Result<(), Failure> {
-    let listed = output(&mut fuzz(&["list"])).map_err(|error| {
-        format!("{error}\nfuzzing needs a nightly compiler (rustup toolchain install nightly) and cargo install cargo-fuzz")
-    })?;
-    let all: Vec<&str> = listed.split_whitespace().collect();
-    if let Some(unknown) = named.iter().find(|name| !all.contains(&name.as_str())) {
+    let all = targets()?;
+    if let Some(unknown) = named.iter().find(|name| !all.contains(name)) {
         return Err(format!("expected a target of {}, met {unknown:?}", all.join(", ")).into());
     }
-    for target in all.iter().filter(|target| named.is_empty() || named.iter().any(|name| name == *target)) {
-        step(&format!("fuzz {target}"), || run_target(target, seconds))?;
+    let targets: Vec<String> =
+        all.into_iter().filter(|target| named.is_empty() || named.contains(target)).collect();
+    let sanitized = output(Command::new("cargo").arg("+nightly").arg("--version")).is_ok();
+    if !sanitized {
+        eprintln!("   no nightly compiler: fuzzing without the address sanitizer");
+    }
+    let built = step("build the fuzz targets", || build(&targets, sanitized))?;
+    for target in &targets {
+        step(&format!("fuzz {target}"), || run_target(&built, target, seconds))?;
     }
     Ok(())
 }
 
-fn run_target(target: &str, seconds: u32) -> Result<(), Failure> {
-    let folder = workspace_root().join("fuzz");
-    let corpus = folder.join("corpus").join(target);
+fn folder() -> PathBuf {
+    workspace_root().join("fuzz")
+}
+
+fn targets() -> Result<Vec<String>, Failure> {
+    let mut targets = Vec::new();
+    for entry in fs::read_dir(folder().join("fuzz_targets"))? {
+        let path = entry?.path();
+        if path.extension() == Some(OsStr::new("rs")) {
+            targets.extend(path.file_stem().and_then(OsStr::to_str).map(str::to_owned));
+        }
+    }
+    targets.sort();
+    Ok(targets)
+}
+
+/// Builds; says where the programs are.
+fn build(targets: &[String], sanitized: bool) -> Result<PathBuf, Failure> {
+    // By rustup's name: the cargo that runs this task is another toolchain's.
+    let mut command = Command::new("cargo");
+    // What it was started with would choose the compiler.
+    command.env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO").env_remove("RUSTC").current_dir(folder());
+    let kind = if sanitized { "address" } else { "plain" };
+    if sanitized {
+        command.arg("+nightly");
+    }
+    let host = output(Command::new("rustc").args(["--print", "host-tuple"]))?;
+    let host = host.trim();
+    let built = folder().join("target").join(kind);
+    command.args(["build", "--release", "--locked", "--target", host, "--target-dir"]).arg(&built);
+    for target in targets {
+        command.args(["--bin", target]);
+    }
+    let flags = COVERAGE.join(" ") + if sanitized { " -Zsanitizer=address" } else { "" };
+    run(command.env("RUSTFLAGS", flags))?;
+    Ok(built.join(host).join("release"))
+}
+
+fn run_target(built: &Path, target: &str, seconds: u32) -> Result<(), Failure> {
+    let (corpus, found) = (folder().join("corpus").join(target), folder().join("artifacts").join(target));
     fs::create_dir_all(&corpus)?;
-    let mut command = fuzz(&["run", target]);
+    fs::create_dir_all(&found)?;
+    let mut command = Command::new(built.join(target));
     command.arg(corpus);
-    let seeds = folder.join("seeds").join(target);
+    let seeds = folder().join("seeds").join(target);
     if seeds.exists() {
         command.arg(seeds);
     }
-    command.args(["--", "-malloc_limit_mb=64", "-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1"]);
+    command.args(LIMITS).arg(format!("-artifact_prefix={}/", found.display()));
     run(command.arg(format!("-max_total_time={seconds}")))
 }
 
-fn fuzz(arguments: &[&str]) -> Command {
-    // By rustup's name: the cargo that runs this task is another toolchain's.
-    let mut command = Command::new("cargo");
-    command.current_dir(workspace_root()).args(["+nightly", "fuzz"]).args(arguments);
-    // What it was started with would choose the compiler.
-    command.env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO").env_remove("RUSTC");
-    command
-}
+/// What libFuzzer learns from: which edges were taken, and what was compared.
+const COVERAGE: [&str; 8] = [
+    "--cfg fuzzing",
+    "-Cdebug-assertions",
+    "-Ccodegen-units=1",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+];
+
+/// A file of QEMU's is 1 MiB and more, however small its machine.
+const LIMITS: [&str; 5] =
+    ["-max_len=1200000", "-malloc_limit_mb=64", "-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1"];

@@ -1,7 +1,7 @@
 //! The project's own tasks, run as `cargo xtask NAME`.
 //!
 //! ```text
-//! check   format, lints, documentation, which way the arrows point, licences, file lengths
+//! check   format, lints, documentation, which way the arrows point, licences, advisories, file lengths
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
@@ -13,6 +13,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
 
+mod advisories;
 mod apt;
 mod arrows;
 mod check;
@@ -97,7 +98,7 @@ fn in_ci() -> bool {
 }
 
 const USAGE: &str = "usage: cargo xtask <task>
-  check           format, lints, documentation, dependency rules, licences, file lengths
+  check           format, lints, documentation, dependency rules, licences, advisories, file lengths
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
   qemu            fetch the QEMUs the interop tests talk to, under target/qemu

@@ -1,0 +1,59 @@
+//! What every fuzz target is held to, beside not to fail: a small input may not take much memory.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+/// Runs a target on an input.
+///
+/// # Panics
+/// If an input of up to 1 KiB had more than 64 MiB allocated at one time.
+pub fn bounded(input: &[u8], target: impl FnOnce(&[u8])) {
+    let before = LIVE.load(Ordering::SeqCst);
+    PEAK.store(before, Ordering::SeqCst);
+    target(input);
+    let taken = PEAK.load(Ordering::SeqCst).saturating_sub(before);
+    assert!(
+        input.len() > SMALL || taken <= MOST,
+        "{} bytes of input had {taken} bytes allocated",
+        input.len()
+    );
+}
+
+/// A target, and the fuzzer's entry to it.
+#[macro_export]
+macro_rules! target {
+    ($target:expr) => {
+        libfuzzer_sys::fuzz_target!(|input: &[u8]| $crate::bounded(input, $target));
+    };
+}
+
+/// The system's allocator, with what is allocated counted.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: the system's allocator does the work, and is asked for exactly what was asked here; that `realloc` of the trait
+// allocates, copies and frees by these two keeps the count right.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let live = LIVE.fetch_add(layout.size(), Ordering::SeqCst) + layout.size();
+        PEAK.fetch_max(live, Ordering::SeqCst);
+        // SAFETY: the caller's layout is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::SeqCst);
+        // SAFETY: the pointer came from `alloc` above, with this layout.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+const SMALL: usize = 1 << 10;
+const MOST: usize = 64 << 20;
