@@ -341,7 +341,9 @@ impl Shared {
         let mut state = self.lock();
         state.drain_done = state.drain_asked;
         self.changed.notify_all();
-        state.stopped
+        // Not `state.stopped`: a listener that is registered while the stop wakes the others is woken before that is set,
+        // and then no more.
+        self.stop.is_stopped()
     }
 
     /// The channel's connection has ended.

@@ -3,8 +3,9 @@
 use std::{
     io::{Read, Write},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
+        mpsc,
     },
     thread::sleep,
     time::{Duration, Instant},
@@ -12,7 +13,7 @@ use std::{
 
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
-    channel::{Connect, Link, Stop, Wake, memory},
+    channel::{Connect, Link, Listen, Stop, Wake, memory},
     error::{Error, Usage, Violation},
     live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
     ram::{
@@ -381,4 +382,73 @@ fn a_thread_that_panics_fails_the_migration() {
     receiver.add(Box::new(Panics(Box::new(memory::pair(64).0))));
     let error = receiver.sync().expect_err("it will never say what it is");
     assert_eq!(error.to_string(), "a channel's thread panicked");
+}
+
+/// Tells that it is being woken, and holds up those behind it.
+struct Slow {
+    told: mpsc::Sender<()>,
+    go_on: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Wake for Slow {
+    fn wake(&self) {
+        self.told.send(()).expect("the test waits");
+        self.go_on.lock().expect("whole").recv().expect("the test goes on");
+    }
+}
+
+/// Tells when the acceptor has come back to it after a wake, or has let go of it.
+struct Telling {
+    listener: memory::MemoryListener,
+    told: mpsc::Sender<()>,
+    woken: bool,
+}
+
+impl Listen for Telling {
+    fn accept(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
+        if self.woken {
+            self.told.send(()).expect("the test waits");
+        }
+        let accepted = self.listener.accept()?;
+        self.woken = accepted.is_none();
+        Ok(accepted)
+    }
+    fn accept_waiting(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
+        self.listener.accept_waiting()
+    }
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.listener.waker()
+    }
+    fn address(&self) -> String {
+        self.listener.address()
+    }
+}
+
+impl Drop for Telling {
+    fn drop(&mut self) {
+        let _ = self.told.send(());
+    }
+}
+
+/// A stop was waking those registered so far when a listener was registered. The acceptor was woken, found its receiver not
+/// told yet, and waited on, never to be woken again; whoever joined it waited, too.
+#[test]
+fn a_listener_that_comes_while_the_stop_wakes_the_others_ends_as_well() {
+    let (told, hears) = mpsc::channel();
+    let (go_on, waits) = mpsc::channel();
+    let stop = Stop::new();
+    let _slow = stop.watch(Arc::new(Slow { told: told.clone(), go_on: Mutex::new(waits) }));
+    let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
+    let cancelling = spawn("cancel", move || stop.cancel());
+    hears.recv_timeout(TIMEOUT).expect("the stop wakes");
+    let (_connector, listener) = memory::network(1 << 16);
+    receiver.listen(Box::new(Telling { listener, told: told.clone(), woken: false })).expect("listening");
+    hears.recv_timeout(TIMEOUT).expect("the acceptor is woken");
+    go_on.send(()).expect("it waits");
+    cancelling.join().expect("no panic");
+    let _dropping = spawn("drop", move || {
+        drop(receiver);
+        told.send(())
+    });
+    hears.recv_timeout(TIMEOUT).expect("all threads end");
 }
