@@ -205,10 +205,11 @@ impl Receiver {
     /// # Errors
     /// [`Usage::UsedTwice`] if another one was set before.
     pub fn set_page_size(&self, page_size: PageSize) -> Result<()> {
+        let state = self.shared.lock();
         if *self.shared.page_size.get_or_init(|| page_size) != page_size {
             return Err(Usage::UsedTwice.into());
         }
-        drop(self.shared.lock());
+        drop(state);
         self.shared.changed.notify_all();
         Ok(())
     }
@@ -222,6 +223,8 @@ impl Receiver {
         if let Some((_, block)) = blocks.iter().find(|(_, block)| read_only(block.memory())) {
             return Err(Usage::ReadOnly(block.name().clone()).into());
         }
+        // Channels look at the page size with the lock held: one that goes on because of this call finds the blocks, too.
+        let state = self.shared.lock();
         if !blocks.is_empty() {
             let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
             if expected != blocks.page_size() {
@@ -229,7 +232,7 @@ impl Receiver {
             }
         }
         self.shared.blocks.set(blocks).map_err(|_| Error::from(Usage::UsedTwice))?;
-        drop(self.shared.lock());
+        drop(state);
         self.shared.changed.notify_all();
         Ok(())
     }
