@@ -49,7 +49,7 @@ impl Attention {
     /// Notes that bytes have moved.
     pub fn beat(&self) {
         let now = u64::try_from(self.pulse.born.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.pulse.last.store(now, Ordering::Relaxed);
+        self.pulse.last.fetch_max(now, Ordering::Relaxed);
     }
 
     /// How much is left of the limit for a wait that began at `begun`; `None` without a limit.
@@ -59,8 +59,10 @@ impl Attention {
 
     /// The same, of another limit.
     pub(super) fn left_of(&self, limit: Duration, begun: Instant) -> Duration {
+        // The clock first: what moves in between counts.
+        let now = Instant::now();
         let moved = self.pulse.born + Duration::from_millis(self.pulse.last.load(Ordering::Relaxed));
-        let quiet = Instant::now().saturating_duration_since(begun.max(moved));
+        let quiet = now.saturating_duration_since(begun.max(moved));
         limit.saturating_sub(quiet)
     }
 
