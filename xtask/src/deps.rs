@@ -54,6 +54,10 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
         (_, "multifd-testkit") if kind != DependencyKind::Development => {
             Some("the test kit is for tests only")
         }
+        (_, "multifd-models") => Some("nothing knows the models"),
+        (package, "shuttle") if package != "multifd-models" => {
+            Some("the model checker is for the models only")
+        }
         (_, "multifd-cli") => Some("nothing knows the program"),
         (_, "microvm") => Some("nothing knows the example"),
         ("multifd", "qemu-stream") => Some("the engine knows nothing of the main stream"),
@@ -99,6 +103,13 @@ mod tests {
     fn nothing_knows_the_program() {
         assert!(forbidden("qemu-stream", "multifd-cli", DependencyKind::Development).is_some());
         assert!(forbidden("multifd", "microvm", DependencyKind::Development).is_some());
+    }
+
+    #[test]
+    fn only_the_models_know_their_checker() {
+        assert!(forbidden("multifd", "shuttle", DependencyKind::Development).is_some());
+        assert!(forbidden("multifd-models", "shuttle", DependencyKind::Normal).is_none());
+        assert!(forbidden("multifd", "multifd-models", DependencyKind::Development).is_some());
     }
 
     #[test]

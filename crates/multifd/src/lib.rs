@@ -62,11 +62,16 @@
 //! # }
 //! ```
 
+// The unit tests are the engine's: `multifd-models`, which shares these sources, has none of them.
+#![cfg(not(all(shuttle, test)))]
+
 mod batch;
 pub mod channel;
 mod compress;
 pub mod error;
 pub mod live;
+#[cfg(shuttle)]
+pub mod model;
 mod options;
 pub mod parameters;
 pub mod ram;
@@ -75,6 +80,7 @@ mod send;
 #[cfg(feature = "serde")]
 mod settings;
 mod stats;
+mod sync_types;
 pub mod wire;
 
 pub use compress::Method;

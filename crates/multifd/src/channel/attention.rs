@@ -7,12 +7,11 @@
 
 use std::{
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
+
+use crate::sync_types::{AtomicU64, Instant};
 
 /// When bytes last moved on any connection of a side.
 #[derive(Debug)]

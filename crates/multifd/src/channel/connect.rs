@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{
@@ -17,6 +17,7 @@ use super::{
     exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
 };
+use crate::sync_types::Instant;
 
 impl Connect for Address {
     fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {

@@ -20,7 +20,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{
@@ -34,7 +34,10 @@ use super::{
     Attention, Link, Wake,
     socket::{EventFd, SocketLink},
 };
-use crate::ram::{Part, PartMut};
+use crate::{
+    ram::{Part, PartMut},
+    sync_types::Instant,
+};
 
 /// A connection to a command that was started for it.
 pub(super) struct ExecLink {

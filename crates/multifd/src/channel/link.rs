@@ -4,11 +4,14 @@ use std::{
     fmt,
     io::{self, Read, Write},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use super::{Attention, Wake, attention};
-use crate::ram::{Part, PartMut, advance, advance_mut};
+use crate::{
+    ram::{Part, PartMut, advance, advance_mut},
+    sync_types::Instant,
+};
 
 /// A two-way byte stream with one owner: a TCP or unix socket, an in-memory pipe, a TLS session.
 ///

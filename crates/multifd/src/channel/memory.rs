@@ -6,12 +6,15 @@
 use std::{
     collections::VecDeque,
     io,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, PoisonError},
+    time::Duration,
 };
 
 use super::{Attention, Connect, Link, Listen, Stop, Wake, deadline};
-use crate::ram::{Part, PartMut};
+use crate::{
+    ram::{Part, PartMut},
+    sync_types::{Condvar, Instant, Mutex, MutexGuard},
+};
 
 /// Two ends of a connection that holds up to `capacity` bytes on their way in each direction.
 pub fn pair(capacity: usize) -> (MemoryLink, MemoryLink) {

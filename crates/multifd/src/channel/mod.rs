@@ -18,6 +18,8 @@ mod exec;
 mod link;
 mod listen;
 pub mod memory;
+#[cfg(shuttle)]
+pub mod model;
 mod notice;
 mod socket;
 mod stop;

@@ -10,7 +10,7 @@ use std::{
     net::Shutdown,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{
@@ -22,7 +22,10 @@ use socket2::{Domain, SockAddr, Socket};
 use super::{
     Attention, Link, TcpOptions, Wake, alive::Watched, attention, completions::Completions, notice::Notice,
 };
-use crate::ram::{Part, PartMut};
+use crate::{
+    ram::{Part, PartMut},
+    sync_types::Instant,
+};
 
 /// A connected stream socket.
 pub struct SocketLink {

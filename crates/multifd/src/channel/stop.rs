@@ -6,15 +6,15 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use super::{Attention, attention::Pulse, deadline};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    sync_types::{AtomicBool, Condvar, Instant, Mutex, MutexGuard, panicking},
+};
 
 /// Something that may be waited on, and can be told to end its waits.
 pub trait Wake: Send + Sync {
@@ -216,7 +216,7 @@ pub(crate) struct Alarm<'a> {
 
 impl Drop for Alarm<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if panicking() {
             self.stop.fail(Error::other(format!("{} panicked", self.thread), PANICKED));
         }
     }

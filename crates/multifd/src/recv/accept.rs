@@ -7,7 +7,7 @@
 //! cannot be told from a channel whose pages would be missing: one that begins like a channel, or, while it is not known how
 //! many channels there are, one from main's host that came behind main.
 
-use std::{io, sync::Arc, thread::Builder, time::Instant};
+use std::{io, sync::Arc};
 
 use super::{Shared, consume, sync::Place};
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result, Unsupported, Usage, Violation},
     options::ChannelCount,
     ram::PartMut,
+    sync_types::{Builder, Instant},
     wire::{ChannelId, INITIAL_LEN, Initial, limits},
 };
 

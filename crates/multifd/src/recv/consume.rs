@@ -3,10 +3,7 @@
 //! It owns its connection and its buffers. The pages of a packet and the head of the next one arrive in one call:
 //! pages where they belong, the head in the channel's buffer.
 
-use std::{
-    io,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{io, sync::atomic::Ordering};
 
 use arrayvec::ArrayVec;
 
@@ -15,6 +12,7 @@ use crate::{
     channel::{Link, recv_at_least},
     error::{Error, Result, Unsupported, Violation},
     ram::{MAX_PARTS, PartMut},
+    sync_types::AtomicBool,
     wire::{COMMON_LEN, ChannelId, DEVICE_STATE_LEN, DeviceState, INITIAL_LEN, head_len},
 };
 
@@ -141,11 +139,11 @@ impl Inlet {
 }
 
 /// Marks a channel as writing to guest memory, for as long as it lives.
-struct Filling<'a>(&'a AtomicBool);
+pub(super) struct Filling<'a>(&'a AtomicBool);
 
 impl<'a> Filling<'a> {
     /// Sequentially consistent, as is `Shared::seal`: either this sees the seal, or the seal sees this.
-    fn begin(id: ChannelId, shared: &'a Shared, listed: &Listed) -> Result<Self> {
+    pub(super) fn begin(id: ChannelId, shared: &'a Shared, listed: &Listed) -> Result<Self> {
         let flag = &shared.filling[usize::from(id.0)];
         flag.store(true, Ordering::SeqCst);
         let filling = Self(flag);

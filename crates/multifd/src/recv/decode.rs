@@ -3,14 +3,13 @@
 //! In come the bytes of a head, out goes what the channel may write: every page listed here lies inside a block
 //! that the source has announced. The lists are the channel's and are used again for every packet.
 
-use std::sync::OnceLock;
-
 #[cfg(any(feature = "zlib", feature = "zstd"))]
 use crate::wire::limits::PAYLOAD_BYTES;
 use crate::{
     compress::Method,
     error::{Error, Malformed, Result, Violation},
     ram::{BlockIndex, BlockName, BlockOffset, PageIndex, PageSize, RamBlock, RamBlocks},
+    sync_types::OnceLock,
     wire::{Packet, Pages, limits::packet_pages},
 };
 

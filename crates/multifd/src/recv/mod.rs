@@ -14,15 +14,13 @@ mod accept;
 mod consume;
 mod decode;
 mod fill;
+#[cfg(shuttle)]
+pub mod model;
 mod sync;
 
 use std::{
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{Builder, JoinHandle},
-    time::{Duration, Instant},
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use accept::Origin;
@@ -35,6 +33,7 @@ use crate::{
     options::{ChannelCount, ReceiveOptions},
     ram::{Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
+    sync_types::{AtomicBool, Builder, Condvar, Instant, JoinHandle, Mutex, MutexGuard, OnceLock},
     wire::{ChannelId, VmUuid, limits},
 };
 

@@ -4,13 +4,14 @@
 //! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
 //! channels they take. A channel that has ended can no longer come, and fails the wait at once.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Shared, State};
 use crate::{
     channel::deadline,
     error::{Error, Result, Violation},
     options::ChannelCount,
+    sync_types::Instant,
     wire::ChannelId,
 };
 

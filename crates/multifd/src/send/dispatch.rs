@@ -5,10 +5,7 @@
 //! it sends its SYNC and reports. A batch queued after the number was raised waits for the channel that takes it
 //! to have sent its own SYNC, so no channel carries a newer page ahead of the sync point.
 
-use std::{
-    collections::VecDeque,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::VecDeque, sync::PoisonError};
 
 use super::in_flight::DEPTH;
 use crate::{
@@ -16,6 +13,7 @@ use crate::{
     channel::{Stop, Wake},
     error::{Error, Result},
     ram::PageSize,
+    sync_types::{Condvar, Mutex, MutexGuard},
 };
 
 /// What a channel has to do next.

@@ -16,11 +16,10 @@ mod dispatch;
 mod draw;
 mod emit;
 mod in_flight;
+#[cfg(shuttle)]
+pub mod model;
 
-use std::{
-    sync::{Arc, atomic::AtomicU64},
-    thread::{Builder, JoinHandle},
-};
+use std::sync::{Arc, atomic::AtomicU64};
 
 use dispatch::Dispatch;
 
@@ -31,6 +30,7 @@ use crate::{
     options::SendOptions,
     ram::RamBlocks,
     stats::{ChannelCounters, ChannelStats},
+    sync_types::{Builder, JoinHandle},
     wire::ChannelId,
 };
 

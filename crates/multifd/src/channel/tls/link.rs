@@ -7,7 +7,7 @@
 use std::{
     io::{self, BufRead, IoSlice, Write},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use arrayvec::ArrayVec;
@@ -20,6 +20,7 @@ use super::{ClientCredentials, ServerCredentials, subject};
 use crate::{
     channel::{Attention, Link, Wake, deadline},
     ram::{Part, PartMut},
+    sync_types::Instant,
 };
 
 /// A connection with a session on it.

@@ -1,0 +1,181 @@
+//! Models of the [`Dispatch`]: collector and channels at their meeting point.
+//!
+//! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`. A channel is what
+//! `emit.rs` is to the dispatch, without a connection.
+
+use std::sync::{Arc, Mutex as Note};
+
+use super::dispatch::{Dispatch, Job};
+use crate::{
+    batch::Batch,
+    channel::{Stop, Wake},
+    error::Error,
+    ram::{BlockIndex, PageIndex, PageSize},
+    sync_types::{
+        Condvar, Mutex,
+        model::{Thread, thread},
+    },
+};
+
+const PAGE: PageSize = PageSize::KIB_4;
+
+/// What the channels have carried: SYNCs the channel had sent by then, and the page. No point for the checker.
+type Carried = Arc<Note<Vec<(u64, u64)>>>;
+
+fn one_page(page: u64) -> Batch {
+    let mut batch = Batch::new(PAGE);
+    batch.push_normal(BlockIndex(0), PageIndex(page));
+    batch
+}
+
+/// A channel that carries what it is given, to the end.
+fn channel(dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
+    let (dispatch, carried) = (dispatch.clone(), carried.clone());
+    thread::spawn(move || {
+        dispatch.connected();
+        let (mut done, mut synced) = (None, 0);
+        loop {
+            match dispatch.next(done.take(), synced) {
+                Job::Batch(batch) => {
+                    carried.lock().expect("whole").push((synced, batch.normal()[0].0));
+                    done = Some(batch);
+                }
+                Job::Sync => {
+                    synced += 1;
+                    dispatch.synced();
+                }
+                Job::End => return synced,
+            }
+        }
+    })
+}
+
+/// More batches than there are: all of them come back, each is carried once, before its sync point.
+pub fn every_batch_is_carried_once_before_its_sync_point_and_comes_back() {
+    const CHANNELS: u8 = 2;
+    const BATCHES: usize = 7;
+    let stop = Stop::new();
+    let dispatch = Arc::new(Dispatch::new(CHANNELS, PAGE, false));
+    let watch = stop.watch(dispatch.clone());
+    let carried = Carried::default();
+    let channels: Vec<_> = (0..CHANNELS).map(|_| channel(&dispatch, &carried)).collect();
+    dispatch.wait_connected(&stop).expect("running");
+    let mut hand = Batch::new(PAGE);
+    for round in 0..2 {
+        for _ in 0..BATCHES {
+            hand.push_normal(BlockIndex(0), PageIndex(round));
+            dispatch.swap(&mut hand, &stop).expect("running");
+            assert!(hand.is_empty());
+        }
+        assert!(dispatch.is_unsynced());
+        dispatch.sync(&stop).expect("running");
+        assert!(!dispatch.is_unsynced());
+        let carried = carried.lock().expect("whole");
+        assert_eq!(carried.len(), BATCHES * (1 + usize::try_from(round).expect("small")));
+        assert!(carried.iter().all(|(synced, page)| synced == page));
+    }
+    assert!(stop.finish());
+    assert!(channels.into_iter().all(|channel| channel.join().expect("no panic") == 2));
+    drop(watch);
+}
+
+/// While one thread stands in the sync, another one hands a page over; the channels' own order says that it is newer.
+pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
+    let stop = Stop::new();
+    let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
+    let watch = stop.watch(dispatch.clone());
+    let raised = Arc::new((Mutex::new(false), Condvar::new()));
+    let newer = thread::spawn({
+        let (dispatch, stop, raised) = (dispatch.clone(), stop.clone(), raised.clone());
+        move || {
+            let mut is_raised = raised.0.lock().expect("whole");
+            while !*is_raised {
+                is_raised = raised.1.wait(is_raised).expect("whole");
+            }
+            drop(is_raised);
+            dispatch.swap(&mut one_page(1), &stop)
+        }
+    });
+    let carried = Carried::default();
+    let first = thread::spawn({
+        let (dispatch, raised) = (dispatch.clone(), raised.clone());
+        move || {
+            let mut synced = 0;
+            loop {
+                match dispatch.next(None, synced) {
+                    Job::Batch(_) => assert_eq!(synced, 1),
+                    Job::Sync => {
+                        *raised.0.lock().expect("whole") = true;
+                        raised.1.notify_all();
+                        synced += 1;
+                        dispatch.synced();
+                    }
+                    Job::End => return,
+                }
+            }
+        }
+    });
+    let second = channel(&dispatch, &carried);
+    dispatch.sync(&stop).expect("running");
+    newer.join().expect("no panic").expect("running");
+    // The next sync point comes behind it.
+    dispatch.sync(&stop).expect("running");
+    assert!(carried.lock().expect("whole").iter().all(|met| *met == (1, 1)));
+    assert!(stop.finish());
+    first.join().expect("no panic");
+    assert_eq!(second.join().expect("no panic"), 2);
+    drop(watch);
+}
+
+/// A channel breaks with its first batch or its first SYNC, or before it is connected; the other one goes on.
+pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
+    let stop = Stop::new();
+    let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
+    let watch = stop.watch(dispatch.clone());
+    let carried = Carried::default();
+    let lasting = channel(&dispatch, &carried);
+    let breaking = thread::spawn({
+        let (dispatch, stop) = (dispatch.clone(), stop.clone());
+        move || {
+            dispatch.connected();
+            let job = dispatch.next(None, 0);
+            assert!(!matches!(job, Job::End), "nobody has stopped it");
+            stop.fail(Error::other("a channel broke", "no cause"));
+        }
+    });
+    let mut hand = Batch::new(PAGE);
+    let collected = dispatch.wait_connected(&stop).and_then(|()| {
+        loop {
+            for _ in 0..3 {
+                hand.push_normal(BlockIndex(0), PageIndex(0));
+                dispatch.swap(&mut hand, &stop)?;
+            }
+            dispatch.sync(&stop)?;
+        }
+    });
+    let error: crate::error::Result<()> = collected;
+    assert_eq!(error.expect_err("broken").to_string(), "a channel broke");
+    lasting.join().expect("no panic");
+    breaking.join().expect("no panic");
+    assert!(matches!(dispatch.next(None, 0), Job::End));
+    drop(watch);
+}
+
+/// A connect fails, at any time.
+pub fn a_connect_that_fails_ends_the_wait_for_the_channels() {
+    let stop = Stop::new();
+    let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
+    let watch = stop.watch(dispatch.clone());
+    let lasting = channel(&dispatch, &Carried::default());
+    let failing = thread::spawn({
+        let stop = stop.clone();
+        move || {
+            stop.fail(Error::other("no connection", "no cause"));
+        }
+    });
+    assert!(dispatch.wait_connected(&stop).is_err());
+    lasting.join().expect("no panic");
+    failing.join().expect("no panic");
+    dispatch.wake();
+    drop(watch);
+}
