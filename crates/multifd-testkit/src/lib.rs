@@ -7,6 +7,7 @@
 //!           a destination that misbehaves on demand
 //! bad_source
 //!           a source that misbehaves on demand, over real sockets
+//! child     processes that end with the run that started them, even if it is killed
 //! skip      a test that the machine has not the means for, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
 //! ```
@@ -18,6 +19,7 @@
 pub mod bad_destination;
 pub mod bad_source;
 pub mod certificates;
+pub mod child;
 pub mod guest;
 pub mod pattern;
 pub mod qemu;

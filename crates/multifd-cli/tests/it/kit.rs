@@ -1,7 +1,7 @@
 //! The program as a child process, and machines for it to talk to.
 //!
 //! Every wait has an end, and every process is killed when its handle is dropped: a test that fails leaves
-//! nothing running.
+//! nothing running, and neither does a run that is killed.
 
 use std::{
     ffi::OsStr,
@@ -17,6 +17,7 @@ use std::{
 
 use multifd::ram::{BlockName, PageSize};
 use multifd_testkit::{
+    child,
     guest::Guest,
     qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder},
 };
@@ -73,14 +74,15 @@ pub(crate) fn feed(options: &[&str], file: &Path, address: &str) -> Program {
 }
 
 impl Program {
-    /// Starts it, and collects what it says.
+    /// Starts it, and collects what it says. Takes the command: nothing is left in it.
     pub(crate) fn start(command: &mut Command) -> Self {
         Self::start_with_output(command, Stdio::piped())
     }
 
     /// Starts it with its standard output elsewhere.
     pub(crate) fn start_with_output(command: &mut Command, output: impl Into<Stdio>) -> Self {
-        let mut child = command.stdout(output).stderr(Stdio::piped()).spawn().expect("the program");
+        command.stdout(output).stderr(Stdio::piped());
+        let mut child = child::spawn(command).expect("the program");
         let (line, lines) = channel();
         let mut out = child.stdout.take();
         let mut err = BufReader::new(child.stderr.take().expect("piped"));

@@ -1,7 +1,7 @@
 //! A running QEMU: its monitor, its serial line, its standard error, its end.
 //!
 //! The process is killed and its files are removed when the [`Vm`] is dropped, whatever happened before. If
-//! that is because a test panics, its last words are printed first.
+//! that is because a test panics, its last words are printed first. A run that is killed takes it along.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use super::qmp::Qmp;
 use super::{Error, PATIENCE, wait_for};
+use crate::child;
 use crate::guest::Report;
 
 /// A QEMU process.
@@ -39,7 +40,7 @@ impl Vm {
             File::create(folder.path().join(Self::STDERR)).map_err(Error::system("standard error"))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let program = command.get_program().to_string_lossy().into_owned();
-        let child = command.spawn().map_err(Error::system(format!("cannot start {program}")))?;
+        let child = child::spawn(&mut command).map_err(Error::system(format!("cannot start {program}")))?;
         let mut starting = Starting(Some(child));
         let connected = wait_for("QEMU to open its monitor", PATIENCE, || {
             if let Some(status) = starting.ended()? {
