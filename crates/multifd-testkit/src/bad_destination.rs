@@ -7,7 +7,10 @@
 use std::{
     io::{self, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    sync::mpsc::{Receiver, Sender, TryRecvError, channel},
+    sync::{
+        Arc, OnceLock,
+        mpsc::{Receiver, Sender, TryRecvError, channel},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -23,6 +26,10 @@ pub enum Reads {
     All,
     /// As [`All`](Self::All), but this many bytes at a time, with a moment between.
     Slowly(usize),
+    /// As [`All`](Self::All), after this time.
+    Late(Duration),
+    /// As [`All`](Self::All), but one byte at a time, with a pause between that may be zero.
+    Dribbling(Duration),
 }
 
 /// What becomes of a connection then.
@@ -32,15 +39,30 @@ pub enum Then {
     Close,
     /// It is reset.
     Reset,
+    /// It is reset after this time.
+    ResetAfter(Duration),
     /// Nothing, until the destination is dropped.
     Hold,
+}
+
+/// Which connections it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accepts {
+    /// All.
+    All,
+    /// The first one, main; the others are refused.
+    Main,
+    /// None: they wait in the system's queue.
+    None,
 }
 
 /// What a destination does.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Whether it takes connections at all; otherwise they wait in the system's queue.
-    pub accepts: bool,
+    /// Which connections it takes.
+    pub accepts: Accepts,
+    /// The size of every connection's receive buffer in bytes, as the system rounds it; `None` is the system's own.
+    pub receive_buffer: Option<usize>,
     /// How much of main is read.
     pub main: Reads,
     /// What is said on main then.
@@ -49,17 +71,24 @@ pub struct Plan {
     pub then: Then,
     /// The same of every channel.
     pub channels: (Reads, Then),
+    /// Of one channel, by its id, what is unlike the others.
+    pub odd_one: Option<(u8, Reads, Then)>,
+    /// Nothing is read of the channels before what is to be said has been.
+    pub says_first: bool,
 }
 
 impl Default for Plan {
     /// A destination that does all it should.
     fn default() -> Self {
         Self {
-            accepts: true,
+            accepts: Accepts::All,
+            receive_buffer: None,
             main: Reads::All,
             says: SHUT_0.to_vec(),
             then: Then::Hold,
             channels: (Reads::All, Then::Close),
+            odd_one: None,
+            says_first: false,
         }
     }
 }
@@ -74,6 +103,8 @@ pub struct BadDestination {
     /// Dropped, it ends all who hold a connection.
     hold: Option<Sender<()>>,
     acceptor: Option<JoinHandle<()>>,
+    /// Set when it refuses connections.
+    refuses: Arc<OnceLock<()>>,
 }
 
 impl BadDestination {
@@ -83,15 +114,28 @@ impl BadDestination {
     /// If the system refuses.
     pub fn start(plan: Plan) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
+        if let Some(bytes) = plan.receive_buffer {
+            // Connections have the buffer of their listener.
+            SockRef::from(&listener).set_recv_buffer_size(bytes)?;
+        }
         let address = listener.local_addr()?;
         let (hold, held) = channel();
-        let acceptor = thread::spawn(move || accept(&listener, &plan, &held));
-        Ok(Self { address, hold: Some(hold), acceptor: Some(acceptor) })
+        let refuses = Arc::new(OnceLock::new());
+        let acceptor = {
+            let refuses = refuses.clone();
+            thread::spawn(move || accept(listener, plan, &held, &refuses))
+        };
+        Ok(Self { address, hold: Some(hold), acceptor: Some(acceptor), refuses })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Waits until it refuses connections, which one that [accepts main alone](Accepts::Main) does when main is there.
+    pub fn wait_refusing(&self) {
+        self.refuses.wait();
     }
 }
 
@@ -107,19 +151,27 @@ impl Drop for BadDestination {
     }
 }
 
-fn accept(listener: &TcpListener, plan: &Plan, held: &Receiver<()>) {
-    if !plan.accepts {
+fn accept(listener: TcpListener, plan: Plan, held: &Receiver<()>, refuses: &OnceLock<()>) {
+    if plan.accepts == Accepts::None {
         // Ends with an error when the other end is dropped.
         let _ = held.recv();
         return;
     }
+    let plan = Arc::new((plan, OnceLock::new()));
     let mut served = Vec::new();
     while let Ok((stream, _)) = listener.accept() {
         if held.try_recv() == Err(TryRecvError::Disconnected) {
             break;
         }
-        let plan = plan.clone();
-        served.push(thread::spawn(move || serve(stream, &plan)));
+        let serving = plan.clone();
+        served.push(thread::spawn(move || serve(stream, &serving.0, &serving.1)));
+        if plan.0.accepts == Accepts::Main {
+            drop(listener);
+            // Nobody else sets it.
+            let _ = refuses.set(());
+            let _ = held.recv();
+            break;
+        }
     }
     for thread in served {
         // What it still holds is closed here.
@@ -127,31 +179,55 @@ fn accept(listener: &TcpListener, plan: &Plan, held: &Receiver<()>) {
     }
 }
 
-/// Its errors are those of a source that has gone. Gives back a connection that is to be held.
-fn serve(mut stream: TcpStream, plan: &Plan) -> Option<TcpStream> {
+/// Its errors are those of a source that has gone. Gives back a connection that is to be held. `said` is set when main has
+/// said what it is to say.
+fn serve(mut stream: TcpStream, plan: &Plan, said: &OnceLock<()>) -> Option<TcpStream> {
     let mut seen = vec![0; 4];
     stream.read_exact(&mut seen).ok()?;
     let main = seen == b"QEVM";
-    let (reads, then) = if main { (plan.main, plan.then) } else { plan.channels };
+    let (mut reads, mut then) = if main { (plan.main, plan.then) } else { plan.channels };
+    if !main && plan.says_first {
+        said.wait();
+    }
+    if let (false, Some((id, its_reads, its_then))) = (main, plan.odd_one) {
+        seen.resize(CHANNEL_ID + 1, 0);
+        stream.read_exact(&mut seen[4..]).ok()?;
+        if seen[CHANNEL_ID] == id {
+            (reads, then) = (its_reads, its_then);
+        }
+    }
     read(&mut stream, &mut seen, reads, main);
     if main {
         let _ = stream.write_all(&plan.says);
+        let _ = said.set(());
     }
     match then {
         Then::Close => None,
-        Then::Reset => {
-            let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
-            None
+        Then::Reset => reset(&stream),
+        Then::ResetAfter(time) => {
+            thread::sleep(time);
+            reset(&stream)
         }
         Then::Hold => Some(stream),
     }
 }
 
+/// Has the connection reset when it is closed.
+fn reset(stream: &TcpStream) -> Option<TcpStream> {
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+    None
+}
+
 fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
-    let (most, step) = match reads {
-        Reads::Bytes(most) => (most, 64 << 10),
-        Reads::All => (usize::MAX, 64 << 10),
-        Reads::Slowly(step) => (usize::MAX, step),
+    let (most, step, pause) = match reads {
+        Reads::Bytes(most) => (most, 64 << 10, None),
+        Reads::All => (usize::MAX, 64 << 10, None),
+        Reads::Late(time) => {
+            thread::sleep(time);
+            (usize::MAX, 64 << 10, None)
+        }
+        Reads::Slowly(step) => (usize::MAX, step, Some(Duration::from_millis(20))),
+        Reads::Dribbling(pause) => (usize::MAX, 1, Some(pause).filter(|pause| !pause.is_zero())),
     };
     let mut had = seen.len();
     let mut bytes = vec![0; step];
@@ -162,8 +238,8 @@ fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
         if main {
             seen.extend(&bytes[..some]);
         }
-        if let Reads::Slowly(_) = reads {
-            thread::sleep(Duration::from_millis(20));
+        if let Some(pause) = pause {
+            thread::sleep(pause);
         }
     }
 }
@@ -179,3 +255,6 @@ fn is_whole(stream: &[u8]) -> bool {
         at + 6 + length == stream.len()
     })
 }
+
+/// Where a channel's initial packet holds its id.
+const CHANNEL_ID: usize = 24;

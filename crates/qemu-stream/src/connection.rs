@@ -19,6 +19,14 @@ pub trait Connection: Read + Write {
     /// If the system refuses it.
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
 
+    /// Whether something has come, or the end, that was not read yet. A connection that cannot tell says no.
+    ///
+    /// # Errors
+    /// If the system refuses to tell.
+    fn is_readable(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// Takes leave of a destination that has no return path to tell how it went, and waits for what can be known of it.
     ///
     /// # Errors
@@ -43,6 +51,10 @@ impl Connection for UnixStream {
 impl Connection for multifd::channel::Stream {
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         Self::set_read_timeout(self, limit)
+    }
+
+    fn is_readable(&mut self) -> io::Result<bool> {
+        Self::is_readable(self)
     }
 
     fn finish(&mut self) -> io::Result<()> {

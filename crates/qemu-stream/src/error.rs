@@ -289,6 +289,12 @@ pub enum PeerMisbehaved {
     /// PING before OPEN_RETURN_PATH.
     #[error("command PING without a return path")]
     PingWithoutReturnPath,
+    /// SHUT 0 from a destination that cannot have the guest yet.
+    #[error(
+        "destination says SHUT 0, all is well, before it has been sent the devices; it is not believed, and the guest can go \
+         on at the source: make sure that it does not run there"
+    )]
+    EarlyShut,
     /// Parts of a mapped-ram file lie on each other or outside the file.
     #[error("block \"{block}\": {what} at {at:#x}, expected {expected}")]
     Placement {

@@ -85,6 +85,10 @@ impl Link for ExecLink {
         }
     }
 
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.link.is_readable()
+    }
+
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.link.set_recv_timeout(limit)
     }

@@ -35,6 +35,14 @@ pub trait Link: Send {
     /// If the system refuses it.
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
 
+    /// Whether something has come, or the end, that [`recv`](Link::recv) has not given yet. A link that cannot tell says no.
+    ///
+    /// # Errors
+    /// If the system refuses to tell.
+    fn is_readable(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// What shuts the connection down in both directions, from any thread.
     fn waker(&self) -> Arc<dyn Wake>;
 
@@ -252,6 +260,14 @@ impl Stream {
         self.timeout = limit;
         let attended = self.attention.is_some();
         self.link.set_recv_timeout(if attended { limit.map(attention::interval) } else { limit })
+    }
+
+    /// Whether something has come, or the end, that was not read yet: see [`Link::is_readable`].
+    ///
+    /// # Errors
+    /// If the system refuses to tell.
+    pub fn is_readable(&mut self) -> io::Result<bool> {
+        if self.seen.is_empty() { self.link.is_readable() } else { Ok(true) }
     }
 
     /// Says that nothing more is written.

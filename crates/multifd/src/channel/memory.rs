@@ -63,6 +63,10 @@ impl Link for MemoryLink {
         self.moved(received)
     }
 
+    fn is_readable(&mut self) -> io::Result<bool> {
+        Ok(self.ends.incoming.is_readable())
+    }
+
     fn attend(&mut self, attention: Attention) -> io::Result<()> {
         self.attention = Some(attention);
         Ok(())
@@ -177,6 +181,11 @@ impl Pipe {
         }
         self.changed.notify_all();
         Ok(received)
+    }
+
+    fn is_readable(&self) -> bool {
+        let state = self.lock();
+        state.closed || state.buffer.len() > state.read
     }
 
     fn close(&self) {

@@ -207,6 +207,17 @@ impl Link for SocketLink {
         }
     }
 
+    fn is_readable(&mut self) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&*self.socket, PollFlags::IN)];
+        loop {
+            match poll(&mut fds, Some(&Timespec::default())) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.socket.set_read_timeout(limit.or(self.watched.map(Watched::interval)))?;
         self.recv_timeout = limit.is_some();

@@ -30,6 +30,7 @@ use crate::{
         encode_header,
     },
 };
+use return_path::Heard;
 use writer::Writer;
 
 /// A precopy migration going out.
@@ -45,6 +46,7 @@ pub struct Outgoing<C> {
     current: CurrentBlock,
     stage: Stage,
     early: bool,
+    heard: Heard,
 }
 
 /// How far the stream has got.
@@ -68,7 +70,8 @@ impl<C: Connection> Outgoing<C> {
     pub fn new(connection: C, options: Options) -> Result<Self, CallerMistake> {
         options.check()?;
         let (current, stage) = (CurrentBlock::default(), Stage::New);
-        Ok(Self { writer: Writer::new(connection), options, blocks: None, current, stage, early: false })
+        let (writer, heard) = (Writer::new(connection), Heard::default());
+        Ok(Self { writer, options, blocks: None, current, stage, early: false, heard })
     }
 
     /// Writes header and configuration, and opens the return path. Every peer is served if this is
@@ -211,11 +214,11 @@ impl<C: Connection> Outgoing<C> {
         self.leave(Stage::Between)
     }
 
-    /// Writes the devices and ends the stream.
+    /// Writes the devices and ends the stream, unless the destination has given its last word already.
     ///
     /// # Errors
-    /// If RAM is not done, the devices have footers and the machine type has not (or the reverse), or
-    /// the connection breaks.
+    /// If RAM is not done, the devices have footers and the machine type has not (or the reverse), the connection breaks,
+    /// or the destination has said that it failed, or, which cannot be, that it has everything.
     pub fn devices(&mut self, devices: &DevicePart) -> Result<(), Error> {
         self.expect("devices", Stage::RamDone)?;
         if devices.has_footers() != self.options.has_footers() {
@@ -225,6 +228,10 @@ impl<C: Connection> Outgoing<C> {
         if !self.early && !devices.early().is_empty() {
             let why = "have some that come before the end of ram, and were not sent there".to_owned();
             return Err(CallerMistake::Value { what: "devices", why }.into());
+        }
+        if self.options.return_path {
+            let undecided = self.heard.is_undecided(self.writer.connection());
+            self.settle(undecided, Stage::RamDone)?;
         }
         let written = self.writer.flush().and_then(|()| self.writer.write_through(devices.as_bytes()));
         self.settle(written, Stage::Closed)
@@ -242,7 +249,7 @@ impl<C: Connection> Outgoing<C> {
         if !self.options.return_path {
             return self.writer.finish();
         }
-        return_path::wait_for_shut(self.writer.connection(), deadline)
+        self.heard.wait_for_shut(self.writer.connection(), deadline)
     }
 
     /// Bytes written and waiting to be.
@@ -300,7 +307,7 @@ impl<C: Connection> Outgoing<C> {
     fn settle(&mut self, written: Result<(), Error>, next: Stage) -> Result<(), Error> {
         self.stage = if written.is_ok() { next } else { Stage::Broken };
         written.map_err(|error| match self.options.return_path {
-            true => return_path::last_word(self.writer.connection()).unwrap_or(error),
+            true => self.heard.last_word(self.writer.connection()).unwrap_or(error),
             false => error,
         })
     }

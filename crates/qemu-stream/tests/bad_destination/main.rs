@@ -3,11 +3,12 @@
 //!
 //! One test and a process of its own, since it counts the threads and descriptors of the process.
 
+mod rows;
+
 use std::{
     error::Error as _,
     fmt::Write as _,
     fs, io,
-    net::SocketAddr,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use multifd::{
     live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
     ram::{BlockIndex, BlockName, DirtyBitmaps, Mapping, Memory, PageBitmap, PageSize, RamBlock, RamBlocks},
 };
-use multifd_testkit::bad_destination::{BadDestination, Plan, Reads, SHUT_0, Then};
+use multifd_testkit::bad_destination::{Accepts, BadDestination, Plan, Reads, Then};
 use qemu_stream::{
     format::{Configuration, MachineType},
     outgoing::{MainStream, Options, Outgoing},
@@ -54,8 +55,57 @@ struct Row {
     ram: u64,
     return_path: bool,
     channels: u8,
-    /// How it ends: well, or with these words.
-    ends: Option<&'static [&'static str]>,
+    /// How long the source waits for SHUT.
+    end: Duration,
+    /// How it ends: well, or with an error of this kind and these words.
+    ends: Option<(Kind, &'static [&'static str])>,
+}
+
+/// What an error is, beside its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The main stream: what the destination has said on the return path, or has not.
+    Failed(u32),
+    Malformed,
+    Cut,
+    NoShut,
+    Silent,
+    Capability,
+    Early,
+    /// The system, about a connection: it is broken, or takes nothing, or does not come about.
+    Broken,
+    TakesNothing,
+    Refused,
+}
+
+impl Kind {
+    fn of(error: &Error) -> Option<Self> {
+        use qemu_stream::{Error as Main, error::PeerMisbehaved};
+        let of_io = |error: &io::Error| match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected => {
+                Some(Self::Broken)
+            }
+            io::ErrorKind::TimedOut => Some(Self::TakesNothing),
+            io::ErrorKind::ConnectionRefused => Some(Self::Refused),
+            _ => None,
+        };
+        match error.kind() {
+            Error::Io { source, .. } => of_io(source),
+            Error::Stalled { .. } => Some(Self::TakesNothing),
+            Error::Other { source, .. } => match source.downcast_ref::<Main>()? {
+                Main::DestinationFailed { code } => Some(Self::Failed(*code)),
+                Main::Malformed { .. } => Some(Self::Malformed),
+                Main::Cut { .. } => Some(Self::Cut),
+                Main::NoShut { .. } => Some(Self::NoShut),
+                Main::TimedOut { .. } => Some(Self::Silent),
+                Main::Unsupported { .. } => Some(Self::Capability),
+                Main::Peer { what: PeerMisbehaved::EarlyShut, .. } => Some(Self::Early),
+                Main::Io { source, .. } => of_io(source),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
 }
 
 struct Ended {
@@ -74,8 +124,9 @@ fn blocks(length: u64) -> Arc<RamBlocks> {
 }
 
 /// Connects, and sets a migration up.
-fn send(row: &Row, address: SocketAddr, stop: &Stop) -> Ended {
-    let (blocks, start) = (blocks(row.ram), Instant::now());
+fn send(row: &Row, destination: &BadDestination, stop: &Stop) -> Ended {
+    let (address, start) = (destination.address(), Instant::now());
+    let blocks = blocks(row.ram);
     let log = DirtyBitmaps::new(&blocks);
     let mut guest = Noted::default();
     let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::None);
@@ -86,12 +137,15 @@ fn send(row: &Row, address: SocketAddr, stop: &Stop) -> Ended {
             Arc::new(format!("tcp:{address}").parse::<Address>().expect("an address"));
         let link =
             connector.connect(stop, LIMIT).map_err(|error| stop.fail(Error::io("connect main", error)))?;
+        if row.plan.accepts == Accepts::Main {
+            destination.wait_refusing();
+        }
         let main = Stream::new(link).attended(stop.attention(Some(LIMIT))).expect("limits");
         let _watch = stop.watch_failure(main.waker());
         let machine = MachineType::new("pc-q35-10.0").expect("a name");
         let stream = Options::new(Configuration::new(machine)).return_path(row.return_path);
         let outgoing = Outgoing::new(main, stream).expect("options");
-        let mut main = MainStream::of_guest(outgoing).end_timeout(Some(LIMIT));
+        let mut main = MainStream::of_guest(outgoing).end_timeout(Some(row.end));
         let options =
             SendOptions::new().channels(row.channels).connect_timeout(LIMIT).stall_timeout(Some(LIMIT));
         let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
@@ -126,19 +180,20 @@ fn assert_stays(row: &str, ended: &Ended, pages: u64) {
 fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
     let before = (count("/proc/self/task"), count("/proc/self/fd"));
     let (mut faults, mut longest) = (0, (Duration::ZERO, ""));
-    for row in rows() {
+    for row in rows::rows() {
         let destination = BadDestination::start(row.plan.clone()).expect("started");
-        let ended = send(&row, destination.address(), &Stop::new());
+        let ended = send(&row, &destination, &Stop::new());
         drop(destination);
         match (&ended.result, row.ends) {
             (Ok(()), None) => {
                 assert_eq!(ended.status, Status::Completed, "{}", row.name);
                 assert!(ended.guest.stopped && !ended.guest.resumed, "{}", row.name);
             }
-            (Err(error), Some(texts)) => {
+            (Err(error), Some((kind, texts))) => {
                 faults += 1;
                 let text = told(error);
                 println!("{}: {text}", row.name);
+                assert_eq!(Kind::of(error), Some(kind), "{}: {error:?}", row.name);
                 for words in texts {
                     assert!(text.contains(words), "{}: expected {words:?} in {text:?}", row.name);
                 }
@@ -165,11 +220,19 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
     let (mut longest, mut cancels) = (Duration::ZERO, 0);
     for (step, millis) in [0, 1, 2, 4, 8, 16, 32, 64, 128].into_iter().enumerate() {
         for plan in [Plan::default(), stuck.clone(), Plan { says: Vec::new(), ..Plan::default() }] {
-            let row = Row { name: "cancel", plan, ram: RAM, return_path: true, channels: 16, ends: None };
+            let row = Row {
+                name: "cancel",
+                plan,
+                ram: RAM,
+                return_path: true,
+                channels: 16,
+                end: LIMIT,
+                ends: None,
+            };
             let destination = BadDestination::start(row.plan.clone()).expect("started");
-            let (stop, address) = (Stop::new(), destination.address());
+            let stop = Stop::new();
             let ended = thread::scope(|threads| {
-                let sending = threads.spawn(|| send(&row, address, &stop));
+                let sending = threads.spawn(|| send(&row, &destination, &stop));
                 thread::sleep(Duration::from_millis(millis));
                 stop.cancel();
                 let cancelled = Instant::now();
@@ -188,7 +251,7 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
             let next = BadDestination::start(Plan::default()).expect("started");
             let channels = if step % 2 == 0 { 3 } else { 20 };
             let row = Row { ram: 1 << 20, channels, ..row };
-            send(&row, next.address(), &Stop::new()).result.expect("the next one takes it");
+            send(&row, &next, &Stop::new()).result.expect("the next one takes it");
             drop(next);
             let left = (count("/proc/self/task"), count("/proc/self/fd"));
             assert_eq!(left, before, "threads and descriptors after a cancel");
@@ -196,123 +259,4 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
     }
     assert!(cancels > 0 && longest < SOON, "{longest:?}");
     (cancels, longest)
-}
-
-fn rows() -> Vec<Row> {
-    let row = |name, plan, ends| Row { name, plan, ram: RAM, return_path: true, channels: 2, ends };
-    let good = Plan::default;
-    let says = |bytes: &[u8]| Plan { says: bytes.to_vec(), ..good() };
-    let main = |reads, then| Plan { main: reads, says: Vec::new(), then, ..good() };
-    let channels = |reads, then| Plan { channels: (reads, then), ..good() };
-    let small = |row: Row| Row { ram: 1 << 20, ..row };
-    let deaf = |row: Row| Row { return_path: false, ..row };
-    // Of a megabyte in two channels main is 300 bytes or so in all; the devices come behind 150.
-    vec![
-        row("all is well", good(), None),
-        row("channels held open at the end", channels(Reads::All, Then::Hold), None),
-        small(row("a slow reader of channels", channels(Reads::Slowly(60 << 10), Then::Hold), None)),
-        small(row("a slow reader of main", Plan { main: Reads::Slowly(100), ..good() }, None)),
-        deaf(row("no return path", says(&[]), None)),
-        row("PONG and SHUT", says(&[&[0, 2, 0, 4, 0, 0, 0, 1][..], &SHUT_0].concat()), None),
-        row(
-            "SHUT 1",
-            says(&[0, 1, 0, 4, 0, 0, 0, 1]),
-            Some(&["destination failed with SHUT 1", "its own log", "can go on at the source"]),
-        ),
-        row(
-            "SHUT of all ones",
-            says(&[0, 1, 0, 4, 0xff, 0xff, 0xff, 0xff]),
-            Some(&["destination failed with SHUT 4294967295"]),
-        ),
-        row(
-            "a message that is none",
-            says(&[0, 99, 0, 4, 0, 0, 0, 0]),
-            Some(&["return path: offset 0x0: type of a message: expected 1 to 7, met 0x63"]),
-        ),
-        row(
-            "SHUT of a wrong length",
-            says(&[0, 1, 0, 5, 0, 0, 0, 0, 0]),
-            Some(&["return path: offset 0x0: length of message 1: expected 4, met 0x5"]),
-        ),
-        row(
-            "a message of all ones",
-            says(&[0xff; 64]),
-            Some(&["return path: offset 0x2: length of a message: expected at most 0x200, met 0xffff"]),
-        ),
-        row(
-            "a postcopy message",
-            says(&[0, 4, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-            Some(&["switch capability postcopy-ram off at the source"]),
-        ),
-        row(
-            "half a SHUT, then nothing",
-            says(&[0, 1, 0, 4, 0]),
-            Some(&["return path: offset 0x4: nothing came in time", "multifd-channels"]),
-        ),
-        row(
-            "no SHUT, main open",
-            says(&[]),
-            Some(&[
-                "return path: offset 0x0: nothing came in time",
-                "multifd-channels",
-                "does not run there",
-            ]),
-        ),
-        row(
-            "no SHUT, main closed",
-            main(Reads::All, Then::Close),
-            Some(&["without SHUT", "can go on at the source", "its own log"]),
-        ),
-        row("no SHUT, main reset", main(Reads::All, Then::Reset), Some(&["without SHUT", "its own log"])),
-        row(
-            "half a SHUT, then closed",
-            Plan { then: Then::Close, ..says(&[0, 1, 0, 4, 0]) },
-            Some(&["return path: offset 0x5: stream ends where value of SHUT was expected"]),
-        ),
-        row("main closed at once", main(Reads::Bytes(4), Then::Close), Some(&[])),
-        row("main reset at once", main(Reads::Bytes(4), Then::Reset), Some(&[])),
-        row("main closed in the middle of RAM", main(Reads::Bytes(100), Then::Close), Some(&[])),
-        row("main reset in the middle of RAM", main(Reads::Bytes(100), Then::Reset), Some(&[])),
-        small(row(
-            "main closed in the device part",
-            main(Reads::Bytes(200), Then::Close),
-            Some(&["without SHUT", "its own log"]),
-        )),
-        row(
-            "channels closed behind their initial packet",
-            channels(Reads::Bytes(64), Then::Close),
-            Some(&["channel ", "its own log"]),
-        ),
-        row(
-            "channels closed at once",
-            channels(Reads::Bytes(4), Then::Close),
-            Some(&["channel ", "to 127.0.0.1:", "its own log"]),
-        ),
-        row(
-            "channels closed within RAM",
-            channels(Reads::Bytes(1 << 20), Then::Close),
-            Some(&["channel ", "to 127.0.0.1:", "its own log"]),
-        ),
-        row(
-            "channels reset within RAM",
-            channels(Reads::Bytes(1 << 20), Then::Reset),
-            Some(&["channel ", "packet ", "to 127.0.0.1:", "its own log"]),
-        ),
-        row(
-            "channels that are not read",
-            channels(Reads::Bytes(64), Then::Hold),
-            Some(&[
-                "channel ",
-                "packet ",
-                "to 127.0.0.1:",
-                "its program stands still",
-                "taken nothing for 0.6 s",
-            ]),
-        ),
-        row(
-            "nothing is accepted",
-            Plan { accepts: false, ..good() },
-            Some(&["channel ", "its program stands still", "taken nothing for 0.6 s"]),
-        ),
-    ]
 }

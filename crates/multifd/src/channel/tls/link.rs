@@ -257,6 +257,14 @@ impl Link for TlsLink {
         }
     }
 
+    /// Also where what has come is not yet a whole record, or is for the session alone.
+    fn is_readable(&mut self) -> io::Result<bool> {
+        match self.session.reader().fill_buf() {
+            Ok(_) => Ok(true),
+            Err(_) => self.link.is_readable(),
+        }
+    }
+
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.timeout = limit;
         self.link.set_recv_timeout(limit)

@@ -1,0 +1,239 @@
+//! The table: what a destination does, and how the source ends.
+
+use std::time::Duration;
+
+use multifd_testkit::bad_destination::{Accepts, Plan, Reads, SHUT_0, Then};
+
+use crate::{Kind, LIMIT, RAM, Row, SOON};
+
+type Ends = Option<(Kind, &'static [&'static str])>;
+
+/// It fails with this kind of error, and these words.
+fn is(kind: Kind, words: &'static [&'static str]) -> Ends {
+    Some((kind, words))
+}
+
+pub(crate) fn rows() -> Vec<Row> {
+    let row = |name, plan, ends: Ends| Row {
+        name,
+        plan,
+        ram: RAM,
+        return_path: true,
+        channels: 2,
+        end: LIMIT,
+        ends,
+    };
+    let good = Plan::default;
+    let says = |bytes: &[u8]| Plan { says: bytes.to_vec(), ..good() };
+    let main = |reads, then| Plan { main: reads, says: Vec::new(), then, ..good() };
+    let channels = |reads, then| Plan { channels: (reads, then), ..good() };
+    let odd = |id, reads, then| Plan { odd_one: Some((id, reads, then)), ..good() };
+    let full = |id, then| Plan {
+        channels: (Reads::Late(LIMIT / 2), Then::Close),
+        ..odd(id, Reads::Bytes(64), then)
+    };
+    let early = |bytes: &[u8], then| Plan { says_first: true, then, main: Reads::Bytes(4), ..says(bytes) };
+    let small = |row: Row| Row { ram: 1 << 20, ..row };
+    let deaf = |row: Row| Row { return_path: false, ..row };
+    let patient = |row: Row| Row { end: SOON, ..small(row) };
+    let four = |row: Row| Row { channels: 4, ..row };
+    let well = None;
+    let pong = [0, 2, 0, 4, 0, 0, 0, 1];
+    // Of a megabyte in two channels main is 300 bytes or so in all; the devices come behind 150.
+    vec![
+        row("all is well", good(), well),
+        row("channels held open at the end", channels(Reads::All, Then::Hold), well),
+        small(row("a slow reader of channels", channels(Reads::Slowly(60 << 10), Then::Hold), well)),
+        small(row("a slow reader of main", Plan { main: Reads::Slowly(100), ..good() }, well)),
+        patient(row(
+            "main is read byte by byte, for longer than the limit",
+            Plan { main: Reads::Dribbling(LIMIT / 200), ..good() },
+            well,
+        )),
+        small(row(
+            "channels are read byte by byte",
+            Plan { receive_buffer: Some(4 << 10), ..channels(Reads::Dribbling(Duration::ZERO), Then::Close) },
+            well,
+        )),
+        deaf(row("no return path", says(&[]), well)),
+        row("PONG and SHUT", says(&[&pong[..], &SHUT_0].concat()), well),
+        row("PONG before the devices, and nothing after it", early(&pong, Then::Hold), is(Kind::Silent, &[])),
+        row(
+            "SHUT 1",
+            says(&[0, 1, 0, 4, 0, 0, 0, 1]),
+            is(
+                Kind::Failed(1),
+                &["destination failed with SHUT 1", "its own log", "can go on at the source"],
+            ),
+        ),
+        row(
+            "SHUT of all ones",
+            says(&[0, 1, 0, 4, 0xff, 0xff, 0xff, 0xff]),
+            is(Kind::Failed(u32::MAX), &["destination failed with SHUT 4294967295"]),
+        ),
+        row(
+            "SHUT 0 before the devices",
+            early(&SHUT_0, Then::Hold),
+            is(
+                Kind::Early,
+                &["return path: offset 0x0: ", "SHUT 0, all is well, before", "can go on at the source"],
+            ),
+        ),
+        row(
+            "PONG, then SHUT 0 before the devices",
+            early(&[&pong[..], &SHUT_0].concat(), Then::Hold),
+            is(Kind::Early, &["return path: offset 0x8: "]),
+        ),
+        row(
+            "SHUT 1 before the devices",
+            early(&[0, 1, 0, 4, 0, 0, 0, 1], Then::Hold),
+            is(Kind::Failed(1), &["destination failed with SHUT 1"]),
+        ),
+        row(
+            "a message that is none",
+            says(&[0, 99, 0, 4, 0, 0, 0, 0]),
+            is(Kind::Malformed, &["return path: offset 0x0: type of a message: expected 1 to 7, met 0x63"]),
+        ),
+        row(
+            "SHUT of a wrong length",
+            says(&[0, 1, 0, 5, 0, 0, 0, 0, 0]),
+            is(Kind::Malformed, &["return path: offset 0x0: length of message 1: expected 4, met 0x5"]),
+        ),
+        row(
+            "a message of all ones",
+            says(&[0xff; 64]),
+            is(
+                Kind::Malformed,
+                &["return path: offset 0x2: length of a message: expected at most 0x200, met 0xffff"],
+            ),
+        ),
+        row(
+            "a postcopy message",
+            says(&[0, 4, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            is(Kind::Capability, &["switch capability postcopy-ram off at the source"]),
+        ),
+        row(
+            "half a SHUT, then nothing",
+            says(&[0, 1, 0, 4, 0]),
+            is(Kind::Silent, &["return path: offset 0x4: nothing came in time", "multifd-channels"]),
+        ),
+        row(
+            "half a SHUT before the devices, then nothing",
+            early(&[0, 1, 0, 4, 0], Then::Hold),
+            is(Kind::Silent, &["return path: offset 0x4: nothing came in time"]),
+        ),
+        row(
+            "no SHUT, main open",
+            says(&[]),
+            is(
+                Kind::Silent,
+                &["return path: offset 0x0: nothing came in time", "multifd-channels", "does not run there"],
+            ),
+        ),
+        row(
+            "no SHUT, main closed",
+            main(Reads::All, Then::Close),
+            is(Kind::NoShut, &["without SHUT", "can go on at the source", "its own log"]),
+        ),
+        row(
+            "no SHUT, main reset",
+            main(Reads::All, Then::Reset),
+            is(Kind::NoShut, &["without SHUT", "its own log"]),
+        ),
+        row(
+            "half a SHUT, then closed",
+            Plan { then: Then::Close, ..says(&[0, 1, 0, 4, 0]) },
+            is(Kind::Cut, &["return path: offset 0x5: stream ends where value of SHUT was expected"]),
+        ),
+        row("main closed at once", main(Reads::Bytes(4), Then::Close), is(Kind::NoShut, &[])),
+        row("main reset at once", main(Reads::Bytes(4), Then::Reset), is(Kind::NoShut, &[])),
+        row("main closed in the middle of RAM", main(Reads::Bytes(100), Then::Close), is(Kind::NoShut, &[])),
+        row("main reset in the middle of RAM", main(Reads::Bytes(100), Then::Reset), is(Kind::NoShut, &[])),
+        small(row(
+            "main closed in the device part",
+            main(Reads::Bytes(200), Then::Close),
+            is(Kind::NoShut, &["without SHUT", "its own log"]),
+        )),
+        row(
+            "channels refused",
+            Plan { accepts: Accepts::Main, says: Vec::new(), ..good() },
+            is(Kind::Refused, &["channel ", "connect to tcp:127.0.0.1:", "the destination has closed"]),
+        ),
+        row(
+            "channels closed behind their initial packet",
+            channels(Reads::Bytes(64), Then::Close),
+            is(Kind::Broken, &["channel ", "its own log"]),
+        ),
+        row(
+            "channels closed at once",
+            channels(Reads::Bytes(4), Then::Close),
+            is(Kind::Broken, &["channel ", "to 127.0.0.1:", "its own log"]),
+        ),
+        row(
+            "channels closed within RAM",
+            channels(Reads::Bytes(1 << 20), Then::Close),
+            is(Kind::Broken, &["channel ", "to 127.0.0.1:", "its own log"]),
+        ),
+        row(
+            "channels reset within RAM",
+            channels(Reads::Bytes(1 << 20), Then::Reset),
+            is(Kind::Broken, &["channel ", "packet ", "to 127.0.0.1:", "its own log"]),
+        ),
+        four(row(
+            "one channel of four closed at once",
+            odd(1, Reads::Bytes(4), Then::Close),
+            is(Kind::Broken, &["channel 1: ", "to 127.0.0.1:", "its own log"]),
+        )),
+        four(row(
+            "one channel of four closed within RAM",
+            odd(3, Reads::Bytes(1 << 20), Then::Close),
+            is(Kind::Broken, &["channel 3: ", "to 127.0.0.1:", "its own log"]),
+        )),
+        four(row(
+            "one channel of four reset within RAM",
+            odd(0, Reads::Bytes(1 << 20), Then::Reset),
+            is(Kind::Broken, &["channel 0: send packet ", "to 127.0.0.1:", "its own log"]),
+        )),
+        // The others take nothing either until its sockets are full, then carry the rest; then all wait for its SYNC.
+        four(row(
+            "one channel of four that is not read",
+            full(2, Then::Hold),
+            is(Kind::TakesNothing, &["channel 2: send packet ", "to 127.0.0.1:", "taken nothing for 0.6 s"]),
+        )),
+        four(row(
+            "one channel of four reset while its SYNC is waited for",
+            full(2, Then::ResetAfter(LIMIT + LIMIT / 3)),
+            is(Kind::Broken, &["channel 2: send packet ", "to 127.0.0.1:", "its own log"]),
+        )),
+        // It is not looked at meanwhile.
+        row(
+            "main reset while the SYNC of a channel is waited for",
+            Plan {
+                main: Reads::Bytes(64),
+                says: Vec::new(),
+                then: Then::ResetAfter(LIMIT),
+                ..full(1, Then::Hold)
+            },
+            is(Kind::TakesNothing, &["channel 1: send packet ", "taken nothing for 0.6 s"]),
+        ),
+        row(
+            "channels that are not read",
+            channels(Reads::Bytes(64), Then::Hold),
+            is(
+                Kind::TakesNothing,
+                &[
+                    "channel ",
+                    "packet ",
+                    "to 127.0.0.1:",
+                    "its program stands still",
+                    "taken nothing for 0.6 s",
+                ],
+            ),
+        ),
+        row(
+            "nothing is accepted",
+            Plan { accepts: Accepts::None, ..good() },
+            is(Kind::TakesNothing, &["channel ", "its program stands still", "taken nothing for 0.6 s"]),
+        ),
+    ]
+}
