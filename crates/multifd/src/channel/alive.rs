@@ -6,10 +6,14 @@
 //! So the waits of a socket end now and then, and the system's own account is looked at: how often the peer has left
 //! the same data, or the same question, unanswered, and when it was last heard of.
 //!
-//! UNSAFETY: one system call fills a structure of plain numbers, whose size it is told.
-#![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO")]
+//! The system asks again and again, each time twice as long after the last, up to two minutes: a network that was away for one
+//! would be found out to be there again long after the host was given up. So the time between is bounded, where the system
+//! can do that (Linux 6.15 and later).
+//!
+//! UNSAFETY: one system call fills a structure of plain numbers, another reads a number; each is told its size.
+#![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO and TCP_RTO_MAX_MS")]
 
-use std::{io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
+use std::{fmt, io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
 
 use socket2::{Socket, TcpKeepalive};
 
@@ -31,6 +35,7 @@ impl Watched {
         }
         let Some(limit) = limit else { return Ok(None) };
         let watched = Self { limit };
+        bound_pauses(socket, limit);
         socket.set_write_timeout(Some(watched.interval()))?;
         socket.set_read_timeout(Some(watched.interval()))?;
         Ok(Some(watched))
@@ -46,12 +51,54 @@ impl Watched {
     pub(super) fn check(self, socket: &Socket) -> io::Result<()> {
         let Some(answers) = Answers::of(socket)? else { return Ok(()) };
         if answers.unanswered >= UNANSWERED && answers.silent >= self.limit {
-            let text = format!("the host has not answered for {} s", answers.silent.as_secs());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, Gone { silent: answers.silent }));
         }
         Ok(())
     }
 }
+
+/// The host at the other end is given up.
+#[derive(Debug)]
+struct Gone {
+    silent: Duration,
+}
+
+impl fmt::Display for Gone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the host has not answered for {} s", self.silent.as_secs())
+    }
+}
+
+impl std::error::Error for Gone {}
+
+/// Whether an error is of a host that has gone, by our account or by the system's.
+pub(crate) fn is_of_a_host(error: &io::Error) -> bool {
+    let ours = error.get_ref().is_some_and(|inner| inner.is::<Gone>());
+    ours || error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some()
+}
+
+/// Has the system send unanswered data again after no more than a ninth of `limit`. One that cannot keeps to its own times.
+fn bound_pauses(socket: &Socket, limit: Duration) {
+    let bound = (limit / QUESTIONS).clamp(Duration::from_secs(1), LONGEST_PAUSE);
+    let (Ok(millis), Ok(length)) =
+        (libc::c_int::try_from(bound.as_millis()), libc::socklen_t::try_from(size_of::<libc::c_int>()))
+    else {
+        return;
+    };
+    // SAFETY: the option's value is a number of the length told, there until the call has ended.
+    let set = unsafe {
+        let fd = socket.as_raw_fd();
+        libc::setsockopt(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, (&raw const millis).cast(), length)
+    };
+    tracing::trace!(set = set == 0, millis, "tcp_rto_max");
+}
+
+/// The C library does not know it yet.
+const TCP_RTO_MAX_MS: libc::c_int = 44;
+/// The system's own, and the most it takes.
+const LONGEST_PAUSE: Duration = Duration::from_secs(120);
+/// How often a host is asked, at least, before it is given up.
+const QUESTIONS: u32 = 9;
 
 /// One is under way at any time.
 const UNANSWERED: u8 = 2;
@@ -61,7 +108,7 @@ fn keepalive(limit: Duration) -> TcpKeepalive {
     let second = Duration::from_secs(1);
     TcpKeepalive::new()
         .with_time((limit / 3).max(second))
-        .with_interval((limit / 9).max(second))
+        .with_interval((limit / QUESTIONS).max(second))
         .with_retries(6)
 }
 

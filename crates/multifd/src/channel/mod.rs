@@ -27,6 +27,7 @@ mod stop;
 pub mod tls;
 
 pub use address::{Address, TcpOptions};
+pub(crate) use alive::is_of_a_host;
 pub use attention::Attention;
 pub use link::{Connect, Link, Listen, Stream};
 pub(crate) use link::{deadline, recv_at_least, send_all, send_all_more};

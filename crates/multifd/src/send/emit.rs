@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    channel::{Attention, Connect, Link, Watch, send_all, send_all_more},
+    channel::{Attention, Connect, Link, Watch, is_of_a_host, send_all, send_all_more},
     compress::{Encode, Pages},
     error::{Error, Result, Usage},
     options::SendOptions,
@@ -250,6 +250,7 @@ fn hint(error: &io::Error) -> &'static str {
             ": the destination has closed, why stands in its own log: channel count, method, UUID and machine type \
              must be the same on both sides"
         }
+        io::ErrorKind::TimedOut if is_of_a_host(error) => ": its host is down, or the network between",
         io::ErrorKind::TimedOut => {
             ": its program stands still, or waits for what this side does not send: more channels (multifd-channels), or \
              the other sync mode (machine types up to 8.0 take legacy, later ones round)"
