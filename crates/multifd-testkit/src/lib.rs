@@ -8,6 +8,8 @@
 //! bad_source
 //!           a source that misbehaves on demand, over real sockets
 //! child     processes that end with the run that started them, even if it is killed
+//! rough_network
+//!           two hosts, and a line between them that loses, delays and reorders packets
 //! skip      a test that the machine has not the means for, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
 //! ```
@@ -23,6 +25,7 @@ pub mod child;
 pub mod guest;
 pub mod pattern;
 pub mod qemu;
+pub mod rough_network;
 mod skip;
 
 pub use skip::{lacks, skip};

@@ -21,6 +21,8 @@ mod hostile;
 mod kit;
 #[cfg(test)]
 mod loopback;
+#[cfg(test)]
+mod rough_network;
 #[cfg(all(test, feature = "serde"))]
 mod settings;
 #[cfg(all(test, feature = "tls"))]

@@ -1,0 +1,159 @@
+//! Two hosts, and a line between them that loses, delays and reorders packets, is slow, or is pulled.
+//!
+//! ```text
+//!   near 10.77.0.1                                      far 10.77.0.2
+//!   namespace, kernel's TCP                             namespace, kernel's TCP
+//!   device "rough" ──▶ descriptor ══ relay (threads) ══ descriptor ◀── device "rough"
+//! ```
+//!
+//! A host is a network namespace of its own with one device, a TUN, so everything above the wire is the kernel's. The wire
+//! is [`relay`]: it reads whole IP packets at one end and writes them at the other, or does not. What it does to a packet
+//! follows from a seed; what the two kernels send depends on time, so a run is like another and not the same.
+//!
+//! Nothing is left behind: a namespace lives as long as its descriptor here and the processes in it, a device as long as
+//! its own descriptor. Descriptors are closed in the drop, and by the system when this process dies.
+//!
+//! UNSAFETY: one system call gives the calling thread a namespace.
+#![expect(unsafe_code, reason = "a thread gets a namespace of its own")]
+
+mod relay;
+mod tun;
+
+use std::{
+    fs::File,
+    io,
+    net::Ipv4Addr,
+    os::fd::{AsFd, AsRawFd},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+use crate::lacks;
+use relay::Relay;
+pub use relay::{Carried, Line};
+
+/// Two hosts and the line between them.
+#[derive(Debug)]
+pub struct Network {
+    /// Dropped first: it has the devices.
+    relay: Relay,
+    near: Host,
+    far: Host,
+}
+
+impl Network {
+    /// Lays the line. `None` where this machine has not the means; the running test is listed as skipped then.
+    pub fn new(line: &Line) -> Option<Self> {
+        let hosts = Host::new(NEAR).and_then(|near| Ok((near, Host::new(FAR)?)));
+        let laid = hosts.and_then(|((near, one), (far, other))| {
+            Ok(Self { relay: Relay::start(line, Arc::new(one), Arc::new(other))?, near, far })
+        });
+        laid.map_err(|error| lacks(&format!("no two hosts with a line between them: {error}"))).ok()
+    }
+
+    /// One host.
+    pub fn near(&self) -> &Host {
+        &self.near
+    }
+
+    /// The other one.
+    pub fn far(&self) -> &Host {
+        &self.far
+    }
+
+    /// Pulls the line: what is on it is lost, and what is sent from now on. Neither host is told.
+    pub fn pull(&self) {
+        self.relay.plug(false);
+    }
+
+    /// Plugs it in again.
+    pub fn plug(&self) {
+        self.relay.plug(true);
+    }
+
+    /// What the line has carried so far, near to far and far to near.
+    pub fn carried(&self) -> [Carried; 2] {
+        self.relay.carried()
+    }
+
+    /// Waits until the line has carried so many bytes from near to far; says whether it did in time.
+    #[must_use]
+    pub fn wait_carried(&self, bytes: u64, patience: Duration) -> bool {
+        self.relay.wait_carried(bytes, patience)
+    }
+}
+
+/// A host: a network namespace.
+#[derive(Debug)]
+pub struct Host {
+    namespace: File,
+    address: Ipv4Addr,
+}
+
+impl Host {
+    /// A host, and the descriptor of its device.
+    fn new(address: Ipv4Addr) -> io::Result<(Self, File)> {
+        // The thread has the namespace until it ends, then only the descriptor has.
+        let made = thread::spawn(move || {
+            // SAFETY: descriptors stay shared with the other threads; only the network is the thread's own.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+            let namespace = File::open("/proc/thread-self/ns/net")?;
+            let device = tun::create(DEVICE)?;
+            // The line is the only one, and IPv4 is what is spoken.
+            ip(&format!("addr add {address}/24 dev {DEVICE}"))?;
+            ip(&format!("link set {DEVICE} mtu {MTU} up"))?;
+            ip("link set lo up")?;
+            Ok((namespace, device))
+        });
+        let made: io::Result<(File, File)> = made.join().map_err(|_| io::Error::other("a panic"))?;
+        let (namespace, device) = made?;
+        Ok((Self { namespace, address }, device))
+    }
+
+    /// Its address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// The words before a command that have it run on this host. They hold as long as this value does.
+    pub fn launcher(&self) -> [String; 3] {
+        let (process, descriptor) = (std::process::id(), self.namespace.as_raw_fd());
+        ["nsenter".into(), format!("--net=/proc/{process}/fd/{descriptor}"), "--".into()]
+    }
+
+    /// Does it on this host, in a thread of its own: its sockets, and those of the threads that it starts, are the host's.
+    ///
+    /// # Panics
+    /// If it does, or the thread is not let in.
+    pub fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|threads| {
+            let thread = threads.spawn(|| {
+                let network = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(self.namespace.as_fd(), network)
+                    .expect("whoever made it is let in");
+                what()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+fn ip(arguments: &str) -> io::Result<()> {
+    let output = Command::new("ip").args(arguments.split(' ')).output();
+    let output = output.map_err(|error| io::Error::new(error.kind(), format!("ip: {error}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let told = String::from_utf8_lossy(&output.stderr);
+    Err(io::Error::other(format!("ip {arguments}: {}", told.trim())))
+}
+
+const NEAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+const FAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+const DEVICE: &str = "rough";
+/// That of an Ethernet.
+const MTU: usize = 1500;
