@@ -14,6 +14,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
     Address, Connect, Link, Stop, TcpOptions, deadline,
+    descriptors::explained,
     exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
 };
@@ -21,7 +22,20 @@ use crate::sync_types::Instant;
 
 impl Connect for Address {
     fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
-        let deadline = deadline(limit);
+        self.open(stop, deadline(limit)).map_err(explained)
+    }
+
+    fn target(&self) -> String {
+        self.to_string()
+    }
+
+    fn is_single(&self) -> bool {
+        matches!(self, Self::Exec(_) | Self::Fd(_))
+    }
+}
+
+impl Address {
+    fn open(&self, stop: &Stop, deadline: Instant) -> io::Result<Box<dyn Link>> {
         let socket = match self {
             Self::Tcp { host, port, options } => {
                 let host = if host.is_empty() { "localhost" } else { host };
@@ -43,14 +57,6 @@ impl Connect for Address {
             Self::Fd(fd) => inherited(*fd)?,
         };
         Ok(Box::new(SocketLink::new(socket)?))
-    }
-
-    fn target(&self) -> String {
-        self.to_string()
-    }
-
-    fn is_single(&self) -> bool {
-        matches!(self, Self::Exec(_) | Self::Fd(_))
     }
 }
 

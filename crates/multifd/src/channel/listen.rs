@@ -16,6 +16,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
     Address, Link, Listen, TcpOptions, Wake,
+    descriptors::explained,
     exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
 };
@@ -44,6 +45,10 @@ impl Listener {
     /// # Errors
     /// If the system refuses the address.
     pub fn bind(address: &Address) -> io::Result<Self> {
+        Self::open(address).map_err(explained)
+    }
+
+    fn open(address: &Address) -> io::Result<Self> {
         let mut options = TcpOptions::default();
         let listening = Kind::Listening { remove: None };
         let (socket, kind) = match address {
@@ -129,7 +134,7 @@ impl Listen for Listener {
                     // The peer gave up before we came to it, or before we could ask who it was.
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::NotConnected => {}
                     io::ErrorKind::Interrupted => {}
-                    _ => return Err(error),
+                    _ => return Err(explained(error)),
                 },
             }
         }

@@ -14,6 +14,7 @@ mod alive;
 mod attention;
 mod completions;
 mod connect;
+mod descriptors;
 mod exec;
 mod link;
 mod listen;

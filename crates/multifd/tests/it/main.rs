@@ -25,6 +25,8 @@ mod loopback;
 mod rough_network;
 #[cfg(all(test, feature = "serde"))]
 mod settings;
+#[cfg(test)]
+mod signals;
 #[cfg(all(test, feature = "tls"))]
 mod tls;
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod direct_io;
 mod disks;
 mod extract;
 mod inspect;
+mod limits;
 mod pages;
 mod parameters;
 mod receive;
