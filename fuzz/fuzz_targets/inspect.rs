@@ -7,8 +7,7 @@
 use std::{
     env,
     ffi::{OsStr, OsString},
-    fs::{self, OpenOptions},
-    os::fd::AsFd,
+    fs,
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::OnceLock,
@@ -35,13 +34,11 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     }
 });
 
-/// A folder for this process, which the first input makes and enters; from then on standard output leads nowhere.
+/// A folder for this process, which the first input makes and enters.
 fn folder() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     FOLDER
         .get_or_init(|| {
-            let nowhere = OpenOptions::new().write(true).open("/dev/null").expect("there");
-            rustix::stdio::dup2_stdout(nowhere.as_fd()).expect("standard output");
             let folder = tempfile::tempdir().expect("a folder");
             env::set_current_dir(folder.path()).expect("entered");
             folder
