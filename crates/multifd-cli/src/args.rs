@@ -19,7 +19,7 @@ use multifd::{
 };
 use parse_size::Config;
 
-use crate::{file_address::FileAddress, outcome::While};
+use crate::{demo::ConvergeArgs, file_address::FileAddress, outcome::While};
 
 /// Moves running virtual machines over many channels, in QEMU's own wire format.
 ///
@@ -213,6 +213,8 @@ pub(crate) struct DemoArgs {
     /// Milliseconds that the guest may stand still
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=DOWNTIME_LIMIT.most))]
     pub(crate) downtime_limit: u64,
+    #[command(flatten)]
+    pub(crate) converge: ConvergeArgs,
     /// Bytes of memory that the guest writes a second
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
     pub(crate) dirty_rate: u64,

@@ -5,6 +5,7 @@
 use multifd::{
     channel::{Address, Connect},
     error::Usage,
+    live::MigrateOptions,
 };
 
 use crate::args::{DemoArgs, SendArgs};
@@ -33,10 +34,11 @@ pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
 /// Refuses what `demo` cannot do.
 ///
 /// # Errors
-/// [`Usage::ZeroCopy`].
+/// [`Usage::ZeroCopy`], [`Usage::OutOfRange`].
 pub(crate) fn of_demo(args: &DemoArgs) -> Result<(), Usage> {
     let packs = args.zero_copy_send && args.compression.packs();
-    refuse_first(&[(packs, "with multifd-compression")])
+    refuse_first(&[(packs, "with multifd-compression")])?;
+    args.converge.apply(MigrateOptions::new()).check()
 }
 
 fn refuse_first(copied: &[(bool, &'static str)]) -> Result<(), Usage> {

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{BinaryBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::{outcome::say, report::rate};
 
@@ -24,6 +24,8 @@ pub(crate) struct Look {
     pub(crate) transferred: u64,
     /// The pass, from 1; 0 before the first.
     pub(crate) pass: u64,
+    /// How long it is expected to take.
+    pub(crate) to_go: Option<Duration>,
     /// What else is worth a word: `dirty 200 MiB/s`.
     pub(crate) note: String,
 }
@@ -134,10 +136,19 @@ impl Meter {
         if !look.note.is_empty() {
             text += &format!(", {}", look.note);
         }
+        // Whole seconds: it is an estimate. The last one is of no use to anybody.
+        let to_go = look.to_go.filter(|time| *time > Duration::from_secs(1));
+        let to_go =
+            to_go.map(|time| format!(", {} to go", HumanDuration(Duration::from_secs(time.as_secs()))));
+        if let Some(to_go) = to_go.filter(|to_go| text.len() + to_go.len() <= BESIDE_A_BAR) {
+            text += &to_go;
+        }
         text
     }
 }
 
+/// Columns of the 80 that a terminal has: `[==========] 100% ` takes the others.
+const BESIDE_A_BAR: usize = 80 - 18;
 /// After so long without a byte it is worth asking why.
 const STILL: Duration = Duration::from_secs(10);
 const ASK: &str = "has the other side the same channels?";
@@ -146,7 +157,6 @@ const ASK: &str = "has the other side the same channels?";
 mod tests {
     use super::*;
 
-    /// `[==========] 100% ` takes 18 columns of the 80 that a terminal has.
     #[test]
     fn busiest_text_fits_beside_its_bar() {
         let mut meter =
@@ -160,17 +170,28 @@ mod tests {
         };
         let text = meter.text(&look);
         assert!(
-            text.contains("pass 10, 900.00 GiB left, ") && text.len() <= 80 - 18,
+            text.contains("pass 10, 900.00 GiB left, ") && text.len() <= BESIDE_A_BAR,
             "{text}: {}",
             text.len()
         );
         let still = Instant::now().checked_sub(SECOND * 9999);
         meter = Meter { last: Some((Instant::now(), look.transferred)), still_since: still };
         let text = meter.text(&look);
-        assert!(text.contains("9999 s") && text.len() <= 80 - 18, "{text}: {}", text.len());
+        assert!(text.contains("9999 s") && text.len() <= BESIDE_A_BAR, "{text}: {}", text.len());
     }
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn time_to_go_is_told_where_there_is_room() {
+        let mut meter = Meter::default();
+        let look = Look { pass: 1, to_go: Some(Duration::from_millis(12_900)), ..Look::default() };
+        assert_eq!(meter.text(&look), "pass 1, 0 B/s, 12 seconds to go");
+        let soon = Look { to_go: Some(SECOND), ..look.clone() };
+        assert_eq!(meter.text(&soon), "pass 1, 0 B/s");
+        let busy = Look { note: "x".repeat(40), ..look };
+        assert!(!meter.text(&busy).contains("to go"));
+    }
 
     #[test]
     fn a_peer_that_takes_nothing_is_told_of_after_a_while() {

@@ -187,6 +187,7 @@ fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
         total: 0,
         transferred,
         pass: counters.sync_points(),
+        to_go: None,
         note: format!(
             "{} received, the guest has {}",
             indicatif::BinaryBytes(transferred),

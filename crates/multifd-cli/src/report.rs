@@ -21,6 +21,8 @@ pub(crate) struct Report {
     pub(crate) downtime: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) setup_time: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cpu_throttle_percentage: Option<u8>,
     pub(crate) ram: Ram,
     pub(crate) channels: Vec<Channel>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,6 +88,7 @@ impl Report {
             total_time: millis(info.total_time),
             downtime: info.downtime.map(millis),
             setup_time: Some(millis(info.setup_time)),
+            cpu_throttle_percentage: info.cpu_throttle_percentage,
             ram: Ram {
                 total: ram.total,
                 remaining: ram.remaining,
@@ -149,6 +152,9 @@ impl Report {
             // The dirty bits are taken before every pass, and once to find that one pass more is enough.
             let passes = ram.dirty_sync_count.unwrap_or_default().saturating_sub(1);
             text += &format!("\ndowntime {downtime} ms, {passes} passes");
+        }
+        if let Some(percent) = self.cpu_throttle_percentage {
+            text += &format!(", the guest throttled by {percent} %");
         }
         if let Some(missed @ 1..) = ram.dirty_sync_missed_zero_copy {
             text += &format!(

@@ -215,6 +215,7 @@ pub(crate) fn look(progress: &Progress) -> Look {
         total: ram.total,
         transferred: ram.transferred,
         pass: ram.dirty_sync_count,
+        to_go: info.expected_remaining_time,
         note: String::new(),
     }
 }

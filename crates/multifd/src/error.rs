@@ -6,7 +6,7 @@
 use std::{fmt, io, sync::Arc, time::Duration};
 
 use crate::{
-    live::Status,
+    live::{NotConverged, Status},
     ram::{BlockName, BlockOffset, PageSize},
     wire::{ChannelId, DeviceId, Flags, VmUuid},
 };
@@ -58,6 +58,9 @@ pub enum Error {
         /// Where to look.
         hint: &'static str,
     },
+    /// The guest could not be stopped within `max-passes` or `max-total-time`, and runs on at the source.
+    #[error(transparent)]
+    NotConverged(Box<NotConverged>),
     /// An error that belongs to one place: a channel, a packet, a connection.
     #[error(transparent)]
     At(#[from] Located),
@@ -540,6 +543,12 @@ pub enum Usage {
     /// A call that needs what has not been set up yet.
     #[error("{0} is not there yet: set it up first")]
     TooEarly(&'static str),
+    /// A migration was told to go on while it was not waiting to be.
+    #[error("the migration is {met}: it can be told to go on when it is pre-switchover")]
+    NotPaused {
+        /// Its state.
+        met: Status,
+    },
     /// A state that does not follow the present one.
     #[error("a migration that is {from} cannot become {to}")]
     IllegalTransition {

@@ -39,6 +39,15 @@ pub const MULTIFD_ZLIB_LEVEL: Range = Range { name: "multifd-zlib-level", least:
 pub const MULTIFD_ZSTD_LEVEL: Range = Range { name: "multifd-zstd-level", least: 0, most: 20 };
 /// Milliseconds that the guest may stand still.
 pub const DOWNTIME_LIMIT: Range = Range { name: "downtime-limit", least: 0, most: 2_000_000 };
+/// Per cent of time that a guest that is held back stands at first.
+pub const CPU_THROTTLE_INITIAL: Range = Range { name: "cpu-throttle-initial", least: 1, most: 99 };
+/// Per cent of time more that it stands after each step.
+pub const CPU_THROTTLE_INCREMENT: Range = Range { name: "cpu-throttle-increment", least: 1, most: 99 };
+/// Per cent of time that it stands at the most; not below `cpu-throttle-initial` either.
+pub const MAX_CPU_THROTTLE: Range = Range { name: "max-cpu-throttle", least: 1, most: 99 };
+/// Per cent of what was sent that a guest may dirty meanwhile.
+pub const THROTTLE_TRIGGER_THRESHOLD: Range =
+    Range { name: "throttle-trigger-threshold", least: 1, most: 100 };
 
 #[cfg(test)]
 mod tests {
@@ -46,7 +55,16 @@ mod tests {
 
     #[test]
     fn value_beyond_either_bound_is_refused_by_name() {
-        for range in [MULTIFD_CHANNELS, MULTIFD_ZLIB_LEVEL, MULTIFD_ZSTD_LEVEL, DOWNTIME_LIMIT] {
+        for range in [
+            MULTIFD_CHANNELS,
+            MULTIFD_ZLIB_LEVEL,
+            MULTIFD_ZSTD_LEVEL,
+            DOWNTIME_LIMIT,
+            CPU_THROTTLE_INITIAL,
+            CPU_THROTTLE_INCREMENT,
+            MAX_CPU_THROTTLE,
+            THROTTLE_TRIGGER_THRESHOLD,
+        ] {
             let (least, most) = (i128::from(range.least), i128::from(range.most));
             assert_eq!((range.check(least), range.check(most)), (Ok(()), Ok(())));
             for met in [least - 1, most + 1] {

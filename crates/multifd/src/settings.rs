@@ -11,7 +11,10 @@ use crate::{
     error::Usage,
     live::MigrateOptions,
     options::{ChannelCount, ReceiveOptions, SendOptions},
-    parameters::{DOWNTIME_LIMIT, MULTIFD_CHANNELS, MULTIFD_ZLIB_LEVEL, MULTIFD_ZSTD_LEVEL, Range},
+    parameters::{
+        CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, DOWNTIME_LIMIT, MAX_CPU_THROTTLE, MULTIFD_CHANNELS,
+        MULTIFD_ZLIB_LEVEL, MULTIFD_ZSTD_LEVEL, Range, THROTTLE_TRIGGER_THRESHOLD,
+    },
     wire::VmUuid,
 };
 
@@ -145,6 +148,15 @@ pub(crate) struct MigrateSettings {
     downtime_limit: Number,
     zero_page_detection: String,
     look_for_zero_pages: bool,
+    auto_converge: bool,
+    cpu_throttle_initial: Number,
+    cpu_throttle_increment: Number,
+    max_cpu_throttle: Number,
+    cpu_throttle_tailslow: bool,
+    throttle_trigger_threshold: Number,
+    pause_before_switchover: bool,
+    max_passes: Number,
+    max_total_time: Number,
 }
 
 impl Default for MigrateSettings {
@@ -162,6 +174,15 @@ impl From<MigrateOptions> for MigrateSettings {
             downtime_limit: Number::millis(options.downtime_limit),
             zero_page_detection: options.zero_page_detection.to_string(),
             look_for_zero_pages: options.look_for_zero_pages,
+            auto_converge: options.auto_converge,
+            cpu_throttle_initial: Number(options.cpu_throttle.initial.into()),
+            cpu_throttle_increment: Number(options.cpu_throttle.increment.into()),
+            max_cpu_throttle: Number(options.cpu_throttle.max.into()),
+            cpu_throttle_tailslow: options.cpu_throttle.tailslow,
+            throttle_trigger_threshold: Number(options.cpu_throttle.trigger.into()),
+            pause_before_switchover: options.pause_before_switchover,
+            max_passes: Number(options.max_passes.unwrap_or_default().into()),
+            max_total_time: Number::millis(options.max_total_time.unwrap_or_default()),
         }
     }
 }
@@ -174,12 +195,27 @@ impl TryFrom<MigrateSettings> for MigrateOptions {
             settings.zero_page_detection.parse().map_err(|error: Usage| error.to_string())?;
         let max_bandwidth = settings.max_bandwidth.any("max-bandwidth")?;
         let switchover = settings.avail_switchover_bandwidth.any("avail-switchover-bandwidth")?;
-        Ok(Self::new()
+        let max_passes = settings.max_passes.any("max-passes")?;
+        let max_total_time = settings.max_total_time.duration("max-total-time")?;
+        let options = Self::new()
             .max_bandwidth(Some(max_bandwidth))
             .avail_switchover_bandwidth(Some(switchover))
             .downtime_limit(Duration::from_millis(settings.downtime_limit.within(DOWNTIME_LIMIT)?))
             .zero_page_detection(zero_page_detection)
-            .look_for_zero_pages(settings.look_for_zero_pages))
+            .look_for_zero_pages(settings.look_for_zero_pages)
+            .auto_converge(settings.auto_converge)
+            .cpu_throttle_initial(settings.cpu_throttle_initial.within(CPU_THROTTLE_INITIAL)?)
+            .cpu_throttle_increment(settings.cpu_throttle_increment.within(CPU_THROTTLE_INCREMENT)?)
+            .max_cpu_throttle(settings.max_cpu_throttle.within(MAX_CPU_THROTTLE)?)
+            .cpu_throttle_tailslow(settings.cpu_throttle_tailslow)
+            .throttle_trigger_threshold(
+                settings.throttle_trigger_threshold.within(THROTTLE_TRIGGER_THRESHOLD)?,
+            )
+            .pause_before_switchover(settings.pause_before_switchover)
+            .max_passes(Some(max_passes))
+            .max_total_time(Some(max_total_time));
+        options.check().map_err(|error| error.to_string())?;
+        Ok(options)
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::FileExt,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
     thread::{Builder, JoinHandle},
     time::{Duration, Instant},
@@ -14,7 +14,7 @@ use std::{
 
 use multifd::{
     channel::Stop,
-    live::{DeviceSection, Guest},
+    live::{DeviceSection, Guest, Percent},
     ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlock, RamBlocks},
 };
 
@@ -28,6 +28,8 @@ pub(super) struct DemoGuest {
     log: DirtyBitmaps,
     rate: u64,
     rounds: Arc<AtomicU64>,
+    /// Per cent of time that the writers stand. Relaxed: it orders nothing.
+    throttle: Arc<AtomicU8>,
     power: Stop,
     threads: Vec<JoinHandle<()>>,
 }
@@ -36,8 +38,8 @@ impl DemoGuest {
     /// Fills RAM, an eighth of it left zero, and starts the writers, unless `stop` comes first.
     pub(super) fn boot(blocks: Arc<RamBlocks>, rate: u64, stop: &Stop) -> Result<Self, Failure> {
         let log = DirtyBitmaps::new(&blocks);
-        let (rounds, power) = (Arc::new(AtomicU64::new(0)), Stop::new());
-        let mut guest = Self { blocks, log, rate, rounds, power, threads: Vec::new() };
+        let (rounds, throttle, power) = (Arc::default(), Arc::default(), Stop::new());
+        let mut guest = Self { blocks, log, rate, rounds, throttle, power, threads: Vec::new() };
         guest.fill(stop).map_err(Failure::of)?;
         guest.run().map_err(|error| While::new("cannot start the guest", error))?;
         Ok(guest)
@@ -69,46 +71,75 @@ impl DemoGuest {
     fn run(&mut self) -> io::Result<()> {
         self.power = Stop::new();
         for writer in 0..WRITERS {
-            let (blocks, log) = (self.blocks.clone(), self.log.clone());
-            let (rounds, power, rate) = (self.rounds.clone(), self.power.clone(), self.rate / WRITERS);
-            let thread = Builder::new().name(format!("vcpu_{writer}")).spawn(move || {
-                let mut random = Random(0xd1b5_4a32_d192_ed03 ^ writer);
-                keep_writing(&blocks, &log, &rounds, &power, rate, writer, &mut random);
-            })?;
+            let writer = Writer {
+                blocks: self.blocks.clone(),
+                log: self.log.clone(),
+                rounds: self.rounds.clone(),
+                throttle: self.throttle.clone(),
+                power: self.power.clone(),
+                rate: self.rate / WRITERS,
+                number: writer,
+                random: Random(0xd1b5_4a32_d192_ed03 ^ writer),
+            };
+            let name = format!("vcpu_{}", writer.number);
+            let thread = Builder::new().name(name).spawn(move || writer.keep_writing())?;
             self.threads.push(thread);
         }
         Ok(())
     }
 }
 
-/// Writes a pageful at a time, as many as the rate makes due, until the power goes.
-fn keep_writing(
-    blocks: &RamBlocks,
-    log: &DirtyBitmaps,
-    rounds: &AtomicU64,
-    power: &Stop,
+/// What stands for a processor.
+struct Writer {
+    blocks: Arc<RamBlocks>,
+    log: DirtyBitmaps,
+    rounds: Arc<AtomicU64>,
+    throttle: Arc<AtomicU8>,
+    power: Stop,
+    /// Bytes a second, of the time that it runs.
     rate: u64,
-    writer: u64,
-    random: &mut Random,
-) {
-    let Some(block) = blocks.get(BlockIndex(0)) else { return };
-    let page_size = block.page_size().bytes() as u64;
-    // Each writer has pages of its own, so that no page is a mixture of two.
-    let pages = block.pages() / WRITERS;
-    let (start, mut written) = (Instant::now(), 0);
-    while power.pause(TICK).is_ok() {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate times seconds")]
-        let due = (rate as f64 * start.elapsed().as_secs_f64()) as u64 / page_size;
-        while written < due {
-            let page = PageIndex(random.next() % pages.max(1) * WRITERS + writer);
-            write(blocks, page, random.next());
-            log.mark(BlockIndex(0), page);
-            rounds.fetch_add(1, Ordering::AcqRel);
-            written += 1;
-            if written % LOOK_EVERY == 0 && power.is_stopped() {
+    number: u64,
+    random: Random,
+}
+
+impl Writer {
+    /// Writes a pageful at a time, as many as the rate makes due, until the power goes. Runs in turns, and stands in between
+    /// as the throttle says.
+    fn keep_writing(mut self) {
+        let Some(block) = self.blocks.get(BlockIndex(0)) else { return };
+        let (page_size, pages) = (block.page_size().bytes() as u64, block.pages());
+        let (mut ran, mut written) = (Duration::ZERO, 0);
+        while !self.power.is_stopped() {
+            let turn = Instant::now();
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a rate times seconds"
+            )]
+            let due = (self.rate as f64 * ran.as_secs_f64()) as u64 / page_size;
+            if written >= due && self.power.pause(TICK).is_err() {
+                return;
+            }
+            while written < due && turn.elapsed() < TURN && !self.power.is_stopped() {
+                let some = LOOK_EVERY.min(due - written);
+                (0..some).for_each(|_| self.write_one(pages));
+                written += some;
+            }
+            let took = turn.elapsed();
+            ran += took;
+            let stand = Percent::new(self.throttle.load(Ordering::Relaxed)).pause_after(took);
+            if !stand.is_zero() && self.power.pause(stand).is_err() {
                 return;
             }
         }
+    }
+
+    fn write_one(&mut self, pages: u64) {
+        // Each writer has pages of its own, so that no page is a mixture of two.
+        let page = PageIndex(self.random.next() % (pages / WRITERS).max(1) * WRITERS + self.number);
+        write(&self.blocks, page, self.random.next());
+        self.log.mark(BlockIndex(0), page);
+        self.rounds.fetch_add(1, Ordering::AcqRel);
     }
 }
 
@@ -139,6 +170,11 @@ impl Guest for DemoGuest {
         if let Err(error) = self.run() {
             tracing::error!(%error, "the demo's guest cannot go on");
         }
+    }
+
+    fn throttle(&mut self, stand: Percent) -> io::Result<()> {
+        self.throttle.store(stand.get(), Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -192,4 +228,6 @@ const PAGEMAP_ENTRY: usize = 8;
 const NOISE_WORDS: u64 = 128;
 const WRITERS: u64 = 2;
 const TICK: Duration = Duration::from_millis(1);
+/// How long a writer runs before it may have to stand.
+const TURN: Duration = Duration::from_millis(10);
 const LOOK_EVERY: u64 = 64;

@@ -7,6 +7,7 @@
 //!
 //! The destination is this program again, in a process of its own. It says where it listens, then what it got.
 
+mod converge;
 mod destination;
 mod guest;
 
@@ -17,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use converge::ConvergeArgs;
 pub(crate) use destination::destination;
 use guest::DemoGuest;
 use indicatif::BinaryBytes;
@@ -75,7 +77,10 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
         .max_bandwidth(Some(args.max_bandwidth))
         .avail_switchover_bandwidth(Some(args.avail_switchover_bandwidth))
         .downtime_limit(Duration::from_millis(args.downtime_limit));
-    let migration = Migration::new(options, blocks.clone(), stop.clone());
+    let migration = Migration::new(args.converge.apply(options), blocks.clone(), stop.clone());
+    if args.converge.pause_before_switchover {
+        converge::proceed_at_a_line(migration.control())?;
+    }
     let progress = migration.progress();
     let display = {
         let progress = progress.clone();
@@ -208,10 +213,15 @@ fn hash(blocks: &RamBlocks) -> Result<String, Failure> {
 }
 
 fn look(progress: &Progress) -> Look {
-    let ram = progress.info().ram;
-    let dirty = BinaryBytes(ram.dirty_pages_rate * ram.page_size);
-    // It is known once a pass is over.
-    let note = if ram.dirty_sync_count > 1 { format!("dirty {dirty}/s") } else { String::new() };
+    let info = progress.info();
+    let dirty = BinaryBytes(info.ram.dirty_pages_rate * info.ram.page_size);
+    let note = match (&info.stall, info.cpu_throttle_percentage) {
+        (Some(_), _) => "will not converge".to_owned(),
+        (None, Some(percent)) => format!("guest throttled {percent} %"),
+        // It is known once a pass is over.
+        (None, None) if info.ram.dirty_sync_count > 1 => format!("dirty {dirty}/s"),
+        (None, None) => String::new(),
+    };
     Look { note, ..send::look(progress) }
 }
 

@@ -1,26 +1,32 @@
 //! A live migration at the source: passes over dirty RAM while the guest runs, then the switchover.
 //!
 //! ```text
-//! none ─▶ setup ─▶ active ─▶ device ─▶ completed          pass: dirty bits ─▶ pages ─▶ channels (or main)
-//!            └───────┴────────┴──▶ failed                  flush: SYNC on all channels, then main's record
-//!            └───────┴────────┴──▶ cancelling ─▶ cancelled
+//! none ─▶ setup ─▶ active ─▶ [pre-switchover] ─▶ device ─▶ completed
+//!            └───────┴──────────────┴──────────────┴──▶ failed, or cancelling ─▶ cancelled
+//!
+//! pass: dirty bits ─▶ pages ─▶ channels (or main)          flush: SYNC on all channels, then main's record
 //! ```
 //!
-//! [`Migration::run`] drives the whole of it in the caller's thread: it knows when to walk, when to sync, when the
-//! rest fits into the downtime and how to go back. What the main stream looks like it asks a [`Main`], what the
-//! guest has written a [`DirtyLog`], and to stop it a [`Guest`].
+//! [`Migration::run`] drives the whole of it in the caller's thread: it knows when to walk, when to sync and how to go
+//! back. When the rest fits into the downtime, what to expect and whether to hold the guest back it asks `converge/`; what
+//! the main stream looks like a [`Main`], what the guest has written a [`DirtyLog`], and to stop it a [`Guest`].
 
+mod control;
+mod converge;
+mod deadline;
 mod options;
 mod pace;
 mod pass;
 mod progress;
 mod status;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Instant};
 
+pub use control::Control;
+use control::Gate;
+pub use converge::{Bound, NotConverged, Percent, Remedy, Stall};
+use converge::{Converge, Judgement, Round, Step};
+use deadline::Deadline;
 pub use options::{MigrateOptions, ZeroPageDetection};
 use pace::Pace;
 use pass::Walk;
@@ -122,6 +128,18 @@ pub trait Guest {
 
     /// Lets the stopped guest run on: the migration failed or was cancelled, or the guest could not be stopped whole.
     fn resume(&mut self);
+
+    /// Has the guest's processors stand for a [share of the time](Percent::pause_after) from now on, so that it dirties
+    /// less; [`Percent::NONE`] lets them run freely. Called with [`auto-converge`](MigrateOptions::auto_converge) alone: with
+    /// none at the beginning, with more and more while the guest runs, and with none again when it has been stopped or the
+    /// migration has failed. [`stop`](Self::stop) must not wait for a turn to end.
+    ///
+    /// # Errors
+    /// If it cannot be held back; the migration then fails and the guest runs on. Unless it is written, it always fails.
+    fn throttle(&mut self, stand: Percent) -> std::io::Result<()> {
+        let _ = stand;
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// One live migration, from set-up to its end.
@@ -130,6 +148,7 @@ pub struct Migration {
     blocks: Arc<RamBlocks>,
     stop: Stop,
     progress: Progress,
+    gate: Gate,
 }
 
 impl Migration {
@@ -137,7 +156,12 @@ impl Migration {
     /// on main, main's waker must be [watched](Stop::watch_failure) by it.
     pub fn new(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Self {
         let progress = Progress::new(blocks.total(), blocks.page_size());
-        Self { options, blocks, stop, progress }
+        Self { options, blocks, stop, progress, gate: Gate::default() }
+    }
+
+    /// What lets this migration go on where it is to pause before the switchover.
+    pub fn control(&self) -> Control {
+        self.gate.control(self.progress.clone())
     }
 
     /// The numbers of this migration, for another thread to read.
@@ -169,11 +193,17 @@ impl Migration {
             log,
             guest,
             stopped: &mut stopped,
+            synced: Instant::now(),
         };
         let driven = driver.drive();
         if let Err(error) = driven {
             // The first error is the one to report, and it has shut everything down.
             let error = self.stop.fail(error);
+            if self.progress.throttle().is_some()
+                && let Err(error) = guest.throttle(Percent::NONE)
+            {
+                tracing::warn!(%error, "the guest is still throttled");
+            }
             // First of all: nothing that is left to be cleaned up writes to its RAM.
             if stopped {
                 guest.resume();
@@ -212,30 +242,96 @@ struct Driver<'a> {
     pending: Vec<PageBitmap>,
     page: Vec<u8>,
     stopped: &'a mut bool,
+    /// When the dirty bits were last taken.
+    synced: Instant,
 }
 
 impl Driver<'_> {
     fn drive(&mut self) -> Result<()> {
-        let Migration { options, stop, progress, .. } = self.migration;
+        let Migration { options, blocks, stop, progress, .. } = self.migration;
         stop.check()?;
         options.check()?;
+        if options.auto_converge {
+            self.throttle(Percent::NONE)?;
+        }
+        let deadline = self.deadline()?;
         progress.advance(Status::Setup)?;
         self.set_up()?;
         progress.advance(Status::Active)?;
         let mut pace = Pace::new(options.max_bandwidth);
+        let pages = blocks.total() / blocks.page_size().bytes() as u64;
+        let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
+        let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
         self.bitmap_sync(None)?;
         loop {
-            let rate = self.pass(Pass::Live, &mut pace)?;
-            let remaining =
-                self.bitmap_sync(Some(rate.time))? * self.migration.blocks.page_size().bytes() as u64;
-            let expected = options.expected_downtime(remaining, rate.bandwidth());
-            progress.expect_downtime(expected);
-            tracing::debug!(remaining, ?expected, bandwidth = rate.bandwidth(), "migration_iteration");
-            if expected <= options.downtime_limit {
-                break;
+            let round = self.round(&mut pace)?;
+            let judgement = converge.judge(&round, progress.elapsed());
+            self.tell(&round, &judgement);
+            match judgement.step {
+                Step::Pass(None) => {}
+                Step::Pass(Some(percent)) => {
+                    progress.throttled(percent);
+                    self.throttle(percent)?;
+                }
+                Step::GiveUp(bound) => {
+                    let Judgement { doubt: stall, remaining_time: expected_remaining_time, .. } = judgement;
+                    let error = NotConverged { bound, stall, expected_remaining_time };
+                    return Err(Error::NotConverged(Box::new(error)));
+                }
+                Step::SwitchOver => break,
             }
         }
+        // Joined: from here on it is over, or will never be.
+        drop(deadline);
         self.switch_over()
+    }
+
+    fn deadline(&self) -> Result<Option<Deadline>> {
+        let Migration { options, stop, progress, .. } = self.migration;
+        let Some(limit) = options.max_total_time else { return Ok(None) };
+        let left = limit.saturating_sub(progress.elapsed());
+        let deadline = Deadline::start((limit, left), stop, progress);
+        deadline.map(Some).map_err(|error| Error::io("start the thread for max-total-time", error))
+    }
+
+    /// A pass, and the bitmap sync after it.
+    fn round(&mut self, pace: &mut Pace) -> Result<Round> {
+        let progress = &self.migration.progress;
+        let (start, before) = (self.synced, progress.sent());
+        self.pass(Pass::Live, pace)?;
+        let dirty = self.bitmap_sync(Some(start))?;
+        let after = progress.sent();
+        Ok(Round {
+            time: self.synced.duration_since(start),
+            bytes: after.bytes - before.bytes,
+            normal: after.normal - before.normal,
+            zero: after.zero - before.zero,
+            dirty,
+        })
+    }
+
+    fn tell(&self, round: &Round, judgement: &Judgement) {
+        let progress = &self.migration.progress;
+        let Judgement { expected_downtime, remaining_time, stall, bandwidth, step, .. } = judgement;
+        let told = progress.info().stall.is_some();
+        progress.judged(judgement);
+        tracing::debug!(
+            dirty_pages = round.dirty,
+            ?expected_downtime,
+            ?remaining_time,
+            bandwidth,
+            ?step,
+            "migration_iteration"
+        );
+        // Once: it may last.
+        if let Some(stall) = stall.as_ref().filter(|_| !told) {
+            tracing::warn!("the migration {stall}");
+        }
+    }
+
+    fn throttle(&mut self, percent: Percent) -> Result<()> {
+        let done = self.guest.throttle(percent);
+        done.map_err(|error| Error::io(format!("auto-converge: throttle the guest by {percent}"), error))
     }
 
     fn set_up(&mut self) -> Result<()> {
@@ -253,13 +349,19 @@ impl Driver<'_> {
     }
 
     fn switch_over(&mut self) -> Result<()> {
-        let Migration { stop, progress, .. } = self.migration;
+        let Migration { options, stop, progress, gate, .. } = self.migration;
         stop.check()?;
         let start = Instant::now();
         let precopy = self.main.bytes();
         progress.main_bytes(precopy, 0);
         *self.stopped = true;
         let devices = self.guest.stop().map_err(|error| Error::io("stop the guest", error))?;
+        if progress.throttle().is_some() {
+            self.throttle(Percent::NONE)?;
+        }
+        if options.pause_before_switchover {
+            gate.pause(progress, stop)?;
+        }
         progress.advance(Status::Device)?;
         self.main.switchover()?;
         self.bitmap_sync(None)?;
@@ -271,8 +373,8 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Takes the dirty bits of all blocks; says how many pages remain to be sent.
-    fn bitmap_sync(&mut self, time: Option<Duration>) -> Result<u64> {
+    /// Takes the dirty bits of all blocks, which the guest wrote `since` then; says how many pages remain to be sent.
+    fn bitmap_sync(&mut self, since: Option<Instant>) -> Result<u64> {
         for ((index, block), pending) in self.migration.blocks.iter().zip(&self.pending) {
             let taken = self.log.take(index, pending);
             taken.map_err(|error| {
@@ -283,12 +385,14 @@ impl Driver<'_> {
             }
         }
         let remaining = self.pending.iter().map(PageBitmap::count).sum();
+        self.synced = Instant::now();
+        let time = since.map(|since| self.synced.duration_since(since));
         self.migration.progress.bitmap_sync(remaining, time);
         Ok(remaining)
     }
 
-    fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<PassRate> {
-        let Migration { options, blocks, stop, progress } = self.migration;
+    fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<()> {
+        let Migration { options, blocks, stop, progress, .. } = self.migration;
         let (start, before) = (Instant::now(), progress.sent());
         self.main.begin_pass(pass)?;
         let mut walk = Walk {
@@ -312,9 +416,9 @@ impl Driver<'_> {
             progress.main_bytes(self.main.bytes(), 0);
         }
         let after = progress.sent();
-        let rate = PassRate { bytes: after.1 - before.1, pages: after.0 - before.0, time: start.elapsed() };
-        progress.passed(&rate);
-        Ok(rate)
+        let pages = after.normal + after.zero - before.normal - before.zero;
+        progress.passed(&PassRate { bytes: after.bytes - before.bytes, pages, time: start.elapsed() });
+        Ok(())
     }
 }
 

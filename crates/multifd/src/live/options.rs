@@ -1,7 +1,8 @@
-//! What can be chosen for the passes: `max-bandwidth`, `downtime-limit`, `zero-page-detection` and their like.
+//! What can be chosen for the passes: `max-bandwidth`, `downtime-limit`, `auto-converge`, bounds and their like.
 
 use std::{fmt, str::FromStr, time::Duration};
 
+use super::converge::CpuThrottle;
 use crate::{error::Usage, parameters};
 
 /// Where zero pages are looked for, and how they travel.
@@ -62,6 +63,11 @@ pub struct MigrateOptions {
     pub(crate) avail_switchover_bandwidth: Option<u64>,
     pub(crate) zero_page_detection: ZeroPageDetection,
     pub(crate) look_for_zero_pages: bool,
+    pub(crate) auto_converge: bool,
+    pub(crate) cpu_throttle: CpuThrottle,
+    pub(crate) pause_before_switchover: bool,
+    pub(crate) max_passes: Option<u64>,
+    pub(crate) max_total_time: Option<Duration>,
 }
 
 impl Default for MigrateOptions {
@@ -72,6 +78,11 @@ impl Default for MigrateOptions {
             avail_switchover_bandwidth: None,
             zero_page_detection: ZeroPageDetection::Legacy,
             look_for_zero_pages: true,
+            auto_converge: false,
+            cpu_throttle: CpuThrottle::default(),
+            pause_before_switchover: false,
+            max_passes: None,
+            max_total_time: None,
         }
     }
 }
@@ -118,17 +129,87 @@ impl MigrateOptions {
         self
     }
 
-    /// How long `remaining` bytes would take with the guest stopped, after a pass at `measured` bytes a second.
-    pub(super) fn expected_downtime(&self, remaining: u64, measured: f64) -> Duration {
-        let bandwidth = self.avail_switchover_bandwidth.map_or(measured, |bytes| bytes as f64);
-        Duration::try_from_secs_f64(remaining as f64 / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
+    /// `auto-converge`: a guest that dirties too much of what is sent is held back, by [`Guest::throttle`], step by step
+    /// until it can be stopped. Default false. Costs the guest its speed, and only when it must. A guest whose
+    /// `throttle` is not written fails the migration at its beginning.
+    ///
+    /// [`Guest::throttle`]: super::Guest::throttle
+    pub fn auto_converge(mut self, on: bool) -> Self {
+        self.auto_converge = on;
+        self
     }
 
-    pub(super) fn check(&self) -> Result<(), Usage> {
+    /// `cpu-throttle-initial`: per cent of time that the guest's processors stand at first, 1 to 99. Default 20.
+    pub fn cpu_throttle_initial(mut self, percent: u8) -> Self {
+        self.cpu_throttle.initial = percent;
+        self
+    }
+
+    /// `cpu-throttle-increment`: per cent of time more, whenever that is not enough, 1 to 99. Default 10.
+    pub fn cpu_throttle_increment(mut self, percent: u8) -> Self {
+        self.cpu_throttle.increment = percent;
+        self
+    }
+
+    /// `max-cpu-throttle`: per cent of time at the most, `cpu-throttle-initial` to 99. Default 99.
+    pub fn max_cpu_throttle(mut self, percent: u8) -> Self {
+        self.cpu_throttle.max = percent;
+        self
+    }
+
+    /// `cpu-throttle-tailslow`: steps are no greater than what brings the guest to the threshold, as reckoned from what it
+    /// dirties now. Default false. Hurts the guest less, and may take longer.
+    pub fn cpu_throttle_tailslow(mut self, on: bool) -> Self {
+        self.cpu_throttle.tailslow = on;
+        self
+    }
+
+    /// `throttle-trigger-threshold`: the guest is held back (further) when it has dirtied more than so many per cent of what
+    /// was sent meanwhile, twice in a row, each time for a second at least. 1 to 100, default 50.
+    pub fn throttle_trigger_threshold(mut self, percent: u8) -> Self {
+        self.cpu_throttle.trigger = percent;
+        self
+    }
+
+    /// `pause-before-switchover`: with the guest stopped, the migration waits for [`Control::proceed`]. Default false.
+    ///
+    /// [`Control::proceed`]: super::Control::proceed
+    pub fn pause_before_switchover(mut self, on: bool) -> Self {
+        self.pause_before_switchover = on;
+        self
+    }
+
+    /// How many passes may be made with the guest running; `None`, the default, and 0 are no bound. If the guest cannot
+    /// be stopped after the last one, the migration fails with [`NotConverged`](super::NotConverged) and the guest runs on.
+    pub fn max_passes(mut self, passes: Option<u64>) -> Self {
+        self.max_passes = passes.filter(|passes| *passes > 0);
+        self
+    }
+
+    /// How long the migration may take until the guest is stopped; `None`, the default, and 0 are no bound. It ends as
+    /// with [`max_passes`](Self::max_passes), in the middle of a pass if need be. A guest that has been stopped in time is
+    /// not put back.
+    pub fn max_total_time(mut self, time: Option<Duration>) -> Self {
+        self.max_total_time = time.filter(|time| !time.is_zero());
+        self
+    }
+
+    /// How long `remaining` bytes would take with the guest stopped, after a pass at `measured` bytes a second.
+    pub(super) fn expected_downtime(&self, remaining: f64, measured: f64) -> Duration {
+        let bandwidth = self.avail_switchover_bandwidth.map_or(measured, |bytes| bytes as f64);
+        Duration::try_from_secs_f64(remaining / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
+    }
+
+    /// Refuses what [`Migration::run`](super::Migration::run) would refuse.
+    ///
+    /// # Errors
+    /// [`Usage::OutOfRange`], with the name of the first that is out of its range.
+    pub fn check(&self) -> Result<(), Usage> {
         let limit = self.downtime_limit;
         // Rounded up: what is above the bound by less than a millisecond is above it.
         let millis = limit.as_nanos().div_ceil(1_000_000);
-        parameters::DOWNTIME_LIMIT.check(i128::try_from(millis).unwrap_or(i128::MAX))
+        parameters::DOWNTIME_LIMIT.check(i128::try_from(millis).unwrap_or(i128::MAX))?;
+        self.cpu_throttle.check()
     }
 }
 
@@ -149,9 +230,9 @@ mod tests {
     #[test]
     fn bandwidth_of_the_switchover_replaces_what_was_measured() {
         let options = MigrateOptions::new();
-        assert_eq!(options.expected_downtime(1000, 100.0), Duration::from_secs(10));
+        assert_eq!(options.expected_downtime(1000.0, 100.0), Duration::from_secs(10));
         let told = options.clone().avail_switchover_bandwidth(Some(500));
-        assert_eq!(told.expected_downtime(1000, 100.0), Duration::from_secs(2));
+        assert_eq!(told.expected_downtime(1000.0, 100.0), Duration::from_secs(2));
         let none = told.avail_switchover_bandwidth(Some(0));
         assert_eq!(none, options);
     }

@@ -7,20 +7,19 @@ use crate::{channel::Stop, error::Result};
 /// Spends bytes at no more than a set rate.
 #[derive(Debug)]
 pub(super) struct Pace {
-    rate: Option<u64>,
-    slice: Instant,
-    spent: u64,
+    slices: Option<Slices>,
+    start: Instant,
 }
 
 impl Pace {
     /// Up to `rate` bytes a second; `None` is no limit.
     pub(super) fn new(rate: Option<u64>) -> Self {
-        Self { rate, slice: Instant::now(), spent: 0 }
+        Self { slices: rate.map(Slices::new), start: Instant::now() }
     }
 
     /// Whether there is a limit.
     pub(super) fn is_limited(&self) -> bool {
-        self.rate.is_some()
+        self.slices.is_some()
     }
 
     /// Notes bytes that go out now, and waits if they are more than is due.
@@ -28,23 +27,51 @@ impl Pace {
     /// # Errors
     /// The error that stopped the migration.
     pub(super) fn spend(&mut self, bytes: u64, stop: &Stop) -> Result<()> {
-        let Some(rate) = self.rate else { return Ok(()) };
-        self.spent = self.spent.saturating_add(bytes);
-        let allowed = rate / SLICES_A_SECOND;
-        while self.spent > allowed {
-            // A source that had nothing to send has no claim to send faster later.
-            let left = SLICE.saturating_sub(self.slice.elapsed());
-            if left.is_zero() {
-                self.slice = Instant::now();
-                self.spent = self.spent.saturating_sub(allowed.max(1));
-            } else {
-                stop.pause(left)?;
-                if stop.is_stopped() {
-                    return stop.check();
-                }
+        let Some(slices) = &mut self.slices else { return Ok(()) };
+        slices.spend(bytes);
+        while let Some(left) = slices.wait(self.start.elapsed()) {
+            stop.pause(left)?;
+            if stop.is_stopped() {
+                return stop.check();
             }
         }
         Ok(())
+    }
+}
+
+/// What each slice of time allows, reckoned from the time that it is told.
+#[derive(Debug)]
+pub(super) struct Slices {
+    rate: u64,
+    slice: Duration,
+    spent: u64,
+}
+
+impl Slices {
+    /// Up to `rate` bytes a second.
+    pub(super) fn new(rate: u64) -> Self {
+        Self { rate, slice: Duration::ZERO, spent: 0 }
+    }
+
+    /// Notes bytes that go out.
+    pub(super) fn spend(&mut self, bytes: u64) {
+        self.spent = self.spent.saturating_add(bytes);
+    }
+
+    /// How long to wait, `now` after the beginning, before more may go out: `None` is not at all. To be asked again after
+    /// the wait.
+    pub(super) fn wait(&mut self, now: Duration) -> Option<Duration> {
+        let allowed = self.rate / SLICES_A_SECOND;
+        while self.spent > allowed {
+            // A source that had nothing to send has no claim to send faster later.
+            let left = SLICE.saturating_sub(now.saturating_sub(self.slice));
+            if !left.is_zero() {
+                return Some(left);
+            }
+            self.slice = now;
+            self.spent = self.spent.saturating_sub(allowed.max(1));
+        }
+        None
     }
 }
 

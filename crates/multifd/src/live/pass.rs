@@ -1,6 +1,6 @@
 //! One pass: the dirty bits are walked once, and every page found goes to a channel or to main.
 
-use super::{Main, Pace, Progress, ZeroPageDetection};
+use super::{Main, Pace, Progress, ZeroPageDetection, converge::ZERO_ENTRY};
 use crate::{
     channel::Stop,
     error::{Error, Result},
@@ -99,6 +99,3 @@ enum Kind {
     /// The channel looks.
     Unknown,
 }
-
-/// What a zero page costs on the wire, about: its entry in a head, or its record on main.
-const ZERO_ENTRY: u64 = 9;

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Status, status::StatusCell};
+use super::{Bound, NotConverged, Percent, Stall, Status, converge::Judgement, status::StatusCell};
 use crate::{
     error::Result,
     ram::PageSize,
@@ -31,6 +31,15 @@ pub struct MigrationInfo {
     pub downtime: Option<Duration>,
     /// `expected-downtime`: what the remaining pages would take, while the guest runs.
     pub expected_downtime: Option<Duration>,
+    /// How long until all is done, downtime included, while the guest runs. In the first pass it is what remains of that
+    /// pass; later it counts with what the guest dirties, and with what `auto-converge` will do. `None` where no end is in
+    /// sight.
+    pub expected_remaining_time: Option<Duration>,
+    /// `cpu-throttle-percentage`: per cent of time that the guest's processors were last made to stand; `None` if
+    /// `auto-converge` has not held it back.
+    pub cpu_throttle_percentage: Option<u8>,
+    /// Why the migration will not converge as things are, and what would help.
+    pub stall: Option<Stall>,
     /// `ram`.
     pub ram: RamInfo,
     /// What each channel has carried.
@@ -99,12 +108,28 @@ struct Passes {
     total_time: Option<Duration>,
     downtime: Option<Duration>,
     expected_downtime: Option<Duration>,
+    /// When the first pass began, and with how many pages.
+    first_pass: Option<(Instant, u64)>,
+    /// As it was expected at that time.
+    remaining_time: Option<(Instant, Duration)>,
+    throttled: Option<Percent>,
+    stall: Option<Stall>,
+    /// The same, where it is not certain yet.
+    doubt: Option<Stall>,
     dirty_sync_count: u64,
     dirty_pages_rate: u64,
     pages_per_second: u64,
     mbps: f64,
     precopy_bytes: u64,
     downtime_bytes: u64,
+}
+
+/// Pages and bytes on all connections.
+#[derive(Clone, Copy)]
+pub(super) struct Sent {
+    pub(super) normal: u64,
+    pub(super) zero: u64,
+    pub(super) bytes: u64,
 }
 
 /// What a pass has sent, and in what time.
@@ -139,6 +164,7 @@ impl Progress {
     pub fn info(&self) -> MigrationInfo {
         let inner = &*self.0;
         let passes = self.passes(|passes| passes.clone());
+        let expected_remaining_time = self.remaining_time(&passes);
         let channels = passes.channels.map_or_else(Vec::new, |counters| counters.stats());
         let page_size = inner.page_size.bytes() as u64;
         let on_channels = |count: fn(&ChannelStats) -> u64| channels.iter().map(count).sum::<u64>();
@@ -151,6 +177,9 @@ impl Progress {
             setup_time: passes.setup_time.unwrap_or_else(|| inner.start.elapsed()),
             downtime: passes.downtime,
             expected_downtime: passes.expected_downtime,
+            expected_remaining_time,
+            cpu_throttle_percentage: passes.throttled.map(Percent::get),
+            stall: passes.stall,
             ram: RamInfo {
                 total: inner.total,
                 remaining: inner.remaining_pages.load(Ordering::Relaxed) * page_size,
@@ -175,6 +204,11 @@ impl Progress {
     /// Where the migration stands.
     pub fn status(&self) -> Status {
         self.0.status.load()
+    }
+
+    /// How long ago the migration began.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.0.start.elapsed()
     }
 
     pub(super) fn advance(&self, next: Status) -> Result<()> {
@@ -215,6 +249,7 @@ impl Progress {
         self.0.remaining_pages.store(remaining, Ordering::Relaxed);
         self.passes(|passes| {
             passes.dirty_sync_count += 1;
+            passes.first_pass.get_or_insert((Instant::now(), remaining));
             if let Some(time) = time {
                 #[expect(
                     clippy::cast_possible_truncation,
@@ -238,8 +273,31 @@ impl Progress {
         });
     }
 
-    pub(super) fn expect_downtime(&self, expected: Duration) {
-        self.passes(|passes| passes.expected_downtime = Some(expected));
+    /// A pass is over, and has been judged.
+    pub(super) fn judged(&self, judgement: &Judgement) {
+        let expected = judgement.remaining_time.map(|time| (Instant::now(), time));
+        self.passes(|passes| {
+            passes.expected_downtime = Some(judgement.expected_downtime);
+            passes.remaining_time = expected;
+            passes.stall.clone_from(&judgement.stall);
+            passes.doubt.clone_from(&judgement.doubt);
+        });
+    }
+
+    pub(super) fn throttled(&self, percent: Percent) {
+        self.passes(|passes| passes.throttled = Some(percent));
+    }
+
+    /// How far the guest is held back, if at all.
+    pub(super) fn throttle(&self) -> Option<Percent> {
+        self.passes(|passes| passes.throttled)
+    }
+
+    /// What is to be said when `max-total-time` is over.
+    pub(super) fn not_converged_in(&self, limit: Duration) -> NotConverged {
+        let (stall, expected_remaining_time) =
+            (self.passes(|passes| passes.doubt.clone()), self.info().expected_remaining_time);
+        NotConverged { bound: Bound::Time(limit), stall, expected_remaining_time }
     }
 
     pub(super) fn main_bytes(&self, precopy: u64, downtime: u64) {
@@ -247,13 +305,28 @@ impl Progress {
     }
 
     pub(super) fn downtime(&self, downtime: Duration) {
-        self.passes(|passes| (passes.downtime, passes.expected_downtime) = (Some(downtime), None));
+        self.passes(|passes| {
+            (passes.downtime, passes.expected_downtime, passes.remaining_time) = (Some(downtime), None, None);
+        });
     }
 
-    /// Pages and bytes sent so far.
-    pub(super) fn sent(&self) -> (u64, u64) {
-        let info = self.info();
-        (info.ram.normal + info.ram.duplicate, info.ram.transferred)
+    /// What has been sent so far.
+    pub(super) fn sent(&self) -> Sent {
+        let ram = self.info().ram;
+        Sent { normal: ram.normal, zero: ram.duplicate, bytes: ram.transferred }
+    }
+
+    fn remaining_time(&self, passes: &Passes) -> Option<Duration> {
+        if self.0.status.load() != Status::Active {
+            return None;
+        }
+        if passes.dirty_sync_count > 1 {
+            return passes.remaining_time.map(|(then, time)| time.saturating_sub(then.elapsed()));
+        }
+        let (start, pages) = passes.first_pass?;
+        let remaining = self.0.remaining_pages.load(Ordering::Relaxed);
+        let walked = pages.checked_sub(remaining).filter(|walked| *walked > 0)?;
+        Duration::try_from_secs_f64(start.elapsed().as_secs_f64() * remaining as f64 / walked as f64).ok()
     }
 
     fn passes<T>(&self, look: impl FnOnce(&mut Passes) -> T) -> T {

@@ -18,6 +18,8 @@ pub enum Status {
     Setup,
     /// RAM moves while the guest runs.
     Active,
+    /// The guest has stopped, and the migration [waits](super::Control::proceed) to be told to go on.
+    PreSwitchover,
     /// The guest has stopped: the last pages and the devices move.
     Device,
     /// The destination has everything.
@@ -31,10 +33,11 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::None,
         Self::Setup,
         Self::Active,
+        Self::PreSwitchover,
         Self::Device,
         Self::Completed,
         Self::Failed,
@@ -48,6 +51,7 @@ impl Status {
             Self::None => "none",
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::Completed => "completed",
             Self::Failed => "failed",
@@ -63,15 +67,15 @@ impl Status {
 
     /// Whether `next` may follow.
     pub fn may_become(self, next: Self) -> bool {
-        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, Setup};
+        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, PreSwitchover, Setup};
         match next {
             None => false,
             Setup => self == None,
             Active => self == Setup,
-            Device => self == Active,
+            PreSwitchover => self == Active,
+            Device => matches!(self, Active | PreSwitchover),
             Completed => self == Device,
-            Failed => matches!(self, None | Setup | Active | Device),
-            Cancelling => matches!(self, None | Setup | Active | Device),
+            Failed | Cancelling => matches!(self, None | Setup | Active | PreSwitchover | Device),
             Cancelled => self == Cancelling,
         }
     }
@@ -122,13 +126,20 @@ mod tests {
             let cell = StatusCell::default();
             steps.iter().try_for_each(|step| cell.advance(*step)).map(|()| cell.load())
         };
-        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, Setup};
+        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, PreSwitchover, Setup};
         assert_eq!(walked(&[Setup, Active, Device, Completed]).expect("legal"), Completed);
+        let paused = [Setup, Active, PreSwitchover, Device, Completed];
+        assert_eq!(walked(&paused).expect("legal"), Completed);
         assert_eq!(walked(&[Setup, Failed]).expect("legal"), Failed);
         assert_eq!(walked(&[Setup, Active, Cancelling, Cancelled]).expect("legal"), Cancelled);
-        for steps in
-            [&[Active][..], &[Setup, Device], &[Failed, Setup], &[Setup, Failed, Cancelling], &[Cancelled]]
-        {
+        for steps in [
+            &[Active][..],
+            &[Setup, Device],
+            &[Setup, PreSwitchover],
+            &[Failed, Setup],
+            &[Setup, Failed, Cancelling],
+            &[Cancelled],
+        ] {
             walked(steps).expect_err("illegal");
         }
         let refused = walked(&[Setup, Completed]).expect_err("illegal");

@@ -4,6 +4,8 @@
 #[cfg(any(feature = "zlib", feature = "zstd"))]
 mod compression;
 #[cfg(test)]
+mod converge;
+#[cfg(test)]
 mod dead_peers;
 #[cfg(test)]
 mod descriptors;

@@ -67,6 +67,9 @@ fn options_have_the_names_of_the_parameters() {
     let expected = json!({
         "max-bandwidth": 0, "avail-switchover-bandwidth": 0, "downtime-limit": 300,
         "zero-page-detection": "legacy", "look-for-zero-pages": true,
+        "auto-converge": false, "cpu-throttle-initial": 20, "cpu-throttle-increment": 10, "max-cpu-throttle": 99,
+        "cpu-throttle-tailslow": false, "throttle-trigger-threshold": 50, "pause-before-switchover": false,
+        "max-passes": 0, "max-total-time": 0,
     });
     assert_eq!(migrate, expected);
 }
@@ -99,11 +102,15 @@ fn value_outside_its_range_is_refused_with_the_name() {
     let told = "expected avail-switchover-bandwidth 0 to ";
     assert_refused::<MigrateOptions>(r#"{"avail-switchover-bandwidth": -1}"#, told);
     assert_refused::<MigrateOptions>(r#"{"zero-page-detection": "x"}"#, "expected zero-page-detection none");
+    let told = "expected cpu-throttle-initial 1 to 99, met 300";
+    assert_refused::<MigrateOptions>(r#"{"cpu-throttle-initial": 300}"#, told);
+    let told = "expected max-cpu-throttle 50 to 99, met 49";
+    assert_refused::<MigrateOptions>(r#"{"cpu-throttle-initial": 50, "max-cpu-throttle": 49}"#, told);
 }
 
 #[test]
 fn unknown_field_is_refused() {
     assert_refused::<SendOptions>(r#"{"channels": 2}"#, "unknown field `channels`");
     assert_refused::<ReceiveOptions>(r#"{"multifd_channels": 2}"#, "unknown field `multifd_channels`");
-    assert_refused::<MigrateOptions>(r#"{"auto-converge": true}"#, "unknown field `auto-converge`");
+    assert_refused::<MigrateOptions>(r#"{"auto_converge": true}"#, "unknown field `auto_converge`");
 }

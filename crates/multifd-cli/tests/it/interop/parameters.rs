@@ -72,7 +72,7 @@ fn is_refusal(error: &Error) -> bool {
 /// Sets two things on a machine that knows both.
 type Together = fn(&mut Vm) -> Result<(), Error>;
 
-const COMBINATIONS: [(&str, Together); 12] = [
+const COMBINATIONS: [(&str, Together); 13] = [
     ("channels and a transport with one connection", |vm| {
         vm.set_capabilities(&[("multifd", true)])?;
         vm.migrate("exec:cat > /dev/null")?;
@@ -99,6 +99,10 @@ const COMBINATIONS: [(&str, Together); 12] = [
     }),
     ("multifd and `xbzrle`", |vm| vm.set_capabilities(&[("multifd", true), ("xbzrle", true)])),
     ("multifd and `postcopy-ram`", |vm| vm.set_capabilities(&[("multifd", true), ("postcopy-ram", true)])),
+    ("`max-cpu-throttle` below `cpu-throttle-initial`", |vm| {
+        vm.set_parameters(json!({ "cpu-throttle-initial": 50 }))?;
+        vm.set_parameters(json!({ "max-cpu-throttle": 49 }))
+    }),
     ("`zero-copy-send` without multifd", |vm| vm.set_capabilities(&[("zero-copy-send", true)])),
     ("`zero-copy-send` and compression", |vm| {
         vm.set_parameters(json!({ "multifd-compression": "zlib" }))?;

@@ -1,6 +1,9 @@
 //! `multifd demo`: two processes, and proof that nothing was lost.
 
-use std::time::Duration;
+use std::{
+    io::{PipeWriter, Write},
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -120,4 +123,71 @@ fn guest_held_back_is_stopped_by_what_the_switchover_has_for_bandwidth() {
     assert_eq!(told["ram-equal"], true, "{told}");
     assert!(told["ram"]["dirty-sync-count"].as_u64() <= Some(3), "{told}");
     assert!(told["total-time"].as_u64() >= Some(500), "held back: {told}");
+}
+
+/// All of its memory is written to while a pass goes out, and only at a few per cent of its speed does the guest write
+/// less than is sent.
+const BUSY: [&str; 5] =
+    ["--size=16M", "--dirty-rate=400M", "--max-bandwidth=20M", "--multifd-channels=2", "--json"];
+
+#[test]
+fn guest_that_writes_faster_than_is_sent_gets_told_what_would_help() {
+    let ended = run([&["demo", "--max-passes=4"], &BUSY[..]].concat());
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let told = ended.json();
+    assert_eq!(told["status"], "failed", "{told}");
+    let text = told["error-desc"].as_str().expect("an error");
+    let begin =
+        "not done after 4 passes (max-passes), so the guest runs on at the source: will not converge: dirty ";
+    assert!(text.starts_with(begin), "{text}");
+    let advice = "; raise max-bandwidth (now 21 MB/s), switch auto-converge on, or allow 0.";
+    assert!(text.contains(advice) && text.ends_with(" s of downtime (downtime-limit)"), "{text}");
+    // While it ran, and at the end.
+    assert!(ended.stderr.contains("the migration will not converge: dirty "), "{ended:?}");
+    assert!(ended.stderr.contains(text), "{ended:?}");
+}
+
+#[test]
+fn guest_that_writes_faster_than_is_sent_converges_when_it_is_held_back() {
+    let flags = ["demo", "--auto-converge", "--cpu-throttle-initial=80", "--cpu-throttle-increment=19"];
+    // Far more than it takes: a hang would be told as what it is.
+    let ended = run([&flags[..], &["--max-total-time=120"], &BUSY].concat());
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let told = ended.json();
+    assert_eq!(told["ram-equal"], true, "{told}");
+    assert_eq!(told["cpu-throttle-percentage"], 99, "{told}");
+    assert!(told["downtime"].as_u64() < Some(2000), "{told}");
+}
+
+#[test]
+fn time_that_is_over_ends_a_demo() {
+    let ended = run([&["demo", "--max-total-time=2"], &BUSY[..]].concat());
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let told = ended.json();
+    let text = told["error-desc"].as_str().expect("an error");
+    assert!(text.starts_with("not done after 2.0 s (max-total-time), so the guest runs on"), "{text}");
+}
+
+/// A demo that waits before its switchover, and its standard input.
+fn paused() -> (Program, PipeWriter) {
+    let (input, keys) = std::io::pipe().expect("a pipe");
+    let mut command = multifd(["demo", "--size=16M", "--pause-before-switchover"]);
+    let program = Program::start(command.stdin(input));
+    while program.next_line() != "the guest has been stopped; press Enter to switch over" {}
+    (program, keys)
+}
+
+#[test]
+fn demo_waits_for_a_line_before_the_switchover() {
+    let (program, mut keys) = paused();
+    keys.write_all(b"\n").expect("written");
+    let ended = program.done();
+    assert!(ended.stdout.contains("RAM is equal"), "{ended:?}");
+}
+
+#[test]
+fn interrupt_ends_a_demo_that_waits() {
+    let (program, _keys) = paused();
+    program.signal(Signal::INT);
+    program.end_within(Duration::from_secs(8)).assert_failed(130, &["interrupted"]);
 }

@@ -68,9 +68,8 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         .iter()
         .flat_map(|row| row.command_line.iter().map(|place| (place.name.clone(), row.name.clone())))
         .collect();
-    let capabilities: Vec<_> =
-        [rows("## Capabilities that apply"), rows("## Switches")].into_iter().flatten().collect();
-    let limits = rows("## Limits of time");
+    let capabilities: Vec<_> = [rows("## Capabilities that apply"), rows("## Switches")].concat();
+    let limits = rows("## Limits");
     let of_ours =
         ["json", "quiet", "help", "uuid", "sync-mode", "force", "suppress-vmdesc", "size", "dirty-rate"];
     for verb in ["send", "receive", "demo"] {
@@ -138,9 +137,9 @@ fn library_has_ranges_and_defaults_of_the_table() {
 #[test]
 fn every_field_that_is_a_parameter_is_in_the_table() {
     let of_ours = ["uuid", "look-for-zero-pages"];
-    let limits = rows("## Limits of time");
+    let limits = rows("## Limits");
     let parameters = parameters();
-    let capabilities = rows("## Capabilities that apply");
+    let capabilities = [rows("## Capabilities that apply"), rows("## Switches")].concat();
     for place in ["SendOptions", "ReceiveOptions", "MigrateOptions"] {
         let defaults = options(place, json!({})).expect("defaults");
         for field in
@@ -203,11 +202,14 @@ fn combinations_end_as_the_table_says() {
         "`zero-copy-send` and TLS" => {
             send(&["--zero-copy-send", "--tls-creds", "x", "--tls-hostname", "x"], at)
         }
+        "`max-cpu-throttle` below `cpu-throttle-initial`" => {
+            run(["demo", "--cpu-throttle-initial=50", "--max-cpu-throttle=49"]).code
+        }
         "`zero-copy-send` without multifd" => send(&["--multifd-channels", "0", "--zero-copy-send"], at),
         _ => panic!("nothing tries {together:?}"),
     };
     let rows = rows("## Combinations");
-    assert_eq!(rows.len(), 12, "{rows:?}");
+    assert_eq!(rows.len(), 13, "{rows:?}");
     for row in rows {
         // Taken, it fails for want of a file.
         let expected = if row[3] == "taken" { 1 } else { 2 };

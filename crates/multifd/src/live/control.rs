@@ -1,0 +1,113 @@
+//! `pause-before-switchover`: a migration that waits, and who tells it to go on.
+//!
+//! The migration's thread stands in [`Gate::pause`] until [`Control::proceed`] or the stop; others may stand in
+//! [`Control::wait_pre_switchover`] until it does, or until it is over.
+
+use std::{
+    fmt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{Progress, Status};
+use crate::{
+    channel::{Stop, Wake},
+    error::{Result, Usage},
+};
+
+/// Lets a migration with `pause-before-switchover` go on. Clones let the same one go on.
+#[derive(Clone)]
+pub struct Control {
+    gate: Arc<Inner>,
+    progress: Progress,
+}
+
+impl Control {
+    /// Waits until the migration is in state `pre-switchover`, and is told so; or until it is over, and is told that it is
+    /// not. One that does not pause is waited for to its end.
+    pub fn wait_pre_switchover(&self) -> bool {
+        let before = |at: &mut At| *at == At::Before;
+        let at =
+            self.gate.changed.wait_while(self.gate.lock(), before).unwrap_or_else(PoisonError::into_inner);
+        *at == At::Paused
+    }
+
+    /// Goes on with a migration in state `pre-switchover`: QEMU's `migrate-continue`.
+    ///
+    /// # Errors
+    /// [`Usage::NotPaused`] in any other state.
+    pub fn proceed(&self) -> Result<()> {
+        let mut at = self.gate.lock();
+        if *at != At::Paused {
+            return Err(Usage::NotPaused { met: self.progress.status() }.into());
+        }
+        *at = At::Over;
+        drop(at);
+        self.gate.changed.notify_all();
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("at", &*self.gate.lock()).finish_non_exhaustive()
+    }
+}
+
+/// The migration's end of it. When it is dropped, nobody waits any longer.
+#[derive(Default)]
+pub(super) struct Gate(Arc<Inner>);
+
+impl Gate {
+    pub(super) fn control(&self, progress: Progress) -> Control {
+        Control { gate: self.0.clone(), progress }
+    }
+
+    /// Waits to be told to go on.
+    ///
+    /// # Errors
+    /// The error that stopped the migration meanwhile.
+    pub(super) fn pause(&self, progress: &Progress, stop: &Stop) -> Result<()> {
+        progress.advance(Status::PreSwitchover)?;
+        *self.0.lock() = At::Paused;
+        self.0.changed.notify_all();
+        // A stop that has happened wakes at once, so none is missed.
+        let _watch = stop.watch(self.0.clone());
+        let paused = |at: &mut At| *at == At::Paused;
+        drop(self.0.changed.wait_while(self.0.lock(), paused).unwrap_or_else(PoisonError::into_inner));
+        stop.check()
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    at: Mutex<At>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum At {
+    #[default]
+    Before,
+    Paused,
+    /// It has been told to go on, or there is nothing to go on with.
+    Over,
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, At> {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Inner {
+    fn wake(&self) {
+        *self.lock() = At::Over;
+        self.changed.notify_all();
+    }
+}
