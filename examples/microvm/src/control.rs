@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! status                                         verify                    quit
-//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND
+//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE
 //! ```
 //!
 //! Whoever hangs up while a migration runs cancels it.
@@ -64,14 +64,15 @@ fn status(machine: &Machine) -> Result<String, Failure> {
 }
 
 fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {
-    let [address, channels, downtime, bandwidth] = words else {
-        return Err("expected an address and three numbers".into());
+    let [address, channels, downtime, bandwidth, auto_converge] = words else {
+        return Err("expected an address, three numbers, and true or false".into());
     };
     let wish = Wish {
         address: address.parse()?,
         channels: channels.parse()?,
         downtime_limit: Duration::from_millis(downtime.parse()?),
         max_bandwidth: bandwidth.parse()?,
+        auto_converge: auto_converge.parse()?,
     };
     let stop = Stop::new();
     let info = thread::scope(|scope| {
@@ -86,7 +87,7 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
     })?;
     let (ram, health) = (&info.ram, machine.health());
     Ok(format!(
-        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} batches={} stopped_at={}",
+        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} throttled={} batches={} stopped_at={}",
         // The bits are taken before the first pass as well.
         ram.dirty_sync_count.saturating_sub(1),
         info.downtime.unwrap_or_default().as_millis(),
@@ -95,6 +96,7 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
         ram.normal,
         ram.duplicate,
         ram.mbps,
+        info.cpu_throttle_percentage.unwrap_or_default(),
         health.batches,
         health.times.1,
     ))

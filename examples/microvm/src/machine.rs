@@ -16,7 +16,7 @@ use std::{
 
 use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use multifd::live::{DeviceSection, Guest};
+use multifd::live::{DeviceSection, Guest, Percent};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -45,6 +45,7 @@ struct State {
     /// Whether the thread has left the guest and waits to be told; and whether that was between two batches.
     stands: bool,
     reported: bool,
+    throttle: Percent,
     device: Device,
     /// The guest's time in nanoseconds, while it stands.
     clock: u64,
@@ -152,6 +153,7 @@ impl Machine {
             wanted: Wanted::Stop,
             stands: false,
             reported: true,
+            throttle: Percent::NONE,
             device,
             clock,
             cpu,
@@ -159,8 +161,14 @@ impl Machine {
             times: (0, 0),
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let mut run =
-            Vcpu { vcpu, vm: vm.clone(), memory: memory.clone(), shared: shared.clone(), due: None };
+        let mut run = Vcpu {
+            vcpu,
+            vm: vm.clone(),
+            memory: memory.clone(),
+            shared: shared.clone(),
+            due: None,
+            stood: Duration::ZERO,
+        };
         let thread = Builder::new().name("vcpu_0".into()).spawn(move || run.run())?;
         Ok(Self { memory, region, vm, shared, thread: Some(thread) })
     }
@@ -219,6 +227,11 @@ impl Guest for &Machine {
     fn resume(&mut self) {
         self.run();
     }
+
+    fn throttle(&mut self, stand: Percent) -> io::Result<()> {
+        self.shared.lock().throttle = stand;
+        Ok(())
+    }
 }
 
 impl Shared {
@@ -249,13 +262,17 @@ struct Vcpu {
     shared: Arc<Shared>,
     /// Since when the guest runs, and the batches it had done then: what its rate is reckoned from.
     due: Option<(Instant, u64)>,
+    /// How long it has had to stand since then, for what it ran.
+    stood: Duration,
 }
 
 impl Vcpu {
     fn run(&mut self) {
         while self.may_run() {
+            let entered = Instant::now();
             let ran = self.until_exit();
             let mut state = self.shared.lock();
+            self.stood += state.throttle.pause_after(entered.elapsed());
             match ran {
                 Ok(reported) => {
                     state.reported = reported;
@@ -292,7 +309,7 @@ impl Vcpu {
             let Some((since, done)) = self.due.filter(|_| state.reported) else { return true };
             let bytes = (state.device.batches - done) * guest::BATCH * guest::PAGE as u64;
             let time = Duration::from_secs_f64(bytes as f64 / state.device.rate.max(1) as f64);
-            let left = time.saturating_sub(since.elapsed());
+            let left = (time + self.stood).saturating_sub(since.elapsed());
             if left.is_zero() {
                 return true;
             }
@@ -327,7 +344,7 @@ impl Vcpu {
             state.wrong = Some(format!("the clock cannot be set: {error}"));
         }
         (state.stands, state.times.0) = (false, now());
-        self.due = Some((Instant::now(), state.device.batches));
+        (self.due, self.stood) = (Some((Instant::now(), state.device.batches)), Duration::ZERO);
     }
 
     /// Runs the guest until it wants something, and does that; whether it was a report.

@@ -107,12 +107,16 @@ struct How {
     /// Bytes a second; 0 is no limit
     #[arg(long, default_value_t = 0, value_parser = bytes)]
     max_bandwidth: u64,
+    /// Hold the guest back if it writes too fast to be stopped within the downtime
+    #[arg(long)]
+    auto_converge: bool,
 }
 
 impl How {
     /// What the control socket is told.
     fn wish(&self, address: &str) -> String {
-        format!("migrate {address} {} {} {}", self.channels, self.downtime_limit, self.max_bandwidth)
+        let Self { channels, downtime_limit, max_bandwidth, auto_converge } = self;
+        format!("migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge}")
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) struct Wish {
     pub(crate) channels: u8,
     pub(crate) downtime_limit: Duration,
     pub(crate) max_bandwidth: u64,
+    pub(crate) auto_converge: bool,
 }
 
 /// Moves the machine. If that fails, or `stop` cancels it, the guest runs on here, and another try may follow.
@@ -58,6 +59,7 @@ pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<Mig
     let options = MigrateOptions::new()
         .downtime_limit(wish.downtime_limit)
         .max_bandwidth(Some(wish.max_bandwidth))
+        .auto_converge(wish.auto_converge)
         .zero_page_detection(ZeroPageDetection::Multifd);
     let mut guest = machine;
     Migration::new(options, blocks, stop.clone()).run(Some(sender), &mut main, &mut log, &mut guest)

@@ -29,7 +29,12 @@ pub(crate) struct Machine {
 impl Machine {
     /// A guest of 64 MiB that runs.
     pub(crate) fn run(folder: &TempDir, name: &str) -> Self {
-        let mut machine = Self::start(folder, name, &["run", "--size", "64MiB", "--rate", "40MB"]);
+        Self::run_at(folder, name, "40MB")
+    }
+
+    /// One that rewrites so many bytes a second.
+    pub(crate) fn run_at(folder: &TempDir, name: &str, rate: &str) -> Self {
+        let mut machine = Self::start(folder, name, &["run", "--size", "64MiB", "--rate", rate]);
         assert!(machine.line().starts_with("running"));
         machine
     }
@@ -64,8 +69,13 @@ impl Machine {
 
     /// Has it migrate; the client's process.
     pub(crate) fn migrate(&self, address: &str, max_bandwidth: &str) -> Child {
+        self.migrate_with(address, &["--max-bandwidth", max_bandwidth])
+    }
+
+    /// The same, as the flags say.
+    pub(crate) fn migrate_with(&self, address: &str, flags: &[&str]) -> Child {
         let mut client = program();
-        client.args(["migrate", "--max-bandwidth", max_bandwidth, address, "--control"]).arg(&self.control);
+        client.arg("migrate").args(flags).args([address, "--control"]).arg(&self.control);
         client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started")
     }
 

@@ -83,6 +83,21 @@ fn the_demo_finds_no_wrong_byte() {
     assert!(demo.status.success() && said.contains("\n0 wrong bytes of 66060288\n"), "{demo:?}");
 }
 
+/// It rewrites all of its memory while a pass goes out, and is never stopped unless it is held back.
+#[test]
+fn a_guest_that_writes_faster_than_is_sent_moves_when_it_is_held_back() {
+    let Some(folder) = folder() else { return };
+    let source = Machine::run_at(&folder, "source", "400MB");
+    let (destination, address) = Machine::incoming(&folder, "destination");
+    let report = source.migrate_with(&address, &["--max-bandwidth=60MB", "--auto-converge"]);
+    let report = report.wait_with_output().expect("waited for");
+    assert!(report.status.success(), "{report:?}");
+    assert!(number(&report, "throttled") >= 20, "{report:?}");
+    assert!(source.wait(), "the source's process ends in order when its machine has gone");
+    assert!(destination.batches() >= number(&report, "batches"), "the counter goes on");
+    destination.assert_well();
+}
+
 #[test]
 fn ten_hops_back_and_forth_lose_nothing() {
     let Some(folder) = folder() else { return };
