@@ -46,7 +46,7 @@ fn clippy() -> Command {
 
 /// In a run over the workspace the program switches features of the libraries on, so each of these is also looked at
 /// alone: as an embedder builds it.
-const FEATURE_SETS: [(&str, &[&str]); 10] = [
+const FEATURE_SETS: [(&str, &[&str]); 11] = [
     ("default features", &["--workspace"]),
     ("no features", &["--workspace", "--no-default-features"]),
     ("all features", &["--workspace", "--all-features"]),
@@ -54,6 +54,7 @@ const FEATURE_SETS: [(&str, &[&str]); 10] = [
     ("the engine with serde", &["-p", "multifd", "--features", "serde"]),
     ("the engine with kvm", &["-p", "multifd", "--features", "kvm"]),
     ("the engine with vm-memory", &["-p", "multifd", "--features", "vm-memory"]),
+    ("the engine with pagemap", &["-p", "multifd", "--features", "pagemap"]),
     ("the engine with zlib", &["-p", "multifd", "--features", "zlib"]),
     ("the engine with zstd", &["-p", "multifd", "--features", "zstd"]),
     ("the main stream alone", &["-p", "qemu-stream"]),

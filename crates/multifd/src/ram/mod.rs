@@ -25,6 +25,8 @@ mod mapping;
 mod merged;
 mod name;
 mod page;
+#[cfg(feature = "pagemap")]
+mod pagemap;
 mod part;
 mod zero;
 
@@ -43,4 +45,6 @@ pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
+#[cfg(feature = "pagemap")]
+pub use pagemap::{PagemapLog, SoftDirtyLog};
 pub use part::{MAX_PARTS, Part, PartMut, advance, advance_mut};

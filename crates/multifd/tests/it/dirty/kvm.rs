@@ -273,6 +273,21 @@ fn writes_of_vcpus_and_of_device_threads_are_found_in_merged_logs() {
     assert_eq!(found.lost, 0, "{found:?}");
 }
 
+/// The kernel writes a vCPU's pages into the guest through the process's page table.
+#[test]
+#[cfg(feature = "pagemap")]
+fn a_million_writes_of_vcpus_are_found_in_the_page_table_of_the_process() {
+    let Some(machine) = machine(None) else { return };
+    let mut log = match multifd::ram::PagemapLog::start(machine.blocks.clone()) {
+        Ok(log) => log,
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+            return multifd_testkit::lacks(&error.to_string());
+        }
+        Err(error) => panic!("{error}"),
+    };
+    follow(&mut log, &machine.blocks, MILLION, |round| machine.write(round)).assert_whole();
+}
+
 #[test]
 fn a_log_that_was_dropped_has_switched_logging_off_and_the_next_begins_anew() {
     for ring in [None, Some(8192)] {

@@ -9,6 +9,8 @@ mod atomic_bitmap;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod marked;
+#[cfg(feature = "pagemap")]
+mod pagemap;
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
