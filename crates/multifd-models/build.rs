@@ -2,8 +2,6 @@
 //!
 //! Set here, it holds for this package alone, so neither the engine nor anything it depends on is built twice over.
 
-#![expect(clippy::print_stdout, reason = "this is how a build script speaks")]
-
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-cfg=shuttle");

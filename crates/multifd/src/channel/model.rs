@@ -135,7 +135,7 @@ pub fn a_pause_ends_by_its_time_or_with_the_stop() {
 /// Guards go while their stop wakes the watchers; one of these owns a guard itself.
 pub fn guards_may_go_while_the_stop_wakes() {
     struct Owns {
-        woken: AtomicUsize,
+        woken: Arc<AtomicUsize>,
         _guard: super::Watch,
     }
     impl Wake for Owns {
@@ -145,8 +145,9 @@ pub fn guards_may_go_while_the_stop_wakes() {
     }
     let stop = Stop::new();
     let inner = stop.watch(Arc::new(Waiter::default()));
-    let owner = Arc::new(Owns { woken: AtomicUsize::new(0), _guard: inner });
-    let outer = stop.watch(owner.clone());
+    let woken = Arc::new(AtomicUsize::new(0));
+    // Nobody else has it: it goes with its guard, or with the stop's last use of it.
+    let outer = stop.watch(Arc::new(Owns { woken: woken.clone(), _guard: inner }));
     let leaving = thread::spawn(move || drop(outer));
     let failing = thread::spawn({
         let stop = stop.clone();
@@ -154,8 +155,7 @@ pub fn guards_may_go_while_the_stop_wakes() {
     });
     leaving.join().expect("no panic");
     failing.join().expect("no panic");
-    assert!(owner.woken.load(Ordering::Relaxed) <= 1);
-    drop(owner);
+    assert!(woken.load(Ordering::Relaxed) <= 1);
     let late = Arc::new(Waiter::default());
     let _watch = stop.watch(late.clone());
     assert_eq!(late.times(), 1);
