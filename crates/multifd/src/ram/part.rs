@@ -60,6 +60,11 @@ impl Part<'_> {
         self.0.iov_len
     }
 
+    /// Where it starts, for a call of the system. In guest memory, the bytes behind it may change at any time.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.0.iov_base.cast_const().cast()
+    }
+
     /// Copies the first bytes out, as many as `buffer` takes and the part has; says how many.
     pub fn copy_to(&self, buffer: &mut [u8]) -> usize {
         let len = buffer.len().min(self.0.iov_len);
@@ -75,6 +80,11 @@ impl PartMut<'_> {
     #[expect(clippy::len_without_is_empty, reason = "an empty part is as good as any")]
     pub fn len(&self) -> usize {
         self.0.iov_len
+    }
+
+    /// Where it starts, for a call of the system.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.0.iov_base.cast()
     }
 
     /// Copies bytes in, as many as `buffer` has and the part takes; says how many.

@@ -1,0 +1,114 @@
+//! What a gibibyte costs, counted and not timed: calls, vectors, bytes that are no pages.
+//!
+//! Counts do not depend on how busy a machine is, so a cost that grows by accident is found on any. How many calls it takes
+//! to receive does depend on how much is there when one is made; so that is counted as if all were there, and what the
+//! system is really asked for has a bound that is wide, and far below one call a page.
+
+#[cfg(test)]
+mod counted;
+#[cfg(test)]
+mod kit;
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, process::Command, sync::Arc};
+
+    use multifd::{Method, wire::head_len};
+    use multifd_testkit::lacks;
+
+    use crate::{
+        counted::{CountedConnector, CountedListener, Counts},
+        kit::{CHANNELS, PAGE_SIZE, PAGES, PASSES, ends, migrate, ram, wrong_page},
+    };
+
+    /// Of 512 KiB.
+    const PACKET_PAGES: u64 = 128;
+    const PACKETS: u64 = PASSES * PAGES / PACKET_PAGES;
+    /// At the set-up and behind each pass, on each channel.
+    const SYNCS: u64 = (1 + PASSES) * CHANNELS as u64;
+    const INITIAL: u64 = 64;
+    const PAYLOAD: u64 = PASSES * PAGES * PAGE_SIZE.bytes() as u64;
+
+    #[test]
+    fn packet_costs_one_call_and_two_vectors_a_side_and_none_of_its_pages_is_copied() {
+        let (source, destination) = (ram(true), ram(false));
+        let (connector, listener) = ends();
+        let (sent, received) = (Counts::of(&source), Counts::of(&destination));
+        let connector = CountedConnector::new(connector, sent.clone());
+        let listener = CountedListener::new(listener, received.clone());
+        let ends = (Arc::new(connector) as Arc<_>, Box::new(listener) as Box<_>);
+        migrate(ends, [&source, &destination], Method::None, |_| {});
+        assert_eq!(wrong_page(&destination), None);
+
+        let heads = (PACKETS + SYNCS) * head_len(PAGE_SIZE) as u64;
+        let channels = u64::from(CHANNELS);
+        let sent = sent.channels();
+        // The initial packet, each packet, each SYNC.
+        assert_eq!(sent.calls, channels + PACKETS + SYNCS, "calls to send");
+        // Neighbours are one vector, behind the head.
+        assert_eq!(sent.vectors, channels + 2 * PACKETS + SYNCS, "vectors to send");
+        assert_eq!(sent.in_place, PAYLOAD, "bytes sent from where they are");
+        assert_eq!(sent.elsewhere, channels * INITIAL + heads, "bytes sent from buffers");
+
+        let received = received.channels();
+        // Each packet's pages with the next head; a head that follows no pages; the end, which is no byte.
+        let lone = received.calls - PACKETS;
+        assert!(lone <= channels * (2 + 1 + 1) + SYNCS, "{lone} calls to receive that brought no page");
+        assert!(received.vectors <= 2 * PACKETS + lone, "{} vectors to receive", received.vectors);
+        assert_eq!(received.in_place, PAYLOAD, "bytes received where they belong");
+        assert_eq!(received.elsewhere, channels * INITIAL + heads, "bytes received into buffers");
+    }
+
+    /// Also what `strace` is told to look at.
+    #[test]
+    fn ram_moves_twice_over_real_sockets() {
+        let (source, destination) = (ram(true), ram(false));
+        migrate(ends(), [&source, &destination], Method::None, |_| {});
+        assert_eq!(wrong_page(&destination), None);
+    }
+
+    #[test]
+    fn system_is_asked_far_less_often_than_once_a_page() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let summary = folder.path().join("calls");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-q", "-c", "-o"]).arg(&summary);
+        strace.arg(std::env::current_exe().expect("this program"));
+        strace.args(["--exact", "tests::ram_moves_twice_over_real_sockets", "--test-threads=1"]);
+        match strace.output() {
+            Err(error) => return lacks(&format!("strace cannot be started: {error}")),
+            Ok(output) if !output.status.success() => {
+                let text = String::from_utf8_lossy(&output.stderr);
+                if text.contains("ptrace") {
+                    return lacks(&format!("strace may not look at programs here: {}", text.trim()));
+                }
+                panic!("{}{text}", String::from_utf8_lossy(&output.stdout));
+            }
+            Ok(_) => {}
+        }
+        let text = std::fs::read_to_string(&summary).expect("a summary");
+        let calls = calls(&text);
+        let gibibyte = PAYLOAD as f64 / f64::from(1 << 30);
+        for (name, count) in calls.iter().filter(|(_, count)| **count >= PACKETS / 16) {
+            println!("{name}: {count}, {:.0} a GiB", *count as f64 / gibibyte);
+        }
+        let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+        let channels = u64::from(CHANNELS);
+        let least = channels + PACKETS + SYNCS;
+        assert!((least..=2 * least).contains(&count("sendmsg")), "sendmsg: {}", count("sendmsg"));
+        assert!(count("recvmsg") >= PACKETS, "recvmsg: {}", count("recvmsg"));
+        let all: u64 = calls.values().sum();
+        assert!(all <= PASSES * PAGES / 2, "{all} calls for {} pages\n{text}", PASSES * PAGES);
+    }
+
+    /// The counts of a summary, by name.
+    fn calls(text: &str) -> BTreeMap<String, u64> {
+        let lines = text.lines().filter_map(|line| {
+            // % time, seconds, usecs/call, calls, errors if any, name
+            let words: Vec<&str> = line.split_ascii_whitespace().collect();
+            let name = words.last().filter(|name| **name != "total")?;
+            Some(((*name).to_owned(), words.get(3)?.parse().ok()?))
+        });
+        lines.collect()
+    }
+}
