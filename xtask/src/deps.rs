@@ -51,6 +51,7 @@ pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
 /// Why `package` may not depend on `dependency`, if so.
 fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'static str> {
     match (package, dependency) {
+        ("multifd-bench", "multifd-testkit") => None,
         (_, "multifd-testkit") if kind != DependencyKind::Development => {
             Some("the test kit is for tests only")
         }
@@ -60,6 +61,7 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
         }
         (_, "multifd-cli") => Some("nothing knows the program"),
         (_, "microvm") => Some("nothing knows the example"),
+        (_, "multifd-bench") => Some("nothing knows what measures it"),
         ("multifd", "qemu-stream") => Some("the engine knows nothing of the main stream"),
         ("multifd-testkit", "multifd" | "qemu-stream") => {
             Some("the kit tests these, so it must not believe what they say")
@@ -97,6 +99,7 @@ mod tests {
     fn kit_is_for_tests_only() {
         assert!(forbidden("multifd", "multifd-testkit", DependencyKind::Normal).is_some());
         assert!(forbidden("multifd", "multifd-testkit", DependencyKind::Development).is_none());
+        assert!(forbidden("multifd-bench", "multifd-testkit", DependencyKind::Normal).is_none());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
 //! soak    migrations without end, with faults in most
+//! bench   measures the engine against QEMU and iperf3
 //! ```
 //!
 //! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
@@ -16,6 +17,7 @@
 mod advisories;
 mod apt;
 mod arrows;
+mod bench;
 mod check;
 mod deps;
 mod fuzz;
@@ -68,6 +70,8 @@ fn main() -> ExitCode {
                 return ExitCode::from(2);
             }
         },
+        (Some("bench"), [micro, rest @ ..]) if micro == "--micro" => bench::run_micro(rest),
+        (Some("bench"), rest) => bench::run(rest),
         (Some("help" | "--help" | "-h"), _) => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -105,7 +109,11 @@ const USAGE: &str = "usage: cargo xtask <task>
   fuzz [--seconds N] [TARGET]...
                   run the fuzz targets, or those named, for N seconds each, 60 unless told
   soak [--minutes N] [--seed S] [--migrations N]
-                  migrate in random ways, with faults in most, for N minutes, 10 unless told; a seed names each";
+                  migrate in random ways, with faults in most, for N minutes, 10 unless told; a seed names each
+  bench [--rounds N] [--ram MIB] [--list] [CASE]...
+                  measure the engine against QEMU and iperf3, in turns; all cases unless some are named
+  bench --micro [NAME]
+                  measure parts of the engine alone";
 
 /// For each fuzz target.
 const SECONDS: u32 = 60;

@@ -1,0 +1,115 @@
+//! What the guest's RAM holds, made page by page from the page's number alone.
+//!
+//! Both ends can make it, so a source fills its RAM without help, and a destination is checked without a copy.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// A kind of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Contents {
+    /// Every page is noise.
+    Nonzero,
+    /// No page was ever written.
+    Untouched,
+    /// Every page was written, with zeros.
+    Zeroed,
+    /// 2 MiB of noise, 2 MiB of zeros, and so on.
+    Mixed,
+    /// A page of noise, a page of zeros, and so on: no two neighbours travel.
+    Scattered,
+    /// A quarter of each page is noise, the rest one byte again and again.
+    Compressible,
+}
+
+pub(crate) const PAGE: usize = 4096;
+/// Of [`Contents::Mixed`].
+const STRETCH: u64 = 512;
+
+impl Contents {
+    /// Whether the page is all zero.
+    pub(crate) fn is_zero(self, page: u64) -> bool {
+        match self {
+            Self::Nonzero | Self::Compressible => false,
+            Self::Untouched | Self::Zeroed => true,
+            Self::Mixed => page / STRETCH % 2 == 1,
+            Self::Scattered => page % 2 == 1,
+        }
+    }
+
+    /// Fills `bytes`, whole pages from `first` on.
+    pub(crate) fn fill(self, first: u64, bytes: &mut [u8]) {
+        for (page, bytes) in (first..).zip(bytes.chunks_exact_mut(PAGE)) {
+            if self.is_zero(page) {
+                bytes.fill(0);
+                continue;
+            }
+            let noise = if self == Self::Compressible { PAGE / 4 } else { PAGE };
+            let mut random = Random(page.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x9e37);
+            for word in bytes[..noise].chunks_exact_mut(8) {
+                word.copy_from_slice(&random.next().to_be_bytes());
+            }
+            bytes[noise..].fill(0xa5);
+        }
+    }
+
+    /// The first page that differs, of those from `first` on.
+    pub(crate) fn wrong(self, first: u64, bytes: &[u8]) -> Option<u64> {
+        let mut expected = [0; PAGE];
+        (first..).zip(bytes.chunks_exact(PAGE)).find_map(|(page, bytes)| {
+            self.fill(page, &mut expected);
+            (bytes != expected).then_some(page)
+        })
+    }
+}
+
+/// Numbers that look random and can be had again (a splitmix sequence).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Contents; 6] = [
+        Contents::Nonzero,
+        Contents::Untouched,
+        Contents::Zeroed,
+        Contents::Mixed,
+        Contents::Scattered,
+        Contents::Compressible,
+    ];
+
+    #[test]
+    fn pages_are_what_their_number_says_and_no_two_of_noise_are_equal() {
+        for kind in KINDS {
+            let mut bytes = vec![7; 1100 * PAGE];
+            kind.fill(3, &mut bytes);
+            assert_eq!(kind.wrong(3, &bytes), None);
+            for (page, bytes) in (3..).zip(bytes.chunks(PAGE)) {
+                assert_eq!(bytes.iter().all(|byte| *byte == 0), kind.is_zero(page), "{kind:?} {page}");
+            }
+            bytes[500 * PAGE + 9] ^= 1;
+            assert_eq!(kind.wrong(3, &bytes), Some(503));
+        }
+        let mut pages = [0; 2 * PAGE];
+        Contents::Nonzero.fill(0, &mut pages);
+        assert_ne!(pages[..PAGE], pages[PAGE..]);
+    }
+
+    #[test]
+    fn half_of_mixed_and_of_scattered_ram_is_zero() {
+        for kind in [Contents::Mixed, Contents::Scattered] {
+            assert_eq!((0..4096).filter(|page| kind.is_zero(*page)).count(), 2048);
+        }
+    }
+}

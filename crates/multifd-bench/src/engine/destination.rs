@@ -1,0 +1,95 @@
+//! The engine as a destination: fresh memory for whatever machine comes.
+
+use std::{
+    io::{self, BufRead, Write},
+    path::PathBuf,
+};
+
+use clap::Args;
+use multifd::{
+    ReceiveOptions, Receiver,
+    channel::{
+        Address, Listen, Listener, Stop,
+        tls::{ServerCredentials, TlsListener},
+    },
+    ram::{Mapping, Memory, PageIndex, RamBlock, RamBlocks},
+};
+use qemu_stream::incoming::{Incoming, Loader, Outcome};
+
+use super::{Loaded, RAM, beyond::peak_beyond};
+use crate::{
+    Result,
+    contents::{Contents, PAGE},
+};
+
+#[derive(Debug, Args)]
+pub(crate) struct DestinationArgs {
+    /// The folder with certificates, for TLS
+    #[arg(long)]
+    tls: Option<PathBuf>,
+    /// What the block of RAM must hold
+    #[arg(long, value_enum)]
+    contents: Option<Contents>,
+    /// Where to listen
+    #[arg(default_value = "tcp:127.0.0.1:0")]
+    listen: Address,
+}
+
+/// Says where it listens, then what it got; then, when it is asked to, looks whether that is what was expected.
+pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
+    let stop = Stop::new();
+    let listener = Listener::bind(&args.listen)?;
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}", listener.local_address())?;
+    let listener: Box<dyn Listen> = match &args.tls {
+        None => Box::new(listener),
+        Some(folder) => {
+            Box::new(TlsListener::new(Box::new(listener), ServerCredentials::load(folder, Vec::new())?))
+        }
+    };
+    let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
+    receiver.listen(listener)?;
+    let mut incoming = Incoming::new(receiver.wait_main()?);
+    let mut loader = Loader::new(&receiver, |_, list| {
+        let fresh = list.entries().iter().map(|entry| {
+            let memory = Mapping::anonymous(entry.used_length);
+            let memory = memory.map_err(|error| multifd::Error::io("map the guest's memory", error))?;
+            RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
+        });
+        RamBlocks::new(fresh.collect::<multifd::Result<_>>()?)
+    });
+    let loaded = incoming.run(&mut loader);
+    let blocks = loader.into_blocks();
+    loaded.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
+    let main = incoming.finish(Outcome::Loaded)?;
+    receiver.finish()?;
+    drop(main);
+    let blocks = blocks.ok_or("no RAM came")?;
+    writeln!(out, "{}", serde_json::to_string(&Loaded { beyond: peak_beyond(&blocks)? })?)?;
+
+    // Nobody looks at the time any more.
+    let mut line = String::new();
+    if io::stdin().lock().read_line(&mut line)? > 0 {
+        writeln!(
+            out,
+            "{}",
+            args.contents
+                .map_or(Ok(None), |contents| wrong(&blocks, contents))?
+                .map_or_else(|| "right".into(), |page| format!("page {page} is wrong"))
+        )?;
+    }
+    Ok(())
+}
+
+fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {
+    let index = blocks.find(RAM.as_bytes()).ok_or("no block of RAM")?;
+    let block = blocks.block(index)?;
+    let mut page = [0; PAGE];
+    for index in 0..block.pages() {
+        block.slice(PageIndex(index), 1).ok_or("a page")?.copy_to(&mut page);
+        if contents.wrong(index, &page).is_some() {
+            return Ok(Some(index));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,46 @@
+//! The engine as two real processes: this program again, as `source` and as `destination`.
+//!
+//! ```text
+//! orchestrator ── a line a migration ──▶ source ══ channels, main ══▶ destination ── a line when loaded ──▶ orchestrator
+//! ```
+//!
+//! A source keeps its RAM and migrates as often as it is told; a destination has fresh memory and ends after one.
+
+mod beyond;
+mod destination;
+mod source;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use destination::{DestinationArgs, destination};
+pub(crate) use source::{SourceArgs, source};
+
+/// What a source is told to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Go {
+    pub(crate) address: String,
+    pub(crate) channels: u8,
+    /// none, zlib or zstd, at level 1.
+    pub(crate) method: String,
+    /// The folder with certificates, for TLS.
+    pub(crate) tls: Option<String>,
+}
+
+/// What a source says when the destination has everything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Sent {
+    /// Bytes on all connections.
+    pub(crate) transferred: u64,
+    /// Peak resident memory beyond RAM, in bytes.
+    pub(crate) beyond: u64,
+}
+
+/// What a destination says when it has everything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Loaded {
+    /// Peak resident memory beyond RAM, in bytes.
+    pub(crate) beyond: u64,
+}
+
+/// The block that the contents are in: QEMU's name for it.
+const RAM: &str = "pc.ram";

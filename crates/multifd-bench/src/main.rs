@@ -1,0 +1,67 @@
+//! Measures the engine against QEMU 10.0 and iperf3: all of them in one run, in turns. `cargo xtask bench` runs it.
+//!
+//! ```text
+//! cases ── what is moved, who takes part, what is to be reached
+//!   └▶ run ── rounds, the peers in turns ──▶ measure ── medians ──▶ report: Markdown, JSON, SVG
+//!        └▶ peer ── QEMU, iperf3, and this program again: engine
+//! ```
+//!
+//! Talk goes to standard error, the table to standard output.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
+
+mod cases;
+mod contents;
+mod engine;
+mod measure;
+mod peer;
+mod report;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What went wrong, as one text for a person.
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, Parser)]
+#[command(name = "multifd-bench", version, max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Measure, and write results.md, results.json and channels.svg
+    Run(run::RunArgs),
+    /// Be a source: fill RAM, then migrate once for each line of standard input
+    #[command(hide = true)]
+    Source(engine::SourceArgs),
+    /// Be a destination of one migration
+    #[command(hide = true)]
+    Destination(engine::DestinationArgs),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Args::parse().verb {
+        Verb::Run(args) => run::run(&args),
+        Verb::Source(args) => engine::source(&args),
+        Verb::Destination(args) => engine::destination(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut text = format!("multifd-bench: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                text += &format!(": {error}");
+                cause = error.source();
+            }
+            eprintln!("{text}");
+            ExitCode::FAILURE
+        }
+    }
+}

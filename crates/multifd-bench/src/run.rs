@@ -1,0 +1,226 @@
+//! The rounds: all peers of a case in turns, so that a machine that gets slower gets slower for all of them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use multifd_testkit::{certificates::write_both, qemu::Qemu};
+
+use crate::{
+    Result,
+    cases::{self, Case, Place, Way, Who},
+    measure::Samples,
+    peer::{
+        Peer, Setting,
+        demo::Demo,
+        engine::{EngineDestination, EngineSource},
+        file::{OurCapture, OurRestore, QemuCapture, QemuRestore},
+        iperf::Iperf,
+        pair::{Make, Pair, Source},
+        qemu::{QemuDestination, QemuSource},
+    },
+    report,
+};
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// How often each peer is measured
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Mebibytes of RAM
+    #[arg(long, default_value_t = 1024)]
+    ram: u64,
+    /// The folder for results
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+    /// The program `multifd`
+    #[arg(long, default_value = "target/release/multifd")]
+    program: PathBuf,
+    /// Only peers whose names hold this
+    #[arg(long, default_value = "")]
+    peer: String,
+    /// Only say which cases there are
+    #[arg(long)]
+    list: bool,
+    /// Cases, or what their names begin with; all if there is none
+    cases: Vec<String>,
+}
+
+/// A case with what was found.
+pub(crate) struct Measured {
+    pub(crate) case: Case,
+    /// In the order of the case's peers; or why one was not measured.
+    pub(crate) peers: Vec<(Who, Result<Samples, String>)>,
+}
+
+pub(crate) fn run(args: &RunArgs) -> Result<()> {
+    let mut chosen = cases::all(args.ram << 20);
+    for name in &args.cases {
+        if !chosen.iter().any(|case| case.name.starts_with(name.as_str())) {
+            return Err(format!("no case {name}; --list names them").into());
+        }
+    }
+    chosen.retain(|case| {
+        args.cases.is_empty() || args.cases.iter().any(|name| case.name.starts_with(name.as_str()))
+    });
+    if args.list {
+        chosen.iter().for_each(|case| println!("{:<16}{}", case.name, case.about));
+        return Ok(());
+    }
+    fs::create_dir_all(&args.out)?;
+    let tls = tempfile::tempdir()?;
+    write_both(tls.path())?;
+    let qemu = Qemu::v10_0();
+    let means = Means { args, qemu, tls: tls.path() };
+    let mut all = Vec::new();
+    for case in chosen {
+        eprintln!("── {}: {}", case.name, case.about);
+        all.push(means.measure(case)?);
+        // After each case, so that an end that comes too early leaves what there is.
+        report::write(&args.out, &all, args.rounds)?;
+    }
+    println!("{}", report::markdown(&all, args.rounds));
+    eprintln!("results.md, results.json and channels.svg are in {}", args.out.display());
+    Ok(())
+}
+
+struct Means<'a> {
+    args: &'a RunArgs,
+    qemu: Option<Qemu>,
+    tls: &'a Path,
+}
+
+impl Means<'_> {
+    fn measure(&self, case: Case) -> Result<Measured> {
+        let folder = match case.way {
+            Way::Sockets | Way::Capture(Place::Disk) | Way::Restore(Place::Disk) => {
+                tempfile::tempdir_in(&self.args.out)?
+            }
+            Way::Capture(Place::Memory) | Way::Restore(Place::Memory) => tempfile::tempdir_in("/dev/shm")?,
+        };
+        let mut ready = Vec::new();
+        for who in case.peers.iter().filter(|who| who.label().contains(&self.args.peer)) {
+            let made = self.enough_memory(&case).and_then(|()| self.make(&case, *who, folder.path()));
+            ready.push((*who, made, Samples::default()));
+        }
+        for round in 0..case.rounds.unwrap_or(usize::MAX).min(self.args.rounds) {
+            let mut turn: Vec<_> = ready.iter_mut().collect();
+            // Nobody always has the same one before.
+            if round % 2 == 1 {
+                turn.reverse();
+            }
+            for (who, peer, samples) in turn {
+                let Ok(measured) = peer else { continue };
+                match measured.round() {
+                    Ok(sample) => {
+                        eprintln!("   {}: {:.3} s", who.label(), sample.seconds);
+                        samples.0.push(sample);
+                    }
+                    Err(error) => *peer = Err(error),
+                }
+            }
+        }
+        let peers = ready.into_iter().map(|(who, peer, samples)| {
+            let told = peer.map(|_| samples).map_err(|error| {
+                eprintln!("   {}: NOT MEASURED: {error}", who.label());
+                error.to_string()
+            });
+            (who, told)
+        });
+        Ok(Measured { peers: peers.collect(), case })
+    }
+
+    /// Both ends are on this machine.
+    fn enough_memory(&self, case: &Case) -> Result<()> {
+        let text = fs::read_to_string("/proc/meminfo")?;
+        let line =
+            text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+        let available = line.ok_or("the system does not tell MemAvailable")?.parse::<u64>()? << 10;
+        let touched =
+            if case.setting.contents == crate::contents::Contents::Untouched { 0 } else { case.setting.ram };
+        let needed = 2 * touched + (1 << 30);
+        if available < needed {
+            return Err(
+                format!("expected {} MiB of free memory, met {}", needed >> 20, available >> 20).into()
+            );
+        }
+        Ok(())
+    }
+
+    fn qemu(&self) -> Result<Qemu> {
+        Ok(self.qemu.clone().ok_or("no QEMU 10.0 (`cargo xtask qemu`)")?)
+    }
+
+    fn make<'a>(&'a self, case: &Case, who: Who, folder: &Path) -> Result<Box<dyn Peer + 'a>> {
+        let (setting, tls) = (case.setting, self.tls);
+        let ours: Make<'a> = Box::new(move || Ok(Box::new(EngineDestination::start(&setting, Some(tls))?)));
+        let theirs = |qemu: Qemu| -> Make<'a> {
+            Box::new(move || Ok(Box::new(QemuDestination::start(&qemu, &setting, Some(tls))?)))
+        };
+        let pair = |source: Box<dyn Source + 'a>, make| -> Box<dyn Peer + 'a> {
+            Box::new(Pair { setting, source, make })
+        };
+        Ok(match (who, case.way) {
+            (Who::Qemu, _) => {
+                let qemu = self.qemu()?;
+                pair(Box::new(QemuSource::new(&qemu, &setting, Some(tls))), theirs(qemu))
+            }
+            (Who::Engine, _) => pair(Box::new(EngineSource::start(&setting, Some(tls), None)?), ours),
+            (Who::QemuToEngine, _) => {
+                pair(Box::new(QemuSource::new(&self.qemu()?, &setting, Some(tls))), ours)
+            }
+            (Who::EngineToQemu, _) => {
+                let qemu = self.qemu()?;
+                let machine = captured(&qemu, &setting, folder)?;
+                let source = EngineSource::start(&setting, Some(tls), Some(&machine))?;
+                fs::remove_file(machine)?;
+                pair(Box::new(source), theirs(qemu))
+            }
+            (Who::Iperf, _) => Box::new(Iperf::start(setting.channels, setting.ram)?),
+            (Who::QemuFile | Who::QemuFileSynced, Way::Capture(_)) => {
+                let sync = who == Who::QemuFileSynced;
+                Box::new(QemuCapture::new(&self.qemu()?, &setting, folder, sync))
+            }
+            (Who::OurFile, Way::Capture(_)) => {
+                Box::new(OurCapture::new(&self.qemu()?, &setting, folder, self.program()?))
+            }
+            (Who::QemuFile | Who::QemuFileSynced, _) => {
+                let qemu = self.qemu()?;
+                let path = captured(&qemu, &setting, folder)?;
+                Box::new(QemuRestore { qemu, setting, path })
+            }
+            (Who::OurFile, _) => {
+                let qemu = self.qemu()?;
+                let path = captured(&qemu, &setting, folder)?;
+                Box::new(OurRestore { qemu, setting, path, program: self.program()? })
+            }
+            (Who::Demo(rate), _) => {
+                Box::new(Demo { program: self.program()?, setting, dirty_rate: rate * 1_000_000 })
+            }
+        })
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        let program = &self.args.program;
+        if program.exists() {
+            Ok(program.clone())
+        } else {
+            Err(format!("no program {}", program.display()).into())
+        }
+    }
+}
+
+/// The machine of this setting in a mapped-ram file, written by QEMU.
+fn captured(qemu: &Qemu, setting: &Setting, folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("machine");
+    if !path.exists() {
+        let plain = Setting { tls: false, ..*setting };
+        let mut source = QemuSource::of_file(qemu, &plain);
+        source.ready()?;
+        source.go(&plain, &format!("file:{}", path.display()))?;
+        source.sent()?;
+    }
+    Ok(path)
+}

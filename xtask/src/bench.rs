@@ -1,0 +1,39 @@
+//! `cargo xtask bench`: the engine against QEMU and iperf3, side by side; with `--micro`, its parts alone.
+//!
+//! Builds the programs as they are released, sees to it that QEMU 10.0 is there, and leaves the rest to
+//! `crates/multifd-bench`, whose arguments are those that follow. Without iperf3 its rows say so.
+
+use std::process::Command;
+
+use crate::step::{cargo, run as run_command, step};
+use crate::{Failure, qemu, workspace_root};
+
+/// Measures; `args` go to `multifd-bench run`.
+///
+/// # Errors
+///
+/// When something cannot be built, or the run fails.
+pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
+    let target = workspace_root().join("target");
+    step("build the programs", || {
+        run_command(cargo().args(["build", "--release", "-p", "multifd-cli", "-p", "multifd-bench"]))
+    })?;
+    let mut bench = Command::new(target.join("release/multifd-bench"));
+    bench.arg("run").arg("--out").arg(target.join("bench"));
+    bench.arg("--program").arg(target.join("release/multifd")).args(args);
+    if let Some(newest) = qemu::RELEASES.last() {
+        bench.env(newest.variable, qemu::locate(newest)?);
+    }
+    step("measure", || run_command(&mut bench))
+}
+
+/// Measures the parts; `args` go to criterion.
+///
+/// # Errors
+///
+/// When they cannot be built, or one fails.
+pub(crate) fn run_micro(args: &[String]) -> Result<(), Failure> {
+    let mut bench = cargo();
+    bench.args(["bench", "-p", "multifd", "--features", "zlib,zstd", "--bench", "parts", "--"]).args(args);
+    step("measure the parts", || run_command(&mut bench))
+}
