@@ -6,7 +6,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-cfg=shuttle");
     // Those of the engine; none of them is on here.
-    for feature in ["kvm", "serde", "tls", "vm-memory", "zlib", "zstd"] {
+    for feature in ["kvm", "pagemap", "serde", "tls", "vm-memory", "zlib", "zstd"] {
         println!("cargo::rustc-check-cfg=cfg(feature, values({feature:?}))");
     }
 }

@@ -6,6 +6,7 @@ pub mod loopback;
 
 pub use crate::{
     channel::model as stop,
+    live::model as switchover,
     recv::model as recv,
     send::model as dispatch,
     sync_types::model::{exhaust, explore},

@@ -37,6 +37,12 @@ models! { dispatch:
     a_connect_that_fails_ends_the_wait_for_the_channels 4_000,
 }
 
+models! { switchover:
+    a_pause_before_the_switchover_ends_when_told_or_with_the_stop 4_000,
+    whoever_waits_for_a_pause_is_told_that_there_is_none 4_000,
+    a_pause_that_is_told_to_go_on_goes_on 4_000,
+}
+
 models! { recv:
     an_older_page_is_never_placed_over_a_newer_one 4_000,
     a_channel_that_has_ended_fails_the_sync_that_waits_for_it 4_000,

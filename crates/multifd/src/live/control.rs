@@ -5,13 +5,14 @@
 
 use std::{
     fmt,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
 use super::{Progress, Status};
 use crate::{
     channel::{Stop, Wake},
     error::{Result, Usage},
+    sync_types::{Condvar, Mutex, MutexGuard},
 };
 
 /// Lets a migration with `pause-before-switchover` go on. Clones let the same one go on.
@@ -25,10 +26,7 @@ impl Control {
     /// Waits until the migration is in state `pre-switchover`, and is told so; or until it is over, and is told that it is
     /// not. One that does not pause is waited for to its end.
     pub fn wait_pre_switchover(&self) -> bool {
-        let before = |at: &mut At| *at == At::Before;
-        let at =
-            self.gate.changed.wait_while(self.gate.lock(), before).unwrap_or_else(PoisonError::into_inner);
-        *at == At::Paused
+        *self.gate.wait_while(At::Before) == At::Paused
     }
 
     /// Goes on with a migration in state `pre-switchover`: QEMU's `migrate-continue`.
@@ -72,8 +70,7 @@ impl Gate {
         self.0.changed.notify_all();
         // A stop that has happened wakes at once, so none is missed.
         let _watch = stop.watch(self.0.clone());
-        let paused = |at: &mut At| *at == At::Paused;
-        drop(self.0.changed.wait_while(self.0.lock(), paused).unwrap_or_else(PoisonError::into_inner));
+        drop(self.0.wait_while(At::Paused));
         stop.check()
     }
 }
@@ -102,6 +99,14 @@ enum At {
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, At> {
         self.at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_while(&self, place: At) -> MutexGuard<'_, At> {
+        let mut at = self.lock();
+        while *at == place {
+            at = self.changed.wait(at).unwrap_or_else(PoisonError::into_inner);
+        }
+        at
     }
 }
 

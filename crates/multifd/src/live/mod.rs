@@ -14,6 +14,8 @@
 mod control;
 mod converge;
 mod deadline;
+#[cfg(shuttle)]
+pub mod model;
 mod options;
 mod pace;
 mod pass;
