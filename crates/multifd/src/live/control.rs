@@ -1,4 +1,4 @@
-//! `pause-before-switchover`: a migration that waits, and who tells it to go on.
+//! What can be told to a migration under way: to go on where it waits before its switchover, another `downtime-limit`.
 //!
 //! The migration's thread stands in [`Gate::pause`] until [`Control::proceed`] or the stop; others may stand in
 //! [`Control::wait_pre_switchover`] until it does, or until it is over.
@@ -6,16 +6,17 @@
 use std::{
     fmt,
     sync::{Arc, PoisonError},
+    time::Duration,
 };
 
-use super::{Progress, Status};
+use super::{MigrateOptions, Progress, Status};
 use crate::{
     channel::{Stop, Wake},
     error::{Result, Usage},
     sync_types::{Condvar, Mutex, MutexGuard},
 };
 
-/// Lets a migration with `pause-before-switchover` go on. Clones let the same one go on.
+/// Tells a migration under way what to do. Clones tell the same one.
 #[derive(Clone)]
 pub struct Control {
     gate: Arc<Inner>,
@@ -23,6 +24,17 @@ pub struct Control {
 }
 
 impl Control {
+    /// Another `downtime-limit`, 0 to 2000 s, from the end of the present pass on: for a migration that does not converge and
+    /// whose user would rather have the guest stand for longer than start anew.
+    ///
+    /// # Errors
+    /// [`Usage::OutOfRange`].
+    pub fn set_downtime_limit(&self, limit: Duration) -> Result<()> {
+        MigrateOptions::new().downtime_limit(limit).check()?;
+        *self.gate.downtime_limit.lock().unwrap_or_else(PoisonError::into_inner) = Some(limit);
+        Ok(())
+    }
+
     /// Waits until the migration is in state `pre-switchover`, and is told so; or until it is over, and is told that it is
     /// not. One that does not pause is waited for to its end.
     pub fn wait_pre_switchover(&self) -> bool {
@@ -60,6 +72,11 @@ impl Gate {
         Control { gate: self.0.clone(), progress }
     }
 
+    /// The `downtime-limit` that has been told, if any.
+    pub(super) fn downtime_limit(&self) -> Option<Duration> {
+        *self.0.downtime_limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits to be told to go on.
     ///
     /// # Errors
@@ -85,6 +102,7 @@ impl Drop for Gate {
 struct Inner {
     at: Mutex<At>,
     changed: Condvar,
+    downtime_limit: Mutex<Option<Duration>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

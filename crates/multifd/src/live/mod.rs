@@ -161,7 +161,8 @@ impl Migration {
         Self { options, blocks, stop, progress, gate: Gate::default() }
     }
 
-    /// What lets this migration go on where it is to pause before the switchover.
+    /// What tells this migration, from any thread, to go on where it pauses before the switchover, and what else can change
+    /// while it runs.
     pub fn control(&self) -> Control {
         self.gate.control(self.progress.clone())
     }
@@ -250,7 +251,7 @@ struct Driver<'a> {
 
 impl Driver<'_> {
     fn drive(&mut self) -> Result<()> {
-        let Migration { options, blocks, stop, progress, .. } = self.migration;
+        let Migration { options, blocks, stop, progress, gate } = self.migration;
         stop.check()?;
         options.check()?;
         if options.auto_converge {
@@ -267,6 +268,9 @@ impl Driver<'_> {
         self.bitmap_sync(None)?;
         loop {
             let round = self.round(&mut pace)?;
+            if let Some(limit) = gate.downtime_limit() {
+                converge.set_downtime_limit(limit);
+            }
             let judgement = converge.judge(&round, progress.elapsed());
             self.tell(&round, &judgement);
             match judgement.step {

@@ -333,3 +333,46 @@ impl Progress {
         look(&mut self.0.passes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live::converge::Step;
+
+    #[test]
+    fn remaining_time_is_that_of_the_first_pass_until_there_is_more_to_go_by() {
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4);
+        let expected = || progress.info().expected_remaining_time;
+        for status in [Status::Setup, Status::Active] {
+            progress.advance(status).expect("legal");
+        }
+        progress.bitmap_sync(100, None);
+        assert_eq!(expected(), None, "nothing has been sent");
+        let begun = Instant::now();
+        std::thread::sleep(Duration::from_millis(5));
+        progress.walked(20);
+        // A fifth is done, so it takes four times as long again.
+        let (expected_now, least) = (expected().expect("known"), Duration::from_millis(20));
+        assert!(expected_now >= least && expected_now <= begun.elapsed() * 5, "{expected_now:?}");
+
+        progress.bitmap_sync(50, Some(Duration::from_secs(1)));
+        let judgement = Judgement {
+            expected_downtime: Duration::from_secs(1),
+            remaining_time: Some(Duration::from_secs(600)),
+            stall: None,
+            doubt: None,
+            bandwidth: 1.0,
+            step: Step::Pass(None),
+        };
+        progress.judged(&judgement);
+        std::thread::sleep(Duration::from_millis(5));
+        let (expected_now, told) = (expected().expect("known"), Duration::from_secs(600));
+        assert!(
+            expected_now <= told - Duration::from_millis(5),
+            "what has passed is taken off: {expected_now:?}"
+        );
+
+        progress.judged(&Judgement { remaining_time: None, ..judgement });
+        assert_eq!(expected(), None, "no end is in sight");
+    }
+}

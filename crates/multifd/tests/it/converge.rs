@@ -170,6 +170,23 @@ fn guest_that_never_fits_into_the_downtime_is_told_of_and_runs_on_after_the_last
     });
 }
 
+#[test]
+fn guest_that_may_stand_for_longer_after_all_is_stopped() {
+    let options = MigrateOptions::new().downtime_limit(Duration::ZERO);
+    let guest = Busy::default();
+    let (sent, (), difference) =
+        migrate(options, &mut guest.clone(), &mut guest.clone(), |control, progress, _| {
+            let refused = control.set_downtime_limit(Duration::from_secs(2001)).expect_err("refused");
+            assert_eq!(refused.to_string(), "expected downtime-limit 0 to 2000000, met 2001000");
+            // It makes passes, and would for ever.
+            while progress.info().stall.is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            control.set_downtime_limit(Duration::from_secs(2000)).expect("taken");
+        });
+    assert_eq!((sent.expect("sent").status, difference), (Status::Completed, None));
+}
+
 /// A pass that no destination takes in has no end at which to look at the clock.
 #[test]
 fn time_that_is_over_ends_a_pass_that_stands() {

@@ -82,6 +82,11 @@ impl Converge {
         }
     }
 
+    /// Judges by this `downtime-limit` from now on.
+    pub(super) fn set_downtime_limit(&mut self, limit: Duration) {
+        self.options.downtime_limit = limit;
+    }
+
     /// Judges after a pass, `elapsed` after the migration began.
     pub(super) fn judge(&mut self, round: &Round, elapsed: Duration) -> Judgement {
         self.passes += 1;
