@@ -7,6 +7,8 @@
 //! fuzz    runs the fuzz targets for a while
 //! soak    migrations without end, with faults in most
 //! bench   measures the engine against QEMU and iperf3
+//! sanitize
+//!         runs the libraries' tests under sanitizers, Miri and valgrind
 //! ```
 //!
 //! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
@@ -24,6 +26,7 @@ mod fuzz;
 mod length;
 mod licences;
 mod qemu;
+mod sanitize;
 mod soak;
 mod sources;
 mod step;
@@ -72,6 +75,9 @@ fn main() -> ExitCode {
         },
         (Some("bench"), [micro, rest @ ..]) if micro == "--micro" => bench::run_micro(rest),
         (Some("bench"), rest) => bench::run(rest),
+        (Some("sanitize"), named) if named.iter().all(|name| !name.starts_with('-')) => {
+            sanitize::run_tools(named)
+        }
         (Some("help" | "--help" | "-h"), _) => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -113,7 +119,9 @@ const USAGE: &str = "usage: cargo xtask <task>
   bench [--rounds N] [--ram MIB] [--list] [CASE]...
                   measure the engine against QEMU and iperf3, in turns; all cases unless some are named
   bench --micro [NAME]
-                  measure parts of the engine alone";
+                  measure parts of the engine alone
+  sanitize [TOOL]...
+                  run the libraries' tests under address, thread, miri, valgrind, or those that the toolchain allows";
 
 /// For each fuzz target.
 const SECONDS: u32 = 60;

@@ -160,3 +160,40 @@ impl Drop for Filling<'_> {
         self.0.store(false, Ordering::SeqCst);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicU64, Ordering},
+        },
+        thread::spawn,
+    };
+
+    use super::*;
+    use crate::{ChannelCount, ReceiveOptions, Receiver, channel::Stop, ram::PageSize};
+
+    /// Under Miri, which keeps stores back as a processor may, this fails with any weaker order at the seal or the mark.
+    #[test]
+    fn a_mark_and_the_seal_that_are_set_at_once_do_not_miss_each_other() {
+        for _ in 0..if cfg!(miri) { 4 } else { 400 } {
+            let options = ReceiveOptions::new().channels(ChannelCount::Exact(1));
+            let receiver = Receiver::new(options, Stop::new());
+            let (shared, page) = (receiver.shared.clone(), Arc::new(AtomicU64::new(0)));
+            let filling = spawn({
+                let (shared, page) = (shared.clone(), page.clone());
+                move || {
+                    let mark = Filling::begin(ChannelId(0), &shared, &Listed::new(PageSize::KIB_4));
+                    // Ordered by nothing but the mark, as guest memory is.
+                    mark.map(|_mark| page.store(1, Ordering::Relaxed)).is_ok()
+                }
+            });
+            let sealed = shared.seal().map(|()| page.load(Ordering::Relaxed));
+            filling.join().expect("no panic");
+            if let Ok(met) = sealed {
+                assert_eq!(page.load(Ordering::Relaxed), met, "a page was written behind the seal");
+            }
+        }
+    }
+}
