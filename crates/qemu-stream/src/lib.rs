@@ -18,6 +18,7 @@
 //! | [`outgoing`] | a source's main stream, call by call |
 //! | [`mapped_ram`] | the file QEMU 9.0 and later save to and load from |
 //! | [`error`] | what can go wrong, by who is at fault |
+//! | [`guide`] | the manual: how a virtual machine monitor comes to migrate |
 //!
 //! RAM is moved by the engine, `multifd`; devices are carried and never interpreted. The format is drawn
 //! in `docs/stream-format.md`.
@@ -80,6 +81,7 @@
 mod connection;
 pub mod error;
 pub mod format;
+pub mod guide;
 pub mod incoming;
 pub mod mapped_ram;
 pub mod outgoing;

@@ -1,0 +1,93 @@
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use multifd::{
+    live::{DeviceSection, Guest},
+    ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlocks},
+};
+
+/// A guest that counts, and writes each number to the page that is next.
+pub struct Machine {
+    pub blocks: Arc<RamBlocks>,
+    /// What it has written since that was last asked.
+    pub writes: DirtyBitmaps,
+    /// All that its one device knows: how far it has counted.
+    pub count: u64,
+    halt: Arc<AtomicBool>,
+    vcpu: Option<JoinHandle<u64>>,
+}
+
+impl Machine {
+    pub fn new(blocks: Arc<RamBlocks>, count: u64) -> Self {
+        let writes = DirtyBitmaps::new(&blocks);
+        Self { blocks, writes, count, halt: Arc::default(), vcpu: None }
+    }
+
+    /// Lets the guest run, in a thread of its own.
+    pub fn run(&mut self) {
+        let (blocks, writes) = (self.blocks.clone(), self.writes.clone());
+        let (halt, mut count) = (Arc::new(AtomicBool::new(false)), self.count);
+        self.halt = halt.clone();
+        self.vcpu = Some(thread::spawn(move || {
+            let ram = blocks.block(BlockIndex(0)).expect("the machine's one block");
+            while !halt.load(Ordering::Relaxed) {
+                count += 1;
+                let page = PageIndex(count % ram.pages());
+                let mut bytes = [0; 4096];
+                bytes[..8].copy_from_slice(&count.to_be_bytes());
+                ram.slice(page, 1).expect("mapped").copy_from(&bytes);
+                writes.mark(BlockIndex(0), page); // after the write, never before
+            }
+            count
+        }));
+    }
+
+    /// Stops it between two writes.
+    pub fn halt(&mut self) {
+        self.halt.store(true, Ordering::Relaxed);
+        if let Some(vcpu) = self.vcpu.take() {
+            self.count = vcpu.join().expect("the guest does not panic");
+        }
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.vcpu.is_some()
+    }
+
+    /// Whether every page holds the last number that belongs there: not one write is missing.
+    pub fn is_whole(&self) -> bool {
+        let ram = self.blocks.block(BlockIndex(0)).expect("the machine's one block");
+        (0..ram.pages()).all(|page| {
+            let expected = if page > self.count { 0 } else { self.count - (self.count - page) % ram.pages() };
+            let mut bytes = [0; 4096];
+            ram.slice(PageIndex(page), 1).expect("mapped").copy_to(&mut bytes);
+            bytes[..8] == expected.to_be_bytes()
+        })
+    }
+}
+
+impl Guest for Machine {
+    /// From the return of this on, nothing writes to RAM: no vCPU, no device thread, no request under way.
+    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+        self.halt();
+        let data = self.count.to_be_bytes().to_vec();
+        Ok(vec![DeviceSection { name: "counter".into(), instance_id: 0, version: 1, data }])
+    }
+
+    /// The migration has not come to its end: the guest goes on here.
+    fn resume(&mut self) {
+        self.run();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.halt();
+    }
+}
