@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::step::{cargo, run as run_command, step};
-use crate::{Failure, advisories, arrows, deps, length, licences, workspace_root};
+use crate::{Failure, advisories, api, arrows, deps, length, licences, publish, workspace_root};
 
 /// Runs all checks, the quick ones first; the first that fails ends it.
 ///
@@ -35,7 +35,9 @@ pub(crate) fn run() -> Result<(), Failure> {
         let mut doc = cargo();
         doc.args(["doc", "--workspace", "--no-deps", "--all-features"]).env("RUSTDOCFLAGS", "-D warnings");
         run_command(&mut doc)
-    })
+    })?;
+    api::run_task(false)?;
+    step("packages", || publish::check(false))
 }
 
 fn clippy() -> Command {

@@ -9,6 +9,9 @@
 //! bench   measures the engine against QEMU and iperf3
 //! sanitize
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
+//! api     what the libraries show to their users, compared with docs/api, or written there with --bless
+//! publish-check
+//!         packages the libraries and builds them from their packages
 //! ```
 //!
 //! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
@@ -17,6 +20,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
 
 mod advisories;
+mod api;
 mod apt;
 mod arrows;
 mod bench;
@@ -25,6 +29,7 @@ mod deps;
 mod fuzz;
 mod length;
 mod licences;
+mod publish;
 mod qemu;
 mod sanitize;
 mod soak;
@@ -40,12 +45,18 @@ use std::process::ExitCode;
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
+    if let Some(code) = api::as_rustdoc() {
+        return code;
+    }
     let mut args = env::args().skip(1);
     let task = args.next();
     let rest: Vec<String> = args.collect();
     let outcome = match (task.as_deref(), rest.as_slice()) {
         (Some("check"), []) => check::run(),
         (Some("qemu"), []) => qemu::run(),
+        (Some("api"), []) => api::run_task(false),
+        (Some("api"), [bless]) if bless == "--bless" => api::run_task(true),
+        (Some("publish-check"), []) => step::step("packages", || publish::check(true)),
         (Some("test"), rest) => {
             let (slow, rest) = match rest {
                 [all, rest @ ..] if all == "--all" => (true, rest),
@@ -108,7 +119,9 @@ fn in_ci() -> bool {
 }
 
 const USAGE: &str = "usage: cargo xtask <task>
-  check           format, lints, documentation, dependency rules, licences, advisories, file lengths
+  check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths
+  api [--bless]   compare what the libraries show with docs/api; with --bless, write it there
+  publish-check   package the libraries and build them from their packages
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
   qemu            fetch the QEMUs the interop tests talk to, under target/qemu
