@@ -40,6 +40,8 @@ struct Queue {
     free: Vec<Batch>,
     /// Channels waiting for work.
     idle: usize,
+    /// The collector waits for an empty batch.
+    starved: bool,
     /// Channels that have connected.
     connected: usize,
     /// Sync points asked for.
@@ -52,17 +54,18 @@ struct Queue {
 }
 
 impl Dispatch {
-    /// Batches for `channels` channels: one for each to carry, one for each to find ready. The collector
+    /// Batches for `channels` channels: one for each to carry, three for each to find ready. The collector
     /// brings its own.
     pub(super) fn new(channels: u8, page_size: PageSize, in_place: bool) -> Self {
         let channels = usize::from(channels);
-        let most = channels * if in_place { 2 + DEPTH } else { 2 };
+        let most = channels * if in_place { 1 + READY + DEPTH } else { 1 + READY };
         let free: Vec<Batch> = std::iter::repeat_with(|| Batch::new(page_size)).take(most).collect();
         Self {
             queue: Mutex::new(Queue {
                 ready: VecDeque::with_capacity(free.len()),
                 free,
                 idle: 0,
+                starved: false,
                 connected: 0,
                 syncs: 0,
                 synced: 0,
@@ -92,11 +95,16 @@ impl Dispatch {
                 let epoch = queue.syncs;
                 queue.ready.push_back((epoch, full));
                 queue.unsynced = true;
-                if queue.idle > 0 {
+                queue.starved = false;
+                let idle = queue.idle > 0;
+                // Whoever is woken need not wait for the lock at once.
+                drop(queue);
+                if idle {
                     self.work.notify_one();
                 }
                 return Ok(());
             }
+            queue.starved = true;
             queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -129,25 +137,44 @@ impl Dispatch {
         if let Some(mut batch) = done {
             batch.clear();
             queue.free.push(batch);
-            self.progress.notify_one();
         }
         loop {
             if queue.stopped {
                 return Job::End;
             }
-            match queue.ready.front() {
+            let job = match queue.ready.front() {
                 Some((epoch, _)) if *epoch <= synced => {
-                    if let Some((_, batch)) = queue.ready.pop_front() {
-                        return Job::Batch(batch);
-                    }
+                    queue.ready.pop_front().map(|(_, batch)| Job::Batch(batch))
                 }
-                _ if synced < queue.syncs => return Job::Sync,
-                _ => {}
+                _ if synced < queue.syncs => Some(Job::Sync),
+                _ => None,
+            };
+            let feed = self.is_worth_a_wake(&mut queue);
+            if let Some(job) = job {
+                drop(queue);
+                if feed {
+                    self.progress.notify_one();
+                }
+                return job;
+            }
+            if feed {
+                self.progress.notify_one();
             }
             queue.idle += 1;
             queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
             queue.idle -= 1;
         }
+    }
+
+    /// Whether to wake a collector that waits for an empty batch. It fills one in a hundredth of the time that a channel
+    /// takes to send one, so to wake it for each would cost a switch of threads a batch. It may sleep until half of those that
+    /// can be ready are empty; the other half keeps the channels busy while it wakes. With nothing ready any empty batch wakes it, so
+    /// that it never waits for a channel that waits for it.
+    fn is_worth_a_wake(&self, queue: &mut Queue) -> bool {
+        let empty = queue.free.len();
+        let worth = empty > 0 && (2 * empty >= READY * self.channels || queue.ready.is_empty());
+        // Once: it looks by itself until it has found none again.
+        worth && std::mem::take(&mut queue.starved)
     }
 
     /// A channel has sent its SYNC.
@@ -185,6 +212,9 @@ impl Dispatch {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Batches that can be ready, a channel.
+const READY: usize = 3;
 
 impl Wake for Dispatch {
     fn wake(&self) {
@@ -249,6 +279,31 @@ mod tests {
         let carried = carried.into_inner().expect("whole");
         assert_eq!(carried.len(), 1400);
         assert!(carried.iter().all(|(synced, round)| synced == round));
+    }
+
+    /// Channels may keep all batches but one, as those do whose pages the system sends in place.
+    #[test]
+    fn a_collector_is_woken_for_a_single_empty_batch_when_none_is_ready() {
+        let (dispatch, stop) = (Dispatch::new(2, PAGE, false), Stop::new());
+        scope(|threads| {
+            threads.spawn(|| {
+                let mut hand = Batch::new(PAGE);
+                for page in 0..9 {
+                    one_page(&mut hand, page);
+                    dispatch.swap(&mut hand, &stop).expect("running");
+                }
+            });
+            let mut kept: Vec<_> = (0..8).map(|_| next(&dispatch, None)).collect();
+            let last = next(&dispatch, kept.pop());
+            assert_eq!(last.normal(), [PageIndex(8)]);
+        });
+    }
+
+    fn next(dispatch: &Dispatch, done: Option<Batch>) -> Batch {
+        match dispatch.next(done, 0) {
+            Job::Batch(batch) => batch,
+            Job::Sync | Job::End => panic!("a batch"),
+        }
     }
 
     #[test]
