@@ -127,7 +127,7 @@ impl Listen for Listener {
                 (_, None) => return Ok(None),
                 (_, Some(socket)) => socket.accept().map(|(socket, _)| socket),
             };
-            match socket.and_then(|socket| SocketLink::with_options(socket, &self.options)) {
+            match socket.and_then(|socket| SocketLink::incoming(socket, &self.options)) {
                 Ok(link) => return Ok(Some(Box::new(link))),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),

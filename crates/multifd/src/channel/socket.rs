@@ -37,6 +37,8 @@ pub struct SocketLink {
     /// Of what was sent in place.
     completions: Completions,
     attention: Option<Attention>,
+    /// Whether it is TCP that a source has opened, which sends more than it is sent.
+    incoming: bool,
 }
 
 impl SocketLink {
@@ -69,7 +71,17 @@ impl SocketLink {
             recv_timeout: false,
             completions,
             attention: None,
+            incoming: false,
         })
+    }
+
+    /// The same, for a connection that a listener has taken: when it is woken, its peer is told at once.
+    ///
+    /// # Errors
+    /// If the system refuses an option.
+    pub(super) fn incoming(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
+        let incoming = matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6);
+        Ok(Self { incoming, ..Self::with_options(socket, options)? })
     }
 
     fn send_with(&self, parts: &[Part<'_>], flags: libc::c_int) -> io::Result<usize> {
@@ -230,7 +242,7 @@ impl Link for SocketLink {
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        Arc::new(Shut(self.socket.clone()))
+        Arc::new(Shut { socket: self.socket.clone(), reset: self.incoming })
     }
 
     fn peer(&self) -> String {
@@ -243,12 +255,21 @@ impl Link for SocketLink {
 }
 
 /// Shuts a socket down both ways; the descriptor stays open until its owner drops it.
-struct Shut(Arc<Socket>);
+struct Shut {
+    socket: Arc<Socket>,
+    reset: bool,
+}
 
 impl Wake for Shut {
     fn wake(&self) {
+        if self.reset {
+            // Whoever reads on to the end after the shutdown leaves nothing unread, so that the close would be a quiet one:
+            // a source whose bytes fill the network would go on asking for room, until the system has forgotten the
+            // connection, a minute later. With this the close is a reset.
+            let _ = self.socket.set_linger(Some(Duration::ZERO));
+        }
         // It may be closed by the peer already, which is as good.
-        let _ = self.0.shutdown(Shutdown::Both);
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 

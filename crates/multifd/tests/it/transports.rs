@@ -4,7 +4,10 @@ use std::{
     fs,
     io::{ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::{sleep, spawn},
     time::{Duration, Instant},
 };
@@ -338,4 +341,46 @@ fn virtual_sockets_carry_many_connections() {
         taken.write_all(b"x").expect("sent");
         assert_eq!(link.read(&mut [0; 8]).expect("received"), 1);
     }
+}
+
+/// Found by the soak: a destination that read on to the end after its stop had shut main down closed without a reset, and
+/// with no room announced. The source's system went on asking for room until the other had forgotten the connection, a
+/// minute later, and so long its guest was not told that it stays.
+#[test]
+fn a_source_whose_bytes_fill_the_network_hears_at_once_that_its_destination_has_stopped() {
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("listening");
+    let address = listener.local_address().clone();
+    let stop = Stop::new();
+    let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
+    receiver.listen(Box::new(listener)).expect("listening");
+    let sent = Arc::new(AtomicU64::new(0));
+    let source = spawn({
+        let sent = sent.clone();
+        move || {
+            let mut main = Stream::new(address.connect(&Stop::new(), TIMEOUT).expect("connected"));
+            main.write_all(b"QEVM").expect("written");
+            let error = loop {
+                match main.write(&[0; 1 << 14]) {
+                    Ok(bytes) => sent.fetch_add(bytes as u64, Ordering::SeqCst),
+                    Err(error) => break error,
+                };
+            };
+            (error.kind(), Instant::now())
+        }
+    });
+    let mut main = receiver.wait_main().expect("main");
+    // Until the network takes no more.
+    let mut before = u64::MAX;
+    while std::mem::replace(&mut before, sent.load(Ordering::SeqCst)) != sent.load(Ordering::SeqCst) {
+        sleep(Duration::from_millis(300));
+    }
+    stop.cancel();
+    let stopped = Instant::now();
+    let _ = main.read_to_end(&mut Vec::new());
+    drop(main);
+    drop(receiver);
+    let (kind, heard) = source.join().expect("no panic");
+    assert!(matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{kind:?}");
+    // The system's minute, with as much to spare as a busy machine takes.
+    assert!(heard.saturating_duration_since(stopped) < Duration::from_secs(30));
 }

@@ -166,6 +166,11 @@ fn soak(
         panic!("seed {}: a side hangs for {time} s, or has panicked: {plan:?}\n{standing}", plan.seed);
     };
     let verdict = judge(plan, &ends)?;
+    if ends.took.is_some_and(|took| verdict == Verdict::Stayed && took > SOON) {
+        let error = |result: &multifd::Result<()>| result.as_ref().err().map(told);
+        let (source, destination) = (error(&ends.source.result), error(&ends.destination.result));
+        return Err(format!("{:?} from the fault to the end: {source:?}, {destination:?}", ends.took));
+    }
     let tally = tally.entry(plan.fault.kind()).or_default();
     *tally.verdicts.entry(verdict).or_default() += 1;
     // What only makes a migration slow does not end it.
@@ -228,5 +233,8 @@ fn every_migration_ends_with_its_guest_whole_at_one_side() {
     );
 }
 
+/// From a fault to the end of both sides, on a machine that does other things as well: far below any limit that may not
+/// strike, and above those that may.
+const SOON: Duration = Duration::from_secs(20);
 /// Of a run that is not told how long to go on.
 const MIGRATIONS: u64 = 64;
