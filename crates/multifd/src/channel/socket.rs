@@ -42,7 +42,8 @@ pub struct SocketLink {
 }
 
 impl SocketLink {
-    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one. A TCP peer is looked
+    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one, and with buffers that fit
+    /// into caches where the other end is on the same machine. A TCP peer is looked
     /// after as [`TcpOptions::default`] has it.
     ///
     /// # Errors
@@ -61,6 +62,10 @@ impl SocketLink {
         let mut watched = None;
         if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             socket.set_tcp_nodelay(true)?;
+            if is_local(&socket)? {
+                socket.set_send_buffer_size(LOCAL_BUFFER)?;
+                socket.set_recv_buffer_size(LOCAL_BUFFER)?;
+            }
             watched = Watched::set_up(&socket, options)?;
         }
         let completions = Completions::default();
@@ -307,6 +312,16 @@ pub(super) fn inherited(fd: RawFd) -> io::Result<Socket> {
     Ok(Socket::from(owned))
 }
 
+/// Whether the other end is on this machine.
+fn is_local(socket: &Socket) -> io::Result<bool> {
+    let (here, there) = (socket.local_addr()?.as_socket(), socket.peer_addr()?.as_socket());
+    Ok(here.zip(there).is_some_and(|(here, there)| here.ip() == there.ip()))
+}
+
+/// Of a connection within this machine, in bytes a direction. Left alone, the system lets megabytes a connection queue up,
+/// as a network that is far away needs; what has been copied in is then out of the caches by the time it is copied out.
+const LOCAL_BUFFER: usize = 256 << 10;
+
 /// An address for messages.
 pub(super) fn describe(address: &SockAddr) -> String {
     if let Some(address) = address.as_socket() {
@@ -328,4 +343,25 @@ fn message(parts: *const libc::iovec, count: usize) -> libc::msghdr {
         message.msg_iovlen = count.try_into().unwrap_or(0);
     }
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn connection_within_this_machine_has_buffers_that_fit_into_caches() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let far = listener.accept().expect("accepted").0;
+        for stream in [near, far] {
+            let link = SocketLink::new(Socket::from(stream)).expect("a link");
+            // The system doubles what it is asked for, for its own accounts.
+            for size in [link.socket.send_buffer_size(), link.socket.recv_buffer_size()] {
+                assert!((LOCAL_BUFFER..=2 * LOCAL_BUFFER).contains(&size.expect("told")));
+            }
+        }
+    }
 }
