@@ -1,0 +1,185 @@
+//! Parts of the engine alone: `cargo xtask bench --micro`, or with a name only those that hold it.
+//!
+//! The sending side is measured over links that take everything at once, so what is left is the engine's own: batches
+//! filled, handed over, their neighbours put together, heads written.
+
+use std::{hint::black_box, io, sync::Arc, time::Duration};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use multifd::{
+    SendOptions, Sender,
+    channel::{Connect, Link, Stop, Wake},
+    ram::{
+        BlockIndex, BlockName, GuestSlice, Mapping, Memory, PageBitmap, PageIndex, PageSize, Part, PartMut,
+        RamBlock, RamBlocks,
+    },
+    wire::{Flags, HeadBuffer, Packet},
+};
+
+const PAGE: PageSize = PageSize::KIB_4;
+/// Of a packet.
+const PACKET: u64 = 128;
+
+/// The bitmap sync of 8 GiB: words that are clear, sparse, full.
+fn dirty_walk(c: &mut Criterion) {
+    const PAGES: u64 = 2 << 20;
+    let mut group = c.benchmark_group("dirty walk of 8 GiB");
+    for (name, every) in [("clear", None), ("a page in 1024", Some(1024)), ("every second page", Some(2))] {
+        let marked = PageBitmap::new(PAGES);
+        (0..PAGES).step_by(every.unwrap_or(usize::MAX)).skip(1).for_each(|page| {
+            marked.set(PageIndex(page));
+        });
+        let words: Vec<u64> = marked.words().collect();
+        let (log, pending) = (PageBitmap::new(PAGES), PageBitmap::new(PAGES));
+        group.throughput(Throughput::Elements(PAGES));
+        group.bench_function(BenchmarkId::new("take", name), |b| {
+            b.iter_batched(
+                || log.merge(words.iter().copied()),
+                |()| log.take(&pending),
+                criterion::BatchSize::PerIteration,
+            );
+        });
+        group.bench_function(BenchmarkId::new("count", name), |b| b.iter(|| black_box(&marked).count()));
+    }
+    group.finish();
+}
+
+/// Pages that are zero, and pages whose first byte is not, out of the caches and out of memory.
+fn zero_test(c: &mut Criterion) {
+    let mut group = c.benchmark_group("zero test");
+    for (place, pages) in [("cache", PACKET), ("memory", 1 << 16)] {
+        for zero in [true, false] {
+            let memory = Mapping::anonymous(pages * PAGE.bytes() as u64).expect("memory");
+            let slices: Vec<GuestSlice<'_>> = (0..pages)
+                .map(|page| memory.slice(page * PAGE.bytes() as u64, PAGE.bytes()).expect("inside"))
+                .collect();
+            for slice in &slices {
+                slice.copy_from(&[u8::from(!zero); PAGE.bytes()]);
+            }
+            let kind = if zero { "zero" } else { "not zero" };
+            group.throughput(Throughput::Elements(pages));
+            let name = format!("{kind}, in {place}");
+            group.bench_function(BenchmarkId::new("one by one", &name), |b| {
+                b.iter(|| slices.iter().filter(|slice| slice.is_zero()).count());
+            });
+            group.bench_function(BenchmarkId::new("fetched before, a packet at a time", &name), |b| {
+                b.iter(|| {
+                    let count = |packet: &[GuestSlice<'_>]| {
+                        packet.iter().for_each(GuestSlice::prefetch);
+                        packet.iter().filter(|slice| slice.is_zero()).count()
+                    };
+                    slices.chunks(128).map(count).sum::<usize>()
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+/// A head that lists 128 pages.
+fn heads(c: &mut Criterion) {
+    let name = BlockName::new("pc.ram").expect("a name");
+    let pages: Vec<PageIndex> = (0..PACKET).map(PageIndex).collect();
+    let length = 128 << 12;
+    let mut buffer = HeadBuffer::new(PAGE);
+    let mut group = c.benchmark_group("packet head");
+    group.bench_function("encode", |b| {
+        b.iter(|| buffer.pages(Flags::default(), 7, &name, black_box(&pages), &[], length).len());
+    });
+    let bytes = buffer.pages(Flags::default(), 7, &name, &pages, &[], length).to_vec();
+    group.bench_function("decode", |b| {
+        b.iter(|| {
+            Packet::decode(black_box(&bytes), PAGE).expect("valid").normal().map(|page| page.0).sum::<u64>()
+        });
+    });
+    group.finish();
+}
+
+/// A batch from the collector through a channel and back, its pages neighbours or not.
+fn hand_over(c: &mut Criterion) {
+    let mut group = c.benchmark_group("hand-over of a packet");
+    for (name, stride) in [("neighbours, one vector", 1), ("every second page, 128 vectors", 2)] {
+        for channels in [1, 4] {
+            let mut sender = sender(channels);
+            let mut at = 0;
+            group.bench_function(BenchmarkId::new(name, format!("{channels} channels")), |b| {
+                b.iter(|| {
+                    for page in (0..PACKET).map(|page| page * stride) {
+                        sender.queue(BlockIndex(0), PageIndex((at + page) % PAGES)).expect("running");
+                    }
+                    at += PACKET * stride;
+                });
+            });
+            sender.sync().expect("running");
+        }
+    }
+    group.finish();
+}
+
+/// A SYNC on every channel.
+fn sync(c: &mut Criterion) {
+    let mut group = c.benchmark_group("channel sync");
+    for channels in [1, 2, 4, 8, 16, 32, 64] {
+        let mut sender = sender(channels);
+        group.bench_function(BenchmarkId::from_parameter(channels), |b| {
+            b.iter(|| sender.sync().expect("running"));
+        });
+    }
+    group.finish();
+}
+
+/// Pages of the sender's block.
+const PAGES: u64 = 1 << 14;
+
+fn sender(channels: u8) -> Sender {
+    let length = PAGES * PAGE.bytes() as u64;
+    let memory = Memory::Mapped(Mapping::anonymous(length).expect("memory"));
+    let name = BlockName::new("pc.ram").expect("a name");
+    let block = RamBlock::new(name, length, PAGE, memory).expect("a block");
+    let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one block"));
+    let options = SendOptions::new().channels(channels);
+    let mut sender = Sender::new(options, blocks, Stop::new()).expect("a sender");
+    sender.set_up(Arc::new(Nowhere)).expect("set up");
+    sender.wait_connected().expect("connected");
+    sender
+}
+
+/// Takes everything at once.
+struct Nowhere;
+
+impl Connect for Nowhere {
+    fn connect(&self, _: &Stop, _: Duration) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Self))
+    }
+    fn target(&self) -> String {
+        "nowhere".into()
+    }
+}
+
+impl Link for Nowhere {
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        Ok(parts.iter().map(Part::len).sum())
+    }
+    fn recv(&mut self, _: &mut [PartMut<'_>]) -> io::Result<usize> {
+        Ok(0)
+    }
+    fn set_recv_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Self)
+    }
+    fn peer(&self) -> String {
+        "nowhere".into()
+    }
+    fn close_send(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Wake for Nowhere {
+    fn wake(&self) {}
+}
+
+criterion_group!(parts, dirty_walk, zero_test, heads, hand_over, sync);
+criterion_main!(parts);
