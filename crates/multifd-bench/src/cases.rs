@@ -9,9 +9,15 @@ pub(crate) enum Who {
     Qemu,
     /// The engine to the engine.
     Engine,
+    /// The same, of another build.
+    OtherBuild,
     QemuToEngine,
     EngineToQemu,
     Iperf,
+    /// The same memory over the same sockets, and nothing else: what the engine can reach at most.
+    Raw,
+    /// The same, with pages lent to the sockets instead of copied into them.
+    Lent,
     /// QEMU into a file, or out of it, by itself.
     QemuFile,
     /// The same, with the file on the disk at the end.
@@ -27,9 +33,12 @@ impl Who {
         match self {
             Self::Qemu => "QEMU → QEMU".into(),
             Self::Engine => "us → us".into(),
+            Self::OtherBuild => "us → us, other build".into(),
             Self::QemuToEngine => "QEMU → us".into(),
             Self::EngineToQemu => "us → QEMU".into(),
             Self::Iperf => "iperf3".into(),
+            Self::Raw => "sockets alone".into(),
+            Self::Lent => "sockets alone, pages lent".into(),
             Self::QemuFile => "QEMU, file:".into(),
             Self::QemuFileSynced => "QEMU, file: and fsync".into(),
             Self::OurFile => "QEMU and multifd".into(),
@@ -66,8 +75,8 @@ pub(crate) struct Case {
 }
 
 /// All cases, for a guest of `ram` bytes.
-pub(crate) fn all(ram: u64) -> Vec<Case> {
-    let plain = Setting { ram, contents: Contents::Nonzero, channels: 4, method: "none", tls: false };
+pub(crate) fn all(ram: u64, cold: bool) -> Vec<Case> {
+    let plain = Setting { ram, contents: Contents::Nonzero, channels: 4, method: "none", tls: false, cold };
     let case =
         |name, about, setting, peers| Case { name, about, setting, way: Way::Sockets, peers, rounds: None };
     let mut cases = Vec::new();
@@ -75,6 +84,7 @@ pub(crate) fn all(ram: u64) -> Vec<Case> {
         let setting = Setting { channels, ..plain };
         cases.push(case(name, "every page is noise", setting, CHANNEL_PEERS));
     }
+    cases.push(case("limits", "every page is noise", plain, LIMITS));
     let of = |contents, factor| Setting { contents, ram: factor * ram, ..plain };
     cases.push(case("zero", "RAM that nobody has touched, eightfold", of(Contents::Untouched, 8), BOTH));
     cases.push(case("zeroed", "every page was written, with zeros", of(Contents::Zeroed, 2), BOTH));
@@ -93,18 +103,18 @@ pub(crate) fn all(ram: u64) -> Vec<Case> {
         let way = Way::Restore(place);
         cases.push(Case { way, ..case(name, "a guest out of a mapped-ram file", plain, RESTORE) });
     }
-    for (name, factor) in [("memory-1", 1), ("memory-4", 4), ("memory-8", 8)] {
-        let about = "memory beyond RAM; every page is noise";
-        cases.push(Case {
-            rounds: Some(2),
-            ..case(name, about, of(Contents::Nonzero, factor), &[Who::Engine])
-        });
+    for (name, gib) in [("memory-1", 1), ("memory-4", 4), ("memory-8", 8)] {
+        let about = "memory beyond so many GiB of RAM; every page is noise";
+        let setting = Setting { ram: gib << 30, ..plain };
+        cases.push(Case { rounds: Some(2), ..case(name, about, setting, &[Who::Engine]) });
     }
     cases.push(case("demo", "a guest that writes meanwhile", plain, DEMO));
     cases
 }
 
-const CHANNEL_PEERS: &[Who] = &[Who::Qemu, Who::Engine, Who::QemuToEngine, Who::EngineToQemu, Who::Iperf];
+const CHANNEL_PEERS: &[Who] =
+    &[Who::Qemu, Who::Engine, Who::QemuToEngine, Who::EngineToQemu, Who::Iperf, Who::Raw];
+const LIMITS: &[Who] = &[Who::Raw, Who::Lent, Who::Engine];
 const BOTH: &[Who] = &[Who::Qemu, Who::Engine];
 const CAPTURE: &[Who] = &[Who::QemuFile, Who::QemuFileSynced, Who::OurFile];
 const RESTORE: &[Who] = &[Who::QemuFile, Who::OurFile];
@@ -156,7 +166,7 @@ mod tests {
 
     #[test]
     fn every_target_names_a_case_and_peers_that_take_part_in_it() {
-        let cases = all(1 << 30);
+        let cases = all(1 << 30, false);
         for target in TARGETS {
             let case = cases.iter().find(|case| case.name == target.case).expect(target.case);
             assert!(

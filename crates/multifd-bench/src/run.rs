@@ -38,9 +38,15 @@ pub(crate) struct RunArgs {
     /// The program `multifd`
     #[arg(long, default_value = "target/release/multifd")]
     program: PathBuf,
-    /// Only peers whose names hold this
-    #[arg(long, default_value = "")]
-    peer: String,
+    /// Only peers whose names hold one of these, like us,alone
+    #[arg(long, value_delimiter = ',')]
+    peer: Vec<String>,
+    /// This program of another build, to measure the engine before a change and after it in one run
+    #[arg(long)]
+    other_build: Option<PathBuf>,
+    /// Let memory be fetched from the host of a virtual machine within the rounds
+    #[arg(long)]
+    cold: bool,
     /// Only say which cases there are
     #[arg(long)]
     list: bool,
@@ -56,7 +62,7 @@ pub(crate) struct Measured {
 }
 
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
-    let mut chosen = cases::all(args.ram << 20);
+    let mut chosen = cases::all(args.ram << 20, args.cold);
     for name in &args.cases {
         if !chosen.iter().any(|case| case.name.starts_with(name.as_str())) {
             return Err(format!("no case {name}; --list names them").into());
@@ -73,7 +79,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let tls = tempfile::tempdir()?;
     write_both(tls.path())?;
     let qemu = Qemu::v10_0();
-    let means = Means { args, qemu, tls: tls.path() };
+    let means = Means { args, qemu, tls: tls.path(), this: std::env::current_exe()? };
     let mut all = Vec::new();
     for case in chosen {
         eprintln!("── {}: {}", case.name, case.about);
@@ -90,6 +96,8 @@ struct Means<'a> {
     args: &'a RunArgs,
     qemu: Option<Qemu>,
     tls: &'a Path,
+    /// This program.
+    this: PathBuf,
 }
 
 impl Means<'_> {
@@ -101,7 +109,12 @@ impl Means<'_> {
             Way::Capture(Place::Memory) | Way::Restore(Place::Memory) => tempfile::tempdir_in("/dev/shm")?,
         };
         let mut ready = Vec::new();
-        for who in case.peers.iter().filter(|who| who.label().contains(&self.args.peer)) {
+        let named = |who: &&Who| {
+            let peer = &self.args.peer;
+            peer.is_empty() || peer.iter().any(|name| who.label().contains(name.as_str()))
+        };
+        let other = case.peers.contains(&Who::Engine) && self.args.other_build.is_some();
+        for who in case.peers.iter().chain(other.then_some(&Who::OtherBuild)).filter(named) {
             let made = self.enough_memory(&case).and_then(|()| self.make(&case, *who, folder.path()));
             ready.push((*who, made, Samples::default()));
         }
@@ -155,7 +168,12 @@ impl Means<'_> {
 
     fn make<'a>(&'a self, case: &Case, who: Who, folder: &Path) -> Result<Box<dyn Peer + 'a>> {
         let (setting, tls) = (case.setting, self.tls);
-        let ours: Make<'a> = Box::new(move || Ok(Box::new(EngineDestination::start(&setting, Some(tls))?)));
+        let program: &Path = match (who, &self.args.other_build) {
+            (Who::OtherBuild, Some(program)) => program,
+            _ => &self.this,
+        };
+        let ours: Make<'a> =
+            Box::new(move || Ok(Box::new(EngineDestination::start(program, &setting, Some(tls))?)));
         let theirs = |qemu: Qemu| -> Make<'a> {
             Box::new(move || Ok(Box::new(QemuDestination::start(&qemu, &setting, Some(tls))?)))
         };
@@ -167,16 +185,23 @@ impl Means<'_> {
                 let qemu = self.qemu()?;
                 pair(Box::new(QemuSource::new(&qemu, &setting, Some(tls))), theirs(qemu))
             }
-            (Who::Engine, _) => pair(Box::new(EngineSource::start(&setting, Some(tls), None)?), ours),
+            (Who::Engine | Who::OtherBuild, _) => {
+                pair(Box::new(EngineSource::start(program, &setting, Some(tls), None)?), ours)
+            }
             (Who::QemuToEngine, _) => {
                 pair(Box::new(QemuSource::new(&self.qemu()?, &setting, Some(tls))), ours)
             }
             (Who::EngineToQemu, _) => {
                 let qemu = self.qemu()?;
                 let machine = captured(&qemu, &setting, folder)?;
-                let source = EngineSource::start(&setting, Some(tls), Some(&machine))?;
+                let source = EngineSource::start(program, &setting, Some(tls), Some(&machine))?;
                 fs::remove_file(machine)?;
                 pair(Box::new(source), theirs(qemu))
+            }
+            (Who::Raw | Who::Lent, _) => {
+                let make: Make<'a> =
+                    Box::new(move || Ok(Box::new(EngineDestination::start_raw(program, &setting)?)));
+                pair(Box::new(EngineSource::start_raw(program, &setting, who == Who::Lent)?), make)
             }
             (Who::Iperf, _) => Box::new(Iperf::start(setting.channels, setting.ram)?),
             (Who::QemuFile | Who::QemuFileSynced, Way::Capture(_)) => {

@@ -14,8 +14,8 @@ pub(super) fn peak_beyond(blocks: &RamBlocks) -> io::Result<u64> {
     Ok((kib << 10).saturating_sub(ram))
 }
 
-/// The bytes of a block that are in memory. Huge pages count whole, and so does the system in its peak; the zero page
-/// that memory which was only read is mapped to counts in neither.
+/// The bytes of a block that are in memory. Huge pages count whole, as they do in the system's peak. The zero page, to which
+/// memory is mapped that was only read, counts here and not there: of RAM that nobody has touched this tells nothing.
 fn resident(block: &RamBlock) -> io::Result<u64> {
     let Some(slice) = block.slice(PageIndex(0), block.pages()) else { return Ok(0) };
     let page_size = block.page_size().bytes();

@@ -3,6 +3,7 @@
 use std::{
     io::{self, BufRead, Write},
     path::PathBuf,
+    sync::Arc,
 };
 
 use clap::Args;
@@ -16,7 +17,7 @@ use multifd::{
 };
 use qemu_stream::incoming::{Incoming, Loader, Outcome};
 
-use super::{Loaded, RAM, beyond::peak_beyond};
+use super::{Loaded, RAM, beyond::peak_beyond, raw};
 use crate::{
     Result,
     contents::{Contents, PAGE},
@@ -30,6 +31,12 @@ pub(crate) struct DestinationArgs {
     /// What the block of RAM must hold
     #[arg(long, value_enum)]
     contents: Option<Contents>,
+    /// By sockets alone, over so many
+    #[arg(long)]
+    raw: Option<u8>,
+    /// Bytes of RAM that come by sockets alone
+    #[arg(long, default_value_t = 1 << 30)]
+    ram: u64,
     /// Where to listen
     #[arg(default_value = "tcp:127.0.0.1:0")]
     listen: Address,
@@ -37,10 +44,40 @@ pub(crate) struct DestinationArgs {
 
 /// Says where it listens, then what it got; then, when it is asked to, looks whether that is what was expected.
 pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
-    let stop = Stop::new();
     let listener = Listener::bind(&args.listen)?;
     let mut out = io::stdout().lock();
     writeln!(out, "{}", listener.local_address())?;
+    // The time runs until this line, so nothing else is done before.
+    let blocks = match args.raw {
+        Some(channels) => {
+            let blocks = raw::receive(listener, args.ram, channels)?;
+            writeln!(out, "loaded")?;
+            blocks
+        }
+        None => take_in(listener, args, || Ok(writeln!(out, "loaded")?))?,
+    };
+    writeln!(out, "{}", serde_json::to_string(&Loaded { beyond: peak_beyond(&blocks)? })?)?;
+
+    let mut line = String::new();
+    if io::stdin().lock().read_line(&mut line)? > 0 {
+        writeln!(
+            out,
+            "{}",
+            args.contents
+                .map_or(Ok(None), |contents| wrong(&blocks, contents))?
+                .map_or_else(|| "right".into(), |page| format!("page {page} is wrong"))
+        )?;
+    }
+    Ok(())
+}
+
+/// Calls `loaded` when everything is here and the source has been told.
+fn take_in(
+    listener: Listener,
+    args: &DestinationArgs,
+    loaded: impl FnOnce() -> Result<()>,
+) -> Result<Arc<RamBlocks>> {
+    let stop = Stop::new();
     let listener: Box<dyn Listen> = match &args.tls {
         None => Box::new(listener),
         Some(folder) => {
@@ -58,27 +95,14 @@ pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
         });
         RamBlocks::new(fresh.collect::<multifd::Result<_>>()?)
     });
-    let loaded = incoming.run(&mut loader);
+    let ended = incoming.run(&mut loader);
     let blocks = loader.into_blocks();
-    loaded.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
+    ended.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
     let main = incoming.finish(Outcome::Loaded)?;
+    loaded()?;
     receiver.finish()?;
     drop(main);
-    let blocks = blocks.ok_or("no RAM came")?;
-    writeln!(out, "{}", serde_json::to_string(&Loaded { beyond: peak_beyond(&blocks)? })?)?;
-
-    // Nobody looks at the time any more.
-    let mut line = String::new();
-    if io::stdin().lock().read_line(&mut line)? > 0 {
-        writeln!(
-            out,
-            "{}",
-            args.contents
-                .map_or(Ok(None), |contents| wrong(&blocks, contents))?
-                .map_or_else(|| "right".into(), |page| format!("page {page} is wrong"))
-        )?;
-    }
-    Ok(())
+    Ok(blocks.ok_or("no RAM came")?)
 }
 
 fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {

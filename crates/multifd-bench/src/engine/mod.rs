@@ -4,10 +4,14 @@
 //! orchestrator ── a line a migration ──▶ source ══ channels, main ══▶ destination ── a line when loaded ──▶ orchestrator
 //! ```
 //!
+//! With `raw`, the same two processes move the same memory by sockets alone.
+//!
 //! A source keeps its RAM and migrates as often as it is told; a destination has fresh memory and ends after one.
 
 mod beyond;
 mod destination;
+mod lend;
+mod raw;
 mod source;
 
 use serde::{Deserialize, Serialize};

@@ -24,7 +24,7 @@ use qemu_stream::{
     outgoing::{MainStream, Options, Outgoing},
 };
 
-use super::{Go, RAM, Sent, beyond::peak_beyond};
+use super::{Go, RAM, Sent, beyond::peak_beyond, raw};
 use crate::{
     Result,
     contents::{Contents, PAGE},
@@ -38,6 +38,12 @@ pub(crate) struct SourceArgs {
     /// What RAM holds
     #[arg(long, value_enum, default_value_t = Contents::Nonzero)]
     contents: Contents,
+    /// By sockets alone
+    #[arg(long)]
+    raw: bool,
+    /// The same, with pages lent to the sockets
+    #[arg(long)]
+    lent: bool,
     /// Be the machine in this mapped-ram file
     #[arg(long)]
     machine: Option<PathBuf>,
@@ -57,7 +63,13 @@ pub(crate) fn source(args: &SourceArgs) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "ready")?;
     for line in io::stdin().lock().lines() {
-        let sent = migrate(&serde_json::from_str(&line?)?, machine.as_ref(), &blocks)?;
+        let go = serde_json::from_str(&line?)?;
+        let sent = if args.raw || args.lent {
+            raw::send(&go, &blocks, args.lent)?;
+            Sent { transferred: blocks.total(), beyond: peak_beyond(&blocks)? }
+        } else {
+            migrate(&go, machine.as_ref(), &blocks)?
+        };
         writeln!(out, "{}", serde_json::to_string(&sent)?)?;
     }
     Ok(())

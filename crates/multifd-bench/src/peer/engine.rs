@@ -1,4 +1,4 @@
-//! The engine as either end: this program in a process of its own.
+//! The engine as either end: this program in a process of its own, or the same of another build.
 
 use std::{path::Path, process::Command};
 
@@ -13,10 +13,11 @@ use crate::{
     engine::{Go, Loaded, Sent},
 };
 
-fn this(role: &str) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
+/// `program` as a source or a destination.
+fn role(program: &Path, role: &str) -> Command {
+    let mut command = Command::new(program);
     command.arg(role);
-    Ok(command)
+    command
 }
 
 fn name(contents: Contents) -> Result<String> {
@@ -30,8 +31,28 @@ pub(crate) struct EngineSource<'a> {
 
 impl<'a> EngineSource<'a> {
     /// One whose RAM is filled as `setting` says, or that is the machine in a file.
-    pub(crate) fn start(setting: &Setting, tls: Option<&'a Path>, machine: Option<&Path>) -> Result<Self> {
-        let mut command = this("source")?;
+    pub(crate) fn start(
+        program: &Path,
+        setting: &Setting,
+        tls: Option<&'a Path>,
+        machine: Option<&Path>,
+    ) -> Result<Self> {
+        Self::start_as(role(program, "source"), setting, tls, machine)
+    }
+
+    /// One that uses sockets alone.
+    pub(crate) fn start_raw(program: &Path, setting: &Setting, lent: bool) -> Result<Self> {
+        let mut command = role(program, "source");
+        command.arg(if lent { "--lent" } else { "--raw" });
+        Self::start_as(command, setting, None, None)
+    }
+
+    fn start_as(
+        mut command: Command,
+        setting: &Setting,
+        tls: Option<&'a Path>,
+        machine: Option<&Path>,
+    ) -> Result<Self> {
         match machine {
             Some(file) => command.arg("--machine").arg(file),
             None => command
@@ -74,12 +95,24 @@ pub(crate) struct EngineDestination {
 }
 
 impl EngineDestination {
-    pub(crate) fn start(setting: &Setting, tls: Option<&Path>) -> Result<Self> {
-        let mut command = this("destination")?;
+    pub(crate) fn start(program: &Path, setting: &Setting, tls: Option<&Path>) -> Result<Self> {
+        let mut command = role(program, "destination");
         command.arg(format!("--contents={}", name(setting.contents)?));
         if let Some(tls) = tls.filter(|_| setting.tls) {
             command.arg("--tls").arg(tls);
         }
+        Self::start_as(command)
+    }
+
+    /// One that uses sockets alone.
+    pub(crate) fn start_raw(program: &Path, setting: &Setting) -> Result<Self> {
+        let mut command = role(program, "destination");
+        command.arg(format!("--contents={}", name(setting.contents)?));
+        command.arg(format!("--raw={}", setting.channels)).arg(format!("--ram={}", setting.ram));
+        Self::start_as(command)
+    }
+
+    fn start_as(mut command: Command) -> Result<Self> {
         let mut talker = Talker::start(&mut command)?;
         let address = talker.hear()?;
         Ok(Self { talker, address })
@@ -91,7 +124,14 @@ impl Destination for EngineDestination {
         self.address.clone()
     }
 
-    fn loaded(&mut self) -> Result<Option<u64>> {
+    fn loaded(&mut self) -> Result<()> {
+        match self.talker.hear()?.as_str() {
+            "loaded" => Ok(()),
+            line => Err(format!("expected \"loaded\", met {line:?}").into()),
+        }
+    }
+
+    fn beyond(&mut self) -> Result<Option<u64>> {
         let Loaded { beyond } = serde_json::from_str(&self.talker.hear()?)?;
         Ok(Some(beyond))
     }

@@ -29,6 +29,8 @@ pub(crate) struct Setting {
     pub(crate) channels: u8,
     pub(crate) method: &'static str,
     pub(crate) tls: bool,
+    /// Do nothing about memory that the machine has to fetch first.
+    pub(crate) cold: bool,
 }
 
 /// What one round took.

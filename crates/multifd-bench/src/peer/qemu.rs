@@ -204,8 +204,11 @@ impl Destination for QemuDestination {
         self.address.clone()
     }
 
-    fn loaded(&mut self) -> Result<Option<u64>> {
-        completed(&mut self.vm)?;
+    fn loaded(&mut self) -> Result<()> {
+        completed(&mut self.vm)
+    }
+
+    fn beyond(&mut self) -> Result<Option<u64>> {
         Ok(None)
     }
 

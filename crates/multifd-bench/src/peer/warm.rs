@@ -14,6 +14,9 @@ use crate::{
 };
 
 pub(super) fn warm(setting: &Setting) -> Result<()> {
+    if setting.cold {
+        return Ok(());
+    }
     let ram = if setting.contents == Contents::Untouched { 0 } else { setting.ram };
     let memory = Mapping::anonymous(ram + BESIDE)?;
     for at in (0..memory.len()).step_by(PAGE) {

@@ -87,10 +87,11 @@ fn point(measured: &Measured, who: Who) -> Option<Point> {
 }
 
 /// Told apart by those who see few colours, too.
-const COLOURS: [RGBColor; 5] = [
+const COLOURS: [RGBColor; 6] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 114, 178),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
-    RGBColor(110, 110, 110),
+    RGBColor(130, 130, 130),
+    RGBColor(0, 0, 0),
 ];
