@@ -59,17 +59,8 @@ fn zero_test(c: &mut Criterion) {
             let kind = if zero { "zero" } else { "not zero" };
             group.throughput(Throughput::Elements(pages));
             let name = format!("{kind}, in {place}");
-            group.bench_function(BenchmarkId::new("one by one", &name), |b| {
+            group.bench_function(BenchmarkId::from_parameter(&name), |b| {
                 b.iter(|| slices.iter().filter(|slice| slice.is_zero()).count());
-            });
-            group.bench_function(BenchmarkId::new("fetched before, a packet at a time", &name), |b| {
-                b.iter(|| {
-                    let count = |packet: &[GuestSlice<'_>]| {
-                        packet.iter().for_each(GuestSlice::prefetch);
-                        packet.iter().filter(|slice| slice.is_zero()).count()
-                    };
-                    slices.chunks(128).map(count).sum::<usize>()
-                });
             });
         }
     }

@@ -76,11 +76,6 @@ impl Batch {
         self.unknown.push(page);
     }
 
-    /// The pages that nobody has looked at yet.
-    pub(crate) fn unknown(&self) -> &[PageIndex] {
-        &self.unknown
-    }
-
     /// Parts the pages that nobody has looked at yet into normal and zero ones. Allocates nothing: either list has
     /// room for all pages of a batch.
     pub(crate) fn part(&mut self, is_zero: impl Fn(PageIndex) -> bool) {

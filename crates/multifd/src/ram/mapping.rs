@@ -229,12 +229,6 @@ impl GuestSlice<'_> {
         unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
     }
 
-    /// Has the processor fetch the first bytes, which [`is_zero`](GuestSlice::is_zero) looks at before all others. It does not
-    /// wait for them, so this pays where many slices are looked at one after the other.
-    pub fn prefetch(&self) {
-        zero::prefetch(self.ptr.as_ptr());
-    }
-
     /// Whether every byte is zero at the moment it is looked at.
     ///
     /// The guest may write meanwhile; the answer is good for a page whose dirty bit was taken before, since

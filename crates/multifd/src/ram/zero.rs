@@ -36,23 +36,6 @@ pub(super) unsafe fn is_zero(start: *const u8, len: usize) -> bool {
     unsafe { whole(best(), start, len) }
 }
 
-/// Has the processor fetch the first of the bytes at `start`, and does not wait: most pages end there, and it can wait for
-/// many at a time. Never fails, wherever it points.
-pub(super) fn prefetch(start: *const u8) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: a hint, which reads nothing and cannot fault; SSE is there on every x86-64.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.cast());
-    }
-    #[cfg(all(target_arch = "aarch64", not(miri)))]
-    // SAFETY: a hint, which reads nothing and cannot fault.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) start, options(nostack, readonly));
-    }
-    #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
-    let _ = start;
-}
-
 /// A way to look at memory in steps of vectors.
 #[derive(Clone, Copy)]
 struct Scan {

@@ -127,8 +127,6 @@ impl<'a> Emitter<'a> {
 
     fn pages(&mut self, batch: &mut Batch) -> Result<()> {
         let block = self.shared.blocks.block(batch.block)?;
-        // Each look would wait for memory. Asked for beforehand, they wait together.
-        batch.unknown().iter().filter_map(|page| block.slice(*page, 1)).for_each(|slice| slice.prefetch());
         batch.part(|page| is_zero(block, page));
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
         let (normal, zero) = (batch.normal(), batch.zero());
