@@ -15,7 +15,10 @@ pub(super) fn draw(all: &[Measured]) -> Result<Option<String>> {
         .iter()
         .map(|who| (*who, cases.iter().filter_map(|case| point(case, *who)).collect()))
         .collect();
-    let top = lines.iter().flat_map(|(_, points)| points).map(|point| point.most).fold(0.0, f64::max) * 1.1;
+    // A little to the side of each other, so that no line hides another's rounds.
+    let lines = lines.into_iter().filter(|(_, points)| !points.is_empty()).enumerate();
+    let lines: Vec<(Who, Vec<Point>)> = lines.map(|(at, (who, points))| (who, beside(points, at))).collect();
+    let top = lines.iter().flat_map(|(_, points)| points).map(|point| point.most).fold(0.0, f64::max) * ROOM;
 
     let mut text = String::new();
     {
@@ -69,6 +72,17 @@ pub(super) fn draw(all: &[Measured]) -> Result<Option<String>> {
         root.present()?;
     }
     Ok(Some(text))
+}
+
+/// Above the highest round, for the legend.
+const ROOM: f64 = 1.5;
+
+#[expect(clippy::cast_precision_loss, reason = "a handful of peers")]
+fn beside(points: Vec<Point>, at: usize) -> Vec<Point> {
+    points
+        .into_iter()
+        .map(|point| Point { power: point.power + 0.025 * (at as f64 - 2.0), ..point })
+        .collect()
 }
 
 struct Point {
