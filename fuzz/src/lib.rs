@@ -1,4 +1,7 @@
 //! What every fuzz target is held to, beside not to fail: a small input may not take much memory.
+//!
+//! What Rust code allocates is counted. Guest memory that is mapped is not, nor is what a library in C takes (zstd): for that
+//! there is libFuzzer's limit of one allocation, which it can keep to with the address sanitizer alone.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},

@@ -2,7 +2,8 @@
 //!
 //! The targets are built here, with the coverage that libFuzzer wants; a C++ compiler is all that is needed beside the
 //! toolchain. Where a nightly compiler is installed they have the address sanitizer in them as well, which no other offers.
-//! No input may take more than ten seconds, nor allocate more than 64 MiB at once; what small ones may is in `fuzz/src/lib.rs`.
+//! No input may take more than ten seconds, nor, with the sanitizer, allocate more than 64 MiB at once; what small ones may is in
+//! `fuzz/src/lib.rs`.
 
 use std::{
     ffi::OsStr,

@@ -133,6 +133,9 @@ pub(crate) struct SendArgs {
     /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
+    /// Seconds that each connection may take to come about, a TLS handshake included; 0 is for as long as the system tries
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    connect_timeout: u64,
     /// Seconds that the destination may take nothing in at all; 0 is for ever
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     stall_timeout: u64,
@@ -161,6 +164,10 @@ pub(crate) struct SendArgs {
 }
 
 impl SendArgs {
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        seconds(self.connect_timeout).unwrap_or(Duration::MAX)
+    }
+
     /// `None` is for ever.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         seconds(self.stall_timeout)

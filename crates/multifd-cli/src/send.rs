@@ -1,6 +1,6 @@
 //! `multifd send`: a file that holds a guest goes into a waiting QEMU.
 
-use std::{fs::File, io, sync::Arc, time::Duration};
+use std::{fs::File, io, sync::Arc};
 
 use multifd::{
     Error, SendOptions, Sender,
@@ -128,7 +128,7 @@ fn send(
     at_rest: &mut AtRest,
 ) -> Result<MigrationInfo, Error> {
     let link = connector
-        .connect(stop, CONNECT_TIMEOUT)
+        .connect(stop, args.connect_timeout())
         .map_err(|error| stop.fail(Error::io(format!("connect to {}", args.address), error)))?;
     let main = Stream::new(link)
         .attended(stop.attention(args.stall_timeout()))
@@ -143,6 +143,7 @@ fn send(
         let options = args
             .compression
             .apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid))
+            .connect_timeout(args.connect_timeout())
             .stall_timeout(args.stall_timeout())
             .zero_copy_send(args.zero_copy_send);
         let mut sender = Sender::new(options, blocks, stop.clone())?;
@@ -174,8 +175,6 @@ fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
         .switchover_start(file.switchover_start())
         .sync_mode(mode.filter(|_| args.multifd_channels > 0))
 }
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A guest in a file does not run, unless somebody writes to the file.
 struct AtRest {

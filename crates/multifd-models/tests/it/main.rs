@@ -41,6 +41,7 @@ models! { switchover:
     a_pause_before_the_switchover_ends_when_told_or_with_the_stop 4_000,
     whoever_waits_for_a_pause_is_told_that_there_is_none 4_000,
     a_pause_that_is_told_to_go_on_goes_on 4_000,
+    whoever_sees_the_pause_can_end_it 4_000,
 }
 
 models! { recv:

@@ -82,8 +82,11 @@ impl Gate {
     /// # Errors
     /// The error that stopped the migration meanwhile.
     pub(super) fn pause(&self, progress: &Progress, stop: &Stop) -> Result<()> {
+        // Under the lock: whoever sees the state can tell it to go on.
+        let mut at = self.0.lock();
         progress.advance(Status::PreSwitchover)?;
-        *self.0.lock() = At::Paused;
+        *at = At::Paused;
+        drop(at);
         self.0.changed.notify_all();
         // A stop that has happened wakes at once, so none is missed.
         let _watch = stop.watch(self.0.clone());

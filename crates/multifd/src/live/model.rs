@@ -3,7 +3,12 @@
 //! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`.
 
 use super::{Progress, Status, control::Gate};
-use crate::{channel::Stop, ram::PageSize, sync_types::model::thread};
+use crate::{
+    channel::Stop,
+    error::{Error, Usage},
+    ram::PageSize,
+    sync_types::model::thread,
+};
 
 fn active() -> Progress {
     let progress = Progress::new(0, PageSize::KIB_4);
@@ -44,4 +49,23 @@ pub fn a_pause_that_is_told_to_go_on_goes_on() {
     let telling = thread::spawn(move || control.wait_pre_switchover() && control.proceed().is_ok());
     gate.pause(&progress, &stop).expect("told to go on");
     assert!(telling.join().expect("no panic"));
+}
+
+/// Somebody tells it to go on without having waited: that is taken, or refused for another state than the one that it is for.
+pub fn whoever_sees_the_pause_can_end_it() {
+    let (stop, progress, gate) = (Stop::new(), active(), Gate::default());
+    let control = gate.control(progress.clone());
+    let telling = {
+        let stop = stop.clone();
+        thread::spawn(move || {
+            if let Err(refused) = control.proceed() {
+                let met = Error::from(Usage::NotPaused { met: Status::Active });
+                assert_eq!(refused.to_string(), met.to_string());
+                stop.cancel();
+            }
+        })
+    };
+    let paused = gate.pause(&progress, &stop);
+    assert!(paused.is_ok() || paused.is_err_and(|error| error.is_cancelled()));
+    telling.join().expect("no panic");
 }

@@ -10,8 +10,9 @@
 //! | [`Status`](multifd::live::Status) | The guest | If it ends here | Do |
 //! | --- | --- | --- | --- |
 //! | `none`, `setup` | runs | nothing has moved | try again when the cause is gone |
-//! | `active` | runs | RAM has moved in part, to nowhere | try again; raise `downtime_limit` if it never ends |
-//! | `device` | stands | [`Guest::resume`](multifd::live::Guest::resume) is called before `run` returns | as above |
+//! | `active` | runs | RAM has moved in part, to nowhere | try again. If it never ends, its [`stall`] tells what would help |
+//! | `pre-switchover` | stands | as `device` | [`proceed`](multifd::live::Control::proceed), or cancel |
+//! | `device` | stands | [`Guest::resume`](multifd::live::Guest::resume) is called before `run` returns | try again |
 //! | `cancelling` | stands or runs | its end is `cancelled` | nothing |
 //! | `failed`, `cancelled` | runs | | report the error; a new [`Stop`](multifd::channel::Stop) for the next try |
 //! | `completed` | stands, for ever | | drop the machine. Never let it run: it runs at the destination |
@@ -90,3 +91,5 @@
 //! ([`tracing`](https://docs.rs/tracing)). Its text says what was expected and what was met, with channel, block and
 //! offset where there are; `source()` has the cause. What to do is told by the kind: see [`multifd::error`] and
 //! [`crate::error`].
+//!
+//! [`stall`]: multifd::live::MigrationInfo::stall

@@ -47,7 +47,8 @@
 //! - [`SendOptions`](multifd::SendOptions): the number of channels, compression. The destination finds the number out.
 //! - [`MigrateOptions`](multifd::live::MigrateOptions): `downtime_limit` decides when the guest is stopped,
 //!   `max_bandwidth` what the network is left. A guest that writes faster than the network carries never comes to the
-//!   switchover: raise the limit, or slow the guest down.
+//!   switchover: raise the limit, or have `auto_converge` hold it back through
+//!   [`Guest::throttle`](multifd::live::Guest::throttle).
 //! - [`Options`](crate::outgoing::Options): the defaults are right for a machine of your own. Leave the return path
 //!   on.
 //! - TLS, other addresses, links of your own: [`multifd::channel`].

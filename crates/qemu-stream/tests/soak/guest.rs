@@ -21,7 +21,7 @@ use multifd::{
 };
 use multifd_testkit::pattern::{Origin, Pattern};
 
-use crate::plan::{Load, Plan};
+use crate::plan::{Load, Plan, STAYS_UP, UNREADABLE};
 
 pub(crate) struct SoakGuest {
     pub(crate) blocks: Arc<RamBlocks>,
@@ -89,7 +89,7 @@ impl Guest for SoakGuest {
     fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
         self.stopped = true;
         if self.stays_up {
-            return Err(io::Error::other("a vCPU does not answer"));
+            return Err(io::Error::other(STAYS_UP));
         }
         // Its vCPUs run on until they have heard of it.
         thread::sleep(TICK * u32::try_from(self.seed % 4).unwrap_or_default());
@@ -158,7 +158,7 @@ pub(crate) struct Unreadable {
 impl DirtyLog for Unreadable {
     fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
         match &mut self.left {
-            Some(0) => return Err(io::Error::other("the log cannot be read")),
+            Some(0) => return Err(io::Error::other(UNREADABLE)),
             Some(left) => *left -= 1,
             None => {}
         }
@@ -172,8 +172,13 @@ impl DirtyLog for Unreadable {
 
 /// The first page in which two machines differ, and what the source's pattern tells of what is there.
 pub(crate) fn difference(seed: u64, source: &RamBlocks, destination: &RamBlocks) -> Option<String> {
+    if source.len() != destination.len() {
+        return Some(format!("expected {} blocks, met {}", source.len(), destination.len()));
+    }
     for (index, block) in source.iter() {
-        let other = destination.get(index)?;
+        let Some(other) = destination.get(index).filter(|other| other.pages() == block.pages()) else {
+            return Some(format!("block {} is missing, or of another size", index.0));
+        };
         let (mut here, mut there) = (vec![0; block.page_size().bytes()], vec![0; block.page_size().bytes()]);
         for page in (0..block.pages()).map(PageIndex) {
             block.load(page, &mut here).expect("mapped");

@@ -29,7 +29,7 @@ use qemu_stream::{
 use crate::{
     fault::{Misfortune, UnluckyConnector, UnluckyListener},
     guest::{DEVICE, SoakGuest, Unreadable},
-    plan::{Fault, Plan, Side, Transport},
+    plan::{DOES_NOT_FIT, Fault, ODD, Plan, Side, Transport},
 };
 
 /// What a source has come to.
@@ -75,7 +75,7 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
         let (plan, stop, ended, met) = (plan.clone(), stops.1.clone(), ended.clone(), met.clone());
         spawn("destination", move || {
             let end = receive(&plan, limits, listener, &stop, &met);
-            let _ = ended.send(());
+            let _ = ended.send(Side::Destination);
             end
         })
     };
@@ -89,7 +89,7 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
             if end.result.is_err() {
                 stop.cancel();
             }
-            let _ = ended.send(());
+            let _ = ended.send(Side::Source);
             end
         })
     };
@@ -101,13 +101,11 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
             Side::Destination => stops.1.cancel(),
         }
     }
-    if ends.recv_timeout(HANG).is_err() {
-        return None;
-    }
+    let first = ends.recv_timeout(HANG).ok()?;
     // One that main has not come to waits for it, for as long as its operator likes.
     let (mut abandoned, left) = (false, Instant::now());
     if ends.recv_timeout(GRACE).is_err() {
-        abandoned = !met.load(Ordering::SeqCst);
+        abandoned = first == Side::Source && !met.load(Ordering::SeqCst);
         if abandoned {
             stops.1.cancel();
         }
@@ -255,9 +253,7 @@ fn receive(
     let result = match (loaded, told) {
         (Err(error), _) => Err(error),
         (Ok(_), Err(error)) => Err(stop.fail(Error::other("the source could not be told", error))),
-        (Ok(_), Ok(_)) if !good => {
-            Err(stop.fail(Error::other("the devices were not loaded", "they are odd")))
-        }
+        (Ok(_), Ok(_)) if !good => Err(stop.fail(Error::other("the devices were not loaded", ODD))),
         // Whatever befalls the connections from here on, the guest has moved.
         (Ok(_), Ok(_main)) => receiver.finish().map_or(Ok(()), |_| Ok(())),
     };
@@ -266,7 +262,7 @@ fn receive(
 
 fn memory_of(plan: &Plan, list: &BlockList) -> Result<RamBlocks> {
     if plan.fault == Fault::BlocksRefused {
-        return Err(Error::other("take the machine in", "it does not fit"));
+        return Err(Error::other("take the machine in", DOES_NOT_FIT));
     }
     let mut offset = 0;
     let file =

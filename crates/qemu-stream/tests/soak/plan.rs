@@ -184,6 +184,45 @@ impl Plan {
     pub(crate) fn may_differ(&self) -> bool {
         !self.tls && matches!(self.fault, Fault::Link { what: Mishap::Flip(_), .. })
     }
+
+    /// Whether that byte may be of the destination's last word, so that the source takes a failure for a success.
+    pub(crate) fn may_hear_wrong(&self) -> bool {
+        let back = |side, direction| (side == Side::Source) == (direction == Direction::Received);
+        self.may_differ()
+            && matches!(self.fault, Fault::Link { side, direction, .. } if back(side, direction))
+    }
+
+    /// Whether what was done to it may never be survived.
+    pub(crate) fn must_fail(&self) -> bool {
+        matches!(
+            self.fault,
+            Fault::Refused(_) | Fault::GuestStaysUp | Fault::BlocksRefused | Fault::LoadFails
+        )
+    }
+
+    /// Whether a failure has no cause before it is noted that something was done.
+    pub(crate) fn needs_a_strike(&self) -> bool {
+        matches!(self.fault, Fault::Link { .. } | Fault::Refused(_) | Fault::Stranger(..)) && !self.waits()
+    }
+
+    /// What the source's error has to tell.
+    pub(crate) fn source_tells(&self) -> Option<&'static str> {
+        match self.fault {
+            Fault::Refused(_) => Some("connection refused"),
+            Fault::GuestStaysUp => Some(STAYS_UP),
+            Fault::LogUnreadable(_) => Some(UNREADABLE),
+            _ => None,
+        }
+    }
+
+    /// What the destination's error has to tell.
+    pub(crate) fn destination_tells(&self) -> Option<&'static str> {
+        match self.fault {
+            Fault::BlocksRefused => Some(DOES_NOT_FIT),
+            Fault::LoadFails => Some(ODD),
+            _ => None,
+        }
+    }
 }
 
 impl Fault {
@@ -270,6 +309,12 @@ fn power_of_two(random: &mut Rng, bits: Range<u32>) -> u64 {
     let least = 1 << random.u32(bits);
     random.u64(least..2 * least)
 }
+
+/// What the errors say that are made here.
+pub(crate) const STAYS_UP: &str = "a vCPU does not answer";
+pub(crate) const UNREADABLE: &str = "the log cannot be read";
+pub(crate) const DOES_NOT_FIT: &str = "it does not fit";
+pub(crate) const ODD: &str = "they are odd";
 
 const MAGIC: &[u8] = b"\x11\x22\x33\x44";
 /// What strangers say: nothing, another protocol, a part of an initial packet, one of another version.

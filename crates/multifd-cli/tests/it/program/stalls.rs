@@ -1,6 +1,10 @@
 //! Peers that are alive and do nothing: the program ends, and says what to look at.
 
-use std::{net::TcpListener, time::Duration};
+use std::{
+    net::TcpListener,
+    os::unix::net::{UnixListener, UnixStream},
+    time::Duration,
+};
 
 use multifd_testkit::{
     bad_destination::{BadDestination, Plan, Reads, Then},
@@ -30,6 +34,19 @@ fn destination_that_takes_nothing_is_given_up() {
         let ended = feed(&options, &from, &address).end_within(SOON);
         ended.assert_failed(1, &["because: ", "the other side has taken nothing for 1 s"]);
     }
+}
+
+/// Its queue has room for one connection, which is there already.
+#[test]
+fn destination_that_takes_no_connection_is_given_up() {
+    let folder = folder();
+    let (from, socket) = (captured(&folder, MIB), path(&folder, "socket"));
+    let listener = UnixListener::bind(&socket).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let _first = UnixStream::connect(&socket).unwrap();
+    let address = format!("unix:{}", socket.display());
+    let ended = feed(&["--connect-timeout", "1"], &from, &address).end_within(SOON);
+    ended.assert_failed(1, &["because: connect to unix:", "timed out"]);
 }
 
 #[test]
