@@ -32,6 +32,7 @@ models! { stop:
 
 models! { dispatch:
     every_batch_is_carried_once_before_its_sync_point_and_comes_back 4_000,
+    a_collector_is_woken_for_each_empty_batch_while_channels_keep_the_others 4_000,
     a_batch_from_after_the_sync_point_waits_for_its_channels_sync 4_000,
     a_channel_that_breaks_ends_every_wait_of_the_others 4_000,
     a_connect_that_fails_ends_the_wait_for_the_channels 4_000,

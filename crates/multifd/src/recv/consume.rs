@@ -168,16 +168,16 @@ mod tests {
             Arc,
             atomic::{AtomicU64, Ordering},
         },
-        thread::spawn,
+        thread::{spawn, yield_now},
     };
 
     use super::*;
     use crate::{ChannelCount, ReceiveOptions, Receiver, channel::Stop, ram::PageSize};
 
-    /// Under Miri, which keeps stores back as a processor may, this fails with any weaker order at the seal or the mark.
+    /// It was not seen to fail with weaker orders, not under Miri either: see `docs/concurrency.md`.
     #[test]
     fn a_mark_and_the_seal_that_are_set_at_once_do_not_miss_each_other() {
-        for _ in 0..if cfg!(miri) { 4 } else { 400 } {
+        for round in 0..if cfg!(miri) { 4 } else { 400 } {
             let options = ReceiveOptions::new().channels(ChannelCount::Exact(1));
             let receiver = Receiver::new(options, Stop::new());
             let (shared, page) = (receiver.shared.clone(), Arc::new(AtomicU64::new(0)));
@@ -186,9 +186,17 @@ mod tests {
                 move || {
                     let mark = Filling::begin(ChannelId(0), &shared, &Listed::new(PageSize::KIB_4));
                     // Ordered by nothing but the mark, as guest memory is.
-                    mark.map(|_mark| page.store(1, Ordering::Relaxed)).is_ok()
+                    mark.map(|_mark| {
+                        yield_now();
+                        page.store(1, Ordering::Relaxed);
+                    })
+                    .is_ok()
                 }
             });
+            if round % 2 == 0 {
+                // Else Miri seldom lets the mark be set first.
+                yield_now();
+            }
             let sealed = shared.seal().map(|()| page.load(Ordering::Relaxed));
             filling.join().expect("no panic");
             if let Ok(met) = sealed {

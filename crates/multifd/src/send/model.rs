@@ -3,7 +3,10 @@
 //! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`. A channel is what
 //! `emit.rs` is to the dispatch, without a connection.
 
-use std::sync::{Arc, Mutex as Note};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex as Note},
+};
 
 use super::dispatch::{Dispatch, Job};
 use crate::{
@@ -30,15 +33,21 @@ fn one_page(page: u64) -> Batch {
 
 /// A channel that carries what it is given, to the end.
 fn channel(dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
+    channel_that_keeps(0, dispatch, carried)
+}
+
+/// As one whose pages the system sends in place: it gives the oldest batch back once it has more than `most`.
+fn channel_that_keeps(most: usize, dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
     let (dispatch, carried) = (dispatch.clone(), carried.clone());
     thread::spawn(move || {
         dispatch.connected();
-        let (mut done, mut synced) = (None, 0);
+        let (mut kept, mut done, mut synced) = (VecDeque::new(), None, 0);
         loop {
             match dispatch.next(done.take(), synced) {
                 Job::Batch(batch) => {
                     carried.lock().expect("whole").push((synced, batch.normal()[0].0));
-                    done = Some(batch);
+                    kept.push_back(batch);
+                    done = if kept.len() > most { kept.pop_front() } else { None };
                 }
                 Job::Sync => {
                     synced += 1;
@@ -50,10 +59,11 @@ fn channel(dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
     })
 }
 
-/// More batches than there are: all of them come back, each is carried once, before its sync point.
+/// More batches than the eight there are, so the collector waits for empty ones: all of them come back, each is carried
+/// once, before its sync point.
 pub fn every_batch_is_carried_once_before_its_sync_point_and_comes_back() {
     const CHANNELS: u8 = 2;
-    const BATCHES: usize = 7;
+    const BATCHES: usize = 12;
     let stop = Stop::new();
     let dispatch = Arc::new(Dispatch::new(CHANNELS, PAGE, false));
     let watch = stop.watch(dispatch.clone());
@@ -76,6 +86,27 @@ pub fn every_batch_is_carried_once_before_its_sync_point_and_comes_back() {
     }
     assert!(stop.finish());
     assert!(channels.into_iter().all(|channel| channel.join().expect("no panic") == 2));
+    drop(watch);
+}
+
+/// Of eight batches six stay with the channels, so too few are ever empty at once to be worth a wake but for none being
+/// ready.
+pub fn a_collector_is_woken_for_each_empty_batch_while_channels_keep_the_others() {
+    const BATCHES: usize = 14;
+    let stop = Stop::new();
+    let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
+    let watch = stop.watch(dispatch.clone());
+    let carried = Carried::default();
+    let channels = [(); 2].map(|()| channel_that_keeps(3, &dispatch, &carried));
+    let mut hand = Batch::new(PAGE);
+    for _ in 0..BATCHES {
+        hand.push_normal(BlockIndex(0), PageIndex(0));
+        dispatch.swap(&mut hand, &stop).expect("running");
+    }
+    dispatch.sync(&stop).expect("running");
+    assert_eq!(carried.lock().expect("whole").len(), BATCHES);
+    assert!(stop.finish());
+    assert!(channels.into_iter().all(|channel| channel.join().expect("no panic") == 1));
     drop(watch);
 }
 
@@ -127,7 +158,8 @@ pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
     drop(watch);
 }
 
-/// A channel breaks with its first batch or its first SYNC, or before it is connected; the other one goes on.
+/// A channel breaks with its first batch or its first SYNC, and keeps the batch; the other one goes on. The collector is
+/// at any of its waits by then.
 pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
     let stop = Stop::new();
     let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
@@ -146,7 +178,7 @@ pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
     let mut hand = Batch::new(PAGE);
     let collected = dispatch.wait_connected(&stop).and_then(|()| {
         loop {
-            for _ in 0..3 {
+            for _ in 0..10 {
                 hand.push_normal(BlockIndex(0), PageIndex(0));
                 dispatch.swap(&mut hand, &stop)?;
             }
