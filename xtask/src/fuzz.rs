@@ -61,7 +61,12 @@ fn build(targets: &[String], sanitized: bool) -> Result<PathBuf, Failure> {
     // By rustup's name: the cargo that runs this task is another toolchain's.
     let mut command = Command::new("cargo");
     // What it was started with would choose the compiler.
-    command.env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO").env_remove("RUSTC").current_dir(folder());
+    command
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env_remove("CARGO")
+        .env_remove("RUSTC")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command.current_dir(folder());
     let kind = if sanitized { "address" } else { "plain" };
     if sanitized {
         command.arg("+nightly");
