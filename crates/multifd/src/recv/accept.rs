@@ -57,13 +57,13 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
     let number;
     {
         let mut state = shared.lock();
-        if state.stopped || state.greeting >= limits::GREETINGS {
+        if state.stopped || state.greeting.len() >= limits::GREETINGS {
             tracing::warn!(peer, "a connection too many is dropped");
             return;
         }
-        state.greeting += 1;
         state.accepted += 1;
         number = state.accepted;
+        state.greeting.push(Origin { peer, number });
     }
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let shared = shared.clone();
@@ -72,7 +72,7 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
     match thread {
         Ok(thread) => shared.keep(thread),
         Err(error) => {
-            shared.greeted(|_| {});
+            shared.greeted(number, |_| {});
             shared.stop.fail(Error::io("start a thread for a connection", error));
         }
     }
@@ -92,20 +92,19 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
                 Ok(main) => main,
                 Err(error) => {
                     shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error));
-                    return shared.greeted(|_| {});
+                    return shared.greeted(number, |_| {});
                 }
             };
-            let mut missed = None;
-            shared.greeted(|state| {
+            let (mut missed, origin) = (None, Origin { peer, number });
+            shared.greeted(number, |state| {
                 if state.main_from.is_some() || state.sealed {
-                    tracing::warn!(peer, "a second main connection is dropped");
+                    tracing::warn!(peer = origin.peer, "a second main connection is dropped");
                 } else {
                     state.main = Some(main);
                     state.main_watch = Some(watch);
                     let lost = std::mem::take(&mut state.lost);
-                    missed =
-                        lost.into_iter().find(|lost| lost.number > number && lost.host() == host_of(&peer));
-                    state.main_from = Some(Origin { peer, number });
+                    missed = lost.into_iter().find(|lost| lost.may_go_with(&origin));
+                    state.main_from = Some(origin);
                 }
             });
             shared.miss(missed);
@@ -113,7 +112,7 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
         Ok(Caller::Channel(initial)) => {
             let id = initial.id;
             let _watch = shared.stop.watch_failure(wake.clone());
-            if !shared.register(&initial, wake, &peer) {
+            if !shared.register(number, &initial, wake, &peer) {
                 return;
             }
             drop(greeting);
@@ -128,7 +127,7 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().single => {
             shared.stop.fail(error.at(format_args!("connection from {peer}")));
-            shared.greeted(|_| {});
+            shared.greeted(number, |_| {});
         }
         Err(Refused { error, .. }) => {
             // One that was closed is known to the source to have failed, and so is a handshake.
@@ -141,7 +140,7 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
             // Before it counts as greeted: main must not pass a sync point in between.
             let missed = from.and_then(|from| shared.may_be_missed(&mut shared.lock(), from));
             shared.miss(missed);
-            shared.greeted(|_| {});
+            shared.greeted(number, |_| {});
             let cause =
                 std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
             tracing::warn!(
@@ -152,11 +151,6 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
     }
 }
 
-/// The address without the port: `127.0.0.1` of `127.0.0.1:4711`.
-fn host_of(peer: &str) -> &str {
-    peer.rsplit_once(':').map_or(peer, |(host, _)| host)
-}
-
 /// Where a connection comes from.
 pub(super) struct Origin {
     peer: String,
@@ -165,8 +159,14 @@ pub(super) struct Origin {
 }
 
 impl Origin {
+    /// Whether it may be a channel of the migration whose main connection is `main`.
+    pub(super) fn may_go_with(&self, main: &Self) -> bool {
+        self.number > main.number && self.host() == main.host()
+    }
+
+    /// The address without the port: `127.0.0.1` of `127.0.0.1:4711`.
     fn host(&self) -> &str {
-        host_of(&self.peer)
+        self.peer.rsplit_once(':').map_or(&self.peer, |(host, _)| host)
     }
 }
 
@@ -245,9 +245,9 @@ fn read_up_to(
 
 impl Shared {
     /// A connection has said what it is, or will never.
-    fn greeted(&self, then: impl FnOnce(&mut super::State)) {
+    fn greeted(&self, number: u64, then: impl FnOnce(&mut super::State)) {
         let mut state = self.lock();
-        state.greeting -= 1;
+        state.greeting.retain(|origin| origin.number != number);
         then(&mut state);
         self.changed.notify_all();
     }
@@ -264,7 +264,7 @@ impl Shared {
             state.lost.push(from);
             return None;
         };
-        (from.number > main.number && from.host() == main.host()).then_some(from)
+        from.may_go_with(main).then_some(from)
     }
 
     fn miss(&self, connection: Option<Origin>) {
@@ -276,13 +276,13 @@ impl Shared {
 
     /// Takes a channel in, or fails the migration if it does not belong to it. Only then has it been greeted: main
     /// must not pass a sync point in between.
-    fn register(&self, initial: &Initial, wake: Arc<dyn Wake>, peer: &str) -> bool {
+    fn register(&self, number: u64, initial: &Initial, wake: Arc<dyn Wake>, peer: &str) -> bool {
         let admitted = self.admit(&mut self.lock(), initial, wake, peer);
         let welcome = admitted.is_ok();
         if let Err(error) = admitted {
             self.stop.fail(error.at(format_args!("connection from {peer}")));
         }
-        self.greeted(|_| {});
+        self.greeted(number, |_| {});
         welcome
     }
 

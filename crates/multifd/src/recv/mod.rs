@@ -81,7 +81,7 @@ struct State {
     /// The UUID of this side, or of the first channel.
     uuid: Option<VmUuid>,
     /// Connections that have not said yet what they are.
-    greeting: usize,
+    greeting: Vec<Origin>,
     /// There is one connection only: what becomes of it becomes of the migration.
     single: bool,
     main: Option<Stream>,

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Shared, State};
+use super::{Shared, State, accept::Origin};
 use crate::{
     channel::deadline,
     error::{Error, Result, Violation},
@@ -116,7 +116,8 @@ impl Shared {
 
     /// Before the first sync points: waits for the channels that belong to this migration. A source has connected
     /// them all before it can come here, but the network may deliver main's bytes first. A connection that has not
-    /// said yet what it is may be one of them, unless their number is known and complete.
+    /// said yet what it is may be one of them; where their number is known and complete, one more, if it comes from
+    /// where main does.
     fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
         let limit = self.options.channels_timeout;
         let end = deadline(limit);
@@ -128,8 +129,7 @@ impl Shared {
             }
             let missing = state.missing(self.options.channels);
             let left = end.saturating_duration_since(Instant::now());
-            let exact = matches!(self.options.channels, ChannelCount::Exact(_));
-            if missing.is_none() && (exact || state.greeting == 0 || left.is_zero()) {
+            if missing.is_none() && (!state.has_unheard(self.options.channels) || left.is_zero()) {
                 tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
@@ -171,6 +171,15 @@ impl State {
         };
         let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
         u8::try_from(gap).ok().map(ChannelId)
+    }
+
+    /// Whether a connection that has not said yet what it is may be a channel.
+    fn has_unheard(&self, expected: ChannelCount) -> bool {
+        let may_be = |origin: &Origin| self.main_from.as_ref().is_some_and(|main| origin.may_go_with(main));
+        match expected {
+            ChannelCount::Exact(_) => self.greeting.iter().any(may_be),
+            ChannelCount::Auto => !self.greeting.is_empty(),
+        }
     }
 
     fn count_error(&self, expected: ChannelCount, missing: ChannelId) -> Error {

@@ -293,6 +293,27 @@ fn a_peer_that_drips_gains_no_time_by_it() {
     dripper.join().expect("no panic");
 }
 
+/// Of a source with more channels than were expected the last one was not waited for: when it was slow to say what it is, the
+/// migration ended well without its pages.
+#[test]
+fn a_channel_too_many_that_is_slow_to_say_so_is_met_all_the_same() {
+    let (connector, listener) = memory::network(1 << 16);
+    let mut receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Exact(0)), Stop::new());
+    receiver.listen(Box::new(listener)).expect("listening");
+    let _main = TestMain::connect(&connector, &Stop::new());
+    let _taken = receiver.wait_main().expect("main");
+    let mut late = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let saying = spawn("late", move || {
+        sleep(Duration::from_millis(300));
+        let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(0) }.encode();
+        late.send(&[initial[..].into()]).expect("sent");
+        late
+    });
+    let error = receiver.sync().expect_err("a channel that is not expected");
+    assert!(matches!(error.kind(), Error::Violation(Violation::ChannelId { channels: 0, .. })), "{error}");
+    saying.join().expect("no panic");
+}
+
 /// A connection that has not said what it is was not woken at a good end, which waited for its time limit.
 #[test]
 fn a_silent_stranger_does_not_hold_up_the_end() {
