@@ -1,6 +1,6 @@
 //! From the bits of a log, whose pages are the host's or its own, to pages of a block.
 
-use super::{BlockOffset, PageBitmap, PageIndex, PageSize, runs};
+use super::{BlockOffset, PageBitmap, PageSize, bytes::mark, runs};
 
 /// What one bit of a foreign log stands for: the first covers `size` bytes from `start` of the block on, the next those
 /// behind it.
@@ -21,11 +21,8 @@ impl Granules {
         }
         for (index, word) in words.into_iter().enumerate() {
             for (first, count) in runs(index, word) {
-                let from = (self.start.0 + first.0 * self.size) / page;
-                let to = (self.start.0 + (first.0 + count) * self.size).div_ceil(page).min(into.pages());
-                if from < to {
-                    into.set_run(PageIndex(from), to - from);
-                }
+                let from = self.start.0 + first.0 * self.size;
+                mark(into, page_size, from..from + count * self.size);
             }
         }
     }
@@ -36,6 +33,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ram::PageIndex;
 
     proptest! {
         #[test]

@@ -12,6 +12,8 @@
 
 mod bitmap;
 mod block;
+#[cfg(any(feature = "kvm", feature = "pagemap", feature = "vm-memory"))]
+mod bytes;
 mod cut;
 mod direct;
 mod dirty;

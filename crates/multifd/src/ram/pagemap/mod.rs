@@ -22,7 +22,7 @@ mod written;
 
 use std::{error, fmt, io, ops::Range};
 
-use super::{Memory, PageBitmap, PageIndex, PageSize, RamBlock};
+use super::{Memory, PageIndex, RamBlock};
 
 pub use soft_dirty::SoftDirtyLog;
 pub use written::PagemapLog;
@@ -51,16 +51,6 @@ fn addresses(block: &RamBlock) -> io::Result<Option<Range<u64>>> {
         return Err(Refused::named(block, why, io::ErrorKind::InvalidInput.into()));
     }
     Ok(Some(start..start + len))
-}
-
-/// Sets the bits of all pages that have one of the bytes, counted from the block's start. What lies behind the last
-/// page is ignored.
-fn mark(into: &PageBitmap, page_size: PageSize, bytes: Range<u64>) {
-    let page = page_size.bytes() as u64;
-    let (first, end) = (bytes.start / page, bytes.end.div_ceil(page).min(into.pages()));
-    if !bytes.is_empty() && first < end {
-        into.set_run(PageIndex(first), end - first);
-    }
 }
 
 /// Why a log cannot be had or read; what the system said is its source.
@@ -97,29 +87,3 @@ impl error::Error for Refused {
 }
 
 const PAGEMAP: &str = "/proc/self/pagemap";
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn a_page_is_marked_if_and_only_if_one_of_the_bytes_is_in_it(
-            pages in 1_u64..100,
-            page_bits in 12_u32..17,
-            first in 0_u64..100,
-            count in 0_u64..100,
-        ) {
-            let page_size = PageSize::from_bits(page_bits).expect("in range");
-            let (into, page) = (PageBitmap::new(pages), page_size.bytes() as u64);
-            let bytes = first * 4096..(first + count) * 4096;
-            mark(&into, page_size, bytes.clone());
-            for at in 0..pages {
-                let touched = !bytes.is_empty() && bytes.start < (at + 1) * page && bytes.end > at * page;
-                prop_assert_eq!(into.contains(PageIndex(at)), touched, "page {}", at);
-            }
-        }
-    }
-}

@@ -31,8 +31,10 @@ use std::{
 
 use zerocopy::IntoBytes;
 
-use super::{PAGEMAP, Refused, addresses, mark};
-use crate::ram::{BlockIndex, DirtyLog, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks};
+use super::{PAGEMAP, Refused, addresses};
+use crate::ram::{
+    BlockIndex, DirtyLog, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks, bytes::mark,
+};
 
 /// The dirty log of what is written through this process's page table, for kernels before 6.7 that have
 /// `CONFIG_MEM_SOFT_DIRTY`: the fall-back of [`PagemapLog`](super::PagemapLog), whose page has an example.

@@ -10,9 +10,8 @@ use std::{fs, fs::File, io, ops::Range, sync::Arc};
 use super::{
     PAGEMAP, Refused, addresses,
     kernel::{Regions, Userfault},
-    mark,
 };
-use crate::ram::{BlockIndex, DirtyLog, PageBitmap, RamBlock, RamBlocks};
+use crate::ram::{BlockIndex, DirtyLog, PageBitmap, RamBlock, RamBlocks, bytes::mark};
 
 /// The dirty log of what is written through this process's page table (`PAGEMAP_SCAN`, Linux 6.7): by its threads,
 /// whatever they are, by system calls that fill memory, by vCPUs. Writers have nothing to do, and need not know.
