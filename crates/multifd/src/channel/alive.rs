@@ -10,12 +10,14 @@
 //! would be found out to be there again long after the host was given up. So the time between is bounded, where the system
 //! can do that (Linux 6.15 and later).
 //!
-//! UNSAFETY: one system call fills a structure of plain numbers, another reads a number; each is told its size.
-#![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO and TCP_RTO_MAX_MS")]
+//! UNSAFETY: one system call fills a structure of plain numbers, whose size it is told.
+#![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO")]
 
 use std::{fmt, io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
 
 use socket2::{Socket, TcpKeepalive};
+
+use super::socket::set_option;
 
 use super::TcpOptions;
 
@@ -80,17 +82,9 @@ pub(crate) fn is_of_a_host(error: &io::Error) -> bool {
 /// Has the system send unanswered data again after no more than a ninth of `limit`. One that cannot keeps to its own times.
 fn bound_pauses(socket: &Socket, limit: Duration) {
     let bound = (limit / QUESTIONS).clamp(Duration::from_secs(1), LONGEST_PAUSE);
-    let (Ok(millis), Ok(length)) =
-        (libc::c_int::try_from(bound.as_millis()), libc::socklen_t::try_from(size_of::<libc::c_int>()))
-    else {
-        return;
-    };
-    // SAFETY: the option's value is a number of the length told, there until the call has ended.
-    let set = unsafe {
-        let fd = socket.as_raw_fd();
-        libc::setsockopt(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, (&raw const millis).cast(), length)
-    };
-    tracing::trace!(set = set == 0, millis, "tcp_rto_max");
+    let Ok(millis) = libc::c_int::try_from(bound.as_millis()) else { return };
+    let set = set_option(socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, millis);
+    tracing::trace!(set = set.is_ok(), millis, "tcp_rto_max");
 }
 
 /// The C library does not know it yet.

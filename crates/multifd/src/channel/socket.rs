@@ -147,14 +147,7 @@ impl Link for SocketLink {
         if !matches!(self.socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let on: libc::c_int = 1;
-        let length = libc::socklen_t::try_from(size_of_val(&on)).unwrap_or(0);
-        // SAFETY: the option's value is a number of the length told, there until the call has ended.
-        let set = unsafe {
-            let fd = self.socket.as_raw_fd();
-            libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, (&raw const on).cast(), length)
-        };
-        if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        set_option(&self.socket, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1)
     }
 
     fn send_in_place(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
@@ -300,6 +293,23 @@ impl Wake for EventFd {
         // It can only fail when the counter is full, and then the descriptor is readable.
         let _ = rustix::io::write(&self.0, &1_u64.to_be_bytes());
     }
+}
+
+/// Sets an option whose value is a number, for those that the safe crates do not know.
+///
+/// # Errors
+/// If the system refuses it.
+pub(super) fn set_option(
+    socket: &Socket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
+    // SAFETY: the option's value is a number of the length told, there until the call has ended.
+    let set =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Takes over a descriptor that this process has inherited.
