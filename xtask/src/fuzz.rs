@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     Failure,
-    step::{output, run, step},
+    step::{by_rustup, output, run, step},
     workspace_root,
 };
 
@@ -29,7 +29,7 @@ pub(crate) fn run_targets(seconds: u32, named: &[String]) -> Result<(), Failure>
     }
     let targets: Vec<String> =
         all.into_iter().filter(|target| named.is_empty() || named.contains(target)).collect();
-    let sanitized = output(Command::new("cargo").arg("+nightly").arg("--version")).is_ok();
+    let sanitized = output(by_rustup("cargo", Some("nightly")).arg("--version")).is_ok();
     if !sanitized {
         eprintln!("   no nightly compiler: fuzzing without the address sanitizer");
     }
@@ -58,23 +58,15 @@ fn targets() -> Result<Vec<String>, Failure> {
 
 /// Builds; says where the programs are.
 fn build(targets: &[String], sanitized: bool) -> Result<PathBuf, Failure> {
-    // By rustup's name: the cargo that runs this task is another toolchain's.
-    let mut command = Command::new("cargo");
-    // What it was started with would choose the compiler.
-    command
-        .env_remove("RUSTUP_TOOLCHAIN")
-        .env_remove("CARGO")
-        .env_remove("RUSTC")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS");
-    command.current_dir(folder());
-    let kind = if sanitized { "address" } else { "plain" };
-    if sanitized {
-        command.arg("+nightly");
-    }
-    let host = output(Command::new("rustc").args(["--print", "host-tuple"]))?;
+    let (kind, toolchain) = if sanitized { ("address", Some("nightly")) } else { ("plain", None) };
+    let host = output(by_rustup("rustc", toolchain).args(["--print", "host-tuple"]))?;
     let host = host.trim();
     let built = folder().join("target").join(kind);
-    command.args(["build", "--release", "--locked", "--target", host, "--target-dir"]).arg(&built);
+    let mut command = by_rustup("cargo", toolchain);
+    command
+        .current_dir(folder())
+        .args(["build", "--release", "--locked", "--target", host, "--target-dir"])
+        .arg(&built);
     for target in targets {
         command.args(["--bin", target]);
     }

@@ -18,7 +18,7 @@ use std::{path::PathBuf, process::Command};
 
 use crate::{
     Failure,
-    step::{cargo, output, run, step},
+    step::{by_rustup, cargo, output, run, step},
     workspace_root,
 };
 
@@ -165,15 +165,8 @@ fn miri_missing() -> Option<String> {
     })
 }
 
-/// By rustup's name: the cargo that runs this task is another toolchain's, and what it was started with would choose
-/// the compiler.
 fn nightly(program: &str) -> Command {
-    let mut command = Command::new(program);
-    command.current_dir(workspace_root()).arg("+nightly");
-    for name in ["RUSTUP_TOOLCHAIN", "CARGO", "RUSTC", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTDOC"] {
-        command.env_remove(name);
-    }
-    command
+    by_rustup(program, Some("nightly"))
 }
 
 const TOOLS: [&str; 4] = ["address", "thread", "miri", "valgrind"];

@@ -56,6 +56,17 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
+/// A program by rustup's name, of `toolchain` or of the one that rustup chooses: not of the one that this task was started
+/// by, nor with its flags.
+pub(crate) fn by_rustup(program: &str, toolchain: Option<&str>) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(crate::workspace_root()).args(toolchain.map(|name| format!("+{name}")));
+    for name in ["RUSTUP_TOOLCHAIN", "CARGO", "RUSTC", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTDOC"] {
+        command.env_remove(name);
+    }
+    command
+}
+
 fn shown(command: &Command) -> String {
     let program = command.get_program().to_string_lossy();
     let program = program.rsplit('/').next().unwrap_or_default();
