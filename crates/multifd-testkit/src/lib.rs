@@ -10,6 +10,8 @@
 //! child     processes that end with the run that started them, even if it is killed
 //! rough_network
 //!           two hosts, and a line between them that loses, delays and reorders packets
+//! in_use    the threads and descriptors of a process, to be compared before and after
+//! told      an error with its causes
 //! skip      a test that the machine has not the means for, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
 //! ```
@@ -23,9 +25,13 @@ pub mod bad_source;
 pub mod certificates;
 pub mod child;
 pub mod guest;
+mod in_use;
 pub mod pattern;
 pub mod qemu;
 pub mod rough_network;
 mod skip;
+mod told;
 
+pub use in_use::in_use;
 pub use skip::{lacks, skip};
+pub use told::told;

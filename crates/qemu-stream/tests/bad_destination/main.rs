@@ -6,9 +6,7 @@
 mod rows;
 
 use std::{
-    error::Error as _,
-    fmt::Write as _,
-    fs, io,
+    io,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -20,7 +18,10 @@ use multifd::{
     live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
     ram::{BlockIndex, BlockName, DirtyBitmaps, Mapping, Memory, PageBitmap, PageSize, RamBlock, RamBlocks},
 };
-use multifd_testkit::bad_destination::{Accepts, BadDestination, Plan, Reads, Then};
+use multifd_testkit::{
+    bad_destination::{Accepts, BadDestination, Plan, Reads, Then},
+    in_use, told,
+};
 use qemu_stream::{
     format::{Configuration, MachineType},
     outgoing::{MainStream, Options, Outgoing},
@@ -156,20 +157,6 @@ fn send(row: &Row, destination: &BadDestination, stop: &Stop) -> Ended {
     Ended { result, status: progress.status(), guest, dirty, took: start.elapsed() }
 }
 
-fn told(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
-}
-
-fn count(folder: &str) -> usize {
-    fs::read_dir(folder).expect("the process's own").count()
-}
-
 /// The guest has not moved: it runs here, and all its pages are to be sent by whoever sends next.
 fn assert_stays(row: &str, ended: &Ended, pages: u64) {
     assert_eq!(ended.guest.stopped, ended.guest.resumed, "{row}: the guest runs on");
@@ -178,7 +165,7 @@ fn assert_stays(row: &str, ended: &Ended, pages: u64) {
 
 #[test]
 fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
-    let before = (count("/proc/self/task"), count("/proc/self/fd"));
+    let before = in_use();
     let (mut faults, mut longest) = (0, (Duration::ZERO, ""));
     for row in rows::rows() {
         let destination = BadDestination::start(row.plan.clone()).expect("started");
@@ -205,7 +192,7 @@ fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
         }
         assert!(ended.took < SOON, "{}: took {:?}", row.name, ended.took);
         longest = longest.max((ended.took, row.name));
-        let left = (count("/proc/self/task"), count("/proc/self/fd"));
+        let left = in_use();
         assert_eq!(left, before, "{}: threads and descriptors", row.name);
     }
     println!("{faults} faults, longest migration: {longest:?}");
@@ -253,7 +240,7 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
             let row = Row { ram: 1 << 20, channels, ..row };
             send(&row, &next, &Stop::new()).result.expect("the next one takes it");
             drop(next);
-            let left = (count("/proc/self/task"), count("/proc/self/fd"));
+            let left = in_use();
             assert_eq!(left, before, "threads and descriptors after a cancel");
         }
     }

@@ -4,9 +4,6 @@
 //! One test and a process of its own, since it counts the threads and descriptors of the process.
 
 use std::{
-    error::Error as _,
-    fmt::Write as _,
-    fs,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -17,7 +14,10 @@ use multifd::{
     channel::{Address, Listener, Stop},
     ram::{Mapping, Memory, RamBlock, RamBlocks},
 };
-use multifd_testkit::bad_source::{BLOCKS, On, PAGE, Script, Target, page_of};
+use multifd_testkit::{
+    bad_source::{BLOCKS, On, PAGE, Script, Target, page_of},
+    in_use, told,
+};
 use qemu_stream::{
     format::BlockList,
     incoming::{Incoming, Loader, Outcome},
@@ -161,29 +161,19 @@ fn run(row: &Row) -> Ended {
 }
 
 /// The kind of the error that was first, and the text with its causes.
-fn told(error: &Error) -> (String, String) {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
+fn kind_and_text(error: &Error) -> (String, String) {
     let kind = match error.kind() {
         Error::Other { source, .. } => {
             format!("{:?}", source.downcast_ref::<qemu_stream::Error>().expect("main's error"))
         }
         kind => format!("{kind:?}"),
     };
-    (kind, text)
-}
-
-fn count(folder: &str) -> usize {
-    fs::read_dir(folder).expect("the process's own").count()
+    (kind, told(error))
 }
 
 #[test]
 fn every_bad_source_ends_in_its_error_and_leaves_nothing() {
-    let before = (count("/proc/self/task"), count("/proc/self/fd"));
+    let before = in_use();
     let (mut faults, mut longest) = (0, (Duration::ZERO, ""));
     for row in rows::rows() {
         let Ended { result, blocks, took } = run(&row);
@@ -191,7 +181,7 @@ fn every_bad_source_ends_in_its_error_and_leaves_nothing() {
             (Ok(()), None) => assert_whole(row.name, blocks.as_ref().expect("loaded")),
             (Err(error), Some((kind, texts))) => {
                 faults += 1;
-                let (met, text) = told(error);
+                let (met, text) = kind_and_text(error);
                 println!("{}: {text}", row.name);
                 assert!(met.starts_with(kind), "{}: expected {kind}, met {met}: {text}", row.name);
                 for words in *texts {
@@ -199,14 +189,14 @@ fn every_bad_source_ends_in_its_error_and_leaves_nothing() {
                 }
             }
             (Ok(()), Some(_)) => panic!("{}: ended well", row.name),
-            (Err(error), None) => panic!("{}: {:?}", row.name, told(error)),
+            (Err(error), None) => panic!("{}: {}", row.name, told(error)),
         }
         assert!(took < SOON, "{}: took {took:?}", row.name);
         longest = longest.max((took, row.name));
         if let Some(blocks) = &blocks {
             assert_nothing_else_written(row.name, blocks);
         }
-        let left = (count("/proc/self/task"), count("/proc/self/fd"));
+        let left = in_use();
         assert_eq!(left, before, "{}: threads and descriptors", row.name);
     }
     println!("{faults} faults, longest from the last step to the end: {longest:?}");

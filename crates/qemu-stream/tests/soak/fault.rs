@@ -48,8 +48,8 @@ impl Misfortune {
                 let hold =
                     Arc::new(Hold { inner: link.waker(), woken: Mutex::default(), changed: Condvar::new() });
                 let fortune = self.clone();
-                let (moved, timeout) = (0, None);
-                Box::new(Unlucky { link, fortune, direction, after, what, moved, hold, timeout })
+                let (moved, slow, timeout) = (0, 0, None);
+                Box::new(Unlucky { link, fortune, direction, after, what, moved, slow, hold, timeout })
             }
             _ => link,
         }
@@ -125,6 +125,8 @@ struct Unlucky {
     what: Mishap,
     /// Bytes that have moved in that direction.
     moved: u64,
+    /// Of them, slowly.
+    slow: u64,
     hold: Arc<Hold>,
     timeout: Option<Duration>,
 }
@@ -161,13 +163,13 @@ impl Unlucky {
     }
 
     fn send_with(&mut self, parts: &[Part<'_>], more: bool) -> io::Result<usize> {
+        let before = self.before();
         let mut send =
             |parts: &[Part<'_>]| if more { self.link.send_more(parts) } else { self.link.send(parts) };
         let total: usize = parts.iter().map(Part::len).sum();
         if self.direction == Direction::Received || total == 0 {
             return send(parts);
         }
-        let before = usize::try_from(self.after.saturating_sub(self.moved)).unwrap_or(usize::MAX);
         if before >= total {
             let sent = send(parts)?;
             self.moved += sent as u64;
@@ -201,10 +203,16 @@ impl Unlucky {
                 thread::sleep(STEP);
                 let sent = self.link.send(&[Part::from(&first(parts, PIECE)[..])])?;
                 self.moved += sent as u64;
-                self.after = if self.moved > MOST_SLOWLY { u64::MAX } else { self.moved };
+                self.slowed(sent);
                 Ok(sent)
             }
         }
+    }
+
+    /// Notes bytes that went slowly; after some it goes on as before.
+    fn slowed(&mut self, bytes: usize) {
+        self.slow += bytes as u64;
+        self.after = if self.slow > MOST_SLOWLY { u64::MAX } else { self.moved };
     }
 
     /// Receives up to `len` bytes by way of a buffer.
@@ -267,7 +275,7 @@ impl Link for Unlucky {
             Mishap::Slow => {
                 thread::sleep(STEP);
                 let received = self.recv_piece(parts, PIECE.min(total), 0)?;
-                self.after = if self.moved > MOST_SLOWLY { u64::MAX } else { self.moved };
+                self.slowed(received);
                 Ok(received)
             }
         }

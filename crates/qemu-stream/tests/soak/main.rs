@@ -20,7 +20,7 @@ use multifd::{
     channel::tls::{ClientCredentials, ServerCredentials},
     live::Status,
 };
-use multifd_testkit::certificates;
+use multifd_testkit::{certificates, in_use, told};
 
 mod fault;
 mod guest;
@@ -85,7 +85,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
         }
         (Err(error), received) => {
             if plan.must_arrive() {
-                let there = received.as_ref().err().map(told);
+                let there = received.as_ref().err().map(|error| told(error));
                 return Err(format!("failed without a cause: {}; destination: {there:?}", told(error)));
             }
             if plan.needs_a_strike() && !struck {
@@ -133,24 +133,6 @@ fn tells(expected: Option<&str>, error: &multifd::Error) -> Result<(), String> {
     }
 }
 
-fn told(error: &multifd::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
-}
-
-fn count(folder: &str) -> usize {
-    fs::read_dir(folder).expect("the process's own").count()
-}
-
-fn in_use() -> (usize, usize) {
-    (count("/proc/self/task"), count("/proc/self/fd"))
-}
-
 /// What is left in the process of something that has ended: a thread that was joined goes a moment later.
 fn left_behind(before: (usize, usize)) -> Option<String> {
     let mut now = in_use();
@@ -192,7 +174,7 @@ fn soak(
     };
     let verdict = judge(plan, &ends)?;
     if ends.took.is_some_and(|took| verdict == Verdict::Stayed && took > SOON) {
-        let error = |result: &multifd::Result<()>| result.as_ref().err().map(told);
+        let error = |result: &multifd::Result<()>| result.as_ref().err().map(|error| told(error));
         let (source, destination) = (error(&ends.source.result), error(&ends.destination.result));
         return Err(format!("{:?} from the fault to the end: {source:?}, {destination:?}", ends.took));
     }
