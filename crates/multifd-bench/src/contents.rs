@@ -3,6 +3,7 @@
 //! Both ends can make it, so a source fills its RAM without help, and a destination is checked without a copy.
 
 use clap::ValueEnum;
+use fastrand::Rng;
 use serde::{Deserialize, Serialize};
 
 /// A kind of RAM.
@@ -46,9 +47,9 @@ impl Contents {
                 continue;
             }
             let noise = if self == Self::Compressible { PAGE / 4 } else { PAGE };
-            let mut random = Random(page.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x9e37);
+            let mut random = Rng::with_seed(page);
             for word in bytes[..noise].chunks_exact_mut(8) {
-                word.copy_from_slice(&random.next().to_be_bytes());
+                word.copy_from_slice(&random.u64(..).to_be_bytes());
             }
             bytes[noise..].fill(0xa5);
         }
@@ -61,18 +62,6 @@ impl Contents {
             self.fill(page, &mut expected);
             (bytes != expected).then_some(page)
         })
-    }
-}
-
-/// Numbers that look random and can be had again (a splitmix sequence).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fastrand::Rng;
 use multifd::{
     channel::Stop,
     live::{DeviceSection, Guest, Percent},
@@ -56,12 +57,12 @@ impl DemoGuest {
     }
 
     fn fill(&self, stop: &Stop) -> multifd::Result<()> {
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut random = Rng::with_seed(0);
         for (_, block) in self.blocks.iter() {
             for page in 0..block.pages() {
                 match page % 8 {
                     7 => stop.check()?,
-                    _ => write(&self.blocks, PageIndex(page), random.next()),
+                    _ => write(&self.blocks, PageIndex(page), random.u64(..)),
                 }
             }
         }
@@ -79,7 +80,7 @@ impl DemoGuest {
                 power: self.power.clone(),
                 rate: self.rate / WRITERS,
                 number: writer,
-                random: Random(0xd1b5_4a32_d192_ed03 ^ writer),
+                random: Rng::with_seed(1 + writer),
             };
             let name = format!("vcpu_{}", writer.number);
             let thread = Builder::new().name(name).spawn(move || writer.keep_writing())?;
@@ -99,7 +100,7 @@ struct Writer {
     /// Bytes a second, of the time that it runs.
     rate: u64,
     number: u64,
-    random: Random,
+    random: Rng,
 }
 
 impl Writer {
@@ -136,8 +137,8 @@ impl Writer {
 
     fn write_one(&mut self, pages: u64) {
         // Each writer has pages of its own, so that no page is a mixture of two.
-        let page = PageIndex(self.random.next() % (pages / WRITERS).max(1) * WRITERS + self.number);
-        write(&self.blocks, page, self.random.next());
+        let page = PageIndex(self.random.u64(..(pages / WRITERS).max(1)) * WRITERS + self.number);
+        write(&self.blocks, page, self.random.u64(..));
         self.log.mark(BlockIndex(0), page);
         self.rounds.fetch_add(1, Ordering::AcqRel);
     }
@@ -148,9 +149,9 @@ impl Writer {
 fn write(blocks: &RamBlocks, page: PageIndex, seed: u64) {
     let slice = blocks.get(BlockIndex(0)).and_then(|block| block.slice(page, 1));
     let Some(slice) = slice else { return };
-    let mut bytes = [0; 4096];
+    let (mut bytes, mut random) = ([0; 4096], Rng::with_seed(seed));
     for (word, at) in bytes.chunks_exact_mut(8).zip(0_u64..) {
-        let noise = if at < NOISE_WORDS { Random(seed ^ at).next() } else { 0 };
+        let noise = if at < NOISE_WORDS { random.u64(..) } else { 0 };
         word.copy_from_slice(&(seed ^ noise).to_be_bytes());
     }
     slice.copy_from(&bytes);
@@ -208,18 +209,6 @@ fn resident(block: &RamBlock) -> io::Result<u64> {
     // Entries are words in host order; the top bit says that the page is in memory.
     let present = |entry: &&[u8]| entry.last().is_some_and(|top| top & 0x80 != 0);
     Ok((entries.chunks_exact(PAGEMAP_ENTRY).filter(present).count() * page_size) as u64)
-}
-
-/// Numbers that look random and can be had again (a splitmix sequence).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
 }
 
 /// Bytes of an entry in `/proc/self/pagemap`.
