@@ -276,7 +276,8 @@ pub fn the_seal_meets_the_mark() {
     }
 }
 
-/// The source closes its channels some time after the last sync point, one of them behind a surplus SYNC. No time passes, so each close must be noticed.
+/// The source closes its channels some time after the last sync point, one of them behind a surplus SYNC. No time passes,
+/// so each close must be noticed.
 pub fn the_end_waits_for_every_channel_to_close() {
     let receiver = receiver(ChannelCount::Exact(2));
     let [(mut first, a), (mut second, b)] = [0, 1].map(Channel::new);
