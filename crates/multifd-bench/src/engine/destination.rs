@@ -50,7 +50,8 @@ pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
     // The time runs until this line, so nothing else is done before.
     let blocks = match args.raw {
         Some(channels) => {
-            let blocks = raw::receive(listener, args.ram, channels)?;
+            let contents = args.contents.unwrap_or(Contents::Nonzero);
+            let blocks = raw::receive(listener, args.ram, contents, channels)?;
             writeln!(out, "loaded")?;
             blocks
         }

@@ -1,8 +1,8 @@
 //! The limit: the same memory over the same sockets, and nothing else.
 //!
-//! No format, no zero test, no hand-over: a thread a connection sends a head of a packet's length and 512 KiB in one call,
-//! its share of RAM one after the other; a thread a connection receives them into fresh memory. What the engine takes more
-//! than this is the engine's; the rest is the system's.
+//! No format, no zero test, no hand-over: a thread a connection sends a head of a packet's length and up to 512 KiB in one
+//! call, its share of RAM one after the other; a thread a connection receives them into fresh memory. Both know which pages
+//! are zero, and leave them out. What the engine takes more than this is the engine's; the rest is the system's.
 
 use std::{
     io::Read,
@@ -14,20 +14,22 @@ use std::{
 
 use multifd::{
     channel::{Address, Connect, Link, Listen, Listener, Stop},
-    ram::{Mapping, Memory, PageIndex, PageSize, Part, PartMut, RamBlock, RamBlocks, advance_mut},
+    ram::{
+        GuestSlice, Mapping, Memory, PageIndex, PageSize, Part, PartMut, RamBlock, RamBlocks, advance_mut,
+    },
     wire::head_len,
 };
 
 use super::{Go, RAM, lend::Lender};
-use crate::Result;
+use crate::{Result, contents::Contents};
 
 /// Pages of a packet.
 const PAGES: u64 = 128;
 /// Bytes of a number in a head.
 const NUMBER: usize = 8;
 
-/// Sends all of RAM, its pages copied into sockets, or lent to them.
-pub(super) fn send(go: &Go, blocks: &RamBlocks, lent: bool) -> Result<()> {
+/// Sends RAM, its pages copied into sockets, or all of them lent to these. Says how many bytes.
+pub(super) fn send(go: &Go, blocks: &RamBlocks, contents: Contents, lent: bool) -> Result<u64> {
     let block = blocks.block(blocks.find(RAM.as_bytes()).ok_or("no RAM")?)?;
     let address: Address = go.address.parse()?;
     let share = u64::from(go.channels);
@@ -40,47 +42,71 @@ pub(super) fn send(go: &Go, blocks: &RamBlocks, lent: bool) -> Result<()> {
                     if lent {
                         lend_share(address, block, packets)
                     } else {
-                        send_share(address, block, packets)
+                        send_share(address, block, contents, packets)
                     }
                 })
             })
             .collect();
-        senders.into_iter().try_for_each(|sender| sender.join().map_err(|_| "a sender panicked")?)
+        senders.into_iter().map(|sender| sender.join().map_err(|_| "a sender panicked")?).sum()
     })
 }
 
-fn send_share(address: &Address, block: &RamBlock, packets: impl Iterator<Item = u64>) -> Result<()> {
+fn send_share(
+    address: &Address,
+    block: &RamBlock,
+    contents: Contents,
+    packets: impl Iterator<Item = u64>,
+) -> Result<u64> {
+    let mut bytes = 0;
     let mut link = address.connect(&Stop::new(), Duration::from_secs(30))?;
     let mut head = vec![1; head_len(PageSize::KIB_4)];
     for packet in packets {
         head[..NUMBER].copy_from_slice(&packet.to_be_bytes());
-        let pages = block.slice(PageIndex(packet * PAGES), PAGES).ok_or("pages")?;
-        let sent = link.send(&[Part::from(&head[..]), Part::from(pages)])?;
-        if sent != head.len() + pages.len() {
+        let mut parts = vec![Part::from(&head[..])];
+        parts.extend(runs(block, contents, packet)?.into_iter().map(Part::from));
+        let sent = link.send(&parts)?;
+        if sent != parts.iter().map(Part::len).sum::<usize>() {
             return Err("a short send".into());
         }
+        bytes += sent as u64;
     }
     link.close_send()?;
     // The other end closes when it has everything.
     while link.recv(&mut [PartMut::from(&mut head[..])])? > 0 {}
-    Ok(())
+    Ok(bytes)
 }
 
-fn lend_share(address: &Address, block: &RamBlock, packets: impl Iterator<Item = u64>) -> Result<()> {
+fn lend_share(address: &Address, block: &RamBlock, packets: impl Iterator<Item = u64>) -> Result<u64> {
+    let mut bytes = 0;
     let Address::Tcp { host, port, .. } = address else { return Err("expected a tcp address".into()) };
     let mut lender = Lender::new(TcpStream::connect((host.as_str(), *port))?)?;
     let mut head = vec![1; head_len(PageSize::KIB_4)];
     for packet in packets {
         head[..NUMBER].copy_from_slice(&packet.to_be_bytes());
-        lender.send(&head, block.slice(PageIndex(packet * PAGES), PAGES).ok_or("pages")?)?;
+        let pages = block.slice(PageIndex(packet * PAGES), PAGES).ok_or("pages")?;
+        lender.send(&head, pages)?;
+        bytes += (head.len() + pages.len()) as u64;
     }
     lender.socket().shutdown(Shutdown::Write)?;
     while lender.socket().read(&mut head)? > 0 {}
-    Ok(())
+    Ok(bytes)
+}
+
+/// A packet's pages that are not zero, neighbours together.
+fn runs(block: &RamBlock, contents: Contents, packet: u64) -> Result<Vec<GuestSlice<'_>>> {
+    let pages: Vec<u64> =
+        (packet * PAGES..(packet + 1) * PAGES).filter(|page| !contents.is_zero(*page)).collect();
+    let runs = pages.chunk_by(|page, next| page + 1 == *next);
+    runs.map(|run| Ok(block.slice(PageIndex(run[0]), run.len() as u64).ok_or("pages")?)).collect()
 }
 
 /// Receives `ram` bytes over so many connections.
-pub(super) fn receive(mut listener: Listener, ram: u64, channels: u8) -> Result<Arc<RamBlocks>> {
+pub(super) fn receive(
+    mut listener: Listener,
+    ram: u64,
+    contents: Contents,
+    channels: u8,
+) -> Result<Arc<RamBlocks>> {
     let name = multifd::ram::BlockName::new(RAM).ok_or("a block's name")?;
     let block = RamBlock::new(name, ram, PageSize::KIB_4, Memory::Mapped(Mapping::anonymous(ram)?))?;
     let mut links = Vec::new();
@@ -90,22 +116,22 @@ pub(super) fn receive(mut listener: Listener, ram: u64, channels: u8) -> Result<
     thread::scope(|scope| {
         let block = &block;
         let receivers: Vec<_> =
-            links.into_iter().map(|link| scope.spawn(move || receive_from(link, block))).collect();
+            links.into_iter().map(|link| scope.spawn(move || receive_from(link, block, contents))).collect();
         receivers.into_iter().try_for_each(|receiver| receiver.join().map_err(|_| "a receiver panicked")?)
     })?;
     Ok(Arc::new(RamBlocks::new(vec![block])?))
 }
 
-fn receive_from(mut link: Box<dyn Link>, block: &RamBlock) -> Result<()> {
+fn receive_from(mut link: Box<dyn Link>, block: &RamBlock, contents: Contents) -> Result<()> {
     let mut head = vec![0; head_len(PageSize::KIB_4)];
     loop {
         if !all(&mut *link, &mut [PartMut::from(&mut head[..])])? {
             return Ok(());
         }
         let number = head.first_chunk::<NUMBER>().ok_or("a head")?;
-        let first = PageIndex(u64::from_be_bytes(*number) * PAGES);
-        let pages = block.slice(first, PAGES).ok_or("pages")?;
-        if !all(&mut *link, &mut [PartMut::from(pages)])? {
+        let runs = runs(block, contents, u64::from_be_bytes(*number))?;
+        let mut parts: Vec<_> = runs.into_iter().map(PartMut::from).collect();
+        if !all(&mut *link, &mut parts)? {
             return Err("it ends within a packet".into());
         }
     }

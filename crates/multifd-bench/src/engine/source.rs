@@ -65,8 +65,8 @@ pub(crate) fn source(args: &SourceArgs) -> Result<()> {
     for line in io::stdin().lock().lines() {
         let go = serde_json::from_str(&line?)?;
         let sent = if args.raw || args.lent {
-            raw::send(&go, &blocks, args.lent)?;
-            Sent { transferred: blocks.total(), beyond: peak_beyond(&blocks)? }
+            let transferred = raw::send(&go, &blocks, args.contents, args.lent)?;
+            Sent { transferred, beyond: peak_beyond(&blocks)? }
         } else {
             migrate(&go, machine.as_ref(), &blocks)?
         };
