@@ -8,6 +8,16 @@ use crate::{
     wire::limits::packet_pages,
 };
 
+/// What is known of a page before it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Its bytes travel.
+    Normal,
+    Zero,
+    /// One or the other: whoever carries the batch looks.
+    Unknown,
+}
+
 /// Up to 512 KiB of one block: what becomes one packet.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -49,31 +59,21 @@ impl Batch {
         self.is_empty() || (self.block == block && !self.is_full())
     }
 
-    /// Adds a page whose bytes travel.
+    /// Adds pages of `block` from `first` on, as many of `count` as there is room for; says how many.
     ///
     /// # Panics
-    /// If the batch does not [take](Batch::takes) it.
-    pub(crate) fn push_normal(&mut self, block: BlockIndex, page: PageIndex) {
-        self.join(block);
-        self.normal.push(page);
-    }
-
-    /// Adds a page that is zero.
-    ///
-    /// # Panics
-    /// If the batch does not [take](Batch::takes) it.
-    pub(crate) fn push_zero(&mut self, block: BlockIndex, page: PageIndex) {
-        self.join(block);
-        self.zero.push(page);
-    }
-
-    /// Adds a page that is zero or not: whoever carries the batch looks.
-    ///
-    /// # Panics
-    /// If the batch does not [take](Batch::takes) it.
-    pub(crate) fn push_unknown(&mut self, block: BlockIndex, page: PageIndex) {
-        self.join(block);
-        self.unknown.push(page);
+    /// If the batch does not [take](Batch::takes) one.
+    pub(crate) fn push(&mut self, kind: Kind, block: BlockIndex, first: PageIndex, count: u64) -> u64 {
+        assert!(self.takes(block), "a batch holds pages of one block, up to its capacity");
+        self.block = block;
+        let count = count.min((self.capacity - self.len()) as u64);
+        let list = match kind {
+            Kind::Normal => &mut self.normal,
+            Kind::Zero => &mut self.zero,
+            Kind::Unknown => &mut self.unknown,
+        };
+        list.extend((first.0..first.0 + count).map(PageIndex));
+        count
     }
 
     /// Parts the pages that nobody has looked at yet into normal and zero ones. Allocates nothing: either list has
@@ -86,11 +86,6 @@ impl Batch {
                 self.normal.push(page);
             }
         }
-    }
-
-    fn join(&mut self, block: BlockIndex) {
-        assert!(self.takes(block), "a batch holds pages of one block, up to its capacity");
-        self.block = block;
     }
 
     /// The pages whose bytes travel, in the order in which they were added.
@@ -135,14 +130,15 @@ mod tests {
     proptest! {
         #[test]
         fn a_batch_holds_what_a_packet_holds_and_comes_back_empty(
-            steps in prop::collection::vec((0_usize..3, 0_u64..1000, 0..3), 1..400),
+            steps in prop::collection::vec((0_usize..3, 0_u64..1000, 1_u64..200, 0_usize..3), 1..400),
         ) {
             let mut batch = Batch::new(PageSize::KIB_4);
             let room = (batch.normal.as_ptr(), batch.zero.as_ptr());
             let mut model: Option<(BlockIndex, Vec<PageIndex>, Vec<PageIndex>)> = None;
-            for (block, page, kind) in steps {
-                let (block, page) = (BlockIndex(block), PageIndex(page));
-                let fits = model.as_ref().is_none_or(|(of, normal, zero)| *of == block && normal.len() + zero.len() < 128);
+            for (block, first, count, kind) in steps {
+                let block = BlockIndex(block);
+                let held = model.as_ref().map_or(0, |(_, normal, zero)| normal.len() + zero.len());
+                let fits = model.as_ref().is_none_or(|(of, ..)| *of == block && held < 128);
                 prop_assert_eq!(batch.takes(block), fits);
                 if !fits {
                     let (_, mut normal, mut zero) = model.take().expect("not empty");
@@ -159,13 +155,15 @@ mod tests {
                     prop_assert_eq!(sorted(batch.zero()), zero);
                     batch.clear();
                 }
+                let held = if fits { held } else { 0 };
+                let kind = [Kind::Normal, Kind::Zero, Kind::Unknown][kind];
+                let taken = batch.push(kind, block, PageIndex(first), count);
+                prop_assert_eq!(taken, count.min(128 - held as u64));
                 let entry = model.get_or_insert((block, Vec::new(), Vec::new()));
-                match kind {
-                    0 => batch.push_normal(block, page),
-                    1 => batch.push_zero(block, page),
-                    _ => batch.push_unknown(block, page),
+                for page in (first..first + taken).map(PageIndex) {
+                    let zero = kind == Kind::Zero || kind == Kind::Unknown && page.0 % 2 == 0;
+                    if zero { entry.2.push(page) } else { entry.1.push(page) }
                 }
-                if kind == 1 || kind == 2 && page.0 % 2 == 0 { entry.2.push(page) } else { entry.1.push(page) }
             }
             prop_assert_eq!(room, (batch.normal.as_ptr(), batch.zero.as_ptr()), "nothing was allocated anew");
         }
@@ -184,7 +182,7 @@ mod tests {
         let mut batch = Batch::new(PageSize::KIB_64);
         for page in 0..8 {
             assert!(batch.takes(BlockIndex(4)));
-            batch.push_normal(BlockIndex(4), PageIndex(page));
+            assert_eq!(batch.push(Kind::Normal, BlockIndex(4), PageIndex(page), 1), 1);
         }
         assert!(batch.is_full() && !batch.takes(BlockIndex(4)));
     }

@@ -39,7 +39,7 @@ pub use status::Status;
 use crate::{
     channel::Stop,
     error::{Error, Result},
-    ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, RamBlock, RamBlocks, touched},
     send::Sender,
 };
 
@@ -189,6 +189,7 @@ impl Migration {
         let mut stopped = false;
         let mut driver = Driver {
             pending: self.blocks.iter().map(|(_, block)| first_pass(block)).collect(),
+            touched: Vec::new(),
             page: vec![0; self.blocks.page_size().bytes()],
             migration: &self,
             sender: sender.as_mut(),
@@ -243,6 +244,8 @@ struct Driver<'a> {
     guest: &'a mut dyn Guest,
     /// Pages to send, a bitmap for each block.
     pending: Vec<PageBitmap>,
+    /// For the first pass; empty afterwards.
+    touched: Vec<Option<PageBitmap>>,
     page: Vec<u8>,
     stopped: &'a mut bool,
     /// When the dirty bits were last taken.
@@ -266,8 +269,11 @@ impl Driver<'_> {
         let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
         let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
         self.bitmap_sync(None)?;
+        // Behind it: what is touched after this has its dirty bit set.
+        self.touched = blocks.iter().map(|(_, block)| touched(block)).collect();
         loop {
             let round = self.round(&mut pace)?;
+            self.touched.clear();
             if let Some(limit) = gate.downtime_limit() {
                 converge.set_downtime_limit(limit);
             }
@@ -406,6 +412,7 @@ impl Driver<'_> {
             main: self.main,
             detection: options.zero_page_detection,
             look: options.look_for_zero_pages,
+            touched: &self.touched,
             pace,
             progress,
             stop,

@@ -1,7 +1,8 @@
-//! One pass: the dirty bits are walked once, and every page found goes to a channel or to main.
+//! One pass: the dirty bits are walked once, and every page found goes to a channel or to main, run by run.
 
 use super::{Main, Pace, Progress, ZeroPageDetection, converge::ZERO_ENTRY};
 use crate::{
+    batch::Kind,
     channel::Stop,
     error::{Error, Result},
     ram::{BlockIndex, PageBitmap, PageIndex, RamBlock, runs},
@@ -15,6 +16,9 @@ pub(super) struct Walk<'a> {
     pub(super) detection: ZeroPageDetection,
     /// Whether pages are looked at that are not known to be zero.
     pub(super) look: bool,
+    /// Pages that may hold something, a bitmap for each block, where that is known: all others are zero. A page that
+    /// was dirtied later is not for this pass to get right.
+    pub(super) touched: &'a [Option<PageBitmap>],
     pub(super) pace: &'a mut Pace,
     pub(super) progress: &'a Progress,
     pub(super) stop: &'a Stop,
@@ -28,10 +32,12 @@ impl Walk<'_> {
         let mut at = 0;
         while let Some((word, bits)) = pending.take_word(at) {
             self.stop.check()?;
-            for (first, count) in runs(word, bits) {
-                for page in (first.0..first.0 + count).map(PageIndex) {
-                    self.page(index, block, page)?;
-                }
+            let zero = bits & self.known_zero(index, block, word);
+            for (first, count) in runs(word, zero) {
+                self.pages(Kind::Zero, index, block, first, count)?;
+            }
+            for (first, count) in runs(word, bits & !zero) {
+                self.rest(index, block, first, count)?;
             }
             self.progress.walked(u64::from(bits.count_ones()));
             at = word + 1;
@@ -39,63 +45,83 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn page(&mut self, index: BlockIndex, block: &RamBlock, page: PageIndex) -> Result<()> {
-        let cost = match (self.kind(block, page), &mut self.sender, self.detection) {
-            (Kind::Unknown, Some(sender), _) => {
-                sender.queue_unknown(index, page)?;
-                0
-            }
-            (Kind::Zero, Some(sender), ZeroPageDetection::Multifd) => {
-                sender.queue_zero(index, page)?;
-                ZERO_ENTRY
-            }
-            (Kind::Zero, ..) => {
-                self.progress.duplicate();
-                self.main.zero_page(index, page)?;
-                ZERO_ENTRY
-            }
-            (_, Some(sender), _) => {
-                sender.queue(index, page)?;
-                block.page_size().bytes() as u64
-            }
-            (_, None, _) => {
-                self.progress.normal();
-                let loaded = block.load(page, self.page);
-                loaded.map_err(|error| {
-                    let offset = block.page_size().bytes() as u64 * page.0;
-                    Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
-                })?;
-                self.main.page(index, page, self.page)?;
-                block.page_size().bytes() as u64
-            }
+    /// Pages of a word that are zero without a look. One of a file must not be read: there may be anything. A wrong
+    /// answer because the guest writes meanwhile is harmless, for the page is then dirty again.
+    fn known_zero(&self, index: BlockIndex, block: &RamBlock, word: usize) -> u64 {
+        if self.detection == ZeroPageDetection::None {
+            return 0;
+        }
+        let absent = match self.touched.get(index.0) {
+            Some(Some(touched)) if self.look => !touched.word_at(word),
+            _ => 0,
         };
-        self.pace.spend(cost, self.stop)
+        !block.present().word_at(word) | absent
     }
 
-    /// A page that is known to be zero is never read: a file may have anything there. A wrong answer because the
-    /// guest writes meanwhile is harmless, for the page is then dirty again.
-    fn kind(&self, block: &RamBlock, page: PageIndex) -> Kind {
-        if self.detection == ZeroPageDetection::None {
-            return Kind::Normal;
-        }
-        if !block.present().contains(page) {
-            return Kind::Zero;
-        }
-        if !self.look {
-            return Kind::Normal;
+    /// Pages of which nothing is known yet.
+    fn rest(&mut self, index: BlockIndex, block: &RamBlock, first: PageIndex, count: u64) -> Result<()> {
+        if self.detection == ZeroPageDetection::None || !self.look {
+            return self.pages(Kind::Normal, index, block, first, count);
         }
         // With a limit it must be known what a page costs before it goes, and there is time to look here.
         if self.detection == ZeroPageDetection::Multifd && self.sender.is_some() && !self.pace.is_limited() {
-            return Kind::Unknown;
+            return self.pages(Kind::Unknown, index, block, first, count);
         }
-        if block.slice(page, 1).is_some_and(|slice| slice.is_zero()) { Kind::Zero } else { Kind::Normal }
+        for page in (first.0..first.0 + count).map(PageIndex) {
+            let zero = block.slice(page, 1).is_some_and(|slice| slice.is_zero());
+            self.pages(if zero { Kind::Zero } else { Kind::Normal }, index, block, page, 1)?;
+        }
+        Ok(())
     }
-}
 
-/// What is known of a page before it goes.
-enum Kind {
-    Normal,
-    Zero,
-    /// The channel looks.
-    Unknown,
+    fn pages(
+        &mut self,
+        kind: Kind,
+        index: BlockIndex,
+        block: &RamBlock,
+        first: PageIndex,
+        count: u64,
+    ) -> Result<()> {
+        let by_channels = kind != Kind::Zero || self.detection == ZeroPageDetection::Multifd;
+        // A limit is kept page by page.
+        let step = if self.pace.is_limited() { 1 } else { count };
+        for at in (first.0..first.0 + count).step_by(usize::try_from(step).unwrap_or(1)).map(PageIndex) {
+            match &mut self.sender {
+                Some(sender) if by_channels => sender.collect(kind, index, at, step)?,
+                _ => self.by_main(kind, index, block, at, step)?,
+            }
+            let cost = match kind {
+                Kind::Normal => block.page_size().bytes() as u64,
+                Kind::Zero => ZERO_ENTRY,
+                Kind::Unknown => 0,
+            };
+            self.pace.spend(cost * step, self.stop)?;
+        }
+        Ok(())
+    }
+
+    fn by_main(
+        &mut self,
+        kind: Kind,
+        index: BlockIndex,
+        block: &RamBlock,
+        first: PageIndex,
+        count: u64,
+    ) -> Result<()> {
+        for page in (first.0..first.0 + count).map(PageIndex) {
+            if kind == Kind::Zero {
+                self.progress.duplicate();
+                self.main.zero_page(index, page)?;
+                continue;
+            }
+            self.progress.normal();
+            let loaded = block.load(page, self.page);
+            loaded.map_err(|error| {
+                let offset = block.page_size().bytes() as u64 * page.0;
+                Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
+            })?;
+            self.main.page(index, page, self.page)?;
+        }
+        Ok(())
+    }
 }

@@ -135,6 +135,11 @@ impl PageBitmap {
         }
     }
 
+    /// The bits of word `word`; none if there is no such word.
+    pub(crate) fn word_at(&self, word: usize) -> u64 {
+        self.words.get(word).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
     /// Takes the bits of the next word, at or after word `from`, that has any: its number and its bits.
     pub(crate) fn take_word(&self, from: usize) -> Option<(usize, u64)> {
         let words = self.words.get(from..)?;

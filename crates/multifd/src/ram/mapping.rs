@@ -31,6 +31,7 @@ pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
+    absent_is_zero: bool,
     owner: Owner,
 }
 
@@ -50,7 +51,9 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Fresh memory, all zero, of `len` bytes: private, not reserved, in huge pages where the system
-    /// gives them. Costs nothing until it is touched, so terabytes are fine.
+    /// gives them. Costs nothing until it is touched, so terabytes are fine. What was never touched
+    /// [is zero](Self::absent_is_zero) and is not looked at: whoever has a `userfaultfd` fill it maps it himself and comes
+    /// by [`from_raw`](Self::from_raw).
     ///
     /// # Errors
     /// If the system refuses the mapping.
@@ -72,7 +75,7 @@ impl Mapping {
         // without huge pages refuses it, which costs speed and nothing else.
         let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { base, len, writable: true, owner: Owner::Mapped(len) })
+        Ok(Self { base, len, writable: true, absent_is_zero: true, owner: Owner::Mapped(len) })
     }
 
     /// `len` bytes of `file` from `offset` on, shared with it: a memfd or a file of huge pages that another process has
@@ -99,7 +102,8 @@ impl Mapping {
         // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
         let base = unsafe { mmap(std::ptr::null_mut(), whole, protection, MapFlags::SHARED, file, offset) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { base, len, writable: access == Access::ReadWrite, owner: Owner::Mapped(whole) })
+        let writable = access == Access::ReadWrite;
+        Ok(Self { base, len, writable, absent_is_zero: false, owner: Owner::Mapped(whole) })
     }
 
     /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
@@ -109,7 +113,8 @@ impl Mapping {
     /// it), and no Rust reference to any of it may be alive while the mapping is. If it is not writable, the mapping must be
     /// made [`read_only`](Self::read_only) before it is used.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
-        Self { base, len, writable: true, owner: Owner::Foreign { _keep: Box::new(keep) } }
+        let owner = Owner::Foreign { _keep: Box::new(keep) };
+        Self { base, len, writable: true, absent_is_zero: false, owner }
     }
 
     /// The mapping, but nothing is received into it: memory that is mapped without the right to write.
@@ -119,9 +124,26 @@ impl Mapping {
         self
     }
 
+    /// The mapping, of which this is known: a page that the page table does not have is zero. That is so for private
+    /// anonymous memory that nothing fills when it is first touched, no `userfaultfd` say. A source on Linux 6.7 or later
+    /// then tells pages that the guest has never touched by the page table, and does not look at them: for a guest that
+    /// uses a part of its RAM that is most of the first pass. [`anonymous`](Self::anonymous) memory is so from the
+    /// beginning.
+    ///
+    /// Said of other memory, such as a private mapping of a file, it loses what the file holds.
+    #[must_use]
+    pub fn absent_is_zero(mut self) -> Self {
+        self.absent_is_zero = true;
+        self
+    }
+
+    pub(super) fn is_absent_zero(&self) -> bool {
+        self.absent_is_zero
+    }
+
     fn empty() -> Self {
         let owner = Owner::Foreign { _keep: Box::new(()) };
-        Self { base: NonNull::dangling(), len: 0, writable: true, owner }
+        Self { base: NonNull::dangling(), len: 0, writable: true, absent_is_zero: false, owner }
     }
 
     /// The length in bytes.

@@ -12,7 +12,6 @@
 
 mod bitmap;
 mod block;
-#[cfg(any(feature = "kvm", feature = "pagemap", feature = "vm-memory"))]
 mod bytes;
 mod cut;
 mod direct;
@@ -27,6 +26,7 @@ mod mapping;
 mod merged;
 mod name;
 mod page;
+mod page_table;
 #[cfg(feature = "pagemap")]
 mod pagemap;
 mod part;
@@ -47,6 +47,7 @@ pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
+pub(crate) use page_table::touched;
 #[cfg(feature = "pagemap")]
 pub use pagemap::{PagemapLog, SoftDirtyLog};
 pub use part::{MAX_PARTS, Part, PartMut, advance, advance_mut};

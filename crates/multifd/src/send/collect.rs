@@ -1,7 +1,8 @@
-//! The near end of the channels: pages come in one by one, gather into a batch and are handed over.
+//! The near end of the channels: pages come in run by run, gather into a batch and are handed over.
 
 use super::Sender;
 use crate::{
+    batch::Kind,
     error::{Result, Usage},
     ram::{BlockIndex, PageIndex},
 };
@@ -15,42 +16,60 @@ impl Sender {
     /// # Errors
     /// The error that stopped the migration; [`Usage`] if there is no such page.
     pub fn queue(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.make_room(block, page)?;
-        self.hand.push_normal(block, page);
-        self.hand_over_if_full()
+        self.queue_run(block, page, 1)
     }
 
     /// Queues `count` pages from `first` on, whose bytes travel. Otherwise as [`queue`](Sender::queue).
     ///
     /// # Errors
-    /// As [`queue`](Sender::queue).
+    /// As [`queue`](Sender::queue). If one of the pages does not exist, none is queued.
     pub fn queue_run(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
-        for page in first.0..first.0.saturating_add(count) {
-            self.queue(block, PageIndex(page))?;
+        self.collect(Kind::Normal, block, first, count)
+    }
+
+    /// Queues `count` pages from `first` on that are zero and travel as entries in a packet's head. Only destinations from
+    /// QEMU 9.0 on understand that.
+    ///
+    /// # Errors
+    /// As [`queue_run`](Sender::queue_run).
+    pub fn queue_zero_run(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
+        self.collect(Kind::Zero, block, first, count)
+    }
+
+    /// Queues `count` pages from `first` on, each of which is zero or not: the channel that carries it looks, and sends its
+    /// bytes or [an entry](Sender::queue_zero_run) accordingly.
+    ///
+    /// # Errors
+    /// As [`queue_run`](Sender::queue_run).
+    pub fn queue_unknown_run(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
+        self.collect(Kind::Unknown, block, first, count)
+    }
+
+    pub(crate) fn collect(
+        &mut self,
+        kind: Kind,
+        block: BlockIndex,
+        first: PageIndex,
+        count: u64,
+    ) -> Result<()> {
+        self.ready()?;
+        let of = self.blocks.block(block)?;
+        let end = first.0.saturating_add(count);
+        if end > of.pages() {
+            let (name, pages) = (of.name().clone(), of.pages());
+            return Err(Usage::NoSuchPage { name, page: first.0.max(pages), pages }.into());
+        }
+        let mut at = first.0;
+        while at < end {
+            if !self.hand.takes(block) {
+                self.hand_over()?;
+            }
+            at += self.hand.push(kind, block, PageIndex(at), end - at);
+            if self.hand.is_full() {
+                self.hand_over()?;
+            }
         }
         Ok(())
-    }
-
-    /// Queues a page that is zero and travels as an entry in a packet's head. Only destinations from QEMU 9.0 on
-    /// understand that.
-    ///
-    /// # Errors
-    /// As [`queue`](Sender::queue).
-    pub fn queue_zero(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.make_room(block, page)?;
-        self.hand.push_zero(block, page);
-        self.hand_over_if_full()
-    }
-
-    /// Queues a page that is zero or not: the channel that carries it looks, and sends its bytes or
-    /// [an entry](Sender::queue_zero) accordingly.
-    ///
-    /// # Errors
-    /// As [`queue`](Sender::queue).
-    pub fn queue_unknown(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.make_room(block, page)?;
-        self.hand.push_unknown(block, page);
-        self.hand_over_if_full()
     }
 
     /// The channel sync: hands over what is queued, and waits until one SYNC packet has left on every channel
@@ -67,20 +86,6 @@ impl Sender {
         shared.dispatch.sync(&shared.stop)?;
         tracing::debug!("multifd_send_sync_main");
         Ok(())
-    }
-
-    fn make_room(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.ready()?;
-        let of = self.blocks.block(block)?;
-        if page.0 >= of.pages() {
-            let (name, pages) = (of.name().clone(), of.pages());
-            return Err(Usage::NoSuchPage { name, page: page.0, pages }.into());
-        }
-        if self.hand.takes(block) { Ok(()) } else { self.hand_over() }
-    }
-
-    fn hand_over_if_full(&mut self) -> Result<()> {
-        if self.hand.is_full() { self.hand_over() } else { Ok(()) }
     }
 
     fn hand_over(&mut self) -> Result<()> {

@@ -233,12 +233,15 @@ mod tests {
     };
 
     use super::*;
-    use crate::ram::{BlockIndex, PageIndex};
+    use crate::{
+        batch::Kind,
+        ram::{BlockIndex, PageIndex},
+    };
 
     const PAGE: PageSize = PageSize::KIB_4;
 
     fn one_page(batch: &mut Batch, page: u64) {
-        batch.push_normal(BlockIndex(0), PageIndex(page));
+        batch.push(Kind::Normal, BlockIndex(0), PageIndex(page), 1);
     }
 
     #[test]

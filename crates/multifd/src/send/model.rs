@@ -10,7 +10,7 @@ use std::{
 
 use super::dispatch::{Dispatch, Job};
 use crate::{
-    batch::Batch,
+    batch::{Batch, Kind},
     channel::{Stop, Wake},
     error::Error,
     ram::{BlockIndex, PageIndex, PageSize},
@@ -27,7 +27,7 @@ type Carried = Arc<Note<Vec<(u64, u64)>>>;
 
 fn one_page(page: u64) -> Batch {
     let mut batch = Batch::new(PAGE);
-    batch.push_normal(BlockIndex(0), PageIndex(page));
+    batch.push(Kind::Normal, BlockIndex(0), PageIndex(page), 1);
     batch
 }
 
@@ -73,7 +73,7 @@ pub fn every_batch_is_carried_once_before_its_sync_point_and_comes_back() {
     let mut hand = Batch::new(PAGE);
     for round in 0..2 {
         for _ in 0..BATCHES {
-            hand.push_normal(BlockIndex(0), PageIndex(round));
+            hand.push(Kind::Normal, BlockIndex(0), PageIndex(round), 1);
             dispatch.swap(&mut hand, &stop).expect("running");
             assert!(hand.is_empty());
         }
@@ -100,7 +100,7 @@ pub fn a_collector_is_woken_for_each_empty_batch_while_channels_keep_the_others(
     let channels = [(); 2].map(|()| channel_that_keeps(3, &dispatch, &carried));
     let mut hand = Batch::new(PAGE);
     for _ in 0..BATCHES {
-        hand.push_normal(BlockIndex(0), PageIndex(0));
+        hand.push(Kind::Normal, BlockIndex(0), PageIndex(0), 1);
         dispatch.swap(&mut hand, &stop).expect("running");
     }
     dispatch.sync(&stop).expect("running");
@@ -179,7 +179,7 @@ pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
     let collected = dispatch.wait_connected(&stop).and_then(|()| {
         loop {
             for _ in 0..10 {
-                hand.push_normal(BlockIndex(0), PageIndex(0));
+                hand.push(Kind::Normal, BlockIndex(0), PageIndex(0), 1);
                 dispatch.swap(&mut hand, &stop)?;
             }
             dispatch.sync(&stop)?;

@@ -52,6 +52,33 @@ fn populated(block: &RamBlock) -> usize {
 const ENTRY: usize = 8;
 const _: () = assert!(cfg!(target_endian = "little"), "the last byte is the top one");
 
+/// A kernel before 6.7 does not tell what was touched, so all is looked at, and read into being.
+#[test]
+fn source_memory_that_nobody_has_touched_stays_untouched() {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("told");
+    let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    let tells = (numbers.next(), numbers.next()) >= (Some(6), Some(7));
+    for mode in [ZeroPageDetection::Multifd, ZeroPageDetection::Legacy] {
+        for look in [true, false] {
+            let blocks = &[("ram", 16 << 20)];
+            let (source, destination) = (used(PageSize::KIB_4, blocks), fresh(PageSize::KIB_4, blocks));
+            write(&source, 0, 0, 7);
+            let options = MigrateOptions::new().zero_page_detection(mode).look_for_zero_pages(look);
+            let sent = moves(&source, &destination, 3, options);
+            let expected = if look && tells { 0 } else { 3072 };
+            let block = source.get(BlockIndex(0)).expect("there");
+            assert_eq!(populated(block), expected, "{mode:?}, look {look}");
+            let normal = if look { 1 } else { 4096 };
+            assert_eq!(
+                (sent.ram.normal, sent.ram.duplicate),
+                (normal, 4096 - normal),
+                "{mode:?}, look {look}"
+            );
+            assert_eq!(difference(&source, &destination), None);
+        }
+    }
+}
+
 #[test]
 fn fresh_memory_stays_untouched_when_zero_pages_come() {
     const BLOCKS: &[(&str, u64)] = &[("zero", 16 << 20), ("full", 8 << 20)];
@@ -155,8 +182,8 @@ fn zero_entries_alone_carry_the_method_and_no_payload() {
         let mut link = listener.accept().expect("accepted").expect("a connection");
         link.set_recv_timeout(Some(Duration::from_secs(20))).expect("set");
         // One that is looked at on its way, one that is known before.
-        sender.queue_unknown(BlockIndex(0), PageIndex(3)).expect("queued");
-        sender.queue_zero(BlockIndex(0), PageIndex(5)).expect("queued");
+        sender.queue_unknown_run(BlockIndex(0), PageIndex(3), 1).expect("queued");
+        sender.queue_zero_run(BlockIndex(0), PageIndex(5), 1).expect("queued");
         sender.sync().expect("synced");
         let mut bytes = vec![0; 64 + 2 * head_len(PageSize::KIB_4)];
         take(&mut *link, &mut bytes);

@@ -34,6 +34,10 @@
 //! | a mapping of your own | [`Mapping::from_raw`], which keeps your owner of it alive |
 //! | a `GuestMemoryMmap` of `vm-memory` | `multifd::ram::blocks_of` (feature `vm-memory`): all regions in one call |
 //!
+//! A source does not look at memory of [`Mapping::anonymous`] that nobody has ever touched: Linux 6.7 and later tell it by
+//! the page table, terabytes at once. Memory that you have mapped yourself may be so, too; if it is private, anonymous and
+//! filled in by no `userfaultfd`, say so with [`Mapping::absent_is_zero`].
+//!
 //! # `new` or `fresh`
 //!
 //! [`RamBlock::new`](multifd::ram::RamBlock::new) takes memory that may hold anything: a source, or a destination
@@ -49,6 +53,7 @@
 //! - Memory that both hosts see, on a shared file system for example, is listed and not sent:
 //!   [`RamBlock::ignored`](multifd::ram::RamBlock::ignored), on both sides.
 //!
+//! [`Mapping::absent_is_zero`]: multifd::ram::Mapping::absent_is_zero
 //! [`Mapping::anonymous`]: multifd::ram::Mapping::anonymous
 //! [`Mapping::of_file`]: multifd::ram::Mapping::of_file
 //! [`Mapping::from_raw`]: multifd::ram::Mapping::from_raw

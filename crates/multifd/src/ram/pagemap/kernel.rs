@@ -1,34 +1,28 @@
-//! The two system interfaces of the log: `userfaultfd` protects, `PAGEMAP_SCAN` finds and protects again.
+//! What the log asks of the system: `userfaultfd` protects, a [scan](crate::ram::page_table) finds and protects again.
 //!
 //! With asynchronous protection nobody is asked when a protected page is written: the kernel lifts the protection and
 //! goes on. So what stands here never changes what memory holds, nor who may write to it, and no fault waits for
 //! anybody.
 //!
-//! UNSAFETY: ioctls are given pointers to structures and to a buffer that outlive the call. The addresses they act on
-//! are only looked up in the page table.
+//! UNSAFETY: ioctls are given pointers to structures that outlive the call. The addresses they act on are only looked up
+//! in the page table.
 #![expect(unsafe_code, reason = "ioctls that no crate wraps")]
 
-use std::{
-    ffi::c_void,
-    fs::File,
-    io,
-    ops::Range,
-    os::fd::{AsFd, OwnedFd},
-};
+use std::{io, ops::Range, os::fd::OwnedFd};
 
 use linux_raw_sys::general::{
     _UFFDIO_WRITEPROTECT, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_API,
     UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED, UFFD_USER_MODE_ONLY,
-    UFFDIO_REGISTER_MODE_WP, page_region, pm_scan_arg, uffdio_api, uffdio_range, uffdio_register,
-    uffdio_writeprotect,
+    UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect,
 };
 use rustix::{
     io::Errno,
-    ioctl::{Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode},
+    ioctl::{Opcode, Setter, Updater, ioctl, opcode},
     mm::{UserfaultfdFlags, userfaultfd},
 };
 
 use super::Refused;
+use crate::ram::page_table::Wanted;
 
 /// A `userfaultfd` that protects asynchronously.
 #[derive(Debug)]
@@ -98,82 +92,6 @@ impl Userfault {
     }
 }
 
-/// Where the kernel lists ranges of pages that were written. It is used again for each call.
-#[derive(Debug)]
-pub(super) struct Regions(Box<[page_region]>);
-
-impl Regions {
-    /// Room for `count` ranges at once, of 24 bytes each.
-    pub(super) fn new(count: usize) -> Self {
-        Self(vec![page_region { start: 0, end: 0, categories: 0 }; count].into())
-    }
-
-    /// Gives the addresses of pages in `range` that were written, and protects them again in the same step.
-    ///
-    /// # Errors
-    /// `PermissionDenied` if part of the range is not watched. Some pages may have been protected by then without
-    /// being given.
-    pub(super) fn take_written(
-        &mut self,
-        pagemap: &File,
-        range: &Range<u64>,
-        mut found: impl FnMut(Range<u64>),
-    ) -> io::Result<()> {
-        let mut start = range.start;
-        while start < range.end {
-            let mut scan = Scan(pm_scan_arg {
-                size: size_of::<pm_scan_arg>() as u64,
-                flags: (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC).into(),
-                start,
-                end: range.end,
-                walk_end: 0,
-                vec: self.0.as_mut_ptr().expose_provenance() as u64,
-                vec_len: self.0.len() as u64,
-                max_pages: 0,
-                category_inverted: 0,
-                category_mask: PAGE_IS_WRITTEN.into(),
-                category_anyof_mask: 0,
-                return_mask: PAGE_IS_WRITTEN.into(),
-            });
-            // SAFETY: the descriptor is a pagemap; the kernel fills at most `vec_len` ranges, which `self.0` has room
-            // for and nobody else looks at.
-            let (filled, end) = unsafe { ioctl(pagemap.as_fd(), &mut scan) }?;
-            for region in self.0.iter().take(filled) {
-                found(region.start..region.end);
-            }
-            if end <= start {
-                return Err(io::Error::other(format!("the scan of pages from {start:#x} on stands still")));
-            }
-            start = end;
-        }
-        Ok(())
-    }
-}
-
-struct Scan(pm_scan_arg);
-
-// SAFETY: the structure is that of this number; what its pointer points to is for the caller to see to.
-unsafe impl Ioctl for &mut Scan {
-    /// Ranges filled, and where the walk has ended.
-    type Output = (usize, u64);
-
-    const IS_MUTATING: bool = true;
-
-    fn opcode(&self) -> Opcode {
-        PAGEMAP_SCAN
-    }
-
-    fn as_ptr(&mut self) -> *mut c_void {
-        (&raw mut self.0).cast()
-    }
-
-    unsafe fn output_from_ptr(filled: IoctlOutput, arg: *mut c_void) -> rustix::io::Result<Self::Output> {
-        // SAFETY: it is what `as_ptr` has given.
-        let arg = unsafe { arg.cast::<pm_scan_arg>().read() };
-        Ok((usize::try_from(filled).unwrap_or(0), arg.walk_end))
-    }
-}
-
 fn of(range: &Range<u64>) -> uffdio_range {
     uffdio_range { start: range.start, len: range.end - range.start }
 }
@@ -188,6 +106,15 @@ fn unsupported(error: Errno) -> io::Error {
 /// has no page now.
 const FEATURES: u32 = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
 
+/// Pages that were written. Each is protected again in the step that tells of it; if part of the range is not watched
+/// the scan is refused, and some may have been protected by then without being told of.
+pub(super) const WRITTEN: Wanted = Wanted {
+    flags: (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC) as u64,
+    inverted: 0,
+    all_of: PAGE_IS_WRITTEN as u64,
+    any_of: 0,
+};
+
 /// `UFFDIO_WRITEPROTECT_MODE_WP`: protect, and not let go.
 const PROTECT: u64 = 1;
 
@@ -196,4 +123,3 @@ const API: Opcode = opcode::read_write::<uffdio_api>(GROUP, 0x3f);
 const REGISTER: Opcode = opcode::read_write::<uffdio_register>(GROUP, 0);
 const UNREGISTER: Opcode = opcode::read::<uffdio_range>(GROUP, 1);
 const WRITEPROTECT: Opcode = opcode::read_write::<uffdio_writeprotect>(GROUP, 6);
-const PAGEMAP_SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 16);

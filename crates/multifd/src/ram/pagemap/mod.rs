@@ -85,5 +85,3 @@ impl error::Error for Refused {
         Some(&self.source)
     }
 }
-
-const PAGEMAP: &str = "/proc/self/pagemap";

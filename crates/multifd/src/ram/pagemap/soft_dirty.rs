@@ -31,9 +31,10 @@ use std::{
 
 use zerocopy::IntoBytes;
 
-use super::{PAGEMAP, Refused, addresses};
+use super::{Refused, addresses};
 use crate::ram::{
     BlockIndex, DirtyLog, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks, bytes::mark,
+    page_table::PAGEMAP,
 };
 
 /// The dirty log of what is written through this process's page table, for kernels before 6.7 that have

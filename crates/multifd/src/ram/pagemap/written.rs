@@ -8,10 +8,14 @@
 use std::{fs, fs::File, io, ops::Range, sync::Arc};
 
 use super::{
-    PAGEMAP, Refused, addresses,
-    kernel::{Regions, Userfault},
+    Refused, addresses,
+    kernel::{Userfault, WRITTEN},
 };
-use crate::ram::{BlockIndex, DirtyLog, PageBitmap, RamBlock, RamBlocks, bytes::mark};
+use crate::ram::{
+    BlockIndex, DirtyLog, PageBitmap, RamBlock, RamBlocks,
+    bytes::mark,
+    page_table::{PAGEMAP, REGIONS, Regions},
+};
 
 /// The dirty log of what is written through this process's page table (`PAGEMAP_SCAN`, Linux 6.7): by its threads,
 /// whatever they are, by system calls that fill memory, by vCPUs. Writers have nothing to do, and need not know.
@@ -130,7 +134,7 @@ impl DirtyLog for PagemapLog {
         let Some(range) = range else { return Ok(()) };
         let page_size = self.blocks.page_size();
         let found = |run: Range<u64>| mark(into, page_size, run.start - range.start..run.end - range.start);
-        self.regions.take_written(&self.pagemap, range, found).map_err(|error| {
+        self.regions.scan(&self.pagemap, range, &WRITTEN, found).map_err(|error| {
             // What had been found by then is not known.
             held.fill();
             match self.blocks.block(block) {
@@ -180,5 +184,3 @@ fn page_sizes() -> Vec<u64> {
 
 /// A folder for each size.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
-/// Ranges that the kernel lists at once.
-const REGIONS: usize = 1024;
