@@ -101,6 +101,16 @@ pub trait Link: Send {
         Ok(())
     }
 
+    /// Tells the link that it is one of so many channels of one migration, at least 1, before its first packet. A link whose
+    /// buffers do not depend on that has nothing to do.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    fn one_of(&mut self, channels: u8) -> io::Result<()> {
+        let _ = channels;
+        Ok(())
+    }
+
     /// Takes leave of a peer that says nothing more itself: says that nothing more is sent, and waits for what can be
     /// known of the other end.
     ///

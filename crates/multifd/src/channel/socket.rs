@@ -39,12 +39,14 @@ pub struct SocketLink {
     attention: Option<Attention>,
     /// Whether it is TCP that a source has opened, which sends more than it is sent.
     incoming: bool,
+    /// Whether it is TCP within this machine.
+    local: bool,
 }
 
 impl SocketLink {
-    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one, and with buffers that fit
-    /// into caches where the other end is on the same machine. A TCP peer is looked
-    /// after as [`TcpOptions::default`] has it.
+    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one, and with a send buffer that
+    /// fits into caches where the other end is on the same machine. A TCP peer is looked after as [`TcpOptions::default`]
+    /// has it.
     ///
     /// # Errors
     /// If the system refuses an option.
@@ -59,11 +61,12 @@ impl SocketLink {
     pub fn with_options(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let peer = describe(&socket.peer_addr()?);
-        let mut watched = None;
+        let (mut watched, mut local) = (None, false);
         if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             socket.set_tcp_nodelay(true)?;
-            if is_local(&socket)? {
-                socket.set_send_buffer_size(LOCAL_BUFFER)?;
+            local = is_local(&socket)?;
+            if local {
+                socket.set_send_buffer_size(LOCAL_BUFFERS)?;
             }
             watched = Watched::set_up(&socket, options)?;
         }
@@ -76,6 +79,7 @@ impl SocketLink {
             completions,
             attention: None,
             incoming: false,
+            local,
         })
     }
 
@@ -238,6 +242,14 @@ impl Link for SocketLink {
         self.socket.set_write_timeout(self.send_interval())
     }
 
+    fn one_of(&mut self, channels: u8) -> io::Result<()> {
+        if self.local {
+            let share = LOCAL_BUFFERS / usize::from(channels).max(1);
+            self.socket.set_send_buffer_size(share.max(LOCAL_BUFFER))?;
+        }
+        Ok(())
+    }
+
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(Shut { socket: self.socket.clone(), reset: self.incoming })
     }
@@ -327,8 +339,11 @@ fn is_local(socket: &Socket) -> io::Result<bool> {
     Ok(here.zip(there).is_some_and(|(here, there)| here.ip() == there.ip()))
 }
 
-/// Bytes on their way over a connection within this machine, from this side. Left alone, the system lets megabytes queue up,
-/// as a network that is far away needs; what has been copied in is then out of the caches by the time it is copied out.
+/// Bytes on their way within this machine, from this side, over all connections. Left alone, the system lets megabytes a
+/// connection queue up, as a network that is far away needs; what has been copied in is then out of the caches by the time it
+/// is copied out. Of one connection both ends must be at work at a time, so less than this has them wait for each other.
+const LOCAL_BUFFERS: usize = 1 << 20;
+/// Over one connection, at least.
 const LOCAL_BUFFER: usize = 256 << 10;
 
 /// An address for messages.
@@ -361,17 +376,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connection_within_this_machine_sends_from_a_buffer_that_fits_into_caches() {
+    fn connections_within_this_machine_send_from_buffers_that_fit_into_caches() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let far = listener.accept().expect("accepted").0;
+        let most: usize = std::fs::read_to_string("/proc/sys/net/core/wmem_max")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .expect("a limit of buffers");
         for stream in [near, far] {
             let socket = Socket::from(stream);
             let received = socket.recv_buffer_size().expect("told");
-            let link = SocketLink::new(socket).expect("a link");
-            // The system doubles what it is asked for, for its own accounts.
-            let sent = link.socket.send_buffer_size().expect("told");
-            assert!((LOCAL_BUFFER..=2 * LOCAL_BUFFER).contains(&sent));
+            let mut link = SocketLink::new(socket).expect("a link");
+            for (channels, expected) in [(1, 1 << 20), (2, 512 << 10), (4, 256 << 10), (255, 256 << 10)] {
+                link.one_of(channels).expect("set");
+                // The system doubles what it is asked for, for its own accounts.
+                let sent = link.socket.send_buffer_size().expect("told");
+                assert_eq!(sent, 2 * most.min(expected), "{channels} channels");
+            }
             assert_eq!(link.socket.recv_buffer_size().expect("told"), received);
         }
     }

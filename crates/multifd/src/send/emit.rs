@@ -64,6 +64,8 @@ impl<'a> Emitter<'a> {
         let mut link = connector
             .connect(&shared.stop, options.connect_timeout)
             .map_err(|error| Error::io(format!("connect to {target}{}", hint(&error)), error))?;
+        link.one_of(options.channels)
+            .map_err(|error| Error::io(format!("set the buffer of the connection to {target}"), error))?;
         if options.zero_copy_send {
             link.enable_in_place().map_err(|error| match error.kind() {
                 io::ErrorKind::Unsupported => Usage::ZeroCopy("over anything but plain TCP").into(),

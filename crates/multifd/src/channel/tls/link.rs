@@ -291,6 +291,10 @@ impl Link for TlsLink {
         self.link.attend(attention)
     }
 
+    fn one_of(&mut self, channels: u8) -> io::Result<()> {
+        self.link.one_of(channels)
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.link.finish()
     }
