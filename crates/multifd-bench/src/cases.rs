@@ -18,6 +18,8 @@ pub(crate) enum Who {
     Raw,
     /// The same, with pages lent to the sockets instead of copied into them.
     Lent,
+    /// No socket: one copy from memory to memory.
+    Copy,
     /// QEMU into a file, or out of it, by itself.
     QemuFile,
     /// The same, with the file on the disk at the end.
@@ -39,6 +41,7 @@ impl Who {
             Self::Iperf => "iperf3".into(),
             Self::Raw => "sockets alone".into(),
             Self::Lent => "sockets alone, pages lent".into(),
+            Self::Copy => "one copy in memory".into(),
             Self::QemuFile => "QEMU, file:".into(),
             Self::QemuFileSynced => "QEMU, file: and fsync".into(),
             Self::OurFile => "QEMU and multifd".into(),
@@ -114,7 +117,7 @@ pub(crate) fn all(ram: u64, cold: bool) -> Vec<Case> {
 
 const CHANNEL_PEERS: &[Who] =
     &[Who::Qemu, Who::Engine, Who::QemuToEngine, Who::EngineToQemu, Who::Iperf, Who::Raw];
-const LIMITS: &[Who] = &[Who::Raw, Who::Lent, Who::Engine];
+const LIMITS: &[Who] = &[Who::Qemu, Who::Engine, Who::Raw, Who::Lent, Who::Copy];
 const SPARSE: &[Who] = &[Who::Qemu, Who::Engine, Who::Raw];
 const BOTH: &[Who] = &[Who::Qemu, Who::Engine];
 const CAPTURE: &[Who] = &[Who::QemuFile, Who::QemuFileSynced, Who::OurFile];

@@ -14,6 +14,7 @@ use crate::{
     measure::Samples,
     peer::{
         Peer, Setting,
+        copy::Copy,
         demo::Demo,
         engine::{EngineDestination, EngineSource},
         file::{OurCapture, OurRestore, QemuCapture, QemuRestore},
@@ -203,6 +204,7 @@ impl Means<'_> {
                     Box::new(move || Ok(Box::new(EngineDestination::start_raw(program, &setting)?)));
                 pair(Box::new(EngineSource::start_raw(program, &setting, who == Who::Lent)?), make)
             }
+            (Who::Copy, _) => Box::new(Copy::new(&setting)?),
             (Who::Iperf, _) => Box::new(Iperf::start(setting.channels, setting.ram)?),
             (Who::QemuFile | Who::QemuFileSynced, Way::Capture(_)) => {
                 let sync = who == Who::QemuFileSynced;

@@ -3,11 +3,13 @@
 //! ```text
 //! pair     any source to any destination: QEMU 10.0, the engine
 //! iperf    the socket alone
+//! copy     memory alone
 //! file     a guest into a file and out of it
 //! demo     a guest that writes meanwhile
 //! ```
 
 pub(crate) mod child;
+pub(crate) mod copy;
 pub(crate) mod demo;
 pub(crate) mod engine;
 pub(crate) mod file;
