@@ -39,7 +39,7 @@ pub struct SocketLink {
     attention: Option<Attention>,
     /// Whether it is TCP that a source has opened, which sends more than it is sent.
     incoming: bool,
-    /// Whether it is TCP within this machine.
+    /// Whether it stays within this machine.
     local: bool,
 }
 
@@ -61,14 +61,14 @@ impl SocketLink {
     pub fn with_options(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let peer = describe(&socket.peer_addr()?);
-        let (mut watched, mut local) = (None, false);
+        let (mut watched, mut local) = (None, socket.domain()? == Domain::UNIX);
         if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             socket.set_tcp_nodelay(true)?;
             local = is_local(&socket)?;
-            if local {
-                socket.set_send_buffer_size(LOCAL_BUFFERS)?;
-            }
             watched = Watched::set_up(&socket, options)?;
+        }
+        if local {
+            socket.set_send_buffer_size(LOCAL_BUFFERS)?;
         }
         let completions = Completions::default();
         Ok(Self {
@@ -371,7 +371,10 @@ fn message(parts: *const libc::iovec, count: usize) -> libc::msghdr {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::unix::net::UnixStream,
+    };
 
     use super::*;
 
@@ -384,8 +387,8 @@ mod tests {
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .expect("a limit of buffers");
-        for stream in [near, far] {
-            let socket = Socket::from(stream);
+        let (one, other) = UnixStream::pair().expect("a pair");
+        for socket in [Socket::from(near), Socket::from(far), Socket::from(one), Socket::from(other)] {
             let received = socket.recv_buffer_size().expect("told");
             let mut link = SocketLink::new(socket).expect("a link");
             for (channels, expected) in [(1, 1 << 20), (2, 512 << 10), (4, 256 << 10), (255, 256 << 10)] {
