@@ -6,6 +6,8 @@
 use std::{hint::black_box, io, sync::Arc, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+#[cfg(all(feature = "zlib", feature = "zstd"))]
+use multifd::Method;
 use multifd::{
     SendOptions, Sender,
     channel::{Connect, Link, Stop, Wake},
@@ -119,16 +121,73 @@ fn sync(c: &mut Criterion) {
     group.finish();
 }
 
+/// A packet packed by one channel, at level 1, of what memory may hold. The program that runs stands for programs.
+#[cfg(all(feature = "zlib", feature = "zstd"))]
+fn pack(c: &mut Criterion) {
+    let program = std::fs::read(std::env::current_exe().expect("a path")).expect("a file");
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut fill = |kind: &str, at: usize, page: &mut [u8]| match kind {
+        "a quarter of each page noise" => {
+            page.fill(0xa5);
+            random.fill(&mut page[..PAGE.bytes() / 4]);
+        }
+        "noise" => random.fill(page),
+        "zeros and a few addresses" => {
+            page.fill(0);
+            for _ in 0..32 {
+                let address = 0xffff_8880_0000_0000 | random.u64(..1 << 30);
+                page.as_chunks_mut::<8>().0[random.usize(..512)] = address.to_be_bytes();
+            }
+        }
+        _ => page.copy_from_slice(&program[at % (program.len() - page.len())..][..page.len()]),
+    };
+    let mut group = c.benchmark_group("packing of a packet");
+    group.throughput(Throughput::Bytes(PACKET * PAGE.bytes() as u64));
+    for kind in ["a quarter of each page noise", "noise", "zeros and a few addresses", "a program"] {
+        let memory = Mapping::anonymous(PAGES * PAGE.bytes() as u64).expect("memory");
+        let mut page = [0; PAGE.bytes()];
+        for at in 0..PAGES {
+            fill(kind, usize::try_from(at).expect("small") * page.len(), &mut page);
+            memory.slice(at * PAGE.bytes() as u64, page.len()).expect("inside").copy_from(&page);
+        }
+        let blocks = one_block(memory);
+        for method in [Method::Zlib, Method::Zstd] {
+            let options = SendOptions::new().channels(1).method(method);
+            let mut sender = sender_of(blocks.clone(), options);
+            let mut at = 0;
+            group.bench_function(BenchmarkId::new(method.as_str(), kind), |b| {
+                b.iter(|| {
+                    for page in 0..PACKET {
+                        sender.queue(BlockIndex(0), PageIndex((at + page) % PAGES)).expect("running");
+                    }
+                    at += PACKET;
+                });
+            });
+            sender.sync().expect("running");
+        }
+    }
+    group.finish();
+}
+
+#[cfg(not(all(feature = "zlib", feature = "zstd")))]
+fn pack(_: &mut Criterion) {}
+
 /// Pages of the sender's block.
 const PAGES: u64 = 1 << 14;
 
 fn sender(channels: u8) -> Sender {
-    let length = PAGES * PAGE.bytes() as u64;
-    let memory = Memory::Mapped(Mapping::anonymous(length).expect("memory"));
+    let memory = Mapping::anonymous(PAGES * PAGE.bytes() as u64).expect("memory");
+    sender_of(one_block(memory), SendOptions::new().channels(channels))
+}
+
+fn one_block(memory: Mapping) -> Arc<RamBlocks> {
     let name = BlockName::new("pc.ram").expect("a name");
-    let block = RamBlock::new(name, length, PAGE, memory).expect("a block");
-    let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one block"));
-    let options = SendOptions::new().channels(channels);
+    let length = PAGES * PAGE.bytes() as u64;
+    let block = RamBlock::new(name, length, PAGE, Memory::Mapped(memory)).expect("a block");
+    Arc::new(RamBlocks::new(vec![block]).expect("one block"))
+}
+
+fn sender_of(blocks: Arc<RamBlocks>, options: SendOptions) -> Sender {
     let mut sender = Sender::new(options, blocks, Stop::new()).expect("a sender");
     sender.set_up(Arc::new(Nowhere)).expect("set up");
     sender.wait_connected().expect("connected");
@@ -172,5 +231,5 @@ impl Wake for Nowhere {
     fn wake(&self) {}
 }
 
-criterion_group!(parts, dirty_walk, zero_test, heads, hand_over, sync);
+criterion_group!(parts, dirty_walk, zero_test, heads, hand_over, sync, pack);
 criterion_main!(parts);

@@ -9,6 +9,10 @@
 //! and arrive in it without passing through a buffer. `send` and `recv` know no method by name.
 
 #[cfg(feature = "zlib")]
+mod deflate;
+#[cfg(any(feature = "zlib", feature = "zstd"))]
+mod sieve;
+#[cfg(feature = "zlib")]
 mod zlib;
 #[cfg(feature = "zstd")]
 mod zstd;

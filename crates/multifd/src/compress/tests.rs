@@ -74,6 +74,118 @@ proptest! {
     }
 }
 
+/// A page as guests have them, the same for the same `kind` and `seed`.
+fn page(kind: u8, seed: u64, size: PageSize) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut page = vec![0; size.bytes()];
+    let half = page.len() / 2;
+    match kind {
+        // All noise, the beginning, the end, what is around a run; half, beside text.
+        0 => random.fill(&mut page),
+        1 => random.fill(&mut page[..half / 2]),
+        2 => random.fill(&mut page[half..]),
+        3 => {
+            let from = random.usize(..half);
+            random.fill(&mut page);
+            page[from..from + half].fill(0xc3);
+        }
+        4 => {
+            page.fill_with(|| random.u8(b'a'..=b'z'));
+            random.fill(&mut page[half..]);
+        }
+        // Zeros and a few words; text; one byte.
+        5 => (0..20).for_each(|_| {
+            let at = random.usize(..half / 8) * 16;
+            page[at..at + 8].copy_from_slice(&(0xffff_8880_0000_0000 | random.u64(..1 << 30)).to_be_bytes());
+        }),
+        6 => page.chunks_exact_mut(8).for_each(|word| {
+            word.copy_from_slice(
+                &b"migration guest-RAM channels packets switchover destination"[random.usize(..6) * 8..][..8],
+            );
+        }),
+        _ => page.fill(random.u8(..)),
+    }
+    page
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn pages_of_every_kind_come_back_in_any_order(
+        // Of one kind after the other, some of them pages that were there before.
+        stretches in prop::collection::vec((0_u8..8, 0_u64..12, 1_usize..14), 1..40),
+        level in 0_u8..=9,
+        size in prop::sample::select(vec![PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64]),
+    ) {
+        let pages: Vec<Vec<u8>> = stretches
+            .iter()
+            .flat_map(|(kind, seed, count)| (0..*count as u64).map(move |nth| page(*kind, seed + nth, size)))
+            .collect();
+        for method in packed() {
+            let mut encoder = method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+            let mut decoder = method.decoder().expect("made").expect("packs");
+            for packet in pages.chunks(packet_pages(size) - 1) {
+                let bytes = packet.concat();
+                let payload = encoder.encode(&Pages::Private(&bytes, size)).expect("packed").to_vec();
+                prop_assert!(payload.len() < bytes.len() + bytes.len() / 8 + 64);
+                prop_assert!(method.as_str() != "zlib" || payload.ends_with(&[0, 0, 0xff, 0xff]));
+                let met = decode(&mut *decoder, &payload, bytes.len()).expect("unpacked");
+                prop_assert!(met == bytes, "{method}");
+            }
+        }
+    }
+}
+
+/// How much is left of 4 MiB of such pages, in thousandths.
+fn left(method: Method, level: u8, kinds: &[u8]) -> usize {
+    let mut encoder = method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+    let pages: Vec<u8> =
+        (0..1024).flat_map(|nth| page(kinds[nth % kinds.len()], nth as u64, PageSize::KIB_4)).collect();
+    let packets = pages.chunks(PACKET_BYTES);
+    let made: usize = packets
+        .map(|bytes| encoder.encode(&Pages::Private(bytes, PageSize::KIB_4)).expect("packed").len())
+        .sum();
+    made * 1000 / pages.len()
+}
+
+#[test]
+fn noise_does_not_grow_and_runs_are_next_to_nothing() {
+    for method in packed() {
+        for level in 1..=9 {
+            assert!(left(method, level, &[0]) <= 1002, "{method} {level}: noise");
+            assert!(left(method, level, &[1]) <= 258, "{method} {level}: a quarter noise");
+            assert!(left(method, level, &[2, 3]) <= 510, "{method} {level}: half noise");
+        }
+    }
+}
+
+#[test]
+fn noise_between_text_costs_the_text_nothing() {
+    for method in packed() {
+        let (text, noise) = (left(method, 1, &[6]), left(method, 1, &[0]));
+        let mixed = left(method, 1, &[6, 0]);
+        assert!(mixed <= (text + noise) / 2 + 10, "{method}: {mixed} of {text} and {noise}");
+    }
+}
+
+#[cfg(feature = "zlib")]
+#[test]
+fn text_behind_noise_still_leads_to_the_text_before() {
+    let mut random = fastrand::Rng::with_seed(1);
+    let text: Vec<u8> = std::iter::repeat_with(|| random.u8(b'a'..=b'z')).take(4096).collect();
+    let mut encoder = Method::Zlib.encoder(Levels::default()).expect("made").expect("packs");
+    let mut length = |pages: &[&[u8]]| {
+        encoder.encode(&Pages::Private(&pages.concat(), PageSize::KIB_4)).expect("packed").len()
+    };
+    let first = length(&[&text]);
+    length(&[&page(0, 2, PageSize::KIB_4)]);
+    // The same once more, with noise between that fits into the window, and with noise that does not.
+    assert!(length(&[&text]) < first / 10);
+    let noise: Vec<_> = (10..18).map(|seed| page(0, seed, PageSize::KIB_4)).collect();
+    length(&noise.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    assert!(length(&[&text]) > first / 2);
+}
+
 fn all_pages() -> Vec<PageIndex> {
     (0..packet_pages(PageSize::KIB_4) as u64).map(PageIndex).collect()
 }

@@ -1,0 +1,236 @@
+//! Noise and runs, told from all else.
+//!
+//! A compressor looks for matches in noise byte by byte and finds none, and walks a run of one byte in small steps. What
+//! is nothing but noise and long runs is known by a look at samples, at a fraction of the cost, and each method has a
+//! short way to write it. What has anything else in it is the compressor's, and costs one look at its beginning.
+//!
+//! A wrong answer costs bytes and nothing else: the stretches always are the bytes they were found in.
+
+/// Bytes of one kind, one behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stretch {
+    /// So many bytes that do not compress.
+    Noise(usize),
+    /// So many times the same byte.
+    Run(usize),
+}
+
+pub(super) struct Sieve {
+    stretches: Vec<Stretch>,
+    /// How noise began that was met before, by a hash of it. Noise that comes again is a match.
+    met: Box<[u64; MEMORY]>,
+}
+
+impl Sieve {
+    pub(super) fn new() -> Self {
+        Self { stretches: Vec::new(), met: Box::new([0; MEMORY]) }
+    }
+
+    /// What `bytes` are made of, in order, if they are noise and runs, and at least an eighth is noise: runs alone are no
+    /// work to anybody.
+    pub(super) fn sift(&mut self, bytes: &[u8]) -> Option<&[Stretch]> {
+        self.stretches.clear();
+        let (mut noise, mut unjudged, mut judged, mut distinct_bytes) = (0, 0, 0_usize, 0);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let run = run(rest);
+            if run >= RUN {
+                self.stretches.push(Stretch::Run(run));
+                rest = &rest[run..];
+                continue;
+            }
+            let piece;
+            (piece, rest) = rest.split_at(before_run(rest));
+            if piece.len() < SAMPLE {
+                unjudged += piece.len();
+                if unjudged > bytes.len() / 256 + noise / 16 {
+                    return None;
+                }
+            } else {
+                if !begins_noisy(piece) {
+                    return None;
+                }
+                let distinct = distinct(piece);
+                if distinct < FEWEST || self.was_met(piece) {
+                    return None;
+                }
+                judged += 1;
+                distinct_bytes += distinct;
+            }
+            noise += piece.len();
+            match self.stretches.last_mut() {
+                Some(Stretch::Noise(length)) => *length += piece.len(),
+                _ => self.stretches.push(Stretch::Noise(piece.len())),
+            }
+        }
+        // The more pieces, the nearer is their mean to what noise has.
+        let noisy = distinct_bytes + (EXPECTED - FEWEST) * judged.isqrt() >= EXPECTED * judged;
+        (noisy && noise * 8 >= bytes.len()).then_some(&self.stretches)
+    }
+
+    /// Whether a piece began so before, not too long ago.
+    fn was_met(&mut self, piece: &[u8]) -> bool {
+        let Some(head) = piece.first_chunk().copied().map(u64::from_be_bytes) else { return false };
+        let hash = head.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - MEMORY.ilog2());
+        let place = &mut self.met[usize::try_from(hash).unwrap_or_default()];
+        std::mem::replace(place, head) == head
+    }
+}
+
+/// How often the first byte is repeated, itself included; may be 0 if it is not at least eight times.
+fn run(bytes: &[u8]) -> usize {
+    let Some(head) = bytes.first_chunk::<8>() else { return 0 };
+    let byte = head[0];
+    if *head != [byte; 8] {
+        return 0;
+    }
+    let same = [byte; STRIDE];
+    let (strides, _) = bytes.as_chunks::<STRIDE>();
+    let whole = strides.iter().take_while(|stride| **stride == same).count() * STRIDE;
+    whole + bytes[whole..].iter().take_while(|next| **next == byte).count()
+}
+
+/// How many bytes come before a run, not more than a piece, and at least one. A run is met if it fills eight bytes where a
+/// stride begins.
+fn before_run(bytes: &[u8]) -> usize {
+    let piece = &bytes[..bytes.len().min(PIECE)];
+    let strides = piece.as_chunks::<STRIDE>().0.iter().enumerate();
+    let mut starts = strides.filter(|(_, stride)| stride[..8] == [stride[0]; 8]).map(|(at, stride)| {
+        let at = at * STRIDE;
+        at - piece[..at].iter().rev().take_while(|before| **before == stride[0]).count()
+    });
+    starts.find(|start| *start > 0 && run(&bytes[*start..]) >= RUN).unwrap_or(piece.len())
+}
+
+/// Whether few of the first bytes are equal, which rules out most of what compresses before a sample is taken: of 32 bytes
+/// of noise two are, of text a dozen.
+fn begins_noisy(piece: &[u8]) -> bool {
+    let mut seen = [0_u64; 4];
+    for byte in &piece[..STRIDE] {
+        seen[usize::from(byte >> 6)] |= 1 << (byte & 63);
+    }
+    seen.iter().map(|seen| seen.count_ones()).sum::<u32>() > 23
+}
+
+/// How many values a sample of [`SAMPLE`] bytes has. It is taken in parts, each at another place in its eighth of the
+/// piece: every byte of a record has its turn.
+fn distinct(piece: &[u8]) -> usize {
+    let mut seen = [0_u8; 256];
+    let eighth = piece.len() / 8;
+    for (nth, eighth) in piece.chunks_exact(eighth).take(8).enumerate() {
+        let at = nth * 37 % (eighth.len() - SAMPLE / 8 + 1);
+        for byte in &eighth[at..at + SAMPLE / 8] {
+            seen[usize::from(*byte)] = 1;
+        }
+    }
+    // In sums of bytes, sixteen at once: each is 16 at the most.
+    let mut sums = [0_u8; 16];
+    for row in seen.as_chunks::<16>().0 {
+        for (sum, seen) in sums.iter_mut().zip(row) {
+            *sum += seen;
+        }
+    }
+    sums.iter().map(|sum| usize::from(*sum)).sum()
+}
+
+/// The shortest run that is one.
+const RUN: usize = 64;
+/// Bytes compared at once.
+const STRIDE: usize = 32;
+/// What is judged by one sample, at the most.
+const PIECE: usize = 4096;
+/// Bytes of a sample. Shorter pieces are not judged.
+const SAMPLE: usize = 256;
+/// How many values a sample of noise has: 256 × (1 − (255 ÷ 256)^256). The standard deviation is 5.
+const EXPECTED: usize = 162;
+/// Below this no sample is noise. Bytes that could be made smaller by a twentieth have 144.
+const FEWEST: usize = 145;
+/// How many beginnings are remembered: those of 8 MiB of noise.
+const MEMORY: usize = 2048;
+
+#[cfg(test)]
+mod tests {
+    use fastrand::Rng;
+
+    use super::{Stretch::*, *};
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut random = Rng::with_seed(length as u64);
+        std::iter::repeat_with(|| random.u8(..)).take(length).collect()
+    }
+
+    fn sift(bytes: &[u8]) -> Option<Vec<Stretch>> {
+        Sieve::new().sift(bytes).map(<[Stretch]>::to_vec)
+    }
+
+    #[test]
+    fn noise_and_runs_are_found_to_the_byte() {
+        let bytes = [&noise(1000)[..], &[7; 3000], &noise(5001), &[0; 64]].concat();
+        let found = sift(&bytes).expect("noise and runs");
+        let (mut at, mut runs) = (0, Vec::new());
+        for stretch in &found {
+            match *stretch {
+                Noise(length) => at += length,
+                Run(length) => {
+                    assert!(bytes[at..at + length].iter().all(|byte| *byte == bytes[at]));
+                    runs.push(at..at + length);
+                    at += length;
+                }
+            }
+        }
+        assert_eq!(at, bytes.len());
+        assert_eq!(runs, [1000..4000, 9001..9065]);
+        assert_eq!(sift(&noise(1 << 16)), Some(vec![Noise(1 << 16)]));
+    }
+
+    #[test]
+    fn every_page_of_noise_is_found() {
+        let bytes = noise(512 << 10);
+        let mut sieve = Sieve::new();
+        let found = bytes.chunks(4096).filter(|page| sieve.sift(page).is_some()).count();
+        assert!(found >= 126, "{found} of 128");
+    }
+
+    #[test]
+    fn what_compresses_is_not_noise() {
+        let mut random = Rng::with_seed(3);
+        let mut bytes = |make: &mut dyn FnMut(&mut Rng, usize) -> u8| -> Vec<u8> {
+            (0..4096).map(|at| make(&mut random, at)).collect()
+        };
+        let digits = bytes(&mut |random, _| random.u8(b'0'..=b'9'));
+        let six_bits = bytes(&mut |random, _| random.u8(..64));
+        let seven_bits = bytes(&mut |random, _| random.u8(..128));
+        let halves_of_words = bytes(&mut |random, at| if at % 8 < 4 { random.u8(..) } else { 0x55 });
+        let hashes_in_records = bytes(&mut |random, at| {
+            if at % 128 < 32 { random.u8(..) } else { [b"multifd", b"packets"][at / 128 % 2][at % 7] }
+        });
+        let half_text =
+            bytes(&mut |random, at| if at < 2048 { random.u8(..) } else { random.u8(b'a'..=b'z') });
+        for bytes in [digits, six_bits, seven_bits, halves_of_words, hashes_in_records, half_text] {
+            assert_eq!(sift(&bytes), None, "{:?}", &bytes[..16]);
+        }
+    }
+
+    #[test]
+    fn noise_that_comes_again_is_not_noise() {
+        let mut sieve = Sieve::new();
+        let page = noise(4096);
+        assert!(sieve.sift(&page).is_some());
+        assert!(sieve.sift(&noise(4095)).is_some());
+        assert!(sieve.sift(&page).is_none());
+    }
+
+    #[test]
+    fn runs_alone_and_nothing_at_all_are_left_to_the_compressor() {
+        assert_eq!(sift(&[5; 4096]), None);
+        assert_eq!(sift(&[&noise(300)[..], &[5; 4096 - 300]].concat()), None);
+        assert_eq!(sift(&[1, 2, 3].repeat(1000)), None);
+    }
+
+    #[test]
+    fn a_run_too_short_to_be_one_is_part_of_the_noise() {
+        let mut bytes = noise(1 << 16);
+        bytes[1024..1056].fill(9);
+        assert_eq!(sift(&bytes), Some(vec![Noise(1 << 16)]));
+    }
+}
