@@ -18,7 +18,7 @@ pub(crate) enum Kind {
     Unknown,
 }
 
-/// Up to 512 KiB of one block: what becomes one packet.
+/// Pages of one block: up to 512 KiB, what becomes one packet, or as many as a [copy](crate::Sender::set_up_into) takes.
 #[derive(Debug)]
 pub(crate) struct Batch {
     pub(crate) block: BlockIndex,
@@ -30,9 +30,13 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    /// An empty batch with room for all pages that it will ever hold.
+    /// An empty batch with room for the pages of a packet.
     pub(crate) fn new(page_size: PageSize) -> Self {
-        let capacity = packet_pages(page_size);
+        Self::with_room(packet_pages(page_size))
+    }
+
+    /// An empty batch with room for all pages that it will ever hold.
+    pub(crate) fn with_room(capacity: usize) -> Self {
         Self {
             block: BlockIndex(0),
             normal: Vec::with_capacity(capacity),
@@ -52,6 +56,11 @@ impl Batch {
 
     pub(crate) fn is_full(&self) -> bool {
         self.len() == self.capacity
+    }
+
+    /// Whether it holds an eighth of what it could: no harm to hand it over before it is full.
+    pub(crate) fn is_worth_a_way(&self) -> bool {
+        8 * self.len() >= self.capacity
     }
 
     /// Whether a page of `block` may join: there is room, and the pages there are of the same block.

@@ -479,6 +479,19 @@ pub enum Usage {
     /// `zero-copy-send` where pages are copied anyway.
     #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
     ZeroCopy(&'static str),
+    /// An option for connections, where there are none.
+    #[error(
+        "{0} is for connections: between memory and a file pages are copied as they are, so switch it off"
+    )]
+    ForConnections(&'static str),
+    /// Blocks that cannot be copied into blocks of their names.
+    #[error("block {name:?} cannot be copied: {why}")]
+    OtherBlocks {
+        /// The block's name.
+        name: BlockName,
+        /// What is in the way.
+        why: String,
+    },
     /// TLS to an address that names no host, and no name given.
     #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
     NoTlsHostname(String),

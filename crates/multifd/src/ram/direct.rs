@@ -90,6 +90,18 @@ impl DirectFile {
         Ok(())
     }
 
+    /// Makes a call that moves bytes between memory at `address` and the file at `offset`: past the page cache where that
+    /// can be, by way of `cached` where it cannot.
+    pub(super) fn call(
+        &self,
+        cached: &File,
+        (address, length): (usize, usize),
+        offset: u64,
+        call: impl FnMut(&File) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.either(self.takes(address, length, offset), cached, call)
+    }
+
     fn either(
         &self,
         direct: bool,

@@ -219,6 +219,22 @@ impl GuestSlice<'_> {
         self.writable
     }
 
+    /// What is behind the first `count` bytes.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(crate) fn after(self, count: usize) -> Self {
+        let len = self.len.checked_sub(count).expect("no more than the slice has");
+        // SAFETY: `count <= self.len`, so the result is inside the slice or one past its end.
+        let ptr = unsafe { self.ptr.add(count) };
+        Self { ptr, len, ..self }
+    }
+
+    /// Its first `count` bytes, or all if there are fewer.
+    pub(crate) fn up_to(self, count: usize) -> Self {
+        Self { len: self.len.min(count), ..self }
+    }
+
     /// Copies the bytes into a private buffer.
     ///
     /// # Panics

@@ -3,6 +3,7 @@
 //! ```text
 //! RamBlocks ── RamBlock "pc.ram" ── Memory::Mapped(Mapping) ── GuestSlice ── Part / PartMut ── system call
 //!                   │                Memory::File ── cached, or past the page cache (DirectFile)
+//!                   │                two blocks ── Lane ── pages straight between the two
 //!                   └── present: PageBitmap          DirtyLog ── take ──▶ PageBitmap ── pass
 //! ```
 //!
@@ -20,6 +21,7 @@ mod dirty;
 mod granule;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
+mod huge;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod mapping;
@@ -30,6 +32,7 @@ mod page_table;
 #[cfg(feature = "pagemap")]
 mod pagemap;
 mod part;
+mod straight;
 mod zero;
 
 pub use bitmap::PageBitmap;
@@ -51,3 +54,4 @@ pub(crate) use page_table::touched;
 #[cfg(feature = "pagemap")]
 pub use pagemap::{PagemapLog, SoftDirtyLog};
 pub use part::{MAX_PARTS, Part, PartMut, advance, advance_mut};
+pub(crate) use straight::{CopyError, Lane};

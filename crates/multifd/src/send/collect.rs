@@ -61,10 +61,13 @@ impl Sender {
         }
         let mut at = first.0;
         while at < end {
-            if !self.hand.takes(block) {
+            let copier = self.shared.as_ref().and_then(|shared| shared.copier.as_ref());
+            let border = copier.map(|copier| copier.border(block, PageIndex(at)));
+            if !self.hand.takes(block) || border == Some(at) && self.hand.is_worth_a_way() {
                 self.hand_over()?;
             }
-            at += self.hand.push(kind, block, PageIndex(at), end - at);
+            let most = border.filter(|border| *border > at).map_or(end, |border| border.min(end));
+            at += self.hand.push(kind, block, PageIndex(at), most - at);
             if self.hand.is_full() {
                 self.hand_over()?;
             }

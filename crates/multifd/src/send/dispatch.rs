@@ -57,9 +57,18 @@ impl Dispatch {
     /// Batches for `channels` channels: one for each to carry, three for each to find ready. The collector
     /// brings its own.
     pub(super) fn new(channels: u8, page_size: PageSize, in_place: bool) -> Self {
+        let each = if in_place { 1 + READY + DEPTH } else { 1 + READY };
+        Self::of(channels, each, || Batch::new(page_size))
+    }
+
+    /// The same for channels that copy, with room for `room` pages in a batch.
+    pub(super) fn for_copies(channels: u8, room: usize) -> Self {
+        Self::of(channels, 1 + READY, || Batch::with_room(room))
+    }
+
+    fn of(channels: u8, each: usize, batch: impl FnMut() -> Batch) -> Self {
         let channels = usize::from(channels);
-        let most = channels * if in_place { 1 + READY + DEPTH } else { 1 + READY };
-        let free: Vec<Batch> = std::iter::repeat_with(|| Batch::new(page_size)).take(most).collect();
+        let free: Vec<Batch> = std::iter::repeat_with(batch).take(channels * each).collect();
         Self {
             queue: Mutex::new(Queue {
                 ready: VecDeque::with_capacity(free.len()),

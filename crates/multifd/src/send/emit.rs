@@ -237,7 +237,7 @@ fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<It
 /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
 /// the page is then dirty again. One in a file is not looked at: what the file knows of it stands in
 /// [`present`](RamBlock::present).
-fn is_zero(block: &RamBlock, page: PageIndex) -> bool {
+pub(super) fn is_zero(block: &RamBlock, page: PageIndex) -> bool {
     !block.present().contains(page) || block.slice(page, 1).is_some_and(|slice| slice.is_zero())
 }
 

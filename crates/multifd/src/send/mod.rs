@@ -8,10 +8,13 @@
 //! sync() ──────────────── raises the sync number ──▶ one SYNC on every channel
 //! ```
 //!
+//! A sender that is [set up into](Sender::set_up_into) other blocks has no links: its channels copy (`copy.rs`).
+//!
 //! The collector belongs to one thread, the caller's. Batches have one owner at a time. No lock is held while bytes
 //! are written. This module knows nothing of the main stream.
 
 mod collect;
+mod copy;
 mod dispatch;
 mod draw;
 mod emit;
@@ -21,11 +24,13 @@ pub mod model;
 
 use std::sync::{Arc, atomic::AtomicU64};
 
+use copy::Copier;
 use dispatch::Dispatch;
 
 use crate::{
     batch::Batch,
     channel::{Connect, Stop, Watch},
+    compress::Method,
     error::{Error, Result, Usage},
     options::SendOptions,
     ram::RamBlocks,
@@ -36,8 +41,8 @@ use crate::{
 
 /// Sends pages over N channels: the data plane of one outgoing migration.
 ///
-/// Made with [`new`](Sender::new), connected once with [`set_up`](Sender::set_up), fed with
-/// [`queue`](Sender::queue) and [`sync`](Sender::sync), ended with [`finish`](Sender::finish). Dropped before, it
+/// Made with [`new`](Sender::new), connected once with [`set_up`](Sender::set_up), or given other blocks to copy into
+/// with [`set_up_into`](Sender::set_up_into), fed with [`queue`](Sender::queue) and [`sync`](Sender::sync), ended with [`finish`](Sender::finish). Dropped before, it
 /// cancels the migration and joins its threads.
 #[derive(Debug)]
 pub struct Sender {
@@ -58,6 +63,8 @@ struct Shared {
     /// Locked within; see `docs/concurrency.md`.
     stop: Stop,
     dispatch: Dispatch,
+    /// Of channels that copy instead of sending.
+    copier: Option<Copier>,
     /// Drawn by each channel as it fills a head.
     packet_num: AtomicU64,
     /// Of sending in place.
@@ -96,12 +103,52 @@ impl Sender {
         if connector.is_single() {
             return Err(Usage::SingleConnection(connector.target()).into());
         }
+        let (channels, page_size) = (self.options.channels, self.blocks.page_size());
+        let dispatch = Dispatch::new(channels, page_size, self.options.zero_copy_send);
+        let options = self.options.clone();
+        self.start(dispatch, None, move |id, shared| emit::run(id, shared, &options, &*connector))
+    }
+
+    /// Instead of [`set_up`](Sender::set_up): the channels connect to nobody, and copy each page to its place in
+    /// `target`, blocks of the same names and lengths. Of each two blocks of one name one is in memory and the other in a
+    /// file: this is how RAM is captured into a file, and restored out of it. A page goes straight between the two, by one
+    /// call of the system for a run of neighbours, past the page cache where the block in the file
+    /// [has a way](crate::ram::Memory::File::direct). A page that is zero is [cleared](crate::ram::RamBlock::clear) in
+    /// `target`. Everything else is as over connections; a cancel waits for the calls under way, of up to 8 MiB each.
+    ///
+    /// # Errors
+    /// [`Usage::UsedTwice`] the second time; [`Usage::ForConnections`] if compression or `zero-copy-send` is on;
+    /// [`Usage::OtherBlocks`] if the blocks do not fit; the system's error if it refuses a thread.
+    pub fn set_up_into(&mut self, target: Arc<RamBlocks>) -> Result<()> {
+        if self.shared.is_some() {
+            return Err(Usage::UsedTwice.into());
+        }
+        if self.options.method != Method::None {
+            return Err(Usage::ForConnections("multifd-compression").into());
+        }
+        if self.options.zero_copy_send {
+            return Err(Usage::ForConnections("zero-copy-send").into());
+        }
+        let copier = Copier::new(&self.blocks, target)?;
+        self.hand = Batch::with_room(copier.room());
+        let dispatch = Dispatch::for_copies(self.options.channels, copier.room());
+        self.start(dispatch, Some(copier), copy::run)
+    }
+
+    /// Starts the channels' threads, each of which lives as `run` says.
+    fn start(
+        &mut self,
+        dispatch: Dispatch,
+        copier: Option<Copier>,
+        run: impl Fn(ChannelId, &Shared) + Clone + Send + 'static,
+    ) -> Result<()> {
         self.stop.check()?;
         let channels = self.options.channels;
         let shared = Arc::new(Shared {
             blocks: self.blocks.clone(),
             stop: self.stop.clone(),
-            dispatch: Dispatch::new(channels, self.blocks.page_size(), self.options.zero_copy_send),
+            dispatch,
+            copier,
             packet_num: AtomicU64::new(0),
             in_flight: in_flight::Shared::default(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(channels.into()).collect(),
@@ -109,10 +156,10 @@ impl Sender {
         self.watch = Some(self.stop.watch(Arc::new(WakeDispatch(shared.clone()))));
         self.shared = Some(shared.clone());
         for id in (0..channels).map(ChannelId) {
-            let (shared, options, connector) = (shared.clone(), self.options.clone(), connector.clone());
+            let (shared, run) = (shared.clone(), run.clone());
             let thread = Builder::new()
                 .name(format!("multifdsend_{id}"))
-                .spawn(move || emit::run(id, &shared, &options, &*connector))
+                .spawn(move || run(id, &shared))
                 .map_err(|error| self.stop.fail(Error::io("start a channel's thread", error)))?;
             self.threads.push(thread);
         }

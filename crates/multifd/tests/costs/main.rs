@@ -5,6 +5,8 @@
 //! system is really asked for has a bound that is wide, and far below one call a page.
 
 #[cfg(test)]
+mod copied;
+#[cfg(test)]
 mod counted;
 #[cfg(test)]
 mod kit;
@@ -17,6 +19,7 @@ mod tests {
     use multifd_testkit::lacks;
 
     use crate::{
+        copied::{copy, in_file},
         counted::{CountedConnector, CountedListener, Counts},
         kit::{CHANNELS, PAGE_SIZE, PAGES, PASSES, ends, migrate, ram, wrong_page},
     };
@@ -67,27 +70,32 @@ mod tests {
         assert_eq!(wrong_page(&destination), None);
     }
 
+    /// Also what `strace` is told to look at.
+    #[test]
+    fn ram_is_copied_into_a_file_and_back() {
+        let (source, restored) = (ram(true), ram(false));
+        let file = in_file(&tempfile::tempfile().expect("a file"));
+        copy(&source, &file);
+        copy(&file, &restored);
+        assert_eq!(wrong_page(&restored), None);
+    }
+
+    /// A stretch of 8 MiB is one call, where it begins with one; in a file in memory, five more that have it made of huge
+    /// pages.
+    #[test]
+    fn copy_into_a_file_and_back_costs_a_handful_of_calls_for_each_8_mib() {
+        let Some((text, calls)) = traced("ram_is_copied_into_a_file_and_back") else { return };
+        let stretches = PAGES * PAGE_SIZE.bytes() as u64 / (8 << 20);
+        let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+        let written = stretches..=6 * (stretches + 2);
+        assert!(written.contains(&count("pwrite64")), "pwrite64: {}\n{text}", count("pwrite64"));
+        let read = stretches..=2 * (stretches + 2);
+        assert!(read.contains(&count("pread64")), "pread64: {}\n{text}", count("pread64"));
+    }
+
     #[test]
     fn system_is_asked_far_less_often_than_once_a_page() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let summary = folder.path().join("calls");
-        let mut strace = Command::new("strace");
-        strace.args(["-f", "-q", "-c", "-o"]).arg(&summary);
-        strace.arg(std::env::current_exe().expect("this program"));
-        strace.args(["--exact", "tests::ram_moves_twice_over_real_sockets", "--test-threads=1"]);
-        match strace.output() {
-            Err(error) => return lacks(&format!("strace cannot be started: {error}")),
-            Ok(output) if !output.status.success() => {
-                let text = String::from_utf8_lossy(&output.stderr);
-                if text.contains("ptrace") {
-                    return lacks(&format!("strace may not look at programs here: {}", text.trim()));
-                }
-                panic!("{}{text}", String::from_utf8_lossy(&output.stdout));
-            }
-            Ok(_) => {}
-        }
-        let text = std::fs::read_to_string(&summary).expect("a summary");
-        let calls = calls(&text);
+        let Some((text, calls)) = traced("ram_moves_twice_over_real_sockets") else { return };
         let gibibyte = PAYLOAD as f64 / f64::from(1 << 30);
         for (name, count) in calls.iter().filter(|(_, count)| **count >= PACKETS / 16) {
             println!("{name}: {count}, {:.0} a GiB", *count as f64 / gibibyte);
@@ -99,6 +107,34 @@ mod tests {
         assert!(count("recvmsg") >= PACKETS, "recvmsg: {}", count("recvmsg"));
         let all: u64 = calls.values().sum();
         assert!(all <= PASSES * PAGES / 2, "{all} calls for {} pages\n{text}", PASSES * PAGES);
+    }
+
+    /// What a test of this file asks of the system: a summary, and its counts by name.
+    fn traced(test: &str) -> Option<(String, BTreeMap<String, u64>)> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let summary = folder.path().join("calls");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-q", "-c", "-o"]).arg(&summary);
+        strace.arg(std::env::current_exe().expect("this program"));
+        strace.args(["--exact", &format!("tests::{test}"), "--test-threads=1"]);
+        match strace.output() {
+            Err(error) => {
+                lacks(&format!("strace cannot be started: {error}"));
+                return None;
+            }
+            Ok(output) if !output.status.success() => {
+                let text = String::from_utf8_lossy(&output.stderr);
+                if text.contains("ptrace") {
+                    lacks(&format!("strace may not look at programs here: {}", text.trim()));
+                    return None;
+                }
+                panic!("{}{text}", String::from_utf8_lossy(&output.stdout));
+            }
+            Ok(_) => {}
+        }
+        let text = std::fs::read_to_string(&summary).expect("a summary");
+        let calls = calls(&text);
+        Some((text, calls))
     }
 
     /// The counts of a summary, by name.

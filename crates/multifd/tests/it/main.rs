@@ -6,6 +6,8 @@ mod compression;
 #[cfg(test)]
 mod converge;
 #[cfg(test)]
+mod copies;
+#[cfg(test)]
 mod dead_peers;
 #[cfg(test)]
 mod descriptors;

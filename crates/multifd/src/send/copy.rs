@@ -1,0 +1,111 @@
+//! A channel's thread that copies: from guest memory into a file, or out of a file into guest memory.
+//!
+//! To the collector it is like any other: it takes batches, stands at sync points, and its counters count. A batch ends
+//! where the target begins a new stretch of huge pages, unless it is nearly empty, so that no two channels work on one of
+//! them.
+
+use std::sync::Arc;
+
+use super::{Shared, dispatch::Job, draw::unread, emit::is_zero};
+use crate::{
+    batch::{Batch, neighbours},
+    error::{Error, Result, Usage},
+    ram::{BlockIndex, BlockOffset, CopyError, Lane, PageIndex, RamBlocks},
+    wire::ChannelId,
+};
+
+/// Where everything goes. Never changes.
+pub(super) struct Copier {
+    target: Arc<RamBlocks>,
+    /// For each block of the source.
+    lanes: Vec<(BlockIndex, Lane)>,
+}
+
+impl Copier {
+    pub(super) fn new(source: &RamBlocks, target: Arc<RamBlocks>) -> Result<Self> {
+        let lane = |of: &crate::ram::RamBlock| {
+            let found = target.find(of.name().as_bytes()).ok_or("the target has no such block".to_owned());
+            let lane = found.and_then(|index| {
+                let into = target.get(index).ok_or("the target has no such block")?;
+                Ok((index, Lane::new(of, into)?))
+            });
+            lane.map_err(|why| Error::from(Usage::OtherBlocks { name: of.name().clone(), why }))
+        };
+        let lanes = source.iter().map(|(_, block)| lane(block)).collect::<Result<_>>()?;
+        // Nobody would write to it.
+        let foreign = target.iter().find(|(_, block)| source.find(block.name().as_bytes()).is_none());
+        match foreign {
+            None => Ok(Self { lanes, target }),
+            Some((_, block)) => {
+                let why = "the source has no such block".to_owned();
+                Err(Usage::OtherBlocks { name: block.name().clone(), why }.into())
+            }
+        }
+    }
+
+    /// The most pages of a batch.
+    pub(super) fn room(&self) -> usize {
+        let stretch = self.lanes.first().map_or(1, |(_, lane)| lane.stretch());
+        usize::try_from(stretch).unwrap_or(1)
+    }
+
+    /// The first page from `page` on with which a new batch is to begin.
+    pub(super) fn border(&self, block: BlockIndex, page: PageIndex) -> u64 {
+        self.lanes.get(block.0).map_or(u64::MAX, |(_, lane)| lane.border(page))
+    }
+}
+
+/// The life of a channel that copies. An error ends the whole migration.
+pub(super) fn run(id: ChannelId, shared: &Shared) {
+    let _alarm = shared.stop.alarm("a channel's thread");
+    if let Err(error) = carry(id, shared) {
+        tracing::debug!(channel = id.0, %error, "multifd_send_error");
+        shared.stop.fail(error.on_channel(id));
+    }
+    tracing::debug!(channel = id.0, "multifd_send_thread_end");
+}
+
+fn carry(id: ChannelId, shared: &Shared) -> Result<()> {
+    let Some(copier) = &shared.copier else { return Err(Usage::TooEarly("the target").into()) };
+    shared.dispatch.connected();
+    tracing::debug!(channel = id.0, peer = "a file", "multifd_send_thread_start");
+    let (mut done, mut synced) = (None, 0);
+    loop {
+        match shared.dispatch.next(done.take(), synced) {
+            Job::Batch(mut batch) => {
+                copy(id, shared, copier, &mut batch)?;
+                done = Some(batch);
+            }
+            Job::Sync => {
+                synced += 1;
+                shared.dispatch.synced();
+            }
+            Job::End => return Ok(()),
+        }
+    }
+}
+
+fn copy(id: ChannelId, shared: &Shared, copier: &Copier, batch: &mut Batch) -> Result<()> {
+    let source = shared.blocks.block(batch.block)?;
+    let (index, lane) = copier.lanes.get(batch.block.0).ok_or(Usage::NoSuchBlock(batch.block.0))?;
+    let target = copier.target.block(*index)?;
+    batch.part(|page| is_zero(source, page));
+    // Asked to go as bytes, and known to be zero: a file may have anything there.
+    let (present, absent) = (source.present(), |page: &&PageIndex| !source.present().contains(**page));
+    batch.zero().iter().chain(batch.normal().iter().filter(absent)).for_each(|page| target.clear(*page));
+    let normal = batch.normal().iter().copied().filter(|page| present.contains(*page));
+    for (first, count) in neighbours(normal) {
+        lane.copy(source, target, first, count).map_err(|error| match error {
+            CopyError::Read(error) => unread(source, first, error),
+            CopyError::Write(error) => {
+                let offset = target.offset_of(first).unwrap_or(BlockOffset(u64::MAX));
+                Error::io(format!("write block {:?} at offset {offset}", target.name()), error)
+            }
+        })?;
+    }
+    let (normal, zero) = (batch.normal().len(), batch.zero().len());
+    tracing::trace!(channel = id.0, normal, zero, block = %source.name(), "multifd_send");
+    let bytes = normal * source.page_size().bytes();
+    shared.counters[usize::from(id.0)].add_packet(normal, zero, bytes as u64);
+    Ok(())
+}

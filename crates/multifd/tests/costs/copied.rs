@@ -1,0 +1,31 @@
+//! RAM into a file and out of it, by the channels of a sender that connects to nobody.
+
+use std::{fs::File, sync::Arc};
+
+use multifd::{
+    SendOptions, Sender,
+    channel::Stop,
+    ram::{BlockIndex, BlockName, Memory, PageIndex, RamBlock, RamBlocks},
+};
+
+use crate::kit::{CHANNELS, PAGE_SIZE, PAGES};
+
+/// The block of the kit in a file, nothing of it present.
+pub(crate) fn in_file(file: &File) -> Arc<RamBlocks> {
+    let length = PAGES * PAGE_SIZE.bytes() as u64;
+    file.set_len(length).expect("sized");
+    let file = Arc::new(file.try_clone().expect("a descriptor"));
+    let memory = Memory::File { file, direct: None, offset: 0 };
+    let block = RamBlock::fresh(BlockName::new("ram").expect("a name"), length, PAGE_SIZE, memory);
+    Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one block"))
+}
+
+/// Copies all of one into the other.
+pub(crate) fn copy(source: &Arc<RamBlocks>, target: &Arc<RamBlocks>) {
+    let options = SendOptions::new().channels(CHANNELS);
+    let mut sender = Sender::new(options, source.clone(), Stop::new()).expect("a sender");
+    sender.set_up_into(target.clone()).expect("set up");
+    sender.queue_run(BlockIndex(0), PageIndex(0), PAGES).expect("queued");
+    sender.sync().expect("copied");
+    sender.finish().expect("whole");
+}
