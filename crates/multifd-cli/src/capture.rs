@@ -8,7 +8,7 @@ use std::{fs::File, sync::Arc};
 use multifd::{
     Error, Result,
     channel::Stop,
-    ram::{BlockName, DirectFile, Memory, RamBlock, RamBlocks},
+    ram::{BlockName, DirectFile, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
@@ -55,12 +55,7 @@ impl Capture {
         sized.map_err(|error| {
             Error::io(format!("extend the file to {:#x} bytes", layout.tail_offset()), error)
         })?;
-        let blocks = list.entries().iter().zip(layout.places()).map(|(entry, place)| {
-            let (file, direct) = (self.file.clone(), self.direct.clone());
-            let memory = Memory::File { file, direct, offset: place.pages_offset };
-            RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)
-        });
-        RamBlocks::new(blocks.collect::<Result<_>>()?)
+        layout.ram_blocks(&self.file, self.direct.as_ref())
     }
 
     /// Writes everything but the pages, makes it durable and gives the file its name. Returns the blocks whose memory
@@ -110,16 +105,9 @@ impl Capture {
                 laid = with_uuid;
             }
         }
-        let written = || -> Result<u64, qemu_stream::Error> {
-            laid.write_head(&self.file)?;
-            for (index, block) in blocks.iter().filter(|(index, _)| !ignored.contains(index)) {
-                let words: Vec<u64> = block.present().words().collect();
-                laid.write_bitmap(&self.file, BlockIndex(index.0), &words)?;
-            }
-            let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
-            laid.write_tail(&self.file, &tail)
-        };
-        written().map_err(|error| Error::other("write the file", error))
+        let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
+        let written = laid.write_around(&self.file, blocks, ignored, &tail);
+        written.map_err(|error| Error::other("write the file", error))
     }
 
     /// What can be said before RAM has come.

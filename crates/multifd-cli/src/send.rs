@@ -6,12 +6,12 @@ use multifd::{
     Error, SendOptions, Sender,
     channel::{Address, Connect, Stop, Stream},
     live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
-    ram::{Access, Mapping, Memory, NeverDirty, PageBitmap, RamBlock, RamBlocks},
+    ram::{Access, Mapping, Memory, NeverDirty, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
     format::SyncMode,
-    mapped_ram::{BlockPlace, MappedRamFile},
+    mapped_ram::MappedRamFile,
     outgoing::{MainStream, Options, Outgoing},
 };
 
@@ -94,28 +94,21 @@ fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
         direct_io.open(file.file())
     };
     let reads = over_main || direct.is_some() || args.compression.packs() || args.tls.encrypts();
-    let mut blocks = Vec::new();
-    for ((index, entry), place) in file.blocks().iter().zip(file.places()) {
-        let present = PageBitmap::new(place.pages());
-        present.merge(file.bitmap(index)?);
+    let blocks = file.ram_blocks(|entry, place| {
         if let Some(direct) = &direct {
             direct_io.check(direct, &entry.name, place.pages_offset);
         }
-        let memory = if reads {
-            Memory::File { file: shared.clone(), direct: direct.clone(), offset: place.pages_offset }
-        } else {
-            Memory::Mapped(map(file, place)?)
-        };
-        let (name, length) = (entry.name.clone(), entry.used_length);
-        let block = RamBlock::with_present(name, length, place.page_size, memory, present)?;
-        blocks.push(if place.is_ignored() { block.ignored() } else { block });
-    }
-    Ok(RamBlocks::new(blocks)?)
-}
-
-fn map(file: &MappedRamFile, place: &BlockPlace) -> Result<Mapping, While> {
-    Mapping::of_file(file.file(), place.pages_offset, place.used_length, Access::Read)
-        .map_err(|error| While::new("cannot map the file", error))
+        if reads {
+            return Ok(Memory::File {
+                file: shared.clone(),
+                direct: direct.clone(),
+                offset: place.pages_offset,
+            });
+        }
+        let mapped = Mapping::of_file(file.file(), place.pages_offset, place.used_length, Access::Read);
+        Ok(Memory::Mapped(mapped.map_err(|error| Error::io("map the file", error))?))
+    });
+    Ok(blocks.map_err(|error| args.file.unreadable(error))?)
 }
 
 fn send(

@@ -79,6 +79,7 @@
 //! ```
 
 mod connection;
+mod embedder;
 pub mod error;
 pub mod format;
 pub mod guide;

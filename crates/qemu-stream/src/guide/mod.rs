@@ -40,6 +40,8 @@
 //! 4. [arriving]: the destination, 40 lines.
 //! 5. [failing]: break it in each state, and look whether the guest is where it should be.
 //!
+//! A file in the place of the destination, and the way back, is in [snapshots].
+//!
 //! Then read `examples/microvm`: the same with a vCPU, a device and a control socket.
 //!
 //! | There | Is |
@@ -65,4 +67,5 @@ pub mod arriving;
 pub mod failing;
 pub mod leaving;
 pub mod memory;
+pub mod snapshots;
 pub mod writes;

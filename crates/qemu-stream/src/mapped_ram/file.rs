@@ -10,7 +10,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use multifd::ram::{BlockIndex, BlockName, PageSize};
+use multifd::ram::{BlockIndex, BlockName, Memory, PageBitmap, PageSize, RamBlock, RamBlocks};
 
 use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
 use crate::{
@@ -138,6 +138,30 @@ impl MappedRamFile {
             *last &= (1 << behind) - 1;
         }
         Ok(words)
+    }
+}
+
+impl MappedRamFile {
+    /// The blocks in the file with the pages that are present, to be sent or copied; `memory` says how a block at its
+    /// place is reached. Blocks that were left out are [ignored](RamBlock::ignored).
+    ///
+    /// # Errors
+    /// If the bitmaps cannot be read, or what `memory` says.
+    pub fn ram_blocks(
+        &self,
+        mut memory: impl FnMut(&BlockEntry, &BlockPlace) -> multifd::Result<Memory>,
+    ) -> multifd::Result<RamBlocks> {
+        let mut blocks = Vec::new();
+        for ((index, entry), place) in self.blocks.iter().zip(&self.places) {
+            let present = PageBitmap::new(place.pages());
+            let bits = self.bitmap(index);
+            present.merge(bits.map_err(|error| multifd::Error::other("read a bitmap", error))?);
+            let (name, length) = (entry.name.clone(), entry.used_length);
+            let block =
+                RamBlock::with_present(name, length, place.page_size, memory(entry, place)?, present)?;
+            blocks.push(if place.is_ignored() { block.ignored() } else { block });
+        }
+        RamBlocks::new(blocks)
     }
 }
 

@@ -4,9 +4,9 @@
 //! only once its tail is there, so the order is: head, pages, bitmaps, tail. Nothing here syncs the
 //! file; who writes it decides when it must be durable.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use multifd::ram::BlockIndex;
+use multifd::ram::{BlockIndex, DirectFile, Memory, RamBlock, RamBlocks};
 
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
@@ -154,6 +154,44 @@ impl Layout {
     /// Where the tail begins: behind all pages, so the length to reserve or map.
     pub fn tail_offset(&self) -> u64 {
         self.tail
+    }
+
+    /// The blocks in the file, each at its place, nothing of them present yet. Channels go past the page cache by way of
+    /// `direct`, if there is one.
+    ///
+    /// # Errors
+    /// None that a layout's list could cause.
+    pub fn ram_blocks(
+        &self,
+        file: &Arc<File>,
+        direct: Option<&Arc<DirectFile>>,
+    ) -> multifd::Result<RamBlocks> {
+        let blocks = self.blocks.entries().iter().zip(&self.places).map(|(entry, place)| {
+            let (file, direct) = (file.clone(), direct.cloned());
+            let memory = Memory::File { file, direct, offset: place.pages_offset };
+            RamBlock::fresh(entry.name.clone(), entry.used_length, place.page_size, memory)
+        });
+        RamBlocks::new(blocks.collect::<multifd::Result<_>>()?)
+    }
+
+    /// Writes everything but the pages: head, the bitmaps of `blocks`, which are those of [`ram_blocks`](Self::ram_blocks),
+    /// without the `ignored` ones, and the tail. Returns the length of the file.
+    ///
+    /// # Errors
+    /// If the system cannot write, or as [`write_tail`](Self::write_tail).
+    pub fn write_around(
+        &self,
+        file: &File,
+        blocks: &RamBlocks,
+        ignored: &[BlockIndex],
+        tail: &Tail<'_>,
+    ) -> Result<u64, Error> {
+        self.write_head(file)?;
+        for (index, block) in blocks.iter().filter(|(index, _)| !ignored.contains(index)) {
+            let words: Vec<u64> = block.present().words().collect();
+            self.write_bitmap(file, index, &words)?;
+        }
+        self.write_tail(file, tail)
     }
 
     /// Writes everything before the tail but bitmaps and pages.

@@ -13,7 +13,8 @@
 //!
 //! QEMU 9.0 and later write and read such files with `file:PATH[,offset=N]`. [`Layout`] says where
 //! everything goes and writes all but the pages; [`MappedRamFile`] reads it back, ours or QEMU's.
-//! Pages themselves are moved by whoever owns the RAM, at their places in the file.
+//! Pages themselves are moved by whoever owns the RAM, at their places in the file: a [`Capture`] has the engine's channels
+//! do that out of this process's memory, a [`Restore`] into it. The [manual](crate::guide::snapshots) shows both.
 //!
 //! ```
 //! use std::os::unix::fs::FileExt;
@@ -42,15 +43,19 @@
 //! # }
 //! ```
 
+mod capture;
 mod file;
 mod header;
 mod layout;
 mod note;
+mod restore;
 
 use multifd::ram::{PageIndex, PageSize};
 
+pub use capture::{Capture, CaptureOptions};
 pub use file::MappedRamFile;
 pub use layout::{Layout, Shape, Tail};
+pub use restore::Restore;
 
 /// What QEMU aligns the pages of a block to, so that they can be written unbuffered.
 pub const PAGES_ALIGNMENT: u64 = 1 << 20;

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use multifd::{
     Error, Result,
     live::{self, Main, Pass},
-    ram::{self, PageIndex, RamBlocks},
+    ram::{PageIndex, RamBlocks},
 };
 
 use super::Outgoing;
 use crate::{
     connection::Connection,
+    embedder::{devices_of, list_of},
     error::CallerMistake,
-    format::{BlockEntry, BlockIndex, BlockList, Device, DevicePart, SectionId, SectionName},
+    format::{BlockIndex, BlockList, DevicePart},
 };
 
 /// The main stream of a live migration.
@@ -51,26 +52,10 @@ impl<C: Connection> MainStream<C> {
     }
 
     fn list(&self, blocks: &RamBlocks) -> Result<BlockList, CallerMistake> {
-        if let Some((list, _)) = &self.captured {
-            return Ok(list.clone());
+        match &self.captured {
+            Some((list, _)) => Ok(list.clone()),
+            None => list_of(blocks),
         }
-        let entry = |block: &ram::RamBlock| BlockEntry::new(block.name().clone(), block.used_length());
-        BlockList::new(blocks.iter().map(|(_, block)| entry(block)).collect(), blocks.page_size())
-    }
-
-    fn devices_of(&self, devices: Vec<live::DeviceSection>) -> Result<DevicePart, CallerMistake> {
-        let device = |device: live::DeviceSection| {
-            let name = SectionName::new(&device.name).ok_or_else(|| CallerMistake::Value {
-                what: "name of a device",
-                why: format!("{:?} has not 1 to 255 bytes without NUL", device.name),
-            })?;
-            Ok(Device { name, instance: device.instance_id, version: device.version, state: device.data })
-        };
-        let devices: Vec<Device> = devices.into_iter().map(device).collect::<Result<_, CallerMistake>>()?;
-        let page_size = self.outgoing.options().page_size().bytes();
-        let page_size = u32::try_from(page_size).unwrap_or(u32::MAX);
-        let first = SectionId(self.outgoing.options().section.0.wrapping_add(1));
-        DevicePart::build(&devices, page_size, first)
     }
 }
 
@@ -115,7 +100,10 @@ impl<C: Connection> Main for MainStream<C> {
     fn devices(&mut self, devices: Vec<live::DeviceSection>) -> Result<()> {
         let part = match &self.captured {
             Some((_, captured)) => captured.clone(),
-            None => self.devices_of(devices).map_err(failed)?,
+            None => {
+                let options = self.outgoing.options();
+                devices_of(devices, options.page_size().bytes(), options.section).map_err(failed)?
+            }
         };
         self.outgoing.devices(&part).map_err(failed)
     }

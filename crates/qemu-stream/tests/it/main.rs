@@ -10,3 +10,5 @@ mod loopback;
 mod odd;
 #[cfg(test)]
 mod return_path;
+#[cfg(test)]
+mod snapshots;

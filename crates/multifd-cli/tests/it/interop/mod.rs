@@ -10,6 +10,7 @@ mod odd;
 mod parameters;
 mod peers;
 mod refused;
+mod snapshots;
 mod tls;
 mod transports;
 mod zero_copy;

@@ -1,0 +1,286 @@
+//! A machine on its way from this process's memory into a mapped-ram file.
+//!
+//! ```text
+//! Migration ── passes ──▶ Sender::set_up_into(Capture::blocks) ── N channels ──▶ pages at their places
+//!     └─ Main ──▶ Capture ── devices kept ── complete: head, bitmaps, tail [, fsync]
+//! ```
+//!
+//! Pages are in the file while the guest runs, and none of it counts before [`complete`](Main::complete): a file that was
+//! broken off has no head, and nobody loads it.
+
+use std::{fs::File, io, sync::Arc};
+
+use multifd::{
+    Error, Result,
+    live::{DeviceSection, Main, Pass},
+    ram::{BlockIndex, DirectFile, PageIndex, RamBlock, RamBlocks},
+};
+
+use super::{Layout, MappedRamFile, Shape, Tail};
+use crate::{
+    embedder::{devices_of, list_of},
+    error::CallerMistake,
+    format::{BlockList, Configuration, DevicePart, SectionId, SyncMode},
+};
+
+/// How a file is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct CaptureOptions {
+    offset: u64,
+    direct_io: Option<bool>,
+    durable: bool,
+}
+
+impl CaptureOptions {
+    /// The default options: a file of its own, through the page cache, as durable as the system makes it by and by.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Where the machine begins in the file, in bytes. Default 0. What stands before it is left alone, what stands
+    /// behind it is lost at once.
+    pub fn offset(mut self, bytes: u64) -> Self {
+        self.offset = bytes;
+        self
+    }
+
+    /// `direct-io`: whether channels write past the page cache, straight from guest memory. By default a
+    /// [durable](Self::durable) capture does, since what is to be on the disk at the end gets there sooner and for a
+    /// tenth of the CPU time, and another does not, since writing into the cache alone is faster. A file system that cannot
+    /// is told of in the log, and the cache used.
+    pub fn direct_io(mut self, on: bool) -> Self {
+        self.direct_io = Some(on);
+        self
+    }
+
+    /// Whether the file is on the disk (`fsync`) when the capture is complete; the guest stands meanwhile. Default off,
+    /// as QEMU has it. The entry in its folder is the caller's to sync.
+    pub fn durable(mut self, on: bool) -> Self {
+        self.durable = on;
+        self
+    }
+}
+
+/// A mapped-ram file that is being written: the [`Main`] of a migration into a file.
+///
+/// The [`Sender`](multifd::Sender) of the migration is set up into its [`blocks`](Capture::blocks). Without one, pages come
+/// through here, one by one. When [`Migration::run`](multifd::live::Migration::run) has returned `Ok`, the file is whole
+/// and the guest stands: it may run on here, since nobody else runs it.
+#[derive(Debug)]
+pub struct Capture {
+    file: Arc<File>,
+    blocks: Arc<RamBlocks>,
+    machine: Machine,
+    /// For each of the migration's blocks its place among ours.
+    order: Vec<BlockIndex>,
+    offset: u64,
+    durable: bool,
+    bytes: u64,
+}
+
+/// What the file says beside RAM.
+#[derive(Debug)]
+struct Machine {
+    configuration: Option<Configuration>,
+    list: BlockList,
+    section: SectionId,
+    ignored: Vec<BlockIndex>,
+    sync_mode: Option<SyncMode>,
+    switchover_start: bool,
+    footers: bool,
+    /// A captured machine's, or the guest's from its stop on.
+    devices: Option<DevicePart>,
+    replayed: bool,
+}
+
+impl Capture {
+    /// The capture of a running machine with these blocks, whose devices come from its guest. `file` is open for
+    /// writing; what is in it from the offset on is lost.
+    ///
+    /// # Errors
+    /// If the configuration is too old for such files or does not fit the blocks, or the file cannot be extended.
+    pub fn of_guest(
+        file: File,
+        configuration: Configuration,
+        blocks: &RamBlocks,
+        options: &CaptureOptions,
+    ) -> Result<Self> {
+        if !configuration.machine.has_footers() {
+            let machine = configuration.machine;
+            let error = CallerMistake::Machine { machine, why: "has no configuration to say mapped-ram in" };
+            return Err(Error::other("lay the file out", error));
+        }
+        let list = list_of(blocks).map_err(|error| Error::other("list the blocks", error))?;
+        let ignored = blocks.iter().filter(|(_, block)| block.is_ignored()).map(|(index, _)| index).collect();
+        let machine = Machine {
+            list,
+            section: SectionId(1),
+            ignored,
+            sync_mode: None,
+            switchover_start: configuration.machine.has_switchover_start(),
+            footers: true,
+            configuration: Some(configuration),
+            devices: None,
+            replayed: false,
+        };
+        Self::begin_at(file, machine, options)
+    }
+
+    /// The capture of a machine that came out of another file and was [restored](super::Restore), RAM that has changed
+    /// since included: block list and devices are replayed as they came. What its guest gives at its stop is dropped.
+    ///
+    /// # Errors
+    /// As [`of_guest`](Self::of_guest).
+    pub fn of_machine(file: File, machine: &MappedRamFile, options: &CaptureOptions) -> Result<Self> {
+        let ignored =
+            |(index, _)| machine.place(index).is_some_and(super::BlockPlace::is_ignored).then_some(index);
+        let machine = Machine {
+            configuration: machine.configuration().cloned(),
+            list: machine.blocks().clone(),
+            section: machine.section(),
+            ignored: machine.blocks().iter().filter_map(ignored).collect(),
+            sync_mode: machine.sync_mode(),
+            switchover_start: machine.switchover_start(),
+            footers: machine.devices().has_footers(),
+            devices: Some(machine.devices().clone()),
+            replayed: true,
+        };
+        Self::begin_at(file, machine, options)
+    }
+
+    fn begin_at(file: File, machine: Machine, options: &CaptureOptions) -> Result<Self> {
+        let &CaptureOptions { offset, direct_io, durable } = options;
+        let layout = machine.layout(offset)?;
+        // First of all: an older machine in the file must not be taken for whole.
+        let (end, sized) = (layout.tail_offset(), file.set_len(offset));
+        sized
+            .and_then(|()| file.set_len(end))
+            .map_err(|error| Error::io(format!("extend the file to {end:#x} bytes"), error))?;
+        let direct = if direct_io.unwrap_or(durable) { direct(&file) } else { None };
+        let file = Arc::new(file);
+        let blocks = Arc::new(layout.ram_blocks(&file, direct.as_ref())?);
+        let order = blocks.iter().map(|(index, _)| index).collect();
+        Ok(Self { file, blocks, machine, order, offset, durable, bytes: 0 })
+    }
+
+    /// The blocks in the file: what a [`Sender`](multifd::Sender) is [set up into](multifd::Sender::set_up_into).
+    pub fn blocks(&self) -> &Arc<RamBlocks> {
+        &self.blocks
+    }
+
+    /// The file, to give it its name for example.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn block(&self, block: BlockIndex) -> Result<&RamBlock> {
+        self.blocks.block(self.order.get(block.0).copied().unwrap_or(block))
+    }
+
+    fn write(&self) -> Result<u64> {
+        let layout = self.machine.layout(self.offset)?;
+        let Some(devices) = &self.machine.devices else {
+            return Err(Error::other("complete the file", "the guest has not been stopped"));
+        };
+        let tail = Tail { switchover_start: self.machine.switchover_start, devices };
+        let written = layout.write_around(&self.file, &self.blocks, &self.machine.ignored, &tail);
+        let end = written.map_err(|error| Error::other("complete the file", error))?;
+        if self.durable {
+            self.file.sync_all().map_err(|error| Error::io("bring the file to the disk", error))?;
+        }
+        Ok(end)
+    }
+}
+
+impl Machine {
+    fn layout(&self, offset: u64) -> Result<Layout> {
+        let shape = Shape {
+            configuration: self.configuration.as_ref(),
+            section: self.section,
+            offset,
+            footers: self.footers,
+            ignored: &self.ignored,
+            sync_mode: self.sync_mode,
+        };
+        Layout::of(&shape, &self.list).map_err(|error| Error::other("lay the file out", error))
+    }
+}
+
+impl Main for Capture {
+    fn begin(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
+        let find = |block: &RamBlock| self.blocks.find(block.name().as_bytes());
+        let order: Option<Vec<_>> = blocks.iter().map(|(_, block)| find(block)).collect();
+        self.order =
+            order.ok_or_else(|| Error::other("find the blocks", "the file was laid out for others"))?;
+        Ok(())
+    }
+
+    fn begin_pass(&mut self, _: Pass) -> Result<()> {
+        Ok(())
+    }
+
+    fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
+        self.block(block)?.clear(page);
+        Ok(())
+    }
+
+    fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
+        let block = self.block(block)?;
+        block.store(page, bytes).map_err(|error| {
+            let offset = block.offset_of(page).map_or(u64::MAX, |offset| offset.0);
+            Error::io(format!("write block {:?} at offset {offset:#x}", block.name()), error)
+        })?;
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn end_pass(&mut self, _: Pass) -> Result<()> {
+        Ok(())
+    }
+
+    fn switchover(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn devices(&mut self, devices: Vec<DeviceSection>) -> Result<()> {
+        if !self.machine.replayed {
+            let page_size = self.blocks.page_size().bytes();
+            let part = devices_of(devices, page_size, self.machine.section);
+            self.machine.devices = Some(part.map_err(|error| Error::other("list the devices", error))?);
+        }
+        Ok(())
+    }
+
+    /// Writes everything but the pages, and brings the file to the disk if that was asked for. If it fails, the file
+    /// holds no machine any more: the guest runs on.
+    fn complete(&mut self) -> Result<()> {
+        match self.write() {
+            Ok(end) => {
+                self.bytes += end.saturating_sub(self.offset + self.blocks.total());
+                Ok(())
+            }
+            Err(error) => {
+                if let Err(error) = self.file.set_len(self.offset) {
+                    tracing::warn!(%error, "what is left of the file could not be cut");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Bytes beside the channels' pages: head, bitmaps and devices, at the end, with the gaps between.
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+/// The way past the page cache, if there is one.
+pub(super) fn direct(file: &File) -> Option<Arc<DirectFile>> {
+    let told = |error: io::Error| tracing::warn!(%error, "direct-io: pages go through the page cache");
+    DirectFile::of(file).map_err(told).ok().map(Arc::new)
+}

@@ -1,0 +1,120 @@
+//! A machine out of a mapped-ram file, into this process's memory.
+//!
+//! ```text
+//! MappedRamFile ── pages that are present ── N channels ──▶ guest memory
+//!       └── devices ──▶ whoever builds the machine
+//! ```
+//!
+//! The file is the one that [`MappedRamFile::open`] has checked; pages go straight from it to where they belong. What can
+//! go wrong is a file that is changed meanwhile, and a disk that cannot be read: the memory then holds nothing whole.
+
+use std::sync::Arc;
+
+use multifd::{
+    ChannelStats, Error, Result, SendOptions, Sender,
+    channel::Stop,
+    ram::{BlockIndex, Memory, PageIndex, RamBlocks},
+};
+
+use super::{MappedRamFile, capture::direct};
+
+/// How a machine is loaded out of its file.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Restore<'a> {
+    machine: &'a MappedRamFile,
+    channels: u8,
+    direct_io: bool,
+}
+
+impl<'a> Restore<'a> {
+    /// The restore of this machine by two channels, through the page cache.
+    pub fn new(machine: &'a MappedRamFile) -> Self {
+        Self { machine, channels: 2, direct_io: false }
+    }
+
+    /// `multifd-channels`: how many threads read, 1 to 255. Default 2. More than there are cores seldom help.
+    pub fn channels(mut self, channels: u8) -> Self {
+        self.channels = channels;
+        self
+    }
+
+    /// `direct-io`: reads past the page cache, straight into guest memory. Default off. It spares the cache, and costs
+    /// where the file is there already. Where it cannot be, the log says so and the cache is used.
+    pub fn direct_io(mut self, on: bool) -> Self {
+        self.direct_io = on;
+        self
+    }
+
+    /// Loads all RAM into `blocks`, mapped blocks of the file's [names and lengths](MappedRamFile::blocks), in any order,
+    /// and says what each channel has moved. The devices are [the file's](MappedRamFile::devices). `stop` is spent then.
+    ///
+    /// Memory that is all zero makes [fresh](multifd::ram::RamBlock::fresh) blocks, in which pages that the file does not
+    /// have are left untouched; in others they are made zero. Blocks that were left out of the file are left alone. Nobody may
+    /// change the file meanwhile.
+    ///
+    /// # Errors
+    /// If the blocks do not fit, the file cannot be read or ends too early, or `stop` has cancelled it. What the memory
+    /// holds then is no machine.
+    pub fn run(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
+        let loaded = self.load(blocks, stop);
+        loaded.map_err(|error| stop.fail(error))
+    }
+
+    fn load(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
+        let file = self.machine.file().try_clone();
+        let file = Arc::new(file.map_err(|error| Error::io("open the file once more", error))?);
+        let direct = if self.direct_io { direct(&file) } else { None };
+        let source = Arc::new(self.machine.ram_blocks(|_, place| {
+            Ok(Memory::File { file: file.clone(), direct: direct.clone(), offset: place.pages_offset })
+        })?);
+        let options = SendOptions::new().channels(self.channels);
+        let mut sender = Sender::new(options, source.clone(), stop.clone())?;
+        sender.set_up_into(blocks.clone())?;
+        for (index, block) in source.iter().filter(|(_, block)| !block.is_ignored()) {
+            let target = blocks.find(block.name().as_bytes()).and_then(|at| blocks.get(at));
+            let present =
+                block.present().words().zip(target.iter().flat_map(|target| target.present().words()));
+            for (word, (of_file, of_memory)) in (0..).zip(present) {
+                queue(&mut sender, index, word * u64::from(u64::BITS), of_file, of_memory)?;
+            }
+        }
+        sender.sync()?;
+        sender.finish()
+    }
+}
+
+/// Queues the pages of a word from `first` on: those of the file, and those that memory may have and the file has not.
+fn queue(sender: &mut Sender, block: BlockIndex, first: u64, of_file: u64, of_memory: u64) -> Result<()> {
+    for (page, count) in runs(of_file) {
+        sender.queue_run(block, PageIndex(first + page), count)?;
+    }
+    for (page, count) in runs(of_memory & !of_file) {
+        sender.queue_zero_run(block, PageIndex(first + page), count)?;
+    }
+    Ok(())
+}
+
+/// The runs of set bits in a word: the first, and how many.
+fn runs(mut word: u64) -> impl Iterator<Item = (u64, u64)> {
+    std::iter::from_fn(move || {
+        let first = (word != 0).then(|| word.trailing_zeros())?;
+        let count = (word >> first).trailing_ones();
+        word &= u64::MAX.checked_shl(first + count).unwrap_or(0);
+        Some((first.into(), count.into()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_the_set_bits_in_the_fewest_pieces() {
+        let of = |word| runs(word).collect::<Vec<_>>();
+        assert_eq!(of(0), []);
+        assert_eq!(of(u64::MAX), [(0, 64)]);
+        assert_eq!(of(0b1101), [(0, 1), (2, 2)]);
+        assert_eq!(of(1 << 63 | 1), [(0, 1), (63, 1)]);
+    }
+}
