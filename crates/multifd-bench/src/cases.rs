@@ -24,6 +24,14 @@ pub(crate) enum Who {
     QemuFile,
     /// The same, with the file on the disk at the end.
     QemuFileSynced,
+    /// The same, past the page cache.
+    QemuFileDirect,
+    /// The engine's memory into a file, or out of it.
+    EngineFile,
+    /// The same, with the file on the disk at the end; past the page cache, as is the default then.
+    EngineFileSynced,
+    /// The same, through the page cache.
+    EngineFileCached,
     /// QEMU into `multifd receive`, or `multifd send` into QEMU.
     OurFile,
     /// `multifd demo`, whose guest writes so many MB a second.
@@ -44,6 +52,10 @@ impl Who {
             Self::Copy => "one copy in memory".into(),
             Self::QemuFile => "QEMU, file:".into(),
             Self::QemuFileSynced => "QEMU, file: and fsync".into(),
+            Self::QemuFileDirect => "QEMU, file: by direct-io and fsync".into(),
+            Self::EngineFile => "us, file:".into(),
+            Self::EngineFileSynced => "us, file: and fsync".into(),
+            Self::EngineFileCached => "us, file: through the cache and fsync".into(),
             Self::OurFile => "QEMU and multifd".into(),
             Self::Demo(rate) => format!("demo, {rate} MB/s written"),
         }
@@ -98,9 +110,10 @@ pub(crate) fn all(ram: u64, cold: bool) -> Vec<Case> {
         cases.push(case(name, "a quarter of each page is noise; level 1", setting, BOTH));
     }
     cases.push(case("tls", "every page is noise", Setting { tls: true, ..plain }, BOTH));
-    for (name, place) in [("capture", Place::Disk), ("capture-memory", Place::Memory)] {
+    let captures = [("capture", Place::Disk, CAPTURE), ("capture-memory", Place::Memory, CAPTURE_MEMORY)];
+    for (name, place, peers) in captures {
         let way = Way::Capture(place);
-        cases.push(Case { way, ..case(name, "a guest into a mapped-ram file", plain, CAPTURE) });
+        cases.push(Case { way, ..case(name, "a guest into a mapped-ram file", plain, peers) });
     }
     for (name, place) in [("restore", Place::Disk), ("restore-memory", Place::Memory)] {
         let way = Way::Restore(place);
@@ -120,8 +133,17 @@ const CHANNEL_PEERS: &[Who] =
 const LIMITS: &[Who] = &[Who::Qemu, Who::Engine, Who::Raw, Who::Lent, Who::Copy];
 const SPARSE: &[Who] = &[Who::Qemu, Who::Engine, Who::Raw];
 const BOTH: &[Who] = &[Who::Qemu, Who::Engine];
-const CAPTURE: &[Who] = &[Who::QemuFile, Who::QemuFileSynced, Who::OurFile];
-const RESTORE: &[Who] = &[Who::QemuFile, Who::OurFile];
+const CAPTURE: &[Who] = &[
+    Who::QemuFile,
+    Who::EngineFile,
+    Who::QemuFileSynced,
+    Who::EngineFileSynced,
+    Who::QemuFileDirect,
+    Who::EngineFileCached,
+    Who::OurFile,
+];
+const CAPTURE_MEMORY: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile];
+const RESTORE: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile];
 const DEMO: &[Who] = &[Who::Demo(50), Who::Demo(200), Who::Demo(800)];
 
 /// What is compared.
@@ -151,10 +173,10 @@ pub(crate) const TARGETS: &[Target] = &[
     speed("zstd", Who::Engine, Who::Qemu, 1.5),
     speed("zlib", Who::Engine, Who::Qemu, 2.5),
     speed("tls", Who::Engine, Who::Qemu, 2.0),
-    speed("capture", Who::OurFile, Who::QemuFileSynced, 1.2),
-    speed("capture-memory", Who::OurFile, Who::QemuFile, 1.2),
-    speed("restore", Who::OurFile, Who::QemuFile, 1.2),
-    speed("restore-memory", Who::OurFile, Who::QemuFile, 1.2),
+    speed("capture", Who::EngineFileSynced, Who::QemuFileSynced, 1.2),
+    speed("capture-memory", Who::EngineFile, Who::QemuFile, 1.2),
+    speed("restore", Who::EngineFile, Who::QemuFile, 1.2),
+    speed("restore-memory", Who::EngineFile, Who::QemuFile, 1.2),
     speed("none-4", Who::QemuToEngine, Who::Qemu, 1.2),
     speed("none-4", Who::EngineToQemu, Who::Qemu, 1.2),
     Target { quantity: Quantity::Cpu, ..speed("none-4", Who::Engine, Who::Qemu, 0.35) },

@@ -11,13 +11,14 @@ use multifd_testkit::{certificates::write_both, qemu::Qemu};
 use crate::{
     Result,
     cases::{self, Case, Place, Way, Who},
+    engine::IntoFile,
     measure::Samples,
     peer::{
         Peer, Setting,
         copy::Copy,
         demo::Demo,
         engine::{EngineDestination, EngineSource},
-        file::{OurCapture, OurRestore, QemuCapture, QemuRestore},
+        file::{EngineCapture, EngineRestore, OurCapture, OurRestore, QemuCapture, QemuRestore},
         iperf::Iperf,
         pair::{Make, Pair, Source},
         qemu::{QemuDestination, QemuSource},
@@ -206,14 +207,20 @@ impl Means<'_> {
             }
             (Who::Copy, _) => Box::new(Copy::new(&setting)?),
             (Who::Iperf, _) => Box::new(Iperf::start(setting.channels, setting.ram)?),
-            (Who::QemuFile | Who::QemuFileSynced, Way::Capture(_)) => {
-                let sync = who == Who::QemuFileSynced;
-                Box::new(QemuCapture::new(&self.qemu()?, &setting, folder, sync))
+            (Who::QemuFile | Who::QemuFileSynced | Who::QemuFileDirect, Way::Capture(_)) => {
+                Box::new(QemuCapture::new(&self.qemu()?, &setting, folder, into_file(who)))
+            }
+            (Who::EngineFile | Who::EngineFileSynced | Who::EngineFileCached, Way::Capture(_)) => {
+                Box::new(EngineCapture::new(program, &setting, folder, into_file(who))?)
+            }
+            (Who::EngineFile | Who::EngineFileSynced | Who::EngineFileCached, _) => {
+                let path = captured(&self.qemu()?, &setting, folder)?;
+                Box::new(EngineRestore { program: program.to_owned(), setting, path })
             }
             (Who::OurFile, Way::Capture(_)) => {
                 Box::new(OurCapture::new(&self.qemu()?, &setting, folder, self.program()?))
             }
-            (Who::QemuFile | Who::QemuFileSynced, _) => {
+            (Who::QemuFile | Who::QemuFileSynced | Who::QemuFileDirect, _) => {
                 let qemu = self.qemu()?;
                 let path = captured(&qemu, &setting, folder)?;
                 Box::new(QemuRestore { qemu, setting, path })
@@ -237,6 +244,13 @@ impl Means<'_> {
             Err(format!("no program {}", program.display()).into())
         }
     }
+}
+
+/// How this peer writes a file.
+fn into_file(who: Who) -> IntoFile {
+    let direct_io = matches!(who, Who::QemuFileDirect | Who::EngineFileSynced);
+    let synced = direct_io || matches!(who, Who::QemuFileSynced | Who::EngineFileCached);
+    IntoFile { direct_io, synced }
 }
 
 /// The machine of this setting in a mapped-ram file, written by QEMU.

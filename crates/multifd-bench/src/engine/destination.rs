@@ -17,7 +17,7 @@ use multifd::{
 };
 use qemu_stream::incoming::{Incoming, Loader, Outcome};
 
-use super::{Loaded, RAM, beyond::peak_beyond, raw};
+use super::{Loaded, RAM, beyond::peak_beyond, file, raw};
 use crate::{
     Result,
     contents::{Contents, PAGE},
@@ -34,6 +34,12 @@ pub(crate) struct DestinationArgs {
     /// By sockets alone, over so many
     #[arg(long)]
     raw: Option<u8>,
+    /// Out of this mapped-ram file, when it is told to
+    #[arg(long)]
+    file: Option<PathBuf>,
+    /// By so many channels, out of a file
+    #[arg(long, default_value_t = 4)]
+    channels: u8,
     /// Bytes of RAM that come by sockets alone
     #[arg(long, default_value_t = 1 << 30)]
     ram: u64,
@@ -44,8 +50,15 @@ pub(crate) struct DestinationArgs {
 
 /// Says where it listens, then what it got; then, when it is asked to, looks whether that is what was expected.
 pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
-    let listener = Listener::bind(&args.listen)?;
     let mut out = io::stdout().lock();
+    if let Some(path) = &args.file {
+        writeln!(out, "ready")?;
+        io::stdin().lock().read_line(&mut String::new())?;
+        let blocks = file::restore(path, args.channels)?;
+        writeln!(out, "loaded")?;
+        return tell(&blocks, args, &mut out);
+    }
+    let listener = Listener::bind(&args.listen)?;
     writeln!(out, "{}", listener.local_address())?;
     // The time runs until this line, so nothing else is done before.
     let blocks = match args.raw {
@@ -57,7 +70,12 @@ pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
         }
         None => take_in(listener, args, || Ok(writeln!(out, "loaded")?))?,
     };
-    writeln!(out, "{}", serde_json::to_string(&Loaded { beyond: peak_beyond(&blocks)? })?)?;
+    tell(&blocks, args, &mut out)
+}
+
+/// What it took and, when it is asked, whether it is right.
+fn tell(blocks: &RamBlocks, args: &DestinationArgs, out: &mut impl Write) -> Result<()> {
+    writeln!(out, "{}", serde_json::to_string(&Loaded { beyond: peak_beyond(blocks)? })?)?;
 
     let mut line = String::new();
     if io::stdin().lock().read_line(&mut line)? > 0 {
@@ -65,7 +83,7 @@ pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
             out,
             "{}",
             args.contents
-                .map_or(Ok(None), |contents| wrong(&blocks, contents))?
+                .map_or(Ok(None), |contents| wrong(blocks, contents))?
                 .map_or_else(|| "right".into(), |page| format!("page {page} is wrong"))
         )?;
     }
@@ -106,7 +124,7 @@ fn take_in(
     Ok(blocks.ok_or("no RAM came")?)
 }
 
-fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {
+pub(super) fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {
     let index = blocks.find(RAM.as_bytes()).ok_or("no block of RAM")?;
     let block = blocks.block(index)?;
     let mut page = [0; PAGE];

@@ -4,12 +4,14 @@
 //! orchestrator ── a line a migration ──▶ source ══ channels, main ══▶ destination ── a line when loaded ──▶ orchestrator
 //! ```
 //!
-//! With `raw`, the same two processes move the same memory by sockets alone.
+//! With `raw`, the same two processes move the same memory by sockets alone. A source may capture into a file, too, and a
+//! destination restore out of one; then there is no other side.
 //!
 //! A source keeps its RAM and migrates as often as it is told; a destination has fresh memory and ends after one.
 
 mod beyond;
 mod destination;
+mod file;
 mod lend;
 mod raw;
 mod source;
@@ -17,6 +19,7 @@ mod source;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use destination::{DestinationArgs, destination};
+pub(crate) use file::check_file;
 pub(crate) use source::{SourceArgs, source};
 
 /// What a source is told to do.
@@ -28,6 +31,17 @@ pub(crate) struct Go {
     pub(crate) method: String,
     /// The folder with certificates, for TLS.
     pub(crate) tls: Option<String>,
+    /// Into the file `address` instead.
+    pub(crate) file: Option<IntoFile>,
+}
+
+/// How a file is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct IntoFile {
+    /// Past the page cache.
+    pub(crate) direct_io: bool,
+    /// On the disk at the end.
+    pub(crate) synced: bool,
 }
 
 /// What a source says when the destination has everything.

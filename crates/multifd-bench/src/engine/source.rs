@@ -24,7 +24,7 @@ use qemu_stream::{
     outgoing::{MainStream, Options, Outgoing},
 };
 
-use super::{Go, RAM, Sent, beyond::peak_beyond, raw};
+use super::{Go, RAM, Sent, beyond::peak_beyond, file, raw};
 use crate::{
     Result,
     contents::{Contents, PAGE},
@@ -63,8 +63,10 @@ pub(crate) fn source(args: &SourceArgs) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "ready")?;
     for line in io::stdin().lock().lines() {
-        let go = serde_json::from_str(&line?)?;
-        let sent = if args.raw || args.lent {
+        let go: Go = serde_json::from_str(&line?)?;
+        let sent = if let Go { address, channels, file: Some(into), .. } = &go {
+            file::capture(address, *into, *channels, &blocks)?
+        } else if args.raw || args.lent {
             let transferred = raw::send(&go, &blocks, args.contents, args.lent)?;
             Sent { transferred, beyond: peak_beyond(&blocks)? }
         } else {
@@ -151,7 +153,7 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
 }
 
 /// A guest that does not run.
-struct Stopped;
+pub(super) struct Stopped;
 
 impl Guest for Stopped {
     fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {

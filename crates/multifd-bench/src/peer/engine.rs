@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Result,
     contents::Contents,
-    engine::{Go, Loaded, Sent},
+    engine::{Go, IntoFile, Loaded, Sent},
 };
 
 /// `program` as a source or a destination.
@@ -27,9 +27,15 @@ fn name(contents: Contents) -> Result<String> {
 pub(crate) struct EngineSource<'a> {
     talker: Talker,
     tls: Option<&'a Path>,
+    file: Option<IntoFile>,
 }
 
 impl<'a> EngineSource<'a> {
+    /// The same, but the address is that of a file.
+    pub(crate) fn into_file(self, into: IntoFile) -> Self {
+        Self { file: Some(into), ..self }
+    }
+
     /// One whose RAM is filled as `setting` says, or that is the machine in a file.
     pub(crate) fn start(
         program: &Path,
@@ -61,7 +67,7 @@ impl<'a> EngineSource<'a> {
         };
         let mut talker = Talker::start(&mut command)?;
         talker.hear()?;
-        Ok(Self { talker, tls })
+        Ok(Self { talker, tls, file: None })
     }
 }
 
@@ -74,8 +80,13 @@ impl Source for EngineSource<'_> {
 
     fn go(&mut self, setting: &Setting, address: &str) -> Result<()> {
         let tls = self.tls.filter(|_| setting.tls).map(|path| path.display().to_string());
-        let go =
-            Go { address: address.into(), channels: setting.channels, method: setting.method.into(), tls };
+        let go = Go {
+            address: address.into(),
+            channels: setting.channels,
+            method: setting.method.into(),
+            tls,
+            file: self.file,
+        };
         self.talker.say(&serde_json::to_string(&go)?)
     }
 
@@ -110,6 +121,18 @@ impl EngineDestination {
         command.arg(format!("--contents={}", name(setting.contents)?));
         command.arg(format!("--raw={}", setting.channels)).arg(format!("--ram={}", setting.ram));
         Self::start_as(command)
+    }
+
+    /// One that loads the machine in a file when it is told to [go](Self::go).
+    pub(crate) fn start_of_file(program: &Path, setting: &Setting, path: &Path) -> Result<Self> {
+        let mut command = role(program, "destination");
+        command.arg(format!("--contents={}", name(setting.contents)?));
+        command.arg(format!("--channels={}", setting.channels)).arg("--file").arg(path);
+        Self::start_as(command)
+    }
+
+    pub(crate) fn go(&mut self) -> Result<()> {
+        self.talker.say("go")
     }
 
     fn start_as(mut command: Command) -> Result<Self> {

@@ -1,7 +1,7 @@
-//! A guest into a mapped-ram file, and out of it: QEMU by itself, or with `multifd` beside it.
+//! A guest into a mapped-ram file, and out of it: QEMU by itself, the engine by itself, or QEMU with `multifd` beside it.
 //!
-//! `multifd receive` ends when the file is on the disk; QEMU leaves that to whoever cares. So QEMU is measured alone, and
-//! with an `fsync` behind it.
+//! `multifd receive` ends when the file is on the disk; QEMU leaves that to whoever cares. So QEMU and the engine are measured
+//! with an `fsync` behind it and without. What the engine has written is loaded and looked at when the clock has stopped.
 
 use std::{
     fs::File,
@@ -15,25 +15,29 @@ use multifd_testkit::qemu::Qemu;
 use super::{
     Peer, Sample, Setting,
     child::Talker,
+    cpu,
+    engine::{EngineDestination, EngineSource},
     pair::{Destination, Source},
     qemu::{QemuDestination, QemuSource, check, completed, machine, prepare},
     warm::warm,
 };
-use crate::Result;
+use crate::{
+    Result,
+    engine::{IntoFile, check_file},
+};
 
 /// `migrate file:` with mapped-ram and multifd.
 pub(crate) struct QemuCapture {
     source: QemuSource<'static>,
     setting: Setting,
     path: PathBuf,
-    sync: bool,
+    into: IntoFile,
 }
 
 impl QemuCapture {
-    pub(crate) fn new(qemu: &Qemu, setting: &Setting, folder: &Path, sync: bool) -> Self {
-        let source = QemuSource::of_file(qemu, setting);
-        let path = folder.join(if sync { "by-qemu-synced" } else { "by-qemu" });
-        Self { source, setting: *setting, path, sync }
+    pub(crate) fn new(qemu: &Qemu, setting: &Setting, folder: &Path, into: IntoFile) -> Self {
+        let source = QemuSource::of_file(qemu, setting).direct_io(into.direct_io);
+        Self { source, setting: *setting, path: folder.join("by-qemu"), into }
     }
 }
 
@@ -41,16 +45,71 @@ impl Peer for QemuCapture {
     fn round(&mut self) -> Result<Sample> {
         self.source.ready()?;
         warm(&self.setting)?;
+        let before = cpu(self.source.pid())?;
         let start = Instant::now();
         self.source.go(&self.setting, &format!("file:{}", self.path.display()))?;
         self.source.sent()?;
-        if self.sync {
+        if self.into.synced {
             File::open(&self.path)?.sync_all()?;
         }
         let seconds = start.elapsed().as_secs_f64();
+        let used = cpu(self.source.pid())? - before;
         self.source.done();
         remove(&self.path)?;
-        Ok(Sample { seconds, bytes: self.setting.ram, ..Sample::default() })
+        Ok(Sample { seconds, bytes: self.setting.ram, cpu: Some([used, 0.0]), ..Sample::default() })
+    }
+}
+
+/// The engine's memory into a file.
+pub(crate) struct EngineCapture {
+    source: EngineSource<'static>,
+    setting: Setting,
+    path: PathBuf,
+}
+
+impl EngineCapture {
+    pub(crate) fn new(program: &Path, setting: &Setting, folder: &Path, into: IntoFile) -> Result<Self> {
+        let source = EngineSource::start(program, setting, None, None)?.into_file(into);
+        Ok(Self { source, setting: *setting, path: folder.join("by-us") })
+    }
+}
+
+impl Peer for EngineCapture {
+    fn round(&mut self) -> Result<Sample> {
+        self.source.ready()?;
+        warm(&self.setting)?;
+        let before = cpu(self.source.pid())?;
+        let start = Instant::now();
+        self.source.go(&self.setting, &self.path.display().to_string())?;
+        self.source.sent()?;
+        let seconds = start.elapsed().as_secs_f64();
+        let used = cpu(self.source.pid())? - before;
+        check_file(&self.path, self.setting.contents)?;
+        remove(&self.path)?;
+        Ok(Sample { seconds, bytes: self.setting.ram, cpu: Some([used, 0.0]), ..Sample::default() })
+    }
+}
+
+/// A file into the engine's memory.
+pub(crate) struct EngineRestore {
+    pub(crate) program: PathBuf,
+    pub(crate) setting: Setting,
+    pub(crate) path: PathBuf,
+}
+
+impl Peer for EngineRestore {
+    fn round(&mut self) -> Result<Sample> {
+        let mut destination = EngineDestination::start_of_file(&self.program, &self.setting, &self.path)?;
+        warm(&self.setting)?;
+        let before = cpu(destination.pid())?;
+        let start = Instant::now();
+        destination.go()?;
+        destination.loaded()?;
+        let seconds = start.elapsed().as_secs_f64();
+        let used = cpu(destination.pid())? - before;
+        destination.beyond()?;
+        destination.check()?;
+        Ok(Sample { seconds, bytes: self.setting.ram, cpu: Some([0.0, used]), ..Sample::default() })
     }
 }
 
@@ -107,12 +166,14 @@ impl Peer for QemuRestore {
         prepare(&mut vm, &self.setting)?;
         vm.set_capabilities(&[("mapped-ram", true)])?;
         warm(&self.setting)?;
+        let before = cpu(vm.pid())?;
         let start = Instant::now();
         vm.migrate_incoming(&format!("file:{}", self.path.display()))?;
         completed(&mut vm)?;
         let seconds = start.elapsed().as_secs_f64();
+        let used = cpu(vm.pid())? - before;
         check(&mut vm, &self.setting)?;
-        Ok(Sample { seconds, bytes: self.setting.ram, ..Sample::default() })
+        Ok(Sample { seconds, bytes: self.setting.ram, cpu: Some([0.0, used]), ..Sample::default() })
     }
 }
 

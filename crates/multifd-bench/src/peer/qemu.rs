@@ -127,18 +127,24 @@ pub(crate) struct QemuSource<'a> {
     setting: Setting,
     tls: Option<&'a Path>,
     capabilities: &'static [(&'static str, bool)],
+    direct_io: bool,
     vm: Option<Vm>,
 }
 
 impl<'a> QemuSource<'a> {
     pub(crate) fn new(qemu: &Qemu, setting: &Setting, tls: Option<&'a Path>) -> Self {
         let capabilities = &[("return-path", true)];
-        Self { qemu: qemu.clone(), setting: *setting, tls, capabilities, vm: None }
+        Self { qemu: qemu.clone(), setting: *setting, tls, capabilities, direct_io: false, vm: None }
     }
 
     /// One that writes mapped-ram files.
     pub(crate) fn of_file(qemu: &Qemu, setting: &Setting) -> Self {
         Self { capabilities: &[("mapped-ram", true)], ..Self::new(qemu, setting, None) }
+    }
+
+    /// The same, past the page cache or not.
+    pub(crate) fn direct_io(self, on: bool) -> Self {
+        Self { direct_io: on, ..self }
     }
 
     fn vm(&mut self) -> Result<&mut Vm> {
@@ -156,6 +162,9 @@ impl Source for QemuSource<'_> {
         unlimited(&mut vm)?;
         if setting.tls {
             vm.set_parameters(json!({ "tls-hostname": "localhost" }))?;
+        }
+        if self.direct_io {
+            vm.set_parameters(json!({ "direct-io": true }))?;
         }
         fill(&mut vm, &setting)?;
         self.vm = Some(vm);

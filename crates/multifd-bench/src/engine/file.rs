@@ -1,0 +1,60 @@
+//! The engine between memory and a mapped-ram file, without another side.
+
+use std::{
+    fs::{File, OpenOptions},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use multifd::{
+    SendOptions, Sender,
+    channel::Stop,
+    live::{MigrateOptions, Migration, ZeroPageDetection},
+    ram::{Mapping, Memory, NeverDirty, RamBlock, RamBlocks},
+};
+use qemu_stream::{
+    format::{Configuration, MachineType},
+    mapped_ram::{Capture, CaptureOptions, MappedRamFile, Restore},
+};
+
+use super::{IntoFile, Sent, beyond::peak_beyond, destination::wrong, source::Stopped};
+use crate::{Result, contents::Contents};
+
+/// Captures RAM into a new file.
+pub(super) fn capture(path: &str, into: IntoFile, channels: u8, blocks: &Arc<RamBlocks>) -> Result<Sent> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+    let configuration = Configuration::new(MachineType::new("multifd-bench")?);
+    let options = CaptureOptions::new().direct_io(into.direct_io).durable(into.synced);
+    let mut capture = Capture::of_guest(file, configuration, blocks, &options)?;
+    let stop = Stop::new();
+    let mut sender = Sender::new(SendOptions::new().channels(channels), blocks.clone(), stop.clone())?;
+    sender.set_up_into(capture.blocks().clone())?;
+    let options = MigrateOptions::new()
+        .zero_page_detection(ZeroPageDetection::Multifd)
+        .downtime_limit(Duration::from_secs(2000));
+    let migration = Migration::new(options, blocks.clone(), stop);
+    let info = migration.run(Some(sender), &mut capture, &mut NeverDirty, &mut Stopped)?;
+    Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
+}
+
+/// The machine in a file, in fresh memory.
+pub(super) fn restore(path: &Path, channels: u8) -> Result<Arc<RamBlocks>> {
+    let machine = MappedRamFile::open(File::open(path)?, 0)?;
+    let list = machine.blocks();
+    let fresh = list.entries().iter().map(|entry| -> Result<RamBlock> {
+        let memory = Memory::Mapped(Mapping::anonymous(entry.used_length)?);
+        Ok(RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)?)
+    });
+    let blocks = Arc::new(RamBlocks::new(fresh.collect::<Result<_>>()?)?);
+    Restore::new(&machine).channels(channels).run(&blocks, &Stop::new())?;
+    Ok(blocks)
+}
+
+/// Fails unless the machine in the file has the RAM that it should.
+pub(crate) fn check_file(path: &Path, contents: Contents) -> Result<()> {
+    match wrong(&*restore(path, 2)?, contents)? {
+        None => Ok(()),
+        Some(page) => Err(format!("page {page} in the file is wrong").into()),
+    }
+}
