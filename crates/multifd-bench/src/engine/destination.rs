@@ -15,7 +15,10 @@ use multifd::{
     },
     ram::{Mapping, Memory, PageIndex, RamBlock, RamBlocks},
 };
-use qemu_stream::incoming::{Incoming, Loader, Outcome};
+use qemu_stream::{
+    format::BlockList,
+    incoming::{Incoming, Loader, Outcome},
+};
 
 use super::{Loaded, RAM, beyond::peak_beyond, file, raw};
 use crate::{
@@ -106,14 +109,7 @@ fn take_in(
     let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
     receiver.listen(listener)?;
     let mut incoming = Incoming::new(receiver.wait_main()?);
-    let mut loader = Loader::new(&receiver, |_, list| {
-        let fresh = list.entries().iter().map(|entry| {
-            let memory = Mapping::anonymous(entry.used_length);
-            let memory = memory.map_err(|error| multifd::Error::io("map the guest's memory", error))?;
-            RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
-        });
-        RamBlocks::new(fresh.collect::<multifd::Result<_>>()?)
-    });
+    let mut loader = Loader::new(&receiver, |_, list| fresh(list));
     let ended = incoming.run(&mut loader);
     let blocks = loader.into_blocks();
     ended.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
@@ -122,6 +118,16 @@ fn take_in(
     receiver.finish()?;
     drop(main);
     Ok(blocks.ok_or("no RAM came")?)
+}
+
+/// These blocks in fresh memory.
+pub(super) fn fresh(list: &BlockList) -> multifd::Result<RamBlocks> {
+    let blocks = list.entries().iter().map(|entry| {
+        let memory = Mapping::anonymous(entry.used_length);
+        let memory = memory.map_err(|error| multifd::Error::io("map the guest's memory", error))?;
+        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
+    });
+    RamBlocks::new(blocks.collect::<multifd::Result<_>>()?)
 }
 
 pub(super) fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {

@@ -4,21 +4,19 @@ use std::{
     fs::{File, OpenOptions},
     path::Path,
     sync::Arc,
-    time::Duration,
 };
 
-use multifd::{
-    SendOptions, Sender,
-    channel::Stop,
-    live::{MigrateOptions, Migration, ZeroPageDetection},
-    ram::{Mapping, Memory, NeverDirty, RamBlock, RamBlocks},
-};
+use multifd::{SendOptions, Sender, channel::Stop, ram::RamBlocks};
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::{Capture, CaptureOptions, MappedRamFile, Restore},
 };
 
-use super::{IntoFile, Sent, beyond::peak_beyond, destination::wrong, source::Stopped};
+use super::{
+    IntoFile, Sent,
+    destination::{fresh, wrong},
+    source::in_one_pass,
+};
 use crate::{Result, contents::Contents};
 
 /// Captures RAM into a new file.
@@ -30,23 +28,13 @@ pub(super) fn capture(path: &str, into: IntoFile, channels: u8, blocks: &Arc<Ram
     let stop = Stop::new();
     let mut sender = Sender::new(SendOptions::new().channels(channels), blocks.clone(), stop.clone())?;
     sender.set_up_into(capture.blocks().clone())?;
-    let options = MigrateOptions::new()
-        .zero_page_detection(ZeroPageDetection::Multifd)
-        .downtime_limit(Duration::from_secs(2000));
-    let migration = Migration::new(options, blocks.clone(), stop);
-    let info = migration.run(Some(sender), &mut capture, &mut NeverDirty, &mut Stopped)?;
-    Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
+    in_one_pass(sender, &mut capture, blocks, stop)
 }
 
 /// The machine in a file, in fresh memory.
 pub(super) fn restore(path: &Path, channels: u8) -> Result<Arc<RamBlocks>> {
     let machine = MappedRamFile::open(File::open(path)?, 0)?;
-    let list = machine.blocks();
-    let fresh = list.entries().iter().map(|entry| -> Result<RamBlock> {
-        let memory = Memory::Mapped(Mapping::anonymous(entry.used_length)?);
-        Ok(RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)?)
-    });
-    let blocks = Arc::new(RamBlocks::new(fresh.collect::<Result<_>>()?)?);
+    let blocks = Arc::new(fresh(machine.blocks())?);
     Restore::new(&machine).channels(channels).run(&blocks, &Stop::new())?;
     Ok(blocks)
 }

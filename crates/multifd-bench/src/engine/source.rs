@@ -15,7 +15,7 @@ use multifd::{
         Address, Connect, Stop, Stream,
         tls::{ClientCredentials, TlsConnector},
     },
-    live::{DeviceSection, Guest, MigrateOptions, Migration, ZeroPageDetection},
+    live::{DeviceSection, Guest, Main, MigrateOptions, Migration, ZeroPageDetection},
     ram::{BlockName, Mapping, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
@@ -144,16 +144,26 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
     let options = SendOptions::new().channels(go.channels).method(method).zlib_level(1).zstd_level(1);
     let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
     sender.set_up(connector)?;
+    in_one_pass(sender, &mut main, blocks, stop)
+}
+
+/// Sends all of RAM, over the sender's connections or into its file.
+pub(super) fn in_one_pass(
+    sender: Sender,
+    main: &mut dyn Main,
+    blocks: &Arc<RamBlocks>,
+    stop: Stop,
+) -> Result<Sent> {
     let options = MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)
         .downtime_limit(Duration::from_secs(2000));
     let migration = Migration::new(options, blocks.clone(), stop);
-    let info = migration.run(Some(sender), &mut main, &mut NeverDirty, &mut Stopped)?;
+    let info = migration.run(Some(sender), main, &mut NeverDirty, &mut Stopped)?;
     Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
 }
 
 /// A guest that does not run.
-pub(super) struct Stopped;
+struct Stopped;
 
 impl Guest for Stopped {
     fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
