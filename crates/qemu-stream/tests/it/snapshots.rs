@@ -86,6 +86,15 @@ fn run(
     info
 }
 
+/// What a capture of these blocks leaves.
+fn captured(source: &Arc<RamBlocks>) -> MappedRamFile {
+    let file = tempfile::tempfile().expect("a file");
+    let read = file.try_clone().expect("a descriptor");
+    let capture = Capture::of_guest(file, configuration(), source, &CaptureOptions::new()).expect("laid out");
+    run(capture, source, 2, ZeroPageDetection::Multifd).expect("captured");
+    MappedRamFile::open(read, 0).expect("whole")
+}
+
 fn restored(machine: &MappedRamFile, channels: u8) -> Arc<RamBlocks> {
     let blocks = memory();
     Restore::new(machine).channels(channels).run(&blocks, &Stop::new()).expect("restored");
@@ -122,12 +131,8 @@ fn machine_comes_back_with_its_devices_however_it_was_captured() {
 
 #[test]
 fn machine_of_a_file_is_captured_again_as_it_came() {
-    let (source, first) = (filled(), tempfile::tempfile().expect("a file"));
-    let read = first.try_clone().expect("a descriptor");
-    let capture =
-        Capture::of_guest(first, configuration(), &source, &CaptureOptions::new()).expect("laid out");
-    run(capture, &source, 2, ZeroPageDetection::Multifd).expect("captured");
-    let machine = MappedRamFile::open(read, 0).expect("whole");
+    let source = filled();
+    let machine = captured(&source);
 
     // In another order than the file's.
     let mut blocks: Vec<RamBlock> =
@@ -174,12 +179,7 @@ fn file_of_a_capture_that_was_broken_off_is_no_machine() {
 
 #[test]
 fn restore_into_other_blocks_and_one_that_is_cancelled_are_errors() {
-    let (source, file) = (filled(), tempfile::tempfile().expect("a file"));
-    let read = file.try_clone().expect("a descriptor");
-    let capture =
-        Capture::of_guest(file, configuration(), &source, &CaptureOptions::new()).expect("laid out");
-    run(capture, &source, 2, ZeroPageDetection::Multifd).expect("captured");
-    let machine = MappedRamFile::open(read, 0).expect("whole");
+    let machine = captured(&filled());
 
     let one: Vec<RamBlock> = Arc::into_inner(memory()).expect("ours").into_iter().take(1).collect();
     let one = Arc::new(RamBlocks::new(one).expect("one"));
