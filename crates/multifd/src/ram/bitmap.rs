@@ -162,8 +162,8 @@ impl PageBitmap {
     }
 }
 
-/// The pages whose bits are set in a word, as runs of neighbours: first page and count.
-pub(crate) fn runs(word: usize, mut bits: u64) -> impl Iterator<Item = (PageIndex, u64)> {
+/// The pages whose bits are set in [word](PageBitmap::words) number `word`, as runs of neighbours: first page and count.
+pub fn runs(word: usize, mut bits: u64) -> impl Iterator<Item = (PageIndex, u64)> {
     let base = word as u64 * WORD;
     std::iter::from_fn(move || {
         if bits == 0 {
@@ -186,6 +186,15 @@ mod tests {
 
     fn pages(bitmap: &PageBitmap) -> BTreeSet<u64> {
         (0..bitmap.pages()).filter(|page| bitmap.contains(PageIndex(*page))).collect()
+    }
+
+    #[test]
+    fn runs_are_the_set_bits_in_the_fewest_pieces() {
+        let of = |word| runs(0, word).map(|(first, count)| (first.0, count)).collect::<Vec<_>>();
+        assert_eq!(of(0), []);
+        assert_eq!(of(u64::MAX), [(0, 64)]);
+        assert_eq!(of(0b1101), [(0, 1), (2, 2)]);
+        assert_eq!(of(1 << 63 | 1), [(0, 1), (63, 1)]);
     }
 
     proptest! {

@@ -35,8 +35,7 @@ mod part;
 mod straight;
 mod zero;
 
-pub use bitmap::PageBitmap;
-pub(crate) use bitmap::runs;
+pub use bitmap::{PageBitmap, runs};
 pub use block::{BlockIndex, Memory, RamBlock, RamBlocks};
 pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use multifd::{
     ChannelStats, Error, Result, SendOptions, Sender,
     channel::Stop,
-    ram::{BlockIndex, Memory, PageIndex, RamBlocks},
+    ram::{Memory, RamBlocks, runs},
 };
 
 use super::{MappedRamFile, capture::direct};
@@ -76,45 +76,16 @@ impl<'a> Restore<'a> {
             let present =
                 block.present().words().zip(target.iter().flat_map(|target| target.present().words()));
             for (word, (of_file, of_memory)) in (0..).zip(present) {
-                queue(&mut sender, index, word * u64::from(u64::BITS), of_file, of_memory)?;
+                for (first, count) in runs(word, of_file) {
+                    sender.queue_run(index, first, count)?;
+                }
+                // What memory may have and the file has not.
+                for (first, count) in runs(word, of_memory & !of_file) {
+                    sender.queue_zero_run(index, first, count)?;
+                }
             }
         }
         sender.sync()?;
         sender.finish()
-    }
-}
-
-/// Queues the pages of a word from `first` on: those of the file, and those that memory may have and the file has not.
-fn queue(sender: &mut Sender, block: BlockIndex, first: u64, of_file: u64, of_memory: u64) -> Result<()> {
-    for (page, count) in runs(of_file) {
-        sender.queue_run(block, PageIndex(first + page), count)?;
-    }
-    for (page, count) in runs(of_memory & !of_file) {
-        sender.queue_zero_run(block, PageIndex(first + page), count)?;
-    }
-    Ok(())
-}
-
-/// The runs of set bits in a word: the first, and how many.
-fn runs(mut word: u64) -> impl Iterator<Item = (u64, u64)> {
-    std::iter::from_fn(move || {
-        let first = (word != 0).then(|| word.trailing_zeros())?;
-        let count = (word >> first).trailing_ones();
-        word &= u64::MAX.checked_shl(first + count).unwrap_or(0);
-        Some((first.into(), count.into()))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_are_the_set_bits_in_the_fewest_pieces() {
-        let of = |word| runs(word).collect::<Vec<_>>();
-        assert_eq!(of(0), []);
-        assert_eq!(of(u64::MAX), [(0, 64)]);
-        assert_eq!(of(0b1101), [(0, 1), (2, 2)]);
-        assert_eq!(of(1 << 63 | 1), [(0, 1), (63, 1)]);
     }
 }
