@@ -269,8 +269,10 @@ impl Driver<'_> {
         let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
         let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
         self.bitmap_sync(None)?;
-        // Behind it: what is touched after this has its dirty bit set.
-        self.touched = blocks.iter().map(|(_, block)| touched(block)).collect();
+        if options.look_for_zero_pages && options.zero_page_detection != ZeroPageDetection::None {
+            // Behind it: what is touched after this has its dirty bit set.
+            self.touched = blocks.iter().map(|(_, block)| touched(block)).collect();
+        }
         loop {
             let round = self.round(&mut pace)?;
             self.touched.clear();

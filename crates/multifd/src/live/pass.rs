@@ -52,7 +52,7 @@ impl Walk<'_> {
             return 0;
         }
         let absent = match self.touched.get(index.0) {
-            Some(Some(touched)) if self.look => !touched.word_at(word),
+            Some(Some(touched)) => !touched.word_at(word),
             _ => 0,
         };
         !block.present().word_at(word) | absent
@@ -68,8 +68,8 @@ impl Walk<'_> {
             return self.pages(Kind::Unknown, index, block, first, count);
         }
         for page in (first.0..first.0 + count).map(PageIndex) {
-            let zero = block.slice(page, 1).is_some_and(|slice| slice.is_zero());
-            self.pages(if zero { Kind::Zero } else { Kind::Normal }, index, block, page, 1)?;
+            let kind = if block.is_zero(page) { Kind::Zero } else { Kind::Normal };
+            self.pages(kind, index, block, page, 1)?;
         }
         Ok(())
     }

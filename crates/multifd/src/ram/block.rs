@@ -256,6 +256,13 @@ impl RamBlock {
         }
     }
 
+    /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
+    /// the page is then dirty again. One in a file is not looked at: what the file knows of it stands in
+    /// [`present`](RamBlock::present).
+    pub(crate) fn is_zero(&self, page: PageIndex) -> bool {
+        !self.present.contains(page) || self.slice(page, 1).is_some_and(|slice| slice.is_zero())
+    }
+
     /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
     /// lives in a file.
     pub fn slice(&self, first: PageIndex, count: u64) -> Option<GuestSlice<'_>> {

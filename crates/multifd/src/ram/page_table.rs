@@ -25,7 +25,7 @@ use super::{Memory, PageBitmap, PageIndex, RamBlock, bytes::mark};
 /// Good for the moment: what is written later is for a dirty log that was on before.
 pub(crate) fn touched(block: &RamBlock) -> Option<PageBitmap> {
     let Memory::Mapped(mapping) = block.memory() else { return None };
-    if !mapping.is_absent_zero() {
+    if !mapping.is_absent_zero() || block.is_ignored() {
         return None;
     }
     let memory = block.slice(PageIndex(0), block.pages()).filter(|memory| memory.len() > 0)?;

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::{Shared, dispatch::Job, draw::unread, emit::is_zero};
+use super::{Shared, dispatch::Job, draw::unread};
 use crate::{
     batch::{Batch, neighbours},
     error::{Error, Result, Usage},
@@ -89,7 +89,7 @@ fn copy(id: ChannelId, shared: &Shared, copier: &Copier, batch: &mut Batch) -> R
     let source = shared.blocks.block(batch.block)?;
     let (index, lane) = copier.lanes.get(batch.block.0).ok_or(Usage::NoSuchBlock(batch.block.0))?;
     let target = copier.target.block(*index)?;
-    batch.part(|page| is_zero(source, page));
+    batch.part(|page| source.is_zero(page));
     // Asked to go as bytes, and known to be zero: a file may have anything there.
     let (present, absent) = (source.present(), |page: &&PageIndex| !source.present().contains(**page));
     batch.zero().iter().chain(batch.normal().iter().filter(absent)).for_each(|page| target.clear(*page));

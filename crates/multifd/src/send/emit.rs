@@ -129,7 +129,7 @@ impl<'a> Emitter<'a> {
 
     fn pages(&mut self, batch: &mut Batch) -> Result<()> {
         let block = self.shared.blocks.block(batch.block)?;
-        batch.part(|page| is_zero(block, page));
+        batch.part(|page| block.is_zero(page));
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
         let (normal, zero) = (batch.normal(), batch.zero());
         let plain = normal.len() * block.page_size().bytes();
@@ -232,13 +232,6 @@ fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<It
         }
         Some(block.slice(first, count).expect("queued pages were found in their block").into())
     })
-}
-
-/// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
-/// the page is then dirty again. One in a file is not looked at: what the file knows of it stands in
-/// [`present`](RamBlock::present).
-pub(super) fn is_zero(block: &RamBlock, page: PageIndex) -> bool {
-    !block.present().contains(page) || block.slice(page, 1).is_some_and(|slice| slice.is_zero())
 }
 
 /// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.
