@@ -42,8 +42,8 @@ use crate::{
 /// Sends pages over N channels: the data plane of one outgoing migration.
 ///
 /// Made with [`new`](Sender::new), connected once with [`set_up`](Sender::set_up), or given other blocks to copy into
-/// with [`set_up_into`](Sender::set_up_into), fed with [`queue`](Sender::queue) and [`sync`](Sender::sync), ended with [`finish`](Sender::finish). Dropped before, it
-/// cancels the migration and joins its threads.
+/// with [`set_up_into`](Sender::set_up_into), fed with [`queue`](Sender::queue) and [`sync`](Sender::sync), ended with
+/// [`finish`](Sender::finish). Dropped before, it cancels the migration and joins its threads.
 #[derive(Debug)]
 pub struct Sender {
     options: SendOptions,
