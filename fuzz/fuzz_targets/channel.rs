@@ -15,7 +15,7 @@ const RAM: u64 = 64 << 10;
 multifd_fuzz::target!(|bytes: &[u8]| {
     let block = |name: &str| {
         let memory = Memory::Mapped(Mapping::anonymous(RAM).expect("memory"));
-        RamBlock::fresh(BlockName::new(name).expect("a name"), RAM, PageSize::KIB_4, memory).expect("a block")
+        RamBlock::new(BlockName::new(name).expect("a name"), RAM, PageSize::KIB_4, memory).expect("a block")
     };
     let blocks = Arc::new(RamBlocks::new(vec![block("ram"), block("guard")]).expect("two blocks"));
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());

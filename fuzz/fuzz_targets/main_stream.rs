@@ -11,7 +11,7 @@ use std::{
 use multifd::{ReceiveOptions, Receiver, channel::Stop};
 use qemu_stream::{
     Connection,
-    incoming::{Incoming, Loader},
+    incoming::{Expected, Incoming, Loader},
 };
 
 /// Gives the input, takes whatever is answered.
@@ -41,6 +41,6 @@ impl Connection for Source<'_> {
 multifd_fuzz::target!(|bytes: &[u8]| {
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
     let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
-    let mut loader = Loader::new(&receiver, |_, list| machine::blocks(list));
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
     let _ = incoming.run(&mut loader);
 });

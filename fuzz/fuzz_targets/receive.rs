@@ -12,7 +12,7 @@ use multifd::{
     ReceiveOptions, Receiver,
     channel::{Connect, Link, Stop, memory},
 };
-use qemu_stream::incoming::{Incoming, Loader};
+use qemu_stream::incoming::{Expected, Incoming, Loader};
 
 const MAIN: u8 = 3;
 const LIMIT: Duration = Duration::from_millis(20);
@@ -33,7 +33,7 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     }
     let Ok(main) = receiver.wait_main() else { return };
     let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(LIMIT));
-    let mut loader = Loader::new(&receiver, |_, list| machine::blocks(list));
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
     let _ = incoming.run(&mut loader);
     stop.cancel();
 });

@@ -6,7 +6,7 @@
 use std::{fs::File, sync::Arc};
 
 use multifd::{
-    Error, Result,
+    Arrived, Error, Result,
     channel::Stop,
     ram::{BlockName, DirectFile, RamBlocks},
     wire::VmUuid,
@@ -63,14 +63,15 @@ impl Capture {
     pub(crate) fn complete(
         self,
         loaded: &Loaded,
-        blocks: &RamBlocks,
+        arrived: &Arrived,
         channels: &Channels,
         stop: &Stop,
     ) -> Result<Vec<BlockName>, While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
             While::new(format!("cannot complete {}", self.new.target().display()), error)
         };
-        let ignored = ignored(loaded.configuration.as_ref(), blocks);
+        let blocks = arrived.blocks();
+        let ignored = ignored(loaded.configuration.as_ref(), arrived);
         self.write(loaded, blocks, &ignored, channels).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
         // That can take long enough for a channel to turn up whose pages are missing.
@@ -127,11 +128,12 @@ pub(crate) struct Channels {
 }
 
 /// With x-ignore-shared, nothing tells which blocks are shared but that no page of theirs has come.
-fn ignored(configuration: Option<&Configuration>, blocks: &RamBlocks) -> Vec<BlockIndex> {
+fn ignored(configuration: Option<&Configuration>, arrived: &Arrived) -> Vec<BlockIndex> {
     if !configuration.is_some_and(|configuration| configuration.ignore_shared) {
         return Vec::new();
     }
-    let untouched = blocks.iter().filter(|(_, block)| block.pages() > 0 && block.is_untouched());
+    let blocks = arrived.blocks().iter();
+    let untouched = blocks.filter(|(index, block)| block.pages() > 0 && arrived.is_untouched(*index));
     untouched.map(|(index, _)| index).collect()
 }
 

@@ -14,7 +14,7 @@ use multifd::{
     error::Usage,
     ram::{BlockName, RamBlocks},
 };
-use qemu_stream::incoming::{Incoming, Loaded, Loader, MainPages, Outcome};
+use qemu_stream::incoming::{Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome};
 
 use crate::{
     args::ReceiveArgs,
@@ -123,15 +123,18 @@ fn take_in(
     total: &AtomicU64,
 ) -> Result<Received, Error> {
     let stop = receiver.stop().clone();
-    let mut loader = Loader::new(&receiver, |configuration, list| {
+    // With x-ignore-shared the file does without the blocks of which no page has come.
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |configuration, list| {
         total.store(list.total(), Ordering::Relaxed);
         capture.blocks(configuration, list)
-    });
+    })
+    .left_out(LeftOut::SharedBlocks);
     let loaded = incoming.run(&mut loader);
     let main_pages = loader.main_pages();
-    let blocks = loader.into_blocks();
+    let whole = loader.finish();
     let kept = loaded.map_err(broken).and_then(|loaded| {
-        let blocks = blocks.ok_or_else(|| Error::other("no RAM came", "the stream has no blocks"))?;
+        let blocks = whole?;
+        let arrived = receiver.arrived().ok_or(Usage::TooEarly("the block list"))?;
         stop.check()?;
         if !loaded.return_path {
             // The source has gone its way, and what there is to know of it can be known now.
@@ -139,7 +142,7 @@ fn take_in(
             ended.map_err(|error| Error::io("take leave of the source", error))?;
         }
         let channels = Channels { any: !receiver.counters().stats().is_empty(), uuid: receiver.uuid() };
-        let kept = capture.complete(&loaded, &blocks, &channels, &stop);
+        let kept = capture.complete(&loaded, arrived, &channels, &stop);
         let ignored =
             kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))?;
         Ok((loaded, blocks, ignored))

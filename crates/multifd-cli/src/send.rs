@@ -6,7 +6,7 @@ use multifd::{
     Error, SendOptions, Sender,
     channel::{Address, Connect, Stop, Stream},
     live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
-    ram::{Access, Mapping, Memory, NeverDirty, RamBlocks},
+    ram::{Access, Mapping, NeverDirty, Places, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
@@ -84,7 +84,6 @@ fn understood(file: &MappedRamFile) -> ZeroPageDetection {
 /// The file's blocks. Channels send from a mapping, by system calls alone. Where pages are read into this process, over
 /// main, to be packed or encrypted, or past the page cache, they come out of the file, which somebody may be cutting shorter.
 fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
-    let shared = Arc::new(file.file().try_clone()?);
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let over_main = args.multifd_channels == 0;
     let direct = if over_main {
@@ -94,19 +93,16 @@ fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
         direct_io.open(file.file())
     };
     let reads = over_main || direct.is_some() || args.compression.packs() || args.tls.encrypts();
-    let blocks = file.ram_blocks(|entry, place| {
+    let blocks = file.ram_blocks(|entry, places| {
         if let Some(direct) = &direct {
-            direct_io.check(direct, &entry.name, place.pages_offset);
+            direct_io.check(direct, &entry.name, places.offset);
         }
         if reads {
-            return Ok(Memory::File {
-                file: shared.clone(),
-                direct: direct.clone(),
-                offset: place.pages_offset,
-            });
+            return Ok(Places { direct: direct.clone(), ..places });
         }
-        let mapped = Mapping::of_file(file.file(), place.pages_offset, place.used_length, Access::Read);
-        Ok(Memory::Mapped(mapped.map_err(|error| Error::io("map the file", error))?))
+        let mapped = Mapping::of_file(file.file(), places.offset, entry.used_length, Access::Read);
+        let mapped = mapped.map_err(|error| Error::io("map the file", error))?;
+        Ok(Places { mapped: Some(mapped), ..places })
     });
     Ok(blocks.map_err(|error| args.file.unreadable(error))?)
 }

@@ -86,6 +86,6 @@ pub mod wire;
 pub use compress::Method;
 pub use error::{Error, Result};
 pub use options::{ChannelCount, ReceiveOptions, SendOptions};
-pub use recv::{Receiver, RecvCounters};
+pub use recv::{Arrived, Receiver, RecvCounters};
 pub use send::{SendCounters, Sender};
 pub use stats::ChannelStats;

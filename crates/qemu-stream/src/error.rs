@@ -208,6 +208,14 @@ pub enum PeerMisbehaved {
     /// A record or message names a block that is not in the list.
     #[error("block \"{0}\" is not in the block list")]
     UnknownBlock(BlockName),
+    /// The source's machine has another type than this side's.
+    #[error("the source has machine type {}, this side has {expected}", found.as_ref().map_or("none".into(), ToString::to_string))]
+    OtherMachine {
+        /// The type that this side takes.
+        expected: MachineType,
+        /// The source's; `None` from machine types up to 2.3, which do not name theirs.
+        found: Option<MachineType>,
+    },
     /// Two entries of the list have one name.
     #[error("block \"{0}\" is listed twice")]
     BlockTwice(BlockName),

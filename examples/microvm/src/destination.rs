@@ -3,9 +3,9 @@
 use multifd::{
     Error, ReceiveOptions, Receiver,
     channel::{Listener, Stop},
-    ram::{PageSize, RamBlock, blocks_of},
+    ram::{PageSize, blocks_of},
 };
-use qemu_stream::incoming::{Incoming, Loader, Outcome};
+use qemu_stream::incoming::{Expected, Incoming, Loader, Outcome};
 
 use crate::{
     Failure,
@@ -21,15 +21,16 @@ pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failur
 
     // 2. Memory, when the source has said how much. It is fresh, so zero pages are not written.
     let mut memory = None;
-    let mut loader = Loader::new(&receiver, |_, list| {
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| {
         let made = machine::memory(list.total());
         let made = made.map_err(|error| {
             Error::other("make the guest's memory", std::io::Error::other(error.to_string()))
         })?;
-        blocks_of(memory.insert(made), PageSize::KIB_4, RamBlock::fresh)
+        blocks_of(memory.insert(made), PageSize::KIB_4)
     });
     let loaded = incoming.run(&mut loader);
     let loaded = loaded.map_err(|error| stop.fail(Error::other("the migration broke off", error)))?;
+    loader.finish().map_err(|error| stop.fail(error))?;
 
     // 3. Devices. What cannot be restored is refused now, while the guest can still run on at the source.
     let section = |name: &str| {

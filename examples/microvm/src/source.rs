@@ -6,10 +6,7 @@ use multifd::{
     Error, Result, SendOptions, Sender,
     channel::{Address, Connect, Stop, Stream},
     live::{MigrateOptions, Migration, MigrationInfo, ZeroPageDetection},
-    ram::{
-        AtomicBitmapLog, BlockIndex, BlockOffset, KvmDirtyLog, KvmSlot, MergedLog, PageSize, RamBlock,
-        blocks_of,
-    },
+    ram::{AtomicBitmapLog, BlockIndex, BlockOffset, KvmDirtyLog, KvmSlot, MergedLog, PageSize, blocks_of},
 };
 use qemu_stream::{
     format::{Configuration, MachineType},
@@ -31,7 +28,7 @@ pub(crate) struct Wish {
 #[expect(unsafe_code, reason = "the log switches a memory slot")]
 pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<MigrationInfo> {
     // 1. Memory: each region is a block.
-    let blocks = Arc::new(blocks_of(&machine.memory, PageSize::KIB_4, RamBlock::new)?);
+    let blocks = Arc::new(blocks_of(&machine.memory, PageSize::KIB_4)?);
 
     // 2. The main stream: the first connection.
     let link = wish.address.connect(stop, CONNECT_TIMEOUT);

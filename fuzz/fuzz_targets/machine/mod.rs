@@ -15,7 +15,7 @@ pub(crate) fn blocks(list: &BlockList) -> Result<RamBlocks, Error> {
     }
     let blocks = list.entries().iter().map(|entry| {
         let memory = Mapping::anonymous(entry.used_length).map_err(|error| Error::io("map", error))?;
-        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
+        RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
     });
     RamBlocks::new(blocks.collect::<Result<_, Error>>()?)
 }

@@ -104,7 +104,7 @@ fn blocks() -> Arc<RamBlocks> {
     let block = |name: &str| {
         let length = PAGES * PAGE as u64;
         let memory = Memory::Mapped(Mapping::anonymous(length).expect("memory"));
-        RamBlock::fresh(BlockName::new(name).expect("a name"), length, PageSize::KIB_4, memory)
+        RamBlock::new(BlockName::new(name).expect("a name"), length, PageSize::KIB_4, memory)
             .expect("a block")
     };
     Arc::new(RamBlocks::new(vec![block("pc.ram"), block("guard")]).expect("two blocks"))

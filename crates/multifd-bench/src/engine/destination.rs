@@ -17,7 +17,7 @@ use multifd::{
 };
 use qemu_stream::{
     format::BlockList,
-    incoming::{Incoming, Loader, Outcome},
+    incoming::{Expected, Incoming, Loader, Outcome},
 };
 
 use super::{Loaded, RAM, beyond::peak_beyond, file, raw};
@@ -109,15 +109,15 @@ fn take_in(
     let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
     receiver.listen(listener)?;
     let mut incoming = Incoming::new(receiver.wait_main()?);
-    let mut loader = Loader::new(&receiver, |_, list| fresh(list));
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| fresh(list));
     let ended = incoming.run(&mut loader);
-    let blocks = loader.into_blocks();
     ended.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
+    let blocks = loader.finish()?;
     let main = incoming.finish(Outcome::Loaded)?;
     loaded()?;
     receiver.finish()?;
     drop(main);
-    Ok(blocks.ok_or("no RAM came")?)
+    Ok(blocks)
 }
 
 /// These blocks in fresh memory.
@@ -125,7 +125,7 @@ pub(super) fn fresh(list: &BlockList) -> multifd::Result<RamBlocks> {
     let blocks = list.entries().iter().map(|entry| {
         let memory = Mapping::anonymous(entry.used_length);
         let memory = memory.map_err(|error| multifd::Error::io("map the guest's memory", error))?;
-        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
+        RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
     });
     RamBlocks::new(blocks.collect::<multifd::Result<_>>()?)
 }

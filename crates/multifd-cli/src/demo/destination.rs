@@ -5,7 +5,7 @@ use multifd::{
     channel::{Listener, Stop},
     ram::{RamBlock, RamBlocks},
 };
-use qemu_stream::incoming::{Incoming, Loader, Outcome};
+use qemu_stream::incoming::{Expected, Incoming, Loader, Outcome};
 
 use super::{Arrived, block, guest, hash};
 use crate::{
@@ -24,18 +24,17 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
     let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
     receiver.listen(Box::new(listener)).map_err(Failure::of)?;
     let mut incoming = Incoming::new(receiver.wait_main().map_err(Failure::of)?);
-    let mut loader = Loader::new(&receiver, |_, list| {
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| {
         let fresh = list.entries().iter().map(|entry| {
-            block(entry.used_length, RamBlock::fresh)
+            block(entry.used_length, RamBlock::new)
                 .map_err(|_| Error::other("map the guest's memory", "refused"))
         });
         RamBlocks::new(fresh.collect::<Result<_, Error>>()?)
     });
     let loaded = incoming.run(&mut loader);
-    let blocks = loader.into_blocks();
     let loaded =
         loaded.map_err(|error| Failure::of(stop.fail(Error::other("the migration broke off", error))))?;
-    let blocks = blocks.ok_or_else(|| While::new("no RAM came", "the stream has no blocks"))?;
+    let blocks = loader.finish().map_err(|error| Failure::of(stop.fail(error)))?;
     let main = incoming.finish(Outcome::Loaded)?;
     receiver.finish().map_err(Failure::of)?;
     drop(main);

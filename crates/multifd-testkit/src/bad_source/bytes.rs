@@ -77,8 +77,19 @@ pub(super) fn part(round: bool) -> Vec<u8> {
     body_end([&[2][..], &RAM].concat(), round)
 }
 
+/// The last section, with the pages of the second block, which are zero.
 pub(super) fn end(round: bool) -> Vec<u8> {
-    body_end([&[3][..], &RAM].concat(), round)
+    let (name, length) = super::BLOCKS[1];
+    let mut bytes = [&[3][..], &RAM].concat();
+    bytes.extend(0x2_u64.to_be_bytes());
+    bytes.push(u8::try_from(name.len()).expect("short"));
+    bytes.extend(name.as_bytes());
+    bytes.push(0);
+    for page in 1..length / PAGE as u64 {
+        bytes.extend(((page * PAGE as u64) | 0x22).to_be_bytes());
+        bytes.push(0);
+    }
+    body_end(bytes, round)
 }
 
 fn body_end(mut bytes: Vec<u8>, round: bool) -> Vec<u8> {

@@ -8,7 +8,7 @@ use crate::{error::Usage, parameters};
 /// Where zero pages are looked for, and how they travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ZeroPageDetection {
-    /// They are not looked for and travel as any other page, those that are [known](crate::ram::RamBlock::present) to
+    /// They are not looked for and travel as any other page, those that are [known](crate::ram::RamBlock::is_present) to
     /// be zero included.
     None,
     /// The migration's thread looks, and they go over main, which every destination understands.
@@ -122,7 +122,7 @@ impl MigrateOptions {
     }
 
     /// Whether pages that may hold something are looked at, unless `zero-page-detection` is none. Default true. If
-    /// false, only those that are [known](crate::ram::RamBlock::present) to be zero count as zero: for a mapping of
+    /// false, only those that are [known](crate::ram::RamBlock::is_present) to be zero count as zero: for a mapping of
     /// a file that somebody may cut shorter, where a look would raise `SIGBUS`.
     pub fn look_for_zero_pages(mut self, look: bool) -> Self {
         self.look_for_zero_pages = look;

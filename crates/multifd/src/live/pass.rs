@@ -55,7 +55,7 @@ impl Walk<'_> {
             Some(Some(touched)) => !touched.word_at(word),
             _ => 0,
         };
-        !block.present().word_at(word) | absent
+        !block.present_word(word) | absent
     }
 
     /// Pages of which nothing is known yet.

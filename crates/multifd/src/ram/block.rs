@@ -3,19 +3,11 @@
 //! A block is a name, a used length, a page size and the memory behind it. Both sides list the same blocks;
 //! the source announces its list on the main stream, the destination looks every name up before it writes.
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    io,
-    os::unix::fs::FileExt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use super::{
     BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, cut::explained,
+    touched,
 };
 use crate::error::{Error, Result, Usage};
 
@@ -26,77 +18,74 @@ pub struct BlockIndex(pub usize);
 /// Where the bytes of a block live.
 #[derive(Debug)]
 pub enum Memory {
-    /// In this process's address space. Pages are sent from it and received into it without a copy.
+    /// In this process's address space. Pages are sent from it and received into it without a copy. Nothing is kept about
+    /// what its pages hold: that is found out whenever it is needed, by looking at them or by asking the page table.
     Mapped(Mapping),
-    /// In a file, from `offset` on. Pages pass through a private buffer, run by run. Zero pages are not looked for:
-    /// they are those that are not [present](RamBlock::present).
-    File {
-        /// Shared by all blocks in it: positions are absolute.
-        file: Arc<File>,
-        /// How channels go past the page cache, if they do; main never does.
-        direct: Option<Arc<DirectFile>>,
-        /// Where the block's first byte lies.
-        offset: u64,
-    },
+    /// At their places in a mapped-ram file. Pages pass through a private buffer, run by run.
+    MappedRam(Places),
+}
+
+/// The places of a block's pages in a mapped-ram file, and which of them count.
+///
+/// **Warning:** only `present` says what a page is. A page without its bit is zero, whatever bytes the file has in its
+/// place, and to [clear](RamBlock::clear) a page changes its bit alone. A file that something else reads as plain RAM, such
+/// as a guest that maps it, would keep old bytes there: that is memory, made by [`Mapping::of_file`].
+#[derive(Debug)]
+pub struct Places {
+    /// Shared by all blocks in it: positions are absolute.
+    pub file: Arc<File>,
+    /// How channels go past the page cache, if they do; main never does.
+    pub direct: Option<Arc<DirectFile>>,
+    /// Where the block's first byte lies, in bytes from the beginning of the file.
+    pub offset: u64,
+    /// A bit for each page of the block that is in the file; all others are zero.
+    pub present: PageBitmap,
+    /// The same bytes mapped for reading, if channels are to send from there instead of reading the file. It is touched by
+    /// system calls alone, so a file that is cut shorter meanwhile is an error and no signal.
+    pub mapped: Option<Mapping>,
+}
+
+impl Places {
+    /// Places in `file` from `offset` on, through the page cache.
+    pub fn new(file: Arc<File>, offset: u64, present: PageBitmap) -> Self {
+        Self { file, direct: None, offset, present, mapped: None }
+    }
 }
 
 /// A block of guest RAM, or of a ROM or device memory that migrates like RAM.
+///
+/// It lasts as long as its machine and knows nothing of migrations: what a page holds is found out anew by each of them.
 #[derive(Debug)]
 pub struct RamBlock {
     name: BlockName,
     used_length: u64,
     page_size: PageSize,
+    pages: u64,
     memory: Memory,
-    /// Pages that may hold something else than zero; all others are known to be zero.
-    present: PageBitmap,
-    /// Whether a page has been cleared. Orders nothing: read when nobody clears any more.
-    cleared: AtomicBool,
     ignored: bool,
 }
 
 impl RamBlock {
-    /// A block whose memory may hold anything: the blocks of a source, or of a destination that reuses memory.
+    /// A block of `used_length` bytes in `memory`, which may hold anything.
     ///
     /// # Errors
-    /// [`Usage::ShortMemory`] if a mapping is shorter than `used_length`.
+    /// [`Usage::ShortMemory`] if a mapping is shorter than `used_length`; [`Usage::OtherPages`] if the places have another
+    /// number of pages than the block.
     pub fn new(name: BlockName, used_length: u64, page_size: PageSize, memory: Memory) -> Result<Self> {
-        let present = PageBitmap::full(page_size.whole_pages_in(used_length));
-        Self::with_present(name, used_length, page_size, memory, present)
-    }
-
-    /// A block whose memory is all zero: the blocks of a destination with fresh memory. A zero page that
-    /// arrives there is not written, so memory that stays zero stays untouched.
-    ///
-    /// # Errors
-    /// As [`RamBlock::new`].
-    pub fn fresh(name: BlockName, used_length: u64, page_size: PageSize, memory: Memory) -> Result<Self> {
-        let present = PageBitmap::new(page_size.whole_pages_in(used_length));
-        Self::with_present(name, used_length, page_size, memory, present)
-    }
-
-    /// A block of which only the pages in `present` hold something; the others count as zero, whatever
-    /// bytes their memory has. That is what a mapped-ram file is.
-    ///
-    /// # Errors
-    /// As [`RamBlock::new`].
-    ///
-    /// # Panics
-    /// If `present` has another number of pages than the block.
-    pub fn with_present(
-        name: BlockName,
-        used_length: u64,
-        page_size: PageSize,
-        memory: Memory,
-        present: PageBitmap,
-    ) -> Result<Self> {
-        assert_eq!(present.pages(), page_size.whole_pages_in(used_length), "a bit for each page of {name:?}");
-        if let Memory::Mapped(mapping) = &memory
-            && mapping.len() < used_length
-        {
-            return Err(Usage::ShortMemory { name, mapped: mapping.len(), used_length }.into());
+        let pages = page_size.whole_pages_in(used_length);
+        match &memory {
+            Memory::Mapped(mapping) if mapping.len() < used_length => {
+                return Err(Usage::ShortMemory { name, mapped: mapping.len(), used_length }.into());
+            }
+            Memory::MappedRam(Places { mapped: Some(mapping), .. }) if mapping.len() < used_length => {
+                return Err(Usage::ShortMemory { name, mapped: mapping.len(), used_length }.into());
+            }
+            Memory::MappedRam(places) if places.present.pages() != pages => {
+                return Err(Usage::OtherPages { name, expected: pages, found: places.present.pages() }.into());
+            }
+            Memory::Mapped(_) | Memory::MappedRam(_) => {}
         }
-        let cleared = AtomicBool::new(false);
-        Ok(Self { name, used_length, page_size, memory, present, cleared, ignored: false })
+        Ok(Self { name, used_length, page_size, pages, memory, ignored: false })
     }
 
     /// The block, but none of its pages are sent: both sides share its memory (capability `x-ignore-shared`).
@@ -109,12 +98,6 @@ impl RamBlock {
     /// Whether its pages are not sent.
     pub fn is_ignored(&self) -> bool {
         self.ignored
-    }
-
-    /// Whether no page has come for a block that was [fresh](RamBlock::fresh), not even a zero one. To be asked
-    /// when all of RAM is here.
-    pub fn is_untouched(&self) -> bool {
-        !self.cleared.load(Ordering::Relaxed) && self.present.words().all(|word| word == 0)
     }
 
     /// The name that both sides know it by.
@@ -134,12 +117,39 @@ impl RamBlock {
 
     /// The number of its whole pages. A block smaller than a page has none.
     pub fn pages(&self) -> u64 {
-        self.present.pages()
+        self.pages
     }
 
-    /// The pages that may hold something else than zero: all of them, or those received into fresh memory.
-    pub fn present(&self) -> &PageBitmap {
-        &self.present
+    /// Whether `page` may hold something else than zero, as far as that is known without looking at it: of a block in a
+    /// mapped-ram file, whether it is in the file; of mapped memory, always.
+    pub fn is_present(&self, page: PageIndex) -> bool {
+        match &self.memory {
+            Memory::Mapped(_) => page.0 < self.pages,
+            Memory::MappedRam(places) => places.present.contains(page),
+        }
+    }
+
+    /// The pages that [may hold something](RamBlock::is_present), in words of 64 bits, least significant first.
+    pub fn present_words(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
+        (0..usize::try_from(self.pages.div_ceil(64)).unwrap_or(usize::MAX))
+            .map(|word| self.present_word(word))
+    }
+
+    pub(crate) fn present_word(&self, word: usize) -> u64 {
+        match &self.memory {
+            Memory::MappedRam(places) => places.present.word_at(word),
+            Memory::Mapped(_) => {
+                let behind = (word as u64 + 1).saturating_mul(64).saturating_sub(self.pages);
+                if behind < 64 { u64::MAX >> behind } else { 0 }
+            }
+        }
+    }
+
+    /// Notes that pages have been written. Mapped memory keeps no such notes.
+    pub(crate) fn note_written(&self, first: PageIndex, count: u64) {
+        if let Memory::MappedRam(places) = &self.memory {
+            places.present.set_run(first, count);
+        }
     }
 
     /// Where its bytes live.
@@ -152,7 +162,7 @@ impl RamBlock {
         if page.0 < self.pages() { self.page_size.offset_of(page) } else { None }
     }
 
-    /// Writes whole pages from `first` on, into memory or file, and notes that they hold something.
+    /// Writes whole pages from `first` on, into memory or file.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -165,8 +175,8 @@ impl RamBlock {
 
     /// The same from a channel, past the page cache if the file is to be written so.
     pub(crate) fn store_direct(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
-        let Memory::File { direct, .. } = &self.memory else { return self.store(first, bytes) };
-        self.write(first, bytes, direct.as_deref())
+        let Memory::MappedRam(places) = &self.memory else { return self.store(first, bytes) };
+        self.write(first, bytes, places.direct.as_deref())
     }
 
     fn write(&self, first: PageIndex, bytes: &[u8], direct: Option<&DirectFile>) -> io::Result<()> {
@@ -179,17 +189,17 @@ impl RamBlock {
             Memory::Mapped(mapping) => {
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
             }
-            Memory::File { file, offset, .. } => match direct {
+            Memory::MappedRam(Places { file, offset, .. }) => match direct {
                 Some(direct) => direct.write_all_at(file, bytes, offset + start)?,
                 None => file.write_all_at(bytes, offset + start)?,
             },
         }
-        self.present.set_run(first, count);
+        self.note_written(first, count);
         Ok(())
     }
 
     /// Reads a page, from memory or file, into a private buffer. One that is not
-    /// [present](RamBlock::present) is zero.
+    /// [present](RamBlock::is_present) is zero.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -199,7 +209,7 @@ impl RamBlock {
     pub fn load(&self, page: PageIndex, buffer: &mut [u8]) -> io::Result<()> {
         let start = self.offset_of(page).expect("a page of the block").0;
         assert_eq!(buffer.len(), self.page_size.bytes(), "a page's buffer");
-        if !self.present.contains(page) {
+        if !self.is_present(page) {
             buffer.fill(0);
             return Ok(());
         }
@@ -208,19 +218,21 @@ impl RamBlock {
                 mapping.slice(start, buffer.len()).expect("the mapping covers the block").copy_to(buffer);
                 Ok(())
             }
-            Memory::File { file, offset, .. } => {
+            Memory::MappedRam(Places { file, offset, .. }) => {
                 file.read_exact_at(buffer, offset + start).map_err(explained)
             }
         }
     }
 
     /// Reads `count` pages of a file from `first` on, past the page cache if the file is to be read so. Pages that are
-    /// not [present](RamBlock::present) are zero.
+    /// not [present](RamBlock::is_present) are zero.
     ///
     /// # Panics
     /// If the block has no such pages or is not in a file, or `buffer` has another length.
     pub(crate) fn load_direct(&self, first: PageIndex, count: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let Memory::File { file, direct, offset } = &self.memory else { panic!("a block in a file") };
+        let Memory::MappedRam(Places { file, direct, offset, present, .. }) = &self.memory else {
+            panic!("a block in a file")
+        };
         let page_size = self.page_size.bytes();
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
         assert!(inside && buffer.len() as u64 == count * page_size as u64, "pages of the block");
@@ -231,50 +243,73 @@ impl RamBlock {
         };
         read.map_err(explained)?;
         for (page, bytes) in (first.0..).map(PageIndex).zip(buffer.chunks_mut(page_size)) {
-            if !self.present.contains(page) {
+            if !present.contains(page) {
                 bytes.fill(0);
             }
         }
         Ok(())
     }
 
-    /// Makes a page zero. Memory is looked at only if the page may hold something else, and written only if it
-    /// does; in a file, the page is no longer [present](RamBlock::present) and its bytes stay.
+    /// Makes a page zero. Memory is looked at, and written only if it holds something; in a mapped-ram file, the page is no
+    /// longer [present](RamBlock::is_present) and its bytes stay.
     ///
     /// # Panics
     /// If the block has no such page.
     pub fn clear(&self, page: PageIndex) {
-        // Looked at first, so that channels do not take the line from each other.
-        if !self.cleared.load(Ordering::Relaxed) {
-            self.cleared.store(true, Ordering::Relaxed);
-        }
-        if self.present.clear(page)
-            && let Some(slice) = self.slice(page, 1)
-            && !slice.is_zero()
-        {
-            slice.clear();
+        match &self.memory {
+            Memory::MappedRam(places) => drop(places.present.clear(page)),
+            Memory::Mapped(_) => {
+                let slice = self.slice(page, 1).expect("a page of the block");
+                if !slice.is_zero() {
+                    slice.clear();
+                }
+            }
         }
     }
 
     /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
-    /// the page is then dirty again. One in a file is not looked at: what the file knows of it stands in
-    /// [`present`](RamBlock::present).
+    /// the page is then dirty again. One in a file is not looked at: [what the file knows of it](RamBlock::is_present) is
+    /// what counts.
     pub(crate) fn is_zero(&self, page: PageIndex) -> bool {
-        !self.present.contains(page) || self.slice(page, 1).is_some_and(|slice| slice.is_zero())
+        match &self.memory {
+            Memory::Mapped(_) => self.slice(page, 1).is_some_and(|slice| slice.is_zero()),
+            Memory::MappedRam(places) => !places.present.contains(page),
+        }
+    }
+
+    /// Pages that may hold something else than zero at this moment: those in a mapped-ram file; of mapped memory those that
+    /// the page table has, where [absent pages are zero](Mapping::anonymous) and the kernel can tell (Linux 6.7), else all.
+    pub fn may_hold(&self) -> PageBitmap {
+        touched(self).unwrap_or_else(|| {
+            let bits = PageBitmap::new(self.pages);
+            bits.merge(self.present_words());
+            bits
+        })
+    }
+
+    /// Where its bytes are: 0 for this process's memory, or the file that they are in; their first place and their end.
+    /// `None` if it has none.
+    fn range(&self) -> Option<(usize, u64, u64)> {
+        let (within, start) = match &self.memory {
+            Memory::Mapped(mapping) => (0, mapping.slice(0, 0)?.as_ptr().addr() as u64),
+            Memory::MappedRam(places) => (Arc::as_ptr(&places.file).addr(), places.offset),
+        };
+        (self.used_length > 0).then(|| (within, start, start.saturating_add(self.used_length)))
     }
 
     /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
-    /// lives in a file.
+    /// lives in a file that is not mapped.
     pub fn slice(&self, first: PageIndex, count: u64) -> Option<GuestSlice<'_>> {
         let end = first.0.checked_add(count)?;
         if end > self.pages() {
             return None;
         }
         let len = usize::try_from(count).ok()?.checked_mul(self.page_size.bytes())?;
-        match &self.memory {
-            Memory::Mapped(mapping) => mapping.slice(self.page_size.offset_of(first)?.0, len),
-            Memory::File { .. } => None,
-        }
+        let mapping = match &self.memory {
+            Memory::Mapped(mapping) => mapping,
+            Memory::MappedRam(places) => places.mapped.as_ref()?,
+        };
+        mapping.slice(self.page_size.offset_of(first)?.0, len)
     }
 }
 
@@ -290,7 +325,9 @@ impl RamBlocks {
     /// A registry of `blocks`.
     ///
     /// # Errors
-    /// [`Usage::DuplicateBlock`] if two have one name, [`Usage::MixedPageSizes`] if their page sizes differ.
+    /// [`Usage::DuplicateBlock`] if two have one name, [`Usage::MixedPageSizes`] if their page sizes differ,
+    /// [`Usage::SharedBytes`] if two have a byte in common: a write through one would be missing in the other's dirty bits.
+    /// Two mappings of one file are not found out.
     pub fn new(blocks: Vec<RamBlock>) -> Result<Self> {
         let page_size = blocks.first().map(RamBlock::page_size).unwrap_or_default();
         let mut by_name = HashMap::with_capacity(blocks.len());
@@ -302,7 +339,44 @@ impl RamBlocks {
                 return Err(Usage::DuplicateBlock(block.name.clone()).into());
             }
         }
+        let mut ranges: Vec<_> =
+            blocks.iter().filter_map(|block| Some((block.range()?, &block.name))).collect();
+        ranges.sort_by_key(|((within, start, _), _)| (*within, *start));
+        for pair in ranges.windows(2) {
+            if let [((a, _, end), one), ((b, start, _), other)] = pair
+                && a == b
+                && start < end
+            {
+                return Err(Usage::SharedBytes((*one).clone(), (*other).clone()).into());
+            }
+        }
         Ok(Self { blocks, by_name, page_size })
+    }
+
+    /// Whether `other` are the same blocks: the same names, lengths and pages, in the same order, over the same bytes.
+    ///
+    /// # Errors
+    /// [`Usage::NotTheseBlocks`], with the first difference.
+    pub fn check_same(&self, other: &Self) -> Result<(), Usage> {
+        let differs = |why: String| Err(Usage::NotTheseBlocks { why });
+        if self.len() != other.len() {
+            return differs(format!("{} blocks, expected {}", other.len(), self.len()));
+        }
+        for ((index, expected), (_, found)) in self.iter().zip(other.iter()) {
+            if expected.name != found.name {
+                let (place, expected, found) = (index.0, &expected.name, &found.name);
+                return differs(format!("block {place} is {found:?}, expected {expected:?}"));
+            }
+            let name = &expected.name;
+            if (expected.used_length, expected.page_size) != (found.used_length, found.page_size) {
+                let (found, expected) = (found.used_length, expected.used_length);
+                return differs(format!("block {name:?} has {found:#x} bytes, expected {expected:#x}"));
+            }
+            if expected.range() != found.range() {
+                return differs(format!("block {name:?} has other memory"));
+            }
+        }
+        Ok(())
     }
 
     /// The page size of all blocks; 4 KiB where there is no block.
@@ -414,15 +488,16 @@ mod tests {
     #[test]
     fn pages_are_stored_in_memory_and_in_files_and_cleared_there() {
         let file = Arc::new(tempfile::tempfile().expect("a file"));
-        let in_file = Memory::File { file: file.clone(), direct: None, offset: 8192 };
+        let in_file = Memory::MappedRam(Places::new(file.clone(), 8192, PageBitmap::new(4)));
         for memory in [in_file, Memory::Mapped(Mapping::anonymous(4 * 4096).expect("memory"))] {
             let name = BlockName::new("b").expect("a name");
-            let block = RamBlock::fresh(name, 4 * 4096, PageSize::KIB_4, memory).expect("a block");
+            let block = RamBlock::new(name, 4 * 4096, PageSize::KIB_4, memory).expect("a block");
+            let mapped = matches!(block.memory(), Memory::Mapped(_));
             block.store(PageIndex(1), &[7; 8192]).expect("stored");
-            assert_eq!(block.present().words().next(), Some(0b0110));
+            assert_eq!(block.present_words().next(), Some(if mapped { 0b1111 } else { 0b0110 }));
             block.clear(PageIndex(2));
             block.clear(PageIndex(3));
-            assert_eq!(block.present().words().next(), Some(0b0010));
+            assert_eq!(block.present_words().next(), Some(if mapped { 0b1111 } else { 0b0010 }));
             for (page, expected) in [(1, 7), (2, 0), (3, 0)] {
                 let mut bytes = [1; 4096];
                 block.load(PageIndex(page), &mut bytes).expect("loaded");
@@ -439,19 +514,41 @@ mod tests {
     }
 
     #[test]
-    fn a_fresh_block_is_untouched_until_a_page_comes_even_a_zero_one() {
-        let fresh = || {
-            let memory = Memory::Mapped(Mapping::anonymous(8192).expect("memory"));
-            RamBlock::fresh(BlockName::new("b").expect("a name"), 8192, PageSize::KIB_4, memory)
-                .expect("a block")
+    fn places_of_another_number_of_pages_are_refused() {
+        let file = Arc::new(tempfile::tempfile().expect("a file"));
+        let places = Places::new(file, 0, PageBitmap::new(3));
+        let name = BlockName::new("b").expect("a name");
+        let refused = RamBlock::new(name, 4 * 4096, PageSize::KIB_4, Memory::MappedRam(places));
+        assert_eq!(
+            refused.expect_err("refused").to_string(),
+            r#"block "b": expected a bit for each of 4 pages, found 3"#
+        );
+    }
+
+    #[test]
+    fn blocks_that_share_bytes_are_refused() {
+        let memory = Arc::new(Mapping::anonymous(4 * 4096).expect("memory"));
+        let part = |name: &str, first: u64, pages: u64| {
+            let slice = memory.slice(first * 4096, 4096).expect("inside");
+            let base = std::ptr::NonNull::new(slice.as_ptr()).expect("not null");
+            let length = usize::try_from(pages * 4096).expect("small");
+            // SAFETY: the range lies in a mapping that is kept, and to which no reference is made.
+            #[expect(unsafe_code, reason = "two blocks on one mapping")]
+            let part = unsafe { Mapping::from_raw(base, length, memory.clone()) };
+            let name = BlockName::new(name).expect("a name");
+            RamBlock::new(name, length as u64, PageSize::KIB_4, Memory::Mapped(part)).expect("a block")
         };
-        assert!(fresh().is_untouched());
-        let block = fresh();
-        block.clear(PageIndex(1));
-        assert!(!block.is_untouched());
-        let block = fresh();
-        block.store(PageIndex(0), &[0; 4096]).expect("stored");
-        assert!(!block.is_untouched());
+        assert!(RamBlocks::new(vec![part("b", 2, 2), part("a", 0, 2)]).is_ok());
+        let refused = RamBlocks::new(vec![part("a", 0, 3), part("b", 2, 2)]).expect_err("refused");
+        assert_eq!(refused.to_string(), r#"blocks "a" and "b" share bytes: each needs memory of its own"#);
+        let file = Arc::new(tempfile::tempfile().expect("a file"));
+        let stored = |name: &str, offset| {
+            let places = Places::new(file.clone(), offset, PageBitmap::new(2));
+            let name = BlockName::new(name).expect("a name");
+            RamBlock::new(name, 8192, PageSize::KIB_4, Memory::MappedRam(places)).expect("a block")
+        };
+        assert!(RamBlocks::new(vec![stored("a", 0), stored("b", 8192)]).is_ok());
+        assert!(RamBlocks::new(vec![stored("a", 0), stored("b", 4096)]).is_err());
     }
 
     #[test]

@@ -20,20 +20,16 @@ use super::{
 };
 use crate::error::{Result, Usage};
 
-/// A constructor of a block: [`RamBlock::new`] or [`RamBlock::fresh`].
-pub type MakeBlock = fn(BlockName, u64, PageSize, Memory) -> Result<RamBlock>;
-
 /// One RAM block for each region of `memory`, in the order of guest addresses, named by its address: `ram@0x100000000`.
 ///
-/// `make` is [`RamBlock::new`] at a source; at a destination [`RamBlock::fresh`] for memory that nobody has written to, so
-/// that zero pages are not written either.
+/// A machine has them for all its life: the blocks that it has arrived in are those that it leaves from.
 ///
 /// ```
 /// use multifd::ram::{PageSize, RamBlock, blocks_of};
 /// use vm_memory::{GuestAddress, GuestMemoryMmap};
 ///
 /// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20), (GuestAddress(1 << 32), 1 << 20)])?;
-/// let blocks = blocks_of(&memory, PageSize::KIB_4, RamBlock::new)?;
+/// let blocks = blocks_of(&memory, PageSize::KIB_4)?;
 /// assert_eq!((blocks.len(), blocks.total()), (2, 3 << 20));
 /// assert!(blocks.find(b"ram@0x100000000").is_some());
 /// # Ok::<_, Box<dyn std::error::Error>>(())
@@ -41,14 +37,14 @@ pub type MakeBlock = fn(BlockName, u64, PageSize, Memory) -> Result<RamBlock>;
 ///
 /// # Errors
 /// [`Usage::Unreadable`] if a region is mapped without the right to read.
-pub fn blocks_of<B>(memory: &GuestMemoryMmap<B>, page_size: PageSize, make: MakeBlock) -> Result<RamBlocks>
+pub fn blocks_of<B>(memory: &GuestMemoryMmap<B>, page_size: PageSize) -> Result<RamBlocks>
 where
     B: Bitmap + Send + Sync + 'static,
 {
     let blocks = memory.iter().map(|region| {
         let address = region.start_addr().raw_value();
         let name = BlockName::new(format!("ram@{address:#x}")).expect("at most 22 bytes without NUL");
-        block_of(region, name, page_size, make)
+        block_of(region, name, page_size)
     });
     RamBlocks::new(blocks.collect::<Result<_>>()?)
 }
@@ -57,12 +53,7 @@ where
 ///
 /// # Errors
 /// As [`blocks_of`].
-pub fn block_of<B>(
-    region: &GuestRegionMmap<B>,
-    name: BlockName,
-    page_size: PageSize,
-    make: MakeBlock,
-) -> Result<RamBlock>
+pub fn block_of<B>(region: &GuestRegionMmap<B>, name: BlockName, page_size: PageSize) -> Result<RamBlock>
 where
     B: Bitmap + Send + Sync + 'static,
 {
@@ -78,7 +69,7 @@ where
     // `read_only` takes it from the mapping.
     let mapping = unsafe { Mapping::from_raw(base, len, mapped) };
     let mapping = if writable { mapping } else { mapping.read_only() };
-    make(name, len as u64, page_size, Memory::Mapped(mapping))
+    RamBlock::new(name, len as u64, page_size, Memory::Mapped(mapping))
 }
 
 /// A region's bitmap, if it has one.
@@ -188,7 +179,7 @@ mod tests {
     #[test]
     fn block_and_region_are_the_same_bytes_and_outlive_each_other() {
         let memory = memory();
-        let blocks = blocks_of(&memory, PageSize::KIB_4, RamBlock::new).expect("blocks");
+        let blocks = blocks_of(&memory, PageSize::KIB_4).expect("blocks");
         memory.write_slice(&[7; 4096], GuestAddress((1 << 32) + 0x1000)).expect("written");
         drop(memory);
         let mut page = [0; 4096];
@@ -199,7 +190,7 @@ mod tests {
     #[test]
     fn page_written_through_the_region_is_taken_once_and_again_when_put_back() {
         let memory = memory();
-        let blocks = blocks_of(&memory, PageSize::KIB_4, RamBlock::new).expect("blocks");
+        let blocks = blocks_of(&memory, PageSize::KIB_4).expect("blocks");
         let mut log = AtomicBitmapLog::new(&memory, &blocks).expect("a log");
         memory.write_slice(&[1; 2], GuestAddress(0x4fff)).expect("written");
         memory.write_obj(1_u8, GuestAddress((1 << 32) + 0x2000)).expect("written");
@@ -221,7 +212,7 @@ mod tests {
             .build();
         let region = GuestRegionMmap::new(region.expect("mapped"), GuestAddress(0)).expect("a region");
         let memory = GuestMemoryMmap::from_regions(vec![region]).expect("memory");
-        let blocks = blocks_of(&memory, PageSize::KIB_4, RamBlock::fresh).expect("blocks");
+        let blocks = blocks_of(&memory, PageSize::KIB_4).expect("blocks");
         let mut log = AtomicBitmapLog::new(&memory, &blocks).expect("a log");
         memory.write_obj(1_u8, GuestAddress(0x6000)).expect("written");
         assert_eq!(taken(&mut log, 0, 64), [4, 5, 6, 7]);
@@ -229,7 +220,7 @@ mod tests {
 
     #[test]
     fn blocks_of_another_memory_are_refused() {
-        let blocks = blocks_of(&memory(), PageSize::KIB_4, RamBlock::new).expect("blocks");
+        let blocks = blocks_of(&memory(), PageSize::KIB_4).expect("blocks");
         for ranges in [
             &[(GuestAddress(0), 64 << 12)][..],
             &[(GuestAddress(0), 64 << 12), (GuestAddress(1 << 32), 4 << 12)],
@@ -251,7 +242,7 @@ mod tests {
                 .build()
                 .expect("mapped");
             let region = GuestRegionMmap::new(region, GuestAddress(0)).expect("a region");
-            block_of(&region, BlockName::new("rom").expect("a name"), PageSize::KIB_4, RamBlock::new)
+            block_of(&region, BlockName::new("rom").expect("a name"), PageSize::KIB_4)
         };
         let rom = map(libc::PROT_READ).expect("a block");
         assert!(!rom.slice(PageIndex(0), 1).expect("there").is_writable());

@@ -51,9 +51,12 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Fresh memory, all zero, of `len` bytes: private, not reserved, in huge pages where the system
-    /// gives them. Costs nothing until it is touched, so terabytes are fine. What was never touched
-    /// [is zero](Self::absent_is_zero) and is not looked at: whoever has a `userfaultfd` fill it maps it himself and comes
-    /// by [`from_raw`](Self::from_raw).
+    /// gives them. Costs nothing until it is touched, so terabytes are fine. What was never touched is zero, which the page
+    /// table tells, and is not looked at.
+    ///
+    /// **Warning:** register no `userfaultfd` for missing pages in it, and map nothing over it: what those would fill in is
+    /// taken for zero and lost. Memory that is to be filled so is mapped by the embedder, and comes by
+    /// [`from_raw`](Self::from_raw).
     ///
     /// # Errors
     /// If the system refuses the mapping.
@@ -124,15 +127,16 @@ impl Mapping {
         self
     }
 
-    /// The mapping, of which this is known: a page that the page table does not have is zero. That is so for private
-    /// anonymous memory that nothing fills when it is first touched, no `userfaultfd` say. A source on Linux 6.7 or later
-    /// then tells pages that the guest has never touched by the page table, and does not look at them: for a guest that
-    /// uses a part of its RAM that is most of the first pass. [`anonymous`](Self::anonymous) memory is so from the
-    /// beginning.
+    /// The mapping, with the promise that a page that the page table does not have is zero. On Linux 6.7 or later, pages
+    /// that the guest has never touched are then found in the page table and not looked at: for a guest that uses a part of
+    /// its RAM that is most of a first pass. [`anonymous`](Self::anonymous) memory is so from the beginning.
     ///
-    /// Said of other memory, such as a private mapping of a file, it loses what the file holds.
+    /// # Safety
+    /// **Warning:** where the promise is false, guest memory is lost without an error. For as long as the mapping lives,
+    /// all of it is private anonymous memory, and nothing fills its pages when they are first touched: it is no mapping of
+    /// a file or of a memfd, private or shared, and no `userfaultfd` is registered for missing pages in it.
     #[must_use]
-    pub fn absent_is_zero(mut self) -> Self {
+    pub unsafe fn assume_absent_is_zero(mut self) -> Self {
         self.absent_is_zero = true;
         self
     }

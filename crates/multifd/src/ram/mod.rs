@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! RamBlocks ── RamBlock "pc.ram" ── Memory::Mapped(Mapping) ── GuestSlice ── Part / PartMut ── system call
-//!                   │                Memory::File ── cached, or past the page cache (DirectFile)
+//!                   │                Memory::MappedRam ── cached, or past the page cache (DirectFile)
 //!                   │                two blocks ── Lane ── pages straight between the two
-//!                   └── present: PageBitmap          DirtyLog ── take ──▶ PageBitmap ── pass
+//!                   DirtyLog ── take ──▶ PageBitmap ── pass
 //! ```
 //!
 //! Guest RAM is never a Rust reference: it changes while we look at it. The only ways to its bytes are a
@@ -36,13 +36,13 @@ mod straight;
 mod zero;
 
 pub use bitmap::{PageBitmap, runs};
-pub use block::{BlockIndex, Memory, RamBlock, RamBlocks};
+pub use block::{BlockIndex, Memory, Places, RamBlock, RamBlocks};
 pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;
 pub use direct::DirectFile;
 pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};
 #[cfg(feature = "vm-memory")]
-pub use guest_memory::{AtomicBitmapLog, MakeBlock, RegionBitmap, block_of, blocks_of};
+pub use guest_memory::{AtomicBitmapLog, RegionBitmap, block_of, blocks_of};
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingLog, KvmRingSize, KvmSlot};
 pub use mapping::{Access, GuestSlice, Mapping};

@@ -20,7 +20,7 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use super::{Memory, PageBitmap, PageIndex, RamBlock, bytes::mark};
 
 /// Pages of `block` that may hold something, if the page table can tell: the block's memory must be such that
-/// [what is absent is zero](super::Mapping::absent_is_zero), and the kernel must be able to.
+/// [what is absent is zero](super::Mapping::assume_absent_is_zero), and the kernel must be able to.
 ///
 /// Good for the moment: what is written later is for a dirty log that was on before.
 pub(crate) fn touched(block: &RamBlock) -> Option<PageBitmap> {

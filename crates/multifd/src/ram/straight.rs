@@ -12,7 +12,7 @@ use std::{fs::File, io, os::fd::AsRawFd};
 use rustix::io::Errno;
 
 use super::{
-    BlockOffset, DirectFile, GuestSlice, Memory, PageIndex, RamBlock,
+    BlockOffset, DirectFile, GuestSlice, Memory, PageIndex, Places, RamBlock,
     cut::{cut_short, explained},
     huge::{HUGE, HugeFile},
 };
@@ -49,10 +49,10 @@ impl Lane {
             return Err(format!("expected pages of {page_size} in the target, met {}", target.page_size()));
         }
         let (start, huge) = match (source.memory(), target.memory()) {
-            (Memory::Mapped(_), Memory::File { file, offset, .. }) => {
+            (Memory::Mapped(_), Memory::MappedRam(Places { file, offset, .. })) => {
                 (*offset, HugeFile::of(file, *offset, target.used_length()))
             }
-            (Memory::File { .. }, Memory::Mapped(mapping)) => {
+            (Memory::MappedRam(_), Memory::Mapped(mapping)) => {
                 if !mapping.is_writable() {
                     return Err("the target is mapped for reading".into());
                 }
@@ -60,7 +60,7 @@ impl Lane {
                 (base as u64, None)
             }
             (Memory::Mapped(_), Memory::Mapped(_)) => return Err("both sides are in memory".into()),
-            (Memory::File { .. }, Memory::File { .. }) => return Err("both sides are in files".into()),
+            (Memory::MappedRam(_), Memory::MappedRam(_)) => return Err("both sides are in files".into()),
         };
         let bytes = page_size.bytes() as u64;
         Ok(Self { shift: start / bytes, stretch: STRETCH / bytes, huge })
@@ -93,10 +93,10 @@ impl Lane {
     ) -> Result<(), CopyError> {
         let BlockOffset(start) = source.offset_of(first).expect("a page of the block");
         match (source.memory(), target.memory()) {
-            (Memory::Mapped(_), Memory::File { file, direct, offset }) => {
+            (Memory::Mapped(_), Memory::MappedRam(Places { file, direct, offset, .. })) => {
                 let slice = source.slice(first, count).expect("pages of the block");
                 if let Some(huge) = &self.huge
-                    && !target.present().contains(first)
+                    && !target.is_present(first)
                 {
                     huge.prepare(offset + start, slice.len() as u64, |at| {
                         let behind = usize::try_from(at - offset - start).expect("within the slice");
@@ -110,7 +110,7 @@ impl Lane {
                     _ => CopyError::Write(error),
                 })?;
             }
-            (Memory::File { file, direct, offset }, Memory::Mapped(_)) => {
+            (Memory::MappedRam(Places { file, direct, offset, .. }), Memory::Mapped(_)) => {
                 let slice = target.slice(first, count).expect("pages of the block");
                 let read = all((file, direct.as_deref()), slice, offset + start, read_at);
                 read.map_err(|error| match Errno::from_io_error(&error) {
@@ -120,7 +120,7 @@ impl Lane {
             }
             _ => panic!("one side is in memory, the other in a file"),
         }
-        target.present().set_run(first, count);
+        target.note_written(first, count);
         Ok(())
     }
 }

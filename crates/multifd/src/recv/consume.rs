@@ -48,7 +48,8 @@ fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
     let mut packets: u64 = 0;
     while inlet.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
-        let blocks = shared.blocks();
+        let arrived = shared.arrived.get();
+        let blocks = arrived.map(|arrived| &**arrived.blocks());
         listed.decode(&inlet.head, &shared.method, blocks).map_err(in_packet)?;
         inlet.have = 0;
         tracing::trace!(
@@ -60,10 +61,9 @@ fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
             sync = listed.sync,
             "multifd_recv"
         );
-        if let Some(blocks) = blocks.filter(|_| listed.has_pages()) {
+        if let Some(arrived) = arrived.filter(|_| listed.has_pages()) {
             let _filling = Filling::begin(id, shared, &listed).map_err(in_packet)?;
-            let block = blocks.block(listed.block)?;
-            filler.fill(&mut inlet, &listed, block).map_err(in_packet)?;
+            filler.fill(&mut inlet, &listed, arrived).map_err(in_packet)?;
         }
         let bytes = (inlet.head.len() + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);

@@ -144,7 +144,7 @@ mod tests {
         let block = |name: &str, used_length| {
             let memory = Memory::Mapped(Mapping::anonymous(used_length).expect("memory"));
             let name = BlockName::new(name).expect("a name");
-            RamBlock::fresh(name, used_length, PageSize::KIB_4, memory).expect("a block")
+            RamBlock::new(name, used_length, PageSize::KIB_4, memory).expect("a block")
         };
         RamBlocks::new(vec![block("pc.ram", 0x40000), block("small", 100), block("empty", 0)])
             .expect("distinct")

@@ -6,7 +6,7 @@
 
 use arrayvec::ArrayVec;
 
-use super::{consume::Inlet, decode::Listed};
+use super::{Arrived, consume::Inlet, decode::Listed};
 use crate::{
     batch::neighbours,
     compress::Decode,
@@ -27,12 +27,16 @@ pub(super) struct Filler {
 
 impl Filler {
     /// Receives the packet's payload and writes its pages.
-    pub(super) fn fill(&mut self, inlet: &mut Inlet, listed: &Listed, block: &RamBlock) -> Result<()> {
+    pub(super) fn fill(&mut self, inlet: &mut Inlet, listed: &Listed, arrived: &Arrived) -> Result<()> {
+        let block = arrived.blocks().block(listed.block)?;
         if !listed.normal.is_empty() {
             self.normal(inlet, listed, block)?;
+            for (first, count) in neighbours(listed.normal.iter().copied()) {
+                arrived.note(listed.block, first, count);
+            }
         }
-        for page in &listed.zero {
-            block.clear(*page);
+        for (first, count) in neighbours(listed.zero.iter().copied()) {
+            arrived.clear_run(block, listed.block, first, count);
         }
         Ok(())
     }
@@ -49,11 +53,7 @@ impl Filler {
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 parts.push(block.slice(first, count).expect("listed pages are in their block").into());
             }
-            inlet.payload(parts, listed.payload_len)?;
-            for (first, count) in neighbours(listed.normal.iter().copied()) {
-                block.present().set_run(first, count);
-            }
-            return Ok(());
+            return inlet.payload(parts, listed.payload_len);
         }
         if self.pages.is_empty() {
             // Room for one byte more than a packet may make.

@@ -11,6 +11,7 @@
 //! its first four bytes, by which it is told from a channel.
 
 mod accept;
+mod arrived;
 mod consume;
 mod decode;
 mod fill;
@@ -24,6 +25,7 @@ use std::{
 };
 
 use accept::Origin;
+pub use arrived::Arrived;
 use sync::Place;
 
 use crate::{
@@ -59,7 +61,7 @@ struct Shared {
     attention: Attention,
     /// Set once, by main.
     page_size: OnceLock<PageSize>,
-    blocks: OnceLock<Arc<RamBlocks>>,
+    arrived: OnceLock<Arrived>,
     /// Set by the options, or by the first packet with pages of any channel.
     method: OnceLock<Method>,
     /// Set by main when no page may be written any more; with `filling`, see [`Shared::seal`].
@@ -119,7 +121,7 @@ impl Receiver {
             options,
             stop: stop.clone(),
             page_size: OnceLock::new(),
-            blocks: OnceLock::new(),
+            arrived: OnceLock::new(),
             method,
             sealed: AtomicBool::new(false),
             filling: std::iter::repeat_with(AtomicBool::default).take(most).collect(),
@@ -230,7 +232,8 @@ impl Receiver {
                 return Err(Usage::MixedPageSizes(expected, blocks.page_size()).into());
             }
         }
-        self.shared.blocks.set(blocks).map_err(|_| Error::from(Usage::UsedTwice))?;
+        let arrived = Arrived::new(blocks);
+        self.shared.arrived.set(arrived).map_err(|_| Error::from(Usage::UsedTwice))?;
         drop(state);
         self.shared.changed.notify_all();
         Ok(())
@@ -252,6 +255,11 @@ impl Receiver {
     /// [`Violation::PagesAfterEnd`] if a channel is still receiving pages, or the error that stopped the migration.
     pub fn seal(&self) -> Result<()> {
         self.shared.seal()
+    }
+
+    /// The blocks and which of their pages have come; `None` before [`set_blocks`](Receiver::set_blocks).
+    pub fn arrived(&self) -> Option<&Arrived> {
+        self.shared.arrived.get()
     }
 
     /// How many channels have come so far.
@@ -333,10 +341,6 @@ impl Shared {
 
     fn wait_timeout<'a>(&self, state: Guard<'a>, limit: Duration) -> Guard<'a> {
         self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    fn blocks(&self) -> Option<&RamBlocks> {
-        self.blocks.get().map(|blocks| &**blocks)
     }
 
     fn is_sealed(&self) -> bool {

@@ -91,9 +91,9 @@ fn copy(id: ChannelId, shared: &Shared, copier: &Copier, batch: &mut Batch) -> R
     let target = copier.target.block(*index)?;
     batch.part(|page| source.is_zero(page));
     // Asked to go as bytes, and known to be zero: a file may have anything there.
-    let (present, absent) = (source.present(), |page: &&PageIndex| !source.present().contains(**page));
+    let absent = |page: &&PageIndex| !source.is_present(**page);
     batch.zero().iter().chain(batch.normal().iter().filter(absent)).for_each(|page| target.clear(*page));
-    let normal = batch.normal().iter().copied().filter(|page| present.contains(*page));
+    let normal = batch.normal().iter().copied().filter(|page| source.is_present(*page));
     for (first, count) in neighbours(normal) {
         lane.copy(source, target, first, count).map_err(|error| match error {
             CopyError::Read(error) => unread(source, first, error),

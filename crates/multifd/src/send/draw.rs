@@ -5,7 +5,7 @@
 use crate::{
     batch::neighbours,
     error::{Error, Result},
-    ram::{AlignedBuffer, Memory, PageIndex, RamBlock},
+    ram::{AlignedBuffer, PageIndex, RamBlock},
     wire::limits::PACKET_BYTES,
 };
 
@@ -16,7 +16,7 @@ pub(super) struct Drawer(AlignedBuffer);
 impl Drawer {
     /// The pages, one behind the other; `None` if they are in mapped memory.
     pub(super) fn draw(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<Option<&[u8]>> {
-        if matches!(block.memory(), Memory::Mapped(_)) {
+        if block.slice(PageIndex(0), 0).is_some() {
             return Ok(None);
         }
         if self.0.is_empty() {

@@ -216,10 +216,10 @@ impl<'a> Emitter<'a> {
 /// when the channel is gone.
 static ZEROS: [u8; PageSize::KIB_64.bytes()] = [0; PageSize::KIB_64.bytes()];
 
-/// Pages where they are, neighbours as one part. One that is [known to be zero](RamBlock::present) is a part of its
+/// Pages where they are, neighbours as one part. One that is [known to be zero](RamBlock::is_present) is a part of its
 /// own.
 fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<Item = Part<'b>> {
-    let present = |page: &PageIndex| block.present().contains(*page);
+    let present = |page: &PageIndex| block.is_present(*page);
     let mut pages = pages.iter().copied().peekable();
     std::iter::from_fn(move || {
         let first = pages.next()?;

@@ -5,7 +5,7 @@ use std::{fs::File, sync::Arc};
 use multifd::{
     SendOptions, Sender,
     channel::Stop,
-    ram::{BlockIndex, BlockName, Memory, PageIndex, RamBlock, RamBlocks},
+    ram::{BlockIndex, BlockName, Memory, PageBitmap, PageIndex, Places, RamBlock, RamBlocks},
 };
 
 use crate::kit::{CHANNELS, PAGE_SIZE, PAGES};
@@ -15,8 +15,8 @@ pub(crate) fn in_file(file: &File) -> Arc<RamBlocks> {
     let length = PAGES * PAGE_SIZE.bytes() as u64;
     file.set_len(length).expect("sized");
     let file = Arc::new(file.try_clone().expect("a descriptor"));
-    let memory = Memory::File { file, direct: None, offset: 0 };
-    let block = RamBlock::fresh(BlockName::new("ram").expect("a name"), length, PAGE_SIZE, memory);
+    let memory = Memory::MappedRam(Places::new(file, 0, PageBitmap::new(PAGES)));
+    let block = RamBlock::new(BlockName::new("ram").expect("a name"), length, PAGE_SIZE, memory);
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one block"))
 }
 

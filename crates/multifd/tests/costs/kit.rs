@@ -33,8 +33,7 @@ pub(crate) fn ram(filled: bool) -> Arc<RamBlocks> {
     let length = PAGES * PAGE_SIZE.bytes() as u64;
     let memory = Memory::Mapped(Mapping::anonymous(length).expect("memory"));
     let name = BlockName::new("ram").expect("a name");
-    let make = if filled { RamBlock::new } else { RamBlock::fresh };
-    let block = make(name, length, PAGE_SIZE, memory).expect("a block");
+    let block = RamBlock::new(name, length, PAGE_SIZE, memory).expect("a block");
     for page in (0..PAGES).filter(|_| filled) {
         block.slice(PageIndex(page), 1).expect("there").copy_from(&contents(page));
     }

@@ -12,7 +12,7 @@ use multifd::{
 };
 
 use crate::{
-    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, used, write},
+    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, write},
     loopback::{BLOCKS, Writers, filled},
 };
 
@@ -138,7 +138,7 @@ pub(crate) fn answer_over(
     choice: Option<Method>,
 ) -> (Result<()>, Arc<RamBlocks>) {
     const RAM: &[(&str, u64)] = &[("pc.ram", 256 << 10)];
-    let (source, destination) = (used(PageSize::KIB_4, RAM), fresh(PageSize::KIB_4, RAM));
+    let (source, destination) = (fresh(PageSize::KIB_4, RAM), fresh(PageSize::KIB_4, RAM));
     (0..64).for_each(|page| write(&source, 0, page, page * page));
     let options = ReceiveOptions::new().channels(multifd::ChannelCount::Exact(1)).method(choice);
     let mut receiver = Receiver::new(options, Stop::new());
@@ -318,7 +318,7 @@ fn the_first_packet_with_pages_decides_the_method_of_all_channels() {
 
 #[test]
 fn levels_outside_of_their_range_are_refused() {
-    let blocks = used(PageSize::KIB_4, &[("pc.ram", 4096)]);
+    let blocks = fresh(PageSize::KIB_4, &[("pc.ram", 4096)]);
     let refused = |options| {
         let error = Sender::new(options, blocks.clone(), Stop::new()).expect_err("refused");
         assert!(matches!(error.kind(), Error::Usage(Usage::OutOfRange { .. })), "{error}");

@@ -17,7 +17,7 @@ use multifd::{
     ram::{BlockIndex, DirtyLog, NeverDirty, PageBitmap, PageSize, RamBlocks},
 };
 
-use crate::kit::{StoppedGuest, TestMain, difference, fresh, receive, spawn, used, write};
+use crate::kit::{StoppedGuest, TestMain, difference, fresh, receive, spawn, write};
 
 const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 const PAGES: u64 = 256;
@@ -112,7 +112,7 @@ fn receiver() -> multifd::Receiver {
 }
 
 fn source() -> Arc<RamBlocks> {
-    let blocks = used(PageSize::KIB_4, RAM);
+    let blocks = fresh(PageSize::KIB_4, RAM);
     (0..PAGES).for_each(|page| write(&blocks, 0, page, 1));
     blocks
 }

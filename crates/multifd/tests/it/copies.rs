@@ -18,12 +18,12 @@ use multifd::{
     live::{DeviceSection, Main, MigrateOptions, Migration, MigrationInfo, Pass, ZeroPageDetection},
     ram::{
         Access, BlockIndex, DirectFile, DirtyBitmaps, DirtyLog, Mapping, Memory, NeverDirty, PageBitmap,
-        PageIndex, PageSize, RamBlock, RamBlocks,
+        PageIndex, PageSize, Places, RamBlock, RamBlocks,
     },
 };
 use multifd_testkit::lacks;
 
-use crate::kit::{StoppedGuest, difference, fresh, name, used, write};
+use crate::kit::{StoppedGuest, difference, fresh, name, write};
 
 const PAGE: u64 = 4096;
 const RAM: &[(&str, u64)] = &[("pc.ram", 20 << 20), ("pc.rom", 3 * PAGE)];
@@ -72,9 +72,10 @@ fn in_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     let direct = direct.then(|| Arc::new(DirectFile::of(file).expect("direct I/O")));
     let mut at = offset;
     let blocks = RAM.iter().map(|(text, length)| {
-        let memory = Memory::File { file: file.clone(), direct: direct.clone(), offset: at };
+        let places = Places::new(file.clone(), at, PageBitmap::new(length / 4096));
+        let memory = Memory::MappedRam(Places { direct: direct.clone(), ..places });
         at += length;
-        RamBlock::fresh(name(text), *length, PageSize::KIB_4, memory).expect("a block")
+        RamBlock::new(name(text), *length, PageSize::KIB_4, memory).expect("a block")
     });
     let blocks = Arc::new(RamBlocks::new(blocks.collect()).expect("distinct"));
     // One that was opened for reading is left as it is.
@@ -118,7 +119,7 @@ fn files() -> Vec<File> {
 
 #[test]
 fn ram_goes_into_a_file_and_comes_back_equal() {
-    let source = used(PageSize::KIB_4, RAM);
+    let source = fresh(PageSize::KIB_4, RAM);
     fill(&source);
     let detections = [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd];
     for file in files().into_iter().map(Arc::new) {
@@ -130,10 +131,9 @@ fn ram_goes_into_a_file_and_comes_back_equal() {
             let ram = info.expect("captured").ram;
             assert_eq!(ram.normal + ram.duplicate, pages);
             // Memory that may hold anything is made what the file says; that of page 3 is zero.
-            for target in [fresh(PageSize::KIB_4, RAM), used(PageSize::KIB_4, RAM)] {
+            let target = fresh(PageSize::KIB_4, RAM);
+            for _ in 0..2 {
                 write(&target, 0, 3, 9);
-                let hidden = target.block(BlockIndex(0)).expect("there");
-                hidden.present().set_run(PageIndex(3), 1);
                 copy_plainly(&stored, &target).expect("restored");
                 assert_eq!(difference(&source, &target), None, "{detection:?}");
             }
@@ -143,7 +143,7 @@ fn ram_goes_into_a_file_and_comes_back_equal() {
 
 #[test]
 fn direct_io_moves_what_is_aligned_and_the_cache_what_is_not() {
-    let source = used(PageSize::KIB_4, RAM);
+    let source = fresh(PageSize::KIB_4, RAM);
     fill(&source);
     for offset in [OFFSET, 12345] {
         let file = Arc::new(tempfile::tempfile().expect("a file"));
@@ -161,11 +161,12 @@ fn direct_io_moves_what_is_aligned_and_the_cache_what_is_not() {
 #[test]
 fn zero_pages_leave_holes_and_lose_their_bits() {
     let file = Arc::new(tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).expect("a file"));
-    let (source, stored) = (used(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
+    let (source, stored) = (fresh(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
     write(&source, 0, 7, 1);
     write(&source, 1, 2, 1);
     copy_plainly(&source, &stored).expect("captured");
-    let present: Vec<u64> = stored.iter().map(|(_, block)| block.present().count()).collect();
+    let present: Vec<u32> =
+        stored.iter().map(|(_, block)| block.present_words().map(u64::count_ones).sum::<u32>()).collect();
     assert_eq!(present, [1, 1]);
     // In blocks of 512 bytes, those of the file system's own included.
     assert!(file.metadata().expect("its size").blocks() < (1 << 20) / 512, "holes");
@@ -173,7 +174,7 @@ fn zero_pages_leave_holes_and_lose_their_bits() {
     // A page that is zero in a later pass is zero in the file, whatever stands there.
     source.block(BlockIndex(0)).expect("there").clear(PageIndex(7));
     copy_plainly(&source, &stored).expect("captured once more");
-    assert!(!stored.block(BlockIndex(0)).expect("there").present().contains(PageIndex(7)));
+    assert!(!stored.block(BlockIndex(0)).expect("there").is_present(PageIndex(7)));
 }
 
 /// A page written behind the one before it: the log tells, and the last version is what the file has.
@@ -191,7 +192,7 @@ fn guest_that_writes_meanwhile_is_captured_as_it_was_when_it_stopped() {
         }
         fn resume(&mut self) {}
     }
-    let source = used(PageSize::KIB_4, RAM);
+    let source = fresh(PageSize::KIB_4, RAM);
     fill(&source);
     let mut log = DirtyBitmaps::new(&source);
     let halt = Arc::new(AtomicBool::new(false));
@@ -243,7 +244,7 @@ fn what_cannot_be_copied_is_refused() {
         let mut sender = Sender::new(options, source.clone(), Stop::new()).expect("a sender");
         sender.set_up_into(target.clone()).expect_err("refused").to_string()
     };
-    let (ram, file) = (used(PageSize::KIB_4, RAM), Arc::new(tempfile::tempfile().expect("a file")));
+    let (ram, file) = (fresh(PageSize::KIB_4, RAM), Arc::new(tempfile::tempfile().expect("a file")));
     let stored = in_file(&file, OFFSET, false);
     let told = refused(SendOptions::new().zero_copy_send(true), &ram, &stored);
     assert!(told.starts_with("zero-copy-send is for connections"), "{told}");
@@ -257,7 +258,7 @@ fn what_cannot_be_copied_is_refused() {
     let shorter = fresh(PageSize::KIB_4, &[("pc.ram", PAGE), ("pc.rom", 3 * PAGE)]);
     let coarser = fresh(PageSize::KIB_16, &[("pc.ram", 20 << 20), ("pc.rom", 48 << 10)]);
     for (source, target, expected) in [
-        (&ram, &used(PageSize::KIB_4, RAM), r#"block "pc.ram" cannot be copied: both sides are in memory"#),
+        (&ram, &fresh(PageSize::KIB_4, RAM), r#"block "pc.ram" cannot be copied: both sides are in memory"#),
         (&stored, &stored, r#"block "pc.ram" cannot be copied: both sides are in files"#),
         (&stored, &others, r#"block "pc.rom" cannot be copied: the target has no such block"#),
         (&others, &stored, r#"block "pc.rom" cannot be copied: the source has no such block"#),
@@ -271,7 +272,7 @@ fn what_cannot_be_copied_is_refused() {
     let block =
         RamBlock::new(name("pc.ram"), 20 << 20, PageSize::KIB_4, Memory::Mapped(mapping)).expect("a block");
     let only = |file: &Arc<File>| {
-        let memory = Memory::File { file: file.clone(), direct: None, offset: 0 };
+        let memory = Memory::MappedRam(Places::new(file.clone(), 0, PageBitmap::new(5 << 10)));
         let block = RamBlock::new(name("pc.ram"), 20 << 20, PageSize::KIB_4, memory).expect("a block");
         Arc::new(RamBlocks::new(vec![block]).expect("one"))
     };
@@ -291,7 +292,7 @@ fn file_that_cannot_be_written_is_an_error_and_the_guest_goes_on() {
     let path = folder.path().join("ram");
     File::create(&path).expect("a file").set_len(64 << 20).expect("sized");
     let file = Arc::new(OpenOptions::new().read(true).open(path).expect("for reading"));
-    let (source, stored) = (used(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
+    let (source, stored) = (fresh(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
     fill(&source);
     let mut guest = StoppedGuest::default();
     let mut log = DirtyBitmaps::new(&source);
@@ -305,7 +306,7 @@ fn file_that_cannot_be_written_is_an_error_and_the_guest_goes_on() {
 #[test]
 fn file_that_is_cut_is_an_error_that_names_block_and_offset() {
     let file = Arc::new(tempfile::tempfile().expect("a file"));
-    let (source, stored) = (used(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
+    let (source, stored) = (fresh(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
     fill(&source);
     copy_plainly(&source, &stored).expect("captured");
     file.set_len(9 << 20).expect("cut");
@@ -325,8 +326,8 @@ fn memory_that_is_cut_is_an_error_that_names_block_and_offset() {
     let source = Arc::new(RamBlocks::new(vec![block(Memory::Mapped(mapping))]).expect("one"));
     memory.set_len(1 << 20).expect("cut");
     let file = Arc::new(tempfile::tempfile().expect("a file"));
-    let stored =
-        Arc::new(RamBlocks::new(vec![block(Memory::File { file, direct: None, offset: 0 })]).expect("one"));
+    let places = Places::new(file, 0, PageBitmap::new(1 << 10));
+    let stored = Arc::new(RamBlocks::new(vec![block(Memory::MappedRam(places))]).expect("one"));
     let none = ZeroPageDetection::None;
     let told = copy(&source, &stored, none, &mut NeverDirty, &mut StoppedGuest::default()).expect_err("cut");
     assert!(told.to_string().contains(r#"read block "ram" at offset 0x0"#), "{told}");
@@ -334,7 +335,7 @@ fn memory_that_is_cut_is_an_error_that_names_block_and_offset() {
 
 #[test]
 fn cancel_ends_a_copy_at_once() {
-    let (source, file) = (used(PageSize::KIB_4, RAM), Arc::new(tempfile::tempfile().expect("a file")));
+    let (source, file) = (fresh(PageSize::KIB_4, RAM), Arc::new(tempfile::tempfile().expect("a file")));
     fill(&source);
     let stop = Stop::new();
     let mut sender = Sender::new(SendOptions::new(), source.clone(), stop.clone()).expect("a sender");
@@ -350,7 +351,7 @@ fn cancel_ends_a_copy_at_once() {
 fn full_file_system_is_an_error_that_names_block_and_offset() {
     if let Some(folder) = std::env::var_os(SMALL) {
         let file = Arc::new(tempfile::tempfile_in(folder).expect("a file"));
-        let (source, stored) = (used(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
+        let (source, stored) = (fresh(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
         fill(&source);
         let told = copy_plainly(&source, &stored).expect_err("full");
         assert!(told.to_string().contains(r#"write block "pc.ram" at offset 0x"#), "{told}");

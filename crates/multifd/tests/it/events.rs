@@ -16,7 +16,7 @@ use tracing::{
     span::{Attributes, Id, Record},
 };
 
-use crate::kit::{StoppedGuest, fresh, migrate, used, write};
+use crate::kit::{StoppedGuest, fresh, migrate, write};
 
 /// Counts events by their message.
 #[derive(Clone, Default)]
@@ -55,7 +55,7 @@ fn every_channel_and_packet_is_told_of() {
     let counts = Counts::default();
     tracing::subscriber::set_global_default(counts.clone()).expect("the only one in this process");
     let ram = &[("pc.ram", 4 << 20)];
-    let (source, destination) = (used(PageSize::KIB_4, ram), fresh(PageSize::KIB_4, ram));
+    let (source, destination) = (fresh(PageSize::KIB_4, ram), fresh(PageSize::KIB_4, ram));
     (0..1024).for_each(|page| write(&source, 0, page, 1));
     let outcome = migrate(
         &source,

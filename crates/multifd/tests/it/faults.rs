@@ -23,7 +23,7 @@ use multifd::{
     wire::{ChannelId, HeadBuffer, Initial, VmUuid},
 };
 
-use crate::kit::{StoppedGuest, TIMEOUT, TestMain, follow, fresh, name, receive, spawn, used, write};
+use crate::kit::{StoppedGuest, TIMEOUT, TestMain, follow, fresh, name, receive, spawn, write};
 
 const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 
@@ -46,7 +46,7 @@ impl Connect for FailsFrom {
 fn a_connect_that_fails_wakes_everyone_who_waits_for_it() {
     let (connector, _listener) = memory::network(1 << 16);
     let mut sender =
-        Sender::new(SendOptions::new().channels(4), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+        Sender::new(SendOptions::new().channels(4), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made");
     sender.set_up(Arc::new(FailsFrom(2, AtomicUsize::new(0), connector))).expect("set up");
     let error = sender.wait_connected().expect_err("refused");
     assert!(error.to_string().contains(": connect to tcp:nowhere:1: the destination has closed"), "{error}");
@@ -57,7 +57,7 @@ fn a_connect_that_fails_wakes_everyone_who_waits_for_it() {
 #[test]
 fn a_peer_that_reads_nothing_holds_up_no_cancel() {
     let (connector, _listener) = memory::network(1 << 12);
-    let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
+    let (stop, blocks) = (Stop::new(), fresh(PageSize::KIB_4, RAM));
     let mut sender = Sender::new(SendOptions::new().channels(2), blocks, stop.clone()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
     let canceller = spawn("canceller", move || {
@@ -81,7 +81,7 @@ fn a_peer_that_reads_nothing_holds_up_no_cancel() {
 fn a_sender_with_pages_that_no_sync_has_followed_does_not_end_well() {
     for pages in [1, 300] {
         let (connector, _listener) = memory::network(4 << 20);
-        let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, &[("pc.ram", 2 << 20)]));
+        let (stop, blocks) = (Stop::new(), fresh(PageSize::KIB_4, &[("pc.ram", 2 << 20)]));
         let mut sender = Sender::new(SendOptions::new(), blocks, stop.clone()).expect("made");
         sender.set_up(Arc::new(connector)).expect("set up");
         sender.wait_connected().expect("connected");
@@ -96,7 +96,7 @@ fn a_sender_with_pages_that_no_sync_has_followed_does_not_end_well() {
 fn ends_are_used_once_and_cleaned_up_as_often_as_one_likes() {
     let (connector, listener) = memory::network(1 << 16);
     let connector: Arc<dyn Connect> = Arc::new(connector);
-    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    let mut sender = Sender::new(SendOptions::new(), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made");
     sender.clean_up();
     assert!(matches!(sender.sync().expect_err("early").kind(), Error::Usage(Usage::TooEarly(_))));
     assert!(sender.wait_connected().is_err());
@@ -112,7 +112,7 @@ fn ends_are_used_once_and_cleaned_up_as_often_as_one_likes() {
     receiver.clean_up();
     assert!(receiver.wait_main().expect_err("over").is_cancelled());
     drop(Receiver::new(ReceiveOptions::new(), Stop::new()));
-    drop(Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made"));
+    drop(Sender::new(SendOptions::new(), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made"));
 }
 
 #[test]
@@ -123,11 +123,11 @@ fn options_and_blocks_that_cannot_be_are_refused() {
         "expected multifd-channels 1 to 255, met 0"
     );
     assert_eq!(
-        make(SendOptions::new(), used(PageSize::KIB_64, &[("rom", 4096)])),
+        make(SendOptions::new(), fresh(PageSize::KIB_64, &[("rom", 4096)])),
         r#"block "rom": 0x1000 bytes end inside a page of 64 KiB, whose bytes cannot be sent"#
     );
     let (connector, _listener) = memory::network(1 << 16);
-    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    let mut sender = Sender::new(SendOptions::new(), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
     let far = sender.queue(BlockIndex(0), PageIndex(256)).expect_err("refused").to_string();
     assert_eq!(far, r#"block "pc.ram" has no page 256 (256 pages)"#);
@@ -166,7 +166,7 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
         main.read_exact(&mut [0; b"E".len()]).expect("read to the end");
         main.write_all(b"N").expect("written");
     });
-    let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
+    let (stop, blocks) = (Stop::new(), fresh(PageSize::KIB_4, RAM));
     write(&blocks, 0, 3, 1);
     let mut main = TestMain::connect(&connector, &stop);
     let mut sender = Sender::new(SendOptions::new(), blocks.clone(), stop.clone()).expect("made");
@@ -207,7 +207,7 @@ fn a_cancel_after_the_guest_has_stopped_lets_it_run_on() {
             fresh(PageSize::KIB_4, RAM),
         )
     });
-    let (stop, blocks) = (Stop::new(), used(PageSize::KIB_4, RAM));
+    let (stop, blocks) = (Stop::new(), fresh(PageSize::KIB_4, RAM));
     let mut main = TestMain::connect(&connector, &stop);
     let mut sender = Sender::new(SendOptions::new().channels(3), blocks.clone(), stop.clone()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
@@ -394,7 +394,7 @@ impl Connect for PanickingConnector {
 #[test]
 fn a_thread_that_panics_fails_the_migration() {
     let (connector, _listener) = memory::network(1 << 16);
-    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, RAM), Stop::new()).expect("made");
+    let mut sender = Sender::new(SendOptions::new(), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made");
     sender.set_up(Arc::new(PanickingConnector(connector))).expect("set up");
     let error = sender.wait_connected().expect_err("no channel is left");
     assert_eq!(error.to_string(), "a channel's thread panicked");

@@ -4,7 +4,10 @@ use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use multifd::{
     live::{MigrateOptions, ZeroPageDetection},
-    ram::{BlockIndex, DirectFile, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, RamBlock, RamBlocks},
+    ram::{
+        BlockIndex, DirectFile, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, Places, RamBlock,
+        RamBlocks,
+    },
 };
 
 use crate::kit::{StoppedGuest, fresh, migrate, name};
@@ -21,8 +24,8 @@ fn in_a_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     let present = PageBitmap::full(LENGTH / 4096);
     present.clear(PageIndex(5));
     let direct = direct.then(|| Arc::new(DirectFile::of(file).expect("direct I/O")));
-    let memory = Memory::File { file: file.clone(), direct, offset };
-    let block = RamBlock::with_present(name("pc.ram"), LENGTH, page_size, memory, present);
+    let memory = Memory::MappedRam(Places { direct, ..Places::new(file.clone(), offset, present) });
+    let block = RamBlock::new(name("pc.ram"), LENGTH, page_size, memory);
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }
 
@@ -39,8 +42,9 @@ fn loaded(blocks: &RamBlocks) -> Vec<u8> {
 fn fresh_in_a_file(file: File, direct: bool) -> Arc<RamBlocks> {
     let file = Arc::new(file);
     let direct = direct.then(|| Arc::new(DirectFile::of(&file).expect("direct I/O")));
-    let memory = Memory::File { file, direct, offset: 1 << 20 };
-    let block = RamBlock::fresh(name("pc.ram"), LENGTH, PageSize::KIB_4, memory);
+    let none = PageBitmap::new(LENGTH / 4096);
+    let memory = Memory::MappedRam(Places { direct, ..Places::new(file, 1 << 20, none) });
+    let block = RamBlock::new(name("pc.ram"), LENGTH, PageSize::KIB_4, memory);
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }
 
@@ -62,10 +66,10 @@ fn pages_go_from_file_to_file_past_the_page_cache_and_through_it() {
                 loaded(&source) == loaded(&destination),
                 "offset {offset}, {detection:?}, direct {from}, {to}"
             );
-            let present = destination.block(BlockIndex(0)).expect("there").present();
+            let block = destination.block(BlockIndex(0)).expect("there");
             // With none, a page that is known to be zero travels as zeros.
-            assert_eq!(present.contains(PageIndex(5)), detection == none);
-            assert!(present.contains(PageIndex(6)));
+            assert_eq!(block.is_present(PageIndex(5)), detection == none);
+            assert!(block.is_present(PageIndex(6)));
         }
     }
 }

@@ -20,24 +20,11 @@ pub(crate) fn name(text: &str) -> BlockName {
     BlockName::new(text).expect("a name")
 }
 
-/// Blocks of these lengths in fresh memory, known to be zero.
+/// Blocks of these lengths in new memory.
 pub(crate) fn fresh(page_size: PageSize, blocks: &[(&str, u64)]) -> Arc<RamBlocks> {
-    make(page_size, blocks, RamBlock::fresh)
-}
-
-/// Blocks of these lengths in memory that may hold anything.
-pub(crate) fn used(page_size: PageSize, blocks: &[(&str, u64)]) -> Arc<RamBlocks> {
-    make(page_size, blocks, RamBlock::new)
-}
-
-fn make(
-    page_size: PageSize,
-    blocks: &[(&str, u64)],
-    block: fn(BlockName, u64, PageSize, Memory) -> Result<RamBlock>,
-) -> Arc<RamBlocks> {
     let made = blocks.iter().map(|(text, length)| {
         let memory = Memory::Mapped(Mapping::anonymous(*length).expect("memory"));
-        block(name(text), *length, page_size, memory).expect("a block")
+        RamBlock::new(name(text), *length, page_size, memory).expect("a block")
     });
     Arc::new(RamBlocks::new(made.collect()).expect("distinct"))
 }
@@ -161,14 +148,15 @@ pub(crate) fn follow(receiver: Receiver, blocks: &Arc<RamBlocks>) -> Result<Vec<
                 main.read_exact(&mut block).map_err(failed)?;
                 main.read_exact(&mut page).map_err(failed)?;
                 let block = usize::try_from(u64::from_be_bytes(block)).expect("a block");
-                let block = blocks.block(BlockIndex(block))?;
+                let block = BlockIndex(block);
                 let page = PageIndex(u64::from_be_bytes(page));
+                let arrived = receiver.arrived().expect("set above");
                 if kind == b'Z' {
-                    block.clear(page);
+                    arrived.clear(block, page)?;
                 } else {
-                    let mut bytes = vec![0; block.page_size().bytes()];
+                    let mut bytes = vec![0; blocks.page_size().bytes()];
                     main.read_exact(&mut bytes).map_err(failed)?;
-                    block.store(page, &bytes).expect("stored");
+                    arrived.store(block, page, &bytes)?;
                 }
             }
         }

@@ -21,7 +21,7 @@ use multifd::{
 };
 use multifd_testkit::lacks;
 
-use crate::kit::{TIMEOUT, used};
+use crate::kit::{TIMEOUT, fresh};
 
 fn address(text: &str) -> Address {
     text.parse().expect(text)
@@ -190,8 +190,9 @@ fn one_connection_carries_no_channels() {
         Error::Usage(Usage::SingleConnection(address)) => address.clone(),
         other => panic!("{other:?}"),
     };
-    let mut sender = Sender::new(SendOptions::new(), used(PageSize::KIB_4, &[("pc.ram", 4096)]), Stop::new())
-        .expect("made");
+    let mut sender =
+        Sender::new(SendOptions::new(), fresh(PageSize::KIB_4, &[("pc.ram", 4096)]), Stop::new())
+            .expect("made");
     let command = Arc::new(address("exec:cat"));
     assert_eq!(told(sender.set_up(command).expect_err("refused")), "exec:cat");
     let options = ReceiveOptions::new().channels(ChannelCount::Exact(1));

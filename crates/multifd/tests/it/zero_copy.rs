@@ -16,7 +16,7 @@ use multifd::{
 };
 
 use crate::{
-    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_over, spawn, used, write},
+    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_over, spawn, write},
     loopback::{BLOCKS, Writers, filled},
 };
 
@@ -96,7 +96,7 @@ fn a_guest_that_rewrites_pages_under_way_arrives_as_it_was_when_it_stopped() {
 }
 
 fn refusal(connector: Arc<dyn Connect>) -> Error {
-    let blocks = used(PageSize::KIB_4, &[("pc.ram", 4096)]);
+    let blocks = fresh(PageSize::KIB_4, &[("pc.ram", 4096)]);
     let mut sender = Sender::new(in_place(1), blocks, Stop::new()).expect("a sender");
     sender.set_up(connector).expect("set up");
     sender.wait_connected().expect_err("refused")
@@ -104,7 +104,7 @@ fn refusal(connector: Arc<dyn Connect>) -> Error {
 
 #[test]
 fn it_is_refused_where_pages_are_copied_anyway() {
-    let blocks = used(PageSize::KIB_4, &[("pc.ram", 4096)]);
+    let blocks = fresh(PageSize::KIB_4, &[("pc.ram", 4096)]);
     let packed = [Method::ALL.last().copied().expect("a method"), Method::None];
     for method in packed {
         let made = Sender::new(in_place(1).method(method), blocks.clone(), Stop::new());
@@ -129,7 +129,7 @@ fn a_stop_ends_the_wait_for_what_is_under_way() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
     let address =
         format!("tcp:{}", listener.local_addr().expect("an address")).parse::<Address>().expect("so");
-    let blocks = used(PageSize::KIB_4, &[("pc.ram", 64 << 20)]);
+    let blocks = fresh(PageSize::KIB_4, &[("pc.ram", 64 << 20)]);
     (0..64 << 8).for_each(|page| write(&blocks, 0, page, 1));
     let stop = Stop::new();
     let mut sender = Sender::new(in_place(2), blocks, stop.clone()).expect("a sender");
@@ -155,7 +155,7 @@ fn a_connection_that_breaks_ends_the_wait_for_what_is_under_way() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
     let address =
         format!("tcp:{}", listener.local_addr().expect("an address")).parse::<Address>().expect("so");
-    let blocks = used(PageSize::KIB_4, &[("pc.ram", 64 << 20)]);
+    let blocks = fresh(PageSize::KIB_4, &[("pc.ram", 64 << 20)]);
     (0..64 << 8).for_each(|page| write(&blocks, 0, page, 1));
     let mut sender = Sender::new(in_place(1), blocks, Stop::new()).expect("a sender");
     sender.set_up(Arc::new(address)).expect("set up");

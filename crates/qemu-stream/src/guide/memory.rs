@@ -41,7 +41,7 @@
 //! # `new` or `fresh`
 //!
 //! [`RamBlock::new`](multifd::ram::RamBlock::new) takes memory that may hold anything: a source, or a destination
-//! that uses memory again. [`RamBlock::fresh`](multifd::ram::RamBlock::fresh) takes memory that is all zero: a zero
+//! that uses memory again. [`RamBlock::new`](multifd::ram::RamBlock::new) takes memory that is all zero: a zero
 //! page that arrives there is not written, so a guest of 64 GiB that uses two costs the destination two.
 //!
 //! # Names, pages, lengths

@@ -2,24 +2,57 @@
 //!
 //! Main's records become calls on a [`Receiver`]: the page size before the first packet, the blocks before the first
 //! page, every sync point, the end of RAM. What the blocks are made of is the caller's: memory, or a file.
+//!
+//! ```text
+//! announced: names, lengths ─▶ make ─▶ blocks, in any order ─ by name and length ─▶ pages ─▶ finish: is RAM complete?
+//! ```
 
 use std::sync::Arc;
 
 use multifd::{
-    Error, Receiver, Result,
+    Arrived, Error, Receiver, Result,
     error::Usage,
-    ram::{PageIndex, RamBlock, RamBlocks},
+    ram::{PageIndex, RamBlocks},
 };
 
 use super::Destination;
-use crate::format::{BlockIndex, BlockList, Configuration};
+use crate::{
+    error::PeerMisbehaved,
+    format::{BlockIndex, BlockList, Configuration, MachineType},
+};
+
+/// Which machines a destination takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Any: one that only keeps the machine, as a capture does.
+    AnyMachine,
+    /// Machines of this type, compared byte by byte with what the source's configuration names.
+    Type(MachineType),
+}
+
+/// What a source may leave out of RAM. In every case RAM that has brought no page at all is refused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LeftOut {
+    /// The blocks that this side has [ignored](multifd::ram::RamBlock::ignored), because it shares their memory with the
+    /// source, and nothing else.
+    #[default]
+    Ignored,
+    /// With capability `x-ignore-shared` also any other block of which no page at all has come.
+    SharedBlocks,
+    /// Any page: a source that follows free-page hints of virtio-balloon does not send what its guest has not in use. Such
+    /// pages are made zero. **Warning:** a page that was lost on its way looks the same.
+    Pages,
+}
 
 /// Takes a machine in through a [`Receiver`].
 pub struct Loader<'a, F> {
     receiver: &'a Receiver,
     make: F,
+    expected: Expected,
+    left_out: LeftOut,
     configuration: Option<Configuration>,
-    blocks: Option<Arc<RamBlocks>>,
+    /// For each block of the source's list the one that was made for it.
+    order: Vec<BlockIndex>,
     pages: MainPages,
 }
 
@@ -36,9 +69,19 @@ impl<'a, F> Loader<'a, F>
 where
     F: FnMut(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
 {
-    /// A loader whose blocks are made by `make`, once the source has announced them. It may refuse the machine.
-    pub fn new(receiver: &'a Receiver, make: F) -> Self {
-        Self { receiver, make, configuration: None, blocks: None, pages: MainPages::default() }
+    /// A loader of an `expected` machine whose blocks are made by `make`, once the source has announced them. It may refuse
+    /// the machine. The blocks it gives are matched with the list by name, in any order: each entry needs one of its length,
+    /// and there may be no other.
+    pub fn new(receiver: &'a Receiver, expected: Expected, make: F) -> Self {
+        let (left_out, pages) = (LeftOut::default(), MainPages::default());
+        Self { receiver, make, expected, left_out, configuration: None, order: Vec::new(), pages }
+    }
+
+    /// What the source may leave out. Default: [`LeftOut::Ignored`].
+    #[must_use]
+    pub fn left_out(mut self, left_out: LeftOut) -> Self {
+        self.left_out = left_out;
+        self
     }
 
     /// The pages that came over main so far.
@@ -46,14 +89,57 @@ where
         self.pages
     }
 
-    /// The blocks, once they are known.
-    pub fn into_blocks(self) -> Option<Arc<RamBlocks>> {
-        self.blocks
+    /// The blocks, when all of the stream is here: checks that every page of RAM has come.
+    ///
+    /// # Errors
+    /// [`Violation::PagesMissing`](multifd::error::Violation::PagesMissing) if one has not that may not be left out;
+    /// [`Usage::TooEarly`] if no blocks were announced.
+    pub fn finish(self) -> Result<Arc<RamBlocks>> {
+        let arrived = self.arrived()?;
+        let ignore_shared = self.configuration.as_ref().is_some_and(|it| it.ignore_shared);
+        match self.left_out {
+            LeftOut::Ignored => arrived.check_complete(|_, _| false)?,
+            LeftOut::SharedBlocks => arrived.check_complete(|_, _| ignore_shared)?,
+            LeftOut::Pages => {
+                let missing = arrived.clear_missing();
+                if missing > 0 {
+                    tracing::warn!(missing, "pages that the source left out are zero");
+                }
+            }
+        }
+        arrived.check_any()?;
+        Ok(arrived.blocks().clone())
     }
 
-    fn block(&self, block: BlockIndex) -> Result<&RamBlock> {
-        let blocks = self.blocks.as_ref().ok_or(Usage::TooEarly("the block list"))?;
-        blocks.block(block)
+    fn arrived(&self) -> Result<&'a Arrived> {
+        self.receiver.arrived().ok_or_else(|| Usage::TooEarly("the block list").into())
+    }
+
+    /// The block that was made for this one of the list.
+    fn block(&self, block: BlockIndex) -> Result<BlockIndex> {
+        self.order.get(block.0).copied().ok_or_else(|| Usage::NoSuchBlock(block.0).into())
+    }
+}
+
+/// Finds for each announced block the one that was made for it.
+fn matched(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<Vec<BlockIndex>, Usage> {
+    let find = |(_, entry): (_, &crate::format::BlockEntry)| {
+        let name = || entry.name.clone();
+        let index = blocks.find(entry.name.as_bytes()).ok_or_else(|| Usage::BlockMissing(name()))?;
+        let block = blocks.get(index).ok_or_else(|| Usage::BlockMissing(name()))?;
+        if block.used_length() != entry.used_length {
+            let (announced, found) = (entry.used_length, block.used_length());
+            return Err(Usage::BlockLength { name: name(), announced, found });
+        }
+        if block.is_ignored() && !ignore_shared {
+            return Err(Usage::NotShared(name()));
+        }
+        Ok(index)
+    };
+    let order = list.iter().map(find).collect::<Result<_, _>>()?;
+    match blocks.iter().find(|(_, block)| list.position(block.name()).is_none()) {
+        None => Ok(order),
+        Some((_, surplus)) => Err(Usage::BlockSurplus(surplus.name().clone())),
     }
 }
 
@@ -64,14 +150,23 @@ where
     type Error = Error;
 
     fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<()> {
+        if let Expected::Type(expected) = &self.expected {
+            let found = configuration.map(|configuration| &configuration.machine);
+            if found != Some(expected) {
+                let (expected, found) = (expected.clone(), found.cloned());
+                let refused = PeerMisbehaved::OtherMachine { expected, found };
+                return Err(Error::other("this destination cannot take the machine", refused));
+            }
+        }
         self.configuration = configuration.cloned();
         self.receiver.set_page_size(configuration.map(Configuration::page_size).unwrap_or_default())
     }
 
-    fn blocks(&mut self, blocks: &BlockList) -> Result<()> {
-        let blocks = Arc::new((self.make)(self.configuration.as_ref(), blocks)?);
-        self.blocks = Some(blocks.clone());
-        self.receiver.set_blocks(blocks)
+    fn blocks(&mut self, list: &BlockList) -> Result<()> {
+        let blocks = (self.make)(self.configuration.as_ref(), list)?;
+        let ignore_shared = self.configuration.as_ref().is_some_and(|it| it.ignore_shared);
+        self.order = matched(list, &blocks, ignore_shared)?;
+        self.receiver.set_blocks(Arc::new(blocks))
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -79,32 +174,22 @@ where
     }
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.block(block)?.clear(page);
+        self.arrived()?.clear(self.block(block)?, page)?;
         self.pages.zero += 1;
         Ok(())
     }
 
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
-        let block = self.block(block)?;
-        block
-            .store(page, bytes)
-            .map_err(|error| Error::io(format!("write {}", place(block, page)), error))?;
+        self.arrived()?.store(self.block(block)?, page, bytes)?;
         self.pages.normal += 1;
         Ok(())
     }
 
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
-        let block = self.block(block)?;
-        block.load(page, into).map_err(|error| Error::io(format!("read {}", place(block, page)), error))
+        self.arrived()?.load(self.block(block)?, page, into)
     }
 
     fn end_of_ram(&mut self) -> Result<()> {
         self.receiver.seal()
     }
-}
-
-/// Of a page, to be told.
-fn place(block: &RamBlock, page: PageIndex) -> String {
-    let offset = block.page_size().bytes() as u64 * page.0;
-    format!("block {:?} at offset {offset:#x}", block.name())
 }

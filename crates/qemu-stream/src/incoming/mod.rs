@@ -28,7 +28,7 @@ use crate::{
     refuse,
 };
 use device_part::{Without, set_limit};
-pub use loader::{Loader, MainPages};
+pub use loader::{Expected, LeftOut, Loader, MainPages};
 use ram::Ram;
 
 /// What takes a machine in. Calls come in the order of the stream; the first error ends the migration.

@@ -8,9 +8,10 @@ use std::{
     fs::File,
     io::{self, Read},
     os::unix::fs::FileExt,
+    sync::Arc,
 };
 
-use multifd::ram::{BlockIndex, BlockName, Memory, PageBitmap, PageSize, RamBlock, RamBlocks};
+use multifd::ram::{BlockIndex, BlockName, Memory, PageBitmap, PageSize, Places, RamBlock, RamBlocks};
 
 use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
 use crate::{
@@ -142,23 +143,25 @@ impl MappedRamFile {
 }
 
 impl MappedRamFile {
-    /// The blocks in the file with the pages that are present, to be sent or copied; `memory` says how a block at its
-    /// place is reached. Blocks that were left out are [ignored](RamBlock::ignored).
+    /// The blocks in the file with the pages that are present, to be sent or copied. `reach` may change how the places of a
+    /// block are reached: mapped, or past the page cache. Blocks that were left out are [ignored](RamBlock::ignored).
     ///
     /// # Errors
-    /// If the bitmaps cannot be read, or what `memory` says.
+    /// If the bitmaps cannot be read, or what `reach` says.
     pub fn ram_blocks(
         &self,
-        mut memory: impl FnMut(&BlockEntry, &BlockPlace) -> multifd::Result<Memory>,
+        mut reach: impl FnMut(&BlockEntry, Places) -> multifd::Result<Places>,
     ) -> multifd::Result<RamBlocks> {
+        let file = self.file.try_clone();
+        let file = Arc::new(file.map_err(|error| multifd::Error::io("open the file once more", error))?);
         let mut blocks = Vec::new();
         for ((index, entry), place) in self.blocks.iter().zip(&self.places) {
             let present = PageBitmap::new(place.pages());
             let bits = self.bitmap(index);
             present.merge(bits.map_err(|error| multifd::Error::other("read a bitmap", error))?);
             let (name, length) = (entry.name.clone(), entry.used_length);
-            let block =
-                RamBlock::with_present(name, length, place.page_size, memory(entry, place)?, present)?;
+            let places = reach(entry, Places::new(file.clone(), place.pages_offset, present))?;
+            let block = RamBlock::new(name, length, place.page_size, Memory::MappedRam(places))?;
             blocks.push(if place.is_ignored() { block.ignored() } else { block });
         }
         RamBlocks::new(blocks)

@@ -6,7 +6,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use multifd::ram::{BlockIndex, DirectFile, Memory, RamBlock, RamBlocks};
+use multifd::ram::{BlockIndex, DirectFile, Memory, PageBitmap, Places, RamBlock, RamBlocks};
 
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
@@ -167,9 +167,11 @@ impl Layout {
         direct: Option<&Arc<DirectFile>>,
     ) -> multifd::Result<RamBlocks> {
         let blocks = self.blocks.entries().iter().zip(&self.places).map(|(entry, place)| {
-            let (file, direct) = (file.clone(), direct.cloned());
-            let memory = Memory::File { file, direct, offset: place.pages_offset };
-            RamBlock::fresh(entry.name.clone(), entry.used_length, place.page_size, memory)
+            let none = PageBitmap::new(place.pages());
+            let places =
+                Places { direct: direct.cloned(), ..Places::new(file.clone(), place.pages_offset, none) };
+            let memory = Memory::MappedRam(places);
+            RamBlock::new(entry.name.clone(), entry.used_length, place.page_size, memory)
         });
         RamBlocks::new(blocks.collect::<multifd::Result<_>>()?)
     }
@@ -188,7 +190,7 @@ impl Layout {
     ) -> Result<u64, Error> {
         self.write_head(file)?;
         for (index, block) in blocks.iter().filter(|(index, _)| !ignored.contains(index)) {
-            let words: Vec<u64> = block.present().words().collect();
+            let words: Vec<u64> = block.present_words().collect();
             self.write_bitmap(file, index, &words)?;
         }
         self.write_tail(file, tail)

@@ -11,9 +11,9 @@
 use std::sync::Arc;
 
 use multifd::{
-    ChannelStats, Error, Result, SendOptions, Sender,
+    ChannelStats, Result, SendOptions, Sender,
     channel::Stop,
-    ram::{Memory, RamBlocks, runs},
+    ram::{PageBitmap, Places, RamBlocks, runs},
 };
 
 use super::{MappedRamFile, capture::direct};
@@ -49,9 +49,10 @@ impl<'a> Restore<'a> {
     /// Loads all RAM into `blocks`, mapped blocks of the file's [names and lengths](MappedRamFile::blocks), in any order,
     /// and says what each channel has moved. The devices are [the file's](MappedRamFile::devices). `stop` is spent then.
     ///
-    /// Memory that is all zero makes [fresh](multifd::ram::RamBlock::fresh) blocks, in which pages that the file does not
-    /// have are left untouched; in others they are made zero. Blocks that were left out of the file are left alone. Nobody may
-    /// change the file meanwhile.
+    /// Pages that the file does not have are made zero, whatever the memory held; those that the page table does not have
+    /// are zero and left untouched. Blocks that were left out of the file are left alone.
+    ///
+    /// **Warning:** nobody may change the file or write to the memory meanwhile.
     ///
     /// # Errors
     /// If the blocks do not fit, the file cannot be read or ends too early, or `stop` has cancelled it. What the memory
@@ -62,19 +63,16 @@ impl<'a> Restore<'a> {
     }
 
     fn load(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
-        let file = self.machine.file().try_clone();
-        let file = Arc::new(file.map_err(|error| Error::io("open the file once more", error))?);
-        let direct = if self.direct_io { direct(&file) } else { None };
-        let source = Arc::new(self.machine.ram_blocks(|_, place| {
-            Ok(Memory::File { file: file.clone(), direct: direct.clone(), offset: place.pages_offset })
-        })?);
+        let direct = if self.direct_io { direct(self.machine.file()) } else { None };
+        let source = self.machine.ram_blocks(|_, places| Ok(Places { direct: direct.clone(), ..places }))?;
+        let source = Arc::new(source);
         let options = SendOptions::new().channels(self.channels);
         let mut sender = Sender::new(options, source.clone(), stop.clone())?;
         sender.set_up_into(blocks.clone())?;
         for (index, block) in source.iter().filter(|(_, block)| !block.is_ignored()) {
             let target = blocks.find(block.name().as_bytes()).and_then(|at| blocks.get(at));
-            let present =
-                block.present().words().zip(target.iter().flat_map(|target| target.present().words()));
+            let may_hold = target.map(|target| target.may_hold());
+            let present = block.present_words().zip(may_hold.iter().flat_map(PageBitmap::words));
             for (word, (of_file, of_memory)) in (0..).zip(present) {
                 for (first, count) in runs(word, of_file) {
                     sender.queue_run(index, first, count)?;

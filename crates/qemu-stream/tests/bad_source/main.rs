@@ -20,7 +20,7 @@ use multifd_testkit::{
 };
 use qemu_stream::{
     format::BlockList,
-    incoming::{Incoming, Loader, Outcome},
+    incoming::{Expected, Incoming, Loader, Outcome},
 };
 
 mod rows;
@@ -61,7 +61,7 @@ fn guarded(list: &BlockList) -> multifd::Result<RamBlocks> {
             .map_err(|error| Error::io("map memory", error))?;
         let length = usize::try_from(entry.used_length).expect("small");
         mapping.slice(length as u64, BEHIND).expect("there").copy_from(&[GUARD; BEHIND]);
-        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(mapping))
+        RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(mapping))
     };
     RamBlocks::new(list.entries().iter().map(block).collect::<multifd::Result<_>>()?)
 }
@@ -102,10 +102,12 @@ fn take_in(mut receiver: Receiver, stop: &Stop) -> (Result<(), Error>, Option<Ar
         Err(error) => return (Err(error), None),
     };
     let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(STALL));
-    let mut loader = Loader::new(&receiver, |_, list| guarded(list));
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| guarded(list));
     let loaded = incoming.run(&mut loader).map(drop);
-    let blocks = loader.into_blocks();
-    let loaded = loaded.map_err(|error| stop.fail(Error::other("the migration broke off", error)));
+    let whole = loader.finish();
+    let blocks = receiver.arrived().map(|arrived| arrived.blocks().clone());
+    let loaded = loaded.map_err(|error| Error::other("the migration broke off", error));
+    let loaded = loaded.and_then(|()| whole.map(drop)).map_err(|error| stop.fail(error));
     let outcome = if loaded.is_ok() { Outcome::Loaded } else { Outcome::Failed };
     let told = incoming.finish(outcome);
     let result = match loaded {

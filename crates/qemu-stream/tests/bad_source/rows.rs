@@ -463,7 +463,7 @@ fn patched() -> Vec<Row> {
             "a description that fits nothing",
             main("devices", 30, &[0x55; 16]),
             "TimedOut",
-            &["main stream: offset 0x180: nothing came in time where more was expected"],
+            &["main stream: offset 0x199: nothing came in time where more was expected"],
         ),
     ])
 }
@@ -558,31 +558,31 @@ fn cut() -> Vec<Row> {
             "main closes in a device",
             main("devices", 20, Some(Act::Close)),
             "Malformed",
-            &["main stream: offset 0xba: device part: ends after 0x14 bytes without a description that"],
+            &["main stream: offset 0xd3: device part: ends after 0x14 bytes without a description that"],
         ),
         (
             "main closes in a device, no return path",
             deaf().cut(Main, "devices", 0, 20, Some(Act::Close)),
             "Malformed",
-            &["main stream: offset 0xac: device part: ends after 0x14 bytes without a description that"],
+            &["main stream: offset 0xc5: device part: ends after 0x14 bytes without a description that"],
         ),
         (
             "main stalls in a device",
             main("devices", 20, None),
             "TimedOut",
-            &["main stream: offset 0xba: nothing came in time where more was expected"],
+            &["main stream: offset 0xd3: nothing came in time where more was expected"],
         ),
         (
             "main stalls in the description",
             main("devices", 80, None),
             "TimedOut",
-            &["main stream: offset 0xf6: nothing came in time where more was expected"],
+            &["main stream: offset 0x10f: nothing came in time where more was expected"],
         ),
         (
             "main stalls behind the end of ram",
             main("devices", 0, None),
             "TimedOut",
-            &["main stream: offset 0xa6: nothing came in time where more was expected"],
+            &["main stream: offset 0xbf: nothing came in time where more was expected"],
         ),
     ])
 }
@@ -666,7 +666,7 @@ fn out_of_step() -> Vec<Row> {
             "more behind the description",
             deaf().before(Main, "close", 0, [(Main, Act::Send(vec![0x55; 9]))]),
             "Malformed",
-            &["main stream: offset 0x17b: device part: ends after 0xe3 bytes without a description"],
+            &["main stream: offset 0x194: device part: ends after 0xe3 bytes without a description"],
         ),
     ])
 }

@@ -18,7 +18,7 @@ const RAM: &[(&str, u64)] = &[("ram", 12 << 20), ("rom", 0x3000)];
 fn memory() -> Arc<RamBlocks> {
     let block = |(name, length): &(&str, u64)| {
         let memory = Memory::Mapped(Mapping::anonymous(*length).expect("memory"));
-        RamBlock::fresh(BlockName::new(*name).expect("a name"), *length, PageSize::KIB_4, memory)
+        RamBlock::new(BlockName::new(*name).expect("a name"), *length, PageSize::KIB_4, memory)
             .expect("a block")
     };
     Arc::new(RamBlocks::new(RAM.iter().map(block).collect()).expect("distinct"))

@@ -18,11 +18,11 @@ use multifd::{
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
     },
     live::{MigrateOptions, Migration, Status},
-    ram::{BlockIndex, Mapping, Memory, PageBitmap, RamBlock, RamBlocks},
+    ram::{BlockIndex, Mapping, Memory, PageBitmap, Places, RamBlock, RamBlocks},
 };
 use qemu_stream::{
     format::{BlockList, Configuration, MachineType},
-    incoming::{Incoming, Loader, Outcome},
+    incoming::{Expected, Incoming, Loader, Outcome},
     outgoing::{MainStream, Options, Outgoing},
 };
 
@@ -239,10 +239,12 @@ fn receive(
     };
     met.store(true, Ordering::SeqCst);
     let mut incoming = Incoming::new(main).silence(limits.stall).stall_timeout(Some(limits.stall));
-    let mut loader = Loader::new(&receiver, |_, list| memory_of(plan, list));
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| memory_of(plan, list));
     let loaded = incoming.run(&mut loader);
-    let blocks = loader.into_blocks();
-    let loaded = loaded.map_err(|error| stop.fail(Error::other("the migration broke off", error)));
+    let whole = loader.finish();
+    let blocks = receiver.arrived().map(|arrived| arrived.blocks().clone());
+    let loaded = loaded.map_err(|error| Error::other("the migration broke off", error));
+    let loaded = loaded.and_then(|loaded| whole.map(|_| loaded)).map_err(|error| stop.fail(error));
     let device = loaded.as_ref().ok().and_then(|loaded| {
         let section =
             loaded.devices.sections().iter().find(|section| section.name.as_bytes() == DEVICE.as_bytes())?;
@@ -270,14 +272,17 @@ fn memory_of(plan: &Plan, list: &BlockList) -> Result<RamBlocks> {
     let file: Option<Arc<File>> = file.map(Arc::new);
     let blocks = list.entries().iter().map(|entry| {
         let memory = match &file {
-            Some(file) => Memory::File { file: file.clone(), direct: None, offset },
+            Some(file) => {
+                let present = PageBitmap::new(list.page_size().whole_pages_in(entry.used_length));
+                Memory::MappedRam(Places::new(file.clone(), offset, present))
+            }
             None => {
                 let mapping = Mapping::anonymous(entry.used_length);
                 Memory::Mapped(mapping.map_err(|error| Error::io("map memory", error))?)
             }
         };
         offset += entry.used_length.next_multiple_of(1 << 16);
-        RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)
+        RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), memory)
     });
     let blocks = RamBlocks::new(blocks.collect::<Result<_>>()?)?;
     if let Some(file) = &file {

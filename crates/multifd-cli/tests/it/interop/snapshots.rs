@@ -31,7 +31,7 @@ fn through_memory(from: &Path, to: &Path) {
     let file = MappedRamFile::open(File::open(from).unwrap(), 0).unwrap();
     let blocks = file.blocks().entries().iter().map(|entry| {
         let memory = Memory::Mapped(Mapping::anonymous(entry.used_length).unwrap());
-        RamBlock::fresh(entry.name.clone(), entry.used_length, file.blocks().page_size(), memory).unwrap()
+        RamBlock::new(entry.name.clone(), entry.used_length, file.blocks().page_size(), memory).unwrap()
     });
     let blocks = Arc::new(RamBlocks::new(blocks.collect()).unwrap());
     let stop = Stop::new();

@@ -67,7 +67,7 @@ fn machine(ring: Option<u32>) -> Option<Machine> {
         }
         Err(error) => panic!("{error}"),
     };
-    let blocks = kit::used(PageSize::KIB_4, &[("low", 4048 << 12), ("high", 101 << 12)]);
+    let blocks = kit::fresh(PageSize::KIB_4, &[("low", 4048 << 12), ("high", 101 << 12)]);
     let code = Mapping::anonymous(4096).expect("memory");
     code.slice(0, PROGRAM.len()).expect("inside").copy_from(&PROGRAM);
     let address = |block: BlockIndex, page| {

@@ -8,7 +8,7 @@ use super::{Forgetful, MILLION, by_two_threads, follow, word};
 use crate::kit;
 
 fn blocks() -> Arc<RamBlocks> {
-    kit::used(PageSize::KIB_4, &[("a", 4096 << 12), ("b", 100 << 12)])
+    kit::fresh(PageSize::KIB_4, &[("a", 4096 << 12), ("b", 100 << 12)])
 }
 
 fn write(blocks: &RamBlocks, block: BlockIndex, page: PageIndex, round: u64) {

@@ -42,7 +42,7 @@ fn log(blocks: &Arc<RamBlocks>) -> Option<PagemapLog> {
 }
 
 fn private() -> Arc<RamBlocks> {
-    kit::used(PageSize::KIB_4, &[("a", 4096 << 12), ("b", 101 << 12)])
+    kit::fresh(PageSize::KIB_4, &[("a", 4096 << 12), ("b", 101 << 12)])
 }
 
 fn shared(file: &File, pages: u64) -> Arc<RamBlocks> {
@@ -209,7 +209,7 @@ fn a_page_of_several_host_pages_is_dirty_if_one_of_them_is_and_the_rest_behind_t
     for page_size in [PageSize::KIB_16, PageSize::KIB_64] {
         let page = page_size.bytes() as u64;
         let length = 5 * page + 4096 + 100;
-        let blocks = kit::used(page_size, &[("a", length), ("less than a page", 4096), ("b", page)]);
+        let blocks = kit::fresh(page_size, &[("a", length), ("less than a page", 4096), ("b", page)]);
         let Some(mut log) = log(&blocks) else { return };
         let at = |block: usize, offset: u64| {
             let Memory::Mapped(mapping) = blocks.block(BlockIndex(block)).expect("there").memory() else {

@@ -5,7 +5,7 @@ use multifd::{
     channel::{Listener, Stop},
     ram::{Mapping, Memory, PageSize, RamBlock, RamBlocks},
 };
-use qemu_stream::incoming::{Incoming, Loader, Outcome};
+use qemu_stream::incoming::{Expected, Incoming, Loader, Outcome};
 
 use crate::machine::Machine;
 
@@ -21,17 +21,17 @@ pub fn arrive(
     let mut incoming = Incoming::new(receiver.wait_main()?);
 
     // 2. RAM. The source says what blocks there are; what they are made of is up to us, and so is to refuse them.
-    let mut loader = Loader::new(&receiver, |_configuration, list| {
+    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_configuration, list| {
         let block = |entry: &qemu_stream::format::BlockEntry| {
             let memory = Mapping::anonymous(entry.used_length);
             let memory = memory.map_err(|error| Error::io("make the guest's memory", error))?;
-            RamBlock::fresh(entry.name.clone(), entry.used_length, PageSize::KIB_4, Memory::Mapped(memory))
+            RamBlock::new(entry.name.clone(), entry.used_length, PageSize::KIB_4, Memory::Mapped(memory))
         };
         RamBlocks::new(list.entries().iter().map(block).collect::<Result<_, _>>()?)
     });
     let loaded = incoming.run(&mut loader);
     let loaded = loaded.map_err(|error| stop.fail(Error::other("the migration broke off", error)))?;
-    let blocks = loader.into_blocks().ok_or("no memory came")?;
+    let blocks = loader.finish().map_err(|error| stop.fail(error))?; // every page of it has come
 
     // 3. Devices: whatever cannot be restored is refused now, while the guest can go on at the source.
     let sections = loaded.devices.sections();

@@ -51,7 +51,7 @@ pub fn load(path: &Path, stop: &Stop) -> Result<Machine> {
     let list = file.blocks();
     let block = |entry: &BlockEntry| -> Result<RamBlock> {
         let memory = Memory::Mapped(Mapping::anonymous(entry.used_length)?);
-        Ok(RamBlock::fresh(entry.name.clone(), entry.used_length, list.page_size(), memory)?)
+        Ok(RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), memory)?)
     };
     let blocks = Arc::new(RamBlocks::new(list.entries().iter().map(block).collect::<Result<_>>()?)?);
     Restore::new(&file).channels(4).run(&blocks, stop)?;

@@ -3,12 +3,18 @@
 //! A text says what was expected and what was met, the place is in front of it, the cause behind it in
 //! [`source`](std::error::Error::source): `channel 3: packet 17: offset 0x7f000 outside block "pc.ram" (0x40000)`.
 
+mod usage;
+mod violation;
+
 use std::{fmt, io, sync::Arc, time::Duration};
 
+pub use usage::Usage;
+pub use violation::Violation;
+
 use crate::{
-    live::{NotConverged, Status},
-    ram::{BlockName, BlockOffset, PageSize},
-    wire::{ChannelId, DeviceId, Flags, VmUuid},
+    live::NotConverged,
+    ram::{BlockOffset, PageSize},
+    wire::{ChannelId, DeviceId, Flags},
 };
 
 /// The result of this crate's functions.
@@ -270,124 +276,6 @@ pub enum Malformed {
     },
 }
 
-/// A rule of the protocol that the peer broke.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Violation {
-    /// The initial packet carries the UUID of another machine.
-    #[error("expected machine UUID {expected}, met {met}: give both sides the same UUID")]
-    ForeignUuid {
-        /// The UUID of this side.
-        expected: VmUuid,
-        /// The UUID met.
-        met: VmUuid,
-    },
-    /// The channel's id is not below the number of channels.
-    #[error(
-        "channel id {id} is not below the number of channels {channels}: set multifd-channels to the same number on both sides"
-    )]
-    ChannelId {
-        /// The id met.
-        id: ChannelId,
-        /// The number of channels.
-        channels: u16,
-    },
-    /// A channel connected when RAM had been moving for a while.
-    #[error("channel {id} connected after sync point {point}: its pages may be outdated")]
-    LateChannel {
-        /// The channel's id.
-        id: ChannelId,
-        /// The sync point that the main stream has passed, from 1.
-        point: u64,
-    },
-    /// Two connections claim the same id.
-    #[error("channel id {id} is already taken")]
-    DuplicateChannel {
-        /// The id met twice.
-        id: ChannelId,
-    },
-    /// The source opened another number of channels than this side expects.
-    #[error(
-        "expected {expected} channels, {met} connected before the first sync: set multifd-channels to the same number on both sides"
-    )]
-    ChannelCount {
-        /// The number of channels that this side was told.
-        expected: u16,
-        /// The number that came.
-        met: u16,
-    },
-    /// The ids of the channels leave a gap.
-    #[error(
-        "channel {missing} is missing: {channels} channels are here, and ids from 0 on were expected; its connection may have \
-         failed at the source"
-    )]
-    ChannelMissing {
-        /// The first id that is not there.
-        missing: ChannelId,
-        /// How many channels are there.
-        channels: u16,
-    },
-    /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
-    #[error(
-        "it did not say what it is and was dropped, but may have been a channel, whose pages would be missing: give the \
-         number of channels (multifd-channels) on this side"
-    )]
-    LostConnection,
-    /// A packet names a block that the source did not announce.
-    #[error("unknown block {name:?}: the source has not announced it")]
-    UnknownBlock {
-        /// The name met.
-        name: BlockName,
-    },
-    /// A page outside its block.
-    #[error("offset {offset} outside block {name:?} ({used_length:#x})")]
-    OutsideBlock {
-        /// The offset met.
-        offset: BlockOffset,
-        /// The block's name.
-        name: BlockName,
-        /// The block's used length in bytes.
-        used_length: u64,
-    },
-    /// A connection ended in the middle of something.
-    #[error("connection closed after {met} of {expected} bytes of {what}")]
-    Cut {
-        /// What was being read.
-        what: &'static str,
-        /// Its length.
-        expected: u64,
-        /// The bytes that came.
-        met: u64,
-    },
-    /// A channel ended although main has another sync point.
-    #[error("connection closed before sync point {expected}, after {met}")]
-    EndedEarly {
-        /// The sync point that the main stream is at, from 1.
-        expected: u64,
-        /// The sync points that the channel has seen.
-        met: u64,
-    },
-    /// Pages after the sync point that ended the RAM.
-    #[error("packet with {pages} pages after the last sync point")]
-    PagesAfterEnd {
-        /// Pages listed.
-        pages: u32,
-    },
-    /// A packet with pages before the source announced its blocks.
-    #[error("packet with pages before the source announced its RAM blocks")]
-    PagesBeforeBlocks,
-    /// The packet's method is not the one that this side was told.
-    #[error(
-        "expected method {expected}, met flags {met}: set multifd-compression to {expected} at the source"
-    )]
-    Method {
-        /// The method of this side.
-        expected: &'static str,
-        /// The flags of the packet.
-        met: Flags,
-    },
-}
-
 /// Something valid that this library does not speak.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -427,151 +315,6 @@ pub enum Unsupported {
     },
 }
 
-/// A call that cannot be.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Usage {
-    /// A number outside of its [range](crate::parameters).
-    #[error("expected {name} {least} to {most}, met {met}")]
-    OutOfRange {
-        /// The parameter.
-        name: &'static str,
-        /// The least value.
-        least: u64,
-        /// The greatest value.
-        most: u64,
-        /// The value given.
-        met: i128,
-    },
-    /// A way of zero pages that there is not.
-    #[error("expected zero-page-detection none, legacy or multifd, met {met:?}")]
-    ZeroPageDetection {
-        /// The name given.
-        met: String,
-    },
-    /// A method that this build does not speak.
-    #[error("expected multifd-compression none{}, met {met:?}", built_in())]
-    Method {
-        /// The name given.
-        met: String,
-    },
-    /// An address in no form that is known.
-    #[error(
-        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met {0:?}"
-    )]
-    Address(String),
-    /// An option behind an address that is not known, or not so.
-    #[error("address option: expected {expected}, met {met:?}")]
-    AddressOption {
-        /// What it can be.
-        expected: &'static str,
-        /// The option given.
-        met: String,
-    },
-    /// The transport has one connection only, and more were asked for.
-    #[error(
-        "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
-    )]
-    SingleConnection(String),
-    /// The sender is to end with pages that no sync point has followed.
-    #[error("pages were queued after the last sync and may not have left: call sync before finish")]
-    Unsynced,
-    /// `zero-copy-send` where pages are copied anyway.
-    #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
-    ZeroCopy(&'static str),
-    /// An option for connections, where there are none.
-    #[error(
-        "{0} is for connections: between memory and a file pages are copied as they are, so switch it off"
-    )]
-    ForConnections(&'static str),
-    /// Blocks that cannot be copied into blocks of their names.
-    #[error("block {name:?} cannot be copied: {why}")]
-    OtherBlocks {
-        /// The block's name.
-        name: BlockName,
-        /// What is in the way.
-        why: String,
-    },
-    /// TLS to an address that names no host, and no name given.
-    #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
-    NoTlsHostname(String),
-    /// Two blocks have one name.
-    #[error("two RAM blocks are named {0:?}")]
-    DuplicateBlock(BlockName),
-    /// The blocks have different page sizes.
-    #[error("RAM blocks with pages of {0} and of {1} in one migration")]
-    MixedPageSizes(PageSize, PageSize),
-    /// The memory handed over is shorter than the block.
-    #[error("block {name:?}: {mapped:#x} bytes of memory for a used length of {used_length:#x}")]
-    ShortMemory {
-        /// The block's name.
-        name: BlockName,
-        /// The bytes of memory.
-        mapped: u64,
-        /// The block's used length.
-        used_length: u64,
-    },
-    /// The block ends inside a page, and the wire carries whole pages only.
-    #[error(
-        "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, whose bytes cannot be sent"
-    )]
-    PartialPage {
-        /// The block's name.
-        name: BlockName,
-        /// The block's used length.
-        used_length: u64,
-        /// The page size of the migration.
-        page_size: PageSize,
-    },
-    /// A page that the block does not have.
-    #[error("block {name:?} has no page {page} ({pages} pages)")]
-    NoSuchPage {
-        /// The block's name.
-        name: BlockName,
-        /// The page asked for.
-        page: u64,
-        /// The pages of the block.
-        pages: u64,
-    },
-    /// A block number that the registry does not have.
-    #[error("there is no RAM block number {0}")]
-    NoSuchBlock(usize),
-    /// The block's memory cannot be received into.
-    #[error("block {0:?} is mapped for reading and cannot be received into")]
-    ReadOnly(BlockName),
-    /// The block's memory is mapped without the right to read it.
-    #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
-    Unreadable(BlockName),
-    /// No dirty log can be made of the bitmaps of the block's memory.
-    #[error("block {name:?}: the dirty bitmap does not fit: {why}")]
-    DirtyBitmap {
-        /// The block's name.
-        name: BlockName,
-        /// What is in the way.
-        why: &'static str,
-    },
-    /// A sender or receiver was set up for the second time.
-    #[error("this end of the migration was set up before: make a new one for each migration")]
-    UsedTwice,
-    /// A call that needs what has not been set up yet.
-    #[error("{0} is not there yet: set it up first")]
-    TooEarly(&'static str),
-    /// A migration was told to go on while it was not waiting to be.
-    #[error("the migration is {met}: it can be told to go on when it is pre-switchover")]
-    NotPaused {
-        /// Its state.
-        met: Status,
-    },
-    /// A state that does not follow the present one.
-    #[error("a migration that is {from} cannot become {to}")]
-    IllegalTransition {
-        /// The present state.
-        from: Status,
-        /// The state asked for.
-        to: Status,
-    },
-}
-
 fn made(expected: usize, met: usize) -> String {
     if met > expected { format!("more than {expected}") } else { met.to_string() }
 }
@@ -599,6 +342,7 @@ mod tests {
     use std::error::Error as _;
 
     use super::*;
+    use crate::ram::BlockName;
 
     #[test]
     fn the_place_stands_in_front_and_the_kind_stays_reachable() {

@@ -1,0 +1,200 @@
+//! Calls that cannot be, as the embedder or the program made them.
+
+use super::built_in;
+use crate::{
+    live::Status,
+    ram::{BlockName, PageSize},
+};
+
+/// A call that cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Usage {
+    /// A number outside of its [range](crate::parameters).
+    #[error("expected {name} {least} to {most}, met {met}")]
+    OutOfRange {
+        /// The parameter.
+        name: &'static str,
+        /// The least value.
+        least: u64,
+        /// The greatest value.
+        most: u64,
+        /// The value given.
+        met: i128,
+    },
+    /// A way of zero pages that there is not.
+    #[error("expected zero-page-detection none, legacy or multifd, met {met:?}")]
+    ZeroPageDetection {
+        /// The name given.
+        met: String,
+    },
+    /// A method that this build does not speak.
+    #[error("expected multifd-compression none{}, met {met:?}", built_in())]
+    Method {
+        /// The name given.
+        met: String,
+    },
+    /// An address in no form that is known.
+    #[error(
+        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met {0:?}"
+    )]
+    Address(String),
+    /// An option behind an address that is not known, or not so.
+    #[error("address option: expected {expected}, met {met:?}")]
+    AddressOption {
+        /// What it can be.
+        expected: &'static str,
+        /// The option given.
+        met: String,
+    },
+    /// The transport has one connection only, and more were asked for.
+    #[error(
+        "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
+    )]
+    SingleConnection(String),
+    /// The sender is to end with pages that no sync point has followed.
+    #[error("pages were queued after the last sync and may not have left: call sync before finish")]
+    Unsynced,
+    /// `zero-copy-send` where pages are copied anyway.
+    #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
+    ZeroCopy(&'static str),
+    /// An option for connections, where there are none.
+    #[error(
+        "{0} is for connections: between memory and a file pages are copied as they are, so switch it off"
+    )]
+    ForConnections(&'static str),
+    /// Blocks that cannot be copied into blocks of their names.
+    #[error("block {name:?} cannot be copied: {why}")]
+    OtherBlocks {
+        /// The block's name.
+        name: BlockName,
+        /// What is in the way.
+        why: String,
+    },
+    /// TLS to an address that names no host, and no name given.
+    #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
+    NoTlsHostname(String),
+    /// Two blocks have one name.
+    #[error("two RAM blocks are named {0:?}")]
+    DuplicateBlock(BlockName),
+    /// The blocks have different page sizes.
+    #[error("RAM blocks with pages of {0} and of {1} in one migration")]
+    MixedPageSizes(PageSize, PageSize),
+    /// The memory handed over is shorter than the block.
+    #[error("block {name:?}: {mapped:#x} bytes of memory for a used length of {used_length:#x}")]
+    ShortMemory {
+        /// The block's name.
+        name: BlockName,
+        /// The bytes of memory.
+        mapped: u64,
+        /// The block's used length.
+        used_length: u64,
+    },
+    /// The places in a file are those of another number of pages.
+    #[error("block {name:?}: expected a bit for each of {expected} pages, found {found}")]
+    OtherPages {
+        /// The block's name.
+        name: BlockName,
+        /// The pages of the block.
+        expected: u64,
+        /// The bits given.
+        found: u64,
+    },
+    /// The source has announced a block, and this side has made none of that name.
+    #[error("block {0:?} is announced by the source and missing here")]
+    BlockMissing(BlockName),
+    /// This side has made a block that the source has not announced.
+    #[error("block {0:?} is not announced by the source: nothing would ever be written to it")]
+    BlockSurplus(BlockName),
+    /// A block of another length than the source has announced.
+    #[error("block {name:?}: the source announces {announced:#x} bytes, this side has {found:#x}")]
+    BlockLength {
+        /// The block's name.
+        name: BlockName,
+        /// The length that the source has announced, in bytes.
+        announced: u64,
+        /// The length here, in bytes.
+        found: u64,
+    },
+    /// A block that is left out because its memory is shared, where the other side does not leave it out.
+    #[error(
+        "block {0:?} is ignored as shared memory, but the configuration lacks x-ignore-shared: its pages would be lost"
+    )]
+    NotShared(BlockName),
+    /// Bytes that are no whole pages of the block.
+    #[error("block {name:?}: {length:#x} bytes are no whole pages")]
+    NotWholePages {
+        /// The block's name.
+        name: BlockName,
+        /// The bytes given.
+        length: usize,
+    },
+    /// Two blocks have bytes in common.
+    #[error("blocks {0:?} and {1:?} share bytes: each needs memory of its own")]
+    SharedBytes(BlockName, BlockName),
+    /// Two parts of one migration were made for different blocks.
+    #[error("made for other blocks than the migration's: {why}")]
+    NotTheseBlocks {
+        /// The first difference.
+        why: String,
+    },
+    /// The block ends inside a page, and the wire carries whole pages only.
+    #[error(
+        "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, whose bytes cannot be sent"
+    )]
+    PartialPage {
+        /// The block's name.
+        name: BlockName,
+        /// The block's used length.
+        used_length: u64,
+        /// The page size of the migration.
+        page_size: PageSize,
+    },
+    /// A page that the block does not have.
+    #[error("block {name:?} has no page {page} ({pages} pages)")]
+    NoSuchPage {
+        /// The block's name.
+        name: BlockName,
+        /// The page asked for.
+        page: u64,
+        /// The pages of the block.
+        pages: u64,
+    },
+    /// A block number that the registry does not have.
+    #[error("there is no RAM block number {0}")]
+    NoSuchBlock(usize),
+    /// The block's memory cannot be received into.
+    #[error("block {0:?} is mapped for reading and cannot be received into")]
+    ReadOnly(BlockName),
+    /// The block's memory is mapped without the right to read it.
+    #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
+    Unreadable(BlockName),
+    /// No dirty log can be made of the bitmaps of the block's memory.
+    #[error("block {name:?}: the dirty bitmap does not fit: {why}")]
+    DirtyBitmap {
+        /// The block's name.
+        name: BlockName,
+        /// What is in the way.
+        why: &'static str,
+    },
+    /// A sender or receiver was set up for the second time.
+    #[error("this end of the migration was set up before: make a new one for each migration")]
+    UsedTwice,
+    /// A call that needs what has not been set up yet.
+    #[error("{0} is not there yet: set it up first")]
+    TooEarly(&'static str),
+    /// A migration was told to go on while it was not waiting to be.
+    #[error("the migration is {met}: it can be told to go on when it is pre-switchover")]
+    NotPaused {
+        /// Its state.
+        met: Status,
+    },
+    /// A state that does not follow the present one.
+    #[error("a migration that is {from} cannot become {to}")]
+    IllegalTransition {
+        /// The present state.
+        from: Status,
+        /// The state asked for.
+        to: Status,
+    },
+}

@@ -1,0 +1,251 @@
+//! Which pages have come, of one migration.
+//!
+//! It is made when the blocks are known and ends with the migration: blocks last longer, and nothing of their arrival
+//! stays with them. Two questions are answered from it. *Must a zero page be written?* Not if the page table had no page
+//! there when the migration began and nothing has come since. *Is RAM complete?* Every page of every block has to come once,
+//! as bytes or as zero.
+
+use std::{io, sync::Arc};
+
+use crate::{
+    error::{Error, Result, Usage, Violation},
+    ram::{BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
+};
+
+/// The blocks that a migration fills, and which of their pages have come.
+///
+/// **Warning:** from the moment the blocks are [set](crate::Receiver::set_blocks) until all of RAM is here nobody else may
+/// write to their memory. What is written meanwhile may stay where the source says that a page is zero.
+#[derive(Debug)]
+pub struct Arrived {
+    blocks: Arc<RamBlocks>,
+    pages: Vec<Pages>,
+}
+
+/// Of one block. Bits are set by the thread that has written the page; who asks has met that thread at a sync point.
+#[derive(Debug)]
+struct Pages {
+    /// Pages that have come, zero ones too.
+    come: PageBitmap,
+    /// Pages whose memory may hold something else than zero; `None`: all of them.
+    may_hold: Option<PageBitmap>,
+}
+
+impl Arrived {
+    pub(super) fn new(blocks: Arc<RamBlocks>) -> Self {
+        let pages = |(_, block): (_, &RamBlock)| Pages {
+            come: PageBitmap::new(block.pages()),
+            may_hold: match block.memory() {
+                Memory::Mapped(_) => Some(block.may_hold()),
+                Memory::MappedRam(_) => None,
+            },
+        };
+        let pages = blocks.iter().map(pages).collect();
+        Self { blocks, pages }
+    }
+
+    /// The blocks.
+    pub fn blocks(&self) -> &Arc<RamBlocks> {
+        &self.blocks
+    }
+
+    /// How many pages of a block have come, each counted once; 0 if there is no such block.
+    pub fn count(&self, block: BlockIndex) -> u64 {
+        self.pages.get(block.0).map_or(0, |pages| pages.come.count())
+    }
+
+    /// Whether no page of a block has come, not even a zero one. To be asked when all of RAM is here.
+    pub fn is_untouched(&self, block: BlockIndex) -> bool {
+        self.pages.get(block.0).is_none_or(|pages| pages.come.words().all(|word| word == 0))
+    }
+
+    /// Writes pages that came over another way than the channels, from `first` on.
+    ///
+    /// # Errors
+    /// If there are no such pages, `bytes` are no whole pages, or a file cannot be written.
+    pub fn store(&self, block: BlockIndex, first: PageIndex, bytes: &[u8]) -> Result<()> {
+        let of = self.blocks.block(block)?;
+        let size = of.page_size().bytes();
+        if !bytes.len().is_multiple_of(size) {
+            return Err(Usage::NotWholePages { name: of.name().clone(), length: bytes.len() }.into());
+        }
+        let count = (bytes.len() / size) as u64;
+        check(of, first, count)?;
+        of.store(first, bytes).map_err(|error| broken("write", of, first, error))?;
+        self.note(block, first, count);
+        Ok(())
+    }
+
+    /// Makes a page zero that came over another way than the channels.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub fn clear(&self, block: BlockIndex, page: PageIndex) -> Result<()> {
+        let of = self.blocks.block(block)?;
+        check(of, page, 1)?;
+        self.clear_run(of, block, page, 1);
+        Ok(())
+    }
+
+    /// Reads a page as it is now.
+    ///
+    /// # Errors
+    /// If there is no such page, `into` is not a page long, or a file cannot be read.
+    pub fn load(&self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
+        let of = self.blocks.block(block)?;
+        check(of, page, 1)?;
+        if into.len() != of.page_size().bytes() {
+            return Err(Usage::NotWholePages { name: of.name().clone(), length: into.len() }.into());
+        }
+        of.load(page, into).map_err(|error| broken("read", of, page, error))
+    }
+
+    /// Checks, when all of RAM is here, that every page of every block has come. `left_out` names blocks of which none may
+    /// have come.
+    ///
+    /// # Errors
+    /// [`Violation::PagesMissing`], with the first block that is not whole and the number of pages missing in all.
+    pub fn check_complete(&self, left_out: impl Fn(BlockIndex, &RamBlock) -> bool) -> Result<()> {
+        let (mut first, mut missing) = (None, 0);
+        for (index, block) in self.blocks.iter() {
+            let come = self.count(index);
+            if come == block.pages() || block.is_ignored() || come == 0 && left_out(index, block) {
+                continue;
+            }
+            missing += block.pages() - come;
+            first.get_or_insert((index, block));
+        }
+        let Some((index, block)) = first else { return Ok(()) };
+        let words = self.pages.get(index.0).into_iter().flat_map(|pages| pages.come.words()).enumerate();
+        let page = words
+            .filter(|(_, word)| *word != u64::MAX)
+            .map(|(at, word)| at as u64 * 64 + u64::from(word.trailing_ones()));
+        let offset = page.map(PageIndex).find_map(|page| block.offset_of(page)).unwrap_or_default();
+        Err(Violation::PagesMissing { missing, name: block.name().clone(), offset }.into())
+    }
+
+    /// Checks that anything has come at all, be it zero, if there is a page that could.
+    ///
+    /// # Errors
+    /// [`Violation::NoPages`].
+    pub fn check_any(&self) -> Result<()> {
+        let mut due =
+            self.blocks.iter().filter(|(_, block)| !block.is_ignored() && block.pages() > 0).peekable();
+        if due.peek().is_some() && due.all(|(index, _)| self.is_untouched(index)) {
+            return Err(Violation::NoPages.into());
+        }
+        Ok(())
+    }
+
+    /// Makes every page zero that has not come, but for blocks that are ignored; says how many those are.
+    pub fn clear_missing(&self) -> u64 {
+        let mut missing = 0;
+        for (index, block) in self.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
+            for page in (0..block.pages()).map(PageIndex) {
+                if !self.pages[index.0].come.contains(page) {
+                    missing += 1;
+                    self.clear_run(block, index, page, 1);
+                }
+            }
+        }
+        missing
+    }
+
+    /// Pages from `first` on have been written.
+    pub(super) fn note(&self, block: BlockIndex, first: PageIndex, count: u64) {
+        let pages = &self.pages[block.0];
+        pages.come.set_run(first, count);
+        if let Some(may_hold) = &pages.may_hold {
+            may_hold.set_run(first, count);
+        }
+    }
+
+    /// Pages from `first` on are zero, whatever they were.
+    pub(super) fn clear_run(&self, of: &RamBlock, block: BlockIndex, first: PageIndex, count: u64) {
+        let pages = &self.pages[block.0];
+        pages.come.set_run(first, count);
+        for page in (first.0..first.0 + count).map(PageIndex) {
+            if pages.may_hold.as_ref().is_none_or(|may_hold| may_hold.clear(page)) {
+                of.clear(page);
+            }
+        }
+    }
+}
+
+fn check(block: &RamBlock, first: PageIndex, count: u64) -> Result<(), Usage> {
+    match first.0.checked_add(count) {
+        Some(end) if end <= block.pages() => Ok(()),
+        _ => {
+            let (name, pages) = (block.name().clone(), block.pages());
+            Err(Usage::NoSuchPage { name, page: first.0.max(pages), pages })
+        }
+    }
+}
+
+fn broken(doing: &str, block: &RamBlock, page: PageIndex, error: io::Error) -> Error {
+    let offset = block.page_size().bytes() as u64 * page.0;
+    Error::io(format!("{doing} block {:?} at offset {offset:#x}", block.name()), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::{BlockName, Mapping, PageSize};
+
+    fn arrived(lengths: &[u64]) -> Arrived {
+        let block = |(index, length): (usize, &u64)| {
+            let name = BlockName::new(format!("b{index}")).expect("a name");
+            let memory = Memory::Mapped(Mapping::anonymous(*length).expect("memory"));
+            RamBlock::new(name, *length, PageSize::KIB_4, memory).expect("a block")
+        };
+        let blocks = RamBlocks::new(lengths.iter().enumerate().map(block).collect()).expect("blocks");
+        Arrived::new(Arc::new(blocks))
+    }
+
+    #[test]
+    fn a_zero_page_over_memory_that_was_used_before_is_written() {
+        let before = arrived(&[8 * 4096]);
+        before.store(BlockIndex(0), PageIndex(3), &[7; 4096]).expect("stored");
+        let again = Arrived::new(before.blocks().clone());
+        again.clear(BlockIndex(0), PageIndex(3)).expect("cleared");
+        let mut page = [1; 4096];
+        again.load(BlockIndex(0), PageIndex(3), &mut page).expect("loaded");
+        assert_eq!(page, [0; 4096]);
+    }
+
+    #[test]
+    fn what_has_not_come_is_counted_and_named() {
+        let arrived = arrived(&[4096, 70 * 4096, 2 * 4096]);
+        let whole = |arrived: &Arrived| arrived.check_complete(|index, _| index.0 == 2);
+        arrived.clear(BlockIndex(0), PageIndex(0)).expect("cleared");
+        for page in (0..70).filter(|page| *page != 66) {
+            arrived.clear(BlockIndex(1), PageIndex(page)).expect("cleared");
+        }
+        let error = whole(&arrived).expect_err("incomplete").to_string();
+        assert!(
+            error.starts_with(r#"1 page of RAM never came, the first in block "b1" at offset 0x42000"#),
+            "{error}"
+        );
+        arrived.store(BlockIndex(1), PageIndex(66), &[1; 4096]).expect("stored");
+        whole(&arrived).expect("complete");
+        arrived.clear(BlockIndex(2), PageIndex(0)).expect("cleared");
+        assert!(whole(&arrived).is_err(), "a block is left out whole or not at all");
+    }
+
+    #[test]
+    fn pages_that_are_not_there_are_refused() {
+        let arrived = arrived(&[2 * 4096]);
+        let refused = |result: Result<()>| result.expect_err("refused").to_string();
+        assert_eq!(
+            refused(arrived.clear(BlockIndex(0), PageIndex(2))),
+            r#"block "b0" has no page 2 (2 pages)"#
+        );
+        assert_eq!(
+            refused(arrived.store(BlockIndex(1), PageIndex(0), &[0; 4096])),
+            "there is no RAM block number 1"
+        );
+        assert!(arrived.store(BlockIndex(0), PageIndex(1), &[0; 8192]).is_err());
+        assert!(arrived.store(BlockIndex(0), PageIndex(0), &[0; 100]).is_err());
+        assert!(arrived.load(BlockIndex(0), PageIndex(0), &mut [0; 100]).is_err());
+    }
+}
