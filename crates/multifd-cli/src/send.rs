@@ -5,7 +5,10 @@ use std::{fs::File, io, sync::Arc};
 use multifd::{
     Error, SendOptions, Sender,
     channel::{Address, Connect, Stop, Stream},
-    live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, RunState,
+        ZeroPageDetection,
+    },
     ram::{Access, Mapping, NeverDirty, Places, RamBlocks},
     wire::VmUuid,
 };
@@ -39,13 +42,18 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         .max_bandwidth(Some(args.max_bandwidth))
         .zero_page_detection(args.zero_page_detection.or(understood(&file)))
         .look_for_zero_pages(false);
-    let migration = Migration::new(options, blocks.clone(), stop.clone());
+    let channels = (args.multifd_channels > 0).then(|| channels(args, &file, &blocks, &stop)).transpose();
+    let migration = channels.and_then(|sender| match sender {
+        Some(sender) => Migration::new(options, sender),
+        None => Migration::over_main(options, blocks.clone(), stop.clone()),
+    });
+    let migration = migration.map_err(Failure::of)?;
     let progress = migration.progress();
     let display = {
         let progress = progress.clone();
         Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
     };
-    let sent = send(args, &connector, &file, blocks, migration, &stop, &mut at_rest);
+    let sent = send(args, &connector, &file, migration, &stop, &mut at_rest);
     drop(display);
     match sent {
         Ok(info) => {
@@ -111,8 +119,7 @@ fn send(
     args: &SendArgs,
     connector: &Arc<dyn Connect>,
     file: &MappedRamFile,
-    blocks: Arc<RamBlocks>,
-    migration: Migration,
+    mut migration: Migration,
     stop: &Stop,
     at_rest: &mut AtRest,
 ) -> Result<MigrationInfo, Error> {
@@ -122,24 +129,31 @@ fn send(
     let main = Stream::new(link)
         .attended(stop.attention(args.stall_timeout()))
         .map_err(|error| stop.fail(Error::io(format!("set a time limit for {}", args.address), error)))?;
-    let _watch = stop.watch_failure(main.waker());
     let outgoing = Outgoing::new(main, stream_options(args, file))
         .map_err(|error| Error::other("this machine cannot be sent", error))?;
-    let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone())
+    let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone(), stop)
         .end_timeout(args.end_timeout());
-    let sender = (args.multifd_channels > 0).then(|| -> Result<Sender, Error> {
-        let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
-        let options = args
-            .compression
-            .apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid))
-            .connect_timeout(args.connect_timeout())
-            .stall_timeout(args.stall_timeout())
-            .zero_copy_send(args.zero_copy_send);
-        let mut sender = Sender::new(options, blocks, stop.clone())?;
-        sender.set_up(connector.clone())?;
-        Ok(sender)
-    });
-    migration.run(sender.transpose()?, &mut main, &mut NeverDirty, at_rest)
+    if args.multifd_channels > 0 {
+        migration.set_up(connector.clone())?;
+    }
+    migration.run(&mut main, &mut NeverDirty, at_rest)
+}
+
+/// The channels, which are not connected yet.
+fn channels(
+    args: &SendArgs,
+    file: &MappedRamFile,
+    blocks: &Arc<RamBlocks>,
+    stop: &Stop,
+) -> Result<Sender, Error> {
+    let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
+    let options = args
+        .compression
+        .apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid))
+        .connect_timeout(args.connect_timeout())
+        .stall_timeout(args.stall_timeout())
+        .zero_copy_send(args.zero_copy_send);
+    Sender::new(options, blocks.clone(), stop.clone())
 }
 
 /// The stream that a socket peer of this machine expects.
@@ -153,14 +167,15 @@ fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
         SyncModeArg::Round => Some(SyncMode::Round),
         SyncModeArg::Auto => file.sync_mode().or(options.chosen_sync_mode()),
     };
+    let confirmed = match args.return_path {
+        ReturnPathArg::On => true,
+        ReturnPathArg::Off => false,
+        ReturnPathArg::Auto => !matches!(args.address, Address::Exec(_)),
+    };
+    let options = if confirmed { options } else { options.unconfirmed() };
     options
         .section(file.section())
         .footers(file.devices().has_footers())
-        .return_path(match args.return_path {
-            ReturnPathArg::On => true,
-            ReturnPathArg::Off => false,
-            ReturnPathArg::Auto => !matches!(args.address, Address::Exec(_)),
-        })
         .switchover_start(file.switchover_start())
         .sync_mode(mode.filter(|_| args.multifd_channels > 0))
 }
@@ -179,16 +194,22 @@ impl AtRest {
 }
 
 impl Guest for AtRest {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
     /// All pages have gone. A file that has ended inside a page tells so nowhere else: the rest of that page reads as
     /// zeros where it is mapped.
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn stop(&mut self) -> io::Result<RunState> {
         if Identity::of(&self.file.metadata()?) == self.identity {
-            return Ok(Vec::new());
+            return Ok(RunState::Running);
         }
         Err(io::Error::other(
             "the file has been changed while it was sent, and what was sent may be no machine: send it from a copy \
              that nobody changes",
         ))
+    }
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
+        Ok(Vec::new())
     }
 
     fn resume(&mut self) {}

@@ -229,7 +229,7 @@ fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
         Reads::Slowly(step) => (usize::MAX, step, Some(Duration::from_millis(20))),
         Reads::Dribbling(pause) => (usize::MAX, 1, Some(pause).filter(|pause| !pause.is_zero())),
     };
-    let mut had = seen.len();
+    let (mut had, mut asked) = (seen.len(), 0);
     let mut bytes = vec![0; step];
     while had < most && !(main && is_whole(seen)) {
         let step = step.min(most - had);
@@ -237,11 +237,25 @@ fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
         had += some;
         if main {
             seen.extend(&bytes[..some]);
+            asked = answer(stream, seen, asked);
         }
         if let Some(pause) = pause {
             thread::sleep(pause);
         }
     }
+}
+
+/// Answers every PING behind the first `asked` bytes, but for the one that opens the return path; says how many bytes have
+/// been looked at.
+fn answer(stream: &mut TcpStream, seen: &[u8], asked: usize) -> usize {
+    let mut at = asked;
+    while let Some(command) = seen.get(at..at + PING.len() + 4) {
+        at += 1;
+        if let Some(value) = command.strip_prefix(&PING[..]).filter(|value| *value != [0, 0, 0, 1]) {
+            let _ = stream.write_all(&[&[0, 2, 0, 4], value].concat());
+        }
+    }
+    at
 }
 
 /// Whether a main stream has come to its end: EOF, and a description that is all here.
@@ -256,5 +270,7 @@ fn is_whole(stream: &[u8]) -> bool {
     })
 }
 
+/// The command PING, before its value.
+const PING: [u8; 5] = [8, 0, 2, 0, 4];
 /// Where a channel's initial packet holds its id.
 const CHANNEL_ID: usize = 24;

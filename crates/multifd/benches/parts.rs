@@ -219,6 +219,12 @@ impl Link for Nowhere {
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(Self)
     }
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Self)
+    }
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Self)
+    }
     fn peer(&self) -> String {
         "nowhere".into()
     }

@@ -5,8 +5,8 @@
 use std::{error::Error, io, sync::Arc, time::Duration, time::Instant};
 
 use multifd::ram::{
-    BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageBitmap, PageIndex, PageSize, PagemapLog, RamBlock,
-    RamBlocks,
+    BlockIndex, BlockName, DirtyLog, DirtyPages, Mapping, Memory, PageBitmap, PageIndex, PageSize,
+    PagemapLog, RamBlock, RamBlocks,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -53,13 +53,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         })?;
         let into = PageBitmap::new(pages);
         timed(&mut out, "  take them", &mut || {
-            log.take(BlockIndex(0), &into)?;
+            log.take(BlockIndex(0), &mut DirtyPages::new(&into))?;
             Ok(written)
         })?;
         assert_eq!(into.count(), written, "every page that was written, and no other");
     }
     timed(&mut out, "take nothing", &mut || {
-        log.take(BlockIndex(0), &PageBitmap::new(pages))?;
+        log.take(BlockIndex(0), &mut DirtyPages::new(&PageBitmap::new(pages)))?;
         Ok(pages)
     })?;
     timed(&mut out, "switch off", &mut || {

@@ -157,6 +157,8 @@ pub(crate) struct MigrateSettings {
     pause_before_switchover: bool,
     max_passes: Number,
     max_total_time: Number,
+    switchover_timeout: Option<Number>,
+    resume_if_unknown: bool,
 }
 
 impl Default for MigrateSettings {
@@ -183,6 +185,10 @@ impl From<MigrateOptions> for MigrateSettings {
             pause_before_switchover: options.pause_before_switchover,
             max_passes: Number(options.max_passes.unwrap_or_default().into()),
             max_total_time: Number::millis(options.max_total_time.unwrap_or_default()),
+            switchover_timeout: options
+                .switchover_timeout
+                .map(|limit| Number::millis(limit.unwrap_or_default())),
+            resume_if_unknown: options.resume_if_unknown,
         }
     }
 }
@@ -213,7 +219,15 @@ impl TryFrom<MigrateSettings> for MigrateOptions {
             )
             .pause_before_switchover(settings.pause_before_switchover)
             .max_passes(Some(max_passes))
-            .max_total_time(Some(max_total_time));
+            .max_total_time(Some(max_total_time))
+            .resume_if_unknown(settings.resume_if_unknown);
+        let options = match settings.switchover_timeout {
+            None => options,
+            Some(limit) => {
+                let limit = limit.duration("switchover-timeout")?;
+                options.switchover_timeout(Some(limit).filter(|limit| !limit.is_zero()))
+            }
+        };
         options.check().map_err(|error| error.to_string())?;
         Ok(options)
     }

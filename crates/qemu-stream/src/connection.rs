@@ -2,10 +2,13 @@
 
 use std::{
     io::{self, Read, Write},
-    net::TcpStream,
+    net::{Shutdown, TcpStream},
     os::unix::net::UnixStream,
+    sync::Arc,
     time::Duration,
 };
+
+use multifd::channel::{CloseWatch, Stop, Wake};
 
 /// A main connection: bytes both ways, and a way out of a wait.
 ///
@@ -18,6 +21,21 @@ pub trait Connection: Read + Write {
     /// # Errors
     /// If the system refuses it.
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
+
+    /// What ends all reads and writes, from any thread; `None` if none of them waits for a peer.
+    fn waker(&self) -> Option<Arc<dyn Wake>>;
+
+    /// What ends writes alone, from any thread, and tells the peer so; what it says can still be read. `None` if no write waits
+    /// for a peer.
+    fn write_waker(&self) -> Option<Arc<dyn Wake>>;
+
+    /// Has `stop` fail with what `judge` makes of the peer, whatever this end waits for, until the guard is dropped: see
+    /// [`CloseWatch::start`]. A connection that cannot tell gives `None`; the peer's end is then found out by the next read
+    /// or write.
+    fn watch_peer(&self, stop: &Stop, judge: Judge) -> Option<CloseWatch> {
+        drop((stop, judge));
+        None
+    }
 
     /// Whether something has come, or the end, that was not read yet. A connection that cannot tell says no.
     ///
@@ -36,19 +54,63 @@ pub trait Connection: Read + Write {
     }
 }
 
+/// What a peer that has said something, or has closed, means: see [`CloseWatch::start`].
+pub type Judge = Box<dyn Fn(&[u8], bool) -> Option<multifd::Error> + Send>;
+
+/// Shuts a socket down.
+struct Shut<S>(S, fn(&S));
+
+impl<S: Send + Sync> Wake for Shut<S> {
+    fn wake(&self) {
+        self.1(&self.0);
+    }
+}
+
 impl Connection for TcpStream {
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Both));
+        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
+    }
+
+    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Write));
+        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
+    }
+
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         Self::set_read_timeout(self, limit)
     }
 }
 
 impl Connection for UnixStream {
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Both));
+        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
+    }
+
+    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Write));
+        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
+    }
+
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         Self::set_read_timeout(self, limit)
     }
 }
 
 impl Connection for multifd::channel::Stream {
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        Some(Self::waker(self))
+    }
+
+    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+        Some(Self::write_waker(self))
+    }
+
+    fn watch_peer(&self, stop: &Stop, judge: Judge) -> Option<CloseWatch> {
+        Self::watch_peer(self, stop, judge)
+    }
+
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         Self::set_read_timeout(self, limit)
     }

@@ -3,13 +3,13 @@
 //! In comes what the engine knows of a machine, out goes what a stream or a file says of it.
 
 use multifd::{
-    live,
+    live::{self, RunState},
     ram::{RamBlock, RamBlocks},
 };
 
 use crate::{
     error::CallerMistake,
-    format::{BlockEntry, BlockList, Device, DevicePart, SectionId, SectionName},
+    format::{BlockEntry, BlockList, Device, DevicePart, SectionId, SectionName, limits, run_state},
 };
 
 /// The list of these blocks, in their order.
@@ -18,20 +18,54 @@ pub(crate) fn list_of(blocks: &RamBlocks) -> Result<BlockList, CallerMistake> {
     BlockList::new(blocks.iter().map(|(_, block)| entry(block)).collect(), blocks.page_size())
 }
 
-/// The part of these devices, numbered from the RAM section's number on.
+/// The part of these devices and of the guest's run state, numbered from the RAM section's number on.
 pub(crate) fn devices_of(
     devices: Vec<live::DeviceSection>,
+    guest: RunState,
     page_size: usize,
     ram: SectionId,
 ) -> Result<DevicePart, CallerMistake> {
     let device = |device: live::DeviceSection| {
-        let name = SectionName::new(&device.name).ok_or_else(|| CallerMistake::Value {
-            what: "name of a device",
-            why: format!("{:?} has not 1 to 255 bytes without NUL", device.name),
-        })?;
+        let name = name_of(&device.name)?;
         Ok(Device { name, instance: device.instance_id, version: device.version, state: device.data })
     };
-    let devices: Vec<Device> = devices.into_iter().map(device).collect::<Result<_, CallerMistake>>()?;
+    let devices = devices.into_iter().map(device);
+    let devices: Vec<Device> =
+        devices.chain([Ok(run_state::section(guest))]).collect::<Result<_, CallerMistake>>()?;
     let page_size = u32::try_from(page_size).unwrap_or(u32::MAX);
     DevicePart::build(&devices, page_size, SectionId(ram.0.wrapping_add(1)))
+}
+
+/// Refuses devices that [`devices_of`] would refuse, or whose state a destination of ours would not take, before there is any
+/// state.
+pub(crate) fn check_devices(
+    devices: &[live::DeviceInfo],
+    page_size: usize,
+    ram: SectionId,
+) -> Result<(), CallerMistake> {
+    let mut empty = Vec::new();
+    let mut most: u64 = 0;
+    for device in devices {
+        if device.name == run_state::NAME {
+            let why = format!("{:?} is the section of the guest's run state", device.name);
+            return Err(CallerMistake::Value { what: "name of a device", why });
+        }
+        let (name, instance_id) = (device.name.clone(), device.instance_id);
+        empty.push(live::DeviceSection { name, instance_id, version: 0, data: Vec::new() });
+        most = most.saturating_add(device.most_bytes);
+    }
+    let rest = devices_of(empty, RunState::Running, page_size, ram)?.as_bytes().len() as u64;
+    let (met, most) = (most.saturating_add(rest), limits::DEVICE_PART as u64 / 2);
+    if met > most {
+        let why = format!("up to {met:#x} bytes with what is around them, a destination takes {most:#x}");
+        return Err(CallerMistake::Value { what: "state of all devices", why });
+    }
+    Ok(())
+}
+
+fn name_of(name: &str) -> Result<SectionName, CallerMistake> {
+    SectionName::new(name).ok_or_else(|| CallerMistake::Value {
+        what: "name of a device",
+        why: format!("{name:?} has not 1 to 255 bytes without NUL"),
+    })
 }

@@ -62,6 +62,15 @@ pub enum Error {
         /// How far the return path got.
         at: Place,
     },
+    /// The source has closed the main connection, although it waits to be told how it ended: it takes its guest back.
+    #[error(
+        "{at}: the source closed the connection before it was told that all is here (cancelled, or its process ended); its guest \
+         may run on there and must not run here"
+    )]
+    SourceGone {
+        /// How far the stream got.
+        at: Place,
+    },
     /// Nothing came in time, on this connection or on any other of its side.
     #[error("{at}: nothing came in time where {expected} was expected; {}", where_to_look(at.stream))]
     TimedOut {

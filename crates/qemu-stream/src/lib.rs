@@ -14,6 +14,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`mod@format`] | the bytes: pure, bounded, no sockets |
+//! | [`arrival`], [`departure`] | a machine that comes in and one that leaves, each in one chain of calls |
 //! | [`incoming`] | a destination's main stream, read whole; tells a [`Destination`](incoming::Destination) |
 //! | [`outgoing`] | a source's main stream, call by call |
 //! | [`mapped_ram`] | the file QEMU 9.0 and later save to and load from |
@@ -26,9 +27,13 @@
 //! # A machine of an embedder's own, from one end to the other
 //!
 //! ```
-//! use std::{convert::Infallible, os::unix::net::UnixStream, thread};
+//! use std::{convert::Infallible, os::unix::net::UnixStream, thread, time::Duration};
 //!
-//! use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
+//! use multifd::{
+//!     channel::Stop,
+//!     live::Verdict,
+//!     ram::{BlockIndex, BlockName, PageIndex, PageSize},
+//! };
 //! use qemu_stream::{format::*, incoming::*, outgoing::*};
 //!
 //! /// Knows nothing but how to print.
@@ -66,7 +71,10 @@
 //!     out.end_part()?;
 //!     let vcpu = Device { name: SectionName::new("vcpu").ok_or("a name")?, instance: 0, version: 1, state: vec![1] };
 //!     out.devices(&DevicePart::build(&[vcpu], 4096, SectionId(2))?)?;
-//!     Ok(out.complete(None)?)
+//!     match out.complete(&Stop::new(), None, Duration::from_secs(10)) {
+//!         Verdict::Taken => Ok(()), // the destination has the guest
+//!         Verdict::Refused(error) | Verdict::Unknown(error) => Err(error.into()),
+//!     }
 //! });
 //!
 //! let mut incoming = Incoming::new(destination);
@@ -78,7 +86,9 @@
 //! # }
 //! ```
 
+pub mod arrival;
 mod connection;
+pub mod departure;
 mod embedder;
 pub mod error;
 pub mod format;
@@ -88,5 +98,5 @@ pub mod mapped_ram;
 pub mod outgoing;
 mod refuse;
 
-pub use connection::Connection;
+pub use connection::{Connection, Judge};
 pub use error::Error;

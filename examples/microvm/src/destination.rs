@@ -1,61 +1,51 @@
 //! The destination: a machine comes in and runs on.
 
 use multifd::{
-    Error, ReceiveOptions, Receiver,
+    Error,
     channel::{Listener, Stop},
-    ram::{PageSize, blocks_of},
+    live::RunState,
 };
-use qemu_stream::incoming::{Expected, Incoming, Loader, Outcome};
+use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions},
+    format::MachineType,
+    incoming::Expected,
+};
 
 use crate::{
     Failure,
     machine::{self, Machine},
+    source::MACHINE,
 };
 
 /// Takes one machine in. Its guest runs as soon as the source has been told that all is here.
 pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failure> {
-    // 1. Connections: one is main, the others are channels, as many as the source likes.
-    let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
-    receiver.listen(Box::new(listener))?;
-    let mut incoming = Incoming::new(receiver.wait_main()?);
+    // 1. A source of our own kind: main, and channels as many as it likes.
+    let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
+    let arrival = Arrival::accept(Box::new(listener), options, stop)?;
 
-    // 2. Memory, when the source has said how much. It is fresh, so zero pages are not written.
+    // 2. Memory, when the source has said how much.
     let mut memory = None;
-    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| {
+    let pending = arrival.load(|_, list| {
         let made = machine::memory(list.total());
-        let made = made.map_err(|error| {
-            Error::other("make the guest's memory", std::io::Error::other(error.to_string()))
-        })?;
-        blocks_of(memory.insert(made), PageSize::KIB_4)
-    });
-    let loaded = incoming.run(&mut loader);
-    let loaded = loaded.map_err(|error| stop.fail(Error::other("the migration broke off", error)))?;
-    loader.finish().map_err(|error| stop.fail(error))?;
+        let made = made.map_err(|error| Error::other("make the guest's memory", error))?;
+        machine::blocks(memory.insert(made))
+    })?;
 
     // 3. Devices. What cannot be restored is refused now, while the guest can still run on at the source.
-    let section = |name: &str| {
-        let devices = &loaded.devices;
-        let section = devices.sections().iter().find(|section| section.name.as_bytes() == name.as_bytes())?;
-        devices.body(section).map(<[u8]>::to_vec)
-    };
+    let section = |name: &str| Some(pending.device(name, 0)?.1.to_vec());
     let restored = memory
         .ok_or_else(|| Failure::from("no memory came"))
-        .and_then(|memory| Machine::restore(memory, section));
+        .and_then(|memory| Machine::restore(memory, pending.blocks().clone(), section));
     let machine = match restored {
         Ok(machine) => machine,
-        Err(error) => {
-            incoming.finish(Outcome::Failed)?;
-            return Err(error);
-        }
+        Err(error) => return Err(pending.refuse(Error::other("restore the machine", error)).into()),
     };
 
-    // 4. The word that it is ours. If the source does not get it, the guest runs on there and must not run here.
-    let main = incoming.finish(Outcome::Loaded)?;
-    machine.run();
-    if let Err(error) = receiver.finish() {
-        // The guest is here; an error in taking leave changes nothing.
-        crate::tell(&format!("the channels did not end in order: {error}"));
+    // 4. The word that it is ours. If the source does not get it, the guest must not run here.
+    let confirmed = pending.confirm()?;
+    if confirmed.run_state() == RunState::Running {
+        machine.run();
     }
-    drop(main);
+    confirmed.finish();
     Ok(machine)
 }

@@ -16,7 +16,10 @@ use std::{
 
 use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use multifd::live::{DeviceSection, Guest, Percent};
+use multifd::{
+    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    ram::{PageSize, RamBlocks, blocks_of},
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -28,6 +31,8 @@ use crate::{
 /// A virtual machine of this process.
 pub(crate) struct Machine {
     pub(crate) memory: Memory,
+    /// The memory as RAM blocks: for all of the machine's life, however often it migrates.
+    pub(crate) blocks: Arc<RamBlocks>,
     pub(crate) region: kvm_userspace_memory_region,
     pub(crate) vm: Arc<VmFd>,
     shared: Arc<Shared>,
@@ -87,18 +92,20 @@ impl Machine {
     /// A machine whose guest has not begun.
     pub(crate) fn boot(size: u64, rate: u64) -> Result<Self, Failure> {
         let memory = memory(size)?;
+        let blocks = Arc::new(blocks(&memory)?);
         guest::load(&memory, size)?;
         let mut cpu = (kvm_regs { rip: guest::CODE, rflags: 2, ..Default::default() }, kvm_sregs::default());
         let (kvm, vm) = open()?;
         let vcpu = vm.create_vcpu(0)?;
         cpu.1 = vcpu.get_sregs()?;
         protected_mode(&mut cpu.1);
-        Self::new(memory, (kvm, vm, vcpu), Device { size, rate, batches: 0 }, 0, cpu)
+        Self::new((memory, blocks), (kvm, vm, vcpu), Device { size, rate, batches: 0 }, 0, cpu)
     }
 
     /// The machine that another one was, from its memory and its sections.
     pub(crate) fn restore(
         memory: Memory,
+        blocks: Arc<RamBlocks>,
         section: impl Fn(&str) -> Option<Vec<u8>>,
     ) -> Result<Self, Failure> {
         let body = |name: &str, length| {
@@ -126,11 +133,11 @@ impl Machine {
         let sregs = kvm_sregs::read_from_bytes(sregs).map_err(|_| unfit(()))?;
         let (kvm, vm) = open()?;
         let vcpu = vm.create_vcpu(0)?;
-        Self::new(memory, (kvm, vm, vcpu), device, numbers("clock", 1)?[0], (regs, sregs))
+        Self::new((memory, blocks), (kvm, vm, vcpu), device, numbers("clock", 1)?[0], (regs, sregs))
     }
 
     fn new(
-        memory: Memory,
+        (memory, blocks): (Memory, Arc<RamBlocks>),
         (_kvm, vm, vcpu): (Kvm, VmFd, VcpuFd),
         device: Device,
         clock: u64,
@@ -170,7 +177,7 @@ impl Machine {
             stood: Duration::ZERO,
         };
         let thread = Builder::new().name("vcpu_0".into()).spawn(move || run.run())?;
-        Ok(Self { memory, region, vm, shared, thread: Some(thread) })
+        Ok(Self { memory, blocks, region, vm, shared, thread: Some(thread) })
     }
 
     /// Lets the guest run, or run on.
@@ -204,13 +211,24 @@ impl Drop for Machine {
 
 /// What a migration asks of it.
 impl Guest for &Machine {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        let cpu = size_of::<kvm_regs>() + size_of::<kvm_sregs>();
+        vec![DeviceInfo::new("vcpu", cpu as u64), DeviceInfo::new("clock", 8), DeviceInfo::new("report", 24)]
+    }
+
     /// This guest leaves to read the clock and to report, every few milliseconds, and is told to stand then. One that does
     /// not is sent a signal, whose handler sets `immediate_exit`.
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn stop(&mut self) -> io::Result<RunState> {
         let state = self.shared.stand(Wanted::Stop);
-        if let Some(wrong) = &state.wrong {
-            return Err(io::Error::other(wrong.clone()));
+        match &state.wrong {
+            // Such a guest stands already, for ever.
+            Some(wrong) => Err(io::Error::other(wrong.clone())),
+            None => Ok(RunState::Running),
         }
+    }
+
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
+        let state = self.shared.lock();
         let section =
             |name: &str, data| DeviceSection { name: name.into(), instance_id: 0, version: 1, data };
         let numbers = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_be_bytes()).collect();
@@ -226,6 +244,10 @@ impl Guest for &Machine {
 
     fn resume(&mut self) {
         self.run();
+    }
+
+    fn can_throttle(&self) -> bool {
+        true
     }
 
     fn throttle(&mut self, stand: Percent) -> io::Result<()> {
@@ -382,6 +404,11 @@ pub(crate) fn memory(size: u64) -> Result<Memory, Failure> {
     let size =
         size.ok_or_else(|| format!("expected {LEAST:#x} to {MOST:#x} bytes of memory in whole pages"))?;
     Ok(Memory::from_ranges(&[(GuestAddress(0), size)])?)
+}
+
+/// The memory as RAM blocks.
+pub(crate) fn blocks(memory: &Memory) -> multifd::Result<RamBlocks> {
+    blocks_of(memory, PageSize::KIB_4)
 }
 
 fn total(memory: &Memory) -> u64 {

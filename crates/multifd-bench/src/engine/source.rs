@@ -15,7 +15,7 @@ use multifd::{
         Address, Connect, Stop, Stream,
         tls::{ClientCredentials, TlsConnector},
     },
-    live::{DeviceSection, Guest, Main, MigrateOptions, Migration, ZeroPageDetection},
+    live::{DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, RunState, ZeroPageDetection},
     ram::{BlockName, Mapping, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
@@ -118,11 +118,10 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
         }
     };
     let main = Stream::new(connector.connect(&stop, Duration::from_secs(30))?);
-    let _watch = stop.watch_failure(main.waker());
     let mut main = match machine {
         None => {
             let configuration = Configuration::new(MachineType::new("multifd-bench")?);
-            MainStream::of_guest(Outgoing::new(main, Options::new(configuration))?)
+            MainStream::of_guest(Outgoing::new(main, Options::new(configuration))?, &stop)
         }
         Some(file) => {
             let configuration = file.configuration().ok_or("the file has no configuration")?;
@@ -137,6 +136,7 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
                 Outgoing::new(main, options)?,
                 file.blocks().clone(),
                 file.devices().clone(),
+                &stop,
             )
         }
     };
@@ -144,21 +144,16 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
     let options = SendOptions::new().channels(go.channels).method(method).zlib_level(1).zstd_level(1);
     let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
     sender.set_up(connector)?;
-    in_one_pass(sender, &mut main, blocks, stop)
+    in_one_pass(sender, &mut main, blocks)
 }
 
 /// Sends all of RAM, over the sender's connections or into its file.
-pub(super) fn in_one_pass(
-    sender: Sender,
-    main: &mut dyn Main,
-    blocks: &Arc<RamBlocks>,
-    stop: Stop,
-) -> Result<Sent> {
+pub(super) fn in_one_pass(sender: Sender, main: &mut dyn Main, blocks: &Arc<RamBlocks>) -> Result<Sent> {
     let options = MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)
         .downtime_limit(Duration::from_secs(2000));
-    let migration = Migration::new(options, blocks.clone(), stop);
-    let info = migration.run(Some(sender), main, &mut NeverDirty, &mut Stopped)?;
+    let migration = Migration::new(options, sender)?;
+    let info = migration.run(main, &mut NeverDirty, &mut Stopped)?;
     Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
 }
 
@@ -166,7 +161,13 @@ pub(super) fn in_one_pass(
 struct Stopped;
 
 impl Guest for Stopped {
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> io::Result<RunState> {
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
     fn resume(&mut self) {}

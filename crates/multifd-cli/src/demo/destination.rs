@@ -1,13 +1,17 @@
 //! The demo's destination: takes the guest in and says what it got.
 
 use multifd::{
-    Error, ReceiveOptions, Receiver,
+    Error,
     channel::{Listener, Stop},
-    ram::{RamBlock, RamBlocks},
+    ram::RamBlocks,
 };
-use qemu_stream::incoming::{Expected, Incoming, Loader, Outcome};
+use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions},
+    format::{BlockEntry, MachineType},
+    incoming::Expected,
+};
 
-use super::{Arrived, block, guest, hash};
+use super::{Arrived, MACHINE, block, guest, hash};
 use crate::{
     args::DemoDestinationArgs,
     interrupt,
@@ -21,30 +25,24 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     print(&listener.local_address().to_string())?;
-    let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
-    receiver.listen(Box::new(listener)).map_err(Failure::of)?;
-    let mut incoming = Incoming::new(receiver.wait_main().map_err(Failure::of)?);
-    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| {
-        let fresh = list.entries().iter().map(|entry| {
-            block(entry.used_length, RamBlock::new)
-                .map_err(|_| Error::other("map the guest's memory", "refused"))
-        });
-        RamBlocks::new(fresh.collect::<Result<_, Error>>()?)
+    let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
+    let arrival = Arrival::accept(Box::new(listener), options, &stop).map_err(Failure::of)?;
+    let pending = arrival.load(|_, list| {
+        let block = |entry: &BlockEntry| {
+            block(entry.used_length).map_err(|_| Error::other("map the guest's memory", "refused"))
+        };
+        RamBlocks::new(list.entries().iter().map(block).collect::<Result<_, Error>>()?)
     });
-    let loaded = incoming.run(&mut loader);
-    let loaded =
-        loaded.map_err(|error| Failure::of(stop.fail(Error::other("the migration broke off", error))))?;
-    let blocks = loader.finish().map_err(|error| Failure::of(stop.fail(error)))?;
-    let main = incoming.finish(Outcome::Loaded)?;
-    receiver.finish().map_err(Failure::of)?;
-    drop(main);
+    let pending = pending.map_err(Failure::of)?;
+    let state = pending.device(guest::DEVICE, 0).and_then(|(_, body)| body.try_into().ok());
+    let Some(rounds) = state.map(u64::from_be_bytes) else {
+        return Err(Failure::of(pending.refuse(Error::other("the guest's device is missing", "a bug"))));
+    };
+    let confirmed = pending.confirm().map_err(Failure::of)?;
+    let blocks = confirmed.blocks().clone();
+    confirmed.finish();
 
     let beyond_ram = guest::peak_beyond(&blocks)?;
-    let device =
-        loaded.devices.sections().iter().find(|section| section.name.as_bytes() == guest::DEVICE.as_bytes());
-    let state = device.and_then(|section| loaded.devices.body(section)).and_then(|body| body.try_into().ok());
-    let rounds =
-        u64::from_be_bytes(state.ok_or_else(|| While::new("the guest's device is missing", "a bug"))?);
     let arrived = Arrived { hash: hash(&blocks)?, rounds, beyond_ram };
     print(&serde_json::to_string(&arrived)?)?;
     Ok(())

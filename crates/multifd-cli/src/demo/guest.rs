@@ -15,8 +15,8 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceSection, Guest, Percent},
-    ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlock, RamBlocks},
+    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    ram::{BlockIndex, DirtyBitmaps, DirtyReader, PageIndex, RamBlock, RamBlocks},
 };
 
 use crate::outcome::{Failure, While};
@@ -47,8 +47,8 @@ impl DemoGuest {
     }
 
     /// The log that the writers keep.
-    pub(super) fn dirty_log(&self) -> DirtyBitmaps {
-        self.log.clone()
+    pub(super) fn dirty_log(&self) -> io::Result<DirtyReader> {
+        self.log.reader()
     }
 
     /// How many pages the writers have written.
@@ -158,11 +158,19 @@ fn write(blocks: &RamBlocks, page: PageIndex, seed: u64) {
 }
 
 impl Guest for DemoGuest {
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        vec![DeviceInfo::new(DEVICE, 8)]
+    }
+
+    fn stop(&mut self) -> io::Result<RunState> {
         self.power.cancel();
         for thread in self.threads.drain(..) {
             thread.join().map_err(|_| io::Error::other("a writer panicked"))?;
         }
+        Ok(RunState::Running)
+    }
+
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.rounds().to_be_bytes().to_vec();
         Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
     }
@@ -171,6 +179,10 @@ impl Guest for DemoGuest {
         if let Err(error) = self.run() {
             tracing::error!(%error, "the demo's guest cannot go on");
         }
+    }
+
+    fn can_throttle(&self) -> bool {
+        true
     }
 
     fn throttle(&mut self, stand: Percent) -> io::Result<()> {

@@ -23,14 +23,14 @@ pub(crate) use destination::destination;
 use guest::DemoGuest;
 use indicatif::BinaryBytes;
 use multifd::{
-    Error, SendOptions, Sender,
-    channel::{Address, Connect, Stop, Stream},
-    live::{MigrateOptions, Migration, MigrationInfo, Progress, ZeroPageDetection},
+    Error, SendOptions,
+    channel::{Address, Connect, Stop},
+    live::{MigrateOptions, Progress, ZeroPageDetection},
     ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
+    departure::{Departure, DepartureOptions},
     format::{Configuration, MachineType},
-    outgoing::{MainStream, Options, Outgoing},
 };
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
@@ -59,7 +59,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let size = args.size.next_multiple_of(PageSize::KIB_4.bytes() as u64).max(MIN_RAM);
-    let blocks = Arc::new(RamBlocks::new(vec![block(size, RamBlock::new)?])?);
+    let blocks = Arc::new(RamBlocks::new(vec![block(size)?])?);
+    let departure = departure(args, &blocks, &stop).map_err(Failure::of)?;
     if !args.json {
         say(&format!(
             "the guest fills {} of RAM, then writes {}/s",
@@ -70,23 +71,17 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let mut guest = DemoGuest::boot(blocks.clone(), args.dirty_rate, &stop)?;
     let (destination, mut lines) = start_destination()?;
     let address = lines.next_line()?.parse::<Address>()?;
-
-    let detection = args.zero_page_detection.or(ZeroPageDetection::Multifd);
-    let options = MigrateOptions::new()
-        .zero_page_detection(detection)
-        .max_bandwidth(Some(args.max_bandwidth))
-        .avail_switchover_bandwidth(Some(args.avail_switchover_bandwidth))
-        .downtime_limit(Duration::from_millis(args.downtime_limit));
-    let migration = Migration::new(args.converge.apply(options), blocks.clone(), stop.clone());
     if args.converge.pause_before_switchover {
-        converge::proceed_at_a_line(migration.control())?;
+        converge::proceed_at_a_line(departure.control())?;
     }
-    let progress = migration.progress();
+    let progress = departure.progress();
     let display = {
         let progress = progress.clone();
         Display::start("demo", args.json, move || look(&progress))
     };
-    let sent = migrate(args, &address, &blocks, migration, &mut guest, &stop);
+    let connector: Arc<dyn Connect> = Arc::new(address);
+    let mut log = guest.dirty_log()?;
+    let sent = departure.run(&connector, &mut log, &mut guest);
     drop(display);
     let info = match sent {
         Ok(info) => info,
@@ -118,28 +113,20 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     if equal { Ok(()) } else { Err(While::new("the guest did not arrive whole", "its RAM differs").into()) }
 }
 
-fn migrate(
-    args: &DemoArgs,
-    address: &Address,
-    blocks: &Arc<RamBlocks>,
-    migration: Migration,
-    guest: &mut DemoGuest,
-    stop: &Stop,
-) -> Result<MigrationInfo, Error> {
-    let link = address.connect(stop, CONNECT_TIMEOUT);
-    let link = link.map_err(|error| stop.fail(Error::io(format!("connect to {address}"), error)))?;
-    let main = Stream::new(link);
-    let _watch = stop.watch_failure(main.waker());
+/// What is chosen, checked before a second process is asked for anything.
+fn departure(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Departure, Error> {
+    let detection = args.zero_page_detection.or(ZeroPageDetection::Multifd);
+    let migrate = MigrateOptions::new()
+        .zero_page_detection(detection)
+        .max_bandwidth(Some(args.max_bandwidth))
+        .avail_switchover_bandwidth(Some(args.avail_switchover_bandwidth))
+        .downtime_limit(Duration::from_millis(args.downtime_limit));
+    let send = SendOptions::new().channels(args.multifd_channels).zero_copy_send(args.zero_copy_send);
     let machine = MachineType::new(MACHINE).map_err(|error| Error::other("name the machine", error))?;
-    let outgoing = Outgoing::new(main, Options::new(Configuration::new(machine)))
-        .map_err(|error| Error::other("open the main stream", error))?;
-    let mut main = MainStream::of_guest(outgoing);
-    let options = SendOptions::new().channels(args.multifd_channels).zero_copy_send(args.zero_copy_send);
-    let options = args.compression.apply(options);
-    let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
-    sender.set_up(Arc::new(address.clone()))?;
-    let mut log = guest.dirty_log();
-    migration.run(Some(sender), &mut main, &mut log, guest)
+    let options = DepartureOptions::new(Configuration::new(machine))
+        .send(Some(args.compression.apply(send)))
+        .migrate(args.converge.apply(migrate));
+    Departure::new(blocks.clone(), options, stop)
 }
 
 /// The second process, and what it says. It is ended if this one leaves before it is done.
@@ -189,14 +176,11 @@ impl Lines {
 }
 
 /// The demo's one block.
-fn block(
-    size: u64,
-    make: fn(BlockName, u64, PageSize, Memory) -> multifd::Result<RamBlock>,
-) -> Result<RamBlock, Failure> {
+fn block(size: u64) -> Result<RamBlock, Failure> {
     let memory =
         Mapping::anonymous(size).map_err(|error| While::new("cannot map the guest's memory", error))?;
     let name = BlockName::new("demo.ram").ok_or_else(|| While::new("cannot name the block", "a bug"))?;
-    Ok(make(name, size, PageSize::KIB_4, Memory::Mapped(memory))?)
+    Ok(RamBlock::new(name, size, PageSize::KIB_4, Memory::Mapped(memory))?)
 }
 
 /// A hash over all RAM, of private copies of its pages.
@@ -227,4 +211,3 @@ fn look(progress: &Progress) -> Look {
 
 const MACHINE: &str = "multifd-demo";
 const MIN_RAM: u64 = 1 << 20;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);

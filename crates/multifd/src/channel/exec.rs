@@ -31,7 +31,7 @@ use rustix::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    Attention, Link, Wake,
+    Attention, Link, PeerSignal, Wake,
     socket::{EventFd, SocketLink},
 };
 use crate::{
@@ -99,6 +99,18 @@ impl Link for ExecLink {
 
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(Terminate { link: self.link.waker(), running: self.running.clone() })
+    }
+
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.link.send_waker()
+    }
+
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.link.recv_waker()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.link.peer_signal()
     }
 
     fn peer(&self) -> String {

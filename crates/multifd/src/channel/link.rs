@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Attention, Wake, attention};
+use super::{Attention, CloseWatch, PeerSignal, Wake, attention};
 use crate::{
     ram::{Part, PartMut, advance, advance_mut},
     sync_types::Instant,
@@ -45,6 +45,23 @@ pub trait Link: Send {
 
     /// What shuts the connection down in both directions, from any thread.
     fn waker(&self) -> Arc<dyn Wake>;
+
+    /// What ends sending alone, from any thread: a [`send`](Link::send) under way and all later ones fail, what was sent
+    /// arrives, then the other end finds the connection closed, and what it says can still be received.
+    fn send_waker(&self) -> Arc<dyn Wake>;
+
+    /// What ends receiving alone, from any thread: a [`recv`](Link::recv) under way and all later ones find the end of the
+    /// connection, and what is sent still arrives.
+    fn recv_waker(&self) -> Arc<dyn Wake>;
+
+    /// What tells without a read that the other end has closed. A link that cannot tell says `None`: it is then noticed when
+    /// the connection is used next.
+    ///
+    /// # Errors
+    /// If the system refuses another descriptor.
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        Ok(None)
+    }
 
     /// The other end, for messages: `127.0.0.1:4711`.
     fn peer(&self) -> String;
@@ -260,6 +277,28 @@ impl Stream {
     /// What shuts the connection down, from any thread.
     pub fn waker(&self) -> Arc<dyn Wake> {
         self.link.waker()
+    }
+
+    /// What ends writing alone, from any thread: see [`Link::send_waker`].
+    pub fn write_waker(&self) -> Arc<dyn Wake> {
+        self.link.send_waker()
+    }
+
+    /// Has `stop` fail with what `judge` makes of the other end, whatever this end waits for, until the returned guard is
+    /// dropped: see [`CloseWatch::start`]. `None` if the link cannot tell, or the system refuses.
+    pub fn watch_peer(
+        &self,
+        stop: &super::Stop,
+        judge: impl Fn(&[u8], bool) -> Option<crate::Error> + Send + 'static,
+    ) -> Option<CloseWatch> {
+        let signal = self.link.peer_signal();
+        let watch = signal.and_then(|signal| {
+            signal.map(|signal| CloseWatch::start(signal, stop.clone(), judge)).transpose()
+        });
+        watch.unwrap_or_else(|error| {
+            tracing::warn!(peer = self.peer(), %error, "its closing is noticed late");
+            None
+        })
     }
 
     /// How long a read waits for the first byte; `None` is for ever.

@@ -52,6 +52,12 @@ impl Wake for Ends {
     }
 }
 
+impl Wake for Pipe {
+    fn wake(&self) {
+        self.close();
+    }
+}
+
 impl Link for MemoryLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let sent = self.ends.outgoing.write(parts, self.attention.as_ref());
@@ -79,6 +85,14 @@ impl Link for MemoryLink {
 
     fn waker(&self) -> Arc<dyn Wake> {
         self.ends.clone()
+    }
+
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.ends.outgoing.clone()
+    }
+
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.ends.incoming.clone()
     }
 
     fn peer(&self) -> String {

@@ -12,6 +12,7 @@
 mod address;
 mod alive;
 mod attention;
+mod close_watch;
 mod completions;
 mod connect;
 mod descriptors;
@@ -22,6 +23,7 @@ pub mod memory;
 #[cfg(shuttle)]
 pub mod model;
 mod notice;
+mod shut;
 mod socket;
 mod stop;
 #[cfg(feature = "tls")]
@@ -30,6 +32,7 @@ pub mod tls;
 pub use address::{Address, TcpOptions};
 pub(crate) use alive::is_of_a_host;
 pub use attention::Attention;
+pub use close_watch::{CloseWatch, PeerSignal};
 pub use link::{Connect, Link, Listen, Stream};
 pub(crate) use link::{deadline, recv_at_least, send_all, send_all_more};
 pub use listen::Listener;

@@ -20,7 +20,12 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket};
 
 use super::{
-    Attention, Link, TcpOptions, Wake, alive::Watched, attention, completions::Completions, notice::Notice,
+    Attention, Link, PeerSignal, TcpOptions, Wake,
+    alive::Watched,
+    attention,
+    completions::Completions,
+    notice::Notice,
+    shut::{Shut, ShutRecv, ShutSend},
 };
 use crate::{
     ram::{Part, PartMut},
@@ -254,31 +259,24 @@ impl Link for SocketLink {
         Arc::new(Shut { socket: self.socket.clone(), reset: self.incoming })
     }
 
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        Arc::new(ShutSend(self.socket.clone()))
+    }
+
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        Arc::new(ShutRecv(self.socket.clone()))
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        Ok(Some(PeerSignal { descriptor: self.socket.as_fd().try_clone_to_owned()?, plain: true }))
+    }
+
     fn peer(&self) -> String {
         self.peer.clone()
     }
 
     fn close_send(&mut self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Write)
-    }
-}
-
-/// Shuts a socket down both ways; the descriptor stays open until its owner drops it.
-struct Shut {
-    socket: Arc<Socket>,
-    reset: bool,
-}
-
-impl Wake for Shut {
-    fn wake(&self) {
-        if self.reset {
-            // Whoever reads on to the end after the shutdown leaves nothing unread, so that the close would be a quiet one:
-            // a source whose bytes fill the network would go on asking for room, until the system has forgotten the
-            // connection, a minute later. With this the close is a reset.
-            let _ = self.socket.set_linger(Some(Duration::ZERO));
-        }
-        // It may be closed by the peer already, which is as good.
-        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 

@@ -78,6 +78,41 @@ pub enum Error {
         /// Why it failed.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// The guest stood for as long as `switchover-timeout` allows, and the destination did not get ready to run it. It goes
+    /// on at the source.
+    #[error(
+        "the guest stood for {} and the destination has not got all of it: it is silent, or its network is slow; the guest \
+         goes on at the source",
+        seconds(*.limit)
+    )]
+    SwitchoverTimeout {
+        /// How long the guest may stand.
+        limit: Duration,
+    },
+    /// Everything was sent, and nobody at the source can know whether the destination has the guest. The guest stays stopped
+    /// at the source, unless `resume_if_unknown` says otherwise: find out whether it runs at the destination, then resume it
+    /// here or drop it.
+    #[error(
+        "it is not known whether the destination has the guest: find out before it goes on at the source"
+    )]
+    OwnerUnknown(#[source] Box<Error>),
+    /// A call of the embedder's panicked.
+    #[error("{call} panicked: {text}")]
+    Panicked {
+        /// Which call: `Guest::stop`, `DirtyLog::take`.
+        call: &'static str,
+        /// What the panic says.
+        text: String,
+    },
+    /// The migration failed, and the guest could not be made to go on: it stands.
+    #[error("{error}; and the guest stands here: {panicked}")]
+    NotResumed {
+        /// Why the migration failed.
+        #[source]
+        error: Box<Error>,
+        /// Why the guest stands.
+        panicked: Box<Error>,
+    },
     /// The migration was cancelled.
     #[error("the migration was cancelled")]
     Cancelled,

@@ -150,6 +150,38 @@ pub enum Usage {
         /// The page size of the migration.
         page_size: PageSize,
     },
+    /// Two devices of one name and instance.
+    #[error("device {name:?} instance {instance} is there twice")]
+    DeviceTwice {
+        /// The device's name.
+        name: String,
+        /// Its instance.
+        instance: u32,
+    },
+    /// The state of a device that is not what the guest has announced.
+    #[error("device {name:?} instance {instance}: {why}")]
+    DeviceState {
+        /// The device's name.
+        name: String,
+        /// Its instance.
+        instance: u32,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// `auto-converge` for a guest that cannot be held back.
+    #[error("auto-converge needs a guest that can be throttled (Guest::throttle): switch auto-converge off")]
+    NoThrottle,
+    /// Guest memory was written after the guest had been stopped.
+    #[error(
+        "block {name:?}: {pages} pages were written after the guest was stopped: Guest::stop must wait for processors, \
+         devices and requests under way"
+    )]
+    WrittenAfterStop {
+        /// The block's name.
+        name: BlockName,
+        /// How many of its pages.
+        pages: u64,
+    },
     /// A page that the block does not have.
     #[error("block {name:?} has no page {page} ({pages} pages)")]
     NoSuchPage {

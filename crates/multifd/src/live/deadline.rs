@@ -1,16 +1,17 @@
-//! `max-total-time`: ends a migration whose guest still runs when the time is over.
+//! A time by which something must be over: the guest stopped (`max-total-time`), or handed over once it stands.
 //!
 //! A thread of its own waits, for the migration's may stand in a channel's queue that does not move. What ends it is the
 //! one stop, as any other failure does.
 
 use std::{
-    io,
     thread::{Builder, JoinHandle},
     time::Duration,
 };
 
-use super::Progress;
-use crate::{channel::Stop, error::Error};
+use crate::{
+    channel::Stop,
+    error::{Error, Result},
+};
 
 /// Until it is dropped, the migration has to be done in time.
 pub(super) struct Deadline {
@@ -20,21 +21,25 @@ pub(super) struct Deadline {
 }
 
 impl Deadline {
-    /// Has `stop` fail after `left`, with what `progress` knows then.
+    /// Has `stop` fail after `left`, with what `late` says then.
+    ///
+    /// # Errors
+    /// If the system refuses the thread.
     pub(super) fn start(
-        (limit, left): (Duration, Duration),
+        left: Duration,
         stop: &Stop,
-        progress: &Progress,
-    ) -> io::Result<Self> {
+        late: impl FnOnce() -> Error + Send + 'static,
+    ) -> Result<Self> {
         let done = Stop::new();
         let thread = Builder::new().name("multifddeadline".into()).spawn({
-            let (done, stop, progress) = (done.clone(), stop.clone(), progress.clone());
+            let (done, stop) = (done.clone(), stop.clone());
             move || {
                 if done.pause(left).is_ok() {
-                    stop.fail(Error::NotConverged(Box::new(progress.not_converged_in(limit))));
+                    stop.fail(late());
                 }
             }
-        })?;
+        });
+        let thread = thread.map_err(|error| Error::io("start a thread for a time limit", error))?;
         Ok(Self { done, thread: Some(thread) })
     }
 }

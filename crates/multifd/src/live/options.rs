@@ -68,6 +68,9 @@ pub struct MigrateOptions {
     pub(crate) pause_before_switchover: bool,
     pub(crate) max_passes: Option<u64>,
     pub(crate) max_total_time: Option<Duration>,
+    /// `None`: what fits `downtime_limit`.
+    pub(crate) switchover_timeout: Option<Option<Duration>>,
+    pub(crate) resume_if_unknown: bool,
 }
 
 impl Default for MigrateOptions {
@@ -83,6 +86,8 @@ impl Default for MigrateOptions {
             pause_before_switchover: false,
             max_passes: None,
             max_total_time: None,
+            switchover_timeout: None,
+            resume_if_unknown: false,
         }
     }
 }
@@ -171,7 +176,9 @@ impl MigrateOptions {
         self
     }
 
-    /// `pause-before-switchover`: with the guest stopped, the migration waits for [`Control::proceed`]. Default false.
+    /// `pause-before-switchover`: with the guest stopped, the migration waits for [`Control::proceed`], without limit.
+    /// Default false. What the embedder drains meanwhile, requests of a disk say, reaches the destination: devices are saved
+    /// and the last pages taken behind the pause.
     ///
     /// [`Control::proceed`]: super::Control::proceed
     pub fn pause_before_switchover(mut self, on: bool) -> Self {
@@ -192,6 +199,31 @@ impl MigrateOptions {
     pub fn max_total_time(mut self, time: Option<Duration>) -> Self {
         self.max_total_time = time.filter(|time| !time.is_zero());
         self
+    }
+
+    /// How long the guest may stand before the destination is known to have all of RAM and the devices have left; a
+    /// [pause](Self::pause_before_switchover) does not count. When that time is over, the migration fails and the guest goes
+    /// on at the source. Default: 5 s and ten times `downtime-limit`, 8 s with its default. `None` is no bound: a
+    /// destination that falls silent then keeps the guest standing for as long as
+    /// [`stall_timeout`](crate::SendOptions::stall_timeout) and more.
+    pub fn switchover_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.switchover_timeout = Some(limit);
+        self
+    }
+
+    /// Whether the guest goes on at the source if nobody can know whether the destination has it
+    /// ([`Error::OwnerUnknown`](crate::Error::OwnerUnknown)). Default false: it stays stopped until the embedder decides.
+    ///
+    /// **Warning:** with true the guest may run on both sides at once, and both write to its disks.
+    pub fn resume_if_unknown(mut self, on: bool) -> Self {
+        self.resume_if_unknown = on;
+        self
+    }
+
+    /// How long a switchover may take, with the `downtime-limit` that was set meanwhile, if any.
+    pub(super) fn switchover_limit(&self, downtime_limit: Option<Duration>) -> Option<Duration> {
+        let fitting = downtime_limit.unwrap_or(self.downtime_limit).saturating_mul(10);
+        self.switchover_timeout.unwrap_or_else(|| Some(fitting.saturating_add(Duration::from_secs(5))))
     }
 
     /// How long `remaining` bytes would take with the guest stopped, after a pass at `measured` bytes a second.

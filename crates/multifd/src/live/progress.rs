@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Bound, NotConverged, Percent, Stall, Status, converge::Judgement, status::StatusCell};
+use super::{Bound, NotConverged, Percent, RunState, Stall, Status, converge::Judgement, status::StatusCell};
 use crate::{
     error::Result,
     ram::PageSize,
@@ -42,6 +42,8 @@ pub struct MigrationInfo {
     pub stall: Option<Stall>,
     /// `ram`.
     pub ram: RamInfo,
+    /// Whether the guest ran before it was stopped; `None` while it has not been.
+    pub guest_was: Option<RunState>,
     /// What each channel has carried.
     pub channels: Vec<ChannelStats>,
 }
@@ -107,6 +109,7 @@ struct Passes {
     setup_time: Option<Duration>,
     total_time: Option<Duration>,
     downtime: Option<Duration>,
+    guest_was: Option<RunState>,
     expected_downtime: Option<Duration>,
     /// When the first pass began, and with how many pages.
     first_pass: Option<(Instant, u64)>,
@@ -197,6 +200,7 @@ impl Progress {
                 precopy_bytes: passes.precopy_bytes,
                 downtime_bytes: passes.downtime_bytes,
             },
+            guest_was: passes.guest_was,
             channels,
         }
     }
@@ -302,6 +306,10 @@ impl Progress {
 
     pub(super) fn main_bytes(&self, precopy: u64, downtime: u64) {
         self.passes(|passes| (passes.precopy_bytes, passes.downtime_bytes) = (precopy, downtime));
+    }
+
+    pub(super) fn guest_was(&self, state: RunState) {
+        self.passes(|passes| passes.guest_was = Some(state));
     }
 
     pub(super) fn downtime(&self, downtime: Duration) {

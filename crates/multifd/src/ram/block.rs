@@ -289,7 +289,7 @@ impl RamBlock {
 
     /// Where its bytes are: 0 for this process's memory, or the file that they are in; their first place and their end.
     /// `None` if it has none.
-    fn range(&self) -> Option<(usize, u64, u64)> {
+    pub(super) fn range(&self) -> Option<(usize, u64, u64)> {
         let (within, start) = match &self.memory {
             Memory::Mapped(mapping) => (0, mapping.slice(0, 0)?.as_ptr().addr() as u64),
             Memory::MappedRam(places) => (Arc::as_ptr(&places.file).addr(), places.offset),
@@ -353,27 +353,15 @@ impl RamBlocks {
         Ok(Self { blocks, by_name, page_size })
     }
 
-    /// Whether `other` are the same blocks: the same names, lengths and pages, in the same order, over the same bytes.
+    /// The wire carries whole pages only.
     ///
     /// # Errors
-    /// [`Usage::NotTheseBlocks`], with the first difference.
-    pub fn check_same(&self, other: &Self) -> Result<(), Usage> {
-        let differs = |why: String| Err(Usage::NotTheseBlocks { why });
-        if self.len() != other.len() {
-            return differs(format!("{} blocks, expected {}", other.len(), self.len()));
-        }
-        for ((index, expected), (_, found)) in self.iter().zip(other.iter()) {
-            if expected.name != found.name {
-                let (place, expected, found) = (index.0, &expected.name, &found.name);
-                return differs(format!("block {place} is {found:?}, expected {expected:?}"));
-            }
-            let name = &expected.name;
-            if (expected.used_length, expected.page_size) != (found.used_length, found.page_size) {
-                let (found, expected) = (found.used_length, expected.used_length);
-                return differs(format!("block {name:?} has {found:#x} bytes, expected {expected:#x}"));
-            }
-            if expected.range() != found.range() {
-                return differs(format!("block {name:?} has other memory"));
+    /// [`Usage::PartialPage`] for the first block that ends inside a page.
+    pub(crate) fn check_whole_pages(&self) -> Result<()> {
+        for block in &self.blocks {
+            let (name, used_length, page_size) = (block.name(), block.used_length(), block.page_size());
+            if used_length % page_size.bytes() as u64 != 0 {
+                return Err(Usage::PartialPage { name: name.clone(), used_length, page_size }.into());
             }
         }
         Ok(())

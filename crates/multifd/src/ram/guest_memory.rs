@@ -15,10 +15,10 @@ use vm_memory::{
 };
 
 use super::{
-    BlockIndex, BlockName, BlockOffset, DirtyLog, Mapping, Memory, PageBitmap, PageSize, RamBlock, RamBlocks,
-    granule::Granules, runs,
+    BlockIndex, BlockName, BlockOffset, DirtyLog, DirtyPages, Identity, Mapping, Memory, PageBitmap,
+    PageIndex, PageSize, RamBlock, RamBlocks, granule::Granules, runs, turn::Turn,
 };
-use crate::error::{Result, Usage};
+use crate::error::{Error, Result, Usage};
 
 /// One RAM block for each region of `memory`, in the order of guest addresses, named by its address: `ram@0x100000000`.
 ///
@@ -98,25 +98,28 @@ impl RegionBitmap for Option<AtomicBitmap> {
 pub struct AtomicBitmapLog<B = AtomicBitmap> {
     regions: Vec<(Arc<MmapRegion<B>>, Granules)>,
     page_size: PageSize,
+    of: Identity,
+    _turns: Vec<Turn>,
 }
 
 impl<B: RegionBitmap> AtomicBitmapLog<B> {
-    /// The log of `memory`, whose regions are the `blocks` that [`blocks_of`] has made.
+    /// The log of `memory`, whose regions are the memory of `blocks`: the region of each block is found by its address.
     ///
     /// # Errors
-    /// [`Usage::DirtyBitmap`] if the blocks are not these regions, or a region has no bitmap, or one of pages that are no
-    /// power of two.
+    /// [`Usage::DirtyBitmap`] if a block's memory is no region, or its region has no bitmap, or one of pages that are no
+    /// power of two; [`Error::Io`](crate::Error::Io) with [`io::ErrorKind::ResourceBusy`] if another log reads the bitmaps.
     pub fn new(memory: &GuestMemoryMmap<B>, blocks: &RamBlocks) -> Result<Self> {
         let page_size = blocks.page_size();
-        let mut regions = memory.iter();
         let pairs = blocks.iter().map(|(_, block)| {
             let refused = |why| Usage::DirtyBitmap { name: block.name().clone(), why };
-            let region = regions
-                .next()
+            let start = block.slice(PageIndex(0), 0).map(|slice| slice.as_ptr());
+            let region = memory
+                .iter()
                 .map(GuestRegionMmap::get_mmap)
-                .ok_or_else(|| refused("no region is left for it"))?;
+                .find(|region| start == Some(region.as_ptr()))
+                .ok_or_else(|| refused("no region begins where its memory does"))?;
             if region.size() as u64 != block.used_length() {
-                return Err(refused("the region in its place has another length"));
+                return Err(refused("the region of its memory has another length"));
             }
             let bits = region.bitmap().bits().ok_or_else(|| refused("its region has none"))?;
             let size = granule(bits).filter(|_| bits.byte_size() >= region.size());
@@ -125,7 +128,12 @@ impl<B: RegionBitmap> AtomicBitmapLog<B> {
             })?;
             Ok((region, Granules { start: BlockOffset(0), size }))
         });
-        Ok(Self { regions: pairs.collect::<Result<_, Usage>>()?, page_size })
+        let regions: Vec<(Arc<MmapRegion<B>>, Granules)> = pairs.collect::<Result<_, Usage>>()?;
+        let bitmaps = regions.iter().filter_map(|(region, _)| region.bitmap().bits());
+        let turns =
+            bitmaps.map(|bits| Turn::take(std::ptr::from_ref(bits).addr())).collect::<io::Result<_>>();
+        let turns = turns.map_err(|error| Error::io("read the dirty bitmaps of guest memory", error))?;
+        Ok(Self { regions, page_size, of: blocks.identity(), _turns: turns })
     }
 }
 
@@ -136,10 +144,14 @@ fn granule(bits: &AtomicBitmap) -> Option<u64> {
 }
 
 impl<B: RegionBitmap> DirtyLog for AtomicBitmapLog<B> {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.of.check(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         let (region, granules) = &self.regions[block.0];
         if let Some(bits) = region.bitmap().bits() {
-            granules.mark(into, self.page_size, bits.get_and_reset());
+            granules.mark(into.bits(), self.page_size, bits.get_and_reset());
         }
         Ok(())
     }
@@ -161,7 +173,6 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, MmapRegion, mmap::MmapRegionBuilder};
 
     use super::*;
-    use crate::ram::PageIndex;
 
     const BLOCK: BlockIndex = BlockIndex(0);
 
@@ -172,7 +183,7 @@ mod tests {
 
     fn taken<B: RegionBitmap>(log: &mut AtomicBitmapLog<B>, block: usize, pages: u64) -> Vec<u64> {
         let into = PageBitmap::new(pages);
-        log.take(BlockIndex(block), &into).expect("taken");
+        log.take(BlockIndex(block), &mut DirtyPages::new(&into)).expect("taken");
         (0..pages).filter(|page| into.contains(PageIndex(*page))).collect()
     }
 
@@ -223,11 +234,11 @@ mod tests {
         let blocks = blocks_of(&memory(), PageSize::KIB_4).expect("blocks");
         for ranges in [
             &[(GuestAddress(0), 64 << 12)][..],
-            &[(GuestAddress(0), 64 << 12), (GuestAddress(1 << 32), 4 << 12)],
+            &[(GuestAddress(0), 64 << 12), (GuestAddress(1 << 32), 3 << 12)],
         ] {
             let other = GuestMemoryMmap::<AtomicBitmap>::from_ranges(ranges).expect("memory");
             let refused = AtomicBitmapLog::new(&other, &blocks).expect_err("refused").to_string();
-            assert!(refused.starts_with(r#"block "ram@0x100000000": the dirty bitmap"#), "{refused}");
+            assert!(refused.starts_with(r#"block "ram@0x0": the dirty bitmap"#), "{refused}");
         }
         let without = GuestMemoryMmap::<Option<AtomicBitmap>>::new();
         assert!(AtomicBitmapLog::new(&without, &blocks).is_err());

@@ -2,7 +2,7 @@
 
 use std::{error, fmt, io};
 
-use super::{BlockIndex, DirtyLog, PageBitmap};
+use super::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlocks};
 
 /// A dirty log that has every page that one of its logs has.
 ///
@@ -11,7 +11,8 @@ use super::{BlockIndex, DirtyLog, PageBitmap};
 ///
 /// let blocks = RamBlocks::default();
 /// let (vcpus, devices) = (DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks));
-/// let log = MergedLog::new().with("vcpus", vcpus).with("devices", devices.clone());
+/// let log = MergedLog::new().with("vcpus", vcpus.reader()?).with("devices", devices.reader()?);
+/// # Ok::<_, std::io::Error>(())
 /// ```
 ///
 /// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several.
@@ -21,7 +22,7 @@ pub struct MergedLog<'a> {
 }
 
 impl<'a> MergedLog<'a> {
-    /// No log yet: nothing is ever written.
+    /// No log yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -36,8 +37,22 @@ impl<'a> MergedLog<'a> {
 
 impl DirtyLog for MergedLog<'_> {
     /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] if there is no log in it, which is not what [`NeverDirty`](super::NeverDirty) says;
+    /// the first error of one of them.
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        if self.logs.is_empty() {
+            let why = "no dirty log was merged: give the logs of all writers, or NeverDirty for a guest that does not run";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        for (name, log) in &mut self.logs {
+            log.begin(blocks).map_err(|source| io::Error::new(source.kind(), Unreadable { name, source }))?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
     /// The first error of one of them. The bits that had been taken are in `into`.
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         for (name, log) in &mut self.logs {
             log.take(block, into)
                 .map_err(|source| io::Error::new(source.kind(), Unreadable { name, source }))?;
@@ -97,45 +112,56 @@ mod tests {
 
     fn taken(log: &mut dyn DirtyLog) -> u64 {
         let into = PageBitmap::new(16);
-        log.take(BLOCK, &into).expect("taken");
+        log.take(BLOCK, &mut DirtyPages::new(&into)).expect("taken");
         into.words().next().expect("a word")
     }
 
     #[test]
     fn page_of_any_log_is_taken_once() {
         let blocks = blocks();
-        let (vcpus, mut devices) = (DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks));
-        let mut merged = MergedLog::new().with("vcpus", vcpus.clone()).with("devices", &mut devices);
+        let (vcpus, devices) = (DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks));
+        let reader = |bits: &DirtyBitmaps| bits.reader().expect("alone");
+        let mut of_devices = reader(&devices);
+        let mut merged = MergedLog::new().with("vcpus", reader(&vcpus)).with("devices", &mut of_devices);
         vcpus.mark(BLOCK, PageIndex(1));
         assert_eq!(taken(&mut merged), 0b0010);
         drop(merged);
         devices.mark(BLOCK, PageIndex(2));
         vcpus.mark(BLOCK, PageIndex(2));
         vcpus.mark(BLOCK, PageIndex(3));
-        let mut merged = MergedLog::new().with("vcpus", vcpus).with("devices", devices);
+        let mut merged = MergedLog::new().with("vcpus", reader(&vcpus)).with("devices", of_devices);
         assert_eq!(taken(&mut merged), 0b1100);
         assert_eq!(taken(&mut merged), 0);
     }
 
     #[test]
     fn bits_put_back_are_taken_again_though_one_log_keeps_nothing() {
-        let devices = DirtyBitmaps::new(&blocks());
+        let devices = DirtyBitmaps::new(&blocks()).reader().expect("alone");
         let mut merged = MergedLog::new().with("a file", NeverDirty).with("devices", devices);
         merged.put_back(BLOCK, &PageBitmap::full(16));
         assert_eq!(taken(&mut merged), 0xffff);
     }
 
     #[test]
+    fn no_log_at_all_is_refused() {
+        let refused = MergedLog::new().begin(&blocks()).expect_err("refused").to_string();
+        assert!(refused.starts_with("no dirty log was merged"), "{refused}");
+    }
+
+    #[test]
     fn log_that_cannot_be_read_is_named() {
         struct Broken;
         impl DirtyLog for Broken {
-            fn take(&mut self, _: BlockIndex, _: &PageBitmap) -> io::Result<()> {
+            fn begin(&mut self, _: &RamBlocks) -> io::Result<()> {
+                Ok(())
+            }
+            fn take(&mut self, _: BlockIndex, _: &mut DirtyPages<'_>) -> io::Result<()> {
                 Err(io::ErrorKind::PermissionDenied.into())
             }
             fn put_back(&mut self, _: BlockIndex, _: &PageBitmap) {}
         }
         let mut merged = MergedLog::new().with("devices", NeverDirty).with("vcpus", Broken);
-        let met = merged.take(BLOCK, &PageBitmap::new(16)).expect_err("broken");
+        let met = merged.take(BLOCK, &mut DirtyPages::new(&PageBitmap::new(16))).expect_err("broken");
         assert_eq!(met.to_string(), "the dirty log of vcpus cannot be read");
         assert_eq!(met.kind(), io::ErrorKind::PermissionDenied);
         assert!(met.source().is_some());

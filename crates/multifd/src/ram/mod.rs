@@ -22,6 +22,7 @@ mod granule;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
 mod huge;
+mod identity;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod mapping;
@@ -33,6 +34,7 @@ mod page_table;
 mod pagemap;
 mod part;
 mod straight;
+mod turn;
 mod zero;
 
 pub use bitmap::{PageBitmap, runs};
@@ -40,11 +42,12 @@ pub use block::{BlockIndex, Memory, Places, RamBlock, RamBlocks};
 pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;
 pub use direct::DirectFile;
-pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};
+pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, NeverDirty};
 #[cfg(feature = "vm-memory")]
 pub use guest_memory::{AtomicBitmapLog, RegionBitmap, block_of, blocks_of};
+pub use identity::Identity;
 #[cfg(feature = "kvm")]
-pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingLog, KvmRingSize, KvmSlot};
+pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingLog, KvmRingSize};
 pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;

@@ -86,7 +86,8 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
     let greeting = shared.stop.watch(wake.clone());
     match introduce(shared, &mut *link) {
         Ok(Caller::Main(seen)) => {
-            let watch = shared.stop.watch_failure(wake);
+            // Its waits end, and it can still be told that this side has failed.
+            let watch = shared.stop.watch_failure(link.recv_waker());
             drop(greeting);
             let main = match Stream::resumed(link, seen).attended(shared.attention.clone()) {
                 Ok(main) => main,

@@ -80,12 +80,7 @@ impl Sender {
     /// [`Usage`] if the options contradict each other, or a block ends inside a page: the wire carries whole pages, so its last bytes would be lost.
     pub fn new(options: SendOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         options.check()?;
-        for (_, block) in blocks.iter() {
-            let (name, used_length, page_size) = (block.name(), block.used_length(), block.page_size());
-            if used_length % page_size.bytes() as u64 != 0 {
-                return Err(Usage::PartialPage { name: name.clone(), used_length, page_size }.into());
-            }
-        }
+        blocks.check_whole_pages()?;
         let hand = Batch::new(blocks.page_size());
         Ok(Self { options, blocks, stop, hand, shared: None, threads: Vec::new(), watch: None })
     }

@@ -115,6 +115,12 @@ impl Link for CountedLink {
     fn waker(&self) -> Arc<dyn Wake> {
         self.inner.waker()
     }
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.inner.send_waker()
+    }
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.inner.recv_waker()
+    }
 
     fn peer(&self) -> String {
         self.inner.peer()

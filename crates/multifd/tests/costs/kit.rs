@@ -12,12 +12,15 @@ use std::{
 
 use multifd::{
     ChannelStats, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
-    channel::{Address, Connect, Listen, Listener, Stop, Stream},
+    channel::{Address, Connect, Listen, Listener, Stop, Stream, Wake},
     error::Error,
-    live::{DeviceSection, Guest, Main, MigrateOptions, Migration, Pass, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, Pass, RunState, Verdict,
+        ZeroPageDetection,
+    },
     ram::{
-        BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageBitmap, PageIndex, PageSize, RamBlock,
-        RamBlocks,
+        BlockIndex, BlockName, DirtyLog, DirtyPages, Mapping, Memory, PageBitmap, PageIndex, PageSize,
+        RamBlock, RamBlocks,
     },
 };
 
@@ -83,8 +86,8 @@ pub(crate) fn migrate(
     let options = MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)
         .downtime_limit(Duration::from_secs(2000));
-    let migration = Migration::new(options, source.clone(), stop);
-    let info = migration.run(Some(sender), &mut main, &mut AllAgain(0), &mut NoGuest).expect("sent");
+    let migration = Migration::new(options, sender).expect("options");
+    let info = migration.run(&mut main, &mut AllAgain(0), &mut NoGuest).expect("sent");
     drop(main);
     let received = received.join().expect("no panic");
     assert_eq!(info.channels, received, "both sides have counted the same");
@@ -98,7 +101,7 @@ fn receive(receiver: Receiver, blocks: Arc<RamBlocks>) -> Result<Vec<ChannelStat
     let broken = |error| Error::io("follow main", error);
     main.read_exact(&mut [0; 4]).map_err(broken)?;
     receiver.set_blocks(blocks)?;
-    for _ in 0..=PASSES {
+    for _ in 0..PASSES + 2 {
         main.read_exact(&mut [0]).map_err(broken)?;
         receiver.sync()?;
         main.write_all(b"A").map_err(broken)?;
@@ -148,11 +151,26 @@ impl<F: FnMut(Pass)> Main for Answered<F> {
     fn switchover(&mut self) -> Result<()> {
         Ok(())
     }
-    fn devices(&mut self, _devices: Vec<DeviceSection>) -> Result<()> {
+    fn devices(&mut self, _devices: Vec<DeviceSection>, _guest: RunState) -> Result<()> {
         Ok(())
     }
-    fn complete(&mut self) -> Result<()> {
+    fn complete(&mut self, _stop: &Stop) -> Verdict {
+        self.ask().map_or_else(Verdict::Refused, |()| Verdict::Taken)
+    }
+    fn expect(&mut self, _devices: &[DeviceInfo]) -> Result<()> {
+        Ok(())
+    }
+    fn ready(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn end_ram(&mut self) -> Result<()> {
         self.ask()
+    }
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        Some(self.stream.waker())
+    }
+    fn send_waker(&self) -> Option<Arc<dyn Wake>> {
+        Some(self.stream.write_waker())
     }
     fn bytes(&self) -> u64 {
         0
@@ -163,10 +181,13 @@ impl<F: FnMut(Pass)> Main for Answered<F> {
 struct AllAgain(u32);
 
 impl DirtyLog for AllAgain {
-    fn take(&mut self, _block: BlockIndex, into: &PageBitmap) -> std::io::Result<()> {
+    fn begin(&mut self, _blocks: &RamBlocks) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn take(&mut self, _block: BlockIndex, into: &mut DirtyPages<'_>) -> std::io::Result<()> {
         self.0 += 1;
         if self.0 == 2 {
-            into.fill();
+            into.add_run(PageIndex(0), into.pages());
         }
         Ok(())
     }
@@ -176,7 +197,13 @@ impl DirtyLog for AllAgain {
 struct NoGuest;
 
 impl Guest for NoGuest {
-    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> std::io::Result<RunState> {
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
     fn resume(&mut self) {}

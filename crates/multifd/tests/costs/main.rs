@@ -27,8 +27,8 @@ mod tests {
     /// Of 512 KiB.
     const PACKET_PAGES: u64 = 128;
     const PACKETS: u64 = PASSES * PAGES / PACKET_PAGES;
-    /// At the set-up and behind each pass, on each channel.
-    const SYNCS: u64 = (1 + PASSES) * CHANNELS as u64;
+    /// At the set-up, behind each pass and at the end of RAM, on each channel.
+    const SYNCS: u64 = (2 + PASSES) * CHANNELS as u64;
     const INITIAL: u64 = 64;
     const PAYLOAD: u64 = PASSES * PAGES * PAGE_SIZE.bytes() as u64;
 

@@ -46,8 +46,9 @@ fn a_machine_arrives_whole_with_every_method_page_size_and_zero_page_mode() {
 fn pages_that_are_written_while_they_are_packed_arrive_as_they_were_last() {
     for method in packed() {
         let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
-        let mut log = DirtyBitmaps::new(&source);
-        let mut writers = Writers::start(&source, &log, 600, Duration::from_micros(20));
+        let bits = DirtyBitmaps::new(&source);
+        let mut log = bits.reader().expect("alone");
+        let mut writers = Writers::start(&source, &bits, 600, Duration::from_micros(20));
         let options = MigrateOptions::new().downtime_limit(Duration::from_millis(2));
         let send = SendOptions::new().channels(4).method(method);
         let outcome = migrate_with(&source, &destination, send, true, options, &mut log, &mut writers);
@@ -101,6 +102,12 @@ impl Link for Changing {
     }
     fn waker(&self) -> Arc<dyn Wake> {
         self.link.waker()
+    }
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.link.send_waker()
+    }
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.link.recv_waker()
     }
     fn peer(&self) -> String {
         self.link.peer()

@@ -11,10 +11,10 @@ use multifd::{
     channel::{Stop, memory},
     error::{Error, Usage},
     live::{
-        Bound, Control, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Percent, Progress,
-        Remedy, Status,
+        Bound, Control, DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Percent,
+        Progress, Remedy, RunState, Status,
     },
-    ram::{BlockIndex, DirtyLog, NeverDirty, PageBitmap, PageSize, RamBlocks},
+    ram::{BlockIndex, DirtyLog, DirtyPages, NeverDirty, PageBitmap, PageIndex, PageSize, RamBlocks},
 };
 
 use crate::kit::{StoppedGuest, TestMain, difference, fresh, receive, spawn, write};
@@ -47,13 +47,16 @@ impl Busy {
 }
 
 impl DirtyLog for Busy {
-    fn take(&mut self, _block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn begin(&mut self, _blocks: &RamBlocks) -> io::Result<()> {
+        Ok(())
+    }
+    fn take(&mut self, _block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         let quiet = self.look(|state| {
             let percent = Percent::new(state.told.last().copied().unwrap_or_default());
             state.stopped || state.quiet_at.is_some_and(|at| percent >= at)
         });
         if !quiet {
-            into.merge(PageBitmap::full(PAGES).words());
+            into.add_run(PageIndex(0), PAGES);
         }
         Ok(())
     }
@@ -64,13 +67,23 @@ impl DirtyLog for Busy {
 }
 
 impl Guest for Busy {
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> io::Result<RunState> {
         self.look(|state| state.stopped = true);
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
 
     fn resume(&mut self) {
         self.look(|state| state.resumed = true);
+    }
+
+    fn can_throttle(&self) -> bool {
+        true
     }
 
     fn throttle(&mut self, stand: Percent) -> io::Result<()> {
@@ -96,10 +109,10 @@ fn migrate<T: Send + 'static>(
     let mut main = TestMain::connect(&connector, &stop);
     let mut sender = Sender::new(SendOptions::new(), source.clone(), stop.clone()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
-    let migration = Migration::new(options, source.clone(), stop.clone());
+    let migration = Migration::new(options, sender).expect("options");
     let (control, progress) = (migration.control(), migration.progress());
     let beside = spawn("meanwhile", move || meanwhile(control, progress, stop));
-    let sent = migration.run(Some(sender), &mut main, log, guest);
+    let sent = migration.run(&mut main, log, guest);
     drop(main);
     let beside = beside.join().expect("no panic");
     let received = destination.join().expect("no panic");
@@ -134,7 +147,10 @@ fn guest_that_cannot_be_held_back_is_told_of_before_anything_is_sent() {
     let (sent, progress, _) =
         migrate(options, &mut NeverDirty, &mut StoppedGuest::default(), |_, progress, _| progress);
     let error = sent.expect_err("refused");
-    assert_eq!(error.to_string(), "auto-converge: throttle the guest by 0 %");
+    assert_eq!(
+        error.to_string(),
+        "auto-converge needs a guest that can be throttled (Guest::throttle): switch auto-converge off"
+    );
     let info = progress.info();
     assert_eq!((info.status, info.ram.transferred), (Status::Failed, 0));
 }
@@ -198,8 +214,9 @@ fn time_that_is_over_ends_a_pass_that_stands() {
     let limit = Duration::from_millis(200);
     let options = MigrateOptions::new().max_total_time(Some(limit));
     let mut guest = StoppedGuest::default();
-    let error = Migration::new(options, blocks, stop)
-        .run(Some(sender), &mut main, &mut NeverDirty, &mut guest)
+    let error = Migration::new(options, sender)
+        .expect("options")
+        .run(&mut main, &mut NeverDirty, &mut guest)
         .expect_err("given up");
     assert!(matches!(error.kind(), Error::NotConverged(met) if met.bound == Bound::Time(limit)), "{error}");
     assert!(!guest.resumed, "it never stopped");
@@ -251,7 +268,7 @@ fn cancel_ends_the_wait_before_the_switchover_and_the_guest_runs_on() {
 
 #[test]
 fn migration_that_does_not_wait_cannot_be_told_to_go_on() {
-    let migration = Migration::new(MigrateOptions::new(), source(), Stop::new());
+    let migration = Migration::over_main(MigrateOptions::new(), source(), Stop::new()).expect("options");
     let control = migration.control();
     let early = control.proceed().expect_err("early");
     assert!(matches!(early.kind(), Error::Usage(Usage::NotPaused { met: Status::None })), "{early}");

@@ -13,9 +13,12 @@ use std::{
 
 use multifd::{
     Error, Result, SendOptions, Sender,
-    channel::Stop,
+    channel::{Stop, Wake},
     error::Usage,
-    live::{DeviceSection, Main, MigrateOptions, Migration, MigrationInfo, Pass, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Main, MigrateOptions, Migration, MigrationInfo, Pass, RunState, Verdict,
+        ZeroPageDetection,
+    },
     ram::{
         Access, BlockIndex, DirectFile, DirtyBitmaps, DirtyLog, Mapping, Memory, NeverDirty, PageBitmap,
         PageIndex, PageSize, Places, RamBlock, RamBlocks,
@@ -56,11 +59,26 @@ impl Main for Quiet<'_> {
     fn switchover(&mut self) -> Result<()> {
         Ok(())
     }
-    fn devices(&mut self, _: Vec<DeviceSection>) -> Result<()> {
+    fn devices(&mut self, _: Vec<DeviceSection>, _: RunState) -> Result<()> {
         Ok(())
     }
-    fn complete(&mut self) -> Result<()> {
+    fn complete(&mut self, stop: &Stop) -> Verdict {
+        stop.check().map_or_else(Verdict::Refused, |()| Verdict::Taken)
+    }
+    fn expect(&mut self, _: &[DeviceInfo]) -> Result<()> {
         Ok(())
+    }
+    fn ready(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn end_ram(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+    fn send_waker(&self) -> Option<Arc<dyn Wake>> {
+        None
     }
     fn bytes(&self) -> u64 {
         0
@@ -94,7 +112,7 @@ fn copy(
     let mut sender = Sender::new(SendOptions::new().channels(3), source.clone(), stop.clone())?;
     sender.set_up_into(target.clone())?;
     let options = MigrateOptions::new().zero_page_detection(detection);
-    Migration::new(options, source.clone(), stop).run(Some(sender), &mut Quiet(target), log, guest)
+    Migration::new(options, sender).expect("options").run(&mut Quiet(target), log, guest)
 }
 
 fn copy_plainly(source: &Arc<RamBlocks>, target: &Arc<RamBlocks>) -> Result<MigrationInfo> {
@@ -185,19 +203,26 @@ fn guest_that_writes_meanwhile_is_captured_as_it_was_when_it_stopped() {
         writer: Option<thread::JoinHandle<()>>,
     }
     impl multifd::live::Guest for Busy {
-        fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+        fn devices(&self) -> Vec<DeviceInfo> {
+            Vec::new()
+        }
+        fn stop(&mut self) -> std::io::Result<RunState> {
             self.halt.store(true, Ordering::Relaxed);
             self.writer.take().expect("once").join().expect("no panic");
+            Ok(RunState::Running)
+        }
+        fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
             Ok(Vec::new())
         }
         fn resume(&mut self) {}
     }
     let source = fresh(PageSize::KIB_4, RAM);
     fill(&source);
-    let mut log = DirtyBitmaps::new(&source);
+    let bits = DirtyBitmaps::new(&source);
+    let mut log = bits.reader().expect("alone");
     let halt = Arc::new(AtomicBool::new(false));
     let writer = thread::spawn({
-        let (source, writes, halt) = (source.clone(), log.clone(), halt.clone());
+        let (source, writes, halt) = (source.clone(), bits.clone(), halt.clone());
         move || {
             let (mut version, mut random) = (2, 7_u64);
             while !halt.load(Ordering::Relaxed) {
@@ -229,9 +254,9 @@ fn guest_that_writes_meanwhile_is_captured_as_it_was_when_it_stopped() {
         .zero_page_detection(ZeroPageDetection::Multifd)
         .max_bandwidth(Some(200 << 20))
         .downtime_limit(std::time::Duration::from_millis(200));
-    let migration = Migration::new(options, source.clone(), stop);
+    let migration = Migration::new(options, sender).expect("options");
     let mut guest = Busy { halt, writer: Some(writer) };
-    let info = migration.run(Some(sender), &mut Quiet(&stored), &mut log, &mut guest).expect("captured");
+    let info = migration.run(&mut Quiet(&stored), &mut log, &mut guest).expect("captured");
     assert!(info.ram.normal + info.ram.duplicate > RAM[0].1 / PAGE, "more than one pass: {info:?}");
     let target = fresh(PageSize::KIB_4, RAM);
     copy_plainly(&stored, &target).expect("restored");
@@ -295,12 +320,11 @@ fn file_that_cannot_be_written_is_an_error_and_the_guest_goes_on() {
     let (source, stored) = (fresh(PageSize::KIB_4, RAM), in_file(&file, OFFSET, false));
     fill(&source);
     let mut guest = StoppedGuest::default();
-    let mut log = DirtyBitmaps::new(&source);
+    let bits = DirtyBitmaps::new(&source);
+    let mut log = bits.reader().expect("alone");
     let told = copy(&source, &stored, ZeroPageDetection::Multifd, &mut log, &mut guest).expect_err("refused");
     assert!(told.to_string().contains(r#"write block "pc.ram" at offset 0x"#), "{told}");
-    let pages = PageBitmap::new(RAM[0].1 / PAGE);
-    log.take(BlockIndex(0), &pages).expect("taken");
-    assert_eq!(pages.count(), RAM[0].1 / PAGE, "all pages are dirty again");
+    assert_eq!(bits.count(BlockIndex(0)), RAM[0].1 / PAGE, "all pages are dirty again");
 }
 
 #[test]

@@ -19,10 +19,10 @@ use std::{
 use multifd::{
     ReceiveOptions, Receiver, SendOptions, Sender,
     channel::{Address, Listener, Stop},
-    live::{DeviceSection, Guest, MigrateOptions, Migration, ZeroPageDetection},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, ZeroPageDetection},
     ram::{
-        Access, BlockIndex, DirtyBitmaps, DirtyLog, Mapping, Memory, PageBitmap, PageIndex, PageSize,
-        RamBlock, RamBlocks,
+        Access, BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, Mapping, Memory, PageBitmap,
+        PageIndex, PageSize, RamBlock, RamBlocks,
     },
 };
 use rustix::{
@@ -79,7 +79,7 @@ fn memory_handed_over_by_descriptor_is_migrated_live_by_another_process() {
             }
             version
         });
-        let mut bits = log.clone();
+        let mut bits = log.reader().expect("alone");
         let served = serve(&mut socket, &mut bits, || running.store(false, Ordering::Release));
         running.store(false, Ordering::Release);
         // The engine is told that all stands only when it does.
@@ -105,13 +105,13 @@ fn start(socket: UnixStream, address: &str) -> Child {
 }
 
 /// Gives dirty bits until the engine wants the guest stopped, or has done.
-fn serve(socket: &mut UnixStream, log: &mut DirtyBitmaps, stop: impl FnOnce()) -> io::Result<()> {
+fn serve(socket: &mut UnixStream, log: &mut DirtyReader, stop: impl FnOnce()) -> io::Result<()> {
     let mut asked = [0];
     while socket.read(&mut asked)? == 1 {
         match asked[0] {
             b'T' => {
                 let taken = PageBitmap::new(PAGES);
-                log.take(BlockIndex(0), &taken)?;
+                log.take(BlockIndex(0), &mut DirtyPages::new(&taken))?;
                 let words: Vec<u8> = taken.words().flat_map(u64::to_be_bytes).collect();
                 socket.write_all(&words)?;
             }
@@ -152,9 +152,9 @@ fn engine() {
         Sender::new(SendOptions::new().channels(3), blocks.clone(), stop.clone()).expect("a sender");
     sender.set_up(Arc::new(address)).expect("set up");
     let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::Multifd);
-    let migration = Migration::new(options, blocks, stop);
+    let migration = Migration::new(options, sender).expect("options");
     let (mut log, mut guest) = (Beside(socket.try_clone().expect("a clone")), Beside(socket));
-    let info = migration.run(Some(sender), &mut main, &mut log, &mut guest).expect("migrated");
+    let info = migration.run(&mut main, &mut log, &mut guest).expect("migrated");
     assert!(info.ram.normal > 0);
 }
 
@@ -162,12 +162,16 @@ fn engine() {
 struct Beside(UnixStream);
 
 impl DirtyLog for Beside {
-    fn take(&mut self, _block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn begin(&mut self, _blocks: &RamBlocks) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn take(&mut self, _block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         self.0.write_all(b"T")?;
-        let mut words = vec![0; into.words().len() * 8];
+        let mut words = vec![0; usize::try_from(into.pages().div_ceil(64)).expect("few") * 8];
         self.0.read_exact(&mut words)?;
         let word = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        into.merge(words.chunks(8).map(word));
+        into.add_words(words.chunks(8).map(word));
         Ok(())
     }
 
@@ -175,9 +179,15 @@ impl DirtyLog for Beside {
 }
 
 impl Guest for Beside {
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> io::Result<RunState> {
         self.0.write_all(b"S")?;
         self.0.read_exact(&mut [0])?;
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
 

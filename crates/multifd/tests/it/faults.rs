@@ -15,10 +15,12 @@ use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
     channel::{Connect, Link, Listen, Stop, Wake, memory},
     error::{Error, Usage, Violation},
-    live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
+    },
     ram::{
-        Access, BlockIndex, DirtyBitmaps, DirtyLog, Mapping, Memory, NeverDirty, PageBitmap, PageIndex,
-        PageSize, Part, PartMut, RamBlock, RamBlocks,
+        Access, BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, Mapping, Memory, NeverDirty,
+        PageBitmap, PageIndex, PageSize, Part, PartMut, RamBlock, RamBlocks,
     },
     wire::{ChannelId, HeadBuffer, Initial, VmUuid},
 };
@@ -136,12 +138,15 @@ fn options_and_blocks_that_cannot_be_are_refused() {
 
 /// A destination that dies at a moment of its choosing, and a log that is asked what came back.
 struct Watched {
-    bits: DirtyBitmaps,
+    bits: DirtyReader,
     put_back: u64,
 }
 
 impl DirtyLog for Watched {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> std::io::Result<()> {
+    fn begin(&mut self, blocks: &RamBlocks) -> std::io::Result<()> {
+        self.bits.begin(blocks)
+    }
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> std::io::Result<()> {
         self.bits.take(block, into)
     }
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
@@ -159,7 +164,7 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
         let mut main = receiver.wait_main().expect("main");
         receiver.set_blocks(fresh(PageSize::KIB_4, RAM)).expect("set");
         main.read_exact(&mut [0; b"QEVM".len()]).expect("a main stream");
-        for point in ["setup", "first pass", "final pass"] {
+        for point in ["setup", "first pass", "final pass", "end of RAM"] {
             main.read_exact(&mut [0; b"S".len()]).expect(point);
             receiver.sync().expect(point);
         }
@@ -171,12 +176,12 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
     let mut main = TestMain::connect(&connector, &stop);
     let mut sender = Sender::new(SendOptions::new(), blocks.clone(), stop.clone()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
-    let mut log = Watched { bits: DirtyBitmaps::new(&blocks), put_back: 0 };
+    let mut log = Watched { bits: DirtyBitmaps::new(&blocks).reader().expect("alone"), put_back: 0 };
     let mut guest = StoppedGuest::default();
     let options = MigrateOptions::new().zero_page_detection(ZeroPageDetection::None);
-    let migration = Migration::new(options, blocks, stop);
+    let migration = Migration::new(options, sender).expect("options");
     let progress = migration.progress();
-    let error = migration.run(Some(sender), &mut main, &mut log, &mut guest).expect_err("failed");
+    let error = migration.run(&mut main, &mut log, &mut guest).expect_err("failed");
     assert_eq!(error.to_string(), "the destination failed");
     assert_eq!(progress.status(), Status::Failed);
     assert!(guest.resumed);
@@ -188,8 +193,14 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
 struct Cancels(Stop, bool);
 
 impl Guest for Cancels {
-    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> std::io::Result<RunState> {
         self.0.cancel();
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
     fn resume(&mut self) {
@@ -212,9 +223,9 @@ fn a_cancel_after_the_guest_has_stopped_lets_it_run_on() {
     let mut sender = Sender::new(SendOptions::new().channels(3), blocks.clone(), stop.clone()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
     let mut guest = Cancels(stop.clone(), false);
-    let migration = Migration::new(MigrateOptions::new(), blocks, stop);
+    let migration = Migration::new(MigrateOptions::new(), sender).expect("options");
     let progress = migration.progress();
-    let error = migration.run(Some(sender), &mut main, &mut NeverDirty, &mut guest).expect_err("cancelled");
+    let error = migration.run(&mut main, &mut NeverDirty, &mut guest).expect_err("cancelled");
     assert!(error.is_cancelled() && guest.1);
     assert_eq!(progress.status(), Status::Cancelled);
     drop(main);
@@ -370,6 +381,12 @@ impl Link for Panics {
     }
     fn waker(&self) -> Arc<dyn Wake> {
         self.0.waker()
+    }
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.0.send_waker()
+    }
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.0.recv_waker()
     }
     fn peer(&self) -> String {
         self.0.peer()

@@ -9,8 +9,11 @@ use std::{
 
 use multifd::{
     ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender,
-    channel::{Connect, Listen, Stop, Stream, memory},
-    live::{DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass},
+    channel::{Connect, Listen, Stop, Stream, Wake, memory},
+    live::{
+        DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass, RunState,
+        Verdict,
+    },
     ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 
@@ -76,6 +79,21 @@ impl TestMain {
 }
 
 impl Main for TestMain {
+    fn expect(&mut self, _devices: &[DeviceInfo]) -> Result<()> {
+        Ok(())
+    }
+    fn ready(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn end_ram(&mut self) -> Result<()> {
+        self.put(b"S")
+    }
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        Some(self.stream.waker())
+    }
+    fn send_waker(&self) -> Option<Arc<dyn Wake>> {
+        Some(self.stream.write_waker())
+    }
     fn begin(&mut self) -> Result<()> {
         Ok(())
     }
@@ -98,15 +116,21 @@ impl Main for TestMain {
     fn switchover(&mut self) -> Result<()> {
         Ok(())
     }
-    fn devices(&mut self, devices: Vec<DeviceSection>) -> Result<()> {
+    fn devices(&mut self, devices: Vec<DeviceSection>, _guest: RunState) -> Result<()> {
         self.devices = devices;
         Ok(())
     }
-    fn complete(&mut self) -> Result<()> {
-        self.put(b"E")?;
+    fn complete(&mut self, _stop: &Stop) -> Verdict {
         let mut answer = [0];
-        self.stream.read_exact(&mut answer).map_err(|error| Error::io("wait for the destination", error))?;
-        if answer == *b"K" { Ok(()) } else { Err(Error::other("the destination failed", "it said so")) }
+        let read = self.put(b"E").and_then(|()| {
+            let read = self.stream.read_exact(&mut answer);
+            read.map_err(|error| Error::io("wait for the destination", error))
+        });
+        match read {
+            Ok(()) if answer == *b"K" => Verdict::Taken,
+            Ok(()) => Verdict::Refused(Error::other("the destination failed", "it said so")),
+            Err(error) => Verdict::Refused(error),
+        }
     }
     fn bytes(&self) -> u64 {
         self.bytes
@@ -173,7 +197,13 @@ pub(crate) struct StoppedGuest {
 }
 
 impl Guest for StoppedGuest {
-    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> std::io::Result<RunState> {
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
     fn resume(&mut self) {
@@ -247,8 +277,11 @@ pub(crate) fn migrate_over(
         sender.set_up(connector).expect("set up");
         sender
     });
-    let migration = Migration::new(options, source.clone(), stop);
-    let sent = migration.run(sender, &mut main, log, guest);
+    let migration = match sender {
+        Some(sender) => Migration::new(options, sender),
+        None => Migration::over_main(options, source.clone(), stop),
+    };
+    let sent = migration.and_then(|migration| migration.run(&mut main, log, guest));
     drop(main);
     Outcome { sent, received: destination.join().expect("no panic") }
 }

@@ -11,7 +11,9 @@ use std::{
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
     channel::{Connect, Link, Stop, Wake, memory},
-    live::{DeviceSection, Guest, MigrateOptions, Migration, Status, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
+    },
     ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, Part, PartMut, RamBlocks},
     wire::head_len,
 };
@@ -45,9 +47,10 @@ fn no_page_of_a_block_that_is_ignored_is_sent() {
             blocks.map(|block| if block.name().as_bytes() == b"shared" { block.ignored() } else { block });
         let source = Arc::new(RamBlocks::new(blocks.collect()).expect("two blocks"));
         let destination = fresh(PageSize::KIB_4, LIST);
-        let mut log = DirtyBitmaps::new(&source);
-        log.mark(BlockIndex(0), PageIndex(7));
-        log.mark(BlockIndex(1), PageIndex(7));
+        let bits = DirtyBitmaps::new(&source);
+        bits.mark(BlockIndex(0), PageIndex(7));
+        bits.mark(BlockIndex(1), PageIndex(7));
+        let mut log = bits.reader().expect("alone");
         let (options, guest) = (MigrateOptions::new(), &mut StoppedGuest::default());
         let outcome = migrate(&source, &destination, channels, options, &mut log, guest);
         outcome.received.expect("received");
@@ -185,6 +188,12 @@ impl Link for Counting {
     fn waker(&self) -> Arc<dyn Wake> {
         self.0.waker()
     }
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.0.send_waker()
+    }
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.0.recv_waker()
+    }
     fn peer(&self) -> String {
         self.0.peer()
     }
@@ -214,9 +223,8 @@ fn the_bytes_counted_are_the_bytes_on_the_connections() {
     let mut main = TestMain::connect(&connector, &stop);
     let mut sender = Sender::new(SendOptions::new().channels(5), source.clone(), stop.clone()).expect("made");
     sender.set_up(Arc::new(CountingConnector(connector, on_channels.clone()))).expect("set up");
-    let migration = Migration::new(MigrateOptions::new(), source, stop);
-    let sent =
-        migration.run(Some(sender), &mut main, &mut NeverDirty, &mut StoppedGuest::default()).expect("sent");
+    let migration = Migration::new(MigrateOptions::new(), sender).expect("options");
+    let sent = migration.run(&mut main, &mut NeverDirty, &mut StoppedGuest::default()).expect("sent");
     assert_eq!(sent.ram.multifd_bytes, on_channels.load(Ordering::Relaxed));
     assert_eq!(sent.ram.precopy_bytes + sent.ram.downtime_bytes, main.bytes);
     let received = received.join().expect("no panic").expect("received");
@@ -255,10 +263,16 @@ impl Writers {
 }
 
 impl Guest for Writers {
-    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> std::io::Result<RunState> {
         self.run.store(false, Ordering::Relaxed);
         self.threads.drain(..).for_each(|thread| thread.join().expect("no panic"));
         self.stopped = true;
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
 
@@ -269,8 +283,9 @@ impl Guest for Writers {
 fn a_guest_that_keeps_writing_arrives_as_it_was_when_it_stopped() {
     for channels in [0, 1, 4] {
         let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
-        let mut log = DirtyBitmaps::new(&source);
-        let mut writers = Writers::start(&source, &log, 600, Duration::from_micros(200));
+        let bits = DirtyBitmaps::new(&source);
+        let mut log = bits.reader().expect("alone");
+        let mut writers = Writers::start(&source, &bits, 600, Duration::from_micros(200));
         // So short that it takes passes; the writers pause, so that one pass will find little.
         let options = MigrateOptions::new().downtime_limit(Duration::from_millis(2));
         let outcome = migrate(&source, &destination, channels, options, &mut log, &mut writers);

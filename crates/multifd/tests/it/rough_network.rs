@@ -23,8 +23,9 @@ fn arrives_over(line: &Line, channels: u8, did: fn(&Carried) -> u64) {
     let listener = network.far().run(|| Listener::bind(&listen)).expect("bound");
     let ends: Ends = (Arc::new(listener.local_address().clone()), Box::new(listener));
     let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
-    let mut log = DirtyBitmaps::new(&source);
-    let mut writers = Writers::start(&source, &log, 100, Duration::from_millis(1));
+    let bits = DirtyBitmaps::new(&source);
+    let mut log = bits.reader().expect("alone");
+    let mut writers = Writers::start(&source, &bits, 100, Duration::from_millis(1));
     // All that the writers write takes longer over most of these lines.
     let options = MigrateOptions::new().downtime_limit(Duration::from_millis(100));
     let send = Some(SendOptions::new().channels(channels));

@@ -69,7 +69,7 @@ fn options_have_the_names_of_the_parameters() {
         "zero-page-detection": "legacy", "look-for-zero-pages": true,
         "auto-converge": false, "cpu-throttle-initial": 20, "cpu-throttle-increment": 10, "max-cpu-throttle": 99,
         "cpu-throttle-tailslow": false, "throttle-trigger-threshold": 50, "pause-before-switchover": false,
-        "max-passes": 0, "max-total-time": 0,
+        "max-passes": 0, "max-total-time": 0, "switchover-timeout": null, "resume-if-unknown": false,
     });
     assert_eq!(migrate, expected);
 }

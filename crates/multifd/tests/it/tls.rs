@@ -67,8 +67,9 @@ fn a_machine_arrives_whole_over_sessions() {
 fn a_guest_that_keeps_writing_arrives_over_sessions() {
     let folder = folder();
     let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
-    let mut log = DirtyBitmaps::new(&source);
-    let mut writers = Writers::start(&source, &log, 600, Duration::from_micros(200));
+    let bits = DirtyBitmaps::new(&source);
+    let mut log = bits.reader().expect("alone");
+    let mut writers = Writers::start(&source, &bits, 600, Duration::from_micros(200));
     let options = MigrateOptions::new().downtime_limit(Duration::from_millis(5));
     let ends = ends(folder.path(), folder.path(), "127.0.0.1", &[]);
     let send = Some(SendOptions::new().channels(4));
@@ -266,6 +267,12 @@ impl Link for Tapped {
     }
     fn waker(&self) -> Arc<dyn Wake> {
         self.0.waker()
+    }
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.0.send_waker()
+    }
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.0.recv_waker()
     }
     fn peer(&self) -> String {
         self.0.peer()

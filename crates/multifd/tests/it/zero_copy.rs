@@ -83,8 +83,9 @@ fn without_it_nothing_is_missed() {
 fn a_guest_that_rewrites_pages_under_way_arrives_as_it_was_when_it_stopped() {
     for channels in [1, 4] {
         let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
-        let mut log = DirtyBitmaps::new(&source);
-        let mut writers = Writers::start(&source, &log, 1500, Duration::from_micros(50));
+        let bits = DirtyBitmaps::new(&source);
+        let mut log = bits.reader().expect("alone");
+        let mut writers = Writers::start(&source, &bits, 1500, Duration::from_micros(50));
         let options = MigrateOptions::new().downtime_limit(Duration::from_millis(2));
         let send = Some(in_place(channels));
         let outcome = migrate_over(ends(), &source, &destination, send, options, &mut log, &mut writers);

@@ -15,6 +15,10 @@ const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
 
+/// The value of a PONG that a destination of ours sends unasked to a source of ours: it will always say SHUT, also when it
+/// fails. So a connection that closes without it was not closed by the destination.
+pub(crate) const VERDICT_MARK: u32 = 0x6d66_6501;
+
 const RESUME_ACK_VALUE: u32 = 1;
 const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 

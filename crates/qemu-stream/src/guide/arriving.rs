@@ -9,7 +9,7 @@
 //!     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?; // port 0 takes a free one
 //!     let address = listener.local_address().clone();
 //!     # let source = std::thread::spawn(move || -> Result<u64, Error> {
-//!     #     use multifd::ram::BlockName;
+//!     #     use multifd::ram::{BlockName, PageSize};
 //!     #     let memory = Memory::Mapped(Mapping::anonymous(2 << 20).expect("memory"));
 //!     #     let name = BlockName::new("ram").expect("a name");
 //!     #     let block = RamBlock::new(name, 2 << 20, PageSize::KIB_4, memory)?;
@@ -28,18 +28,19 @@
 //!
 //! # The order matters
 //!
-//! - **Restore before the word.** [`Incoming::finish`] with [`Outcome::Loaded`] is the moment at which the guest
-//!   changes hands. What can fail has to have failed before: memory, devices, a disk that must be opened. With
-//!   [`Outcome::Failed`] the guest goes on at the source.
-//! - **Run after the word**, and only if `finish` was well. If it fails, the source has not heard it and runs the
-//!   guest.
-//! - **Then the channels.** [`Receiver::finish`](multifd::Receiver::finish) takes leave of them; an error there
-//!   changes nothing.
+//! - **Restore before the word.** [`Pending::confirm`] is the moment at which the guest changes hands. What can fail has to
+//!   have failed before: memory, devices, a disk that must be opened. Until then the guest goes on at the source whatever
+//!   happens here: an error, a panic, a drop.
+//! - **Run after the word**, and only if `confirm` was well. It looks whether the source is still there: one that was
+//!   cancelled takes its guest back. If `confirm` fails, the guest must not run here.
+//! - **As it was.** A guest that was paused at the source stays paused ([`Confirmed::run_state`]).
+//! - **Then the channels.** [`Confirmed::finish`] takes leave of them, after the guest has been let go: it waits for the
+//!   source, and nothing that goes wrong there matters any more.
 //!
 //! # What a peer may do to you
 //!
 //! Every length, count, offset and name is checked before it is used, and every wait has a limit or ends with the
-//! [`Stop`](multifd::channel::Stop). The closure of the [`Loader`](crate::incoming::Loader) decides how much memory a
+//! [`Stop`](multifd::channel::Stop). The closure decides how much memory a
 //! source may ask for: compare the list with the machine you were told to expect. The device bytes are yours to
 //! check. Whoever can connect can be the source, unless you use `multifd::channel::tls` (feature `tls`).
 //!
@@ -48,6 +49,6 @@
 //! Nothing in the stream says it, and by default it is found out. Where packets get lost between the hosts, give the
 //! number: [`ChannelCount::Exact`](multifd::ChannelCount::Exact).
 //!
-//! [`Incoming::finish`]: crate::incoming::Incoming::finish
-//! [`Outcome::Loaded`]: crate::incoming::Outcome::Loaded
-//! [`Outcome::Failed`]: crate::incoming::Outcome::Failed
+//! [`Confirmed::finish`]: crate::arrival::Confirmed::finish
+//! [`Confirmed::run_state`]: crate::arrival::Confirmed::run_state
+//! [`Pending::confirm`]: crate::arrival::Pending::confirm

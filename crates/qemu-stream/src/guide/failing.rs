@@ -1,9 +1,10 @@
 //! What to do in each state.
 //!
-//! The rule: **the guest is the source's until [`Migration::run`](multifd::live::Migration::run) returns `Ok`, and
-//! the destination's from the moment its `finish(Outcome::Loaded)` returns `Ok`.** Between the two lies one message.
-//! Whatever ends a migration before it leaves the guest at the source, running, with nothing to clean up but your
-//! own.
+//! The rule: **the guest is the destination's from the moment its [`confirm`](crate::arrival::Pending::confirm) returns `Ok`;
+//! until then it is the source's.** Whatever ends a migration before leaves the guest at the source, as it was, with nothing
+//! to clean up but your own. The source knows it by what [`run`](crate::departure::Departure::run) returns: `Ok`, the
+//! destination has the guest; an error, the guest is here; and one error,
+//! [`OwnerUnknown`](multifd::Error::OwnerUnknown), nobody can know.
 //!
 //! # At the source
 //!
@@ -12,26 +13,28 @@
 //! | `none`, `setup` | runs | nothing has moved | try again when the cause is gone |
 //! | `active` | runs | RAM has moved in part, to nowhere | try again. If it never ends, its [`stall`] tells what would help |
 //! | `pre-switchover` | stands | as `device` | [`proceed`](multifd::live::Control::proceed), or cancel |
-//! | `device` | stands | [`Guest::resume`](multifd::live::Guest::resume) is called before `run` returns | try again |
+//! | `device` | stands | if everything has been sent, the destination is asked; else, and if it has not got the guest, [`Guest::resume`](multifd::live::Guest::resume) is called before `run` returns | try again |
 //! | `cancelling` | stands or runs | its end is `cancelled` | nothing |
-//! | `failed`, `cancelled` | runs | | report the error; a new [`Stop`](multifd::channel::Stop) for the next try |
+//! | `failed`, `cancelled` | as it was before | | report the error; a new [`Stop`](multifd::channel::Stop) for the next try |
+//! | `failed` with [`OwnerUnknown`](multifd::Error::OwnerUnknown) | **stands** | | find out whether it runs at the destination: then drop it here, else let it run |
 //! | `completed` | stands, for ever | | drop the machine. Never let it run: it runs at the destination |
 //!
 //! # At the destination
 //!
 //! | Where | If it ends here | Do |
 //! | --- | --- | --- |
-//! | [`Incoming::run`](crate::incoming::Incoming::run) fails | the source sees the connections end | drop everything |
-//! | your own restoring fails | `finish(Outcome::Failed)` | drop everything |
-//! | `finish(Outcome::Loaded)` fails | the word has not gone out whole | the same, and **do not run the guest** |
-//! | `finish(Outcome::Loaded)` is well | the guest is yours | run it, whatever the channels say |
+//! | [`load`](crate::arrival::Arrival::load) fails | the source has been told | drop everything |
+//! | your own restoring fails | [`refuse`](crate::arrival::Pending::refuse), or a drop: the source is told | drop everything |
+//! | `confirm` fails | the source has taken its guest back, or could not be told | the same, and **do not run the guest** |
+//! | `confirm` is well | the guest is yours | run it if it ran, whatever the channels say |
 //!
 //! # The one moment that no protocol can close
 //!
-//! The destination's word may get lost when its host or the network dies in that instant. The source then fails and
-//! lets the guest run on, while the destination may run it as well. If your disks cannot stand two of a guest, fence:
-//! have the destination wait for a lock that the source gives up, or have the management kill one before the other
-//! goes on.
+//! The destination's word may get lost when its host or the network dies in that instant. The source then cannot know:
+//! `run` returns [`OwnerUnknown`](multifd::Error::OwnerUnknown), and the guest stays stopped there, so that it does not run
+//! twice. It may run nowhere, if the destination has died. That is for you to find out, or for the management that sees both
+//! hosts; [`resume_if_unknown`](multifd::live::MigrateOptions::resume_if_unknown) is for those who would rather have it run
+//! twice than not at all. *Who owns the guest*, in `docs/`, has every case.
 //!
 //! # Seen from outside
 //!

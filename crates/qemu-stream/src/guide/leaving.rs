@@ -10,10 +10,11 @@
 //! # fn main() {}
 //! ```
 //!
-//! [`Guest`] is what a migration wants of it. `stop` is called once, in the thread of the migration, when what
-//! remains fits into the downtime. What it gives are the devices: for each a name, a number if there are several, the
-//! version of its layout, and bytes that nobody but that device looks at. `resume` is called if the migration fails
-//! after that.
+//! [`Guest`] is what a migration wants of it. `devices` is asked before anything is sent, so that what a destination would
+//! not take is refused while the guest runs. `stop` is called once, in the thread of the migration, when what remains fits
+//! into the downtime, and says whether the guest ran. `save` gives the devices: for each a name, a number if there are
+//! several, the version of its layout, and bytes that nobody but that device looks at. `resume` is called if the migration
+//! fails after that, for a guest that ran.
 //!
 //! # The way out
 //!
@@ -49,11 +50,11 @@
 //!   `max_bandwidth` what the network is left. A guest that writes faster than the network carries never comes to the
 //!   switchover: raise the limit, or have `auto_converge` hold it back through
 //!   [`Guest::throttle`](multifd::live::Guest::throttle).
-//! - [`Options`](crate::outgoing::Options): the defaults are right for a machine of your own. Leave the return path
-//!   on.
+//! - [`switchover_timeout`](multifd::live::MigrateOptions::switchover_timeout): how long the guest may stand before the
+//!   destination is known to have all of RAM, 8 s by default. Then it goes on here.
 //! - TLS, other addresses, links of your own: [`multifd::channel`].
 //!
-//! While it runs, [`Migration::progress`](multifd::live::Migration::progress) has the numbers for any thread, with
+//! While it runs, [`Departure::progress`](crate::departure::Departure::progress) has the numbers for any thread, with
 //! the names of QEMU's `query-migrate`.
 //!
 //! [`Guest`]: multifd::live::Guest

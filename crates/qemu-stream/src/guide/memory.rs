@@ -36,13 +36,14 @@
 //!
 //! A source does not look at memory of [`Mapping::anonymous`] that nobody has ever touched: Linux 6.7 and later tell it by
 //! the page table, terabytes at once. Memory that you have mapped yourself may be so, too; if it is private, anonymous and
-//! filled in by no `userfaultfd`, say so with [`Mapping::absent_is_zero`].
+//! filled in by no `userfaultfd`, say so with [`Mapping::assume_absent_is_zero`], which is unsafe. **Warning:** said of
+//! memory that is not so, guest memory is lost without an error.
 //!
-//! # `new` or `fresh`
+//! # For a machine's whole life
 //!
-//! [`RamBlock::new`](multifd::ram::RamBlock::new) takes memory that may hold anything: a source, or a destination
-//! that uses memory again. [`RamBlock::new`](multifd::ram::RamBlock::new) takes memory that is all zero: a zero
-//! page that arrives there is not written, so a guest of 64 GiB that uses two costs the destination two.
+//! Blocks are made once and last as long as the machine: it arrives in them, runs, leaves from them, is captured from them and
+//! restored into them. They may hold anything when a machine arrives: a page that is zero at the source is made zero, and
+//! memory that the page table knows to be untouched is left so. A guest of 64 GiB that uses two costs the destination two.
 //!
 //! # Names, pages, lengths
 //!
@@ -51,9 +52,10 @@
 //! - All blocks have one page size, which is the guest's: 4 KiB on x86. The host's may be greater or smaller.
 //! - A length is whole pages; what is behind the last one does not move.
 //! - Memory that both hosts see, on a shared file system for example, is listed and not sent:
-//!   [`RamBlock::ignored`](multifd::ram::RamBlock::ignored), on both sides.
+//!   [`RamBlock::ignored`](multifd::ram::RamBlock::ignored) on both sides, and
+//!   [`ignore_shared`](crate::format::Configuration::ignore_shared) in the configuration, without which it is refused.
 //!
-//! [`Mapping::absent_is_zero`]: multifd::ram::Mapping::absent_is_zero
+//! [`Mapping::assume_absent_is_zero`]: multifd::ram::Mapping::assume_absent_is_zero
 //! [`Mapping::anonymous`]: multifd::ram::Mapping::anonymous
 //! [`Mapping::of_file`]: multifd::ram::Mapping::of_file
 //! [`Mapping::from_raw`]: multifd::ram::Mapping::from_raw

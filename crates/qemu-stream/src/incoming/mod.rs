@@ -11,23 +11,29 @@
 //! nothing a peer sends makes it allocate, loop or index beyond `format/limits.rs`.
 
 mod device_part;
+mod line;
 mod loader;
 mod ram;
 
 use std::{io::Read, time::Duration};
 
-use multifd::ram::{BlockIndex, PageIndex};
+use multifd::{
+    channel::Stop,
+    live::RunState,
+    ram::{BlockIndex, PageIndex},
+};
 
 use crate::{
-    connection::Connection,
+    connection::{Connection, Judge},
     error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
-        BlockList, Command, Configuration, DevicePart, EarlyPart, EndFinder, Message, Reader, Section,
-        SectionHead, SectionId, SyncMode, decode_footer, decode_header, footer_follows,
+        BlockList, Command, Configuration, DevicePart, DeviceSection, EarlyPart, EndFinder, Message, Reader,
+        Section, SectionHead, SectionId, SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
 };
 use device_part::{Without, set_limit};
+use line::Line;
 pub use loader::{Expected, LeftOut, Loader, MainPages};
 use ram::Ram;
 
@@ -105,6 +111,18 @@ pub struct Loaded {
     pub bytes: u64,
 }
 
+impl Loaded {
+    /// Whether the guest ran at the source; `None` if the source does not say. A guest that was paused stays paused.
+    pub fn run_state(&self) -> Option<RunState> {
+        self.devices.run_state()
+    }
+
+    /// The device of this name and instance: its section and its state.
+    pub fn device(&self, name: &str, instance: u32) -> Option<(&DeviceSection, &[u8])> {
+        self.devices.find(name, instance)
+    }
+}
+
 /// How loading ended, for the source to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -117,8 +135,8 @@ pub enum Outcome {
 /// A precopy migration coming in.
 #[derive(Debug)]
 #[must_use]
-pub struct Incoming<C> {
-    r: Reader<C>,
+pub struct Incoming<C: Connection> {
+    r: Line<C>,
     switchover_ack: bool,
     suppress_vmdesc: bool,
     silence: Duration,
@@ -126,12 +144,13 @@ pub struct Incoming<C> {
     return_path: bool,
     early: EarlyPart,
     loaded: bool,
+    stop: Option<Stop>,
 }
 
 impl<C: Connection> Incoming<C> {
     /// A migration whose main stream comes over `connection`.
     pub fn new(connection: C) -> Self {
-        let r = Reader::new(connection, Stream::Main);
+        let r = Line::new(connection);
         let early = EarlyPart::default();
         Self {
             r,
@@ -142,7 +161,15 @@ impl<C: Connection> Incoming<C> {
             return_path: false,
             early,
             loaded: false,
+            stop: None,
         }
+    }
+
+    /// Has `stop` fail as soon as a source with a return path closes main, whatever this side waits for: channels that do not
+    /// move, say. By default that is found out when main is read next.
+    pub fn stopping(mut self, stop: &Stop) -> Self {
+        self.stop = Some(stop.clone());
+        self
     }
 
     /// Says SWITCHOVER_ACK as soon as there is a return path. Needed if, and only if, the source has
@@ -257,17 +284,22 @@ impl<C: Connection> Incoming<C> {
     /// Tells the source how it ended, and gives the connection back. Without a return path nothing is
     /// sent: such a source has gone its way already.
     ///
+    /// Before it says that all is here, it looks at the connection once more: a source with a return path that has closed it
+    /// takes its guest back. An error means that the machine is not this side's: **do not run it**.
+    ///
     /// # Errors
-    /// If all is said to be loaded and it is not, or SHUT cannot be sent: then the source has not
-    /// forgotten its guest.
+    /// If all is said to be loaded and it is not; [`Error::SourceGone`] if the source has closed; or SHUT cannot be sent: then
+    /// the source has not forgotten its guest.
     pub fn finish(mut self, outcome: Outcome) -> Result<C, Error> {
         if outcome == Outcome::Loaded && !self.loaded {
             return Err(CallerMistake::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
         }
-        if self.return_path {
-            self.say(&Message::Shut(u32::from(outcome == Outcome::Failed)))?;
+        if outcome == Outcome::Loaded && self.return_path {
+            self.r.still_there()?;
         }
-        Ok(self.r.into_inner())
+        self.r.shut(u32::from(outcome == Outcome::Failed))?;
+        let at = self.r.here();
+        self.r.into_inner().ok_or(Error::Cut { at, expected: "a connection" })
     }
 
     /// Commands up to the head of the RAM section, which must be the first.
@@ -340,15 +372,17 @@ impl<C: Connection> Incoming<C> {
         match section {
             Section::Command(Command::OpenReturnPath) => {
                 self.return_path = true;
+                let watch = self.stop.as_ref().and_then(|stop| self.r.get_ref().watch_peer(stop, closed()));
+                self.r.open_return_path(watch);
                 if self.switchover_ack {
-                    self.say(&Message::SwitchoverAck)?;
+                    self.r.say(&Message::SwitchoverAck)?;
                 }
                 Ok(())
             }
             Section::Command(Command::Ping(_)) if !self.return_path => {
                 Err(PeerMisbehaved::PingWithoutReturnPath.at(at))
             }
-            Section::Command(Command::Ping(value)) => self.say(&Message::Pong(value)),
+            Section::Command(Command::Ping(value)) => self.r.say(&Message::Pong(value)),
             Section::Command(Command::SwitchoverStart) => {
                 Err(PeerMisbehaved::Misplaced { record: "SWITCHOVER_START", place }.at(at))
             }
@@ -365,16 +399,6 @@ impl<C: Connection> Incoming<C> {
         }
         refuse::iterative_section(head, at)
     }
-
-    fn say(&mut self, message: &Message) -> Result<(), Error> {
-        tracing::debug!(?message, "return path");
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        let at = Place { stream: Stream::ReturnPath, offset: 0 };
-        let connection = self.r.get_mut();
-        let written = connection.write_all(&bytes).and_then(|()| connection.flush());
-        written.map_err(|source| Error::Io { at, doing: "write", source })
-    }
 }
 
 fn refused<R: Read>(
@@ -383,6 +407,14 @@ fn refused<R: Read>(
     source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
 ) -> Error {
     Error::Destination { at: r.here(), what, source: source.into() }
+}
+
+/// What a source means that closes before it was told how it ended.
+fn closed() -> Judge {
+    Box::new(|_, closed| {
+        let at = Place { stream: Stream::Main, offset: 0 };
+        closed.then(|| multifd::Error::other("the migration broke off", Error::SourceGone { at }))
+    })
 }
 
 const SILENCE: Duration = Duration::from_secs(10);

@@ -12,13 +12,14 @@ use std::{fs::File, io, sync::Arc};
 
 use multifd::{
     Error, Result,
-    live::{DeviceSection, Main, Pass},
+    channel::{Stop, Wake},
+    live::{DeviceInfo, DeviceSection, Main, Pass, RunState, Verdict},
     ram::{BlockIndex, DirectFile, PageIndex, RamBlock, RamBlocks},
 };
 
 use super::{Layout, MappedRamFile, Shape, Tail};
 use crate::{
-    embedder::{devices_of, list_of},
+    embedder::{check_devices, devices_of, list_of},
     error::CallerMistake,
     format::{BlockList, Configuration, DevicePart, SectionId, SyncMode},
 };
@@ -66,7 +67,8 @@ impl CaptureOptions {
 ///
 /// The [`Sender`](multifd::Sender) of the migration is set up into its [`blocks`](Capture::blocks). Without one, pages come
 /// through here, one by one. When [`Migration::run`](multifd::live::Migration::run) has returned `Ok`, the file is whole
-/// and the guest stands: it may run on here, since nobody else runs it.
+/// and the guest stands: it may run on here, since nobody else runs it, if it [ran](multifd::live::MigrationInfo::guest_was)
+/// before.
 #[derive(Debug)]
 pub struct Capture {
     file: Arc<File>,
@@ -208,6 +210,15 @@ impl Machine {
 }
 
 impl Main for Capture {
+    fn expect(&mut self, devices: &[DeviceInfo]) -> Result<()> {
+        if self.machine.replayed {
+            return Ok(());
+        }
+        let page_size = self.blocks.page_size().bytes();
+        let checked = check_devices(devices, page_size, self.machine.section);
+        checked.map_err(|error| Error::other("list the devices", error))
+    }
+
     fn begin(&mut self) -> Result<()> {
         Ok(())
     }
@@ -215,6 +226,12 @@ impl Main for Capture {
     fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
         let find = |block: &RamBlock| self.blocks.find(block.name().as_bytes());
         let order: Option<Vec<_>> = blocks.iter().map(|(_, block)| find(block)).collect();
+        let same = |(index, block): (BlockIndex, &RamBlock)| {
+            self.blocks.get(index).is_some_and(|of| of.used_length() == block.used_length())
+        };
+        let order = order.filter(|order| order.len() == self.blocks.len());
+        let order =
+            order.filter(|order| order.iter().zip(blocks.iter()).all(|(at, (_, block))| same((*at, block))));
         self.order =
             order.ok_or_else(|| Error::other("find the blocks", "the file was laid out for others"))?;
         Ok(())
@@ -247,28 +264,37 @@ impl Main for Capture {
         Ok(())
     }
 
-    fn devices(&mut self, devices: Vec<DeviceSection>) -> Result<()> {
+    /// There is nobody to wait for.
+    fn ready(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn end_ram(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn devices(&mut self, devices: Vec<DeviceSection>, guest: RunState) -> Result<()> {
         if !self.machine.replayed {
             let page_size = self.blocks.page_size().bytes();
-            let part = devices_of(devices, page_size, self.machine.section);
+            let part = devices_of(devices, guest, page_size, self.machine.section);
             self.machine.devices = Some(part.map_err(|error| Error::other("list the devices", error))?);
         }
         Ok(())
     }
 
-    /// Writes everything but the pages, and brings the file to the disk if that was asked for. If it fails, the file
-    /// holds no machine any more: the guest runs on.
-    fn complete(&mut self) -> Result<()> {
-        match self.write() {
+    /// Writes everything but the pages, and brings the file to the disk if that was asked for. If it fails, or the capture
+    /// was cancelled, the file holds no machine any more: the guest runs on.
+    fn complete(&mut self, stop: &Stop) -> Verdict {
+        match stop.check().and_then(|()| self.write()) {
             Ok(end) => {
                 self.bytes += end.saturating_sub(self.offset + self.blocks.total());
-                Ok(())
+                Verdict::Taken
             }
             Err(error) => {
                 if let Err(error) = self.file.set_len(self.offset) {
                     tracing::warn!(%error, "what is left of the file could not be cut");
                 }
-                Err(error)
+                Verdict::Refused(error)
             }
         }
     }
@@ -276,6 +302,14 @@ impl Main for Capture {
     /// Bytes beside the channels' pages: head, bitmaps and devices, at the end, with the gaps between.
     fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+
+    fn send_waker(&self) -> Option<Arc<dyn Wake>> {
+        None
     }
 }
 

@@ -1,20 +1,21 @@
 //! QEMU's main stream as the engine's passes see it.
 //!
 //! A [`MainStream`] turns the calls of a [`Migration`](multifd::live::Migration) into those of an [`Outgoing`]. The
-//! devices are what the guest's stop gives, or a captured machine's, which travel as they came.
+//! devices are what the guest has saved, or a captured machine's, which travel as they came.
 
-use std::time::{Duration, Instant};
+use std::{sync::Arc, time::Duration};
 
 use multifd::{
     Error, Result,
-    live::{self, Main, Pass},
+    channel::{CloseWatch, Stop, Wake},
+    live::{self, DeviceInfo, Main, Pass, RunState, Verdict},
     ram::{PageIndex, RamBlocks},
 };
 
 use super::Outgoing;
 use crate::{
     connection::Connection,
-    embedder::{devices_of, list_of},
+    embedder::{check_devices, devices_of, list_of},
     error::CallerMistake,
     format::{BlockIndex, BlockList, DevicePart},
 };
@@ -24,25 +25,41 @@ pub struct MainStream<C> {
     outgoing: Outgoing<C>,
     captured: Option<(BlockList, DevicePart)>,
     end_timeout: Option<Duration>,
+    verdict_timeout: Duration,
+    stop: Stop,
+    begun: bool,
+    /// While the guest runs.
+    watch: Option<CloseWatch>,
 }
 
 impl<C: Connection> MainStream<C> {
-    /// The stream of a running machine, whose block list is the engine's and whose devices come from its guest.
-    pub fn of_guest(outgoing: Outgoing<C>) -> Self {
-        Self { outgoing, captured: None, end_timeout: Some(END) }
+    /// The stream of a running machine, whose block list is the engine's and whose devices come from its guest. `stop` is the
+    /// migration's: it fails as soon as the destination says that it has failed, or closes.
+    pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
+        let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
+        Self { outgoing, captured: None, end_timeout, verdict_timeout, stop, begun: false, watch: None }
     }
 
     /// The stream of a captured machine, whose block list and devices are replayed.
-    pub fn of_capture(outgoing: Outgoing<C>, blocks: BlockList, devices: DevicePart) -> Self {
-        Self { outgoing, captured: Some((blocks, devices)), end_timeout: Some(END) }
+    pub fn of_capture(outgoing: Outgoing<C>, blocks: BlockList, devices: DevicePart, stop: &Stop) -> Self {
+        Self { captured: Some((blocks, devices)), ..Self::of_guest(outgoing, stop) }
     }
 
     /// How long the destination may take, when it has got everything, to say that it has. Default 600 s; `None` is for
-    /// ever, as QEMU waits. It may be writing a file to a slow disk. One that is given up is taken for failed, and the guest
-    /// goes on at the source: whoever sets this short makes sure by other means that it does not run there as well.
+    /// ever, as QEMU waits. It may be writing a file to a slow disk. If it has said nothing by then,
+    /// [nobody here knows](multifd::Error::OwnerUnknown) whether it has the guest.
     #[must_use]
     pub fn end_timeout(mut self, limit: Option<Duration>) -> Self {
         self.end_timeout = limit;
+        self
+    }
+
+    /// How long the destination may take to say whether it has the guest, when the migration is cancelled after everything
+    /// has been sent. Default 10 s. If it has said nothing by then, nobody here knows, as with
+    /// [`end_timeout`](Self::end_timeout).
+    #[must_use]
+    pub fn verdict_timeout(mut self, limit: Duration) -> Self {
+        self.verdict_timeout = limit;
         self
     }
 
@@ -60,12 +77,30 @@ impl<C: Connection> MainStream<C> {
 }
 
 impl<C: Connection> Main for MainStream<C> {
-    fn begin(&mut self) -> Result<()> {
-        self.outgoing.begin().map_err(failed)
+    fn expect(&mut self, devices: &[DeviceInfo]) -> Result<()> {
+        if self.captured.is_some() {
+            return Ok(());
+        }
+        let options = self.outgoing.options();
+        check_devices(devices, options.page_size().bytes(), options.section).map_err(failed)
     }
 
+    /// Does nothing the second time: it may be called as soon as the connection stands, before the channels connect.
+    fn begin(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.begun, true) {
+            return Ok(());
+        }
+        self.outgoing.begin().map_err(failed)?;
+        self.watch = self.outgoing.watch(&self.stop);
+        Ok(())
+    }
+
+    /// # Errors
+    /// If the stream breaks; if a captured machine has other blocks than these, or one is ignored and the configuration lacks
+    /// `x-ignore-shared`: the destination would have zeros in it.
     fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
         let list = self.list(blocks).map_err(failed)?;
+        check_list(&list, blocks, self.outgoing.options().ignore_shared()).map_err(failed)?;
         self.outgoing.setup(list).map_err(failed)?;
         match &self.captured {
             Some((_, devices)) => self.outgoing.early(devices).map_err(failed),
@@ -73,12 +108,8 @@ impl<C: Connection> Main for MainStream<C> {
         }
     }
 
-    fn begin_pass(&mut self, pass: Pass) -> Result<()> {
-        match pass {
-            Pass::Live => self.outgoing.begin_part(),
-            Pass::Final => self.outgoing.begin_end(),
-        }
-        .map_err(failed)
+    fn begin_pass(&mut self, _pass: Pass) -> Result<()> {
+        self.outgoing.begin_part().map_err(failed)
     }
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
@@ -97,25 +128,70 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.switchover().map_err(failed)
     }
 
-    fn devices(&mut self, devices: Vec<live::DeviceSection>) -> Result<()> {
+    /// Nothing is asked for a captured machine: no guest stands meanwhile.
+    fn ready(&mut self) -> Result<()> {
+        // It looks at what is about to be read.
+        self.watch = None;
+        if self.captured.is_some() {
+            return Ok(());
+        }
+        self.outgoing.ready().map_err(failed)
+    }
+
+    fn end_ram(&mut self) -> Result<()> {
+        self.outgoing.begin_end().and_then(|()| self.outgoing.end_part()).map_err(failed)
+    }
+
+    fn devices(&mut self, devices: Vec<live::DeviceSection>, guest: RunState) -> Result<()> {
         let part = match &self.captured {
             Some((_, captured)) => captured.clone(),
             None => {
                 let options = self.outgoing.options();
-                devices_of(devices, options.page_size().bytes(), options.section).map_err(failed)?
+                devices_of(devices, guest, options.page_size().bytes(), options.section).map_err(failed)?
             }
         };
         self.outgoing.devices(&part).map_err(failed)
     }
 
-    fn complete(&mut self) -> Result<()> {
-        let deadline = self.end_timeout.map(|limit| Instant::now() + limit);
-        self.outgoing.complete(deadline).map_err(failed)
+    fn complete(&mut self, stop: &Stop) -> Verdict {
+        self.outgoing.complete(stop, self.end_timeout, self.verdict_timeout)
     }
 
     fn bytes(&self) -> u64 {
         self.outgoing.bytes()
     }
+
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        self.outgoing.connection().waker()
+    }
+
+    fn send_waker(&self) -> Option<Arc<dyn Wake>> {
+        self.outgoing.connection().write_waker()
+    }
+}
+
+/// Refuses a list that is not that of the blocks which are sent.
+fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<(), CallerMistake> {
+    if list.entries().len() != blocks.len() {
+        let why = format!("{} blocks are listed, {} are sent", list.entries().len(), blocks.len());
+        return Err(CallerMistake::Blocks(why));
+    }
+    for (entry, (_, block)) in list.entries().iter().zip(blocks.iter()) {
+        if (&entry.name, entry.used_length) != (block.name(), block.used_length()) {
+            let (name, length) = (block.name(), block.used_length());
+            return Err(CallerMistake::Blocks(format!(
+                "\"{}\" with {:#x} bytes is listed where \"{name}\" with {length:#x} is sent",
+                entry.name, entry.used_length
+            )));
+        }
+        if block.is_ignored() && !ignore_shared {
+            return Err(CallerMistake::Blocks(format!(
+                "\"{}\" is ignored, but the configuration lacks x-ignore-shared: the destination would have zeros in it",
+                entry.name
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -123,3 +199,4 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 }
 
 const END: Duration = Duration::from_secs(600);
+const VERDICT: Duration = Duration::from_secs(10);

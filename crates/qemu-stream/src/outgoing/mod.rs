@@ -15,22 +15,26 @@ mod options;
 mod return_path;
 mod writer;
 
-use std::time::Instant;
+use std::time::Duration;
 
-use multifd::ram::{BlockIndex, PageIndex};
+use multifd::{
+    channel::{CloseWatch, Stop},
+    live::Verdict,
+    ram::{BlockIndex, PageIndex},
+};
 
 pub use main_stream::MainStream;
 pub use options::Options;
 
 use crate::{
     connection::Connection,
-    error::{CallerMistake, Error},
+    error::{CallerMistake, Error, Place, Stream},
     format::{
         BlockList, Command, CurrentBlock, DevicePart, Record, Section, SectionHead, SyncMode, encode_footer,
         encode_header,
     },
 };
-use return_path::Heard;
+use return_path::{EndLimits, Heard, failure_in};
 use writer::Writer;
 
 /// A precopy migration going out.
@@ -237,19 +241,63 @@ impl<C: Connection> Outgoing<C> {
         self.settle(written, Stage::Closed)
     }
 
-    /// Waits for the destination's word that it has everything, until `deadline`; `None` waits as long
-    /// as QEMU does: for ever. Without a return path there is no word to wait for, only what the connection itself knows:
-    /// of a command, its exit status.
+    /// Asks the destination whether it has come as far as this, between two passes, and waits until it says so: it has all
+    /// of RAM up to here. Without a return path it cannot be asked, and nothing is done.
     ///
     /// # Errors
-    /// If the destination says that it failed, says nothing, or breaks the rules. In each case the
-    /// guest can go on at the source.
-    pub fn complete(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
-        self.expect("complete", Stage::Closed)?;
+    /// If the call is out of order, the destination has failed, or the connection breaks.
+    pub fn ready(&mut self) -> Result<(), Error> {
+        self.expect("ready", Stage::Between)?;
         if !self.options.return_path {
-            return self.writer.finish();
+            return Ok(());
         }
-        self.heard.wait_for_shut(self.writer.connection(), deadline)
+        Section::Command(Command::Ping(READY_PING)).encode(self.writer.buffer());
+        self.leave(Stage::Between)?;
+        let answered = self.heard.wait_for_pong(self.writer.connection(), READY_PING);
+        if answered.is_err() {
+            self.stage = Stage::Broken;
+        }
+        answered
+    }
+
+    /// Waits for the destination's word whether it has the guest, for `end` at the most; `None` waits as long as QEMU does:
+    /// for ever. If `stop` has failed, or fails meanwhile, it is `cancelled` that is waited at the most: whoever has stopped
+    /// has closed the [sending side](Connection::write_waker), which a destination answers.
+    ///
+    /// Without a return path there is no word to wait for, only what the connection itself knows: of a command, its exit
+    /// status. Any other connection took all bytes, which counts as success, as it does for QEMU.
+    pub fn complete(&mut self, stop: &Stop, end: Option<Duration>, cancelled: Duration) -> Verdict {
+        if let Err(error) = self.expect("complete", Stage::Closed) {
+            return Verdict::Refused(multifd::Error::other("the main stream failed", error));
+        }
+        if !self.options.return_path {
+            return match self.writer.finish() {
+                Ok(()) => Verdict::Taken,
+                Err(error) => Verdict::Refused(multifd::Error::other("the main stream failed", error)),
+            };
+        }
+        self.heard.wait_for_verdict(self.writer.connection(), stop, EndLimits { end, cancelled })
+    }
+
+    /// Has `stop` fail as soon as the destination says that it has failed, or closes, whatever this side waits for, until the
+    /// guard is dropped, which must be before [`ready`](Self::ready). `None` without a return path, or where the connection
+    /// cannot tell.
+    pub fn watch(&self, stop: &Stop) -> Option<CloseWatch> {
+        if !self.options.return_path {
+            return None;
+        }
+        let judge = |bytes: &[u8], closed: bool| {
+            let closed =
+                || closed.then_some(Error::NoShut { at: Place { stream: Stream::ReturnPath, offset: 0 } });
+            let error = failure_in(bytes).or_else(closed)?;
+            Some(multifd::Error::other("the main stream failed", error))
+        };
+        self.writer.connection_ref().watch_peer(stop, Box::new(judge))
+    }
+
+    /// The connection.
+    pub fn connection(&self) -> &C {
+        self.writer.connection_ref()
     }
 
     /// Bytes written and waiting to be.
@@ -330,5 +378,7 @@ impl<C: Connection> Outgoing<C> {
     }
 }
 
+/// The value of the PING that asks whether all of RAM has arrived; any would do.
+const READY_PING: u32 = 0x6d66_6601;
 /// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.
 const FIRST_PING: u32 = 1;

@@ -15,7 +15,7 @@ pub struct Options {
     pub(super) sync_mode: Option<SyncMode>,
     pub(super) return_path: bool,
     pub(super) switchover_start: bool,
-    pub(super) section: SectionId,
+    pub(crate) section: SectionId,
     pub(super) footers: bool,
 }
 
@@ -54,15 +54,27 @@ impl Options {
         self
     }
 
+    /// With channels the sync mode that was chosen, or the machine type's; without, none.
+    pub(crate) fn multifd(mut self, on: bool) -> Self {
+        let machine = self.configuration.as_ref().map(|configuration| &configuration.machine);
+        let round =
+            || machine.map_or(SyncMode::Legacy, |machine| machine.sync_mode().unwrap_or(SyncMode::Round));
+        self.sync_mode = on.then(|| self.sync_mode.unwrap_or_else(round));
+        self
+    }
+
     /// The sync mode these options have.
     pub fn chosen_sync_mode(&self) -> Option<SyncMode> {
         self.sync_mode
     }
 
-    /// Whether to wait for the destination's word at the end. On by default: without it, a destination
-    /// that fails at the end goes unnoticed and the guest is lost.
-    pub fn return_path(mut self, on: bool) -> Self {
-        self.return_path = on;
+    /// Does without the return path: the destination is not asked whether it has the guest, and the last byte that the
+    /// connection takes counts as success.
+    ///
+    /// **Warning:** a destination that fails at the end goes unnoticed, and the guest is lost. Only for a command
+    /// (`exec:`), whose exit status tells, and for destinations that cannot answer.
+    pub fn unconfirmed(mut self) -> Self {
+        self.return_path = false;
         self
     }
 
@@ -91,7 +103,7 @@ impl Options {
         self.configuration.as_ref().map(|configuration| &configuration.machine)
     }
 
-    pub(super) fn page_size(&self) -> PageSize {
+    pub(crate) fn page_size(&self) -> PageSize {
         self.configuration.as_ref().map(Configuration::page_size).unwrap_or_default()
     }
 
@@ -103,7 +115,7 @@ impl Options {
         self.footers
     }
 
-    pub(super) fn check(&self) -> Result<(), CallerMistake> {
+    pub(crate) fn check(&self) -> Result<(), CallerMistake> {
         match self.machine().filter(|machine| !machine.has_footers()) {
             None => Ok(()),
             Some(machine) => Err(CallerMistake::Machine {

@@ -1,42 +1,147 @@
 //! What the destination says to the source.
 //!
-//! Nothing is read before the devices are to be sent: a destination says little, and its last word comes when it has
-//! everything. One that has come before that is no good news, whatever it says.
+//! Nothing is taken from it before the guest has stopped: a destination says little until then. Twice something is waited
+//! for: that it has all of RAM, and whether it has the guest. A last word that comes before it can be true is no good news,
+//! whatever it says.
 
 use std::{
-    io::{self, Read},
+    io::{self, Cursor, Read},
     time::{Duration, Instant},
 };
+
+use multifd::{channel::Stop, live::Verdict};
 
 use crate::{
     connection::Connection,
     error::{Error, PeerMisbehaved, Place, Stream, Unsupported},
-    format::{Message, Reader},
+    format::{Message, Reader, VERDICT_MARK},
 };
 
-/// What the destination has said so far: all bytes, of which none was acted upon.
+/// What the destination has said.
 #[derive(Debug, Default)]
-pub(super) struct Heard(Vec<u8>);
+pub(super) struct Heard {
+    /// Bytes that were not acted upon yet.
+    bytes: Vec<u8>,
+    /// Bytes of the return path before them.
+    before: u64,
+    /// The destination has said that it always gives its verdict, also when it fails.
+    gives_verdict: bool,
+}
+
+/// How long the end of a migration is waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EndLimits {
+    /// For a destination that has everything; `None` is for ever.
+    pub(super) end: Option<Duration>,
+    /// For one whose source has been cancelled meanwhile.
+    pub(super) cancelled: Duration,
+}
 
 impl Heard {
-    /// Reads messages until SHUT.
-    pub(super) fn wait_for_shut<C: Connection>(
-        &self,
+    /// Waits until the destination has answered the PING of this value.
+    pub(super) fn wait_for_pong<C: Connection>(
+        &mut self,
         connection: &mut C,
-        deadline: Option<Instant>,
+        value: u32,
     ) -> Result<(), Error> {
-        let rest = Until { connection: &mut *connection, deadline };
-        let ended = until_shut(&mut reader(self.0.chain(rest))).map(drop);
+        loop {
+            while let Some((message, at)) = self.next()? {
+                match message {
+                    Message::Pong(met) if met == value => return Ok(()),
+                    Message::Pong(_) | Message::SwitchoverAck => {}
+                    Message::Shut(0) => return Err(PeerMisbehaved::EarlyShut.at(at)),
+                    other => return Err(refusal(&other, at)),
+                }
+            }
+            if self.read_more(connection).map_err(|source| self.broken(source))? == 0 {
+                return Err(Error::NoShut { at: self.place() });
+            }
+        }
+    }
+
+    /// Waits for SHUT, when everything has been sent.
+    pub(super) fn wait_for_verdict<C: Connection>(
+        &mut self,
+        connection: &mut C,
+        stop: &Stop,
+        limits: EndLimits,
+    ) -> Verdict {
+        let verdict = self.verdict(connection, stop, limits);
         // Whoever has the connection next has no deadline of ours; one that is gone needs none.
         let _ = connection.set_read_timeout(None);
-        ended
+        verdict
+    }
+
+    fn verdict<C: Connection>(&mut self, connection: &mut C, stop: &Stop, limits: EndLimits) -> Verdict {
+        let late = |at| Error::TimedOut { at, expected: "a message" };
+        let mut end = limits.end.map(|limit| Instant::now() + limit);
+        let mut cancelled = false;
+        loop {
+            loop {
+                match self.next() {
+                    Ok(None) => break,
+                    Ok(Some((Message::Shut(0), _))) => return Verdict::Taken,
+                    // In precopy neither is waited for.
+                    Ok(Some((Message::Pong(_) | Message::SwitchoverAck, _))) => {}
+                    Ok(Some((other, at))) => return Verdict::Refused(failed(refusal(&other, at))),
+                    Err(error) => return Verdict::Refused(failed(error)),
+                }
+            }
+            if !cancelled && stop.error().is_some() {
+                // The sending side is closed by now, so the destination knows that its word is wanted.
+                cancelled = true;
+                let soon = Instant::now() + limits.cancelled;
+                end = Some(end.map_or(soon, |end| end.min(soon)));
+            }
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Verdict::Unknown(failed(late(self.place())));
+            }
+            // The stop ends no read here: it is looked at now and then.
+            let look = (limits.cancelled / LOOKS).max(GLANCE);
+            let read = connection
+                .set_read_timeout(Some(left.map_or(look, |left| left.min(look))))
+                .and_then(|()| self.read_more(connection));
+            match read {
+                Ok(0) => return self.closed(),
+                Ok(_) => {}
+                Err(error) if is_late(&error) => {}
+                Err(error) => return Verdict::Unknown(failed(self.broken(error))),
+            }
+        }
+    }
+
+    /// The destination has closed without a word. One that always gives its verdict may have given it: something between the
+    /// two has closed. Any other is taken for failed, as a QEMU source takes it.
+    fn closed(&self) -> Verdict {
+        let error = failed(Error::NoShut { at: self.place() });
+        if self.gives_verdict { Verdict::Unknown(error) } else { Verdict::Refused(error) }
     }
 
     /// Why the destination has closed, if it has said so. Waits no longer than a moment: after a failed
     /// write either the message is there or it never will be.
-    pub(super) fn last_word<C: Connection>(&self, connection: &mut C) -> Option<Error> {
-        let ended = self.wait_for_shut(connection, Some(Instant::now() + MOMENT));
-        ended.err().filter(|error| matches!(error, Error::DestinationFailed { .. } | Error::NoShut { .. }))
+    pub(super) fn last_word<C: Connection>(&mut self, connection: &mut C) -> Option<Error> {
+        let end = Instant::now() + MOMENT;
+        let word = loop {
+            match self.next() {
+                Ok(None) => {}
+                Ok(Some((Message::Shut(code @ 1..), _))) => break Some(Error::DestinationFailed { code }),
+                Ok(Some(_)) => continue,
+                Err(_) => break None,
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || connection.set_read_timeout(Some(left)).is_err() {
+                break None;
+            }
+            match self.read_more(connection) {
+                Ok(0) => break Some(Error::NoShut { at: self.place() }),
+                Ok(_) => {}
+                Err(error) if is_late(&error) => {}
+                Err(_) => break None,
+            }
+        };
+        let _ = connection.set_read_timeout(None);
+        word
     }
 
     /// Looks, without waiting, whether the destination has given its last word.
@@ -45,23 +150,25 @@ impl Heard {
     /// If it has, whatever it says: there is more to come that it needs.
     pub(super) fn is_undecided<C: Connection>(&mut self, connection: &mut C) -> Result<(), Error> {
         let closed = self.take_in(connection);
-        match until_shut(&mut reader(&self.0[..])) {
-            Ok(at) => Err(PeerMisbehaved::EarlyShut.at(at)),
-            // It has closed, or just said no more than this by now.
-            Err(Error::NoShut { .. } | Error::Cut { .. }) if !closed => Ok(()),
-            Err(error) => Err(error),
+        while let Some((message, at)) = self.next()? {
+            match message {
+                Message::Pong(_) | Message::SwitchoverAck => {}
+                Message::Shut(0) => return Err(PeerMisbehaved::EarlyShut.at(at)),
+                other => return Err(refusal(&other, at)),
+            }
         }
+        if closed { Err(Error::NoShut { at: self.place() }) } else { Ok(()) }
     }
 
     /// Takes in what is there; says whether the destination has closed.
     fn take_in<C: Connection>(&mut self, connection: &mut C) -> bool {
         let mut closed = false;
-        while !closed && self.0.len() < BUFFER && connection.is_readable().is_ok_and(|readable| readable) {
-            let (mut bytes, deadline) = ([0; BUFFER], Some(Instant::now() + GLANCE));
-            match (Until { connection, deadline }).read(&mut bytes) {
+        while !closed && self.bytes.len() < BUFFER && connection.is_readable().is_ok_and(|readable| readable)
+        {
+            let read = connection.set_read_timeout(Some(GLANCE)).and_then(|()| self.read_more(connection));
+            match read {
                 Ok(0) => closed = true,
-                Ok(some) => self.0.extend(&bytes[..some]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) => {}
                 // What is there is for the connection alone; or it has broken, and the next write tells of it.
                 Err(_) => break,
             }
@@ -69,54 +176,83 @@ impl Heard {
         let _ = connection.set_read_timeout(None);
         closed
     }
-}
 
-fn reader<R: Read>(from: R) -> Reader<R> {
-    Reader::with_capacity(from, Stream::ReturnPath, BUFFER)
-}
-
-/// Where SHUT 0 stands.
-fn until_shut<R: Read>(r: &mut Reader<R>) -> Result<Place, Error> {
-    loop {
-        let at = r.here();
-        let Some(message) = Message::decode(r)? else {
-            return Err(Error::NoShut { at });
-        };
-        tracing::debug!(?message, "return path");
-        match message {
-            Message::Shut(0) => return Ok(at),
-            Message::Shut(code) => return Err(Error::DestinationFailed { code }),
-            // In precopy neither is waited for.
-            Message::Pong(_) | Message::SwitchoverAck => {}
-            Message::ReqPages { .. } | Message::RecvBitmap { .. } | Message::ResumeAck => {
-                let (what, capability) = ("a postcopy message on the return path", "postcopy-ram");
-                return Err(Unsupported::Capability { what, capability }.at(at));
+    /// The next message that is here as a whole.
+    fn next(&mut self) -> Result<Option<(Message, Place)>, Error> {
+        let mut r = Reader::with_capacity(Cursor::new(&self.bytes), Stream::ReturnPath, BUFFER);
+        r.jump(Cursor::new(&self.bytes), self.before);
+        let read = Message::decode(&mut r);
+        let (length, at) = (r.position() - self.before, self.place());
+        match read {
+            Ok(None) => Ok(None),
+            Err(Error::Cut { .. }) if self.bytes.len() < BUFFER => Ok(None),
+            Err(error) => Err(error),
+            Ok(Some(message)) => {
+                tracing::debug!(?message, "return path");
+                self.bytes.drain(..usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len()));
+                self.before += length;
+                self.gives_verdict |= message == Message::Pong(VERDICT_MARK);
+                Ok(Some((message, at)))
             }
+        }
+    }
+
+    /// Reads what is there, or waits for the first byte; says how many came.
+    fn read_more<C: Read>(&mut self, connection: &mut C) -> io::Result<usize> {
+        let mut bytes = [0; BUFFER];
+        loop {
+            match connection.read(&mut bytes) {
+                Ok(some) => {
+                    self.bytes.extend(&bytes[..some]);
+                    return Ok(some);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // It closed without reading all that we sent; it said no more than one that closes in order.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(0),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn place(&self) -> Place {
+        Place { stream: Stream::ReturnPath, offset: self.before }
+    }
+
+    fn broken(&self, source: io::Error) -> Error {
+        Error::Io { at: self.place(), doing: "read", source }
+    }
+}
+
+/// The first last word among bytes that the destination has sent: why it has failed.
+pub(super) fn failure_in(bytes: &[u8]) -> Option<Error> {
+    let mut heard = Heard { bytes: bytes.to_vec(), ..Heard::default() };
+    while let Ok(Some((message, _))) = heard.next() {
+        if let Message::Shut(code @ 1..) = message {
+            return Some(Error::DestinationFailed { code });
+        }
+    }
+    None
+}
+
+/// What a message means that ends the migration.
+fn refusal(message: &Message, at: Place) -> Error {
+    match message {
+        Message::Shut(code) => Error::DestinationFailed { code: *code },
+        _ => {
+            let (what, capability) = ("a postcopy message on the return path", "postcopy-ram");
+            Unsupported::Capability { what, capability }.at(at)
         }
     }
 }
 
-/// A connection whose reads end at a deadline, however few bytes each of them brings.
-struct Until<'a, C> {
-    connection: &'a mut C,
-    deadline: Option<Instant>,
+fn is_late(error: &io::Error) -> bool {
+    // The system's own is of a host that has gone.
+    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+        && !(error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some())
 }
 
-impl<C: Connection> Read for Until<'_, C> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if let Some(deadline) = self.deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.connection.set_read_timeout(Some(left))?;
-        }
-        match self.connection.read(into) {
-            // It closed without reading all that we sent; it said no more than one that closes in order.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(0),
-            read => read,
-        }
-    }
+fn failed(error: Error) -> multifd::Error {
+    multifd::Error::other("the main stream failed", error)
 }
 
 /// Enough for the longest message.
@@ -124,3 +260,5 @@ const BUFFER: usize = 1 << 10;
 const MOMENT: Duration = Duration::from_millis(200);
 /// The guest stands meanwhile.
 const GLANCE: Duration = Duration::from_millis(1);
+/// How often a wait looks within its limit.
+const LOOKS: u32 = 8;

@@ -37,6 +37,10 @@ impl<C: Write> Writer<C> {
         &mut self.connection
     }
 
+    pub(super) fn connection_ref(&self) -> &C {
+        &self.connection
+    }
+
     pub(super) fn into_inner(self) -> C {
         self.connection
     }

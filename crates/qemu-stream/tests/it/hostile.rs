@@ -120,7 +120,7 @@ fn what_breaks_the_order_is_refused() {
 
 #[test]
 fn ping_without_a_return_path_is_refused() {
-    let mut whole = stream(Options::new(q35("10.0")).return_path(false));
+    let mut whole = stream(Options::new(q35("10.0")).unconfirmed());
     let at = whole.windows(RAM_START.len()).position(|window| window == RAM_START).unwrap();
     whole.splice(at..at, encoded(&Section::Command(Command::Ping(1))));
     let error = run(&whole).err().unwrap();

@@ -3,15 +3,17 @@
 use std::{
     collections::BTreeMap,
     io::{self, Cursor, Read, Write},
+    sync::Arc,
     time::Duration,
 };
 
 use multifd::{
-    channel::{Stream, memory},
+    channel::{Stop, Stream, Wake, memory},
+    live::Verdict,
     ram::{BlockIndex, BlockName, PageIndex, PageSize},
 };
 use qemu_stream::{
-    Connection,
+    Connection, Error,
     format::{
         BlockEntry, BlockList, Configuration, Device, DevicePart, EndFinder, MachineType, SectionId,
         SectionName, SyncMode,
@@ -56,6 +58,14 @@ impl Write for Tape {
 }
 
 impl Connection for Tape {
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+
+    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+
     fn set_read_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
         Ok(())
     }
@@ -157,7 +167,7 @@ pub(crate) fn devices_of(options: &Options) -> DevicePart {
 }
 
 /// Sends a machine: a live pass, a last pass, devices. With multifd off its pages are on main.
-pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Result<(), qemu_stream::Error> {
+pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Result<(), Error> {
     out.begin()?;
     out.setup(blocks())?;
     out.begin_part()?;
@@ -173,6 +183,23 @@ pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Resul
     out.end_part()?;
     let devices = devices_of(out.options());
     out.devices(&devices)
+}
+
+/// Waits for the destination's word.
+pub(crate) fn complete<C: Connection>(
+    out: &mut Outgoing<C>,
+    end: Option<Duration>,
+) -> Result<(), multifd::Error> {
+    match out.complete(&Stop::new(), end, Duration::from_secs(10)) {
+        Verdict::Taken => Ok(()),
+        Verdict::Refused(error) | Verdict::Unknown(error) => Err(error),
+    }
+}
+
+/// What this library says of it.
+pub(crate) fn cause(error: &multifd::Error) -> &Error {
+    let multifd::Error::Other { source, .. } = error.kind() else { panic!("{error}") };
+    source.downcast_ref().expect("an error of the stream")
 }
 
 /// The whole stream of such a machine.
@@ -192,7 +219,8 @@ pub(crate) fn all_options() -> Vec<Options> {
     for version in ["7.2", "8.1", "10.0"] {
         for mode in [None, Some(SyncMode::Legacy), Some(SyncMode::Round)] {
             for return_path in [false, true] {
-                all.push(Options::new(q35(version)).sync_mode(mode).return_path(return_path));
+                let options = Options::new(q35(version)).sync_mode(mode);
+                all.push(if return_path { options } else { options.unconfirmed() });
             }
         }
     }

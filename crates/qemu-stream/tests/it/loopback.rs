@@ -1,9 +1,6 @@
 //! What one driver writes the other reads.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::{thread, time::Duration};
 
 use multifd::{
     ram::{BlockIndex, BlockName, PageIndex, PageSize},
@@ -17,7 +14,8 @@ use qemu_stream::{
 };
 
 use crate::kit::{
-    Memory, Tape, all_options, blocks, devices, devices_of, devices_without_footers, pair, q35, send, stream,
+    Memory, Tape, all_options, blocks, cause, complete, devices, devices_of, devices_without_footers, pair,
+    q35, send, stream,
 };
 
 /// Sends with `options` from a thread of its own; both ends must agree that all is well.
@@ -27,7 +25,7 @@ fn migrate(options: Options) -> (Loaded, Memory) {
     let sent = thread::spawn(move || {
         let mut out = Outgoing::new(source, options).unwrap();
         send(&mut out, multifd).unwrap();
-        out.complete(Some(Instant::now() + Duration::from_secs(30))).unwrap();
+        complete(&mut out, Some(Duration::from_secs(30))).unwrap();
     });
     let mut memory = Memory::default();
     let mut incoming = Incoming::new(destination);
@@ -64,7 +62,7 @@ fn the_sync_mode_is_recognised() {
 fn what_the_machine_type_decides_is_on_the_wire() {
     let (old, _) = migrate(Options::new(q35("7.2")));
     assert_eq!((old.sync_mode, old.switchover_start, old.footers), (SyncMode::Legacy, false, true));
-    let (new, _) = migrate(Options::new(q35("10.0")).return_path(false));
+    let (new, _) = migrate(Options::new(q35("10.0")).unconfirmed());
     assert_eq!((new.sync_mode, new.switchover_start, new.return_path), (SyncMode::Round, true, false));
     let (ancient, _) = migrate(Options::without_configuration());
     assert_eq!((ancient.configuration, ancient.footers), (None, false));
@@ -173,7 +171,8 @@ fn calls_out_of_order_are_refused_and_harmless() {
     out.begin_end().unwrap();
     out.end_part().unwrap();
     assert!(out_of_order(out.begin_part()));
-    assert!(out_of_order(out.complete(None)));
+    let early = complete(&mut out, None).unwrap_err();
+    assert!(matches!(cause(&early), Error::Caller(CallerMistake::OutOfOrder { .. })));
     let other = out.devices(&devices_without_footers());
     assert!(matches!(other, Err(Error::Caller(CallerMistake::Value { .. }))));
     out.devices(&devices()).unwrap();

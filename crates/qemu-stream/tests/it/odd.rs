@@ -16,7 +16,7 @@ use qemu_stream::{
     outgoing::{Options, Outgoing},
 };
 
-use crate::kit::{Memory, Tape, blocks, devices, devices_without_footers, pair, q35, send, stream};
+use crate::kit::{Memory, Tape, blocks, complete, devices, devices_without_footers, pair, q35, send, stream};
 
 const EARLY: &str = "0000:00:01.0/virtio-mem-device-early";
 const PART: &[u8] = b"\x02\0\0\0\x01";
@@ -168,7 +168,7 @@ fn received_opaque(bytes: &[u8]) -> Result<Loaded, Error> {
 #[test]
 fn devices_without_a_description_end_where_the_source_closes() {
     for options in [Options::new(q35("10.0")), Options::without_configuration()] {
-        let options = options.return_path(false);
+        let options = options.unconfirmed();
         let bytes = without_description(options.clone());
         let loaded = received_opaque(&bytes).unwrap();
         assert_eq!(loaded.devices.description(), None);
@@ -185,7 +185,7 @@ fn devices_without_a_description_end_where_the_source_closes() {
 
 #[test]
 fn devices_without_a_description_that_are_cut_are_refused() {
-    let bytes = without_description(Options::new(q35("10.0")).return_path(false));
+    let bytes = without_description(Options::new(q35("10.0")).unconfirmed());
     for cut in 1..bytes.len() - 100 {
         assert!(received(&bytes[..bytes.len() - cut]).is_err(), "{cut} bytes less");
     }
@@ -253,8 +253,8 @@ fn a_file_keeps_what_is_odd() {
     let modern = q35("10.0");
     let early = with_early(b"\x01\x02", 2).unwrap().unwrap();
     let opaque =
-        received_opaque(&without_description(Options::new(q35("10.0")).return_path(false))).unwrap().devices;
-    let bare = received_opaque(&without_description(Options::without_configuration().return_path(false)))
+        received_opaque(&without_description(Options::new(q35("10.0")).unconfirmed())).unwrap().devices;
+    let bare = received_opaque(&without_description(Options::without_configuration().unconfirmed()))
         .unwrap()
         .devices;
     for (case, configuration, footers, devices) in [
@@ -281,7 +281,7 @@ fn a_file_keeps_what_is_odd() {
 
 #[test]
 fn a_file_without_footers_and_description_must_say_how_long_it_is() {
-    let bare = received_opaque(&without_description(Options::without_configuration().return_path(false)))
+    let bare = received_opaque(&without_description(Options::without_configuration().unconfirmed()))
         .unwrap()
         .devices;
     let shape = Shape { footers: false, ..shape(None) };
@@ -371,7 +371,7 @@ fn a_machine_without_anything_special_is_as_before() {
     let sent = std::thread::spawn(move || {
         let mut out = Outgoing::new(source, Options::new(q35("10.0"))).unwrap();
         send(&mut out, true).unwrap();
-        out.complete(None).unwrap();
+        complete(&mut out, None).unwrap();
     });
     let mut incoming = Incoming::new(destination);
     assert_eq!(incoming.run(&mut Memory::default()).unwrap().devices, devices());

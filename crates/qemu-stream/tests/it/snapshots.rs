@@ -5,7 +5,10 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 use multifd::{
     Error, Result, SendOptions, Sender,
     channel::Stop,
-    live::{DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, RunState,
+        ZeroPageDetection,
+    },
     ram::{BlockName, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
@@ -52,7 +55,13 @@ fn bytes(blocks: &RamBlocks) -> Vec<u8> {
 struct Stopped(bool);
 
 impl Guest for Stopped {
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        vec![DeviceInfo::new("vcpu", 99).instance(3)]
+    }
+    fn stop(&mut self) -> io::Result<RunState> {
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(vec![DeviceSection { name: "vcpu".into(), instance_id: 3, version: 2, data: vec![7; 99] }])
     }
     fn resume(&mut self) {
@@ -79,9 +88,12 @@ fn run(
         sender
     });
     let options = MigrateOptions::new().zero_page_detection(detection);
-    let migration = Migration::new(options, blocks.clone(), stop);
+    let migration = match sender {
+        Some(sender) => Migration::new(options, sender),
+        None => Migration::over_main(options, blocks.clone(), stop),
+    };
     let mut guest = Stopped::default();
-    let info = migration.run(sender, &mut capture, &mut NeverDirty, &mut guest);
+    let info = migration.and_then(|migration| migration.run(&mut capture, &mut NeverDirty, &mut guest));
     assert_eq!(guest.0, info.is_err(), "it goes on if the capture fails, and only then");
     info
 }
@@ -170,9 +182,9 @@ fn file_of_a_capture_that_was_broken_off_is_no_machine() {
     let mut sender = Sender::new(SendOptions::new(), source.clone(), stop.clone()).expect("a sender");
     let mut capture = begin(open(&file));
     sender.set_up_into(capture.blocks().clone()).expect("set up");
-    let migration = Migration::new(MigrateOptions::new(), source.clone(), stop.clone());
+    let migration = Migration::new(MigrateOptions::new(), sender).expect("options");
     stop.cancel();
-    let told = migration.run(Some(sender), &mut capture, &mut NeverDirty, &mut Stopped::default());
+    let told = migration.run(&mut capture, &mut NeverDirty, &mut Stopped::default());
     assert!(told.expect_err("cancelled").is_cancelled());
     MappedRamFile::open(open(&file), 0).expect_err("nothing in it counts");
 }

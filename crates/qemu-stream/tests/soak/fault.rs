@@ -290,6 +290,14 @@ impl Link for Unlucky {
         self.hold.clone()
     }
 
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.link.send_waker()
+    }
+
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Both(self.hold.clone(), self.link.recv_waker()))
+    }
+
     fn peer(&self) -> String {
         self.link.peer()
     }
@@ -304,6 +312,16 @@ impl Link for Unlucky {
 
     fn finish(&mut self) -> io::Result<()> {
         self.link.finish()
+    }
+}
+
+/// Wakes both.
+struct Both(Arc<dyn Wake>, Arc<dyn Wake>);
+
+impl Wake for Both {
+    fn wake(&self) {
+        self.0.wake();
+        self.1.wake();
     }
 }
 

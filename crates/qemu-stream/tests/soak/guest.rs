@@ -13,10 +13,10 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceSection, Guest},
+    live::{DeviceInfo, DeviceSection, Guest, RunState},
     ram::{
-        BlockIndex, BlockName, DirtyBitmaps, DirtyLog, Mapping, Memory, PageBitmap, PageIndex, RamBlock,
-        RamBlocks,
+        BlockIndex, BlockName, DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, Mapping, Memory, PageBitmap,
+        PageIndex, RamBlock, RamBlocks,
     },
 };
 use multifd_testkit::pattern::{Origin, Pattern};
@@ -86,14 +86,22 @@ impl SoakGuest {
 }
 
 impl Guest for SoakGuest {
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
-        self.stopped = true;
+    fn devices(&self) -> Vec<DeviceInfo> {
+        vec![DeviceInfo::new(DEVICE, 8)]
+    }
+
+    fn stop(&mut self) -> io::Result<RunState> {
         if self.stays_up {
             return Err(io::Error::other(STAYS_UP));
         }
+        self.stopped = true;
         // Its vCPUs run on until they have heard of it.
         thread::sleep(TICK * u32::try_from(self.seed % 4).unwrap_or_default());
         self.halt();
+        Ok(RunState::Running)
+    }
+
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.device();
         Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
     }
@@ -151,12 +159,16 @@ fn write(seed: u64, blocks: &RamBlocks, index: BlockIndex, page: PageIndex, gene
 
 /// A log that can be read for a while.
 pub(crate) struct Unreadable {
-    pub(crate) log: DirtyBitmaps,
+    pub(crate) log: DirtyReader,
     pub(crate) left: Option<u32>,
 }
 
 impl DirtyLog for Unreadable {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.log.begin(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         match &mut self.left {
             Some(0) => return Err(io::Error::other(UNREADABLE)),
             Some(left) => *left -= 1,

@@ -177,10 +177,20 @@ fn send(
         .zero_page_detection(plan.detection)
         .max_bandwidth(plan.max_bandwidth)
         .downtime_limit(plan.downtime_limit);
-    let migration = Migration::new(options, blocks.clone(), stop.clone());
-    let progress = migration.progress();
     let left = if let Fault::LogUnreadable(takes) = plan.fault { Some(takes) } else { None };
-    let mut log = Unreadable { log: guest.log.clone(), left };
+    let mut log = Unreadable { log: guest.log.reader().expect("nobody else reads it"), left };
+    let migration = if plan.channels > 0 {
+        let send = SendOptions::new()
+            .channels(plan.channels)
+            .method(plan.method)
+            .connect_timeout(limits.connect)
+            .stall_timeout(Some(limits.stall));
+        Sender::new(send, blocks.clone(), stop.clone()).and_then(|sender| Migration::new(options, sender))
+    } else {
+        Migration::over_main(options, blocks.clone(), stop.clone())
+    };
+    let mut migration = migration.expect("options that fit");
+    let progress = migration.progress();
     let result = (|| {
         let link = connector
             .connect(stop, limits.connect)
@@ -188,32 +198,24 @@ fn send(
         let main = Stream::new(link)
             .attended(stop.attention(Some(limits.stall)))
             .map_err(|error| Error::io("attend main", error))?;
-        let _watch = stop.watch_failure(main.waker());
         let target_page_size = (plan.page_size.bytes() != 4096).then_some(plan.page_size);
         let machine = MachineType::new(plan.machine).expect("a name");
         let configuration = Configuration { target_page_size, ..Configuration::new(machine) };
-        let mut options = Options::new(configuration).return_path(plan.return_path);
+        let mut options = Options::new(configuration);
+        if !plan.return_path {
+            options = options.unconfirmed();
+        }
         if plan.channels == 0 {
             options = options.sync_mode(None);
         }
         let outgoing = Outgoing::new(main, options).expect("options");
-        let mut main = MainStream::of_guest(outgoing).end_timeout(Some(limits.stall));
-        let sender = (plan.channels > 0)
-            .then(|| {
-                let options = SendOptions::new()
-                    .channels(plan.channels)
-                    .method(plan.method)
-                    .connect_timeout(limits.connect)
-                    .stall_timeout(Some(limits.stall));
-                let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
-                sender.set_up(connector)?;
-                Ok::<_, Error>(sender)
-            })
-            .transpose()?;
-        migration.run(sender, &mut main, &mut log, &mut guest).map(drop)
+        let mut main = MainStream::of_guest(outgoing, stop).end_timeout(Some(limits.stall));
+        if plan.channels > 0 {
+            migration.set_up(connector)?;
+        }
+        migration.run(&mut main, &mut log, &mut guest).map(drop)
     })();
-    let dirty =
-        (0..blocks.len()).filter_map(|block| guest.log.of(BlockIndex(block))).map(PageBitmap::count).sum();
+    let dirty = (0..blocks.len()).map(|block| guest.log.count(BlockIndex(block))).sum();
     SourceEnd { result, status: progress.status(), dirty, guest }
 }
 

@@ -6,7 +6,7 @@ use std::{fs::File, path::Path, sync::Arc};
 use multifd::{
     SendOptions, Sender,
     channel::Stop,
-    live::{DeviceSection, Guest, MigrateOptions, Migration},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState},
     ram::{Mapping, Memory, NeverDirty, RamBlock, RamBlocks},
 };
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
@@ -20,7 +20,13 @@ use crate::kit::{
 struct AtRest;
 
 impl Guest for AtRest {
-    fn stop(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        Vec::new()
+    }
+    fn stop(&mut self) -> std::io::Result<RunState> {
+        Ok(RunState::Running)
+    }
+    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
     fn resume(&mut self) {}
@@ -41,8 +47,8 @@ fn through_memory(from: &Path, to: &Path) {
     let mut capture = Capture::of_machine(new, &file, &CaptureOptions::new().durable(true)).unwrap();
     let mut sender = Sender::new(SendOptions::new().channels(4), blocks.clone(), stop.clone()).unwrap();
     sender.set_up_into(capture.blocks().clone()).unwrap();
-    let migration = Migration::new(MigrateOptions::new(), blocks, stop);
-    migration.run(Some(sender), &mut capture, &mut NeverDirty, &mut AtRest).unwrap();
+    let migration = Migration::new(MigrateOptions::new(), sender).expect("options");
+    migration.run(&mut capture, &mut NeverDirty, &mut AtRest).unwrap();
 }
 
 /// QEMU 10.0 loads it over so many channels, and its guest checks all of its memory.

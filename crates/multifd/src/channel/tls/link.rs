@@ -18,7 +18,7 @@ use rustls::{
 
 use super::{ClientCredentials, ServerCredentials, subject};
 use crate::{
-    channel::{Attention, Link, Wake, deadline},
+    channel::{Attention, Link, PeerSignal, Wake, deadline},
     ram::{Part, PartMut},
     sync_types::Instant,
 };
@@ -272,6 +272,18 @@ impl Link for TlsLink {
 
     fn waker(&self) -> Arc<dyn Wake> {
         self.link.waker()
+    }
+
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.link.send_waker()
+    }
+
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.link.recv_waker()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        Ok(self.link.peer_signal()?.map(|signal| PeerSignal { plain: false, ..signal }))
     }
 
     fn peer(&self) -> String {

@@ -17,13 +17,13 @@ use std::{
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
 use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
 
 use super::{KvmSlot, Logging};
-use crate::ram::{BlockIndex, DirtyLog, PageBitmap, PageSize, RamBlocks};
+use crate::ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, PageSize, RamBlocks};
 
 /// Who protects pages against writing again once they have been told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,14 +51,22 @@ pub struct KvmDirtyLog<'vm> {
 impl<'vm> KvmDirtyLog<'vm> {
     /// Switches logging on, with manual protection where the kernel has it. vCPUs may run.
     ///
-    /// Pages of blocks that are in no slot are never dirty.
+    /// `slots` are regions as they were given to `KVM_SET_USER_MEMORY_REGION`; the block of each is found by its address.
+    ///
+    /// **Warning:** pages of blocks that are in no slot are never dirty. What is written while another reader takes the
+    /// bits of the same machine, a snapshot of the VMM's own say, is missing here.
     ///
     /// # Errors
-    /// If a slot is not whole pages of its block, or the kernel refuses.
+    /// [`io::ErrorKind::InvalidInput`] if a slot is not whole pages of a block; [`io::ErrorKind::ResourceBusy`] if another
+    /// log of this machine lives; what the kernel says if it refuses.
     ///
     /// # Safety
     /// Each region is what `vm` has in that slot, and stays so until the log is dropped.
-    pub unsafe fn start(vm: &'vm VmFd, slots: Vec<KvmSlot>, blocks: &RamBlocks) -> io::Result<Self> {
+    pub unsafe fn start(
+        vm: &'vm VmFd,
+        slots: Vec<kvm_userspace_memory_region>,
+        blocks: &RamBlocks,
+    ) -> io::Result<Self> {
         let manual = manual_flags(vm) != 0;
         let protect = if manual { KvmProtect::Manual } else { KvmProtect::Automatic };
         // SAFETY: the caller vouches for the slots.
@@ -74,7 +82,7 @@ impl<'vm> KvmDirtyLog<'vm> {
     /// As [`start`](Self::start).
     pub unsafe fn start_with(
         vm: &'vm VmFd,
-        slots: Vec<KvmSlot>,
+        slots: Vec<kvm_userspace_memory_region>,
         blocks: &RamBlocks,
         protect: KvmProtect,
     ) -> io::Result<Self> {
@@ -139,10 +147,14 @@ impl<'vm> KvmDirtyLog<'vm> {
 }
 
 impl DirtyLog for KvmDirtyLog<'_> {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
-        self.held[block.0].take(into);
-        for slot in self.logging.of(block) {
-            slot.granules().mark(into, self.page_size, self.bits(slot)?);
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.logging.of.check(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        into.take_from(&self.held[block.0]);
+        for slot in self.logging.in_block(block) {
+            slot.granules().mark(into.bits(), self.page_size, self.bits(slot)?);
         }
         Ok(())
     }

@@ -27,20 +27,44 @@ use kvm_ioctls::VmFd;
 pub use bitmap::{KvmDirtyLog, KvmProtect};
 pub use ring::{KvmDirtyRings, KvmRingLog, KvmRingSize};
 
-use super::{BlockIndex, BlockOffset, RamBlocks, granule::Granules};
+use super::{
+    BlockIndex, BlockOffset, Identity, PageIndex, RamBlock, RamBlocks, granule::Granules, turn::Turn,
+};
 
 /// A memory slot of the virtual machine, and where its memory lies in the blocks.
 #[derive(Clone, Copy, Debug)]
-pub struct KvmSlot {
+struct KvmSlot {
     /// The slot, as it was given to `KVM_SET_USER_MEMORY_REGION`.
-    pub region: kvm_userspace_memory_region,
+    region: kvm_userspace_memory_region,
     /// The block whose memory it is.
-    pub block: BlockIndex,
+    block: BlockIndex,
     /// Where in the block it starts.
-    pub offset: BlockOffset,
+    offset: BlockOffset,
 }
 
 impl KvmSlot {
+    /// Finds the block by the address of the slot's memory.
+    fn find(region: kvm_userspace_memory_region, blocks: &RamBlocks) -> io::Result<Self> {
+        let page = rustix::param::page_size() as u64;
+        let (slot, size, start) = (region.slot, region.memory_size, region.userspace_addr);
+        let within = |(index, block): (BlockIndex, &RamBlock)| {
+            let base = block.slice(PageIndex(0), 0)?.as_ptr().addr() as u64;
+            let offset = start.checked_sub(base)?;
+            let end = offset.checked_add(size)?;
+            (end <= block.used_length().next_multiple_of(page)).then_some((index, BlockOffset(offset)))
+        };
+        let whole = size > 0 && size.is_multiple_of(page) && start.is_multiple_of(page);
+        let found = blocks.iter().filter(|_| whole).find_map(within);
+        let (block, offset) = found.ok_or_else(|| {
+            let why = format!(
+                "memory slot {slot}: expected whole pages of {page} bytes within a block, found {size:#x} bytes at address \
+                 {start:#x}"
+            );
+            io::Error::new(io::ErrorKind::InvalidInput, why)
+        })?;
+        Ok(Self { region, block, offset })
+    }
+
     /// What a bit of the slot's log stands for.
     fn granules(&self) -> Granules {
         Granules { start: self.offset, size: rustix::param::page_size() as u64 }
@@ -48,25 +72,13 @@ impl KvmSlot {
 
     /// The number of its bits.
     fn bits(&self) -> u64 {
-        self.region.memory_size / rustix::param::page_size() as u64
+        bits(&self.region)
     }
+}
 
-    fn check(&self, blocks: &RamBlocks) -> io::Result<()> {
-        let page = rustix::param::page_size() as u64;
-        let block =
-            blocks.block(self.block).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        let (slot, size, start) = (self.region.slot, self.region.memory_size, self.offset.0);
-        let end = start.checked_add(size).filter(|end| *end <= block.used_length().next_multiple_of(page));
-        if end.is_some() && size > 0 && size.is_multiple_of(page) && start.is_multiple_of(page) {
-            return Ok(());
-        }
-        let (name, used) = (block.name(), block.used_length());
-        let why = format!(
-            "memory slot {slot}: expected whole pages of {page} bytes within block {name:?} ({used:#x} bytes), met {size:#x} \
-             bytes at offset {start:#x}"
-        );
-        Err(io::Error::new(io::ErrorKind::InvalidInput, why))
-    }
+/// The number of bits of a slot's log.
+fn bits(region: &kvm_userspace_memory_region) -> u64 {
+    region.memory_size / rustix::param::page_size() as u64
 }
 
 /// Memory slots whose writes are logged, as long as it lives.
@@ -74,6 +86,9 @@ impl KvmSlot {
 struct Logging<'vm> {
     vm: &'vm VmFd,
     slots: Vec<KvmSlot>,
+    /// The blocks whose memory it is.
+    of: Identity,
+    _turn: Turn,
 }
 
 impl<'vm> Logging<'vm> {
@@ -81,9 +96,17 @@ impl<'vm> Logging<'vm> {
     ///
     /// # Safety
     /// Each region is what `vm` has in that slot, but for the flag, until the drop.
-    unsafe fn start(vm: &'vm VmFd, slots: Vec<KvmSlot>, blocks: &RamBlocks) -> io::Result<Self> {
-        slots.iter().try_for_each(|slot| slot.check(blocks))?;
-        let mut logging = Self { vm, slots: Vec::with_capacity(slots.len()) };
+    unsafe fn start(
+        vm: &'vm VmFd,
+        slots: Vec<kvm_userspace_memory_region>,
+        blocks: &RamBlocks,
+    ) -> io::Result<Self> {
+        let slots: Vec<_> =
+            slots.into_iter().map(|region| KvmSlot::find(region, blocks)).collect::<io::Result<_>>()?;
+        // The machine is borrowed, so its address is no other's.
+        let turn = Turn::take(std::ptr::from_ref(vm).addr())?;
+        let (of, room) = (blocks.identity(), slots.len());
+        let mut logging = Self { vm, slots: Vec::with_capacity(room), of, _turn: turn };
         for slot in slots {
             let mut region = slot.region;
             region.flags |= KVM_MEM_LOG_DIRTY_PAGES;
@@ -96,7 +119,7 @@ impl<'vm> Logging<'vm> {
     }
 
     /// The slots in `block`.
-    fn of(&self, block: BlockIndex) -> impl Iterator<Item = &KvmSlot> {
+    fn in_block(&self, block: BlockIndex) -> impl Iterator<Item = &KvmSlot> {
         self.slots.iter().filter(move |slot| slot.block == block)
     }
 }

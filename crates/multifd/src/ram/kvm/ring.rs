@@ -28,7 +28,7 @@ use std::{
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn,
-    kvm_enable_cap,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::{
@@ -38,7 +38,7 @@ use rustix::{
 };
 
 use super::{KvmSlot, Logging};
-use crate::ram::{BlockIndex, DirtyLog, PageBitmap, PageIndex, PageSize, RamBlocks};
+use crate::ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, PageIndex, PageSize, RamBlocks};
 
 /// The rings of all vCPUs of a virtual machine. Clones are the same.
 ///
@@ -111,17 +111,18 @@ impl KvmDirtyRings {
         self.drained().map(drop)
     }
 
-    /// Switches logging on. vCPUs may run.
+    /// Switches logging on. vCPUs may run. `slots` are regions as they were given to `KVM_SET_USER_MEMORY_REGION`; the block
+    /// of each is found by its address.
     ///
     /// # Errors
-    /// If a slot is not whole pages of its block, logging is on already, or the kernel refuses.
+    /// If a slot is not whole pages of a block, logging is on already, or the kernel refuses.
     ///
     /// # Safety
     /// Each region is what `vm` has in that slot, and stays so until the log is dropped; `vm` is the machine of the rings.
     pub unsafe fn start<'vm>(
         &self,
         vm: &'vm VmFd,
-        slots: Vec<KvmSlot>,
+        slots: Vec<kvm_userspace_memory_region>,
         blocks: &RamBlocks,
     ) -> io::Result<KvmRingLog<'vm>> {
         {
@@ -131,7 +132,7 @@ impl KvmDirtyRings {
             }
             // Before the kernel fills the rings, so that no entry meets a slot that is not known.
             state.logged =
-                slots.iter().map(|slot| (slot.region.slot, PageBitmap::new(slot.bits()))).collect();
+                slots.iter().map(|region| (region.slot, PageBitmap::new(super::bits(region)))).collect();
         }
         let held = blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
         let reading = Reading(self.clone());
@@ -216,8 +217,12 @@ impl fmt::Display for RanOver {
 impl std::error::Error for RanOver {}
 
 impl DirtyLog for KvmRingLog<'_> {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
-        self.held[block.0].take(into);
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.logging.of.check(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        into.take_from(&self.held[block.0]);
         let taken: Vec<_> = {
             let state = self.reading.0.drained()?;
             let bits = |slot: &KvmSlot| state.logged.iter().find(|(logged, _)| *logged == slot.region.slot);
@@ -226,11 +231,14 @@ impl DirtyLog for KvmRingLog<'_> {
                 bits.take(&taken);
                 taken
             };
-            self.logging.of(block).filter_map(|slot| Some((slot.granules(), moved(bits(slot)?)))).collect()
+            self.logging
+                .in_block(block)
+                .filter_map(|slot| Some((slot.granules(), moved(bits(slot)?))))
+                .collect()
         };
         // With the rings free again for the vCPUs' threads.
         for (granules, bits) in taken {
-            granules.mark(into, self.page_size, bits.words());
+            granules.mark(into.bits(), self.page_size, bits.words());
         }
         Ok(())
     }

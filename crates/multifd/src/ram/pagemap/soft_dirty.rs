@@ -33,8 +33,8 @@ use zerocopy::IntoBytes;
 
 use super::{Refused, addresses};
 use crate::ram::{
-    BlockIndex, DirtyLog, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks, bytes::mark,
-    page_table::PAGEMAP,
+    BlockIndex, DirtyLog, DirtyPages, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks,
+    bytes::mark, page_table::PAGEMAP,
 };
 
 /// The dirty log of what is written through this process's page table, for kernels before 6.7 that have
@@ -96,9 +96,13 @@ impl<W: FnMut(&mut dyn FnMut())> SoftDirtyLog<W> {
 }
 
 impl<W: FnMut(&mut dyn FnMut())> DirtyLog for SoftDirtyLog<W> {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.blocks.identity().check(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         self.sweep()?;
-        self.watched[block.0].1.take(into);
+        into.take_from(&self.watched[block.0].1);
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use super::{
     kernel::{Userfault, WRITTEN},
 };
 use crate::ram::{
-    BlockIndex, DirtyLog, PageBitmap, RamBlock, RamBlocks,
+    BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock, RamBlocks,
     bytes::mark,
     page_table::{PAGEMAP, REGIONS, Regions},
 };
@@ -23,7 +23,7 @@ use crate::ram::{
 /// ```
 /// # use std::{error::Error, sync::Arc};
 /// use multifd::ram::{
-///     BlockIndex, BlockName, DirtyBitmaps, DirtyLog, Mapping, Memory, MergedLog, PageBitmap, PageIndex, PageSize,
+///     BlockIndex, BlockName, DirtyBitmaps, DirtyLog, DirtyPages, Mapping, Memory, MergedLog, PageBitmap, PageIndex, PageSize,
 ///     PagemapLog, RamBlock, RamBlocks, SoftDirtyLog,
 /// };
 ///
@@ -46,12 +46,12 @@ use crate::ram::{
 /// };
 /// // Devices that hold pages by address go past the page table, and mark.
 /// let devices = DirtyBitmaps::new(&blocks);
-/// let mut log = MergedLog::new().with("the threads", threads).with("the devices", devices.clone());
+/// let mut log = MergedLog::new().with("the threads", threads).with("the devices", devices.reader()?);
 ///
 /// blocks.block(BlockIndex(0))?.store(PageIndex(7), &[42; 4096])?;
 /// devices.mark(BlockIndex(0), PageIndex(9));
 /// let dirty = PageBitmap::new(256);
-/// log.take(BlockIndex(0), &dirty)?;
+/// log.take(BlockIndex(0), &mut DirtyPages::new(&dirty))?;
 /// assert!(dirty.contains(PageIndex(7)) && dirty.contains(PageIndex(9)));
 /// # Ok(())
 /// # }
@@ -126,14 +126,19 @@ impl PagemapLog {
 }
 
 impl DirtyLog for PagemapLog {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.blocks.identity().check(blocks)
+    }
+
     /// # Errors
     /// If the block's memory is no longer what it was when the log was made. All its pages count as written then.
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         let Watched { range, held } = &self.watched[block.0];
-        held.take(into);
+        into.take_from(held);
         let Some(range) = range else { return Ok(()) };
         let page_size = self.blocks.page_size();
-        let found = |run: Range<u64>| mark(into, page_size, run.start - range.start..run.end - range.start);
+        let found =
+            |run: Range<u64>| mark(into.bits(), page_size, run.start - range.start..run.end - range.start);
         self.regions.scan(&self.pagemap, range, &WRITTEN, found).map_err(|error| {
             // What had been found by then is not known.
             held.fill();

@@ -12,8 +12,8 @@ use std::{
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::ram::{
-    BlockIndex, BlockOffset, DirtyBitmaps, DirtyLog, KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmSlot,
-    Mapping, MergedLog, PageBitmap, PageIndex, PageSize, RamBlocks,
+    BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, KvmDirtyLog, KvmDirtyRings, KvmProtect, Mapping,
+    MergedLog, PageBitmap, PageIndex, PageSize, RamBlocks,
 };
 
 use super::{Forgetful, MILLION, follow, value, word};
@@ -40,7 +40,7 @@ const AREAS: [(u64, BlockIndex, u64, u64); 3] = [
 struct Machine {
     vcpus: Vec<Mutex<VcpuFd>>,
     rings: Option<KvmDirtyRings>,
-    slots: Vec<KvmSlot>,
+    slots: Vec<kvm_userspace_memory_region>,
     vm: VmFd,
     /// Pages that a vCPU writes before it leaves the guest.
     turn: u64,
@@ -81,16 +81,12 @@ fn machine(ring: Option<u32>) -> Option<Machine> {
         memory_size,
         userspace_addr,
     };
-    let slots: Vec<KvmSlot> = (0..)
+    let slots: Vec<_> = (0..)
         .zip(AREAS)
-        .map(|(slot, (at, block, first, pages))| KvmSlot {
-            region: region(slot, at, pages << 12, address(block, first)),
-            block,
-            offset: BlockOffset(first << 12),
-        })
+        .map(|(slot, (at, block, first, pages))| region(slot, at, pages << 12, address(block, first)))
         .collect();
     let code_at = code.slice(0, 1).expect("inside").as_ptr().addr() as u64;
-    for region in slots.iter().map(|slot| slot.region).chain([region(3, CODE, 4096, code_at)]) {
+    for region in slots.iter().copied().chain([region(3, CODE, 4096, code_at)]) {
         // SAFETY: block and code are mapped that long and live as long as the machine.
         unsafe { vm.set_user_memory_region(region) }.expect("a slot");
     }
@@ -191,7 +187,7 @@ impl Machine {
 fn taken(log: &mut dyn DirtyLog, blocks: &RamBlocks) -> Vec<u64> {
     let count = |(index, block): (BlockIndex, &multifd::ram::RamBlock)| {
         let into = PageBitmap::new(block.pages());
-        log.take(index, &into).expect("taken");
+        log.take(index, &mut DirtyPages::new(&into)).expect("taken");
         into.count()
     };
     blocks.iter().map(count).collect()
@@ -229,7 +225,7 @@ fn ring_that_runs_over_is_noticed_and_fails_the_take() {
     for round in 0..20 {
         machine.write(round);
         let into = PageBitmap::new(4048);
-        match log.take(BlockIndex(0), &into) {
+        match log.take(BlockIndex(0), &mut DirtyPages::new(&into)) {
             Ok(()) => assert_eq!(into.count(), 4048, "pages are missing, and nothing tells in round {round}"),
             Err(error) => {
                 assert!(error.to_string().contains("ran over"), "{error}");
@@ -255,7 +251,7 @@ fn writes_of_vcpus_and_of_device_threads_are_found_in_merged_logs() {
     let vcpus =
         unsafe { KvmDirtyLog::start(&machine.vm, machine.slots.clone(), &machine.blocks) }.expect("a log");
     let devices = DirtyBitmaps::new(&machine.blocks);
-    let mut merged = MergedLog::new().with("vcpus", vcpus).with("devices", devices.clone());
+    let mut merged = MergedLog::new().with("vcpus", vcpus).with("devices", devices.reader().expect("alone"));
     // Odd rounds are a device's.
     let found = follow(&mut merged, &machine.blocks, 100_000, |round| {
         if round % 2 == 0 {
@@ -320,10 +316,10 @@ fn a_log_that_was_dropped_has_switched_logging_off_and_the_next_begins_anew() {
 #[test]
 fn slot_that_is_not_in_its_block_is_refused_by_number() {
     let Some(machine) = machine(None) else { return };
-    let slots: [fn(&mut KvmSlot); 3] = [
-        |slot| slot.offset = BlockOffset(2049 << 12),
-        |slot| slot.offset = BlockOffset(1),
-        |slot| slot.block = BlockIndex(2),
+    let slots: [fn(&mut kvm_userspace_memory_region); 3] = [
+        |slot| slot.userspace_addr += 1 << 12,
+        |slot| slot.userspace_addr += 1,
+        |slot| slot.memory_size = 4096 << 12,
     ];
     for spoil in slots {
         let mut slots = machine.slots.clone();

@@ -21,7 +21,7 @@ fn write(blocks: &RamBlocks, block: BlockIndex, page: PageIndex, round: u64) {
 fn a_million_marked_writes_are_all_found() {
     let blocks = blocks();
     let log = DirtyBitmaps::new(&blocks);
-    let found = follow(&mut log.clone(), &blocks, MILLION, |round| {
+    let found = follow(&mut log.reader().expect("alone"), &blocks, MILLION, |round| {
         by_two_threads(&blocks, |block, page| {
             write(&blocks, block, page, round);
             log.mark(block, page);
@@ -34,7 +34,7 @@ fn a_million_marked_writes_are_all_found() {
 fn one_lost_write_in_a_million_is_noticed() {
     let blocks = blocks();
     let log = DirtyBitmaps::new(&blocks);
-    let mut forgetful = Forgetful { log: log.clone(), which: (MILLION / 2).into() };
+    let mut forgetful = Forgetful { log: log.reader().expect("alone"), which: (MILLION / 2).into() };
     let found = follow(&mut forgetful, &blocks, MILLION, |round| {
         by_two_threads(&blocks, |block, page| {
             write(&blocks, block, page, round);
@@ -49,7 +49,7 @@ fn one_lost_write_in_a_million_is_noticed() {
 fn a_million_writes_are_found_whichever_of_three_logs_has_them() {
     let blocks = blocks();
     let logs = [DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks), DirtyBitmaps::new(&blocks)];
-    let [vcpus, disk, network] = logs.clone();
+    let [vcpus, disk, network] = logs.each_ref().map(|log| log.reader().expect("alone"));
     let mut merged = MergedLog::new().with("vcpus", vcpus).with("disk", disk).with("network", network);
     let found = follow(&mut merged, &blocks, MILLION, |round| {
         by_two_threads(&blocks, |block, page| {

@@ -17,7 +17,9 @@ use std::{
     thread,
 };
 
-use multifd::ram::{BlockIndex, BlockOffset, DirtyLog, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks};
+use multifd::ram::{
+    BlockIndex, BlockOffset, DirtyLog, DirtyPages, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks,
+};
 
 /// How it went.
 #[derive(Debug)]
@@ -95,7 +97,7 @@ fn take(
 ) -> u64 {
     let mut count = 0;
     for ((index, block), pending) in blocks.iter().zip(pending) {
-        log.take(index, pending).expect("taken");
+        log.take(index, &mut DirtyPages::new(pending)).expect("taken");
         if pending.words().all(|word| word == 0) {
             continue;
         }
@@ -123,9 +125,13 @@ pub(crate) struct Forgetful<L> {
 }
 
 impl<L: DirtyLog> DirtyLog for Forgetful<L> {
-    fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> std::io::Result<()> {
+    fn begin(&mut self, blocks: &RamBlocks) -> std::io::Result<()> {
+        self.log.begin(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> std::io::Result<()> {
         let taken = PageBitmap::new(into.pages());
-        self.log.take(block, &taken)?;
+        self.log.take(block, &mut DirtyPages::new(&taken))?;
         let (count, left) = (taken.count(), self.which.load(Ordering::Relaxed));
         if (1..=count).contains(&left) {
             let mut set = (0..taken.pages()).map(PageIndex).filter(|page| taken.contains(*page));
@@ -133,7 +139,7 @@ impl<L: DirtyLog> DirtyLog for Forgetful<L> {
             taken.clear(page);
         }
         self.which.store(left.saturating_sub(count), Ordering::Relaxed);
-        taken.take(into);
+        into.take_from(&taken);
         Ok(())
     }
 

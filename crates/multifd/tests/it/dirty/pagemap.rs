@@ -15,10 +15,10 @@ use std::{
 };
 
 use multifd::{
-    live::{DeviceSection, Guest, MigrateOptions},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState},
     ram::{
-        Access, BlockIndex, DirtyBitmaps, DirtyLog, Mapping, Memory, MergedLog, PageBitmap, PageIndex,
-        PageSize, PagemapLog, RamBlock, RamBlocks, SoftDirtyLog,
+        Access, BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, Mapping, Memory, MergedLog, PageBitmap,
+        PageIndex, PageSize, PagemapLog, RamBlock, RamBlocks, SoftDirtyLog,
     },
 };
 use rustix::{
@@ -66,7 +66,7 @@ fn write(blocks: &RamBlocks, block: BlockIndex, page: PageIndex, round: u64) {
 
 fn taken(log: &mut dyn DirtyLog, blocks: &RamBlocks, block: usize) -> Vec<u64> {
     let into = PageBitmap::new(blocks.block(BlockIndex(block)).expect("there").pages());
-    log.take(BlockIndex(block), &into).expect("taken");
+    log.take(BlockIndex(block), &mut DirtyPages::new(&into)).expect("taken");
     (0..into.pages()).filter(|page| into.contains(PageIndex(*page))).collect()
 }
 
@@ -157,7 +157,8 @@ fn writes_past_the_page_table_are_found_if_they_are_marked_in_a_merged_log() {
     write(&theirs, BlockIndex(0), PageIndex(9), 0);
     assert_eq!(taken(&mut threads, &blocks, 0), NONE, "so it has to be marked");
     let devices = DirtyBitmaps::new(&blocks);
-    let mut merged = MergedLog::new().with("the threads", threads).with("the devices", devices.clone());
+    let mut merged =
+        MergedLog::new().with("the threads", threads).with("the devices", devices.reader().expect("alone"));
     let found = follow(&mut merged, &blocks, MILLION, |round| {
         by_two_threads(&blocks, |block, page| {
             if (page.0 + round) % 3 == 0 {
@@ -309,11 +310,11 @@ fn memory_mapped_anew_under_the_log_fails_the_take_by_name_and_counts_as_written
     unsafe { mmap_anonymous(pages.as_ptr().cast(), pages.len(), ProtFlags::READ | ProtFlags::WRITE, flags) }
         .expect("mapped anew");
     let into = PageBitmap::new(101);
-    let failed = log.take(BlockIndex(1), &into).expect_err("not watched any more");
+    let failed = log.take(BlockIndex(1), &mut DirtyPages::new(&into)).expect_err("not watched any more");
     assert_eq!(failed.kind(), ErrorKind::PermissionDenied);
     assert!(failed.to_string().starts_with(r#"block "b": "#), "{failed}");
     let again = PageBitmap::new(101);
-    log.take(BlockIndex(1), &again).expect_err("still");
+    log.take(BlockIndex(1), &mut DirtyPages::new(&again)).expect_err("still");
     assert_eq!(again.count(), 101);
     write(&blocks, BlockIndex(0), PageIndex(1), 1);
     assert_eq!(taken(&mut log, &blocks, 0), [1], "the others are as they were");
@@ -370,10 +371,16 @@ fn a_process_that_keeps_writing_arrives_as_it_was_when_it_stopped() {
     });
     struct Process(Arc<RwLock<bool>>, Vec<thread::JoinHandle<u64>>);
     impl Guest for Process {
-        fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+        fn devices(&self) -> Vec<DeviceInfo> {
+            Vec::new()
+        }
+        fn stop(&mut self) -> io::Result<RunState> {
             *self.0.write().expect("whole") = true;
             let writes = self.1.drain(..).map(|writer| writer.join().expect("no panic"));
             assert!(writes.sum::<u64>() > 1000, "the writers were busy");
+            Ok(RunState::Running)
+        }
+        fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
             Ok(Vec::new())
         }
         fn resume(&mut self) {}

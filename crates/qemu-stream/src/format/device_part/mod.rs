@@ -17,13 +17,15 @@ mod walk;
 
 use std::ops::Range;
 
+use multifd::live::RunState;
+
 pub use description::Description;
 pub use early::EarlyPart;
 pub use end::EndFinder;
 pub use live::LiveSection;
 pub use walk::Misfit;
 
-use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits};
+use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits, run_state};
 use crate::error::CallerMistake;
 
 /// One device section.
@@ -148,6 +150,20 @@ impl DevicePart {
     /// Whether its sections have footers, as all have but those of machine types up to 2.3.
     pub fn has_footers(&self) -> bool {
         self.footers
+    }
+
+    /// The device of this name and instance: its section and its state.
+    pub fn find(&self, name: &str, instance: u32) -> Option<(&DeviceSection, &[u8])> {
+        let of = |section: &&DeviceSection| {
+            section.name.as_bytes() == name.as_bytes() && section.instance == instance
+        };
+        let section = self.sections().iter().find(of)?;
+        Some((section, self.body(section)?))
+    }
+
+    /// Whether the guest ran at its source; `None` if the devices do not say.
+    pub fn run_state(&self) -> Option<RunState> {
+        run_state::decode(self.find(run_state::NAME, 0)?.1)
     }
 
     /// The body of a section of this part; `None` for one of another.

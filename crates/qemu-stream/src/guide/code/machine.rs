@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::{
-    live::{DeviceSection, Guest},
+    live::{DeviceInfo, DeviceSection, Guest, RunState},
     ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlocks},
 };
 
@@ -29,8 +29,11 @@ impl Machine {
         Self { blocks, writes, count, halt: Arc::default(), vcpu: None }
     }
 
-    /// Lets the guest run, in a thread of its own.
+    /// Lets the guest run, in a thread of its own, unless it does.
     pub fn run(&mut self) {
+        if self.is_running() {
+            return;
+        }
         let (blocks, writes) = (self.blocks.clone(), self.writes.clone());
         let (halt, mut count) = (Arc::new(AtomicBool::new(false)), self.count);
         self.halt = halt.clone();
@@ -73,14 +76,24 @@ impl Machine {
 }
 
 impl Guest for Machine {
+    /// What `save` will give, and how much of it at the most.
+    fn devices(&self) -> Vec<DeviceInfo> {
+        vec![DeviceInfo::new("counter", 8)]
+    }
+
     /// From the return of this on, nothing writes to RAM: no vCPU, no device thread, no request under way.
-    fn stop(&mut self) -> io::Result<Vec<DeviceSection>> {
+    fn stop(&mut self) -> io::Result<RunState> {
+        let state = if self.is_running() { RunState::Running } else { RunState::Paused };
         self.halt();
+        Ok(state)
+    }
+
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.count.to_be_bytes().to_vec();
         Ok(vec![DeviceSection { name: "counter".into(), instance_id: 0, version: 1, data }])
     }
 
-    /// The migration has not come to its end: the guest goes on here.
+    /// The migration has failed: the guest, which ran, goes on here.
     fn resume(&mut self) {
         self.run();
     }

@@ -31,17 +31,12 @@ pub fn save(machine: &mut Machine, path: &Path, stop: &Stop) -> Result<()> {
     let mut capture = Capture::of_guest(file, configuration, &blocks, &options)?;
 
     // 2. The channels, which have nobody to connect to: they copy.
-    let mut sender = Sender::new(SendOptions::new().channels(4), blocks.clone(), stop.clone())?;
+    let mut sender = Sender::new(SendOptions::new().channels(4), blocks, stop.clone())?;
     sender.set_up_into(capture.blocks().clone())?;
 
     // 3. As a migration: the file in the place of main.
-    let mut log = machine.writes.clone();
-    Migration::new(MigrateOptions::new(), blocks, stop.clone()).run(
-        Some(sender),
-        &mut capture,
-        &mut log,
-        machine,
-    )?;
+    let mut log = machine.writes.reader()?;
+    Migration::new(MigrateOptions::new(), sender)?.run(&mut capture, &mut log, machine)?;
     Ok(fs::rename(unfinished, path)?)
 }
 

@@ -1,0 +1,180 @@
+//! Notices at once that the peer has closed a connection, or has said its last word on it, while the connection's owner is
+//! busy elsewhere: waiting for channels that do not move, say.
+//!
+//! In comes a descriptor of the connection, out goes an error into the [`Stop`]. The thread waits for events of the system,
+//! reads nothing that the owner would miss, and ends with the watch.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    thread::{Builder, JoinHandle},
+};
+
+use rustix::{
+    buffer::spare_capacity,
+    event::epoll::{self, CreateFlags, EventData, EventFlags},
+    io::Errno,
+    net::{RecvFlags, recv},
+};
+
+use super::{Stop, Wake, socket::EventFd};
+use crate::error::Error;
+
+/// A connection as a [`CloseWatch`] sees it.
+#[derive(Debug)]
+pub struct PeerSignal {
+    /// A descriptor that the system tells events of.
+    pub descriptor: OwnedFd,
+    /// Whether its bytes are the connection's own, so that they can be looked at without being taken: not those of a TLS
+    /// session.
+    pub plain: bool,
+}
+
+/// Watches a connection until dropped.
+#[must_use = "dropped, it watches no longer"]
+pub struct CloseWatch {
+    end: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl CloseWatch {
+    /// Fails `stop` with what `judge` makes of the connection: it is given the bytes that have come and were not read, the
+    /// first 1024 at the most and none of a connection that is not plain, and whether the peer has closed. It is asked when
+    /// bytes come and when the peer closes. A stop that has happened already stays as it is.
+    ///
+    /// # Errors
+    /// If the system refuses the thread or what it waits with.
+    pub fn start(
+        signal: PeerSignal,
+        stop: Stop,
+        judge: impl Fn(&[u8], bool) -> Option<Error> + Send + 'static,
+    ) -> io::Result<Self> {
+        let end = EventFd::new()?;
+        let events = epoll::create(CreateFlags::CLOEXEC)?;
+        // At the edge: bytes that stay unread are told of once.
+        let wanted = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        epoll::add(&events, &signal.descriptor, EventData::new_u64(PEER), wanted)?;
+        epoll::add(&events, end.fd(), EventData::new_u64(END), EventFlags::IN)?;
+        let thread = Builder::new().name("multifdmain".into()).spawn(move || {
+            if let Err(error) = run(&events, &signal, &stop, judge) {
+                tracing::warn!(%error, "the main connection is no longer watched");
+            }
+        })?;
+        Ok(Self { end, thread: Some(thread) })
+    }
+}
+
+impl Drop for CloseWatch {
+    fn drop(&mut self) {
+        self.end.wake();
+        if let Some(thread) = self.thread.take() {
+            // One that panicked has nothing left to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for CloseWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CloseWatch").finish_non_exhaustive()
+    }
+}
+
+fn run(
+    events: &OwnedFd,
+    signal: &PeerSignal,
+    stop: &Stop,
+    judge: impl Fn(&[u8], bool) -> Option<Error>,
+) -> io::Result<()> {
+    let mut met = Vec::with_capacity(2);
+    loop {
+        met.clear();
+        match epoll::wait(events, spare_capacity(&mut met), None) {
+            Err(Errno::INTR) => continue,
+            waited => waited?,
+        };
+        let mut closed = false;
+        for event in &met {
+            if event.data.u64() == END {
+                return Ok(());
+            }
+            let flags = event.flags;
+            closed |= flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
+        }
+        let mut bytes = [0; PEEKED];
+        let peeked = if signal.plain {
+            match recv(signal.descriptor.as_fd(), &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+                Ok((peeked, _)) => peeked,
+                // Nothing is there, or the connection has broken, which its owner is told of, too.
+                Err(_) => 0,
+            }
+        } else {
+            0
+        };
+        if let Some(error) = judge(&bytes[..peeked.min(PEEKED)], closed) {
+            stop.fail(error);
+            return Ok(());
+        }
+        if closed {
+            return Ok(());
+        }
+    }
+}
+
+const PEER: u64 = 0;
+const END: u64 = 1;
+/// Enough for what a destination says before it has everything.
+const PEEKED: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        os::unix::net::UnixStream,
+        sync::mpsc,
+        time::Duration,
+    };
+
+    use super::*;
+
+    type Told = mpsc::Receiver<(Vec<u8>, bool)>;
+
+    fn watched() -> (UnixStream, UnixStream, Stop, Told, CloseWatch) {
+        let (here, there) = UnixStream::pair().expect("a pair");
+        let descriptor = here.try_clone().expect("a descriptor").into();
+        let (stop, (tell, told)) = (Stop::new(), mpsc::channel());
+        let watch =
+            CloseWatch::start(PeerSignal { descriptor, plain: true }, stop.clone(), move |bytes, closed| {
+                tell.send((bytes.to_vec(), closed)).expect("heard");
+                (closed || bytes.ends_with(b"!")).then(|| Error::other("the peer has spoken", "closed"))
+            });
+        (here, there, stop, told, watch.expect("started"))
+    }
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn bytes_are_seen_and_left_and_the_last_word_stops() {
+        let (mut here, mut there, stop, told, _watch) = watched();
+        there.write_all(b"pong").expect("written");
+        assert_eq!(told.recv_timeout(SOON).expect("told"), (b"pong".to_vec(), false));
+        there.write_all(b"!").expect("written");
+        assert_eq!(told.recv_timeout(SOON).expect("told"), (b"pong!".to_vec(), false));
+        stop.pause(SOON).expect_err("stopped");
+        let mut all = [0; 5];
+        here.read_exact(&mut all).expect("still there");
+        assert_eq!(&all, b"pong!");
+    }
+
+    #[test]
+    fn a_peer_that_closes_stops_the_migration_and_a_dropped_watch_does_not() {
+        let (_here, there, stop, _told, _watch) = watched();
+        drop(there);
+        stop.pause(SOON).expect_err("stopped");
+        let (_here, there, stop, told, watch) = watched();
+        drop(watch);
+        drop(there);
+        assert!(told.recv().is_err() && !stop.is_stopped());
+    }
+}

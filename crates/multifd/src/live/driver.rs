@@ -1,0 +1,360 @@
+//! The way of a migration: set-up, passes while the guest runs, the switchover.
+
+use std::{cell::Cell, time::Instant};
+
+use super::{
+    DeviceInfo, DeviceSection, Guest, Main, Migration, NotConverged, Pace, Pass, Percent, RunState, Status,
+    Verdict, ZeroPageDetection,
+    converge::{Converge, Judgement, Round, Step},
+    deadline::Deadline,
+    guest::{check_distinct, check_saved},
+    pass::Walk,
+    progress::PassRate,
+};
+use crate::{
+    channel::Watch,
+    error::{Error, Result, Usage},
+    ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock, touched},
+    send::Sender,
+};
+
+/// How far the guest has been stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stopped {
+    /// It is as it was.
+    No,
+    /// It was being stopped when something went wrong.
+    Halfway,
+    /// It stands, and was this before.
+    From(RunState),
+}
+
+impl Stopped {
+    /// Whether the guest is to go on if it stays here.
+    pub(super) fn resumes(self) -> bool {
+        matches!(self, Self::Halfway | Self::From(RunState::Running))
+    }
+}
+
+/// The parts of a running migration.
+pub(super) struct Driver<'a> {
+    migration: &'a Migration,
+    sender: Option<&'a mut Sender>,
+    main: &'a mut dyn Main,
+    log: &'a mut dyn DirtyLog,
+    guest: &'a mut dyn Guest,
+    /// Pages to send, a bitmap for each block.
+    pending: Vec<PageBitmap>,
+    /// For the first pass; empty afterwards.
+    touched: Vec<Option<PageBitmap>>,
+    page: Vec<u8>,
+    stopped: &'a mut Stopped,
+    /// The callback that is being called.
+    calling: &'a Cell<Option<&'static str>>,
+    /// What the guest will give when it has been stopped.
+    announced: Vec<DeviceInfo>,
+    /// When the dirty bits were last taken.
+    synced: Instant,
+}
+
+impl<'a> Driver<'a> {
+    pub(super) fn new(
+        migration: &'a Migration,
+        sender: Option<&'a mut Sender>,
+        main: &'a mut dyn Main,
+        log: &'a mut dyn DirtyLog,
+        guest: &'a mut dyn Guest,
+        stopped: &'a mut Stopped,
+        calling: &'a Cell<Option<&'static str>>,
+    ) -> Self {
+        let blocks = &migration.blocks;
+        let pending = blocks.iter().map(|(_, block)| first_pass(block)).collect();
+        let (touched, announced, synced) = (Vec::new(), Vec::new(), Instant::now());
+        let page = vec![0; blocks.page_size().bytes()];
+        Self {
+            migration,
+            sender,
+            main,
+            log,
+            guest,
+            pending,
+            touched,
+            page,
+            stopped,
+            calling,
+            announced,
+            synced,
+        }
+    }
+
+    pub(super) fn drive(&mut self) -> Result<()> {
+        let Migration { options, blocks, stop, progress, gate, .. } = self.migration;
+        stop.check()?;
+        self.prepare()?;
+        // Until the devices leave, any end of the migration ends the waits on main.
+        let watch = self.main.waker().map(|waker| stop.watch_failure(waker));
+        let deadline = self.deadline()?;
+        progress.advance(Status::Setup)?;
+        self.set_up()?;
+        progress.advance(Status::Active)?;
+        let mut pace = Pace::new(options.max_bandwidth);
+        let pages = blocks.total() / blocks.page_size().bytes() as u64;
+        let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
+        let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
+        self.bitmap_sync(None)?;
+        if options.look_for_zero_pages && options.zero_page_detection != ZeroPageDetection::None {
+            // Behind it: what is touched after this has its dirty bit set.
+            self.touched = blocks.iter().map(|(_, block)| touched(block)).collect();
+        }
+        loop {
+            let round = self.round(&mut pace)?;
+            self.touched.clear();
+            if let Some(limit) = gate.downtime_limit() {
+                converge.set_downtime_limit(limit);
+            }
+            let judgement = converge.judge(&round, progress.elapsed());
+            self.tell(&round, &judgement);
+            match judgement.step {
+                Step::Pass(None) => {}
+                Step::Pass(Some(percent)) => {
+                    progress.throttled(percent);
+                    self.throttle(percent)?;
+                }
+                Step::GiveUp(bound) => {
+                    let Judgement { doubt: stall, remaining_time: expected_remaining_time, .. } = judgement;
+                    let error = NotConverged { bound, stall, expected_remaining_time };
+                    return Err(Error::NotConverged(Box::new(error)));
+                }
+                Step::SwitchOver => break,
+            }
+        }
+        // Joined: from here on it is over, or will never be.
+        drop(deadline);
+        self.switch_over(watch)
+    }
+
+    /// What can be refused before a byte is sent.
+    fn prepare(&mut self) -> Result<()> {
+        let Migration { options, blocks, .. } = self.migration;
+        self.announced = self.call("Guest::devices", |driver| driver.guest.devices());
+        check_distinct(&self.announced)?;
+        self.main.expect(&self.announced)?;
+        if options.auto_converge {
+            if !self.call("Guest::can_throttle", |driver| driver.guest.can_throttle()) {
+                return Err(Usage::NoThrottle.into());
+            }
+            self.throttle(Percent::NONE)?;
+        }
+        let begun = self.call("DirtyLog::begin", |driver| driver.log.begin(blocks));
+        begun.map_err(|error| Error::io("begin to read the dirty log", error))
+    }
+
+    /// Calls what is not ours, and notes that it does.
+    fn call<T>(&mut self, name: &'static str, run: impl FnOnce(&mut Self) -> T) -> T {
+        self.calling.set(Some(name));
+        let done = run(self);
+        self.calling.set(None);
+        done
+    }
+
+    fn deadline(&self) -> Result<Option<Deadline>> {
+        let Migration { options, stop, progress, .. } = self.migration;
+        let Some(limit) = options.max_total_time else { return Ok(None) };
+        let (left, progress) = (limit.saturating_sub(progress.elapsed()), progress.clone());
+        let late = move || Error::NotConverged(Box::new(progress.not_converged_in(limit)));
+        Deadline::start(left, stop, late).map(Some)
+    }
+
+    /// A pass, and the bitmap sync after it.
+    fn round(&mut self, pace: &mut Pace) -> Result<Round> {
+        let progress = &self.migration.progress;
+        let (start, before) = (self.synced, progress.sent());
+        self.pass(Pass::Live, pace)?;
+        let dirty = self.bitmap_sync(Some(start))?;
+        let after = progress.sent();
+        Ok(Round {
+            time: self.synced.duration_since(start),
+            bytes: after.bytes - before.bytes,
+            normal: after.normal - before.normal,
+            zero: after.zero - before.zero,
+            dirty,
+        })
+    }
+
+    fn tell(&self, round: &Round, judgement: &Judgement) {
+        let progress = &self.migration.progress;
+        let Judgement { expected_downtime, remaining_time, stall, bandwidth, step, .. } = judgement;
+        let told = progress.info().stall.is_some();
+        progress.judged(judgement);
+        tracing::debug!(
+            dirty_pages = round.dirty,
+            ?expected_downtime,
+            ?remaining_time,
+            bandwidth,
+            ?step,
+            "migration_iteration"
+        );
+        // Once: it may last.
+        if let Some(stall) = stall.as_ref().filter(|_| !told) {
+            tracing::warn!("the migration {stall}");
+        }
+    }
+
+    fn throttle(&mut self, percent: Percent) -> Result<()> {
+        let done = self.call("Guest::throttle", |driver| driver.guest.throttle(percent));
+        done.map_err(|error| Error::io(format!("auto-converge: throttle the guest by {percent}"), error))
+    }
+
+    fn set_up(&mut self) -> Result<()> {
+        let Migration { blocks, progress, .. } = self.migration;
+        progress.started(self.sender.as_deref());
+        // First: a destination may look at main's first bytes before it takes the channels.
+        self.main.begin()?;
+        if let Some(sender) = &mut self.sender {
+            sender.wait_connected()?;
+            sender.sync()?;
+        }
+        self.main.setup(blocks)?;
+        progress.set_up();
+        Ok(())
+    }
+
+    /// Stops the guest and hands it over. `watch` shuts main down if the migration fails.
+    fn switch_over(&mut self, watch: Option<Watch>) -> Result<()> {
+        let Migration { options, stop, progress, gate, .. } = self.migration;
+        stop.check()?;
+        let mut start = Instant::now();
+        let precopy = self.main.bytes();
+        progress.main_bytes(precopy, 0);
+        *self.stopped = Stopped::Halfway;
+        let state = match self.call("Guest::stop", |driver| driver.guest.stop()) {
+            Ok(state) => state,
+            Err(error) => {
+                *self.stopped = Stopped::No;
+                return Err(Error::io("stop the guest", error));
+            }
+        };
+        *self.stopped = Stopped::From(state);
+        progress.guest_was(state);
+        if progress.throttle().is_some() {
+            self.throttle(Percent::NONE)?;
+        }
+        if options.pause_before_switchover {
+            gate.pause(progress, stop)?;
+            // Whoever has paused it answers for that time.
+            start = Instant::now();
+        }
+        let limit = options.switchover_limit(gate.downtime_limit());
+        let late = move || Error::SwitchoverTimeout { limit: limit.unwrap_or_default() };
+        let deadline = limit.map(|limit| Deadline::start(limit, stop, late)).transpose()?;
+        let devices = self.save()?;
+        progress.advance(Status::Device)?;
+        self.main.switchover()?;
+        self.bitmap_sync(None)?;
+        self.pass(Pass::Final, &mut Pace::new(None))?;
+        self.nothing_written()?;
+        self.main.ready()?;
+        if let Some(sender) = &mut self.sender {
+            sender.sync()?;
+        }
+        self.main.end_ram()?;
+        // From here on the destination may get all that it needs. A failure takes the sending side down and no more, so that
+        // its word can be heard.
+        let _half = self.main.send_waker().map(|waker| stop.watch_failure(waker));
+        drop(watch);
+        stop.check()?;
+        self.main.devices(devices, state)?;
+        drop(deadline);
+        let verdict = self.main.complete(stop);
+        progress.main_bytes(precopy, self.main.bytes().saturating_sub(precopy));
+        match verdict {
+            Verdict::Taken => {
+                progress.downtime(start.elapsed());
+                Ok(())
+            }
+            Verdict::Refused(error) => Err(error),
+            Verdict::Unknown(error) => Err(Error::OwnerUnknown(Box::new(error))),
+        }
+    }
+
+    fn save(&mut self) -> Result<Vec<DeviceSection>> {
+        let saved = self.call("Guest::save", |driver| driver.guest.save());
+        let saved = saved.map_err(|error| Error::io("save the devices of the guest", error))?;
+        check_saved(&self.announced, &saved)?;
+        Ok(saved)
+    }
+
+    /// Behind the last pass: what is dirty now is not what the destination has.
+    fn nothing_written(&mut self) -> Result<()> {
+        for (index, block) in self.migration.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
+            let written = PageBitmap::new(block.pages());
+            self.take(index, &written)?;
+            let pages = written.count();
+            if pages > 0 {
+                return Err(Usage::WrittenAfterStop { name: block.name().clone(), pages }.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, index: BlockIndex, into: &PageBitmap) -> Result<()> {
+        let taken = self.call("DirtyLog::take", |driver| driver.log.take(index, &mut DirtyPages::new(into)));
+        taken.map_err(|error| {
+            let name = self.migration.blocks.get(index).map(RamBlock::name);
+            Error::io(format!("take the dirty bits of block {name:?}"), error)
+        })
+    }
+
+    /// Takes the dirty bits of all blocks, which the guest wrote `since` then; says how many pages remain to be sent.
+    fn bitmap_sync(&mut self, since: Option<Instant>) -> Result<u64> {
+        let pending = std::mem::take(&mut self.pending);
+        for ((index, block), pending) in self.migration.blocks.iter().zip(&pending) {
+            self.take(index, pending)?;
+            if block.is_ignored() {
+                pending.forget();
+            }
+        }
+        self.pending = pending;
+        let remaining = self.pending.iter().map(PageBitmap::count).sum();
+        self.synced = Instant::now();
+        let time = since.map(|since| self.synced.duration_since(since));
+        self.migration.progress.bitmap_sync(remaining, time);
+        Ok(remaining)
+    }
+
+    fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<()> {
+        let Migration { options, blocks, stop, progress, .. } = self.migration;
+        let (start, before) = (Instant::now(), progress.sent());
+        self.main.begin_pass(pass)?;
+        let mut walk = Walk {
+            sender: self.sender.as_deref_mut(),
+            main: self.main,
+            detection: options.zero_page_detection,
+            look: options.look_for_zero_pages,
+            touched: &self.touched,
+            pace,
+            progress,
+            stop,
+            page: &mut self.page,
+        };
+        for ((index, block), pending) in blocks.iter().zip(&self.pending) {
+            walk.block(index, block, pending)?;
+        }
+        if let Some(sender) = &mut self.sender {
+            sender.sync()?;
+        }
+        self.main.end_pass(pass)?;
+        if pass == Pass::Live {
+            progress.main_bytes(self.main.bytes(), 0);
+        }
+        let after = progress.sent();
+        let pages = after.normal + after.zero - before.normal - before.zero;
+        progress.passed(&PassRate { bytes: after.bytes - before.bytes, pages, time: start.elapsed() });
+        Ok(())
+    }
+}
+
+/// What the first pass sends of a block: every page, or none.
+fn first_pass(block: &RamBlock) -> PageBitmap {
+    if block.is_ignored() { PageBitmap::new(block.pages()) } else { PageBitmap::full(block.pages()) }
+}

@@ -1,0 +1,117 @@
+//! The connection to the source, which is never left without a last word.
+//!
+//! From OPEN_RETURN_PATH on the source waits to be told how it ended. What drops the connection before that is told has
+//! failed, and says so: a source that hears nothing cannot know whether its guest runs here.
+
+use std::{
+    io,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use multifd::channel::CloseWatch;
+
+use crate::{
+    connection::Connection,
+    error::{Error, PeerMisbehaved, Place, Stream},
+    format::{Message, Reader},
+};
+
+/// A reader of main, and the way back.
+#[derive(Debug)]
+pub(super) struct Line<C: Connection> {
+    /// Until it is given back.
+    reader: Option<Reader<C>>,
+    /// The source waits for SHUT.
+    waited_for: bool,
+    /// Notices that the source closes.
+    watch: Option<CloseWatch>,
+}
+
+impl<C: Connection> Line<C> {
+    pub(super) fn new(connection: C) -> Self {
+        Self { reader: Some(Reader::new(connection, Stream::Main)), waited_for: false, watch: None }
+    }
+
+    /// The source has opened the return path.
+    pub(super) fn open_return_path(&mut self, watch: Option<CloseWatch>) {
+        self.waited_for = true;
+        self.watch = watch;
+    }
+
+    pub(super) fn say(&mut self, message: &Message) -> Result<(), Error> {
+        tracing::debug!(?message, "return path");
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let at = Place { stream: Stream::ReturnPath, offset: 0 };
+        let connection = self.get_mut();
+        let written = connection.write_all(&bytes).and_then(|()| connection.flush());
+        written.map_err(|source| Error::Io { at, doing: "write", source })
+    }
+
+    /// The last word, once: whether all is here. Nothing is said where nobody waits for it.
+    pub(super) fn shut(&mut self, code: u32) -> Result<(), Error> {
+        self.watch = None;
+        if std::mem::take(&mut self.waited_for) { self.say(&Message::Shut(code)) } else { Ok(()) }
+    }
+
+    /// Refuses a source that waits for SHUT and has closed, or says more than it has to.
+    pub(super) fn still_there(&mut self) -> Result<(), Error> {
+        self.watch = None;
+        let at = self.here();
+        let more =
+            || PeerMisbehaved::Misplaced { record: "more", place: "behind the end of the stream" }.at(at);
+        if !self.is_drained() {
+            return Err(more());
+        }
+        let io = |source| Error::Io { at, doing: "look whether the source is still there", source };
+        let connection = self.get_mut();
+        while connection.is_readable().map_err(io)? {
+            connection.set_read_timeout(Some(GLANCE)).map_err(io)?;
+            let read = connection.read(&mut [0]);
+            let _ = connection.set_read_timeout(None);
+            match read {
+                Ok(0) => return Err(Error::SourceGone { at }),
+                Ok(_) => return Err(more()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What is there is for the connection alone.
+                Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
+                    break;
+                }
+                Err(_) => return Err(Error::SourceGone { at }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The connection, when all has been said.
+    pub(super) fn into_inner(mut self) -> Option<C> {
+        self.reader.take().map(Reader::into_inner)
+    }
+}
+
+impl<C: Connection> Deref for Line<C> {
+    type Target = Reader<C>;
+
+    fn deref(&self) -> &Reader<C> {
+        self.reader.as_ref().expect("it is given back by value alone")
+    }
+}
+
+impl<C: Connection> DerefMut for Line<C> {
+    fn deref_mut(&mut self) -> &mut Reader<C> {
+        self.reader.as_mut().expect("it is given back by value alone")
+    }
+}
+
+impl<C: Connection> Drop for Line<C> {
+    fn drop(&mut self) {
+        if self.reader.is_some()
+            && let Err(error) = self.shut(1)
+        {
+            tracing::debug!(%error, "the source could not be told that its destination has failed");
+        }
+    }
+}
+
+const GLANCE: Duration = Duration::from_millis(1);
