@@ -468,6 +468,24 @@ pub enum Usage {
         /// The option given.
         met: String,
     },
+    /// An inherited descriptor that cannot carry a migration.
+    #[error(
+        "fd:{fd} is {met}, expected {expected}: have the parent process pass one, or use tcp, unix or vsock"
+    )]
+    Descriptor {
+        /// The descriptor's number.
+        fd: i32,
+        /// What it is.
+        met: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// A command is to be started in a process that ignores `SIGCHLD`, so that its exit status would not be known.
+    #[error(
+        "exec: cannot be used while this process ignores SIGCHLD (SIG_IGN, or SA_NOCLDWAIT): whether the command succeeded \
+         could not be known, and its success would count as a failure; set SIGCHLD to its default action before"
+    )]
+    ChildrenIgnored,
     /// The transport has one connection only, and more were asked for.
     #[error(
         "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"

@@ -12,6 +12,7 @@
 mod address;
 mod alive;
 mod attention;
+mod check;
 mod completions;
 mod connect;
 mod descriptors;
