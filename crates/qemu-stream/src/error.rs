@@ -422,6 +422,17 @@ pub enum CallerMistake {
         /// Why it cannot be used.
         why: String,
     },
+    /// A file that would be longer than this process may make one.
+    #[error(
+        "the file takes {size:#x} bytes and more, and the limit of a file's size (RLIMIT_FSIZE, `ulimit -f`) is {limit:#x}: \
+         raise the limit"
+    )]
+    FileSize {
+        /// The limit of the process, in bytes.
+        limit: u64,
+        /// The bytes up to the devices, which come behind.
+        size: u64,
+    },
     /// The machine type does not go with what was asked.
     #[error("machine type {machine}: {why}")]
     Machine {

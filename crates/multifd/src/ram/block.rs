@@ -16,6 +16,7 @@ use std::{
 
 use super::{
     BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, cut::explained,
+    file_size,
 };
 use crate::error::{Error, Result, Usage};
 
@@ -179,10 +180,10 @@ impl RamBlock {
             Memory::Mapped(mapping) => {
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
             }
-            Memory::File { file, offset, .. } => match direct {
-                Some(direct) => direct.write_all_at(file, bytes, offset + start)?,
-                None => file.write_all_at(bytes, offset + start)?,
-            },
+            Memory::File { file, offset, .. } => file_size::held(|| match direct {
+                Some(direct) => direct.write_all_at(file, bytes, offset + start),
+                None => file.write_all_at(bytes, offset + start),
+            })?,
         }
         self.present.set_run(first, count);
         Ok(())

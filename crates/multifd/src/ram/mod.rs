@@ -17,6 +17,7 @@ mod bytes;
 mod cut;
 mod direct;
 mod dirty;
+mod file_size;
 #[cfg(any(feature = "kvm", feature = "vm-memory"))]
 mod granule;
 #[cfg(feature = "vm-memory")]
@@ -41,6 +42,8 @@ pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;
 pub use direct::DirectFile;
 pub use dirty::{DirtyBitmaps, DirtyLog, NeverDirty};
+pub(crate) use file_size::hold_in_this_thread;
+pub use file_size::{file_size_limit, with_file_size_errors};
 #[cfg(feature = "vm-memory")]
 pub use guest_memory::{AtomicBitmapLog, MakeBlock, RegionBitmap, block_of, blocks_of};
 #[cfg(feature = "kvm")]

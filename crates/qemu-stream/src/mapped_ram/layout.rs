@@ -6,7 +6,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use multifd::ram::{BlockIndex, DirectFile, Memory, RamBlock, RamBlocks};
+use multifd::ram::{BlockIndex, DirectFile, Memory, RamBlock, RamBlocks, with_file_size_errors};
 
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
@@ -254,7 +254,8 @@ impl Layout {
         if let Some(at) = Note::offset(&self.places) {
             write_at(file, &note.encode(), at, "write the note")?;
         }
-        file.set_len(end).map_err(|source| io_error(source, end, "cut the file"))?;
+        with_file_size_errors(|| file.set_len(end))
+            .map_err(|source| io_error(source, end, "cut the file"))?;
         Ok(end)
     }
 }
@@ -277,7 +278,7 @@ fn eos(blocks: &BlockList, section: SectionId, footers: bool, out: &mut Vec<u8>)
 }
 
 fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {
-    file.write_all_at(bytes, at).map_err(|source| io_error(source, at, doing))
+    with_file_size_errors(|| file.write_all_at(bytes, at)).map_err(|source| io_error(source, at, doing))
 }
 
 fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
