@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn what_a_descriptor_is_that_carries_none_is_told() {
-        let (pipe, _end) = std::io::pipe().expect("a pipe");
+        let (pipe, _end) = io::pipe().expect("a pipe");
         let path = rustix::fs::open("/", OFlags::PATH, rustix::fs::Mode::empty()).expect("a path");
         let fresh =
             socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
