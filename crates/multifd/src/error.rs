@@ -529,6 +529,24 @@ pub enum Usage {
         /// The block's used length.
         used_length: u64,
     },
+    /// A file that is to be mapped ends before the mapping would.
+    #[error(
+        "a mapping of {len:#x} bytes from offset {offset:#x} on reaches beyond the end of the file ({size:#x})"
+    )]
+    ShortFile {
+        /// Where the mapping was to begin.
+        offset: u64,
+        /// The bytes that were to be mapped.
+        len: u64,
+        /// The length of the file.
+        size: u64,
+    },
+    /// Pages are to be packed in memory that somebody may take away.
+    #[error(
+        "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages would end this process by SIGBUS \
+         then: seal the memfd against it (F_SEAL_SHRINK), or set multifd-compression to none"
+    )]
+    MayShrink(BlockName),
     /// The block ends inside a page, and the wire carries whole pages only.
     #[error(
         "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, whose bytes cannot be sent"

@@ -264,6 +264,12 @@ impl RamBlock {
         !self.present.contains(page) || self.slice(page, 1).is_some_and(|slice| slice.is_zero())
     }
 
+    /// Whether a look at its pages may raise `SIGBUS`, because they are in a mapping of a file that somebody may cut shorter:
+    /// they are moved by system calls alone.
+    pub(crate) fn may_shrink(&self) -> bool {
+        matches!(&self.memory, Memory::Mapped(mapping) if mapping.may_shrink())
+    }
+
     /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
     /// lives in a file.
     pub fn slice(&self, first: PageIndex, count: u64) -> Option<GuestSlice<'_>> {
