@@ -414,6 +414,16 @@ pub enum CallerMistake {
         /// The page.
         page: u64,
     },
+    /// A device has the number of the RAM section.
+    #[error(
+        "device {device:?} has section number {section}, which is that of ram: number the devices from another one on"
+    )]
+    SectionTaken {
+        /// The number.
+        section: SectionId,
+        /// The device.
+        device: SectionName,
+    },
     /// A name, machine type or device that cannot be written.
     #[error("{what}: {why}")]
     Value {

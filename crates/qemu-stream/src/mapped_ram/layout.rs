@@ -234,8 +234,10 @@ impl Layout {
     /// file is no file anyone would load; after it, it is whole.
     ///
     /// # Errors
-    /// If the devices have footers and the file has not (or the reverse), or the system cannot write.
+    /// If the devices have footers and the file has not (or the reverse), one of them has the RAM section's number, or the
+    /// system cannot write.
     pub fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
+        tail.devices.check_beside(self.section)?;
         if tail.devices.has_footers() != self.footers {
             let why = "have footers where the file has none, or none where it has".to_owned();
             return Err(CallerMistake::Value { what: "devices", why }.into());
