@@ -53,6 +53,12 @@ impl<'vm> KvmDirtyLog<'vm> {
     ///
     /// Pages of blocks that are in no slot are never dirty.
     ///
+    /// **Warning:** who protects pages again is a setting of the whole virtual machine
+    /// (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), and it stays as it is set here when the log is dropped; the kernel does not tell
+    /// what it was. A VMM that reads `KVM_GET_DIRTY_LOG` itself, for a display or its own snapshots, and expects that to
+    /// protect the pages, then finds the same pages written for ever. It takes [`start_with`](Self::start_with) and the
+    /// protection that it has set itself, or expects.
+    ///
     /// # Errors
     /// If a slot is not whole pages of its block, or the kernel refuses.
     ///
@@ -65,7 +71,8 @@ impl<'vm> KvmDirtyLog<'vm> {
         unsafe { Self::start_with(vm, slots, blocks, protect) }
     }
 
-    /// The same, with the protection that is said.
+    /// The same, with the protection that is said: the one that the VMM has set already, if it has. It is set again, which
+    /// changes nothing then, but for [`Manual`](KvmProtect::Manual) that had every page count as unwritten at first.
     ///
     /// # Errors
     /// As [`start`](Self::start); also if the kernel has no manual protection.
