@@ -47,7 +47,7 @@ pub use file_size::{file_size_limit, with_file_size_errors};
 #[cfg(feature = "vm-memory")]
 pub use guest_memory::{AtomicBitmapLog, MakeBlock, RegionBitmap, block_of, blocks_of};
 #[cfg(feature = "kvm")]
-pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingLog, KvmRingSize, KvmSlot};
+pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog, KvmRingSize, KvmSlot};
 pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;
