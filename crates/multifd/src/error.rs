@@ -586,6 +586,11 @@ pub enum Usage {
         /// What is in the way.
         why: &'static str,
     },
+    /// A merged dirty log of no logs.
+    #[error(
+        "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for one that does not run"
+    )]
+    NoLogs,
     /// A sender or receiver was set up for the second time.
     #[error("this end of the migration was set up before: make a new one for each migration")]
     UsedTwice,

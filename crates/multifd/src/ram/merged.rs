@@ -3,6 +3,7 @@
 use std::{error, fmt, io};
 
 use super::{BlockIndex, DirtyLog, PageBitmap};
+use crate::error::Usage;
 
 /// A dirty log that has every page that one of its logs has.
 ///
@@ -14,14 +15,16 @@ use super::{BlockIndex, DirtyLog, PageBitmap};
 /// let log = MergedLog::new().with("vcpus", vcpus).with("devices", devices.clone());
 /// ```
 ///
-/// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several.
+/// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several. Without any log a
+/// take fails with [`Usage::NoLogs`], since every write would be lost; a machine that does not run has
+/// [`NeverDirty`](super::NeverDirty).
 #[derive(Default)]
 pub struct MergedLog<'a> {
     logs: Vec<(&'static str, Box<dyn DirtyLog + 'a>)>,
 }
 
 impl<'a> MergedLog<'a> {
-    /// No log yet: nothing is ever written.
+    /// No log yet, so no pages can be taken.
     pub fn new() -> Self {
         Self::default()
     }
@@ -36,8 +39,11 @@ impl<'a> MergedLog<'a> {
 
 impl DirtyLog for MergedLog<'_> {
     /// # Errors
-    /// The first error of one of them. The bits that had been taken are in `into`.
+    /// The first error of one of them. The bits that had been taken are in `into`. [`Usage::NoLogs`] if there is none.
     fn take(&mut self, block: BlockIndex, into: &PageBitmap) -> io::Result<()> {
+        if self.logs.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, Usage::NoLogs));
+        }
         for (name, log) in &mut self.logs {
             log.take(block, into)
                 .map_err(|source| io::Error::new(source.kind(), Unreadable { name, source }))?;
@@ -123,6 +129,14 @@ mod tests {
         let mut merged = MergedLog::new().with("a file", NeverDirty).with("devices", devices);
         merged.put_back(BLOCK, &PageBitmap::full(16));
         assert_eq!(taken(&mut merged), 0xffff);
+    }
+
+    /// It was a machine that never writes, and what its guest wrote was lost.
+    #[test]
+    fn take_without_any_log_is_refused() {
+        let refused = MergedLog::new().take(BLOCK, &PageBitmap::new(16)).expect_err("no log");
+        let usage = refused.get_ref().and_then(|inner| inner.downcast_ref::<Usage>());
+        assert_eq!(usage, Some(&Usage::NoLogs));
     }
 
     #[test]
