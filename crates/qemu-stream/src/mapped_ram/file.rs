@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
 };
 
 use multifd::ram::{BlockIndex, BlockName, Memory, PageBitmap, PageSize, RamBlock, RamBlocks};
@@ -145,8 +145,11 @@ impl MappedRamFile {
     /// The blocks in the file with the pages that are present, to be sent or copied; `memory` says how a block at its
     /// place is reached. Blocks that were left out are [ignored](RamBlock::ignored).
     ///
+    /// **Warning:** `memory` has to begin at [`pages_offset`](BlockPlace::pages_offset) of the file. Of a mapping that cannot
+    /// be checked here, and one that begins elsewhere sends other bytes in the place of the guest's.
+    ///
     /// # Errors
-    /// If the bitmaps cannot be read, or what `memory` says.
+    /// If the bitmaps cannot be read, what `memory` says, or if that is this file at another offset.
     pub fn ram_blocks(
         &self,
         mut memory: impl FnMut(&BlockEntry, &BlockPlace) -> multifd::Result<Memory>,
@@ -157,11 +160,32 @@ impl MappedRamFile {
             let bits = self.bitmap(index);
             present.merge(bits.map_err(|error| multifd::Error::other("read a bitmap", error))?);
             let (name, length) = (entry.name.clone(), entry.used_length);
-            let block =
-                RamBlock::with_present(name, length, place.page_size, memory(entry, place)?, present)?;
+            let memory = memory(entry, place)?;
+            self.check_place(entry, place, &memory)
+                .map_err(|mistake| multifd::Error::other("find a block in the file", mistake))?;
+            let block = RamBlock::with_present(name, length, place.page_size, memory, present)?;
             blocks.push(if place.is_ignored() { block.ignored() } else { block });
         }
         RamBlocks::new(blocks)
+    }
+
+    /// Refuses this file at another offset than the block has in it.
+    fn check_place(
+        &self,
+        entry: &BlockEntry,
+        place: &BlockPlace,
+        memory: &Memory,
+    ) -> Result<(), CallerMistake> {
+        let Memory::File { file, offset, .. } = memory else { return Ok(()) };
+        let same = |one: &File, other: &File| {
+            let of = |file: &File| file.metadata().ok().map(|found| (found.dev(), found.ino()));
+            of(one).is_some_and(|one| of(other) == Some(one))
+        };
+        if *offset == place.pages_offset || !same(file, &self.file) {
+            return Ok(());
+        }
+        let why = format!("expected offset {:#x} for {:?}, met {offset:#x}", place.pages_offset, entry.name);
+        Err(CallerMistake::Value { what: "memory of a block", why })
     }
 }
 

@@ -18,6 +18,11 @@ use crate::{
 };
 
 /// The places of a file that is about to be written.
+///
+/// **Warning:** the tail makes a file whole, so it is written last: pages first, then [`write_around`](Self::write_around),
+/// which has the right order, or [`write_head`](Self::write_head), each block's [`write_bitmap`](Self::write_bitmap),
+/// [`write_tail`](Self::write_tail). A file with a tail and without pages or bitmaps is taken for a machine whose RAM is
+/// zero, or is what stood there before. A file that is written again is cut to its beginning first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Bytes of the stream between the pages, each with its position.
