@@ -1,0 +1,202 @@
+//! The caller's mistakes: calls, options and addresses that cannot be.
+
+use crate::{
+    live::Status,
+    ram::{BlockName, PageSize},
+};
+
+/// A call that cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Usage {
+    /// A number outside of its [range](crate::parameters).
+    #[error("expected {name} {least} to {most}, met {met}")]
+    OutOfRange {
+        /// The parameter.
+        name: &'static str,
+        /// The least value.
+        least: u64,
+        /// The greatest value.
+        most: u64,
+        /// The value given.
+        met: i128,
+    },
+    /// A way of zero pages that there is not.
+    #[error("expected zero-page-detection none, legacy or multifd, met {met:?}")]
+    ZeroPageDetection {
+        /// The name given.
+        met: String,
+    },
+    /// A method that this build does not speak.
+    #[error("expected multifd-compression none{}, met {met:?}", built_in())]
+    Method {
+        /// The name given.
+        met: String,
+    },
+    /// An address in no form that is known.
+    #[error(
+        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met {0:?}"
+    )]
+    Address(String),
+    /// An option behind an address that is not known, or not so.
+    #[error("address option: expected {expected}, met {met:?}")]
+    AddressOption {
+        /// What it can be.
+        expected: &'static str,
+        /// The option given.
+        met: String,
+    },
+    /// An inherited descriptor that cannot carry a migration.
+    #[error(
+        "fd:{fd} is {met}, expected {expected}: have the parent process pass one, or use tcp, unix or vsock"
+    )]
+    Descriptor {
+        /// The descriptor's number.
+        fd: i32,
+        /// What it is.
+        met: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// A command is to be started in a process that ignores `SIGCHLD`, so that its exit status would not be known.
+    #[error(
+        "exec: cannot be used while this process ignores SIGCHLD (SIG_IGN, or SA_NOCLDWAIT): whether the command succeeded \
+         could not be known, and its success would count as a failure; set SIGCHLD to its default action before"
+    )]
+    ChildrenIgnored,
+    /// The transport has one connection only, and more were asked for.
+    #[error(
+        "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
+    )]
+    SingleConnection(String),
+    /// The sender is to end with pages that no sync point has followed.
+    #[error("pages were queued after the last sync and may not have left: call sync before finish")]
+    Unsynced,
+    /// `zero-copy-send` where pages are copied anyway.
+    #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
+    ZeroCopy(&'static str),
+    /// An option for connections, where there are none.
+    #[error(
+        "{0} is for connections: between memory and a file pages are copied as they are, so switch it off"
+    )]
+    ForConnections(&'static str),
+    /// Blocks that cannot be copied into blocks of their names.
+    #[error("block {name:?} cannot be copied: {why}")]
+    OtherBlocks {
+        /// The block's name.
+        name: BlockName,
+        /// What is in the way.
+        why: String,
+    },
+    /// TLS to an address that names no host, and no name given.
+    #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
+    NoTlsHostname(String),
+    /// Two blocks have one name.
+    #[error("two RAM blocks are named {0:?}")]
+    DuplicateBlock(BlockName),
+    /// The blocks have different page sizes.
+    #[error("RAM blocks with pages of {0} and of {1} in one migration")]
+    MixedPageSizes(PageSize, PageSize),
+    /// The memory handed over is shorter than the block.
+    #[error("block {name:?}: {mapped:#x} bytes of memory for a used length of {used_length:#x}")]
+    ShortMemory {
+        /// The block's name.
+        name: BlockName,
+        /// The bytes of memory.
+        mapped: u64,
+        /// The block's used length.
+        used_length: u64,
+    },
+    /// A file that is to be mapped ends before the mapping would.
+    #[error(
+        "a mapping of {len:#x} bytes from offset {offset:#x} on reaches beyond the end of the file ({size:#x})"
+    )]
+    ShortFile {
+        /// Where the mapping was to begin.
+        offset: u64,
+        /// The bytes that were to be mapped.
+        len: u64,
+        /// The length of the file.
+        size: u64,
+    },
+    /// Pages are to be packed in memory that somebody may take away.
+    #[error(
+        "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages would end this process by SIGBUS \
+         then: seal the memfd against it (F_SEAL_SHRINK), or set multifd-compression to none"
+    )]
+    MayShrink(BlockName),
+    /// The block ends inside a page, and the wire carries whole pages only.
+    #[error(
+        "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, whose bytes cannot be sent"
+    )]
+    PartialPage {
+        /// The block's name.
+        name: BlockName,
+        /// The block's used length.
+        used_length: u64,
+        /// The page size of the migration.
+        page_size: PageSize,
+    },
+    /// A page that the block does not have.
+    #[error("block {name:?} has no page {page} ({pages} pages)")]
+    NoSuchPage {
+        /// The block's name.
+        name: BlockName,
+        /// The page asked for.
+        page: u64,
+        /// The pages of the block.
+        pages: u64,
+    },
+    /// A block number that the registry does not have.
+    #[error("there is no RAM block number {0}")]
+    NoSuchBlock(usize),
+    /// The block's memory cannot be received into.
+    #[error("block {0:?} is mapped for reading and cannot be received into")]
+    ReadOnly(BlockName),
+    /// The block's memory is mapped without the right to read it.
+    #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
+    Unreadable(BlockName),
+    /// No dirty log can be made of the bitmaps of the block's memory.
+    #[error("block {name:?}: the dirty bitmap does not fit: {why}")]
+    DirtyBitmap {
+        /// The block's name.
+        name: BlockName,
+        /// What is in the way.
+        why: &'static str,
+    },
+    /// A merged dirty log of no logs.
+    #[error(
+        "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for one that does not run"
+    )]
+    NoLogs,
+    /// A sender or receiver was set up for the second time.
+    #[error("this end of the migration was set up before: make a new one for each migration")]
+    UsedTwice,
+    /// A call that needs what has not been set up yet.
+    #[error("{0} is not there yet: set it up first")]
+    TooEarly(&'static str),
+    /// A migration was told to go on while it was not waiting to be.
+    #[error("the migration is {met}: it can be told to go on when it is pre-switchover")]
+    NotPaused {
+        /// Its state.
+        met: Status,
+    },
+    /// A state that does not follow the present one.
+    #[error("a migration that is {from} cannot become {to}")]
+    IllegalTransition {
+        /// The present state.
+        from: Status,
+        /// The state asked for.
+        to: Status,
+    },
+}
+
+/// The methods beside none, as the rest of an enumeration.
+pub(super) fn built_in() -> &'static str {
+    match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
+        (true, true) => ", zlib or zstd",
+        (true, false) => " or zlib",
+        (false, true) => " or zstd",
+        (false, false) => "",
+    }
+}
