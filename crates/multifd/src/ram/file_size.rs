@@ -130,8 +130,10 @@ mod tests {
     #[test]
     fn signal_that_a_write_has_caused_is_taken_back() {
         let cause = || {
+            // SAFETY: it takes nothing.
+            let own = unsafe { libc::pthread_self() };
             // SAFETY: the signal is sent to this thread, which blocks it.
-            unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGXFSZ) };
+            unsafe { libc::pthread_kill(own, libc::SIGXFSZ) };
         };
         with_file_size_errors(cause);
         let failed = held(|| -> io::Result<()> {
