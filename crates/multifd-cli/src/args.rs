@@ -19,7 +19,11 @@ use multifd::{
 };
 use parse_size::Config;
 
-use crate::{demo::ConvergeArgs, file_address::FileAddress, outcome::While};
+use crate::{
+    demo::ConvergeArgs,
+    file_address::{FileAddress, file_path},
+    outcome::While,
+};
 
 /// Moves running virtual machines over many channels, in QEMU's own wire format.
 ///
@@ -194,7 +198,7 @@ pub(crate) struct InspectArgs {
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
     /// Where the RAM of BLOCK goes: a new file, readable by its owner alone, or - for standard output
-    #[arg(requires = "extract")]
+    #[arg(requires = "extract", value_parser = out_path())]
     pub(crate) out: Option<PathBuf>,
 }
 
@@ -319,13 +323,19 @@ impl SendTlsArgs {
 }
 
 impl ReceiveTlsArgs {
-    /// What takes connections from `listener`.
-    pub(crate) fn listener(&self, listener: Listener) -> Result<Box<dyn Listen>, While> {
-        let plain = Box::new(listener);
-        let Some(folder) = &self.tls_creds else { return Ok(plain) };
+    /// What this side shows and whom it trusts; `None` without TLS.
+    pub(crate) fn credentials(&self) -> Result<Option<ServerCredentials>, While> {
+        let Some(folder) = &self.tls_creds else { return Ok(None) };
         let credentials = ServerCredentials::load(folder, self.tls_authz.clone());
-        let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
-        Ok(Box::new(TlsListener::new(plain, credentials)))
+        credentials.map(Some).map_err(|error| While::new("cannot set TLS up", error))
+    }
+
+    /// What takes connections from `listener`.
+    pub(crate) fn listener(credentials: Option<ServerCredentials>, listener: Listener) -> Box<dyn Listen> {
+        match credentials {
+            Some(credentials) => Box::new(TlsListener::new(Box::new(listener), credentials)),
+            None => Box::new(listener),
+        }
     }
 }
 
@@ -415,6 +425,11 @@ fn method_or_auto(text: &str) -> Result<MethodChoice, String> {
 /// A path, or QEMU's form of it.
 fn file_address() -> impl TypedValueParser<Value = FileAddress> {
     OsStringValueParser::new().try_map(FileAddress::parse)
+}
+
+/// The path of a file that is to be written; `-` is one, too.
+fn out_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(file_path)
 }
 
 /// Bytes, with binary units as QEMU has them: 1K is 1024.

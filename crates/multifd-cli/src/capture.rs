@@ -5,6 +5,7 @@
 
 use std::{fs::File, sync::Arc};
 
+use indicatif::BinaryBytes;
 use multifd::{
     Arrived, Error, Result,
     channel::Stop,
@@ -16,6 +17,7 @@ use qemu_stream::{
     incoming::Loaded,
     mapped_ram::{Layout, Shape, Tail},
 };
+use rustix::fs::fstatvfs;
 
 use crate::{direct_io::DirectIo, file_address::FileAddress, new_file::NewFile, outcome::While};
 
@@ -50,12 +52,29 @@ impl Capture {
         list: &BlockList,
     ) -> Result<RamBlocks> {
         let layout = layout(&self.shape(configuration), list)?;
+        self.warn_of_little_room(list.total());
         // A full disk is to be found when pages are written, so this makes a hole, not a reservation.
         let sized = self.file.set_len(layout.tail_offset());
         sized.map_err(|error| {
             Error::io(format!("extend the file to {:#x} bytes", layout.tail_offset()), error)
         })?;
         layout.ram_blocks(&self.file, self.direct.as_ref())
+    }
+
+    /// How much of RAM is zero is not known yet, and zero pages take no room: too little room is a warning.
+    fn warn_of_little_room(&self, ram: u64) {
+        // A file system that does not tell has none to compare with.
+        let Ok(system) = fstatvfs(&self.file) else { return };
+        let free = system.f_bavail.saturating_mul(system.f_frsize);
+        if free < ram {
+            tracing::warn!(
+                "{} is left on the file system of {}, and the guest has {} of RAM: unless enough of it is zero, the \
+                 migration will fail, and the guest will go on at the source",
+                BinaryBytes(free),
+                self.new.target().display(),
+                BinaryBytes(ram),
+            );
+        }
     }
 
     /// Writes everything but the pages, makes it durable and gives the file its name. Returns the blocks whose memory

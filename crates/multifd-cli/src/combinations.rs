@@ -2,18 +2,51 @@
 //!
 //! Flags that are nothing without another one (`requires` in `args`) are refused by the parser, values by their ranges.
 
+use std::path::Path;
+
 use multifd::{
+    ChannelCount,
     channel::{Address, Connect},
     error::Usage,
     live::MigrateOptions,
 };
 
-use crate::args::{DemoArgs, SendArgs};
+use crate::{
+    args::{DemoArgs, ReceiveArgs, SendArgs},
+    outcome::{Failure, While},
+};
+
+/// Refuses what `receive` cannot do.
+pub(crate) fn of_receive(args: &ReceiveArgs) -> Result<(), Failure> {
+    let refused = |usage: Usage| Failure::Usage(usage.into());
+    args.listen.check_listen().map_err(refused)?;
+    if let (Address::Exec(_), ChannelCount::Exact(1..)) = (&args.listen, args.multifd_channels) {
+        return Err(refused(Usage::SingleConnection(args.listen.to_string())));
+    }
+    match &args.listen {
+        // The socket would be in the file's place when the file is to get its name.
+        Address::Unix(socket) if same_place(socket, args.file.path()) => {
+            let why = "it is the file to write, too: name another path for one of them";
+            Err(Failure::Usage(While::new(format!("cannot listen at {}", args.listen), why).into()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether two paths name one place, which may be empty.
+fn same_place(one: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some(folder.canonicalize().ok()?.join(path.file_name()?))
+    };
+    one == other || place(one).is_some_and(|one| place(other) == Some(one))
+}
 
 /// Refuses what `send` cannot do.
 ///
 /// # Errors
-/// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`], [`Usage::ZeroCopy`].
+/// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`], [`Usage::ZeroCopy`], [`Usage::Descriptor`],
+/// [`Usage::ChildrenIgnored`].
 pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
     if args.address.is_single() && args.multifd_channels > 0 {
         return Err(Usage::SingleConnection(args.address.to_string()));
@@ -28,7 +61,8 @@ pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
     if args.zero_copy_send {
         refuse_first(&copied)?;
     }
-    args.tls.hostname(&args.address).map(drop)
+    args.tls.hostname(&args.address)?;
+    args.address.check_connect()
 }
 
 /// Refuses what `demo` cannot do.

@@ -1,10 +1,17 @@
 //! A file that holds a machine, as the command line names it: a path, or as QEMU has it, `file:PATH[,offset=N]`.
+//!
+//! A path that no file can have is refused here, as wrong usage. What the file system says of it is asked when it is opened
+//! (to be read), or by [`NewFile`](crate::new_file::NewFile) (to be written).
 
 use std::{
     ffi::OsString,
     fmt,
-    fs::File,
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    fs::{File, Metadata},
+    io,
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -24,7 +31,7 @@ impl FileAddress {
     /// Reads `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:` is written `./file:…`.
     pub(crate) fn parse(text: OsString) -> Result<Self, String> {
         let Some(rest) = text.as_bytes().strip_prefix(b"file:") else {
-            return Ok(Self { path: text.into(), offset: 0 });
+            return Ok(Self { path: file_path(text)?, offset: 0 });
         };
         let mut windows = rest.windows(OFFSET.len());
         let (path, offset) = match windows.position(|window| window == OFFSET) {
@@ -34,7 +41,7 @@ impl FileAddress {
         if path.is_empty() {
             return Err("expected file:PATH or file:PATH,offset=N, met no path".into());
         }
-        Ok(Self { path: OsString::from_vec(path.to_owned()).into(), offset })
+        Ok(Self { path: file_path(OsString::from_vec(path.to_owned()))?, offset })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -48,7 +55,7 @@ impl FileAddress {
 
     /// Opens the machine that is kept there, to be read.
     pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
-        let file = File::open(&self.path).map_err(|error| self.unreadable(error))?;
+        let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
         MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(error))
     }
 
@@ -68,7 +75,53 @@ impl fmt::Display for FileAddress {
     }
 }
 
+/// A path whose last part can be the name of a file.
+///
+/// # Errors
+/// If it is empty, or can only be a folder's: `x/`, `.`, `..`.
+pub(crate) fn file_path(text: OsString) -> Result<PathBuf, String> {
+    let name = text.as_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    let why = match name {
+        _ if text.is_empty() => "met an empty path",
+        b"" => "and a path that ends in / names a folder",
+        b"." | b".." => "and a path that ends in . or .. names a folder",
+        _ => return Ok(text.into()),
+    };
+    Err(format!("expected the path of a file, {why}"))
+}
+
+/// What is there, if it is no regular file.
+pub(crate) fn other_kind(found: &Metadata) -> Option<&'static str> {
+    let kind = found.file_type();
+    [
+        (kind.is_dir(), "a folder"),
+        (kind.is_fifo(), "a FIFO"),
+        (kind.is_socket(), "a socket"),
+        (kind.is_char_device(), "a character device"),
+        (kind.is_block_device(), "a block device"),
+    ]
+    .into_iter()
+    .find_map(|(is, name)| is.then_some(name))
+}
+
+/// Opens a regular file to be read. A FIFO or a device is not opened, which would wait for a writer or take its data.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let refuse = |found: &Metadata| match other_kind(found) {
+        Some(kind) => {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {kind}, expected a regular file")))
+        }
+        None => Ok(()),
+    };
+    refuse(&path.metadata()?)?;
+    // Another may be there by now.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    refuse(&file.metadata()?)?;
+    Ok(file)
+}
+
 const OFFSET: &[u8] = b",offset=";
+/// The last position that a file can have.
+const LAST: u64 = i64::MAX as u64;
 
 /// Bytes: decimal with QEMU's suffixes (4K is 4096), or hexadecimal without one.
 fn position(text: &[u8]) -> Result<u64, String> {
@@ -82,7 +135,11 @@ fn position(text: &[u8]) -> Result<u64, String> {
         Some(_) => None,
         None => Config::new().with_binary().parse_size(text.as_bytes()).ok(),
     };
-    parsed.ok_or_else(|| format!("expected an offset in bytes like 0x1000, 4096 or 4K, met {text:?}"))
+    match parsed {
+        Some(offset @ 0..=LAST) => Ok(offset),
+        Some(_) => Err(format!("expected an offset of at most {LAST:#x} bytes, met {text:?}")),
+        None => Err(format!("expected an offset in bytes like 0x1000, 4096 or 4K, met {text:?}")),
+    }
 }
 
 #[cfg(test)]
@@ -120,6 +177,26 @@ mod tests {
             assert!(refused.contains(&format!("met {offset:?}")), "{refused}");
         }
         assert!(parse("file:").is_err() && parse("file:,offset=1").is_err());
+    }
+
+    #[test]
+    fn offset_that_no_file_has_is_refused_with_the_last_one() {
+        assert_eq!(parse("file:vm,offset=0x7fffffffffffffff"), Ok(("vm".into(), LAST)));
+        for offset in ["0x8000000000000000", "8E", "18446744073709551615"] {
+            let refused = parse(&format!("file:vm,offset={offset}")).expect_err(offset);
+            assert!(refused.contains("at most 0x7fffffffffffffff bytes"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn path_that_only_a_folder_can_have_is_refused() {
+        for path in ["", "x/", "x//", "/", ".", "..", "x/.", "x/..", "file:x/", "file:..,offset=1"] {
+            let refused = parse(path).expect_err(path);
+            assert!(refused.starts_with("expected the path of a file"), "{refused}");
+        }
+        for path in ["...", "x/.y", "/x", "x/..y", " "] {
+            assert_eq!(parse(path), Ok((path.to_owned(), 0)), "{path}");
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Signals: an interrupt cancels the migration in order, the second one ends the process; a file that has come to
-//! the limit of its size is an error of the write that meets it, and does not end the process.
+//! the limit of its size is an error of the write that meets it, and does not end the process; the ends of children are
+//! kept.
 //!
-//! UNSAFETY: a signal is set to be ignored, which runs no code of ours.
-#![expect(unsafe_code, reason = "ignores a signal")]
+//! UNSAFETY: signals are set to be ignored, or to their default, which runs no code of ours.
+#![expect(unsafe_code, reason = "sets what is done with two signals")]
 
 use std::{
     process,
@@ -22,6 +23,13 @@ pub(crate) fn cancels(stop: &Stop) -> Result<(), Failure> {
         }
         stop.cancel();
     })?)
+}
+
+/// Has the end of a child kept until it is asked for, whatever the parent process has made of that: `exec:` and `demo` go by
+/// it.
+pub(crate) fn keeps_ends_of_children() {
+    // SAFETY: the number is a signal's, and its default action installs no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Has a write beyond the limit of a file's size fail with an error, which tells more than a killed process and

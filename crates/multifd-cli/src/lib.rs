@@ -47,6 +47,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     outcome::trace(args.verb.quiet());
+    interrupt::keeps_ends_of_children();
     let ended = match args.verb {
         Verb::Receive(args) => receive::run(&args),
         Verb::Send(args) => send::run(&args),

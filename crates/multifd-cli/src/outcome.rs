@@ -26,9 +26,14 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for Failure {
 }
 
 impl Failure {
-    /// A migration's end: cancelled is interrupted, for nothing else cancels here.
+    /// A migration's end: cancelled is interrupted, for nothing else cancels here; a call that cannot be is what the command
+    /// line has asked for.
     pub(crate) fn of(error: multifd::Error) -> Self {
-        if error.is_cancelled() { Self::Interrupted } else { Self::Failed(error.into()) }
+        match error.kind() {
+            multifd::Error::Cancelled => Self::Interrupted,
+            multifd::Error::Usage(_) => Self::Usage(error.into()),
+            _ => Self::Failed(error.into()),
+        }
     }
 }
 

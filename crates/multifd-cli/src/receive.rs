@@ -9,16 +9,17 @@ use std::{
 };
 
 use multifd::{
-    ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
-    channel::{Address, Listener, Stop, Stream},
+    ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
+    channel::{Listener, Stop, Stream},
     error::Usage,
     ram::{BlockName, RamBlocks},
 };
 use qemu_stream::incoming::{Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome};
 
 use crate::{
-    args::ReceiveArgs,
+    args::{ReceiveArgs, ReceiveTlsArgs},
     capture::{Capture, Channels},
+    combinations,
     direct_io::DirectIo,
     display::{Display, Look},
     interrupt,
@@ -38,26 +39,24 @@ struct Received {
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
-    if let (Address::Exec(_), ChannelCount::Exact(1..)) = (&args.listen, args.multifd_channels) {
-        let refused = Usage::SingleConnection(args.listen.to_string());
-        return Err(Failure::Usage(refused.into()));
-    }
+    combinations::of_receive(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
+    let credentials = args.tls.credentials()?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let capture = Capture::create(&args.file, args.force, &direct_io)?;
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = listener.local_address().clone();
-    let listener = args.tls.listener(listener)?;
-    say(&format!("listening on {address}"));
+    let listener = ReceiveTlsArgs::listener(credentials, listener);
     let options = ReceiveOptions::new()
         .channels(args.multifd_channels)
         .method(args.multifd_compression.0)
         .stall_timeout(args.stall_timeout());
     let mut receiver = Receiver::new(options, stop.clone());
     receiver.listen(listener).map_err(Failure::of)?;
+    say(&format!("listening on {address}"));
     let listening = Instant::now();
     let main = receiver.wait_main().map_err(|error| failed(args, None, listening, error))?;
     let start = Instant::now();

@@ -431,6 +431,16 @@ pub enum CallerMistake {
         /// The page.
         page: u64,
     },
+    /// A device has the number of the RAM section.
+    #[error(
+        "device {device:?} has section number {section}, which is that of ram: number the devices from another one on"
+    )]
+    SectionTaken {
+        /// The number.
+        section: SectionId,
+        /// The device.
+        device: SectionName,
+    },
     /// A name, machine type or device that cannot be written.
     #[error("{what}: {why}")]
     Value {
@@ -438,6 +448,17 @@ pub enum CallerMistake {
         what: &'static str,
         /// Why it cannot be used.
         why: String,
+    },
+    /// A file that would be longer than this process may make one.
+    #[error(
+        "the file takes {size:#x} bytes and more, and the limit of a file's size (RLIMIT_FSIZE, `ulimit -f`) is {limit:#x}: \
+         raise the limit"
+    )]
+    FileSize {
+        /// The limit of the process, in bytes.
+        limit: u64,
+        /// The bytes up to the devices, which come behind.
+        size: u64,
     },
     /// The machine type does not go with what was asked.
     #[error("machine type {machine}: {why}")]

@@ -59,7 +59,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let (source, destination) = UnixStream::pair()?;
 //! let sent = thread::spawn(move || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-//!     let machine = MachineType::new("my-vmm-10.0")?;
+//!     let machine = MachineType::new("my-vmm-1")?;
 //!     // No channels here: pages go over main.
 //!     let mut out = Outgoing::new(source, Options::new(Configuration::new(machine)).sync_mode(None))?;
 //!     let ram = BlockEntry::new(BlockName::new("ram0").ok_or("a name")?, 1 << 20);

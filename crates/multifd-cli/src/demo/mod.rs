@@ -25,6 +25,7 @@ use indicatif::BinaryBytes;
 use multifd::{
     Error, SendOptions,
     channel::{Address, Connect, Stop},
+    error::Usage,
     live::{MigrateOptions, Progress, ZeroPageDetection},
     ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
@@ -56,9 +57,9 @@ struct Arrived {
 
 pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     combinations::of_demo(args).map_err(|refused| Failure::Usage(refused.into()))?;
+    let size = ram_size(args.size)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let size = args.size.next_multiple_of(PageSize::KIB_4.bytes() as u64).max(MIN_RAM);
     let blocks = Arc::new(RamBlocks::new(vec![block(size)?])?);
     let departure = departure(args, &blocks, &stop).map_err(Failure::of)?;
     if !args.json {
@@ -111,6 +112,14 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
         })?;
     }
     if equal { Ok(()) } else { Err(While::new("the guest did not arrive whole", "its RAM differs").into()) }
+}
+
+/// Whole pages.
+fn ram_size(asked: u64) -> Result<u64, Failure> {
+    let whole =
+        asked.checked_next_multiple_of(PageSize::KIB_4.bytes() as u64).filter(|size| *size <= MAX_RAM);
+    let refused = || Usage::OutOfRange { name: "size", least: 0, most: MAX_RAM, met: asked.into() };
+    Ok(whole.ok_or_else(|| Failure::Usage(refused().into()))?.max(MIN_RAM))
 }
 
 /// What is chosen, checked before a second process is asked for anything.
@@ -211,3 +220,5 @@ fn look(progress: &Progress) -> Look {
 
 const MACHINE: &str = "multifd-demo";
 const MIN_RAM: u64 = 1 << 20;
+/// What a process has room for.
+const MAX_RAM: u64 = 1 << 46;

@@ -31,6 +31,13 @@ pub enum Address {
     /// A shell command whose standard input and output are the one connection of a migration without channels. It is
     /// run by `/bin/sh -c`; its standard error is this process's. See [`Stream::finish`](super::Stream::finish) for
     /// its exit status.
+    ///
+    /// **Warning:** the exit status is all that tells a source whether the destination has the guest. Nothing in this
+    /// process may take it: `SIGCHLD` must not be ignored (`SIG_IGN`, `SA_NOCLDWAIT`), which is refused before the command is
+    /// started, and no other part may wait for any child (`waitpid` with -1, a reaper of orphans). If one does, Linux 6.15
+    /// and later tell the status all the same. Before, the migration fails with
+    /// [`ExitStatusUnknown`](super::ExitStatusUnknown), although the destination may have the guest: look there before the
+    /// guest runs on at the source.
     Exec(String),
     /// A descriptor inherited from the parent process: a listening socket, or the one connection of a
     /// migration without channels.

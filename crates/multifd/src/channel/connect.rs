@@ -13,7 +13,9 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    Address, Connect, Link, Stop, TcpOptions, deadline,
+    Address, Connect, Link, Stop, TcpOptions,
+    check::refused,
+    deadline,
     descriptors::explained,
     exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
@@ -36,6 +38,7 @@ impl Connect for Address {
 
 impl Address {
     fn open(&self, stop: &Stop, deadline: Instant) -> io::Result<Box<dyn Link>> {
+        self.check_connect().map_err(refused)?;
         let socket = match self {
             Self::Tcp { host, port, options } => {
                 let host = if host.is_empty() { "localhost" } else { host };

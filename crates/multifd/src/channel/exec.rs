@@ -10,7 +10,8 @@
 //!
 //! Whoever owns the link reaps the command, at the latest in the drop: closed connection, then SIGTERM, then SIGKILL,
 //! each with its time. A migration that ends badly sends SIGTERM at once. What the command itself has started is not
-//! signalled; it finds its input and output closed.
+//! signalled; it finds its input and output closed. Its exit status decides whether the guest is at the other end, so a
+//! command is not started where it could not be known.
 
 use std::{
     io,
@@ -31,7 +32,9 @@ use rustix::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    Attention, Link, PeerSignal, Wake,
+    Attention, ExitStatusUnknown, Link, PeerSignal, Wake,
+    check::{children_are_waited_for, refused},
+    exit_status,
     socket::{EventFd, SocketLink},
 };
 use crate::{
@@ -48,6 +51,7 @@ pub(super) struct ExecLink {
 impl ExecLink {
     /// Starts `command`.
     pub(super) fn start(command: &str) -> io::Result<Self> {
+        children_are_waited_for().map_err(refused)?;
         let (ours, theirs) = Socket::pair(Domain::UNIX, Type::STREAM, None)?;
         let (input, output) = (OwnedFd::from(theirs.try_clone()?), OwnedFd::from(theirs));
         let mut shell = Command::new("/bin/sh");
@@ -152,21 +156,29 @@ struct Running {
     woken: Arc<EventFd>,
     /// Relaxed: orders nothing, only spares a command that is being terminated the wait for a good end.
     terminated: AtomicBool,
-    child: Mutex<Child>,
+    /// Once somebody has waited for it.
+    status: Mutex<Option<ExitStatus>>,
 }
 
 impl Running {
     fn new(mut child: Child, name: String) -> io::Result<Self> {
-        let handles = || Ok((pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?, EventFd::new()?));
+        let handles = || -> io::Result<_> {
+            let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+            exit_status::is_ours(&process)?;
+            Ok((process, EventFd::new()?))
+        };
         match handles() {
             Ok((process, woken)) => {
                 let terminated = AtomicBool::new(false);
-                Ok(Self { name, process, woken, terminated, child: Mutex::new(child) })
+                Ok(Self { name, process, woken, terminated, status: Mutex::new(None) })
             }
             Err(error) => {
-                // It may have ended already, which is what is wanted.
-                let _ = child.kill();
-                let _ = child.wait();
+                // Of one that somebody has reaped the number may be another's.
+                if !error.get_ref().is_some_and(|inner| inner.is::<ExitStatusUnknown>()) {
+                    // It may have ended already, which is what is wanted.
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
                 Err(error)
             }
         }
@@ -175,15 +187,27 @@ impl Running {
     /// Waits until it has ended, or `limit` is over: then `None`.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Interrupted`] as soon as it is to be terminated.
+    /// [`io::ErrorKind::Interrupted`] as soon as it is to be terminated; [`ExitStatusUnknown`](super::ExitStatusUnknown) if
+    /// it has ended and nobody can say how.
     fn wait(&self, limit: Duration) -> io::Result<Option<ExitStatus>> {
         let mut fds =
             [PollFd::new(&self.process, PollFlags::IN), PollFd::new(self.woken.fd(), PollFlags::IN)];
         poll_until(&mut fds, limit)?;
         if !fds[0].revents().is_empty() {
-            return self.child.lock().unwrap_or_else(PoisonError::into_inner).wait().map(Some);
+            return self.status().map(Some);
         }
         if fds[1].revents().is_empty() { Ok(None) } else { Err(io::ErrorKind::Interrupted.into()) }
+    }
+
+    /// How it has ended; waits for that.
+    fn status(&self) -> io::Result<ExitStatus> {
+        let mut known = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = *known {
+            return Ok(status);
+        }
+        let status = exit_status::take(&self.process)?;
+        *known = Some(status);
+        Ok(status)
     }
 
     /// Has it end, however it takes that.
@@ -198,7 +222,7 @@ impl Running {
             }
         }
         // It has ended, or cannot help it.
-        let _ = self.child.lock().unwrap_or_else(PoisonError::into_inner).wait();
+        let _ = self.status();
     }
 
     fn has_ended(&self, limit: Duration) -> bool {

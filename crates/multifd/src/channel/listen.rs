@@ -16,6 +16,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
     Address, Link, Listen, TcpOptions, Wake,
+    check::refused,
     descriptors::explained,
     exec::ExecLink,
     socket::{EventFd, SocketLink, inherited},
@@ -49,6 +50,7 @@ impl Listener {
     }
 
     fn open(address: &Address) -> io::Result<Self> {
+        address.check_listen().map_err(refused)?;
         let mut options = TcpOptions::default();
         let listening = Kind::Listening { remove: None };
         let (socket, kind) = match address {

@@ -9,6 +9,7 @@ mod violation;
 use std::{fmt, io, sync::Arc, time::Duration};
 
 pub use usage::Usage;
+use usage::built_in;
 pub use violation::Violation;
 
 use crate::{
@@ -352,16 +353,6 @@ pub enum Unsupported {
 
 fn made(expected: usize, met: usize) -> String {
     if met > expected { format!("more than {expected}") } else { met.to_string() }
-}
-
-/// The methods beside none, as the rest of an enumeration.
-fn built_in() -> &'static str {
-    match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
-        (true, true) => ", zlib or zstd",
-        (true, false) => " or zlib",
-        (false, true) => " or zstd",
-        (false, false) => "",
-    }
 }
 
 fn seconds(limit: Duration) -> String {

@@ -1,6 +1,5 @@
 //! Calls that cannot be, as the embedder or the program made them.
 
-use super::built_in;
 use crate::{
     live::Status,
     ram::{BlockName, PageSize},
@@ -129,6 +128,47 @@ pub enum Usage {
         /// The bytes given.
         length: usize,
     },
+    /// An inherited descriptor that cannot carry a migration.
+    #[error(
+        "fd:{fd} is {met}, expected {expected}: have the parent process pass one, or use tcp, unix or vsock"
+    )]
+    Descriptor {
+        /// The descriptor's number.
+        fd: i32,
+        /// What it is.
+        met: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// A command is to be started in a process that ignores `SIGCHLD`, so that its exit status would not be known.
+    #[error(
+        "exec: cannot be used while this process ignores SIGCHLD (SIG_IGN, or SA_NOCLDWAIT): whether the command succeeded \
+         could not be known, and its success would count as a failure; set SIGCHLD to its default action before"
+    )]
+    ChildrenIgnored,
+    /// A file that is to be mapped ends before the mapping would.
+    #[error(
+        "a mapping of {len:#x} bytes from offset {offset:#x} on reaches beyond the end of the file ({size:#x})"
+    )]
+    ShortFile {
+        /// Where the mapping was to begin.
+        offset: u64,
+        /// The bytes that were to be mapped.
+        len: u64,
+        /// The length of the file.
+        size: u64,
+    },
+    /// Pages are to be packed in memory that somebody may take away.
+    #[error(
+        "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages would end this process by SIGBUS \
+         then: seal the memfd against it (F_SEAL_SHRINK), or set multifd-compression to none"
+    )]
+    MayShrink(BlockName),
+    /// A merged dirty log of no logs.
+    #[error(
+        "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for one that does not run"
+    )]
+    NoLogs,
     /// Two blocks have bytes in common.
     #[error("blocks {0:?} and {1:?} share bytes: each needs memory of its own")]
     SharedBytes(BlockName, BlockName),
@@ -229,4 +269,14 @@ pub enum Usage {
         /// The state asked for.
         to: Status,
     },
+}
+
+/// The methods beside none, as the rest of an enumeration.
+pub(super) fn built_in() -> &'static str {
+    match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
+        (true, true) => ", zlib or zstd",
+        (true, false) => " or zlib",
+        (false, true) => " or zstd",
+        (false, false) => "",
+    }
 }

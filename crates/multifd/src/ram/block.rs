@@ -7,7 +7,7 @@ use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use super::{
     BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, cut::explained,
-    touched,
+    file_size, touched,
 };
 use crate::error::{Error, Result, Usage};
 
@@ -189,10 +189,10 @@ impl RamBlock {
             Memory::Mapped(mapping) => {
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
             }
-            Memory::MappedRam(Places { file, offset, .. }) => match direct {
-                Some(direct) => direct.write_all_at(file, bytes, offset + start)?,
-                None => file.write_all_at(bytes, offset + start)?,
-            },
+            Memory::MappedRam(Places { file, offset, .. }) => file_size::held(|| match direct {
+                Some(direct) => direct.write_all_at(file, bytes, offset + start),
+                None => file.write_all_at(bytes, offset + start),
+            })?,
         }
         self.note_written(first, count);
         Ok(())
@@ -295,6 +295,12 @@ impl RamBlock {
             Memory::MappedRam(places) => (Arc::as_ptr(&places.file).addr(), places.offset),
         };
         (self.used_length > 0).then(|| (within, start, start.saturating_add(self.used_length)))
+    }
+
+    /// Whether a look at its pages may raise `SIGBUS`, because they are in a mapping of a file that somebody may cut shorter:
+    /// they are moved by system calls alone.
+    pub(crate) fn may_shrink(&self) -> bool {
+        matches!(&self.memory, Memory::Mapped(mapping) if mapping.may_shrink())
     }
 
     /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it

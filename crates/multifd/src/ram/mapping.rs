@@ -6,14 +6,15 @@
 //! read may be torn; callers decide from bytes they have copied, or send the page again.
 #![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
 
-use std::{any::Any, fmt, fs::File, io, marker::PhantomData, ptr::NonNull};
+use std::{any::Any, fmt, fs::File, io, marker::PhantomData, os::unix::fs::FileTypeExt, ptr::NonNull};
 
 use rustix::{
-    fs::fstatfs,
+    fs::{SealFlags, fcntl_get_seals, fstatfs},
     mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
 };
 
 use super::zero;
+use crate::error::Usage;
 
 /// What a mapping of a file may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,7 @@ pub struct Mapping {
     len: usize,
     writable: bool,
     absent_is_zero: bool,
+    may_shrink: bool,
     owner: Owner,
 }
 
@@ -78,7 +80,8 @@ impl Mapping {
         // without huge pages refuses it, which costs speed and nothing else.
         let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { base, len, writable: true, absent_is_zero: true, owner: Owner::Mapped(len) })
+        let owner = Owner::Mapped(len);
+        Ok(Self { base, len, writable: true, absent_is_zero: true, may_shrink: false, owner })
     }
 
     /// `len` bytes of `file` from `offset` on, shared with it: a memfd or a file of huge pages that another process has
@@ -87,10 +90,12 @@ impl Mapping {
     /// If the file is cut shorter while it is mapped, system calls on the lost part fail with `EFAULT`;
     /// the copies of [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can reach
     /// are moved by system calls only, and [not looked at](crate::live::MigrateOptions::look_for_zero_pages); of a memfd
-    /// that is sealed against shrinking nothing can be lost.
+    /// that is sealed against shrinking (`F_SEAL_SHRINK`) nothing can be lost. Whether this one may become shorter, says
+    /// [`may_shrink`](Self::may_shrink).
     ///
     /// # Errors
-    /// If `offset` is no multiple of the size of the file's pages, or the system refuses the mapping.
+    /// If `offset` is no multiple of the size of the file's pages, or the system refuses the mapping;
+    /// [`Usage::ShortFile`] within the error if the file ends before the mapping would.
     pub fn of_file(file: &File, offset: u64, len: u64, access: Access) -> io::Result<Self> {
         let len = address_space(len)?;
         if len == 0 {
@@ -100,13 +105,18 @@ impl Mapping {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
+        // Before the mapping: sealed once is sealed for good, and what is sealed has the length that is found below.
+        let may_shrink = may_shrink(file)?;
         // Huge pages are mapped and unmapped whole.
         let whole = len.checked_next_multiple_of(pages_of(file)?).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
         let base = unsafe { mmap(std::ptr::null_mut(), whole, protection, MapFlags::SHARED, file, offset) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let writable = access == Access::ReadWrite;
-        Ok(Self { base, len, writable, absent_is_zero: false, owner: Owner::Mapped(whole) })
+        let (writable, owner) = (access == Access::ReadWrite, Owner::Mapped(whole));
+        let mapping = Self { base, len, writable, absent_is_zero: false, may_shrink, owner };
+        // Behind the mapping: one for writing makes a file of huge pages as long as it has to be.
+        within(file, offset, len as u64)?;
+        Ok(mapping)
     }
 
     /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
@@ -117,7 +127,7 @@ impl Mapping {
     /// made [`read_only`](Self::read_only) before it is used.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
         let owner = Owner::Foreign { _keep: Box::new(keep) };
-        Self { base, len, writable: true, absent_is_zero: false, owner }
+        Self { base, len, writable: true, absent_is_zero: false, may_shrink: false, owner }
     }
 
     /// The mapping, but nothing is received into it: memory that is mapped without the right to write.
@@ -141,13 +151,32 @@ impl Mapping {
         self
     }
 
+    /// The mapping, of whose file this is known: nobody makes it shorter while it is mapped, although no seal keeps them
+    /// from it. A file on a disk or of huge pages cannot be sealed.
+    ///
+    /// **Warning:** said of a file that is cut shorter all the same, this process ends by `SIGBUS` when a page behind the
+    /// new end is looked at, packed or encrypted.
+    #[must_use]
+    pub fn never_shrinks(mut self) -> Self {
+        self.may_shrink = false;
+        self
+    }
+
+    /// Whether somebody may cut the file shorter: it is mapped by [`of_file`](Self::of_file), has no seal against that
+    /// (`F_SEAL_SHRINK`), and nobody has said that it [never shrinks](Self::never_shrinks). Its pages are moved by system
+    /// calls alone then.
+    pub fn may_shrink(&self) -> bool {
+        self.may_shrink
+    }
+
     pub(super) fn is_absent_zero(&self) -> bool {
         self.absent_is_zero
     }
 
     fn empty() -> Self {
         let owner = Owner::Foreign { _keep: Box::new(()) };
-        Self { base: NonNull::dangling(), len: 0, writable: true, absent_is_zero: false, owner }
+        let base = NonNull::dangling();
+        Self { base, len: 0, writable: true, absent_is_zero: false, may_shrink: false, owner }
     }
 
     /// The length in bytes.
@@ -288,6 +317,26 @@ fn pages_of(file: &File) -> io::Result<usize> {
     Ok(if huge { usize::try_from(stat.f_bsize).unwrap_or(1).max(1) } else { 1 })
 }
 
+/// Whether nothing keeps others from cutting the file shorter. Memory of a device has no length to cut.
+fn may_shrink(file: &File) -> io::Result<bool> {
+    if file.metadata()?.file_type().is_char_device() {
+        return Ok(false);
+    }
+    // What cannot be sealed is not.
+    Ok(!fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)))
+}
+
+/// Refuses a part of a file that reaches beyond its end, where a touch would be `SIGBUS`.
+fn within(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let found = file.metadata()?;
+    // Nothing else tells its length so.
+    if !found.is_file() || offset.checked_add(len).is_some_and(|end| end <= found.len()) {
+        return Ok(());
+    }
+    let short = Usage::ShortFile { offset, len, size: found.len() };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, short))
+}
+
 fn address_space(len: u64) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into())
 }
@@ -334,6 +383,51 @@ mod tests {
         file.set_len(4096).expect("sized");
         let mapping = Mapping::of_file(&file, 0, 4096, Access::Read).expect("mapped");
         mapping.slice(0, 1).expect("inside").copy_from(&[1]);
+    }
+
+    fn memfd(bytes: u64) -> File {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let memory = File::from(rustix::fs::memfd_create("guest", flags).expect("a memfd"));
+        memory.set_len(bytes).expect("sized");
+        memory
+    }
+
+    /// The mapping was made, and the first look at it ended the process.
+    #[test]
+    fn file_that_ends_before_the_mapping_is_refused_with_both_lengths() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(8192 + 1).expect("sized");
+        for file in [file, memfd(8192 + 1)] {
+            for access in [Access::Read, Access::ReadWrite] {
+                assert!(Mapping::of_file(&file, 4096, 4096 + 1, access).is_ok());
+                for (offset, len) in [(0, 8192 + 2), (4096, 8192), (8192, 2), (12288, 1)] {
+                    let refused = Mapping::of_file(&file, offset, len, access).expect_err("too long");
+                    let usage = refused.get_ref().and_then(|inner| inner.downcast_ref::<Usage>());
+                    assert_eq!(usage, Some(&Usage::ShortFile { offset, len, size: 8193 }));
+                }
+            }
+        }
+        let empty = memfd(0);
+        assert!(Mapping::of_file(&empty, 0, 1 << 20, Access::ReadWrite).is_err());
+        assert!(Mapping::of_file(&empty, 0, 0, Access::ReadWrite).is_ok());
+    }
+
+    #[test]
+    fn file_may_shrink_unless_it_is_sealed_or_somebody_vouches_for_it() {
+        let map = |file: &File| Mapping::of_file(file, 0, 4096, Access::ReadWrite).expect("mapped");
+        let memory = memfd(4096);
+        assert!(map(&memory).may_shrink());
+        assert!(!map(&memory).never_shrinks().may_shrink());
+        rustix::fs::fcntl_add_seals(&memory, SealFlags::GROW).expect("sealed");
+        assert!(map(&memory).may_shrink());
+        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK).expect("sealed");
+        assert!(!map(&memory).may_shrink());
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(4096).expect("sized");
+        assert!(map(&file).may_shrink());
+        assert!(!Mapping::anonymous(4096).expect("memory").may_shrink());
+        let zero = File::options().read(true).write(true).open("/dev/zero").expect("a device");
+        assert!(!map(&zero).may_shrink());
     }
 
     #[test]

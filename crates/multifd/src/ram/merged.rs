@@ -3,6 +3,7 @@
 use std::{error, fmt, io};
 
 use super::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlocks};
+use crate::error::Usage;
 
 /// A dirty log that has every page that one of its logs has.
 ///
@@ -15,14 +16,16 @@ use super::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlocks};
 /// # Ok::<_, std::io::Error>(())
 /// ```
 ///
-/// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several.
+/// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several. Without any log a
+/// take fails with [`Usage::NoLogs`], since every write would be lost; a machine that does not run has
+/// [`NeverDirty`](super::NeverDirty).
 #[derive(Default)]
 pub struct MergedLog<'a> {
     logs: Vec<(&'static str, Box<dyn DirtyLog + 'a>)>,
 }
 
 impl<'a> MergedLog<'a> {
-    /// No log yet.
+    /// No log yet, so no pages can be taken.
     pub fn new() -> Self {
         Self::default()
     }
@@ -37,12 +40,10 @@ impl<'a> MergedLog<'a> {
 
 impl DirtyLog for MergedLog<'_> {
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] if there is no log in it, which is not what [`NeverDirty`](super::NeverDirty) says;
-    /// the first error of one of them.
+    /// [`Usage::NoLogs`] if there is none in it; the first error of one of them.
     fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
         if self.logs.is_empty() {
-            let why = "no dirty log was merged: give the logs of all writers, or NeverDirty for a guest that does not run";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, Usage::NoLogs));
         }
         for (name, log) in &mut self.logs {
             log.begin(blocks).map_err(|source| io::Error::new(source.kind(), Unreadable { name, source }))?;
@@ -51,8 +52,11 @@ impl DirtyLog for MergedLog<'_> {
     }
 
     /// # Errors
-    /// The first error of one of them. The bits that had been taken are in `into`.
+    /// The first error of one of them. The bits that had been taken are in `into`. [`Usage::NoLogs`] if there is none.
     fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        if self.logs.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, Usage::NoLogs));
+        }
         for (name, log) in &mut self.logs {
             log.take(block, into)
                 .map_err(|source| io::Error::new(source.kind(), Unreadable { name, source }))?;
@@ -140,6 +144,15 @@ mod tests {
         let mut merged = MergedLog::new().with("a file", NeverDirty).with("devices", devices);
         merged.put_back(BLOCK, &PageBitmap::full(16));
         assert_eq!(taken(&mut merged), 0xffff);
+    }
+
+    /// It was a machine that never writes, and what its guest wrote was lost.
+    #[test]
+    fn take_without_any_log_is_refused() {
+        let refused =
+            MergedLog::new().take(BLOCK, &mut DirtyPages::new(&PageBitmap::new(16))).expect_err("no log");
+        let usage = refused.get_ref().and_then(|inner| inner.downcast_ref::<Usage>());
+        assert_eq!(usage, Some(&Usage::NoLogs));
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod bytes;
 mod cut;
 mod direct;
 mod dirty;
+mod file_size;
 #[cfg(any(feature = "kvm", feature = "vm-memory"))]
 mod granule;
 #[cfg(feature = "vm-memory")]
@@ -43,11 +44,13 @@ pub(crate) use cut::cut_short;
 pub(crate) use direct::AlignedBuffer;
 pub use direct::DirectFile;
 pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, NeverDirty};
+pub(crate) use file_size::hold_in_this_thread;
+pub use file_size::{file_size_limit, with_file_size_errors};
 #[cfg(feature = "vm-memory")]
 pub use guest_memory::{AtomicBitmapLog, RegionBitmap, block_of, blocks_of};
 pub use identity::Identity;
 #[cfg(feature = "kvm")]
-pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingLog, KvmRingSize};
+pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog, KvmRingSize};
 pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;

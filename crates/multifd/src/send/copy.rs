@@ -10,7 +10,7 @@ use super::{Shared, dispatch::Job, draw::unread};
 use crate::{
     batch::{Batch, neighbours},
     error::{Error, Result, Usage},
-    ram::{BlockIndex, BlockOffset, CopyError, Lane, PageIndex, RamBlocks},
+    ram::{BlockIndex, BlockOffset, CopyError, Lane, PageIndex, RamBlocks, hold_in_this_thread},
     wire::ChannelId,
 };
 
@@ -58,6 +58,8 @@ impl Copier {
 /// The life of a channel that copies. An error ends the whole migration.
 pub(super) fn run(id: ChannelId, shared: &Shared) {
     let _alarm = shared.stop.alarm("a channel's thread");
+    // A file that comes to the limit of its size is to fail the capture, and not to end the monitor.
+    hold_in_this_thread();
     if let Err(error) = carry(id, shared) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
         shared.stop.fail(error.on_channel(id));

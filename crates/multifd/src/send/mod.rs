@@ -90,13 +90,23 @@ impl Sender {
     ///
     /// # Errors
     /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the destination takes one connection only;
-    /// the system's error if it refuses a thread.
+    /// [`Usage::MayShrink`] if pages are to be packed and the memory of a block is a file that somebody
+    /// [may cut shorter](crate::ram::Mapping::may_shrink); the system's error if it refuses a thread.
+    ///
+    /// **Warning:** TLS copies pages as well, and whether a connector encrypts is not known here: give it blocks that cannot
+    /// shrink, or [`Memory::File`](crate::ram::Memory::File).
     pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
         if self.shared.is_some() {
             return Err(Usage::UsedTwice.into());
         }
         if connector.is_single() {
             return Err(Usage::SingleConnection(connector.target()).into());
+        }
+        if self.options.method != Method::None {
+            let mut sent = self.blocks.iter().map(|(_, block)| block).filter(|block| !block.is_ignored());
+            if let Some(block) = sent.find(|block| block.may_shrink()) {
+                return Err(Usage::MayShrink(block.name().clone()).into());
+            }
         }
         let (channels, page_size) = (self.options.channels, self.blocks.page_size());
         let dispatch = Dispatch::new(channels, page_size, self.options.zero_copy_send);

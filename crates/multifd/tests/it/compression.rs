@@ -1,15 +1,19 @@
 //! Packed pages from end to end: whole machines arrive, and what is broken on the way is refused with its place.
 
-use std::{sync::Arc, time::Duration};
+use std::{fs::File, sync::Arc, time::Duration};
 
 use multifd::{
     Error, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
     channel::{Connect, Link, Stop, Wake, memory},
     error::{Malformed, Unsupported, Usage, Violation},
     live::{MigrateOptions, ZeroPageDetection},
-    ram::{BlockIndex, DirtyBitmaps, NeverDirty, PageIndex, PageSize, Part, PartMut, RamBlocks},
+    ram::{
+        Access, BlockIndex, DirtyBitmaps, Mapping, Memory, NeverDirty, PageIndex, PageSize, Part, PartMut,
+        RamBlock, RamBlocks,
+    },
     wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid, head_len},
 };
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::{
     kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, write},
@@ -334,4 +338,35 @@ fn levels_outside_of_their_range_are_refused() {
     assert_eq!(refused(SendOptions::new().zlib_level(10)), "expected multifd-zlib-level 0 to 9, met 10");
     assert_eq!(refused(SendOptions::new().zstd_level(21)), "expected multifd-zstd-level 0 to 20, met 21");
     Sender::new(SendOptions::new().zlib_level(9).zstd_level(20), blocks, Stop::new()).expect("in range");
+}
+
+/// A block of a page in a memfd.
+fn in_memfd(memfd: &File) -> RamBlock {
+    let mapping = Mapping::of_file(memfd, 0, 4096, Access::ReadWrite).expect("mapped");
+    RamBlock::new(name("ram"), 4096, PageSize::KIB_4, Memory::Mapped(mapping)).expect("a block")
+}
+
+/// Such pages ended the process when they were packed after the cut.
+#[test]
+fn memory_that_may_be_cut_shorter_is_not_packed() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memfd = File::from(memfd_create("guest", flags).expect("a memfd"));
+    memfd.set_len(4096).expect("sized");
+    let set_up = |block, method| {
+        let (connector, _listener) = memory::network(1 << 16);
+        let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
+        let options = SendOptions::new().method(method);
+        Sender::new(options, blocks, Stop::new()).expect("made").set_up(Arc::new(connector))
+    };
+    for method in packed() {
+        let refused = set_up(in_memfd(&memfd), method).expect_err("refused");
+        assert!(matches!(refused.kind(), Error::Usage(Usage::MayShrink(block)) if *block == name("ram")));
+        assert!(refused.to_string().contains("F_SEAL_SHRINK"), "{refused}");
+        assert!(set_up(in_memfd(&memfd).ignored(), method).is_ok(), "its pages are not sent");
+    }
+    assert!(set_up(in_memfd(&memfd), Method::None).is_ok());
+    fcntl_add_seals(&memfd, SealFlags::SHRINK).expect("sealed");
+    for method in packed() {
+        assert!(set_up(in_memfd(&memfd), method).is_ok());
+    }
 }

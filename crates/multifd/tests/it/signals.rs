@@ -1,8 +1,8 @@
 //! A process in which a write to a closed connection would be a signal, and the signal the end: an embedder that is no Rust
-//! program. The process is this binary again.
+//! program. One that ignores the ends of its children, and one that waits for all of them. The process is this binary again.
 //!
-//! UNSAFETY: a signal gets its default, which runs no code of ours.
-#![expect(unsafe_code, reason = "a signal gets its default")]
+//! UNSAFETY: signals get their default or are ignored, which runs no code of ours.
+#![expect(unsafe_code, reason = "sets what is done with signals")]
 
 use std::{
     io::{self, Read, Write},
@@ -11,14 +11,33 @@ use std::{
     process::Command,
 };
 
-use multifd::channel::{Address, Connect, Stop, Stream};
+use multifd::{
+    channel::{Address, Connect, ExitStatusUnknown, Listener, Stop, Stream},
+    error::Usage,
+};
+use rustix::process::WaitOptions;
 
 use crate::kit::TIMEOUT;
 
 #[test]
 fn connection_that_is_closed_is_an_error_and_no_signal() {
+    in_a_process("signals::process_that_a_signal_would_end");
+}
+
+/// A command that had got everything and had ended well counted as failed, and the guest ran at both ends.
+#[test]
+fn command_is_not_started_where_its_end_would_not_be_known() {
+    in_a_process("signals::process_that_ignores_the_ends_of_its_children");
+}
+
+#[test]
+fn command_that_another_part_has_reaped_is_told_by_its_descriptor_or_as_unknown() {
+    in_a_process("signals::process_that_reaps_all_children");
+}
+
+fn in_a_process(test: &str) {
     let mut process = Command::new(std::env::current_exe().expect("this program"));
-    process.args(["--exact", "signals::process_that_a_signal_would_end", "--include-ignored"]);
+    process.args(["--exact", test, "--include-ignored"]);
     let ended = process.env(TOLD, "1").output().expect("started");
     assert!(ended.status.success(), "{ended:?}");
 }
@@ -66,6 +85,48 @@ fn process_that_a_signal_would_end() {
 
     let error = fails(connect("exec:exit 3"));
     assert!(error.to_string().contains('3'), "{error}");
+}
+
+/// Not a test of its own.
+#[test]
+#[ignore = "the other process of a test"]
+fn process_that_ignores_the_ends_of_its_children() {
+    if std::env::var_os(TOLD).is_none() {
+        return;
+    }
+    let command: Address = "exec:true".parse().expect("an address");
+    assert_eq!((command.check_connect(), command.check_listen()), (Ok(()), Ok(())));
+    // SAFETY: the number is a signal's, and to ignore it installs no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    assert_eq!(command.check_connect(), Err(Usage::ChildrenIgnored));
+    assert_eq!(command.check_listen(), Err(Usage::ChildrenIgnored));
+    let refused = command.connect(&Stop::new(), TIMEOUT).map(drop).expect_err("refused");
+    assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+    assert!(refused.to_string().contains("ignores SIGCHLD"), "{refused}");
+    assert!(Listener::bind(&command).map(drop).expect_err("refused").to_string().contains("SIGCHLD"));
+}
+
+/// Not a test of its own. Whether the system tells the status all the same depends on its version.
+#[test]
+#[ignore = "the other process of a test"]
+fn process_that_reaps_all_children() {
+    if std::env::var_os(TOLD).is_none() {
+        return;
+    }
+    for (command, expected) in [("exec:cat >/dev/null", 0), ("exec:cat >/dev/null; exit 3", 3)] {
+        let mut stream = connect(command);
+        stream.close_write().expect("said");
+        rustix::process::wait(WaitOptions::empty()).expect("a child").expect("reaped");
+        match (stream.finish(), expected) {
+            (Ok(()), 0) => {}
+            (Err(error), 3) if error.to_string().contains("exit status 3") => {}
+            (Err(error), _) => {
+                let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<ExitStatusUnknown>());
+                assert!(inner.is_some(), "{error}");
+            }
+            (Ok(()), _) => panic!("a command that has failed counts as done"),
+        }
+    }
 }
 
 const TOLD: &str = "MULTIFD_TEST_SIGNALS";

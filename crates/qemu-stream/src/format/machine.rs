@@ -2,6 +2,9 @@
 //!
 //! Several details of the stream follow the machine type, not the version of the program that
 //! writes: a QEMU 10.0 that runs `pc-q35-7.2` writes what 7.2 wrote.
+//!
+//! Only the families that QEMU numbers by its own versions are taken at their word. A number in another name is its
+//! monitor's: "my-vmm-2.1" is no machine of QEMU 2.1, and is written as a type without a version is.
 
 use std::fmt;
 
@@ -33,10 +36,16 @@ impl MachineType {
         &self.0
     }
 
-    /// The QEMU version the type is of; `None` for a type without one (`microvm`) or with a vendor's
-    /// own (`pc-q35-rhel9.2.0`).
+    /// The QEMU version the type is of: the number behind `pc-q35-`, `pc-i440fx-`, `virt-`, `pseries-` or
+    /// `s390-ccw-virtio-`. `None` for a type without one (`microvm`), with a vendor's own (`pc-q35-rhel9.2.0`), or of
+    /// another monitor, whatever number stands in its name (`my-vmm-8.0`).
+    ///
+    /// **Warning:** the version decides several bytes of the stream. A monitor that is not QEMU gives its machines a name of
+    /// none of these families; with one, it writes what that version of QEMU writes.
     pub fn version(&self) -> Option<MachineVersion> {
-        self.0.split('-').rev().find_map(MachineVersion::parse)
+        let numbered = FAMILIES.iter().find_map(|family| self.0.strip_prefix(family)?.strip_prefix('-'));
+        // Behind the number may stand a variant: `pseries-2.12-sxxm`.
+        MachineVersion::parse(numbered?.split('-').next()?)
     }
 
     /// How the ends of dirty rounds are marked when multifd is on: per section up to 8.0, per round later.
@@ -102,6 +111,9 @@ impl fmt::Display for MachineVersion {
     }
 }
 
+/// The families that QEMU numbers by its versions, as `-machine help` of 7.2 and 10.0 lists them for all architectures.
+const FAMILIES: [&str; 5] = ["pc-q35", "pc-i440fx", "virt", "pseries", "s390-ccw-virtio"];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,9 +138,24 @@ mod tests {
             ("virt-9.1.2.3", None),
             ("virt-+9.1", None),
             ("virt-99999.1", None),
+            ("virt-", None),
+            ("virt", None),
         ] {
             let expected = version.map(|(major, minor)| MachineVersion::new(major, minor));
             assert_eq!(machine(name).version(), expected, "{name}");
+        }
+    }
+
+    /// "my-vmm-2.1" was refused as a machine of QEMU 2.1, and "my-vmm-8.0" was written with its sync mode.
+    #[test]
+    fn number_in_a_name_of_none_of_qemus_families_decides_nothing() {
+        for name in
+            ["my-vmm-2.1", "my-vmm-8.0", "my-vmm-10.0", "8.0", "-8.0", "pc-8.0", "my-virt-8.0", "virt-my-8.0"]
+        {
+            let machine = machine(name);
+            assert_eq!(machine.version(), None, "{name}");
+            assert_eq!((machine.sync_mode(), machine.has_zero_pages_on_main()), (None, None), "{name}");
+            assert!(machine.has_footers() && !machine.has_switchover_start(), "{name}");
         }
     }
 

@@ -7,6 +7,10 @@
 //!
 //! Pages are in the file while the guest runs, and none of it counts before [`complete`](Main::complete): a file that was
 //! broken off has no head, and nobody loads it.
+//!
+//! The limit of a file's size is looked at before the file is touched. Should it be met all the same, by devices larger than
+//! what is left or because somebody lowers it, the write fails and the guest runs on: `SIGXFSZ` is blocked in the thread
+//! that writes, for as long as it does.
 
 use std::{fs::File, io, sync::Arc};
 
@@ -14,7 +18,7 @@ use multifd::{
     Error, Result,
     channel::{Stop, Wake},
     live::{DeviceInfo, DeviceSection, Main, Pass, RunState, Verdict},
-    ram::{BlockIndex, DirectFile, PageIndex, RamBlock, RamBlocks},
+    ram::{BlockIndex, DirectFile, PageIndex, RamBlock, RamBlocks, file_size_limit, with_file_size_errors},
 };
 
 use super::{Layout, MappedRamFile, Shape, Tail};
@@ -101,7 +105,8 @@ impl Capture {
     /// writing; what is in it from the offset on is lost.
     ///
     /// # Errors
-    /// If the configuration is too old for such files or does not fit the blocks, or the file cannot be extended.
+    /// If the configuration is too old for such files or does not fit the blocks, or the file cannot be extended;
+    /// [`CallerMistake::FileSize`] as the cause if the process may not make a file so long.
     pub fn of_guest(
         file: File,
         configuration: Configuration,
@@ -154,10 +159,11 @@ impl Capture {
     fn begin_at(file: File, machine: Machine, options: &CaptureOptions) -> Result<Self> {
         let &CaptureOptions { offset, direct_io, durable } = options;
         let layout = machine.layout(offset)?;
+        let end = layout.tail_offset();
+        // Before anything that is in the file is lost.
+        within_limit(end).map_err(|error| Error::other("lay the file out", error))?;
         // First of all: an older machine in the file must not be taken for whole.
-        let (end, sized) = (layout.tail_offset(), file.set_len(offset));
-        sized
-            .and_then(|()| file.set_len(end))
+        with_file_size_errors(|| file.set_len(offset).and_then(|()| file.set_len(end)))
             .map_err(|error| Error::io(format!("extend the file to {end:#x} bytes"), error))?;
         let direct = if direct_io.unwrap_or(durable) { direct(&file) } else { None };
         let file = Arc::new(file);
@@ -310,6 +316,14 @@ impl Main for Capture {
 
     fn send_waker(&self) -> Option<Arc<dyn Wake>> {
         None
+    }
+}
+
+/// Refuses what `RLIMIT_FSIZE` does not allow.
+fn within_limit(size: u64) -> Result<(), CallerMistake> {
+    match file_size_limit() {
+        Some(limit) if size > limit => Err(CallerMistake::FileSize { limit, size }),
+        _ => Ok(()),
     }
 }
 

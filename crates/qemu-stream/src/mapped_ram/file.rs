@@ -146,8 +146,11 @@ impl MappedRamFile {
     /// The blocks in the file with the pages that are present, to be sent or copied. `reach` may change how the places of a
     /// block are reached: mapped, or past the page cache. Blocks that were left out are [ignored](RamBlock::ignored).
     ///
+    /// **Warning:** a [mapping](Places::mapped) has to begin at [`pages_offset`](BlockPlace::pages_offset) of the file. That
+    /// cannot be checked here, and one that begins elsewhere sends other bytes in the place of the guest's.
+    ///
     /// # Errors
-    /// If the bitmaps cannot be read, or what `reach` says.
+    /// If the bitmaps cannot be read, what `reach` says, or if it has moved the places.
     pub fn ram_blocks(
         &self,
         mut reach: impl FnMut(&BlockEntry, Places) -> multifd::Result<Places>,
@@ -161,11 +164,23 @@ impl MappedRamFile {
             present.merge(bits.map_err(|error| multifd::Error::other("read a bitmap", error))?);
             let (name, length) = (entry.name.clone(), entry.used_length);
             let places = reach(entry, Places::new(file.clone(), place.pages_offset, present))?;
+            check_place(entry, place, &places)
+                .map_err(|mistake| multifd::Error::other("find a block in the file", mistake))?;
             let block = RamBlock::new(name, length, place.page_size, Memory::MappedRam(places))?;
             blocks.push(if place.is_ignored() { block.ignored() } else { block });
         }
         RamBlocks::new(blocks)
     }
+}
+
+/// Refuses places that are not those of the block.
+fn check_place(entry: &BlockEntry, place: &BlockPlace, places: &Places) -> Result<(), CallerMistake> {
+    if places.offset == place.pages_offset {
+        return Ok(());
+    }
+    let (expected, met) = (place.pages_offset, places.offset);
+    let why = format!("expected offset {expected:#x} for {:?}, met {met:#x}", entry.name);
+    Err(CallerMistake::Value { what: "memory of a block", why })
 }
 
 struct Parser<'a> {

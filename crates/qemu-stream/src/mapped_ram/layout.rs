@@ -6,7 +6,9 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use multifd::ram::{BlockIndex, DirectFile, Memory, PageBitmap, Places, RamBlock, RamBlocks};
+use multifd::ram::{
+    BlockIndex, DirectFile, Memory, PageBitmap, Places, RamBlock, RamBlocks, with_file_size_errors,
+};
 
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
@@ -18,6 +20,11 @@ use crate::{
 };
 
 /// The places of a file that is about to be written.
+///
+/// **Warning:** the tail makes a file whole, so it is written last: pages first, then [`write_around`](Self::write_around),
+/// which has the right order, or [`write_head`](Self::write_head), each block's [`write_bitmap`](Self::write_bitmap),
+/// [`write_tail`](Self::write_tail). A file with a tail and without pages or bitmaps is taken for a machine whose RAM is
+/// zero, or is what stood there before. A file that is written again is cut to its beginning first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Bytes of the stream between the pages, each with its position.
@@ -236,8 +243,10 @@ impl Layout {
     /// file is no file anyone would load; after it, it is whole.
     ///
     /// # Errors
-    /// If the devices have footers and the file has not (or the reverse), or the system cannot write.
+    /// If the devices have footers and the file has not (or the reverse), one of them has the RAM section's number, or the
+    /// system cannot write.
     pub fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
+        tail.devices.check_beside(self.section)?;
         if tail.devices.has_footers() != self.footers {
             let why = "have footers where the file has none, or none where it has".to_owned();
             return Err(CallerMistake::Value { what: "devices", why }.into());
@@ -256,7 +265,8 @@ impl Layout {
         if let Some(at) = Note::offset(&self.places) {
             write_at(file, &note.encode(), at, "write the note")?;
         }
-        file.set_len(end).map_err(|source| io_error(source, end, "cut the file"))?;
+        with_file_size_errors(|| file.set_len(end))
+            .map_err(|source| io_error(source, end, "cut the file"))?;
         Ok(end)
     }
 }
@@ -279,7 +289,7 @@ fn eos(blocks: &BlockList, section: SectionId, footers: bool, out: &mut Vec<u8>)
 }
 
 fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {
-    file.write_all_at(bytes, at).map_err(|source| io_error(source, at, doing))
+    with_file_size_errors(|| file.write_all_at(bytes, at)).map_err(|source| io_error(source, at, doing))
 }
 
 fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {

@@ -115,9 +115,10 @@ impl<C: Connection> Outgoing<C> {
     /// [`setup`](Self::setup), before the first pass.
     ///
     /// # Errors
-    /// If the call is out of order or the connection breaks.
+    /// If the call is out of order, a device has the RAM section's number, or the connection breaks.
     pub fn early(&mut self, devices: &DevicePart) -> Result<(), Error> {
         self.expect("early", Stage::Between)?;
+        devices.check_beside(self.options.section)?;
         self.early = true;
         if devices.early().is_empty() {
             return Ok(());
@@ -221,10 +222,11 @@ impl<C: Connection> Outgoing<C> {
     /// Writes the devices and ends the stream, unless the destination has given its last word already.
     ///
     /// # Errors
-    /// If RAM is not done, the devices have footers and the machine type has not (or the reverse), the connection breaks,
-    /// or the destination has said that it failed, or, which cannot be, that it has everything.
+    /// If RAM is not done, the devices have footers and the machine type has not (or the reverse), one of them has the RAM
+    /// section's number, the connection breaks, or the destination has said that it failed, or, which cannot be, that it has everything.
     pub fn devices(&mut self, devices: &DevicePart) -> Result<(), Error> {
         self.expect("devices", Stage::RamDone)?;
+        devices.check_beside(self.options.section)?;
         if devices.has_footers() != self.options.has_footers() {
             let why = "have footers where the machine type has none, or none where it has".to_owned();
             return Err(CallerMistake::Value { what: "devices", why }.into());

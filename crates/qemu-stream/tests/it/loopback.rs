@@ -182,6 +182,27 @@ fn calls_out_of_order_are_refused_and_harmless() {
     assert!(Incoming::new(Tape::playing(&output)).run(&mut memory).is_ok());
 }
 
+/// A destination finds the section of a piece by its number, and took the device's for RAM's.
+#[test]
+fn device_with_the_number_of_the_ram_section_is_refused() {
+    for (ram, taken) in [(SectionId(1), None), (SectionId(3), Some("vcpu")), (SectionId(2), Some("timer"))] {
+        let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).section(ram)).unwrap();
+        out.begin().unwrap();
+        out.setup(blocks()).unwrap();
+        assert_eq!(out.early(&devices()).is_err(), taken.is_some(), "nothing of it goes anywhere");
+        out.switchover().unwrap();
+        out.begin_end().unwrap();
+        out.end_part().unwrap();
+        match (out.devices(&devices()), taken) {
+            (Ok(()), None) => {}
+            (Err(Error::Caller(CallerMistake::SectionTaken { section, device })), Some(name)) => {
+                assert_eq!((section, device.as_bytes()), (ram, name.as_bytes()));
+            }
+            (met, _) => panic!("{met:?}"),
+        }
+    }
+}
+
 #[test]
 fn options_that_contradict_the_machine_type_are_refused() {
     let old = Options::new(Configuration::new(MachineType::new("pc-i440fx-2.3").unwrap()));

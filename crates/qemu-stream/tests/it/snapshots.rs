@@ -28,7 +28,7 @@ fn memory() -> Arc<RamBlocks> {
 }
 
 /// Every fifth page is left alone.
-fn filled() -> Arc<RamBlocks> {
+pub(crate) fn filled() -> Arc<RamBlocks> {
     let blocks = memory();
     for (index, block) in blocks.iter() {
         for page in (0..block.pages()).filter(|page| page % 5 != 0) {
@@ -52,7 +52,7 @@ fn bytes(blocks: &RamBlocks) -> Vec<u8> {
 
 /// Has one device, and notes whether it was let go on.
 #[derive(Default)]
-struct Stopped(bool);
+pub(crate) struct Stopped(bool);
 
 impl Guest for Stopped {
     fn devices(&self) -> Vec<DeviceInfo> {
@@ -69,7 +69,7 @@ impl Guest for Stopped {
     }
 }
 
-fn configuration() -> Configuration {
+pub(crate) fn configuration() -> Configuration {
     Configuration::new(MachineType::new("my-vmm-1").expect("a name"))
 }
 

@@ -177,7 +177,7 @@ fn offset_that_is_none_is_refused() {
 fn machine_is_looked_for_at_the_offset_alone() {
     let folder = folder();
     let file = captured(&folder, MIB);
-    for offset in [1, 4096, 1 << 40, u64::MAX] {
+    for offset in [1, 4096, 1 << 40, i64::MAX as u64] {
         run(["inspect", &file_uri_at(&file, offset)]).assert_failed(1, &["cannot read", "because: "]);
     }
 }

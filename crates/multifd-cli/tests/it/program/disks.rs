@@ -47,7 +47,13 @@ fn without_room(from: &Path, target: &str, receive: &[&str], send: &[&str]) -> O
     Some((ended, fs::read_to_string(list).unwrap()))
 }
 
-const FULL: &[&str] = &["because: ", "write block \"pc.ram\" at offset 0x", "No space left on device"];
+const FULL: &[&str] = &[
+    "is left on the file system of ",
+    "the guest has 32.00 MiB of RAM",
+    "because: ",
+    "write block \"pc.ram\" at offset 0x",
+    "No space left on device",
+];
 
 #[test]
 fn full_disk_is_an_error_that_names_file_block_and_offset() {
@@ -55,7 +61,14 @@ fn full_disk_is_an_error_that_names_file_block_and_offset() {
     let from = captured(&folder, 32 * MIB);
     for target in ["MOUNT/machine", "file:MOUNT/machine,offset=4097"] {
         for receive in [&[][..], &["--direct-io"]] {
-            for send in [&[][..], &["--multifd-channels", "0"], &["--multifd-channels", "7", "--direct-io"]] {
+            for send in [
+                &[][..],
+                &["--multifd-channels", "0"],
+                &["--multifd-channels", "7", "--direct-io"],
+                // The source is told by the connection's end alone, as long as it has something to send.
+                &["--return-path", "off"],
+                &["--return-path", "off", "--multifd-channels", "0"],
+            ] {
                 let Some((ended, left)) = without_room(&from, target, receive, send) else { return };
                 ended.assert_failed(1, FULL);
                 assert_eq!(left, "", "{target}, {receive:?}, {send:?}");

@@ -15,5 +15,6 @@ mod receive;
 mod security;
 mod send;
 mod stalls;
+mod targets;
 mod usage;
 mod zero_copy;

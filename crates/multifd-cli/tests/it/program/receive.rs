@@ -264,16 +264,6 @@ fn connection_of_a_source_without_channels_is_inherited() {
     moves(&qemu).unwrap();
 }
 
-#[test]
-fn descriptor_that_is_no_socket_is_an_error() {
-    let folder = folder();
-    let ended = run([Path::new("receive"), Path::new("fd:0"), &path(&folder, "machine")]);
-    ended.assert_failed(1, &["cannot listen at fd:0", "because: "]);
-    let ended = run([Path::new("receive"), Path::new("fd:77"), &path(&folder, "machine")]);
-    ended.assert_failed(1, &["cannot listen at fd:77", "because: "]);
-    assert_left(&folder, &[]);
-}
-
 /// The machine is kept; only the report is lost, and that is told.
 #[test]
 fn full_standard_output_is_told() {

@@ -56,6 +56,12 @@ impl<'vm> KvmDirtyLog<'vm> {
     /// **Warning:** pages of blocks that are in no slot are never dirty. What is written while another reader takes the
     /// bits of the same machine, a snapshot of the VMM's own say, is missing here.
     ///
+    /// **Warning:** who protects pages again is a setting of the whole virtual machine
+    /// (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), and it stays as it is set here when the log is dropped; the kernel does not tell
+    /// what it was. A VMM that reads `KVM_GET_DIRTY_LOG` itself, for a display or its own snapshots, and expects that to
+    /// protect the pages, then finds the same pages written for ever. It takes [`start_with`](Self::start_with) and the
+    /// protection that it has set itself, or expects.
+    ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] if a slot is not whole pages of a block; [`io::ErrorKind::ResourceBusy`] if another
     /// log of this machine lives; what the kernel says if it refuses.
@@ -73,7 +79,8 @@ impl<'vm> KvmDirtyLog<'vm> {
         unsafe { Self::start_with(vm, slots, blocks, protect) }
     }
 
-    /// The same, with the protection that is said.
+    /// The same, with the protection that is said: the one that the VMM has set already, if it has. It is set again, which
+    /// changes nothing then, but for [`Manual`](KvmProtect::Manual) that had every page count as unwritten at first.
     ///
     /// # Errors
     /// As [`start`](Self::start); also if the kernel has no manual protection.

@@ -18,6 +18,7 @@
 
 mod bitmap;
 mod ring;
+mod ring_of;
 
 use std::io;
 
@@ -26,6 +27,7 @@ use kvm_ioctls::VmFd;
 
 pub use bitmap::{KvmDirtyLog, KvmProtect};
 pub use ring::{KvmDirtyRings, KvmRingLog, KvmRingSize};
+pub use ring_of::KvmRingError;
 
 use super::{
     BlockIndex, BlockOffset, Identity, PageIndex, RamBlock, RamBlocks, granule::Granules, turn::Turn,

@@ -37,22 +37,27 @@ use rustix::{
     mm::{MapFlags, ProtFlags, mmap, munmap},
 };
 
-use super::{KvmSlot, Logging};
+use super::{KvmRingError, KvmSlot, Logging, ring_of};
 use crate::ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, PageIndex, PageSize, RamBlocks};
 
 /// The rings of all vCPUs of a virtual machine. Clones are the same.
 ///
 /// 1. [`enable`](Self::enable) for the machine that has no vCPU yet.
-/// 2. [`new`](Self::new) with all its vCPUs.
+/// 2. [`new`](Self::new) with all its vCPUs. One that is plugged in later is [added](Self::add) before it runs.
 /// 3. The thread of each vCPU calls [`drain`](Self::drain) whenever `KVM_RUN` comes back with
 ///    [`RING_FULL`](Self::RING_FULL), and goes on.
 /// 4. For each migration, [`start`](Self::start).
+///
+/// **Warning:** what a vCPU writes whose ring is not here is in no log, and does not migrate. The kernel does not tell how
+/// many vCPUs a machine has, so this cannot be noticed, unless the vCPU comes back with
+/// [`RING_FULL`](Self::RING_FULL) again and again.
 #[derive(Clone, Debug)]
 pub struct KvmDirtyRings(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     vm: OwnedFd,
+    size: KvmRingSize,
     state: Mutex<State>,
 }
 
@@ -90,7 +95,8 @@ impl KvmDirtyRings {
     /// The rings of `vcpus`, which are all that `vm` has, of the size that [`enable`](Self::enable) has set.
     ///
     /// # Errors
-    /// If a ring cannot be mapped.
+    /// If a ring cannot be mapped; [`KvmRingError`] within the error if a vCPU is given twice, or its ring has not this size
+    /// because it is another machine's.
     pub fn new<'a>(
         vm: &VmFd,
         vcpus: impl IntoIterator<Item = &'a VcpuFd>,
@@ -98,15 +104,32 @@ impl KvmDirtyRings {
     ) -> io::Result<Self> {
         // SAFETY: the machine is borrowed, so its descriptor is open.
         let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
-        let rings = vcpus.into_iter().map(|vcpu| Ring::map(vcpu, size.0)).collect::<io::Result<_>>()?;
-        let state = Mutex::new(State { rings, logged: Vec::new() });
-        Ok(Self(Arc::new(Inner { vm: fcntl_dupfd_cloexec(vm, 0)?, state })))
+        let state = Mutex::new(State { rings: Vec::new(), logged: Vec::new() });
+        let rings = Self(Arc::new(Inner { vm: fcntl_dupfd_cloexec(vm, 0)?, size, state }));
+        vcpus.into_iter().try_for_each(|vcpu| rings.add(vcpu))?;
+        Ok(rings)
+    }
+
+    /// Adds the ring of a vCPU that was plugged in later, at any time, also while a log is on. What it has written before is
+    /// found by the next take, if its ring has not been full meanwhile; so it is best added before it runs.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn add(&self, vcpu: &VcpuFd) -> io::Result<()> {
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let ring = Ring::map(vcpu, self.0.size.0, state.rings.len() as u64)?;
+        if state.rings.iter().any(|other| other.vcpu == ring.vcpu) {
+            return Err(KvmRingError::Twice { vcpu: ring.vcpu }.into());
+        }
+        state.rings.push(ring);
+        Ok(())
     }
 
     /// Empties all rings and has the kernel protect their pages again.
     ///
     /// # Errors
-    /// If the kernel refuses, or a ring ran over: then its vCPU cannot go on, for it would be sent back for ever.
+    /// If the kernel refuses; [`KvmRingError::RanOver`] within the error if a ring ran over: then its vCPU cannot go on, for it
+    /// would be sent back for ever.
     pub fn drain(&self) -> io::Result<()> {
         self.drained().map(drop)
     }
@@ -164,8 +187,8 @@ impl KvmDirtyRings {
                 unsafe { ioctl(self.0.vm.as_fd(), reset) }
             })?;
         }
-        if let Some(vcpu) = state.rings.iter().position(|ring| ring.ran_over) {
-            return Err(io::Error::other(RanOver { vcpu }));
+        if let Some(ring) = state.rings.iter().find(|ring| ring.ran_over) {
+            return Err(KvmRingError::RanOver { vcpu: ring.vcpu, rings: state.rings.len() }.into());
         }
         Ok(state)
     }
@@ -173,10 +196,14 @@ impl KvmDirtyRings {
 
 /// The dirty log that reads the rings.
 ///
-/// A take fails if a ring ran over.
+/// A take fails if a ring ran over: [`KvmRingError::RanOver`] within its error.
 ///
-/// It is on from [`start`](KvmDirtyRings::start) to its drop. When the guest has stopped, its vCPUs must have left `KVM_RUN`
-/// before the last take: only then is everything in the rings.
+/// It is on from [`start`](KvmDirtyRings::start) to its drop.
+///
+/// **Warning:** when the guest has stopped, all its vCPUs must have left `KVM_RUN` before the last take: only then is
+/// everything in the rings. A vCPU that was told to stop and not waited for keeps its last writes in the processor's own
+/// buffer, and they do not migrate. So [`Guest::stop`](crate::live::Guest::stop) returns when each vCPU's thread is out of
+/// `KVM_RUN`, and not before.
 #[derive(Debug)]
 pub struct KvmRingLog<'vm> {
     logging: Logging<'vm>,
@@ -196,25 +223,6 @@ impl Drop for Reading {
         self.0.0.state.lock().unwrap_or_else(PoisonError::into_inner).logged.clear();
     }
 }
-
-/// Pages that a vCPU has written are not known.
-#[derive(Debug)]
-struct RanOver {
-    vcpu: usize,
-}
-
-impl fmt::Display for RanOver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the dirty ring of vCPU {} ran over, so writes are lost: the kernel did not stop the vCPU in time; use larger \
-             rings, or the bitmap and no rings",
-            self.vcpu
-        )
-    }
-}
-
-impl std::error::Error for RanOver {}
 
 impl DirtyLog for KvmRingLog<'_> {
     fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
@@ -250,6 +258,8 @@ impl DirtyLog for KvmRingLog<'_> {
 
 /// The ring of one vCPU, mapped.
 struct Ring {
+    /// Its vCPU's number.
+    vcpu: u64,
     base: NonNull<kvm_dirty_gfn>,
     entries: u32,
     next: u32,
@@ -262,17 +272,23 @@ struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    fn map(vcpu: &VcpuFd, entries: u32) -> io::Result<Self> {
+    /// The ring of a vCPU, which is the one at `place` if the kernel does not tell its number.
+    fn map(vcpu: &VcpuFd, entries: u32, place: u64) -> io::Result<Self> {
         // SAFETY: the vCPU is borrowed, so its descriptor is open.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * rustix::param::page_size() as u64;
+        let number = ring_of::number(vcpu).unwrap_or(place);
+        let page = rustix::param::page_size() as u64;
+        if !ring_of::has_pages(vcpu, Self::len(entries) as u64 / page)? {
+            return Err(KvmRingError::Size { vcpu: number, entries }.into());
+        }
+        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page;
         let rights = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
         let base = unsafe {
             mmap(std::ptr::null_mut(), Self::len(entries), rights, MapFlags::SHARED, vcpu, offset)
         }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { base, entries, next: 0, ran_over: false })
+        Ok(Self { vcpu: number, base, entries, next: 0, ran_over: false })
     }
 
     fn len(entries: u32) -> usize {
@@ -324,7 +340,7 @@ impl Drop for Ring {
 
 impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Ring({} entries at {:p})", self.entries, self.base)
+        write!(f, "Ring(vCPU {}, {} entries at {:p})", self.vcpu, self.entries, self.base)
     }
 }
 

@@ -12,8 +12,8 @@ use std::{
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::ram::{
-    BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, KvmDirtyLog, KvmDirtyRings, KvmProtect, Mapping,
-    MergedLog, PageBitmap, PageIndex, PageSize, RamBlocks,
+    BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError,
+    Mapping, MergedLog, PageBitmap, PageIndex, PageSize, RamBlocks,
 };
 
 use super::{Forgetful, MILLION, follow, value, word};
@@ -228,10 +228,61 @@ fn ring_that_runs_over_is_noticed_and_fails_the_take() {
         match log.take(BlockIndex(0), &mut DirtyPages::new(&into)) {
             Ok(()) => assert_eq!(into.count(), 4048, "pages are missing, and nothing tells in round {round}"),
             Err(error) => {
-                assert!(error.to_string().contains("ran over"), "{error}");
+                assert!(matches!(ring_error(&error), KvmRingError::RanOver { rings: 2, .. }), "{error}");
                 return;
             }
         }
+    }
+}
+
+fn ring_error(error: &io::Error) -> KvmRingError {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<KvmRingError>());
+    *inner.unwrap_or_else(|| panic!("{error}"))
+}
+
+/// Its writes used to be in no log: there was no way to give its ring.
+#[test]
+fn writes_of_a_vcpu_that_was_plugged_in_are_found_when_its_ring_is_added() {
+    let Some(mut machine) = machine(Some(8192)) else { return };
+    let mut log = machine.ring_log();
+    assert_eq!(taken(&mut log, &machine.blocks), [0, 0]);
+    let plugged = vcpu(&machine.vm, 7);
+    let rings = machine.rings.clone().expect("rings");
+    rings.add(&plugged).expect("added");
+    drop(log);
+    machine.vcpus.push(Mutex::new(plugged));
+    let mut log = machine.ring_log();
+    machine.fill(2, &AREAS[2..], 5);
+    assert_eq!(taken(&mut log, &machine.blocks), [0, 101]);
+
+    // One that has run before it is added is found as well.
+    let late = vcpu(&machine.vm, 9);
+    let regs = kvm_regs { rip: CODE, rflags: 2, rbx: 1, rdi: AREAS[1].0, rdx: 50, ..Default::default() };
+    late.set_regs(&regs).expect("registers");
+    let mut late = late;
+    machine.until_out(&mut late);
+    assert_eq!(taken(&mut log, &machine.blocks), [0, 0]);
+    rings.add(&late).expect("added");
+    assert_eq!(taken(&mut log, &machine.blocks), [50, 0]);
+
+    let twice = rings.add(&late).expect_err("twice");
+    assert_eq!(ring_error(&twice), KvmRingError::Twice { vcpu: 9 });
+}
+
+/// A ring mapped longer than it is was the end of the process, and a shorter one was read at wrong places.
+#[test]
+fn ring_size_of_another_machine_is_refused() {
+    let Some(machine) = machine(Some(1024)) else { return };
+    for entries in [512, 2048, 65536] {
+        let other = Kvm::new().and_then(|kvm| kvm.create_vm()).expect("a machine");
+        let size = KvmDirtyRings::enable(&other, entries).expect("enabled");
+        let vcpu = machine.vcpus[1].lock().expect("whole");
+        let refused = KvmDirtyRings::new(&machine.vm, [&*vcpu], size).map(drop).expect_err("refused");
+        assert_eq!(ring_error(&refused), KvmRingError::Size { vcpu: 1, entries });
+        let without = Kvm::new().and_then(|kvm| kvm.create_vm()).expect("a machine");
+        let vcpu = without.create_vcpu(0).expect("a vCPU");
+        let refused = KvmDirtyRings::new(&without, [&vcpu], size).map(drop).expect_err("refused");
+        assert_eq!(ring_error(&refused), KvmRingError::Size { vcpu: 0, entries });
     }
 }
 

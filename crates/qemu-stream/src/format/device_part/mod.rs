@@ -166,6 +166,20 @@ impl DevicePart {
         run_state::decode(self.find(run_state::NAME, 0)?.1)
     }
 
+    /// Refuses the part beside a RAM section of this number: a destination finds the section that a piece belongs to by its
+    /// number alone.
+    ///
+    /// # Errors
+    /// [`CallerMistake::SectionTaken`]. Of devices without a description nothing is known.
+    pub(crate) fn check_beside(&self, ram: SectionId) -> Result<(), CallerMistake> {
+        let devices = self.sections.iter().map(|section| (section.id, &section.name));
+        let live = self.live.iter().map(|section| (section.id, &section.name));
+        match devices.chain(live).find(|(id, _)| *id == ram) {
+            Some((section, name)) => Err(CallerMistake::SectionTaken { section, device: name.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// The body of a section of this part; `None` for one of another.
     pub fn body(&self, section: &DeviceSection) -> Option<&[u8]> {
         let bytes = if section.early { self.early() } else { self.blob() };

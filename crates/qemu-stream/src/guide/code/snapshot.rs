@@ -37,7 +37,11 @@ pub fn save(machine: &mut Machine, path: &Path, stop: &Stop) -> Result<()> {
     // 3. As a migration: the file in the place of main.
     let mut log = machine.writes.reader()?;
     Migration::new(MigrateOptions::new(), sender)?.run(&mut capture, &mut log, machine)?;
-    Ok(fs::rename(unfinished, path)?)
+
+    // 4. The name, and its entry in the folder, which has to get to the disk as the file has.
+    fs::rename(unfinished, path)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(File::open(folder)?.sync_all()?)
 }
 
 /// The machine in a file. It does not run yet.

@@ -4,7 +4,7 @@ use multifd::ram::{PageIndex, PageSize};
 
 use super::*;
 use crate::format::{
-    BlockEntry, MachineType,
+    BlockEntry, Device, MachineType, SectionName,
     testing::{block_name, dump},
 };
 
@@ -89,4 +89,19 @@ fn a_bitmap_of_another_length_is_refused() {
     assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 1]).is_err());
     assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 3]).is_err());
     assert!(layout.write_bitmap(&file, BlockIndex(1), &[0; 2]).is_err());
+}
+
+/// A reader finds the section of a piece by its number.
+#[test]
+fn device_with_the_number_of_the_ram_section_is_refused() {
+    let device = Device { name: SectionName::new("timer").unwrap(), instance: 0, version: 1, state: vec![1] };
+    let devices = DevicePart::build(&[device], 4096, SectionId(7)).unwrap();
+    let tail = Tail { switchover_start: true, devices: &devices };
+    for (ram, refused) in [(SectionId(7), true), (SectionId(6), false)] {
+        let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 0x1000)]), ram, 0).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let met = layout.write_tail(&file, &tail);
+        assert_eq!(matches!(met, Err(Error::Caller(CallerMistake::SectionTaken { .. }))), refused, "{met:?}");
+        assert_eq!(file.metadata().unwrap().len() == 0, refused);
+    }
 }

@@ -1,0 +1,108 @@
+//! Whose ring it is: what can be found out of a vCPU before its ring is mapped, and what can be wrong with it.
+//!
+//! A ring that is mapped with another length than it has is the end of the process (`SIGBUS`), or is read at wrong places, so
+//! the length is asked of the kernel: it refuses to map a page of a ring privately, and no other.
+//!
+//! UNSAFETY: a page is mapped and unmapped again; nothing looks at it.
+#![expect(unsafe_code, reason = "a page is mapped to see whether it can be")]
+
+use std::{
+    error::Error,
+    fmt, io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET;
+use rustix::{
+    io::Errno,
+    mm::{MapFlags, ProtFlags, mmap, munmap},
+};
+
+/// What is wrong with the dirty ring of a vCPU: found in the [`io::Error`] of [`KvmDirtyRings`](super::KvmDirtyRings) and
+/// [`KvmRingLog`](super::KvmRingLog), by [`io::Error::get_ref`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KvmRingError {
+    /// Pages that a vCPU has written are not known, and nothing can mend that.
+    RanOver {
+        /// Its number.
+        vcpu: u64,
+        /// How many vCPUs have rings here.
+        rings: usize,
+    },
+    /// The vCPU's ring is read here already.
+    Twice {
+        /// Its number.
+        vcpu: u64,
+    },
+    /// The vCPU has another ring than was enabled, or none: it is another machine's.
+    Size {
+        /// Its number.
+        vcpu: u64,
+        /// The entries that were enabled.
+        entries: u32,
+    },
+}
+
+impl fmt::Display for KvmRingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RanOver { vcpu, rings } => write!(
+                f,
+                "the dirty ring of vCPU {vcpu} (of {rings} with rings) ran over, so writes are lost: the kernel did not stop \
+                 the vCPU in time; use larger rings, or the bitmap and no rings"
+            ),
+            Self::Twice { vcpu } => {
+                write!(f, "the dirty ring of vCPU {vcpu} was given before: each is read once")
+            }
+            Self::Size { vcpu, entries } => write!(
+                f,
+                "expected a dirty ring of {entries} entries for vCPU {vcpu}, as was enabled, and it has another or none: \
+                 vCPU and ring size are of two machines, or the machine had vCPUs before its rings were enabled"
+            ),
+        }
+    }
+}
+
+impl Error for KvmRingError {}
+
+impl From<KvmRingError> for io::Error {
+    fn from(error: KvmRingError) -> Self {
+        let kind = match error {
+            KvmRingError::RanOver { .. } => io::ErrorKind::Other,
+            KvmRingError::Twice { .. } | KvmRingError::Size { .. } => io::ErrorKind::InvalidInput,
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// The number that the vCPU was made with, by the name that the kernel gives its descriptor.
+pub(super) fn number(vcpu: BorrowedFd<'_>) -> Option<u64> {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", vcpu.as_raw_fd())).ok()?;
+    name.to_str()?.rsplit_once("kvm-vcpu:")?.1.parse().ok()
+}
+
+/// Whether the vCPU's ring is of this many pages.
+///
+/// # Errors
+/// If the system maps nothing.
+pub(super) fn has_pages(vcpu: BorrowedFd<'_>, pages: u64) -> io::Result<bool> {
+    Ok(has_page(vcpu, 0)? && has_page(vcpu, pages.saturating_sub(1))? && !has_page(vcpu, pages)?)
+}
+
+fn has_page(vcpu: BorrowedFd<'_>, page: u64) -> io::Result<bool> {
+    let size = rustix::param::page_size();
+    let offset = (u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) + page) * size as u64;
+    // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
+    let mapped =
+        unsafe { mmap(std::ptr::null_mut(), size, ProtFlags::READ, MapFlags::PRIVATE, vcpu, offset) };
+    match mapped {
+        Ok(base) => {
+            // SAFETY: the page was mapped just now, and nobody else knows of it.
+            unsafe { munmap(base, size) }?;
+            Ok(false)
+        }
+        Err(Errno::INVAL) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
