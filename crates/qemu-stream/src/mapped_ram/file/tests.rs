@@ -1,4 +1,3 @@
-use std::sync::Arc;
 
 use multifd::{ram::PageIndex, wire::VmUuid};
 use proptest::prelude::*;
