@@ -316,6 +316,28 @@ pub enum Violation {
         /// The number that came.
         met: u16,
     },
+    /// The source announced another number of channels than this side was given.
+    #[error(
+        "the source announced {announced} channels, but multifd-channels is {expected} on this side: set it to {announced}, \
+         or leave it out"
+    )]
+    AnnouncedChannels {
+        /// The number of channels that this side was given.
+        expected: u8,
+        /// The number that the source announced.
+        announced: u8,
+    },
+    /// The source announced more channels than have come.
+    #[error(
+        "the source announced {announced} channels, but only {met} connected in time: check that whatever is between source \
+         and destination (proxy, firewall) passes all connections"
+    )]
+    TooFewChannels {
+        /// The number that the source announced.
+        announced: u16,
+        /// The number that came.
+        met: u16,
+    },
     /// The ids of the channels leave a gap.
     #[error(
         "channel {missing} is missing: {channels} channels are here, and ids from 0 on were expected; its connection may have \

@@ -118,8 +118,10 @@ impl SendOptions {
 /// How many channels a destination expects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ChannelCount {
-    /// As many as the source has opened when main comes to the first sync point; none if it has multifd off. Only for
-    /// a source whose main stream tells of that point after all channels have connected, as QEMU's does.
+    /// As many as the source [announces](crate::Receiver::expect_channels). From a source that announces nothing, such
+    /// as QEMU, as many as have connected when main comes to its first sync points.
+    ///
+    /// **Warning**: with such a source, behind a proxy, channels may connect later than that.
     #[default]
     Auto,
     /// This many, 0 to 255; 0 is multifd off.

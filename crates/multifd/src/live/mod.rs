@@ -58,11 +58,12 @@ pub enum Pass {
 /// final pass `switchover`, after it `devices` and `complete`. Before `setup` and each `end_pass` a SYNC has left on
 /// every channel, so what marks the sync point on main must leave at once.
 pub trait Main {
-    /// Opens the stream.
+    /// Opens the stream. It is the stream's task to tell the destination the number of channels, if it can: they connect
+    /// now, and main's bytes may arrive before they do. 0 is a migration without channels.
     ///
     /// # Errors
     /// Any of these calls fails if the stream breaks, and the migration with it.
-    fn begin(&mut self) -> Result<()>;
+    fn begin(&mut self, channels: u8) -> Result<()>;
     /// Announces the blocks; a sync point.
     ///
     /// # Errors
@@ -352,7 +353,7 @@ impl Driver<'_> {
         let Migration { blocks, progress, .. } = self.migration;
         progress.started(self.sender.as_deref());
         // First: a destination may look at main's first bytes before it takes the channels.
-        self.main.begin()?;
+        self.main.begin(self.sender.as_ref().map_or(0, |sender| sender.channels()))?;
         if let Some(sender) = &mut self.sender {
             sender.wait_connected()?;
             sender.sync()?;

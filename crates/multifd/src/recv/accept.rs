@@ -254,7 +254,7 @@ impl Shared {
 
     /// A connection that is dropped, if it may have been a channel of this migration.
     fn may_be_missed(&self, state: &mut super::State, from: Origin) -> Option<Origin> {
-        if !matches!(self.options.channels, ChannelCount::Auto) {
+        if !matches!(self.expected(state), ChannelCount::Auto) {
             return None;
         }
         let Some(main) = &state.main_from else {
@@ -301,7 +301,7 @@ impl Shared {
         if uuid != expected {
             return Err(Violation::ForeignUuid { expected, met: uuid }.into());
         }
-        let most = self.options.channels.most();
+        let most = self.expected(state).most();
         if id.0 >= most {
             return Err(Violation::ChannelId { id, channels: most.into() }.into());
         }

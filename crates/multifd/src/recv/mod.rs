@@ -86,6 +86,8 @@ struct State {
     single: bool,
     main: Option<Stream>,
     main_watch: Option<Watch>,
+    /// The number of channels that the source announced on main.
+    announced: Option<u8>,
     /// Sync points that main has passed.
     released: u64,
     /// Main stands at the next one, and looks after those that it waits for. It does so to the end if that fails.
@@ -213,6 +215,16 @@ impl Receiver {
         Ok(())
     }
 
+    /// Tells that the source has announced its number of channels, 0 if multifd is off. From then on
+    /// [`ChannelCount::Auto`] means this number. Call it before the first sync point.
+    ///
+    /// # Errors
+    /// [`Violation::AnnouncedChannels`] if the options have [another number](ChannelCount::Exact),
+    /// [`Violation::ChannelId`] if a channel beyond it has come, [`Usage::UsedTwice`] if another number was announced before.
+    pub fn expect_channels(&self, channels: u8) -> Result<()> {
+        self.shared.expect_channels(channels)
+    }
+
     /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
     ///
     /// # Errors
@@ -237,11 +249,11 @@ impl Receiver {
     }
 
     /// Main has come to its next sync point: waits until every channel has, then lets them all go on. The first
-    /// one also waits until all channels are here, and so learns how many there are.
+    /// one also waits until all channels are here.
     ///
     /// # Errors
-    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`] if there are fewer
-    /// than expected, or the error that stopped the migration.
+    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`] or
+    /// [`Violation::TooFewChannels`] if there are fewer than expected, or the error that stopped the migration.
     pub fn sync(&self) -> Result<()> {
         self.shared.sync()
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::{Shared, State, accept::Origin};
 use crate::{
     channel::deadline,
-    error::{Error, Result, Violation},
+    error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     sync_types::Instant,
     wire::ChannelId,
@@ -99,6 +99,36 @@ impl Shared {
         Ok(())
     }
 
+    /// The source has announced its number of channels.
+    pub(super) fn expect_channels(&self, announced: u8) -> Result<()> {
+        let mut state = self.lock();
+        if state.announced.is_some_and(|before| before != announced) || state.released > 0 {
+            return Err(Usage::UsedTwice.into());
+        }
+        let error = match self.options.channels {
+            ChannelCount::Exact(expected) if expected != announced => {
+                Violation::AnnouncedChannels { expected, announced }.into()
+            }
+            _ => {
+                state.announced = Some(announced);
+                let beyond = state.channels.iter().skip(announced.into()).position(Option::is_some);
+                let Some(beyond) = beyond.and_then(|beyond| u8::try_from(beyond).ok()) else { return Ok(()) };
+                let id = ChannelId(announced.saturating_add(beyond));
+                Violation::ChannelId { id, channels: announced.into() }.into()
+            }
+        };
+        drop(state);
+        Err(self.stop.fail(error))
+    }
+
+    /// How many channels there are to be, as far as that is known.
+    pub(super) fn expected(&self, state: &State) -> ChannelCount {
+        match (self.options.channels, state.announced) {
+            (ChannelCount::Auto, Some(announced)) => ChannelCount::Exact(announced),
+            (given, _) => given,
+        }
+    }
+
     /// Waits for a change, in a wait that began at `begun`, but no longer than the source may stand still.
     pub(super) fn wait_moving<'a>(
         &'a self,
@@ -119,26 +149,40 @@ impl Shared {
     /// said yet what it is may be one of them; where their number is known and complete, one more, if it comes from
     /// where main does.
     fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
-        let limit = self.options.channels_timeout;
-        let end = deadline(limit);
+        let end = deadline(self.options.channels_timeout);
+        let expected = self.expected(&state);
         loop {
             if state.stopped {
                 drop(state);
                 self.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            let missing = state.missing(self.options.channels);
+            let missing = state.missing(expected);
             let left = end.saturating_duration_since(Instant::now());
-            if missing.is_none() && (!state.has_unheard(self.options.channels) || left.is_zero()) {
+            if missing.is_none() && (!state.has_unheard(expected) || left.is_zero()) {
                 tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
             if let Some(missing) = missing.filter(|_| left.is_zero()) {
-                let error = state.count_error(self.options.channels, missing);
+                let error = self.count_error(&state, missing);
                 drop(state);
                 return Err(self.stop.fail(error));
             }
             state = self.wait_timeout(state, left);
+        }
+    }
+
+    /// Not all channels have come in time.
+    fn count_error(&self, state: &State, missing: ChannelId) -> Error {
+        let met = state.count();
+        match (self.options.channels, state.announced) {
+            (ChannelCount::Exact(expected), _) => {
+                Violation::ChannelCount { expected: expected.into(), met }.into()
+            }
+            (ChannelCount::Auto, Some(announced)) => {
+                Violation::TooFewChannels { announced: announced.into(), met }.into()
+            }
+            (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met }.into(),
         }
     }
 }
@@ -179,15 +223,6 @@ impl State {
         match expected {
             ChannelCount::Exact(_) => self.greeting.iter().any(may_be),
             ChannelCount::Auto => !self.greeting.is_empty(),
-        }
-    }
-
-    fn count_error(&self, expected: ChannelCount, missing: ChannelId) -> Error {
-        match expected {
-            ChannelCount::Exact(count) => {
-                Violation::ChannelCount { expected: count.into(), met: self.count() }.into()
-            }
-            ChannelCount::Auto => Violation::ChannelMissing { missing, channels: self.count() }.into(),
         }
     }
 }

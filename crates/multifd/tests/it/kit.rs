@@ -89,7 +89,7 @@ impl TestMain {
 }
 
 impl Main for TestMain {
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
     fn setup(&mut self, _blocks: &RamBlocks) -> Result<()> {

@@ -68,6 +68,10 @@ where
         self.receiver.set_page_size(configuration.map(Configuration::page_size).unwrap_or_default())
     }
 
+    fn channels(&mut self, channels: u8) -> Result<()> {
+        self.receiver.expect_channels(channels)
+    }
+
     fn blocks(&mut self, blocks: &BlockList) -> Result<()> {
         let blocks = Arc::new((self.make)(self.configuration.as_ref(), blocks)?);
         self.blocks = Some(blocks.clone());

@@ -208,7 +208,7 @@ impl Machine {
 }
 
 impl Main for Capture {
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
 

@@ -60,8 +60,8 @@ impl<C: Connection> MainStream<C> {
 }
 
 impl<C: Connection> Main for MainStream<C> {
-    fn begin(&mut self) -> Result<()> {
-        self.outgoing.begin().map_err(failed)
+    fn begin(&mut self, channels: u8) -> Result<()> {
+        self.outgoing.begin(channels).map_err(failed)
     }
 
     fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
