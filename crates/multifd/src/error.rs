@@ -306,6 +306,15 @@ pub enum Violation {
         /// The id met twice.
         id: ChannelId,
     },
+    /// A channel had been admitted when main came from another host.
+    #[error(
+        "channel {id} comes from another host than main: it may be a stranger; if the source sends so, choose where channels \
+         may come from (channels-from)"
+    )]
+    ForeignChannel {
+        /// The channel's id.
+        id: ChannelId,
+    },
     /// The source opened another number of channels than this side expects.
     #[error(
         "expected {expected} channels, {met} connected before the first sync: set multifd-channels to the same number on both sides"
@@ -469,6 +478,12 @@ pub enum Usage {
     #[error("expected zero-page-detection none, legacy or multifd, met {met:?}")]
     ZeroPageDetection {
         /// The name given.
+        met: String,
+    },
+    /// Origins of channels in no form that is known.
+    #[error("expected channels-from main, any, or IP addresses with commas between them, found {met:?}")]
+    ChannelsFrom {
+        /// The text given.
         met: String,
     },
     /// A method that this build does not speak.

@@ -11,6 +11,7 @@
 //! its first four bytes, by which it is told from a channel.
 
 mod accept;
+mod admit;
 mod consume;
 mod decode;
 mod fill;
@@ -23,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use accept::Origin;
+use admit::{Newcomer, Origin};
 use sync::Place;
 
 use crate::{
@@ -77,7 +78,12 @@ struct Shared {
 struct State {
     /// By id.
     channels: Vec<Option<Place>>,
-    wakers: Vec<Option<Arc<dyn Wake>>>,
+    /// Channels that came before main.
+    early: Vec<Newcomer>,
+    /// Main has come, or the caller has said what it says: channels are admitted.
+    opened: bool,
+    /// Connections that were dropped because they came from another host than main.
+    foreign: u64,
     /// The UUID of this side, or of the first channel.
     uuid: Option<VmUuid>,
     /// Connections that have not said yet what they are.
@@ -85,6 +91,7 @@ struct State {
     /// There is one connection only: what becomes of it becomes of the migration.
     single: bool,
     main: Option<Stream>,
+    main_taken: bool,
     main_watch: Option<Watch>,
     /// The number of channels that the source announced on main.
     announced: Option<u8>,
@@ -96,7 +103,7 @@ struct State {
     accepted: u64,
     /// Where main comes from, once it has come.
     main_from: Option<Origin>,
-    /// Connections that were dropped while that was not known.
+    /// Connections that were dropped before the first sync point without having said what they are.
     lost: Vec<Origin>,
     /// What wakes the acceptor, while there is one.
     acceptor: Option<Arc<dyn Wake>>,
@@ -171,19 +178,21 @@ impl Receiver {
         accept::greet(&self.shared, link);
     }
 
-    /// Waits for the main connection, without limit: a destination may wait for its source for days. Only when a channel is
-    /// here is main due.
+    /// Waits for the main connection, without limit: a destination may wait for its source for days. Only while a channel
+    /// is here is main due: then it waits for `stall_timeout`, or without one for `greeting_timeout` and
+    /// `channels_timeout`.
     ///
     /// # Errors
-    /// The error that stopped the migration; [`Usage::UsedTwice`] the second time.
+    /// [`Error::Stalled`] if main does not come then; the error that stopped the migration; [`Usage::UsedTwice`] the second time.
     pub fn wait_main(&self) -> Result<Stream> {
         let mut state = self.shared.lock();
         let mut begun = None;
         loop {
             if let Some(main) = state.main.take() {
+                state.main_taken = true;
                 return Ok(main);
             }
-            if state.main_from.is_some() {
+            if state.main_taken {
                 return Err(Usage::UsedTwice.into());
             }
             if state.stopped {
@@ -191,13 +200,23 @@ impl Receiver {
                 self.shared.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            state = if state.count() == 0 {
-                self.shared.wait(state)
-            } else {
-                let begun = *begun.get_or_insert_with(Instant::now);
-                let due = "channels have come, but not the main connection";
-                self.shared.wait_moving(state, begun, |stalled| stalled.where_due(due))?
-            };
+            if state.come() == 0 {
+                begun = None;
+                state = self.shared.wait(state);
+                continue;
+            }
+            let options = &self.shared.options;
+            let begun = *begun.get_or_insert_with(Instant::now);
+            let limit = options
+                .stall_timeout
+                .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
+            let left = self.shared.attention.left_of(limit, begun);
+            if left.is_zero() {
+                let what = format!("{} channels have connected, but no main connection", state.come());
+                drop(state);
+                return Err(self.shared.stop.fail(Error::Stalled { what, limit, hint: NO_MAIN }));
+            }
+            state = self.shared.wait_timeout(state, left);
         }
     }
 
@@ -206,13 +225,13 @@ impl Receiver {
     /// # Errors
     /// [`Usage::UsedTwice`] if another one was set before.
     pub fn set_page_size(&self, page_size: PageSize) -> Result<()> {
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         if *self.shared.page_size.get_or_init(|| page_size) != page_size {
             return Err(Usage::UsedTwice.into());
         }
+        let opened = self.shared.open(&mut state);
         drop(state);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.shared.finish_opening(opened)
     }
 
     /// Tells that the source has announced its number of channels, 0 if multifd is off. From then on
@@ -235,7 +254,7 @@ impl Receiver {
             return Err(Usage::ReadOnly(block.name().clone()).into());
         }
         // Channels look at the page size with the lock held: one that goes on because of this call finds the blocks, too.
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         if !blocks.is_empty() {
             let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
             if expected != blocks.page_size() {
@@ -243,9 +262,9 @@ impl Receiver {
             }
         }
         self.shared.blocks.set(blocks).map_err(|_| Error::from(Usage::UsedTwice))?;
+        let opened = self.shared.open(&mut state);
         drop(state);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.shared.finish_opening(opened)
     }
 
     /// Main has come to its next sync point: waits until every channel has, then lets them all go on. The first
@@ -268,10 +287,10 @@ impl Receiver {
 
     /// How many channels have come so far.
     pub fn channels(&self) -> u16 {
-        self.shared.lock().count()
+        self.shared.lock().come()
     }
 
-    /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come.
+    /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come, or main has not.
     pub fn uuid(&self) -> Option<VmUuid> {
         self.shared.lock().uuid
     }
@@ -355,21 +374,6 @@ impl Shared {
         self.sealed.load(Ordering::SeqCst)
     }
 
-    /// Waits until main has told the page size; `None` if the migration is over first.
-    fn wait_page_size(&self) -> Result<Option<PageSize>> {
-        let mut state = self.lock();
-        loop {
-            if let Some(page_size) = self.page_size.get() {
-                return Ok(Some(*page_size));
-            }
-            if state.stopped || state.sealed {
-                drop(state);
-                return self.stop.check().map(|()| None);
-            }
-            state = self.wait(state);
-        }
-    }
-
     /// Sequentially consistent, as is a channel's mark: a channel that begins to write either sees the seal and
     /// does not, or is seen here.
     fn seal(&self) -> Result<()> {
@@ -397,7 +401,7 @@ impl Shared {
             }
             state = self.wait_timeout(state, left);
         }
-        let wakers: Vec<_> = state.wakers.iter().flatten().cloned().collect();
+        let wakers: Vec<_> = state.channels.iter().flatten().filter_map(|place| place.wake.clone()).collect();
         drop(state);
         for waker in wakers {
             waker.wake();
@@ -419,7 +423,9 @@ impl Shared {
             let _ = thread.join();
         }
         let mut state = self.lock();
-        let connections = (state.main.take(), state.main_watch.take(), std::mem::take(&mut state.wakers));
+        let wakes: Vec<_> = state.channels.iter_mut().flatten().map(|place| place.wake.take()).collect();
+        let connections =
+            (state.main.take(), state.main_watch.take(), wakes, std::mem::take(&mut state.early));
         drop(state);
         drop(connections);
     }
@@ -439,5 +445,8 @@ impl Wake for WakeState {
         self.0.changed.notify_all();
     }
 }
+
+const NO_MAIN: &str = "the source may have ended before it began, or main goes elsewhere; start the source again, and this \
+                       destination too if it has ended";
 
 const _: () = assert!(limits::CHANNELS == u8::MAX);

@@ -4,11 +4,11 @@
 //! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
 //! channels they take. A channel that has ended can no longer come, and fails the wait at once.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use super::{Shared, State, accept::Origin};
+use super::{Shared, State, admit::Origin};
 use crate::{
-    channel::deadline,
+    channel::{Wake, deadline},
     error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     sync_types::Instant,
@@ -17,10 +17,26 @@ use crate::{
 
 /// What main knows of a channel.
 pub(super) struct Place {
+    pub(super) origin: Origin,
+    /// Shuts its connection down; `None` when all is over.
+    pub(super) wake: Option<Arc<dyn Wake>>,
     /// SYNC packets met.
     pub(super) reached: u64,
     /// Its connection has ended, or its thread has.
     pub(super) ended: bool,
+    /// It has ended without a single packet.
+    pub(super) void: bool,
+}
+
+impl Place {
+    pub(super) fn new(origin: Origin, wake: Arc<dyn Wake>) -> Self {
+        Self { origin, wake: Some(wake), reached: 0, ended: false, void: false }
+    }
+
+    /// Whether nothing came and nothing will.
+    pub(super) fn is_void(&self) -> bool {
+        self.ended && self.void
+    }
 }
 
 impl Shared {
@@ -53,13 +69,14 @@ impl Shared {
     /// Main has come to its next sync point: it stands until every channel has.
     pub(super) fn sync(&self) -> Result<()> {
         // A channel that comes after the second point is refused, so there is nothing to wait for any more.
-        let may_grow = {
+        let (may_grow, opened) = {
             let mut state = self.lock();
             state.main_waits = true;
-            state.released < 2
+            (state.released < 2, self.open(&mut state))
         };
+        self.finish_opening(opened)?;
         if may_grow {
-            self.drain_listener();
+            self.drain_listener()?;
         }
         let mut state = self.lock();
         let point = state.released + 1;
@@ -71,6 +88,11 @@ impl Shared {
             if state.stopped {
                 drop(state);
                 return self.stop.check();
+            }
+            // One that was here may have ended meanwhile, and come again.
+            if may_grow && state.missing(self.expected(&state)).is_some() {
+                state = self.settle(state)?;
+                continue;
             }
             let mut missing = None;
             for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.channels) {
@@ -101,6 +123,10 @@ impl Shared {
 
     /// The source has announced its number of channels.
     pub(super) fn expect_channels(&self, announced: u8) -> Result<()> {
+        let mut state = self.lock();
+        let opened = self.open(&mut state);
+        drop(state);
+        self.finish_opening(opened)?;
         let mut state = self.lock();
         if state.announced.is_some_and(|before| before != announced) || state.released > 0 {
             return Err(Usage::UsedTwice.into());
@@ -157,9 +183,13 @@ impl Shared {
                 self.stop.check()?;
                 return Err(Error::Cancelled);
             }
+            if let Some(error) = self.missed(&state) {
+                drop(state);
+                return Err(self.stop.fail(error));
+            }
             let missing = state.missing(expected);
             let left = end.saturating_duration_since(Instant::now());
-            if missing.is_none() && (!state.has_unheard(expected) || left.is_zero()) {
+            if missing.is_none() && (!self.has_unheard(&state) || left.is_zero()) {
                 tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
@@ -172,17 +202,34 @@ impl Shared {
         }
     }
 
+    /// Whether a connection that has not said yet what it is may be a channel.
+    fn has_unheard(&self, state: &State) -> bool {
+        match self.expected(state) {
+            ChannelCount::Exact(_) => state.greeting.iter().any(|origin| self.may_be_missed(state, origin)),
+            ChannelCount::Auto => !state.greeting.is_empty(),
+        }
+    }
+
     /// Not all channels have come in time.
     fn count_error(&self, state: &State, missing: ChannelId) -> Error {
         let met = state.count();
-        match (self.options.channels, state.announced) {
-            (ChannelCount::Exact(expected), _) => {
-                Violation::ChannelCount { expected: expected.into(), met }.into()
-            }
+        let place = state.channels.get(usize::from(missing.0)).and_then(Option::as_ref);
+        if place.is_some_and(Place::is_void) {
+            let early = Error::from(Violation::EndedEarly { expected: state.released + 1, met: 0 });
+            return early.on_channel(missing);
+        }
+        let error = Error::from(match (self.options.channels, state.announced) {
+            (ChannelCount::Exact(expected), _) => Violation::ChannelCount { expected: expected.into(), met },
             (ChannelCount::Auto, Some(announced)) => {
-                Violation::TooFewChannels { announced: announced.into(), met }.into()
+                Violation::TooFewChannels { announced: announced.into(), met }
             }
-            (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met }.into(),
+            (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met },
+        });
+        match state.foreign {
+            0 => error,
+            foreign => error.at(format_args!(
+                "{foreign} connections like channels from other hosts than main were dropped (see channels-from)"
+            )),
         }
     }
 }
@@ -203,8 +250,13 @@ const STANDS_STILL: &str =
 impl State {
     /// How many channels are here.
     pub(super) fn count(&self) -> u16 {
-        let count = self.channels.iter().flatten().count();
+        let count = self.channels.iter().flatten().filter(|place| !place.is_void()).count();
         u16::try_from(count).unwrap_or(u16::MAX)
+    }
+
+    /// How many have come, whether main has or not.
+    pub(super) fn come(&self) -> u16 {
+        self.count().saturating_add(u16::try_from(self.early.len()).unwrap_or(u16::MAX))
     }
 
     /// The first channel that belongs to this migration and is not here.
@@ -213,16 +265,10 @@ impl State {
             ChannelCount::Exact(count) => usize::from(count),
             ChannelCount::Auto => self.channels.iter().rposition(Option::is_some).map_or(0, |last| last + 1),
         };
-        let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
+        // Without a number, nobody takes the place of one that has ended: that is an error, and no reason to wait.
+        let may_come =
+            |place: &Place| expected != ChannelCount::Auto && self.released == 0 && place.is_void();
+        let gap = (0..end).find(|id| self.channels.get(*id).and_then(Option::as_ref).is_none_or(may_come))?;
         u8::try_from(gap).ok().map(ChannelId)
-    }
-
-    /// Whether a connection that has not said yet what it is may be a channel.
-    fn has_unheard(&self, expected: ChannelCount) -> bool {
-        let may_be = |origin: &Origin| self.main_from.as_ref().is_some_and(|main| origin.may_go_with(main));
-        match expected {
-            ChannelCount::Exact(_) => self.greeting.iter().any(may_be),
-            ChannelCount::Auto => !self.greeting.is_empty(),
-        }
     }
 }
