@@ -358,6 +358,26 @@ pub enum Violation {
         /// How many channels are there.
         channels: u16,
     },
+    /// The source has channels, none of which has come.
+    #[error(
+        "the source has multifd on, but no channel connected in time: check that whatever is between source and destination \
+         (proxy, firewall) passes all connections"
+    )]
+    NoChannels,
+    /// The source has numbered packets that no channel has brought.
+    #[error(
+        "sync point {point}: {met} packets have come, but the source has numbered them up to {greatest}: packets went to a \
+         channel that has not connected; give its number of channels (multifd-channels) on this side, and check that whatever \
+         is between source and destination (proxy, firewall) passes all connections"
+    )]
+    MissingPackets {
+        /// The sync point that the main stream is at, from 1.
+        point: u64,
+        /// The greatest number of a packet, which are counted from 0.
+        greatest: u64,
+        /// The packets that have come.
+        met: u64,
+    },
     /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
     #[error(
         "it did not say what it is and was dropped, but may have been a channel, whose pages would be missing: give the \

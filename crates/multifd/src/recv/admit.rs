@@ -65,6 +65,10 @@ impl Shared {
         state.opened = true;
         let mut opened = Opened::default();
         for newcomer in std::mem::take(&mut state.early) {
+            if self.is_beyond(state, &newcomer) {
+                state.early.push(newcomer);
+                continue;
+            }
             let wake = newcomer.wake.clone();
             match self.admit(state, newcomer) {
                 Ok(true) => {}
@@ -101,7 +105,8 @@ impl Shared {
     /// Takes a channel in, or fails the migration if it cannot; `false` if it is dropped.
     pub(super) fn register(&self, newcomer: Newcomer) -> bool {
         let mut state = self.lock();
-        let joined = if state.opened || state.single {
+        let beyond = self.is_beyond(&state, &newcomer);
+        let joined = if state.single || state.opened && !beyond {
             self.admit(&mut state, newcomer)
         } else if state.early.len() >= limits::GREETINGS {
             tracing::warn!(peer = newcomer.origin.peer, "a channel too many before main is dropped");
@@ -116,6 +121,13 @@ impl Shared {
             self.stop.fail(error);
             false
         })
+    }
+
+    /// Whether its id is not below the number of channels given here, while the source may still announce its own: an error
+    /// that names both is better than one that names an id.
+    fn is_beyond(&self, state: &State, newcomer: &Newcomer) -> bool {
+        let undecided = state.announced.is_none() && state.released == 0 && !state.main_waits;
+        undecided && newcomer.initial.id.0 >= self.options.channels.most()
     }
 
     fn admit(&self, state: &mut State, newcomer: Newcomer) -> Result<bool> {

@@ -61,6 +61,7 @@ fn consume(
     counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
     let mut filler = Filler::default();
+    let mut greatest = 0;
     while inlet.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
         let blocks = shared.blocks();
@@ -83,9 +84,10 @@ fn consume(
         let bytes = (inlet.head.len() + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
         *packets += 1;
+        greatest = greatest.max(listed.packet_num);
         shared.attention.beat();
         if listed.sync {
-            shared.reach(id)?;
+            shared.reach(id, *packets, greatest)?;
         }
     }
     Ok(())

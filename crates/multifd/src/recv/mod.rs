@@ -93,6 +93,10 @@ struct State {
     main: Option<Stream>,
     main_taken: bool,
     main_watch: Option<Watch>,
+    /// The source is known to have channels.
+    has_channels: bool,
+    /// The packet numbers of the source are known to have no gaps.
+    numbers_are_exact: bool,
     /// The number of channels that the source announced on main.
     announced: Option<u8>,
     /// Sync points that main has passed.
@@ -244,6 +248,18 @@ impl Receiver {
         self.shared.expect_channels(channels)
     }
 
+    /// Tells that the source has at least one channel, because its main stream says so: a MULTIFD_FLUSH before the end of
+    /// START. Where the number is not known, the first sync points then wait for a channel.
+    pub fn expect_any_channels(&self) {
+        self.shared.lock().has_channels = true;
+    }
+
+    /// Tells that the source numbers its packets from 0 on without gaps, over all channels: QEMU 9.0 and later, and a
+    /// source that announces its channels. Each sync point then looks whether all packets have come.
+    pub fn expect_exact_packet_nums(&self) {
+        self.shared.lock().numbers_are_exact = true;
+    }
+
     /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
     ///
     /// # Errors
@@ -271,8 +287,9 @@ impl Receiver {
     /// one also waits until all channels are here.
     ///
     /// # Errors
-    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`] or
-    /// [`Violation::TooFewChannels`] if there are fewer than expected, or the error that stopped the migration.
+    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`],
+    /// [`Violation::TooFewChannels`] or [`Violation::NoChannels`] if there are fewer than expected,
+    /// [`Violation::MissingPackets`] if some have not come over any channel, or the error that stopped the migration.
     pub fn sync(&self) -> Result<()> {
         self.shared.sync()
     }

@@ -22,6 +22,9 @@ pub(super) struct Place {
     pub(super) wake: Option<Arc<dyn Wake>>,
     /// SYNC packets met.
     pub(super) reached: u64,
+    /// Packets up to the SYNC met last, and the greatest of their numbers.
+    packets: u64,
+    greatest: Option<u64>,
     /// Its connection has ended, or its thread has.
     pub(super) ended: bool,
     /// It has ended without a single packet.
@@ -30,7 +33,7 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn new(origin: Origin, wake: Arc<dyn Wake>) -> Self {
-        Self { origin, wake: Some(wake), reached: 0, ended: false, void: false }
+        Self { origin, wake: Some(wake), reached: 0, packets: 0, greatest: None, ended: false, void: false }
     }
 
     /// Whether nothing came and nothing will.
@@ -42,12 +45,15 @@ impl Place {
 impl Shared {
     /// A channel has met a SYNC: it stands until main has come to the same point. Surplus ones at the end of a
     /// migration are let through.
-    pub(super) fn reach(&self, id: ChannelId) -> Result<()> {
+    ///
+    /// Up to it the channel has brought so many packets, whose greatest number this is.
+    pub(super) fn reach(&self, id: ChannelId, packets: u64, greatest: u64) -> Result<()> {
         let mut state = self.lock();
         let Some(place) = state.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
             return Ok(());
         };
         place.reached += 1;
+        (place.packets, place.greatest) = (packets, Some(greatest));
         let reached = place.reached;
         self.changed.notify_all();
         tracing::trace!(channel = id.0, point = reached, "multifd_recv_sync");
@@ -84,6 +90,7 @@ impl Shared {
             state = self.settle(state)?;
         }
         let begun = Instant::now();
+        let end = deadline(self.options.channels_timeout);
         loop {
             if state.stopped {
                 drop(state);
@@ -108,7 +115,17 @@ impl Shared {
                 }
                 missing = missing.or(Some(id));
             }
-            let Some(missing) = missing else { break };
+            let Some(missing) = missing else {
+                let Some(error) = state.missing_packets(point) else { break };
+                let left = end.saturating_duration_since(Instant::now());
+                if may_grow && !left.is_zero() {
+                    // They went to a channel that is still on its way.
+                    state = self.wait_timeout(state, left);
+                    continue;
+                }
+                drop(state);
+                return Err(self.stop.fail(error));
+            };
             state = self.wait_moving(state, begun, |stalled| {
                 let what = format!("no SYNC packet has come for sync point {point}");
                 stalled.where_due(what).on_channel(missing)
@@ -124,27 +141,26 @@ impl Shared {
     /// The source has announced its number of channels.
     pub(super) fn expect_channels(&self, announced: u8) -> Result<()> {
         let mut state = self.lock();
-        let opened = self.open(&mut state);
-        drop(state);
-        self.finish_opening(opened)?;
-        let mut state = self.lock();
         if state.announced.is_some_and(|before| before != announced) || state.released > 0 {
             return Err(Usage::UsedTwice.into());
         }
-        let error = match self.options.channels {
-            ChannelCount::Exact(expected) if expected != announced => {
-                Violation::AnnouncedChannels { expected, announced }.into()
-            }
-            _ => {
-                state.announced = Some(announced);
-                let beyond = state.channels.iter().skip(announced.into()).position(Option::is_some);
-                let Some(beyond) = beyond.and_then(|beyond| u8::try_from(beyond).ok()) else { return Ok(()) };
-                let id = ChannelId(announced.saturating_add(beyond));
-                Violation::ChannelId { id, channels: announced.into() }.into()
-            }
-        };
+        if let ChannelCount::Exact(expected) = self.options.channels
+            && expected != announced
+        {
+            drop(state);
+            return Err(self.stop.fail(Violation::AnnouncedChannels { expected, announced }.into()));
+        }
+        state.announced = Some(announced);
+        let beyond =
+            (0..=u8::MAX).zip(&state.channels).skip(announced.into()).find(|(_, place)| place.is_some());
+        let error =
+            beyond.map(|(id, _)| Violation::ChannelId { id: ChannelId(id), channels: announced.into() });
+        let opened = self.open(&mut state);
         drop(state);
-        Err(self.stop.fail(error))
+        match error {
+            Some(error) => Err(self.stop.fail(error.into())),
+            None => self.finish_opening(opened),
+        }
     }
 
     /// How many channels there are to be, as far as that is known.
@@ -223,6 +239,7 @@ impl Shared {
             (ChannelCount::Auto, Some(announced)) => {
                 Violation::TooFewChannels { announced: announced.into(), met }
             }
+            (ChannelCount::Auto, None) if met == 0 => Violation::NoChannels,
             (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met },
         });
         match state.foreign {
@@ -254,6 +271,16 @@ impl State {
         u16::try_from(count).unwrap_or(u16::MAX)
     }
 
+    /// With all channels at their SYNC for `point`: whether packets were numbered that have come over none of them.
+    fn missing_packets(&self, point: u64) -> Option<Error> {
+        let places = || self.channels.iter().flatten();
+        let greatest =
+            places().filter_map(|place| place.greatest).max().filter(|_| self.numbers_are_exact)?;
+        // Surplus SYNCs at the end come behind the last point.
+        let met = places().map(|place| place.packets).sum::<u64>();
+        (greatest >= met).then(|| Violation::MissingPackets { point, greatest, met }.into())
+    }
+
     /// How many have come, whether main has or not.
     pub(super) fn come(&self) -> u16 {
         self.count().saturating_add(u16::try_from(self.early.len()).unwrap_or(u16::MAX))
@@ -263,7 +290,10 @@ impl State {
     fn missing(&self, expected: ChannelCount) -> Option<ChannelId> {
         let end = match expected {
             ChannelCount::Exact(count) => usize::from(count),
-            ChannelCount::Auto => self.channels.iter().rposition(Option::is_some).map_or(0, |last| last + 1),
+            ChannelCount::Auto => {
+                let last = self.channels.iter().rposition(Option::is_some);
+                last.map_or(usize::from(self.has_channels), |last| last + 1)
+            }
         };
         // Without a number, nobody takes the place of one that has ended: that is an error, and no reason to wait.
         let may_come =

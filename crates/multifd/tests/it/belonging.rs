@@ -374,3 +374,65 @@ fn a_listener_that_loses_a_wake_fails_the_first_sync_point() {
     assert!(error.to_string().starts_with("the listener did not end its wait"), "{error}");
     hears.join().expect("no panic");
 }
+
+#[test]
+fn a_source_with_multifd_on_whose_channels_do_not_come_is_refused_unless_none_are_expected() {
+    let options = || ReceiveOptions::new().channels_timeout(SHORT);
+    for channels in [ChannelCount::Auto, ChannelCount::Exact(0)] {
+        let (receiver, _connector) = listening(options().channels(channels));
+        receiver.expect_any_channels();
+        match receiver.sync() {
+            Ok(()) => assert_eq!(channels, ChannelCount::Exact(0)),
+            Err(error) => {
+                assert_eq!(channels, ChannelCount::Auto);
+                assert!(matches!(error.kind(), Error::Violation(Violation::NoChannels)), "{error}");
+            }
+        }
+    }
+    let (receiver, connector) = listening(options().channels_timeout(TIMEOUT));
+    receiver.set_page_size(PageSize::KIB_4).expect("set");
+    receiver.expect_any_channels();
+    let late = spawn("late", move || {
+        sleep(SHORT);
+        channel(&connector, 0)
+    });
+    receiver.sync().expect("it is waited for");
+    late.join().expect("no panic");
+}
+
+/// A SYNC of this number.
+fn number(link: &mut Box<dyn Link>, packet_num: u64) {
+    link.send(&[HeadBuffer::new(PageSize::KIB_4).sync(packet_num).into()]).expect("sent");
+}
+
+#[test]
+fn a_packet_that_no_channel_has_brought_fails_the_sync_point_where_numbers_are_exact() {
+    for (exact, comes) in [(true, true), (true, false), (false, false)] {
+        let (receiver, connector) = listening(ReceiveOptions::new().channels_timeout(3 * SHORT));
+        receiver.set_page_size(PageSize::KIB_4).expect("set");
+        if exact {
+            receiver.expect_exact_packet_nums();
+        }
+        // Number 1 went to the other channel.
+        let mut first = channel(&connector, 0);
+        receiver.sync().expect("nothing is missing");
+        number(&mut first, 2);
+        let late = spawn("late", move || {
+            sleep(SHORT);
+            comes.then(|| {
+                let mut second = channel(&connector, 1);
+                number(&mut second, 3);
+                second
+            })
+        });
+        match receiver.sync() {
+            Ok(()) => assert!(!exact || comes),
+            Err(error) => {
+                assert!(exact && !comes, "{error}");
+                let expected = Violation::MissingPackets { point: 2, greatest: 2, met: 2 };
+                assert!(matches!(error.kind(), Error::Violation(met) if *met == expected), "{error}");
+            }
+        }
+        late.join().expect("no panic");
+    }
+}

@@ -53,6 +53,15 @@ pub trait Destination {
         Ok(())
     }
 
+    /// The source has multifd on: it marks its rounds as only such a source does. Comes before the first sync point, and not
+    /// from every source. A destination without channels refuses it; by default nothing is done.
+    ///
+    /// # Errors
+    /// If it has no channels.
+    fn multifd(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// The RAM blocks. Comes once, before all pages; channels may fill pages from here on.
     ///
     /// # Errors

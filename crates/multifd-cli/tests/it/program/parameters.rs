@@ -70,8 +70,18 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         .collect();
     let capabilities: Vec<_> = [rows("## Capabilities that apply"), rows("## Switches")].concat();
     let limits = rows("## Limits");
-    let of_ours =
-        ["json", "quiet", "help", "uuid", "sync-mode", "force", "suppress-vmdesc", "size", "dirty-rate"];
+    let of_ours = [
+        "json",
+        "quiet",
+        "help",
+        "uuid",
+        "sync-mode",
+        "force",
+        "suppress-vmdesc",
+        "size",
+        "dirty-rate",
+        "channels-from",
+    ];
     for verb in ["send", "receive", "demo"] {
         let help = run([verb, "--help"]).stdout;
         let flags = help.lines().filter_map(|line| {
