@@ -197,8 +197,8 @@ impl Shared {
     }
 
     /// The connection of channel `id` has ended, after so many packets. Where nothing has come over it, its place is free
-    /// for another one: until main has come, that of a source that has died; until the first sync point, one whose
-    /// source, or whatever is in between, has tried again.
+    /// for another one, until the first sync point. Nobody waits for that, unless it was left over from a source that has
+    /// died: a source does not try again.
     pub(super) fn ended(&self, id: ChannelId, number: u64, packets: u64) {
         let mut state = self.lock();
         let main = state.main_from.as_ref().map(|main| main.number);

@@ -96,7 +96,7 @@ impl Shared {
                 drop(state);
                 return self.stop.check();
             }
-            // One that was here may have ended meanwhile, and come again.
+            // One that was here may have been left over from another source, and have ended.
             if may_grow && state.missing(self.expected(&state)).is_some() {
                 state = self.settle(state)?;
                 continue;
@@ -229,11 +229,6 @@ impl Shared {
     /// Not all channels have come in time.
     fn count_error(&self, state: &State, missing: ChannelId) -> Error {
         let met = state.count();
-        let place = state.channels.get(usize::from(missing.0)).and_then(Option::as_ref);
-        if place.is_some_and(Place::is_void) {
-            let early = Error::from(Violation::EndedEarly { expected: state.released + 1, met: 0 });
-            return early.on_channel(missing);
-        }
         let error = Error::from(match (self.options.channels, state.announced) {
             (ChannelCount::Exact(expected), _) => Violation::ChannelCount { expected: expected.into(), met },
             (ChannelCount::Auto, Some(announced)) => {
@@ -295,10 +290,7 @@ impl State {
                 last.map_or(usize::from(self.has_channels), |last| last + 1)
             }
         };
-        // Without a number, nobody takes the place of one that has ended: that is an error, and no reason to wait.
-        let may_come =
-            |place: &Place| expected != ChannelCount::Auto && self.released == 0 && place.is_void();
-        let gap = (0..end).find(|id| self.channels.get(*id).and_then(Option::as_ref).is_none_or(may_come))?;
+        let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
         u8::try_from(gap).ok().map(ChannelId)
     }
 }

@@ -302,23 +302,21 @@ fn channels_without_main_have_a_limit_always() {
     assert!(error.to_string().starts_with(expected), "{error}");
 }
 
-/// The first sync point takes over a channel's place from one that has ended without a packet.
 #[test]
-fn a_channel_that_connects_again_before_the_first_sync_point_takes_its_own_place() {
+fn a_channel_may_take_the_place_of_one_that_has_ended_without_a_packet() {
     let (receiver, to) = over_tcp(ReceiveOptions::new());
     connect(HERE, to).write_all(b"QEVM").expect("sent");
     let _main = receiver.wait_main().expect("main comes");
     receiver.set_page_size(PageSize::KIB_4).expect("set");
     receiver.expect_channels(1).expect("first time");
-    drop(begin(HERE, to, 0));
-    let again = spawn("again", move || {
-        sleep(SHORT);
-        let link = begin(HERE, to, 0);
-        send_sync(&link);
-        link
-    });
-    receiver.sync().expect("it comes again");
-    again.join().expect("no panic");
+    let first = begin(HERE, to, 0);
+    wait_channels(&receiver, 1);
+    drop(first);
+    wait_channels(&receiver, 0);
+    let again = begin(HERE, to, 0);
+    send_sync(&again);
+    wait_channels(&receiver, 1);
+    receiver.sync().expect("it is here");
 }
 
 /// Loses a wake while nobody waits.
