@@ -3,12 +3,16 @@
 //! A text says what was expected and what was met, the place is in front of it, the cause behind it in
 //! [`source`](std::error::Error::source): `channel 3: packet 17: offset 0x7f000 outside block "pc.ram" (0x40000)`.
 
+mod violation;
+
 use std::{fmt, io, sync::Arc, time::Duration};
+
+pub use violation::Violation;
 
 use crate::{
     live::{NotConverged, Status},
     ram::{BlockName, BlockOffset, PageSize},
-    wire::{ChannelId, DeviceId, Flags, VmUuid},
+    wire::{ChannelId, DeviceId, Flags},
 };
 
 /// The result of this crate's functions.
@@ -267,175 +271,6 @@ pub enum Malformed {
         expected: usize,
         /// The bytes made, one more than expected if there are more.
         met: usize,
-    },
-}
-
-/// A rule of the protocol that the peer broke.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Violation {
-    /// The initial packet carries the UUID of another machine.
-    #[error("expected machine UUID {expected}, met {met}: give both sides the same UUID")]
-    ForeignUuid {
-        /// The UUID of this side.
-        expected: VmUuid,
-        /// The UUID met.
-        met: VmUuid,
-    },
-    /// The channel's id is not below the number of channels.
-    #[error(
-        "channel id {id} is not below the number of channels {channels}: set multifd-channels to the same number on both sides"
-    )]
-    ChannelId {
-        /// The id met.
-        id: ChannelId,
-        /// The number of channels.
-        channels: u16,
-    },
-    /// A channel connected when RAM had been moving for a while.
-    #[error("channel {id} connected after sync point {point}: its pages may be outdated")]
-    LateChannel {
-        /// The channel's id.
-        id: ChannelId,
-        /// The sync point that the main stream has passed, from 1.
-        point: u64,
-    },
-    /// Two connections claim the same id.
-    #[error("channel id {id} is already taken")]
-    DuplicateChannel {
-        /// The id met twice.
-        id: ChannelId,
-    },
-    /// A channel had been admitted when main came from another host.
-    #[error(
-        "channel {id} comes from another host than main: it may be a stranger; if the source sends so, choose where channels \
-         may come from (channels-from)"
-    )]
-    ForeignChannel {
-        /// The channel's id.
-        id: ChannelId,
-    },
-    /// The source opened another number of channels than this side expects.
-    #[error(
-        "expected {expected} channels, {met} connected before the first sync: set multifd-channels to the same number on both sides"
-    )]
-    ChannelCount {
-        /// The number of channels that this side was told.
-        expected: u16,
-        /// The number that came.
-        met: u16,
-    },
-    /// The source announced another number of channels than this side was given.
-    #[error(
-        "the source announced {announced} channels, but multifd-channels is {expected} on this side: set it to {announced}, \
-         or leave it out"
-    )]
-    AnnouncedChannels {
-        /// The number of channels that this side was given.
-        expected: u8,
-        /// The number that the source announced.
-        announced: u8,
-    },
-    /// The source announced more channels than have come.
-    #[error(
-        "the source announced {announced} channels, but only {met} connected in time: check that whatever is between source \
-         and destination (proxy, firewall) passes all connections"
-    )]
-    TooFewChannels {
-        /// The number that the source announced.
-        announced: u16,
-        /// The number that came.
-        met: u16,
-    },
-    /// The ids of the channels leave a gap.
-    #[error(
-        "channel {missing} is missing: {channels} channels are here, and ids from 0 on were expected; its connection may have \
-         failed at the source"
-    )]
-    ChannelMissing {
-        /// The first id that is not there.
-        missing: ChannelId,
-        /// How many channels are there.
-        channels: u16,
-    },
-    /// The source has channels, none of which has come.
-    #[error(
-        "the source has multifd on, but no channel connected in time: check that whatever is between source and destination \
-         (proxy, firewall) passes all connections"
-    )]
-    NoChannels,
-    /// The source has numbered packets that no channel has brought.
-    #[error(
-        "sync point {point}: {met} packets have come, but the source has numbered them up to {greatest}: packets went to a \
-         channel that has not connected; give its number of channels (multifd-channels) on this side, and check that whatever \
-         is between source and destination (proxy, firewall) passes all connections"
-    )]
-    MissingPackets {
-        /// The sync point that the main stream is at, from 1.
-        point: u64,
-        /// The greatest number of a packet, which are counted from 0.
-        greatest: u64,
-        /// The packets that have come.
-        met: u64,
-    },
-    /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
-    #[error(
-        "it did not say what it is and was dropped, but may have been a channel, whose pages would be missing: give the \
-         number of channels (multifd-channels) on this side"
-    )]
-    LostConnection,
-    /// A packet names a block that the source did not announce.
-    #[error("unknown block {name:?}: the source has not announced it")]
-    UnknownBlock {
-        /// The name met.
-        name: BlockName,
-    },
-    /// A page outside its block.
-    #[error("offset {offset} outside block {name:?} ({used_length:#x})")]
-    OutsideBlock {
-        /// The offset met.
-        offset: BlockOffset,
-        /// The block's name.
-        name: BlockName,
-        /// The block's used length in bytes.
-        used_length: u64,
-    },
-    /// A connection ended in the middle of something.
-    #[error("connection closed after {met} of {expected} bytes of {what}")]
-    Cut {
-        /// What was being read.
-        what: &'static str,
-        /// Its length.
-        expected: u64,
-        /// The bytes that came.
-        met: u64,
-    },
-    /// A channel ended although main has another sync point.
-    #[error("connection closed before sync point {expected}, after {met}")]
-    EndedEarly {
-        /// The sync point that the main stream is at, from 1.
-        expected: u64,
-        /// The sync points that the channel has seen.
-        met: u64,
-    },
-    /// Pages after the sync point that ended the RAM.
-    #[error("packet with {pages} pages after the last sync point")]
-    PagesAfterEnd {
-        /// Pages listed.
-        pages: u32,
-    },
-    /// A packet with pages before the source announced its blocks.
-    #[error("packet with pages before the source announced its RAM blocks")]
-    PagesBeforeBlocks,
-    /// The packet's method is not the one that this side was told.
-    #[error(
-        "expected method {expected}, met flags {met}: set multifd-compression to {expected} at the source"
-    )]
-    Method {
-        /// The method of this side.
-        expected: &'static str,
-        /// The flags of the packet.
-        met: Flags,
     },
 }
 
