@@ -7,7 +7,7 @@ use clap::{
     builder::{OsStringValueParser, TypedValueParser},
 };
 use multifd::{
-    ChannelCount, Method, SendOptions,
+    ChannelCount, ChannelsFrom, Method, SendOptions,
     channel::{
         Address, Connect, Listen, Listener,
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
@@ -75,6 +75,10 @@ pub(crate) struct ReceiveArgs {
     /// Number of channels that the source opens, 0 to 255, or auto to learn it from the source
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
     pub(crate) multifd_channels: ChannelCount,
+    /// Where channels may come from: main (the host of the main connection), any, or IP addresses with commas between them.
+    /// Connections from elsewhere are dropped with a warning
+    #[arg(long, value_name = "main|any|ADDR[,ADDR...]", default_value = "main", value_parser = ChannelsFrom::from_str)]
+    pub(crate) channels_from: ChannelsFrom,
     /// Method that the source must use: none, zlib or zstd, or auto to take the one that its packets name
     #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
     pub(crate) multifd_compression: MethodChoice,

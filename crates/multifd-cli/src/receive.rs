@@ -52,6 +52,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let listener = ReceiveTlsArgs::listener(credentials, listener);
     let options = ReceiveOptions::new()
         .channels(args.multifd_channels)
+        .channels_from(args.channels_from.clone())
         .method(args.multifd_compression.0)
         .stall_timeout(args.stall_timeout());
     let mut receiver = Receiver::new(options, stop.clone());

@@ -245,13 +245,16 @@ fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
     }
 }
 
-/// Answers every PING behind the first `asked` bytes, but for the one that opens the return path; says how many bytes have
-/// been looked at.
+/// Answers every PING behind the first `asked` bytes, but for those that open the return path; says how many bytes have been
+/// looked at.
 fn answer(stream: &mut TcpStream, seen: &[u8], asked: usize) -> usize {
     let mut at = asked;
     while let Some(command) = seen.get(at..at + PING.len() + 4) {
         at += 1;
-        if let Some(value) = command.strip_prefix(&PING[..]).filter(|value| *value != [0, 0, 0, 1]) {
+        if let Some(value) = command
+            .strip_prefix(&PING[..])
+            .filter(|value| *value != [0, 0, 0, 1] && !value.starts_with(b"mfd"))
+        {
             let _ = stream.write_all(&[&[0, 2, 0, 4], value].concat());
         }
     }

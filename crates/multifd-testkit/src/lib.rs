@@ -8,6 +8,7 @@
 //! bad_source
 //!           a source that misbehaves on demand, over real sockets
 //! child     processes that end with the run that started them, even if it is killed
+//! proxy     a TCP proxy that connects onwards late
 //! rough_network
 //!           two hosts, and a line between them that loses, delays and reorders packets
 //! in_use    the threads and descriptors of a process, to be compared before and after
@@ -27,6 +28,7 @@ pub mod child;
 pub mod guest;
 mod in_use;
 pub mod pattern;
+pub mod proxy;
 pub mod qemu;
 pub mod rough_network;
 mod skip;

@@ -1,8 +1,9 @@
 //! What can be chosen, a struct for each side, with defaults that work with a default QEMU.
 
-use std::time::Duration;
+use std::{fmt, net::IpAddr, str::FromStr, time::Duration};
 
 use crate::{
+    channel::Host,
     compress::{Levels, Method},
     error::{Result, Usage},
     parameters,
@@ -118,8 +119,10 @@ impl SendOptions {
 /// How many channels a destination expects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ChannelCount {
-    /// As many as the source has opened when main comes to the first sync point; none if it has multifd off. Only for
-    /// a source whose main stream tells of that point after all channels have connected, as QEMU's does.
+    /// As many as the source [announces](crate::Receiver::expect_channels). From a source that announces nothing, such
+    /// as QEMU, as many as have connected when main comes to its first sync points.
+    ///
+    /// **Warning**: with such a source, behind a proxy, channels may connect later than that.
     #[default]
     Auto,
     /// This many, 0 to 255; 0 is multifd off.
@@ -132,6 +135,60 @@ impl ChannelCount {
         match self {
             Self::Auto => limits::CHANNELS,
             Self::Exact(count) => count,
+        }
+    }
+}
+
+/// Where the connections that a destination takes for channels may come from. A connection from elsewhere is dropped with a
+/// warning, whatever it says.
+///
+/// As text: `main`, `any`, or IP addresses with commas between them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ChannelsFrom {
+    /// From where the main connection comes: the same IP address, vsock context or, for a unix socket, process. What cannot
+    /// be told apart is taken: a link without a [host](crate::channel::Link::host), guests behind one proxy. Default.
+    #[default]
+    MainHost,
+    /// From anywhere: for a source whose channels take another way than main.
+    Any,
+    /// From these IP addresses.
+    Hosts(Vec<IpAddr>),
+}
+
+impl ChannelsFrom {
+    /// Whether a channel may come from `host` when main comes from `main`.
+    pub(crate) fn admits(&self, host: Option<Host>, main: Option<Host>) -> bool {
+        match self {
+            Self::MainHost => host.zip(main).is_none_or(|(host, main)| host == main),
+            Self::Any => true,
+            Self::Hosts(hosts) => hosts.iter().any(|listed| host == Some(Host::ip(*listed))),
+        }
+    }
+}
+
+impl FromStr for ChannelsFrom {
+    type Err = Usage;
+
+    fn from_str(text: &str) -> Result<Self, Usage> {
+        let hosts = || text.split(',').map(IpAddr::from_str).collect::<Result<_, _>>();
+        match text {
+            "main" => Ok(Self::MainHost),
+            "any" => Ok(Self::Any),
+            _ => hosts().map(Self::Hosts).map_err(|_| Usage::ChannelsFrom { met: text.into() }),
+        }
+    }
+}
+
+impl fmt::Display for ChannelsFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MainHost => f.write_str("main"),
+            Self::Any => f.write_str("any"),
+            Self::Hosts(hosts) => {
+                let hosts: Vec<String> = hosts.iter().map(ToString::to_string).collect();
+                f.write_str(&hosts.join(","))
+            }
         }
     }
 }
@@ -149,6 +206,7 @@ impl ChannelCount {
 #[must_use]
 pub struct ReceiveOptions {
     pub(crate) channels: ChannelCount,
+    pub(crate) channels_from: ChannelsFrom,
     pub(crate) uuid: Option<VmUuid>,
     pub(crate) method: Option<Method>,
     pub(crate) greeting_timeout: Duration,
@@ -161,6 +219,7 @@ impl Default for ReceiveOptions {
     fn default() -> Self {
         Self {
             channels: ChannelCount::Auto,
+            channels_from: ChannelsFrom::MainHost,
             uuid: None,
             method: None,
             greeting_timeout: Duration::from_secs(10),
@@ -181,6 +240,12 @@ impl ReceiveOptions {
     /// [`ChannelCount::Auto`].
     pub fn channels(mut self, channels: ChannelCount) -> Self {
         self.channels = channels;
+        self
+    }
+
+    /// Where channels may come from. Default [`ChannelsFrom::MainHost`].
+    pub fn channels_from(mut self, from: ChannelsFrom) -> Self {
+        self.channels_from = from;
         self
     }
 

@@ -79,6 +79,7 @@ impl TryFrom<SendSettings> for SendOptions {
 pub(crate) struct ReceiveSettings {
     multifd_channels: CountOrWord,
     multifd_compression: String,
+    channels_from: String,
     uuid: Option<String>,
     greeting_timeout: Number,
     channels_timeout: Number,
@@ -101,6 +102,7 @@ impl From<ReceiveOptions> for ReceiveSettings {
         Self {
             multifd_channels,
             multifd_compression: options.method.map_or(AUTO, Method::as_str).to_owned(),
+            channels_from: options.channels_from.to_string(),
             uuid: options.uuid.map(|uuid| uuid.to_string()),
             greeting_timeout: Number::millis(options.greeting_timeout),
             channels_timeout: Number::millis(options.channels_timeout),
@@ -130,6 +132,7 @@ impl TryFrom<ReceiveSettings> for ReceiveOptions {
         };
         Ok(Self {
             channels,
+            channels_from: settings.channels_from.parse().map_err(|error: Usage| error.to_string())?,
             uuid: settings.uuid.as_deref().map(uuid).transpose()?,
             method,
             greeting_timeout: settings.greeting_timeout.duration("greeting-timeout")?,

@@ -63,7 +63,7 @@
 //!     // No channels here: pages go over main.
 //!     let mut out = Outgoing::new(source, Options::new(Configuration::new(machine)).sync_mode(None))?;
 //!     let ram = BlockEntry::new(BlockName::new("ram0").ok_or("a name")?, 1 << 20);
-//!     out.begin()?;
+//!     out.begin(0)?;
 //!     out.setup(BlockList::new(vec![ram], PageSize::KIB_4)?)?;
 //!     out.switchover()?;
 //!     out.begin_end()?;

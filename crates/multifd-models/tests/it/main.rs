@@ -50,6 +50,7 @@ models! { recv:
     a_channel_that_has_ended_fails_the_sync_that_waits_for_it 4_000,
     main_counts_every_channel_that_was_connected_before_its_first_record 4_000,
     a_cancel_ends_acceptor_greetings_main_and_channels 4_000,
+    a_source_that_dies_before_main_leaves_its_places_free 4_000,
     a_channel_that_comes_late_is_counted_or_fails_the_migration 4_000,
     no_page_is_written_behind_the_seal 4_000,
     the_end_waits_for_every_channel_to_close 4_000,

@@ -57,7 +57,7 @@ impl Attention {
     }
 
     /// The same, of another limit.
-    pub(super) fn left_of(&self, limit: Duration, begun: Instant) -> Duration {
+    pub(crate) fn left_of(&self, limit: Duration, begun: Instant) -> Duration {
         // The clock first: what moves in between counts.
         let now = Instant::now();
         let moved = self.pulse.born + Duration::from_millis(self.pulse.last.load(Ordering::Relaxed));

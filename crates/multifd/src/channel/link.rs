@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Attention, CloseWatch, PeerSignal, Wake, attention};
+use super::{Attention, CloseWatch, Host, PeerSignal, Wake, attention};
 use crate::{
     ram::{Part, PartMut, advance, advance_mut},
     sync_types::Instant,
@@ -65,6 +65,12 @@ pub trait Link: Send {
 
     /// The other end, for messages: `127.0.0.1:4711`.
     fn peer(&self) -> String;
+
+    /// Where the other end is; `None` if the link cannot tell. A destination takes channels only from main's host, as far
+    /// as [`ChannelsFrom`](crate::ChannelsFrom) says so. An end that cannot be told is taken to be anywhere.
+    fn host(&self) -> Option<Host> {
+        None
+    }
 
     /// Says that nothing more is sent, after everything sent so far.
     ///

@@ -20,7 +20,7 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket};
 
 use super::{
-    Attention, Link, PeerSignal, TcpOptions, Wake,
+    Attention, Host, Link, PeerSignal, TcpOptions, Wake,
     alive::Watched,
     attention,
     completions::Completions,
@@ -36,6 +36,7 @@ use crate::{
 pub struct SocketLink {
     socket: Arc<Socket>,
     peer: String,
+    host: Option<Host>,
     watched: Option<Watched>,
     /// Set by `set_recv_timeout`.
     recv_timeout: bool,
@@ -65,7 +66,8 @@ impl SocketLink {
     /// If the system refuses an option.
     pub fn with_options(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
-        let peer = describe(&socket.peer_addr()?);
+        let address = socket.peer_addr()?;
+        let (peer, host) = (describe(&address), host_of(&socket, &address));
         let (mut watched, mut local) = (None, socket.domain()? == Domain::UNIX);
         if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
             socket.set_tcp_nodelay(true)?;
@@ -79,6 +81,7 @@ impl SocketLink {
         Ok(Self {
             socket: Arc::new(socket),
             peer,
+            host,
             watched,
             recv_timeout: false,
             completions,
@@ -275,6 +278,10 @@ impl Link for SocketLink {
         self.peer.clone()
     }
 
+    fn host(&self) -> Option<Host> {
+        self.host
+    }
+
     fn close_send(&mut self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Write)
     }
@@ -355,6 +362,34 @@ pub(super) fn describe(address: &SockAddr) -> String {
     address.as_pathname().map_or_else(|| "a local process".into(), |path| path.display().to_string())
 }
 
+/// Where the other end of `socket` is.
+fn host_of(socket: &Socket, address: &SockAddr) -> Option<Host> {
+    if let Some(address) = address.as_socket() {
+        return Some(Host::ip(address.ip()));
+    }
+    if let Some((cid, _)) = address.as_vsock_address() {
+        return Some(Host::Vsock(cid));
+    }
+    address.is_unix().then(|| process_of(socket)).flatten().map(Host::Process)
+}
+
+/// The process at the other end of a unix socket; `None` if it is in a process namespace that is not visible here.
+fn process_of(socket: &Socket) -> Option<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = libc::socklen_t::try_from(size_of_val(&peer)).ok()?;
+    // SAFETY: the system writes at most `length` bytes to `peer`, which is as long and there until the call has ended.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    };
+    u32::try_from(peer.pid).ok().filter(|pid| got == 0 && *pid > 0)
+}
+
 fn message(parts: *const libc::iovec, count: usize) -> libc::msghdr {
     // SAFETY: all zero is a message without address, vectors and control data.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -375,6 +410,23 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn the_host_of_a_socket_is_its_address_or_its_process() {
+        let (one, _other) = UnixStream::pair().expect("a pair");
+        let unix = SocketLink::new(Socket::from(one)).expect("a link");
+        assert_eq!(unix.host(), Some(Host::Process(std::process::id())));
+        for listen in ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
+            let Ok(listener) = TcpListener::bind(listen) else {
+                assert!(listen.contains("::"), "IPv4 is there");
+                continue;
+            };
+            let _near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+            let far = SocketLink::new(Socket::from(listener.accept().expect("accepted").0)).expect("a link");
+            let expected = if listen.contains("127") { "127.0.0.1" } else { "::1" };
+            assert_eq!(far.host(), Some(Host::ip(expected.parse().expect("an address"))), "{listen}");
+        }
+    }
 
     #[test]
     fn connections_within_this_machine_send_from_buffers_that_fit_into_caches() {

@@ -27,6 +27,12 @@ pub enum Usage {
         /// The name given.
         met: String,
     },
+    /// Origins of channels in no form that is known.
+    #[error("expected channels-from main, any, or IP addresses with commas between them, found {met:?}")]
+    ChannelsFrom {
+        /// The text given.
+        met: String,
+    },
     /// A method that this build does not speak.
     #[error("expected multifd-compression none{}, met {met:?}", built_in())]
     Method {

@@ -41,6 +41,15 @@ pub enum Violation {
         /// The id met twice.
         id: ChannelId,
     },
+    /// A channel had been admitted when main came from another host.
+    #[error(
+        "channel {id} comes from another host than main: it may be a stranger; if the source sends so, choose where channels \
+         may come from (channels-from)"
+    )]
+    ForeignChannel {
+        /// The channel's id.
+        id: ChannelId,
+    },
     /// The source opened another number of channels than this side expects.
     #[error(
         "expected {expected} channels, {met} connected before the first sync: set multifd-channels to the same number on both sides"
@@ -48,6 +57,28 @@ pub enum Violation {
     ChannelCount {
         /// The number of channels that this side was told.
         expected: u16,
+        /// The number that came.
+        met: u16,
+    },
+    /// The source announced another number of channels than this side was given.
+    #[error(
+        "the source announced {announced} channels, but multifd-channels is {expected} on this side: set it to {announced}, \
+         or leave it out"
+    )]
+    AnnouncedChannels {
+        /// The number of channels that this side was given.
+        expected: u8,
+        /// The number that the source announced.
+        announced: u8,
+    },
+    /// The source announced more channels than have come.
+    #[error(
+        "the source announced {announced} channels, but only {met} connected in time: check that whatever is between source \
+         and destination (proxy, firewall) passes all connections"
+    )]
+    TooFewChannels {
+        /// The number that the source announced.
+        announced: u16,
         /// The number that came.
         met: u16,
     },
@@ -61,6 +92,26 @@ pub enum Violation {
         missing: ChannelId,
         /// How many channels are there.
         channels: u16,
+    },
+    /// The source has channels, none of which has come.
+    #[error(
+        "the source has multifd on, but no channel connected in time: check that whatever is between source and destination \
+         (proxy, firewall) passes all connections"
+    )]
+    NoChannels,
+    /// The source has numbered packets that no channel has brought.
+    #[error(
+        "sync point {point}: {met} packets have come, but the source has numbered them up to {greatest}: packets went to a \
+         channel that has not connected; give its number of channels (multifd-channels) on this side, and check that whatever \
+         is between source and destination (proxy, firewall) passes all connections"
+    )]
+    MissingPackets {
+        /// The sync point that the main stream is at, from 1.
+        point: u64,
+        /// The greatest number of a packet, which are counted from 0.
+        greatest: u64,
+        /// The packets that have come.
+        met: u64,
     },
     /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
     #[error(

@@ -209,7 +209,7 @@ impl<'a> Driver<'a> {
         let Migration { blocks, progress, .. } = self.migration;
         progress.started(self.sender.as_deref());
         // First: a destination may look at main's first bytes before it takes the channels.
-        self.main.begin()?;
+        self.main.begin(self.sender.as_ref().map_or(0, |sender| sender.channels()))?;
         if let Some(sender) = &mut self.sender {
             sender.wait_connected()?;
             sender.sync()?;

@@ -40,11 +40,12 @@ pub trait Main {
     /// # Errors
     /// If a name cannot be sent, or the destination does not take as much.
     fn expect(&mut self, devices: &[DeviceInfo]) -> Result<()>;
-    /// Opens the stream.
+    /// Opens the stream. It is the stream's task to tell the destination the number of channels, if it can: they connect
+    /// now, and main's bytes may arrive before they do. 0 is a migration without channels.
     ///
     /// # Errors
     /// Any of these calls fails if the stream breaks, and the migration with it.
-    fn begin(&mut self) -> Result<()>;
+    fn begin(&mut self, channels: u8) -> Result<()>;
     /// Announces the blocks; a sync point.
     ///
     /// # Errors

@@ -9,14 +9,17 @@
 
 use std::{io, sync::Arc};
 
-use super::{Shared, consume, sync::Place};
+use super::{
+    Shared,
+    admit::{self, Newcomer, Origin},
+    consume,
+};
 use crate::{
-    channel::{Link, Listen, Stream, Wake, deadline},
-    error::{Error, Result, Unsupported, Usage, Violation},
-    options::ChannelCount,
+    channel::{Link, Listen, Stream, Wake, Watch, deadline},
+    error::{Error, Result, Unsupported, Violation},
     ram::PartMut,
     sync_types::{Builder, Instant},
-    wire::{ChannelId, INITIAL_LEN, Initial, limits},
+    wire::{INITIAL_LEN, Initial, limits},
 };
 
 /// More connections than a listener's queue holds: no crowd keeps main waiting.
@@ -63,7 +66,7 @@ pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
         }
         state.accepted += 1;
         number = state.accepted;
-        state.greeting.push(Origin { peer, number });
+        state.greeting.push(Origin::new(&*link, number));
     }
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let shared = shared.clone();
@@ -86,6 +89,7 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
     let greeting = shared.stop.watch(wake.clone());
     match introduce(shared, &mut *link) {
         Ok(Caller::Main(seen)) => {
+            let origin = Origin::new(&*link, number);
             // Its waits end, and it can still be told that this side has failed.
             let watch = shared.stop.watch_failure(link.recv_waker());
             drop(greeting);
@@ -96,24 +100,16 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
                     return shared.greeted(number, |_| {});
                 }
             };
-            let (mut missed, origin) = (None, Origin { peer, number });
-            shared.greeted(number, |state| {
-                if state.main_from.is_some() || state.sealed {
-                    tracing::warn!(peer = origin.peer, "a second main connection is dropped");
-                } else {
-                    state.main = Some(main);
-                    state.main_watch = Some(watch);
-                    let lost = std::mem::take(&mut state.lost);
-                    missed = lost.into_iter().find(|lost| lost.may_go_with(&origin));
-                    state.main_from = Some(origin);
-                }
-            });
-            shared.miss(missed);
+            shared.main_has_come(origin, main, watch);
+            shared.greeted(number, |_| {});
         }
         Ok(Caller::Channel(initial)) => {
             let id = initial.id;
             let _watch = shared.stop.watch_failure(wake.clone());
-            if !shared.register(number, &initial, wake, &peer) {
+            let welcome = shared.register(Newcomer { origin: Origin::new(&*link, number), initial, wake });
+            // Only now: main must not pass a sync point in between.
+            shared.greeted(number, |_| {});
+            if !welcome {
                 return;
             }
             drop(greeting);
@@ -124,23 +120,17 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
             if let Err(error) = link.attend(shared.attention.clone()) {
                 shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error).on_channel(id));
             }
-            consume::run(id, shared, link);
+            consume::run(id, number, shared, link);
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().single => {
             shared.stop.fail(error.at(format_args!("connection from {peer}")));
             shared.greeted(number, |_| {});
         }
         Err(Refused { error, .. }) => {
-            // One that was closed is known to the source to have failed, and so is a handshake.
-            let unknown = match error.kind() {
-                Error::TimedOut { .. } | Error::Malformed(_) | Error::Unsupported(_) => true,
-                Error::Io { source, .. } => source.raw_os_error().is_some(),
-                _ => false,
-            };
-            let from = unknown.then(|| Origin { peer: peer.clone(), number });
-            // Before it counts as greeted: main must not pass a sync point in between.
-            let missed = from.and_then(|from| shared.may_be_missed(&mut shared.lock(), from));
-            shared.miss(missed);
+            if admit::is_unnoticed(&error) {
+                shared.lose(Origin::new(&*link, number));
+            }
+            // Only now: main must not pass a sync point in between.
             shared.greeted(number, |_| {});
             let cause =
                 std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
@@ -149,25 +139,6 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
                 "a connection that is neither main nor a channel is dropped: {error}{cause}"
             );
         }
-    }
-}
-
-/// Where a connection comes from.
-pub(super) struct Origin {
-    peer: String,
-    /// Counted from 1 in the order in which connections were accepted. A source opens main before it opens channels.
-    number: u64,
-}
-
-impl Origin {
-    /// Whether it may be a channel of the migration whose main connection is `main`.
-    pub(super) fn may_go_with(&self, main: &Self) -> bool {
-        self.number > main.number && self.host() == main.host()
-    }
-
-    /// The address without the port: `127.0.0.1` of `127.0.0.1:4711`.
-    fn host(&self) -> &str {
-        self.peer.rsplit_once(':').map_or(&self.peer, |(host, _)| host)
     }
 }
 
@@ -253,89 +224,47 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// A connection that is dropped, if it may have been a channel of this migration.
-    fn may_be_missed(&self, state: &mut super::State, from: Origin) -> Option<Origin> {
-        if !matches!(self.options.channels, ChannelCount::Auto) {
-            return None;
+    /// The connection from `origin` is main.
+    fn main_has_come(&self, origin: Origin, main: Stream, watch: Watch) {
+        let mut state = self.lock();
+        if state.main_from.is_some() || state.sealed {
+            tracing::warn!(peer = origin.peer, "a second main connection is dropped");
+            return;
         }
-        let Some(main) = &state.main_from else {
-            if state.lost.len() == limits::GREETINGS {
-                state.lost.remove(0);
-            }
-            state.lost.push(from);
-            return None;
-        };
-        from.may_go_with(main).then_some(from)
-    }
-
-    fn miss(&self, connection: Option<Origin>) {
-        if let Some(Origin { peer, .. }) = connection {
-            let error = Error::from(Violation::LostConnection);
-            self.stop.fail(error.at(format_args!("connection from {peer}")));
-        }
-    }
-
-    /// Takes a channel in, or fails the migration if it does not belong to it. Only then has it been greeted: main
-    /// must not pass a sync point in between.
-    fn register(&self, number: u64, initial: &Initial, wake: Arc<dyn Wake>, peer: &str) -> bool {
-        let admitted = self.admit(&mut self.lock(), initial, wake, peer);
-        let welcome = admitted.is_ok();
-        if let Err(error) = admitted {
-            self.stop.fail(error.at(format_args!("connection from {peer}")));
-        }
-        self.greeted(number, |_| {});
-        welcome
-    }
-
-    fn admit(
-        &self,
-        state: &mut super::State,
-        initial: &Initial,
-        wake: Arc<dyn Wake>,
-        peer: &str,
-    ) -> Result<()> {
-        if state.single {
-            return Err(Usage::SingleConnection(peer.into()).into());
-        }
-        let &Initial { uuid, id } = initial;
-        let expected = *state.uuid.get_or_insert(uuid);
-        if uuid != expected {
-            return Err(Violation::ForeignUuid { expected, met: uuid }.into());
-        }
-        let most = self.options.channels.most();
-        if id.0 >= most {
-            return Err(Violation::ChannelId { id, channels: most.into() }.into());
-        }
-        let slot = usize::from(id.0);
-        if state.channels.len() <= slot {
-            state.channels.resize_with(slot + 1, || None);
-            state.wakers.resize_with(slot + 1, || None);
-        }
-        if state.channels[slot].is_some() {
-            return Err(Violation::DuplicateChannel { id }.into());
-        }
-        if state.released > 1 || state.sealed {
-            // Pages of this channel may be older than what other channels have brought since.
-            return Err(Violation::LateChannel { id, point: state.released }.into());
-        }
-        state.channels[slot] = Some(Place { reached: 0, ended: false });
-        state.wakers[slot] = Some(wake);
-        self.attention.beat();
-        Ok(())
+        let opened = self.main_from(&mut state, origin);
+        drop(state);
+        // Before main is handed over: whoever has it may count on the channels that are here.
+        let _ = self.finish_opening(opened);
+        let mut state = self.lock();
+        state.main = Some(main);
+        state.main_watch = Some(watch);
     }
 
     /// Has the acceptor take every connection that is waiting now, and waits until it has.
-    pub(super) fn drain_listener(&self) {
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] if it does not come back: a listener that loses a wake waits for the next connection.
+    pub(super) fn drain_listener(&self) -> Result<()> {
         let mut state = self.lock();
-        let Some(waker) = state.acceptor.clone() else { return };
+        let Some(waker) = state.acceptor.clone() else { return Ok(()) };
         state.drain_asked += 1;
         let asked = state.drain_asked;
         drop(state);
         waker.wake();
+        let limit = self.options.channels_timeout;
+        let end = deadline(limit);
         let mut state = self.lock();
         while state.drain_done < asked && state.acceptor.is_some() && !state.stopped {
-            state = self.wait(state);
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(state);
+                let what =
+                    "the listener did not end its wait for a connection when woken (Listen::waker)".into();
+                return Err(self.stop.fail(Error::TimedOut { what, limit }));
+            }
+            state = self.wait_timeout(state, left);
         }
+        Ok(())
     }
 
     /// The acceptor has taken what was waiting; says whether it is to end.
@@ -346,13 +275,5 @@ impl Shared {
         // Not `state.stopped`: a listener that is registered while the stop wakes the others is woken before that is set,
         // and then no more.
         self.stop.is_stopped()
-    }
-
-    /// The channel's connection has ended.
-    pub(super) fn ended(&self, id: ChannelId) {
-        if let Some(Some(place)) = self.lock().channels.get_mut(usize::from(id.0)) {
-            place.ended = true;
-        }
-        self.changed.notify_all();
     }
 }

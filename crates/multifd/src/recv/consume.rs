@@ -16,11 +16,12 @@ use crate::{
     wire::{COMMON_LEN, ChannelId, DEVICE_STATE_LEN, DeviceState, INITIAL_LEN, head_len},
 };
 
-/// The life of a channel after its initial packet. An error ends the whole migration, unless everything has come.
-pub(super) fn run(id: ChannelId, shared: &Shared, link: Box<dyn Link>) {
+/// The life of a channel after its initial packet, on connection `number`. An error ends the whole migration, unless
+/// everything has come, or the channel does not belong to it.
+pub(super) fn run(id: ChannelId, number: u64, shared: &Shared, link: Box<dyn Link>) {
     tracing::debug!(channel = id.0, "multifd_recv_thread_start");
-    shared.counters[usize::from(id.0)].add_bytes(INITIAL_LEN as u64);
-    if let Err(error) = consume(id, shared, link) {
+    let mut packets = 0;
+    if let Err(error) = consume(id, number, shared, link, &mut packets) {
         // Pages after the end may be newer than what is kept: that is no way to take leave.
         // Nor is a device whose state comes here.
         let lost = matches!(
@@ -28,24 +29,39 @@ pub(super) fn run(id: ChannelId, shared: &Shared, link: Box<dyn Link>) {
             Error::Violation(Violation::PagesAfterEnd { .. })
                 | Error::Unsupported(Unsupported::DeviceState { .. })
         );
-        if shared.is_sealed() && !lost {
+        if packets == 0 && shared.is_left_over(id, number, &error) {
+            tracing::warn!(channel = id.0, %error, "a channel that no main connection goes with has ended");
+        } else if shared.is_sealed() && !lost {
             tracing::debug!(channel = id.0, %error, "an error after everything has come");
         } else {
             tracing::debug!(channel = id.0, %error, "multifd_recv_terminate_threads");
             shared.stop.fail(error.on_channel(id));
         }
     }
-    shared.ended(id);
+    shared.ended(id, number, packets);
     tracing::debug!(channel = id.0, "multifd_recv_thread_end");
 }
 
-fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
-    let Some(page_size) = shared.wait_page_size()? else { return Ok(()) };
+fn consume(
+    id: ChannelId,
+    number: u64,
+    shared: &Shared,
+    link: Box<dyn Link>,
+    packets: &mut u64,
+) -> Result<()> {
+    // The page size comes from main, which may never come: whatever it is, this much is a part of the head, so an end
+    // is noticed meanwhile.
+    let mut inlet = Inlet { link, head: vec![0; COMMON_LEN].into(), have: 0 };
+    if !inlet.at_least(COMMON_LEN)? && (inlet.have == 0 || !shared.is_admitted(id, number)) {
+        return Ok(());
+    }
+    let Some(page_size) = shared.wait_admitted(id, number) else { return Ok(()) };
+    inlet.lengthen(head_len(page_size));
     let counters = &shared.counters[usize::from(id.0)];
-    let mut inlet = Inlet { link, head: vec![0; head_len(page_size)].into(), have: 0 };
+    counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
     let mut filler = Filler::default();
-    let mut packets: u64 = 0;
+    let mut greatest = 0;
     while inlet.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
         let arrived = shared.arrived.get();
@@ -67,11 +83,12 @@ fn consume(id: ChannelId, shared: &Shared, link: Box<dyn Link>) -> Result<()> {
         }
         let bytes = (inlet.head.len() + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
+        *packets += 1;
+        greatest = greatest.max(listed.packet_num);
         shared.attention.beat();
         if listed.sync {
-            shared.reach(id)?;
+            shared.reach(id, *packets, greatest)?;
         }
-        packets += 1;
     }
     Ok(())
 }
@@ -104,6 +121,13 @@ impl Inlet {
             let (expected, met) = (self.head.len() as u64, self.have as u64);
             Err(Violation::Cut { what: "a packet head", expected, met }.into())
         }
+    }
+
+    /// Makes room for whole heads.
+    fn lengthen(&mut self, head_len: usize) {
+        let mut head = std::mem::take(&mut self.head).into_vec();
+        head.resize(head_len, 0);
+        self.head = head.into();
     }
 
     /// Receives until so many bytes of the head are there. `false` if the peer closes before.

@@ -11,6 +11,7 @@
 //! its first four bytes, by which it is told from a channel.
 
 mod accept;
+mod admit;
 mod arrived;
 mod consume;
 mod decode;
@@ -24,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use accept::Origin;
+use admit::{Newcomer, Origin};
 pub use arrived::Arrived;
 use sync::Place;
 
@@ -79,7 +80,12 @@ struct Shared {
 struct State {
     /// By id.
     channels: Vec<Option<Place>>,
-    wakers: Vec<Option<Arc<dyn Wake>>>,
+    /// Channels that came before main.
+    early: Vec<Newcomer>,
+    /// Main has come, or the caller has said what it says: channels are admitted.
+    opened: bool,
+    /// Connections that were dropped because they came from another host than main.
+    foreign: u64,
     /// The UUID of this side, or of the first channel.
     uuid: Option<VmUuid>,
     /// Connections that have not said yet what they are.
@@ -87,7 +93,14 @@ struct State {
     /// There is one connection only: what becomes of it becomes of the migration.
     single: bool,
     main: Option<Stream>,
+    main_taken: bool,
     main_watch: Option<Watch>,
+    /// The source is known to have channels.
+    has_channels: bool,
+    /// The packet numbers of the source are known to have no gaps.
+    numbers_are_exact: bool,
+    /// The number of channels that the source announced on main.
+    announced: Option<u8>,
     /// Sync points that main has passed.
     released: u64,
     /// Main stands at the next one, and looks after those that it waits for. It does so to the end if that fails.
@@ -96,7 +109,7 @@ struct State {
     accepted: u64,
     /// Where main comes from, once it has come.
     main_from: Option<Origin>,
-    /// Connections that were dropped while that was not known.
+    /// Connections that were dropped before the first sync point without having said what they are.
     lost: Vec<Origin>,
     /// What wakes the acceptor, while there is one.
     acceptor: Option<Arc<dyn Wake>>,
@@ -171,19 +184,21 @@ impl Receiver {
         accept::greet(&self.shared, link);
     }
 
-    /// Waits for the main connection, without limit: a destination may wait for its source for days. Only when a channel is
-    /// here is main due.
+    /// Waits for the main connection, without limit: a destination may wait for its source for days. Only while a channel
+    /// is here is main due: then it waits for `stall_timeout`, or without one for `greeting_timeout` and
+    /// `channels_timeout`.
     ///
     /// # Errors
-    /// The error that stopped the migration; [`Usage::UsedTwice`] the second time.
+    /// [`Error::Stalled`] if main does not come then; the error that stopped the migration; [`Usage::UsedTwice`] the second time.
     pub fn wait_main(&self) -> Result<Stream> {
         let mut state = self.shared.lock();
         let mut begun = None;
         loop {
             if let Some(main) = state.main.take() {
+                state.main_taken = true;
                 return Ok(main);
             }
-            if state.main_from.is_some() {
+            if state.main_taken {
                 return Err(Usage::UsedTwice.into());
             }
             if state.stopped {
@@ -191,13 +206,23 @@ impl Receiver {
                 self.shared.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            state = if state.count() == 0 {
-                self.shared.wait(state)
-            } else {
-                let begun = *begun.get_or_insert_with(Instant::now);
-                let due = "channels have come, but not the main connection";
-                self.shared.wait_moving(state, begun, |stalled| stalled.where_due(due))?
-            };
+            if state.come() == 0 {
+                begun = None;
+                state = self.shared.wait(state);
+                continue;
+            }
+            let options = &self.shared.options;
+            let begun = *begun.get_or_insert_with(Instant::now);
+            let limit = options
+                .stall_timeout
+                .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
+            let left = self.shared.attention.left_of(limit, begun);
+            if left.is_zero() {
+                let what = format!("{} channels have connected, but no main connection", state.come());
+                drop(state);
+                return Err(self.shared.stop.fail(Error::Stalled { what, limit, hint: NO_MAIN }));
+            }
+            state = self.shared.wait_timeout(state, left);
         }
     }
 
@@ -206,13 +231,35 @@ impl Receiver {
     /// # Errors
     /// [`Usage::UsedTwice`] if another one was set before.
     pub fn set_page_size(&self, page_size: PageSize) -> Result<()> {
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         if *self.shared.page_size.get_or_init(|| page_size) != page_size {
             return Err(Usage::UsedTwice.into());
         }
+        let opened = self.shared.open(&mut state);
         drop(state);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.shared.finish_opening(opened)
+    }
+
+    /// Tells that the source has announced its number of channels, 0 if multifd is off. From then on
+    /// [`ChannelCount::Auto`] means this number. Call it before the first sync point.
+    ///
+    /// # Errors
+    /// [`Violation::AnnouncedChannels`] if the options have [another number](ChannelCount::Exact),
+    /// [`Violation::ChannelId`] if a channel beyond it has come, [`Usage::UsedTwice`] if another number was announced before.
+    pub fn expect_channels(&self, channels: u8) -> Result<()> {
+        self.shared.expect_channels(channels)
+    }
+
+    /// Tells that the source has at least one channel, because its main stream says so: a MULTIFD_FLUSH before the end of
+    /// START. Where the number is not known, the first sync points then wait for a channel.
+    pub fn expect_any_channels(&self) {
+        self.shared.lock().has_channels = true;
+    }
+
+    /// Tells that the source numbers its packets from 0 on without gaps, over all channels: QEMU 9.0 and later, and a
+    /// source that announces its channels. Each sync point then looks whether all packets have come.
+    pub fn expect_exact_packet_nums(&self) {
+        self.shared.lock().numbers_are_exact = true;
     }
 
     /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
@@ -225,7 +272,7 @@ impl Receiver {
             return Err(Usage::ReadOnly(block.name().clone()).into());
         }
         // Channels look at the page size with the lock held: one that goes on because of this call finds the blocks, too.
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         if !blocks.is_empty() {
             let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
             if expected != blocks.page_size() {
@@ -234,17 +281,18 @@ impl Receiver {
         }
         let arrived = Arrived::new(blocks);
         self.shared.arrived.set(arrived).map_err(|_| Error::from(Usage::UsedTwice))?;
+        let opened = self.shared.open(&mut state);
         drop(state);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.shared.finish_opening(opened)
     }
 
     /// Main has come to its next sync point: waits until every channel has, then lets them all go on. The first
-    /// one also waits until all channels are here, and so learns how many there are.
+    /// one also waits until all channels are here.
     ///
     /// # Errors
-    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`] if there are fewer
-    /// than expected, or the error that stopped the migration.
+    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`],
+    /// [`Violation::TooFewChannels`] or [`Violation::NoChannels`] if there are fewer than expected,
+    /// [`Violation::MissingPackets`] if some have not come over any channel, or the error that stopped the migration.
     pub fn sync(&self) -> Result<()> {
         self.shared.sync()
     }
@@ -264,10 +312,10 @@ impl Receiver {
 
     /// How many channels have come so far.
     pub fn channels(&self) -> u16 {
-        self.shared.lock().count()
+        self.shared.lock().come()
     }
 
-    /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come.
+    /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come, or main has not.
     pub fn uuid(&self) -> Option<VmUuid> {
         self.shared.lock().uuid
     }
@@ -347,21 +395,6 @@ impl Shared {
         self.sealed.load(Ordering::SeqCst)
     }
 
-    /// Waits until main has told the page size; `None` if the migration is over first.
-    fn wait_page_size(&self) -> Result<Option<PageSize>> {
-        let mut state = self.lock();
-        loop {
-            if let Some(page_size) = self.page_size.get() {
-                return Ok(Some(*page_size));
-            }
-            if state.stopped || state.sealed {
-                drop(state);
-                return self.stop.check().map(|()| None);
-            }
-            state = self.wait(state);
-        }
-    }
-
     /// Sequentially consistent, as is a channel's mark: a channel that begins to write either sees the seal and
     /// does not, or is seen here.
     fn seal(&self) -> Result<()> {
@@ -389,7 +422,7 @@ impl Shared {
             }
             state = self.wait_timeout(state, left);
         }
-        let wakers: Vec<_> = state.wakers.iter().flatten().cloned().collect();
+        let wakers: Vec<_> = state.channels.iter().flatten().filter_map(|place| place.wake.clone()).collect();
         drop(state);
         for waker in wakers {
             waker.wake();
@@ -411,7 +444,9 @@ impl Shared {
             let _ = thread.join();
         }
         let mut state = self.lock();
-        let connections = (state.main.take(), state.main_watch.take(), std::mem::take(&mut state.wakers));
+        let wakes: Vec<_> = state.channels.iter_mut().flatten().map(|place| place.wake.take()).collect();
+        let connections =
+            (state.main.take(), state.main_watch.take(), wakes, std::mem::take(&mut state.early));
         drop(state);
         drop(connections);
     }
@@ -431,5 +466,8 @@ impl Wake for WakeState {
         self.0.changed.notify_all();
     }
 }
+
+const NO_MAIN: &str = "the source may have ended before it began, or main goes elsewhere; start the source again, and this \
+                       destination too if it has ended";
 
 const _: () = assert!(limits::CHANNELS == u8::MAX);

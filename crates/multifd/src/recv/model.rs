@@ -195,6 +195,38 @@ pub fn a_cancel_ends_acceptor_greetings_main_and_channels() {
     drop(source.join().expect("no panic"));
 }
 
+/// A source that dies before main has said anything, at any time, and then another one.
+pub fn a_source_that_dies_before_main_leaves_its_places_free() {
+    let receiver = receiver(ChannelCount::Auto);
+    let [(first, a), (second, b)] = [0, 1].map(Channel::new);
+    receiver.add(a);
+    receiver.add(b);
+    let dying = thread::spawn(move || drop((first, second)));
+    let shared = receiver.shared.clone();
+    let mut state = shared.lock();
+    while state.come() > 0 || !state.greeting.is_empty() {
+        state = shared.wait(state);
+    }
+    drop(state);
+    dying.join().expect("no panic");
+    let (near, far) = memory::pair(ROOM);
+    let mut main = Channel(Box::new(near));
+    main.send(b"QEVM\x01");
+    receiver.add(Box::new(far));
+    let links = [0, 1].map(|id| {
+        let (mut channel, far) = Channel::new(id);
+        channel.sync();
+        receiver.add(far);
+        channel
+    });
+    first_record(&receiver).expect("main comes");
+    receiver.sync().expect("both channels come");
+    assert_eq!(receiver.channels(), 2);
+    receiver.seal().expect("no pages");
+    drop((main, links));
+    receiver.finish().expect("a good end");
+}
+
 /// Channel 1 brings an old version of the page, channel 0 a new one after the second point.
 pub fn a_channel_that_comes_late_is_counted_or_fails_the_migration() {
     let blocks = one_block();

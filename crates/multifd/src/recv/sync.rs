@@ -4,12 +4,12 @@
 //! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
 //! channels they take. A channel that has ended can no longer come, and fails the wait at once.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use super::{Shared, State, accept::Origin};
+use super::{Shared, State, admit::Origin};
 use crate::{
-    channel::deadline,
-    error::{Error, Result, Violation},
+    channel::{Wake, deadline},
+    error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     sync_types::Instant,
     wire::ChannelId,
@@ -17,21 +17,43 @@ use crate::{
 
 /// What main knows of a channel.
 pub(super) struct Place {
+    pub(super) origin: Origin,
+    /// Shuts its connection down; `None` when all is over.
+    pub(super) wake: Option<Arc<dyn Wake>>,
     /// SYNC packets met.
     pub(super) reached: u64,
+    /// Packets up to the SYNC met last, and the greatest of their numbers.
+    packets: u64,
+    greatest: Option<u64>,
     /// Its connection has ended, or its thread has.
     pub(super) ended: bool,
+    /// It has ended without a single packet.
+    pub(super) void: bool,
+}
+
+impl Place {
+    pub(super) fn new(origin: Origin, wake: Arc<dyn Wake>) -> Self {
+        Self { origin, wake: Some(wake), reached: 0, packets: 0, greatest: None, ended: false, void: false }
+    }
+
+    /// Whether nothing came and nothing will.
+    pub(super) fn is_void(&self) -> bool {
+        self.ended && self.void
+    }
 }
 
 impl Shared {
     /// A channel has met a SYNC: it stands until main has come to the same point. Surplus ones at the end of a
     /// migration are let through.
-    pub(super) fn reach(&self, id: ChannelId) -> Result<()> {
+    ///
+    /// Up to it the channel has brought so many packets, whose greatest number this is.
+    pub(super) fn reach(&self, id: ChannelId, packets: u64, greatest: u64) -> Result<()> {
         let mut state = self.lock();
         let Some(place) = state.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
             return Ok(());
         };
         place.reached += 1;
+        (place.packets, place.greatest) = (packets, Some(greatest));
         let reached = place.reached;
         self.changed.notify_all();
         tracing::trace!(channel = id.0, point = reached, "multifd_recv_sync");
@@ -53,13 +75,14 @@ impl Shared {
     /// Main has come to its next sync point: it stands until every channel has.
     pub(super) fn sync(&self) -> Result<()> {
         // A channel that comes after the second point is refused, so there is nothing to wait for any more.
-        let may_grow = {
+        let (may_grow, opened) = {
             let mut state = self.lock();
             state.main_waits = true;
-            state.released < 2
+            (state.released < 2, self.open(&mut state))
         };
+        self.finish_opening(opened)?;
         if may_grow {
-            self.drain_listener();
+            self.drain_listener()?;
         }
         let mut state = self.lock();
         let point = state.released + 1;
@@ -67,10 +90,16 @@ impl Shared {
             state = self.settle(state)?;
         }
         let begun = Instant::now();
+        let end = deadline(self.options.channels_timeout);
         loop {
             if state.stopped {
                 drop(state);
                 return self.stop.check();
+            }
+            // One that was here may have been left over from another source, and have ended.
+            if may_grow && state.missing(self.expected(&state)).is_some() {
+                state = self.settle(state)?;
+                continue;
             }
             let mut missing = None;
             for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.channels) {
@@ -86,7 +115,17 @@ impl Shared {
                 }
                 missing = missing.or(Some(id));
             }
-            let Some(missing) = missing else { break };
+            let Some(missing) = missing else {
+                let Some(error) = state.missing_packets(point) else { break };
+                let left = end.saturating_duration_since(Instant::now());
+                if may_grow && !left.is_zero() {
+                    // They went to a channel that is still on its way.
+                    state = self.wait_timeout(state, left);
+                    continue;
+                }
+                drop(state);
+                return Err(self.stop.fail(error));
+            };
             state = self.wait_moving(state, begun, |stalled| {
                 let what = format!("no SYNC packet has come for sync point {point}");
                 stalled.where_due(what).on_channel(missing)
@@ -97,6 +136,39 @@ impl Shared {
         self.changed.notify_all();
         tracing::debug!(point, "multifd_recv_sync_main");
         Ok(())
+    }
+
+    /// The source has announced its number of channels.
+    pub(super) fn expect_channels(&self, announced: u8) -> Result<()> {
+        let mut state = self.lock();
+        if state.announced.is_some_and(|before| before != announced) || state.released > 0 {
+            return Err(Usage::UsedTwice.into());
+        }
+        if let ChannelCount::Exact(expected) = self.options.channels
+            && expected != announced
+        {
+            drop(state);
+            return Err(self.stop.fail(Violation::AnnouncedChannels { expected, announced }.into()));
+        }
+        state.announced = Some(announced);
+        let beyond =
+            (0..=u8::MAX).zip(&state.channels).skip(announced.into()).find(|(_, place)| place.is_some());
+        let error =
+            beyond.map(|(id, _)| Violation::ChannelId { id: ChannelId(id), channels: announced.into() });
+        let opened = self.open(&mut state);
+        drop(state);
+        match error {
+            Some(error) => Err(self.stop.fail(error.into())),
+            None => self.finish_opening(opened),
+        }
+    }
+
+    /// How many channels there are to be, as far as that is known.
+    pub(super) fn expected(&self, state: &State) -> ChannelCount {
+        match (self.options.channels, state.announced) {
+            (ChannelCount::Auto, Some(announced)) => ChannelCount::Exact(announced),
+            (given, _) => given,
+        }
     }
 
     /// Waits for a change, in a wait that began at `begun`, but no longer than the source may stand still.
@@ -119,26 +191,57 @@ impl Shared {
     /// said yet what it is may be one of them; where their number is known and complete, one more, if it comes from
     /// where main does.
     fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
-        let limit = self.options.channels_timeout;
-        let end = deadline(limit);
+        let end = deadline(self.options.channels_timeout);
+        let expected = self.expected(&state);
         loop {
             if state.stopped {
                 drop(state);
                 self.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            let missing = state.missing(self.options.channels);
+            if let Some(error) = self.missed(&state) {
+                drop(state);
+                return Err(self.stop.fail(error));
+            }
+            let missing = state.missing(expected);
             let left = end.saturating_duration_since(Instant::now());
-            if missing.is_none() && (!state.has_unheard(self.options.channels) || left.is_zero()) {
+            if missing.is_none() && (!self.has_unheard(&state) || left.is_zero()) {
                 tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
             if let Some(missing) = missing.filter(|_| left.is_zero()) {
-                let error = state.count_error(self.options.channels, missing);
+                let error = self.count_error(&state, missing);
                 drop(state);
                 return Err(self.stop.fail(error));
             }
             state = self.wait_timeout(state, left);
+        }
+    }
+
+    /// Whether a connection that has not said yet what it is may be a channel.
+    fn has_unheard(&self, state: &State) -> bool {
+        match self.expected(state) {
+            ChannelCount::Exact(_) => state.greeting.iter().any(|origin| self.may_be_missed(state, origin)),
+            ChannelCount::Auto => !state.greeting.is_empty(),
+        }
+    }
+
+    /// Not all channels have come in time.
+    fn count_error(&self, state: &State, missing: ChannelId) -> Error {
+        let met = state.count();
+        let error = Error::from(match (self.options.channels, state.announced) {
+            (ChannelCount::Exact(expected), _) => Violation::ChannelCount { expected: expected.into(), met },
+            (ChannelCount::Auto, Some(announced)) => {
+                Violation::TooFewChannels { announced: announced.into(), met }
+            }
+            (ChannelCount::Auto, None) if met == 0 => Violation::NoChannels,
+            (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met },
+        });
+        match state.foreign {
+            0 => error,
+            foreign => error.at(format_args!(
+                "{foreign} connections like channels from other hosts than main were dropped (see channels-from)"
+            )),
         }
     }
 }
@@ -159,35 +262,35 @@ const STANDS_STILL: &str =
 impl State {
     /// How many channels are here.
     pub(super) fn count(&self) -> u16 {
-        let count = self.channels.iter().flatten().count();
+        let count = self.channels.iter().flatten().filter(|place| !place.is_void()).count();
         u16::try_from(count).unwrap_or(u16::MAX)
+    }
+
+    /// With all channels at their SYNC for `point`: whether packets were numbered that have come over none of them.
+    fn missing_packets(&self, point: u64) -> Option<Error> {
+        let places = || self.channels.iter().flatten();
+        let greatest =
+            places().filter_map(|place| place.greatest).max().filter(|_| self.numbers_are_exact)?;
+        // Surplus SYNCs at the end come behind the last point.
+        let met = places().map(|place| place.packets).sum::<u64>();
+        (greatest >= met).then(|| Violation::MissingPackets { point, greatest, met }.into())
+    }
+
+    /// How many have come, whether main has or not.
+    pub(super) fn come(&self) -> u16 {
+        self.count().saturating_add(u16::try_from(self.early.len()).unwrap_or(u16::MAX))
     }
 
     /// The first channel that belongs to this migration and is not here.
     fn missing(&self, expected: ChannelCount) -> Option<ChannelId> {
         let end = match expected {
             ChannelCount::Exact(count) => usize::from(count),
-            ChannelCount::Auto => self.channels.iter().rposition(Option::is_some).map_or(0, |last| last + 1),
+            ChannelCount::Auto => {
+                let last = self.channels.iter().rposition(Option::is_some);
+                last.map_or(usize::from(self.has_channels), |last| last + 1)
+            }
         };
         let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
         u8::try_from(gap).ok().map(ChannelId)
-    }
-
-    /// Whether a connection that has not said yet what it is may be a channel.
-    fn has_unheard(&self, expected: ChannelCount) -> bool {
-        let may_be = |origin: &Origin| self.main_from.as_ref().is_some_and(|main| origin.may_go_with(main));
-        match expected {
-            ChannelCount::Exact(_) => self.greeting.iter().any(may_be),
-            ChannelCount::Auto => !self.greeting.is_empty(),
-        }
-    }
-
-    fn count_error(&self, expected: ChannelCount, missing: ChannelId) -> Error {
-        match expected {
-            ChannelCount::Exact(count) => {
-                Violation::ChannelCount { expected: count.into(), met: self.count() }.into()
-            }
-            ChannelCount::Auto => Violation::ChannelMissing { missing, channels: self.count() }.into(),
-        }
     }
 }

@@ -94,7 +94,7 @@ impl Sender {
     /// [may cut shorter](crate::ram::Mapping::may_shrink); the system's error if it refuses a thread.
     ///
     /// **Warning:** TLS copies pages as well, and whether a connector encrypts is not known here: give it blocks that cannot
-    /// shrink, or [`Memory::File`](crate::ram::Memory::File).
+    /// shrink, or [`Memory::MappedRam`](crate::ram::Memory::MappedRam).
     pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
         if self.shared.is_some() {
             return Err(Usage::UsedTwice.into());

@@ -128,7 +128,7 @@ impl<F> Answered<F> {
 }
 
 impl<F: FnMut(Pass)> Main for Answered<F> {
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, _channels: u8) -> Result<()> {
         self.stream.write_all(b"QEVM").map_err(|error| Error::io("write main", error))
     }
     fn setup(&mut self, _blocks: &RamBlocks) -> Result<()> {

@@ -37,7 +37,7 @@ const OFFSET: u64 = 1 << 20;
 struct Quiet<'a>(&'a RamBlocks);
 
 impl Main for Quiet<'_> {
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
     fn setup(&mut self, _: &RamBlocks) -> Result<()> {

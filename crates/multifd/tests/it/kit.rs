@@ -94,7 +94,7 @@ impl Main for TestMain {
     fn send_waker(&self) -> Option<Arc<dyn Wake>> {
         Some(self.stream.write_waker())
     }
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
     fn setup(&mut self, _blocks: &RamBlocks) -> Result<()> {

@@ -1,6 +1,8 @@
 //! The promises of the engine, both ends together over links in memory.
 
 #[cfg(test)]
+mod belonging;
+#[cfg(test)]
 #[cfg(any(feature = "zlib", feature = "zstd"))]
 mod compression;
 #[cfg(test)]

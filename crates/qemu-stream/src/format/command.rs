@@ -19,6 +19,9 @@ const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 
+/// The value of a PING that announces channels, whose number is in the last byte: `mfd` and the number.
+const CHANNELS_MARK: u32 = 0x6d66_6400;
+
 /// Bytes of one range of POSTCOPY_RAM_DISCARD.
 const RANGE: usize = 16;
 
@@ -79,6 +82,20 @@ impl Command {
             Self::PostcopyResume => "POSTCOPY_RESUME",
             Self::RecvBitmap(_) => "RECV_BITMAP",
             Self::SwitchoverStart => "SWITCHOVER_START",
+        }
+    }
+
+    /// Announces that the source has this many channels, 0 if multifd is off: a PING whose value a destination of this
+    /// library recognises. Any other destination replies to it like to any PING.
+    pub fn announce_channels(channels: u8) -> Self {
+        Self::Ping(CHANNELS_MARK | u32::from(channels))
+    }
+
+    /// The number of channels that the command announces, if it announces one.
+    pub fn announced_channels(&self) -> Option<u8> {
+        match self {
+            Self::Ping(value) if value & !0xff == CHANNELS_MARK => Some(value.to_be_bytes()[3]),
+            _ => None,
         }
     }
 

@@ -64,6 +64,12 @@ impl MachineType {
         self.version().is_some_and(|version| version >= MachineVersion::new(10, 0))
     }
 
+    /// Whether packets of channels are numbered without gaps: from 9.0 on. An older type may have a source that does so,
+    /// too.
+    pub fn has_exact_packet_nums(&self) -> bool {
+        self.version().is_some_and(|version| version >= MachineVersion::new(9, 0))
+    }
+
     /// Whether zero pages go to the main stream as ZERO records unless told otherwise: up to 8.2.
     pub fn has_zero_pages_on_main(&self) -> Option<bool> {
         Some(self.version()? <= MachineVersion::new(8, 2))

@@ -159,7 +159,21 @@ where
             }
         }
         self.configuration = configuration.cloned();
+        if configuration.is_some_and(|configuration| configuration.machine.has_exact_packet_nums()) {
+            self.receiver.expect_exact_packet_nums();
+        }
         self.receiver.set_page_size(configuration.map(Configuration::page_size).unwrap_or_default())
+    }
+
+    fn channels(&mut self, channels: u8) -> Result<()> {
+        self.receiver.expect_channels(channels)?;
+        self.receiver.expect_exact_packet_nums();
+        Ok(())
+    }
+
+    fn multifd(&mut self) -> Result<()> {
+        self.receiver.expect_any_channels();
+        Ok(())
     }
 
     fn blocks(&mut self, list: &BlockList) -> Result<()> {

@@ -28,7 +28,8 @@ use crate::{
     error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
         BlockList, Command, Configuration, DevicePart, DeviceSection, EarlyPart, EndFinder, Message, Reader,
-        Section, SectionHead, SectionId, SyncMode, decode_footer, decode_header, footer_follows,
+        Section, SectionHead, SectionId, SyncMode, VERDICT_MARK, decode_footer, decode_header,
+        footer_follows,
     },
     refuse,
 };
@@ -48,6 +49,25 @@ pub trait Destination {
     /// # Errors
     /// If it does not agree.
     fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<(), Self::Error>;
+
+    /// The source has this many channels, 0 if multifd is off. Comes before the blocks, and only from a source that
+    /// announces it: this library's, with a return path. A destination without channels has nothing to do.
+    ///
+    /// # Errors
+    /// If it expects another number.
+    fn channels(&mut self, channels: u8) -> Result<(), Self::Error> {
+        let _ = channels;
+        Ok(())
+    }
+
+    /// The source has multifd on: it marks its rounds as only such a source does. Comes before the first sync point, and not
+    /// from every source. A destination without channels refuses it; by default nothing is done.
+    ///
+    /// # Errors
+    /// If it has no channels.
+    fn multifd(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
 
     /// The RAM blocks. Comes once, before all pages; channels may fill pages from here on.
     ///
@@ -225,7 +245,7 @@ impl<C: Connection> Incoming<C> {
         }
         let taken = destination.configuration(configuration.as_ref());
         taken.map_err(|e| refused(&self.r, "the configuration", e))?;
-        let section = self.until_ram()?;
+        let section = self.until_ram(destination)?;
         let page_size = configuration.as_ref().map(Configuration::page_size).unwrap_or_default();
         let shared = configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared);
         let blocks = BlockList::decode(&mut self.r, page_size, shared)?;
@@ -303,14 +323,25 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// Commands up to the head of the RAM section, which must be the first.
-    fn until_ram(&mut self) -> Result<SectionId, Error> {
+    fn until_ram<D: Destination>(&mut self, destination: &mut D) -> Result<SectionId, Error> {
         loop {
             let at = self.r.here();
             match Section::decode(&mut self.r)? {
                 Section::Start(head) if head.is_ram() => return head.check_ram(at).map(|()| head.id),
                 Section::Full(head) => self.early.take(&mut self.r, &head, None, true)?,
                 other => {
+                    let announced = match &other {
+                        Section::Command(command) => command.announced_channels(),
+                        _ => None,
+                    };
                     self.between(other, at, "before the start of ram")?;
+                    if let Some(channels) = announced {
+                        tracing::debug!(channels, "the source announces its channels");
+                        // Such a source understands it: this side never closes without SHUT.
+                        self.r.say(&Message::Pong(VERDICT_MARK))?;
+                        let taken = destination.channels(channels);
+                        taken.map_err(|e| refused(&self.r, "the number of channels", e))?;
+                    }
                 }
             }
         }

@@ -33,7 +33,10 @@ impl<'a> Ram<'a> {
             match Record::decode(r, self.blocks, &mut self.current)? {
                 Record::Eos => break,
                 Record::MultifdFlush => {
-                    mode = SyncMode::Round;
+                    if mode == SyncMode::Legacy {
+                        mode = SyncMode::Round;
+                        destination.multifd().map_err(|e| refused(r, "multifd", e))?;
+                    }
                     sync(r, destination)?;
                 }
                 Record::Zero(..) | Record::Page(..) | Record::Xbzrle(..) => {

@@ -225,7 +225,7 @@ impl Main for Capture {
         checked.map_err(|error| Error::other("list the devices", error))
     }
 
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
 

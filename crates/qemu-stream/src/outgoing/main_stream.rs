@@ -86,11 +86,11 @@ impl<C: Connection> Main for MainStream<C> {
     }
 
     /// Does nothing the second time: it may be called as soon as the connection stands, before the channels connect.
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, channels: u8) -> Result<()> {
         if std::mem::replace(&mut self.begun, true) {
             return Ok(());
         }
-        self.outgoing.begin().map_err(failed)?;
+        self.outgoing.begin(channels).map_err(failed)?;
         self.watch = self.outgoing.watch(&self.stop);
         Ok(())
     }

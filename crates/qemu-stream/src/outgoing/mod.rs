@@ -78,17 +78,27 @@ impl<C: Connection> Outgoing<C> {
         Ok(Self { writer, options, blocks: None, current, stage, early: false, heard })
     }
 
-    /// Writes header and configuration, and opens the return path. Every peer is served if this is
-    /// called when the connection stands and before the channels connect.
+    /// Writes header and configuration, opens the return path, and announces the number of channels there: 0 if multifd
+    /// is off. Without a return path nothing can be announced. Every peer is served if this is called when the connection
+    /// stands and before the channels connect.
     ///
     /// # Errors
-    /// If the connection breaks.
-    pub fn begin(&mut self) -> Result<(), Error> {
+    /// If there are channels and the options have no [sync mode](Options::sync_mode), or the reverse; if the connection
+    /// breaks.
+    pub fn begin(&mut self, channels: u8) -> Result<(), Error> {
         self.expect("begin", Stage::New)?;
+        let multifd = self.options.sync_mode.is_some();
+        if multifd != (channels > 0) {
+            let state = if multifd { "on" } else { "off" };
+            let why = format!("{channels}, but multifd is {state} in the options (sync_mode)");
+            return Err(CallerMistake::Value { what: "number of channels", why }.into());
+        }
         encode_header(self.options.configuration.as_ref(), self.writer.buffer());
         if self.options.return_path {
             Section::Command(Command::OpenReturnPath).encode(self.writer.buffer());
             Section::Command(Command::Ping(FIRST_PING)).encode(self.writer.buffer());
+            // Behind the one that every source sends, so that what looks at the first bytes sees what it knows.
+            Section::Command(Command::announce_channels(channels)).encode(self.writer.buffer());
         }
         self.leave(Stage::Begun)
     }

@@ -47,7 +47,7 @@ fn harmless() -> Vec<Row> {
     row("a SYNC that holds a page", with_page);
     row("a stale next_packet_size in a SYNC", whole().patch(Channel(1), "sync", 1, 20, &[0, 5, 0, 0]));
     row("an unknown block in a SYNC", whole().patch(Channel(1), "sync", 1, 64, b"stale"));
-    row("packet numbers that repeat", whole().patch(Channel(1), "pages", 0, 24, &[0xff; 8]));
+    row("packet numbers that repeat", whole().patch(Channel(1), "pages", 0, 24, &[0; 8]));
     let open = |n| (Stranger(n), Act::Connect);
     row("half-open connections", whole().before(Main, "header", 0, (0..20).map(open)));
     let noise =
@@ -146,6 +146,12 @@ fn connections() -> Vec<Row> {
         ),
     ];
     rows.extend(faults(vec![
+        (
+            "a packet number ahead of all packets",
+            whole().patch(Channel(1), "pages", 0, 24, &[0xff; 8]),
+            "Violation(MissingPackets",
+            &["sync point 2", "packets went to a channel that has not connected"],
+        ),
         ("no main", whole().without(Main), "Cancelled", &["cancelled"]),
         (
             "an id of 255",
@@ -190,7 +196,7 @@ fn connections() -> Vec<Row> {
             "main that never says what it is",
             whole().patch(Main, "header", 0, 0, b"XXXX"),
             "Stalled",
-            &["channels have come, but not the main connection", "the source stands still"],
+            &["channels have connected, but no main connection", "start the source again"],
         ),
         (
             "a stranger with a page",

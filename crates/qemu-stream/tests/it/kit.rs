@@ -76,6 +76,7 @@ impl Connection for Tape {
 pub(crate) struct Memory {
     pub(crate) pages: BTreeMap<(usize, u64), Vec<u8>>,
     pub(crate) calls: Vec<&'static str>,
+    pub(crate) announced: Option<u8>,
     pub(crate) fails_at: Option<&'static str>,
 }
 
@@ -95,6 +96,11 @@ impl Destination for Memory {
 
     fn configuration(&mut self, _: Option<&Configuration>) -> Result<(), io::Error> {
         self.call("configuration")
+    }
+
+    fn channels(&mut self, channels: u8) -> Result<(), io::Error> {
+        self.announced = Some(channels);
+        self.call("channels")
     }
 
     fn blocks(&mut self, _: &BlockList) -> Result<(), io::Error> {
@@ -168,7 +174,7 @@ pub(crate) fn devices_of(options: &Options) -> DevicePart {
 
 /// Sends a machine: a live pass, a last pass, devices. With multifd off its pages are on main.
 pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Result<(), Error> {
-    out.begin()?;
+    out.begin(if multifd { 2 } else { 0 })?;
     out.setup(blocks())?;
     out.begin_part()?;
     out.zero_page(BlockIndex(0), PageIndex(3))?;

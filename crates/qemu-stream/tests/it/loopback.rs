@@ -8,7 +8,7 @@ use multifd::{
 };
 use qemu_stream::{
     error::{CallerMistake, Error},
-    format::{BlockEntry, BlockList, Configuration, MachineType, SectionId, SyncMode},
+    format::{BlockEntry, BlockList, Command, Configuration, MachineType, SectionId, SyncMode},
     incoming::{Incoming, Loaded, Outcome},
     outgoing::{Options, Outgoing},
 };
@@ -84,7 +84,7 @@ fn the_stream_is_what_qemu_writes() {
         Outgoing::new(Tape::default(), Options::new(Configuration { uuid: Some(uuid), ..q35("10.0") }))
             .unwrap();
     let ram = BlockEntry::new(BlockName::new("pc.ram").unwrap(), 96 << 20);
-    out.begin().unwrap();
+    out.begin(2).unwrap();
     out.setup(BlockList::new(vec![ram], PageSize::KIB_4).unwrap()).unwrap();
     out.begin_part().unwrap();
     out.end_part().unwrap();
@@ -97,6 +97,8 @@ fn the_stream_is_what_qemu_writes() {
         &uuid.0,
         b"\x08\0\x01\0\0",
         b"\x08\0\x02\0\x04\0\0\0\x01",
+        // QEMU does not write this one, which announces two channels.
+        b"\x08\0\x02\0\x04mfd\x02",
         b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04",
         b"\0\0\0\0\x06\0\0\x04\x06pc.ram\0\0\0\0\x06\0\0\0",
         b"\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01",
@@ -107,16 +109,47 @@ fn the_stream_is_what_qemu_writes() {
     assert_eq!(out.into_inner().output, golden.concat());
 }
 
+#[test]
+fn the_number_of_channels_is_announced_where_there_is_a_return_path() {
+    for options in all_options() {
+        let mut memory = Memory::default();
+        Incoming::new(Tape::playing(&stream(options.clone()))).run(&mut memory).unwrap();
+        let channels = if options.chosen_sync_mode().is_some() { 2 } else { 0 };
+        let return_path = options != options.clone().unconfirmed();
+        assert_eq!(memory.announced, return_path.then_some(channels), "{options:?}");
+    }
+}
+
+#[test]
+fn only_the_exact_mark_announces_channels() {
+    let announced = |value| Command::Ping(value).announced_channels();
+    for channels in [0, 1, 255] {
+        assert_eq!(Command::announce_channels(channels).announced_channels(), Some(channels));
+    }
+    assert_eq!(announced(0x6d66_6410), Some(16));
+    for value in [0, 1, 0x42, 0x6d66_6300, 0x6d66_6501, 0xed66_6401, 0x6466_6d01] {
+        assert_eq!(announced(value), None, "{value:#x}");
+    }
+}
+
+#[test]
+fn a_number_of_channels_that_contradicts_the_sync_mode_is_refused() {
+    for (mode, channels) in [(None, 2), (Some(SyncMode::Round), 0)] {
+        let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).sync_mode(mode)).unwrap();
+        assert!(matches!(out.begin(channels), Err(Error::Caller(CallerMistake::Value { .. }))));
+    }
+}
+
 /// The destination's channels stand still until the record of a sync point arrives.
 #[test]
 fn nothing_is_kept_back_at_a_sync_point() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
     let ends_with_footer = |out: Outgoing<Tape>| out.into_inner().output.ends_with(b"\x10\x7e\0\0\0\x01");
-    out.begin().unwrap();
+    out.begin(2).unwrap();
     out.setup(blocks()).unwrap();
     assert!(ends_with_footer(out));
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("7.2"))).unwrap();
-    out.begin().unwrap();
+    out.begin(2).unwrap();
     out.setup(blocks()).unwrap();
     out.begin_part().unwrap();
     out.zero_page(BlockIndex(0), PageIndex(0)).unwrap();
@@ -127,7 +160,7 @@ fn nothing_is_kept_back_at_a_sync_point() {
 #[test]
 fn many_pages_do_not_gather_without_bound() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).sync_mode(None)).unwrap();
-    out.begin().unwrap();
+    out.begin(0).unwrap();
     out.setup(blocks()).unwrap();
     out.begin_part().unwrap();
     for page in 0..0x100 {
@@ -155,8 +188,8 @@ fn calls_out_of_order_are_refused_and_harmless() {
     let out_of_order = |result| matches!(result, Err(Error::Caller(CallerMistake::OutOfOrder { .. })));
     assert!(out_of_order(out.setup(blocks())));
     assert!(out_of_order(out.begin_part()));
-    out.begin().unwrap();
-    assert!(out_of_order(out.begin()));
+    out.begin(2).unwrap();
+    assert!(out_of_order(out.begin(2)));
     assert!(out_of_order(out.begin_part()));
     out.setup(blocks()).unwrap();
     assert!(out_of_order(out.zero_page(BlockIndex(0), PageIndex(0))));
@@ -187,7 +220,7 @@ fn calls_out_of_order_are_refused_and_harmless() {
 fn device_with_the_number_of_the_ram_section_is_refused() {
     for (ram, taken) in [(SectionId(1), None), (SectionId(3), Some("vcpu")), (SectionId(2), Some("timer"))] {
         let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).section(ram)).unwrap();
-        out.begin().unwrap();
+        out.begin(2).unwrap();
         out.setup(blocks()).unwrap();
         assert_eq!(out.early(&devices()).is_err(), taken.is_some(), "nothing of it goes anywhere");
         out.switchover().unwrap();
@@ -209,7 +242,7 @@ fn options_that_contradict_the_machine_type_are_refused() {
     assert!(matches!(Outgoing::new(Tape::default(), old), Err(CallerMistake::Machine { .. })));
     let arm = Configuration { target_page_size: Some(PageSize::KIB_64), ..q35("10.0") };
     let mut out = Outgoing::new(Tape::default(), Options::new(arm)).unwrap();
-    out.begin().unwrap();
+    out.begin(2).unwrap();
     assert!(matches!(out.setup(blocks()), Err(Error::Caller(CallerMistake::Value { .. }))));
 }
 

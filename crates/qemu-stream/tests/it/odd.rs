@@ -62,7 +62,7 @@ fn with_early(body: &[u8], length: usize) -> Result<Option<DevicePart>, Error> {
 /// The stream of a machine with these devices.
 fn sent(devices: &DevicePart, options: Options) -> Result<Vec<u8>, Error> {
     let mut out = Outgoing::new(Tape::default(), options)?;
-    out.begin()?;
+    out.begin(2)?;
     out.setup(blocks())?;
     out.early(devices)?;
     out.begin_part()?;
@@ -144,7 +144,7 @@ fn an_early_device_without_footer_is_refused_by_name() {
 fn early_devices_must_be_sent_early() {
     let devices = with_early(b"", 0).unwrap().unwrap();
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
-    out.begin().unwrap();
+    out.begin(2).unwrap();
     out.setup(blocks()).unwrap();
     out.begin_end().unwrap();
     out.end_part().unwrap();
@@ -224,7 +224,7 @@ fn a_description_that_is_known_not_to_come_is_not_waited_for() {
 #[test]
 fn footers_follow_the_stream_and_not_the_machine_type() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).footers(false)).unwrap();
-    out.begin().unwrap();
+    out.begin(2).unwrap();
     out.setup(blocks()).unwrap();
     out.begin_end().unwrap();
     out.end_part().unwrap();
@@ -345,7 +345,7 @@ fn pages_of_16_and_64_kib_keep_their_size() {
         let entry = BlockEntry::new(BlockName::new("mach-virt.ram").unwrap(), 1 << 20);
         let list = BlockList::new(vec![entry], page_size).unwrap();
         let mut out = Outgoing::new(Tape::default(), Options::new(arm.clone()).sync_mode(None)).unwrap();
-        out.begin().unwrap();
+        out.begin(0).unwrap();
         out.setup(list.clone()).unwrap();
         out.begin_end().unwrap();
         out.page(BlockIndex(0), PageIndex(2), &vec![5; page_size.bytes()]).unwrap();

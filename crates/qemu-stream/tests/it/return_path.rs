@@ -23,6 +23,9 @@ fn complete_with(answer: &[u8]) -> Result<(), multifd::Error> {
     complete(&mut out, None)
 }
 
+/// What a destination of ours says unasked to a source of ours: it never closes without SHUT.
+const VERDICT: Message = Message::Pong(0x6d66_6501);
+
 fn said(messages: &[Message]) -> Vec<u8> {
     let mut bytes = Vec::new();
     messages.iter().for_each(|message| message.encode(&mut bytes));
@@ -74,7 +77,10 @@ fn pong_and_shut_are_what_the_destination_says() {
         let mut incoming = Incoming::new(Tape::playing(&stream(Options::new(q35("10.0")))));
         incoming.run(&mut Memory::default()).unwrap();
         let tape = incoming.finish(outcome).unwrap();
-        assert_eq!(tape.output, said(&[Message::Pong(1), Message::Shut(code)]));
+        assert_eq!(
+            tape.output,
+            said(&[Message::Pong(1), Message::Pong(0x6d66_6402), VERDICT, Message::Shut(code)])
+        );
     }
 }
 
@@ -83,7 +89,8 @@ fn switchover_ack_is_said_when_asked_for() {
     let mut incoming = Incoming::new(Tape::playing(&stream(Options::new(q35("10.0"))))).switchover_ack(true);
     incoming.run(&mut Memory::default()).unwrap();
     let tape = incoming.finish(Outcome::Loaded).unwrap();
-    assert_eq!(tape.output, said(&[Message::SwitchoverAck, Message::Pong(1), Message::Shut(0)]));
+    let pongs = [Message::Pong(1), Message::Pong(0x6d66_6402), VERDICT];
+    assert_eq!(tape.output, said(&[&[Message::SwitchoverAck], &pongs[..], &[Message::Shut(0)]].concat()));
 }
 
 #[test]

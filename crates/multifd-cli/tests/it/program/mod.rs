@@ -11,6 +11,7 @@ mod inspect;
 mod limits;
 mod pages;
 mod parameters;
+mod proxied;
 mod receive;
 mod security;
 mod send;

@@ -70,8 +70,18 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         .collect();
     let capabilities: Vec<_> = [rows("## Capabilities that apply"), rows("## Switches")].concat();
     let limits = rows("## Limits");
-    let of_ours =
-        ["json", "quiet", "help", "uuid", "sync-mode", "force", "suppress-vmdesc", "size", "dirty-rate"];
+    let of_ours = [
+        "json",
+        "quiet",
+        "help",
+        "uuid",
+        "sync-mode",
+        "force",
+        "suppress-vmdesc",
+        "size",
+        "dirty-rate",
+        "channels-from",
+    ];
     for verb in ["send", "receive", "demo"] {
         let help = run([verb, "--help"]).stdout;
         let flags = help.lines().filter_map(|line| {
@@ -136,7 +146,7 @@ fn library_has_ranges_and_defaults_of_the_table() {
 
 #[test]
 fn every_field_that_is_a_parameter_is_in_the_table() {
-    let of_ours = ["uuid", "look-for-zero-pages"];
+    let of_ours = ["uuid", "look-for-zero-pages", "channels-from"];
     let limits = rows("## Limits");
     let parameters = parameters();
     let capabilities = [rows("## Capabilities that apply"), rows("## Switches")].concat();

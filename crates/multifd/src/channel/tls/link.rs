@@ -18,7 +18,7 @@ use rustls::{
 
 use super::{ClientCredentials, ServerCredentials, subject};
 use crate::{
-    channel::{Attention, Link, PeerSignal, Wake, deadline},
+    channel::{Attention, Host, Link, PeerSignal, Wake, deadline},
     ram::{Part, PartMut},
     sync_types::Instant,
 };
@@ -288,6 +288,10 @@ impl Link for TlsLink {
 
     fn peer(&self) -> String {
         self.link.peer()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.link.host()
     }
 
     fn close_send(&mut self) -> io::Result<()> {

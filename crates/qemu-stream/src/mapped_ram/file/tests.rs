@@ -1,4 +1,3 @@
-
 use multifd::{ram::PageIndex, wire::VmUuid};
 use proptest::prelude::*;
 

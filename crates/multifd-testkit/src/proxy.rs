@@ -1,0 +1,108 @@
+//! A TCP proxy in user space: accepts at once, and connects onwards later.
+//!
+//! A source behind it believes itself connected as soon as the proxy has accepted. Its first connection goes onwards at
+//! once and each further one after a delay, so main's bytes arrive before the channels do. A connection takes a thread
+//! each way, which ends with the connection, in one direction after the other, as its two ends close.
+
+use std::{
+    io,
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{JoinHandle, sleep, spawn},
+    time::Duration,
+};
+
+/// The proxy, ended in the drop: it shuts its connections down.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    ended: AtomicBool,
+    /// Both ends of each connection, for the drop.
+    sockets: Mutex<Vec<TcpStream>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Proxy {
+    /// A proxy to `target`, that takes as long as `delays` says to connect its second, third, … connection onwards; the
+    /// last of the delays holds for all that follow.
+    ///
+    /// # Errors
+    /// If the system refuses a port.
+    pub fn start(target: SocketAddr, delays: Vec<Duration>) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let (address, shared) = (listener.local_addr()?, Arc::new(Shared::default()));
+        let accepting = spawn({
+            let shared = shared.clone();
+            move || {
+                for (number, near) in listener.incoming().enumerate() {
+                    let Ok(near) = near else { break };
+                    if shared.ended.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    let late = number.checked_sub(1).map(|nth| delays.get(nth).or(delays.last()));
+                    let delay = late.flatten().copied().unwrap_or_default();
+                    let thread = spawn({
+                        let shared = shared.clone();
+                        move || shared.carry(near, target, delay)
+                    });
+                    shared.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+                }
+            }
+        });
+        Ok(Self { address, shared, accepting: Some(accepting) })
+    }
+
+    /// Where sources connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Shared {
+    /// One connection, until both ends have closed.
+    fn carry(&self, near: TcpStream, target: SocketAddr, delay: Duration) {
+        sleep(delay);
+        let Ok(far) = TcpStream::connect(target) else { return };
+        let ends = (near.try_clone(), far.try_clone(), near.try_clone(), far.try_clone());
+        let (Ok(near_too), Ok(far_too), Ok(a), Ok(b)) = ends else { return };
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner).extend([a, b]);
+        if self.ended.load(Ordering::SeqCst) {
+            return;
+        }
+        let back = spawn(move || copy(&far_too, &near_too));
+        copy(&near, &far);
+        let _ = back.join();
+    }
+}
+
+/// Copies until one end closes, and closes the other's half.
+fn copy(mut from: &TcpStream, mut to: &TcpStream) {
+    let _ = io::copy(&mut from, &mut to);
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        // Wakes the wait for a connection.
+        let _ = TcpStream::connect(self.address);
+        self.accepting.take().map(JoinHandle::join);
+        for socket in self.shared.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        let threads =
+            std::mem::take(&mut *self.shared.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}
