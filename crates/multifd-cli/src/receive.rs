@@ -131,9 +131,11 @@ fn take_in(
     .left_out(LeftOut::SharedBlocks);
     let loaded = incoming.run(&mut loader);
     let main_pages = loader.main_pages();
-    let whole = loader.finish();
-    let kept = loaded.map_err(broken).and_then(|loaded| {
-        let blocks = whole?;
+    let whole = loaded.map_err(broken).and_then(|loaded| {
+        let blocks = loader.finish(&loaded)?;
+        Ok((loaded, blocks))
+    });
+    let kept = whole.and_then(|(loaded, blocks)| {
         let arrived = receiver.arrived().ok_or(Usage::TooEarly("the block list"))?;
         stop.check()?;
         if !loaded.return_path {

@@ -86,6 +86,6 @@ pub mod wire;
 pub use compress::Method;
 pub use error::{Error, Result};
 pub use options::{ChannelCount, ChannelsFrom, ReceiveOptions, SendOptions};
-pub use recv::{Arrived, Receiver, RecvCounters};
+pub use recv::{Arrived, MayMiss, Receiver, RecvCounters};
 pub use send::{SendCounters, Sender};
 pub use stats::ChannelStats;

@@ -98,7 +98,10 @@ impl Arrival {
         let mut loader = Loader::new(&receiver, options.expected, make).left_out(options.left_out);
         let loaded = incoming.run(&mut loader);
         let whole = loaded.map_err(|error| Error::other("the migration broke off", error));
-        match whole.and_then(|loaded| Ok((loaded, loader.finish()?))) {
+        match whole.and_then(|loaded| {
+            let blocks = loader.finish(&loaded)?;
+            Ok((loaded, blocks))
+        }) {
             Ok((loaded, blocks)) => Ok(Pending { incoming, receiver, loaded, blocks }),
             Err(error) => {
                 // First: a stop shuts connections down.

@@ -111,8 +111,9 @@ fn take_in(
     let mut incoming = Incoming::new(receiver.wait_main()?);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| fresh(list));
     let ended = incoming.run(&mut loader);
-    ended.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
-    let blocks = loader.finish()?;
+    let loaded_all =
+        ended.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
+    let blocks = loader.finish(&loaded_all)?;
     let main = incoming.finish(Outcome::Loaded)?;
     loaded()?;
     receiver.finish()?;

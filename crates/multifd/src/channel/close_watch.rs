@@ -9,6 +9,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
     thread::{Builder, JoinHandle},
+    time::Duration,
 };
 
 use rustix::{
@@ -113,6 +114,10 @@ fn run(
             0
         };
         if let Some(error) = judge(&bytes[..peeked.min(PEEKED)], closed) {
+            // What it has said last, an alert of TLS say, is for the owner to find in the session, and tells more.
+            if !signal.plain && stop.pause(LAST_WORD).is_err() {
+                return Ok(());
+            }
             stop.fail(error);
             return Ok(());
         }
@@ -122,6 +127,8 @@ fn run(
     }
 }
 
+/// How long the owner of a session has to find out why the peer has closed it.
+const LAST_WORD: Duration = Duration::from_millis(300);
 const PEER: u64 = 0;
 const END: u64 = 1;
 /// Enough for what a destination says before it has everything.
@@ -133,7 +140,6 @@ mod tests {
         io::{Read, Write},
         os::unix::net::UnixStream,
         sync::mpsc,
-        time::Duration,
     };
 
     use super::*;

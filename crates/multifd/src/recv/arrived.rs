@@ -31,6 +31,17 @@ struct Pages {
     may_hold: Option<PageBitmap>,
 }
 
+/// What need not come of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MayMiss {
+    /// Nothing: every page has to come.
+    Nothing,
+    /// The block as a whole, because its memory is shared; if one page comes, all have to.
+    Whole,
+    /// Any page: what the guest has not in use, or is not plugged in.
+    Pages,
+}
+
 impl Arrived {
     pub(super) fn new(blocks: Arc<RamBlocks>) -> Self {
         let pages = |(_, block): (_, &RamBlock)| Pages {
@@ -100,20 +111,31 @@ impl Arrived {
         of.load(page, into).map_err(|error| broken("read", of, page, error))
     }
 
-    /// Checks, when all of RAM is here, that every page of every block has come. `left_out` names blocks of which none may
-    /// have come.
+    /// Checks, when all of RAM is here, that every page of every block has come, but for what `may_miss` allows of a block,
+    /// and for blocks that are ignored. Pages that need not come are made zero.
     ///
     /// # Errors
-    /// [`Violation::PagesMissing`], with the first block that is not whole and the number of pages missing in all.
-    pub fn check_complete(&self, left_out: impl Fn(BlockIndex, &RamBlock) -> bool) -> Result<()> {
+    /// [`Violation::PagesMissing`], with the first block that is not whole and the number of pages missing in all;
+    /// [`Violation::NoPages`] if nothing at all has come, not even a zero page, where something could.
+    pub fn check_complete(&self, may_miss: impl Fn(&RamBlock) -> MayMiss) -> Result<()> {
+        self.check_any()?;
         let (mut first, mut missing) = (None, 0);
-        for (index, block) in self.blocks.iter() {
+        for (index, block) in self.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
             let come = self.count(index);
-            if come == block.pages() || block.is_ignored() || come == 0 && left_out(index, block) {
+            if come == block.pages() {
                 continue;
             }
-            missing += block.pages() - come;
-            first.get_or_insert((index, block));
+            match may_miss(block) {
+                MayMiss::Whole if come == 0 => {}
+                MayMiss::Pages => {
+                    let missing = self.clear_missing(index, block);
+                    tracing::debug!(block = %block.name(), missing, "pages that the source left out are zero");
+                }
+                MayMiss::Whole | MayMiss::Nothing => {
+                    missing += block.pages() - come;
+                    first.get_or_insert((index, block));
+                }
+            }
         }
         let Some((index, block)) = first else { return Ok(()) };
         let words = self.pages.get(index.0).into_iter().flat_map(|pages| pages.come.words()).enumerate();
@@ -125,10 +147,7 @@ impl Arrived {
     }
 
     /// Checks that anything has come at all, be it zero, if there is a page that could.
-    ///
-    /// # Errors
-    /// [`Violation::NoPages`].
-    pub fn check_any(&self) -> Result<()> {
+    fn check_any(&self) -> Result<()> {
         let mut due =
             self.blocks.iter().filter(|(_, block)| !block.is_ignored() && block.pages() > 0).peekable();
         if due.peek().is_some() && due.all(|(index, _)| self.is_untouched(index)) {
@@ -137,15 +156,13 @@ impl Arrived {
         Ok(())
     }
 
-    /// Makes every page zero that has not come, but for blocks that are ignored; says how many those are.
-    pub fn clear_missing(&self) -> u64 {
+    /// Makes every page of a block zero that has not come; says how many those are.
+    fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> u64 {
         let mut missing = 0;
-        for (index, block) in self.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
-            for page in (0..block.pages()).map(PageIndex) {
-                if !self.pages[index.0].come.contains(page) {
-                    missing += 1;
-                    self.clear_run(block, index, page, 1);
-                }
+        for page in (0..block.pages()).map(PageIndex) {
+            if !self.pages[index.0].come.contains(page) {
+                missing += 1;
+                self.clear_run(block, index, page, 1);
             }
         }
         missing
@@ -216,7 +233,11 @@ mod tests {
     #[test]
     fn what_has_not_come_is_counted_and_named() {
         let arrived = arrived(&[4096, 70 * 4096, 2 * 4096]);
-        let whole = |arrived: &Arrived| arrived.check_complete(|index, _| index.0 == 2);
+        let shared = |block: &RamBlock| match block.name().as_bytes() {
+            b"b2" => MayMiss::Whole,
+            _ => MayMiss::Nothing,
+        };
+        let whole = |arrived: &Arrived| arrived.check_complete(shared);
         arrived.clear(BlockIndex(0), PageIndex(0)).expect("cleared");
         for page in (0..70).filter(|page| *page != 66) {
             arrived.clear(BlockIndex(1), PageIndex(page)).expect("cleared");
@@ -230,6 +251,29 @@ mod tests {
         whole(&arrived).expect("complete");
         arrived.clear(BlockIndex(2), PageIndex(0)).expect("cleared");
         assert!(whole(&arrived).is_err(), "a block is left out whole or not at all");
+        arrived.check_complete(|_| MayMiss::Pages).expect("complete");
+    }
+
+    #[test]
+    fn ram_of_which_nothing_came_is_refused_whatever_may_miss() {
+        for may_miss in [MayMiss::Nothing, MayMiss::Whole, MayMiss::Pages] {
+            let error = arrived(&[4096]).check_complete(|_| may_miss).expect_err("nothing").to_string();
+            assert!(error.starts_with("RAM ended and not one page of it has come"), "{error}");
+        }
+        arrived(&[0]).check_complete(|_| MayMiss::Nothing).expect("there is no page");
+    }
+
+    /// Memory that another machine has used: what does not come must not show through.
+    #[test]
+    fn pages_that_need_not_come_are_zero() {
+        let before = arrived(&[8 * 4096]);
+        before.store(BlockIndex(0), PageIndex(3), &[7; 4096]).expect("stored");
+        let again = Arrived::new(before.blocks().clone());
+        again.clear(BlockIndex(0), PageIndex(0)).expect("cleared");
+        again.check_complete(|_| MayMiss::Pages).expect("complete");
+        let mut page = [1; 4096];
+        again.load(BlockIndex(0), PageIndex(3), &mut page).expect("loaded");
+        assert_eq!(page, [0; 4096]);
     }
 
     #[test]

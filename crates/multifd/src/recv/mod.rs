@@ -26,7 +26,7 @@ use std::{
 };
 
 use admit::{Newcomer, Origin};
-pub use arrived::Arrived;
+pub use arrived::{Arrived, MayMiss};
 use sync::Place;
 
 use crate::{

@@ -10,15 +10,15 @@
 use std::sync::Arc;
 
 use multifd::{
-    Arrived, Error, Receiver, Result,
+    Arrived, Error, MayMiss, Receiver, Result,
     error::Usage,
-    ram::{PageIndex, RamBlocks},
+    ram::{PageIndex, RamBlock, RamBlocks},
 };
 
-use super::Destination;
+use super::{Destination, Loaded};
 use crate::{
     error::PeerMisbehaved,
-    format::{BlockIndex, BlockList, Configuration, MachineType},
+    format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},
 };
 
 /// Which machines a destination takes.
@@ -89,25 +89,22 @@ where
         self.pages
     }
 
-    /// The blocks, when all of the stream is here: checks that every page of RAM has come.
+    /// The blocks, when all of the stream is here: checks that every page of RAM has come. Memory of a virtio-mem device
+    /// that is not plugged in does not come; its block is told by the device's name. It is zero here.
     ///
     /// # Errors
     /// [`Violation::PagesMissing`](multifd::error::Violation::PagesMissing) if one has not that may not be left out;
-    /// [`Usage::TooEarly`] if no blocks were announced.
-    pub fn finish(self) -> Result<Arc<RamBlocks>> {
+    /// [`Violation::NoPages`](multifd::error::Violation::NoPages) if nothing has come; [`Usage::TooEarly`] if no blocks were
+    /// announced.
+    pub fn finish(self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
         let arrived = self.arrived()?;
-        let ignore_shared = self.configuration.as_ref().is_some_and(|it| it.ignore_shared);
-        match self.left_out {
-            LeftOut::Ignored => arrived.check_complete(|_, _| false)?,
-            LeftOut::SharedBlocks => arrived.check_complete(|_, _| ignore_shared)?,
-            LeftOut::Pages => {
-                let missing = arrived.clear_missing();
-                if missing > 0 {
-                    tracing::warn!(missing, "pages that the source left out are zero");
-                }
-            }
-        }
-        arrived.check_any()?;
+        let ignore_shared = loaded.configuration.as_ref().is_some_and(|it| it.ignore_shared);
+        arrived.check_complete(|block| match self.left_out {
+            LeftOut::Pages => MayMiss::Pages,
+            _ if is_pluggable(block, &loaded.devices) => MayMiss::Pages,
+            LeftOut::SharedBlocks if ignore_shared => MayMiss::Whole,
+            LeftOut::SharedBlocks | LeftOut::Ignored => MayMiss::Nothing,
+        })?;
         Ok(arrived.blocks().clone())
     }
 
@@ -120,6 +117,20 @@ where
         self.order.get(block.0).copied().ok_or_else(|| Usage::NoSuchBlock(block.0).into())
     }
 }
+
+/// Whether the block is the memory of a virtio-mem device: `0000:00:02.0/mem0` of `0000:00:02.0/virtio-mem`, seen with QEMU
+/// 7.2 and 10.0.
+fn is_pluggable(block: &RamBlock, devices: &DevicePart) -> bool {
+    let path = |name: &[u8]| name.iter().rposition(|byte| *byte == b'/').map(|slash| name[..slash].to_vec());
+    let Some(of_block) = path(block.name().as_bytes()) else { return false };
+    devices.sections().iter().map(|section| section.name.as_bytes()).any(|name| {
+        name.windows(VIRTIO_MEM.len()).any(|part| part == VIRTIO_MEM)
+            && path(name).as_ref() == Some(&of_block)
+    })
+}
+
+/// In the names of such a device's sections.
+const VIRTIO_MEM: &[u8] = b"/virtio-mem";
 
 /// Finds for each announced block the one that was made for it.
 fn matched(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<Vec<BlockIndex>, Usage> {

@@ -103,11 +103,10 @@ fn take_in(mut receiver: Receiver, stop: &Stop) -> (Result<(), Error>, Option<Ar
     };
     let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(STALL));
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| guarded(list));
-    let loaded = incoming.run(&mut loader).map(drop);
-    let whole = loader.finish();
+    let loaded = incoming.run(&mut loader);
     let blocks = receiver.arrived().map(|arrived| arrived.blocks().clone());
     let loaded = loaded.map_err(|error| Error::other("the migration broke off", error));
-    let loaded = loaded.and_then(|()| whole.map(drop)).map_err(|error| stop.fail(error));
+    let loaded = loaded.and_then(|loaded| loader.finish(&loaded).map(drop)).map_err(|error| stop.fail(error));
     let outcome = if loaded.is_ok() { Outcome::Loaded } else { Outcome::Failed };
     let told = incoming.finish(outcome);
     let result = match loaded {

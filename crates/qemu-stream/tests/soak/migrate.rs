@@ -243,10 +243,10 @@ fn receive(
     let mut incoming = Incoming::new(main).silence(limits.stall).stall_timeout(Some(limits.stall));
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| memory_of(plan, list));
     let loaded = incoming.run(&mut loader);
-    let whole = loader.finish();
+    let whole = loaded.map_err(|error| Error::other("the migration broke off", error));
+    let loaded = whole.and_then(|loaded| loader.finish(&loaded).map(|_| loaded));
     let blocks = receiver.arrived().map(|arrived| arrived.blocks().clone());
-    let loaded = loaded.map_err(|error| Error::other("the migration broke off", error));
-    let loaded = loaded.and_then(|loaded| whole.map(|_| loaded)).map_err(|error| stop.fail(error));
+    let loaded = loaded.map_err(|error| stop.fail(error));
     let device = loaded.as_ref().ok().and_then(|loaded| {
         let section =
             loaded.devices.sections().iter().find(|section| section.name.as_bytes() == DEVICE.as_bytes())?;
