@@ -15,6 +15,8 @@ pub(crate) enum Failure {
     Failed(Box<dyn Error + Send + Sync>),
     /// The command line asks for what cannot be: exit code 2.
     Usage(Box<dyn Error + Send + Sync>),
+    /// The machine is kept, but its source was not told so and may be running it: exit code 3.
+    SourceNotTold(Box<dyn Error + Send + Sync>),
     /// Ctrl-C: exit code 130.
     Interrupted,
 }
@@ -86,6 +88,10 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
         Err(Failure::Usage(error)) => {
             tell(&*error);
             ExitCode::from(2)
+        }
+        Err(Failure::SourceNotTold(error)) => {
+            tell(&*error);
+            ExitCode::from(3)
         }
         Err(Failure::Interrupted) => {
             say("multifd: interrupted; what was begun is cancelled");

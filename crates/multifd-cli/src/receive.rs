@@ -1,11 +1,12 @@
 //! `multifd receive`: a running QEMU guest comes in and is kept as a file.
 
 use std::{
+    io::{self, Read},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use multifd::{
@@ -36,6 +37,8 @@ struct Received {
     channels: Vec<ChannelStats>,
     main_bytes: u64,
     main_pages: MainPages,
+    /// Why the source, which waits for it, was not told that the machine is kept.
+    untold: Option<Error>,
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
@@ -85,7 +88,13 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
                 say(&report.text(&format!("received {}", args.file)));
                 ignored(&received);
             }
-            Ok(())
+            match received.untold {
+                None => Ok(()),
+                Some(error) => {
+                    let told = format!("{} is complete, but {UNTOLD}", args.file);
+                    Err(Failure::SourceNotTold(While::new(told, error).into()))
+                }
+            }
         }
         Err(error) => Err(failed(args, Some(&peer), start, error)),
     }
@@ -152,20 +161,17 @@ fn take_in(
     match kept {
         Ok((loaded, blocks, ignored)) => {
             let main_bytes = incoming.bytes();
-            // The file has its name by now, so no error from here on may read as if there were none.
-            let main = incoming.finish(Outcome::Loaded).map_err(|error| {
-                let error = Error::other(UNTOLD, error);
-                stop.fail(error.clone());
-                error
-            })?;
-            // The source has let go of the guest: taking leave of its channels cannot fail the migration.
+            // The file has its name by now, and stays whatever happens from here on: it may be the only copy.
+            let told = incoming.finish(Outcome::Loaded).map_err(|error| Error::other("tell the source", error));
+            // Taking leave of the channels cannot fail the migration any more.
             let counters = receiver.counters();
             let channels = receiver.finish().unwrap_or_else(|error| {
                 tracing::debug!(%error, "an error after completion");
                 counters.stats()
             });
-            drop(main);
-            Ok(Received { loaded, blocks, ignored, channels, main_bytes, main_pages })
+            let heard = told.and_then(|main| if loaded.return_path { heard(main) } else { Ok(()) });
+            let untold = heard.err();
+            Ok(Received { loaded, blocks, ignored, channels, main_bytes, main_pages, untold })
         }
         Err(error) => {
             // It is told before anything is shut down, unless a channel's failure has done that; then it finds out.
@@ -177,8 +183,21 @@ fn take_in(
     }
 }
 
-const UNTOLD: &str =
-    "the machine has come and is kept, but its source could not be told, and may let it run on";
+/// Waits until a source that has been told closes the connection: one that has gone before breaks it.
+fn heard(mut main: Stream) -> Result<(), Error> {
+    let read = main.set_read_timeout(Some(TAKES_LEAVE)).and_then(|()| main.read(&mut [0]));
+    match read {
+        // It has closed in order, or leaves the connection open.
+        Ok(_) => Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => Ok(()),
+        Err(error) => Err(Error::io("wait for the source to close", error)),
+    }
+}
+
+const UNTOLD: &str = "the source was not told so (it was cancelled, or its process ended) and may be running the guest: make \
+                      sure that only one of the two goes on";
+/// How long a source may take to close when it has been told.
+const TAKES_LEAVE: Duration = Duration::from_secs(5);
 
 fn broken(error: qemu_stream::Error) -> Error {
     Error::other("the migration broke off", error)
@@ -202,7 +221,7 @@ fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
 }
 
 fn report(received: &Received, start: Instant) -> Report {
-    let Received { loaded, blocks, channels, main_bytes, main_pages, .. } = received;
+    let Received { loaded, blocks, channels, main_bytes, main_pages, untold, .. } = received;
     let time = start.elapsed();
     let page_size = blocks.page_size().bytes() as u64;
     let multifd_bytes: u64 = channels.iter().map(|channel| channel.bytes).sum();
@@ -212,6 +231,7 @@ fn report(received: &Received, start: Instant) -> Report {
     let transferred = multifd_bytes + main_bytes;
     Report {
         status: "completed",
+        source_told: loaded.return_path.then_some(untold.is_none()),
         total_time: millis(time),
         ram: Ram {
             total: loaded.blocks.total(),

@@ -17,6 +17,9 @@ pub(crate) struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error_desc: Option<String>,
     pub(crate) total_time: u64,
+    /// Whether the source, which waits to be told that the machine is kept, has been.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) source_told: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) downtime: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
