@@ -14,7 +14,7 @@ use std::{
 };
 
 use multifd::{
-    channel::{Attention, Connect, Link, Listen, Stop, Wake},
+    channel::{Attention, Connect, Host, Link, Listen, PeerSignal, Stop, Wake},
     ram::{Part, PartMut},
 };
 
@@ -296,6 +296,14 @@ impl Link for Unlucky {
 
     fn recv_waker(&self) -> Arc<dyn Wake> {
         Arc::new(Both(self.hold.clone(), self.link.recv_waker()))
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.link.peer_signal()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.link.host()
     }
 
     fn peer(&self) -> String {
