@@ -162,7 +162,8 @@ fn take_in(
         Ok((loaded, blocks, ignored)) => {
             let main_bytes = incoming.bytes();
             // The file has its name by now, and stays whatever happens from here on: it may be the only copy.
-            let told = incoming.finish(Outcome::Loaded).map_err(|error| Error::other("tell the source", error));
+            let told =
+                incoming.finish(Outcome::Loaded).map_err(|error| Error::other("tell the source", error));
             // Taking leave of the channels cannot fail the migration any more.
             let counters = receiver.counters();
             let channels = receiver.finish().unwrap_or_else(|error| {

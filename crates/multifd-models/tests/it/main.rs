@@ -43,6 +43,8 @@ models! { switchover:
     whoever_waits_for_a_pause_is_told_that_there_is_none 4_000,
     a_pause_that_is_told_to_go_on_goes_on 4_000,
     whoever_sees_the_pause_can_end_it 4_000,
+    whatever_is_cut_at_the_end_there_are_never_two_owners 4_000,
+    without_a_cut_both_sides_know_who_has_the_guest 4_000,
 }
 
 models! { recv:

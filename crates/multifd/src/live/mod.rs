@@ -20,6 +20,7 @@ mod main_stream;
 #[cfg(shuttle)]
 pub mod model;
 mod options;
+mod owner;
 mod pace;
 mod pass;
 mod progress;
@@ -38,6 +39,7 @@ use driver::{Driver, Stopped};
 pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
 pub use main_stream::{Main, Pass, Verdict};
 pub use options::{MigrateOptions, ZeroPageDetection};
+pub use owner::{LastWord, Owner};
 use pace::Pace;
 pub use progress::{MigrationInfo, Progress, RamInfo};
 pub use status::Status;

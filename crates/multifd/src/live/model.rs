@@ -1,13 +1,18 @@
-//! Models of a migration that waits before its switchover.
+//! Models of a migration that waits before its switchover, and of its end.
 //!
 //! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`.
 
-use super::{Progress, Status, control::Gate};
+use std::sync::Arc;
+
+use super::{LastWord, Owner, Progress, Status, control::Gate};
 use crate::{
-    channel::Stop,
+    channel::{
+        Link, Stop,
+        memory::{self, MemoryLink},
+    },
     error::{Error, Usage},
-    ram::PageSize,
-    sync_types::model::thread,
+    ram::{PageSize, Part, PartMut},
+    sync_types::{Mutex, model::thread},
 };
 
 fn active() -> Progress {
@@ -68,4 +73,125 @@ pub fn whoever_sees_the_pause_can_end_it() {
     let paused = gate.pause(&progress, &stop);
     assert!(paused.is_ok() || paused.is_err_and(|error| error.is_cancelled()));
     telling.join().expect("no panic");
+}
+
+/// What the source sends last, and what the destination says: SHUT 0, SHUT 1.
+const EVERYTHING: u8 = b'E';
+const TAKEN: u8 = b'0';
+const FAILED: u8 = b'1';
+
+fn say(link: &mut MemoryLink, byte: u8) -> bool {
+    link.send(&[Part::from(&[byte][..])]).is_ok()
+}
+
+/// `None` if the other end has closed, or what is between.
+fn hear(link: &mut MemoryLink) -> Option<u8> {
+    let mut byte = [0];
+    match link.recv(&mut [PartMut::from(&mut byte[..])]) {
+        Ok(1) => Some(byte[0]),
+        _ => None,
+    }
+}
+
+/// Passes bytes on in one direction until the end, or until the network is cut: then whatever was on its way is lost, and
+/// both ends find their connections closed.
+fn pass_on(mut from: MemoryLink, into: Arc<Mutex<MemoryLink>>, cut: &Stop) {
+    while let Some(byte) = hear(&mut from) {
+        if cut.is_stopped() || !say(&mut into.lock().expect("whole"), byte) {
+            break;
+        }
+    }
+    if cut.is_stopped() {
+        from.waker().wake();
+        into.lock().expect("whole").waker().wake();
+    } else {
+        // An end is passed on as an end.
+        let _ = into.lock().expect("whole").close_send();
+    }
+}
+
+/// The source's end: sends everything, is cancelled at any time or never, and judges what it hears as a real one does.
+fn source_ends(mut main: MemoryLink, mut back: MemoryLink, stop: &Stop, always_speaks: bool) -> Owner {
+    let half = stop.watch_failure(main.send_waker());
+    if stop.check().is_err() || !say(&mut main, EVERYTHING) {
+        return Owner::Source;
+    }
+    let word = match hear(&mut back) {
+        Some(TAKEN) => LastWord::Shut(0),
+        Some(_) => LastWord::Shut(1),
+        None => LastWord::Closed,
+    };
+    drop(half);
+    word.owner(always_speaks)
+}
+
+/// The destination's end: whether it has the guest.
+fn destination_ends(mut main: MemoryLink, mut back: MemoryLink, fails: bool) -> bool {
+    let whole = hear(&mut main) == Some(EVERYTHING);
+    // As `Incoming::finish` looks: closed is taken back.
+    let there = whole && !main.is_readable().expect("it can tell");
+    if !there || fails {
+        say(&mut back, FAILED);
+        return false;
+    }
+    say(&mut back, TAKEN)
+}
+
+/// Both ends, and a network that may be cut at any moment.
+fn the_end(cancels: bool, cuts: bool, fails: bool, always_speaks: bool) -> (Owner, bool) {
+    let (source_main, to_network) = memory::pair(1);
+    let (from_network, destination_main) = memory::pair(1);
+    let (source_back, back_to_source) = memory::pair(1);
+    let (back_from_destination, destination_back) = memory::pair(1);
+    let (stop, cut) = (Stop::new(), Stop::new());
+    let ways = [(to_network, from_network), (back_from_destination, back_to_source)].map(|(from, into)| {
+        let (into, cut) = (Arc::new(Mutex::new(into)), cut.clone());
+        let way = thread::spawn({
+            let into = into.clone();
+            move || pass_on(from, into, &cut)
+        });
+        (way, into)
+    });
+    let cancelling = cancels.then(|| {
+        let stop = stop.clone();
+        thread::spawn(move || stop.cancel())
+    });
+    let cutting = cuts.then(|| {
+        let (cut, ends) = (cut.clone(), ways.each_ref().map(|(_, into)| into.clone()));
+        let wakers =
+            [source_main.waker(), source_back.waker(), destination_main.waker(), destination_back.waker()];
+        thread::spawn(move || {
+            cut.cancel();
+            wakers.into_iter().for_each(|waker| waker.wake());
+            drop(ends);
+        })
+    });
+    let destination = thread::spawn(move || destination_ends(destination_main, destination_back, fails));
+    let owner = source_ends(source_main, source_back, &stop, always_speaks);
+    let taken = destination.join().expect("no panic");
+    for (way, _) in ways {
+        way.join().expect("no panic");
+    }
+    for thread in cancelling.into_iter().chain(cutting) {
+        thread.join().expect("no panic");
+    }
+    (owner, taken)
+}
+
+/// Whoever cancels and wherever the network is cut: the guest has one owner, or none that the source does not know of.
+pub fn whatever_is_cut_at_the_end_there_are_never_two_owners() {
+    for (cancels, cuts, fails) in [(true, true, false), (true, true, true)] {
+        let (owner, taken) = the_end(cancels, cuts, fails, true);
+        assert!(!(owner == Owner::Source && taken), "two owners");
+        assert!(owner != Owner::Destination || taken, "no owner, and nobody knows");
+    }
+}
+
+/// A cancel that races with the destination's word, over a network that holds: both sides always know.
+pub fn without_a_cut_both_sides_know_who_has_the_guest() {
+    for (cancels, fails) in [(true, false), (false, false), (false, true)] {
+        let (owner, taken) = the_end(cancels, false, fails, true);
+        assert_eq!(owner, if taken { Owner::Destination } else { Owner::Source });
+        assert!(cancels || taken != fails, "nobody has cancelled");
+    }
 }

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{channel::Stop, live::Verdict};
+use multifd::{
+    channel::Stop,
+    live::{LastWord, Owner, Verdict},
+};
 
 use crate::{
     connection::Connection,
@@ -24,8 +27,8 @@ pub(super) struct Heard {
     bytes: Vec<u8>,
     /// Bytes of the return path before them.
     before: u64,
-    /// The destination has said that it always gives its verdict, also when it fails.
-    gives_verdict: bool,
+    /// The destination has said that it never closes without SHUT.
+    always_speaks: bool,
 }
 
 /// How long the end of a migration is waited for.
@@ -80,11 +83,13 @@ impl Heard {
             loop {
                 match self.next() {
                     Ok(None) => break,
-                    Ok(Some((Message::Shut(0), _))) => return Verdict::Taken,
                     // In precopy neither is waited for.
                     Ok(Some((Message::Pong(_) | Message::SwitchoverAck, _))) => {}
-                    Ok(Some((other, at))) => return Verdict::Refused(failed(refusal(&other, at))),
-                    Err(error) => return Verdict::Refused(failed(error)),
+                    Ok(Some((Message::Shut(code), at))) => {
+                        return self.after(LastWord::Shut(code), refusal(&Message::Shut(code), at));
+                    }
+                    Ok(Some((other, at))) => return self.after(LastWord::Nonsense, refusal(&other, at)),
+                    Err(error) => return self.after(LastWord::Nonsense, error),
                 }
             }
             if !cancelled && stop.error().is_some() {
@@ -95,7 +100,7 @@ impl Heard {
             }
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
-                return Verdict::Unknown(failed(late(self.place())));
+                return self.after(LastWord::Nothing, late(self.place()));
             }
             // The stop ends no read here: it is looked at now and then.
             let look = (limits.cancelled / LOOKS).max(GLANCE);
@@ -103,19 +108,21 @@ impl Heard {
                 .set_read_timeout(Some(left.map_or(look, |left| left.min(look))))
                 .and_then(|()| self.read_more(connection));
             match read {
-                Ok(0) => return self.closed(),
+                Ok(0) => return self.after(LastWord::Closed, Error::NoShut { at: self.place() }),
                 Ok(_) => {}
                 Err(error) if is_late(&error) => {}
-                Err(error) => return Verdict::Unknown(failed(self.broken(error))),
+                Err(error) => return self.after(LastWord::Nothing, self.broken(error)),
             }
         }
     }
 
-    /// The destination has closed without a word. One that always gives its verdict may have given it: something between the
-    /// two has closed. Any other is taken for failed, as a QEMU source takes it.
-    fn closed(&self) -> Verdict {
-        let error = failed(Error::NoShut { at: self.place() });
-        if self.gives_verdict { Verdict::Unknown(error) } else { Verdict::Refused(error) }
+    /// Who has the guest after this word, and why if it is not the destination.
+    fn after(&self, word: LastWord, why: Error) -> Verdict {
+        match word.owner(self.always_speaks) {
+            Owner::Destination => Verdict::Taken,
+            Owner::Source => Verdict::Refused(failed(why)),
+            Owner::Unknown => Verdict::Unknown(failed(why)),
+        }
     }
 
     /// Why the destination has closed, if it has said so. Waits no longer than a moment: after a failed
@@ -191,7 +198,7 @@ impl Heard {
                 tracing::debug!(?message, "return path");
                 self.bytes.drain(..usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len()));
                 self.before += length;
-                self.gives_verdict |= message == Message::Pong(VERDICT_MARK);
+                self.always_speaks |= message == Message::Pong(VERDICT_MARK);
                 Ok(Some((message, at)))
             }
         }

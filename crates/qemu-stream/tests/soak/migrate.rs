@@ -240,7 +240,8 @@ fn receive(
         Err(error) => return DestinationEnd { result: Err(error), blocks: None, device: None },
     };
     met.store(true, Ordering::SeqCst);
-    let mut incoming = Incoming::new(main).stopping(stop).silence(limits.stall).stall_timeout(Some(limits.stall));
+    let mut incoming =
+        Incoming::new(main).stopping(stop).silence(limits.stall).stall_timeout(Some(limits.stall));
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| memory_of(plan, list));
     let loaded = incoming.run(&mut loader);
     let whole = loaded.map_err(|error| Error::other("the migration broke off", error));
