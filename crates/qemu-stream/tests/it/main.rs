@@ -5,6 +5,8 @@ mod file_size;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod hops;
+#[cfg(test)]
 mod kit;
 #[cfg(test)]
 mod loopback;
@@ -14,3 +16,21 @@ mod odd;
 mod return_path;
 #[cfg(test)]
 mod snapshots;
+
+// The manual's own code.
+#[cfg(test)]
+#[expect(unreachable_pub, reason = "the manual shows it so")]
+#[path = "../../src/guide/code/arrive.rs"]
+mod arrive;
+#[cfg(test)]
+#[expect(unreachable_pub, reason = "the manual shows it so")]
+#[path = "../../src/guide/code/leave.rs"]
+mod leave;
+#[cfg(test)]
+#[expect(unreachable_pub, reason = "the manual shows it so")]
+#[path = "../../src/guide/code/machine.rs"]
+mod machine;
+#[cfg(test)]
+#[expect(unreachable_pub, reason = "the manual shows it so")]
+#[path = "../../src/guide/code/snapshot.rs"]
+mod snapshot;
