@@ -62,6 +62,16 @@ pub enum Error {
         /// How far the return path got.
         at: Place,
     },
+    /// The connection ended without SHUT, though this destination has said that it never leaves without: the network or
+    /// whatever stands between has ended it, and its word may have been on the way.
+    #[error(
+        "{at}: the connection ended before the destination's SHUT, which this destination always sends; the network, a proxy \
+             or the end of its process has cut it off: look at the destination whether the guest runs there"
+    )]
+    CutBeforeShut {
+        /// How far the return path got.
+        at: Place,
+    },
     /// The source has closed the main connection, although it waits to be told how it ended: it takes its guest back.
     #[error(
         "{at}: the source closed the connection before it was told that all is here (cancelled, or its process ended); its guest \

@@ -108,7 +108,12 @@ impl Heard {
                 .set_read_timeout(Some(left.map_or(look, |left| left.min(look))))
                 .and_then(|()| self.read_more(connection));
             match read {
-                Ok(0) => return self.after(LastWord::Closed, Error::NoShut { at: self.place() }),
+                Ok(0) => {
+                    let at = self.place();
+                    let why =
+                        if self.always_speaks { Error::CutBeforeShut { at } } else { Error::NoShut { at } };
+                    return self.after(LastWord::Closed, why);
+                }
                 Ok(_) => {}
                 Err(error) if is_late(&error) => {}
                 Err(error) => return self.after(LastWord::Nothing, self.broken(error)),

@@ -33,7 +33,9 @@ fn block(name: &str, pages: u64) -> RamBlock {
 }
 
 fn blocks(list: &[(&str, u64)]) -> Arc<RamBlocks> {
-    Arc::new(RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect()).expect("distinct"))
+    Arc::new(
+        RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect()).expect("distinct"),
+    )
 }
 
 fn listening() -> (Listener, Address) {
@@ -55,7 +57,8 @@ fn the_manuals_machine_hops_ten_times_over_the_network_and_through_files_in_turn
         thread::sleep(Duration::from_millis(5));
         let before = if hop % 2 == 0 {
             let (listener, address) = listening();
-            let arriving = thread::spawn(move || arrive(listener, &Stop::new(), 1).map_err(|error| error.to_string()));
+            let arriving =
+                thread::spawn(move || arrive(listener, &Stop::new(), 1).map_err(|error| error.to_string()));
             leave(&mut machine, &address, &Stop::new()).expect("moved");
             let count = machine.count;
             machine = arriving.join().expect("no panic").expect("arrived");
@@ -196,7 +199,8 @@ fn blocks_are_matched_by_name_in_any_order_over_channels_and_over_main() {
                 )
             };
             let mut guest = Told::default();
-            let (left, arrived) = hop(&source, channels, options, &mut NeverDirty, &mut guest, reversed, taken);
+            let (left, arrived) =
+                hop(&source, channels, options, &mut NeverDirty, &mut guest, reversed, taken);
             left.expect("left");
             let (arrived, _) = arrived.expect("arrived");
             assert_eq!(difference(&source, &arrived), None, "{channels} channels, {detection:?}");
@@ -221,7 +225,10 @@ fn blocks_that_are_not_those_announced_are_refused_by_name_and_the_guest_goes_on
             &[("low", 64), ("high", 64), ("rom", 8), ("more", 1)],
             Usage::BlockSurplus(BlockName::new("more").expect("a name")),
         ),
-        (&[("first", 1), ("low", 64), ("high", 64)], Usage::BlockMissing(BlockName::new("rom").expect("a name"))),
+        (
+            &[("first", 1), ("low", 64), ("high", 64)],
+            Usage::BlockMissing(BlockName::new("rom").expect("a name")),
+        ),
     ];
     for (list, expected) in wrong {
         for channels in [0, 2] {
@@ -294,14 +301,21 @@ fn a_callback_that_panics_or_fails_ends_the_migration_with_the_guest_running() {
             let source = blocks(&RAM);
             let bits = DirtyBitmaps::new(&source);
             let mut guest = Told::default();
-            if panics { guest.panics_in = call } else { guest.fails_in = call }
+            if panics {
+                guest.panics_in = call;
+            } else {
+                guest.fails_in = call;
+            }
             let mut log = bits.reader().expect("alone");
             let options = MigrateOptions::new();
             let (left, arrived) = hop(&source, 2, options, &mut log, &mut guest, as_announced, taken);
             arrived.expect_err("nothing whole has come");
             let error = left.expect_err("as told");
             if panics {
-                assert!(matches!(error.kind(), Error::Panicked { call: met, .. } if *met == call), "{error:?}");
+                assert!(
+                    matches!(error.kind(), Error::Panicked { call: met, .. } if *met == call),
+                    "{error:?}"
+                );
             }
             // One that fails to stop has not been stopped.
             let resumes = u32::from(panics || call == "Guest::save");
@@ -319,7 +333,11 @@ fn a_callback_that_panics_or_fails_ends_the_migration_with_the_guest_running() {
             let (left, arrived) = hop(&source, 2, options, &mut log, &mut guest, as_announced, taken);
             arrived.expect_err("nothing whole has come");
             let error = left.expect_err("as told");
-            assert_eq!(matches!(error.kind(), Error::Panicked { call: "DirtyLog::take", .. }), panics, "{error:?}");
+            assert_eq!(
+                matches!(error.kind(), Error::Panicked { call: "DirtyLog::take", .. }),
+                panics,
+                "{error:?}"
+            );
             assert_eq!(guest.stops, guest.resumes, "take {odd}");
         }
     }
@@ -338,7 +356,8 @@ impl Between {
             for here in listener.incoming().flatten() {
                 let Ok(there) = TcpStream::connect(target) else { return };
                 for (from, into) in [(&here, &there), (&there, &here)] {
-                    let (mut from, mut into) = (from.try_clone().expect("one more"), into.try_clone().expect("one more"));
+                    let (mut from, mut into) =
+                        (from.try_clone().expect("one more"), into.try_clone().expect("one more"));
                     thread::spawn(move || {
                         let _ = std::io::copy(&mut from, &mut into);
                         let _ = into.shutdown(Shutdown::Write);

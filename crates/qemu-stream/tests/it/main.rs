@@ -3,9 +3,9 @@
 #[cfg(test)]
 mod file_size;
 #[cfg(test)]
-mod hostile;
-#[cfg(test)]
 mod hops;
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod kit;
 #[cfg(test)]

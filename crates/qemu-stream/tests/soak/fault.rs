@@ -45,8 +45,7 @@ impl Misfortune {
             Fault::Link { side, connection, direction, after, what }
                 if side == self.side && connection == number =>
             {
-                let hold =
-                    Arc::new(Hold { inner: link.waker(), woken: Mutex::default(), changed: Condvar::new() });
+                let hold = Arc::new(Hold::default());
                 let fortune = self.clone();
                 let (moved, slow, timeout) = (0, 0, None);
                 Box::new(Unlucky { link, fortune, direction, after, what, moved, slow, hold, timeout })
@@ -132,8 +131,8 @@ struct Unlucky {
 }
 
 /// Where a reader that stands still can be woken.
+#[derive(Default)]
 struct Hold {
-    inner: Arc<dyn Wake>,
     woken: Mutex<bool>,
     changed: Condvar,
 }
@@ -142,7 +141,6 @@ impl Wake for Hold {
     fn wake(&self) {
         *self.woken.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.changed.notify_all();
-        self.inner.wake();
     }
 }
 
@@ -287,7 +285,7 @@ impl Link for Unlucky {
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        self.hold.clone()
+        Arc::new(Both(self.hold.clone(), self.link.waker()))
     }
 
     fn send_waker(&self) -> Arc<dyn Wake> {

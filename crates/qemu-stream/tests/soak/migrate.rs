@@ -209,7 +209,8 @@ fn send(
             options = options.sync_mode(None);
         }
         let outgoing = Outgoing::new(main, options).expect("options");
-        let mut main = MainStream::of_guest(outgoing, stop).end_timeout(Some(limits.stall));
+        // A destination that gives up meanwhile has the time to say so.
+        let mut main = MainStream::of_guest(outgoing, stop).end_timeout(Some(2 * limits.stall));
         if plan.channels > 0 {
             migration.set_up(connector)?;
         }

@@ -192,6 +192,14 @@ impl Plan {
             && matches!(self.fault, Fault::Link { side, direction, .. } if back(side, direction))
     }
 
+    /// Whether the destination's last word may not reach the source.
+    pub(crate) fn may_be_untold(&self) -> bool {
+        let back = |side, direction| (side == Side::Source) == (direction == Direction::Received);
+        self.return_path
+            && matches!(self.fault, Fault::Link { side, connection: 0, direction, what, .. }
+                if back(side, direction) || what == Mishap::Cut)
+    }
+
     /// Whether what was done to it may never be survived.
     pub(crate) fn must_fail(&self) -> bool {
         matches!(

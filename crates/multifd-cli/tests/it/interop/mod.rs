@@ -7,6 +7,7 @@ mod files;
 mod journey;
 mod matrix;
 mod odd;
+mod owners;
 mod parameters;
 mod peers;
 mod refused;

@@ -1,0 +1,117 @@
+//! A QEMU that takes its guest back at the last moment: nothing may then say, or act as if, the guest were elsewhere too.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use serde_json::json;
+
+use crate::kit::{Program, assert_left, fast, folder, machine, path, source};
+
+/// A relay to `target` that holds back the last bytes of the first connection until its source closes it; gives its address,
+/// and how many bytes of main have come.
+fn holding_back(target: &str) -> (String, Arc<AtomicU64>) {
+    let target = target.strip_prefix("tcp:").expect("TCP").to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = format!("tcp:{}", listener.local_addr().expect("bound"));
+    let came = Arc::new(AtomicU64::new(0));
+    let main = came.clone();
+    // Ends with its listener, which is the process's.
+    thread::spawn(move || {
+        for (number, near) in listener.incoming().flatten().enumerate() {
+            let Ok(far) = TcpStream::connect(&target) else { return };
+            let back = (far.try_clone().expect("one more"), near.try_clone().expect("one more"));
+            let (held, count) = if number == 0 { (HELD, Some(main.clone())) } else { (0, None) };
+            thread::spawn(move || carry(&near, &far, held, count.as_deref()));
+            thread::spawn(move || carry(&back.0, &back.1, 0, None));
+        }
+    });
+    (address, came)
+}
+
+/// Copies, the last `held` bytes when `from` has closed.
+fn carry(mut from: &TcpStream, mut to: &TcpStream, held: usize, came: Option<&AtomicU64>) {
+    let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+    while let Ok(some @ 1..) = from.read(&mut buffer) {
+        if let Some(came) = came {
+            came.fetch_add(some as u64, Ordering::SeqCst);
+        }
+        bytes.extend(&buffer[..some]);
+        let ready = bytes.len().saturating_sub(held);
+        if to.write_all(&bytes[..ready]).is_err() {
+            break;
+        }
+        bytes.drain(..ready);
+    }
+    let _ = to.write_all(&bytes);
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Waits until the guest has stopped and nothing more comes over main.
+fn wait_until_all_is_sent(came: &AtomicU64) {
+    let end = Instant::now() + PATIENCE;
+    let mut last = (0, Instant::now());
+    while last.0 == 0 || last.1.elapsed() < QUIET {
+        assert!(Instant::now() < end, "the source goes on sending");
+        thread::sleep(QUIET / 20);
+        let now = came.load(Ordering::SeqCst);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+    }
+}
+
+/// The stream is whole, and the source has closed before it could be told so: its guest is there.
+fn cancelled_when_all_is_sent(qemu: &Qemu) -> Result<(), Error> {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = source(machine(qemu, &qemu.machine()))?;
+    from.set_capabilities(&[("return-path", true)])?;
+    from.set_multifd_channels(2)?;
+    fast(&mut from)?;
+    let (receive, address) = Program::receive(&["--json"], "tcp:127.0.0.1:0", &file);
+    let (relay, came) = holding_back(&address);
+    from.migrate(&relay)?;
+    from.wait_run_state("finish-migrate", PATIENCE)?;
+    wait_until_all_is_sent(&came);
+    assert_eq!(from.run_state()?, "finish-migrate");
+    from.execute("migrate_cancel", json!({}))?;
+    from.wait_migration("cancelled", PATIENCE)?;
+    from.wait_run_state("running", PATIENCE)?;
+    let round = from.round()?.expect("the guest reports");
+    from.wait_round(round + 1, PATIENCE)?;
+
+    let ended = receive.end();
+    ended.assert_failed(3, &["source", "not told"]);
+    assert_eq!(ended.json()["source-told"], json!(false), "{ended:?}");
+    // What it has kept is whole, and says so to whoever asks.
+    assert_left(&folder, &["machine"]);
+    assert!(fs::metadata(&file).is_ok_and(|kept| kept.len() > 0));
+    Ok(())
+}
+
+#[test]
+fn qemu_7_2_takes_its_guest_back_when_all_is_sent() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    cancelled_when_all_is_sent(&qemu).unwrap();
+}
+
+#[test]
+fn qemu_10_0_takes_its_guest_back_when_all_is_sent() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    cancelled_when_all_is_sent(&qemu).unwrap();
+}
+
+/// Less than the description of the devices, which is last and only looked at when the stream has ended.
+const HELD: usize = 64;
+/// Between two messages of a source that stands.
+const QUIET: Duration = Duration::from_millis(500);
