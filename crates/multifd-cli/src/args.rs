@@ -93,6 +93,10 @@ pub(crate) struct ReceiveArgs {
     /// behind the footer of a device count, and machine types without footers are refused.
     #[arg(long)]
     pub(crate) suppress_vmdesc: bool,
+    /// What to do where a page of RAM never came, not even as zero: refuse, or keep it as zero. A guest whose balloon gives
+    /// free-page hints leaves out what it does not use
+    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    pub(crate) missing_pages: MissingPagesArg,
     /// Seconds that the source may send nothing at all where something is due; 0 is for ever. Between passes it may be
     /// silent for as long as it likes
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
@@ -355,6 +359,15 @@ pub(crate) struct OutputArgs {
     /// No progress, no warnings, no report in words: where it listens, and errors alone
     #[arg(long, short)]
     pub(crate) quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MissingPagesArg {
+    /// The machine would not be whole
+    #[default]
+    Refuse,
+    /// Pages that are lost on their way are kept as zero, too
+    Zero,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -18,7 +18,7 @@ use multifd::{
 use qemu_stream::incoming::{Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome};
 
 use crate::{
-    args::{ReceiveArgs, ReceiveTlsArgs},
+    args::{MissingPagesArg, ReceiveArgs, ReceiveTlsArgs},
     capture::{Capture, Channels},
     combinations,
     direct_io::DirectIo,
@@ -74,7 +74,12 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .switchover_ack(args.switchover_ack)
         .suppress_vmdesc(args.suppress_vmdesc)
         .stall_timeout(args.stall_timeout());
-    let received = take_in(receiver, incoming, capture, &total);
+    let left_out = match args.missing_pages {
+        // With x-ignore-shared the file does without the blocks of which no page has come.
+        MissingPagesArg::Refuse => LeftOut::SharedBlocks,
+        MissingPagesArg::Zero => LeftOut::Pages,
+    };
+    let received = take_in(receiver, incoming, capture, &total, left_out);
     drop(display);
     match received {
         Ok(received) => {
@@ -130,14 +135,14 @@ fn take_in(
     mut incoming: Incoming<Stream>,
     capture: Capture,
     total: &AtomicU64,
+    left_out: LeftOut,
 ) -> Result<Received, Error> {
     let stop = receiver.stop().clone();
-    // With x-ignore-shared the file does without the blocks of which no page has come.
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |configuration, list| {
         total.store(list.total(), Ordering::Relaxed);
         capture.blocks(configuration, list)
     })
-    .left_out(LeftOut::SharedBlocks);
+    .left_out(left_out);
     let loaded = incoming.run(&mut loader);
     let main_pages = loader.main_pages();
     let whole = loaded.map_err(broken).and_then(|loaded| {

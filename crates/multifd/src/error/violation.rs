@@ -162,7 +162,8 @@ pub enum Violation {
     /// The end of RAM, and not every page has come.
     #[error(
         "{missing} {} of RAM never came, the first in block {name:?} at offset {offset}: a channel may have been lost on its \
-         way, or the source leaves pages out (free-page hints of virtio-balloon); the machine would not be whole",
+         way, or the source leaves pages out (free-page hints of virtio-balloon: missing-pages zero takes them for zero); the machine \
+         would not be whole",
         if *.missing == 1 { "page" } else { "pages" }
     )]
     PagesMissing {

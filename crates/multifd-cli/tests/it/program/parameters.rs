@@ -81,6 +81,7 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "size",
         "dirty-rate",
         "channels-from",
+        "missing-pages",
     ];
     for verb in ["send", "receive", "demo"] {
         let help = run([verb, "--help"]).stdout;
@@ -146,7 +147,7 @@ fn library_has_ranges_and_defaults_of_the_table() {
 
 #[test]
 fn every_field_that_is_a_parameter_is_in_the_table() {
-    let of_ours = ["uuid", "look-for-zero-pages", "channels-from"];
+    let of_ours = ["uuid", "look-for-zero-pages", "channels-from", "resume-if-unknown"];
     let limits = rows("## Limits");
     let parameters = parameters();
     let capabilities = [rows("## Capabilities that apply"), rows("## Switches")].concat();

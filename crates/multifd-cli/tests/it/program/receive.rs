@@ -9,13 +9,16 @@ use std::{
     time::Duration,
 };
 
-use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use multifd_testkit::{
+    bad_source::{On, Script, Shape, Target},
+    qemu::{Error, PATIENCE, Qemu},
+};
 use qemu_stream::mapped_ram::MappedRamFile;
 use serde_json::{Value, json};
 
 use crate::kit::{
     Program, as_stdin, assert_left, captured, fast, feed, folder, machine, multifd, multifd_in, path, run,
-    source, stored_memory,
+    source, stored_block, stored_memory,
 };
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
@@ -308,4 +311,29 @@ fn command_is_received_from_and_its_failure_leaves_no_file() {
     assert_eq!(address, whole);
     receive.done();
     assert_eq!(stored_memory(&kept), stored_memory(&from));
+}
+
+/// A channel that was lost takes its pages with it, and they never come: the balloon of a guest looks the same.
+#[test]
+fn pages_that_never_come_are_refused_or_kept_as_zero_as_is_told() {
+    for (options, code) in [(&[][..], 1), (&["--missing-pages", "zero"], 0)] {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let (receive, address) = Program::receive(options, LOCAL, &file);
+        let target = Target::Tcp(address.strip_prefix("tcp:").unwrap().parse().unwrap());
+        let script = Script::whole(Shape::default()).drop(On::Channel(1), "pages", 0);
+        let _heard = script.play(&target).unwrap();
+        let ended = receive.end();
+        if code == 0 {
+            assert_eq!(ended.code, Some(0), "{ended:?}");
+            let pages = stored_block(&file, "pc.ram");
+            // 3 came later, over the other channel.
+            let absent: Vec<usize> =
+                (0..16).filter(|page| pages[page * 4096..][..4096].iter().all(|byte| *byte == 0)).collect();
+            assert_eq!(absent, [1, 5, 7, 9, 11, 13, 15]);
+        } else {
+            ended.assert_failed(code, &["7 pages of RAM never came", "\"pc.ram\" at offset 0x1000"]);
+            assert_left(&folder, &[]);
+        }
+    }
 }
