@@ -38,7 +38,9 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let mut at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let blocks = Arc::new(blocks(&file, args)?);
     // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
+    // No guest stands meanwhile: a slow destination is waited for.
     let options = MigrateOptions::new()
+        .switchover_timeout(None)
         .max_bandwidth(Some(args.max_bandwidth))
         .zero_page_detection(args.zero_page_detection.or(understood(&file)))
         .look_for_zero_pages(false);
