@@ -164,10 +164,11 @@ pub enum Usage {
         /// The length of the file.
         size: u64,
     },
-    /// Pages are to be packed in memory that somebody may take away.
+    /// Pages are to be packed, or to go over main, in memory that somebody may take away.
     #[error(
-        "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages would end this process by SIGBUS \
-         then: seal the memfd against it (F_SEAL_SHRINK), or set multifd-compression to none"
+        "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages, or to send them over main, would \
+         end this process by SIGBUS then: seal the memfd against it (F_SEAL_SHRINK), or send over channels with \
+         multifd-compression none"
     )]
     MayShrink(BlockName),
     /// A merged dirty log of no logs.

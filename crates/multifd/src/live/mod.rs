@@ -74,9 +74,12 @@ impl Migration {
     /// A migration without channels: all pages go over main. `stop` cancels it from any thread.
     ///
     /// # Errors
-    /// As [`new`](Migration::new); [`Usage::PartialPage`](crate::error::Usage::PartialPage) if a block ends inside a page.
+    /// As [`new`](Migration::new); [`Usage::PartialPage`](crate::error::Usage::PartialPage) if a block ends inside a page;
+    /// [`Usage::MayShrink`](crate::error::Usage::MayShrink) if its memory is a file that somebody
+    /// [may cut shorter](crate::ram::Mapping::may_shrink).
     pub fn over_main(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         blocks.check_whole_pages()?;
+        blocks.check_may_be_copied()?;
         Self::made(options, blocks, stop, None)
     }
 

@@ -269,9 +269,10 @@ impl RamBlock {
 
     /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
     /// the page is then dirty again. One in a file is not looked at: [what the file knows of it](RamBlock::is_present) is
-    /// what counts.
+    /// what counts. Nor is one in a mapping that [may shrink](Mapping::may_shrink): it counts as something else than zero.
     pub(crate) fn is_zero(&self, page: PageIndex) -> bool {
         match &self.memory {
+            Memory::Mapped(mapping) if mapping.may_shrink() => false,
             Memory::Mapped(_) => self.slice(page, 1).is_some_and(|slice| slice.is_zero()),
             Memory::MappedRam(places) => !places.present.contains(page),
         }
@@ -371,6 +372,18 @@ impl RamBlocks {
             }
         }
         Ok(())
+    }
+
+    /// A look at memory that may shrink, or a copy of it, may be the end of the process.
+    ///
+    /// # Errors
+    /// [`Usage::MayShrink`] for the first block that is sent and is such.
+    pub(crate) fn check_may_be_copied(&self) -> Result<()> {
+        let mut sent = self.blocks.iter().filter(|block| !block.is_ignored());
+        match sent.find(|block| block.may_shrink()) {
+            Some(block) => Err(Usage::MayShrink(block.name().clone()).into()),
+            None => Ok(()),
+        }
     }
 
     /// The page size of all blocks; 4 KiB where there is no block.

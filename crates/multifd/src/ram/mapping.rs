@@ -89,9 +89,10 @@ impl Mapping {
     ///
     /// If the file is cut shorter while it is mapped, system calls on the lost part fail with `EFAULT`;
     /// the copies of [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can reach
-    /// are moved by system calls only, and [not looked at](crate::live::MigrateOptions::look_for_zero_pages); of a memfd
-    /// that is sealed against shrinking (`F_SEAL_SHRINK`) nothing can be lost. Whether this one may become shorter, says
-    /// [`may_shrink`](Self::may_shrink).
+    /// are moved by system calls only, and not looked at: those that are zero travel as any other, and such memory is not
+    /// packed and does not go over main. Of a memfd that is sealed against shrinking (`F_SEAL_SHRINK`) nothing can be lost.
+    /// Whether this one may become shorter, says [`may_shrink`](Self::may_shrink); that it never will, is for you to say by
+    /// [`never_shrinks`](Self::never_shrinks).
     ///
     /// # Errors
     /// If `offset` is no multiple of the size of the file's pages, or the system refuses the mapping;

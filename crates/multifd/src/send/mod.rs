@@ -103,10 +103,7 @@ impl Sender {
             return Err(Usage::SingleConnection(connector.target()).into());
         }
         if self.options.method != Method::None {
-            let mut sent = self.blocks.iter().map(|(_, block)| block).filter(|block| !block.is_ignored());
-            if let Some(block) = sent.find(|block| block.may_shrink()) {
-                return Err(Usage::MayShrink(block.name().clone()).into());
-            }
+            self.blocks.check_may_be_copied()?;
         }
         let (channels, page_size) = (self.options.channels, self.blocks.page_size());
         let dispatch = Dispatch::new(channels, page_size, self.options.zero_copy_send);

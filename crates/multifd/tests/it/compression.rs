@@ -6,7 +6,7 @@ use multifd::{
     Error, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
     channel::{Connect, Link, Stop, Wake, memory},
     error::{Malformed, Unsupported, Usage, Violation},
-    live::{MigrateOptions, ZeroPageDetection},
+    live::{MigrateOptions, Migration, ZeroPageDetection},
     ram::{
         Access, BlockIndex, DirtyBitmaps, Mapping, Memory, NeverDirty, PageIndex, PageSize, Part, PartMut,
         RamBlock, RamBlocks,
@@ -365,6 +365,15 @@ fn memory_that_may_be_cut_shorter_is_not_packed() {
         assert!(set_up(in_memfd(&memfd).ignored(), method).is_ok(), "its pages are not sent");
     }
     assert!(set_up(in_memfd(&memfd), Method::None).is_ok());
+    let over_main = |block| {
+        let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
+        Migration::over_main(MigrateOptions::new(), blocks, Stop::new())
+    };
+    let refused = over_main(in_memfd(&memfd)).expect_err("main's pages are copied");
+    assert!(matches!(refused.kind(), Error::Usage(Usage::MayShrink(_))), "{refused}");
+    let kept = Mapping::of_file(&memfd, 0, 4096, Access::ReadWrite).expect("mapped").never_shrinks();
+    let kept = RamBlock::new(name("ram"), 4096, PageSize::KIB_4, Memory::Mapped(kept)).expect("a block");
+    assert!(over_main(kept).is_ok());
     fcntl_add_seals(&memfd, SealFlags::SHRINK).expect("sealed");
     for method in packed() {
         assert!(set_up(in_memfd(&memfd), method).is_ok());

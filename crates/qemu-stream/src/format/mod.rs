@@ -41,7 +41,7 @@ pub(crate) use put::Put;
 pub use reader::Reader;
 pub use record::{CurrentBlock, Record};
 pub use return_path::Message;
-pub(crate) use return_path::VERDICT_MARK;
+pub(crate) use return_path::{READY_PING, VERDICT_MARK};
 pub use section::{Section, SectionHead, SectionId, decode_footer, encode_footer, footer_follows};
 
 /// How the ends of dirty rounds are marked on the main stream when multifd is on.

@@ -19,6 +19,10 @@ const SWITCHOVER_ACK: u16 = 7;
 /// fails. So a connection that closes without it was not closed by the destination.
 pub(crate) const VERDICT_MARK: u32 = 0x6d66_6501;
 
+/// The value of the PING by which a source of ours asks whether all of RAM has arrived. Its guest stands, and the end of RAM
+/// follows at once. To a QEMU it is a PING like any other.
+pub(crate) const READY_PING: u32 = 0x6d66_6601;
+
 const RESUME_ACK_VALUE: u32 = 1;
 const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 

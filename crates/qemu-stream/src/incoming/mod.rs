@@ -27,9 +27,9 @@ use crate::{
     connection::{Connection, Judge},
     error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
-        BlockList, Command, Configuration, DevicePart, DeviceSection, EarlyPart, EndFinder, Message, Reader,
-        Section, SectionHead, SectionId, SyncMode, VERDICT_MARK, decode_footer, decode_header,
-        footer_follows,
+        BlockList, Command, Configuration, DevicePart, DeviceSection, EarlyPart, EndFinder, Message,
+        READY_PING, Reader, Section, SectionHead, SectionId, SyncMode, VERDICT_MARK, decode_footer,
+        decode_header, footer_follows,
     },
     refuse,
 };
@@ -162,6 +162,8 @@ pub struct Incoming<C: Connection> {
     silence: Duration,
     stall: Option<Duration>,
     return_path: bool,
+    /// The source has said that its guest stands.
+    guest_stands: bool,
     early: EarlyPart,
     loaded: bool,
     stop: Option<Stop>,
@@ -179,6 +181,7 @@ impl<C: Connection> Incoming<C> {
             silence: SILENCE,
             stall: Some(STALL),
             return_path: false,
+            guest_stands: false,
             early,
             loaded: false,
             stop: None,
@@ -220,8 +223,8 @@ impl<C: Connection> Incoming<C> {
 
     /// How long the source may be silent where something is due: before RAM's first section has ended, in the middle
     /// of any section, and behind the end of RAM. Default 120 s; `None` is for ever, as QEMU waits. Between the
-    /// sections of RAM a source may be silent for as long as it likes: one that pauses before the switchover is. The
-    /// footer of a section counts as what is between, for QEMU keeps it back that long.
+    /// sections of RAM a source may be silent for as long as it likes: one that pauses before the switchover is; but a source
+    /// of this library has a limit there, too, from when its guest stands and all of its RAM has come. The footer of a section counts as what is between, for QEMU keeps it back that long.
     ///
     /// A long section is silent on this connection while its pages come over channels. The connection that
     /// [`Receiver::wait_main`](multifd::Receiver::wait_main) gives knows of them; with another one of your own, and
@@ -370,7 +373,9 @@ impl<C: Connection> Incoming<C> {
                     continue;
                 }
                 Some(other) => {
+                    let ready = matches!(other, Section::Command(Command::Ping(READY_PING)));
                     self.between(other, at, "before the end of ram")?;
+                    self.guest_stands |= ready;
                     continue;
                 }
             };
@@ -388,9 +393,9 @@ impl<C: Connection> Incoming<C> {
         }
     }
 
-    /// Waits without limit for what comes next.
+    /// Waits for what comes next, without limit unless the guest is known to stand meanwhile.
     fn wait_for_more(&mut self) -> Result<(), Error> {
-        if self.r.is_drained() && self.stall.is_some() {
+        if !self.guest_stands && self.r.is_drained() && self.stall.is_some() {
             set_limit(&mut self.r, None)?;
             self.r.peek()?;
             set_limit(&mut self.r, self.stall)?;

@@ -30,8 +30,8 @@ use crate::{
     connection::Connection,
     error::{CallerMistake, Error, Place, Stream},
     format::{
-        BlockList, Command, CurrentBlock, DevicePart, Record, Section, SectionHead, SyncMode, encode_footer,
-        encode_header,
+        BlockList, Command, CurrentBlock, DevicePart, READY_PING, Record, Section, SectionHead, SyncMode,
+        encode_footer, encode_header,
     },
 };
 use return_path::{EndLimits, Heard, failure_in};
@@ -390,7 +390,5 @@ impl<C: Connection> Outgoing<C> {
     }
 }
 
-/// The value of the PING that asks whether all of RAM has arrived; any would do.
-const READY_PING: u32 = 0x6d66_6601;
 /// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.
 const FIRST_PING: u32 = 1;

@@ -547,6 +547,16 @@ fn cut() -> Vec<Row> {
             &["main stream: offset 0x4e: stream ends where name of a block was expected"],
         ),
         (
+            "a guest that stands, and no end of RAM",
+            {
+                let asks = [(Main, Act::Send(b"\x08\0\x02\0\x04mff\x01".to_vec()))];
+                let alone = whole().drop(Channel(0), "sync", 2).drop(Channel(1), "sync", 2);
+                alone.before(Main, "end", 0, asks).cut(Main, "end", 0, 0, None)
+            },
+            "TimedOut",
+            &["nothing came in time where more was expected", "the source stands still"],
+        ),
+        (
             "main closes between sections",
             main("part", 0, Some(Act::Close)),
             "Cut",
