@@ -1,0 +1,501 @@
+//! What a life is like, step by step: everything follows from its seed.
+
+use fastrand::Rng;
+use multifd::{Method, live::ZeroPageDetection, ram::PageSize};
+
+use crate::machine::Load;
+
+/// A whole life.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) page_size: PageSize,
+    /// Pages of each block at birth.
+    pub(crate) blocks: Vec<u64>,
+    pub(crate) load: Load,
+    pub(crate) runs: bool,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// One step, and the seed of what is left to chance in it.
+#[derive(Clone, Debug)]
+pub(crate) struct Step {
+    pub(crate) seed: u64,
+    pub(crate) what: Do,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Do {
+    /// The guest is left alone for so many microseconds.
+    Wait(u64),
+    /// So many pages are written from outside the guest.
+    Write(u64),
+    Hop(Box<Hop>),
+    Capture(Box<Capture>),
+    Restore(Restore),
+    /// A block of so many pages is plugged in.
+    Plug(u64),
+    Unplug,
+    /// The operator pauses the guest, or lets it go on.
+    Pause(bool),
+}
+
+/// A migration to another host.
+#[derive(Clone, Debug)]
+pub(crate) struct Hop {
+    pub(crate) transport: Transport,
+    pub(crate) tls: bool,
+    /// 0 is multifd off.
+    pub(crate) channels: u8,
+    pub(crate) method: Method,
+    pub(crate) told: bool,
+    pub(crate) machine: &'static str,
+    pub(crate) detection: ZeroPageDetection,
+    pub(crate) auto_converge: bool,
+    pub(crate) pauses: bool,
+    pub(crate) limited: bool,
+    pub(crate) memory: Place,
+    /// Milliseconds for which the destination holds what it has got, before its word.
+    pub(crate) hold: u64,
+    /// How long the source waits for the word, in milliseconds.
+    pub(crate) end_timeout: u64,
+    pub(crate) verdict_timeout: u64,
+    pub(crate) trouble: Trouble,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tcp,
+    Unix,
+    Memory,
+}
+
+/// What a machine's memory at its next host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    New,
+    /// Memory that any machine or failed try of this life has left.
+    Used,
+    /// The very blocks of a former host, if it has the same.
+    Former,
+}
+
+/// All that is done to one migration or capture.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Trouble {
+    pub(crate) action: Option<(Action, Moment)>,
+    /// In a call of the source's.
+    pub(crate) fault: Option<Fault>,
+    pub(crate) devices: Devices,
+    pub(crate) log: Log,
+    pub(crate) destination: Option<Refusal>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    CancelSource,
+    CancelDestination,
+    /// The destination's connections close without a word.
+    Close,
+}
+
+/// When something is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    BeforeConnecting,
+    /// So many microseconds after the beginning.
+    After(u64),
+    /// The destination makes its blocks.
+    Make,
+    /// The dirty bits are taken for this time, from 0.
+    Take(u32),
+    Stop,
+    PreSwitchover,
+    Save,
+    /// The destination has everything.
+    Pending,
+    /// So many microseconds after it begins to take the guest over.
+    Confirm(u64),
+    Confirmed,
+}
+
+/// A call that goes wrong.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) call: Call,
+    /// Which of its calls, from 0.
+    pub(crate) nth: u32,
+    pub(crate) how: How,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Call {
+    Devices,
+    Stop,
+    Save,
+    Resume,
+    Throttle,
+    Begin,
+    Take,
+    PutBack,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    Error,
+    Panic,
+    /// It panics when it has done what it should.
+    PanicAfter,
+}
+
+/// What the source says of its devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Devices {
+    #[default]
+    Right,
+    Twice,
+    TooLarge,
+    NotAnnounced,
+    NotGiven,
+    LongerThanAnnounced,
+}
+
+/// The log that the source gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Log {
+    #[default]
+    Right,
+    OfOtherBlocks,
+    /// Somebody else tries to read it meanwhile.
+    ReadByTwo,
+    /// A device writes when this many takes have been made with the guest stopped.
+    WrittenLate(u32),
+}
+
+/// Why the destination does not take the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    WrongMachine,
+    MissingBlock,
+    ShortBlock,
+    SurplusBlock,
+    MakeFails,
+    MakePanics,
+    Refuses,
+    Drops,
+    PanicsWithAll,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Capture {
+    /// 0 is over main.
+    pub(crate) channels: u8,
+    pub(crate) detection: ZeroPageDetection,
+    pub(crate) machine: &'static str,
+    pub(crate) offset: u64,
+    pub(crate) direct: bool,
+    pub(crate) pauses: bool,
+    /// Of a destination's there is nothing.
+    pub(crate) trouble: Trouble,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Restore {
+    pub(crate) channels: u8,
+    pub(crate) direct: bool,
+    /// Into the machine that has run on, if it has the same blocks.
+    pub(crate) in_place: bool,
+    pub(crate) memory: Place,
+    /// A first try is cancelled after so many microseconds.
+    pub(crate) cancelled: Option<u64>,
+    /// How the machine is captured before, if it never was.
+    pub(crate) capture: Box<Capture>,
+}
+
+impl Plan {
+    pub(crate) fn new(seed: u64, steps: u64) -> Self {
+        let mut random = Rng::with_seed(seed);
+        let page_size =
+            pick(&mut random, &[PageSize::KIB_4, PageSize::KIB_4, PageSize::KIB_16, PageSize::KIB_64]);
+        let most = 512 * 4096 / page_size.bytes() as u64;
+        let blocks = (0..random.u64(1..5)).map(|_| pages(&mut random, most)).collect();
+        let load = Load {
+            writers: random.u64(..3),
+            budget: 1 << random.u64(5..11),
+            pagemap: random.u8(..3) == 0,
+            seed: random.u64(..),
+        };
+        let runs = random.u8(..5) > 0;
+        let steps = (0..steps).map(|_| step(&mut random, most)).collect();
+        Self { seed, page_size, blocks, load, runs, steps }
+    }
+}
+
+fn pages(random: &mut Rng, most: u64) -> u64 {
+    let most = 1 << random.u32(5..=most.ilog2().max(5));
+    random.u64(16..=most)
+}
+
+fn step(random: &mut Rng, most: u64) -> Step {
+    let what = match random.u8(..32) {
+        0 | 1 => Do::Wait(random.u64(..5000)),
+        2..6 => Do::Write(1 << random.u64(..8)),
+        6..21 => Do::Hop(Box::new(hop(random))),
+        21..25 => Do::Capture(Box::new(capture(random))),
+        25..28 => Do::Restore(restore(random)),
+        28 => Do::Plug(pages(random, most)),
+        29 => Do::Unplug,
+        _ => Do::Pause(random.bool()),
+    };
+    Step { seed: random.u64(..), what }
+}
+
+fn hop(random: &mut Rng) -> Hop {
+    let channels = match random.u8(..6) {
+        0 | 1 => 0,
+        2 => random.u8(5..=16),
+        _ => random.u8(1..5),
+    };
+    let trouble = if random.u8(..8) < 3 { Trouble::default() } else { trouble(random, true) };
+    let pauses = random.u8(..8) == 0 || matches!(trouble.action, Some((_, Moment::PreSwitchover)));
+    let auto_converge =
+        random.u8(..8) == 0 || trouble.fault.is_some_and(|fault| fault.call == Call::Throttle);
+    let impatient = !trouble.is_none() && random.u8(..8) == 0;
+    Hop {
+        transport: pick(random, &[Transport::Tcp, Transport::Unix, Transport::Memory]),
+        tls: random.u8(..6) == 0,
+        channels,
+        method: if channels == 0 { Method::None } else { pick(random, &METHODS) },
+        told: random.bool(),
+        machine: pick(random, &MACHINES),
+        detection: detection(random),
+        auto_converge,
+        pauses,
+        limited: random.u8(..8) == 0,
+        memory: pick(random, &[Place::New, Place::Used, Place::Former]),
+        hold: if random.u8(..4) == 0 { random.u64(..30) } else { 0 },
+        end_timeout: if impatient { random.u64(1..20) } else { 30_000 },
+        verdict_timeout: if random.u8(..4) == 0 { random.u64(1..20) } else { 10_000 },
+        trouble,
+    }
+}
+
+impl Hop {
+    /// The same once more, with nothing done to it, by another number of channels.
+    pub(crate) fn without_trouble(&self) -> Self {
+        let channels = if self.channels > 3 { 0 } else { self.channels + 2 };
+        let method = if channels == 0 { Method::None } else { self.method };
+        let (trouble, end_timeout) = (Trouble::default(), 30_000);
+        Self { channels, method, trouble, end_timeout, memory: Place::Used, ..self.clone() }
+    }
+
+    /// Whether it may not fail.
+    pub(crate) fn must_arrive(&self) -> bool {
+        self.trouble.is_none() && self.end_timeout > 1000
+    }
+}
+
+impl Trouble {
+    pub(crate) fn is_none(&self) -> bool {
+        self.action.is_none()
+            && self.fault.is_none()
+            && self.destination.is_none()
+            && self.devices == Devices::Right
+            && matches!(self.log, Log::Right | Log::ReadByTwo)
+    }
+
+    /// Whether it may not go well.
+    pub(crate) fn must_fail(&self) -> bool {
+        let action = match self.action {
+            Some((Action::CancelSource, at)) => !matches!(
+                at,
+                Moment::After(_)
+                    | Moment::Confirm(_)
+                    | Moment::Confirmed
+                    | Moment::Take(1..)
+                    | Moment::Pending
+            ),
+            Some((Action::CancelDestination, at)) => {
+                !matches!(at, Moment::After(_) | Moment::Confirm(_) | Moment::Confirmed | Moment::Take(1..))
+            }
+            // Before, it may have no connection yet.
+            Some((Action::Close, at)) => matches!(at, Moment::Make | Moment::Pending),
+            None => false,
+        };
+        let fault = self.fault.is_some_and(|fault| match fault.call {
+            Call::Resume | Call::PutBack => false,
+            Call::Take => fault.nth < 2,
+            _ => true,
+        });
+        action
+            || fault
+            || self.destination.is_some()
+            || self.devices != Devices::Right
+            || self.log == Log::OfOtherBlocks
+    }
+
+    /// Whether the source may say that it was cancelled.
+    pub(crate) fn cancels_source(&self) -> bool {
+        matches!(self.action, Some((Action::CancelSource, _)))
+    }
+
+    /// One word, to count by.
+    pub(crate) fn kind(&self) -> String {
+        if let Some((action, at)) = self.action {
+            let at = format!("{at:?}");
+            return format!("{action:?} {}", at.split('(').next().unwrap_or_default());
+        }
+        if let Some(fault) = self.fault {
+            return format!("{:?} {:?}", fault.how, fault.call);
+        }
+        if let Some(refusal) = self.destination {
+            return format!("{refusal:?}");
+        }
+        if self.devices != Devices::Right {
+            return format!("Devices {:?}", self.devices);
+        }
+        match self.log {
+            Log::Right => "none".into(),
+            log => format!("Log {log:?}").split('(').next().unwrap_or_default().into(),
+        }
+    }
+}
+
+/// Mostly one thing, sometimes two.
+fn trouble(random: &mut Rng, destination: bool) -> Trouble {
+    let mut trouble = Trouble::default();
+    for _ in 0..random.u8(1..10) / 8 + 1 {
+        match random.u8(..16) {
+            0..7 => trouble.action = Some(action(random, destination)),
+            7..11 => trouble.fault = Some(fault(random)),
+            11 => {
+                let wrong = [
+                    Devices::Twice,
+                    Devices::TooLarge,
+                    Devices::NotAnnounced,
+                    Devices::NotGiven,
+                    Devices::LongerThanAnnounced,
+                ];
+                trouble.devices = pick(random, &wrong);
+            }
+            12 | 13 => {
+                let late = Log::WrittenLate(random.u32(..10));
+                trouble.log = pick(random, &[Log::OfOtherBlocks, Log::ReadByTwo, late]);
+            }
+            _ => trouble.destination = destination.then(|| pick(random, &REFUSALS)),
+        }
+    }
+    // What is called when something has failed.
+    if destination && trouble.fault.is_some_and(|fault| matches!(fault.call, Call::Resume | Call::PutBack)) {
+        trouble.destination = Some(pick(random, &[Refusal::Refuses, Refusal::Drops]));
+    }
+    trouble
+}
+
+fn action(random: &mut Rng, destination: bool) -> (Action, Moment) {
+    let short = 1 << random.u64(4..16);
+    let moments = [
+        Moment::BeforeConnecting,
+        Moment::After(random.u64(..short)),
+        Moment::After(random.u64(..short)),
+        Moment::Take(random.u32(..8)),
+        Moment::Stop,
+        Moment::PreSwitchover,
+        Moment::Save,
+    ];
+    if !destination {
+        return (Action::CancelSource, pick(random, &moments));
+    }
+    let action = match random.u8(..6) {
+        0..3 => Action::CancelSource,
+        3 | 4 => Action::CancelDestination,
+        _ => Action::Close,
+    };
+    let late = random.u64(..400);
+    let at_the_end =
+        [Moment::Make, Moment::Pending, Moment::Confirm(late), Moment::Confirm(0), Moment::Confirmed];
+    let moment = if random.bool() { pick(random, &moments) } else { pick(random, &at_the_end) };
+    // Nothing is there to be closed.
+    let moment = match (action, moment) {
+        (Action::Close, Moment::BeforeConnecting) => Moment::Make,
+        _ => moment,
+    };
+    (action, moment)
+}
+
+fn fault(random: &mut Rng) -> Fault {
+    let call = pick(
+        random,
+        &[
+            Call::Devices,
+            Call::Stop,
+            Call::Stop,
+            Call::Save,
+            Call::Resume,
+            Call::Throttle,
+            Call::Begin,
+            Call::Take,
+            Call::Take,
+            Call::PutBack,
+        ],
+    );
+    let how = match call {
+        Call::Devices | Call::Resume | Call::PutBack => How::Panic,
+        _ => pick(random, &[How::Error, How::Panic, How::PanicAfter]),
+    };
+    let nth = match call {
+        Call::Take => random.u32(..8),
+        _ => 0,
+    };
+    Fault { call, nth, how }
+}
+
+fn capture(random: &mut Rng) -> Capture {
+    let trouble = if random.u8(..8) < 5 { Trouble::default() } else { trouble(random, false) };
+    let pauses = matches!(trouble.action, Some((_, Moment::PreSwitchover)));
+    // Nobody is there to hold it back.
+    let throttles = trouble.fault.is_some_and(|fault| fault.call == Call::Throttle);
+    let trouble = if throttles { Trouble { fault: None, ..trouble } } else { trouble };
+    Capture {
+        channels: if random.u8(..3) == 0 { 0 } else { random.u8(1..9) },
+        detection: detection(random),
+        machine: pick(random, &MACHINES),
+        offset: pick(random, &[0, 0, 4096, 12_345]),
+        direct: random.u8(..4) == 0,
+        pauses,
+        trouble,
+    }
+}
+
+fn restore(random: &mut Rng) -> Restore {
+    Restore {
+        channels: random.u8(1..9),
+        direct: random.u8(..4) == 0,
+        in_place: random.bool(),
+        memory: pick(random, &[Place::New, Place::Used, Place::Former]),
+        cancelled: (random.u8(..4) == 0).then(|| random.u64(..500)),
+        capture: Box::new(Capture { trouble: Trouble::default(), pauses: false, ..capture(random) }),
+    }
+}
+
+fn detection(random: &mut Rng) -> ZeroPageDetection {
+    pick(random, &[ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd])
+}
+
+pub(crate) fn pick<T: Copy>(random: &mut Rng, from: &[T]) -> T {
+    from[random.usize(..from.len())]
+}
+
+const MACHINES: [&str; 5] = ["pc-q35-5.2", "pc-q35-7.2", "pc-i440fx-8.1", "pc-q35-10.0", "my-vmm-1"];
+const METHODS: [Method; 4] = [Method::None, Method::None, Method::Zlib, Method::Zstd];
+const REFUSALS: [Refusal; 9] = [
+    Refusal::WrongMachine,
+    Refusal::MissingBlock,
+    Refusal::ShortBlock,
+    Refusal::SurplusBlock,
+    Refusal::MakeFails,
+    Refusal::MakePanics,
+    Refusal::Refuses,
+    Refusal::Drops,
+    Refusal::PanicsWithAll,
+];
