@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fastrand::Rng;
@@ -49,6 +49,8 @@ pub(crate) struct Destination {
 pub(crate) struct Seen {
     /// A source has come.
     pub(crate) met: AtomicBool,
+    /// The source has ended, and its log may be read by others.
+    pub(crate) ended: AtomicBool,
     /// The source has ended without its destination having the guest, and all its connections are closed.
     pub(crate) left: AtomicBool,
 }
@@ -97,7 +99,15 @@ impl Destination {
         })?;
         drop(former);
         self.moments.pass(Moment::Pending);
-        thread::sleep(Duration::from_millis(hop.hold));
+        if hop.until_left {
+            // Not a moment later: whoever notices that the source has gone must not have time for it.
+            let most = Instant::now() + Duration::from_millis(200);
+            while !self.seen.left.load(Ordering::SeqCst) && Instant::now() < most {
+                thread::yield_now();
+            }
+        } else {
+            thread::sleep(Duration::from_millis(hop.hold));
+        }
         match refusal {
             Some(Refusal::Refuses) => return Err(pending.refuse(Error::other("restore", ON_PURPOSE))),
             Some(Refusal::Drops) => return Err(Error::other("restore", ON_PURPOSE)),
@@ -149,7 +159,9 @@ impl Destination {
         if self.hop.trouble.log != Log::ReadByTwo {
             return;
         }
-        if let Ok(mut second) = self.marks.reader() {
+        if let Ok(mut second) = self.marks.reader()
+            && !self.seen.ended.load(Ordering::SeqCst)
+        {
             self.world.wrong("a log has two readers at once".into());
             let bits = PageBitmap::new(1 << 20);
             let _ = catch_unwind(AssertUnwindSafe(|| {

@@ -68,15 +68,15 @@ impl Life {
         let progress = departure.progress();
         let operator = hop.pauses.then(|| operator(departure.control(), self, hop, &moments, random.u64(..)));
         let source = self.attempt(&hop.trouble, &moments, &mut random, |log, guest| {
-            departure.run(&connector, log, guest)
+            let result = departure.run(&connector, log, guest);
+            seen.ended.store(true, Ordering::SeqCst);
+            seen.left.store(result.is_err(), Ordering::SeqCst);
+            result
         })?;
         drop(connector);
-        if source.result.is_err() {
-            seen.left.store(true, Ordering::SeqCst);
-            // It waits for a source, which will not come any more.
-            if !seen.met.load(Ordering::SeqCst) {
-                moments.destination.cancel();
-            }
+        // It waits for a source, which will not come any more.
+        if source.result.is_err() && !seen.met.load(Ordering::SeqCst) {
+            moments.destination.cancel();
         }
         let arrived = arriving.join().map_err(|_| "the destination's thread panicked".to_owned())?;
         taken.forget();

@@ -92,7 +92,7 @@ impl Life {
             })?,
             Do::Hop(hop) => {
                 let outcome = self.hop(hop, step.seed, means)?;
-                made.push((format!("hop, {}", hop.trouble.kind()), outcome));
+                made.push((format!("hop, {}", hop.kind()), outcome));
                 // Whoever has failed can move at once.
                 if outcome == Outcome::Stayed && random.bool() {
                     self.check().map_err(|text| format!("before it is tried again: {text}"))?;

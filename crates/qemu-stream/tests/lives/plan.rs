@@ -57,6 +57,8 @@ pub(crate) struct Hop {
     pub(crate) memory: Place,
     /// Milliseconds for which the destination holds what it has got, before its word.
     pub(crate) hold: u64,
+    /// Whether it holds it until the source has gone, and then gives its word at once.
+    pub(crate) until_left: bool,
     /// How long the source waits for the word, in milliseconds.
     pub(crate) end_timeout: u64,
     pub(crate) verdict_timeout: u64,
@@ -260,7 +262,12 @@ fn hop(random: &mut Rng) -> Hop {
     let pauses = random.u8(..8) == 0 || matches!(trouble.action, Some((_, Moment::PreSwitchover)));
     let auto_converge =
         random.u8(..8) == 0 || trouble.fault.is_some_and(|fault| fault.call == Call::Throttle);
-    let impatient = !trouble.is_none() && random.u8(..8) == 0;
+    let impatient = random.u8(..10) == 0;
+    let hold = match random.u8(..4) {
+        _ if impatient => random.u64(..40),
+        0 => random.u64(..30),
+        _ => 0,
+    };
     Hop {
         transport: pick(random, &[Transport::Tcp, Transport::Unix, Transport::Memory]),
         tls: random.u8(..6) == 0,
@@ -273,8 +280,9 @@ fn hop(random: &mut Rng) -> Hop {
         pauses,
         limited: random.u8(..8) == 0,
         memory: pick(random, &[Place::New, Place::Used, Place::Former]),
-        hold: if random.u8(..4) == 0 { random.u64(..30) } else { 0 },
-        end_timeout: if impatient { random.u64(1..20) } else { 30_000 },
+        hold,
+        until_left: impatient && random.bool(),
+        end_timeout: if impatient { random.u64(1..10) } else { PATIENT },
         verdict_timeout: if random.u8(..4) == 0 { random.u64(1..20) } else { 10_000 },
         trouble,
     }
@@ -285,13 +293,19 @@ impl Hop {
     pub(crate) fn without_trouble(&self) -> Self {
         let channels = if self.channels > 3 { 0 } else { self.channels + 2 };
         let method = if channels == 0 { Method::None } else { self.method };
-        let (trouble, end_timeout) = (Trouble::default(), 30_000);
-        Self { channels, method, trouble, end_timeout, memory: Place::Used, ..self.clone() }
+        let (trouble, memory) = (Trouble::default(), Place::Used);
+        let (end_timeout, until_left) = (PATIENT, false);
+        Self { channels, method, trouble, end_timeout, until_left, memory, ..self.clone() }
+    }
+
+    /// A word or two, to count by.
+    pub(crate) fn kind(&self) -> String {
+        if self.trouble.is_none() && !self.must_arrive() { "impatient".into() } else { self.trouble.kind() }
     }
 
     /// Whether it may not fail.
     pub(crate) fn must_arrive(&self) -> bool {
-        self.trouble.is_none() && self.end_timeout > 1000
+        self.trouble.is_none() && self.end_timeout == PATIENT
     }
 }
 
@@ -486,6 +500,8 @@ pub(crate) fn pick<T: Copy>(random: &mut Rng, from: &[T]) -> T {
     from[random.usize(..from.len())]
 }
 
+/// Milliseconds that no destination needs.
+const PATIENT: u64 = 30_000;
 const MACHINES: [&str; 5] = ["pc-q35-5.2", "pc-q35-7.2", "pc-i440fx-8.1", "pc-q35-10.0", "my-vmm-1"];
 const METHODS: [Method; 4] = [Method::None, Method::None, Method::Zlib, Method::Zstd];
 const REFUSALS: [Refusal; 9] = [
