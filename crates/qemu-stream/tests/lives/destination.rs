@@ -26,7 +26,8 @@ use qemu_stream::{
 
 use crate::{
     faults::{Moments, ON_PURPOSE},
-    machine::{DEVICE, Load, Machine, World},
+    machine::{Load, Machine, World, count_in},
+    memory::Kind,
     plan::{Hop, Log, Moment, Place, Refusal},
 };
 
@@ -114,10 +115,9 @@ impl Destination {
             Some(Refusal::PanicsWithAll) => panic!("{ON_PURPOSE}"),
             _ => {}
         }
-        let count = pending.device(DEVICE, 0).and_then(|(_, state)| state.try_into().ok());
-        let Some(count) = count.map(u64::from_be_bytes) else {
-            self.world.wrong("the device's state has not arrived".into());
-            return Err(pending.refuse(Error::other("restore", "no device")));
+        let Some(count) = count_in(&pending.loaded().devices) else {
+            self.world.wrong("the devices' states have not arrived".into());
+            return Err(pending.refuse(Error::other("restore", "no devices")));
         };
         arrived.too_late = self.seen.left.load(Ordering::SeqCst);
         self.confirm(pending, count, arrived)
@@ -147,7 +147,10 @@ impl Destination {
             arrived.machine = Some(machine);
             self.moments.pass(Moment::Confirmed);
         }
-        let confirmed = confirmed.map(|confirmed| drop(confirmed.finish()));
+        let confirmed = confirmed.map(|confirmed| match self.hop.takes_leave {
+            true => drop(confirmed.finish()),
+            false => drop(confirmed),
+        });
         if let Some(late) = late {
             late.join().expect("it does not panic");
         }
@@ -192,16 +195,17 @@ impl Destination {
             None => {
                 let mut pool = self.world.pool();
                 let mut block = |entry: &BlockEntry| {
-                    let zero_if_absent = random.bool();
-                    pool.block(&entry.name, entry.used_length, list.page_size(), used, zero_if_absent)
+                    let kind = Kind::any(&mut random);
+                    pool.block(&entry.name, entry.used_length, list.page_size(), used, kind)
                 };
                 list.entries().iter().map(&mut block).collect()
             }
         };
         random.shuffle(&mut blocks);
         let (name, length) = (blocks[0].name().clone(), blocks[0].used_length());
-        let new =
-            |name: &BlockName, length| self.world.pool().block(name, length, list.page_size(), used, true);
+        let new = |name: &BlockName, length| {
+            self.world.pool().block(name, length, list.page_size(), used, Kind::ZeroIfAbsent)
+        };
         match refusal {
             Some(Refusal::MissingBlock) => drop(blocks.swap_remove(0)),
             Some(Refusal::ShortBlock) => {

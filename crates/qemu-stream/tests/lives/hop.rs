@@ -21,11 +21,12 @@ use qemu_stream::{
 
 use crate::{
     destination::{Arrived, Destination, STALL, Seen},
-    faults::{Faults, FaultyGuest, FaultyLog, Moments},
+    faults::{Faults, FaultyGuest, FaultyLog, Moments, ON_PURPOSE},
     life::Life,
     machine::{Machine, random_write},
+    memory::Kind,
     network::{Means, Network, network},
-    plan::{Action, Call, Hop, Log, Moment, Place, Trouble},
+    plan::{Action, Call, Fault, Hop, Log, Moment, PATIENT, Place, Trouble},
 };
 
 /// How a hop or a capture ended that ended as it should.
@@ -95,7 +96,8 @@ impl Life {
             .auto_converge(hop.auto_converge)
             .pause_before_switchover(hop.pauses)
             .max_bandwidth(hop.limited.then_some(200 << 20))
-            .switchover_timeout(Some(STALL));
+            .max_total_time(hop.max_total_time.map(Duration::from_micros))
+            .switchover_timeout(Some(hop.switchover_timeout.map_or(STALL, Duration::from_micros)));
         let options = DepartureOptions::new(configuration(hop.machine, self.page_size))
             .send((hop.channels > 0).then_some(send))
             .migrate(migrate)
@@ -137,6 +139,9 @@ impl Life {
                 let unknown = matches!(error.kind(), Error::OwnerUnknown(_));
                 if error.is_cancelled() && !hop.trouble.cancels_source() {
                     return Err(format!("nobody has cancelled: {text}"));
+                }
+                if hop.end_timeout == PATIENT && hop.max_total_time.or(hop.switchover_timeout).is_none() {
+                    first_cause(&hop.trouble, &error)?;
                 }
                 self.stays(&hop.trouble, &error, status)?;
                 match (machine, unknown) {
@@ -250,9 +255,19 @@ impl Life {
     fn other_blocks(&self) -> Arc<RamBlocks> {
         let blocks = self.machine.blocks.iter().map(|(_, block)| {
             let mut pool = self.world.pool();
-            pool.block(block.name(), block.used_length(), self.page_size, false, true)
+            pool.block(block.name(), block.used_length(), self.page_size, false, Kind::Private)
         });
         Arc::new(RamBlocks::new(blocks.collect()).expect("distinct"))
+    }
+}
+
+/// Whether an error that can only be of a call that went wrong says so.
+pub(crate) fn first_cause(trouble: &Trouble, error: &Error) -> Result<(), String> {
+    let text = told(error);
+    match trouble.fault {
+        Some(Fault { call: Call::Resume | Call::PutBack, .. }) | None => Ok(()),
+        Some(_) if !trouble.is_fault_alone() || text.contains(ON_PURPOSE) => Ok(()),
+        Some(fault) => Err(format!("not the first cause, which was {fault:?}: {text}")),
     }
 }
 

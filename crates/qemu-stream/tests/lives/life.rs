@@ -15,6 +15,7 @@ use multifd_testkit::in_use;
 use crate::{
     hop::Outcome,
     machine::{Machine, World, random_write},
+    memory::Kind,
     network::Means,
     plan::{Do, Plan, Step},
     shadow::What,
@@ -42,7 +43,7 @@ impl Life {
         let mut names = 0;
         let blocks = plan.blocks.iter().map(|pages| {
             names += 1;
-            new_block(&world, plan.page_size, names, *pages, random.bool())
+            new_block(&world, plan.page_size, names, *pages, Kind::any(&mut random))
         });
         let blocks = Arc::new(RamBlocks::new(blocks.collect()).expect("distinct"));
         let mut machine = Machine::new(1, blocks, 0, plan.load, world.clone());
@@ -80,7 +81,8 @@ impl Life {
             Do::Plug(pages) => self.rebuild(|life, blocks| {
                 if blocks.len() < 6 {
                     life.names += 1;
-                    let block = new_block(&life.world, life.page_size, life.names, *pages, random.bool());
+                    let kind = Kind::any(&mut random);
+                    let block = new_block(&life.world, life.page_size, life.names, *pages, kind);
                     blocks.insert(random.usize(..=blocks.len()), block);
                 }
             })?,
@@ -205,12 +207,12 @@ impl Life {
     }
 }
 
-fn new_block(world: &World, page_size: PageSize, number: u64, pages: u64, zero_if_absent: bool) -> RamBlock {
+fn new_block(world: &World, page_size: PageSize, number: u64, pages: u64, kind: Kind) -> RamBlock {
     let length = pages * page_size.bytes() as u64;
     let name = BlockName::new(format!("ram.{number}")).expect("a name");
     world.shadow().blocks.insert(name.to_string(), vec![0; usize::try_from(length).expect("small")]);
     // New memory: what the machine has never written is zero.
-    world.pool().block(&name, length, page_size, false, zero_if_absent)
+    world.pool().block(&name, length, page_size, false, kind)
 }
 
 /// What is left in the process of something that has ended: a thread that was joined goes a moment later.

@@ -21,9 +21,11 @@ use multifd::{
     ram::{BlockIndex, DirtyBitmaps, DirtyLog, MergedLog, PageIndex, PagemapLog, RamBlocks},
 };
 
+use qemu_stream::format::DevicePart;
+
 use crate::{
     memory::{Pool, perform},
-    shadow::{Shadow, What, Write},
+    shadow::{Shadow, What, Write, contents},
 };
 
 /// What all hosts of one life share.
@@ -193,7 +195,7 @@ impl Machine {
 
 impl Guest for Machine {
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new(DEVICE, 8)]
+        vec![DeviceInfo::new(COUNTER, 8), DeviceInfo::new(DISK, MOST_OF_DISK).instance(7)]
     }
 
     fn stop(&mut self) -> io::Result<RunState> {
@@ -203,8 +205,11 @@ impl Guest for Machine {
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
-        let data = self.count().to_be_bytes().to_vec();
-        Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
+        let count = self.count();
+        let data = count.to_be_bytes().to_vec();
+        let counter = DeviceSection { name: COUNTER.into(), instance_id: 0, version: 1, data };
+        let disk = DeviceSection { name: DISK.into(), instance_id: 7, version: 3, data: disk(count) };
+        Ok(vec![counter, disk])
     }
 
     fn resume(&mut self) {
@@ -276,5 +281,25 @@ pub(crate) fn random_write(random: &mut Rng, blocks: &RamBlocks, block: usize) -
     Write { block, page: random.u64(..pages), what }
 }
 
-pub(crate) const DEVICE: &str = "counter";
+/// The counter that devices have arrived with, if all is as it was saved.
+pub(crate) fn count_in(devices: &DevicePart) -> Option<u64> {
+    let (_, counter) = devices.find(COUNTER, 0)?;
+    let count = u64::from_be_bytes(counter.try_into().ok()?);
+    let (section, state) = devices.find(DISK, 7)?;
+    (section.version == 3 && state == disk(count)).then_some(count)
+}
+
+/// The state of a device with more to say: it follows from the counter.
+fn disk(count: u64) -> Vec<u8> {
+    let mut random = Rng::with_seed(count);
+    let most = 1 << random.u32(0..=MOST_OF_DISK.ilog2());
+    let length = random.u64(..=most);
+    let mut state = vec![0; usize::try_from(length).expect("small")];
+    contents(count, &mut state);
+    state
+}
+
+const COUNTER: &str = "counter";
+const DISK: &str = "disk";
+const MOST_OF_DISK: u64 = 1 << 17;
 const REST: Duration = Duration::from_micros(300);

@@ -5,44 +5,78 @@
 
 use std::{ptr::NonNull, sync::Arc};
 
-use multifd::ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock};
-use rustix::mm::{Advice, madvise};
+use fastrand::Rng;
+use multifd::ram::{Access, BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock};
+use rustix::{
+    fs::{MemfdFlags, ftruncate, memfd_create},
+    mm::{Advice, madvise},
+};
 
+use crate::plan::pick;
 use crate::shadow::{What, contents, patch_offset};
 
 /// All memory that a life has made.
 #[derive(Debug, Default)]
-pub(crate) struct Pool(Vec<Arc<Mapping>>);
+pub(crate) struct Pool(Vec<Piece>);
+
+#[derive(Clone, Debug)]
+struct Piece {
+    memory: Arc<Mapping>,
+    shared: bool,
+}
+
+impl Piece {
+    fn is_free(&self) -> bool {
+        Arc::strong_count(&self.memory) == 1
+    }
+}
+
+/// What new memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Private,
+    /// The same, and the engine is told that untouched pages are zero.
+    ZeroIfAbsent,
+    /// A memfd.
+    Shared,
+}
+
+impl Kind {
+    pub(crate) fn any(random: &mut Rng) -> Self {
+        pick(random, &[Self::Private, Self::ZeroIfAbsent, Self::ZeroIfAbsent, Self::Shared])
+    }
+}
 
 impl Pool {
-    /// A block, on memory that was used before if there is any and that is asked for. `zero_if_absent` says to the engine
-    /// that untouched pages are zero, which is always true here.
+    /// A block, on memory that was used before if there is any and that is asked for.
     pub(crate) fn block(
         &mut self,
         name: &BlockName,
         length: u64,
         page_size: PageSize,
         used: bool,
-        zero_if_absent: bool,
+        kind: Kind,
     ) -> RamBlock {
-        let free = |memory: &&Arc<Mapping>| memory.len() == length && Arc::strong_count(memory) == 1;
-        let memory = self.0.iter().find(free).filter(|_| used).cloned();
-        let memory = memory.unwrap_or_else(|| {
-            let memory = Arc::new(Mapping::anonymous(length).expect("memory"));
+        let free = self.0.iter().find(|piece| piece.memory.len() == length && piece.is_free());
+        let piece = free.filter(|_| used).cloned();
+        let Piece { memory, shared } = piece.unwrap_or_else(|| {
+            let shared = kind == Kind::Shared;
+            let memory = if shared { memfd(length) } else { Mapping::anonymous(length).expect("memory") };
+            let piece = Piece { memory: Arc::new(memory), shared };
             // So that a long life does not keep all that it ever had.
             if self.0.len() >= MOST_KEPT
-                && let Some(at) = self.0.iter().position(|memory| Arc::strong_count(memory) == 1)
+                && let Some(at) = self.0.iter().position(Piece::is_free)
             {
                 self.0.remove(at);
             }
-            self.0.push(memory.clone());
-            memory
+            self.0.push(piece.clone());
+            piece
         });
         let slice = memory.slice(0, usize::try_from(length).expect("small")).expect("all of it");
         let base = NonNull::new(slice.as_ptr()).expect("not null");
         // SAFETY: the memory is kept with the mapping, and no reference to it is ever made.
         let mapping = unsafe { Mapping::from_raw(base, slice.len(), memory) };
-        let mapping = if zero_if_absent {
+        let mapping = if kind == Kind::ZeroIfAbsent && !shared {
             // SAFETY: it is private anonymous memory, and no page is filled in by anybody else.
             unsafe { mapping.assume_absent_is_zero() }
         } else {
@@ -53,7 +87,7 @@ impl Pool {
 
     /// How many pieces of memory something still uses.
     pub(crate) fn in_use(&self) -> usize {
-        self.0.iter().filter(|memory| Arc::strong_count(memory) > 1).count()
+        self.0.iter().filter(|piece| !piece.is_free()).count()
     }
 }
 
@@ -74,10 +108,20 @@ pub(crate) fn perform(block: &RamBlock, page: u64, what: What) {
         }
         What::Zero => slice.clear(),
         What::Discard => {
-            // SAFETY: these pages are this block's alone, and read as zero afterwards, which is what is meant.
-            unsafe { madvise(slice.as_ptr().cast(), slice.len(), Advice::LinuxDontNeed) }.expect("discarded");
+            let discard = |how| {
+                // SAFETY: these pages are this block's alone, and read as zero afterwards, which is what is meant.
+                unsafe { madvise(slice.as_ptr().cast(), slice.len(), how) }
+            };
+            // Of shared memory that is to make a hole, and of other memory refused.
+            discard(Advice::LinuxRemove).or_else(|_| discard(Advice::LinuxDontNeed)).expect("discarded");
         }
     }
+}
+
+fn memfd(length: u64) -> Mapping {
+    let file = memfd_create("ram", MemfdFlags::CLOEXEC).expect("a memfd");
+    ftruncate(&file, length).expect("sized");
+    Mapping::of_file(&file.into(), 0, length, Access::ReadWrite).expect("mapped")
 }
 
 const MOST_KEPT: usize = 16;

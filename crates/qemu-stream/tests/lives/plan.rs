@@ -54,6 +54,11 @@ pub(crate) struct Hop {
     pub(crate) auto_converge: bool,
     pub(crate) pauses: bool,
     pub(crate) limited: bool,
+    /// In microseconds; none if it may not strike.
+    pub(crate) max_total_time: Option<u64>,
+    pub(crate) switchover_timeout: Option<u64>,
+    /// Whether the destination waits for the source's channels to end.
+    pub(crate) takes_leave: bool,
     pub(crate) memory: Place,
     /// Milliseconds for which the destination holds what it has got, before its word.
     pub(crate) hold: u64,
@@ -279,6 +284,9 @@ fn hop(random: &mut Rng) -> Hop {
         auto_converge,
         pauses,
         limited: random.u8(..8) == 0,
+        max_total_time: (random.u8(..24) == 0).then(|| random.u64(1..20_000)),
+        switchover_timeout: (random.u8(..12) == 0).then(|| random.u64(1..3000)),
+        takes_leave: random.u8(..4) > 0,
         memory: pick(random, &[Place::New, Place::Used, Place::Former]),
         hold,
         until_left: impatient && random.bool(),
@@ -295,17 +303,34 @@ impl Hop {
         let method = if channels == 0 { Method::None } else { self.method };
         let (trouble, memory) = (Trouble::default(), Place::Used);
         let (end_timeout, until_left) = (PATIENT, false);
-        Self { channels, method, trouble, end_timeout, until_left, memory, ..self.clone() }
+        let (max_total_time, switchover_timeout) = (None, None);
+        Self {
+            channels,
+            method,
+            trouble,
+            end_timeout,
+            until_left,
+            memory,
+            max_total_time,
+            switchover_timeout,
+            ..self.clone()
+        }
     }
 
     /// A word or two, to count by.
     pub(crate) fn kind(&self) -> String {
-        if self.trouble.is_none() && !self.must_arrive() { "impatient".into() } else { self.trouble.kind() }
+        match (self.trouble.is_none(), self.max_total_time, self.switchover_timeout) {
+            (true, Some(_), _) => "max-total-time".into(),
+            (true, _, Some(_)) => "switchover-timeout".into(),
+            (true, ..) if self.end_timeout < PATIENT => "impatient".into(),
+            _ => self.trouble.kind(),
+        }
     }
 
     /// Whether it may not fail.
     pub(crate) fn must_arrive(&self) -> bool {
-        self.trouble.is_none() && self.end_timeout == PATIENT
+        let strikes = self.max_total_time.or(self.switchover_timeout).is_some();
+        self.trouble.is_none() && self.end_timeout == PATIENT && !strikes
     }
 }
 
@@ -316,6 +341,11 @@ impl Trouble {
             && self.destination.is_none()
             && self.devices == Devices::Right
             && matches!(self.log, Log::Right | Log::ReadByTwo)
+    }
+
+    /// Whether nothing is done but that a call goes wrong.
+    pub(crate) fn is_fault_alone(&self) -> bool {
+        self.fault.is_some() && Self { fault: None, ..self.clone() }.is_none()
     }
 
     /// Whether it may not go well.
@@ -501,7 +531,7 @@ pub(crate) fn pick<T: Copy>(random: &mut Rng, from: &[T]) -> T {
 }
 
 /// Milliseconds that no destination needs.
-const PATIENT: u64 = 30_000;
+pub(crate) const PATIENT: u64 = 30_000;
 const MACHINES: [&str; 5] = ["pc-q35-5.2", "pc-q35-7.2", "pc-i440fx-8.1", "pc-q35-10.0", "my-vmm-1"];
 const METHODS: [Method; 4] = [Method::None, Method::None, Method::Zlib, Method::Zstd];
 const REFUSALS: [Refusal; 9] = [

@@ -100,6 +100,9 @@ pub(crate) fn contents(tag: u64, page: &mut [u8]) {
         2 => {
             page.fill(0);
             let at = patch_offset(tag, page.len());
+            if page.is_empty() {
+                return;
+            }
             page[at] = u8::try_from(tag >> 8 & 0xff).expect("a byte") | 1;
         }
         _ => {
@@ -111,6 +114,9 @@ pub(crate) fn contents(tag: u64, page: &mut [u8]) {
 
 /// Where a page is patched: often at one of its ends.
 pub(crate) fn patch_offset(tag: u64, page: usize) -> usize {
+    if page <= 8 {
+        return 0;
+    }
     match tag >> 16 & 3 {
         0 => 0,
         1 => page - 8,

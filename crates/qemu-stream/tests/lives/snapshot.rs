@@ -14,9 +14,10 @@ use qemu_stream::mapped_ram::{self, CaptureOptions, MappedRamFile};
 
 use crate::{
     faults::Moments,
-    hop::{Outcome, configuration},
+    hop::{Outcome, configuration, first_cause},
     life::Life,
-    machine::{DEVICE, Machine},
+    machine::{Machine, count_in},
+    memory::Kind,
     network::Taken,
     plan::{Capture, Moment, Place, Restore},
     shadow::Shadow,
@@ -116,6 +117,7 @@ impl Life {
                 if status == Status::None {
                     return Err(format!("the capture did not end: {}", told(&error)));
                 }
+                first_cause(&plan.trouble, &error)?;
                 self.stays(&plan.trouble, &error, status)?;
                 self.machine.as_wanted();
                 if MappedRamFile::open(file, plan.offset).is_ok() {
@@ -170,8 +172,8 @@ impl Life {
                     let entries = list.entries().iter();
                     entries
                         .map(|entry| {
-                            let zero = random.bool();
-                            pool.block(&entry.name, entry.used_length, list.page_size(), used, zero)
+                            let kind = Kind::any(&mut random);
+                            pool.block(&entry.name, entry.used_length, list.page_size(), used, kind)
                         })
                         .collect()
                 }
@@ -199,8 +201,7 @@ impl Life {
         if devices.run_state() != Some(snapshot.state) {
             return Err(format!("captured {}, in the file {:?}", snapshot.state, devices.run_state()));
         }
-        let count = devices.find(DEVICE, 0).and_then(|(_, state)| state.try_into().ok());
-        let count = count.map(u64::from_be_bytes).ok_or("the file has no device")?;
+        let count = count_in(devices).ok_or("the file has not the machine's devices")?;
         let (host, load, world) = (self.next_host(), self.machine.load(), self.world.clone());
         let mut machine = Machine::new(host, blocks, count, load, world);
         machine.state = snapshot.state;
