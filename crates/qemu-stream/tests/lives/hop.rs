@@ -95,7 +95,8 @@ impl Life {
             .zero_page_detection(hop.detection)
             .auto_converge(hop.auto_converge)
             .pause_before_switchover(hop.pauses)
-            .max_bandwidth(hop.limited.then_some(200 << 20))
+            .max_bandwidth(hop.max_bandwidth)
+            .resume_if_unknown(hop.resumes_if_unknown)
             .max_total_time(hop.max_total_time.map(Duration::from_micros))
             .switchover_timeout(Some(hop.switchover_timeout.map_or(STALL, Duration::from_micros)));
         let options = DepartureOptions::new(configuration(hop.machine, self.page_size))
@@ -143,7 +144,7 @@ impl Life {
                 if hop.end_timeout == PATIENT && hop.max_total_time.or(hop.switchover_timeout).is_none() {
                     first_cause(&hop.trouble, &error)?;
                 }
-                self.stays(&hop.trouble, &error, status)?;
+                self.stays(&hop.trouble, hop.resumes_if_unknown, &error, status)?;
                 match (machine, unknown) {
                     (Some(_), false) => Err(format!("two owners: the destination has the guest; {text}")),
                     (Some(_), true) if too_late => {
@@ -178,9 +179,18 @@ impl Life {
     }
 
     /// Whether a guest whose migration has failed is as it was.
-    pub(crate) fn stays(&mut self, trouble: &Trouble, error: &Error, status: Status) -> Result<(), String> {
+    pub(crate) fn stays(
+        &mut self,
+        trouble: &Trouble,
+        resumes_if_unknown: bool,
+        error: &Error,
+        status: Status,
+    ) -> Result<(), String> {
         let machine = &mut self.machine;
-        let stands = matches!(error.kind(), Error::OwnerUnknown(_) | Error::NotResumed { .. });
+        let stands = match error.kind() {
+            Error::OwnerUnknown(_) => !resumes_if_unknown,
+            error => matches!(error, Error::NotResumed { .. }),
+        };
         let expected = machine.state == RunState::Running && !stands;
         if machine.is_running() != expected {
             let (runs, was) = (machine.is_running(), machine.state);

@@ -247,7 +247,7 @@ impl Vcpu {
     fn run(mut self) -> Vec<Write> {
         let mut written = Vec::new();
         for _ in 0..self.load.budget {
-            if self.random.u8(..8) == 0 && self.power.pause(REST).is_err() || self.power.is_stopped() {
+            if self.random.u8(..24) == 0 && self.power.pause(REST).is_err() || self.power.is_stopped() {
                 break;
             }
             let block = self.random.usize(..self.blocks.len());

@@ -181,4 +181,4 @@ const STEPS: u64 = 10;
 /// No step takes as long, on a machine that is busy with other things.
 const HANG: Duration = Duration::from_secs(60);
 /// Failures until a run ends.
-const ENOUGH: usize = 20;
+const ENOUGH: usize = 5;

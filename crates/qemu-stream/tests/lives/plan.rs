@@ -53,7 +53,8 @@ pub(crate) struct Hop {
     pub(crate) detection: ZeroPageDetection,
     pub(crate) auto_converge: bool,
     pub(crate) pauses: bool,
-    pub(crate) limited: bool,
+    /// Bytes a second.
+    pub(crate) max_bandwidth: Option<u64>,
     /// In microseconds; none if it may not strike.
     pub(crate) max_total_time: Option<u64>,
     pub(crate) switchover_timeout: Option<u64>,
@@ -67,6 +68,8 @@ pub(crate) struct Hop {
     /// How long the source waits for the word, in milliseconds.
     pub(crate) end_timeout: u64,
     pub(crate) verdict_timeout: u64,
+    /// Only where its destination cannot have the guest.
+    pub(crate) resumes_if_unknown: bool,
     pub(crate) trouble: Trouble,
 }
 
@@ -228,7 +231,7 @@ impl Plan {
         let blocks = (0..random.u64(1..5)).map(|_| pages(&mut random, most)).collect();
         let load = Load {
             writers: random.u64(..3),
-            budget: 1 << random.u64(5..11),
+            budget: 1 << random.u64(5..14),
             pagemap: random.u8(..3) == 0,
             seed: random.u64(..),
         };
@@ -283,7 +286,8 @@ fn hop(random: &mut Rng) -> Hop {
         detection: detection(random),
         auto_converge,
         pauses,
-        limited: random.u8(..8) == 0,
+        max_bandwidth: (random.u8(..8) == 0).then(|| random.u64(20 << 20..400 << 20)),
+        resumes_if_unknown: trouble.must_fail() && random.u8(..4) == 0,
         max_total_time: (random.u8(..24) == 0).then(|| random.u64(1..20_000)),
         switchover_timeout: (random.u8(..12) == 0).then(|| random.u64(1..3000)),
         takes_leave: random.u8(..4) > 0,
@@ -302,7 +306,7 @@ impl Hop {
         let channels = if self.channels > 3 { 0 } else { self.channels + 2 };
         let method = if channels == 0 { Method::None } else { self.method };
         let (trouble, memory) = (Trouble::default(), Place::Used);
-        let (end_timeout, until_left) = (PATIENT, false);
+        let (end_timeout, until_left, resumes_if_unknown) = (PATIENT, false, false);
         let (max_total_time, switchover_timeout) = (None, None);
         Self {
             channels,
@@ -310,6 +314,7 @@ impl Hop {
             trouble,
             end_timeout,
             until_left,
+            resumes_if_unknown,
             memory,
             max_total_time,
             switchover_timeout,
@@ -532,7 +537,8 @@ pub(crate) fn pick<T: Copy>(random: &mut Rng, from: &[T]) -> T {
 
 /// Milliseconds that no destination needs.
 pub(crate) const PATIENT: u64 = 30_000;
-const MACHINES: [&str; 5] = ["pc-q35-5.2", "pc-q35-7.2", "pc-i440fx-8.1", "pc-q35-10.0", "my-vmm-1"];
+const MACHINES: [&str; 6] =
+    ["pc-q35-2.6", "pc-q35-5.2", "pc-q35-7.2", "pc-i440fx-8.1", "pc-q35-10.0", "my-vmm-1"];
 const METHODS: [Method; 4] = [Method::None, Method::None, Method::Zlib, Method::Zstd];
 const REFUSALS: [Refusal; 9] = [
     Refusal::WrongMachine,

@@ -118,7 +118,7 @@ impl Life {
                     return Err(format!("the capture did not end: {}", told(&error)));
                 }
                 first_cause(&plan.trouble, &error)?;
-                self.stays(&plan.trouble, &error, status)?;
+                self.stays(&plan.trouble, false, &error, status)?;
                 self.machine.as_wanted();
                 if MappedRamFile::open(file, plan.offset).is_ok() {
                     return Err(format!(
