@@ -28,7 +28,8 @@ use crate::{
     faults::{Moments, ON_PURPOSE},
     machine::{Load, Machine, World, count_in},
     memory::Kind,
-    plan::{Hop, Log, Moment, Place, Refusal},
+    plan::{Hop, Place},
+    trouble::{Log, Moment, Refusal},
 };
 
 /// All that a destination needs.

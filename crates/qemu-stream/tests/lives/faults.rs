@@ -19,7 +19,7 @@ use multifd::{
 use crate::{
     machine::{Machine, World, random_write},
     network::Taken,
-    plan::{Action, Call, Devices, Fault, How, Log, Moment, Trouble},
+    trouble::{Action, Call, Devices, Fault, How, Log, Moment, Trouble},
 };
 
 /// What is done, and when.

@@ -26,7 +26,8 @@ use crate::{
     machine::{Machine, random_write},
     memory::Kind,
     network::{Means, Network, network},
-    plan::{Action, Call, Fault, Hop, Log, Moment, PATIENT, Place, Trouble},
+    plan::{Hop, PATIENT, Place},
+    trouble::{Action, Call, Fault, Log, Moment, Trouble},
 };
 
 /// How a hop or a capture ended that ended as it should.

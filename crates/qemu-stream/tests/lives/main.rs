@@ -16,7 +16,9 @@ use std::{
     collections::BTreeMap,
     env,
     fmt::Write as _,
-    fs, panic,
+    fs,
+    io::{Write as _, stderr},
+    panic,
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -35,6 +37,7 @@ mod network;
 mod plan;
 mod shadow;
 mod snapshot;
+mod trouble;
 
 use faults::ON_PURPOSE;
 use hop::Outcome;
@@ -132,7 +135,9 @@ impl Watch {
                 thread::sleep(Duration::from_secs(1));
                 let (since, step) = watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 if since.elapsed() > HANG {
-                    println!("WRONG: {step}: hangs for {} s\n{}", HANG.as_secs(), standing());
+                    // Not by a macro: what a test prints is shown at its end, and this one has none.
+                    let seconds = HANG.as_secs();
+                    let _ = writeln!(stderr(), "WRONG: {step}: hangs for {seconds} s\n{}", standing());
                     std::process::abort();
                 }
             }

@@ -19,8 +19,9 @@ use crate::{
     machine::{Machine, count_in},
     memory::Kind,
     network::Taken,
-    plan::{Capture, Moment, Place, Restore},
+    plan::{Capture, Place, Restore},
     shadow::Shadow,
+    trouble::Moment,
 };
 
 /// A machine in a file, and what it was.
