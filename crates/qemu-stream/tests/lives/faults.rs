@@ -125,6 +125,14 @@ impl Guest for FaultyGuest<'_> {
     }
 
     fn stop(&mut self) -> io::Result<RunState> {
+        // Its operator is faster than the migration.
+        if self.random.u8(..10) == 0 {
+            self.machine.state = match self.machine.state {
+                RunState::Running => RunState::Paused,
+                RunState::Paused => RunState::Running,
+            };
+            self.machine.as_wanted();
+        }
         let stopped = self.faults.call(Call::Stop, || self.machine.stop());
         self.faults.moments.pass(Moment::Stop);
         stopped
