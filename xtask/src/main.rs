@@ -5,7 +5,7 @@
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
-//! soak    migrations without end, with faults in most
+//! soak    migrations without end, with faults in most; with --lives, lives of machines
 //! bench   measures the engine against QEMU and iperf3
 //! sanitize
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
@@ -129,6 +129,9 @@ const USAGE: &str = "usage: cargo xtask <task>
                   run the fuzz targets, or those named, for N seconds each, 60 unless told
   soak [--minutes N] [--seed S] [--migrations N]
                   migrate in random ways, with faults in most, for N minutes, 10 unless told; a seed names each
+  soak --lives [--minutes N | --lives-count N] [--steps N] [--seed S]
+                  live whole lives of machines that hop, are captured and restored, with faults in most steps, for N
+                  minutes or N lives, of 10 steps unless told; a seed names each life
   bench [--rounds N] [--ram MIB] [--list] [CASE]...
                   measure the engine against QEMU and iperf3, in turns; all cases unless some are named
   bench --micro [NAME]

@@ -1,34 +1,54 @@
-//! `cargo xtask soak`: migrations without end over real connections, with faults in most, for as long as told.
+//! `cargo xtask soak`: migrations without end over real connections, with faults in most, for as long as told; with `--lives`
+//! whole lives of machines, which hop, are captured and restored.
 //!
-//! What is done and how it is judged is the test `soak` of `qemu-stream`; this tells it how long and from which seed on. It runs
-//! as tests do, with every check of the compiler's in it.
+//! What is done and how it is judged are the tests `soak` and `lives` of `qemu-stream`; this tells them how long and from which
+//! seed on. They run as tests do, with every check of the compiler's in them.
 
 use crate::{
     Failure,
     step::{cargo, run, step},
 };
 
-/// How long, and from where.
+/// What, how long, and from where.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Wanted {
-    minutes: u64,
+    lives: bool,
+    /// `None` if a number of lives is told.
+    minutes: Option<u64>,
     seed: Option<u64>,
-    migrations: Option<u64>,
+    /// Migrations or lives.
+    count: Option<u64>,
+    steps: Option<u64>,
 }
 
 impl Wanted {
-    /// `[--minutes N] [--seed S] [--migrations N]`; `None` if `args` are something else.
+    /// `[--minutes N] [--seed S] [--migrations N]`, or `--lives [--minutes N | --lives-count N] [--steps N] [--seed S]`; `None`
+    /// if `args` are something else.
     pub(crate) fn parse(args: &[String]) -> Option<Self> {
-        let mut wanted = Self { minutes: MINUTES, seed: None, migrations: None };
+        let (args, lives): (Vec<_>, Vec<_>) = args.iter().partition(|arg| *arg != "--lives");
+        let lives = match lives.len() {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        let mut wanted = Self { lives, minutes: None, seed: None, count: None, steps: None };
         for pair in args.chunks(2) {
             let [flag, value] = pair else { return None };
             let value = value.parse().ok()?;
             match flag.as_str() {
-                "--minutes" => wanted.minutes = value,
+                "--minutes" => wanted.minutes = Some(value),
                 "--seed" => wanted.seed = Some(value),
-                "--migrations" => wanted.migrations = Some(value),
+                "--migrations" if !lives => wanted.count = Some(value),
+                "--lives-count" if lives => wanted.count = Some(value),
+                "--steps" if lives => wanted.steps = Some(value),
                 _ => return None,
             }
+        }
+        if lives && wanted.count.is_some() && wanted.minutes.is_some() {
+            return None;
+        }
+        if !lives || wanted.count.is_none() {
+            wanted.minutes.get_or_insert(MINUTES);
         }
         Some(wanted)
     }
@@ -37,18 +57,24 @@ impl Wanted {
 /// Soaks.
 ///
 /// # Errors
-/// If a migration ended as none may; the text on standard output names its seed.
+/// If a migration or a life ended as none may; the text on standard output names its seed.
 pub(crate) fn soak(wanted: &Wanted) -> Result<(), Failure> {
+    let (test, variables) = if wanted.lives { ("lives", "MULTIFD_LIVES") } else { ("soak", "MULTIFD_SOAK") };
     let mut command = cargo();
-    command.args(["test", "-p", "qemu-stream", "--test", "soak", "--", "--nocapture"]);
-    command.env("MULTIFD_SOAK_SECONDS", (wanted.minutes * 60).to_string());
+    command.args(["test", "-p", "qemu-stream", "--test", test, "--", "--nocapture"]);
+    if let Some(minutes) = wanted.minutes {
+        command.env(format!("{variables}_SECONDS"), (minutes * 60).to_string());
+    }
     // One that is not to be repeated tries what no other has.
     let seed = wanted.seed.map_or_else(fresh_seed, Ok)?;
-    command.env("MULTIFD_SOAK_SEED", seed.to_string());
-    if let Some(migrations) = wanted.migrations {
-        command.env("MULTIFD_SOAK_MIGRATIONS", migrations.to_string());
+    command.env(format!("{variables}_SEED"), seed.to_string());
+    let count = if wanted.lives { "COUNT" } else { "MIGRATIONS" };
+    for (name, number) in [(count, wanted.count), ("STEPS", wanted.steps)] {
+        if let Some(number) = number {
+            command.env(format!("{variables}_{name}"), number.to_string());
+        }
     }
-    step(&format!("soak from seed {seed} on"), || run(&mut command))
+    step(&format!("{test} from seed {seed} on"), || run(&mut command))
 }
 
 fn fresh_seed() -> Result<u64, Failure> {
@@ -71,10 +97,32 @@ mod tests {
 
     #[test]
     fn flags_are_taken_in_any_order_and_others_refused() {
-        let wanted = Wanted { minutes: 3, seed: Some(7), migrations: Some(1) };
-        assert_eq!(parsed("--seed 7 --migrations 1 --minutes 3"), Some(wanted));
-        assert_eq!(parsed(""), Some(Wanted { minutes: MINUTES, seed: None, migrations: None }));
-        for refused in ["--minutes", "--minutes x", "--minutes -1", "--hours 1", "5"] {
+        let wanted = parsed("--seed 7 --migrations 1 --minutes 3");
+        let migrations =
+            Wanted { lives: false, minutes: Some(3), seed: Some(7), count: Some(1), steps: None };
+        assert_eq!(wanted, Some(migrations));
+        let wanted = parsed("");
+        let default = Wanted { lives: false, minutes: Some(MINUTES), seed: None, count: None, steps: None };
+        assert_eq!(wanted, Some(default));
+        for refused in
+            ["--minutes", "--minutes x", "--minutes -1", "--hours 1", "5", "--steps 3", "--lives-count 1"]
+        {
+            assert_eq!(parsed(refused), None, "{refused}");
+        }
+    }
+
+    #[test]
+    fn lives_are_asked_for_by_time_or_by_number_and_not_by_both() {
+        let lives = |minutes, seed, count, steps| Some(Wanted { lives: true, minutes, seed, count, steps });
+        assert_eq!(parsed("--lives"), lives(Some(MINUTES), None, None, None));
+        assert_eq!(parsed("--minutes 3 --lives --seed 7"), lives(Some(3), Some(7), None, None));
+        assert_eq!(
+            parsed("--lives --lives-count 1 --steps 5 --seed 7"),
+            lives(None, Some(7), Some(1), Some(5))
+        );
+        for refused in
+            ["--lives --lives", "--lives 3", "--lives --migrations 1", "--lives --minutes 1 --lives-count 1"]
+        {
             assert_eq!(parsed(refused), None, "{refused}");
         }
     }

@@ -1,0 +1,231 @@
+//! A guest and a log that go wrong where the plan says so, and what is done at certain moments.
+//!
+//! Each call is counted; the one that the plan names gives an error or panics. On the way the moments are passed at which
+//! somebody cancels, or a destination closes its connections.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use fastrand::Rng;
+use multifd::{
+    channel::Stop,
+    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    ram::{BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, PageBitmap, RamBlocks},
+};
+
+use crate::{
+    machine::{Machine, World, random_write},
+    network::Taken,
+    trouble::{Action, Call, Devices, Fault, How, Log, Moment, Trouble},
+};
+
+/// What is done, and when.
+#[derive(Clone)]
+pub(crate) struct Moments {
+    action: Option<(Action, Moment)>,
+    pub(crate) source: Stop,
+    pub(crate) destination: Stop,
+    taken: Taken,
+}
+
+impl Moments {
+    pub(crate) fn new(trouble: &Trouble, taken: Taken) -> Self {
+        Self { action: trouble.action, source: Stop::new(), destination: Stop::new(), taken }
+    }
+
+    /// Does what is to be done at this moment, if anything.
+    pub(crate) fn pass(&self, moment: Moment) {
+        if self.action.is_some_and(|(_, at)| at == moment) {
+            self.act();
+        }
+    }
+
+    pub(crate) fn act(&self) {
+        match self.action {
+            Some((Action::CancelSource, _)) => self.source.cancel(),
+            Some((Action::CancelDestination, _)) => self.destination.cancel(),
+            Some((Action::Close, _)) => self.taken.close(),
+            None => {}
+        }
+    }
+}
+
+/// What goes wrong in the calls of one migration.
+pub(crate) struct Faults {
+    pub(crate) trouble: Trouble,
+    pub(crate) moments: Moments,
+    calls: Mutex<BTreeMap<Call, u32>>,
+}
+
+impl Faults {
+    pub(crate) fn new(trouble: &Trouble, moments: &Moments) -> Self {
+        Self { trouble: trouble.clone(), moments: moments.clone(), calls: Mutex::default() }
+    }
+
+    /// Counts a call, and makes it `done` unless it is the one that goes wrong.
+    fn call<T>(&self, call: Call, done: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let nth = {
+            let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+            let nth = calls.entry(call).or_default();
+            *nth += 1;
+            *nth - 1
+        };
+        match self.trouble.fault {
+            Some(Fault { call: wrong, nth: at, how }) if wrong == call && at == nth => match how {
+                How::Error => Err(io::Error::other(ON_PURPOSE)),
+                How::Panic => panic!("{ON_PURPOSE}"),
+                How::PanicAfter => {
+                    let _ = done();
+                    panic!("{ON_PURPOSE}")
+                }
+            },
+            _ => done(),
+        }
+    }
+
+    fn stop_panics(&self) -> bool {
+        self.trouble.fault.is_some_and(|fault| fault.call == Call::Stop && fault.how != How::Error)
+    }
+
+    fn taken(&self) -> u32 {
+        self.calls
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&Call::Take)
+            .copied()
+            .unwrap_or_default()
+    }
+}
+
+/// The guest as the engine sees it.
+pub(crate) struct FaultyGuest<'a> {
+    pub(crate) machine: &'a mut Machine,
+    pub(crate) faults: &'a Faults,
+    /// Writes to memory as it saves its device.
+    pub(crate) world: Arc<World>,
+    pub(crate) random: Rng,
+}
+
+impl Guest for FaultyGuest<'_> {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        let devices = self.faults.call(Call::Devices, || {
+            let mut devices = self.machine.devices();
+            match self.faults.trouble.devices {
+                Devices::Twice => devices.push(devices[0].clone()),
+                Devices::TooLarge => devices.push(DeviceInfo::new("disk", 1 << 40)),
+                Devices::NotGiven => devices.push(DeviceInfo::new("ghost", 4)),
+                Devices::Right | Devices::NotAnnounced | Devices::LongerThanAnnounced => {}
+            }
+            Ok(devices)
+        });
+        devices.expect("it panics, or gives devices")
+    }
+
+    fn stop(&mut self) -> io::Result<RunState> {
+        // Its operator is faster than the migration.
+        if self.random.u8(..10) == 0 {
+            self.machine.state = match self.machine.state {
+                RunState::Running => RunState::Paused,
+                RunState::Paused => RunState::Running,
+            };
+            self.machine.as_wanted();
+        }
+        let stopped = self.faults.call(Call::Stop, || self.machine.stop());
+        self.faults.moments.pass(Moment::Stop);
+        stopped
+    }
+
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
+        let (machine, world, random) = (&mut *self.machine, &self.world, &mut self.random);
+        let saved = self.faults.call(Call::Save, || {
+            if random.bool() {
+                let block = random.usize(..machine.blocks.len());
+                world.write(&machine.blocks, &machine.marks, random_write(random, &machine.blocks, block));
+            }
+            machine.save()
+        });
+        self.faults.moments.pass(Moment::Save);
+        let mut saved = saved?;
+        match self.faults.trouble.devices {
+            Devices::NotAnnounced => saved.push(DeviceSection { name: "ghost".into(), ..saved[0].clone() }),
+            Devices::LongerThanAnnounced => saved[0].data.push(0),
+            _ => {}
+        }
+        Ok(saved)
+    }
+
+    fn resume(&mut self) {
+        let machine = &mut *self.machine;
+        // Where a stop has panicked, the engine does not know, and the embedder has to.
+        if machine.state == RunState::Paused && !self.faults.stop_panics() {
+            self.world.wrong("a guest was resumed that its operator had paused".into());
+        }
+        let resumed = self.faults.call(Call::Resume, || {
+            machine.as_wanted();
+            Ok(())
+        });
+        resumed.expect("it panics, or resumes");
+    }
+
+    fn can_throttle(&self) -> bool {
+        true
+    }
+
+    fn throttle(&mut self, stand: Percent) -> io::Result<()> {
+        self.faults.call(Call::Throttle, || self.machine.throttle(stand))
+    }
+}
+
+/// The log as the engine sees it.
+pub(crate) struct FaultyLog<'a> {
+    pub(crate) log: Box<dyn DirtyLog>,
+    pub(crate) faults: &'a Faults,
+    pub(crate) blocks: Arc<RamBlocks>,
+    pub(crate) marks: DirtyBitmaps,
+    pub(crate) world: Arc<World>,
+    pub(crate) random: Rng,
+    /// Takes since the guest was stopped.
+    pub(crate) late: u32,
+}
+
+impl FaultyLog<'_> {
+    /// A device that has not been stopped writes, and marks.
+    fn write_late(&mut self, block: BlockIndex) {
+        let stopped =
+            self.faults.calls.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&Call::Save);
+        let Log::WrittenLate(at) = self.faults.trouble.log else { return };
+        if stopped {
+            if self.late == at {
+                let write = random_write(&mut self.random, &self.blocks, block.0);
+                self.world.write(&self.blocks, &self.marks, write);
+            }
+            self.late += 1;
+        }
+    }
+}
+
+impl DirtyLog for FaultyLog<'_> {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.faults.call(Call::Begin, || self.log.begin(blocks))
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        self.faults.moments.pass(Moment::Take(self.faults.taken()));
+        self.write_late(block);
+        self.faults.call(Call::Take, || self.log.take(block, into))
+    }
+
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        let put = self.faults.call(Call::PutBack, || {
+            self.log.put_back(block, from);
+            Ok(())
+        });
+        put.expect("it panics, or puts back");
+    }
+}
+
+/// What the errors and panics say that are made here.
+pub(crate) const ON_PURPOSE: &str = "on purpose, by the soak";
