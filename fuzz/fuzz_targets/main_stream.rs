@@ -5,10 +5,14 @@ mod machine;
 
 use std::{
     io::{Cursor, Read, Write},
+    sync::Arc,
     time::Duration,
 };
 
-use multifd::{ReceiveOptions, Receiver, channel::Stop};
+use multifd::{
+    ReceiveOptions, Receiver,
+    channel::{Stop, Wake},
+};
 use qemu_stream::{
     Connection,
     incoming::{Expected, Incoming, Loader},
@@ -32,7 +36,14 @@ impl Write for Source<'_> {
     }
 }
 
+/// Nothing here waits for a peer.
 impl Connection for Source<'_> {
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
     fn set_read_timeout(&mut self, _: Option<Duration>) -> std::io::Result<()> {
         Ok(())
     }

@@ -13,7 +13,7 @@
 pub enum LastWord {
     /// SHUT, with this code: 0 is success.
     Shut(u32),
-    /// Something that breaks the protocol's rules, in the place of SHUT.
+    /// Something that breaks the protocol's rules, in the place of SHUT, or a TLS alert: it is the destination's own.
     Nonsense,
     /// The connection was closed, or reset, and there was no SHUT.
     Closed,

@@ -237,6 +237,8 @@ fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<It
 /// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
+        // A TLS alert says why by itself.
+        io::ErrorKind::ConnectionRefused if error.get_ref().is_some() => "",
         // Not connected: it was gone before we could ask who it is.
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionRefused

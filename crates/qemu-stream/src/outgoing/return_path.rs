@@ -116,6 +116,10 @@ impl Heard {
                 }
                 Ok(_) => {}
                 Err(error) if is_late(&error) => {}
+                // A TLS alert, sealed as all that it says: it refuses, and has not said SHUT 0 before.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    return self.after(LastWord::Nonsense, self.broken(error));
+                }
                 Err(error) => return self.after(LastWord::Nothing, self.broken(error)),
             }
         }

@@ -421,7 +421,12 @@ fn told(error: TlsError) -> io::Error {
         TlsError::AlertReceived(alert) => format!("the other side refused with TLS alert {alert:?}{hint}"),
         _ => format!("TLS: {error}{hint}"),
     };
-    io::Error::new(io::ErrorKind::InvalidData, Refused { why })
+    // What the other side has said itself is told from what has become of its bytes on the way.
+    let kind = match &error {
+        TlsError::AlertReceived(_) => io::ErrorKind::ConnectionRefused,
+        _ => io::ErrorKind::InvalidData,
+    };
+    io::Error::new(kind, Refused { why })
 }
 
 const CLOSED: &str =
