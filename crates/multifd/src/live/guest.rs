@@ -91,8 +91,11 @@ pub trait Guest {
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>>;
 
     /// Lets the guest go on: the migration has failed or was cancelled, and the guest ran before it was stopped. Not called
-    /// for one that was [paused](RunState::Paused). It is called, too, when [`stop`](Guest::stop) has panicked and nobody
-    /// knows how far it came: a guest that runs must not be hurt by it.
+    /// for one that was [paused](RunState::Paused).
+    ///
+    /// **Warning:** it is called, too, when [`stop`](Guest::stop) has panicked, and nobody here knows how far that came or
+    /// whether the guest ran. A guest that runs must not be hurt by it, and one that its operator has paused must not be
+    /// started: keep that beside the guest, where a panic does not reach it.
     fn resume(&mut self);
 
     /// Whether [`throttle`](Guest::throttle) is written. If not, a migration with

@@ -200,7 +200,8 @@ fn connections() -> Vec<Row> {
         ),
         (
             "a stranger with a page",
-            whole().before(Main, "devices", 0, late),
+            // The others have been heard by then.
+            whole().before(Main, "part", 0, arrived()).before(Main, "part", 0, late),
             "Violation(ForeignUuid",
             &["connection from", "expected machine UUID"],
         ),
@@ -605,6 +606,15 @@ fn cut() -> Vec<Row> {
 
 /// SYNCs and sync points that do not match, pages in the wrong place.
 fn out_of_step() -> Vec<Row> {
+    // In one piece: what comes later is nobody's any more.
+    let more = {
+        let mut script = deaf();
+        let at = script.find(Main, "devices", 0);
+        if let Act::Send(bytes) = &mut script.steps[at].act {
+            bytes.extend([0x55; 9]);
+        }
+        script
+    };
     let page = |on| (on, Act::Send(packet("pc.ram", &[5], 1)));
     faults(vec![
         (
@@ -680,7 +690,7 @@ fn out_of_step() -> Vec<Row> {
         ),
         (
             "more behind the description",
-            deaf().before(Main, "close", 0, [(Main, Act::Send(vec![0x55; 9]))]),
+            more,
             "Malformed",
             &["main stream: offset 0x194: device part: ends after 0xe3 bytes without a description"],
         ),
