@@ -148,6 +148,9 @@ pub trait Link: Send {
 pub trait Connect: Send + Sync {
     /// Opens a connection. `stop` ends the attempt.
     ///
+    /// **Warning:** an attempt that heeds neither `stop` nor `limit` keeps the migration from ending: the drop of its `Sender`
+    /// waits for it.
+    ///
     /// # Errors
     /// If none comes about before `limit`, or the migration stops.
     fn connect(&self, stop: &super::Stop, limit: Duration) -> io::Result<Box<dyn Link>>;

@@ -18,7 +18,10 @@ use crate::{
 
 /// Something that may be waited on, and can be told to end its waits.
 pub trait Wake: Send + Sync {
-    /// Ends all present and future waits. Called at most a few times, from any thread, and must not block.
+    /// Ends all present and future waits. Called at most a few times, from any thread.
+    ///
+    /// **Warning:** one that blocks holds up whoever ends the migration, and all that is woken after it; one that ends no
+    /// future wait leaves a thread behind, and the drop of its `Sender` or `Receiver` waits for that for ever.
     fn wake(&self);
 }
 
@@ -74,6 +77,9 @@ impl Stop {
     }
 
     /// Cancels: stops with [`Error::Cancelled`]. From any thread, at any time; does nothing once stopped.
+    ///
+    /// **Warning:** not from a signal handler: it takes locks and allocates, so it may wait for the very thread that was
+    /// interrupted. Have a thread wait for the signal.
     pub fn cancel(&self) {
         self.fail(Error::Cancelled);
     }

@@ -43,8 +43,10 @@ use crate::ram::{
 /// It serves private anonymous memory alone, and holds the writers for every take: for as long as it takes to read 8
 /// bytes for each page of all blocks, and to clear the bits of the whole process.
 ///
-/// The bits are the process's: there is one such log at a time, and nothing else in the process may clear them (a
-/// checkpoint by CRIU does).
+/// The bits are the process's: there is one such log at a time.
+///
+/// **Warning:** nothing else may clear them, in this process or from outside (a checkpoint by CRIU does, and any write to
+/// `/proc/PID/clear_refs`): pages that were written before are then not sent again, and nothing notices.
 pub struct SoftDirtyLog<W> {
     bits: Bits,
     writers: W,
