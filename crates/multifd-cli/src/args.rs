@@ -44,6 +44,9 @@ pub(crate) enum Verb {
     ///
     /// The file appears under its name only when it is complete and on the disk. It is readable by its owner
     /// alone, for it holds the guest's memory. In a container, `file:PATH,offset=N`, the first N bytes are kept.
+    ///
+    /// Exit code 3: the guest is kept whole, but its source was not told, and may run it on. Look there before the file
+    /// is restored.
     Receive(ReceiveArgs),
     /// Send a file that holds a guest into a waiting QEMU
     ///
