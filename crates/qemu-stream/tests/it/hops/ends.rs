@@ -1,4 +1,4 @@
-//! A machine's whole life: it arrives, runs, leaves again, goes into a file and comes out of it, by the manual's own code.
+//! Who has the guest when a migration ends badly, or late.
 
 use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -8,251 +8,19 @@ use std::{
 };
 
 use multifd::{
-    Error, SendOptions,
-    channel::{Address, Connect, Listener, Stop},
-    error::{Usage, Violation},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState, ZeroPageDetection},
-    ram::{
-        BlockIndex, BlockName, DirtyBitmaps, DirtyLog, DirtyPages, Mapping, Memory, NeverDirty, PageBitmap,
-        PageIndex, PageSize, RamBlock, RamBlocks,
-    },
+    Error,
+    channel::{Address, Connect, Stop},
+    error::Usage,
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState},
+    ram::{BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, NeverDirty, PageBitmap, PageIndex, RamBlocks},
 };
 use qemu_stream::{
-    arrival::{Arrival, ArrivalOptions, Confirmed, Pending},
-    departure::{Departure, DepartureOptions},
-    format::{BlockList, Configuration, MachineType},
+    arrival::{Arrival, ArrivalOptions, Pending},
+    format::MachineType,
     incoming::Expected,
 };
 
-use crate::{arrive::arrive, leave::leave, machine::Machine, snapshot};
-
-fn block(name: &str, pages: u64) -> RamBlock {
-    let memory = Memory::Mapped(Mapping::anonymous(pages * 4096).expect("memory"));
-    let name = BlockName::new(name).expect("a name");
-    RamBlock::new(name, pages * 4096, PageSize::KIB_4, memory).expect("a block")
-}
-
-fn blocks(list: &[(&str, u64)]) -> Arc<RamBlocks> {
-    Arc::new(
-        RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect()).expect("distinct"),
-    )
-}
-
-fn listening() -> (Listener, Address) {
-    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
-    let address = listener.local_address().clone();
-    (listener, address)
-}
-
-/// The second hop sent pages as zero that were zero when the machine arrived, whatever its guest had written since: the
-/// bookkeeping of an arrival lasted as long as the blocks.
-#[test]
-fn the_manuals_machine_hops_ten_times_over_the_network_and_through_files_in_turns() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("machine");
-    let mut machine = Machine::new(blocks(&[("ram", 2048)]), 0);
-    machine.run();
-    for hop in 0..10 {
-        // Long enough to come to pages that were zero so far.
-        thread::sleep(Duration::from_millis(5));
-        let before = if hop % 2 == 0 {
-            let (listener, address) = listening();
-            let arriving =
-                thread::spawn(move || arrive(listener, &Stop::new(), 1).map_err(|error| error.to_string()));
-            leave(&mut machine, &address, &Stop::new()).expect("moved");
-            let count = machine.count;
-            machine = arriving.join().expect("no panic").expect("arrived");
-            count
-        } else {
-            snapshot::save(&mut machine, &path, &Stop::new()).expect("kept");
-            let count = machine.count;
-            machine = snapshot::load(&path, &Stop::new()).expect("loaded");
-            machine.run();
-            count
-        };
-        machine.halt();
-        assert!(machine.is_whole() && machine.count >= before, "hop {hop}");
-        machine.run();
-    }
-}
-
-/// A guest of one page's worth of state, which does what it is told.
-#[derive(Default)]
-struct Told {
-    paused: bool,
-    stops: u32,
-    resumes: u32,
-    panics_in: &'static str,
-    fails_in: &'static str,
-}
-
-impl Told {
-    fn at(&self, call: &'static str) -> std::io::Result<()> {
-        assert_ne!(self.panics_in, call, "as told");
-        if self.fails_in == call { Err(std::io::Error::other("as told")) } else { Ok(()) }
-    }
-}
-
-impl Guest for Told {
-    fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("told", 4)]
-    }
-    fn stop(&mut self) -> std::io::Result<RunState> {
-        self.at("Guest::stop")?;
-        self.stops += 1;
-        Ok(if self.paused { RunState::Paused } else { RunState::Running })
-    }
-    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
-        self.at("Guest::save")?;
-        Ok(vec![DeviceSection { name: "told".into(), instance_id: 0, version: 1, data: vec![1; 4] }])
-    }
-    fn resume(&mut self) {
-        self.resumes += 1;
-    }
-}
-
-fn departure(blocks: &Arc<RamBlocks>, channels: u8, migrate: MigrateOptions, stop: &Stop) -> Departure {
-    let send = (channels > 0).then(|| SendOptions::new().channels(channels));
-    let machine = MachineType::new("told-1").expect("a name");
-    let options = DepartureOptions::new(Configuration::new(machine)).send(send).migrate(migrate);
-    Departure::new(blocks.clone(), options, stop).expect("options")
-}
-
-type Made = Result<RamBlocks, Error>;
-
-/// A hop of `source`, whose destination makes its blocks by `make` and does with them what `then` says.
-fn hop<T: Send + 'static>(
-    source: &Arc<RamBlocks>,
-    channels: u8,
-    migrate: MigrateOptions,
-    log: &mut dyn DirtyLog,
-    guest: &mut Told,
-    make: impl FnMut(Option<&Configuration>, &BlockList) -> Made + Send + 'static,
-    then: impl FnOnce(Pending) -> Result<T, Error> + Send + 'static,
-) -> (Result<MigrationInfo, Error>, Result<T, Error>) {
-    let (listener, address) = listening();
-    let arriving = thread::spawn(move || {
-        let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-        let arrival = Arrival::accept(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?;
-        arrival.load(make).and_then(then)
-    });
-    let connector: Arc<dyn Connect> = Arc::new(address);
-    let left = departure(source, channels, migrate, &Stop::new()).run(&connector, log, guest);
-    (left, arriving.join().expect("no panic"))
-}
-
-fn taken(pending: Pending) -> Result<(Arc<RamBlocks>, RunState), Error> {
-    let confirmed: Confirmed = pending.confirm()?;
-    let arrived = (confirmed.blocks().clone(), confirmed.run_state());
-    confirmed.finish();
-    Ok(arrived)
-}
-
-fn fill(blocks: &RamBlocks) {
-    for (index, block) in blocks.iter() {
-        for page in (0..block.pages()).filter(|page| page % 3 != 2) {
-            let word = (index.0 as u64 + 1) << 32 | page;
-            block.store(PageIndex(page), &word.to_be_bytes().repeat(512)).expect("stored");
-        }
-    }
-}
-
-/// The first block of `here` that differs from the one of its name in `there`.
-fn difference(here: &RamBlocks, there: &RamBlocks) -> Option<String> {
-    let bytes = |block: &RamBlock| {
-        let slice = block.slice(PageIndex(0), block.pages()).expect("mapped");
-        let mut bytes = vec![0; slice.len()];
-        slice.copy_to(&mut bytes);
-        bytes
-    };
-    let differs = |(_, block): &(BlockIndex, &RamBlock)| {
-        let other = there.find(block.name().as_bytes()).and_then(|at| there.get(at));
-        other.is_none_or(|other| bytes(other) != bytes(block))
-    };
-    here.iter().find(differs).map(|(_, block)| block.name().to_string())
-}
-
-const RAM: [(&str, u64); 3] = [("low", 64), ("high", 64), ("rom", 8)];
-
-/// Pages of main were placed by the position of their block: in another order half of them were wrong, and both sides said
-/// that all was well.
-#[test]
-fn blocks_are_matched_by_name_in_any_order_over_channels_and_over_main() {
-    for channels in [0, 1, 4] {
-        for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
-            let source = blocks(&RAM);
-            fill(&source);
-            let options = MigrateOptions::new().zero_page_detection(detection);
-            let reversed = |_: Option<&Configuration>, list: &BlockList| {
-                let reversed = list.entries().iter().rev();
-                RamBlocks::new(
-                    reversed
-                        .map(|entry| {
-                            // Memory that another machine has used.
-                            let block = block(&entry.name.to_string(), entry.used_length / 4096);
-                            (0..block.pages()).for_each(|page| {
-                                block.store(PageIndex(page), &[0xee; 4096]).expect("stored");
-                            });
-                            block
-                        })
-                        .collect(),
-                )
-            };
-            let mut guest = Told::default();
-            let (left, arrived) =
-                hop(&source, channels, options, &mut NeverDirty, &mut guest, reversed, taken);
-            left.expect("left");
-            let (arrived, _) = arrived.expect("arrived");
-            assert_eq!(difference(&source, &arrived), None, "{channels} channels, {detection:?}");
-            assert_eq!((guest.stops, guest.resumes), (1, 0));
-        }
-    }
-}
-
-#[test]
-fn blocks_that_are_not_those_announced_are_refused_by_name_and_the_guest_goes_on() {
-    let wrong: [(&[(&str, u64)], Usage); 4] = [
-        (&RAM[..2], Usage::BlockMissing(BlockName::new("rom").expect("a name"))),
-        (
-            &[("low", 64), ("high", 32), ("rom", 8)],
-            Usage::BlockLength {
-                name: BlockName::new("high").expect("a name"),
-                announced: 64 << 12,
-                found: 32 << 12,
-            },
-        ),
-        (
-            &[("low", 64), ("high", 64), ("rom", 8), ("more", 1)],
-            Usage::BlockSurplus(BlockName::new("more").expect("a name")),
-        ),
-        (
-            &[("first", 1), ("low", 64), ("high", 64)],
-            Usage::BlockMissing(BlockName::new("rom").expect("a name")),
-        ),
-    ];
-    for (list, expected) in wrong {
-        for channels in [0, 2] {
-            let source = blocks(&RAM);
-            fill(&source);
-            let mut guest = Told::default();
-            let make = move |_: Option<&Configuration>, _: &BlockList| {
-                RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect())
-            };
-            let options = MigrateOptions::new();
-            let (left, arrived) = hop(&source, channels, options, &mut NeverDirty, &mut guest, make, taken);
-            let error = arrived.expect_err("refused");
-            let told = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-            assert!(told.map(ToString::to_string).any(|text| text == expected.to_string()), "{error:?}");
-            left.expect_err("refused");
-            assert_eq!(guest.stops, guest.resumes);
-        }
-    }
-}
-
-fn as_announced(_: Option<&Configuration>, list: &BlockList) -> Made {
-    let entries = list.entries().iter();
-    RamBlocks::new(entries.map(|entry| block(&entry.name.to_string(), entry.used_length / 4096)).collect())
-}
+use super::kit::{RAM, Told, as_announced, blocks, departure, hop, listening, taken};
 
 #[test]
 fn a_paused_guest_stays_paused_on_whichever_side_it_ends_up() {
@@ -519,17 +287,4 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
         let told: String = told.map(|error| format!("{error}: ")).collect();
         assert!(told.contains(why), "{told}");
     }
-}
-
-/// A destination that has been promised pages which never come does not take the guest.
-#[test]
-fn ram_with_holes_is_refused() {
-    let receiver = multifd::Receiver::new(multifd::ReceiveOptions::new(), Stop::new());
-    receiver.set_blocks(blocks(&[("ram", 8)])).expect("set");
-    let arrived = receiver.arrived().expect("set above");
-    for page in (0..8).filter(|page| *page != 6) {
-        arrived.clear(BlockIndex(0), PageIndex(page)).expect("cleared");
-    }
-    let error = arrived.check_complete(|_| multifd::MayMiss::Nothing).expect_err("a hole");
-    assert!(matches!(error.kind(), Error::Violation(Violation::PagesMissing { missing: 1, .. })), "{error}");
 }
