@@ -66,37 +66,27 @@ impl<S: Send + Sync> Wake for Shut<S> {
     }
 }
 
-impl Connection for TcpStream {
-    fn waker(&self) -> Option<Arc<dyn Wake>> {
-        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Both));
-        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
-    }
+macro_rules! sockets {
+    ($($socket:ty),*) => {$(
+        impl Connection for $socket {
+            fn waker(&self) -> Option<Arc<dyn Wake>> {
+                let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Both));
+                self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
+            }
 
-    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
-        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Write));
-        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
-    }
+            fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+                let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Write));
+                self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
+            }
 
-    fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        Self::set_read_timeout(self, limit)
-    }
+            fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+                Self::set_read_timeout(self, limit)
+            }
+        }
+    )*};
 }
 
-impl Connection for UnixStream {
-    fn waker(&self) -> Option<Arc<dyn Wake>> {
-        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Both));
-        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
-    }
-
-    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
-        let shut = |socket: &Self| drop(socket.shutdown(Shutdown::Write));
-        self.try_clone().ok().map(|socket| Arc::new(Shut(socket, shut)) as _)
-    }
-
-    fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        Self::set_read_timeout(self, limit)
-    }
-}
+sockets!(TcpStream, UnixStream);
 
 impl Connection for multifd::channel::Stream {
     fn waker(&self) -> Option<Arc<dyn Wake>> {

@@ -16,7 +16,7 @@ use multifd::{
 use crate::{
     embedder::check_devices,
     format::Configuration,
-    outgoing::{MainStream, Options, Outgoing},
+    outgoing::{END, MainStream, Options, Outgoing, VERDICT},
 };
 
 /// How a machine leaves.
@@ -40,8 +40,8 @@ impl DepartureOptions {
             stream: Options::new(configuration),
             connect_timeout: Duration::from_secs(30),
             stall_timeout: Some(Duration::from_secs(120)),
-            end_timeout: Some(Duration::from_secs(600)),
-            verdict_timeout: Duration::from_secs(10),
+            end_timeout: Some(END),
+            verdict_timeout: VERDICT,
             migrate: MigrateOptions::new(),
             send: Some(send),
         }

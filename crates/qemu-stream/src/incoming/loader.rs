@@ -98,14 +98,17 @@ where
     /// announced.
     pub fn finish(self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
         let arrived = self.arrived()?;
-        let ignore_shared = loaded.configuration.as_ref().is_some_and(|it| it.ignore_shared);
         arrived.check_complete(|block| match self.left_out {
             LeftOut::Pages => MayMiss::Pages,
             _ if is_pluggable(block, &loaded.devices) => MayMiss::Pages,
-            LeftOut::SharedBlocks if ignore_shared => MayMiss::Whole,
+            LeftOut::SharedBlocks if self.ignores_shared() => MayMiss::Whole,
             LeftOut::SharedBlocks | LeftOut::Ignored => MayMiss::Nothing,
         })?;
         Ok(arrived.blocks().clone())
+    }
+
+    fn ignores_shared(&self) -> bool {
+        self.configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared)
     }
 
     fn arrived(&self) -> Result<&'a Arrived> {
@@ -189,8 +192,7 @@ where
 
     fn blocks(&mut self, list: &BlockList) -> Result<()> {
         let blocks = (self.make)(self.configuration.as_ref(), list)?;
-        let ignore_shared = self.configuration.as_ref().is_some_and(|it| it.ignore_shared);
-        self.order = matched(list, &blocks, ignore_shared)?;
+        self.order = matched(list, &blocks, self.ignores_shared())?;
         self.receiver.set_blocks(Arc::new(blocks))
     }
 

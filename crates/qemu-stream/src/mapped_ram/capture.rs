@@ -230,14 +230,12 @@ impl Main for Capture {
     }
 
     fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
-        let find = |block: &RamBlock| self.blocks.find(block.name().as_bytes());
-        let order: Option<Vec<_>> = blocks.iter().map(|(_, block)| find(block)).collect();
-        let same = |(index, block): (BlockIndex, &RamBlock)| {
-            self.blocks.get(index).is_some_and(|of| of.used_length() == block.used_length())
+        let find = |(_, block): (BlockIndex, &RamBlock)| {
+            let index = self.blocks.find(block.name().as_bytes())?;
+            self.blocks.get(index).filter(|of| of.used_length() == block.used_length()).map(|_| index)
         };
+        let order: Option<Vec<_>> = blocks.iter().map(find).collect();
         let order = order.filter(|order| order.len() == self.blocks.len());
-        let order =
-            order.filter(|order| order.iter().zip(blocks.iter()).all(|(at, (_, block))| same((*at, block))));
         self.order =
             order.ok_or_else(|| Error::other("find the blocks", "the file was laid out for others"))?;
         Ok(())

@@ -6,13 +6,13 @@
 use std::{sync::Arc, time::Duration};
 
 use multifd::{
-    Error, Result,
+    Result,
     channel::{CloseWatch, Stop, Wake},
     live::{self, DeviceInfo, Main, Pass, RunState, Verdict},
     ram::{PageIndex, RamBlocks},
 };
 
-use super::Outgoing;
+use super::{Outgoing, failed};
 use crate::{
     connection::Connection,
     embedder::{check_devices, devices_of, list_of},
@@ -27,7 +27,6 @@ pub struct MainStream<C> {
     end_timeout: Option<Duration>,
     verdict_timeout: Duration,
     stop: Stop,
-    begun: bool,
     /// While the guest runs.
     watch: Option<CloseWatch>,
 }
@@ -37,7 +36,7 @@ impl<C: Connection> MainStream<C> {
     /// migration's: it fails as soon as the destination says that it has failed, or closes.
     pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
         let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
-        Self { outgoing, captured: None, end_timeout, verdict_timeout, stop, begun: false, watch: None }
+        Self { outgoing, captured: None, end_timeout, verdict_timeout, stop, watch: None }
     }
 
     /// The stream of a captured machine, whose block list and devices are replayed.
@@ -85,11 +84,7 @@ impl<C: Connection> Main for MainStream<C> {
         check_devices(devices, options.page_size().bytes(), options.section).map_err(failed)
     }
 
-    /// Does nothing the second time: it may be called as soon as the connection stands, before the channels connect.
     fn begin(&mut self, channels: u8) -> Result<()> {
-        if std::mem::replace(&mut self.begun, true) {
-            return Ok(());
-        }
         self.outgoing.begin(channels).map_err(failed)?;
         self.watch = self.outgoing.watch(&self.stop);
         Ok(())
@@ -194,9 +189,5 @@ fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Resu
     Ok(())
 }
 
-fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::other("the main stream failed", error)
-}
-
-const END: Duration = Duration::from_secs(600);
-const VERDICT: Duration = Duration::from_secs(10);
+pub(crate) const END: Duration = Duration::from_secs(600);
+pub(crate) const VERDICT: Duration = Duration::from_secs(10);

@@ -24,6 +24,7 @@ use multifd::{
 };
 
 pub use main_stream::MainStream;
+pub(crate) use main_stream::{END, VERDICT};
 pub use options::Options;
 
 use crate::{
@@ -280,12 +281,12 @@ impl<C: Connection> Outgoing<C> {
     /// status. Any other connection took all bytes, which counts as success, as it does for QEMU.
     pub fn complete(&mut self, stop: &Stop, end: Option<Duration>, cancelled: Duration) -> Verdict {
         if let Err(error) = self.expect("complete", Stage::Closed) {
-            return Verdict::Refused(multifd::Error::other("the main stream failed", error));
+            return Verdict::Refused(failed(error));
         }
         if !self.options.return_path {
             return match self.writer.finish() {
                 Ok(()) => Verdict::Taken,
-                Err(error) => Verdict::Refused(multifd::Error::other("the main stream failed", error)),
+                Err(error) => Verdict::Refused(failed(error)),
             };
         }
         self.heard.wait_for_verdict(self.writer.connection(), stop, EndLimits { end, cancelled })
@@ -302,7 +303,7 @@ impl<C: Connection> Outgoing<C> {
             let closed =
                 || closed.then_some(Error::NoShut { at: Place { stream: Stream::ReturnPath, offset: 0 } });
             let error = failure_in(bytes).or_else(closed)?;
-            Some(multifd::Error::other("the main stream failed", error))
+            Some(failed(error))
         };
         self.writer.connection_ref().watch_peer(stop, Box::new(judge))
     }
@@ -388,6 +389,11 @@ impl<C: Connection> Outgoing<C> {
         };
         CallerMistake::OutOfOrder { call, state }.into()
     }
+}
+
+/// An error of main as the engine tells it.
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> multifd::Error {
+    multifd::Error::other("the main stream failed", error)
 }
 
 /// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.

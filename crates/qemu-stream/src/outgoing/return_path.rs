@@ -14,6 +14,7 @@ use multifd::{
     live::{LastWord, Owner, Verdict},
 };
 
+use super::failed;
 use crate::{
     connection::Connection,
     error::{Error, PeerMisbehaved, Place, Stream, Unsupported},
@@ -49,12 +50,10 @@ impl Heard {
     ) -> Result<(), Error> {
         loop {
             while let Some((message, at)) = self.next()? {
-                match message {
-                    Message::Pong(met) if met == value => return Ok(()),
-                    Message::Pong(_) | Message::SwitchoverAck => {}
-                    Message::Shut(0) => return Err(PeerMisbehaved::EarlyShut.at(at)),
-                    other => return Err(refusal(&other, at)),
+                if message == Message::Pong(value) {
+                    return Ok(());
                 }
+                no_last_word(&message, at)?;
             }
             if self.read_more(connection).map_err(|source| self.broken(source))? == 0 {
                 return Err(Error::NoShut { at: self.place() });
@@ -167,11 +166,7 @@ impl Heard {
     pub(super) fn is_undecided<C: Connection>(&mut self, connection: &mut C) -> Result<(), Error> {
         let closed = self.take_in(connection);
         while let Some((message, at)) = self.next()? {
-            match message {
-                Message::Pong(_) | Message::SwitchoverAck => {}
-                Message::Shut(0) => return Err(PeerMisbehaved::EarlyShut.at(at)),
-                other => return Err(refusal(&other, at)),
-            }
+            no_last_word(&message, at)?;
         }
         if closed { Err(Error::NoShut { at: self.place() }) } else { Ok(()) }
     }
@@ -250,6 +245,15 @@ pub(super) fn failure_in(bytes: &[u8]) -> Option<Error> {
     None
 }
 
+/// Takes what a destination may say before it has everything.
+fn no_last_word(message: &Message, at: Place) -> Result<(), Error> {
+    match message {
+        Message::Pong(_) | Message::SwitchoverAck => Ok(()),
+        Message::Shut(0) => Err(PeerMisbehaved::EarlyShut.at(at)),
+        other => Err(refusal(other, at)),
+    }
+}
+
 /// What a message means that ends the migration.
 fn refusal(message: &Message, at: Place) -> Error {
     match message {
@@ -265,10 +269,6 @@ fn is_late(error: &io::Error) -> bool {
     // The system's own is of a host that has gone.
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
         && !(error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some())
-}
-
-fn failed(error: Error) -> multifd::Error {
-    multifd::Error::other("the main stream failed", error)
 }
 
 /// Enough for the longest message.
