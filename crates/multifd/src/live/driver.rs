@@ -7,7 +7,7 @@ use super::{
     Verdict, ZeroPageDetection,
     converge::{Converge, Judgement, Round, Step},
     deadline::Deadline,
-    guest::{check_distinct, check_saved},
+    guest::check_saved,
     pass::Walk,
     progress::PassRate,
 };
@@ -136,13 +136,9 @@ impl<'a> Driver<'a> {
     /// What can be refused before a byte is sent.
     fn prepare(&mut self) -> Result<()> {
         let Migration { options, blocks, .. } = self.migration;
-        self.announced = self.call("Guest::devices", |driver| driver.guest.devices());
-        check_distinct(&self.announced)?;
+        self.announced = self.migration.devices_of(self.guest)?;
         self.main.expect(&self.announced)?;
         if options.auto_converge {
-            if !self.call("Guest::can_throttle", |driver| driver.guest.can_throttle()) {
-                return Err(Usage::NoThrottle.into());
-            }
             self.throttle(Percent::NONE)?;
         }
         let begun = self.call("DirtyLog::begin", |driver| driver.log.begin(blocks));

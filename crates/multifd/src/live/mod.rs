@@ -46,7 +46,7 @@ pub use status::Status;
 
 use crate::{
     channel::{Connect, Stop},
-    error::{Error, Result},
+    error::{Error, Result, Usage},
     ram::{DirtyLog, PageBitmap, RamBlocks},
     send::Sender,
 };
@@ -65,7 +65,7 @@ impl Migration {
     /// A migration over the channels of `sender`, of its blocks, and ended by its stop.
     ///
     /// # Errors
-    /// [`Usage::OutOfRange`](crate::error::Usage::OutOfRange) if an option is out of its range.
+    /// [`Usage::OutOfRange`] if an option is out of its range.
     pub fn new(options: MigrateOptions, sender: Sender) -> Result<Self> {
         let (blocks, stop) = (sender.blocks().clone(), sender.stop().clone());
         Self::made(options, blocks, stop, Some(sender))
@@ -74,8 +74,8 @@ impl Migration {
     /// A migration without channels: all pages go over main. `stop` cancels it from any thread.
     ///
     /// # Errors
-    /// As [`new`](Migration::new); [`Usage::PartialPage`](crate::error::Usage::PartialPage) if a block ends inside a page;
-    /// [`Usage::MayShrink`](crate::error::Usage::MayShrink) if its memory is a file that somebody
+    /// As [`new`](Migration::new); [`Usage::PartialPage`] if a block ends inside a page;
+    /// [`Usage::MayShrink`] if its memory is a file that somebody
     /// [may cut shorter](crate::ram::Mapping::may_shrink).
     pub fn over_main(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         blocks.check_whole_pages()?;
@@ -97,9 +97,9 @@ impl Migration {
     /// Connects the channels: see [`Sender::set_up`]. Not for a sender that was set up before.
     ///
     /// # Errors
-    /// As [`Sender::set_up`]; [`Usage::TooEarly`](crate::error::Usage::TooEarly) without channels.
+    /// As [`Sender::set_up`]; [`Usage::TooEarly`] without channels.
     pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
-        let sender = self.sender.as_mut().ok_or(crate::error::Usage::TooEarly("the sender"))?;
+        let sender = self.sender.as_mut().ok_or(Usage::TooEarly("the sender"))?;
         sender.set_up(connector)
     }
 
@@ -123,13 +123,19 @@ impl Migration {
     /// anything is connected.
     ///
     /// # Errors
-    /// [`Usage::DeviceTwice`](crate::error::Usage::DeviceTwice), [`Usage::NoThrottle`](crate::error::Usage::NoThrottle).
+    /// [`Usage::DeviceTwice`], [`Usage::NoThrottle`].
     pub fn check_guest(&self, guest: &dyn Guest) -> Result<()> {
-        guest::check_distinct(&caught("Guest::devices", || guest.devices())?)?;
+        self.devices_of(guest).map(drop)
+    }
+
+    /// The devices of a guest that can be migrated so, as far as it alone tells.
+    fn devices_of(&self, guest: &dyn Guest) -> Result<Vec<DeviceInfo>> {
+        let devices = caught("Guest::devices", || guest.devices())?;
+        guest::check_distinct(&devices)?;
         if self.options.auto_converge && !caught("Guest::can_throttle", || guest.can_throttle())? {
-            return Err(crate::error::Usage::NoThrottle.into());
+            return Err(Usage::NoThrottle.into());
         }
-        Ok(())
+        Ok(devices)
     }
 
     /// Migrates.
@@ -184,8 +190,8 @@ impl Migration {
         let mut error = if unknown { error } else { first };
         if self.progress.throttle().is_some() {
             let freed = caught("throttle the guest", || guest.throttle(Percent::NONE));
-            if let Ok(Err(error)) =
-                freed.map_err(|error| tracing::warn!(%error, "the guest is still throttled"))
+            if let Err(error) =
+                freed.and_then(|freed| freed.map_err(|error| Error::io("throttle the guest", error)))
             {
                 tracing::warn!(%error, "the guest is still throttled");
             }

@@ -156,10 +156,21 @@ impl PageBitmap {
         &self.words[usize::try_from(index).expect("the words are in memory")]
     }
 
-    fn mask(&self, index: usize) -> u64 {
-        let after = (index as u64 + 1) * WORD;
-        if after <= self.pages { u64::MAX } else { u64::MAX >> (after - self.pages) }
+    /// The pages whose bits are clear, as runs of neighbours: first page and count. A bit that is set while the iterator has
+    /// its word is not seen any more.
+    pub(crate) fn clear_runs(&self) -> impl Iterator<Item = (PageIndex, u64)> + '_ {
+        self.words().enumerate().flat_map(|(word, bits)| runs(word, !bits & self.mask(word)))
     }
+
+    fn mask(&self, index: usize) -> u64 {
+        mask(self.pages, index)
+    }
+}
+
+/// The bits of word number `index` that stand for one of so many pages.
+pub(super) fn mask(pages: u64, index: usize) -> u64 {
+    let behind = (index as u64 + 1).saturating_mul(WORD).saturating_sub(pages);
+    if behind < WORD { u64::MAX >> behind } else { 0 }
 }
 
 /// The pages whose bits are set in [word](PageBitmap::words) number `word`, as runs of neighbours: first page and count.

@@ -6,8 +6,8 @@
 use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use super::{
-    BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, cut::explained,
-    file_size, touched,
+    BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, bitmap,
+    cut::explained, file_size, touched,
 };
 use crate::error::{Error, Result, Usage};
 
@@ -138,10 +138,7 @@ impl RamBlock {
     pub(crate) fn present_word(&self, word: usize) -> u64 {
         match &self.memory {
             Memory::MappedRam(places) => places.present.word_at(word),
-            Memory::Mapped(_) => {
-                let behind = (word as u64 + 1).saturating_mul(64).saturating_sub(self.pages);
-                if behind < 64 { u64::MAX >> behind } else { 0 }
-            }
+            Memory::Mapped(_) => bitmap::mask(self.pages, word),
         }
     }
 

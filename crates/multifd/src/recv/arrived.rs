@@ -138,11 +138,8 @@ impl Arrived {
             }
         }
         let Some((index, block)) = first else { return Ok(()) };
-        let words = self.pages.get(index.0).into_iter().flat_map(|pages| pages.come.words()).enumerate();
-        let page = words
-            .filter(|(_, word)| *word != u64::MAX)
-            .map(|(at, word)| at as u64 * 64 + u64::from(word.trailing_ones()));
-        let offset = page.map(PageIndex).find_map(|page| block.offset_of(page)).unwrap_or_default();
+        let page = self.pages[index.0].come.clear_runs().next().map(|(page, _)| page);
+        let offset = page.and_then(|page| block.offset_of(page)).unwrap_or_default();
         Err(Violation::PagesMissing { missing, name: block.name().clone(), offset }.into())
     }
 
@@ -159,11 +156,9 @@ impl Arrived {
     /// Makes every page of a block zero that has not come; says how many those are.
     fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> u64 {
         let mut missing = 0;
-        for page in (0..block.pages()).map(PageIndex) {
-            if !self.pages[index.0].come.contains(page) {
-                missing += 1;
-                self.clear_run(block, index, page, 1);
-            }
+        for (first, count) in self.pages[index.0].come.clear_runs() {
+            missing += count;
+            self.clear_run(block, index, first, count);
         }
         missing
     }

@@ -25,7 +25,7 @@ use std::{
     os::unix::fs::FileExt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
 };
 
@@ -34,7 +34,7 @@ use zerocopy::IntoBytes;
 use super::{Refused, addresses};
 use crate::ram::{
     BlockIndex, DirtyLog, DirtyPages, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks,
-    bytes::mark, page_table::PAGEMAP,
+    bytes::mark, page_table::PAGEMAP, turn::Turn,
 };
 
 /// The dirty log of what is written through this process's page table, for kernels before 6.7 that have
@@ -69,7 +69,7 @@ impl<W: FnMut(&mut dyn FnMut())> SoftDirtyLog<W> {
     /// named; [`io::ErrorKind::ResourceBusy`] if there is such a log already; [`io::ErrorKind::InvalidInput`] if a
     /// block starts inside a page of the host.
     pub fn start(blocks: Arc<RamBlocks>, writers: W) -> io::Result<Self> {
-        let turn = Turn::take()?;
+        let turn = turn()?;
         let mut bits = Bits::open()?;
         let mut watched = Vec::with_capacity(blocks.len());
         for (_, block) in blocks.iter() {
@@ -223,28 +223,12 @@ fn touch(slice: GuestSlice<'_>) {
     byte.fetch_or(hint::black_box(0), Ordering::Relaxed);
 }
 
-/// The one log there may be.
-#[derive(Debug)]
-struct Turn;
-
-impl Turn {
-    fn take() -> io::Result<Self> {
-        // Acquire, with the release of the drop: the last log has read its last bit.
-        if TAKEN.swap(true, Ordering::Acquire) {
-            let why = "the soft-dirty bits of this process are read by another log";
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, why));
-        }
-        Ok(Self)
-    }
+/// The turn of the one log there may be: the bits are the process's.
+fn turn() -> io::Result<Turn> {
+    Turn::take(std::ptr::from_ref(&OF_THE_PROCESS).addr())
 }
 
-impl Drop for Turn {
-    fn drop(&mut self) {
-        TAKEN.store(false, Ordering::Release);
-    }
-}
-
-static TAKEN: AtomicBool = AtomicBool::new(false);
+static OF_THE_PROCESS: u8 = 0;
 
 const CLEAR_REFS: &str = "/proc/self/clear_refs";
 /// Entries read at once: 256 KiB, for 128 MiB of pages of 4 KiB.
@@ -327,7 +311,7 @@ mod tests {
         let name = BlockName::new("b").expect("a name");
         let block = RamBlock::new(name, 1 << 20, PageSize::KIB_4, memory).expect("a block");
         let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
-        let turn = Turn::take().expect("no other test of this program has a log");
+        let turn = turn().expect("no other test of this program has a log");
         let second = SoftDirtyLog::start(blocks, |sweep| sweep()).expect_err("taken");
         assert_eq!(second.kind(), io::ErrorKind::ResourceBusy);
         drop(turn);
