@@ -27,6 +27,7 @@ pub mod certificates;
 pub mod child;
 pub mod guest;
 mod in_use;
+mod number;
 pub mod pattern;
 pub mod proxy;
 pub mod qemu;
@@ -35,5 +36,6 @@ mod skip;
 mod told;
 
 pub use in_use::in_use;
+pub use number::number;
 pub use skip::{lacks, skip};
 pub use told::told;

@@ -57,6 +57,12 @@ pub trait Connection: Read + Write {
 /// What a peer that has said something, or has closed, means: see [`CloseWatch::start`].
 pub type Judge = Box<dyn Fn(&[u8], bool) -> Option<multifd::Error> + Send>;
 
+/// Whether a read has ended because its time was over. The system's own timeout is of a host that has gone.
+pub(crate) fn is_late(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+        && !(error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some())
+}
+
 /// Shuts a socket down.
 struct Shut<S>(S, fn(&S));
 

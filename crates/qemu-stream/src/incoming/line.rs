@@ -12,7 +12,7 @@ use std::{
 use multifd::channel::CloseWatch;
 
 use crate::{
-    connection::Connection,
+    connection::{Connection, is_late},
     error::{Error, PeerMisbehaved, Place, Stream},
     format::{Message, Reader},
 };
@@ -75,9 +75,7 @@ impl<C: Connection> Line<C> {
                 Ok(_) => return Err(more()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // What is there is for the connection alone.
-                Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
-                    break;
-                }
+                Err(error) if is_late(&error) => break,
                 Err(_) => return Err(Error::SourceGone { at }),
             }
         }

@@ -16,7 +16,7 @@ use multifd::{
 
 use super::failed;
 use crate::{
-    connection::Connection,
+    connection::{Connection, is_late},
     error::{Error, PeerMisbehaved, Place, Stream, Unsupported},
     format::{Message, Reader, VERDICT_MARK},
 };
@@ -263,12 +263,6 @@ fn refusal(message: &Message, at: Place) -> Error {
             Unsupported::Capability { what, capability }.at(at)
         }
     }
-}
-
-fn is_late(error: &io::Error) -> bool {
-    // The system's own is of a host that has gone.
-    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
-        && !(error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some())
 }
 
 /// Enough for the longest message.

@@ -14,7 +14,6 @@
 
 use std::{
     collections::BTreeMap,
-    env,
     fmt::Write as _,
     fs,
     io::{Write as _, stderr},
@@ -25,7 +24,7 @@ use std::{
 };
 
 use multifd::channel::tls::{ClientCredentials, ServerCredentials};
-use multifd_testkit::certificates;
+use multifd_testkit::{certificates, number};
 
 mod destination;
 mod faults;
@@ -173,11 +172,6 @@ fn expect_panics() {
             told(panic);
         }
     }));
-}
-
-fn number(variable: &str) -> Option<u64> {
-    let text = env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable}: expected a number, found {text:?}")))
 }
 
 /// Of a run that is not told how long to go on.

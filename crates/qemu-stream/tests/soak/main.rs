@@ -10,7 +10,6 @@
 
 use std::{
     collections::BTreeMap,
-    env,
     fmt::Write as _,
     fs, thread,
     time::{Duration, Instant},
@@ -21,7 +20,7 @@ use multifd::{
     channel::tls::{ClientCredentials, ServerCredentials},
     live::Status,
 };
-use multifd_testkit::{certificates, in_use, told};
+use multifd_testkit::{certificates, in_use, number, told};
 
 mod fault;
 mod guest;
@@ -158,11 +157,6 @@ fn standing() -> String {
         let _ = writeln!(text, "{} in {} {}", of("comm").trim(), of("wchan").trim(), of("syscall").trim());
     }
     text
-}
-
-fn number(variable: &str) -> Option<u64> {
-    let text = env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable}: expected a number, met {text:?}")))
 }
 
 /// Migrates by `plan` and judges; the guest, if it can go on.

@@ -1,0 +1,12 @@
+//! A number that whoever runs a test may tell it.
+
+use std::env;
+
+/// The number in an environment variable; `None` if it is not set.
+///
+/// # Panics
+/// If it is something else.
+pub fn number(variable: &str) -> Option<u64> {
+    let text = env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}: expected a number, met {text:?}")))
+}
