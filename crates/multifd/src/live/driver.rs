@@ -284,7 +284,7 @@ impl<'a> Driver<'a> {
     fn nothing_written(&mut self) -> Result<()> {
         for (index, block) in self.migration.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
             let written = PageBitmap::new(block.pages());
-            self.take(index, &written)?;
+            self.take((index, block), &written)?;
             let pages = written.count();
             if pages > 0 {
                 return Err(Usage::WrittenAfterStop { name: block.name().clone(), pages }.into());
@@ -293,19 +293,16 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    fn take(&mut self, index: BlockIndex, into: &PageBitmap) -> Result<()> {
+    fn take(&mut self, (index, block): (BlockIndex, &RamBlock), into: &PageBitmap) -> Result<()> {
         let taken = self.call("DirtyLog::take", |driver| driver.log.take(index, &mut DirtyPages::new(into)));
-        taken.map_err(|error| {
-            let name = self.migration.blocks.get(index).map(RamBlock::name);
-            Error::io(format!("take the dirty bits of block {name:?}"), error)
-        })
+        taken.map_err(|error| Error::io(format!("take the dirty bits of block {:?}", block.name()), error))
     }
 
     /// Takes the dirty bits of all blocks, which the guest wrote `since` then; says how many pages remain to be sent.
     fn bitmap_sync(&mut self, since: Option<Instant>) -> Result<u64> {
         let pending = std::mem::take(&mut self.pending);
         for ((index, block), pending) in self.migration.blocks.iter().zip(&pending) {
-            self.take(index, pending)?;
+            self.take((index, block), pending)?;
             if block.is_ignored() {
                 pending.forget();
             }

@@ -106,6 +106,9 @@ fn a_callback_that_panics_or_fails_ends_the_migration_with_the_guest_running() {
                 panics,
                 "{error:?}"
             );
+            let (block, _) = RAM[(odd as usize - 1) % RAM.len()];
+            let named = error.to_string().contains(&format!("take the dirty bits of block {block:?}"));
+            assert!(panics || named, "{error}");
             assert_eq!(guest.stops, guest.resumes, "take {odd}");
         }
     }
