@@ -164,8 +164,11 @@ impl Guest for Stopped {
     fn devices(&self) -> Vec<DeviceInfo> {
         Vec::new()
     }
-    fn stop(&mut self) -> io::Result<RunState> {
-        Ok(RunState::Running)
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

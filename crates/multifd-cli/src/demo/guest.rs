@@ -162,12 +162,16 @@ impl Guest for DemoGuest {
         vec![DeviceInfo::new(DEVICE, 8)]
     }
 
-    fn stop(&mut self) -> io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
         self.power.cancel();
         for thread in self.threads.drain(..) {
             thread.join().map_err(|_| io::Error::other("a writer panicked"))?;
         }
-        Ok(RunState::Running)
+        Ok(())
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {

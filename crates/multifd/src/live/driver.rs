@@ -23,16 +23,14 @@ use crate::{
 pub(super) enum Stopped {
     /// It is as it was.
     No,
-    /// It was being stopped when something went wrong.
-    Halfway,
-    /// It stands, and was this before.
+    /// It is being stopped, or stands, and was this before.
     From(RunState),
 }
 
 impl Stopped {
     /// Whether the guest is to go on if it stays here.
     pub(super) fn resumes(self) -> bool {
-        matches!(self, Self::Halfway | Self::From(RunState::Running))
+        self == Self::From(RunState::Running)
     }
 }
 
@@ -222,15 +220,13 @@ impl<'a> Driver<'a> {
         let mut start = Instant::now();
         let precopy = self.main.bytes();
         progress.main_bytes(precopy, 0);
-        *self.stopped = Stopped::Halfway;
-        let state = match self.call("Guest::stop", |driver| driver.guest.stop()) {
-            Ok(state) => state,
-            Err(error) => {
-                *self.stopped = Stopped::No;
-                return Err(Error::io("stop the guest", error));
-            }
-        };
+        let state = self.call("Guest::run_state", |driver| driver.guest.run_state());
+        // Before the stop: one that panics may have come any way.
         *self.stopped = Stopped::From(state);
+        if let Err(error) = self.call("Guest::stop", |driver| driver.guest.stop()) {
+            *self.stopped = Stopped::No;
+            return Err(Error::io("stop the guest", error));
+        }
         progress.guest_was(state);
         if progress.throttle().is_some() {
             self.throttle(Percent::NONE)?;

@@ -74,13 +74,20 @@ pub trait Guest {
     /// anything is sent: names that are twice or cannot be sent, and more state than a destination takes, are refused then.
     fn devices(&self) -> Vec<DeviceInfo>;
 
-    /// Stops the guest, and says whether it ran or was paused already. From its return on nothing writes to RAM: no
+    /// Whether the guest runs, or is paused. Asked right before [`stop`](Guest::stop), on the same thread: what it says is
+    /// what the guest will be at the destination, or here again if the migration fails.
+    ///
+    /// **Warning:** who pauses the guest from another thread after that, while it stands for the migration, is not seen
+    /// here: refuse that, or have [`resume`](Guest::resume) heed it, else the guest runs though its operator has paused it.
+    fn run_state(&mut self) -> RunState;
+
+    /// Stops the guest; one that is [paused](RunState::Paused) already stays so. From its return on nothing writes to RAM: no
     /// processor, no device, no request under way. What is written nevertheless fails the migration, if the dirty log has it.
     ///
     /// # Errors
     /// If it cannot be stopped. It must then be as it was before; [`resume`](Guest::resume) is not called, and the migration
     /// fails.
-    fn stop(&mut self) -> std::io::Result<RunState>;
+    fn stop(&mut self) -> std::io::Result<()>;
 
     /// Gives the state of the stopped guest's devices. With
     /// [`pause_before_switchover`](super::MigrateOptions::pause_before_switchover) that is after the pause, so what is
@@ -90,12 +97,8 @@ pub trait Guest {
     /// If a state cannot be had; the migration then fails and the guest goes on.
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>>;
 
-    /// Lets the guest go on: the migration has failed or was cancelled, and the guest ran before it was stopped. Not called
-    /// for one that was [paused](RunState::Paused).
-    ///
-    /// **Warning:** it is called, too, when [`stop`](Guest::stop) has panicked, and nobody here knows how far that came or
-    /// whether the guest ran. A guest that runs must not be hurt by it, and one that its operator has paused must not be
-    /// started: keep that beside the guest, where a panic does not reach it.
+    /// Lets the guest go on: the migration has failed or was cancelled, and the guest [ran](Guest::run_state) before it was
+    /// stopped. Called, too, when [`stop`](Guest::stop) has panicked, however far that came: the guest may still run.
     fn resume(&mut self);
 
     /// Whether [`throttle`](Guest::throttle) is written. If not, a migration with

@@ -200,8 +200,11 @@ impl Guest for NoGuest {
     fn devices(&self) -> Vec<DeviceInfo> {
         Vec::new()
     }
-    fn stop(&mut self) -> std::io::Result<RunState> {
-        Ok(RunState::Running)
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

@@ -70,9 +70,12 @@ impl Guest for Busy {
     fn devices(&self) -> Vec<DeviceInfo> {
         Vec::new()
     }
-    fn stop(&mut self) -> io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> io::Result<()> {
         self.look(|state| state.stopped = true);
-        Ok(RunState::Running)
+        Ok(())
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

@@ -182,10 +182,13 @@ impl Guest for Beside {
     fn devices(&self) -> Vec<DeviceInfo> {
         Vec::new()
     }
-    fn stop(&mut self) -> io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> io::Result<()> {
         self.0.write_all(b"S")?;
         self.0.read_exact(&mut [0])?;
-        Ok(RunState::Running)
+        Ok(())
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

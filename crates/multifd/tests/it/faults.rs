@@ -196,9 +196,12 @@ impl Guest for Cancels {
     fn devices(&self) -> Vec<DeviceInfo> {
         Vec::new()
     }
-    fn stop(&mut self) -> std::io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> std::io::Result<()> {
         self.0.cancel();
-        Ok(RunState::Running)
+        Ok(())
     }
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

@@ -266,11 +266,14 @@ impl Guest for Writers {
     fn devices(&self) -> Vec<DeviceInfo> {
         Vec::new()
     }
-    fn stop(&mut self) -> std::io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> std::io::Result<()> {
         self.run.store(false, Ordering::Relaxed);
         self.threads.drain(..).for_each(|thread| thread.join().expect("no panic"));
         self.stopped = true;
-        Ok(RunState::Running)
+        Ok(())
     }
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

@@ -48,9 +48,13 @@ impl Guest for Noted {
         vec![DeviceInfo::new("timer", 24)]
     }
 
-    fn stop(&mut self) -> io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
         self.stopped = true;
-        Ok(RunState::Running)
+        Ok(())
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {

@@ -58,8 +58,11 @@ impl Guest for Stopped {
     fn devices(&self) -> Vec<DeviceInfo> {
         vec![DeviceInfo::new("vcpu", 99).instance(3)]
     }
-    fn stop(&mut self) -> io::Result<RunState> {
-        Ok(RunState::Running)
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(vec![DeviceSection { name: "vcpu".into(), instance_id: 3, version: 2, data: vec![7; 99] }])

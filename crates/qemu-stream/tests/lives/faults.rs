@@ -86,10 +86,6 @@ impl Faults {
         }
     }
 
-    fn stop_panics(&self) -> bool {
-        self.trouble.fault.is_some_and(|fault| fault.call == Call::Stop && fault.how != How::Error)
-    }
-
     fn taken(&self) -> u32 {
         self.calls
             .lock()
@@ -124,7 +120,7 @@ impl Guest for FaultyGuest<'_> {
         devices.expect("it panics, or gives devices")
     }
 
-    fn stop(&mut self) -> io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
         // Its operator is faster than the migration.
         if self.random.u8(..10) == 0 {
             self.machine.state = match self.machine.state {
@@ -133,6 +129,11 @@ impl Guest for FaultyGuest<'_> {
             };
             self.machine.as_wanted();
         }
+        let state = self.faults.call(Call::RunState, || Ok(self.machine.run_state()));
+        state.expect("it panics, or knows")
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
         let stopped = self.faults.call(Call::Stop, || self.machine.stop());
         self.faults.moments.pass(Moment::Stop);
         stopped
@@ -159,8 +160,7 @@ impl Guest for FaultyGuest<'_> {
 
     fn resume(&mut self) {
         let machine = &mut *self.machine;
-        // Where a stop has panicked, the engine does not know, and the embedder has to.
-        if machine.state == RunState::Paused && !self.faults.stop_panics() {
+        if machine.state == RunState::Paused {
             self.world.wrong("a guest was resumed that its operator had paused".into());
         }
         let resumed = self.faults.call(Call::Resume, || {

@@ -198,10 +198,13 @@ impl Guest for Machine {
         vec![DeviceInfo::new(COUNTER, 8), DeviceInfo::new(DISK, MOST_OF_DISK).instance(7)]
     }
 
-    fn stop(&mut self) -> io::Result<RunState> {
-        let was = if self.running { RunState::Running } else { RunState::Paused };
+    fn run_state(&mut self) -> RunState {
+        if self.running { RunState::Running } else { RunState::Paused }
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
         self.halt();
-        Ok(was)
+        Ok(())
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {

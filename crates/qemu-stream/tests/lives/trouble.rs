@@ -55,6 +55,7 @@ pub(crate) struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Call {
     Devices,
+    RunState,
     Stop,
     Save,
     Resume,
@@ -259,10 +260,11 @@ fn fault(random: &mut Rng) -> Fault {
             Call::Take,
             Call::Take,
             Call::PutBack,
+            Call::RunState,
         ],
     );
     let how = match call {
-        Call::Devices | Call::Resume | Call::PutBack => How::Panic,
+        Call::Devices | Call::RunState | Call::Resume | Call::PutBack => How::Panic,
         _ => pick(random, &[How::Error, How::Panic, How::PanicAfter]),
     };
     let nth = match call {

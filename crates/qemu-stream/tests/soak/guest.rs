@@ -90,7 +90,11 @@ impl Guest for SoakGuest {
         vec![DeviceInfo::new(DEVICE, 8)]
     }
 
-    fn stop(&mut self) -> io::Result<RunState> {
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
         if self.stays_up {
             return Err(io::Error::other(STAYS_UP));
         }
@@ -98,7 +102,7 @@ impl Guest for SoakGuest {
         // Its vCPUs run on until they have heard of it.
         thread::sleep(TICK * u32::try_from(self.seed % 4).unwrap_or_default());
         self.halt();
-        Ok(RunState::Running)
+        Ok(())
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {

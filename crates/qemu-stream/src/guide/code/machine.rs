@@ -81,11 +81,15 @@ impl Guest for Machine {
         vec![DeviceInfo::new("counter", 8)]
     }
 
+    /// Asked before `stop`: one that is paused stays paused, wherever it goes.
+    fn run_state(&mut self) -> RunState {
+        if self.is_running() { RunState::Running } else { RunState::Paused }
+    }
+
     /// From the return of this on, nothing writes to RAM: no vCPU, no device thread, no request under way.
-    fn stop(&mut self) -> io::Result<RunState> {
-        let state = if self.is_running() { RunState::Running } else { RunState::Paused };
+    fn stop(&mut self) -> io::Result<()> {
         self.halt();
-        Ok(state)
+        Ok(())
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
