@@ -126,7 +126,7 @@ impl Capture {
             }
         }
         let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
-        let written = laid.write_around(&self.file, blocks, ignored, &tail);
+        let written = laid.write_around(&self.file, blocks, &tail);
         written.map_err(|error| Error::other("write the file", error))
     }
 

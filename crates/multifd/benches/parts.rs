@@ -115,7 +115,7 @@ fn sync(c: &mut Criterion) {
     for channels in [1, 2, 4, 8, 16, 32, 64] {
         let mut sender = sender(channels);
         group.bench_function(BenchmarkId::from_parameter(channels), |b| {
-            b.iter(|| sender.sync().expect("running"));
+            b.iter(|| sender.sync().expect("running").channels());
         });
     }
     group.finish();

@@ -50,7 +50,7 @@
 //! let mut sender = Sender::new(SendOptions::new().channels(4), source, Stop::new())?;
 //! sender.set_up(Arc::new(connector))?;
 //! sender.queue(BlockIndex(0), PageIndex(7))?;
-//! let sent = thread::spawn(move || sender.sync().and_then(|()| sender.finish()));
+//! let sent = thread::spawn(move || sender.sync().map(drop).and_then(|()| sender.finish()));
 //! receiver.sync()?; // the pages before the sync point are in place
 //!
 //! let mut page = [0; 4096];
@@ -87,5 +87,5 @@ pub use compress::Method;
 pub use error::{Error, Result};
 pub use options::{ChannelCount, ChannelsFrom, ReceiveOptions, SendOptions};
 pub use recv::{Arrived, MayMiss, Receiver, RecvCounters};
-pub use send::{SendCounters, Sender};
+pub use send::{SendCounters, Sender, Synced};
 pub use stats::ChannelStats;

@@ -64,11 +64,11 @@
 //!     let mut out = Outgoing::new(source, Options::new(Configuration::new(machine)).sync_mode(None))?;
 //!     let ram = BlockEntry::new(BlockName::new("ram0").ok_or("a name")?, 1 << 20);
 //!     out.begin(0)?;
-//!     out.setup(BlockList::new(vec![ram], PageSize::KIB_4)?)?;
+//!     out.setup(BlockList::new(vec![ram], PageSize::KIB_4)?, None)?;
 //!     out.switchover()?;
 //!     out.begin_end()?;
 //!     out.page(BlockIndex(0), PageIndex(7), &[42; 4096])?;
-//!     out.end_part()?;
+//!     out.end_part(None)?;
 //!     let vcpu = Device { name: SectionName::new("vcpu").ok_or("a name")?, instance: 0, version: 1, state: vec![1] };
 //!     out.devices(&DevicePart::build(&[vcpu], 4096, SectionId(2))?)?;
 //!     match out.complete(&Stop::new(), None, Duration::from_secs(10)) {

@@ -15,7 +15,7 @@ use crate::{
     channel::Watch,
     error::{Error, Result, Usage},
     ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock, touched},
-    send::Sender,
+    send::{Sender, Synced},
 };
 
 /// How far the guest has been stopped.
@@ -206,9 +206,8 @@ impl<'a> Driver<'a> {
         self.main.begin(self.sender.as_ref().map_or(0, |sender| sender.channels()))?;
         if let Some(sender) = &mut self.sender {
             sender.wait_connected()?;
-            sender.sync()?;
         }
-        self.main.setup(blocks)?;
+        self.main.setup(blocks, synced(&mut self.sender)?)?;
         progress.set_up();
         Ok(())
     }
@@ -246,10 +245,7 @@ impl<'a> Driver<'a> {
         self.pass(Pass::Final, &mut Pace::new(None))?;
         self.nothing_written()?;
         self.main.ready()?;
-        if let Some(sender) = &mut self.sender {
-            sender.sync()?;
-        }
-        self.main.end_ram()?;
+        self.main.end_ram(synced(&mut self.sender)?)?;
         // From here on the destination may get all that it needs. A failure takes the sending side down and no more, so that
         // its word can be heard.
         let _half = self.main.send_waker().map(|waker| stop.watch_failure(waker));
@@ -329,10 +325,7 @@ impl<'a> Driver<'a> {
         for ((index, block), pending) in blocks.iter().zip(&self.pending) {
             walk.block(index, block, pending)?;
         }
-        if let Some(sender) = &mut self.sender {
-            sender.sync()?;
-        }
-        self.main.end_pass(pass)?;
+        self.main.end_pass(pass, synced(&mut self.sender)?)?;
         if pass == Pass::Live {
             progress.main_bytes(self.main.bytes(), 0);
         }
@@ -341,6 +334,11 @@ impl<'a> Driver<'a> {
         progress.passed(&PassRate { bytes: after.bytes - before.bytes, pages, time: start.elapsed() });
         Ok(())
     }
+}
+
+/// A sync point of the channels, where there are any.
+fn synced<'a>(sender: &'a mut Option<&mut Sender>) -> Result<Option<Synced<'a>>> {
+    sender.as_mut().map(|sender| sender.sync()).transpose()
 }
 
 /// What the first pass sends of a block: every page, or none.

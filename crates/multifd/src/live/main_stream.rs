@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{DeviceInfo, DeviceSection, RunState};
 use crate::{
+    Synced,
     channel::{Stop, Wake},
     error::{Error, Result},
     ram::{BlockIndex, PageIndex, RamBlocks},
@@ -32,8 +33,11 @@ pub enum Verdict {
 /// The main stream of a source, as the passes see it. `qemu-stream` writes QEMU's.
 ///
 /// Calls come in this order: `expect`, `begin`, `setup`, then for each pass `begin_pass`, pages, `end_pass`; before the
-/// final pass `switchover`, after it `ready`, `end_ram`, `devices` and `complete`. Before `setup`, each `end_pass` and
-/// `end_ram` a SYNC has left on every channel, so what marks the sync point on main must leave at once.
+/// final pass `switchover`, after it `ready`, `end_ram`, `devices` and `complete`. `setup`, `end_pass` and `end_ram` are sync
+/// points: they are given that a SYNC has left on every channel, `None` without channels.
+///
+/// **Warning:** what marks a sync point on main must leave before the call returns. If it is kept back the destination's
+/// channels stand still, and when they are full so does the source, until a limit of either side ends the migration.
 pub trait Main {
     /// The guest has these devices, whose state comes when it has been stopped. Comes first, before a byte is sent.
     ///
@@ -50,7 +54,7 @@ pub trait Main {
     ///
     /// # Errors
     /// If the stream breaks, or the blocks are not those that it was made for.
-    fn setup(&mut self, blocks: &RamBlocks) -> Result<()>;
+    fn setup(&mut self, blocks: &RamBlocks, synced: Option<Synced<'_>>) -> Result<()>;
     /// A pass begins.
     ///
     /// # Errors
@@ -70,7 +74,7 @@ pub trait Main {
     ///
     /// # Errors
     /// If the stream breaks.
-    fn end_pass(&mut self, pass: Pass) -> Result<()>;
+    fn end_pass(&mut self, pass: Pass, synced: Option<Synced<'_>>) -> Result<()>;
     /// The guest has stopped.
     ///
     /// # Errors
@@ -86,7 +90,7 @@ pub trait Main {
     ///
     /// # Errors
     /// If the stream breaks.
-    fn end_ram(&mut self) -> Result<()>;
+    fn end_ram(&mut self, synced: Option<Synced<'_>>) -> Result<()>;
     /// The devices' state, as the guest has saved it, whether the guest ran, and the end of the stream.
     ///
     /// # Errors

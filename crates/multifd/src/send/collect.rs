@@ -1,11 +1,47 @@
 //! The near end of the channels: pages come in run by run, gather into a batch and are handed over.
 
+use std::marker::PhantomData;
+
 use super::Sender;
 use crate::{
     batch::Kind,
     error::{Result, Usage},
     ram::{BlockIndex, PageIndex},
 };
+
+/// One SYNC has left on every channel, behind all pages queued so far: what [`Sender::sync`] gives, and what the record of a
+/// sync point on main [must have](crate::live::Main::end_pass) before it leaves. A destination stands still at that record
+/// until each channel has brought its SYNC.
+///
+/// ```compile_fail,E0499
+/// # use multifd::{Sender, ram::{BlockIndex, PageIndex}};
+/// fn late(sender: &mut Sender) -> multifd::Result<()> {
+///     let synced = sender.sync()?;
+///     sender.queue(BlockIndex(0), PageIndex(0))?; // a page that no SYNC is behind
+///     drop(synced);
+///     Ok(())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Synced<'a> {
+    channels: u8,
+    sender: PhantomData<&'a mut Sender>,
+}
+
+impl Synced<'_> {
+    /// For who writes the channels himself, without a [`Sender`].
+    ///
+    /// **Warning:** nothing checks it. A record of main whose SYNCs have not left on all of so many channels has the
+    /// destination wait for them, 120 s by default, and then fail.
+    pub fn asserted(channels: u8) -> Self {
+        Self { channels, sender: PhantomData }
+    }
+
+    /// The number of channels.
+    pub fn channels(&self) -> u8 {
+        self.channels
+    }
+}
 
 impl Sender {
     /// Queues a page whose bytes travel. They are read when a channel gets to it, and once only; a page that
@@ -76,11 +112,12 @@ impl Sender {
     }
 
     /// The channel sync: hands over what is queued, and waits until one SYNC packet has left on every channel
-    /// after everything queued so far. Then the main stream's record of the sync point may go, at once.
+    /// after everything queued so far. Then the main stream's record of the sync point may go, at once: what comes back is
+    /// what that asks for, and nothing can be queued while it is held.
     ///
     /// # Errors
     /// The error that stopped the migration.
-    pub fn sync(&mut self) -> Result<()> {
+    pub fn sync(&mut self) -> Result<Synced<'_>> {
         self.ready()?;
         if !self.hand.is_empty() {
             self.hand_over()?;
@@ -88,7 +125,7 @@ impl Sender {
         let shared = self.shared()?;
         shared.dispatch.sync(&shared.stop)?;
         tracing::debug!("multifd_send_sync_main");
-        Ok(())
+        Ok(Synced { channels: self.options.channels, sender: PhantomData })
     }
 
     fn hand_over(&mut self) -> Result<()> {

@@ -24,6 +24,7 @@ pub mod model;
 
 use std::sync::{Arc, atomic::AtomicU64};
 
+pub use collect::Synced;
 use copy::Copier;
 use dispatch::Dispatch;
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use multifd::{
-    ChannelStats, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
+    ChannelStats, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender, Synced,
     channel::{Address, Connect, Listen, Listener, Stop, Stream, Wake},
     error::Error,
     live::{
@@ -131,7 +131,7 @@ impl<F: FnMut(Pass)> Main for Answered<F> {
     fn begin(&mut self, _channels: u8) -> Result<()> {
         self.stream.write_all(b"QEVM").map_err(|error| Error::io("write main", error))
     }
-    fn setup(&mut self, _blocks: &RamBlocks) -> Result<()> {
+    fn setup(&mut self, _blocks: &RamBlocks, _: Option<Synced<'_>>) -> Result<()> {
         self.ask()
     }
     fn begin_pass(&mut self, _pass: Pass) -> Result<()> {
@@ -143,7 +143,7 @@ impl<F: FnMut(Pass)> Main for Answered<F> {
     fn page(&mut self, _block: BlockIndex, _page: PageIndex, _bytes: &[u8]) -> Result<()> {
         unreachable!("pages go over the channels")
     }
-    fn end_pass(&mut self, pass: Pass) -> Result<()> {
+    fn end_pass(&mut self, pass: Pass, _: Option<Synced<'_>>) -> Result<()> {
         self.ask()?;
         (self.passed)(pass);
         Ok(())
@@ -163,7 +163,7 @@ impl<F: FnMut(Pass)> Main for Answered<F> {
     fn ready(&mut self) -> Result<()> {
         Ok(())
     }
-    fn end_ram(&mut self) -> Result<()> {
+    fn end_ram(&mut self, _: Option<Synced<'_>>) -> Result<()> {
         self.ask()
     }
     fn waker(&self) -> Option<Arc<dyn Wake>> {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use multifd::{
-    Error, Result, SendOptions, Sender,
+    Error, Result, SendOptions, Sender, Synced,
     channel::{Stop, Wake},
     error::Usage,
     live::{
@@ -40,7 +40,7 @@ impl Main for Quiet<'_> {
     fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
-    fn setup(&mut self, _: &RamBlocks) -> Result<()> {
+    fn setup(&mut self, _: &RamBlocks, _: Option<Synced<'_>>) -> Result<()> {
         Ok(())
     }
     fn begin_pass(&mut self, _: Pass) -> Result<()> {
@@ -53,7 +53,7 @@ impl Main for Quiet<'_> {
     fn page(&mut self, _: BlockIndex, _: PageIndex, _: &[u8]) -> Result<()> {
         unreachable!("pages go over channels")
     }
-    fn end_pass(&mut self, _: Pass) -> Result<()> {
+    fn end_pass(&mut self, _: Pass, _: Option<Synced<'_>>) -> Result<()> {
         Ok(())
     }
     fn switchover(&mut self) -> Result<()> {
@@ -71,7 +71,7 @@ impl Main for Quiet<'_> {
     fn ready(&mut self) -> Result<()> {
         Ok(())
     }
-    fn end_ram(&mut self) -> Result<()> {
+    fn end_ram(&mut self, _: Option<Synced<'_>>) -> Result<()> {
         Ok(())
     }
     fn waker(&self) -> Option<Arc<dyn Wake>> {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::{
-    ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender,
+    ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender, Synced,
     channel::{Connect, Listen, Stop, Stream, Wake, memory},
     live::{
         DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass, RunState,
@@ -85,7 +85,7 @@ impl Main for TestMain {
     fn ready(&mut self) -> Result<()> {
         Ok(())
     }
-    fn end_ram(&mut self) -> Result<()> {
+    fn end_ram(&mut self, _: Option<Synced<'_>>) -> Result<()> {
         self.put(b"S")
     }
     fn waker(&self) -> Option<Arc<dyn Wake>> {
@@ -97,7 +97,7 @@ impl Main for TestMain {
     fn begin(&mut self, _channels: u8) -> Result<()> {
         Ok(())
     }
-    fn setup(&mut self, _blocks: &RamBlocks) -> Result<()> {
+    fn setup(&mut self, _blocks: &RamBlocks, _: Option<Synced<'_>>) -> Result<()> {
         self.put(b"S")
     }
     fn begin_pass(&mut self, _pass: Pass) -> Result<()> {
@@ -110,7 +110,7 @@ impl Main for TestMain {
         self.record(b'P', block, page)?;
         self.put(bytes)
     }
-    fn end_pass(&mut self, _pass: Pass) -> Result<()> {
+    fn end_pass(&mut self, _pass: Pass, _: Option<Synced<'_>>) -> Result<()> {
         self.put(b"S")
     }
     fn switchover(&mut self) -> Result<()> {

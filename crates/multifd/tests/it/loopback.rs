@@ -155,7 +155,7 @@ fn the_last_page_of_terabytes_arrives() {
     let mut sender = Sender::new(SendOptions::new(), source.clone(), Stop::new()).expect("made");
     sender.set_up(Arc::new(connector)).expect("set up");
     sender.queue(BlockIndex(1), PageIndex(last)).expect("queued");
-    let sent = spawn("source", move || sender.sync().and_then(|()| sender.finish()));
+    let sent = spawn("source", move || sender.sync().map(drop).and_then(|()| sender.finish()));
     receiver.sync().expect("passed");
     let arrived = [0, 1].map(|block| receiver.arrived().expect("set").count(BlockIndex(block)));
     receiver.finish().expect("received");

@@ -15,7 +15,7 @@
 use std::{fs::File, io, sync::Arc};
 
 use multifd::{
-    Error, Result,
+    Error, Result, Synced,
     channel::{Stop, Wake},
     live::{DeviceInfo, DeviceSection, Main, Pass, RunState, Verdict},
     ram::{BlockIndex, DirectFile, PageIndex, RamBlock, RamBlocks, file_size_limit, with_file_size_errors},
@@ -192,7 +192,7 @@ impl Capture {
             return Err(Error::other("complete the file", "the guest has not been stopped"));
         };
         let tail = Tail { switchover_start: self.machine.switchover_start, devices };
-        let written = layout.write_around(&self.file, &self.blocks, &self.machine.ignored, &tail);
+        let written = layout.write_around(&self.file, &self.blocks, &tail);
         let end = written.map_err(|error| Error::other("complete the file", error))?;
         if self.durable {
             self.file.sync_all().map_err(|error| Error::io("bring the file to the disk", error))?;
@@ -229,7 +229,7 @@ impl Main for Capture {
         Ok(())
     }
 
-    fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
+    fn setup(&mut self, blocks: &RamBlocks, _: Option<Synced<'_>>) -> Result<()> {
         let find = |(_, block): (BlockIndex, &RamBlock)| {
             let index = self.blocks.find(block.name().as_bytes())?;
             self.blocks.get(index).filter(|of| of.used_length() == block.used_length()).map(|_| index)
@@ -260,7 +260,7 @@ impl Main for Capture {
         Ok(())
     }
 
-    fn end_pass(&mut self, _: Pass) -> Result<()> {
+    fn end_pass(&mut self, _: Pass, _: Option<Synced<'_>>) -> Result<()> {
         Ok(())
     }
 
@@ -273,7 +273,7 @@ impl Main for Capture {
         Ok(())
     }
 
-    fn end_ram(&mut self) -> Result<()> {
+    fn end_ram(&mut self, _: Option<Synced<'_>>) -> Result<()> {
         Ok(())
     }
 

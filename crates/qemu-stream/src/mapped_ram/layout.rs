@@ -183,44 +183,53 @@ impl Layout {
         RamBlocks::new(blocks.collect::<multifd::Result<_>>()?)
     }
 
-    /// Writes everything but the pages: head, the bitmaps of `blocks`, which are those of [`ram_blocks`](Self::ram_blocks),
-    /// without the `ignored` ones, and the tail. Returns the length of the file.
+    /// Writes everything but the pages, which are at their places already, and cuts the file behind it: the bitmaps are
+    /// those of `blocks`, which [`ram_blocks`](Self::ram_blocks) has made. Returns the length of the file. Before this the file
+    /// is none that anyone would load; after it, it is whole.
     ///
     /// # Errors
-    /// If the system cannot write, or as [`write_tail`](Self::write_tail).
-    pub fn write_around(
+    /// As [`write`](Self::write); if the blocks are not those of the layout.
+    pub fn write_around(&self, file: &File, blocks: &RamBlocks, tail: &Tail<'_>) -> Result<u64, Error> {
+        let named = |(_, block): (BlockIndex, &RamBlock)| (block.name().clone(), block.used_length());
+        let listed = self.blocks.entries().iter().map(|entry| (entry.name.clone(), entry.used_length));
+        if !blocks.iter().map(named).eq(listed) {
+            return Err(
+                CallerMistake::Blocks("they are not those that the file was laid out for".into()).into()
+            );
+        }
+        let present = |index| blocks.get(index).map(|block| block.present_words().collect());
+        self.write(file, tail, |index, _| present(index).unwrap_or_default())
+    }
+
+    /// As [`write_around`](Self::write_around), with bitmaps of one's own, asked for block by block unless one is left out of
+    /// the file: bit i of word i / 64, least significant first, is page i.
+    ///
+    /// # Errors
+    /// If a bitmap has not as many [words](BlockPlace::bitmap_words) as the block needs; if the devices have footers and the
+    /// file has not (or the reverse), or one of them has the RAM section's number; if the system cannot write.
+    pub fn write(
         &self,
         file: &File,
-        blocks: &RamBlocks,
-        ignored: &[BlockIndex],
         tail: &Tail<'_>,
+        mut bitmap: impl FnMut(BlockIndex, &BlockPlace) -> Vec<u64>,
     ) -> Result<u64, Error> {
+        self.check_tail(tail)?;
         self.write_head(file)?;
-        for (index, block) in blocks.iter().filter(|(index, _)| !ignored.contains(index)) {
-            let words: Vec<u64> = block.present_words().collect();
-            self.write_bitmap(file, index, &words)?;
+        for (index, place) in (0..).map(BlockIndex).zip(&self.places) {
+            if !place.is_ignored() {
+                self.write_bitmap(file, index, &bitmap(index, place))?;
+            }
         }
         self.write_tail(file, tail)
     }
 
-    /// Writes everything before the tail but bitmaps and pages.
-    ///
-    /// # Errors
-    /// If the system cannot write.
-    pub fn write_head(&self, file: &File) -> Result<(), Error> {
+    /// Everything before the tail but bitmaps and pages.
+    fn write_head(&self, file: &File) -> Result<(), Error> {
         self.head.iter().try_for_each(|(at, piece)| write_at(file, piece, *at, "write the head"))
     }
 
-    /// Writes the bitmap of one block: bit i of word i / 64, least significant first, is page i.
-    ///
-    /// # Errors
-    /// If the bitmap has not as many words as the block needs, or the system cannot write.
-    pub fn write_bitmap(&self, file: &File, block: BlockIndex, words: &[u64]) -> Result<(), Error> {
+    fn write_bitmap(&self, file: &File, block: BlockIndex, words: &[u64]) -> Result<(), Error> {
         let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
-        if place.is_ignored() {
-            let why = "the block is left out of the file".to_owned();
-            return Err(CallerMistake::Value { what: "bitmap", why }.into());
-        }
         if words.len() as u64 != place.bitmap_words() {
             let why = format!("expected {:#x} words, met {:#x}", place.bitmap_words(), words.len());
             return Err(CallerMistake::Value { what: "bitmap", why }.into());
@@ -239,18 +248,17 @@ impl Layout {
         Ok(())
     }
 
-    /// Writes the tail and cuts the file behind it. Returns the length of the file. Before this the
-    /// file is no file anyone would load; after it, it is whole.
-    ///
-    /// # Errors
-    /// If the devices have footers and the file has not (or the reverse), one of them has the RAM section's number, or the
-    /// system cannot write.
-    pub fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
+    fn check_tail(&self, tail: &Tail<'_>) -> Result<(), CallerMistake> {
         tail.devices.check_beside(self.section)?;
         if tail.devices.has_footers() != self.footers {
             let why = "have footers where the file has none, or none where it has".to_owned();
-            return Err(CallerMistake::Value { what: "devices", why }.into());
+            return Err(CallerMistake::Value { what: "devices", why });
         }
+        Ok(())
+    }
+
+    /// The tail, behind which the file is cut; gives the length of the file.
+    fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
         let mut bytes = tail.devices.early().to_vec();
         if tail.switchover_start {
             Section::Command(Command::SwitchoverStart).encode(&mut bytes);

@@ -30,11 +30,10 @@
 //! let devices = DevicePart::build(&[], 4096, SectionId(2))?;
 //!
 //! let layout = Layout::new(&machine, &blocks, SectionId(1), 0)?;
-//! layout.write_head(&file)?;
 //! let page_7 = layout.places()[0].page_offset(PageIndex(7)).ok_or("outside")?;
 //! file.write_all_at(&[42; 4096], page_7)?;
-//! layout.write_bitmap(&file, BlockIndex(0), &[1 << 7, 0, 0, 0])?;
-//! layout.write_tail(&file, &Tail { switchover_start: true, devices: &devices })?;
+//! let tail = Tail { switchover_start: true, devices: &devices };
+//! layout.write(&file, &tail, |_, _| vec![1 << 7, 0, 0, 0])?;
 //!
 //! let read = MappedRamFile::open(file, 0)?;
 //! assert_eq!(read.blocks(), &blocks);

@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use multifd::{
-    Result,
+    Result, Synced,
     channel::{CloseWatch, Stop, Wake},
     live::{self, DeviceInfo, Main, Pass, RunState, Verdict},
     ram::{PageIndex, RamBlocks},
@@ -93,10 +93,10 @@ impl<C: Connection> Main for MainStream<C> {
     /// # Errors
     /// If the stream breaks; if a captured machine has other blocks than these, or one is ignored and the configuration lacks
     /// `x-ignore-shared`: the destination would have zeros in it.
-    fn setup(&mut self, blocks: &RamBlocks) -> Result<()> {
+    fn setup(&mut self, blocks: &RamBlocks, synced: Option<Synced<'_>>) -> Result<()> {
         let list = self.list(blocks).map_err(failed)?;
         check_list(&list, blocks, self.outgoing.options().ignore_shared()).map_err(failed)?;
-        self.outgoing.setup(list).map_err(failed)?;
+        self.outgoing.setup(list, synced).map_err(failed)?;
         match &self.captured {
             Some((_, devices)) => self.outgoing.early(devices).map_err(failed),
             None => Ok(()),
@@ -115,8 +115,8 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.page(block, page, bytes).map_err(failed)
     }
 
-    fn end_pass(&mut self, _pass: Pass) -> Result<()> {
-        self.outgoing.end_part().map_err(failed)
+    fn end_pass(&mut self, _pass: Pass, synced: Option<Synced<'_>>) -> Result<()> {
+        self.outgoing.end_part(synced).map_err(failed)
     }
 
     fn switchover(&mut self) -> Result<()> {
@@ -133,8 +133,8 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.ready().map_err(failed)
     }
 
-    fn end_ram(&mut self) -> Result<()> {
-        self.outgoing.begin_end().and_then(|()| self.outgoing.end_part()).map_err(failed)
+    fn end_ram(&mut self, synced: Option<Synced<'_>>) -> Result<()> {
+        self.outgoing.begin_end().and_then(|()| self.outgoing.end_part(synced)).map_err(failed)
     }
 
     fn devices(&mut self, devices: Vec<live::DeviceSection>, guest: RunState) -> Result<()> {

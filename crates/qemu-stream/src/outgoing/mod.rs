@@ -18,6 +18,7 @@ mod writer;
 use std::time::Duration;
 
 use multifd::{
+    Synced,
     channel::{CloseWatch, Stop},
     live::Verdict,
     ram::{BlockIndex, PageIndex},
@@ -40,8 +41,8 @@ use writer::Writer;
 
 /// A precopy migration going out.
 ///
-/// Each of [`setup`](Self::setup) and [`end_part`](Self::end_part) is a sync point: one SYNC must have
-/// been sent on every channel, after all pages, before it is called.
+/// Each of [`setup`](Self::setup) and [`end_part`](Self::end_part) is a sync point, and asks for the word that a SYNC
+/// has left on every channel.
 #[derive(Debug)]
 #[must_use]
 pub struct Outgoing<C> {
@@ -49,6 +50,7 @@ pub struct Outgoing<C> {
     options: Options,
     blocks: Option<BlockList>,
     current: CurrentBlock,
+    channels: u8,
     stage: Stage,
     early: bool,
     heard: Heard,
@@ -76,7 +78,7 @@ impl<C: Connection> Outgoing<C> {
         options.check()?;
         let (current, stage) = (CurrentBlock::default(), Stage::New);
         let (writer, heard) = (Writer::new(connection), Heard::default());
-        Ok(Self { writer, options, blocks: None, current, stage, early: false, heard })
+        Ok(Self { writer, options, blocks: None, current, channels: 0, stage, early: false, heard })
     }
 
     /// Writes header and configuration, opens the return path, and announces the number of channels there: 0 if multifd
@@ -94,6 +96,7 @@ impl<C: Connection> Outgoing<C> {
             let why = format!("{channels}, but multifd is {state} in the options (sync_mode)");
             return Err(CallerMistake::Value { what: "number of channels", why }.into());
         }
+        self.channels = channels;
         encode_header(self.options.configuration.as_ref(), self.writer.buffer());
         if self.options.return_path {
             Section::Command(Command::OpenReturnPath).encode(self.writer.buffer());
@@ -107,9 +110,10 @@ impl<C: Connection> Outgoing<C> {
     /// Announces the blocks. A sync point.
     ///
     /// # Errors
-    /// If the connection breaks.
-    pub fn setup(&mut self, blocks: BlockList) -> Result<(), Error> {
+    /// If `synced` is not of as many channels as were [announced](Self::begin), or is missing; if the connection breaks.
+    pub fn setup(&mut self, blocks: BlockList, synced: Option<Synced<'_>>) -> Result<(), Error> {
         self.expect("setup", Stage::Begun)?;
+        self.check_synced(synced)?;
         let expected = self.options.page_size();
         if blocks.page_size() != expected {
             let why = format!("{}, but the configuration has {expected}", blocks.page_size());
@@ -208,13 +212,16 @@ impl<C: Connection> Outgoing<C> {
     /// The pass is over. A sync point.
     ///
     /// # Errors
-    /// If no pass has begun or the connection breaks.
-    pub fn end_part(&mut self) -> Result<(), Error> {
-        match self.stage {
-            Stage::InPart => self.end_body(Stage::Between),
-            Stage::InEnd => self.end_body(Stage::RamDone),
-            _ => Err(self.out_of_order("end_part")),
-        }
+    /// If no pass has begun, `synced` is not of as many channels as were [announced](Self::begin) or is missing, or the
+    /// connection breaks.
+    pub fn end_part(&mut self, synced: Option<Synced<'_>>) -> Result<(), Error> {
+        let next = match self.stage {
+            Stage::InPart => Stage::Between,
+            Stage::InEnd => Stage::RamDone,
+            _ => return Err(self.out_of_order("end_part")),
+        };
+        self.check_synced(synced)?;
+        self.end_body(next)
     }
 
     /// The guest has stopped: says so to machine types that want to know. Comes before
@@ -326,6 +333,16 @@ impl<C: Connection> Outgoing<C> {
     /// The connection, to close it when all is over.
     pub fn into_inner(self) -> C {
         self.writer.into_inner()
+    }
+
+    fn check_synced(&self, synced: Option<Synced<'_>>) -> Result<(), CallerMistake> {
+        let met = synced.map_or(0, |synced| synced.channels());
+        let announced = self.channels;
+        if met == announced {
+            return Ok(());
+        }
+        let why = format!("a SYNC has left on {met} channels, and {announced} were announced");
+        Err(CallerMistake::Value { what: "sync point", why })
     }
 
     /// Ends a body at a sync point, and the section with it.

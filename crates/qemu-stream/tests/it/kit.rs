@@ -8,6 +8,7 @@ use std::{
 };
 
 use multifd::{
+    Synced,
     channel::{Stop, Stream, Wake, memory},
     live::Verdict,
     ram::{BlockIndex, BlockName, PageIndex, PageSize},
@@ -172,21 +173,27 @@ pub(crate) fn devices_of(options: &Options) -> DevicePart {
     if options.machine().is_some() { devices() } else { devices_without_footers() }
 }
 
+/// What a stream of two channels asks for at a sync point. There are no channels beside these streams.
+pub(crate) fn synced() -> Option<Synced<'static>> {
+    Some(Synced::asserted(2))
+}
+
 /// Sends a machine: a live pass, a last pass, devices. With multifd off its pages are on main.
 pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Result<(), Error> {
+    let after = || multifd.then(synced).flatten();
     out.begin(if multifd { 2 } else { 0 })?;
-    out.setup(blocks())?;
+    out.setup(blocks(), after())?;
     out.begin_part()?;
     out.zero_page(BlockIndex(0), PageIndex(3))?;
     if !multifd {
         out.page(BlockIndex(0), PageIndex(4), &[7; 4096])?;
         out.page_with(BlockIndex(1), PageIndex(1), |page| page.fill(8))?;
     }
-    out.end_part()?;
+    out.end_part(after())?;
     out.switchover()?;
     out.begin_end()?;
     out.zero_page(BlockIndex(1), PageIndex(0))?;
-    out.end_part()?;
+    out.end_part(after())?;
     let devices = devices_of(out.options());
     out.devices(&devices)
 }

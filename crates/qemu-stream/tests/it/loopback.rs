@@ -3,6 +3,7 @@
 use std::{thread, time::Duration};
 
 use multifd::{
+    Synced,
     ram::{BlockIndex, BlockName, PageIndex, PageSize},
     wire::VmUuid,
 };
@@ -15,7 +16,7 @@ use qemu_stream::{
 
 use crate::kit::{
     Memory, Tape, all_options, blocks, cause, complete, devices, devices_of, devices_without_footers, pair,
-    q35, send, stream,
+    q35, send, stream, synced,
 };
 
 /// Sends with `options` from a thread of its own; both ends must agree that all is well.
@@ -85,12 +86,12 @@ fn the_stream_is_what_qemu_writes() {
             .unwrap();
     let ram = BlockEntry::new(BlockName::new("pc.ram").unwrap(), 96 << 20);
     out.begin(2).unwrap();
-    out.setup(BlockList::new(vec![ram], PageSize::KIB_4).unwrap()).unwrap();
+    out.setup(BlockList::new(vec![ram], PageSize::KIB_4).unwrap(), synced()).unwrap();
     out.begin_part().unwrap();
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     out.switchover().unwrap();
     out.begin_end().unwrap();
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     let golden: &[&[u8]] = &[
         b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-10.0",
         b"\x05\x12configuration/uuid\0\0\0\x01",
@@ -146,22 +147,44 @@ fn nothing_is_kept_back_at_a_sync_point() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
     let ends_with_footer = |out: Outgoing<Tape>| out.into_inner().output.ends_with(b"\x10\x7e\0\0\0\x01");
     out.begin(2).unwrap();
-    out.setup(blocks()).unwrap();
+    out.setup(blocks(), synced()).unwrap();
     assert!(ends_with_footer(out));
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("7.2"))).unwrap();
     out.begin(2).unwrap();
-    out.setup(blocks()).unwrap();
+    out.setup(blocks(), synced()).unwrap();
     out.begin_part().unwrap();
     out.zero_page(BlockIndex(0), PageIndex(0)).unwrap();
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     assert!(ends_with_footer(out));
+}
+
+/// A destination waits at the record for as many channels as were announced.
+#[test]
+fn a_sync_point_without_its_syncs_is_refused() {
+    let refused = |result: Result<(), Error>| {
+        let error = result.expect_err("refused").to_string();
+        assert!(error.contains("sync point") && error.contains("announced"), "{error}");
+    };
+    for (channels, wrong) in [(2, None), (2, Some(3)), (0, Some(2))] {
+        let options = Options::new(q35("10.0"));
+        let options = if channels == 0 { options.sync_mode(None) } else { options };
+        let mut out = Outgoing::new(Tape::default(), options).unwrap();
+        let right = || (channels > 0).then(|| Synced::asserted(channels));
+        let wrong = || wrong.map(Synced::asserted);
+        out.begin(channels).unwrap();
+        refused(out.setup(blocks(), wrong()));
+        out.setup(blocks(), right()).unwrap();
+        out.begin_end().unwrap();
+        refused(out.end_part(wrong()));
+        out.end_part(right()).unwrap();
+    }
 }
 
 #[test]
 fn many_pages_do_not_gather_without_bound() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).sync_mode(None)).unwrap();
     out.begin(0).unwrap();
-    out.setup(blocks()).unwrap();
+    out.setup(blocks(), None).unwrap();
     out.begin_part().unwrap();
     for page in 0..0x100 {
         out.page(BlockIndex(0), PageIndex(page), &[1; 4096]).unwrap();
@@ -186,23 +209,23 @@ fn shared_ram_is_listed_with_its_address() {
 fn calls_out_of_order_are_refused_and_harmless() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
     let out_of_order = |result| matches!(result, Err(Error::Caller(CallerMistake::OutOfOrder { .. })));
-    assert!(out_of_order(out.setup(blocks())));
+    assert!(out_of_order(out.setup(blocks(), synced())));
     assert!(out_of_order(out.begin_part()));
     out.begin(2).unwrap();
     assert!(out_of_order(out.begin(2)));
     assert!(out_of_order(out.begin_part()));
-    out.setup(blocks()).unwrap();
+    out.setup(blocks(), synced()).unwrap();
     assert!(out_of_order(out.zero_page(BlockIndex(0), PageIndex(0))));
-    assert!(out_of_order(out.end_part()));
+    assert!(out_of_order(out.end_part(synced())));
     out.begin_part().unwrap();
     assert!(out_of_order(out.page(BlockIndex(0), PageIndex(0), &[0; 4096])), "multifd is on");
     assert!(out_of_order(out.switchover()));
     assert!(out.zero_page(BlockIndex(0), PageIndex(0x100)).is_err());
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     assert!(out_of_order(out.devices(&devices())));
     out.switchover().unwrap();
     out.begin_end().unwrap();
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     assert!(out_of_order(out.begin_part()));
     let early = complete(&mut out, None).unwrap_err();
     assert!(matches!(cause(&early), Error::Caller(CallerMistake::OutOfOrder { .. })));
@@ -221,11 +244,11 @@ fn device_with_the_number_of_the_ram_section_is_refused() {
     for (ram, taken) in [(SectionId(1), None), (SectionId(3), Some("vcpu")), (SectionId(2), Some("timer"))] {
         let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).section(ram)).unwrap();
         out.begin(2).unwrap();
-        out.setup(blocks()).unwrap();
+        out.setup(blocks(), synced()).unwrap();
         assert_eq!(out.early(&devices()).is_err(), taken.is_some(), "nothing of it goes anywhere");
         out.switchover().unwrap();
         out.begin_end().unwrap();
-        out.end_part().unwrap();
+        out.end_part(synced()).unwrap();
         match (out.devices(&devices()), taken) {
             (Ok(()), None) => {}
             (Err(Error::Caller(CallerMistake::SectionTaken { section, device })), Some(name)) => {
@@ -243,7 +266,7 @@ fn options_that_contradict_the_machine_type_are_refused() {
     let arm = Configuration { target_page_size: Some(PageSize::KIB_64), ..q35("10.0") };
     let mut out = Outgoing::new(Tape::default(), Options::new(arm)).unwrap();
     out.begin(2).unwrap();
-    assert!(matches!(out.setup(blocks()), Err(Error::Caller(CallerMistake::Value { .. }))));
+    assert!(matches!(out.setup(blocks(), synced()), Err(Error::Caller(CallerMistake::Value { .. }))));
 }
 
 #[test]

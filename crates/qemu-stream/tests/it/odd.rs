@@ -16,7 +16,9 @@ use qemu_stream::{
     outgoing::{Options, Outgoing},
 };
 
-use crate::kit::{Memory, Tape, blocks, complete, devices, devices_without_footers, pair, q35, send, stream};
+use crate::kit::{
+    Memory, Tape, blocks, complete, devices, devices_without_footers, pair, q35, send, stream, synced,
+};
 
 const EARLY: &str = "0000:00:01.0/virtio-mem-device-early";
 const PART: &[u8] = b"\x02\0\0\0\x01";
@@ -63,14 +65,14 @@ fn with_early(body: &[u8], length: usize) -> Result<Option<DevicePart>, Error> {
 fn sent(devices: &DevicePart, options: Options) -> Result<Vec<u8>, Error> {
     let mut out = Outgoing::new(Tape::default(), options)?;
     out.begin(2)?;
-    out.setup(blocks())?;
+    out.setup(blocks(), synced())?;
     out.early(devices)?;
     out.begin_part()?;
     out.zero_page(BlockIndex(0), PageIndex(3))?;
-    out.end_part()?;
+    out.end_part(synced())?;
     out.switchover()?;
     out.begin_end()?;
-    out.end_part()?;
+    out.end_part(synced())?;
     out.devices(devices)?;
     Ok(out.into_inner().output)
 }
@@ -145,9 +147,9 @@ fn early_devices_must_be_sent_early() {
     let devices = with_early(b"", 0).unwrap().unwrap();
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
     out.begin(2).unwrap();
-    out.setup(blocks()).unwrap();
+    out.setup(blocks(), synced()).unwrap();
     out.begin_end().unwrap();
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     let refused = out.devices(&devices);
     assert!(matches!(refused, Err(Error::Caller(CallerMistake::Value { .. }))));
 }
@@ -225,9 +227,9 @@ fn a_description_that_is_known_not_to_come_is_not_waited_for() {
 fn footers_follow_the_stream_and_not_the_machine_type() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).footers(false)).unwrap();
     out.begin(2).unwrap();
-    out.setup(blocks()).unwrap();
+    out.setup(blocks(), synced()).unwrap();
     out.begin_end().unwrap();
-    out.end_part().unwrap();
+    out.end_part(synced()).unwrap();
     out.devices(&devices_without_footers()).unwrap();
     let loaded = received(&out.into_inner().output).unwrap();
     assert!(!loaded.footers && loaded.configuration.is_some());
@@ -243,8 +245,9 @@ fn shape(configuration: Option<&Configuration>) -> Shape<'_> {
 fn kept(shape: &Shape<'_>, blocks: &BlockList, devices: &DevicePart) -> Result<MappedRamFile, Error> {
     let file = tempfile::tempfile().unwrap();
     let layout = Layout::of(shape, blocks)?;
-    layout.write_head(&file)?;
-    layout.write_tail(&file, &Tail { switchover_start: false, devices })?;
+    layout.write(&file, &Tail { switchover_start: false, devices }, |_, place| {
+        vec![0; usize::try_from(place.bitmap_words()).unwrap()]
+    })?;
     MappedRamFile::open(file, shape.offset)
 }
 
@@ -346,11 +349,11 @@ fn pages_of_16_and_64_kib_keep_their_size() {
         let list = BlockList::new(vec![entry], page_size).unwrap();
         let mut out = Outgoing::new(Tape::default(), Options::new(arm.clone()).sync_mode(None)).unwrap();
         out.begin(0).unwrap();
-        out.setup(list.clone()).unwrap();
+        out.setup(list.clone(), None).unwrap();
         out.begin_end().unwrap();
         out.page(BlockIndex(0), PageIndex(2), &vec![5; page_size.bytes()]).unwrap();
         out.zero_page(BlockIndex(0), PageIndex(15)).unwrap();
-        out.end_part().unwrap();
+        out.end_part(None).unwrap();
         out.devices(&devices()).unwrap();
         let mut memory = Memory::default();
         let loaded = Incoming::new(Tape::playing(&out.into_inner().output)).run(&mut memory).unwrap();

@@ -126,9 +126,8 @@ fn block_whose_memory_is_shared_is_refused_with_the_reason() {
     let layout = Layout::of(&shape, &blocks).unwrap();
     let devices = DevicePart::build(&[], 4096, SectionId(2)).unwrap();
     let written = fs::File::create_new(&file).unwrap();
-    layout.write_head(&written).unwrap();
-    layout.write_bitmap(&written, BlockIndex(1), &[0; 4]).unwrap();
-    layout.write_tail(&written, &Tail { switchover_start: true, devices: &devices }).unwrap();
+    let tail = Tail { switchover_start: true, devices: &devices };
+    layout.write(&written, &tail, |_, _| vec![0; 4]).unwrap();
     for to in [&out, Path::new("-")] {
         let ended = extract(&[], "ram", &file, to);
         ended.assert_failed(1, &["cannot extract block ram of ", "x-ignore-shared", "left out", "copy"]);

@@ -30,13 +30,11 @@ fn devices() -> DevicePart {
 fn whole(configuration: &Configuration, blocks: &BlockList, offset: u64) -> (File, Layout) {
     let file = tempfile::tempfile().unwrap();
     let layout = Layout::new(configuration, blocks, SectionId(1), offset).unwrap();
-    layout.write_head(&file).unwrap();
-    for (block, _) in blocks.iter() {
-        let words = usize::try_from(layout.place(block).unwrap().bitmap_words()).unwrap();
-        layout.write_bitmap(&file, block, &vec![0x9249_2492_4924_9249; words]).unwrap();
-    }
     let tail = Tail { switchover_start: true, devices: &devices() };
-    assert_eq!(layout.write_tail(&file, &tail).unwrap(), file.metadata().unwrap().len());
+    let written = layout.write(&file, &tail, |_, place| {
+        vec![0x9249_2492_4924_9249; usize::try_from(place.bitmap_words()).unwrap()]
+    });
+    assert_eq!(written.unwrap(), file.metadata().unwrap().len());
     (file, layout)
 }
 
@@ -88,7 +86,8 @@ fn bits_are_least_significant_first_in_each_byte() {
     for page in [0, 9, 63] {
         words[0] |= 1 << page;
     }
-    layout.write_bitmap(&file, BlockIndex(0), &words).unwrap();
+    let tail = Tail { switchover_start: true, devices: &devices() };
+    layout.write(&file, &tail, |_, _| words.to_vec()).unwrap();
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, layout.places()[0].bitmap_offset).unwrap();
     assert_eq!(bytes, [1, 2, 0, 0, 0, 0, 0, 0x80]);
@@ -202,9 +201,8 @@ fn a_larger_old_file_is_cut_behind_the_tail() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(64 * MIB).unwrap();
     let layout = Layout::new(&q35(), &blocks, SectionId(1), 0).unwrap();
-    layout.write_head(&file).unwrap();
-    layout.write_bitmap(&file, BlockIndex(0), &[1]).unwrap();
-    layout.write_tail(&file, &Tail { switchover_start: false, devices: &devices() }).unwrap();
+    let tail = Tail { switchover_start: false, devices: &devices() };
+    layout.write(&file, &tail, |_, _| vec![1]).unwrap();
     let read = MappedRamFile::open(file, 0).unwrap();
     assert!(!read.switchover_start());
 }

@@ -17,13 +17,37 @@ fn blocks(blocks: &[(&str, u64)]) -> BlockList {
     BlockList::new(entries, PageSize::KIB_4).unwrap()
 }
 
+fn devices() -> DevicePart {
+    DevicePart::build(&[], 4096, SectionId(2)).unwrap()
+}
+
+fn tail(devices: &DevicePart) -> Tail<'_> {
+    Tail { switchover_start: true, devices }
+}
+
+/// The bitmap of a block without pages.
+fn none(_: BlockIndex, place: &BlockPlace) -> Vec<u64> {
+    vec![0; usize::try_from(place.bitmap_words()).unwrap()]
+}
+
+/// Other blocks of the same lengths would put their bits over pages that are not theirs.
+#[test]
+fn blocks_that_the_file_was_not_laid_out_for_are_refused() {
+    let layout = |name| Layout::new(&q35(), &blocks(&[(name, 0x4_0000)]), SectionId(1), 0).unwrap();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    let own = layout("pc.ram").ram_blocks(&file, None).unwrap();
+    assert!(layout("pc.ram").write_around(&file, &own, &tail(&devices())).is_ok());
+    let refused = layout("pc.rom").write_around(&file, &own, &tail(&devices()));
+    assert!(matches!(refused, Err(Error::Caller(CallerMistake::Blocks(_)))), "{refused:?}");
+}
+
 /// Captured from QEMU 10.0.2 with a guest of 96 MiB, its block list shortened to the first two.
 #[test]
 fn the_head_is_what_qemu_writes() {
     let blocks = blocks(&[("pc.ram", 0x600_0000), ("/rom@etc/acpi/tables", 0x2_0000)]);
     let layout = Layout::new(&q35(), &blocks, SectionId(1), 0).unwrap();
     let file = tempfile::tempfile().unwrap();
-    layout.write_head(&file).unwrap();
+    layout.write(&file, &tail(&devices()), none).unwrap();
     let golden = dump(
         "51 45 56 4d 00 00 00 03 07 00 00 00 0b \"pc-q35-10.0\"
          05 1a \"configuration/capabilities\" 00 00 00 01  00 00 00 01  0a \"mapped-ram\"
@@ -85,10 +109,9 @@ fn a_machine_without_configuration_is_refused() {
 fn a_bitmap_of_another_length_is_refused() {
     let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 0x4_1000)]), SectionId(1), 0).unwrap();
     let file = tempfile::tempfile().unwrap();
-    assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 2]).is_ok());
-    assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 1]).is_err());
-    assert!(layout.write_bitmap(&file, BlockIndex(0), &[0; 3]).is_err());
-    assert!(layout.write_bitmap(&file, BlockIndex(1), &[0; 2]).is_err());
+    for (words, taken) in [(2, true), (1, false), (3, false)] {
+        assert_eq!(layout.write(&file, &tail(&devices()), |_, _| vec![0; words]).is_ok(), taken, "{words}");
+    }
 }
 
 /// A reader finds the section of a piece by its number.
@@ -96,11 +119,10 @@ fn a_bitmap_of_another_length_is_refused() {
 fn device_with_the_number_of_the_ram_section_is_refused() {
     let device = Device { name: SectionName::new("timer").unwrap(), instance: 0, version: 1, state: vec![1] };
     let devices = DevicePart::build(&[device], 4096, SectionId(7)).unwrap();
-    let tail = Tail { switchover_start: true, devices: &devices };
     for (ram, refused) in [(SectionId(7), true), (SectionId(6), false)] {
         let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 0x1000)]), ram, 0).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let met = layout.write_tail(&file, &tail);
+        let met = layout.write(&file, &tail(&devices), none);
         assert_eq!(matches!(met, Err(Error::Caller(CallerMistake::SectionTaken { .. }))), refused, "{met:?}");
         assert_eq!(file.metadata().unwrap().len() == 0, refused);
     }
