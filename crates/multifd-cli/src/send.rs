@@ -9,12 +9,12 @@ use multifd::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, RunState,
         ZeroPageDetection,
     },
-    ram::{Access, Mapping, NeverDirty, Places, RamBlocks},
+    ram::{NeverDirty, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
     format::SyncMode,
-    mapped_ram::MappedRamFile,
+    mapped_ram::{MappedRamFile, ReadPath},
     outgoing::{MainStream, Options, Outgoing},
 };
 
@@ -103,16 +103,13 @@ fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
         direct_io.open(file.file())
     };
     let reads = over_main || direct.is_some() || args.compression.packs() || args.tls.encrypts();
-    let blocks = file.ram_blocks(|entry, places| {
-        if let Some(direct) = &direct {
-            direct_io.check(direct, &entry.name, places.offset);
+    let blocks = file.ram_blocks(|entry, place| match &direct {
+        Some(direct) => {
+            direct_io.check(direct, &entry.name, place.pages_offset);
+            ReadPath::Direct(direct.clone())
         }
-        if reads {
-            return Ok(Places { direct: direct.clone(), ..places });
-        }
-        let mapped = Mapping::of_file(file.file(), places.offset, entry.used_length, Access::Read);
-        let mapped = mapped.map_err(|error| Error::io("map the file", error))?;
-        Ok(Places { mapped: Some(mapped), ..places })
+        None if reads => ReadPath::Cached,
+        None => ReadPath::Mapped,
     });
     Ok(blocks.map_err(|error| args.file.unreadable(error))?)
 }

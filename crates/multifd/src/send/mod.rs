@@ -116,7 +116,7 @@ impl Sender {
     /// `target`, blocks of the same names and lengths. Of each two blocks of one name one is in memory and the other in a
     /// file: this is how RAM is captured into a file, and restored out of it. A page goes straight between the two, by one
     /// call of the system for a run of neighbours, past the page cache where the block in the file
-    /// [has a way](crate::ram::Places::direct). A page that is zero is [cleared](crate::ram::RamBlock::clear) in
+    /// [has a way](crate::ram::Places::past_cache). A page that is zero is [cleared](crate::ram::RamBlock::clear) in
     /// `target`. Everything else is as over connections; a cancel waits for the calls under way, of up to 8 MiB each.
     ///
     /// # Errors

@@ -91,7 +91,7 @@ fn in_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     let mut at = offset;
     let blocks = RAM.iter().map(|(text, length)| {
         let places = Places::new(file.clone(), at, PageBitmap::new(length / 4096));
-        let memory = Memory::MappedRam(Places { direct: direct.clone(), ..places });
+        let memory = Memory::MappedRam(places.past_cache(direct.clone()));
         at += length;
         RamBlock::new(name(text), *length, PageSize::KIB_4, memory).expect("a block")
     });

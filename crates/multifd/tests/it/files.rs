@@ -24,7 +24,7 @@ fn in_a_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     let present = PageBitmap::full(LENGTH / 4096);
     present.clear(PageIndex(5));
     let direct = direct.then(|| Arc::new(DirectFile::of(file).expect("direct I/O")));
-    let memory = Memory::MappedRam(Places { direct, ..Places::new(file.clone(), offset, present) });
+    let memory = Memory::MappedRam(Places::new(file.clone(), offset, present).past_cache(direct));
     let block = RamBlock::new(name("pc.ram"), LENGTH, page_size, memory);
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }
@@ -43,7 +43,7 @@ fn fresh_in_a_file(file: File, direct: bool) -> Arc<RamBlocks> {
     let file = Arc::new(file);
     let direct = direct.then(|| Arc::new(DirectFile::of(&file).expect("direct I/O")));
     let none = PageBitmap::new(LENGTH / 4096);
-    let memory = Memory::MappedRam(Places { direct, ..Places::new(file, 1 << 20, none) });
+    let memory = Memory::MappedRam(Places::new(file, 1 << 20, none).past_cache(direct));
     let block = RamBlock::new(name("pc.ram"), LENGTH, PageSize::KIB_4, memory);
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }

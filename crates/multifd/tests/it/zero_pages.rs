@@ -7,8 +7,7 @@ use multifd::{
     channel::{Link, Listen, Stop, memory},
     live::{MigrateOptions, MigrationInfo, ZeroPageDetection},
     ram::{
-        Access, BlockIndex, Mapping, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, PartMut, Places,
-        RamBlock, RamBlocks,
+        BlockIndex, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, PartMut, Places, RamBlock, RamBlocks,
     },
     wire::{Packet, head_len},
 };
@@ -119,17 +118,14 @@ fn each_mode_sends_zero_pages_its_own_way() {
 /// Eight pages of junk of which a bitmap says that only the odd ones hold something: what a mapped-ram file is.
 fn with_junk() -> Arc<RamBlocks> {
     let file = tempfile::tempfile().expect("a file");
-    file.set_len(8 * 4096).expect("sized");
-    let mapped = Some(Mapping::of_file(&file, 0, 8 * 4096, Access::ReadWrite).expect("mapped"));
+    file.set_len(8 * 4096).and_then(|()| file.write_all_at(&[9; 7 * 4096], 0)).expect("written");
     let present = PageBitmap::new(8);
     for page in [1, 3, 5, 7] {
         present.set_run(PageIndex(page), 1);
     }
-    let memory = Memory::MappedRam(Places { mapped, ..Places::new(Arc::new(file), 0, present) });
+    let memory = Memory::MappedRam(Places::new(Arc::new(file), 0, present).map(8 * 4096).expect("mapped"));
     let block = RamBlock::new(name("b"), 8 * 4096, PageSize::KIB_4, memory);
-    let blocks = Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"));
-    (0..7).for_each(|page| write(&blocks, 0, page, 9));
-    blocks
+    Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }
 
 #[test]

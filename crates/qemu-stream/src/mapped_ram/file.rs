@@ -11,7 +11,9 @@ use std::{
     sync::Arc,
 };
 
-use multifd::ram::{BlockIndex, BlockName, Memory, PageBitmap, PageSize, Places, RamBlock, RamBlocks};
+use multifd::ram::{
+    BlockIndex, BlockName, DirectFile, Memory, PageBitmap, PageSize, Places, RamBlock, RamBlocks,
+};
 
 use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
 use crate::{
@@ -142,18 +144,26 @@ impl MappedRamFile {
     }
 }
 
+/// How the pages of a block in a file are read.
+#[derive(Clone, Debug)]
+pub enum ReadPath {
+    /// Through the page cache, into a private buffer.
+    Cached,
+    /// Past the page cache, by channels; as [`Cached`](Self::Cached) over main.
+    Direct(Arc<DirectFile>),
+    /// Not at all: channels send from a mapping of the file, which costs no copy. Needs channels that neither pack nor encrypt.
+    Mapped,
+}
+
 impl MappedRamFile {
-    /// The blocks in the file with the pages that are present, to be sent or copied. `reach` may change how the places of a
-    /// block are reached: mapped, or past the page cache. Blocks that were left out are [ignored](RamBlock::ignored).
-    ///
-    /// **Warning:** a [mapping](Places::mapped) has to begin at [`pages_offset`](BlockPlace::pages_offset) of the file. That
-    /// cannot be checked here, and one that begins elsewhere sends other bytes in the place of the guest's.
+    /// The blocks in the file with the pages that are present, to be sent or copied; `path` says of each how its pages are
+    /// read. Blocks that were left out are [ignored](RamBlock::ignored).
     ///
     /// # Errors
-    /// If the bitmaps cannot be read, what `reach` says, or if it has moved the places.
+    /// If the bitmaps cannot be read or the file cannot be mapped.
     pub fn ram_blocks(
         &self,
-        mut reach: impl FnMut(&BlockEntry, Places) -> multifd::Result<Places>,
+        mut path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
     ) -> multifd::Result<RamBlocks> {
         let file = self.file.try_clone();
         let file = Arc::new(file.map_err(|error| multifd::Error::io("open the file once more", error))?);
@@ -163,9 +173,14 @@ impl MappedRamFile {
             let bits = self.bitmap(index);
             present.merge(bits.map_err(|error| multifd::Error::other("read a bitmap", error))?);
             let (name, length) = (entry.name.clone(), entry.used_length);
-            let places = reach(entry, Places::new(file.clone(), place.pages_offset, present))?;
-            check_place(entry, place, &places)
-                .map_err(|mistake| multifd::Error::other("find a block in the file", mistake))?;
+            let places = Places::new(file.clone(), place.pages_offset, present);
+            let places = match path(entry, place) {
+                ReadPath::Cached => places,
+                ReadPath::Direct(direct) => places.past_cache(Some(direct)),
+                ReadPath::Mapped => places
+                    .map(length)
+                    .map_err(|error| multifd::Error::io(format!("map block {name:?} of the file"), error))?,
+            };
             let block = RamBlock::new(name, length, place.page_size, Memory::MappedRam(places))?;
             blocks.push(if place.is_ignored() { block.ignored() } else { block });
         }
@@ -174,15 +189,6 @@ impl MappedRamFile {
 }
 
 /// Refuses places that are not those of the block.
-fn check_place(entry: &BlockEntry, place: &BlockPlace, places: &Places) -> Result<(), CallerMistake> {
-    if places.offset == place.pages_offset {
-        return Ok(());
-    }
-    let (expected, met) = (place.pages_offset, places.offset);
-    let why = format!("expected offset {expected:#x} for {:?}, met {met:#x}", entry.name);
-    Err(CallerMistake::Value { what: "memory of a block", why })
-}
-
 struct Parser<'a> {
     r: Reader<Cursor<'a>>,
     file: &'a File,

@@ -175,8 +175,7 @@ impl Layout {
     ) -> multifd::Result<RamBlocks> {
         let blocks = self.blocks.entries().iter().zip(&self.places).map(|(entry, place)| {
             let none = PageBitmap::new(place.pages());
-            let places =
-                Places { direct: direct.cloned(), ..Places::new(file.clone(), place.pages_offset, none) };
+            let places = Places::new(file.clone(), place.pages_offset, none).past_cache(direct.cloned());
             let memory = Memory::MappedRam(places);
             RamBlock::new(entry.name.clone(), entry.used_length, place.page_size, memory)
         });

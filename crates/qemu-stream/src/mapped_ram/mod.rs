@@ -52,7 +52,7 @@ mod restore;
 use multifd::ram::{PageIndex, PageSize};
 
 pub use capture::{Capture, CaptureOptions};
-pub use file::MappedRamFile;
+pub use file::{MappedRamFile, ReadPath};
 pub use layout::{Layout, Shape, Tail};
 pub use restore::Restore;
 

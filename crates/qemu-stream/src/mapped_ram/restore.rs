@@ -13,10 +13,10 @@ use std::sync::Arc;
 use multifd::{
     ChannelStats, Result, SendOptions, Sender,
     channel::Stop,
-    ram::{PageBitmap, Places, RamBlocks, runs},
+    ram::{PageBitmap, RamBlocks, runs},
 };
 
-use super::{MappedRamFile, capture::direct};
+use super::{MappedRamFile, ReadPath, capture::direct};
 
 /// How a machine is loaded out of its file.
 #[derive(Clone, Debug)]
@@ -64,7 +64,8 @@ impl<'a> Restore<'a> {
 
     fn load(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
         let direct = if self.direct_io { direct(self.machine.file()) } else { None };
-        let source = self.machine.ram_blocks(|_, places| Ok(Places { direct: direct.clone(), ..places }))?;
+        let source =
+            self.machine.ram_blocks(|_, _| direct.clone().map_or(ReadPath::Cached, ReadPath::Direct))?;
         let source = Arc::new(source);
         let options = SendOptions::new().channels(self.channels);
         let mut sender = Sender::new(options, source.clone(), stop.clone())?;

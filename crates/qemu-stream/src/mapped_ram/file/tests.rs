@@ -233,16 +233,3 @@ proptest! {
         }
     }
 }
-
-#[test]
-fn block_that_is_looked_for_at_another_place_of_the_file_is_refused() {
-    let (file, _) = whole(&q35(), &list(&[("pc.ram", 4 * MIB), ("pc.rom", 0x1000)]), 0);
-    let machine = MappedRamFile::open(file, 0).unwrap();
-    let blocks =
-        |shift: u64| machine.ram_blocks(|_, places| Ok(Places { offset: places.offset + shift, ..places }));
-    assert!(blocks(0).is_ok());
-    let refused = blocks(0x1000).unwrap_err();
-    let multifd::Error::Other { source, .. } = &refused else { panic!("{refused:?}") };
-    let told = source.to_string();
-    assert!(told.contains("expected offset 0x100000 for \"pc.ram\", met 0x101000"), "{told}");
-}
