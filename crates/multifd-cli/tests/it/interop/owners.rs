@@ -1,7 +1,7 @@
 //! A QEMU that takes its guest back at the last moment: nothing may then say, or act as if, the guest were elsewhere too.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
     sync::{
@@ -12,10 +12,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use multifd::{channel::Stop, live::Verdict, ram::PageIndex};
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use qemu_stream::{
+    mapped_ram::{MappedRamFile, ReadPath},
+    outgoing::{Options, Outgoing},
+};
 use serde_json::json;
 
-use crate::kit::{Program, assert_left, fast, folder, machine, path, source};
+use crate::kit::{
+    Program, assert_left, fast, first_difference, folder, machine, memory, migrate, path, runs_on, source,
+};
 
 /// A relay to `target` that holds back the last bytes of the first connection until its source closes it; gives its address,
 /// and how many bytes of main have come.
@@ -115,3 +122,65 @@ fn qemu_10_0_takes_its_guest_back_when_all_is_sent() {
 const HELD: usize = 64;
 /// Between two messages of a source that stands.
 const QUIET: Duration = Duration::from_millis(500);
+
+/// Before its devices leave, a source of ours asks whether the destination has all of RAM: by a PING that no QEMU sends, between
+/// the last pass and the end of RAM. QEMU answers it when it has read everything before it, and goes on.
+fn answers_in_between(qemu: &Qemu) -> Result<(), Error> {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let mut from = source(machine(qemu, &qemu.machine()))?;
+    from.stop()?;
+    let before = memory(&mut from)?;
+    from.set_capabilities(&[("return-path", true)])?;
+    let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &file);
+    migrate(&mut from, &address)?;
+    receive.done();
+
+    let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
+    to.set_capabilities(&[("return-path", true)])?;
+    let address = to.migrate_incoming("tcp:127.0.0.1:0")?;
+    let host = address.strip_prefix("tcp:").unwrap_or(&address);
+    let file = MappedRamFile::open(File::open(&file).unwrap(), 0).unwrap();
+    let options = Options::new(file.configuration().expect("a machine type").clone())
+        .section(file.section())
+        .footers(file.devices().has_footers())
+        .switchover_start(file.switchover_start())
+        .sync_mode(None);
+    let mut out = Outgoing::new(TcpStream::connect(host).unwrap(), options).unwrap();
+    out.begin(0).unwrap();
+    out.setup(file.blocks().clone(), None).unwrap();
+    out.early(file.devices()).unwrap();
+    out.begin_part().unwrap();
+    let blocks = file.ram_blocks(|_, _| ReadPath::Cached).unwrap();
+    let mut page = vec![0; file.blocks().page_size().bytes()];
+    for (index, block) in blocks.iter() {
+        for at in (0..block.pages()).map(PageIndex).filter(|at| block.is_present(*at)) {
+            block.load(at, &mut page).unwrap();
+            out.page(index, at, &page).unwrap();
+        }
+    }
+    out.end_part(None).unwrap();
+    out.switchover().unwrap();
+    out.ready().expect("an answer");
+    out.begin_end().unwrap();
+    out.end_part(None).unwrap();
+    out.devices(file.devices()).unwrap();
+    let verdict = out.complete(&Stop::new(), Some(PATIENCE), PATIENCE);
+    assert!(matches!(verdict, Verdict::Taken), "{verdict:?}");
+    to.wait_migration("completed", PATIENCE)?;
+    assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
+    to.cont()?;
+    runs_on(&from, &mut to)
+}
+
+#[test]
+fn qemu_7_2_answers_whether_it_has_all_of_ram() {
+    let Some(qemu) = Qemu::v7_2() else { return };
+    answers_in_between(&qemu).unwrap();
+}
+
+#[test]
+fn qemu_10_0_answers_whether_it_has_all_of_ram() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    answers_in_between(&qemu).unwrap();
+}
