@@ -73,6 +73,7 @@ pub mod live;
 #[cfg(shuttle)]
 pub mod model;
 mod options;
+mod outcome;
 pub mod parameters;
 pub mod ram;
 mod recv;

@@ -13,7 +13,7 @@ use usage::built_in;
 pub use violation::Violation;
 
 use crate::{
-    live::NotConverged,
+    outcome::NotConverged,
     ram::{BlockOffset, PageSize},
     wire::{ChannelId, DeviceId, Flags},
 };

@@ -1,7 +1,7 @@
 //! Calls that cannot be, as the embedder or the program made them.
 
 use crate::{
-    live::Status,
+    outcome::Status,
     ram::{BlockName, PageSize},
 };
 

@@ -9,10 +9,11 @@ use std::{
     time::Duration,
 };
 
-use super::{MigrateOptions, Progress, Status};
+use super::{MigrateOptions, Progress};
 use crate::{
     channel::{Stop, Wake},
     error::{Result, Usage},
+    outcome::Status,
     sync_types::{Condvar, Mutex, MutexGuard},
 };
 

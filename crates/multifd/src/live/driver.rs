@@ -3,8 +3,7 @@
 use std::{cell::Cell, time::Instant};
 
 use super::{
-    DeviceInfo, DeviceSection, Guest, Main, Migration, NotConverged, Pace, Pass, Percent, RunState, Status,
-    Verdict, ZeroPageDetection,
+    DeviceInfo, DeviceSection, Guest, Main, Migration, Pace, Pass, RunState, Verdict, ZeroPageDetection,
     converge::{Converge, Judgement, Round, Step},
     deadline::Deadline,
     guest::check_saved,
@@ -14,6 +13,7 @@ use super::{
 use crate::{
     channel::Watch,
     error::{Error, Result, Usage},
+    outcome::{NotConverged, Percent, Status},
     ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock, touched},
     send::{Sender, Synced},
 };

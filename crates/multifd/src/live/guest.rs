@@ -1,7 +1,9 @@
 //! What a migration asks of the guest whose RAM moves.
 
-use super::Percent;
-use crate::error::{Result, Usage};
+use crate::{
+    error::{Result, Usage},
+    outcome::Percent,
+};
 
 /// Whether a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -34,7 +34,6 @@ use std::{
 
 pub use control::Control;
 use control::Gate;
-pub use converge::{Bound, NotConverged, Percent, Remedy, Stall};
 use driver::{Driver, Stopped};
 pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
 pub use main_stream::{Main, Pass, Verdict};
@@ -42,7 +41,8 @@ pub use options::{MigrateOptions, ZeroPageDetection};
 pub use owner::{LastWord, Owner};
 use pace::Pace;
 pub use progress::{MigrationInfo, Progress, RamInfo};
-pub use status::Status;
+
+pub use crate::outcome::{Bound, NotConverged, Percent, Remedy, Stall, Status};
 
 use crate::{
     channel::{Connect, Stop},

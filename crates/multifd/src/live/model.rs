@@ -4,13 +4,14 @@
 
 use std::sync::Arc;
 
-use super::{LastWord, Owner, Progress, Status, control::Gate};
+use super::{LastWord, Owner, Progress, control::Gate};
 use crate::{
     channel::{
         Link, Stop,
         memory::{self, MemoryLink},
     },
     error::{Error, Usage},
+    outcome::Status,
     ram::{PageSize, Part, PartMut},
     sync_types::{Mutex, model::thread},
 };

@@ -9,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Bound, NotConverged, Percent, RunState, Stall, Status, converge::Judgement, status::StatusCell};
+use super::{RunState, converge::Judgement, status::StatusCell};
 use crate::{
     error::Result,
+    outcome::{Bound, NotConverged, Percent, Stall, Status},
     ram::PageSize,
     send::{SendCounters, Sender},
     stats::ChannelStats,

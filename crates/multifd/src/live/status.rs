@@ -1,91 +1,11 @@
-//! The states of a migration, named as QEMU's `query-migrate` names them.
+//! The state of one migration, which all threads see.
 
-use std::{
-    fmt,
-    sync::atomic::{AtomicU8, Ordering},
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::{
+    error::{Result, Usage},
+    outcome::Status,
 };
-
-use crate::error::{Result, Usage};
-
-/// Where a migration stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Status {
-    /// Not begun.
-    #[default]
-    None,
-    /// Connections are made and blocks announced.
-    Setup,
-    /// RAM moves while the guest runs.
-    Active,
-    /// The guest has stopped, and the migration [waits](super::Control::proceed) to be told to go on.
-    PreSwitchover,
-    /// The guest has stopped: the last pages and the devices move.
-    Device,
-    /// The destination has everything.
-    Completed,
-    /// An error ended it; the guest can go on at the source.
-    Failed,
-    /// Somebody asked for its end.
-    Cancelling,
-    /// It ended because somebody asked; the guest can go on at the source.
-    Cancelled,
-}
-
-impl Status {
-    const ALL: [Self; 9] = [
-        Self::None,
-        Self::Setup,
-        Self::Active,
-        Self::PreSwitchover,
-        Self::Device,
-        Self::Completed,
-        Self::Failed,
-        Self::Cancelling,
-        Self::Cancelled,
-    ];
-
-    /// QEMU's word for it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Setup => "setup",
-            Self::Active => "active",
-            Self::PreSwitchover => "pre-switchover",
-            Self::Device => "device",
-            Self::Completed => "completed",
-            Self::Failed => "failed",
-            Self::Cancelling => "cancelling",
-            Self::Cancelled => "cancelled",
-        }
-    }
-
-    /// Whether the migration is over.
-    pub fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
-    }
-
-    /// Whether `next` may follow.
-    pub fn may_become(self, next: Self) -> bool {
-        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, PreSwitchover, Setup};
-        match next {
-            None => false,
-            Setup => self == None,
-            Active => self == Setup,
-            PreSwitchover => self == Active,
-            Device => matches!(self, Active | PreSwitchover),
-            Completed => self == Device,
-            Failed | Cancelling => matches!(self, None | Setup | Active | PreSwitchover | Device),
-            Cancelled => self == Cancelling,
-        }
-    }
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 /// The state of one migration, for all threads to look at; it moves along the arrows of
 /// [`Status::may_become`] and no others.

@@ -9,8 +9,8 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use super::{Percent, Throttle};
-use crate::{live::MigrateOptions, ram::PageSize};
+use super::Throttle;
+use crate::{live::MigrateOptions, outcome::Percent, ram::PageSize};
 
 /// What happened from one bitmap sync to the next: one pass.
 #[derive(Clone, Copy, Debug)]

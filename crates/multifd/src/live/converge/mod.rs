@@ -12,20 +12,21 @@
 mod estimate;
 #[cfg(test)]
 mod simulation;
-mod stall;
 mod throttle;
 
 use std::time::Duration;
 
 use estimate::Estimate;
 pub(super) use estimate::{Round, ZERO_ENTRY};
-pub use stall::{Bound, NotConverged, Remedy, Stall};
 pub(crate) use throttle::CpuThrottle;
-pub use throttle::Percent;
 use throttle::Throttle;
 
 use super::MigrateOptions;
-use crate::{parameters, ram::PageSize};
+use crate::{
+    outcome::{Bound, Percent, Remedy, Stall},
+    parameters,
+    ram::PageSize,
+};
 
 /// The judge of one migration.
 #[derive(Clone, Debug)]

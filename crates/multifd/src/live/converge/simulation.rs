@@ -5,9 +5,10 @@
 
 use std::time::Duration;
 
-use super::{Bound, Converge, Judgement, Remedy, Round, Step, ZERO_ENTRY};
+use super::{Converge, Judgement, Round, Step, ZERO_ENTRY};
 use crate::{
     live::{MigrateOptions, Percent, pace::Slices},
+    outcome::{Bound, Remedy},
     ram::PageSize,
 };
 

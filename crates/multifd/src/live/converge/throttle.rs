@@ -3,45 +3,9 @@
 //! In comes what the passes sent and what the guest dirtied meanwhile; out goes the share of time that its processors are
 //! to stand. Nothing here waits or looks at a clock.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
-use crate::{error::Usage, parameters};
-
-/// A share of time that a guest's processors stand: 0 to 99 per cent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Percent(u8);
-
-impl Percent {
-    /// They do not stand at all.
-    pub const NONE: Self = Self(0);
-
-    /// So many per cent; what is more than 99 is 99, for a guest that stands all the time has been stopped.
-    pub fn new(percent: u8) -> Self {
-        Self(percent.min(99))
-    }
-
-    /// The number.
-    pub fn get(self) -> u8 {
-        self.0
-    }
-
-    /// How long processors are to stand when they have run for `ran`. Short turns disturb a guest the least: QEMU's
-    /// run for 10 ms each.
-    pub fn pause_after(self, ran: Duration) -> Duration {
-        ran * u32::from(self.0) / u32::from(100 - self.0)
-    }
-
-    /// The share of time that they run, above 0 and up to 1.
-    pub(super) fn running(self) -> f64 {
-        f64::from(100 - self.0) / 100.0
-    }
-}
-
-impl fmt::Display for Percent {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} %", self.0)
-    }
-}
+use crate::{error::Usage, outcome::Percent, parameters};
 
 /// The parameters of `auto-converge`, with QEMU's defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +64,7 @@ impl Throttle {
 
     /// Whether it cannot be more.
     pub(super) fn is_spent(&self) -> bool {
-        self.percent.0 >= self.options.max
+        self.percent.get() >= self.options.max
     }
 
     /// A pass has sent so many bytes in `time`, and the guest made it necessary to send so many again. Says how far to
@@ -129,9 +93,9 @@ impl Throttle {
             return None;
         }
         self.high = 0;
-        let now = self.percent.0;
+        let now = self.percent.get();
         let more = if now == 0 { self.options.initial } else { self.increment(allowed / dirtied) };
-        self.percent = Percent(now.saturating_add(more).min(self.options.max));
+        self.percent = Percent::new(now.saturating_add(more).min(self.options.max));
         Some(self.percent)
     }
 
@@ -141,7 +105,7 @@ impl Throttle {
         if !self.options.tailslow {
             return increment;
         }
-        let runs = f64::from(100 - self.percent.0);
+        let runs = f64::from(100 - self.percent.get());
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 100")]
         let enough = (runs * (1.0 - share)).ceil() as u8;
         enough.clamp(1, increment)

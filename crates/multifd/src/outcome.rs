@@ -1,8 +1,122 @@
-//! Why a migration gets nowhere, and what would help: the texts for people, the fields for programs.
+//! How a migration is going and how it ended: data without behavior, which errors carry and the passes produce.
 
 use std::{fmt, time::Duration};
 
-use super::Percent;
+/// Where a migration stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Status {
+    /// Not begun.
+    #[default]
+    None,
+    /// Connections are made and blocks announced.
+    Setup,
+    /// RAM moves while the guest runs.
+    Active,
+    /// The guest has stopped, and the migration [waits](crate::live::Control::proceed) to be told to go on.
+    PreSwitchover,
+    /// The guest has stopped: the last pages and the devices move.
+    Device,
+    /// The destination has everything.
+    Completed,
+    /// An error ended it; the guest can go on at the source.
+    Failed,
+    /// Somebody asked for its end.
+    Cancelling,
+    /// It ended because somebody asked; the guest can go on at the source.
+    Cancelled,
+}
+
+impl Status {
+    pub(crate) const ALL: [Self; 9] = [
+        Self::None,
+        Self::Setup,
+        Self::Active,
+        Self::PreSwitchover,
+        Self::Device,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelling,
+        Self::Cancelled,
+    ];
+
+    /// QEMU's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
+            Self::Device => "device",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether the migration is over.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+
+    /// Whether `next` may follow.
+    pub fn may_become(self, next: Self) -> bool {
+        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, PreSwitchover, Setup};
+        match next {
+            None => false,
+            Setup => self == None,
+            Active => self == Setup,
+            PreSwitchover => self == Active,
+            Device => matches!(self, Active | PreSwitchover),
+            Completed => self == Device,
+            Failed | Cancelling => matches!(self, None | Setup | Active | PreSwitchover | Device),
+            Cancelled => self == Cancelling,
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A share of time that a guest's processors stand: 0 to 99 per cent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Percent(u8);
+
+impl Percent {
+    /// They do not stand at all.
+    pub const NONE: Self = Self(0);
+
+    /// So many per cent; what is more than 99 is 99, for a guest that stands all the time has been stopped.
+    pub fn new(percent: u8) -> Self {
+        Self(percent.min(99))
+    }
+
+    /// The number.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+
+    /// How long processors are to stand when they have run for `ran`. Short turns disturb a guest the least: QEMU's
+    /// run for 10 ms each.
+    pub fn pause_after(self, ran: Duration) -> Duration {
+        ran * u32::from(self.0) / u32::from(100 - self.0)
+    }
+
+    /// The share of time that they run, above 0 and up to 1.
+    pub(crate) fn running(self) -> f64 {
+        f64::from(100 - self.0) / 100.0
+    }
+}
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} %", self.0)
+    }
+}
 
 /// A migration that will not converge as things are: the guest dirties pages as fast as they are sent, or faster.
 #[derive(Clone, Debug, PartialEq, Eq)]
