@@ -1,7 +1,6 @@
 //! `multifd receive`: a running QEMU guest comes in and is kept as a file.
 
 use std::{
-    io::{self, Read},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,12 +9,14 @@ use std::{
 };
 
 use multifd::{
-    ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters,
-    channel::{Listener, Stop, Stream},
-    error::Usage,
+    ChannelStats, Error, ReceiveOptions, RecvCounters,
+    channel::{Listener, Stop},
     ram::{BlockName, RamBlocks},
 };
-use qemu_stream::incoming::{Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome};
+use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions},
+    incoming::{Expected, LeftOut, Loaded, MainPages},
+};
 
 use crate::{
     args::{MissingPagesArg, ReceiveArgs, ReceiveTlsArgs},
@@ -53,33 +54,32 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = listener.local_address().clone();
     let listener = ReceiveTlsArgs::listener(credentials, listener);
-    let options = ReceiveOptions::new()
+    let receive = ReceiveOptions::new()
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())
-        .method(args.multifd_compression.0)
-        .stall_timeout(args.stall_timeout());
-    let mut receiver = Receiver::new(options, stop.clone());
-    receiver.listen(listener).map_err(Failure::of)?;
+        .method(args.multifd_compression.0);
+    let options = ArrivalOptions::new(Expected::AnyMachine)
+        .receive(receive)
+        .left_out(match args.missing_pages {
+            // With x-ignore-shared the file does without the blocks of which no page has come.
+            MissingPagesArg::Refuse => LeftOut::SharedBlocks,
+            MissingPagesArg::Zero => LeftOut::Pages,
+        })
+        .stall_timeout(args.stall_timeout())
+        .switchover_ack(args.switchover_ack)
+        .suppress_vmdesc(args.suppress_vmdesc);
+    let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
     say(&format!("listening on {address}"));
-    let listening = Instant::now();
-    let main = receiver.wait_main().map_err(|error| failed(args, None, listening, error))?;
+    let start = Instant::now();
+    let arrival = listening.accept().map_err(|error| failed(args, None, start, error))?;
     let start = Instant::now();
     let total = Arc::new(AtomicU64::new(0));
     let display = {
-        let (counters, total) = (receiver.counters(), total.clone());
+        let (counters, total) = (arrival.counters(), total.clone());
         Display::start("receive", args.output.quiet || args.output.json, move || look(&counters, &total))
     };
-    let peer = main.peer();
-    let incoming = Incoming::new(main)
-        .switchover_ack(args.switchover_ack)
-        .suppress_vmdesc(args.suppress_vmdesc)
-        .stall_timeout(args.stall_timeout());
-    let left_out = match args.missing_pages {
-        // With x-ignore-shared the file does without the blocks of which no page has come.
-        MissingPagesArg::Refuse => LeftOut::SharedBlocks,
-        MissingPagesArg::Zero => LeftOut::Pages,
-    };
-    let received = take_in(receiver, incoming, capture, &total, left_out);
+    let peer = arrival.peer().to_owned();
+    let received = take_in(arrival, capture, &total, &stop);
     drop(display);
     match received {
         Ok(received) => {
@@ -129,85 +129,45 @@ fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) 
     While::new(format!("the migration{from} into {} failed", args.file), error).into()
 }
 
-/// Reads the whole migration, keeps it, and tells the source how that went.
-fn take_in(
-    receiver: Receiver,
-    mut incoming: Incoming<Stream>,
-    capture: Capture,
-    total: &AtomicU64,
-    left_out: LeftOut,
-) -> Result<Received, Error> {
-    let stop = receiver.stop().clone();
-    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |configuration, list| {
+/// Takes in the whole migration, keeps it, and informs the source.
+fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -> Result<Received, Error> {
+    let mut pending = arrival.load(|configuration, list| {
         total.store(list.total(), Ordering::Relaxed);
         capture.blocks(configuration, list)
-    })
-    .left_out(left_out);
-    let loaded = incoming.run(&mut loader);
-    let main_pages = loader.main_pages();
-    let whole = loaded.map_err(broken).and_then(|loaded| {
-        let blocks = loader.finish(&loaded)?;
-        Ok((loaded, blocks))
+    })?;
+    let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
+        let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
+        let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
+        kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))
     });
-    let kept = whole.and_then(|(loaded, blocks)| {
-        let arrived = receiver.arrived().ok_or(Usage::TooEarly("the block list"))?;
-        stop.check()?;
-        if !loaded.return_path {
-            // The source has gone its way, and what there is to know of it can be known now.
-            let ended = incoming.connection().finish();
-            ended.map_err(|error| Error::io("take leave of the source", error))?;
+    let ignored = match kept {
+        Ok(ignored) => ignored,
+        Err(error) => return Err(pending.refuse(error)),
+    };
+    // The file has its name by now, and stays whatever happens from here on: it may be the only copy.
+    let mut received = Received {
+        loaded: pending.loaded().clone(),
+        blocks: pending.blocks().clone(),
+        ignored,
+        channels: pending.channels(),
+        main_bytes: pending.main_bytes(),
+        main_pages: pending.main_pages(),
+        untold: None,
+    };
+    match pending.confirm() {
+        Ok(mut confirmed) => {
+            received.untold = confirmed.wait_closed(SOURCE_CLOSES).err();
+            received.channels = confirmed.finish();
         }
-        let channels = Channels { any: !receiver.counters().stats().is_empty(), uuid: receiver.uuid() };
-        let kept = capture.complete(&loaded, arrived, &channels, &stop);
-        let ignored =
-            kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))?;
-        Ok((loaded, blocks, ignored))
-    });
-    match kept {
-        Ok((loaded, blocks, ignored)) => {
-            let main_bytes = incoming.bytes();
-            // The file has its name by now, and stays whatever happens from here on: it may be the only copy.
-            let told =
-                incoming.finish(Outcome::Loaded).map_err(|error| Error::other("tell the source", error));
-            // Taking leave of the channels cannot fail the migration any more.
-            let counters = receiver.counters();
-            let channels = receiver.finish().unwrap_or_else(|error| {
-                tracing::debug!(%error, "an error after completion");
-                counters.stats()
-            });
-            let heard = told.and_then(|main| if loaded.return_path { heard(main) } else { Ok(()) });
-            let untold = heard.err();
-            Ok(Received { loaded, blocks, ignored, channels, main_bytes, main_pages, untold })
-        }
-        Err(error) => {
-            // It is told before anything is shut down, unless a channel's failure has done that; then it finds out.
-            if let Err(untold) = incoming.finish(Outcome::Failed) {
-                tracing::debug!(%untold, "the source could not be told");
-            }
-            Err(stop.fail(error))
-        }
+        Err(error) => received.untold = Some(error),
     }
-}
-
-/// Waits until a source that has been told closes the connection: one that has gone before breaks it.
-fn heard(mut main: Stream) -> Result<(), Error> {
-    let read = main.set_read_timeout(Some(TAKES_LEAVE)).and_then(|()| main.read(&mut [0]));
-    match read {
-        // It has closed in order, or leaves the connection open.
-        Ok(_) => Ok(()),
-        Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => Ok(()),
-        Err(error) => Err(Error::io("wait for the source to close", error)),
-    }
+    Ok(received)
 }
 
 const UNTOLD: &str = "the source was not told so (it was cancelled, or its process ended) and may be running the guest: make \
                       sure that only one of the two goes on";
-/// How long a source may take to close when it has been told.
-const TAKES_LEAVE: Duration = Duration::from_secs(5);
-
-fn broken(error: qemu_stream::Error) -> Error {
-    Error::other("the migration broke off", error)
-}
+/// How long a source may take to close main when it has been told.
+const SOURCE_CLOSES: Duration = Duration::from_secs(5);
 
 fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
     let channels = counters.stats();

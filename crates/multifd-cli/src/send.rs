@@ -3,19 +3,16 @@
 use std::{fs::File, io, sync::Arc};
 
 use multifd::{
-    Error, SendOptions, Sender,
-    channel::{Address, Connect, Stop, Stream},
-    live::{
-        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, Progress, RunState,
-        ZeroPageDetection,
-    },
+    SendOptions,
+    channel::{Address, Stop},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, Progress, RunState, ZeroPageDetection},
     ram::{NeverDirty, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
     format::SyncMode,
     mapped_ram::{MappedRamFile, ReadPath},
-    outgoing::{MainStream, Options, Outgoing},
+    source::{Source, SourceOptions},
 };
 
 use crate::{
@@ -44,18 +41,14 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         .max_bandwidth(Some(args.max_bandwidth))
         .zero_page_detection(args.zero_page_detection.or(understood(&file)))
         .look_for_zero_pages(false);
-    let channels = (args.multifd_channels > 0).then(|| channels(args, &file, &blocks, &stop)).transpose();
-    let migration = channels.and_then(|sender| match sender {
-        Some(sender) => Migration::new(options, sender),
-        None => Migration::over_main(options, blocks.clone(), stop.clone()),
-    });
-    let migration = migration.map_err(Failure::of)?;
-    let progress = migration.progress();
+    let source =
+        Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
+    let progress = source.progress();
     let display = {
         let progress = progress.clone();
         Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
     };
-    let sent = send(args, &connector, &file, migration, &stop, &mut at_rest);
+    let sent = source.migrate(&connector, &mut NeverDirty, &mut at_rest);
     drop(display);
     match sent {
         Ok(info) => {
@@ -114,69 +107,26 @@ fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
     Ok(blocks.map_err(|error| args.file.unreadable(error))?)
 }
 
-fn send(
-    args: &SendArgs,
-    connector: &Arc<dyn Connect>,
-    file: &MappedRamFile,
-    mut migration: Migration,
-    stop: &Stop,
-    at_rest: &mut AtRest,
-) -> Result<MigrationInfo, Error> {
-    let link = connector
-        .connect(stop, args.connect_timeout())
-        .map_err(|error| stop.fail(Error::io(format!("connect to {}", args.address), error)))?;
-    let main = Stream::new(link)
-        .attended(stop.attention(args.stall_timeout()))
-        .map_err(|error| stop.fail(Error::io(format!("set a time limit for {}", args.address), error)))?;
-    let outgoing = Outgoing::new(main, stream_options(args, file))
-        .map_err(|error| Error::other("this machine cannot be sent", error))?;
-    let mut main = MainStream::of_capture(outgoing, file.blocks().clone(), file.devices().clone(), stop)
-        .end_timeout(args.end_timeout());
-    if args.multifd_channels > 0 {
-        migration.set_up(connector.clone())?;
-    }
-    migration.run(&mut main, &mut NeverDirty, at_rest)
-}
-
-/// The channels, which are not connected yet.
-fn channels(
-    args: &SendArgs,
-    file: &MappedRamFile,
-    blocks: &Arc<RamBlocks>,
-    stop: &Stop,
-) -> Result<Sender, Error> {
+/// The machine in the file, as its destination expects it.
+fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
     let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
-    let options = args
-        .compression
-        .apply(SendOptions::new().channels(args.multifd_channels).uuid(uuid))
+    let send = args.compression.apply(SendOptions::new().uuid(uuid)).zero_copy_send(args.zero_copy_send);
+    let options = SourceOptions::of_file(file)
+        .channels(args.multifd_channels)
+        .send(send)
         .connect_timeout(args.connect_timeout())
         .stall_timeout(args.stall_timeout())
-        .zero_copy_send(args.zero_copy_send);
-    Sender::new(options, blocks.clone(), stop.clone())
-}
-
-/// The stream that a socket peer of this machine expects.
-fn stream_options(args: &SendArgs, file: &MappedRamFile) -> Options {
-    let options = match file.configuration() {
-        Some(configuration) => Options::new(configuration.clone()),
-        None => Options::without_configuration(),
+        .end_timeout(args.end_timeout());
+    let options = match args.sync_mode {
+        SyncModeArg::Legacy => options.sync_mode(SyncMode::Legacy),
+        SyncModeArg::Round => options.sync_mode(SyncMode::Round),
+        SyncModeArg::Auto => options,
     };
-    let mode = match args.sync_mode {
-        SyncModeArg::Legacy => Some(SyncMode::Legacy),
-        SyncModeArg::Round => Some(SyncMode::Round),
-        SyncModeArg::Auto => file.sync_mode().or(options.chosen_sync_mode()),
-    };
-    let confirmed = match args.return_path {
-        ReturnPathArg::On => true,
-        ReturnPathArg::Off => false,
-        ReturnPathArg::Auto => !matches!(args.address, Address::Exec(_)),
-    };
-    let options = if confirmed { options } else { options.unconfirmed() };
-    options
-        .section(file.section())
-        .footers(file.devices().has_footers())
-        .switchover_start(file.switchover_start())
-        .sync_mode(mode.filter(|_| args.multifd_channels > 0))
+    match args.return_path {
+        ReturnPathArg::Off => options.unconfirmed(),
+        ReturnPathArg::Auto if matches!(args.address, Address::Exec(_)) => options.unconfirmed(),
+        ReturnPathArg::On | ReturnPathArg::Auto => options,
+    }
 }
 
 /// A guest in a file does not run, unless somebody writes to the file.

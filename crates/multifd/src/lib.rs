@@ -85,7 +85,7 @@ mod sync_types;
 pub mod wire;
 
 pub use compress::Method;
-pub use error::{Error, Result};
+pub use error::{Error, Fault, Result};
 pub use options::{ChannelCount, ChannelsFrom, ReceiveOptions, SendOptions};
 pub use recv::{Arrived, MayMiss, Receiver, RecvCounters};
 pub use send::{SendCounters, Sender, Synced};

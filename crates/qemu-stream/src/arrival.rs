@@ -1,26 +1,31 @@
 //! A machine that arrives: from a listener to a guest that may run, step by step, each a type.
 //!
 //! ```text
-//! Listener ─▶ Arrival ── load(make) ──▶ Pending ── confirm ──▶ Confirmed
-//!             a source       RAM and devices are here,       the guest is ours
-//!             has come       the guest is the source's
+//! Listening ── accept ──▶ Arrival ── load(make) ──▶ Pending ── confirm ──▶ Confirmed
+//!                         a source       RAM and devices are here,       the guest is ours
+//!                         is here        the guest is the source's
 //! ```
 //!
 //! Whatever goes wrong before [`Pending::confirm`] has returned, the guest is the source's, and the source is told: an error,
 //! a panic, a drop. Behind it the guest is ours alone.
 
-use std::sync::Arc;
+use std::{
+    io::{self, Read},
+    sync::Arc,
+    time::Duration,
+};
 
 use multifd::{
-    ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters, Result,
+    Arrived, ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters, Result,
     channel::{Listen, Stop, Stream},
     live::RunState,
     ram::RamBlocks,
+    wire::VmUuid,
 };
 
 use crate::{
     format::{BlockList, Configuration, DeviceSection},
-    incoming::{Expected, Incoming, LeftOut, Loaded, Loader, Outcome},
+    incoming::{Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome, SILENCE, STALL},
 };
 
 /// What a destination takes, and how.
@@ -30,12 +35,24 @@ pub struct ArrivalOptions {
     expected: Expected,
     left_out: LeftOut,
     receive: ReceiveOptions,
+    stall_timeout: Option<Duration>,
+    silence: Duration,
+    switchover_ack: bool,
+    suppress_vmdesc: bool,
 }
 
 impl ArrivalOptions {
     /// Takes an `expected` machine over channels as the source has them.
     pub fn new(expected: Expected) -> Self {
-        Self { expected, left_out: LeftOut::default(), receive: ReceiveOptions::new() }
+        Self {
+            expected,
+            left_out: LeftOut::default(),
+            receive: ReceiveOptions::new(),
+            stall_timeout: Some(STALL),
+            silence: SILENCE,
+            switchover_ack: false,
+            suppress_vmdesc: false,
+        }
     }
 
     /// What the source may leave out of RAM. Default: [`LeftOut::Ignored`].
@@ -44,14 +61,64 @@ impl ArrivalOptions {
         self
     }
 
-    /// How the channels are received.
+    /// How the channels are received. Their `stall_timeout` is the one given here.
     pub fn receive(mut self, options: ReceiveOptions) -> Self {
         self.receive = options;
         self
     }
+
+    /// How long the source may send nothing, on any connection, where something must come: see
+    /// [`Incoming::stall_timeout`]. Default 120 s; `None` is for ever.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall_timeout = limit;
+        self
+    }
+
+    /// See [`Incoming::silence`]. Default 10 s.
+    pub fn silence(mut self, limit: Duration) -> Self {
+        self.silence = limit;
+        self
+    }
+
+    /// See [`Incoming::switchover_ack`]. Default off.
+    pub fn switchover_ack(mut self, on: bool) -> Self {
+        self.switchover_ack = on;
+        self
+    }
+
+    /// See [`Incoming::suppress_vmdesc`]. Default off.
+    pub fn suppress_vmdesc(mut self, on: bool) -> Self {
+        self.suppress_vmdesc = on;
+        self
+    }
 }
 
-/// A source has come, and nothing was taken from it yet.
+/// A destination that listens, and no source has connected yet.
+pub struct Listening {
+    receiver: Receiver,
+    options: ArrivalOptions,
+}
+
+impl Listening {
+    /// Waits for a source, without limit: a destination may wait for days.
+    ///
+    /// # Errors
+    /// If it is stopped, or the listener fails.
+    pub fn accept(self) -> Result<Arrival> {
+        let Self { receiver, options } = self;
+        let main = receiver.wait_main()?;
+        let peer = main.peer();
+        let incoming = Incoming::new(main)
+            .stopping(receiver.stop())
+            .stall_timeout(options.stall_timeout)
+            .silence(options.silence)
+            .switchover_ack(options.switchover_ack)
+            .suppress_vmdesc(options.suppress_vmdesc);
+        Ok(Arrival { incoming, receiver, options, peer })
+    }
+}
+
+/// A source has connected, and nothing was taken from it yet.
 pub struct Arrival {
     // In this order: the source hears that it failed before its connections end.
     incoming: Incoming<Stream>,
@@ -61,17 +128,15 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// Waits for a source at `listener`, without limit: a destination may wait for days. `stop` ends the wait, and everything
-    /// behind it.
+    /// Takes connections from `listener`. `stop` ends the wait for a source, and everything behind it.
     ///
     /// # Errors
-    /// If it is stopped, or the listener fails.
-    pub fn accept(listener: Box<dyn Listen>, options: ArrivalOptions, stop: &Stop) -> Result<Self> {
-        let mut receiver = Receiver::new(options.receive.clone(), stop.clone());
+    /// If `listener` takes a single connection and channels are expected; if the system refuses a thread.
+    pub fn listen(listener: Box<dyn Listen>, options: ArrivalOptions, stop: &Stop) -> Result<Listening> {
+        let receive = options.receive.clone().stall_timeout(options.stall_timeout);
+        let mut receiver = Receiver::new(receive, stop.clone());
         receiver.listen(listener)?;
-        let main = receiver.wait_main()?;
-        let peer = main.peer();
-        Ok(Self { incoming: Incoming::new(main).stopping(stop), receiver, options, peer })
+        Ok(Listening { receiver, options })
     }
 
     /// The source, for messages.
@@ -97,12 +162,15 @@ impl Arrival {
         let Self { mut incoming, receiver, options, .. } = self;
         let mut loader = Loader::new(&receiver, options.expected, make).left_out(options.left_out);
         let loaded = incoming.run(&mut loader);
-        let whole = loaded.map_err(|error| Error::other("the migration broke off", error));
+        let whole = loaded.map_err(|error| error.while_doing("the migration broke off"));
         match whole.and_then(|loaded| {
+            let main_pages = loader.main_pages();
             let blocks = loader.finish(&loaded)?;
-            Ok((loaded, blocks))
+            Ok((loaded, blocks, main_pages))
         }) {
-            Ok((loaded, blocks)) => Ok(Pending { incoming, receiver, loaded, blocks }),
+            Ok((loaded, blocks, main_pages)) => {
+                Ok(Pending { incoming, receiver, loaded, blocks, main_pages })
+            }
             Err(error) => {
                 // First: a stop shuts connections down.
                 drop(incoming);
@@ -120,6 +188,7 @@ pub struct Pending {
     receiver: Receiver,
     loaded: Loaded,
     blocks: Arc<RamBlocks>,
+    main_pages: MainPages,
 }
 
 impl Pending {
@@ -138,11 +207,50 @@ impl Pending {
         self.loaded.device(name, instance)
     }
 
+    /// Which pages of the blocks have come: all of them, but for what the source [may leave out](ArrivalOptions::left_out).
+    pub fn arrived(&self) -> &Arrived {
+        self.receiver.arrived().expect("the blocks were announced")
+    }
+
+    /// What each channel has brought.
+    pub fn channels(&self) -> Vec<ChannelStats> {
+        self.receiver.stats()
+    }
+
+    /// The UUID that the channels name: nil for a machine without one, `None` if there are no channels.
+    pub fn uuid(&self) -> Option<VmUuid> {
+        self.receiver.uuid()
+    }
+
+    /// The pages that came over main.
+    pub fn main_pages(&self) -> MainPages {
+        self.main_pages
+    }
+
+    /// Bytes that came over main.
+    pub fn main_bytes(&self) -> u64 {
+        self.incoming.bytes()
+    }
+
+    /// Of a source without return path, which has forgotten its guest already: looks at what the connection itself can still
+    /// report. The command of an `exec:` address has ended, and this is its exit status. Nothing is done with a return path.
+    ///
+    /// # Errors
+    /// If the source is known to have failed.
+    pub fn check_source(&mut self) -> Result<()> {
+        if self.loaded.return_path {
+            return Ok(());
+        }
+        let ended = self.incoming.connection().finish();
+        ended.map_err(|error| Error::io("wait for the end of the source", error))
+    }
+
     /// Tells the source that its guest goes on there, because of `error`, which is given back.
     pub fn refuse(self, error: Error) -> Error {
-        let stop = self.receiver.stop().clone();
-        drop(self);
-        stop.fail(error)
+        let Self { incoming, receiver, .. } = self;
+        // Before the stop, which shuts connections down; the receiver cancels what has not failed by then.
+        drop(incoming);
+        receiver.stop().fail(error)
     }
 
     /// Takes the guest over: tells the source that all is here. From its return on the guest is ours.
@@ -150,11 +258,11 @@ impl Pending {
     /// # Errors
     /// If the source has taken its guest back, or could not be told: the guest must not run here.
     pub fn confirm(self) -> Result<Confirmed> {
-        let Self { incoming, receiver, loaded, blocks } = self;
+        let Self { incoming, receiver, loaded, blocks, .. } = self;
         let stop = receiver.stop().clone();
         let told = stop.check().and_then(|()| {
             let told = incoming.finish(Outcome::Loaded);
-            told.map_err(|error| Error::other("take the guest over from the source", error))
+            told.map_err(|error| error.while_doing("take the guest over from the source"))
         });
         let main = told.map_err(|error| stop.fail(error))?;
         Ok(Confirmed { loaded, blocks, receiver, main })
@@ -184,6 +292,26 @@ impl Confirmed {
     /// Whether the guest is to run: a guest that was paused at the source stays paused. One whose source does not say ran.
     pub fn run_state(&self) -> RunState {
         self.loaded.run_state().unwrap_or(RunState::Running)
+    }
+
+    /// Waits until the source closes main, for `limit` at the most: one that had gone before it was told breaks the connection
+    /// instead. Nothing is waited for without a return path.
+    ///
+    /// # Errors
+    /// If the connection is broken: the source may not know that the guest is here.
+    pub fn wait_closed(&mut self, limit: Duration) -> Result<()> {
+        if !self.loaded.return_path {
+            return Ok(());
+        }
+        let read = self.main.set_read_timeout(Some(limit)).and_then(|()| self.main.read(&mut [0]));
+        match read {
+            // It has closed in order, or leaves the connection open.
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
+                Ok(())
+            }
+            Err(error) => Err(Error::io("wait for the source to close", error)),
+        }
     }
 
     /// Takes leave of the source's channels, after the guest has been let go: that may take as long as the source leaves

@@ -5,7 +5,10 @@
 
 use std::{borrow::Cow, fmt, io};
 
-use multifd::ram::{BlockName, BlockOffset};
+use multifd::{
+    Fault,
+    ram::{BlockName, BlockOffset},
+};
 
 use crate::format::{MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
 
@@ -115,6 +118,33 @@ pub enum Error {
 }
 
 /// What to do about a peer that is alive and silent.
+impl Error {
+    /// Who or what is at fault.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Malformed { .. } | Self::Peer { .. } | Self::Unsupported { .. } => Fault::Protocol,
+            Self::DestinationFailed { .. } => Fault::Peer,
+            Self::Cut { .. } | Self::NoShut { .. } | Self::CutBeforeShut { .. } | Self::SourceGone { .. } => {
+                Fault::Connection
+            }
+            Self::TimedOut { .. } => Fault::Stalled,
+            Self::Caller(_) => Fault::Caller,
+            Self::Destination { source, .. } => {
+                source.downcast_ref::<multifd::Error>().map_or(Fault::Caller, multifd::Error::fault)
+            }
+            Self::Io { at: Place { stream: Stream::File, .. }, .. } => Fault::System,
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => Fault::Stalled,
+            Self::Io { .. } => Fault::Connection,
+        }
+    }
+
+    /// The same error as one of the engine, met while `doing` something.
+    pub(crate) fn while_doing(self, doing: &'static str) -> multifd::Error {
+        let fault = self.fault();
+        multifd::Error::other(doing, self).because(fault)
+    }
+}
+
 fn where_to_look(stream: Stream) -> &'static str {
     match stream {
         Stream::ReturnPath => {

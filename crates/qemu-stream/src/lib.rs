@@ -14,7 +14,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`mod@format`] | the bytes: pure, bounded, no sockets |
-//! | [`arrival`], [`departure`] | a machine that comes in and one that leaves, each in one chain of calls |
+//! | [`arrival`], [`source`] | a machine that comes in and one that leaves, each in one chain of calls |
 //! | [`incoming`] | a destination's main stream, read whole; tells a [`Destination`](incoming::Destination) |
 //! | [`outgoing`] | a source's main stream, call by call |
 //! | [`mapped_ram`] | the file QEMU 9.0 and later save to and load from |
@@ -88,7 +88,6 @@
 
 pub mod arrival;
 mod connection;
-pub mod departure;
 mod embedder;
 pub mod error;
 pub mod format;
@@ -97,6 +96,7 @@ pub mod incoming;
 pub mod mapped_ram;
 pub mod outgoing;
 mod refuse;
+pub mod source;
 
 pub use connection::{Connection, Judge};
 pub use error::Error;

@@ -21,7 +21,7 @@ use crate::{
 pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failure> {
     // 1. A source of our own kind: main, and channels as many as it likes.
     let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
-    let arrival = Arrival::accept(Box::new(listener), options, stop)?;
+    let arrival = Arrival::listen(Box::new(listener), options, stop)?.accept()?;
 
     // 2. Memory, when the source has said how much.
     let mut memory = None;

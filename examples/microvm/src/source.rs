@@ -3,14 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use multifd::{
-    Error, Result, SendOptions,
+    Error, Result,
     channel::{Address, Connect, Stop},
     live::{MigrateOptions, MigrationInfo, ZeroPageDetection},
     ram::{AtomicBitmapLog, KvmDirtyLog, MergedLog},
 };
 use qemu_stream::{
-    departure::{Departure, DepartureOptions},
     format::{Configuration, MachineType},
+    source::{Source, SourceOptions},
 };
 
 use crate::machine::Machine;
@@ -34,10 +34,9 @@ pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<Mig
         .max_bandwidth(Some(wish.max_bandwidth))
         .auto_converge(wish.auto_converge)
         .zero_page_detection(ZeroPageDetection::Multifd);
-    let options = DepartureOptions::new(Configuration::new(machine_type))
-        .send(Some(SendOptions::new().channels(wish.channels)))
-        .migrate(migrate);
-    let departure = Departure::new(machine.blocks.clone(), options, stop)?;
+    let options =
+        SourceOptions::new(Configuration::new(machine_type)).channels(wish.channels).migrate(migrate);
+    let source = Source::new(machine.blocks.clone(), options, stop)?;
 
     // 2. What writes to memory: the vCPU, logged by the kernel, and the device, which goes through `vm-memory`. The
     //    kernel's log is on from here to the end of this function.
@@ -50,7 +49,7 @@ pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<Mig
     // 3. Connections, passes, switchover, device state. Whatever goes wrong, the guest is resumed.
     let connector: Arc<dyn Connect> = Arc::new(wish.address.clone());
     let mut guest = machine;
-    departure.run(&connector, &mut log, &mut guest)
+    source.migrate(&connector, &mut log, &mut guest)
 }
 
 /// The machine's type, which source and destination compare.

@@ -8,7 +8,6 @@ use std::{
 
 use clap::Args;
 use multifd::{
-    ReceiveOptions, Receiver,
     channel::{
         Address, Listen, Listener, Stop,
         tls::{ServerCredentials, TlsListener},
@@ -16,8 +15,9 @@ use multifd::{
     ram::{Mapping, Memory, PageIndex, RamBlock, RamBlocks},
 };
 use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions},
     format::BlockList,
-    incoming::{Expected, Incoming, Loader, Outcome},
+    incoming::Expected,
 };
 
 use super::{Loaded, RAM, beyond::peak_beyond, file, raw};
@@ -106,18 +106,11 @@ fn take_in(
             Box::new(TlsListener::new(Box::new(listener), ServerCredentials::load(folder, Vec::new())?))
         }
     };
-    let mut receiver = Receiver::new(ReceiveOptions::new(), stop.clone());
-    receiver.listen(listener)?;
-    let mut incoming = Incoming::new(receiver.wait_main()?);
-    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| fresh(list));
-    let ended = incoming.run(&mut loader);
-    let loaded_all =
-        ended.map_err(|error| stop.fail(multifd::Error::other("the migration broke off", error)))?;
-    let blocks = loader.finish(&loaded_all)?;
-    let main = incoming.finish(Outcome::Loaded)?;
+    let arrival = Arrival::listen(listener, ArrivalOptions::new(Expected::AnyMachine), &stop)?.accept()?;
+    let confirmed = arrival.load(|_, list| fresh(list))?.confirm()?;
     loaded()?;
-    receiver.finish()?;
-    drop(main);
+    let blocks = confirmed.blocks().clone();
+    confirmed.finish();
     Ok(blocks)
 }
 

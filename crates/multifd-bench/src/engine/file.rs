@@ -15,7 +15,7 @@ use qemu_stream::{
 use super::{
     IntoFile, Sent,
     destination::{fresh, wrong},
-    source::in_one_pass,
+    source::into_file,
 };
 use crate::{Result, contents::Contents};
 
@@ -28,7 +28,7 @@ pub(super) fn capture(path: &str, into: IntoFile, channels: u8, blocks: &Arc<Ram
     let stop = Stop::new();
     let mut sender = Sender::new(SendOptions::new().channels(channels), blocks.clone(), stop.clone())?;
     sender.set_up_into(capture.blocks().clone())?;
-    in_one_pass(sender, &mut capture, blocks)
+    into_file(sender, &mut capture, blocks)
 }
 
 /// The machine in a file, in fresh memory.

@@ -12,7 +12,7 @@ use clap::Args;
 use multifd::{
     Method, SendOptions, Sender,
     channel::{
-        Address, Connect, Stop, Stream,
+        Address, Connect, Stop,
         tls::{ClientCredentials, TlsConnector},
     },
     live::{DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, RunState, ZeroPageDetection},
@@ -21,7 +21,7 @@ use multifd::{
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::MappedRamFile,
-    outgoing::{MainStream, Options, Outgoing},
+    source::{Source, SourceOptions},
 };
 
 use super::{Go, RAM, Sent, beyond::peak_beyond, file, raw};
@@ -117,42 +117,28 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
             Arc::new(TlsConnector::new(Arc::new(go.address.parse::<Address>()?), credentials))
         }
     };
-    let main = Stream::new(connector.connect(&stop, Duration::from_secs(30))?);
-    let mut main = match machine {
-        None => {
-            let configuration = Configuration::new(MachineType::new("multifd-bench")?);
-            MainStream::of_guest(Outgoing::new(main, Options::new(configuration))?, &stop)
-        }
-        Some(file) => {
-            let configuration = file.configuration().ok_or("the file has no configuration")?;
-            let options = Options::new(configuration.clone());
-            let mode = file.sync_mode().or(options.chosen_sync_mode());
-            let options = options
-                .section(file.section())
-                .footers(file.devices().has_footers())
-                .switchover_start(file.switchover_start())
-                .sync_mode(mode);
-            MainStream::of_capture(
-                Outgoing::new(main, options)?,
-                file.blocks().clone(),
-                file.devices().clone(),
-                &stop,
-            )
-        }
+    let options = match machine {
+        None => SourceOptions::new(Configuration::new(MachineType::new("multifd-bench")?)),
+        Some(file) => SourceOptions::of_file(file),
     };
     let method: Method = go.method.parse()?;
-    let options = SendOptions::new().channels(go.channels).method(method).zlib_level(1).zstd_level(1);
-    let mut sender = Sender::new(options, blocks.clone(), stop.clone())?;
-    sender.set_up(connector)?;
-    in_one_pass(sender, &mut main, blocks)
+    let send = SendOptions::new().method(method).zlib_level(1).zstd_level(1);
+    let options = options.channels(go.channels).send(send).migrate(one_pass());
+    let source = Source::new(blocks.clone(), options, &stop)?;
+    let info = source.migrate(&connector, &mut NeverDirty, &mut Stopped)?;
+    Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
 }
 
-/// Sends all of RAM, over the sender's connections or into its file.
-pub(super) fn in_one_pass(sender: Sender, main: &mut dyn Main, blocks: &Arc<RamBlocks>) -> Result<Sent> {
-    let options = MigrateOptions::new()
+/// All of RAM at once, whatever the downtime.
+fn one_pass() -> MigrateOptions {
+    MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)
-        .downtime_limit(Duration::from_secs(2000));
-    let migration = Migration::new(options, sender)?;
+        .downtime_limit(Duration::from_secs(2000))
+}
+
+/// Sends all of RAM into the sender's file.
+pub(super) fn into_file(sender: Sender, main: &mut dyn Main, blocks: &Arc<RamBlocks>) -> Result<Sent> {
+    let migration = Migration::new(one_pass(), sender)?;
     let info = migration.run(main, &mut NeverDirty, &mut Stopped)?;
     Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
 }

@@ -6,7 +6,7 @@ use multifd::{
     ram::RamBlocks,
 };
 use qemu_stream::{
-    arrival::{Arrival, ArrivalOptions},
+    arrival::{Arrival, ArrivalOptions, Listening},
     format::{BlockEntry, MachineType},
     incoming::Expected,
 };
@@ -26,7 +26,9 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     print(&listener.local_address().to_string())?;
     let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
-    let arrival = Arrival::accept(Box::new(listener), options, &stop).map_err(Failure::of)?;
+    let arrival = Arrival::listen(Box::new(listener), options, &stop)
+        .and_then(Listening::accept)
+        .map_err(Failure::of)?;
     let pending = arrival.load(|_, list| {
         let block = |entry: &BlockEntry| {
             block(entry.used_length).map_err(|_| Error::other("map the guest's memory", "refused"))

@@ -30,8 +30,8 @@ use multifd::{
     ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
-    departure::{Departure, DepartureOptions},
     format::{Configuration, MachineType},
+    source::{Source, SourceOptions},
 };
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let blocks = Arc::new(RamBlocks::new(vec![block(size)?])?);
-    let departure = departure(args, &blocks, &stop).map_err(Failure::of)?;
+    let source = source(args, &blocks, &stop).map_err(Failure::of)?;
     if !args.json {
         say(&format!(
             "the guest fills {} of RAM, then writes {}/s",
@@ -73,16 +73,16 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let (destination, mut lines) = start_destination()?;
     let address = lines.next_line()?.parse::<Address>()?;
     if args.converge.pause_before_switchover {
-        converge::proceed_at_a_line(departure.control())?;
+        converge::proceed_at_a_line(source.control())?;
     }
-    let progress = departure.progress();
+    let progress = source.progress();
     let display = {
         let progress = progress.clone();
         Display::start("demo", args.json, move || look(&progress))
     };
     let connector: Arc<dyn Connect> = Arc::new(address);
     let mut log = guest.dirty_log()?;
-    let sent = departure.run(&connector, &mut log, &mut guest);
+    let sent = source.migrate(&connector, &mut log, &mut guest);
     drop(display);
     let info = match sent {
         Ok(info) => info,
@@ -123,7 +123,7 @@ fn ram_size(asked: u64) -> Result<u64, Failure> {
 }
 
 /// What is chosen, checked before a second process is asked for anything.
-fn departure(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Departure, Error> {
+fn source(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Source, Error> {
     let detection = args.zero_page_detection.or(ZeroPageDetection::Multifd);
     let migrate = MigrateOptions::new()
         .zero_page_detection(detection)
@@ -132,10 +132,10 @@ fn departure(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<De
         .downtime_limit(Duration::from_millis(args.downtime_limit));
     let send = SendOptions::new().channels(args.multifd_channels).zero_copy_send(args.zero_copy_send);
     let machine = MachineType::new(MACHINE).map_err(|error| Error::other("name the machine", error))?;
-    let options = DepartureOptions::new(Configuration::new(machine))
-        .send(Some(args.compression.apply(send)))
+    let options = SourceOptions::new(Configuration::new(machine))
+        .send(args.compression.apply(send))
         .migrate(args.converge.apply(migrate));
-    Departure::new(blocks.clone(), options, stop)
+    Source::new(blocks.clone(), options, stop)
 }
 
 /// The second process, and what it says. It is ended if this one leaves before it is done.

@@ -3,11 +3,13 @@
 //! A text says what was expected and what was met, the place is in front of it, the cause behind it in
 //! [`source`](std::error::Error::source): `channel 3: packet 17: offset 0x7f000 outside block "pc.ram" (0x40000)`.
 
+mod fault;
 mod usage;
 mod violation;
 
 use std::{fmt, io, sync::Arc, time::Duration};
 
+pub use fault::Fault;
 pub use usage::Usage;
 use usage::built_in;
 pub use violation::Violation;
@@ -76,6 +78,8 @@ pub enum Error {
     Other {
         /// What was being done.
         doing: String,
+        /// Who or what is at fault, where that is known.
+        fault: Option<Fault>,
         /// Why it failed.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
@@ -130,7 +134,16 @@ impl Error {
         doing: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Self::Other { doing: doing.into(), source: Arc::from(source.into()) }
+        Self::Other { doing: doing.into(), fault: None, source: Arc::from(source.into()) }
+    }
+
+    /// The same [other](Self::other) error, with what is known of who is at fault. Any other kind of error says so itself.
+    #[must_use]
+    pub fn because(self, because: Fault) -> Self {
+        match self {
+            Self::Other { doing, source, .. } => Self::Other { doing, fault: Some(because), source },
+            other => other,
+        }
     }
 
     /// The same error, told to have happened at `place`.

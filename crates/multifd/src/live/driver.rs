@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     channel::Watch,
-    error::{Error, Result, Usage},
+    error::{Error, Fault, Result, Usage},
     outcome::{NotConverged, Percent, Status},
     ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock, touched},
     send::{Sender, Synced},
@@ -140,7 +140,7 @@ impl<'a> Driver<'a> {
             self.throttle(Percent::NONE)?;
         }
         let begun = self.call("DirtyLog::begin", |driver| driver.log.begin(blocks));
-        begun.map_err(|error| Error::io("begin to read the dirty log", error))
+        begun.map_err(|error| Error::other("begin to read the dirty log", error).because(Fault::DirtyLog))
     }
 
     /// Calls what is not ours, and notes that it does.
@@ -196,7 +196,8 @@ impl<'a> Driver<'a> {
 
     fn throttle(&mut self, percent: Percent) -> Result<()> {
         let done = self.call("Guest::throttle", |driver| driver.guest.throttle(percent));
-        done.map_err(|error| Error::io(format!("auto-converge: throttle the guest by {percent}"), error))
+        let doing = format!("auto-converge: throttle the guest by {percent}");
+        done.map_err(|error| Error::other(doing, error).because(Fault::Guest))
     }
 
     fn set_up(&mut self) -> Result<()> {
@@ -224,7 +225,7 @@ impl<'a> Driver<'a> {
         *self.stopped = Stopped::From(state);
         if let Err(error) = self.call("Guest::stop", |driver| driver.guest.stop()) {
             *self.stopped = Stopped::No;
-            return Err(Error::io("stop the guest", error));
+            return Err(Error::other("stop the guest", error).because(Fault::Guest));
         }
         progress.guest_was(state);
         if progress.throttle().is_some() {
@@ -267,7 +268,8 @@ impl<'a> Driver<'a> {
 
     fn save(&mut self) -> Result<Vec<DeviceSection>> {
         let saved = self.call("Guest::save", |driver| driver.guest.save());
-        let saved = saved.map_err(|error| Error::io("save the devices of the guest", error))?;
+        let saved = saved
+            .map_err(|error| Error::other("save the devices of the guest", error).because(Fault::Guest))?;
         check_saved(&self.announced, &saved)?;
         Ok(saved)
     }
@@ -287,7 +289,10 @@ impl<'a> Driver<'a> {
 
     fn take(&mut self, (index, block): (BlockIndex, &RamBlock), into: &PageBitmap) -> Result<()> {
         let taken = self.call("DirtyLog::take", |driver| driver.log.take(index, &mut DirtyPages::new(into)));
-        taken.map_err(|error| Error::io(format!("take the dirty bits of block {:?}", block.name()), error))
+        taken.map_err(|error| {
+            let doing = format!("take the dirty bits of block {:?}", block.name());
+            Error::other(doing, error).because(Fault::DirtyLog)
+        })
     }
 
     /// Takes the dirty bits of all blocks, which the guest wrote `since` then; says how many pages remain to be sent.

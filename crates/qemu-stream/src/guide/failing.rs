@@ -2,7 +2,7 @@
 //!
 //! The rule: **the guest is the destination's from the moment its [`confirm`](crate::arrival::Pending::confirm) returns `Ok`;
 //! until then it is the source's.** Whatever ends a migration before leaves the guest at the source, as it was, with nothing
-//! to clean up but your own. The source knows it by what [`run`](crate::departure::Departure::run) returns: `Ok`, the
+//! to clean up but your own. The source knows it by what [`run`](crate::source::Source::migrate) returns: `Ok`, the
 //! destination has the guest; an error, the guest is here; and one error,
 //! [`OwnerUnknown`](multifd::Error::OwnerUnknown), nobody can know.
 //!

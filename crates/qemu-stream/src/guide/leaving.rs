@@ -54,7 +54,7 @@
 //!   destination is known to have all of RAM, 8 s by default. Then it goes on here.
 //! - TLS, other addresses, links of your own: [`multifd::channel`].
 //!
-//! While it runs, [`Departure::progress`](crate::departure::Departure::progress) has the numbers for any thread, with
+//! While it runs, [`Source::progress`](crate::source::Source::progress) has the numbers for any thread, with
 //! the names of QEMU's `query-migrate`.
 //!
 //! [`Guest`]: multifd::live::Guest

@@ -449,9 +449,9 @@ fn refused<R: Read>(
 fn closed() -> Judge {
     Box::new(|_, closed| {
         let at = Place { stream: Stream::Main, offset: 0 };
-        closed.then(|| multifd::Error::other("the migration broke off", Error::SourceGone { at }))
+        closed.then(|| Error::SourceGone { at }.while_doing("the migration broke off"))
     })
 }
 
-const SILENCE: Duration = Duration::from_secs(10);
-const STALL: Duration = Duration::from_secs(120);
+pub(crate) const SILENCE: Duration = Duration::from_secs(10);
+pub(crate) const STALL: Duration = Duration::from_secs(120);

@@ -409,8 +409,8 @@ impl<C: Connection> Outgoing<C> {
 }
 
 /// An error of main as the engine tells it.
-fn failed(error: impl std::error::Error + Send + Sync + 'static) -> multifd::Error {
-    multifd::Error::other("the main stream failed", error)
+fn failed(error: impl Into<Error>) -> multifd::Error {
+    error.into().while_doing("the main stream failed")
 }
 
 /// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.

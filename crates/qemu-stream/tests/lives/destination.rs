@@ -91,7 +91,7 @@ impl Destination {
         let expected = Expected::Type(MachineType::new(machine).expect("a name"));
         let options = ArrivalOptions::new(expected).receive(receive);
         let stop = self.moments.destination.clone();
-        let arrival = Arrival::accept(listener, options, &stop)?;
+        let arrival = Arrival::listen(listener, options, &stop)?.accept()?;
         self.seen.met.store(true, Ordering::SeqCst);
         let former = Mutex::new(self.former.take());
         let pending = arrival.load(|_, list| {

@@ -15,8 +15,8 @@ use multifd::{
 };
 use multifd_testkit::told;
 use qemu_stream::{
-    departure::{Departure, DepartureOptions},
     format::{Configuration, MachineType},
+    source::{Source, SourceOptions},
 };
 
 use crate::{
@@ -66,11 +66,11 @@ impl Life {
         moments.pass(Moment::BeforeConnecting);
         let arriving = thread::Builder::new().name("destination".into());
         let arriving = arriving.spawn(move || destination.arrive(listener)).expect("a thread");
-        let departure = self.departure(hop, &moments);
-        let progress = departure.progress();
-        let operator = hop.pauses.then(|| operator(departure.control(), self, hop, &moments, random.u64(..)));
+        let leaving = self.departure(hop, &moments);
+        let progress = leaving.progress();
+        let operator = hop.pauses.then(|| operator(leaving.control(), self, hop, &moments, random.u64(..)));
         let source = self.attempt(&hop.trouble, &moments, &mut random, |log, guest| {
-            let result = departure.run(&connector, log, guest);
+            let result = leaving.migrate(&connector, log, guest);
             seen.ended.store(true, Ordering::SeqCst);
             seen.left.store(result.is_err(), Ordering::SeqCst);
             result
@@ -89,9 +89,7 @@ impl Life {
         self.judge(hop, result, progress.status(), arrived)
     }
 
-    fn departure(&self, hop: &Hop, moments: &Moments) -> Departure {
-        let send =
-            SendOptions::new().channels(hop.channels.max(1)).method(hop.method).stall_timeout(Some(STALL));
+    fn departure(&self, hop: &Hop, moments: &Moments) -> Source {
         let migrate = MigrateOptions::new()
             .zero_page_detection(hop.detection)
             .auto_converge(hop.auto_converge)
@@ -100,13 +98,14 @@ impl Life {
             .resume_if_unknown(hop.resumes_if_unknown)
             .max_total_time(hop.max_total_time.map(Duration::from_micros))
             .switchover_timeout(Some(hop.switchover_timeout.map_or(STALL, Duration::from_micros)));
-        let options = DepartureOptions::new(configuration(hop.machine, self.page_size))
-            .send((hop.channels > 0).then_some(send))
+        let options = SourceOptions::new(configuration(hop.machine, self.page_size))
+            .channels(hop.channels)
+            .send(SendOptions::new().method(hop.method))
             .migrate(migrate)
             .stall_timeout(Some(STALL))
             .end_timeout(Some(Duration::from_millis(hop.end_timeout)))
             .verdict_timeout(Duration::from_millis(hop.verdict_timeout));
-        Departure::new(self.machine.blocks.clone(), options, &moments.source).expect("options that fit")
+        Source::new(self.machine.blocks.clone(), options, &moments.source).expect("options that fit")
     }
 
     /// Who has the guest, and whether it is as it was.

@@ -12,18 +12,19 @@ use std::{
 };
 
 use multifd::{
-    ChannelCount, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender,
+    ChannelCount, Error, ReceiveOptions, Result, SendOptions,
     channel::{
-        Address, Connect, Listen, Listener, Stop, Stream, memory,
+        Address, Connect, Listen, Listener, Stop, memory,
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
     },
-    live::{MigrateOptions, Migration, Status},
+    live::{MigrateOptions, Status},
     ram::{BlockIndex, Mapping, Memory, PageBitmap, Places, RamBlock, RamBlocks},
 };
 use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions, Listening},
     format::{BlockList, Configuration, MachineType},
-    incoming::{Expected, Incoming, Loader, Outcome},
-    outgoing::{MainStream, Options, Outgoing},
+    incoming::Expected,
+    source::{Source, SourceOptions},
 };
 
 use crate::{
@@ -179,43 +180,23 @@ fn send(
         .downtime_limit(plan.downtime_limit);
     let left = if let Fault::LogUnreadable(takes) = plan.fault { Some(takes) } else { None };
     let mut log = Unreadable { log: guest.log.reader().expect("nobody else reads it"), left };
-    let migration = if plan.channels > 0 {
-        let send = SendOptions::new()
-            .channels(plan.channels)
-            .method(plan.method)
-            .connect_timeout(limits.connect)
-            .stall_timeout(Some(limits.stall));
-        Sender::new(send, blocks.clone(), stop.clone()).and_then(|sender| Migration::new(options, sender))
-    } else {
-        Migration::over_main(options, blocks.clone(), stop.clone())
-    };
-    let mut migration = migration.expect("options that fit");
-    let progress = migration.progress();
-    let result = (|| {
-        let link = connector
-            .connect(stop, limits.connect)
-            .map_err(|error| stop.fail(Error::io("connect main", error)))?;
-        let main = Stream::new(link)
-            .attended(stop.attention(Some(limits.stall)))
-            .map_err(|error| Error::io("attend main", error))?;
-        let target_page_size = (plan.page_size.bytes() != 4096).then_some(plan.page_size);
-        let machine = MachineType::new(plan.machine).expect("a name");
-        let configuration = Configuration { target_page_size, ..Configuration::new(machine) };
-        let mut options = Options::new(configuration);
-        if !plan.return_path {
-            options = options.unconfirmed();
-        }
-        if plan.channels == 0 {
-            options = options.sync_mode(None);
-        }
-        let outgoing = Outgoing::new(main, options).expect("options");
-        // A destination that gives up meanwhile has the time to say so.
-        let mut main = MainStream::of_guest(outgoing, stop).end_timeout(Some(2 * limits.stall));
-        if plan.channels > 0 {
-            migration.set_up(connector)?;
-        }
-        migration.run(&mut main, &mut log, &mut guest).map(drop)
-    })();
+    let target_page_size = (plan.page_size.bytes() != 4096).then_some(plan.page_size);
+    let machine = MachineType::new(plan.machine).expect("a name");
+    let configuration = Configuration { target_page_size, ..Configuration::new(machine) };
+    // A destination that gives up meanwhile has the time to say so.
+    let mut options = SourceOptions::new(configuration)
+        .channels(plan.channels)
+        .send(SendOptions::new().method(plan.method))
+        .migrate(options)
+        .connect_timeout(limits.connect)
+        .stall_timeout(Some(limits.stall))
+        .end_timeout(Some(2 * limits.stall));
+    if !plan.return_path {
+        options = options.unconfirmed();
+    }
+    let source = Source::new(blocks.clone(), options, stop).expect("options that fit");
+    let progress = source.progress();
+    let result = source.migrate(&connector, &mut log, &mut guest).map(drop);
     let dirty = (0..blocks.len()).map(|block| guest.log.count(BlockIndex(block))).sum();
     SourceEnd { result, status: progress.status(), dirty, guest }
 }
@@ -232,36 +213,28 @@ fn receive(
         .method(plan.told.then_some(plan.method))
         .greeting_timeout(limits.greeting)
         .channels_timeout(limits.greeting)
-        .drain_timeout(Duration::from_millis(500))
-        .stall_timeout(Some(limits.stall));
-    let mut receiver = Receiver::new(options, stop.clone());
-    let main = receiver.listen(listener).and_then(|()| receiver.wait_main());
-    let main = match main {
-        Ok(main) => main,
-        Err(error) => return DestinationEnd { result: Err(error), blocks: None, device: None },
+        .drain_timeout(Duration::from_millis(500));
+    let options = ArrivalOptions::new(Expected::AnyMachine)
+        .receive(options)
+        .stall_timeout(Some(limits.stall))
+        .silence(limits.stall);
+    let failed = |error| DestinationEnd { result: Err(error), blocks: None, device: None };
+    let arrival = match Arrival::listen(listener, options, stop).and_then(Listening::accept) {
+        Ok(arrival) => arrival,
+        Err(error) => return failed(error),
     };
     met.store(true, Ordering::SeqCst);
-    let mut incoming =
-        Incoming::new(main).stopping(stop).silence(limits.stall).stall_timeout(Some(limits.stall));
-    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| memory_of(plan, list));
-    let loaded = incoming.run(&mut loader);
-    let whole = loaded.map_err(|error| Error::other("the migration broke off", error));
-    let loaded = whole.and_then(|loaded| loader.finish(&loaded).map(|_| loaded));
-    let blocks = receiver.arrived().map(|arrived| arrived.blocks().clone());
-    let loaded = loaded.map_err(|error| stop.fail(error));
-    let device = loaded.as_ref().ok().and_then(|loaded| {
-        let section =
-            loaded.devices.sections().iter().find(|section| section.name.as_bytes() == DEVICE.as_bytes())?;
-        loaded.devices.body(section).map(<[u8]>::to_vec)
-    });
-    let good = loaded.is_ok() && plan.fault != Fault::LoadFails;
-    let told = incoming.finish(if good { Outcome::Loaded } else { Outcome::Failed });
-    let result = match (loaded, told) {
-        (Err(error), _) => Err(error),
-        (Ok(_), Err(error)) => Err(stop.fail(Error::other("the source could not be told", error))),
-        (Ok(_), Ok(_)) if !good => Err(stop.fail(Error::other("the devices were not loaded", ODD))),
+    let pending = match arrival.load(|_, list| memory_of(plan, list)) {
+        Ok(pending) => pending,
+        Err(error) => return failed(error),
+    };
+    let (blocks, device) = (pending.blocks().clone(), pending.device(DEVICE, 0));
+    let (blocks, device) = (Some(blocks), device.map(|(_, state)| state.to_vec()));
+    let result = if plan.fault == Fault::LoadFails {
+        Err(pending.refuse(Error::other("the devices were not loaded", ODD)))
+    } else {
         // Whatever befalls the connections from here on, the guest has moved.
-        (Ok(_), Ok(_main)) => receiver.finish().map_or(Ok(()), |_| Ok(())),
+        pending.confirm().map(|confirmed| drop(confirmed.finish()))
     };
     DestinationEnd { result, blocks, device }
 }

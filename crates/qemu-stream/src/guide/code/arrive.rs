@@ -22,7 +22,7 @@ pub fn arrive(
 ) -> Result<Machine, Box<dyn StdError + Send + Sync>> {
     // 1. A source. Machines of other types are refused.
     let expected = Expected::Type(MachineType::new("my-vmm-1")?);
-    let arrival = Arrival::accept(Box::new(listener), ArrivalOptions::new(expected), stop)?;
+    let arrival = Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), stop)?.accept()?;
 
     // 2. RAM. The source says what blocks there are; what they are made of is up to us, and so is to refuse them. They are
     //    the machine's for all its life.

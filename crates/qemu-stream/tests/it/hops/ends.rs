@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::{
-    Error,
+    Error, Fault,
     channel::{Address, Connect, Stop},
     error::Usage,
     live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState},
@@ -29,8 +29,10 @@ fn a_paused_guest_stays_paused_on_whichever_side_it_ends_up() {
         let mut guest = Told { paused, ..Told::default() };
         let refuse = |pending: Pending| Err::<(), _>(pending.refuse(Error::other("refuse", "as told")));
         let options = MigrateOptions::new;
-        let (left, _) = hop(&source, 2, options(), &mut NeverDirty, &mut guest, as_announced, refuse);
-        left.expect_err("refused");
+        let (left, arrived) = hop(&source, 2, options(), &mut NeverDirty, &mut guest, as_announced, refuse);
+        assert_eq!(left.expect_err("refused").fault(), Fault::Peer);
+        let error = arrived.expect_err("refused");
+        assert!(error.to_string().contains("refuse"), "the reason and no other: {error}");
         assert_eq!((guest.stops, guest.resumes), (1, u32::from(!paused)), "paused {paused}");
         let (left, arrived) = hop(&source, 2, options(), &mut NeverDirty, &mut guest, as_announced, taken);
         let was = if paused { RunState::Paused } else { RunState::Running };
@@ -162,7 +164,8 @@ fn where_nobody_can_know_the_guest_stays_stopped_until_the_embedder_decides() {
         let (between, address) = Between::start(target);
         let arriving = thread::spawn(move || {
             let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-            let arrival = Arrival::accept(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?;
+            let arrival =
+                Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
             let pending = arrival.load(as_announced)?;
             between.cut();
             // Its end is there in a moment.
@@ -171,7 +174,8 @@ fn where_nobody_can_know_the_guest_stays_stopped_until_the_embedder_decides() {
         });
         let connector: Arc<dyn Connect> = Arc::new(address);
         let (mut guest, options) = (Told::default(), MigrateOptions::new().resume_if_unknown(resumes));
-        let left = departure(&source, 2, options, &Stop::new()).run(&connector, &mut NeverDirty, &mut guest);
+        let left =
+            departure(&source, 2, options, &Stop::new()).migrate(&connector, &mut NeverDirty, &mut guest);
         let error = left.expect_err("cut");
         assert!(matches!(error, Error::OwnerUnknown(_)), "{error:?}");
         assert_eq!((guest.stops, guest.resumes), (1, u32::from(resumes)));
@@ -190,15 +194,16 @@ fn a_cancel_while_the_destination_restores_takes_the_guest_back() {
         let cancelled = stop.clone();
         let arriving = thread::spawn(move || {
             let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-            let arrival = Arrival::accept(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?;
+            let arrival =
+                Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
             let pending = arrival.load(as_announced)?;
             cancelled.cancel();
             thread::sleep(Duration::from_millis(50));
             taken(pending)
         });
         let (connector, mut guest): (Arc<dyn Connect>, _) = (Arc::new(address), Told::default());
-        let departure = departure(&source, channels, MigrateOptions::new(), &stop);
-        let error = departure.run(&connector, &mut NeverDirty, &mut guest).expect_err("cancelled");
+        let leaving = departure(&source, channels, MigrateOptions::new(), &stop);
+        let error = leaving.migrate(&connector, &mut NeverDirty, &mut guest).expect_err("cancelled");
         assert!(error.is_cancelled(), "{error:?}");
         assert_eq!((guest.stops, guest.resumes), (1, 1));
         arriving.join().expect("no panic").expect_err("taken back");
@@ -253,7 +258,7 @@ fn the_blackout_has_a_bound() {
     let connector: Arc<dyn Connect> = Arc::new(address);
     let begun = std::time::Instant::now();
     let error = departure(&source, 0, options, &Stop::new())
-        .run(&connector, &mut NeverDirty, &mut guest)
+        .migrate(&connector, &mut NeverDirty, &mut guest)
         .expect_err("given up");
     assert!(matches!(error.kind(), Error::SwitchoverTimeout { .. }), "{error:?}");
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
@@ -291,8 +296,8 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
         (vec![DeviceInfo::new("globalstate", 1)], "run state"),
         (vec![cpu(200 << 20)], "a destination takes 0x8000000"),
     ] {
-        let departure = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());
-        let error = departure.run(&nowhere, &mut NeverDirty, &mut Devices(devices)).expect_err("refused");
+        let leaving = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());
+        let error = leaving.migrate(&nowhere, &mut NeverDirty, &mut Devices(devices)).expect_err("refused");
         let told = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
         let told: String = told.map(|error| format!("{error}: ")).collect();
         assert!(told.contains(why), "{told}");

@@ -3,16 +3,16 @@
 use std::{sync::Arc, thread};
 
 use multifd::{
-    Error, SendOptions,
+    Error,
     channel::{Address, Connect, Listener, Stop},
     live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState},
     ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, Confirmed, Pending},
-    departure::{Departure, DepartureOptions},
     format::{BlockList, Configuration, MachineType},
     incoming::Expected,
+    source::{Source, SourceOptions},
 };
 
 pub(super) fn block(name: &str, pages: u64) -> RamBlock {
@@ -77,11 +77,10 @@ pub(super) fn departure(
     channels: u8,
     migrate: MigrateOptions,
     stop: &Stop,
-) -> Departure {
-    let send = (channels > 0).then(|| SendOptions::new().channels(channels));
+) -> Source {
     let machine = MachineType::new("told-1").expect("a name");
-    let options = DepartureOptions::new(Configuration::new(machine)).send(send).migrate(migrate);
-    Departure::new(blocks.clone(), options, stop).expect("options")
+    let options = SourceOptions::new(Configuration::new(machine)).channels(channels).migrate(migrate);
+    Source::new(blocks.clone(), options, stop).expect("options")
 }
 
 pub(super) type Made = Result<RamBlocks, Error>;
@@ -99,11 +98,12 @@ pub(super) fn hop<T: Send + 'static>(
     let (listener, address) = listening();
     let arriving = thread::spawn(move || {
         let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-        let arrival = Arrival::accept(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?;
+        let arrival =
+            Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
         arrival.load(make).and_then(then)
     });
     let connector: Arc<dyn Connect> = Arc::new(address);
-    let left = departure(source, channels, migrate, &Stop::new()).run(&connector, log, guest);
+    let left = departure(source, channels, migrate, &Stop::new()).migrate(&connector, log, guest);
     (left, arriving.join().expect("no panic"))
 }
 

@@ -1,0 +1,109 @@
+//! Who or what ended a migration, for programs that decide by it.
+
+use std::io::{self, ErrorKind};
+
+use super::Error;
+
+/// Who or what ended a migration, as far as this side knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Fault {
+    /// It was cancelled on this side.
+    Cancelled,
+    /// The other side reported that it failed, or refused the migration. Its log has the reason.
+    Peer,
+    /// A connection could not be opened, broke or was closed.
+    Connection,
+    /// The other side is connected and did not do in time what it had to do.
+    Stalled,
+    /// The other side sent what the protocol does not allow, or what this version does not speak.
+    Protocol,
+    /// The guest could not be stopped, saved, throttled or resumed.
+    Guest,
+    /// The dirty log could not be read.
+    DirtyLog,
+    /// The guest dirtied memory faster than it was sent, until the limit that was set.
+    NotConverged,
+    /// Everything was sent, and it is not known whether the destination has the guest.
+    OwnerUnknown,
+    /// The caller: options, blocks or calls that do not fit, or a callback of its own that failed.
+    Caller,
+    /// The operating system of this host: no memory, no thread, no room on the disk.
+    System,
+}
+
+impl Error {
+    /// Who or what ended the migration.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Malformed(_) | Self::Violation(_) | Self::Unsupported(_) => Fault::Protocol,
+            Self::Usage(_) => Fault::Caller,
+            Self::Io { source, .. } => of_system(source),
+            Self::TimedOut { .. } | Self::Stalled { .. } | Self::SwitchoverTimeout { .. } => Fault::Stalled,
+            Self::NotConverged(_) => Fault::NotConverged,
+            Self::At(located) => located.error.fault(),
+            Self::Other { fault, source, .. } => fault.unwrap_or_else(|| of_cause(&**source)),
+            Self::OwnerUnknown(_) => Fault::OwnerUnknown,
+            Self::Panicked { call, .. } if call.starts_with("Guest::") => Fault::Guest,
+            Self::Panicked { call, .. } if call.starts_with("DirtyLog::") => Fault::DirtyLog,
+            Self::Panicked { .. } => Fault::Caller,
+            Self::NotResumed { error, .. } => error.fault(),
+            Self::Cancelled => Fault::Cancelled,
+        }
+    }
+}
+
+fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Fault {
+    if let Some(error) = cause.downcast_ref::<Error>() {
+        return error.fault();
+    }
+    cause.downcast_ref::<io::Error>().map_or(Fault::Caller, of_system)
+}
+
+/// What an error of the system says of a connection.
+fn of_system(error: &io::Error) -> Fault {
+    match error.kind() {
+        ErrorKind::TimedOut => Fault::Stalled,
+        ErrorKind::ConnectionRefused
+        | ErrorKind::ConnectionReset
+        | ErrorKind::ConnectionAborted
+        | ErrorKind::HostUnreachable
+        | ErrorKind::NetworkUnreachable
+        | ErrorKind::NetworkDown
+        | ErrorKind::NotConnected
+        | ErrorKind::BrokenPipe
+        | ErrorKind::UnexpectedEof
+        | ErrorKind::WriteZero => Fault::Connection,
+        _ => Fault::System,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{error::Usage, wire::ChannelId};
+
+    #[test]
+    fn a_fault_is_found_below_places_and_causes() {
+        let reset = || io::Error::from(ErrorKind::ConnectionReset);
+        let late = Error::TimedOut { what: "no reply came".into(), limit: Duration::from_secs(1) };
+        let panicked = |call| Error::Panicked { call, text: String::new() };
+        for (error, fault) in [
+            (Error::io("send", reset()).on_channel(ChannelId(3)), Fault::Connection),
+            (Error::io("write", ErrorKind::StorageFull.into()), Fault::System),
+            (Error::other("receive", reset()), Fault::Connection),
+            (Error::other("receive", late.clone()).at("main"), Fault::Stalled),
+            (Error::OwnerUnknown(Box::new(late)), Fault::OwnerUnknown),
+            (Error::other("map the memory", "refused"), Fault::Caller),
+            (Error::other("stop the guest", reset()).because(Fault::Guest), Fault::Guest),
+            (panicked("Guest::stop"), Fault::Guest),
+            (panicked("DirtyLog::take"), Fault::DirtyLog),
+            (Usage::UsedTwice.into(), Fault::Caller),
+            (Error::Cancelled, Fault::Cancelled),
+        ] {
+            assert_eq!(error.fault(), fault, "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The source of a migration: options, checked before anything is connected, and one call that moves the machine.
+//!
+//! ```text
+//! SourceOptions ─▶ Source::new ── checked ──▶ migrate ─ connect main ─ connect channels ─ passes ─ switchover
+//! ```
+//!
+//! ```no_run
+//! # use std::sync::Arc;
+//! # use multifd::{Result, channel::{Connect, Stop}, live::{Guest, MigrationInfo}, ram::{DirtyLog, RamBlocks}};
+//! use qemu_stream::{format::{Configuration, MachineType}, source::{Source, SourceOptions}};
+//!
+//! # fn leave(
+//! #     blocks: Arc<RamBlocks>, destination: Arc<dyn Connect>, log: &mut dyn DirtyLog, guest: &mut dyn Guest,
+//! # ) -> std::result::Result<MigrationInfo, Box<dyn std::error::Error>> {
+//! let stop = Stop::new(); // cancels, from any thread
+//! let machine = Configuration::new(MachineType::new("my-vmm-1")?);
+//! let source = Source::new(blocks, SourceOptions::new(machine).channels(4), &stop)?;
+//! let progress = source.progress(); // for another thread
+//! let info = source.migrate(&destination, log, guest)?; // the destination has the guest
+//! # drop(progress);
+//! # Ok(info)
+//! # }
+//! ```
+
+use std::{sync::Arc, time::Duration};
+
+use multifd::{
+    Error, Result, SendOptions, Sender,
+    channel::{Connect, Stop, Stream},
+    live::{Control, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
+    ram::{DirtyLog, RamBlocks},
+};
+
+use crate::{
+    embedder::check_devices,
+    format::{BlockList, Configuration, DevicePart, SyncMode},
+    mapped_ram::MappedRamFile,
+    outgoing::{END, MainStream, Options, Outgoing, VERDICT},
+};
+
+/// What a source sends, and how.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct SourceOptions {
+    stream: Options,
+    /// Of a machine that is in a file: what its file has.
+    captured: Option<(BlockList, DevicePart)>,
+    channels: Option<u8>,
+    send: SendOptions,
+    migrate: MigrateOptions,
+    connect_timeout: Duration,
+    stall_timeout: Option<Duration>,
+    end_timeout: Option<Duration>,
+    verdict_timeout: Duration,
+}
+
+impl SourceOptions {
+    /// A running machine of this configuration, over two channels.
+    pub fn new(configuration: Configuration) -> Self {
+        Self::of_stream(Options::new(configuration), None)
+    }
+
+    /// The machine in a file, whose block list and devices are sent as the file has them. Over two channels.
+    pub fn of_file(file: &MappedRamFile) -> Self {
+        let options = match file.configuration() {
+            Some(configuration) => Options::new(configuration.clone()),
+            None => Options::without_configuration(),
+        };
+        let mode = file.sync_mode().or(options.chosen_sync_mode());
+        let stream = options
+            .section(file.section())
+            .footers(file.devices().has_footers())
+            .switchover_start(file.switchover_start())
+            .sync_mode(mode);
+        Self::of_stream(stream, Some((file.blocks().clone(), file.devices().clone())))
+    }
+
+    fn of_stream(stream: Options, captured: Option<(BlockList, DevicePart)>) -> Self {
+        Self {
+            stream,
+            captured,
+            channels: None,
+            send: SendOptions::new(),
+            migrate: MigrateOptions::new(),
+            connect_timeout: Duration::from_secs(30),
+            stall_timeout: Some(Duration::from_secs(120)),
+            end_timeout: Some(END),
+            verdict_timeout: VERDICT,
+        }
+    }
+
+    /// The number of channels. 0 is for a destination with multifd off: all of RAM then goes over main. Default: that of
+    /// [`send`](Self::send), which is 2.
+    pub fn channels(mut self, channels: u8) -> Self {
+        self.channels = Some(channels);
+        self
+    }
+
+    /// How the channels send: compression, UUID, zero-copy. Its time limits are those given here.
+    pub fn send(mut self, options: SendOptions) -> Self {
+        self.send = options;
+        self
+    }
+
+    /// Passes, bandwidth, downtime.
+    pub fn migrate(mut self, options: MigrateOptions) -> Self {
+        self.migrate = options;
+        self
+    }
+
+    /// Where the records of the channels' sync points stand in main. Default: as the machine type needs it.
+    pub fn sync_mode(mut self, mode: SyncMode) -> Self {
+        self.stream = self.stream.sync_mode(Some(mode));
+        self
+    }
+
+    /// Does without a return path: see [`Options::unconfirmed`].
+    pub fn unconfirmed(mut self) -> Self {
+        self.stream = self.stream.unconfirmed();
+        self
+    }
+
+    /// How long each connection may take to be established, TLS handshake included. Default 30 s.
+    pub fn connect_timeout(mut self, limit: Duration) -> Self {
+        self.connect_timeout = limit;
+        self
+    }
+
+    /// How long the destination may accept nothing, on any connection, while there is something to send. Default 120 s;
+    /// `None` is for ever.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall_timeout = limit;
+        self
+    }
+
+    /// See [`MainStream::end_timeout`]. Default 600 s.
+    pub fn end_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.end_timeout = limit;
+        self
+    }
+
+    /// See [`MainStream::verdict_timeout`]. Default 10 s.
+    pub fn verdict_timeout(mut self, limit: Duration) -> Self {
+        self.verdict_timeout = limit;
+        self
+    }
+}
+
+/// A machine that can be migrated: its options have been checked, and nothing is connected yet.
+pub struct Source {
+    migration: Migration,
+    options: SourceOptions,
+    channels: bool,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    /// The source of a machine with these blocks. `stop` cancels the migration, from any thread.
+    ///
+    /// # Errors
+    /// If an option is out of its range, options contradict each other, or a block cannot be sent.
+    pub fn new(blocks: Arc<RamBlocks>, options: SourceOptions, stop: &Stop) -> Result<Self> {
+        let migrate = options.migrate.clone();
+        let channels = options.channels != Some(0);
+        let migration = if channels {
+            let send = options.send.clone();
+            let send = options.channels.map_or(send.clone(), |channels| send.channels(channels));
+            let send = send.connect_timeout(options.connect_timeout).stall_timeout(options.stall_timeout);
+            Migration::new(migrate, Sender::new(send, blocks, stop.clone())?)?
+        } else {
+            Migration::over_main(migrate, blocks, stop.clone())?
+        };
+        options.stream.check().map_err(unsendable)?;
+        Ok(Self { migration, options, channels })
+    }
+
+    /// What other threads use to let the migration go on where it pauses before the switchover, and to change limits.
+    pub fn control(&self) -> Control {
+        self.migration.control()
+    }
+
+    /// The numbers of the migration, for another thread to read.
+    pub fn progress(&self) -> Progress {
+        self.migration.progress()
+    }
+
+    /// Connects, and moves the machine. See [`Migration::run`] for who has the guest afterwards.
+    ///
+    /// # Errors
+    /// Why the guest's devices are refused, before anything is connected; a connection that fails; and as
+    /// [`Migration::run`]. [`Error::fault`] says who or what is at fault.
+    pub fn migrate(
+        mut self,
+        connector: &Arc<dyn Connect>,
+        log: &mut dyn DirtyLog,
+        guest: &mut dyn Guest,
+    ) -> Result<MigrationInfo> {
+        let stop = self.migration.stop().clone();
+        let prepared = self.prepare(connector, guest, &stop);
+        let mut main = prepared.map_err(|error| stop.fail(error))?;
+        self.migration.run(&mut main, log, guest)
+    }
+
+    fn prepare(
+        &mut self,
+        connector: &Arc<dyn Connect>,
+        guest: &dyn Guest,
+        stop: &Stop,
+    ) -> Result<MainStream<Stream>> {
+        self.migration.check_guest(guest)?;
+        let stream = self.options.stream.clone().multifd(self.channels);
+        if self.options.captured.is_none() {
+            let (page_size, section) = (stream.page_size().bytes(), stream.section);
+            check_devices(&guest.devices(), page_size, section).map_err(unsendable)?;
+        }
+        let target = connector.target();
+        let link = connector.connect(stop, self.options.connect_timeout);
+        let link = link.map_err(|error| Error::io(format!("connect to {target}"), error))?;
+        let main = Stream::new(link).attended(stop.attention(self.options.stall_timeout));
+        let main = main.map_err(|error| Error::io(format!("set a time limit for {target}"), error))?;
+        let outgoing = Outgoing::new(main, stream).map_err(unsendable)?;
+        if self.channels {
+            self.migration.set_up(connector.clone())?;
+        }
+        let main = match self.options.captured.take() {
+            Some((blocks, devices)) => MainStream::of_capture(outgoing, blocks, devices, stop),
+            None => MainStream::of_guest(outgoing, stop),
+        };
+        Ok(main.end_timeout(self.options.end_timeout).verdict_timeout(self.options.verdict_timeout))
+    }
+}
+
+fn unsendable(error: crate::error::CallerMistake) -> Error {
+    Error::other("this machine cannot be sent", error)
+}
