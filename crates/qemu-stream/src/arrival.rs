@@ -16,7 +16,7 @@ use std::{
 };
 
 use multifd::{
-    Arrived, ChannelStats, Error, ReceiveOptions, Receiver, RecvCounters, Result,
+    Arrived, ChannelStats, Error, Fault, ReceiveOptions, Receiver, RecvCounters, Result,
     channel::{Listen, Stop, Stream},
     live::RunState,
     ram::RamBlocks,
@@ -25,7 +25,9 @@ use multifd::{
 
 use crate::{
     format::{BlockList, Configuration, DeviceSection},
-    incoming::{Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome, SILENCE, STALL},
+    incoming::{
+        CHANNELS_END, Expected, Incoming, LeftOut, Loaded, Loader, MainPages, Outcome, SILENCE, STALL,
+    },
 };
 
 /// What a destination takes, and how.
@@ -174,7 +176,10 @@ impl Arrival {
             Err(error) => {
                 // First: a stop shuts connections down.
                 drop(incoming);
-                Err(receiver.stop().fail(error))
+                Err(match error.fault() {
+                    Fault::Connection => receiver.fail_with_source(error, CHANNELS_END),
+                    _ => receiver.stop().fail(error),
+                })
             }
         }
     }

@@ -32,8 +32,8 @@ pub trait Connection: Read + Write {
     /// Has `stop` fail with what `judge` makes of the peer, whatever this end waits for, until the guard is dropped: see
     /// [`CloseWatch::start`]. A connection that cannot tell gives `None`; the peer's end is then found out by the next read
     /// or write.
-    fn watch_peer(&self, stop: &Stop, judge: Judge) -> Option<CloseWatch> {
-        drop((stop, judge));
+    fn watch_peer(&self, stop: &Stop, grace: Duration, judge: Judge) -> Option<CloseWatch> {
+        drop((stop, grace, judge));
         None
     }
 
@@ -103,8 +103,8 @@ impl Connection for multifd::channel::Stream {
         Some(Self::write_waker(self))
     }
 
-    fn watch_peer(&self, stop: &Stop, judge: Judge) -> Option<CloseWatch> {
-        Self::watch_peer(self, stop, judge)
+    fn watch_peer(&self, stop: &Stop, grace: Duration, judge: Judge) -> Option<CloseWatch> {
+        Self::watch_peer(self, stop, grace, judge)
     }
 
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {

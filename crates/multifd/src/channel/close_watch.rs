@@ -14,13 +14,16 @@ use std::{
 
 use rustix::{
     buffer::spare_capacity,
-    event::epoll::{self, CreateFlags, EventData, EventFlags},
+    event::{
+        Timespec,
+        epoll::{self, CreateFlags, EventData, EventFlags},
+    },
     io::Errno,
     net::{RecvFlags, recv},
 };
 
-use super::{Stop, Wake, socket::EventFd};
-use crate::error::Error;
+use super::{Stop, Wake, deadline, socket::EventFd};
+use crate::{error::Error, sync_types::Instant};
 
 /// A connection as a [`CloseWatch`] sees it.
 #[derive(Debug)]
@@ -42,13 +45,15 @@ pub struct CloseWatch {
 impl CloseWatch {
     /// Fails `stop` with what `judge` makes of the connection: it is given the bytes that have come and were not read, the
     /// first 1024 at the most and none of a connection that is not plain, and whether the peer has closed. It is asked when
-    /// bytes come and when the peer closes. A stop that has happened already stays as it is.
+    /// bytes come and when the peer closes. A stop that has happened already stays as it is. Between the verdict and the
+    /// stop `grace` passes, in which the other connections go on; whatever fails meanwhile is reported as the verdict.
     ///
     /// # Errors
     /// If the system refuses the thread or what it waits with.
     pub fn start(
         signal: PeerSignal,
         stop: Stop,
+        grace: Duration,
         judge: impl Fn(&[u8], bool) -> Option<Error> + Send + 'static,
     ) -> io::Result<Self> {
         let end = EventFd::new()?;
@@ -58,7 +63,7 @@ impl CloseWatch {
         epoll::add(&events, &signal.descriptor, EventData::new_u64(PEER), wanted)?;
         epoll::add(&events, end.fd(), EventData::new_u64(END), EventFlags::IN)?;
         let thread = Builder::new().name("multifdmain".into()).spawn(move || {
-            if let Err(error) = run(&events, &signal, &stop, judge) {
+            if let Err(error) = run(&events, &signal, &stop, grace, judge) {
                 tracing::warn!(%error, "the main connection is no longer watched");
             }
         })?;
@@ -86,6 +91,7 @@ fn run(
     events: &OwnedFd,
     signal: &PeerSignal,
     stop: &Stop,
+    grace: Duration,
     judge: impl Fn(&[u8], bool) -> Option<Error>,
 ) -> io::Result<()> {
     let mut met = Vec::with_capacity(2);
@@ -118,11 +124,35 @@ fn run(
             if !signal.plain && stop.pause(LAST_WORD).is_err() {
                 return Ok(());
             }
-            stop.fail(error);
+            stop.expect(error.clone());
+            if !is_dropped_within(events, grace)? {
+                stop.fail(error);
+            }
             return Ok(());
         }
         if closed {
             return Ok(());
+        }
+    }
+}
+
+/// Waits for the watch to be dropped, for `limit` at the most.
+fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
+    let end = deadline(limit);
+    let mut met = Vec::with_capacity(2);
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+        met.clear();
+        match epoll::wait(events, spare_capacity(&mut met), Some(&left)) {
+            Err(Errno::INTR) => continue,
+            waited => waited?,
+        };
+        if met.iter().any(|event| event.data.u64() == END) {
+            return Ok(true);
+        }
+        if met.is_empty() {
+            return Ok(false);
         }
     }
 }
@@ -147,14 +177,22 @@ mod tests {
     type Told = mpsc::Receiver<(Vec<u8>, bool)>;
 
     fn watched() -> (UnixStream, UnixStream, Stop, Told, CloseWatch) {
+        watched_with(Duration::ZERO)
+    }
+
+    fn watched_with(grace: Duration) -> (UnixStream, UnixStream, Stop, Told, CloseWatch) {
         let (here, there) = UnixStream::pair().expect("a pair");
         let descriptor = here.try_clone().expect("a descriptor").into();
         let (stop, (tell, told)) = (Stop::new(), mpsc::channel());
-        let watch =
-            CloseWatch::start(PeerSignal { descriptor, plain: true }, stop.clone(), move |bytes, closed| {
+        let watch = CloseWatch::start(
+            PeerSignal { descriptor, plain: true },
+            stop.clone(),
+            grace,
+            move |bytes, closed| {
                 tell.send((bytes.to_vec(), closed)).expect("heard");
                 (closed || bytes.ends_with(b"!")).then(|| Error::other("the peer has spoken", "closed"))
-            });
+            },
+        );
         (here, there, stop, told, watch.expect("started"))
     }
 
@@ -171,6 +209,28 @@ mod tests {
         let mut all = [0; 5];
         here.read_exact(&mut all).expect("still there");
         assert_eq!(&all, b"pong!");
+    }
+
+    /// What fails in the grace, channels that end say, is a consequence; a cancel is not.
+    #[test]
+    fn failures_in_the_grace_are_reported_as_the_verdict() {
+        for cancelled in [false, true] {
+            let (_here, there, stop, told, _watch) = watched_with(SOON);
+            drop(there);
+            told.recv_timeout(SOON).expect("told");
+            // The verdict is noted behind the call of the judge.
+            while stop.lock_expected().is_none() {
+                std::thread::yield_now();
+            }
+            assert!(!stop.is_stopped(), "channels go on");
+            let reported = if cancelled {
+                stop.fail(Error::Cancelled)
+            } else {
+                stop.fail(Error::other("a channel ended", "so"))
+            };
+            assert_eq!(reported.is_cancelled(), cancelled);
+            assert_eq!(reported.to_string() == "the peer has spoken", !cancelled);
+        }
     }
 
     #[test]

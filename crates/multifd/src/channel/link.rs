@@ -298,11 +298,12 @@ impl Stream {
     pub fn watch_peer(
         &self,
         stop: &super::Stop,
+        grace: Duration,
         judge: impl Fn(&[u8], bool) -> Option<crate::Error> + Send + 'static,
     ) -> Option<CloseWatch> {
         let signal = self.link.peer_signal();
         let watch = signal.and_then(|signal| {
-            signal.map(|signal| CloseWatch::start(signal, stop.clone(), judge)).transpose()
+            signal.map(|signal| CloseWatch::start(signal, stop.clone(), grace, judge)).transpose()
         });
         watch.unwrap_or_else(|error| {
             tracing::warn!(peer = self.peer(), %error, "its closing is noticed late");

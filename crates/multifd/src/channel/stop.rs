@@ -42,6 +42,8 @@ struct Inner {
 #[derive(Default)]
 struct State {
     cause: Option<Cause>,
+    /// Reported in the place of the failure that comes next: its cause.
+    expected: Option<Error>,
     watchers: Vec<(u64, Arc<dyn Wake>)>,
     next: u64,
 }
@@ -61,6 +63,14 @@ impl Stop {
     /// Stops with an error, unless something else has stopped the migration before. Returns the error that
     /// is to be reported: the first one.
     pub fn fail(&self, error: Error) -> Error {
+        let expected = self.lock().expected.clone().filter(|_| !error.is_cancelled());
+        let error = match expected {
+            None => error,
+            Some(expected) => {
+                tracing::debug!(%error, "an error whose cause is known");
+                expected
+            }
+        };
         match self.stop(Cause::Failed(error.clone())) {
             None => {
                 tracing::debug!(%error, "the migration stops");
@@ -74,6 +84,18 @@ impl Stop {
                 }
             }
         }
+    }
+
+    /// Whatever fails the migration from now on, but a cancel, is reported as `error`, which is known to be its cause. Nothing
+    /// stops because of this.
+    pub(crate) fn expect(&self, error: Error) {
+        let mut state = self.lock();
+        state.expected.get_or_insert(error);
+    }
+
+    #[cfg(test)]
+    pub(super) fn lock_expected(&self) -> Option<Error> {
+        self.lock().expected.clone()
     }
 
     /// Cancels: stops with [`Error::Cancelled`]. From any thread, at any time; does nothing once stopped.

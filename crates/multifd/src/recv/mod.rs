@@ -117,6 +117,8 @@ struct State {
     drain_done: u64,
     /// Everything has come: a copy of `Shared::sealed` under the lock.
     sealed: bool,
+    /// The source has closed main: the migration is about to fail.
+    source_closed: bool,
     stopped: bool,
     threads: Vec<JoinHandle<()>>,
 }
@@ -349,6 +351,18 @@ impl Receiver {
         Ok(self.shared.stats())
     }
 
+    /// Fails the migration because the source has closed main, when it has closed its channels as well, or after `limit`:
+    /// channels that are reset before the source closes them can hang a QEMU. Returns the error to report, which is `error`
+    /// unless the migration had failed or was cancelled before.
+    pub fn fail_with_source(&self, error: Error, limit: Duration) -> Error {
+        self.shared.stop.expect(error.clone());
+        // Channels that stand at a sync point read on to their end.
+        self.shared.lock().source_closed = true;
+        self.shared.changed.notify_all();
+        drop(self.shared.wait_ended(limit));
+        self.shared.stop.fail(error)
+    }
+
     /// Joins all threads, cancelling the migration if it has not ended. Harmless when called again.
     pub fn clean_up(&mut self) {
         self.shared.stop.cancel();
@@ -410,9 +424,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Waits until the source has closed every channel, and closes those that it leaves open.
-    fn drain_channels(&self) {
-        let end = deadline(self.options.drain_timeout);
+    /// Waits until the source has closed every channel, for `limit` at the most.
+    fn wait_ended(&self, limit: Duration) -> Guard<'_> {
+        let end = deadline(limit);
         let mut state = self.lock();
         while state.channels.iter().flatten().any(|place| !place.ended) {
             let left = end.saturating_duration_since(Instant::now());
@@ -422,6 +436,12 @@ impl Shared {
             }
             state = self.wait_timeout(state, left);
         }
+        state
+    }
+
+    /// Waits until the source has closed every channel, and closes those that it leaves open.
+    fn drain_channels(&self) {
+        let state = self.wait_ended(self.options.drain_timeout);
         let wakers: Vec<_> = state.channels.iter().flatten().filter_map(|place| place.wake.clone()).collect();
         drop(state);
         for waker in wakers {

@@ -58,7 +58,7 @@ impl Shared {
         self.changed.notify_all();
         tracing::trace!(channel = id.0, point = reached, "multifd_recv_sync");
         let begun = Instant::now();
-        while state.released < reached && !state.sealed && !state.stopped {
+        while state.released < reached && !state.sealed && !state.source_closed && !state.stopped {
             state = if state.main_waits {
                 // It knows better what for.
                 self.wait(state)

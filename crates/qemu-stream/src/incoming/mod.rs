@@ -408,7 +408,10 @@ impl<C: Connection> Incoming<C> {
         match section {
             Section::Command(Command::OpenReturnPath) => {
                 self.return_path = true;
-                let watch = self.stop.as_ref().and_then(|stop| self.r.get_ref().watch_peer(stop, closed()));
+                let watch = self
+                    .stop
+                    .as_ref()
+                    .and_then(|stop| self.r.get_ref().watch_peer(stop, CHANNELS_END, closed()));
                 self.r.open_return_path(watch);
                 if self.switchover_ack {
                     self.r.say(&Message::SwitchoverAck)?;
@@ -453,5 +456,8 @@ fn closed() -> Judge {
     })
 }
 
+/// How long channels go on when the source has closed main. A QEMU that is cancelled closes main first and its channels a moment
+/// later; where they are reset in between, some versions wait for them for ever (seen with 7.2.22 and 10.0.2).
+pub(crate) const CHANNELS_END: Duration = Duration::from_secs(1);
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 pub(crate) const STALL: Duration = Duration::from_secs(120);

@@ -312,7 +312,7 @@ impl<C: Connection> Outgoing<C> {
             let error = failure_in(bytes).or_else(closed)?;
             Some(failed(error))
         };
-        self.writer.connection_ref().watch_peer(stop, Box::new(judge))
+        self.writer.connection_ref().watch_peer(stop, Duration::ZERO, Box::new(judge))
     }
 
     /// The connection.
