@@ -10,6 +10,7 @@ use std::{
 };
 
 use indicatif::{BinaryBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use multifd::live::Progress;
 
 use crate::{outcome::say, report::rate};
 
@@ -28,6 +29,22 @@ pub(crate) struct Look {
     pub(crate) to_go: Option<Duration>,
     /// What else is worth a word: `dirty 200 MiB/s`.
     pub(crate) note: String,
+}
+
+impl Look {
+    /// How far a source is in its present pass.
+    pub(crate) fn of(progress: &Progress) -> Self {
+        let info = progress.info();
+        let ram = &info.ram;
+        Self {
+            done: ram.total.saturating_sub(ram.remaining),
+            total: ram.total,
+            transferred: ram.transferred,
+            pass: ram.dirty_sync_count,
+            to_go: info.expected_remaining_time,
+            note: String::new(),
+        }
+    }
 }
 
 /// Shows progress until it is dropped.
