@@ -22,6 +22,7 @@ pub(crate) fn run() -> Result<(), Failure> {
     })?;
     step("file lengths", length::check)?;
     step("arrows point one way (sources)", arrows::check)?;
+    step("no circles of imports", arrows::circles::check)?;
     let metadata = step("lock file", deps::metadata)?;
     step("arrows point one way (packages)", || deps::check(&metadata))?;
     step("licences", || licences::check(&metadata))?;
