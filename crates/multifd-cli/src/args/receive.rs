@@ -13,7 +13,7 @@ use multifd::{
 };
 
 use super::shared::{OutputArgs, file_address, seconds};
-use crate::{file_address::FileAddress, outcome::While};
+use crate::{file_address::FileAddress, output::outcome::While};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ReceiveArgs {

@@ -13,7 +13,7 @@ use multifd::{
 };
 
 use super::shared::{CompressionArgs, OutputArgs, ZeroPagesArg, file_address, seconds, size};
-use crate::{file_address::FileAddress, outcome::While};
+use crate::{file_address::FileAddress, output::outcome::While};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {

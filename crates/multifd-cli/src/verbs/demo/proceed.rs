@@ -4,7 +4,7 @@ use std::{io, thread::Builder};
 
 use multifd::live::Control;
 
-use crate::outcome::say;
+use crate::output::outcome::say;
 
 /// Lets the migration go on at the next line, or at the end, of standard input. The thread is not joined: whoever does not
 /// press a key holds up no end.

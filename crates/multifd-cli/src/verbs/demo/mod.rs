@@ -37,11 +37,13 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     args::DemoArgs,
-    combinations,
-    display::{Display, Look},
-    interrupt,
-    outcome::{Failure, While, print, say},
-    report::{BeyondRam, Report},
+    combinations, interrupt,
+    output::{
+        display::Display,
+        outcome::{Failure, While, print, say},
+        progress::Look,
+        report::{BeyondRam, Report},
+    },
 };
 
 /// What the destination says when it has everything.

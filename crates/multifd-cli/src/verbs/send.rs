@@ -19,11 +19,14 @@ use crate::{
     args::{ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
     direct_io::DirectIo,
-    display::{Display, Look},
     identity::Identity,
     interrupt,
-    outcome::{Failure, While, print, say},
-    report::Report,
+    output::{
+        display::Display,
+        outcome::{Failure, While, print, say},
+        progress::Look,
+        report::Report,
+    },
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
