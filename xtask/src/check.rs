@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::step::{cargo, run as run_command, step};
-use crate::{Failure, advisories, api, arrows, deps, length, licences, publish, workspace_root};
+use crate::{Failure, advisories, api, arrows, deny, deps, length, licences, publish, workspace_root};
 
 /// Runs all checks, the quick ones first; the first that fails ends it.
 ///
@@ -22,10 +22,12 @@ pub(crate) fn run() -> Result<(), Failure> {
     })?;
     step("file lengths", length::check)?;
     step("arrows point one way (sources)", arrows::check)?;
+    step("no circles of imports", arrows::circles::check)?;
     let metadata = step("lock file", deps::metadata)?;
     step("arrows point one way (packages)", || deps::check(&metadata))?;
     step("licences", || licences::check(&metadata))?;
     step("advisories", advisories::check)?;
+    step("cargo deny", deny::check)?;
     for (name, features) in FEATURE_SETS {
         step(&format!("clippy, {name}"), || {
             run_command(clippy().args(features).args(["--", "-D", "warnings"]))

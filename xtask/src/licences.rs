@@ -1,9 +1,10 @@
 //! Licences of everything that is compiled in: each must leave a choice that is in [`ALLOWED`].
 //!
-//! Comes in: the SPDX expression of each package, as cargo knows it. Only `OR`, `AND`, `WITH` and brackets
-//! exist; the old `/` reads as `OR`.
+//! Comes in: the SPDX expression of each package, as cargo knows it; the old `/` reads as `OR`. `deny.toml` has the same
+//! list for `cargo deny`, which not every machine has: this check always runs.
 
 use cargo_metadata::Metadata;
+use spdx::{Expression, Licensee, ParseMode};
 
 use crate::Failure;
 
@@ -31,65 +32,39 @@ const ALLOWED: [&str; 13] = [
 ///
 /// Names each package whose licence leaves no allowed choice.
 pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
+    let allowed = allowed()?;
     let mut complaints = Vec::new();
     for package in &metadata.packages {
-        match package.license.as_deref() {
-            Some(expression) if satisfiable(expression) => {}
-            met => {
-                complaints
-                    .push(format!("{} {}: licence not allowed: {met:?}", package.name, package.version));
-            }
+        if let Err(why) = satisfied(package.license.as_deref().unwrap_or_default(), &allowed) {
+            complaints.push(format!("{} {}: {why}", package.name, package.version));
         }
     }
     eprintln!("   {} packages", metadata.packages.len());
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
 }
 
-/// Whether `expression` is well-formed and can be met with allowed licences alone.
-fn satisfiable(expression: &str) -> bool {
-    let spaced = expression.replace('(', " ( ").replace(')', " ) ").replace('/', " OR ");
-    let mut words = spaced.split_ascii_whitespace().peekable();
-    let outcome = any(&mut words);
-    outcome.unwrap_or(false) && words.next().is_none()
+fn allowed() -> Result<Vec<Licensee>, Failure> {
+    ALLOWED.iter().map(|name| Licensee::parse(name).map_err(|error| error.to_string().into())).collect()
 }
 
-type Words<'a> = std::iter::Peekable<std::str::SplitAsciiWhitespace<'a>>;
-
-fn any(words: &mut Words<'_>) -> Option<bool> {
-    let mut met = all(words)?;
-    while words.next_if_eq(&"OR").is_some() {
-        met |= all(words)?;
-    }
-    Some(met)
+/// Whether `expression` is well-formed and can be met with allowed licences alone; if not, why.
+fn satisfied(expression: &str, allowed: &[Licensee]) -> Result<(), String> {
+    let parsed = Expression::parse_mode(expression, MODE);
+    let parsed = parsed.map_err(|error| format!("expected a licence as an SPDX expression: {error}"))?;
+    let met = parsed.evaluate(|wanted| allowed.iter().any(|licence| licence.satisfies(wanted)));
+    if met { Ok(()) } else { Err(format!("licence not allowed: {expression}")) }
 }
 
-fn all(words: &mut Words<'_>) -> Option<bool> {
-    let mut met = one(words)?;
-    while words.next_if_eq(&"AND").is_some() {
-        met &= one(words)?;
-    }
-    Some(met)
-}
-
-fn one(words: &mut Words<'_>) -> Option<bool> {
-    match words.next()? {
-        "(" => {
-            let met = any(words)?;
-            words.next_if_eq(&")")?;
-            Some(met)
-        }
-        "OR" | "AND" | "WITH" | ")" => None,
-        name if words.next_if_eq(&"WITH").is_some() => {
-            let whole = format!("{name} WITH {}", words.next()?);
-            Some(ALLOWED.contains(&whole.as_str()))
-        }
-        name => Some(ALLOWED.contains(&name)),
-    }
-}
+/// What registries take as an expression, misspelt names apart.
+const MODE: ParseMode = ParseMode { allow_imprecise_license_names: false, ..ParseMode::LAX };
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn satisfiable(expression: &str) -> bool {
+        satisfied(expression, &allowed().unwrap()).is_ok()
+    }
 
     #[test]
     fn one_allowed_choice_is_enough() {
@@ -98,6 +73,7 @@ mod tests {
         assert!(satisfiable("Unlicense/MIT"));
         assert!(satisfiable("(MIT OR Apache-2.0) AND Unicode-3.0"));
         assert!(satisfiable("Apache-2.0 WITH LLVM-exception OR Apache-2.0 OR MIT"));
+        assert!(satisfiable("Apache-2.0 WITH LLVM-exception"));
     }
 
     #[test]
@@ -109,9 +85,24 @@ mod tests {
     }
 
     #[test]
-    fn broken_expressions_are_refused() {
-        for text in ["", "MIT OR", "(MIT", "MIT)", "MIT ISC", "AND", "MIT WITH"] {
+    fn exception_on_another_licence_is_not_allowed_with_it() {
+        assert!(!satisfiable("MIT WITH LLVM-exception"));
+    }
+
+    #[test]
+    fn broken_expressions_and_unknown_names_are_refused() {
+        for text in
+            ["", "MIT OR", "(MIT", "MIT)", "MIT ISC", "AND", "MIT WITH", "Apache 2.0", "LicenseRef-ours"]
+        {
             assert!(!satisfiable(text), "{text}");
         }
+    }
+
+    #[test]
+    fn cargo_deny_has_the_same_list() {
+        let deny = include_str!("../../deny.toml");
+        let list = deny.split_once("\nallow = [").unwrap().1.split_once("\n]").unwrap().0;
+        let names: Vec<&str> = list.lines().map(|line| line.trim_matches([' ', '"', ','])).collect();
+        assert_eq!(names[1..], ALLOWED);
     }
 }

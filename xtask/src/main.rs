@@ -1,7 +1,7 @@
 //! The project's own tasks, run as `cargo xtask NAME`.
 //!
 //! ```text
-//! check   format, lints, documentation, which way the arrows point, licences, advisories, file lengths
+//! check   format, lints, documentation, which way the arrows point, licences, cargo deny, advisories, file lengths
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
@@ -25,6 +25,7 @@ mod apt;
 mod arrows;
 mod bench;
 mod check;
+mod deny;
 mod deps;
 mod fuzz;
 mod length;

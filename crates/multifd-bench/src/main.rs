@@ -13,6 +13,7 @@
 mod cases;
 mod contents;
 mod engine;
+mod error;
 mod measure;
 mod peer;
 mod report;
@@ -21,10 +22,7 @@ mod run;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-
-/// What went wrong, as one text for a person.
-type Error = Box<dyn std::error::Error + Send + Sync>;
-type Result<T, E = Error> = std::result::Result<T, E>;
+pub(crate) use error::{Error, Result};
 
 #[derive(Debug, Parser)]
 #[command(name = "multifd-bench", version, max_term_width = 100)]

@@ -1,6 +1,16 @@
 //! Samples of a peer become medians, with their spread.
 
-use crate::peer::Sample;
+use crate::{
+    cases::{Case, Who},
+    peer::Sample,
+};
+
+/// A case with what was found.
+pub(crate) struct Measured {
+    pub(crate) case: Case,
+    /// In the order of the case's peers; or why one was not measured.
+    pub(crate) peers: Vec<(Who, Result<Samples, String>)>,
+}
 
 /// All rounds of one peer in one case.
 #[derive(Clone, Debug, Default)]

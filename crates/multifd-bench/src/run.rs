@@ -12,7 +12,7 @@ use crate::{
     Result,
     cases::{self, Case, Place, Way, Who},
     engine::IntoFile,
-    measure::Samples,
+    measure::{Measured, Samples},
     peer::{
         Peer, Setting,
         copy::Copy,
@@ -54,13 +54,6 @@ pub(crate) struct RunArgs {
     list: bool,
     /// Cases, or what their names begin with; all if there is none
     cases: Vec<String>,
-}
-
-/// A case with what was found.
-pub(crate) struct Measured {
-    pub(crate) case: Case,
-    /// In the order of the case's peers; or why one was not measured.
-    pub(crate) peers: Vec<(Who, Result<Samples, String>)>,
 }
 
 pub(crate) fn run(args: &RunArgs) -> Result<()> {

@@ -19,7 +19,7 @@ use qemu_stream::{
 };
 use rustix::fs::fstatvfs;
 
-use crate::{direct_io::DirectIo, file_address::FileAddress, new_file::NewFile, outcome::While};
+use crate::{direct_io::DirectIo, file_address::FileAddress, new_file::NewFile, output::outcome::While};
 
 /// A file that holds nothing valid yet.
 pub(crate) struct Capture {

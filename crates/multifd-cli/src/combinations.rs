@@ -13,7 +13,7 @@ use multifd::{
 
 use crate::{
     args::{DemoArgs, ReceiveArgs, SendArgs},
-    outcome::{Failure, While},
+    output::outcome::{Failure, While},
 };
 
 /// Refuses what `receive` cannot do.

@@ -4,7 +4,7 @@ use std::{fs::File, sync::Arc};
 
 use multifd::ram::{BlockName, DirectFile};
 
-use crate::{file_address::FileAddress, outcome::say};
+use crate::{file_address::FileAddress, output::outcome::say};
 
 /// What was asked for, and of which file.
 pub(crate) struct DirectIo<'a> {

@@ -18,7 +18,7 @@ use std::{
 use parse_size::Config;
 use qemu_stream::mapped_ram::MappedRamFile;
 
-use crate::outcome::While;
+use crate::output::outcome::While;
 
 /// Where a machine is kept: a file, and the position in it at which its stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use std::{
 
 use multifd::channel::Stop;
 
-use crate::outcome::Failure;
+use crate::output::outcome::Failure;
 
 /// Has an interrupt or a termination signal cancel the migration.
 pub(crate) fn cancels(stop: &Stop) -> Result<(), Failure> {

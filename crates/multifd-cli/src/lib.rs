@@ -1,11 +1,11 @@
 //! `multifd`: stands at either end of a QEMU migration, or between two.
 //!
 //! ```text
-//! args ─▶ receive   QEMU ═══ channels ═══▶ file        capture/  the file being written
-//!         send      file ═══ channels ═══▶ QEMU
-//!         inspect   file ─▶ a table, or (extract) one block's RAM
-//!         demo      this process ═══ channels ═══▶ a second one
-//!                     └── interrupt (Ctrl-C)   display (progress)   report (the end, as text or JSON)
+//! args/ ─▶ verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
+//!          verbs/send      file ═══ channels ═══▶ QEMU
+//!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
+//!          verbs/demo      this process ═══ channels ═══▶ a second one
+//!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
 //! ```
 //!
 //! Standard output is for results, standard error for talk. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
@@ -14,24 +14,20 @@
 mod args;
 mod capture;
 mod combinations;
-mod demo;
 mod direct_io;
-mod display;
-mod extract;
 mod file_address;
 mod identity;
-mod inspect;
 mod interrupt;
 mod new_file;
-mod outcome;
-mod receive;
-mod report;
-mod send;
+mod output;
+mod verbs;
 
 use std::{ffi::OsString, process::ExitCode};
 
 use args::{Args, Verb};
 use clap::Parser;
+use output::outcome;
+use verbs::{demo, inspect, receive, send};
 
 /// Does what a command line asks for, its first word the program's own name, and says how the process is to end.
 ///

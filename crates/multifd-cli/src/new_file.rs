@@ -20,7 +20,7 @@ use rustix::{
 };
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{file_address::other_kind, identity::Identity, outcome::While};
+use crate::{file_address::other_kind, identity::Identity, output::outcome::While};
 
 /// A file that holds nothing valid yet.
 pub(crate) struct NewFile {

@@ -12,7 +12,7 @@
 mod bytes;
 mod play;
 
-pub use bytes::{HEAD, PAGE, packet, page_of, sync};
+pub use bytes::{BLOCKS, DEVICE, HEAD, PAGE, packet, page_of, sync};
 pub use play::{Heard, Target};
 
 /// A connection of the migration, or one that does not belong to it.
@@ -77,11 +77,6 @@ pub struct Script {
     /// In the order in which they are done.
     pub steps: Vec<Step>,
 }
-
-/// The blocks of every script: name and length. The first's even pages come over channel 0, its odd ones over the next.
-pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 16 * PAGE as u64), ("pc.rom", 2 * PAGE as u64)];
-/// The only device's state.
-pub const DEVICE: [u8; 24] = [7; 24];
 
 impl Script {
     /// A migration without a fault: all of the first block, in one pass while the guest runs and one afterwards.

@@ -6,7 +6,12 @@ use std::{
     sync::Arc,
 };
 
-use multifd::{SendOptions, Sender, channel::Stop, ram::RamBlocks};
+use multifd::{
+    SendOptions, Sender,
+    channel::Stop,
+    live::{Main, Migration},
+    ram::{NeverDirty, RamBlocks},
+};
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::{Capture, CaptureOptions, MappedRamFile, Restore},
@@ -14,8 +19,9 @@ use qemu_stream::{
 
 use super::{
     IntoFile, Sent,
-    destination::{fresh, wrong},
-    source::into_file,
+    beyond::peak_beyond,
+    blocks::{fresh, wrong},
+    one_pass::{Stopped, one_pass},
 };
 use crate::{Result, contents::Contents};
 
@@ -29,6 +35,13 @@ pub(super) fn capture(path: &str, into: IntoFile, channels: u8, blocks: &Arc<Ram
     let mut sender = Sender::new(SendOptions::new().channels(channels), blocks.clone(), stop.clone())?;
     sender.set_up_into(capture.blocks().clone())?;
     into_file(sender, &mut capture, blocks)
+}
+
+/// Sends all of RAM into the sender's file.
+fn into_file(sender: Sender, main: &mut dyn Main, blocks: &Arc<RamBlocks>) -> Result<Sent> {
+    let migration = Migration::new(one_pass(), sender)?;
+    let info = migration.run(main, &mut NeverDirty, &mut Stopped)?;
+    Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
 }
 
 /// The machine in a file, in fresh memory.

@@ -10,9 +10,11 @@
 //! A source keeps its RAM and migrates as often as it is told; a destination has fresh memory and ends after one.
 
 mod beyond;
+mod blocks;
 mod destination;
 mod file;
 mod lend;
+mod one_pass;
 mod raw;
 mod source;
 

@@ -5,17 +5,15 @@ use std::{
     io::{self, BufRead, Write},
     path::PathBuf,
     sync::Arc,
-    time::Duration,
 };
 
 use clap::Args;
 use multifd::{
-    Method, SendOptions, Sender,
+    Method, SendOptions,
     channel::{
         Address, Connect, Stop,
         tls::{ClientCredentials, TlsConnector},
     },
-    live::{DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, RunState, ZeroPageDetection},
     ram::{BlockName, Mapping, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
@@ -24,7 +22,13 @@ use qemu_stream::{
     source::{Source, SourceOptions},
 };
 
-use super::{Go, RAM, Sent, beyond::peak_beyond, file, raw};
+use super::{
+    Go, RAM, Sent,
+    beyond::peak_beyond,
+    file,
+    one_pass::{Stopped, one_pass},
+    raw,
+};
 use crate::{
     Result,
     contents::{Contents, PAGE},
@@ -127,37 +131,4 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
     let source = Source::new(blocks.clone(), options, &stop)?;
     let info = source.migrate(&connector, &mut NeverDirty, &mut Stopped)?;
     Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
-}
-
-/// All of RAM at once, whatever the downtime.
-fn one_pass() -> MigrateOptions {
-    MigrateOptions::new()
-        .zero_page_detection(ZeroPageDetection::Multifd)
-        .downtime_limit(Duration::from_secs(2000))
-}
-
-/// Sends all of RAM into the sender's file.
-pub(super) fn into_file(sender: Sender, main: &mut dyn Main, blocks: &Arc<RamBlocks>) -> Result<Sent> {
-    let migration = Migration::new(one_pass(), sender)?;
-    let info = migration.run(main, &mut NeverDirty, &mut Stopped)?;
-    Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
-}
-
-/// A guest that does not run.
-struct Stopped;
-
-impl Guest for Stopped {
-    fn devices(&self) -> Vec<DeviceInfo> {
-        Vec::new()
-    }
-    fn run_state(&mut self) -> RunState {
-        RunState::Running
-    }
-    fn stop(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
-        Ok(Vec::new())
-    }
-    fn resume(&mut self) {}
 }

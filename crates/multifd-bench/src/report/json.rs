@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::run::Measured;
+use crate::measure::Measured;
 
 pub(super) fn of(all: &[Measured]) -> Value {
     let cases = all.iter().map(|measured| {

@@ -8,7 +8,7 @@ use std::{fs, path::Path};
 
 pub(crate) use table::markdown;
 
-use crate::{Result, run::Measured};
+use crate::{Result, measure::Measured};
 
 /// Writes `results.md`, `results.json` and, if there is something to draw, `channels.svg`.
 pub(crate) fn write(folder: &Path, all: &[Measured], rounds: usize) -> Result<()> {

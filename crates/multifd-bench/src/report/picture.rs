@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use crate::{Result, cases::Who, run::Measured};
+use crate::{Result, cases::Who, measure::Measured};
 
 /// The picture as SVG; `None` if fewer than two numbers of channels were measured.
 pub(super) fn draw(all: &[Measured]) -> Result<Option<String>> {

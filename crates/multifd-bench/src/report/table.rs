@@ -2,8 +2,7 @@
 
 use crate::{
     cases::{Quantity, TARGETS, Target, Who},
-    measure::Samples,
-    run::Measured,
+    measure::{Measured, Samples},
 };
 
 const GB: f64 = 1e9;

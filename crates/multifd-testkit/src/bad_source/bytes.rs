@@ -5,6 +5,11 @@ pub const PAGE: usize = 4096;
 /// The bytes of a packet's head for such pages.
 pub const HEAD: usize = 320 + 8 * 128;
 
+/// The blocks of every script: name and length. The first's even pages come over channel 0, its odd ones over the next.
+pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 16 * PAGE as u64), ("pc.rom", 2 * PAGE as u64)];
+/// The only device's state.
+pub const DEVICE: [u8; 24] = [7; 24];
+
 const MAGIC: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
 const RAM: [u8; 4] = [0, 0, 0, 1];
 
@@ -63,9 +68,9 @@ pub(super) fn return_path() -> Vec<u8> {
 /// The list of blocks, in one section.
 pub(super) fn start(round: bool) -> Vec<u8> {
     let mut bytes = b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04".to_vec();
-    let total: u64 = super::BLOCKS.iter().map(|(_, length)| length).sum();
+    let total: u64 = BLOCKS.iter().map(|(_, length)| length).sum();
     bytes.extend((total | 4).to_be_bytes());
-    for (name, length) in super::BLOCKS {
+    for (name, length) in BLOCKS {
         bytes.push(u8::try_from(name.len()).expect("short"));
         bytes.extend(name.as_bytes());
         bytes.extend(length.to_be_bytes());
@@ -79,7 +84,7 @@ pub(super) fn part(round: bool) -> Vec<u8> {
 
 /// The last section, with the pages of the second block, which are zero.
 pub(super) fn end(round: bool) -> Vec<u8> {
-    let (name, length) = super::BLOCKS[1];
+    let (name, length) = BLOCKS[1];
     let mut bytes = [&[3][..], &RAM].concat();
     bytes.extend(0x2_u64.to_be_bytes());
     bytes.push(u8::try_from(name.len()).expect("short"));
@@ -106,7 +111,7 @@ fn body_end(mut bytes: Vec<u8>, round: bool) -> Vec<u8> {
 pub(super) fn devices() -> Vec<u8> {
     let json = br#"{"page_size": 4096, "devices": [{"name": "timer", "instance_id": 0, "vmsd_name": "timer", "version": 2, "fields": [{"name": "all", "type": "buffer", "size": 24}]}]}"#;
     let mut bytes = b"\x04\0\0\0\x02\x05timer\0\0\0\0\0\0\0\x02".to_vec();
-    bytes.extend(super::DEVICE);
+    bytes.extend(DEVICE);
     bytes.extend(b"\x7e\0\0\0\x02\0\x06");
     bytes.extend(u32::try_from(json.len()).expect("short").to_be_bytes());
     bytes.extend(json);

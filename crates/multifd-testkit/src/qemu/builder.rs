@@ -22,8 +22,15 @@ pub struct VmBuilder {
     arguments: Vec<OsString>,
 }
 
+impl Qemu {
+    /// A machine on this QEMU, to be described and started.
+    pub fn vm(&self) -> VmBuilder {
+        VmBuilder::new(self.clone())
+    }
+}
+
 impl VmBuilder {
-    pub(super) fn new(qemu: Qemu) -> Self {
+    fn new(qemu: Qemu) -> Self {
         let machine = qemu.machine();
         Self { qemu, machine, memory: 96 << 20, guest: None, arguments: Vec::new() }
     }

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use super::VmBuilder;
 use crate::skip;
 
 /// A QEMU that can be started.
@@ -94,11 +93,6 @@ impl Qemu {
                 None
             }
         }
-    }
-
-    /// A machine on this QEMU, to be described and started.
-    pub fn vm(&self) -> VmBuilder {
-        VmBuilder::new(self.clone())
     }
 }
 

@@ -4,10 +4,10 @@ use indicatif::BinaryBytes;
 use qemu_stream::{format::SyncMode, mapped_ram::MappedRamFile};
 use serde::Serialize;
 
+use super::extract;
 use crate::{
     args::InspectArgs,
-    extract,
-    outcome::{Failure, print},
+    output::outcome::{Failure, print},
 };
 
 #[derive(Serialize)]

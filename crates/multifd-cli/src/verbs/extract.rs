@@ -21,7 +21,7 @@ use crate::{
     file_address::FileAddress,
     interrupt,
     new_file::NewFile,
-    outcome::{Failure, While},
+    output::outcome::{Failure, While},
 };
 
 /// Writes the block named `name` into `out`, or into standard output if that is `-`.

@@ -19,7 +19,7 @@ use multifd::{
     ram::{BlockIndex, DirtyBitmaps, DirtyReader, PageIndex, RamBlock, RamBlocks},
 };
 
-use crate::outcome::{Failure, While};
+use crate::output::outcome::{Failure, While};
 
 pub(super) const DEVICE: &str = "demo-guest";
 

@@ -23,10 +23,13 @@ use crate::{
     capture::{Capture, Channels},
     combinations,
     direct_io::DirectIo,
-    display::{Display, Look},
     interrupt,
-    outcome::{Failure, While, print, say},
-    report::{Channel, Ram, Report, millis},
+    output::{
+        display::Display,
+        outcome::{Failure, While, print, say},
+        progress::Look,
+        report::{Channel, Ram, Report, millis},
+    },
 };
 
 /// What has come in, beside RAM's bytes.
@@ -207,7 +210,7 @@ fn report(received: &Received, start: Instant) -> Report {
             normal_bytes: normal * page_size,
             page_size,
             mbps: transferred as f64 * 8.0 / 1e6 / seconds,
-            pages_per_second: crate::report::rate(normal + zero, time),
+            pages_per_second: crate::output::report::rate(normal + zero, time),
             multifd_bytes,
             precopy_bytes: *main_bytes,
             ..Ram::default()

@@ -7,9 +7,9 @@
 //!
 //! The destination is this program again, in a process of its own. It says where it listens, then what it got.
 
-mod converge;
 mod destination;
 mod guest;
+mod proceed;
 
 use std::{
     io::{BufRead, BufReader},
@@ -18,7 +18,6 @@ use std::{
     time::Duration,
 };
 
-pub(crate) use converge::ConvergeArgs;
 pub(crate) use destination::destination;
 use guest::DemoGuest;
 use indicatif::BinaryBytes;
@@ -38,12 +37,13 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     args::DemoArgs,
-    combinations,
-    display::{Display, Look},
-    interrupt,
-    outcome::{Failure, While, print, say},
-    report::{BeyondRam, Report},
-    send,
+    combinations, interrupt,
+    output::{
+        display::Display,
+        outcome::{Failure, While, print, say},
+        progress::Look,
+        report::{BeyondRam, Report},
+    },
 };
 
 /// What the destination says when it has everything.
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let (destination, mut lines) = start_destination()?;
     let address = lines.next_line()?.parse::<Address>()?;
     if args.converge.pause_before_switchover {
-        converge::proceed_at_a_line(source.control())?;
+        proceed::proceed_at_a_line(source.control())?;
     }
     let progress = source.progress();
     let display = {
@@ -215,7 +215,7 @@ fn look(progress: &Progress) -> Look {
         (None, None) if info.ram.dirty_sync_count > 1 => format!("dirty {dirty}/s"),
         (None, None) => String::new(),
     };
-    Look { note, ..send::look(progress) }
+    Look { note, ..Look::of(progress) }
 }
 
 const MACHINE: &str = "multifd-demo";

@@ -3,6 +3,11 @@
 //! A reading of the text, not of the language: comments and strings are cut out, then every path that starts
 //! at `crate`, `super` or another crate's name is looked at, groups in braces included. A rule names the first
 //! module of the path. That is coarse and quick, and errs on the side of a complaint.
+//!
+//! Circles between files are found by `circles`, from what `imports` reads.
+
+pub(crate) mod circles;
+mod imports;
 
 use crate::Failure;
 use crate::sources::{self, Source};

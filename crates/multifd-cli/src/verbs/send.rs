@@ -5,7 +5,7 @@ use std::{fs::File, io, sync::Arc};
 use multifd::{
     SendOptions,
     channel::{Address, Stop},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, Progress, RunState, ZeroPageDetection},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState, ZeroPageDetection},
     ram::{NeverDirty, RamBlocks},
     wire::VmUuid,
 };
@@ -19,11 +19,14 @@ use crate::{
     args::{ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
     direct_io::DirectIo,
-    display::{Display, Look},
     identity::Identity,
     interrupt,
-    outcome::{Failure, While, print, say},
-    report::Report,
+    output::{
+        display::Display,
+        outcome::{Failure, While, print, say},
+        progress::Look,
+        report::Report,
+    },
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -46,7 +49,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let progress = source.progress();
     let display = {
         let progress = progress.clone();
-        Display::start("send", args.output.quiet || args.output.json, move || look(&progress))
+        Display::start("send", args.output.quiet || args.output.json, move || Look::of(&progress))
     };
     let sent = source.migrate(&connector, &mut NeverDirty, &mut at_rest);
     drop(display);
@@ -165,18 +168,4 @@ impl Guest for AtRest {
     }
 
     fn resume(&mut self) {}
-}
-
-/// How far a source is in its present pass.
-pub(crate) fn look(progress: &Progress) -> Look {
-    let info = progress.info();
-    let ram = &info.ram;
-    Look {
-        done: ram.total.saturating_sub(ram.remaining),
-        total: ram.total,
-        transferred: ram.transferred,
-        pass: ram.dirty_sync_count,
-        to_go: info.expected_remaining_time,
-        note: String::new(),
-    }
 }

@@ -15,7 +15,7 @@ use super::{Arrived, MACHINE, block, guest, hash};
 use crate::{
     args::DemoDestinationArgs,
     interrupt,
-    outcome::{Failure, While, print},
+    output::outcome::{Failure, While, print},
 };
 
 /// Runs in the second process.

@@ -1,18 +1,56 @@
-//! How the demo deals with a guest that writes too fast, and who lets a migration go on that waits.
+//! The command line of `multifd demo`, and of the second process that it starts.
 
-use std::{io, thread::Builder, time::Duration};
+use std::time::Duration;
 
-use clap::{Args, builder::RangedU64ValueParser};
+use clap::{Args as ClapArgs, builder::RangedU64ValueParser};
 use multifd::{
-    live::{Control, MigrateOptions},
+    channel::Address,
+    live::MigrateOptions,
     parameters::{
-        CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, MAX_CPU_THROTTLE, Range, THROTTLE_TRIGGER_THRESHOLD,
+        CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, DOWNTIME_LIMIT, MAX_CPU_THROTTLE, Range,
+        THROTTLE_TRIGGER_THRESHOLD,
     },
 };
 
-use crate::outcome::say;
+use super::shared::{CompressionArgs, ZeroPagesArg, size};
 
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoArgs {
+    /// The guest's memory, like 512M or 4G
+    #[arg(long, default_value = "1G", value_parser = size)]
+    pub(crate) size: u64,
+    /// Number of channels
+    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) multifd_channels: u8,
+    #[command(flatten)]
+    pub(crate) compression: CompressionArgs,
+    /// Where zero pages are looked for, and how they travel; auto is multifd
+    #[arg(long, value_name = "MODE", value_enum, default_value_t)]
+    pub(crate) zero_page_detection: ZeroPagesArg,
+    /// Bytes a second over all connections while the guest runs, like 100M; 0 is no limit
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    pub(crate) max_bandwidth: u64,
+    /// Bytes a second to reckon with once the guest has been stopped; 0 takes what was measured
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    pub(crate) avail_switchover_bandwidth: u64,
+    /// Milliseconds that the guest may stand still
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=DOWNTIME_LIMIT.most))]
+    pub(crate) downtime_limit: u64,
+    #[command(flatten)]
+    pub(crate) converge: ConvergeArgs,
+    /// Bytes of memory that the guest writes a second
+    #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
+    pub(crate) dirty_rate: u64,
+    /// Have the system read pages where they are; on one machine it copies them all the same
+    #[arg(long)]
+    pub(crate) zero_copy_send: bool,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How the demo deals with a guest that writes too fast.
+#[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct ConvergeArgs {
     /// Hold the guest back, step by step, if it writes too fast to be stopped within the downtime
     #[arg(long)]
@@ -34,7 +72,7 @@ pub(crate) struct ConvergeArgs {
     throttle_trigger_threshold: u8,
     /// Wait for a line on standard input when the guest has been stopped
     #[arg(long)]
-    pub(super) pause_before_switchover: bool,
+    pub(crate) pause_before_switchover: bool,
     /// Give up after so many passes with the guest running; 0 is no bound
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_passes: u64,
@@ -58,18 +96,9 @@ impl ConvergeArgs {
     }
 }
 
-/// Lets the migration go on at the next line, or at the end, of standard input. The thread is not joined: whoever does not
-/// press a key holds up no end.
-pub(super) fn proceed_at_a_line(control: Control) -> io::Result<()> {
-    let wait = move || {
-        if control.wait_pre_switchover() {
-            say("the guest has been stopped; press Enter to switch over");
-            let _ = io::stdin().read_line(&mut String::new());
-            // Whether it still waits is its own affair.
-            let _ = control.proceed();
-        }
-    };
-    Builder::new().name("continue".into()).spawn(wait).map(drop)
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoDestinationArgs {
+    pub(crate) listen: Address,
 }
 
 fn percent(range: Range) -> RangedU64ValueParser<u8> {

@@ -1,0 +1,35 @@
+//! The command line of `multifd inspect`.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{
+    Args as ClapArgs,
+    builder::{OsStringValueParser, TypedValueParser},
+};
+
+use super::shared::file_address;
+use crate::file_address::{FileAddress, file_path};
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct InspectArgs {
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write the RAM of this block into OUT, as raw bytes; pages that are zero become holes
+    #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
+    pub(crate) extract: Option<OsString>,
+    /// Replace OUT if it exists
+    #[arg(long, requires = "extract")]
+    pub(crate) force: bool,
+    /// The file to look into: a path, or file:PATH,offset=N
+    #[arg(value_parser = file_address())]
+    pub(crate) file: FileAddress,
+    /// Where the RAM of BLOCK goes: a new file, readable by its owner alone, or - for standard output
+    #[arg(requires = "extract", value_parser = out_path())]
+    pub(crate) out: Option<PathBuf>,
+}
+
+/// The path of a file that is to be written; `-` is one, too.
+fn out_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(file_path)
+}

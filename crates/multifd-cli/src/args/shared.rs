@@ -1,0 +1,105 @@
+//! What the command lines of several verbs have alike: flags, and how values are read.
+
+use std::{str::FromStr, time::Duration};
+
+use clap::{
+    Args as ClapArgs, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
+use multifd::{Method, SendOptions, live::ZeroPageDetection};
+use parse_size::Config;
+
+use crate::file_address::FileAddress;
+
+/// How a source packs pages.
+#[derive(Clone, Copy, Debug, ClapArgs)]
+pub(crate) struct CompressionArgs {
+    /// How pages are packed: none, zlib or zstd; the destination's multifd-compression
+    #[arg(long, value_name = "METHOD", default_value = "none", value_parser = Method::from_str)]
+    multifd_compression: Method,
+    /// Level of zlib, 0 (stored) to 9 (smallest)
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=9))]
+    multifd_zlib_level: u8,
+    /// Level of zstd, 1 (fastest) to 20 (smallest); 0 is zstd's own default
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=20))]
+    multifd_zstd_level: u8,
+}
+
+impl CompressionArgs {
+    /// Whether pages are packed at all.
+    pub(crate) fn packs(self) -> bool {
+        self.multifd_compression != Method::None
+    }
+
+    pub(crate) fn apply(self, options: SendOptions) -> SendOptions {
+        options
+            .method(self.multifd_compression)
+            .zlib_level(self.multifd_zlib_level)
+            .zstd_level(self.multifd_zstd_level)
+    }
+}
+
+#[derive(Clone, Copy, Debug, ClapArgs)]
+pub(crate) struct OutputArgs {
+    /// Print one JSON object at the end, with the fields of QEMU's query-migrate
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress, no warnings, no report in words: where it listens, and errors alone
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// `zero-page-detection`, or what suits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ZeroPagesArg {
+    /// As is best for this destination
+    #[default]
+    Auto,
+    /// They travel as any other page
+    None,
+    /// As records on main: every destination
+    Legacy,
+    /// As entries in the channels' packets: QEMU 9.0 and later
+    Multifd,
+}
+
+impl ZeroPagesArg {
+    /// The mode; `auto` is for a caller who leaves it to the destination.
+    pub(crate) fn or(self, auto: ZeroPageDetection) -> ZeroPageDetection {
+        match self {
+            Self::Auto => auto,
+            Self::None => ZeroPageDetection::None,
+            Self::Legacy => ZeroPageDetection::Legacy,
+            Self::Multifd => ZeroPageDetection::Multifd,
+        }
+    }
+}
+
+/// A limit; 0 is none.
+pub(super) fn seconds(limit: u64) -> Option<Duration> {
+    (limit > 0).then(|| Duration::from_secs(limit))
+}
+
+/// A path, or QEMU's form of it.
+pub(super) fn file_address() -> impl TypedValueParser<Value = FileAddress> {
+    OsStringValueParser::new().try_map(FileAddress::parse)
+}
+
+/// Bytes, with binary units as QEMU has them: 1K is 1024.
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let parsed = Config::new().with_binary().parse_size(text.trim_end_matches("/s"));
+    parsed.map_err(|error| format!("expected bytes like 4096, 100M or 2G: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_binary_and_nonsense_is_refused() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert_eq!(size("100M/s"), Ok(100 << 20));
+        assert!(size("lots").is_err() && size("-1").is_err() && size("99999999E").is_err());
+    }
+}

@@ -1,0 +1,83 @@
+//! Progress while a migration runs: a bar on a terminal, a line now and then elsewhere, nothing when quiet.
+//!
+//! A thread of its own looks at the counters; the migration knows nothing of it. It ends when its handle is dropped.
+
+use std::{
+    io::{self, IsTerminal},
+    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    thread::{Builder, JoinHandle},
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::{
+    outcome::say,
+    progress::{Look, Meter, percent},
+};
+
+/// Shows progress until it is dropped.
+pub(crate) struct Display {
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Display {
+    /// Shows what `look` sees, unless it is to be quiet.
+    pub(crate) fn start(verb: &'static str, quiet: bool, look: impl Fn() -> Look + Send + 'static) -> Self {
+        if quiet {
+            return Self { end: None, thread: None };
+        }
+        let (end, ended) = channel();
+        let thread = Builder::new().name("display".into()).spawn(move || {
+            let terminal = io::stderr().is_terminal();
+            let every = if terminal { BAR_EVERY } else { LINE_EVERY };
+            let bar = terminal.then(ProgressBar::new_spinner);
+            if let Some(bar) = &bar {
+                bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(20));
+            }
+            let mut bounded = None;
+            let mut meter = Meter::default();
+            // Nothing is ever sent: the wait ends when the other end is dropped.
+            while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                let look = look();
+                let text = meter.text(&look);
+                match &bar {
+                    Some(bar) => {
+                        if bounded.replace(look.total > 0) != Some(look.total > 0) {
+                            bar.set_style(style(look.total > 0));
+                        }
+                        bar.set_length(look.total);
+                        bar.set_position(look.done.min(look.total));
+                        bar.set_message(text);
+                    }
+                    None => say(&format!("{verb}: {}{text}", percent(&look))),
+                }
+            }
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+        });
+        // Without a thread there is no progress to see, and that is all.
+        Self { end: Some(end), thread: thread.ok() }
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+const BAR_EVERY: Duration = Duration::from_millis(100);
+const LINE_EVERY: Duration = Duration::from_secs(1);
+
+/// One line, cut where the terminal ends: a bar, where there is an end to be `bounded` by.
+fn style(bounded: bool) -> ProgressStyle {
+    let template = if bounded { "[{bar:10}] {percent:>3}% {wide_msg}" } else { "{spinner} {wide_msg}" };
+    let style = ProgressStyle::with_template(template);
+    style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ").tick_chars("-\\|/-")
+}

@@ -1,0 +1,290 @@
+//! No circles: a file that uses another is not used by it in turn, be it by way of others.
+//!
+//! Comes in: the files of each crate in `crates/`. Goes out: each circle, with the names that tie it. A parent module
+//! is a file like any other, so a parent that uses its child must define nothing that the child uses.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::imports::{Arrows, arrows};
+use crate::Failure;
+use crate::sources::{self, Source};
+
+/// Circles that exist and are to be opened: the files of each. A file that is in a circle no longer must leave the
+/// list, so that it only shrinks.
+const ALLOWED: &[&[&str]] = &[
+    &[
+        "crates/multifd/src/channel/alive.rs",
+        "crates/multifd/src/channel/close_watch.rs",
+        "crates/multifd/src/channel/link.rs",
+        "crates/multifd/src/channel/shut.rs",
+        "crates/multifd/src/channel/socket.rs",
+        "crates/multifd/src/channel/stop.rs",
+    ],
+    &[
+        "crates/multifd/src/compress/mod.rs",
+        "crates/multifd/src/compress/zlib.rs",
+        "crates/multifd/src/compress/zstd.rs",
+    ],
+    &[
+        "crates/multifd/src/error/fault.rs",
+        "crates/multifd/src/error/mod.rs",
+        "crates/multifd/src/wire/device_state.rs",
+        "crates/multifd/src/wire/initial.rs",
+    ],
+    &["crates/multifd/src/live/driver.rs", "crates/multifd/src/live/mod.rs"],
+    &["crates/multifd/src/ram/block.rs", "crates/multifd/src/ram/page_table.rs"],
+    &[
+        "crates/multifd/src/recv/accept.rs",
+        "crates/multifd/src/recv/admit.rs",
+        "crates/multifd/src/recv/consume.rs",
+        "crates/multifd/src/recv/fill.rs",
+        "crates/multifd/src/recv/mod.rs",
+        "crates/multifd/src/recv/sync.rs",
+    ],
+    &["crates/multifd/src/send/copy.rs", "crates/multifd/src/send/emit.rs", "crates/multifd/src/send/mod.rs"],
+    &[
+        "crates/qemu-stream/src/error.rs",
+        "crates/qemu-stream/src/format/command.rs",
+        "crates/qemu-stream/src/format/device_part/description.rs",
+        "crates/qemu-stream/src/format/device_part/early.rs",
+        "crates/qemu-stream/src/format/device_part/live.rs",
+        "crates/qemu-stream/src/format/device_part/mod.rs",
+        "crates/qemu-stream/src/format/device_part/walk.rs",
+        "crates/qemu-stream/src/format/machine.rs",
+        "crates/qemu-stream/src/format/reader.rs",
+        "crates/qemu-stream/src/format/run_state.rs",
+        "crates/qemu-stream/src/format/section.rs",
+        "crates/qemu-stream/src/refuse.rs",
+    ],
+    &["crates/qemu-stream/src/format/blocks.rs", "crates/qemu-stream/src/format/record.rs"],
+    &["crates/qemu-stream/src/incoming/mod.rs", "crates/qemu-stream/src/incoming/ram.rs"],
+    &["crates/qemu-stream/src/outgoing/mod.rs", "crates/qemu-stream/src/outgoing/return_path.rs"],
+];
+
+/// Checks that the files of each crate form no circle but the allowed ones.
+///
+/// # Errors
+///
+/// Names each new circle, and each file that is listed and in no circle.
+pub(crate) fn check() -> Result<(), Failure> {
+    let sources = sources::all()?;
+    let files: HashMap<&str, &str> = sources.iter().map(|source| (&*source.path, &*source.text)).collect();
+    let mut circles = Vec::new();
+    for root in roots(&sources) {
+        circles.extend(circles_of(&arrows(root, &files)?));
+    }
+    for circle in circles.iter().filter(|circle| is_allowed(circle, ALLOWED)) {
+        eprintln!("   known {}", circle.text);
+    }
+    let complaints = complaints(&circles, ALLOWED);
+    if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
+}
+
+/// The root file of each crate in `crates/`. A program beside a library uses it as another crate does.
+fn roots(sources: &[Source]) -> Vec<&str> {
+    let path = |root: &str, source: &Source| {
+        let name = source.path.strip_prefix("crates/")?.strip_suffix(root)?;
+        (!name.contains('/')).then(|| name.to_owned())
+    };
+    let libraries: BTreeSet<String> =
+        sources.iter().filter_map(|source| path("/src/lib.rs", source)).collect();
+    let is_root = |source: &&Source| {
+        path("/src/lib.rs", source).is_some()
+            || path("/src/main.rs", source).is_some_and(|name| !libraries.contains(&name))
+    };
+    sources.iter().filter(is_root).map(|source| &*source.path).collect()
+}
+
+/// Files each of which leads to all the others.
+struct Circle {
+    files: BTreeSet<String>,
+    /// What the files use of each other, for a person.
+    text: String,
+}
+
+fn circles_of(arrows: &Arrows) -> Vec<Circle> {
+    let reached: HashMap<&str, BTreeSet<&str>> =
+        arrows.keys().map(|file| (&**file, reached_from(arrows, file))).collect();
+    let leads = |from: &str, to: &str| reached.get(from).is_some_and(|files| files.contains(to));
+    let mut circles: Vec<Circle> = Vec::new();
+    for file in arrows.keys().filter(|file| leads(file, file)) {
+        if circles.iter().any(|circle| circle.files.contains(file)) {
+            continue;
+        }
+        let files: BTreeSet<String> =
+            reached[&**file].iter().filter(|other| leads(other, file)).map(ToString::to_string).collect();
+        circles.push(Circle { text: text(&files, arrows), files });
+    }
+    circles
+}
+
+/// All files that `file` leads to, by one arrow or more.
+fn reached_from<'a>(arrows: &'a Arrows, file: &str) -> BTreeSet<&'a str> {
+    let mut reached = BTreeSet::new();
+    let mut ahead = vec![file];
+    while let Some(file) = ahead.pop() {
+        for target in arrows.get(file).into_iter().flat_map(|targets| targets.keys()) {
+            if reached.insert(&**target) {
+                ahead.push(target);
+            }
+        }
+    }
+    reached
+}
+
+fn text(files: &BTreeSet<String>, arrows: &Arrows) -> String {
+    let mut text = format!("circle of {} files", files.len());
+    for file in files {
+        let targets = arrows.get(file).into_iter().flatten();
+        for (target, names) in targets.filter(|(target, _)| files.contains(*target)) {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            text += &format!("\n     {file} uses {} of {target}", names.join(", "));
+        }
+    }
+    text
+}
+
+fn is_allowed(circle: &Circle, allowed: &[&[&str]]) -> bool {
+    allowed.iter().any(|listed| circle.files.iter().all(|file| listed.contains(&&**file)))
+}
+
+fn complaints(circles: &[Circle], allowed: &[&[&str]]) -> Vec<String> {
+    let new = circles.iter().filter(|circle| !is_allowed(circle, allowed)).map(|circle| circle.text.clone());
+    let is_in_one = |file: &str| circles.iter().any(|circle| circle.files.contains(file));
+    let gone = allowed.iter().flat_map(|listed| listed.iter()).filter(|file| !is_in_one(file));
+    let gone = gone.map(|file| format!("{file}: is in no circle: take it from ALLOWED in arrows/circles.rs"));
+    new.chain(gone).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn circles(files: &[(&str, &str)]) -> Vec<Circle> {
+        circles_of(&arrows("src/lib.rs", &files.iter().copied().collect()).unwrap())
+    }
+
+    /// The text of the only circle.
+    fn circle(files: &[(&str, &str)]) -> String {
+        let circles = circles(files);
+        assert_eq!(circles.len(), 1);
+        circles.into_iter().map(|circle| circle.text).collect()
+    }
+
+    #[test]
+    fn two_files_that_use_each_other_are_a_circle_with_the_names_that_tie_it() {
+        let met = circle(&[
+            ("src/lib.rs", "mod a; mod b; mod c;"),
+            ("src/a.rs", "use crate::b::{B, Other as Renamed}; pub struct A;"),
+            ("src/b.rs", "pub struct B(super::a::A); pub struct Other;"),
+            ("src/c.rs", "use crate::{a::A, b};"),
+        ]);
+        assert_eq!(
+            met,
+            "circle of 2 files\n     src/a.rs uses B, Other of src/b.rs\n     src/b.rs uses A of src/a.rs"
+        );
+    }
+
+    #[test]
+    fn circle_by_way_of_a_third_file_is_one_circle_and_an_open_end_is_outside() {
+        let met = circle(&[
+            ("src/lib.rs", "mod a; mod b; mod c; mod d;"),
+            ("src/a.rs", "use crate::b; pub struct A; fn a() { b::b() }"),
+            ("src/b.rs", "pub fn b() { crate::c::C::new() }"),
+            ("src/c.rs", "pub struct C; impl C { fn c(self) -> crate::a::A { crate::d::D } }"),
+            ("src/d.rs", "pub struct D;"),
+        ]);
+        assert!(met.starts_with("circle of 3 files\n     src/a.rs uses b of src/b.rs"), "{met}");
+        assert!(met.ends_with("src/c.rs uses A of src/a.rs"), "{met}");
+    }
+
+    #[test]
+    fn paths_in_macros_and_through_imported_modules_are_seen() {
+        let met = circle(&[
+            ("src/lib.rs", "mod a; mod b;"),
+            ("src/a.rs", "use crate::b; pub struct A; fn a() { b::b() }"),
+            ("src/b.rs", "pub fn b() { print!(\"{}\", 1 + vec![crate::a::A]) }"),
+        ]);
+        assert!(met.contains("src/a.rs uses b of src/b.rs\n     src/b.rs uses A of src/a.rs"), "{met}");
+    }
+
+    #[test]
+    fn re_export_leads_to_the_definition() {
+        let met = circle(&[
+            ("src/lib.rs", "mod error; mod live; pub use error::Error;"),
+            ("src/error/mod.rs", "mod usage; pub use usage::*; pub use crate::live::{Status as State};"),
+            ("src/error/usage.rs", "use super::State; pub enum Usage { Met(State) }"),
+            ("src/live/mod.rs", "mod status; pub use self::status::Status;"),
+            ("src/live/status.rs", "pub struct Status; fn f() -> crate::error::Usage {}"),
+        ]);
+        assert!(
+            met.starts_with("circle of 2 files\n     src/error/usage.rs uses Status of src/live/status.rs"),
+            "{met}"
+        );
+        assert!(met.ends_with("src/live/status.rs uses Usage of src/error/usage.rs"), "{met}");
+    }
+
+    #[test]
+    fn parent_that_only_declares_its_child_is_in_no_circle() {
+        let declares = [
+            ("src/lib.rs", "mod a; pub use a::A; pub struct P;"),
+            ("src/a.rs", "use crate::P; pub struct A;"),
+        ];
+        assert!(circles(&declares).is_empty());
+        let uses = [("src/lib.rs", "mod a; pub use a::A; pub struct P(A);"), declares[1]];
+        assert_eq!(circles(&uses).len(), 1);
+    }
+
+    #[test]
+    fn code_for_tests_ties_nothing() {
+        let files = [
+            ("src/lib.rs", "mod a; mod b; #[cfg(shuttle)] mod model;"),
+            ("src/a.rs", "use crate::b::B; pub struct A;"),
+            (
+                "src/b.rs",
+                "pub struct B; #[cfg(test)] mod tests { use crate::a::A; }\n#[cfg(test)] use crate::a::A;",
+            ),
+        ];
+        assert!(circles(&files).is_empty());
+    }
+
+    #[test]
+    fn glob_imports_are_followed_and_may_go_in_circles_themselves() {
+        let met = circle(&[
+            ("src/lib.rs", "mod a; mod b;"),
+            (
+                "src/a.rs",
+                "use crate::b::*; pub use crate::b::*; use x::x; use std::io::*; pub struct A(B, x::Y);",
+            ),
+            ("src/b.rs", "use crate::a::*; pub struct B(A); use std::fmt::Debug; struct C(Vec<Unknown>);"),
+        ]);
+        assert!(met.contains("src/a.rs uses B of src/b.rs\n     src/b.rs uses A of src/a.rs"), "{met}");
+    }
+
+    #[test]
+    fn only_what_is_listed_passes_and_what_is_gone_must_leave_the_list() {
+        let circles = circles(&[
+            ("src/lib.rs", "mod a; mod b;"),
+            ("src/a.rs", "use crate::b::B; pub struct A;"),
+            ("src/b.rs", "use crate::a::A; pub struct B;"),
+        ]);
+        assert!(complaints(&circles, &[]).concat().starts_with("circle of 2 files"));
+        assert!(complaints(&circles, &[&["src/a.rs"]]).concat().starts_with("circle of 2 files"));
+        assert!(complaints(&circles, &[&["src/a.rs", "src/b.rs"]]).is_empty());
+        let met = complaints(&circles, &[&["src/a.rs", "src/b.rs", "src/c.rs"]]).concat();
+        assert!(met.starts_with("src/c.rs: is in no circle"), "{met}");
+    }
+
+    #[test]
+    fn root_is_the_library_or_else_the_program() {
+        let source = |path: &str| Source { path: path.into(), text: String::new() };
+        let sources = [
+            source("crates/a/src/lib.rs"),
+            source("crates/a/src/main.rs"),
+            source("crates/b/src/main.rs"),
+            source("crates/b/src/x/lib.rs"),
+            source("xtask/src/main.rs"),
+        ];
+        assert_eq!(roots(&sources), ["crates/a/src/lib.rs", "crates/b/src/main.rs"]);
+    }
+}
