@@ -25,9 +25,9 @@ use crate::{
     outcome::While,
 };
 
-/// Moves running virtual machines over many channels, in QEMU's own wire format.
+/// Live migration of virtual machines over many connections, in QEMU's format
 ///
-/// Set MULTIFD_LOG to debug or trace to see what happens on every channel.
+/// Set the environment variable MULTIFD_LOG to debug or trace to log the events of every channel.
 #[derive(Debug, Parser)]
 #[command(name = "multifd", version, max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Args {
@@ -37,33 +37,32 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Take a running QEMU guest in and keep it as a file
+    /// Receive a running QEMU guest and keep it in a file
     ///
-    /// Waits for one migration, stores it, and ends. The file is a mapped-ram file: send it on with `multifd
-    /// send`, or let QEMU 9.0 and later load it itself with capability mapped-ram and `-incoming file:FILE`.
+    /// Accepts one migration, writes the guest to FILE, and exits. FILE is a mapped-ram file. Restore it with
+    /// `multifd send`, or load it with QEMU 9.0 or later (capability mapped-ram).
     ///
-    /// The file appears under its name only when it is complete and on the disk. It is readable by its owner
-    /// alone, for it holds the guest's memory. In a container, `file:PATH,offset=N`, the first N bytes are kept.
+    /// FILE appears when it is complete and on the disk. It holds the guest's memory, so only its owner can read it.
     ///
-    /// Exit code 3: the guest is kept whole, but its source was not told, and may run it on. Look there before the file
-    /// is restored.
+    /// WARNING: Exit code 3 means that FILE is complete, but the source did not get the confirmation and may still
+    /// run the guest. Check the source before you restore FILE: the guest must not run twice.
     Receive(ReceiveArgs),
-    /// Send a file that holds a guest into a waiting QEMU
+    /// Send a guest from a file to a waiting QEMU
     ///
-    /// Takes files written by `multifd receive`, and by QEMU 9.0 and later with capability mapped-ram.
+    /// FILE was written by `multifd receive`, or by QEMU 9.0 or later with capability mapped-ram. It is not changed.
     Send(SendArgs),
-    /// Show what a file holds: machine, RAM blocks, devices; or take the RAM of a block out
+    /// Show the machine type, RAM blocks and devices in a file, or extract the RAM of a block
     Inspect(InspectArgs),
-    /// Migrate a busy guest between two processes of this machine, and prove that nothing was lost
+    /// Migrate a busy guest to a second process on this machine and compare both memories
     ///
-    /// Needs no QEMU: the guest is memory and threads that keep writing to it.
+    /// Needs no QEMU: the guest is memory and two threads that write to it all the time.
     Demo(DemoArgs),
     #[command(hide = true)]
     DemoDestination(DemoDestinationArgs),
 }
 
 impl Verb {
-    /// Whether nothing but errors is to be said.
+    /// Whether only errors are printed.
     pub(crate) fn quiet(&self) -> bool {
         match self {
             Self::Receive(args) => args.output.quiet,
@@ -75,48 +74,43 @@ impl Verb {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ReceiveArgs {
-    /// Number of channels that the source opens, 0 to 255, or auto to learn it from the source
+    /// Number of channels that the source opens, 0 to 255; auto = detected
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
     pub(crate) multifd_channels: ChannelCount,
-    /// Where channels may come from: main (the host of the main connection), any, or IP addresses with commas between them.
-    /// Connections from elsewhere are dropped with a warning
+    /// Hosts that channels may connect from: main (the host of the main connection), any, or a comma-separated list
+    /// of IP addresses. Other connections are dropped with a warning
     #[arg(long, value_name = "main|any|ADDR[,ADDR...]", default_value = "main", value_parser = ChannelsFrom::from_str)]
     pub(crate) channels_from: ChannelsFrom,
-    /// Method that the source must use: none, zlib or zstd, or auto to take the one that its packets name
+    /// Compression method that the source must use: none, zlib or zstd; auto: the method that the packets name
     #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
     pub(crate) multifd_compression: MethodChoice,
     #[command(flatten)]
     pub(crate) tls: ReceiveTlsArgs,
-    /// Say SWITCHOVER_ACK: for a source with capability switchover-ack on, which waits for it
+    /// Send SWITCHOVER_ACK; required if the source has capability switchover-ack on
     #[arg(long)]
     pub(crate) switchover_ack: bool,
-    /// Take it that the source does not describe its devices: its machine has suppress-vmdesc on, as types up to 2.2
-    ///
-    /// Their end is then where the source closes, which one with return-path does not: there 10 seconds of silence
-    /// behind the footer of a device count, and machine types without footers are refused.
+    /// Expect no device description (source with suppress-vmdesc=on; default for machine types up to 2.2)
     #[arg(long)]
     pub(crate) suppress_vmdesc: bool,
-    /// What to do where a page of RAM never came, not even as zero: refuse, or keep it as zero. A guest whose balloon gives
-    /// free-page hints leaves out what it does not use
+    /// Action if a page of RAM never arrived. WARNING: zero loses guest memory if the page was lost in transit
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) missing_pages: MissingPagesArg,
-    /// Seconds that the source may send nothing at all where something is due; 0 is for ever. Between passes it may be
-    /// silent for as long as it likes
+    /// Time limit in seconds for a source that sends nothing while data is expected; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     stall_timeout: u64,
-    /// Write pages from channels past the page cache, where the file system can
+    /// Write pages from channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]
     pub(crate) direct_io: bool,
-    /// Replace FILE if it exists; with an offset, what stands behind the offset
+    /// Replace FILE if it exists; with an offset, replace the data after the offset. WARNING: the old data is lost
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// Where to listen: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS] (port 0
-    /// takes a free one), unix:PATH, vsock:CID:PORT, fd:N, or exec:COMMAND, whose output comes from a source with multifd
-    /// off
+    /// Address to listen at: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS],
+    /// unix:PATH, vsock:CID:PORT, fd:N, or exec:COMMAND (reads from the output of the command, without channels).
+    /// Port 0 = a free port
     pub(crate) listen: Address,
-    /// The file to write: a path, or file:PATH,offset=N to keep its first N bytes and write behind them
+    /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
 }
@@ -130,51 +124,50 @@ impl ReceiveArgs {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {
-    /// Number of channels, the destination's multifd-channels; 0 for a destination with multifd off
+    /// Number of channels; must equal the multifd-channels of the destination; 0 = the destination has multifd off
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
-    /// Bytes a second over all connections, like 100M; 0 is no limit
+    /// Limit in bytes per second over all connections, for example 100M; 0 = no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) max_bandwidth: u64,
-    /// How zero pages travel; auto: multifd where only a QEMU that understands it can have the file's machine type,
-    /// else legacy
+    /// How zero pages are sent
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) zero_page_detection: ZeroPagesArg,
-    /// Wait for the destination's word that it has the guest; auto does, but not over exec
+    /// Whether to wait until the destination confirms that it has the guest
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) return_path: ReturnPathArg,
-    /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
+    /// How the end of a pass is marked in the stream
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
-    /// Seconds that each connection may take to come about, a TLS handshake included; 0 is for as long as the system tries
+    /// Connect timeout in seconds, TLS handshake included; 0 = system default
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     connect_timeout: u64,
-    /// Seconds that the destination may take nothing in at all; 0 is for ever
+    /// Time limit in seconds for a destination that accepts no data; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     stall_timeout: u64,
-    /// Seconds that the destination may take, when it has got everything, to say that it has the guest; 0 is for ever
+    /// Time limit in seconds for the final confirmation of the destination; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     end_timeout: u64,
     #[command(flatten)]
     pub(crate) tls: SendTlsArgs,
-    /// The machine's UUID, the destination's -uuid; taken from the file where it has one
+    /// UUID of the machine; must equal the UUID of the destination (default: the UUID in FILE)
     #[arg(long)]
     pub(crate) uuid: Option<VmUuid>,
-    /// Read pages for channels past the page cache, where the file system can
+    /// Read pages for channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]
     pub(crate) direct_io: bool,
-    /// Have the network card read pages where they are; plain tcp only, and 4 MiB of locked memory a channel
+    /// Send pages without copying them; plain TCP only; needs 4 MiB of locked memory per channel
     #[arg(long)]
     pub(crate) zero_copy_send: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// The file to send: a path, or file:PATH,offset=N
+    /// File to send: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
-    /// Where the destination listens: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
-    /// exec:COMMAND, whose input goes to a destination with multifd off
+    /// Address of the destination: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
+    /// exec:COMMAND (writes to the input of the command, without channels)
     pub(crate) address: Address,
 }
 
@@ -199,51 +192,51 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
-    /// Write the RAM of this block into OUT, as raw bytes; pages that are zero become holes
+    /// Write the RAM of this block to OUT, as raw bytes; zero pages become holes
     #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
     pub(crate) extract: Option<OsString>,
-    /// Replace OUT if it exists
+    /// Replace OUT if it exists. WARNING: the old data is lost
     #[arg(long, requires = "extract")]
     pub(crate) force: bool,
-    /// The file to look into: a path, or file:PATH,offset=N
+    /// File to read: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
-    /// Where the RAM of BLOCK goes: a new file, readable by its owner alone, or - for standard output
+    /// File for the RAM of BLOCK, readable by its owner only; - = standard output
     #[arg(requires = "extract", value_parser = out_path())]
     pub(crate) out: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DemoArgs {
-    /// The guest's memory, like 512M or 4G
+    /// Size of the guest's memory in bytes, for example 512M or 4G
     #[arg(long, default_value = "1G", value_parser = size)]
     pub(crate) size: u64,
-    /// Number of channels
+    /// Number of channels, 1 to 255
     #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
-    /// Where zero pages are looked for, and how they travel; auto is multifd
+    /// How zero pages are found and sent
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) zero_page_detection: ZeroPagesArg,
-    /// Bytes a second over all connections while the guest runs, like 100M; 0 is no limit
+    /// Limit in bytes per second over all connections while the guest runs, for example 100M; 0 = no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) max_bandwidth: u64,
-    /// Bytes a second to reckon with once the guest has been stopped; 0 takes what was measured
+    /// Assumed bandwidth in bytes per second after the guest is stopped; 0 = as measured
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) avail_switchover_bandwidth: u64,
-    /// Milliseconds that the guest may stand still
+    /// Longest planned downtime of the guest in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=DOWNTIME_LIMIT.most))]
     pub(crate) downtime_limit: u64,
     #[command(flatten)]
     pub(crate) converge: ConvergeArgs,
-    /// Bytes of memory that the guest writes a second
+    /// Rate in bytes per second at which the guest writes to its memory
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
     pub(crate) dirty_rate: u64,
-    /// Have the system read pages where they are; on one machine it copies them all the same
+    /// Send pages without copying them; on one machine the kernel copies anyway
     #[arg(long)]
     pub(crate) zero_copy_send: bool,
-    /// Print one JSON object at the end instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -256,13 +249,13 @@ pub(crate) struct DemoDestinationArgs {
 /// How a source packs pages.
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct CompressionArgs {
-    /// How pages are packed: none, zlib or zstd; the destination's multifd-compression
+    /// Compression method: none, zlib or zstd; must equal the multifd-compression of the destination
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = Method::from_str)]
     multifd_compression: Method,
-    /// Level of zlib, 0 (stored) to 9 (smallest)
+    /// zlib level, 0 (stored) to 9 (smallest)
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=9))]
     multifd_zlib_level: u8,
-    /// Level of zstd, 1 (fastest) to 20 (smallest); 0 is zstd's own default
+    /// zstd level, 1 (fastest) to 20 (smallest); 0 = zstd's own default
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=20))]
     multifd_zstd_level: u8,
 }
@@ -281,24 +274,25 @@ impl CompressionArgs {
     }
 }
 
-/// Whom a destination trusts.
+/// TLS options of a destination.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ReceiveTlsArgs {
-    /// Take connections over TLS, with the certificates in DIR: ca-cert.pem, server-cert.pem, server-key.pem
+    /// Use TLS, with the certificates in DIR: ca-cert.pem, server-cert.pem, server-key.pem
     #[arg(long, value_name = "DIR")]
     pub(crate) tls_creds: Option<PathBuf>,
-    /// Subject of a source that may come, like O=Example,CN=source; may be given often; without it, all that ca-cert.pem vouches for
+    /// Accept only sources with this certificate subject, for example O=Example,CN=source; can be repeated. Without
+    /// it, all sources with a certificate of the CA are accepted
     #[arg(long, value_name = "SUBJECT", requires = "tls_creds")]
     pub(crate) tls_authz: Vec<String>,
 }
 
-/// Whom a source trusts.
+/// TLS options of a source.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendTlsArgs {
-    /// Connect over TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
+    /// Use TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
     #[arg(long, value_name = "DIR")]
     tls_creds: Option<PathBuf>,
-    /// Name that the destination's certificate must hold, if it is not ADDRESS's host
+    /// Name that the certificate of the destination must contain; without it, the host in ADDRESS
     #[arg(long, value_name = "NAME", requires = "tls_creds")]
     tls_hostname: Option<String>,
 }
@@ -350,7 +344,7 @@ impl ReceiveTlsArgs {
     }
 }
 
-/// A method, or whichever the packets name.
+/// A method; `None` is the one that the packets name.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MethodChoice(pub(crate) Option<Method>);
 
@@ -359,53 +353,53 @@ pub(crate) struct OutputArgs {
     /// Print one JSON object at the end, with the fields of QEMU's query-migrate
     #[arg(long)]
     pub(crate) json: bool,
-    /// No progress, no warnings, no report in words: where it listens, and errors alone
+    /// Print errors only; receive also prints its address
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum MissingPagesArg {
-    /// The machine would not be whole
+    /// Fail
     #[default]
     Refuse,
-    /// Pages that are lost on their way are kept as zero, too
+    /// Store it as zeros
     Zero,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ReturnPathArg {
-    /// On, but off over exec
+    /// On, except over exec
     #[default]
     Auto,
-    /// Wait for the destination's word
+    /// Wait for the confirmation
     On,
-    /// Count the last byte as success; over exec, exit status 0
+    /// Success after the last byte; over exec, after exit status 0
     Off,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SyncModeArg {
-    /// As the machine type has it
+    /// Chosen by the machine type
     #[default]
     Auto,
     /// A sync with every section: machine types up to 8.0
     Legacy,
-    /// A sync with every round: machine types from 8.1 on
+    /// A sync with every round: machine types 8.1 and later
     Round,
 }
 
-/// `zero-page-detection`, or what suits.
+/// `zero-page-detection`, or `auto`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ZeroPagesArg {
-    /// As is best for this destination
+    /// send: chosen by the machine type; demo: multifd
     #[default]
     Auto,
-    /// They travel as any other page
+    /// Like other pages
     None,
-    /// As records on main: every destination
+    /// On the main connection; works with every destination
     Legacy,
-    /// As entries in the channels' packets: QEMU 9.0 and later
+    /// In the packets of the channels; needs QEMU 9.0 or later
     Multifd,
 }
 
@@ -455,7 +449,7 @@ fn out_path() -> impl TypedValueParser<Value = PathBuf> {
 /// Bytes, with binary units as QEMU has them: 1K is 1024.
 fn size(text: &str) -> Result<u64, String> {
     let parsed = Config::new().with_binary().parse_size(text.trim_end_matches("/s"));
-    parsed.map_err(|error| format!("expected bytes like 4096, 100M or 2G: {error}"))
+    parsed.map_err(|error| format!("expected a size in bytes like 4096, 100M or 2G: {error}"))
 }
 
 #[cfg(test)]

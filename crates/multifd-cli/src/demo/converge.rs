@@ -14,31 +14,31 @@ use crate::outcome::say;
 
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct ConvergeArgs {
-    /// Hold the guest back, step by step, if it writes too fast to be stopped within the downtime
+    /// Slow the guest down step by step if it writes too fast for the downtime limit
     #[arg(long)]
     auto_converge: bool,
-    /// Per cent of time that the guest stands at first, 1 to 99
+    /// First step of the throttle: percent of time that the guest is paused, 1 to 99
     #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = percent(CPU_THROTTLE_INITIAL))]
     cpu_throttle_initial: u8,
-    /// Per cent of time that it stands more with each step, 1 to 99
+    /// Further steps of the throttle: percent of time added with each step, 1 to 99
     #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = percent(CPU_THROTTLE_INCREMENT))]
     cpu_throttle_increment: u8,
-    /// Per cent of time that it stands at the most, cpu-throttle-initial to 99
+    /// Highest throttle: percent of time that the guest is paused, cpu-throttle-initial to 99
     #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = percent(MAX_CPU_THROTTLE))]
     max_cpu_throttle: u8,
-    /// Take smaller steps where they are reckoned to be enough
+    /// Use a smaller step of the throttle if it is expected to be enough
     #[arg(long)]
     cpu_throttle_tailslow: bool,
-    /// Per cent of what was sent that the guest may write meanwhile, 1 to 100, before it is held back
+    /// Throttle the guest if it writes more than this percentage of the bytes sent, 1 to 100
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = percent(THROTTLE_TRIGGER_THRESHOLD))]
     throttle_trigger_threshold: u8,
-    /// Wait for a line on standard input when the guest has been stopped
+    /// Wait for a line on standard input after the guest is stopped
     #[arg(long)]
     pub(super) pause_before_switchover: bool,
-    /// Give up after so many passes with the guest running; 0 is no bound
+    /// Fail after this number of passes with the guest running; 0 = no limit
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_passes: u64,
-    /// Give up if the guest has not been stopped after so many seconds; 0 is no bound
+    /// Fail if the guest is not stopped after this time in seconds; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     max_total_time: u64,
 }
@@ -58,12 +58,12 @@ impl ConvergeArgs {
     }
 }
 
-/// Lets the migration go on at the next line, or at the end, of standard input. The thread is not joined: whoever does not
-/// press a key holds up no end.
+/// Lets the migration go on at the next line, or at the end, of standard input. The thread is not joined: a user who does not
+/// press a key does not delay the end.
 pub(super) fn proceed_at_a_line(control: Control) -> io::Result<()> {
     let wait = move || {
         if control.wait_pre_switchover() {
-            say("the guest has been stopped; press Enter to switch over");
+            say("the guest is stopped; press Enter to switch over");
             let _ = io::stdin().read_line(&mut String::new());
             // Whether it still waits is its own affair.
             let _ = control.proceed();
