@@ -22,7 +22,7 @@
 //! | [`guide`] | the manual: how a virtual machine monitor comes to migrate |
 //!
 //! RAM is moved by the engine, `multifd`; devices are carried and never interpreted. The format is drawn
-//! in `docs/stream-format.md`.
+//! in `docs/develop/stream-format.md`.
 //!
 //! # A machine of an embedder's own, from one end to the other
 //!
