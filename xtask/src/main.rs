@@ -9,7 +9,7 @@
 //! bench   measures the engine against QEMU and iperf3
 //! sanitize
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
-//! api     what the libraries show to their users, compared with docs/api, or written there with --bless
+//! api     what the libraries show to their users, compared with api.txt of each, or written there with --bless
 //! publish-check
 //!         packages the libraries and builds them from their packages
 //! ```
@@ -120,7 +120,7 @@ fn in_ci() -> bool {
 
 const USAGE: &str = "usage: cargo xtask <task>
   check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths
-  api [--bless]   compare what the libraries show with docs/api; with --bless, write it there
+  api [--bless]   compare what the libraries show with crates/*/api.txt; with --bless, write it there
   publish-check   package the libraries and build them from their packages
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
