@@ -116,7 +116,7 @@ pub(crate) struct ReceiveArgs {
 }
 
 impl ReceiveArgs {
-    /// `None` is for ever.
+    /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         seconds(self.stall_timeout)
     }
@@ -176,12 +176,12 @@ impl SendArgs {
         seconds(self.connect_timeout).unwrap_or(Duration::MAX)
     }
 
-    /// `None` is for ever.
+    /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         seconds(self.stall_timeout)
     }
 
-    /// `None` is for ever.
+    /// `None` is no limit.
     pub(crate) fn end_timeout(&self) -> Option<Duration> {
         seconds(self.end_timeout)
     }
@@ -298,7 +298,7 @@ pub(crate) struct SendTlsArgs {
 }
 
 impl SendTlsArgs {
-    /// The name that the certificate at `address` must hold; of no matter without TLS.
+    /// The name that the certificate at `address` must hold; not used without TLS.
     ///
     /// # Errors
     /// [`Usage::NoTlsHostname`].
@@ -328,7 +328,7 @@ impl SendTlsArgs {
 }
 
 impl ReceiveTlsArgs {
-    /// What this side shows and whom it trusts; `None` without TLS.
+    /// The certificates of this side, and its rules for peers; `None` without TLS.
     pub(crate) fn credentials(&self) -> Result<Option<ServerCredentials>, While> {
         let Some(folder) = &self.tls_creds else { return Ok(None) };
         let credentials = ServerCredentials::load(folder, self.tls_authz.clone());

@@ -58,7 +58,7 @@ impl ConvergeArgs {
     }
 }
 
-/// Lets the migration go on at the next line, or at the end, of standard input. The thread is not joined: a user who does not
+/// Lets a paused migration continue at the next line, or at the end, of standard input. The thread is not joined: a user who does not
 /// press a key does not delay the end.
 pub(super) fn proceed_at_a_line(control: Control) -> io::Result<()> {
     let wait = move || {
