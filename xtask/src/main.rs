@@ -1,7 +1,7 @@
 //! The project's own tasks, run as `cargo xtask NAME`.
 //!
 //! ```text
-//! check   format, lints, documentation, which way the arrows point, licences, advisories, file lengths
+//! check   format, lints, documentation, which way the arrows point, licences, advisories, file lengths, plain words
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
@@ -36,6 +36,7 @@ mod soak;
 mod sources;
 mod step;
 mod test;
+mod words;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -119,7 +120,8 @@ fn in_ci() -> bool {
 }
 
 const USAGE: &str = "usage: cargo xtask <task>
-  check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths
+  check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths,
+                  plain words in what users read
   api [--bless]   compare what the libraries show with crates/*/api.txt; with --bless, write it there
   publish-check   package the libraries and build them from their packages
   test [--all] [-- ARGS]
