@@ -1,7 +1,7 @@
 //! `cargo xtask api`: what the libraries show to their users, as text that is reviewed with every change.
 //!
 //! ```text
-//! cargo rustdoc ─▶ xtask as its rustdoc ─▶ rustdoc, told to take unstable options ─▶ JSON ─▶ lines ◀─▶ docs/api/*.txt
+//! cargo rustdoc ─▶ xtask as its rustdoc ─▶ rustdoc, told to take unstable options ─▶ JSON ─▶ lines ◀─▶ crates/*/api.txt
 //! ```
 //!
 //! Rustdoc's JSON is unstable, so its form changes with the compiler. It is read from the compiler in use, which need
@@ -31,9 +31,8 @@ use crate::{
 pub(crate) fn check(bless: bool) -> Result<(), Failure> {
     LIBRARIES.iter().try_for_each(|library| {
         let Some(shown) = shown(library)? else { return Ok(()) };
-        let path = workspace_root().join("docs/api").join(format!("{library}.txt"));
+        let path = workspace_root().join("crates").join(library).join("api.txt");
         if bless {
-            fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
             return Ok(fs::write(&path, shown)?);
         }
         let written = fs::read_to_string(&path).unwrap_or_default();
@@ -114,7 +113,7 @@ fn changes(written: &str, shown: &str) -> Vec<String> {
 
 fn changed(library: &str, changes: &[String]) -> String {
     format!(
-        "the public API of {library} is not what docs/api/{library}.txt says:\n{}\nIf that is meant: cargo xtask api --bless, \
+        "the public API of {library} is not what crates/{library}/api.txt says:\n{}\nIf that is meant: cargo xtask api --bless, \
          and CHANGELOG.md",
         changes.join("\n")
     )

@@ -1,7 +1,8 @@
 //! The project's own tasks, run as `cargo xtask NAME`.
 //!
 //! ```text
-//! check   format, lints, documentation, which way the arrows point, licences, cargo deny, advisories, file lengths
+//! check   format, lints, documentation, which way the arrows point, licences, cargo deny, advisories, file lengths,
+//!         plain words
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
@@ -9,7 +10,7 @@
 //! bench   measures the engine against QEMU and iperf3
 //! sanitize
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
-//! api     what the libraries show to their users, compared with docs/api, or written there with --bless
+//! api     what the libraries show to their users, compared with api.txt of each, or written there with --bless
 //! publish-check
 //!         packages the libraries and builds them from their packages
 //! ```
@@ -37,6 +38,7 @@ mod soak;
 mod sources;
 mod step;
 mod test;
+mod words;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -120,8 +122,9 @@ fn in_ci() -> bool {
 }
 
 const USAGE: &str = "usage: cargo xtask <task>
-  check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths
-  api [--bless]   compare what the libraries show with docs/api; with --bless, write it there
+  check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths,
+                  plain words in what users read
+  api [--bless]   compare what the libraries show with crates/*/api.txt; with --bless, write it there
   publish-check   package the libraries and build them from their packages
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`

@@ -56,7 +56,7 @@ impl Capture {
         // A full disk is to be found when pages are written, so this makes a hole, not a reservation.
         let sized = self.file.set_len(layout.tail_offset());
         sized.map_err(|error| {
-            Error::io(format!("extend the file to {:#x} bytes", layout.tail_offset()), error)
+            Error::io(format!("cannot extend the file to {:#x} bytes", layout.tail_offset()), error)
         })?;
         layout.ram_blocks(&self.file, self.direct.as_ref())
     }
@@ -68,10 +68,10 @@ impl Capture {
         let free = system.f_bavail.saturating_mul(system.f_frsize);
         if free < ram {
             tracing::warn!(
-                "{} is left on the file system of {}, and the guest has {} of RAM: unless enough of it is zero, the \
-                 migration will fail, and the guest will go on at the source",
-                BinaryBytes(free),
+                "the file system of {} may become full: {} are free, and the guest has {} of RAM; zero pages take no space; \
+                 if the space is not enough, the migration fails",
                 self.new.target().display(),
+                BinaryBytes(free),
                 BinaryBytes(ram),
             );
         }
@@ -127,7 +127,7 @@ impl Capture {
         }
         let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
         let written = laid.write_around(&self.file, blocks, &tail);
-        written.map_err(|error| Error::other("write the file", error))
+        written.map_err(|error| Error::other("cannot write the file", error))
     }
 
     /// What can be said before RAM has come.
@@ -157,7 +157,7 @@ fn ignored(configuration: Option<&Configuration>, arrived: &Arrived) -> Vec<Bloc
 }
 
 fn layout(shape: &Shape<'_>, list: &BlockList) -> Result<Layout> {
-    Layout::of(shape, list).map_err(|error| Error::other("lay the file out", error))
+    Layout::of(shape, list).map_err(|error| Error::other("cannot compute the layout of the file", error))
 }
 
 fn places(layout: &Layout) -> Vec<u64> {

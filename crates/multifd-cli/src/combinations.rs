@@ -26,7 +26,7 @@ pub(crate) fn of_receive(args: &ReceiveArgs) -> Result<(), Failure> {
     match &args.listen {
         // The socket would be in the file's place when the file is to get its name.
         Address::Unix(socket) if same_place(socket, args.file.path()) => {
-            let why = "it is the file to write, too: name another path for one of them";
+            let why = "the socket and the file to write have the same path; use different paths";
             Err(Failure::Usage(While::new(format!("cannot listen at {}", args.listen), why).into()))
         }
         _ => Ok(()),

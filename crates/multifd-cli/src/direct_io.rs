@@ -22,7 +22,7 @@ impl DirectIo<'_> {
         match DirectFile::of(file) {
             Ok(direct) => Some(Arc::new(direct)),
             Err(error) => {
-                self.tell(&format!("{} goes through the page cache: {error}", self.address));
+                self.tell(&format!("{} uses the page cache: {error}", self.address));
                 None
             }
         }
@@ -33,8 +33,7 @@ impl DirectIo<'_> {
         let alignment = direct.offset_alignment();
         if !offset.is_multiple_of(alignment) {
             self.tell(&format!(
-                "block {name:?} goes through the page cache: it begins at {offset:#x}, expected a multiple of \
-                 {alignment:#x}"
+                "block {name:?} uses the page cache: it begins at {offset:#x}, expected a multiple of {alignment:#x}"
             ));
         }
     }
@@ -42,7 +41,7 @@ impl DirectIo<'_> {
     /// Tells of pages that main carries.
     pub(crate) fn without_channels(&self) {
         if self.wanted {
-            self.tell("pages over main go through the page cache: switch multifd on to have them go past it");
+            self.tell("pages on the main connection use the page cache; switch multifd on to send pages over channels");
         }
     }
 

@@ -39,7 +39,7 @@ impl FileAddress {
             None => (rest, 0),
         };
         if path.is_empty() {
-            return Err("expected file:PATH or file:PATH,offset=N, met no path".into());
+            return Err("expected file:PATH or file:PATH,offset=N, found no path".into());
         }
         Ok(Self { path: file_path(OsString::from_vec(path.to_owned()))?, offset })
     }
@@ -82,9 +82,9 @@ impl fmt::Display for FileAddress {
 pub(crate) fn file_path(text: OsString) -> Result<PathBuf, String> {
     let name = text.as_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
     let why = match name {
-        _ if text.is_empty() => "met an empty path",
-        b"" => "and a path that ends in / names a folder",
-        b"." | b".." => "and a path that ends in . or .. names a folder",
+        _ if text.is_empty() => "found an empty path",
+        b"" => "but a path that ends in / names a folder",
+        b"." | b".." => "but a path that ends in . or .. names a folder",
         _ => return Ok(text.into()),
     };
     Err(format!("expected the path of a file, {why}"))
@@ -137,8 +137,8 @@ fn position(text: &[u8]) -> Result<u64, String> {
     };
     match parsed {
         Some(offset @ 0..=LAST) => Ok(offset),
-        Some(_) => Err(format!("expected an offset of at most {LAST:#x} bytes, met {text:?}")),
-        None => Err(format!("expected an offset in bytes like 0x1000, 4096 or 4K, met {text:?}")),
+        Some(_) => Err(format!("expected an offset of at most {LAST:#x} bytes, found {text:?}")),
+        None => Err(format!("expected an offset in bytes like 0x1000, 4096 or 4K, found {text:?}")),
     }
 }
 
@@ -174,7 +174,7 @@ mod tests {
     fn what_is_no_offset_is_refused() {
         for offset in ["", "-1", "0x", "0x1G", "0x+1", "16E", "4096,foo=1", "1,offset=2", "lots"] {
             let refused = parse(&format!("file:vm,offset={offset}")).expect_err(offset);
-            assert!(refused.contains(&format!("met {offset:?}")), "{refused}");
+            assert!(refused.contains(&format!("found {offset:?}")), "{refused}");
         }
         assert!(parse("file:").is_err() && parse("file:,offset=1").is_err());
     }

@@ -58,7 +58,7 @@ impl NewFile {
             found => Some(found?),
         };
         let path = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let unusable = |error| While::new(format!("folder {} cannot be used", path.display()), error);
+        let unusable = |error| While::new(format!("cannot open folder {}", path.display()), error);
         let folder = File::open(path).map_err(unusable)?;
         if let Some(found) = &found {
             check(found, keep, force)?;
@@ -80,7 +80,7 @@ impl NewFile {
             // A position that this file system or the limit of this process does not reach.
             let file = temporary.as_file();
             file.set_len(keep.saturating_add(LEAST)).and_then(|()| file.set_len(keep)).map_err(|error| {
-                While::new(format!("offset {keep:#x} leaves no room for a machine in a file there"), error)
+                While::new(format!("offset {keep:#x} leaves no room for a guest in this file"), error)
             })?;
         }
         Ok(Self { temporary, folder, target: target.to_owned(), replaces })
@@ -97,14 +97,18 @@ impl NewFile {
     /// Gives it its name, and makes that durable. What is in it must be on the disk before.
     pub(crate) fn name(self) -> Result<(), While> {
         let Self { temporary, folder, target, replaces } = self;
-        let unnamed = |error: io::Error| While::new(format!("cannot name it {}", target.display()), error);
+        let unnamed = |error: io::Error| {
+            While::new(format!("cannot rename the temporary file to {}", target.display()), error)
+        };
         let named = match &replaces {
             Replaces::Nothing => temporary.persist_noclobber(&target),
             Replaces::Anything => temporary.persist(&target),
             Replaces::This(identity) => {
                 let found = target.symlink_metadata().map_err(unnamed)?;
                 if Identity::of(&found) != *identity {
-                    return Err(unnamed(io::Error::other("another has changed it meanwhile")));
+                    return Err(unnamed(io::Error::other(
+                        "another program changed the file during the migration",
+                    )));
                 }
                 temporary.persist(&target)
             }
@@ -113,16 +117,16 @@ impl NewFile {
         let Err(error) = durable(folder.sync_all()) else { return Ok(()) };
         // What failed leaves no file under the name, unless that would leave neither the old one nor the new.
         let left = match replaces {
-            Replaces::Nothing if fs::remove_file(&target).is_ok() => "it is removed again",
-            _ => "it is there, and may be gone after a power cut",
+            Replaces::Nothing if fs::remove_file(&target).is_ok() => "the file was removed again",
+            _ => "the file exists, but may be lost in a power failure",
         };
-        Err(While::new(format!("cannot sync the folder of {}: {left}", target.display()), error))
+        Err(While::new(format!("cannot sync the folder of {}; {left}", target.display()), error))
     }
 }
 
 /// A new file in `path`, which is `folder`: `.NAME.` and something random.
 fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFile, Cause> {
-    let unusable = |error| While::new(format!("no file can be created in folder {}", path.display()), error);
+    let unusable = |error| While::new(format!("cannot create a file in folder {}", path.display()), error);
     let plain = tempfile::Builder::new().prefix(".").tempfile_in(path).map_err(unusable)?;
     let random = plain.path().file_name().unwrap_or_default().to_owned();
     let longest = fstatvfs(folder).map_or(0, |found| found.f_namemax);
@@ -134,7 +138,7 @@ fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFil
     let to = path.join(hidden);
     let renamed = plain.persist_noclobber(&to);
     let file = renamed.map_err(|error| {
-        While::new(format!("no file can be renamed in folder {}", path.display()), error.error)
+        While::new(format!("cannot rename a file in folder {}", path.display()), error.error)
     })?;
     Ok(NamedTempFile::from_parts(file, TempPath::try_from_path(to)?))
 }
@@ -154,14 +158,14 @@ fn beginning(name: &OsStr, most: usize) -> &OsStr {
 fn check(found: &Metadata, keep: u64, force: bool) -> io::Result<()> {
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
     if let Some(kind) = other_kind(found) {
-        return refused(format!("it exists and is no regular file: it is {kind}"));
+        return refused(format!("it exists and is not a regular file: it is {kind}"));
     }
     if !force && keep == 0 {
-        return refused("it exists; give --force to replace it".into());
+        return refused("it exists; use --force to replace it".into());
     }
     let lost = found.len().saturating_sub(keep);
     if !force && keep > 0 && lost > 0 {
-        let why = format!("{lost:#x} bytes stand behind offset {keep:#x}; give --force to replace them");
+        let why = format!("the file has {lost:#x} bytes after offset {keep:#x}; use --force to replace them");
         return refused(why);
     }
     Ok(())
@@ -175,7 +179,7 @@ fn replaceable(target: &Path, found: &Metadata, folder: &Metadata) -> io::Result
     let attributes = statx(CWD, target, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty())
         .map_or(StatxAttributes::empty(), |found| found.stx_attributes);
     if attributes.contains(StatxAttributes::MOUNT_ROOT) {
-        return refused("it is a mount point, and another file cannot take its name: name a file beside it");
+        return refused("it is a mount point and cannot be replaced; use another file name");
     }
     if attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND) {
         return refused("it is immutable or append-only (chattr +i, +a), so it cannot be replaced");
@@ -184,7 +188,7 @@ fn replaceable(target: &Path, found: &Metadata, folder: &Metadata) -> io::Result
     let may_all = || capabilities(None).is_ok_and(|held| held.effective.contains(CapabilitySet::FOWNER));
     if folder.mode() & STICKY != 0 && !mine(found.uid()) && !mine(folder.uid()) && !may_all() {
         return refused(
-            "it belongs to another user, and only they can replace it in a folder with the sticky bit",
+            "it belongs to another user; the folder has the sticky bit, so only that user can replace it",
         );
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! **multifd** moves the RAM of a running virtual machine over many channels at once, live, in the wire format of
-//! QEMU's multifd.
+//! **multifd** transfers the RAM of a running virtual machine over many channels at once, in the wire format of QEMU's
+//! multifd.
 //!
 //! ```text
 //!  source                                                          destination
@@ -8,20 +8,20 @@
 //!  Main ─────────┴── setup · passes · flush · switchover · devices · end ── Receiver::sync ───────┘
 //! ```
 //!
-//! A *pass* walks the dirty bits once. Between two passes stands a *flush*: every channel carries a SYNC packet, and the
-//! destination goes on only when all channels have reached theirs. So two versions of one page never overtake each
-//! other. That is the one ordering rule; everything else runs in parallel.
+//! A *pass* sends every dirty page once. After each pass there is a *flush*: each channel sends a SYNC packet, and the
+//! destination continues only when all channels have reached theirs. So an older version of a page never overwrites a newer
+//! one. This is the only ordering rule; everything else runs in parallel.
 //!
-//! | module | a place on that way |
+//! | module | what it contains |
 //! | --- | --- |
 //! | [`ram`] | blocks, dirty bits, guest memory, which is never a Rust reference |
 //! | [`wire`] | packets as bytes |
 //! | [`channel`] | addresses, links, the one [`Stop`](channel::Stop) |
 //! | [`Sender`], [`Receiver`] | the two ends of the channels |
 //! | [`live`] | passes, switchover, states |
-//! | [`parameters`] | the ranges of what can be chosen |
+//! | [`parameters`] | the ranges of the options |
 //!
-//! The main stream is not written here: `qemu-stream` does that, or whatever implements [`live::Main`].
+//! This crate does not write the main stream. `qemu-stream` does, or your own implementation of [`live::Main`].
 //!
 //! # The channels alone
 //!
@@ -40,7 +40,7 @@
 //! let (source, destination) = (blocks()?, blocks()?);
 //! let (connector, listener) = memory::network(1 << 16);
 //!
-//! // No main stream tells here when all channels have connected, so their number is said.
+//! // Without a main stream the receiver cannot detect the number of channels, so it is set.
 //! let options = ReceiveOptions::new().channels(ChannelCount::Exact(4));
 //! let mut receiver = Receiver::new(options, Stop::new());
 //! receiver.listen(Box::new(listener))?;

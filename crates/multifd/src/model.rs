@@ -1,6 +1,6 @@
 //! What the package `multifd-models` runs under a model checker: the engine's own code, under many schedules.
 //!
-//! See `docs/concurrency.md` for what each model covers, and which errors they were seen to catch.
+//! See `docs/develop/concurrency.md` for what each model covers, and which errors they were seen to catch.
 
 pub mod loopback;
 

@@ -1,7 +1,7 @@
 //! What threads meet at: locks, conditions, flags, the clock, and the threads themselves.
 //!
 //! These are the standard library's. The package `multifd-models` compiles the same sources with `cfg(shuttle)`, and
-//! then they are those of a model checker, which decides at each of them who goes on; see `docs/concurrency.md`. What
+//! then they are those of a model checker, which decides at each of them who goes on; see `docs/develop/concurrency.md`. What
 //! orders nothing, such as counters, is the standard library's there, too.
 
 #[cfg(shuttle)]

@@ -164,7 +164,7 @@ impl Arrival {
         let Self { mut incoming, receiver, options, .. } = self;
         let mut loader = Loader::new(&receiver, options.expected, make).left_out(options.left_out);
         let loaded = incoming.run(&mut loader);
-        let whole = loaded.map_err(|error| error.while_doing("the migration broke off"));
+        let whole = loaded.map_err(|error| error.while_doing("cannot receive the guest"));
         match whole.and_then(|loaded| {
             let main_pages = loader.main_pages();
             let blocks = loader.finish(&loaded)?;
@@ -267,7 +267,7 @@ impl Pending {
         let stop = receiver.stop().clone();
         let told = stop.check().and_then(|()| {
             let told = incoming.finish(Outcome::Loaded);
-            told.map_err(|error| error.while_doing("take the guest over from the source"))
+            told.map_err(|error| error.while_doing("cannot confirm the migration to the source"))
         });
         let main = told.map_err(|error| stop.fail(error))?;
         Ok(Confirmed { loaded, blocks, receiver, main })
@@ -315,7 +315,7 @@ impl Confirmed {
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
                 Ok(())
             }
-            Err(error) => Err(Error::io("wait for the source to close", error)),
+            Err(error) => Err(Error::io("the connection broke after the confirmation was sent", error)),
         }
     }
 

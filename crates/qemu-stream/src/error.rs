@@ -50,7 +50,7 @@ pub enum Error {
     },
     /// The destination says that it failed; the guest can go on at the source.
     #[error(
-        "destination failed with SHUT {code}, why stands in its own log; the guest can go on at the source"
+        "the destination reported failure (SHUT {code}); its own log has the reason; the guest can go on at the source"
     )]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
@@ -58,8 +58,8 @@ pub enum Error {
     },
     /// The destination left without SHUT; the guest can go on at the source.
     #[error(
-        "{at}: destination closed the connection without SHUT; the guest can go on at the source, why it \
-             closed stands in its own log: channel count, method, UUID and machine type must be the same on both sides"
+        "{at}: the destination closed the connection without SHUT; the guest can go on at the source; its own log has \
+             the reason: channel count, method, UUID and machine type must be the same on both sides"
     )]
     NoShut {
         /// How far the return path got.

@@ -1,5 +1,5 @@
-//! Reads and writes a QEMU migration around its RAM: the main stream, the device sections as opaque
-//! bytes, the closing description, the mapped-ram file.
+//! Reads and writes the parts of a QEMU migration other than RAM: the main stream, the device sections as opaque bytes,
+//! the device description at the end, the mapped-ram file.
 //!
 //! ```text
 //!             outgoing                                           incoming
@@ -13,18 +13,18 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`mod@format`] | the bytes: pure, bounded, no sockets |
-//! | [`arrival`], [`source`] | a machine that comes in and one that leaves, each in one chain of calls |
-//! | [`incoming`] | a destination's main stream, read whole; tells a [`Destination`](incoming::Destination) |
-//! | [`outgoing`] | a source's main stream, call by call |
-//! | [`mapped_ram`] | the file QEMU 9.0 and later save to and load from |
-//! | [`error`] | what can go wrong, by who is at fault |
-//! | [`guide`] | the manual: how a virtual machine monitor comes to migrate |
+//! | [`mod@format`] | parsing and writing of bytes, with bounds, without sockets |
+//! | [`arrival`], [`source`] | receiving and sending a machine, each in a few calls: start here |
+//! | [`incoming`] | the main stream at a destination; calls a [`Destination`](incoming::Destination) |
+//! | [`outgoing`] | the main stream at a source, call by call |
+//! | [`mapped_ram`] | the file that QEMU 9.0 and later save to and load from |
+//! | [`error`] | errors, sorted by who is at fault |
+//! | [`guide`] | how to add live migration to a virtual machine monitor |
 //!
-//! RAM is moved by the engine, `multifd`; devices are carried and never interpreted. The format is drawn
-//! in `docs/stream-format.md`.
+//! The engine, `multifd`, transfers RAM. Device state is transferred and never interpreted. The format is described in
+//! `docs/develop/stream-format.md`.
 //!
-//! # A machine of an embedder's own, from one end to the other
+//! # Example: a machine of your own, from source to destination
 //!
 //! ```
 //! use std::{convert::Infallible, os::unix::net::UnixStream, thread, time::Duration};
@@ -36,7 +36,7 @@
 //! };
 //! use qemu_stream::{format::*, incoming::*, outgoing::*};
 //!
-//! /// Knows nothing but how to print.
+//! /// Prints what it receives.
 //! struct Printer;
 //!
 //! impl Destination for Printer {
@@ -80,7 +80,7 @@
 //! let mut incoming = Incoming::new(destination);
 //! let loaded = incoming.run(&mut Printer)?;
 //! assert_eq!(loaded.devices.sections()[0].name.to_string(), "vcpu");
-//! incoming.finish(Outcome::Loaded)?; // only now does the source forget the guest
+//! incoming.finish(Outcome::Loaded)?; // from here on the destination owns the guest
 //! sent.join().expect("no panic").expect("sent");
 //! # Ok(())
 //! # }

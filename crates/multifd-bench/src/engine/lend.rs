@@ -1,6 +1,6 @@
 //! Pages lent to a socket instead of copied: by way of a pipe, which takes references to them.
 //!
-//! What was tried for the engine and lost, so it lives here: see `docs/performance.md`.
+//! What was tried for the engine and lost, so it lives here: see `docs/develop/performance.md`.
 //!
 //! UNSAFETY: the system is told where guest memory is. It takes references to the pages, so they outlive the call whatever
 //! becomes of the mapping; nobody writes to this memory meanwhile.

@@ -16,35 +16,35 @@ use super::shared::{CompressionArgs, ZeroPagesArg, size};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DemoArgs {
-    /// The guest's memory, like 512M or 4G
+    /// Size of the guest's memory in bytes, for example 512M or 4G
     #[arg(long, default_value = "1G", value_parser = size)]
     pub(crate) size: u64,
-    /// Number of channels
+    /// Number of channels, 1 to 255
     #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
-    /// Where zero pages are looked for, and how they travel; auto is multifd
+    /// How zero pages are found and sent
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) zero_page_detection: ZeroPagesArg,
-    /// Bytes a second over all connections while the guest runs, like 100M; 0 is no limit
+    /// Limit in bytes per second over all connections while the guest runs, for example 100M; 0 = no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) max_bandwidth: u64,
-    /// Bytes a second to reckon with once the guest has been stopped; 0 takes what was measured
+    /// Assumed bandwidth in bytes per second after the guest is stopped; 0 = as measured
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) avail_switchover_bandwidth: u64,
-    /// Milliseconds that the guest may stand still
+    /// Longest planned downtime of the guest in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=DOWNTIME_LIMIT.most))]
     pub(crate) downtime_limit: u64,
     #[command(flatten)]
     pub(crate) converge: ConvergeArgs,
-    /// Bytes of memory that the guest writes a second
+    /// Rate in bytes per second at which the guest writes to its memory
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
     pub(crate) dirty_rate: u64,
-    /// Have the system read pages where they are; on one machine it copies them all the same
+    /// Send pages without copying them; on one machine the kernel copies anyway
     #[arg(long)]
     pub(crate) zero_copy_send: bool,
-    /// Print one JSON object at the end instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -52,31 +52,31 @@ pub(crate) struct DemoArgs {
 /// How the demo deals with a guest that writes too fast.
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct ConvergeArgs {
-    /// Hold the guest back, step by step, if it writes too fast to be stopped within the downtime
+    /// Slow the guest down step by step if it writes too fast for the downtime limit
     #[arg(long)]
     auto_converge: bool,
-    /// Per cent of time that the guest stands at first, 1 to 99
+    /// First step of the throttle: percent of time that the guest is paused, 1 to 99
     #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = percent(CPU_THROTTLE_INITIAL))]
     cpu_throttle_initial: u8,
-    /// Per cent of time that it stands more with each step, 1 to 99
+    /// Further steps of the throttle: percent of time added with each step, 1 to 99
     #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = percent(CPU_THROTTLE_INCREMENT))]
     cpu_throttle_increment: u8,
-    /// Per cent of time that it stands at the most, cpu-throttle-initial to 99
+    /// Highest throttle: percent of time that the guest is paused, cpu-throttle-initial to 99
     #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = percent(MAX_CPU_THROTTLE))]
     max_cpu_throttle: u8,
-    /// Take smaller steps where they are reckoned to be enough
+    /// Use a smaller step of the throttle if it is expected to be enough
     #[arg(long)]
     cpu_throttle_tailslow: bool,
-    /// Per cent of what was sent that the guest may write meanwhile, 1 to 100, before it is held back
+    /// Throttle the guest if it writes more than this percentage of the bytes sent, 1 to 100
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = percent(THROTTLE_TRIGGER_THRESHOLD))]
     throttle_trigger_threshold: u8,
-    /// Wait for a line on standard input when the guest has been stopped
+    /// Wait for a line on standard input after the guest is stopped
     #[arg(long)]
     pub(crate) pause_before_switchover: bool,
-    /// Give up after so many passes with the guest running; 0 is no bound
+    /// Fail after this number of passes with the guest running; 0 = no limit
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_passes: u64,
-    /// Give up if the guest has not been stopped after so many seconds; 0 is no bound
+    /// Fail if the guest is not stopped after this time in seconds; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     max_total_time: u64,
 }

@@ -15,16 +15,16 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
-    /// Write the RAM of this block into OUT, as raw bytes; pages that are zero become holes
+    /// Write the RAM of this block to OUT, as raw bytes; zero pages become holes
     #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
     pub(crate) extract: Option<OsString>,
-    /// Replace OUT if it exists
+    /// Replace OUT if it exists. WARNING: the old data is lost
     #[arg(long, requires = "extract")]
     pub(crate) force: bool,
-    /// The file to look into: a path, or file:PATH,offset=N
+    /// File to read: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
-    /// Where the RAM of BLOCK goes: a new file, readable by its owner alone, or - for standard output
+    /// File for the RAM of BLOCK, readable by its owner only; - = standard output
     #[arg(requires = "extract", value_parser = out_path())]
     pub(crate) out: Option<PathBuf>,
 }

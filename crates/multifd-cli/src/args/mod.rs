@@ -17,9 +17,9 @@ pub(crate) use self::{
     send::{ReturnPathArg, SendArgs, SyncModeArg},
 };
 
-/// Moves running virtual machines over many channels, in QEMU's own wire format.
+/// Live migration of virtual machines over many connections, in QEMU's format
 ///
-/// Set MULTIFD_LOG to debug or trace to see what happens on every channel.
+/// Set the environment variable MULTIFD_LOG to debug or trace to log the events of every channel.
 #[derive(Debug, Parser)]
 #[command(name = "multifd", version, max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Args {
@@ -29,33 +29,32 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Take a running QEMU guest in and keep it as a file
+    /// Receive a running QEMU guest and keep it in a file
     ///
-    /// Waits for one migration, stores it, and ends. The file is a mapped-ram file: send it on with `multifd
-    /// send`, or let QEMU 9.0 and later load it itself with capability mapped-ram and `-incoming file:FILE`.
+    /// Accepts one migration, writes the guest to FILE, and exits. FILE is a mapped-ram file. Restore it with
+    /// `multifd send`, or load it with QEMU 9.0 or later (capability mapped-ram).
     ///
-    /// The file appears under its name only when it is complete and on the disk. It is readable by its owner
-    /// alone, for it holds the guest's memory. In a container, `file:PATH,offset=N`, the first N bytes are kept.
+    /// FILE appears when it is complete and on the disk. It holds the guest's memory, so only its owner can read it.
     ///
-    /// Exit code 3: the guest is kept whole, but its source was not told, and may run it on. Look there before the file
-    /// is restored.
+    /// WARNING: Exit code 3 means that FILE is complete, but the source did not get the confirmation and may still
+    /// run the guest. Check the source before you restore FILE: the guest must not run twice.
     Receive(ReceiveArgs),
-    /// Send a file that holds a guest into a waiting QEMU
+    /// Send a guest from a file to a waiting QEMU
     ///
-    /// Takes files written by `multifd receive`, and by QEMU 9.0 and later with capability mapped-ram.
+    /// FILE was written by `multifd receive`, or by QEMU 9.0 or later with capability mapped-ram. It is not changed.
     Send(SendArgs),
-    /// Show what a file holds: machine, RAM blocks, devices; or take the RAM of a block out
+    /// Show the machine type, RAM blocks and devices in a file, or extract the RAM of a block
     Inspect(InspectArgs),
-    /// Migrate a busy guest between two processes of this machine, and prove that nothing was lost
+    /// Migrate a busy guest to a second process on this machine and compare both memories
     ///
-    /// Needs no QEMU: the guest is memory and threads that keep writing to it.
+    /// Needs no QEMU: the guest is memory and two threads that write to it all the time.
     Demo(DemoArgs),
     #[command(hide = true)]
     DemoDestination(DemoDestinationArgs),
 }
 
 impl Verb {
-    /// Whether nothing but errors is to be said.
+    /// Whether only errors are printed.
     pub(crate) fn quiet(&self) -> bool {
         match self {
             Self::Receive(args) => args.output.quiet,

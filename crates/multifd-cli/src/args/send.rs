@@ -17,51 +17,50 @@ use crate::{file_address::FileAddress, output::outcome::While};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {
-    /// Number of channels, the destination's multifd-channels; 0 for a destination with multifd off
+    /// Number of channels; must equal the multifd-channels of the destination; 0 = the destination has multifd off
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
-    /// Bytes a second over all connections, like 100M; 0 is no limit
+    /// Limit in bytes per second over all connections, for example 100M; 0 = no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) max_bandwidth: u64,
-    /// How zero pages travel; auto: multifd where only a QEMU that understands it can have the file's machine type,
-    /// else legacy
+    /// How zero pages are sent
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) zero_page_detection: ZeroPagesArg,
-    /// Wait for the destination's word that it has the guest; auto does, but not over exec
+    /// Whether to wait until the destination confirms that it has the guest
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) return_path: ReturnPathArg,
-    /// How passes are marked on the wire; auto follows the machine type: legacy up to 8.0, round from 8.1 on
+    /// How the end of a pass is marked in the stream
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
-    /// Seconds that each connection may take to come about, a TLS handshake included; 0 is for as long as the system tries
+    /// Connect timeout in seconds, TLS handshake included; 0 = system default
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     connect_timeout: u64,
-    /// Seconds that the destination may take nothing in at all; 0 is for ever
+    /// Time limit in seconds for a destination that accepts no data; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     stall_timeout: u64,
-    /// Seconds that the destination may take, when it has got everything, to say that it has the guest; 0 is for ever
+    /// Time limit in seconds for the final confirmation of the destination; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     end_timeout: u64,
     #[command(flatten)]
     pub(crate) tls: SendTlsArgs,
-    /// The machine's UUID, the destination's -uuid; taken from the file where it has one
+    /// UUID of the machine; must equal the UUID of the destination (default: the UUID in FILE)
     #[arg(long)]
     pub(crate) uuid: Option<VmUuid>,
-    /// Read pages for channels past the page cache, where the file system can
+    /// Read pages for channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]
     pub(crate) direct_io: bool,
-    /// Have the network card read pages where they are; plain tcp only, and 4 MiB of locked memory a channel
+    /// Send pages without copying them; plain TCP only; needs 4 MiB of locked memory per channel
     #[arg(long)]
     pub(crate) zero_copy_send: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// The file to send: a path, or file:PATH,offset=N
+    /// File to send: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
-    /// Where the destination listens: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
-    /// exec:COMMAND, whose input goes to a destination with multifd off
+    /// Address of the destination: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
+    /// exec:COMMAND (writes to the input of the command, without channels)
     pub(crate) address: Address,
 }
 
@@ -70,30 +69,30 @@ impl SendArgs {
         seconds(self.connect_timeout).unwrap_or(Duration::MAX)
     }
 
-    /// `None` is for ever.
+    /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         seconds(self.stall_timeout)
     }
 
-    /// `None` is for ever.
+    /// `None` is no limit.
     pub(crate) fn end_timeout(&self) -> Option<Duration> {
         seconds(self.end_timeout)
     }
 }
 
-/// Whom a source trusts.
+/// TLS options of a source.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendTlsArgs {
-    /// Connect over TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
+    /// Use TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
     #[arg(long, value_name = "DIR")]
     tls_creds: Option<PathBuf>,
-    /// Name that the destination's certificate must hold, if it is not ADDRESS's host
+    /// Name that the certificate of the destination must contain; without it, the host in ADDRESS
     #[arg(long, value_name = "NAME", requires = "tls_creds")]
     tls_hostname: Option<String>,
 }
 
 impl SendTlsArgs {
-    /// The name that the certificate at `address` must hold; of no matter without TLS.
+    /// The name that the certificate at `address` must hold; not used without TLS.
     ///
     /// # Errors
     /// [`Usage::NoTlsHostname`].
@@ -124,22 +123,22 @@ impl SendTlsArgs {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ReturnPathArg {
-    /// On, but off over exec
+    /// On, except over exec
     #[default]
     Auto,
-    /// Wait for the destination's word
+    /// Wait for the confirmation
     On,
-    /// Count the last byte as success; over exec, exit status 0
+    /// Success after the last byte; over exec, after exit status 0
     Off,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SyncModeArg {
-    /// As the machine type has it
+    /// Chosen by the machine type
     #[default]
     Auto,
     /// A sync with every section: machine types up to 8.0
     Legacy,
-    /// A sync with every round: machine types from 8.1 on
+    /// A sync with every round: machine types 8.1 and later
     Round,
 }

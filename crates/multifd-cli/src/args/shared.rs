@@ -14,13 +14,13 @@ use crate::file_address::FileAddress;
 /// How a source packs pages.
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct CompressionArgs {
-    /// How pages are packed: none, zlib or zstd; the destination's multifd-compression
+    /// Compression method: none, zlib or zstd; must equal the multifd-compression of the destination
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = Method::from_str)]
     multifd_compression: Method,
-    /// Level of zlib, 0 (stored) to 9 (smallest)
+    /// zlib level, 0 (stored) to 9 (smallest)
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=9))]
     multifd_zlib_level: u8,
-    /// Level of zstd, 1 (fastest) to 20 (smallest); 0 is zstd's own default
+    /// zstd level, 1 (fastest) to 20 (smallest); 0 = zstd's own default
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=20))]
     multifd_zstd_level: u8,
 }
@@ -44,22 +44,22 @@ pub(crate) struct OutputArgs {
     /// Print one JSON object at the end, with the fields of QEMU's query-migrate
     #[arg(long)]
     pub(crate) json: bool,
-    /// No progress, no warnings, no report in words: where it listens, and errors alone
+    /// Print errors only; receive also prints its address
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
 
-/// `zero-page-detection`, or what suits.
+/// `zero-page-detection`, or `auto`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ZeroPagesArg {
-    /// As is best for this destination
+    /// send: chosen by the machine type; demo: multifd
     #[default]
     Auto,
-    /// They travel as any other page
+    /// Like other pages
     None,
-    /// As records on main: every destination
+    /// On the main connection; works with every destination
     Legacy,
-    /// As entries in the channels' packets: QEMU 9.0 and later
+    /// In the packets of the channels; needs QEMU 9.0 or later
     Multifd,
 }
 
@@ -88,7 +88,7 @@ pub(super) fn file_address() -> impl TypedValueParser<Value = FileAddress> {
 /// Bytes, with binary units as QEMU has them: 1K is 1024.
 pub(super) fn size(text: &str) -> Result<u64, String> {
     let parsed = Config::new().with_binary().parse_size(text.trim_end_matches("/s"));
-    parsed.map_err(|error| format!("expected bytes like 4096, 100M or 2G: {error}"))
+    parsed.map_err(|error| format!("expected a size in bytes like 4096, 100M or 2G: {error}"))
 }
 
 #[cfg(test)]

@@ -94,7 +94,7 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
             ExitCode::from(3)
         }
         Err(Failure::Interrupted) => {
-            say("multifd: interrupted; what was begun is cancelled");
+            say("multifd: interrupted; the operation was cancelled");
             ExitCode::from(130)
         }
     }

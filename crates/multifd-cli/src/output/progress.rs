@@ -66,7 +66,7 @@ impl Meter {
             self.still_since = None;
         }
         if still >= STILL {
-            return format!("nothing moves ({} s): {ASK}", still.as_secs());
+            return format!("no data for {} s: {ASK}", still.as_secs());
         }
         let mut text = String::new();
         if look.pass > 0 {
@@ -95,7 +95,7 @@ impl Meter {
 const BESIDE_A_BAR: usize = 80 - 18;
 /// After so long without a byte it is worth asking why.
 const STILL: Duration = Duration::from_secs(10);
-const ASK: &str = "has the other side the same channels?";
+const ASK: &str = "check multifd-channels on both sides";
 
 #[cfg(test)]
 mod tests {
@@ -127,7 +127,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn time_to_go_is_told_where_there_is_room() {
+    fn time_to_go_is_shown_where_there_is_room() {
         let mut meter = Meter::default();
         let look = Look { pass: 1, to_go: Some(Duration::from_millis(12_900)), ..Look::default() };
         assert_eq!(meter.text(&look), "pass 1, 0 B/s, 12 seconds to go");
@@ -138,12 +138,12 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_takes_nothing_is_told_of_after_a_while() {
+    fn a_peer_that_accepts_nothing_is_reported_after_a_while() {
         let mut meter = Meter::default();
         let look = Look { transferred: 5, pass: 1, ..Look::default() };
         assert_eq!(meter.text(&look), "pass 1, 0 B/s");
         meter.still_since = Instant::now().checked_sub(STILL);
-        assert_eq!(meter.text(&look), "nothing moves (10 s): has the other side the same channels?");
+        assert_eq!(meter.text(&look), "no data for 10 s: check multifd-channels on both sides");
         meter.last = Instant::now().checked_sub(Duration::from_secs(1)).map(|then| (then, 0));
         assert!(meter.text(&look).starts_with("pass 1, "), "it moves again");
     }

@@ -160,9 +160,8 @@ impl Report {
             text += &format!(", the guest throttled by {percent} %");
         }
         if let Some(missed @ 1..) = ram.dirty_sync_missed_zero_copy {
-            text += &format!(
-                "\nzero-copy-send: the system copied pages all the same, before {missed} channel syncs"
-            );
+            text +=
+                &format!("\nzero-copy-send: the kernel copied pages anyway, before {missed} channel syncs");
         }
         let sum: u64 = self.channels.iter().map(|channel| channel.bytes).sum();
         for channel in &self.channels {

@@ -78,7 +78,7 @@ fn is_named(entry: &BlockEntry, name: &OsStr) -> bool {
 
 fn unknown(address: &FileAddress, file: &MappedRamFile, name: &OsStr) -> While {
     let names: Vec<String> = file.blocks().entries().iter().map(|entry| entry.name.to_string()).collect();
-    let why = format!("expected one of {}, met {}", names.join(", "), name.display());
+    let why = format!("expected one of {}, found {}", names.join(", "), name.display());
     While::new(format!("no such block in {address}"), why)
 }
 
@@ -89,7 +89,7 @@ struct Shared;
 impl fmt::Display for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(
-            "its memory is shared and was left out of the file (x-ignore-shared): copy the memory itself",
+            "its memory is shared and was left out of the file (x-ignore-shared); copy the shared memory itself instead",
         )
     }
 }
@@ -167,10 +167,10 @@ impl Block<'_> {
 /// What went wrong, and where in the block.
 fn broken(at: u64, error: io::Error) -> Cause {
     let error = match error.kind() {
-        io::ErrorKind::UnexpectedEof => "the machine's file ends there: it has been cut shorter".into(),
+        io::ErrorKind::UnexpectedEof => "the file ends there; another program made it shorter".into(),
         _ => Cause::from(error),
     };
-    While::new(format!("copy from offset {at:#x} of the block on"), error).into()
+    While::new(format!("cannot copy the block at offset {at:#x}"), error).into()
 }
 
 type Cause = Box<dyn Error + Send + Sync>;

@@ -116,7 +116,7 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
 
 impl Contents {
     fn table(&self) -> String {
-        let machine = self.machine.as_deref().unwrap_or("not named: a machine type up to 2.3");
+        let machine = self.machine.as_deref().unwrap_or("not in the file (machine type up to 2.3)");
         let mut lines = vec![format!("machine    {machine}")];
         lines.extend(self.uuid.iter().map(|uuid| format!("uuid       {uuid}")));
         lines.push(format!("page size  {}", BinaryBytes(self.page_size as u64)));
@@ -137,7 +137,7 @@ impl Contents {
         lines.push(format!("\n{:<40} {:>14} {:>10} {:>10}", "device", "instance", "version", "bytes"));
         if !self.described {
             lines.push(
-                "(not described: machine option suppress-vmdesc, or a machine type up to 2.2)".to_owned(),
+                "(no description: machine option suppress-vmdesc, or a machine type up to 2.2)".to_owned(),
             );
         }
         lines.extend(self.devices.iter().map(|device| {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use multifd::{
-    ChannelStats, Error, ReceiveOptions, RecvCounters,
+    ChannelStats, Error, Fault, ReceiveOptions, RecvCounters,
     channel::{Listener, Stop},
     ram::{BlockName, RamBlocks},
 };
@@ -112,7 +112,8 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
 fn ignored(received: &Received) {
     for name in &received.ignored {
         say(&format!(
-            "block {name:?} is shared and stays where it is: the file is good for as long as nobody changes that memory"
+            "WARNING: block {name:?} is shared memory and is not in the file: the file can only be restored while that memory \
+             is unchanged"
         ));
     }
 }
@@ -122,14 +123,27 @@ fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) 
     if args.output.json {
         let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
         if let Err(full) = print(&report.failed(&error).json()) {
-            tracing::error!(error = %full, "the report is lost");
+            tracing::error!(error = %full, "cannot print the report");
         }
     }
     if error.is_cancelled() {
         return Failure::Interrupted;
     }
     let from = peer.map_or_else(String::new, |peer| format!(" from {peer}"));
-    While::new(format!("the migration{from} into {} failed", args.file), error).into()
+    let what = format!("the migration{from} into {} failed{}", args.file, likely(&error));
+    While::new(what, error).into()
+}
+
+/// The likely cause at the other end, before the details of a stream.
+fn likely(error: &Error) -> &'static str {
+    match error.fault() {
+        Fault::Connection => {
+            ": the source closed the connection (cancelled, or its process ended), or the network failed"
+        }
+        Fault::Stalled => ": the source sends no data",
+        Fault::Protocol => ": the stream from the source is invalid, incomplete or not supported",
+        _ => "",
+    }
 }
 
 /// Takes in the whole migration, keeps it, and informs the source.
@@ -141,7 +155,7 @@ fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -
     let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
         let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
         let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
-        kept.map_err(|error| Error::other("the machine has come, but cannot be kept", error))
+        kept.map_err(|error| Error::other("all data was received, but the file cannot be completed", error))
     });
     let ignored = match kept {
         Ok(ignored) => ignored,
@@ -167,8 +181,8 @@ fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -
     Ok(received)
 }
 
-const UNTOLD: &str = "the source was not told so (it was cancelled, or its process ended) and may be running the guest: make \
-                      sure that only one of the two goes on";
+const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \
+                      guest: check the source before you restore the file, the guest must not run twice";
 /// How long a source may take to close main when it has been told.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
 

@@ -3,7 +3,7 @@
 use std::{fs::File, io, sync::Arc};
 
 use multifd::{
-    SendOptions,
+    Error, Fault, SendOptions,
     channel::{Address, Stop},
     live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState, ZeroPageDetection},
     ram::{NeverDirty, RamBlocks},
@@ -67,14 +67,24 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
             if args.output.json {
                 let report = Report::of_source(&progress.info()).failed(&error);
                 if let Err(full) = print(&report.json()) {
-                    tracing::error!(error = %full, "the report is lost");
+                    tracing::error!(error = %full, "cannot print the report");
                 }
             }
             if error.is_cancelled() {
                 return Err(Failure::Interrupted);
             }
-            Err(While::new(format!("the migration of {} failed", args.file), error).into())
+            let what =
+                format!("the migration of {} to {} failed{}", args.file, args.address, not_taken(&error));
+            Err(While::new(what, error).into())
         }
+    }
+}
+
+/// What follows for the guest where the destination does not have it: it stays in the file.
+fn not_taken(error: &Error) -> &'static str {
+    match error.fault() {
+        Fault::Peer | Fault::Connection => "; the destination does not have the guest, the file is unchanged",
+        _ => "",
     }
 }
 
@@ -159,8 +169,8 @@ impl Guest for AtRest {
             return Ok(());
         }
         Err(io::Error::other(
-            "the file has been changed while it was sent, and what was sent may be no machine: send it from a copy \
-             that nobody changes",
+            "the file was changed while it was sent, so the transferred guest is inconsistent: copy the file, and send \
+             a copy that no program changes",
         ))
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
@@ -168,4 +178,18 @@ impl Guest for AtRest {
     }
 
     fn resume(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_is_said_to_be_unchanged_where_the_destination_has_not_taken_the_guest() {
+        let refused = qemu_stream::Error::DestinationFailed { code: 1 };
+        let failed = Error::other("complete", refused).because(Fault::Peer);
+        assert!(not_taken(&failed).contains("the file is unchanged"), "{failed:?}");
+        assert!(not_taken(&failed.at("main")).contains("the file is unchanged"));
+        assert_eq!(not_taken(&Error::OwnerUnknown(Box::new(Error::Cancelled))), "");
+    }
 }

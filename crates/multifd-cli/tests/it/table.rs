@@ -1,4 +1,4 @@
-//! `docs/parameters.md`, as the tests read it.
+//! `docs/use/parameters.md`, as the tests read it.
 
 use std::{fs, path::Path};
 
@@ -90,8 +90,8 @@ pub(crate) fn parameters() -> Vec<Parameter> {
 
 /// The cells of a table's rows, without its head.
 pub(crate) fn rows(heading: &str) -> Vec<Vec<String>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/parameters.md");
-    let text = fs::read_to_string(path).expect("docs/parameters.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/use/parameters.md");
+    let text = fs::read_to_string(path).expect("docs/use/parameters.md");
     let section = text.lines().skip_while(|line| *line != heading).skip(1);
     let table = section.take_while(|line| !line.starts_with("## ")).filter(|line| line.starts_with('|'));
     let cells = |line: &str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect();

@@ -1,6 +1,6 @@
 //! Models of the [`Stop`], and of waits that have a limit.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`.
+//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`.
 
 use std::{
     sync::{

@@ -1,6 +1,6 @@
 //! Models of a migration that waits before its switchover, and of its end.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`.
+//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`.
 
 use std::sync::Arc;
 

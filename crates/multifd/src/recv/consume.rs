@@ -198,7 +198,7 @@ mod tests {
     use super::*;
     use crate::{ChannelCount, ReceiveOptions, Receiver, channel::Stop, ram::PageSize};
 
-    /// It was not seen to fail with weaker orders, not under Miri either: see `docs/concurrency.md`.
+    /// It was not seen to fail with weaker orders, not under Miri either: see `docs/develop/concurrency.md`.
     #[test]
     fn a_mark_and_the_seal_that_are_set_at_once_do_not_miss_each_other() {
         for round in 0..if cfg!(miri) { 4 } else { 400 } {

@@ -56,7 +56,7 @@ pub struct Receiver {
 struct Shared {
     /// Never changes.
     options: ReceiveOptions,
-    /// Locked within; see `docs/concurrency.md`.
+    /// Locked within; see `docs/develop/concurrency.md`.
     stop: Stop,
     /// Of this side's connections.
     attention: Attention,

@@ -1,8 +1,8 @@
 //! Models of the receiving side: main, the acceptor and the channels where they meet.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`. The receiver is the real
-//! one, with all its threads, and so are the packets; the connections are in memory. A source's bytes are there before
-//! the receiver looks, as far ahead as a source can be, unless the model says otherwise.
+//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`. The receiver is the
+//! real one, with all its threads, and so are the packets; the connections are in memory. A source's bytes are there
+//! before the receiver looks, as far ahead as a source can be, unless the model says otherwise.
 
 use std::{
     io::Read,

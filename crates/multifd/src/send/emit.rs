@@ -244,7 +244,7 @@ fn hint(error: &io::Error) -> &'static str {
         | io::ErrorKind::ConnectionRefused
         | io::ErrorKind::NotConnected
         | io::ErrorKind::BrokenPipe => {
-            ": the destination has closed, why stands in its own log: channel count, method, UUID and machine type \
+            ": the destination closed the connection; its own log has the reason: channel count, method, UUID and machine type \
              must be the same on both sides"
         }
         io::ErrorKind::TimedOut if is_of_a_host(error) => ": its host is down, or the network between",

@@ -61,7 +61,7 @@ pub struct Sender {
 struct Shared {
     /// Never changes.
     blocks: Arc<RamBlocks>,
-    /// Locked within; see `docs/concurrency.md`.
+    /// Locked within; see `docs/develop/concurrency.md`.
     stop: Stop,
     dispatch: Dispatch,
     /// Of channels that copy instead of sending.

@@ -1,6 +1,6 @@
 //! Models of the [`Dispatch`]: collector and channels at their meeting point.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/concurrency.md`. A channel is what
+//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`. A channel is what
 //! `emit.rs` is to the dispatch, without a connection.
 
 use std::{

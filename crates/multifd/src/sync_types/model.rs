@@ -56,7 +56,7 @@ fn check(scheduler: impl Scheduler + 'static, model: fn()) -> usize {
     let mut config = Config::new();
     // A channel's thread has a packet's vectors on its stack.
     config.stack_size = 256 << 10;
-    // Of an atomic that is not sequentially consistent: said in docs/concurrency.md.
+    // Of an atomic that is not sequentially consistent: said in docs/develop/concurrency.md.
     config.silence_warnings = true;
     Runner::new(scheduler, config).run(move || {
         NOW.set(START);

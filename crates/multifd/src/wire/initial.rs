@@ -1,7 +1,7 @@
 //! The initial packet: 64 bytes, once, the first thing on every channel.
 //!
 //! In come the bytes, out goes who opened the channel. Whether the UUID and the id are welcome is for
-//! the receiver to say. The layout is drawn in `docs/stream-format.md`.
+//! the receiver to say. The layout is drawn in `docs/develop/stream-format.md`.
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,

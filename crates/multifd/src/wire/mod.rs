@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Pure: no I/O, no unsafe, no knowledge of who sends or receives. Every number is big-endian, and every count
-//! has met its bound before a value exists. The bytes are drawn in `docs/stream-format.md`.
+//! has met its bound before a value exists. The bytes are drawn in `docs/develop/stream-format.md`.
 
 mod device_state;
 mod flags;

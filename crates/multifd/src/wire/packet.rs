@@ -2,7 +2,7 @@
 //!
 //! In come the bytes of a head, out goes a [`Packet`] whose counts fit each other and whose offsets are page
 //! borders. Whether the block exists and has those pages is for the receiver to say. The layout is drawn in
-//! `docs/stream-format.md`.
+//! `docs/develop/stream-format.md`.
 //!
 //! Senders up to QEMU 9.1 never clear the buffer that they write heads into: block name, offsets and, up to
 //! 8.1, `next_packet_size` of an earlier packet stand in packets that list no pages. So those fields are

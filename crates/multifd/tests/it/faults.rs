@@ -51,7 +51,10 @@ fn a_connect_that_fails_wakes_everyone_who_waits_for_it() {
         Sender::new(SendOptions::new().channels(4), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made");
     sender.set_up(Arc::new(FailsFrom(2, AtomicUsize::new(0), connector))).expect("set up");
     let error = sender.wait_connected().expect_err("refused");
-    assert!(error.to_string().contains(": connect to tcp:nowhere:1: the destination has closed"), "{error}");
+    assert!(
+        error.to_string().contains(": connect to tcp:nowhere:1: the destination closed the connection"),
+        "{error}"
+    );
     assert!(matches!(error.kind(), Error::Io { .. }));
     assert!(sender.sync().is_err() && sender.queue(BlockIndex(0), PageIndex(0)).is_err());
 }

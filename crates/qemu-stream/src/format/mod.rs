@@ -8,7 +8,7 @@
 //!
 //! In comes a [`Reader`] over anything that can be read, out go values that are valid because they
 //! exist; each has `decode` and `encode` side by side. What may go wrong is an [`Error`](crate::Error)
-//! that names the stream and the offset. The whole format is drawn in `docs/stream-format.md`.
+//! that names the stream and the offset. The whole format is drawn in `docs/develop/stream-format.md`.
 
 mod blocks;
 mod command;

@@ -1,4 +1,4 @@
-//! The destination: a machine comes in and runs on.
+//! The destination: receive a machine and run it.
 //!
 //! ```standalone_crate
 #![doc = include_str!("code/arrive.rs")]
@@ -28,26 +28,26 @@
 //!
 //! # The order matters
 //!
-//! - **Restore before the word.** [`Pending::confirm`] is the moment at which the guest changes hands. What can fail has to
-//!   have failed before: memory, devices, a disk that must be opened. Until then the guest goes on at the source whatever
-//!   happens here: an error, a panic, a drop.
-//! - **Run after the word**, and only if `confirm` was well. It looks whether the source is still there: one that was
-//!   cancelled takes its guest back. If `confirm` fails, the guest must not run here.
-//! - **As it was.** A guest that was paused at the source stays paused ([`Confirmed::run_state`]).
-//! - **Then the channels.** [`Confirmed::finish`] takes leave of them, after the guest has been let go: it waits for the
-//!   source, and nothing that goes wrong there matters any more.
+//! 1. **Restore before you confirm.** [`Pending::confirm`] transfers the ownership of the guest. Do everything that can fail
+//!    before it: memory, devices, opening a disk. Until then the guest continues at the source after any failure here: an
+//!    error, a panic, a drop.
+//! 2. **Run the guest after you confirm**, and only if `confirm` returned `Ok`. `confirm` checks that the source is still
+//!    connected: a source that was cancelled keeps its guest. If `confirm` fails, the guest must not run here.
+//! 3. **Keep the run state.** A guest that was paused at the source stays paused ([`Confirmed::run_state`]).
+//! 4. **Close the channels last.** [`Confirmed::finish`] waits for the source to close them. Call it after the guest runs;
+//!    errors there no longer matter.
 //!
-//! # What a peer may do to you
+//! # What a hostile peer can do
 //!
-//! Every length, count, offset and name is checked before it is used, and every wait has a limit or ends with the
-//! [`Stop`](multifd::channel::Stop). The closure decides how much memory a
-//! source may ask for: compare the list with the machine you were told to expect. The device bytes are yours to
-//! check. Whoever can connect can be the source, unless you use `multifd::channel::tls` (feature `tls`).
+//! Every length, count, offset and name is checked before it is used. Every wait has a limit or ends with the
+//! [`Stop`](multifd::channel::Stop). The closure decides how much memory a source may request: compare the list with the
+//! machine that you expect. You have to check the device bytes. Anyone who can connect can be the source, unless you use
+//! `multifd::channel::tls` (feature `tls`).
 //!
-//! # How many channels
+//! # Number of channels
 //!
-//! Nothing in the stream says it, and by default it is found out. Where packets get lost between the hosts, give the
-//! number: [`ChannelCount::Exact`](multifd::ChannelCount::Exact).
+//! By default the number is detected. If packets can get lost between the hosts, set the number:
+//! [`ChannelCount::Exact`](multifd::ChannelCount::Exact).
 //!
 //! [`Confirmed::finish`]: crate::arrival::Confirmed::finish
 //! [`Confirmed::run_state`]: crate::arrival::Confirmed::run_state

@@ -1,45 +1,47 @@
 //! What to do in each state.
 //!
-//! The rule: **the guest is the destination's from the moment its [`confirm`](crate::arrival::Pending::confirm) returns `Ok`;
-//! until then it is the source's.** Whatever ends a migration before leaves the guest at the source, as it was, with nothing
-//! to clean up but your own. The source knows it by what [`run`](crate::source::Source::migrate) returns: `Ok`, the
-//! destination has the guest; an error, the guest is here; and one error,
-//! [`OwnerUnknown`](multifd::Error::OwnerUnknown), nobody can know.
+//! The rule: **the source owns the guest until [`confirm`](crate::arrival::Pending::confirm) returns `Ok` at the destination;
+//! after that the destination owns it.** A migration that ends before leaves the guest at the source as it was; you only clean
+//! up your own objects. The result of [`migrate`](crate::source::Source::migrate) shows the owner at the source:
+//!
+//! - `Ok`: the destination has the guest.
+//! - an error: the guest is here.
+//! - the error [`OwnerUnknown`](multifd::Error::OwnerUnknown): the owner cannot be known.
 //!
 //! # At the source
 //!
-//! | [`Status`](multifd::live::Status) | The guest | If it ends here | Do |
+//! | [`Status`](multifd::live::Status) | The guest | If the migration ends here | What to do |
 //! | --- | --- | --- | --- |
-//! | `none`, `setup` | runs | nothing has moved | try again when the cause is gone |
-//! | `active` | runs | RAM has moved in part, to nowhere | try again. If it never ends, its [`stall`] tells what would help |
-//! | `pre-switchover` | stands | as `device` | [`proceed`](multifd::live::Control::proceed), or cancel |
-//! | `device` | stands | if everything has been sent, the destination is asked; else, and if it has not got the guest, [`Guest::resume`](multifd::live::Guest::resume) is called before `run` returns | try again |
-//! | `cancelling` | stands or runs | its end is `cancelled` | nothing |
-//! | `failed`, `cancelled` | as it was before | | report the error; a new [`Stop`](multifd::channel::Stop) for the next try |
-//! | `failed` with [`OwnerUnknown`](multifd::Error::OwnerUnknown) | **stands** | | find out whether it runs at the destination: then drop it here, else let it run |
-//! | `completed` | stands, for ever | | drop the machine. Never let it run: it runs at the destination |
+//! | `none`, `setup` | runs | no page was sent | remove the cause and try again |
+//! | `active` | runs | a part of RAM was sent; the destination drops it | try again. If the migration never ends, its [`stall`] says what would help |
+//! | `pre-switchover` | is stopped | as `device` | [`proceed`](multifd::live::Control::proceed), or cancel |
+//! | `device` | is stopped | if everything was sent, the source asks the destination. If the destination does not have the guest, [`Guest::resume`](multifd::live::Guest::resume) is called before `migrate` returns | try again |
+//! | `cancelling` | is stopped or runs | the next status is `cancelled` | nothing |
+//! | `failed`, `cancelled` | as before the migration | | report the error; use a new [`Stop`](multifd::channel::Stop) for the next attempt |
+//! | `failed` with [`OwnerUnknown`](multifd::Error::OwnerUnknown) | **is stopped** | | check whether the guest runs at the destination. If it does, drop it here; otherwise resume it |
+//! | `completed` | is stopped permanently | | drop the machine. Never run it: it runs at the destination |
 //!
 //! # At the destination
 //!
-//! | Where | If it ends here | Do |
+//! | Step | If the migration ends here | What to do |
 //! | --- | --- | --- |
-//! | [`load`](crate::arrival::Arrival::load) fails | the source has been told | drop everything |
-//! | your own restoring fails | [`refuse`](crate::arrival::Pending::refuse), or a drop: the source is told | drop everything |
-//! | `confirm` fails | the source has taken its guest back, or could not be told | the same, and **do not run the guest** |
-//! | `confirm` is well | the guest is yours | run it if it ran, whatever the channels say |
+//! | [`load`](crate::arrival::Arrival::load) fails | the source was informed | drop everything |
+//! | your own restore fails | call [`refuse`](crate::arrival::Pending::refuse), or drop it: the source is informed | drop everything |
+//! | `confirm` fails | the source keeps its guest, or could not be informed | drop everything, and **do not run the guest** |
+//! | `confirm` returns `Ok` | the guest is yours | run it if it ran before, regardless of errors on channels |
 //!
-//! # The one moment that no protocol can close
+//! # When the owner is unknown
 //!
-//! The destination's word may get lost when its host or the network dies in that instant. The source then cannot know:
-//! `run` returns [`OwnerUnknown`](multifd::Error::OwnerUnknown), and the guest stays stopped there, so that it does not run
-//! twice. It may run nowhere, if the destination has died. That is for you to find out, or for the management that sees both
-//! hosts; [`resume_if_unknown`](multifd::live::MigrateOptions::resume_if_unknown) is for those who would rather have it run
-//! twice than not at all. *Who owns the guest*, in `docs/`, has every case.
+//! The confirmation of the destination can get lost if its host or the network fails at that moment. The source cannot know
+//! then: `migrate` returns [`OwnerUnknown`](multifd::Error::OwnerUnknown), and the guest stays stopped there, so that it does not
+//! run twice. If the destination has failed, the guest runs nowhere. You, or a management layer that sees both hosts, must
+//! check. With [`resume_if_unknown`](multifd::live::MigrateOptions::resume_if_unknown) the guest is resumed instead.
+//! **Warning:** it may then run twice. The page *Who owns the guest* (`docs/use/owners.md`) lists every case.
 //!
-//! # Seen from outside
+//! # Example
 //!
-//! This source meets a destination that cannot restore the device, is cancelled, and comes through at the third try;
-//! the guest has not missed a number.
+//! The first destination cannot restore the device. The second attempt is cancelled. The third one succeeds, and the guest
+//! has not missed a number.
 //!
 //! ```standalone_crate
 //! # mod machine { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/guide/code/machine.rs")); }
@@ -54,7 +56,7 @@
 //! # let mut machine = Machine::new(Arc::new(RamBlocks::new(vec![block])?), 0);
 //! machine.run();
 //!
-//! // The destination knows another version of the device, and says so before it has the guest.
+//! // The destination has another version of the device, and refuses before it owns the guest.
 //! let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
 //! let address = listener.local_address().clone();
 //! let destination = thread::spawn(move || arrive(listener, &Stop::new(), 2));
@@ -62,7 +64,7 @@
 //! assert!(destination.join().expect("no panic").is_err() && !failed.is_cancelled());
 //! assert!(machine.is_running());
 //!
-//! // Somebody cancels: from any thread, at any time; here before it has begun.
+//! // A cancel is possible from any thread, at any time; here before the migration has started.
 //! let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
 //! let (address, stop) = (listener.local_address().clone(), Stop::new());
 //! stop.cancel();
@@ -70,7 +72,7 @@
 //! assert!(matches!(stop.error(), Some(Error::Cancelled)) && machine.is_running());
 //! drop(listener);
 //!
-//! // A new stop for a new try.
+//! // A new attempt needs a new stop.
 //! let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
 //! let address = listener.local_address().clone();
 //! let destination = thread::spawn(move || arrive(listener, &Stop::new(), 1));
@@ -84,15 +86,14 @@
 //!
 //! # Silence
 //!
-//! A peer that is there and does nothing is given up: `stall_timeout` on both sides (120 s),
-//! [`MainStream::end_timeout`](crate::outgoing::MainStream::end_timeout) for the word at the end (600 s). A slow one
-//! is waited for. Between two passes a source may be silent for as long as it likes; `Stop::cancel` ends that, too.
+//! If a peer is connected but sends or accepts nothing, the migration fails: after `stall_timeout` on both sides (120 s), and
+//! after [`MainStream::end_timeout`](crate::outgoing::MainStream::end_timeout) for the final confirmation (600 s). A slow peer
+//! does not trigger these limits. Between two passes a source may be silent without limit; `Stop::cancel` ends that wait.
 //!
 //! # Errors
 //!
-//! The first error is the one reported, on each side; those that it causes elsewhere go to the log
-//! ([`tracing`](https://docs.rs/tracing)). Its text says what was expected and what was met, with channel, block and
-//! offset where there are; `source()` has the cause. What to do is told by the kind: see [`multifd::error`] and
-//! [`crate::error`].
+//! Each side reports its first error. Later errors that it causes go to the log ([`tracing`](https://docs.rs/tracing)). The text
+//! says what was expected and what was found, with channel, block and offset if they are known. `source()` has the cause. The
+//! kind of the error shows what to do: see [`multifd::error`] and [`crate::error`].
 //!
 //! [`stall`]: multifd::live::MigrationInfo::stall

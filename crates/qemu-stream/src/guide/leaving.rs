@@ -1,22 +1,24 @@
-//! The source: a machine goes while its guest runs.
+//! The source: migrate a machine while its guest runs.
 //!
 //! # A machine
 //!
-//! The guest of this manual is a thread that counts and writes each number to the page that is next. Its one device
-//! is the count. So every page tells whether a write was lost:
+//! The guest of this guide is a thread that counts and writes each number to the next page. Its only device is the count.
+//! So every page shows whether a write was lost:
 //!
 //! ```standalone_crate
 #![doc = include_str!("code/machine.rs")]
 //! # fn main() {}
 //! ```
 //!
-//! [`Guest`] is what a migration wants of it. `devices` is asked before anything is sent, so that what a destination would
-//! not take is refused while the guest runs. `stop` is called once, in the thread of the migration, when what remains fits
-//! into the downtime, and says whether the guest ran. `save` gives the devices: for each a name, a number if there are
-//! several, the version of its layout, and bytes that nobody but that device looks at. `resume` is called if the migration
-//! fails after that, for a guest that ran.
+//! A migration calls the methods of [`Guest`]:
 //!
-//! # The way out
+//! - `devices` before anything is sent. A device that no destination accepts is refused while the guest runs.
+//! - `stop` once, in the thread of the migration, when the remaining pages fit into the downtime.
+//! - `save` after that. It returns the devices: for each a name, an instance number if there are several, the version of its
+//!   layout, and bytes that only this device interprets.
+//! - `resume` if the migration fails after `stop` and the guest ran before.
+//!
+//! # The migration
 //!
 //! ```standalone_crate
 #![doc = include_str!("code/leave.rs")]
@@ -35,7 +37,7 @@
 //!
 //!     let info = leave(&mut machine, &address, &Stop::new())?;
 //!     println!("{:?} of downtime, {} pages", info.downtime, info.ram.normal);
-//!     assert!(!machine.is_running()); // it runs at the destination now, and must not run here again
+//!     assert!(!machine.is_running()); // it runs at the destination now and must not run here again
 //!     # let mut arrived = destination.join().expect("no panic")?;
 //!     # arrived.halt();
 //!     # assert!(arrived.is_whole() && arrived.count >= machine.count);
@@ -43,18 +45,18 @@
 //! }
 //! ```
 //!
-//! # What can be chosen
+//! # Options
 //!
-//! - [`SendOptions`](multifd::SendOptions): the number of channels, compression. The destination finds the number out.
-//! - [`MigrateOptions`](multifd::live::MigrateOptions): `downtime_limit` decides when the guest is stopped,
-//!   `max_bandwidth` what the network is left. A guest that writes faster than the network carries never comes to the
-//!   switchover: raise the limit, or have `auto_converge` hold it back through
+//! - [`SendOptions`](multifd::SendOptions): the number of channels, compression. The destination detects the number.
+//! - [`MigrateOptions`](multifd::live::MigrateOptions): `downtime_limit` decides when the guest is stopped; `max_bandwidth`
+//!   limits the use of the network. If a guest writes faster than the network transfers, the switchover is never reached: raise
+//!   the downtime limit, or switch `auto_converge` on, which slows the guest down through
 //!   [`Guest::throttle`](multifd::live::Guest::throttle).
-//! - [`switchover_timeout`](multifd::live::MigrateOptions::switchover_timeout): how long the guest may stand before the
-//!   destination is known to have all of RAM, 8 s by default. Then it goes on here.
+//! - [`switchover_timeout`](multifd::live::MigrateOptions::switchover_timeout): how long the guest may be stopped before the
+//!   destination has confirmed that it has all of RAM, 8 s by default. After that the guest continues here.
 //! - TLS, other addresses, links of your own: [`multifd::channel`].
 //!
-//! While it runs, [`Source::progress`](crate::source::Source::progress) has the numbers for any thread, with
+//! During the migration, [`Source::progress`](crate::source::Source::progress) returns the numbers in any thread, with
 //! the names of QEMU's `query-migrate`.
 //!
 //! [`Guest`]: multifd::live::Guest

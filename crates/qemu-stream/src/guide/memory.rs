@@ -1,8 +1,8 @@
 //! Guest memory as RAM blocks.
 //!
-//! A block is a name, a length and memory. Both sides list the same names and lengths; a destination usually makes
-//! its blocks from the source's list. Anything that has to move with the guest and is large is a block: RAM, ROMs
-//! that were patched, video memory. What is small is better off as [device bytes](super::leaving).
+//! A block has a name, a length and memory. Both sides have blocks of the same names and lengths; a destination usually
+//! creates its blocks from the source's list. Everything large that belongs to the guest is a block: RAM, patched ROMs, video
+//! memory. Send small state as [device bytes](super::leaving).
 //!
 //! ```
 //! use multifd::ram::{BlockIndex, BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks};
@@ -27,33 +27,34 @@
 //!
 //! # Where the memory comes from
 //!
-//! | You have | Make the mapping by |
+//! | You have | Create the mapping with |
 //! | --- | --- |
-//! | nothing yet | [`Mapping::anonymous`] |
-//! | a memfd, or a file of huge pages | [`Mapping::of_file`]; another process may have handed it over |
-//! | a mapping of your own | [`Mapping::from_raw`], which keeps your owner of it alive |
+//! | no memory yet | [`Mapping::anonymous`] |
+//! | a memfd, or a file of huge pages | [`Mapping::of_file`]; another process may have passed the descriptor |
+//! | a mapping of your own | [`Mapping::from_raw`], which keeps the owner of your mapping alive |
 //! | a `GuestMemoryMmap` of `vm-memory` | `multifd::ram::blocks_of` (feature `vm-memory`): all regions in one call |
 //!
-//! A source does not look at memory of [`Mapping::anonymous`] that nobody has ever touched: Linux 6.7 and later tell it by
-//! the page table, terabytes at once. Memory that you have mapped yourself may be so, too; if it is private, anonymous and
-//! filled in by no `userfaultfd`, say so with [`Mapping::assume_absent_is_zero`], which is unsafe. **Warning:** said of
-//! memory that is not so, guest memory is lost without an error.
+//! A source does not read memory of [`Mapping::anonymous`] that was never touched. It finds such memory through the page table
+//! (Linux 6.7 and later), terabytes at once. The same can apply to memory that you mapped yourself: if it is private and
+//! anonymous and no `userfaultfd` fills it, call [`Mapping::assume_absent_is_zero`], which is unsafe. **Warning:** if one of
+//! these conditions is not true, guest memory is lost without an error.
 //!
 //! # For a machine's whole life
 //!
-//! Blocks are made once and last as long as the machine: it arrives in them, runs, leaves from them, is captured from them and
-//! restored into them. They may hold anything when a machine arrives: a page that is zero at the source is made zero, and
-//! memory that the page table knows to be untouched is left so. A guest of 64 GiB that uses two costs the destination two.
+//! Create the blocks once. They exist as long as the machine: it arrives in them, runs, leaves from them, is captured from
+//! them and restored into them. They may contain any data when a machine arrives: a page that is zero at the source is set to
+//! zero, and memory that the page table knows to be untouched stays untouched. A guest of 64 GiB that uses two costs the
+//! destination two.
 //!
 //! # Names, pages, lengths
 //!
-//! - A name is 1 to 255 bytes and means the same memory on both sides. Do not number by order alone what can be
-//!   plugged.
-//! - All blocks have one page size, which is the guest's: 4 KiB on x86. The host's may be greater or smaller.
-//! - A length is whole pages; what is behind the last one does not move.
-//! - Memory that both hosts see, on a shared file system for example, is listed and not sent:
+//! - A name has 1 to 255 bytes and means the same memory on both sides. Do not name memory that can be plugged by its position
+//!   alone.
+//! - All blocks have the same page size, which is the guest's: 4 KiB on x86. The page size of the host may differ.
+//! - A length is a number of whole pages. Bytes after the last whole page are not sent.
+//! - Memory that both hosts can access, for example on a shared file system, is listed but not sent: use
 //!   [`RamBlock::ignored`](multifd::ram::RamBlock::ignored) on both sides, and
-//!   [`ignore_shared`](crate::format::Configuration::ignore_shared) in the configuration, without which it is refused.
+//!   [`ignore_shared`](crate::format::Configuration::ignore_shared) in the configuration. Without the latter it is refused.
 //!
 //! [`Mapping::assume_absent_is_zero`]: multifd::ram::Mapping::assume_absent_is_zero
 //! [`Mapping::anonymous`]: multifd::ram::Mapping::anonymous

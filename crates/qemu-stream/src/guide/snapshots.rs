@@ -1,9 +1,9 @@
-//! A machine into a file while its guest runs, and out of it again.
+//! Save a machine to a file while its guest runs, and restore it.
 //!
-//! A file is written as a machine migrates: passes, switchover, devices. What differs is that nobody is at the other end:
-//! the [`Sender`] is set up into blocks that lie in the file ([`set_up_into`]), and in the place of main stands a
-//! [`Capture`]. Each page goes by one copy from guest memory to its place in the file, by as many threads as there are
-//! channels. The file is a mapped-ram file, which QEMU 9.0 and later and the program `multifd` know.
+//! Saving works like a migration: passes, switchover, devices. The difference is that there is no peer. The [`Sender`] is set up
+//! with blocks in the file ([`set_up_into`]), and a [`Capture`] is used instead of the main connection. Each page is copied once,
+//! from guest memory to its place in the file, by as many threads as there are channels. The file is a mapped-ram file, which QEMU
+//! 9.0 and later and the program `multifd` can read.
 //!
 //! ```standalone_crate
 #![doc = include_str!("code/snapshot.rs")]
@@ -19,8 +19,8 @@
 //!     # let path = folder.join("machine.ram");
 //!     machine.run();
 //!     save(&mut machine, &path, &Stop::new())?;
-//!     let count = machine.count; // that of the file: the guest stands
-//!     machine.run(); // nobody else runs it, so it may run on here
+//!     let count = machine.count; // the same as in the file: the guest is stopped
+//!     machine.run(); // no other process runs it, so it may continue here
 //!
 //!     let restored = load(&path, &Stop::new())?;
 //!     # fs::remove_dir_all(&folder)?;
@@ -29,27 +29,27 @@
 //! }
 //! ```
 //!
-//! # What can be chosen
+//! # Options
 //!
-//! - [`CaptureOptions::durable`]: the file is on the disk when the capture is complete. Channels then write past the page
-//!   cache, unless [`direct_io`](crate::mapped_ram::CaptureOptions::direct_io) says otherwise. Without it the file is in the page cache, as
-//!   QEMU leaves it, and the name of a file says nothing about a power cut.
-//! - [`MigrateOptions`](multifd::live::MigrateOptions), as for a migration: how long the guest may stand, how much a
-//!   second may be written. With `durable` the guest also stands while the disk takes the rest.
-//! - [`SendOptions::channels`](multifd::SendOptions::channels). Compression and `zero-copy-send` are for connections,
-//!   and refused: each page has its place in the file.
+//! - [`CaptureOptions::durable`]: the file is on the disk when the capture is complete. Channels then bypass the page cache,
+//!   unless [`direct_io`](crate::mapped_ram::CaptureOptions::direct_io) is set otherwise. Without `durable` the file is in the page
+//!   cache, as with QEMU. **Warning:** it may then be incomplete after a power failure.
+//! - [`MigrateOptions`](multifd::live::MigrateOptions), as for a migration: how long the guest may be stopped, and how many bytes
+//!   per second may be written. With `durable` the guest is also stopped while the disk writes the rest.
+//! - [`SendOptions::channels`](multifd::SendOptions::channels). Compression and `zero-copy-send` are for connections only and
+//!   are refused, because each page has a fixed place in the file.
 //!
 //! # What can go wrong
 //!
-//! A full disk, a file that nobody may write, a cancel: [`Migration::run`](multifd::live::Migration::run) says what
-//! and, of a page, which block and offset; the guest runs on, and what is left in the file no reader takes for a machine.
-//! A restore that fails leaves memory to be dropped. Nobody may change the file while it is restored; one that is cut
-//! shorter is an error, never a signal.
+//! If the disk is full, the file is not writable, or the capture is cancelled,
+//! [`Migration::run`](multifd::live::Migration::run) returns an error, for a page with block and offset. The guest continues.
+//! No reader accepts the incomplete file. If a restore fails, drop the memory. No program may change the file while it is
+//! restored; a file that becomes shorter causes an error, never a signal.
 //!
-//! # A machine of QEMU's
+//! # A machine of QEMU
 //!
-//! [`Restore`](crate::mapped_ram::Restore) takes the file of a QEMU as well, whose devices are bytes for QEMU alone.
-//! [`Capture::of_machine`] writes such a machine again, with its devices as they came.
+//! [`Restore`](crate::mapped_ram::Restore) also reads a file of QEMU; only QEMU can interpret the devices in it.
+//! [`Capture::of_machine`] writes such a machine to a file again, with its devices unchanged.
 //!
 //! [`Sender`]: multifd::Sender
 //! [`set_up_into`]: multifd::Sender::set_up_into

@@ -1,20 +1,20 @@
 //! Which pages were written: the dirty log.
 //!
-//! A migration sends every page once while the guest runs, and from then on those that the log names. **A write that
-//! no log has is missing at the destination, and nothing will tell.** So list everything that writes to guest memory,
-//! and find each a log:
+//! A migration sends every page once while the guest runs, and after that the pages that the log reports. **Warning: a write
+//! that no log reports is missing at the destination, without an error.** List everything that writes to guest memory, and
+//! choose a log for each:
 //!
 //! | What writes | Log | Feature |
 //! | --- | --- | --- |
 //! | vCPUs of `/dev/kvm` | `KvmDirtyLog`, the bitmaps of the memory slots | `kvm` |
-//! | the same, where a vCPU writes little of much memory | `KvmRingLog`, a ring for each vCPU | `kvm` |
+//! | the same, if vCPUs write to a small part of a large memory | `KvmRingLog`, a ring for each vCPU | `kvm` |
 //! | devices that go through `vm-memory` | `AtomicBitmapLog`, on a `GuestMemoryMmap<AtomicBitmap>` | `vm-memory` |
 //! | any threads of your own, and vCPUs | `PagemapLog`, from the page table (Linux 6.7) | `pagemap` |
-//! | anything that can say so | [`DirtyBitmaps`](multifd::ram::DirtyBitmaps), marked after the write | |
+//! | anything that can report its writes | [`DirtyBitmaps`](multifd::ram::DirtyBitmaps), marked after the write | |
 //! | another process (vhost-user) | what it reports, marked in a [`DirtyBitmaps`](multifd::ram::DirtyBitmaps) | |
-//! | nothing: the guest stands | [`NeverDirty`](multifd::ram::NeverDirty) | |
+//! | nothing: the guest is stopped | [`NeverDirty`](multifd::ram::NeverDirty) | |
 //!
-//! Several are merged. Here the guest's CPU has one log and its disk another:
+//! Several logs are merged. Here the guest's CPU has one log and its disk another:
 //!
 //! ```
 //! use multifd::ram::{BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, MergedLog, PageBitmap, PageIndex, RamBlocks};
@@ -28,10 +28,10 @@
 //!
 //! let ram = blocks.block(BlockIndex(0))?;
 //! ram.slice(PageIndex(9), 1).ok_or("mapped")?.copy_from(&[1; 4096]);
-//! disk.mark(BlockIndex(0), PageIndex(9)); // after the write: a bit that is taken before it would be one too few
+//! disk.mark(BlockIndex(0), PageIndex(9)); // after the write: a mark before it could be taken too early
 //! cpu.mark(BlockIndex(0), PageIndex(2));
 //!
-//! // What a pass does: the bits are taken and forgotten in one step.
+//! // What a pass does: it reads and clears the bits in one step.
 //! let dirty = PageBitmap::new(ram.pages());
 //! log.take(BlockIndex(0), &mut DirtyPages::new(&dirty))?;
 //! assert!(dirty.contains(PageIndex(9)) && dirty.contains(PageIndex(2)) && dirty.count() == 2);
@@ -44,28 +44,26 @@
 //!
 //! # When a log is on
 //!
-//! The logs of the kernel cost the guest a fault for each page between two takes. They are on from the call that
-//! makes them to their drop: make them for one migration, before [`Migration::run`](multifd::live::Migration::run),
-//! and let them go when it returns. What was written before does not matter, for the first pass sends everything.
+//! The logs of the kernel cost the guest one fault for each page between two takes. They are active from their creation to
+//! their drop. Create them for one migration, before [`Migration::run`](multifd::live::Migration::run), and drop them when it
+//! returns. Earlier writes do not matter, because the first pass sends everything.
 //!
 //! # After the stop
 //!
-//! The log is taken once more when [`Guest::stop`](multifd::live::Guest::stop) has returned. Everything written by
-//! then has to be in it: wait for requests under way (asynchronous I/O, vhost), have vCPUs leave `KVM_RUN`, mark what
-//! was not marked yet. What is written later is in no pass: the log is asked once more behind the last one, and a page in it
-//! fails the migration.
+//! The log is taken once more after [`Guest::stop`](multifd::live::Guest::stop) has returned. All writes up to then must be in
+//! it: wait for pending requests (asynchronous I/O, vhost), make vCPUs leave `KVM_RUN`, mark what is not marked yet. Later
+//! writes are in no pass. The log is therefore read again after the last pass; if it reports a page, the migration fails.
 //!
 //! # One reader
 //!
-//! A log is read by one migration or capture at a time, since each would miss what the other takes. Marking is for many
-//! ([`DirtyBitmaps`](multifd::ram::DirtyBitmaps) is cloned at will), reading is for one: a second
-//! [`reader`](multifd::ram::DirtyBitmaps::reader) is refused, and so are a second log of KVM's or `vm-memory`'s bitmaps.
-//! **Warning:** a VMM that takes the same bits by other ways, for snapshots of its own, still makes a migration lose pages.
+//! Only one migration or capture may read a log at a time, because each would miss the bits that the other takes. Many threads
+//! may mark pages ([`DirtyBitmaps`](multifd::ram::DirtyBitmaps) can be cloned). A second
+//! [`reader`](multifd::ram::DirtyBitmaps::reader) is refused, and so is a second log of KVM's or `vm-memory`'s bitmaps.
+//! **Warning:** if the VMM takes the same bits in another way, for example for its own snapshots, a migration loses pages.
 //!
 //! # A log of your own
 //!
-//! Implement [`DirtyLog`](multifd::ram::DirtyLog): `begin` compares the blocks with those it was made for
-//! ([`Identity`](multifd::ram::Identity)), `take` moves bits out, `put_back` takes those of a failed
-//! migration in again. A write that happens during `take` must be found by it or by the next one. Test it by writing
-//! each page once while the log is taken in a loop, and looking at the end whether one was missed; that is how the
-//! ones here are tested.
+//! Implement [`DirtyLog`](multifd::ram::DirtyLog): `begin` compares the blocks with those that the log was created for
+//! ([`Identity`](multifd::ram::Identity)), `take` moves the bits out, `put_back` returns the bits of a failed migration. A
+//! write during `take` must be reported by this `take` or by the next one. To test it, write each page once while the log is
+//! taken in a loop, and check at the end that no page is missing. The logs of this library are tested in the same way.

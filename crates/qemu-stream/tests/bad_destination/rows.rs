@@ -67,13 +67,13 @@ pub(crate) fn rows() -> Vec<Row> {
             says(&[0, 1, 0, 4, 0, 0, 0, 1]),
             is(
                 Kind::Failed(1),
-                &["destination failed with SHUT 1", "its own log", "can go on at the source"],
+                &["the destination reported failure (SHUT 1)", "its own log", "can go on at the source"],
             ),
         ),
         row(
             "SHUT of all ones",
             says(&[0, 1, 0, 4, 0xff, 0xff, 0xff, 0xff]),
-            is(Kind::Failed(u32::MAX), &["destination failed with SHUT 4294967295"]),
+            is(Kind::Failed(u32::MAX), &["the destination reported failure (SHUT 4294967295)"]),
         ),
         row(
             "SHUT 0 before the devices",
@@ -91,7 +91,7 @@ pub(crate) fn rows() -> Vec<Row> {
         row(
             "SHUT 1 before the devices",
             early(&[0, 1, 0, 4, 0, 0, 0, 1], Then::Hold),
-            is(Kind::Failed(1), &["destination failed with SHUT 1"]),
+            is(Kind::Failed(1), &["the destination reported failure (SHUT 1)"]),
         ),
         row(
             "a message that is none",
@@ -161,7 +161,10 @@ pub(crate) fn rows() -> Vec<Row> {
         row(
             "channels refused",
             Plan { accepts: Accepts::Main, says: Vec::new(), ..good() },
-            is(Kind::Refused, &["channel ", "connect to tcp:127.0.0.1:", "the destination has closed"]),
+            is(
+                Kind::Refused,
+                &["channel ", "connect to tcp:127.0.0.1:", "the destination closed the connection"],
+            ),
         ),
         row(
             "channels closed behind their initial packet",
@@ -227,7 +230,7 @@ pub(crate) fn rows() -> Vec<Row> {
                 says: vec![0, 1, 0, 4, 0, 0, 0, 1],
                 ..channels(Reads::Bytes(64), Then::Hold)
             },
-            is(Kind::Failed(1), &["destination failed with SHUT 1"]),
+            is(Kind::Failed(1), &["the destination reported failure (SHUT 1)"]),
         ),
         row(
             "channels that are not read",

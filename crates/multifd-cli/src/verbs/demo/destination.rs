@@ -31,7 +31,7 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
         .map_err(Failure::of)?;
     let pending = arrival.load(|_, list| {
         let block = |entry: &BlockEntry| {
-            block(entry.used_length).map_err(|_| Error::other("map the guest's memory", "refused"))
+            block(entry.used_length).map_err(|_| Error::other("cannot map the guest's memory", "refused"))
         };
         RamBlocks::new(list.entries().iter().map(block).collect::<Result<_, Error>>()?)
     });

@@ -181,7 +181,7 @@ impl Guest for DemoGuest {
 
     fn resume(&mut self) {
         if let Err(error) = self.run() {
-            tracing::error!(%error, "the demo's guest cannot go on");
+            tracing::error!(%error, "the demo's guest cannot continue");
         }
     }
 

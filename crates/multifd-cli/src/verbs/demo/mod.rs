@@ -111,7 +111,12 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
             false => format!("RAM is DIFFERENT: source {here}\n             destination {}", arrived.hash),
         })?;
     }
-    if equal { Ok(()) } else { Err(While::new("the guest did not arrive whole", "its RAM differs").into()) }
+    if equal {
+        Ok(())
+    } else {
+        Err(While::new("the guest was not migrated correctly", "RAM differs between source and destination")
+            .into())
+    }
 }
 
 /// Whole pages.
@@ -151,7 +156,10 @@ fn start_destination() -> Result<(Destination, Lines), Failure> {
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|error| While::new("cannot start the destination's process", error))?;
-    let out = child.stdout.take().ok_or_else(|| While::new("the destination", "has no output"))?;
+    let out = child
+        .stdout
+        .take()
+        .ok_or_else(|| While::new("cannot read from the destination's process", "it has no output"))?;
     Ok((Destination(child), Lines(BufReader::new(out))))
 }
 
@@ -178,7 +186,7 @@ impl Lines {
     fn next_line(&mut self) -> Result<String, Failure> {
         let mut line = String::new();
         if self.0.read_line(&mut line)? == 0 {
-            return Err(While::new("the destination ended", "before it had said what it got").into());
+            return Err(While::new("the destination's process ended", "it did not report its result").into());
         }
         Ok(line.trim_end().to_owned())
     }

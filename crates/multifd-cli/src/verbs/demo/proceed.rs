@@ -1,4 +1,4 @@
-//! Who lets a migration go on that waits before its switchover.
+//! Lets a migration continue that waits before its switchover.
 
 use std::{io, thread::Builder};
 
@@ -6,12 +6,12 @@ use multifd::live::Control;
 
 use crate::output::outcome::say;
 
-/// Lets the migration go on at the next line, or at the end, of standard input. The thread is not joined: whoever does not
-/// press a key holds up no end.
+/// Lets a paused migration continue at the next line, or at the end, of standard input. The thread is not joined: a user who
+/// does not press a key does not delay the end.
 pub(super) fn proceed_at_a_line(control: Control) -> io::Result<()> {
     let wait = move || {
         if control.wait_pre_switchover() {
-            say("the guest has been stopped; press Enter to switch over");
+            say("the guest is stopped; press Enter to switch over");
             let _ = io::stdin().read_line(&mut String::new());
             // Whether it still waits is its own affair.
             let _ = control.proceed();

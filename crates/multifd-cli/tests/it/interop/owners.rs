@@ -98,7 +98,7 @@ fn cancelled_when_all_is_sent(qemu: &Qemu) -> Result<(), Error> {
     from.wait_round(round + 1, PATIENCE)?;
 
     let ended = receive.end();
-    ended.assert_failed(3, &["source", "not told"]);
+    ended.assert_failed(3, &["the source did not get the confirmation", "must not run twice"]);
     assert_eq!(ended.json()["source-told"], json!(false), "{ended:?}");
     // What it has kept is whole, and says so to whoever asks.
     assert_left(&folder, &["machine"]);

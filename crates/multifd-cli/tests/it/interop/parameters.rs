@@ -1,4 +1,4 @@
-//! `docs/parameters.md` against real QEMUs: their ranges, defaults and refusals, by the monitor.
+//! `docs/use/parameters.md` against real QEMUs: their ranges, defaults and refusals, by the monitor.
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 use serde_json::json;

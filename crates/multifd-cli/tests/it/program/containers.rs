@@ -118,7 +118,7 @@ fn bytes_behind_the_offset_are_replaced_with_force_alone() {
     let folder = folder();
     let container = container(&folder, OFFSET + 16);
     let ended = run(["receive", LOCAL, &file_uri_at(&container, OFFSET)]);
-    ended.assert_failed(1, &["cannot create", "0x10 bytes stand behind offset 0x1389", "--force"]);
+    ended.assert_failed(1, &["cannot create", "the file has 0x10 bytes after offset 0x1389", "--force"]);
     assert_eq!(fs::read(&container).unwrap(), head(OFFSET + 16));
     let (from, _) = moved(&folder, &["--force"], &container);
     assert_eq!(kept(&container), head(OFFSET));
@@ -145,7 +145,10 @@ fn container_that_is_changed_meanwhile_is_left_alone() {
     let (receive, address) = receive(&[], &container);
     fs::write(&container, "newer").unwrap();
     let sent = feed(&[], &from, &address).end();
-    receive.end().assert_failed(1, &["cannot name it", "another has changed it meanwhile"]);
+    receive.end().assert_failed(
+        1,
+        &["cannot rename the temporary file to", "another program changed the file during the migration"],
+    );
     sent.assert_failed(1, &[]);
     assert_eq!(fs::read(&container).unwrap(), b"newer");
     assert_left(&folder, &["captured", "container"]);

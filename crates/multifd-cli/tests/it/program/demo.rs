@@ -173,7 +173,7 @@ fn paused() -> (Program, PipeWriter) {
     let (input, keys) = std::io::pipe().expect("a pipe");
     let mut command = multifd(["demo", "--size=16M", "--pause-before-switchover"]);
     let program = Program::start(command.stdin(input));
-    while program.next_line() != "the guest has been stopped; press Enter to switch over" {}
+    while program.next_line() != "the guest is stopped; press Enter to switch over" {}
     (program, keys)
 }
 

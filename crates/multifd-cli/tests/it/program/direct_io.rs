@@ -157,7 +157,10 @@ fn pages_over_main_go_through_the_page_cache_which_is_told() {
     let sent = feed(&["--direct-io", "--multifd-channels", "0"], &from, &address).done();
     let received = receive.done();
     for ended in [sent, received] {
-        assert!(ended.stderr.contains("direct-io: pages over main go through the page cache"), "{ended:?}");
+        assert!(
+            ended.stderr.contains("direct-io: pages on the main connection use the page cache"),
+            "{ended:?}"
+        );
     }
     assert!(stored_memory(&file) == stored_memory(&from), "equal RAM");
     let refused = run(["inspect", "--direct-io", "machine"]);

@@ -48,7 +48,7 @@ fn without_room(from: &Path, target: &str, receive: &[&str], send: &[&str]) -> O
 }
 
 const FULL: &[&str] = &[
-    "is left on the file system of ",
+    " may become full: ",
     "the guest has 32.00 MiB of RAM",
     "because: ",
     "write block \"pc.ram\" at offset 0x",
@@ -109,7 +109,7 @@ fn block_that_the_disk_has_no_room_for_is_an_error_that_names_the_offset() {
     let Some(mut command) = mounted(SMALL, &mount, &arguments, &then) else { return };
     let ended = Program::start(&mut command).end_within(SOON);
     let told = format!("cannot extract block pc.ram into {out}");
-    ended.assert_failed(1, &[&told, "copy from offset 0x", "No space left on device"]);
+    ended.assert_failed(1, &[&told, "cannot copy the block at offset 0x", "No space left on device"]);
     assert_eq!(fs::read_to_string(list).unwrap(), "");
 }
 

@@ -1,4 +1,4 @@
-//! `docs/parameters.md` against the command line and the library's options.
+//! `docs/use/parameters.md` against the command line and the library's options.
 
 use std::collections::BTreeSet;
 

@@ -65,8 +65,8 @@ fn path_that_only_a_folder_can_have_is_wrong_usage() {
         assert_refused(&run(["send", &target, "tcp:127.0.0.1:1"]), 2, &told);
         assert_refused(&run(["inspect", &target]), 2, &told);
     }
-    assert_receive_refused(&[], Path::new(""), 2, &["met an empty path"]);
-    assert_refused(&run(["inspect", "--extract", "pc.ram", &from, ""]), 2, &["met an empty path"]);
+    assert_receive_refused(&[], Path::new(""), 2, &["found an empty path"]);
+    assert_refused(&run(["inspect", "--extract", "pc.ram", &from, ""]), 2, &["found an empty path"]);
     assert_left(&folder, &["captured"]);
 }
 
@@ -91,7 +91,7 @@ fn target_that_is_no_regular_file_is_refused_with_what_it_is() {
     let folder = folder();
     let from = captured(&folder, MIB).display().to_string();
     for (target, kind) in oddities(&folder) {
-        let told = ["cannot create", kind, "it exists and is no regular file"];
+        let told = ["cannot create", kind, "it exists and is not a regular file"];
         for options in [&[][..], &["--force"]] {
             assert_receive_refused(options, &target, 1, &told);
             let container = format!("file:{},offset=4096", target.display());
@@ -159,13 +159,13 @@ fn longest_name_is_taken_and_a_longer_one_refused() {
 fn offset_that_leaves_no_room_is_refused() {
     let folder = folder();
     let target = format!("file:{},offset=0x7ffffffffffff000", path(&folder, "machine").display());
-    let told = ["offset 0x7ffffffffffff000 leaves no room for a machine"];
+    let told = ["offset 0x7ffffffffffff000 leaves no room for a guest"];
     assert_receive_refused(&[], Path::new(&target), 1, &told);
     let target = format!("file:{},offset=1M", path(&folder, "machine").display());
     // In units of 512 or 1024 bytes.
     let mut command = multifd_in(&[], "ulimit -f 1500", &["receive", LOCAL, &target]);
     let ended = Program::start(&mut command).end_within(SOON);
-    assert_refused(&ended, 1, &["offset 0x100000 leaves no room for a machine", "File too large"]);
+    assert_refused(&ended, 1, &["offset 0x100000 leaves no room for a guest", "File too large"]);
     assert_left(&folder, &[]);
 }
 
@@ -227,7 +227,11 @@ fn socket_in_the_place_of_the_file_is_wrong_usage() {
     for socket in [&target, &link.join("machine")] {
         let listen = format!("unix:{}", socket.display());
         let ended = run(["receive", &listen, target.to_str().unwrap()]);
-        assert_refused(&ended, 2, &["cannot listen at unix:", "it is the file to write, too"]);
+        assert_refused(
+            &ended,
+            2,
+            &["cannot listen at unix:", "the socket and the file to write have the same path"],
+        );
     }
     assert_left(&folder, &["link"]);
 }

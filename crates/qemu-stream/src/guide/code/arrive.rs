@@ -14,18 +14,18 @@ use qemu_stream::{
 
 use crate::machine::Machine;
 
-/// Takes one machine in, whose device has the layout of `version`. It is ours when this returns `Ok`, and runs if it ran.
+/// Receives one machine whose device has the layout of `version`. On `Ok` the machine is ours, and runs if it ran before.
 pub fn arrive(
     listener: Listener,
     stop: &Stop,
     version: u32,
 ) -> Result<Machine, Box<dyn StdError + Send + Sync>> {
-    // 1. A source. Machines of other types are refused.
+    // 1. Wait for a source. Machines of other types are refused.
     let expected = Expected::Type(MachineType::new("my-vmm-1")?);
     let arrival = Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), stop)?.accept()?;
 
-    // 2. RAM. The source says what blocks there are; what they are made of is up to us, and so is to refuse them. They are
-    //    the machine's for all its life.
+    // 2. RAM. The source announces the blocks. We choose their memory, or refuse them. They belong to the machine for its
+    //    whole life.
     let pending = arrival.load(|_configuration, list| {
         let block = |entry: &qemu_stream::format::BlockEntry| {
             let memory = Mapping::anonymous(entry.used_length);
@@ -35,7 +35,7 @@ pub fn arrive(
         RamBlocks::new(list.entries().iter().map(block).collect::<Result<_, _>>()?)
     })?;
 
-    // 3. Devices: whatever cannot be restored is refused now, while the guest can go on at the source.
+    // 3. Devices. Refuse now what cannot be restored: the guest can still continue at the source.
     let state = pending.device("counter", 0).filter(|(section, _)| section.version == version);
     let count = state.and_then(|(_, bytes)| bytes.try_into().ok()).map(u64::from_be_bytes);
     let Some(count) = count else {
@@ -44,11 +44,11 @@ pub fn arrive(
     };
     let mut machine = Machine::new(pending.blocks().clone(), count);
 
-    // 4. The word. Behind this line the guest is ours; before it, it is the source's.
+    // 4. Confirm. After this line the guest is ours; before it, the source owns it.
     let confirmed = pending.confirm()?;
     if confirmed.run_state() == RunState::Running {
-        machine.run(); // one that was paused there stays paused here
+        machine.run(); // a guest that was paused there stays paused here
     }
-    confirmed.finish(); // the channels, which nobody waits for any more
+    confirmed.finish(); // closes the channels; errors no longer matter
     Ok(machine)
 }

@@ -12,12 +12,12 @@ use multifd::{
     ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlocks},
 };
 
-/// A guest that counts, and writes each number to the page that is next.
+/// A guest that counts, and writes each number to the next page.
 pub struct Machine {
     pub blocks: Arc<RamBlocks>,
-    /// What it has written since that was last asked.
+    /// The pages that it has written since the last take.
     pub writes: DirtyBitmaps,
-    /// All that its one device knows: how far it has counted.
+    /// The state of its only device: the last number.
     pub count: u64,
     halt: Arc<AtomicBool>,
     vcpu: Option<JoinHandle<u64>>,
@@ -29,7 +29,7 @@ impl Machine {
         Self { blocks, writes, count, halt: Arc::default(), vcpu: None }
     }
 
-    /// Lets the guest run, in a thread of its own, unless it does.
+    /// Runs the guest in a thread of its own, unless it runs already.
     pub fn run(&mut self) {
         if self.is_running() {
             return;
@@ -51,7 +51,7 @@ impl Machine {
         }));
     }
 
-    /// Stops it between two writes.
+    /// Stops the guest between two writes.
     pub fn halt(&mut self) {
         self.halt.store(true, Ordering::Relaxed);
         if let Some(vcpu) = self.vcpu.take() {
@@ -63,7 +63,7 @@ impl Machine {
         self.vcpu.is_some()
     }
 
-    /// Whether every page holds the last number that belongs there: not one write is missing.
+    /// Whether every page has the last number written to it, so that no write is missing.
     pub fn is_whole(&self) -> bool {
         let ram = self.blocks.block(BlockIndex(0)).expect("the machine's one block");
         (0..ram.pages()).all(|page| {
@@ -76,17 +76,17 @@ impl Machine {
 }
 
 impl Guest for Machine {
-    /// What `save` will give, and how much of it at the most.
+    /// The devices that `save` will return, with their greatest sizes.
     fn devices(&self) -> Vec<DeviceInfo> {
         vec![DeviceInfo::new("counter", 8)]
     }
 
-    /// Asked before `stop`: one that is paused stays paused, wherever it goes.
+    /// Called before `stop`: a paused guest stays paused at the destination.
     fn run_state(&mut self) -> RunState {
         if self.is_running() { RunState::Running } else { RunState::Paused }
     }
 
-    /// From the return of this on, nothing writes to RAM: no vCPU, no device thread, no request under way.
+    /// After this returns, nothing writes to RAM: no vCPU, no device thread, no pending request.
     fn stop(&mut self) -> io::Result<()> {
         self.halt();
         Ok(())
@@ -97,7 +97,7 @@ impl Guest for Machine {
         Ok(vec![DeviceSection { name: "counter".into(), instance_id: 0, version: 1, data }])
     }
 
-    /// The migration has failed: the guest, which ran, goes on here.
+    /// The migration has failed: the guest, which ran before, continues here.
     fn resume(&mut self) {
         self.run();
     }

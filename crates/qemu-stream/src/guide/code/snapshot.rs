@@ -20,33 +20,33 @@ use crate::machine::Machine;
 
 type Result<T> = std::result::Result<T, Box<dyn StdError + Send + Sync>>;
 
-/// Keeps the machine in a file. Its guest runs meanwhile, and stands when this returns `Ok`: let it run on, or drop it.
+/// Saves the machine to a file. The guest runs meanwhile and is stopped when this returns `Ok`: resume it, or drop it.
 pub fn save(machine: &mut Machine, path: &Path, stop: &Stop) -> Result<()> {
-    // 1. A file that has another name until it is whole.
+    // 1. A file with a temporary name until it is complete.
     let unfinished = path.with_extension("unfinished");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&unfinished)?;
     let configuration = Configuration::new(MachineType::new("my-vmm-1")?);
-    let options = CaptureOptions::new().durable(true); // on the disk when all is done
+    let options = CaptureOptions::new().durable(true); // on the disk when it is complete
     let blocks = machine.blocks.clone();
     let mut capture = Capture::of_guest(file, configuration, &blocks, &options)?;
 
-    // 2. The channels, which have nobody to connect to: they copy.
+    // 2. The channels. They have no peer: they copy.
     let mut sender = Sender::new(SendOptions::new().channels(4), blocks, stop.clone())?;
     sender.set_up_into(capture.blocks().clone())?;
 
-    // 3. As a migration: the file in the place of main.
+    // 3. Like a migration, with the file instead of the main connection.
     let mut log = machine.writes.reader()?;
     Migration::new(MigrateOptions::new(), sender)?.run(&mut capture, &mut log, machine)?;
 
-    // 4. The name, and its entry in the folder, which has to get to the disk as the file has.
+    // 4. The final name. The entry in the folder must be on the disk, too.
     fs::rename(unfinished, path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Ok(File::open(folder)?.sync_all()?)
 }
 
-/// The machine in a file. It does not run yet.
+/// Restores the machine from a file. It does not run yet.
 pub fn load(path: &Path, stop: &Stop) -> Result<Machine> {
-    let file = MappedRamFile::open(File::open(path)?, 0)?; // checked, but for its pages
+    let file = MappedRamFile::open(File::open(path)?, 0)?; // everything but the pages is checked
     let list = file.blocks();
     let block = |entry: &BlockEntry| -> Result<RamBlock> {
         let memory = Memory::Mapped(Mapping::anonymous(entry.used_length)?);

@@ -1,0 +1,226 @@
+//! Plain words in what users read: README.md, SECURITY.md, the pages in docs/use and docs/embed, the help texts, and the
+//! messages of the program. `xtask/words.txt` has the words that are not plain, each with a replacement.
+//!
+//! A reading of the text, not of the language. In Markdown, code is skipped: fences, lines indented by four spaces,
+//! and what is between backticks. In the program's sources, string literals count, and in the files that define the
+//! command line also the doc comments, which clap prints. Tests do not count.
+
+use std::{collections::BTreeSet, fs};
+
+use crate::{
+    Failure,
+    sources::{self, Source},
+    workspace_root,
+};
+
+/// Checks every text that users read.
+///
+/// # Errors
+///
+/// Names each place with a word of the list, and the replacement.
+pub(crate) fn check() -> Result<(), Failure> {
+    let list = list(LIST)?;
+    let mut complaints = Vec::new();
+    for page in pages()? {
+        complaints.extend(found(&list, &page.path, &prose(&page.text)));
+    }
+    for source in sources::all()?.iter().filter(|source| source.path.starts_with(PROGRAM)) {
+        let with_docs = source.path.starts_with(COMMAND_LINE);
+        complaints.extend(found(&list, &source.path, &messages(&source.text, with_docs)));
+    }
+    if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
+}
+
+/// A word or a phrase, in lower case, and what to write instead.
+struct Entry {
+    phrase: Vec<String>,
+    instead: String,
+}
+
+/// A piece of text, with its line.
+type Piece<'a> = (usize, &'a str);
+
+fn list(text: &str) -> Result<Vec<Entry>, Failure> {
+    let mut seen = BTreeSet::new();
+    let mut entries = Vec::new();
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        let (phrase, instead) =
+            line.split_once('#').ok_or(format!("words.txt: {line:?} has no replacement"))?;
+        let phrase: Vec<String> = phrase.split_whitespace().map(str::to_lowercase).collect();
+        if !seen.insert(phrase.clone()) {
+            return Err(format!("words.txt: {:?} is listed twice", phrase.join(" ")).into());
+        }
+        entries.push(Entry { phrase, instead: instead.trim().to_owned() });
+    }
+    Ok(entries)
+}
+
+/// The Markdown pages for users.
+fn pages() -> Result<Vec<Source>, Failure> {
+    let root = workspace_root();
+    let mut paths: Vec<String> = PAGES.map(str::to_owned).to_vec();
+    for folder in FOLDERS {
+        for entry in fs::read_dir(root.join(folder))? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.ends_with(".md") {
+                paths.push(format!("{folder}/{name}"));
+            }
+        }
+    }
+    paths.sort();
+    let read = |path: String| Ok(Source { text: fs::read_to_string(root.join(&path))?, path });
+    paths.into_iter().map(read).collect()
+}
+
+/// The places of a text with a phrase of the list.
+fn found(list: &[Entry], path: &str, text: &[Piece<'_>]) -> Vec<String> {
+    let words: Vec<(usize, String)> = text
+        .iter()
+        .flat_map(|(line, text)| tokens(text).map(move |word| (*line, word.to_lowercase())))
+        .collect();
+    let mut complaints = Vec::new();
+    for at in 0..words.len() {
+        for Entry { phrase, instead } in list {
+            let here = words.iter().skip(at).take(phrase.len()).map(|(_, word)| word);
+            if here.eq(phrase.iter()) {
+                let line = words[at].0;
+                complaints.push(format!("{path}:{line}: \"{}\": write {instead}", phrase.join(" ")));
+            }
+        }
+    }
+    complaints
+}
+
+/// Words, and each other sign by itself, so that no phrase runs over the end of a sentence.
+fn tokens(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        rest = rest.trim_start();
+        let first = rest.chars().next()?;
+        let is_word = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '\'');
+        let length =
+            if is_word(first) { rest.find(|c| !is_word(c)).unwrap_or(rest.len()) } else { first.len_utf8() };
+        let (token, after) = rest.split_at(length);
+        rest = after;
+        Some(token)
+    })
+}
+
+/// Markdown without its code.
+fn prose(text: &str) -> Vec<Piece<'_>> {
+    let mut pieces = Vec::new();
+    let mut fenced = false;
+    for (line, number) in text.lines().zip(1..) {
+        if line.trim_start().starts_with("```") {
+            fenced = !fenced;
+        } else if !fenced && !line.starts_with("    ") {
+            // Every second part of a line is between backticks. A code span that goes on in the next line is rare.
+            pieces.extend(line.split('`').step_by(2).map(|part| (number, part)));
+        }
+    }
+    pieces
+}
+
+/// String literals of a source up to its tests, and its doc comments if they are texts for users, too.
+fn messages(text: &str, with_docs: bool) -> Vec<Piece<'_>> {
+    let end = text.find("#[cfg(test)]").unwrap_or(text.len());
+    let (mut rest, mut line, mut pieces) = (&text[..end], 1, Vec::new());
+    while let Some(first) = rest.chars().next() {
+        let taken = if rest.starts_with("//") {
+            let length = rest.find('\n').unwrap_or(rest.len());
+            if let Some(doc) = rest[..length].strip_prefix("///").filter(|_| with_docs) {
+                pieces.push((line, doc));
+            }
+            length
+        } else if first == '"' {
+            let length = string_length(rest);
+            let inner = rest[..length].trim_matches('"');
+            pieces.extend(inner.lines().zip(line..).flat_map(|(part, at)| literal(part, at)));
+            length
+        } else if first == '\'' {
+            // A character, or the tick of a lifetime.
+            let character = rest.chars().nth(2) == Some('\'') || rest.starts_with("'\\");
+            if character { rest[2..].find('\'').map_or(rest.len(), |at| at + 3) } else { 1 }
+        } else {
+            first.len_utf8()
+        };
+        line += rest[..taken].matches('\n').count();
+        rest = &rest[taken..];
+    }
+    pieces
+}
+
+/// A line of a literal without the names in `{}` and the sign that continues it.
+fn literal(text: &str, line: usize) -> impl Iterator<Item = Piece<'_>> {
+    let parts = text.trim_end_matches('\\').split('{').enumerate();
+    parts.map(move |(index, part)| {
+        let after = if index == 0 { part } else { part.split_once('}').map_or("", |(_, after)| after) };
+        (line, after)
+    })
+}
+
+/// How long the string literal is that `text` starts with.
+fn string_length(text: &str) -> usize {
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '"' => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+const LIST: &str = include_str!("../words.txt");
+/// Pages for users outside of these folders.
+const PAGES: [&str; 3] = ["README.md", "SECURITY.md", "docs/README.md"];
+/// Folders with pages for users.
+const FOLDERS: [&str; 2] = ["docs/embed", "docs/use"];
+/// The sources whose messages users read.
+const PROGRAM: &str = "crates/multifd-cli/src/";
+/// The sources whose doc comments are help texts.
+const COMMAND_LINE: &str = "crates/multifd-cli/src/args/";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complaints(text: &[Piece<'_>]) -> Vec<String> {
+        let list = list("told # reported\ncome about # connect\n").unwrap();
+        found(&list, "x", text)
+    }
+
+    #[test]
+    fn word_is_found_in_any_case_with_its_line_and_replacement() {
+        assert_eq!(complaints(&[(7, "It is Told.")]), ["x:7: \"told\": write reported"]);
+        assert_eq!(complaints(&[(7, "retold, toldo, told-you, come, about")]), [""; 0]);
+    }
+
+    #[test]
+    fn phrase_is_found_over_the_end_of_a_line_and_not_over_that_of_a_sentence() {
+        assert_eq!(complaints(&[(1, "connections come"), (2, "about")]).len(), 1);
+        assert_eq!(complaints(&[(1, "connections come."), (2, "About")]).len(), 0);
+    }
+
+    #[test]
+    fn code_in_a_page_is_not_read() {
+        let page = "as `told` before\n\n    told\n\n```text\ntold\n```\ntold\n";
+        assert_eq!(complaints(&prose(page)), ["x:8: \"told\": write reported"]);
+    }
+
+    #[test]
+    fn literals_are_read_without_their_names_and_tests_are_not_read() {
+        let source =
+            "/// told\nfn f() { g('\"', \"a {told} \\\n  told {b}\"); } // told\n#[cfg(test)]\n\"told\"";
+        assert_eq!(complaints(&messages(source, false)), ["x:3: \"told\": write reported"]);
+        assert_eq!(complaints(&messages(source, true)).len(), 2);
+    }
+
+    #[test]
+    fn list_is_whole() {
+        assert!(list(LIST).unwrap().len() > 20);
+        assert!(list("told").is_err() && list("told # a\nTold # b").is_err());
+    }
+}
