@@ -82,6 +82,34 @@ impl fmt::Display for Status {
     }
 }
 
+/// Who or what ended a migration, as far as this side knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Fault {
+    /// It was cancelled on this side.
+    Cancelled,
+    /// The other side reported that it failed, or refused the migration. Its log has the reason.
+    Peer,
+    /// A connection could not be opened, broke or was closed.
+    Connection,
+    /// The other side is connected and did not do in time what it had to do.
+    Stalled,
+    /// The other side sent what the protocol does not allow, or what this version does not speak.
+    Protocol,
+    /// The guest could not be stopped, saved, throttled or resumed.
+    Guest,
+    /// The dirty log could not be read.
+    DirtyLog,
+    /// The guest dirtied memory faster than it was sent, until the limit that was set.
+    NotConverged,
+    /// Everything was sent, and it is not known whether the destination has the guest.
+    OwnerUnknown,
+    /// The caller: options, blocks or calls that do not fit, or a callback of its own that failed.
+    Caller,
+    /// The operating system of this host: no memory, no thread, no room on the disk.
+    System,
+}
+
 /// A share of time that a guest's processors stand: 0 to 99 per cent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Percent(u8);

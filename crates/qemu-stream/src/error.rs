@@ -10,7 +10,7 @@ use multifd::{
     ram::{BlockName, BlockOffset},
 };
 
-use crate::format::{MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
+use crate::format::{InvalidMachineType, MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
 
 /// Why a stream or a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -500,6 +500,9 @@ pub enum CallerMistake {
         /// The bytes up to the devices, which come behind.
         size: u64,
     },
+    /// A name that no machine type can have.
+    #[error(transparent)]
+    MachineType(#[from] InvalidMachineType),
     /// The machine type does not go with what was asked.
     #[error("machine type {machine}: {why}")]
     Machine {

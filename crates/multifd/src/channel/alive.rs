@@ -17,7 +17,7 @@ use std::{fmt, io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
 
 use socket2::{Socket, TcpKeepalive};
 
-use super::{TcpOptions, socket::set_option};
+use super::{TcpOptions, socket_option::set_option};
 
 /// How a TCP connection is watched.
 #[derive(Clone, Copy, Debug)]

@@ -22,7 +22,7 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 
-use super::{Stop, Wake, deadline, socket::EventFd};
+use super::{Stop, Wake, clock::deadline, event_fd::EventFd};
 use crate::{error::Error, sync_types::Instant};
 
 /// A connection as a [`CloseWatch`] sees it.

@@ -17,8 +17,9 @@ use super::{
     check::refused,
     deadline,
     descriptors::explained,
+    event_fd::EventFd,
     exec::ExecLink,
-    socket::{EventFd, SocketLink, inherited},
+    socket::{SocketLink, inherited},
 };
 use crate::sync_types::Instant;
 

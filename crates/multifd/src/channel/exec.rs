@@ -34,8 +34,9 @@ use socket2::{Domain, Socket, Type};
 use super::{
     Attention, ExitStatusUnknown, Link, PeerSignal, Wake,
     check::{children_are_waited_for, refused},
+    event_fd::EventFd,
     exit_status,
-    socket::{EventFd, SocketLink},
+    socket::SocketLink,
 };
 use crate::{
     ram::{Part, PartMut},

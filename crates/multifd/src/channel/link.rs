@@ -190,14 +190,6 @@ pub trait Listen: Send {
     }
 }
 
-/// When `limit` from now on is over; a limit beyond the clock's range is as good as a century.
-pub(crate) fn deadline(limit: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(limit).unwrap_or_else(|| now + CENTURY)
-}
-
-const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-
 /// Sends all bytes of `parts`.
 pub(crate) fn send_all(link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::Result<()> {
     while parts.iter().any(|part| part.len() > 0) {

@@ -18,8 +18,9 @@ use super::{
     Address, Link, Listen, TcpOptions, Wake,
     check::refused,
     descriptors::explained,
+    event_fd::EventFd,
     exec::ExecLink,
-    socket::{EventFd, SocketLink, inherited},
+    socket::{SocketLink, inherited},
 };
 
 /// A listening socket, or the one connection of a command or an inherited descriptor.

@@ -8,13 +8,13 @@ use std::{
     io,
     mem::MaybeUninit,
     net::Shutdown,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::Arc,
     time::Duration,
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 use socket2::{Domain, SockAddr, Socket};
@@ -26,6 +26,7 @@ use super::{
     completions::Completions,
     notice::Notice,
     shut::{Shut, ShutRecv, ShutSend},
+    socket_option::set_option,
 };
 use crate::{
     ram::{Part, PartMut},
@@ -285,47 +286,6 @@ impl Link for SocketLink {
     fn close_send(&mut self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Write)
     }
-}
-
-/// A descriptor that becomes readable when woken, to be polled beside a socket.
-pub(super) struct EventFd(OwnedFd);
-
-impl EventFd {
-    pub(super) fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
-    }
-
-    pub(super) fn fd(&self) -> &OwnedFd {
-        &self.0
-    }
-
-    pub(super) fn drain(&self) {
-        let _ = rustix::io::read(&self.0, &mut [0; 8]);
-    }
-}
-
-impl Wake for EventFd {
-    fn wake(&self) {
-        // It can only fail when the counter is full, and then the descriptor is readable.
-        let _ = rustix::io::write(&self.0, &1_u64.to_be_bytes());
-    }
-}
-
-/// Sets an option whose value is a number, for those that the safe crates do not know.
-///
-/// # Errors
-/// If the system refuses it.
-pub(super) fn set_option(
-    socket: &Socket,
-    level: libc::c_int,
-    option: libc::c_int,
-    value: libc::c_int,
-) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    // SAFETY: the option's value is a number of the length told, there until the call has ended.
-    let set =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
-    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Takes over a descriptor that this process has inherited.

@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Attention, attention::Pulse, deadline};
+use super::{
+    attention::{Attention, Pulse},
+    clock::deadline,
+};
 use crate::{
     error::{Error, Result},
     sync_types::{AtomicBool, Condvar, Instant, Mutex, MutexGuard, panicking},

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     error::{Error, Malformed},
-    ram::{BlockName, Mapping, Memory, PageSize},
+    ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock},
     wire::limits::{PACKET_BYTES, PAYLOAD_BYTES, packet_pages},
 };
 

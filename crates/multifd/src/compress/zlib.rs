@@ -3,7 +3,7 @@
 use flate2::{Compress, Compression, Decompress, DecompressError, FlushCompress, FlushDecompress, Status};
 
 use super::{
-    Decode, Encode, Pages,
+    codec::{Decode, Encode, Pages},
     deflate::Blocks,
     sieve::{Sieve, Stretch},
 };

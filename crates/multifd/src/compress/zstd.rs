@@ -21,7 +21,7 @@ use zstd_safe::{
 };
 
 use super::{
-    Decode, Encode, Pages,
+    codec::{Decode, Encode, Pages},
     sieve::{Sieve, Stretch},
 };
 use crate::{

@@ -9,10 +9,11 @@ mod violation;
 
 use std::{fmt, io, sync::Arc, time::Duration};
 
-pub use fault::Fault;
 pub use usage::Usage;
 use usage::built_in;
 pub use violation::Violation;
+
+pub use crate::outcome::Fault;
 
 use crate::{
     outcome::NotConverged,

@@ -3,7 +3,7 @@
 use std::{cell::Cell, time::Instant};
 
 use super::{
-    DeviceInfo, DeviceSection, Guest, Main, Migration, Pace, Pass, RunState, Verdict, ZeroPageDetection,
+    DeviceInfo, DeviceSection, Guest, Main, Pace, Pass, Plan, RunState, Verdict, ZeroPageDetection,
     converge::{Converge, Judgement, Round, Step},
     deadline::Deadline,
     guest::check_saved,
@@ -14,7 +14,7 @@ use crate::{
     channel::Watch,
     error::{Error, Fault, Result, Usage},
     outcome::{NotConverged, Percent, Status},
-    ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock, touched},
+    ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock},
     send::{Sender, Synced},
 };
 
@@ -36,7 +36,7 @@ impl Stopped {
 
 /// The parts of a running migration.
 pub(super) struct Driver<'a> {
-    migration: &'a Migration,
+    plan: &'a Plan,
     sender: Option<&'a mut Sender>,
     main: &'a mut dyn Main,
     log: &'a mut dyn DirtyLog,
@@ -57,7 +57,7 @@ pub(super) struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     pub(super) fn new(
-        migration: &'a Migration,
+        plan: &'a Plan,
         sender: Option<&'a mut Sender>,
         main: &'a mut dyn Main,
         log: &'a mut dyn DirtyLog,
@@ -65,28 +65,15 @@ impl<'a> Driver<'a> {
         stopped: &'a mut Stopped,
         calling: &'a Cell<Option<&'static str>>,
     ) -> Self {
-        let blocks = &migration.blocks;
+        let blocks = &plan.blocks;
         let pending = blocks.iter().map(|(_, block)| first_pass(block)).collect();
         let (touched, announced, synced) = (Vec::new(), Vec::new(), Instant::now());
         let page = vec![0; blocks.page_size().bytes()];
-        Self {
-            migration,
-            sender,
-            main,
-            log,
-            guest,
-            pending,
-            touched,
-            page,
-            stopped,
-            calling,
-            announced,
-            synced,
-        }
+        Self { plan, sender, main, log, guest, pending, touched, page, stopped, calling, announced, synced }
     }
 
     pub(super) fn drive(&mut self) -> Result<()> {
-        let Migration { options, blocks, stop, progress, gate, .. } = self.migration;
+        let Plan { options, blocks, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         self.prepare()?;
         // Until the devices leave, any end of the migration ends the waits on main.
@@ -102,7 +89,7 @@ impl<'a> Driver<'a> {
         self.bitmap_sync(None)?;
         if options.look_for_zero_pages && options.zero_page_detection != ZeroPageDetection::None {
             // Behind it: what is touched after this has its dirty bit set.
-            self.touched = blocks.iter().map(|(_, block)| touched(block)).collect();
+            self.touched = blocks.iter().map(|(_, block)| block.touched()).collect();
         }
         loop {
             let round = self.round(&mut pace)?;
@@ -133,8 +120,8 @@ impl<'a> Driver<'a> {
 
     /// What can be refused before a byte is sent.
     fn prepare(&mut self) -> Result<()> {
-        let Migration { options, blocks, .. } = self.migration;
-        self.announced = self.migration.devices_of(self.guest)?;
+        let Plan { options, blocks, .. } = self.plan;
+        self.announced = self.plan.devices_of(self.guest)?;
         self.main.expect(&self.announced)?;
         if options.auto_converge {
             self.throttle(Percent::NONE)?;
@@ -152,7 +139,7 @@ impl<'a> Driver<'a> {
     }
 
     fn deadline(&self) -> Result<Option<Deadline>> {
-        let Migration { options, stop, progress, .. } = self.migration;
+        let Plan { options, stop, progress, .. } = self.plan;
         let Some(limit) = options.max_total_time else { return Ok(None) };
         let (left, progress) = (limit.saturating_sub(progress.elapsed()), progress.clone());
         let late = move || Error::NotConverged(Box::new(progress.not_converged_in(limit)));
@@ -161,7 +148,7 @@ impl<'a> Driver<'a> {
 
     /// A pass, and the bitmap sync after it.
     fn round(&mut self, pace: &mut Pace) -> Result<Round> {
-        let progress = &self.migration.progress;
+        let progress = &self.plan.progress;
         let (start, before) = (self.synced, progress.sent());
         self.pass(Pass::Live, pace)?;
         let dirty = self.bitmap_sync(Some(start))?;
@@ -176,7 +163,7 @@ impl<'a> Driver<'a> {
     }
 
     fn tell(&self, round: &Round, judgement: &Judgement) {
-        let progress = &self.migration.progress;
+        let progress = &self.plan.progress;
         let Judgement { expected_downtime, remaining_time, stall, bandwidth, step, .. } = judgement;
         let told = progress.info().stall.is_some();
         progress.judged(judgement);
@@ -201,7 +188,7 @@ impl<'a> Driver<'a> {
     }
 
     fn set_up(&mut self) -> Result<()> {
-        let Migration { blocks, progress, .. } = self.migration;
+        let Plan { blocks, progress, .. } = self.plan;
         progress.started(self.sender.as_deref());
         // First: a destination may look at main's first bytes before it takes the channels.
         self.main.begin(self.sender.as_ref().map_or(0, |sender| sender.channels()))?;
@@ -215,7 +202,7 @@ impl<'a> Driver<'a> {
 
     /// Stops the guest and hands it over. `watch` shuts main down if the migration fails.
     fn switch_over(&mut self, watch: Option<Watch>) -> Result<()> {
-        let Migration { options, stop, progress, gate, .. } = self.migration;
+        let Plan { options, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         let mut start = Instant::now();
         let precopy = self.main.bytes();
@@ -276,7 +263,7 @@ impl<'a> Driver<'a> {
 
     /// Behind the last pass: what is dirty now is not what the destination has.
     fn nothing_written(&mut self) -> Result<()> {
-        for (index, block) in self.migration.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
+        for (index, block) in self.plan.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
             let written = PageBitmap::new(block.pages());
             self.take((index, block), &written)?;
             let pages = written.count();
@@ -298,7 +285,7 @@ impl<'a> Driver<'a> {
     /// Takes the dirty bits of all blocks, which the guest wrote `since` then; says how many pages remain to be sent.
     fn bitmap_sync(&mut self, since: Option<Instant>) -> Result<u64> {
         let pending = std::mem::take(&mut self.pending);
-        for ((index, block), pending) in self.migration.blocks.iter().zip(&pending) {
+        for ((index, block), pending) in self.plan.blocks.iter().zip(&pending) {
             self.take((index, block), pending)?;
             if block.is_ignored() {
                 pending.forget();
@@ -308,12 +295,12 @@ impl<'a> Driver<'a> {
         let remaining = self.pending.iter().map(PageBitmap::count).sum();
         self.synced = Instant::now();
         let time = since.map(|since| self.synced.duration_since(since));
-        self.migration.progress.bitmap_sync(remaining, time);
+        self.plan.progress.bitmap_sync(remaining, time);
         Ok(remaining)
     }
 
     fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<()> {
-        let Migration { options, blocks, stop, progress, .. } = self.migration;
+        let Plan { options, blocks, stop, progress, .. } = self.plan;
         let (start, before) = (Instant::now(), progress.sent());
         self.main.begin_pass(pass)?;
         let mut walk = Walk {

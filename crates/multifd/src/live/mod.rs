@@ -11,6 +11,7 @@
 //! back. When the rest fits into the downtime, what to expect and whether to hold the guest back it asks `converge/`; what
 //! the main stream looks like a [`Main`], what the guest has written a [`DirtyLog`], and to stop it a [`Guest`].
 
+mod caught;
 mod control;
 mod converge;
 mod deadline;
@@ -23,6 +24,7 @@ mod options;
 mod owner;
 mod pace;
 mod pass;
+mod plan;
 mod progress;
 mod status;
 
@@ -32,6 +34,7 @@ use std::{
     sync::Arc,
 };
 
+use caught::{caught, panicked};
 pub use control::Control;
 use control::Gate;
 use driver::{Driver, Stopped};
@@ -40,6 +43,7 @@ pub use main_stream::{Main, Pass, Verdict};
 pub use options::{MigrateOptions, ZeroPageDetection};
 pub use owner::{LastWord, Owner};
 use pace::Pace;
+use plan::Plan;
 pub use progress::{MigrationInfo, Progress, RamInfo};
 
 pub use crate::outcome::{Bound, NotConverged, Percent, Remedy, Stall, Status};
@@ -53,12 +57,8 @@ use crate::{
 
 /// One live migration, from set-up to its end.
 pub struct Migration {
-    options: MigrateOptions,
-    blocks: Arc<RamBlocks>,
-    stop: Stop,
+    plan: Plan,
     sender: Option<Sender>,
-    progress: Progress,
-    gate: Gate,
 }
 
 impl Migration {
@@ -91,7 +91,7 @@ impl Migration {
     ) -> Result<Self> {
         options.check()?;
         let progress = Progress::new(blocks.total(), blocks.page_size());
-        Ok(Self { options, blocks, stop, sender, progress, gate: Gate::default() })
+        Ok(Self { plan: Plan { options, blocks, stop, progress, gate: Gate::default() }, sender })
     }
 
     /// Connects the channels: see [`Sender::set_up`]. Not for a sender that was set up before.
@@ -106,17 +106,17 @@ impl Migration {
     /// What tells this migration, from any thread, to go on where it pauses before the switchover, and what else can change
     /// while it runs.
     pub fn control(&self) -> Control {
-        self.gate.control(self.progress.clone())
+        self.plan.gate.control(self.plan.progress.clone())
     }
 
     /// The numbers of this migration, for another thread to read.
     pub fn progress(&self) -> Progress {
-        self.progress.clone()
+        self.plan.progress.clone()
     }
 
     /// What cancels it, from any thread.
     pub fn stop(&self) -> &Stop {
-        &self.stop
+        &self.plan.stop
     }
 
     /// What [`run`](Migration::run) would refuse before it begins, as far as the guest alone tells: to be called before
@@ -125,17 +125,7 @@ impl Migration {
     /// # Errors
     /// [`Usage::DeviceTwice`], [`Usage::NoThrottle`].
     pub fn check_guest(&self, guest: &dyn Guest) -> Result<()> {
-        self.devices_of(guest).map(drop)
-    }
-
-    /// The devices of a guest that can be migrated so, as far as it alone tells.
-    fn devices_of(&self, guest: &dyn Guest) -> Result<Vec<DeviceInfo>> {
-        let devices = caught("Guest::devices", || guest.devices())?;
-        guest::check_distinct(&devices)?;
-        if self.options.auto_converge && !caught("Guest::can_throttle", || guest.can_throttle())? {
-            return Err(Usage::NoThrottle.into());
-        }
-        Ok(devices)
+        self.plan.devices_of(guest).map(drop)
     }
 
     /// Migrates.
@@ -157,8 +147,15 @@ impl Migration {
     ) -> Result<MigrationInfo> {
         let mut sender = self.sender.take();
         let (mut stopped, calling) = (Stopped::No, Cell::new(None));
-        let mut driver =
-            Driver::new(&self, sender.as_mut(), &mut *main, &mut *log, &mut *guest, &mut stopped, &calling);
+        let mut driver = Driver::new(
+            &self.plan,
+            sender.as_mut(),
+            &mut *main,
+            &mut *log,
+            &mut *guest,
+            &mut stopped,
+            &calling,
+        );
         // What is behind a panic is looked at only to end in order: the guest, and bits that are put back in any case.
         let driven = catch_unwind(AssertUnwindSafe(|| driver.drive()));
         let driven = driven.unwrap_or_else(|panic| Err(panicked(calling.get(), &*panic)));
@@ -171,8 +168,8 @@ impl Migration {
                 tracing::debug!(%error, "an error after completion");
             }
         }
-        self.progress.advance(Status::Completed)?;
-        Ok(self.progress.info())
+        self.plan.progress.advance(Status::Completed)?;
+        Ok(self.plan.progress.info())
     }
 
     /// Ends a migration that has failed, with the guest here; gives the error to report.
@@ -186,9 +183,9 @@ impl Migration {
     ) -> Error {
         let unknown = matches!(error, Error::OwnerUnknown(_));
         // The first error is the one to report, and it has shut everything down.
-        let first = self.stop.fail(error.clone());
+        let first = self.plan.stop.fail(error.clone());
         let mut error = if unknown { error } else { first };
-        if self.progress.throttle().is_some() {
+        if self.plan.progress.throttle().is_some() {
             let freed = caught("throttle the guest", || guest.throttle(Percent::NONE));
             if let Err(error) =
                 freed.and_then(|freed| freed.map_err(|error| Error::io("throttle the guest", error)))
@@ -197,12 +194,12 @@ impl Migration {
             }
         }
         // First of all: nothing that is left to be cleaned up writes to its RAM.
-        let resumes = stopped.resumes() && (!unknown || self.options.resume_if_unknown);
+        let resumes = stopped.resumes() && (!unknown || self.plan.options.resume_if_unknown);
         if resumes && let Err(panicked) = caught("resume the guest", || guest.resume()) {
             error = Error::NotResumed { error: Box::new(error), panicked: Box::new(panicked) };
         }
         drop(sender);
-        for (index, block) in self.blocks.iter() {
+        for (index, block) in self.plan.blocks.iter() {
             let put = caught("put dirty bits back", || log.put_back(index, &PageBitmap::full(block.pages())));
             if let Err(error) = put {
                 tracing::warn!(block = %block.name(), %error, "dirty bits are missing in the log");
@@ -211,21 +208,10 @@ impl Migration {
         let states: &[Status] =
             if error.is_cancelled() { &[Status::Cancelling, Status::Cancelled] } else { &[Status::Failed] };
         for state in states {
-            if let Err(error) = self.progress.advance(*state) {
+            if let Err(error) = self.plan.progress.advance(*state) {
                 tracing::debug!(%error, "the status is final already");
             }
         }
         error
     }
-}
-
-/// Calls what is not ours.
-fn caught<T>(call: &'static str, run: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(Some(call), &*panic))
-}
-
-fn panicked(call: Option<&'static str>, panic: &(dyn std::any::Any + Send)) -> Error {
-    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    Error::Panicked { call: call.unwrap_or("a part of this library"), text }
 }

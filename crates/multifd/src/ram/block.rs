@@ -7,7 +7,7 @@ use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use super::{
     Access, BlockName, BlockOffset, DirectFile, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, bitmap,
-    cut::explained, file_size, touched,
+    cut::explained, file_size, page_table,
 };
 use crate::error::{Error, Result, Usage};
 
@@ -300,11 +300,22 @@ impl RamBlock {
     /// Pages that may hold something else than zero at this moment: those in a mapped-ram file; of mapped memory those that
     /// the page table has, where [absent pages are zero](Mapping::anonymous) and the kernel can tell (Linux 6.7), else all.
     pub fn may_hold(&self) -> PageBitmap {
-        touched(self).unwrap_or_else(|| {
+        self.touched().unwrap_or_else(|| {
             let bits = PageBitmap::new(self.pages);
             bits.merge(self.present_words());
             bits
         })
+    }
+
+    /// Pages that may hold something, if the page table can tell: the memory must be such that
+    /// [what is absent is zero](Mapping::assume_absent_is_zero), and the kernel must be able to.
+    pub(crate) fn touched(&self) -> Option<PageBitmap> {
+        let Memory::Mapped(mapping) = &self.memory else { return None };
+        if !mapping.is_absent_zero() || self.ignored {
+            return None;
+        }
+        let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
+        page_table::touched(&memory, self.page_size)
     }
 
     /// Where its bytes are: 0 for this process's memory, or the file that they are in; their first place and their end.

@@ -55,7 +55,6 @@ pub use mapping::{Access, GuestSlice, Mapping};
 pub use merged::MergedLog;
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
-pub(crate) use page_table::touched;
 #[cfg(feature = "pagemap")]
 pub use pagemap::{PagemapLog, SoftDirtyLog};
 pub use part::{MAX_PARTS, Part, PartMut, advance, advance_mut};

@@ -17,31 +17,25 @@ use std::{ffi::c_void, fs::File, io, ops::Range, os::fd::AsFd};
 use linux_raw_sys::general::{PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region, pm_scan_arg};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-use super::{Memory, PageBitmap, PageIndex, RamBlock, bytes::mark};
+use super::{GuestSlice, PageBitmap, PageSize, bytes::mark};
 
-/// Pages of `block` that may hold something, if the page table can tell: the block's memory must be such that
-/// [what is absent is zero](super::Mapping::assume_absent_is_zero), and the kernel must be able to.
+/// Pages of `memory` that may hold something, if the kernel can tell. What is absent there must be zero.
 ///
 /// Good for the moment: what is written later is for a dirty log that was on before.
-pub(crate) fn touched(block: &RamBlock) -> Option<PageBitmap> {
-    let Memory::Mapped(mapping) = block.memory() else { return None };
-    if !mapping.is_absent_zero() || block.is_ignored() {
-        return None;
-    }
-    let memory = block.slice(PageIndex(0), block.pages()).filter(|memory| memory.len() > 0)?;
+pub(super) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> Option<PageBitmap> {
     let start = memory.as_ptr().addr() as u64;
     let page = rustix::param::page_size() as u64;
     let range = start - start % page..(start + memory.len() as u64).next_multiple_of(page);
-    let touched = PageBitmap::new(block.pages());
+    let touched = PageBitmap::new(page_size.whole_pages_in(memory.len() as u64));
     let found = |run: Range<u64>| {
-        mark(&touched, block.page_size(), run.start.saturating_sub(start)..run.end.saturating_sub(start));
+        mark(&touched, page_size, run.start.saturating_sub(start)..run.end.saturating_sub(start));
     };
     let scanned =
         File::open(PAGEMAP).and_then(|pagemap| Regions::new(REGIONS).scan(&pagemap, &range, &TOUCHED, found));
     match scanned {
         Ok(()) => Some(touched),
         Err(error) => {
-            tracing::debug!(block = %block.name(), %error, "pages are looked at, the page table does not tell");
+            tracing::debug!(%error, "pages are looked at, the page table does not tell");
             None
         }
     }
@@ -154,7 +148,7 @@ pub(super) const PAGEMAP: &str = "/proc/self/pagemap";
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::{Access, BlockName, Mapping, PageSize};
+    use crate::ram::{Access, BlockName, Mapping, Memory, PageIndex, RamBlock};
 
     fn block(memory: Mapping, page_size: PageSize) -> RamBlock {
         let (name, length) = (BlockName::new("ram").expect("a name"), memory.len());
@@ -167,7 +161,7 @@ mod tests {
 
     /// `None` where the kernel is older than 6.7.
     fn touched_or_old(block: &RamBlock) -> Option<PageBitmap> {
-        let touched = touched(block);
+        let touched = block.touched();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let mut parts = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
         let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
@@ -209,6 +203,6 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(1 << 20).expect("sized");
         let shared = Mapping::of_file(&file, 0, 1 << 20, Access::ReadWrite).expect("mapped");
-        assert!(touched(&block(shared, PageSize::KIB_4)).is_none());
+        assert!(block(shared, PageSize::KIB_4).touched().is_none());
     }
 }

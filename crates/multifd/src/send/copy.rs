@@ -4,56 +4,13 @@
 //! where the target begins a new stretch of huge pages, unless it is nearly empty, so that no two channels work on one of
 //! them.
 
-use std::sync::Arc;
-
-use super::{Shared, dispatch::Job, draw::unread};
+use super::{copier::Copier, dispatch::Job, draw::unread, shared::Shared};
 use crate::{
     batch::{Batch, neighbours},
     error::{Error, Result, Usage},
-    ram::{BlockIndex, BlockOffset, CopyError, Lane, PageIndex, RamBlocks, hold_in_this_thread},
+    ram::{BlockOffset, CopyError, PageIndex, hold_in_this_thread},
     wire::ChannelId,
 };
-
-/// Where everything goes. Never changes.
-pub(super) struct Copier {
-    target: Arc<RamBlocks>,
-    /// For each block of the source.
-    lanes: Vec<(BlockIndex, Lane)>,
-}
-
-impl Copier {
-    pub(super) fn new(source: &RamBlocks, target: Arc<RamBlocks>) -> Result<Self> {
-        let lane = |of: &crate::ram::RamBlock| {
-            let found = target.find(of.name().as_bytes()).ok_or("the target has no such block".to_owned());
-            let lane = found.and_then(|index| {
-                let into = target.get(index).ok_or("the target has no such block")?;
-                Ok((index, Lane::new(of, into)?))
-            });
-            lane.map_err(|why| Error::from(Usage::OtherBlocks { name: of.name().clone(), why }))
-        };
-        let lanes = source.iter().map(|(_, block)| lane(block)).collect::<Result<_>>()?;
-        // Nobody would write to it.
-        let foreign = target.iter().find(|(_, block)| source.find(block.name().as_bytes()).is_none());
-        match foreign {
-            None => Ok(Self { lanes, target }),
-            Some((_, block)) => {
-                let why = "the source has no such block".to_owned();
-                Err(Usage::OtherBlocks { name: block.name().clone(), why }.into())
-            }
-        }
-    }
-
-    /// The most pages of a batch.
-    pub(super) fn room(&self) -> usize {
-        let stretch = self.lanes.first().map_or(1, |(_, lane)| lane.stretch());
-        usize::try_from(stretch).unwrap_or(1)
-    }
-
-    /// The first page from `page` on with which a new batch is to begin.
-    pub(super) fn border(&self, block: BlockIndex, page: PageIndex) -> u64 {
-        self.lanes.get(block.0).map_or(u64::MAX, |(_, lane)| lane.border(page))
-    }
-}
 
 /// The life of a channel that copies. An error ends the whole migration.
 pub(super) fn run(id: ChannelId, shared: &Shared) {

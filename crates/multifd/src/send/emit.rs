@@ -10,10 +10,10 @@ use arrayvec::ArrayVec;
 use rustix::io::Errno;
 
 use super::{
-    Shared,
     dispatch::Job,
     draw::{Drawer, unread},
     in_flight::{self, InFlight},
+    shared::Shared,
 };
 use crate::{
     batch::Batch,

@@ -14,6 +14,7 @@
 //! are written. This module knows nothing of the main stream.
 
 mod collect;
+mod copier;
 mod copy;
 mod dispatch;
 mod draw;
@@ -21,12 +22,14 @@ mod emit;
 mod in_flight;
 #[cfg(shuttle)]
 pub mod model;
+mod shared;
 
 use std::sync::{Arc, atomic::AtomicU64};
 
 pub use collect::Synced;
-use copy::Copier;
+use copier::Copier;
 use dispatch::Dispatch;
+use shared::Shared;
 
 use crate::{
     batch::Batch,
@@ -55,23 +58,6 @@ pub struct Sender {
     threads: Vec<JoinHandle<()>>,
     /// Has the channels and the collector woken at the stop, for as long as the sender lives.
     watch: Option<Watch>,
-}
-
-/// What the channels' threads share with the collector.
-struct Shared {
-    /// Never changes.
-    blocks: Arc<RamBlocks>,
-    /// Locked within; see `docs/develop/concurrency.md`.
-    stop: Stop,
-    dispatch: Dispatch,
-    /// Of channels that copy instead of sending.
-    copier: Option<Copier>,
-    /// Drawn by each channel as it fills a head.
-    packet_num: AtomicU64,
-    /// Of sending in place.
-    in_flight: in_flight::Shared,
-    /// Each written by its channel only.
-    counters: Box<[ChannelCounters]>,
 }
 
 impl Sender {
@@ -269,11 +255,5 @@ struct WakeDispatch(Arc<Shared>);
 impl crate::channel::Wake for WakeDispatch {
     fn wake(&self) {
         self.0.dispatch.wake();
-    }
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("stop", &self.stop).finish_non_exhaustive()
     }
 }

@@ -8,11 +8,10 @@
 //! the rest is waited for. What is read here is only named: a device's state is for its device, and no file has a
 //! place for it.
 
-use std::fmt;
-
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned, byteorder::big_endian::U32};
 
 use super::{
+    device_id::DeviceId,
     flags::Flags,
     initial::{MAGIC, check},
     limits::DEVICE_STATE_BYTES,
@@ -48,29 +47,6 @@ pub struct DeviceState {
     pub payload_len: u32,
 }
 
-/// The name of a device: 1 to 255 bytes without NUL, shown with what is not printable escaped.
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub struct DeviceId(Box<[u8]>);
-
-impl DeviceId {
-    /// The name's bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl fmt::Display for DeviceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.escape_ascii().fmt(f)
-    }
-}
-
-impl fmt::Debug for DeviceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "\"{self}\"")
-    }
-}
-
 impl DeviceState {
     /// Whether a head that begins so is one of device state.
     pub fn is_begun_by(common: &[u8; COMMON_LEN]) -> bool {
@@ -96,7 +72,7 @@ impl DeviceState {
         if !(1..=DEVICE_STATE_BYTES).contains(&payload_len) {
             return Err(Malformed::DeviceStateSize { most: DEVICE_STATE_BYTES, met: payload_len }.into());
         }
-        let device = DeviceId(layout.id[..id].into());
+        let device = DeviceId::new(&layout.id[..id]);
         Ok(Self { device, instance: layout.instance.get(), payload_len })
     }
 }

@@ -10,6 +10,7 @@
 //! Pure: no I/O, no unsafe, no knowledge of who sends or receives. Every number is big-endian, and every count
 //! has met its bound before a value exists. The bytes are drawn in `docs/develop/stream-format.md`.
 
+mod device_id;
 mod device_state;
 mod flags;
 mod id;
@@ -17,7 +18,8 @@ mod initial;
 pub mod limits;
 mod packet;
 
-pub use device_state::{COMMON_LEN, DEVICE_STATE_LEN, DeviceId, DeviceState};
+pub use device_id::DeviceId;
+pub use device_state::{COMMON_LEN, DEVICE_STATE_LEN, DeviceState};
 pub use flags::Flags;
 pub use id::{ChannelId, ParseUuidError, VmUuid};
 pub use initial::{INITIAL_LEN, Initial, MAGIC, VERSION};

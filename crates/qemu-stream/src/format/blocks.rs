@@ -12,8 +12,11 @@ use std::{collections::HashMap, io::Read};
 
 use multifd::ram::{BlockIndex, BlockName, BlockOffset, PageIndex, PageSize};
 
-use super::{Put, Reader, limits, record};
+use super::{Put, Reader, limits};
 use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved};
+
+/// The flag of the first record: the lengths of all blocks follow.
+pub(super) const MEM_SIZE: u64 = 0x4;
 
 /// One block of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,7 +143,7 @@ impl BlockList {
     }
 
     pub(crate) fn encode_total(&self, out: &mut Vec<u8>) {
-        out.put_u64(self.total | record::MEM_SIZE);
+        out.put_u64(self.total | MEM_SIZE);
     }
 
     fn push(&mut self, entry: BlockEntry) {
@@ -165,7 +168,7 @@ impl ListReader {
     ) -> Result<Self, Error> {
         let head = r.u64("total of the block list")?;
         let flags = head & (page_size.bytes() as u64 - 1);
-        if flags != record::MEM_SIZE {
+        if flags != MEM_SIZE {
             return Err(
                 Malformed::value("flags of the first ram record", "MEM_SIZE (0x4)", flags).at(r.place())
             );

@@ -9,24 +9,27 @@
 use std::fmt;
 
 use super::{SyncMode, limits};
-use crate::error::CallerMistake;
 
 /// The name of a machine type, such as `pc-q35-8.0`: 1 to 255 bytes of printable ASCII.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MachineType(String);
+
+/// A name that no machine type can have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("machine type: expected 1 to 255 printable bytes, found \"{}\"", .0.escape_default())]
+pub struct InvalidMachineType(String);
 
 impl MachineType {
     /// A machine type of this name.
     ///
     /// # Errors
     /// If it is empty, longer than 255 bytes or not printable ASCII.
-    pub fn new(name: impl Into<String>) -> Result<Self, CallerMistake> {
+    pub fn new(name: impl Into<String>) -> Result<Self, InvalidMachineType> {
         let name = name.into();
         let valid = (1..=limits::MACHINE_NAME as usize).contains(&name.len())
             && name.bytes().all(|byte| byte.is_ascii_graphic());
         if !valid {
-            let why = format!("expected 1 to 255 printable bytes, met \"{}\"", name.escape_default());
-            return Err(CallerMistake::Value { what: "machine type", why });
+            return Err(InvalidMachineType(name));
         }
         Ok(Self(name))
     }

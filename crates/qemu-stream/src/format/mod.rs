@@ -16,13 +16,14 @@ mod configuration;
 mod device_part;
 pub mod limits;
 mod machine;
-mod name;
+pub(crate) mod name;
 mod put;
 mod reader;
 mod record;
 mod return_path;
 pub(crate) mod run_state;
 mod section;
+mod section_id;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod xbzrle;
@@ -34,7 +35,7 @@ pub use configuration::{Configuration, decode_header, encode_header};
 pub use device_part::{
     Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, LiveSection, Misfit,
 };
-pub use machine::{MachineType, MachineVersion};
+pub use machine::{InvalidMachineType, MachineType, MachineVersion};
 pub use multifd::ram::BlockIndex;
 pub use name::SectionName;
 pub(crate) use put::Put;
@@ -42,7 +43,8 @@ pub use reader::Reader;
 pub use record::{CurrentBlock, Record};
 pub use return_path::Message;
 pub(crate) use return_path::{READY_PING, VERDICT_MARK};
-pub use section::{Section, SectionHead, SectionId, decode_footer, encode_footer, footer_follows};
+pub use section::{Section, SectionHead, decode_footer, encode_footer, footer_follows};
+pub use section_id::SectionId;
 
 /// How the ends of dirty rounds are marked on the main stream when multifd is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

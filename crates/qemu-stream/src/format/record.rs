@@ -12,10 +12,8 @@ use std::io::Read;
 
 use multifd::ram::{BlockIndex, BlockOffset, PageIndex};
 
-use super::{BlockList, Put, Reader};
+use super::{BlockList, Put, Reader, blocks::MEM_SIZE};
 use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved, Unsupported};
-
-pub(super) const MEM_SIZE: u64 = 0x4;
 
 const ZERO: u64 = 0x2;
 const PAGE: u64 = 0x8;
@@ -133,7 +131,7 @@ impl Record {
                 out.put_u64(offset.0 | kind);
                 out.put_name(&entry.name);
             }
-            Ok(())
+            Ok::<(), CallerMistake>(())
         };
         match *self {
             Self::Zero(block, page) => {

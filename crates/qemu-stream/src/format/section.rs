@@ -7,9 +7,9 @@
 //! 00 EOF                                          7e footer  | u32 id
 //! ```
 
-use std::{fmt, io::Read};
+use std::io::Read;
 
-use super::{Command, Put, Reader, SectionName};
+use super::{Command, Put, Reader, SectionName, section_id::SectionId};
 use crate::error::{Error, Malformed, PeerMisbehaved, Place};
 
 const EOF: u8 = 0x00;
@@ -22,16 +22,6 @@ const VMDESCRIPTION: u8 = 0x06;
 const CONFIGURATION: u8 = 0x07;
 const COMMAND: u8 = 0x08;
 const FOOTER: u8 = 0x7e;
-
-/// The number the source has given to a section. PART, END and the footer refer to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SectionId(pub u32);
-
-impl fmt::Display for SectionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
 
 /// The head of a START or FULL section.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use super::{Destination, refused};
+use super::destination::{Destination, refused};
 use crate::{
     error::{Error, Malformed, PeerMisbehaved},
     format::{BlockList, CurrentBlock, Reader, Record, SyncMode, xbzrle},

@@ -12,7 +12,7 @@ use multifd::{
     ram::{PageIndex, RamBlocks},
 };
 
-use super::{Outgoing, failed};
+use super::{Outgoing, writer::failed};
 use crate::{
     connection::Connection,
     embedder::{check_devices, devices_of, list_of},

@@ -37,7 +37,7 @@ use crate::{
     },
 };
 use return_path::{EndLimits, Heard, failure_in};
-use writer::Writer;
+use writer::{Writer, failed};
 
 /// A precopy migration going out.
 ///
@@ -406,11 +406,6 @@ impl<C: Connection> Outgoing<C> {
         };
         CallerMistake::OutOfOrder { call, state }.into()
     }
-}
-
-/// An error of main as the engine tells it.
-fn failed(error: impl Into<Error>) -> multifd::Error {
-    error.into().while_doing("the main stream failed")
 }
 
 /// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.

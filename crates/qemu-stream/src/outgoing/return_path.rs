@@ -14,7 +14,7 @@ use multifd::{
     live::{LastWord, Owner, Verdict},
 };
 
-use super::failed;
+use super::writer::failed;
 use crate::{
     connection::{Connection, is_late},
     error::{Error, PeerMisbehaved, Place, Stream, Unsupported},

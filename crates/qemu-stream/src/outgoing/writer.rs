@@ -84,3 +84,8 @@ impl<C: Write> Writer<C> {
 
 /// Bytes that are written at once, at least, between two sync points.
 const FULL: usize = 256 << 10;
+
+/// An error of main as the engine tells it.
+pub(super) fn failed(error: impl Into<Error>) -> multifd::Error {
+    error.into().while_doing("the main stream failed")
+}

@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn guest_that_dirties_no_more_than_the_threshold_is_left_alone() {
         let options = CpuThrottle::default();
-        assert_eq!(told(options, 0.5, 1000), []);
+        assert_eq!(told(options, 0.5, 1000), [0_u8; 0]);
         assert_eq!(told(options, 0.51, 2), [20]);
         let options = CpuThrottle { trigger: 100, ..options };
         assert_eq!((told(options, 1.0, 1000), told(options, 1.01, 2)), (vec![], vec![20]));

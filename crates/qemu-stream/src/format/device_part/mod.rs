@@ -10,9 +10,11 @@
 //! (machine option suppress-vmdesc, machine types up to 2.2) not even that is known: the part stays in one piece.
 
 mod description;
+mod device;
 mod early;
 mod end;
 mod live;
+mod misfit;
 mod walk;
 
 use std::ops::Range;
@@ -20,10 +22,11 @@ use std::ops::Range;
 use multifd::live::RunState;
 
 pub use description::Description;
+pub use device::Device;
 pub use early::EarlyPart;
 pub use end::EndFinder;
 pub use live::LiveSection;
-pub use walk::Misfit;
+pub use misfit::Misfit;
 
 use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits, run_state};
 use crate::error::CallerMistake;
@@ -56,19 +59,6 @@ pub struct DevicePart {
     sections: Vec<DeviceSection>,
     live: Vec<LiveSection>,
     footers: bool,
-}
-
-/// A device of an embedder's own, to be sent as one section.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Device {
-    /// Its name.
-    pub name: SectionName,
-    /// Which of several of that name.
-    pub instance: u32,
-    /// The version of its state.
-    pub version: u32,
-    /// Its state.
-    pub state: Vec<u8>,
 }
 
 impl DevicePart {

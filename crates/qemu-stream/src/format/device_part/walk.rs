@@ -3,54 +3,12 @@
 use super::{
     DeviceSection, EarlyPart,
     description::{Description, Entry},
+    misfit::Misfit,
 };
 use crate::{
     error::Stream,
-    format::{Reader, Section, SectionHead, SectionName, decode_footer},
+    format::{Reader, Section, SectionHead, decode_footer},
 };
-
-/// Why a description does not fit the sections before it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Misfit {
-    /// It is no JSON, or not of the expected shape.
-    #[error("description: {0}")]
-    Json(String),
-    /// Another section stands where it has this one.
-    #[error("at {at:#x}: expected section of device \"{name}\" instance {instance}")]
-    Device {
-        /// Where in the device part.
-        at: usize,
-        /// The device described.
-        name: String,
-        /// Its instance.
-        instance: i64,
-    },
-    /// The footer is not where the described length puts it.
-    #[error("at {at:#x}: expected the footer of device \"{name}\", whose body has {length:#x} bytes")]
-    Footer {
-        /// Where in the device part.
-        at: usize,
-        /// The device described.
-        name: SectionName,
-        /// The described length of its body.
-        length: u64,
-    },
-    /// The body reaches beyond the sections.
-    #[error("at {at:#x}: device \"{name}\" reaches beyond the last section")]
-    Beyond {
-        /// Where in the device part.
-        at: usize,
-        /// The device described.
-        name: SectionName,
-    },
-    /// More sections follow than are described.
-    #[error("{left:#x} bytes behind the last described device")]
-    Left {
-        /// How many.
-        left: usize,
-    },
-}
 
 /// The sections of `early`, which came before the end of RAM and are described first, and of `blob`, which ends
 /// before EOF; all of both must be used. Live sections are not described: what is in `early` of those is known, and what

@@ -1,0 +1,37 @@
+//! What one migration is made of, but for its channels: what the passes use, and what the embedder controls and reads.
+
+use std::sync::Arc;
+
+use super::{
+    caught::caught,
+    control::Gate,
+    guest::{self, DeviceInfo, Guest},
+    options::MigrateOptions,
+    progress::Progress,
+};
+use crate::{
+    channel::Stop,
+    error::{Result, Usage},
+    ram::RamBlocks,
+};
+
+/// The parts of a migration.
+pub(super) struct Plan {
+    pub(super) options: MigrateOptions,
+    pub(super) blocks: Arc<RamBlocks>,
+    pub(super) stop: Stop,
+    pub(super) progress: Progress,
+    pub(super) gate: Gate,
+}
+
+impl Plan {
+    /// The devices of a guest that can be migrated so, as far as it alone tells.
+    pub(super) fn devices_of(&self, guest: &dyn Guest) -> Result<Vec<DeviceInfo>> {
+        let devices = caught("Guest::devices", || guest.devices())?;
+        guest::check_distinct(&devices)?;
+        if self.options.auto_converge && !caught("Guest::can_throttle", || guest.can_throttle())? {
+            return Err(Usage::NoThrottle.into());
+        }
+        Ok(devices)
+    }
+}
