@@ -452,7 +452,7 @@ fn refused<R: Read>(
 fn closed() -> Judge {
     Box::new(|_, closed| {
         let at = Place { stream: Stream::Main, offset: 0 };
-        closed.then(|| Error::SourceGone { at }.while_doing("the migration broke off"))
+        closed.then(|| Error::SourceGone { at }.while_doing("cannot receive the guest"))
     })
 }
 
