@@ -9,6 +9,7 @@ use std::{collections::BTreeSet, fs};
 
 use crate::{
     Failure,
+    arrows::string_length,
     sources::{self, Source},
     workspace_root,
 };
@@ -157,20 +158,6 @@ fn literal(text: &str, line: usize) -> impl Iterator<Item = Piece<'_>> {
         let after = if index == 0 { part } else { part.split_once('}').map_or("", |(_, after)| after) };
         (line, after)
     })
-}
-
-/// How long the string literal is that `text` starts with.
-fn string_length(text: &str) -> usize {
-    let mut escaped = false;
-    for (at, c) in text.char_indices().skip(1) {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            '"' => return at + 1,
-            _ => {}
-        }
-    }
-    text.len()
 }
 
 const LIST: &str = include_str!("../words.txt");
