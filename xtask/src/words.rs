@@ -1,5 +1,6 @@
-//! Plain words in what users read: README.md, SECURITY.md, the pages in docs/use and docs/embed, the help texts, and the
-//! messages of the program. `xtask/words.txt` has the words that are not plain, each with a replacement.
+//! Plain words in what users read: README.md, SECURITY.md, the pages in docs/use and docs/embed, the guide and the first
+//! pages of the libraries, the help texts, and the messages of the program. `xtask/words.txt` has the words that are not
+//! plain, each with a replacement.
 //!
 //! A reading of the text, not of the language. In Markdown, code is skipped: fences, lines indented by four spaces,
 //! and what is between backticks. In the program's sources, string literals count, and in the files that define the
@@ -9,6 +10,7 @@ use std::{collections::BTreeSet, fs};
 
 use crate::{
     Failure,
+    arrows::string_length,
     sources::{self, Source},
     workspace_root,
 };
@@ -22,11 +24,16 @@ pub(crate) fn check() -> Result<(), Failure> {
     let list = list(LIST)?;
     let mut complaints = Vec::new();
     for page in pages()? {
-        complaints.extend(found(&list, &page.path, &prose(&page.text)));
+        complaints.extend(found(&list, &page.path, &prose(page.text.lines().zip(1..))));
     }
-    for source in sources::all()?.iter().filter(|source| source.path.starts_with(PROGRAM)) {
-        let with_docs = source.path.starts_with(COMMAND_LINE);
-        complaints.extend(found(&list, &source.path, &messages(&source.text, with_docs)));
+    for source in sources::all()? {
+        if source.path.starts_with(PROGRAM) {
+            let with_docs = source.path.starts_with(COMMAND_LINE);
+            complaints.extend(found(&list, &source.path, &messages(&source.text, with_docs)));
+        }
+        if MANUAL.iter().any(|manual| source.path.starts_with(manual)) {
+            complaints.extend(found(&list, &source.path, &prose(module_page(&source.text))));
+        }
     }
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
 }
@@ -106,11 +113,17 @@ fn tokens(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Markdown without its code.
-fn prose(text: &str) -> Vec<Piece<'_>> {
+/// The lines of a module's page.
+fn module_page(text: &str) -> impl Iterator<Item = (&str, usize)> {
+    let lines = text.lines().zip(1..);
+    lines.filter_map(|(line, number)| Some((line.strip_prefix("//!")?.trim_start(), number)))
+}
+
+/// Lines of Markdown without their code.
+fn prose<'a>(lines: impl Iterator<Item = (&'a str, usize)>) -> Vec<Piece<'a>> {
     let mut pieces = Vec::new();
     let mut fenced = false;
-    for (line, number) in text.lines().zip(1..) {
+    for (line, number) in lines {
         if line.trim_start().starts_with("```") {
             fenced = !fenced;
         } else if !fenced && !line.starts_with("    ") {
@@ -159,25 +172,14 @@ fn literal(text: &str, line: usize) -> impl Iterator<Item = Piece<'_>> {
     })
 }
 
-/// How long the string literal is that `text` starts with.
-fn string_length(text: &str) -> usize {
-    let mut escaped = false;
-    for (at, c) in text.char_indices().skip(1) {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            '"' => return at + 1,
-            _ => {}
-        }
-    }
-    text.len()
-}
-
 const LIST: &str = include_str!("../words.txt");
 /// Pages for users outside of these folders.
 const PAGES: [&str; 3] = ["README.md", "SECURITY.md", "docs/README.md"];
 /// Folders with pages for users.
 const FOLDERS: [&str; 2] = ["docs/embed", "docs/use"];
+/// The sources whose first pages are the manual for embedders.
+const MANUAL: [&str; 3] =
+    ["crates/multifd/src/lib.rs", "crates/qemu-stream/src/guide/", "crates/qemu-stream/src/lib.rs"];
 /// The sources whose messages users read.
 const PROGRAM: &str = "crates/multifd-cli/src/";
 /// The sources whose doc comments are help texts.
@@ -207,7 +209,13 @@ mod tests {
     #[test]
     fn code_in_a_page_is_not_read() {
         let page = "as `told` before\n\n    told\n\n```text\ntold\n```\ntold\n";
-        assert_eq!(complaints(&prose(page)), ["x:8: \"told\": write reported"]);
+        assert_eq!(complaints(&prose(page.lines().zip(1..))), ["x:8: \"told\": write reported"]);
+    }
+
+    #[test]
+    fn page_of_a_module_is_read_without_its_examples() {
+        let source = "//! # A\n//! ```\n//! // told\n//! ```\n//! is told\n/// told\n";
+        assert_eq!(complaints(&prose(module_page(source))), ["x:5: \"told\": write reported"]);
     }
 
     #[test]

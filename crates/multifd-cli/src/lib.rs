@@ -1,4 +1,4 @@
-//! `multifd`: stands at either end of a QEMU migration, or between two.
+//! `multifd`: the source or the destination of a QEMU migration, with a file at the other end.
 //!
 //! ```text
 //! args/ ─▶ verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
@@ -8,8 +8,8 @@
 //!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
 //! ```
 //!
-//! Standard output is for results, standard error for talk. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
-//! interrupted.
+//! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
+//! is complete but the source did not get the confirmation, 130 interrupted.
 
 mod args;
 mod capture;

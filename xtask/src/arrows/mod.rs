@@ -128,7 +128,7 @@ fn words(text: &str) -> Vec<Word<'_>> {
 }
 
 /// How long the string literal is that `text` starts with.
-fn string_length(text: &str) -> usize {
+pub(crate) fn string_length(text: &str) -> usize {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
         match c {

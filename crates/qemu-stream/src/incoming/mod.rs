@@ -374,7 +374,7 @@ impl<C: Connection> Incoming<C> {
 fn closed() -> Judge {
     Box::new(|_, closed| {
         let at = Place { stream: Stream::Main, offset: 0 };
-        closed.then(|| Error::SourceGone { at }.while_doing("the migration broke off"))
+        closed.then(|| Error::SourceGone { at }.while_doing("cannot receive the guest"))
     })
 }
 
