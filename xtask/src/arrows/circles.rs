@@ -44,7 +44,7 @@ const ALLOWED: &[&[&str]] = &[
     &["crates/multifd/src/send/copy.rs", "crates/multifd/src/send/emit.rs", "crates/multifd/src/send/mod.rs"],
     &[
         "crates/qemu-stream/src/error.rs",
-        "crates/qemu-stream/src/format/command.rs",
+        "crates/qemu-stream/src/format/command/mod.rs",
         "crates/qemu-stream/src/format/device_part/description.rs",
         "crates/qemu-stream/src/format/device_part/early.rs",
         "crates/qemu-stream/src/format/device_part/live.rs",
@@ -53,10 +53,10 @@ const ALLOWED: &[&[&str]] = &[
         "crates/qemu-stream/src/format/machine.rs",
         "crates/qemu-stream/src/format/reader.rs",
         "crates/qemu-stream/src/format/run_state.rs",
-        "crates/qemu-stream/src/format/section.rs",
+        "crates/qemu-stream/src/format/section/mod.rs",
         "crates/qemu-stream/src/refuse.rs",
     ],
-    &["crates/qemu-stream/src/format/blocks.rs", "crates/qemu-stream/src/format/record.rs"],
+    &["crates/qemu-stream/src/format/blocks/mod.rs", "crates/qemu-stream/src/format/record/mod.rs"],
     &["crates/qemu-stream/src/incoming/mod.rs", "crates/qemu-stream/src/incoming/ram.rs"],
     &["crates/qemu-stream/src/outgoing/mod.rs", "crates/qemu-stream/src/outgoing/return_path.rs"],
 ];
