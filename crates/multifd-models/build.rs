@@ -1,4 +1,4 @@
-//! Compiles the engine's sources for the model checker, which `sync_types.rs` is told by a `cfg`.
+//! Compiles the engine's sources for the model checker, which `sync_types/mod.rs` is told by a `cfg`.
 //!
 //! Set here, it holds for this package alone, so neither the engine nor anything it depends on is built twice over.
 

@@ -3,7 +3,9 @@
 use std::process::Command;
 
 use crate::step::{cargo, run as run_command, step};
-use crate::{Failure, advisories, api, arrows, deny, deps, length, licences, publish, words, workspace_root};
+use crate::{
+    Failure, advisories, api, arrows, deny, deps, length, licences, modules, publish, words, workspace_root,
+};
 
 /// Runs all checks, the quick ones first; the first that fails ends it.
 ///
@@ -22,6 +24,7 @@ pub(crate) fn run() -> Result<(), Failure> {
     })?;
     step("file lengths", length::check)?;
     step("plain words", words::check)?;
+    step("module files", modules::check)?;
     step("arrows point one way (sources)", arrows::check)?;
     step("no circles of imports", arrows::circles::check)?;
     let metadata = step("lock file", deps::metadata)?;

@@ -31,6 +31,7 @@ mod deps;
 mod fuzz;
 mod length;
 mod licences;
+mod modules;
 mod publish;
 mod qemu;
 mod sanitize;

@@ -13,7 +13,15 @@ pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
 }
 
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The issuer holds the private key.
+        f.debug_struct("Authority").finish_non_exhaustive()
+    }
+}
+
 /// A certificate to be signed.
+#[derive(Debug)]
 pub struct Subject<'a> {
     /// The names in its subject, outermost first: organisation, then common name.
     pub organisation: &'a str,

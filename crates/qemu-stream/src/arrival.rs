@@ -101,6 +101,12 @@ pub struct Listening {
     options: ArrivalOptions,
 }
 
+impl std::fmt::Debug for Listening {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Listening").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
 impl Listening {
     /// Waits for a source, without limit: a destination may wait for days.
     ///
@@ -127,6 +133,15 @@ pub struct Arrival {
     receiver: Receiver,
     options: ArrivalOptions,
     peer: String,
+}
+
+impl std::fmt::Debug for Arrival {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arrival")
+            .field("peer", &self.peer)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Arrival {
@@ -194,6 +209,16 @@ pub struct Pending {
     loaded: Loaded,
     blocks: Arc<RamBlocks>,
     main_pages: MainPages,
+}
+
+impl std::fmt::Debug for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the state of the devices, which may be large and is the guest's.
+        f.debug_struct("Pending")
+            .field("blocks", &self.blocks)
+            .field("main_pages", &self.main_pages)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Pending {
@@ -281,6 +306,16 @@ pub struct Confirmed {
     blocks: Arc<RamBlocks>,
     receiver: Receiver,
     main: Stream,
+}
+
+impl std::fmt::Debug for Confirmed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the state of the devices, which may be large and is the guest's.
+        f.debug_struct("Confirmed")
+            .field("blocks", &self.blocks)
+            .field("main", &self.main)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Confirmed {

@@ -13,7 +13,7 @@ use clap::{Parser, Subcommand};
 pub(crate) use self::{
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
-    receive::{MissingPagesArg, ReceiveArgs, ReceiveTlsArgs},
+    receive::{MissingPagesArg, ReceiveArgs},
     send::{ReturnPathArg, SendArgs, SyncModeArg},
 };
 

@@ -3,17 +3,10 @@
 use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum};
-use multifd::{
-    ChannelCount, ChannelsFrom, Method,
-    channel::{
-        Address, Listen, Listener,
-        tls::{ServerCredentials, TlsListener},
-    },
-    error::Usage,
-};
+use multifd::{ChannelCount, ChannelsFrom, Method, channel::Address, error::Usage};
 
 use super::shared::{OutputArgs, file_address, seconds};
-use crate::{file_address::FileAddress, output::outcome::While};
+use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ReceiveArgs {
@@ -75,23 +68,6 @@ pub(crate) struct ReceiveTlsArgs {
     /// it, all sources with a certificate of the CA are accepted
     #[arg(long, value_name = "SUBJECT", requires = "tls_creds")]
     pub(crate) tls_authz: Vec<String>,
-}
-
-impl ReceiveTlsArgs {
-    /// The certificates of this side, and its rules for peers; `None` without TLS.
-    pub(crate) fn credentials(&self) -> Result<Option<ServerCredentials>, While> {
-        let Some(folder) = &self.tls_creds else { return Ok(None) };
-        let credentials = ServerCredentials::load(folder, self.tls_authz.clone());
-        credentials.map(Some).map_err(|error| While::new("cannot set TLS up", error))
-    }
-
-    /// What takes connections from `listener`.
-    pub(crate) fn listener(credentials: Option<ServerCredentials>, listener: Listener) -> Box<dyn Listen> {
-        match credentials {
-            Some(credentials) => Box::new(TlsListener::new(Box::new(listener), credentials)),
-            None => Box::new(listener),
-        }
-    }
 }
 
 /// A method; `None` is the one that the packets name.

@@ -1,19 +1,12 @@
 //! The command line of `multifd send`.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum};
-use multifd::{
-    channel::{
-        Address, Connect,
-        tls::{ClientCredentials, TlsConnector},
-    },
-    error::Usage,
-    wire::VmUuid,
-};
+use multifd::{channel::Address, error::Usage, wire::VmUuid};
 
 use super::shared::{CompressionArgs, OutputArgs, ZeroPagesArg, file_address, seconds, size};
-use crate::{file_address::FileAddress, output::outcome::While};
+use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {
@@ -85,7 +78,7 @@ impl SendArgs {
 pub(crate) struct SendTlsArgs {
     /// Use TLS, with the certificates in DIR: ca-cert.pem, client-cert.pem, client-key.pem
     #[arg(long, value_name = "DIR")]
-    tls_creds: Option<PathBuf>,
+    pub(crate) tls_creds: Option<PathBuf>,
     /// Name that the certificate of the destination must contain; without it, the host in ADDRESS
     #[arg(long, value_name = "NAME", requires = "tls_creds")]
     tls_hostname: Option<String>,
@@ -108,16 +101,6 @@ impl SendTlsArgs {
     /// Whether connections are encrypted.
     pub(crate) fn encrypts(&self) -> bool {
         self.tls_creds.is_some()
-    }
-
-    /// What opens connections to `address`.
-    pub(crate) fn connector(&self, address: &Address) -> Result<Arc<dyn Connect>, While> {
-        let plain = Arc::new(address.clone());
-        let Some(folder) = &self.tls_creds else { return Ok(plain) };
-        let name = self.hostname(address).map_err(|error| While::new("cannot set TLS up", error))?;
-        let credentials = ClientCredentials::load(folder, name);
-        let credentials = credentials.map_err(|error| While::new("cannot set TLS up", error))?;
-        Ok(Arc::new(TlsConnector::new(plain, credentials)))
     }
 }
 

@@ -5,3 +5,4 @@ mod extract;
 pub(crate) mod inspect;
 pub(crate) mod receive;
 pub(crate) mod send;
+mod tls;

@@ -18,8 +18,9 @@ use qemu_stream::{
     incoming::{Expected, LeftOut, Loaded, MainPages},
 };
 
+use super::tls;
 use crate::{
-    args::{MissingPagesArg, ReceiveArgs, ReceiveTlsArgs},
+    args::{MissingPagesArg, ReceiveArgs},
     capture::{Capture, Channels},
     combinations,
     direct_io::DirectIo,
@@ -50,13 +51,13 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
-    let credentials = args.tls.credentials()?;
+    let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let capture = Capture::create(&args.file, args.force, &direct_io)?;
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = listener.local_address().clone();
-    let listener = ReceiveTlsArgs::listener(credentials, listener);
+    let listener = tls::listen(credentials, listener);
     let receive = ReceiveOptions::new()
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())

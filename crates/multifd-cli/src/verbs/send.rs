@@ -15,6 +15,7 @@ use qemu_stream::{
     source::{Source, SourceOptions},
 };
 
+use super::tls;
 use crate::{
     args::{ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
@@ -31,7 +32,7 @@ use crate::{
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     combinations::of_send(args).map_err(|refused| Failure::Usage(refused.into()))?;
-    let connector = args.tls.connector(&args.address)?;
+    let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;

@@ -34,6 +34,12 @@ pub struct Listener {
     kind: Kind,
 }
 
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Listener").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
 enum Kind {
     /// Accepts connections; a unix socket's file is removed in the end.
     Listening { remove: Option<SocketFile> },

@@ -40,6 +40,12 @@ pub struct MemoryLink {
     attention: Option<Attention>,
 }
 
+impl std::fmt::Debug for MemoryLink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MemoryLink").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
 struct Ends {
     incoming: Arc<Pipe>,
     outgoing: Arc<Pipe>,
@@ -245,6 +251,12 @@ pub struct MemoryConnector {
     capacity: usize,
 }
 
+impl std::fmt::Debug for MemoryConnector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MemoryConnector").field("capacity", &self.capacity).finish_non_exhaustive()
+    }
+}
+
 impl Connect for MemoryConnector {
     fn connect(&self, _stop: &Stop, _limit: Duration) -> io::Result<Box<dyn Link>> {
         let (near, far) = pair(self.capacity);
@@ -265,6 +277,12 @@ impl Connect for MemoryConnector {
 /// Takes connections from a [`MemoryConnector`].
 pub struct MemoryListener {
     meeting: Arc<Meeting>,
+}
+
+impl std::fmt::Debug for MemoryListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MemoryListener").finish_non_exhaustive()
+    }
 }
 
 impl Listen for MemoryListener {

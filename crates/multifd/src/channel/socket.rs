@@ -50,6 +50,16 @@ pub struct SocketLink {
     local: bool,
 }
 
+impl std::fmt::Debug for SocketLink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SocketLink")
+            .field("peer", &self.peer)
+            .field("incoming", &self.incoming)
+            .field("local", &self.local)
+            .finish_non_exhaustive()
+    }
+}
+
 impl SocketLink {
     /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one, and with a send buffer that
     /// fits into caches where the other end is on the same machine. A TCP peer is looked after as [`TcpOptions::default`]

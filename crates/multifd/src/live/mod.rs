@@ -61,6 +61,15 @@ pub struct Migration {
     sender: Option<Sender>,
 }
 
+impl std::fmt::Debug for Migration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Migration")
+            .field("options", &self.plan.options)
+            .field("stop", &self.plan.stop)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Migration {
     /// A migration over the channels of `sender`, of its blocks, and ended by its stop.
     ///

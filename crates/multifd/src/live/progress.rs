@@ -90,6 +90,12 @@ pub struct RamInfo {
 #[derive(Clone)]
 pub struct Progress(Arc<Inner>);
 
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Progress").field("status", &self.0.status.load()).finish_non_exhaustive()
+    }
+}
+
 struct Inner {
     status: StatusCell,
     page_size: PageSize,

@@ -233,6 +233,12 @@ pub struct GuestSlice<'a> {
     life: PhantomData<&'a Mapping>,
 }
 
+impl fmt::Debug for GuestSlice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestSlice({:#x} bytes at {:p})", self.len, self.ptr)
+    }
+}
+
 // SAFETY: it borrows a mapping, which is `Sync`, and gives no reference to the memory.
 unsafe impl Send for GuestSlice<'_> {}
 

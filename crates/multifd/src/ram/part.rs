@@ -17,9 +17,21 @@ pub const MAX_PARTS: usize = 130;
 #[repr(transparent)]
 pub struct Part<'a>(libc::iovec, PhantomData<&'a [u8]>);
 
+impl std::fmt::Debug for Part<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Part({:#x} bytes at {:p})", self.0.iov_len, self.0.iov_base)
+    }
+}
+
 /// Room for bytes to receive: one vector of a scattering read.
 #[repr(transparent)]
 pub struct PartMut<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
+
+impl std::fmt::Debug for PartMut<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PartMut({:#x} bytes at {:p})", self.0.iov_len, self.0.iov_base)
+    }
+}
 
 // SAFETY: a part borrows memory that may be read from any thread.
 unsafe impl Send for Part<'_> {}

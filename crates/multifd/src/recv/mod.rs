@@ -52,6 +52,15 @@ pub struct Receiver {
     watches: Vec<Watch>,
 }
 
+impl std::fmt::Debug for Receiver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Receiver")
+            .field("options", &self.shared.options)
+            .field("stop", &self.shared.stop)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What main, the acceptor and the channels' threads share.
 struct Shared {
     /// Never changes.
@@ -379,6 +388,12 @@ impl Drop for Receiver {
 /// Reads the counters of a [`Receiver`] from any thread.
 #[derive(Clone)]
 pub struct RecvCounters(Arc<Shared>);
+
+impl std::fmt::Debug for RecvCounters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("RecvCounters").field(&self.stats()).finish()
+    }
+}
 
 impl RecvCounters {
     /// What each channel has brought so far.

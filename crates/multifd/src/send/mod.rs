@@ -242,6 +242,12 @@ impl Drop for Sender {
 #[derive(Clone)]
 pub struct SendCounters(Option<Arc<Shared>>);
 
+impl std::fmt::Debug for SendCounters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("SendCounters").field(&self.stats()).finish()
+    }
+}
+
 impl SendCounters {
     /// What each channel has carried so far.
     pub fn stats(&self) -> Vec<ChannelStats> {

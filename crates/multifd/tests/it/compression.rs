@@ -369,7 +369,7 @@ fn memory_that_may_be_cut_shorter_is_not_packed() {
         let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
         Migration::over_main(MigrateOptions::new(), blocks, Stop::new())
     };
-    let refused = over_main(in_memfd(&memfd)).err().expect("main's pages are copied");
+    let refused = over_main(in_memfd(&memfd)).expect_err("main's pages are copied");
     assert!(matches!(refused.kind(), Error::Usage(Usage::MayShrink(_))), "{refused}");
     let kept = Mapping::of_file(&memfd, 0, 4096, Access::ReadWrite).expect("mapped").never_shrinks();
     let kept = RamBlock::new(name("ram"), 4096, PageSize::KIB_4, Memory::Mapped(kept)).expect("a block");

@@ -525,7 +525,7 @@ fn files_that_are_not_there_or_do_not_fit_are_named() {
         format!("{error}: {}", error.source().map_or_else(String::new, ToString::to_string))
     };
     let refused = |name: &str| {
-        let error = ServerCredentials::load(folder.path(), Vec::new()).err().expect("refused");
+        let error = ServerCredentials::load(folder.path(), Vec::new()).expect_err("refused");
         let told = chain(&error);
         assert!(told.contains(name), "{told}");
     };
@@ -538,8 +538,17 @@ fn files_that_are_not_there_or_do_not_fit_are_named() {
     refused("server-cert.pem: it holds no certificate");
     std::fs::remove_file(folder.path().join("ca-cert.pem")).expect("removed");
     refused("No such file");
-    let error = ClientCredentials::load(folder.path(), "no host").err().expect("refused");
+    let error = ClientCredentials::load(folder.path(), "no host").expect_err("refused");
     assert_eq!(error.to_string(), r#"tls-hostname: expected a host name or an IP address, met "no host""#);
+}
+
+#[test]
+fn debug_text_of_credentials_leaves_out_certificates_and_keys() {
+    let folder = folder();
+    let client = ClientCredentials::load(folder.path(), "localhost").expect("credentials");
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("credentials");
+    assert_eq!(format!("{client:?}"), r#"ClientCredentials { name: DnsName("localhost"), .. }"#);
+    assert_eq!(format!("{server:?}"), "ServerCredentials { .. }");
 }
 
 /// More than 64 GiB through one session have broken others; keys are changed before 256 GiB. `cargo test --release` shows

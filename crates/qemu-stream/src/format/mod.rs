@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! header ─ configuration ─ commands ─ START ram ─ PART* ─ [SWITCHOVER_START] ─ END ─ FULL* ─ EOF ─ JSON
-//! configuration.rs         command.rs   │ section.rs                            device_part/
-//!                                       └ block list, records: blocks.rs, record.rs, xbzrle.rs
+//! configuration/           command/     │ section/                              device_part/
+//!                                       └ block list, records: blocks/, record/, xbzrle.rs
 //! ```
 //!
 //! In comes a [`Reader`] over anything that can be read, out go values that are valid because they

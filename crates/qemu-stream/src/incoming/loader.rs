@@ -56,6 +56,16 @@ pub struct Loader<'a, F> {
     pages: MainPages,
 }
 
+impl<F> std::fmt::Debug for Loader<'_, F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Loader")
+            .field("expected", &self.expected)
+            .field("left_out", &self.left_out)
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Pages that came over main: all pages of a source with multifd off, zero pages of many others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MainPages {

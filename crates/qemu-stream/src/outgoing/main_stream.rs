@@ -31,6 +31,16 @@ pub struct MainStream<C> {
     watch: Option<CloseWatch>,
 }
 
+impl<C> std::fmt::Debug for MainStream<C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MainStream")
+            .field("end_timeout", &self.end_timeout)
+            .field("verdict_timeout", &self.verdict_timeout)
+            .field("stop", &self.stop)
+            .finish_non_exhaustive()
+    }
+}
+
 impl<C: Connection> MainStream<C> {
     /// The stream of a running machine, whose block list is the engine's and whose devices come from its guest. `stop` is the
     /// migration's: it fails as soon as the destination says that it has failed, or closes.

@@ -34,11 +34,25 @@ pub struct ClientCredentials {
     pub(super) rekey_after: u64,
 }
 
+impl fmt::Debug for ClientCredentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The configuration holds the private key.
+        f.debug_struct("ClientCredentials").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 /// What a destination shows and asks for.
 #[derive(Clone)]
 pub struct ServerCredentials {
     pub(super) config: Arc<ServerConfig>,
     pub(super) rekey_after: u64,
+}
+
+impl fmt::Debug for ServerCredentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The configuration holds the private key.
+        f.debug_struct("ServerCredentials").finish_non_exhaustive()
+    }
 }
 
 impl ClientCredentials {

@@ -29,6 +29,15 @@ pub struct TlsConnector {
     credentials: ClientCredentials,
 }
 
+impl std::fmt::Debug for TlsConnector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsConnector")
+            .field("target", &self.target())
+            .field("credentials", &self.credentials)
+            .finish()
+    }
+}
+
 impl TlsConnector {
     /// Sessions over what `inner` opens.
     pub fn new(inner: Arc<dyn Connect>, credentials: ClientCredentials) -> Self {
@@ -59,6 +68,15 @@ impl Connect for TlsConnector {
 pub struct TlsListener {
     inner: Box<dyn Listen>,
     credentials: ServerCredentials,
+}
+
+impl std::fmt::Debug for TlsListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsListener")
+            .field("address", &self.address())
+            .field("credentials", &self.credentials)
+            .finish()
+    }
 }
 
 impl TlsListener {

@@ -3,7 +3,7 @@
 //! ```text
 //! 01 START, 04 FULL | u32 id | counted name | u32 instance | u32 version | body | footer
 //! 02 PART,  03 END  | u32 id | body | footer
-//! 06 VMDESCRIPTION  | u32 length | JSON           08 COMMAND | see command.rs
+//! 06 VMDESCRIPTION  | u32 length | JSON           08 COMMAND | see command/
 //! 00 EOF                                          7e footer  | u32 id
 //! ```
 
