@@ -10,9 +10,10 @@
 use std::{io, sync::Arc};
 
 use super::{
-    Shared,
-    admit::{self, Newcomer, Origin},
-    consume,
+    entry::{Newcomer, Origin},
+    roster,
+    shared::{Shared, State},
+    worker,
 };
 use crate::{
     channel::{Link, Listen, Stream, Wake, Watch, deadline},
@@ -34,12 +35,12 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
     let _alarm = shared.stop.alarm("the acceptor's thread");
     loop {
         match listener.accept() {
-            Ok(Some(link)) => greet(shared, link),
+            Ok(Some(link)) => identify_in_thread(shared, link),
             Ok(None) => {
                 // What is waiting now was there when main asked.
                 for _ in 0..DRAIN_MOST {
                     let Ok(Some(link)) = listener.accept_waiting() else { break };
-                    greet(shared, link);
+                    identify_in_thread(shared, link);
                 }
                 if shared.drained() {
                     break;
@@ -55,40 +56,40 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
 }
 
 /// Gives a new connection a thread that finds out what it is.
-pub(super) fn greet(shared: &Arc<Shared>, link: Box<dyn Link>) {
+pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>) {
     let peer = link.peer();
     let number;
     {
         let mut state = shared.lock();
-        if state.stopped || state.greeting.len() >= limits::GREETINGS {
+        if state.stopped || state.unidentified.len() >= limits::GREETINGS {
             tracing::warn!(peer, "a connection too many is dropped");
             return;
         }
         state.accepted += 1;
         number = state.accepted;
-        state.greeting.push(Origin::new(&*link, number));
+        state.unidentified.push(Origin::new(&*link, number));
     }
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let shared = shared.clone();
-        move || meet(&shared, link, number)
+        move || identify(&shared, link, number)
     });
     match thread {
         Ok(thread) => shared.keep(thread),
         Err(error) => {
-            shared.greeted(number, |_| {});
+            shared.identified(number, |_| {});
             shared.stop.fail(Error::io("start a thread for a connection", error));
         }
     }
 }
 
-fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
+fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
     let _alarm = shared.stop.alarm("a channel's thread");
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
     // While it has not said what it is, any end of the migration is its end.
     let greeting = shared.stop.watch(wake.clone());
-    match introduce(shared, &mut *link) {
-        Ok(Caller::Main(seen)) => {
+    match read_first_bytes(shared, &mut *link) {
+        Ok(Kind::Main(seen)) => {
             let origin = Origin::new(&*link, number);
             // Its waits end, and it can still be told that this side has failed.
             let watch = shared.stop.watch_failure(link.recv_waker());
@@ -97,18 +98,18 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
                 Ok(main) => main,
                 Err(error) => {
                     shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error));
-                    return shared.greeted(number, |_| {});
+                    return shared.identified(number, |_| {});
                 }
             };
             shared.main_has_come(origin, main, watch);
-            shared.greeted(number, |_| {});
+            shared.identified(number, |_| {});
         }
-        Ok(Caller::Channel(initial)) => {
+        Ok(Kind::Channel(initial)) => {
             let id = initial.id;
             let _watch = shared.stop.watch_failure(wake.clone());
             let welcome = shared.register(Newcomer { origin: Origin::new(&*link, number), initial, wake });
             // Only now: main must not pass a sync point in between.
-            shared.greeted(number, |_| {});
+            shared.identified(number, |_| {});
             if !welcome {
                 return;
             }
@@ -120,18 +121,18 @@ fn meet(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
             if let Err(error) = link.attend(shared.attention.clone()) {
                 shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error).on_channel(id));
             }
-            consume::run(id, number, shared, link);
+            worker::run(id, number, shared, link);
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().single => {
             shared.stop.fail(error.at(format_args!("connection from {peer}")));
-            shared.greeted(number, |_| {});
+            shared.identified(number, |_| {});
         }
         Err(Refused { error, .. }) => {
-            if admit::is_unnoticed(&error) {
-                shared.lose(Origin::new(&*link, number));
+            if roster::is_unnoticed(&error) {
+                shared.note_lost(Origin::new(&*link, number));
             }
             // Only now: main must not pass a sync point in between.
-            shared.greeted(number, |_| {});
+            shared.identified(number, |_| {});
             let cause =
                 std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
             tracing::warn!(
@@ -155,13 +156,13 @@ impl From<Error> for Refused {
     }
 }
 
-enum Caller {
+enum Kind {
     /// The main stream, with the bytes read so far.
     Main(Vec<u8>),
     Channel(Initial),
 }
 
-fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller, Refused> {
+fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refused> {
     let limit = shared.options.greeting_timeout;
     // The only connection there is holds up nobody, and may have far to go before it says anything.
     let (peer, end) = (link.peer(), (!shared.lock().single).then(|| deadline(limit)));
@@ -173,7 +174,7 @@ fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller, Refused> {
     let mut have = read_up_to(link, &mut first[..MAIN_MAGIC.len()], 0, end).map_err(failed)?;
     if first.starts_with(&MAIN_MAGIC) {
         link.set_recv_timeout(None).map_err(failed)?;
-        return Ok(Caller::Main(MAIN_MAGIC.to_vec()));
+        return Ok(Kind::Main(MAIN_MAGIC.to_vec()));
     }
     if first.starts_with(&TLS_HELLO) {
         return Err(Error::from(Unsupported::Tls).into());
@@ -188,7 +189,7 @@ fn introduce(shared: &Shared, link: &mut dyn Link) -> Result<Caller, Refused> {
     }
     let initial = Initial::decode(&first).map_err(|error| Refused { error: error.into(), a_channel })?;
     link.set_recv_timeout(None).map_err(failed)?;
-    Ok(Caller::Channel(initial))
+    Ok(Kind::Channel(initial))
 }
 
 /// Fills `buffer`, of which `have` bytes are there, until `end` if there is one; says how many are there then. However
@@ -217,9 +218,9 @@ fn read_up_to(
 
 impl Shared {
     /// A connection has said what it is, or will never.
-    fn greeted(&self, number: u64, then: impl FnOnce(&mut super::State)) {
+    fn identified(&self, number: u64, then: impl FnOnce(&mut State)) {
         let mut state = self.lock();
-        state.greeting.retain(|origin| origin.number != number);
+        state.unidentified.retain(|origin| origin.number != number);
         then(&mut state);
         self.changed.notify_all();
     }

@@ -1,43 +1,41 @@
 //! The destination's side of the channels.
 //!
 //! ```text
-//!   accept          (thread a channel) consume ─▶ decode ─▶ fill
-//! Listener ─▶ meet ─┬▶ multifdrecv_0: head ─▶ block, pages ─▶ guest RAM or file ─┐
-//!                   ├▶ multifdrecv_1: head ─▶ …                                  ├─▶ sync
-//!                   └▶ main stream ─▶ the caller ── sync() ──────────────────────┘
+//!    accept               (a thread for each channel) worker ─▶ decode ─▶ place
+//! Listener ─▶ identify ─┬▶ multifdrecv_0: head ─▶ block, pages ─▶ guest RAM or file ─┐
+//!                       ├▶ multifdrecv_1: head ─▶ …                                  ├─▶ gate
+//!                       └▶ main stream ─▶ the caller ── sync() ──────────────────────┘
 //! ```
 //!
 //! Nothing that a peer says is believed before it has met its bound. This module knows nothing of the main stream but
 //! its first four bytes, by which it is told from a channel.
 
 mod accept;
-mod admit;
 mod arrived;
-mod consume;
 mod decode;
-mod fill;
+mod entry;
+mod gate;
 #[cfg(shuttle)]
 pub mod model;
-mod sync;
+mod packet_reader;
+mod place;
+mod roster;
+mod shared;
+mod worker;
 
-use std::{
-    sync::{Arc, PoisonError, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use admit::{Newcomer, Origin};
 pub use arrived::{Arrived, MayMiss};
-use sync::Place;
+use shared::{Shared, State, WakeState};
 
 use crate::{
-    channel::{Attention, Link, Listen, Stop, Stream, Wake, Watch, deadline},
-    compress::Method,
-    error::{Error, Result, Usage, Violation},
+    channel::{Link, Listen, Stop, Stream, Watch},
+    error::{Error, Result, Usage},
     options::{ChannelCount, ReceiveOptions},
     ram::{Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
-    sync_types::{AtomicBool, Builder, Condvar, Instant, JoinHandle, Mutex, MutexGuard, OnceLock},
-    wire::{ChannelId, VmUuid, limits},
+    sync_types::{AtomicBool, Builder, Condvar, Instant, Mutex, OnceLock},
+    wire::{VmUuid, limits},
 };
 
 /// Receives pages over N channels: the data plane of one incoming migration.
@@ -60,79 +58,6 @@ impl std::fmt::Debug for Receiver {
             .finish_non_exhaustive()
     }
 }
-
-/// What main, the acceptor and the channels' threads share.
-struct Shared {
-    /// Never changes.
-    options: ReceiveOptions,
-    /// Locked within; see `docs/develop/concurrency.md`.
-    stop: Stop,
-    /// Of this side's connections.
-    attention: Attention,
-    /// Set once, by main.
-    page_size: OnceLock<PageSize>,
-    arrived: OnceLock<Arrived>,
-    /// Set by the options, or by the first packet with pages of any channel.
-    method: OnceLock<Method>,
-    /// Set by main when no page may be written any more; with `filling`, see [`Shared::seal`].
-    sealed: AtomicBool,
-    /// Each set by its channel while it writes pages.
-    filling: Box<[AtomicBool]>,
-    /// Each written by its channel only.
-    counters: Box<[ChannelCounters]>,
-    state: Mutex<State>,
-    /// Notified at every change of the state.
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// By id.
-    channels: Vec<Option<Place>>,
-    /// Channels that came before main.
-    early: Vec<Newcomer>,
-    /// Main has come, or the caller has said what it says: channels are admitted.
-    opened: bool,
-    /// Connections that were dropped because they came from another host than main.
-    foreign: u64,
-    /// The UUID of this side, or of the first channel.
-    uuid: Option<VmUuid>,
-    /// Connections that have not said yet what they are.
-    greeting: Vec<Origin>,
-    /// There is one connection only: what becomes of it becomes of the migration.
-    single: bool,
-    main: Option<Stream>,
-    main_taken: bool,
-    main_watch: Option<Watch>,
-    /// The source is known to have channels.
-    has_channels: bool,
-    /// The packet numbers of the source are known to have no gaps.
-    numbers_are_exact: bool,
-    /// The number of channels that the source announced on main.
-    announced: Option<u8>,
-    /// Sync points that main has passed.
-    released: u64,
-    /// Main stands at the next one, and looks after those that it waits for. It does so to the end if that fails.
-    main_waits: bool,
-    /// Connections accepted so far.
-    accepted: u64,
-    /// Where main comes from, once it has come.
-    main_from: Option<Origin>,
-    /// Connections that were dropped before the first sync point without having said what they are.
-    lost: Vec<Origin>,
-    /// What wakes the acceptor, while there is one.
-    acceptor: Option<Arc<dyn Wake>>,
-    drain_asked: u64,
-    drain_done: u64,
-    /// Everything has come: a copy of `Shared::sealed` under the lock.
-    sealed: bool,
-    /// The source has closed main: the migration is about to fail.
-    source_closed: bool,
-    stopped: bool,
-    threads: Vec<JoinHandle<()>>,
-}
-
-type Guard<'a> = MutexGuard<'a, State>;
 
 impl Receiver {
     /// A receiver without connections. `stop` ends it together with the rest of the migration.
@@ -192,7 +117,7 @@ impl Receiver {
 
     /// Takes in one connection, main or channel, that the caller has accepted.
     pub fn add(&self, link: Box<dyn Link>) {
-        accept::greet(&self.shared, link);
+        accept::identify_in_thread(&self.shared, link);
     }
 
     /// Waits for the main connection, without limit: a destination may wait for its source for days. Only while a channel
@@ -255,8 +180,8 @@ impl Receiver {
     /// [`ChannelCount::Auto`] means this number. Call it before the first sync point.
     ///
     /// # Errors
-    /// [`Violation::AnnouncedChannels`] if the options have [another number](ChannelCount::Exact),
-    /// [`Violation::ChannelId`] if a channel beyond it has come, [`Usage::UsedTwice`] if another number was announced before.
+    /// [`Violation::AnnouncedChannels`](crate::error::Violation::AnnouncedChannels) if the options have [another number](ChannelCount::Exact),
+    /// [`Violation::ChannelId`](crate::error::Violation::ChannelId) if a channel beyond it has come, [`Usage::UsedTwice`] if another number was announced before.
     pub fn expect_channels(&self, channels: u8) -> Result<()> {
         self.shared.expect_channels(channels)
     }
@@ -301,9 +226,9 @@ impl Receiver {
     /// one also waits until all channels are here.
     ///
     /// # Errors
-    /// [`Violation::EndedEarly`] if a channel can no longer come, [`Violation::ChannelCount`],
-    /// [`Violation::TooFewChannels`] or [`Violation::NoChannels`] if there are fewer than expected,
-    /// [`Violation::MissingPackets`] if some have not come over any channel, or the error that stopped the migration.
+    /// [`Violation::EndedEarly`](crate::error::Violation::EndedEarly) if a channel can no longer come, [`Violation::ChannelCount`](crate::error::Violation::ChannelCount),
+    /// [`Violation::TooFewChannels`](crate::error::Violation::TooFewChannels) or [`Violation::NoChannels`](crate::error::Violation::NoChannels) if there are fewer than expected,
+    /// [`Violation::MissingPackets`](crate::error::Violation::MissingPackets) if some have not come over any channel, or the error that stopped the migration.
     pub fn sync(&self) -> Result<()> {
         self.shared.sync()
     }
@@ -311,7 +236,7 @@ impl Receiver {
     /// Main has come to the end of RAM: from now on no page is written.
     ///
     /// # Errors
-    /// [`Violation::PagesAfterEnd`] if a channel is still receiving pages, or the error that stopped the migration.
+    /// [`Violation::PagesAfterEnd`](crate::error::Violation::PagesAfterEnd) if a channel is still receiving pages, or the error that stopped the migration.
     pub fn seal(&self) -> Result<()> {
         self.shared.seal()
     }
@@ -404,101 +329,6 @@ impl RecvCounters {
     /// Sync points that the migration has passed.
     pub fn sync_points(&self) -> u64 {
         self.0.lock().released
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> Guard<'_> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, state: Guard<'a>) -> Guard<'a> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_timeout<'a>(&self, state: Guard<'a>, limit: Duration) -> Guard<'a> {
-        self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    fn is_sealed(&self) -> bool {
-        self.sealed.load(Ordering::SeqCst)
-    }
-
-    /// Sequentially consistent, as is a channel's mark: a channel that begins to write either sees the seal and
-    /// does not, or is seen here.
-    fn seal(&self) -> Result<()> {
-        self.stop.check()?;
-        self.sealed.store(true, Ordering::SeqCst);
-        self.lock().sealed = true;
-        self.changed.notify_all();
-        let writing = self.filling.iter().position(|flag| flag.load(Ordering::SeqCst));
-        if let Some(id) = writing.and_then(|id| u8::try_from(id).ok()) {
-            let error = Error::from(Violation::PagesAfterEnd { pages: 1 }).on_channel(ChannelId(id));
-            return Err(self.stop.fail(error));
-        }
-        Ok(())
-    }
-
-    /// Waits until the source has closed every channel, for `limit` at the most.
-    fn wait_ended(&self, limit: Duration) -> Guard<'_> {
-        let end = deadline(limit);
-        let mut state = self.lock();
-        while state.channels.iter().flatten().any(|place| !place.ended) {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() || state.stopped {
-                tracing::debug!("the source left channels open");
-                break;
-            }
-            state = self.wait_timeout(state, left);
-        }
-        state
-    }
-
-    /// Waits until the source has closed every channel, and closes those that it leaves open.
-    fn drain_channels(&self) {
-        let state = self.wait_ended(self.options.drain_timeout);
-        let wakers: Vec<_> = state.channels.iter().flatten().filter_map(|place| place.wake.clone()).collect();
-        drop(state);
-        for waker in wakers {
-            waker.wake();
-        }
-    }
-
-    /// Keeps a thread to be joined, and lets go of those that have ended.
-    fn keep(&self, thread: JoinHandle<()>) {
-        let mut state = self.lock();
-        state.threads.retain(|thread| !thread.is_finished());
-        state.threads.push(thread);
-    }
-
-    /// Joins all threads and lets go of all connections, whoever still looks at the counters.
-    fn join(&self) {
-        loop {
-            let Some(thread) = self.lock().threads.pop() else { break };
-            // One that panicked has failed the migration itself.
-            let _ = thread.join();
-        }
-        let mut state = self.lock();
-        let wakes: Vec<_> = state.channels.iter_mut().flatten().map(|place| place.wake.take()).collect();
-        let connections =
-            (state.main.take(), state.main_watch.take(), wakes, std::mem::take(&mut state.early));
-        drop(state);
-        drop(connections);
-    }
-
-    fn stats(&self) -> Vec<ChannelStats> {
-        let state = self.lock();
-        let here = (0..=u8::MAX).zip(&state.channels).filter(|(_, place)| place.is_some());
-        here.map(|(id, _)| self.counters[usize::from(id)].snapshot(ChannelId(id))).collect()
-    }
-}
-
-struct WakeState(Arc<Shared>);
-
-impl Wake for WakeState {
-    fn wake(&self) {
-        self.0.lock().stopped = true;
-        self.0.changed.notify_all();
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Receiver, consume::Filling, decode::Listed};
+use super::{Receiver, decode::Listed, worker::Filling};
 use crate::{
     channel::{Connect, Link, Stop, Stream, Wake, memory},
     compress::Method,
@@ -204,7 +204,7 @@ pub fn a_source_that_dies_before_main_leaves_its_places_free() {
     let dying = thread::spawn(move || drop((first, second)));
     let shared = receiver.shared.clone();
     let mut state = shared.lock();
-    while state.come() > 0 || !state.greeting.is_empty() {
+    while state.come() > 0 || !state.unidentified.is_empty() {
         state = shared.wait(state);
     }
     drop(state);

@@ -4,43 +4,16 @@
 //! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
 //! channels they take. A channel that has ended can no longer come, and fails the wait at once.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use super::{Shared, State, admit::Origin};
+use super::shared::{Guard, Shared, State};
 use crate::{
-    channel::{Wake, deadline},
+    channel::deadline,
     error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     sync_types::Instant,
     wire::ChannelId,
 };
-
-/// What main knows of a channel.
-pub(super) struct Place {
-    pub(super) origin: Origin,
-    /// Shuts its connection down; `None` when all is over.
-    pub(super) wake: Option<Arc<dyn Wake>>,
-    /// SYNC packets met.
-    pub(super) reached: u64,
-    /// Packets up to the SYNC met last, and the greatest of their numbers.
-    packets: u64,
-    greatest: Option<u64>,
-    /// Its connection has ended, or its thread has.
-    pub(super) ended: bool,
-    /// It has ended without a single packet.
-    pub(super) void: bool,
-}
-
-impl Place {
-    pub(super) fn new(origin: Origin, wake: Arc<dyn Wake>) -> Self {
-        Self { origin, wake: Some(wake), reached: 0, packets: 0, greatest: None, ended: false, void: false }
-    }
-
-    /// Whether nothing came and nothing will.
-    pub(super) fn is_void(&self) -> bool {
-        self.ended && self.void
-    }
-}
 
 impl Shared {
     /// A channel has met a SYNC: it stands until main has come to the same point. Surplus ones at the end of a
@@ -174,10 +147,10 @@ impl Shared {
     /// Waits for a change, in a wait that began at `begun`, but no longer than the source may stand still.
     pub(super) fn wait_moving<'a>(
         &'a self,
-        state: super::Guard<'a>,
+        state: Guard<'a>,
         begun: Instant,
         stalled: impl FnOnce(Stalled) -> Error,
-    ) -> Result<super::Guard<'a>> {
+    ) -> Result<Guard<'a>> {
         let Some(left) = self.attention.left(begun) else { return Ok(self.wait(state)) };
         if !left.is_zero() {
             return Ok(self.wait_timeout(state, left));
@@ -190,7 +163,7 @@ impl Shared {
     /// them all before it can come here, but the network may deliver main's bytes first. A connection that has not
     /// said yet what it is may be one of them; where their number is known and complete, one more, if it comes from
     /// where main does.
-    fn settle<'a>(&'a self, mut state: super::Guard<'a>) -> Result<super::Guard<'a>> {
+    fn settle<'a>(&'a self, mut state: Guard<'a>) -> Result<Guard<'a>> {
         let end = deadline(self.options.channels_timeout);
         let expected = self.expected(&state);
         loop {
@@ -221,8 +194,10 @@ impl Shared {
     /// Whether a connection that has not said yet what it is may be a channel.
     fn has_unheard(&self, state: &State) -> bool {
         match self.expected(state) {
-            ChannelCount::Exact(_) => state.greeting.iter().any(|origin| self.may_be_missed(state, origin)),
-            ChannelCount::Auto => !state.greeting.is_empty(),
+            ChannelCount::Exact(_) => {
+                state.unidentified.iter().any(|origin| self.may_be_missed(state, origin))
+            }
+            ChannelCount::Auto => !state.unidentified.is_empty(),
         }
     }
 

@@ -7,36 +7,17 @@
 
 use std::{io, sync::Arc};
 
-use super::{Shared, State, sync::Place};
+use super::{
+    entry::{Entry, Newcomer, Origin},
+    shared::{Shared, State},
+};
 use crate::{
-    channel::{Host, Link, Wake},
+    channel::Wake,
     error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     ram::PageSize,
     wire::{ChannelId, Initial, limits},
 };
-
-/// Where a connection comes from.
-#[derive(Clone)]
-pub(super) struct Origin {
-    pub(super) peer: String,
-    pub(super) host: Option<Host>,
-    /// Counted from 1 in the order in which connections were accepted. A source opens main before it opens channels.
-    pub(super) number: u64,
-}
-
-impl Origin {
-    pub(super) fn new(link: &dyn Link, number: u64) -> Self {
-        Self { peer: link.peer(), host: link.host(), number }
-    }
-}
-
-/// A connection that begins as a channel does.
-pub(super) struct Newcomer {
-    pub(super) origin: Origin,
-    pub(super) initial: Initial,
-    pub(super) wake: Arc<dyn Wake>,
-}
 
 /// What came of the channels that waited for main.
 #[must_use]
@@ -168,7 +149,7 @@ impl Shared {
             // Pages of this channel may be older than what other channels have brought since.
             return refused(Violation::LateChannel { id, point: state.released }.into());
         }
-        state.channels[slot] = Some(Place::new(origin, wake));
+        state.channels[slot] = Some(Entry::new(origin, wake));
         self.attention.beat();
         self.changed.notify_all();
         Ok(true)
@@ -228,7 +209,7 @@ impl Shared {
 
     /// A connection is dropped that has not said what it is. While it is not known how many channels there are, it may
     /// have been one.
-    pub(super) fn lose(&self, origin: Origin) {
+    pub(super) fn note_lost(&self, origin: Origin) {
         let mut state = self.lock();
         if !matches!(self.expected(&state), ChannelCount::Auto) {
             return;
@@ -261,7 +242,7 @@ fn lost(origin: &Origin) -> Error {
 
 impl State {
     /// The place of channel `id`, if it is that of connection `number`.
-    pub(super) fn place(&mut self, id: ChannelId, number: u64) -> Option<&mut Place> {
+    pub(super) fn place(&mut self, id: ChannelId, number: u64) -> Option<&mut Entry> {
         let place = self.channels.get_mut(usize::from(id.0))?.as_mut()?;
         Some(place).filter(|place| place.origin.number == number)
     }

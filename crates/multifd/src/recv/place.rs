@@ -6,7 +6,7 @@
 
 use arrayvec::ArrayVec;
 
-use super::{Arrived, consume::Inlet, decode::Listed};
+use super::{arrived::Arrived, decode::Listed, packet_reader::PacketReader};
 use crate::{
     batch::neighbours,
     compress::Decode,
@@ -16,7 +16,7 @@ use crate::{
 };
 
 #[derive(Default)]
-pub(super) struct Filler {
+pub(super) struct Placer {
     /// Made when the first packet with pages says that it is needed, and kept: a channel is one stream.
     decoder: Option<Box<dyn Decode>>,
     /// A packet's payload as it came, with a method that compresses.
@@ -25,12 +25,17 @@ pub(super) struct Filler {
     pages: AlignedBuffer,
 }
 
-impl Filler {
+impl Placer {
     /// Receives the packet's payload and writes its pages.
-    pub(super) fn fill(&mut self, inlet: &mut Inlet, listed: &Listed, arrived: &Arrived) -> Result<()> {
+    pub(super) fn place(
+        &mut self,
+        packets: &mut PacketReader,
+        listed: &Listed,
+        arrived: &Arrived,
+    ) -> Result<()> {
         let block = arrived.blocks().block(listed.block)?;
         if !listed.normal.is_empty() {
-            self.normal(inlet, listed, block)?;
+            self.normal(packets, listed, block)?;
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 arrived.note(listed.block, first, count);
             }
@@ -41,7 +46,7 @@ impl Filler {
         Ok(())
     }
 
-    fn normal(&mut self, inlet: &mut Inlet, listed: &Listed, block: &RamBlock) -> Result<()> {
+    fn normal(&mut self, packets: &mut PacketReader, listed: &Listed, block: &RamBlock) -> Result<()> {
         let mut parts: ArrayVec<PartMut<'_>, MAX_PARTS> = ArrayVec::new();
         if self.decoder.is_none()
             && let Some(decoder) = listed.method.decoder()?
@@ -53,7 +58,7 @@ impl Filler {
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 parts.push(block.slice(first, count).expect("listed pages are in their block").into());
             }
-            return inlet.payload(parts, listed.payload_len);
+            return packets.payload(parts, listed.payload_len);
         }
         if self.pages.is_empty() {
             // Room for one byte more than a packet may make.
@@ -63,12 +68,12 @@ impl Filler {
         match &mut self.decoder {
             None => {
                 parts.push(PartMut::from(&mut self.pages[..length]));
-                inlet.payload(parts, listed.payload_len)?;
+                packets.payload(parts, listed.payload_len)?;
             }
             Some(decoder) => {
                 let payload = &mut self.payload[..listed.payload_len];
                 parts.push(PartMut::from(&mut *payload));
-                inlet.payload(parts, listed.payload_len)?;
+                packets.payload(parts, listed.payload_len)?;
                 let met = decoder.decode(payload, &mut self.pages[..=length])?;
                 if met != length {
                     return Err(Malformed::Inflated { expected: length, met }.into());

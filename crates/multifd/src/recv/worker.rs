@@ -3,17 +3,14 @@
 //! It owns its connection and its buffers. The pages of a packet and the head of the next one arrive in one call:
 //! pages where they belong, the head in the channel's buffer.
 
-use std::{io, sync::atomic::Ordering};
+use std::sync::atomic::Ordering;
 
-use arrayvec::ArrayVec;
-
-use super::{Shared, decode::Listed, fill::Filler};
+use super::{decode::Listed, packet_reader::PacketReader, place::Placer, shared::Shared};
 use crate::{
-    channel::{Link, recv_at_least},
+    channel::Link,
     error::{Error, Result, Unsupported, Violation},
-    ram::{MAX_PARTS, PartMut},
     sync_types::AtomicBool,
-    wire::{COMMON_LEN, ChannelId, DEVICE_STATE_LEN, DeviceState, INITIAL_LEN, head_len},
+    wire::{COMMON_LEN, ChannelId, INITIAL_LEN, head_len},
 };
 
 /// The life of a channel after its initial packet, on connection `number`. An error ends the whole migration, unless
@@ -51,23 +48,23 @@ fn consume(
 ) -> Result<()> {
     // The page size comes from main, which may never come: whatever it is, this much is a part of the head, so an end
     // is noticed meanwhile.
-    let mut inlet = Inlet { link, head: vec![0; COMMON_LEN].into(), have: 0 };
-    if !inlet.at_least(COMMON_LEN)? && (inlet.have == 0 || !shared.is_admitted(id, number)) {
+    let mut packets_in = PacketReader { link, head: vec![0; COMMON_LEN].into(), have: 0 };
+    if !packets_in.at_least(COMMON_LEN)? && (packets_in.have == 0 || !shared.is_admitted(id, number)) {
         return Ok(());
     }
     let Some(page_size) = shared.wait_admitted(id, number) else { return Ok(()) };
-    inlet.lengthen(head_len(page_size));
+    packets_in.lengthen(head_len(page_size));
     let counters = &shared.counters[usize::from(id.0)];
     counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
-    let mut filler = Filler::default();
+    let mut placer = Placer::default();
     let mut greatest = 0;
-    while inlet.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
+    while packets_in.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
         let arrived = shared.arrived.get();
         let blocks = arrived.map(|arrived| &**arrived.blocks());
-        listed.decode(&inlet.head, &shared.method, blocks).map_err(in_packet)?;
-        inlet.have = 0;
+        listed.decode(&packets_in.head, &shared.method, blocks).map_err(in_packet)?;
+        packets_in.have = 0;
         tracing::trace!(
             channel = id.0,
             packet_num = listed.packet_num,
@@ -79,9 +76,9 @@ fn consume(
         );
         if let Some(arrived) = arrived.filter(|_| listed.has_pages()) {
             let _filling = Filling::begin(id, shared, &listed).map_err(in_packet)?;
-            filler.fill(&mut inlet, &listed, arrived).map_err(in_packet)?;
+            placer.place(&mut packets_in, &listed, arrived).map_err(in_packet)?;
         }
-        let bytes = (inlet.head.len() + listed.payload_len) as u64;
+        let bytes = (packets_in.head.len() + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
         *packets += 1;
         greatest = greatest.max(listed.packet_num);
@@ -91,75 +88,6 @@ fn consume(
         }
     }
     Ok(())
-}
-
-/// The connection, and what has come of the next head.
-pub(super) struct Inlet {
-    link: Box<dyn Link>,
-    head: Box<[u8]>,
-    have: usize,
-}
-
-impl Inlet {
-    /// Completes the head. `false` if the peer has closed at a packet's border.
-    fn head(&mut self) -> Result<bool> {
-        let begun = self.at_least(COMMON_LEN)?;
-        // The head of a device-state packet is shorter: waiting for more of it could be for ever.
-        if begun
-            && self.head.first_chunk().is_some_and(DeviceState::is_begun_by)
-            && self.at_least(DEVICE_STATE_LEN)?
-            && let Some(head) = self.head.first_chunk()
-        {
-            let DeviceState { device, instance, .. } = DeviceState::decode(head)?;
-            return Err(Unsupported::DeviceState { device, instance }.into());
-        }
-        if begun && self.at_least(self.head.len())? {
-            Ok(true)
-        } else if self.have == 0 {
-            Ok(false)
-        } else {
-            let (expected, met) = (self.head.len() as u64, self.have as u64);
-            Err(Violation::Cut { what: "a packet head", expected, met }.into())
-        }
-    }
-
-    /// Makes room for whole heads.
-    fn lengthen(&mut self, head_len: usize) {
-        let mut head = std::mem::take(&mut self.head).into_vec();
-        head.resize(head_len, 0);
-        self.head = head.into();
-    }
-
-    /// Receives until so many bytes of the head are there. `false` if the peer closes before.
-    fn at_least(&mut self, bytes: usize) -> Result<bool> {
-        if self.have < bytes {
-            let room = &mut self.head[self.have..];
-            let received = recv_at_least(&mut *self.link, &mut [PartMut::from(room)], bytes - self.have)
-                .map_err(|error| self.broken(error))?;
-            self.have += received;
-        }
-        Ok(self.have >= bytes)
-    }
-
-    /// Receives `length` bytes of payload into `parts`, and as much of the next head as is there.
-    pub(super) fn payload(&mut self, parts: ArrayVec<PartMut<'_>, MAX_PARTS>, length: usize) -> Result<()> {
-        let received = {
-            let mut parts = parts;
-            parts.push(PartMut::from(&mut *self.head));
-            recv_at_least(&mut *self.link, &mut parts, length)
-        };
-        let received = received.map_err(|error| self.broken(error))?;
-        if received < length {
-            let (expected, met) = (length as u64, received as u64);
-            return Err(Violation::Cut { what: "a packet's pages", expected, met }.into());
-        }
-        self.have = received - length;
-        Ok(())
-    }
-
-    fn broken(&self, error: io::Error) -> Error {
-        Error::io(format!("receive from {}", self.link.peer()), error)
-    }
 }
 
 /// Marks a channel as writing to guest memory, for as long as it lives.

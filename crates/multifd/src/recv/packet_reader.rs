@@ -1,0 +1,82 @@
+//! A channel's connection as packets: their heads and payloads. The pages of a packet and the head of the next one arrive
+//! in one call: pages where they belong, the head in the reader's buffer.
+
+use std::io;
+
+use arrayvec::ArrayVec;
+
+use crate::{
+    channel::{Link, recv_at_least},
+    error::{Error, Result, Unsupported, Violation},
+    ram::{MAX_PARTS, PartMut},
+    wire::{COMMON_LEN, DEVICE_STATE_LEN, DeviceState},
+};
+
+/// The connection, and what has come of the next head.
+pub(super) struct PacketReader {
+    pub(super) link: Box<dyn Link>,
+    pub(super) head: Box<[u8]>,
+    pub(super) have: usize,
+}
+
+impl PacketReader {
+    /// Completes the head. `false` if the peer has closed at a packet's border.
+    pub(super) fn head(&mut self) -> Result<bool> {
+        let begun = self.at_least(COMMON_LEN)?;
+        // The head of a device-state packet is shorter: waiting for more of it could be for ever.
+        if begun
+            && self.head.first_chunk().is_some_and(DeviceState::is_begun_by)
+            && self.at_least(DEVICE_STATE_LEN)?
+            && let Some(head) = self.head.first_chunk()
+        {
+            let DeviceState { device, instance, .. } = DeviceState::decode(head)?;
+            return Err(Unsupported::DeviceState { device, instance }.into());
+        }
+        if begun && self.at_least(self.head.len())? {
+            Ok(true)
+        } else if self.have == 0 {
+            Ok(false)
+        } else {
+            let (expected, met) = (self.head.len() as u64, self.have as u64);
+            Err(Violation::Cut { what: "a packet head", expected, met }.into())
+        }
+    }
+
+    /// Makes room for whole heads.
+    pub(super) fn lengthen(&mut self, head_len: usize) {
+        let mut head = std::mem::take(&mut self.head).into_vec();
+        head.resize(head_len, 0);
+        self.head = head.into();
+    }
+
+    /// Receives until so many bytes of the head are there. `false` if the peer closes before.
+    pub(super) fn at_least(&mut self, bytes: usize) -> Result<bool> {
+        if self.have < bytes {
+            let room = &mut self.head[self.have..];
+            let received = recv_at_least(&mut *self.link, &mut [PartMut::from(room)], bytes - self.have)
+                .map_err(|error| self.broken(error))?;
+            self.have += received;
+        }
+        Ok(self.have >= bytes)
+    }
+
+    /// Receives `length` bytes of payload into `parts`, and as much of the next head as is there.
+    pub(super) fn payload(&mut self, parts: ArrayVec<PartMut<'_>, MAX_PARTS>, length: usize) -> Result<()> {
+        let received = {
+            let mut parts = parts;
+            parts.push(PartMut::from(&mut *self.head));
+            recv_at_least(&mut *self.link, &mut parts, length)
+        };
+        let received = received.map_err(|error| self.broken(error))?;
+        if received < length {
+            let (expected, met) = (length as u64, received as u64);
+            return Err(Violation::Cut { what: "a packet's pages", expected, met }.into());
+        }
+        self.have = received - length;
+        Ok(())
+    }
+
+    fn broken(&self, error: io::Error) -> Error {
+        Error::io(format!("receive from {}", self.link.peer()), error)
+    }
+}
