@@ -15,6 +15,8 @@ mod odd;
 #[cfg(test)]
 mod return_path;
 #[cfg(test)]
+mod silent;
+#[cfg(test)]
 mod snapshots;
 
 // The manual's own code.

@@ -21,13 +21,13 @@ pub(super) fn block(name: &str, pages: u64) -> RamBlock {
     RamBlock::new(name, pages * 4096, PageSize::KIB_4, memory).expect("a block")
 }
 
-pub(super) fn blocks(list: &[(&str, u64)]) -> Arc<RamBlocks> {
+pub(crate) fn blocks(list: &[(&str, u64)]) -> Arc<RamBlocks> {
     Arc::new(
         RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect()).expect("distinct"),
     )
 }
 
-pub(super) fn listening() -> (Listener, Address) {
+pub(crate) fn listening() -> (Listener, Address) {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
     let address = listener.local_address().clone();
     (listener, address)
@@ -35,10 +35,10 @@ pub(super) fn listening() -> (Listener, Address) {
 
 /// A guest of one page's worth of state, which does what it is told.
 #[derive(Default)]
-pub(super) struct Told {
+pub(crate) struct Told {
     pub(super) paused: bool,
-    pub(super) stops: u32,
-    pub(super) resumes: u32,
+    pub(crate) stops: u32,
+    pub(crate) resumes: u32,
     pub(super) panics_in: &'static str,
     pub(super) fails_in: &'static str,
 }

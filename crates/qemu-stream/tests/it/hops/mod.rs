@@ -1,7 +1,7 @@
 //! A machine's whole life: it arrives, runs, leaves again, goes into a file and comes out of it, by the manual's own code.
 
 mod ends;
-mod kit;
+pub(crate) mod kit;
 
 use std::{thread, time::Duration};
 

@@ -1,0 +1,84 @@
+//! A destination that accepts connections and reads nothing: whoever goes through the front door gives up after its
+//! `stall_timeout`, whatever carries main and however many channels there are.
+
+use std::{
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    Fault, SendOptions,
+    channel::{
+        Connect, Listen, Stop,
+        tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
+    },
+    live::MigrateOptions,
+    ram::{BlockIndex, NeverDirty, PageIndex, PartMut},
+};
+use multifd_testkit::certificates;
+use qemu_stream::{
+    format::{Configuration, MachineType},
+    source::{Source, SourceOptions},
+};
+
+use crate::hops::kit::{Told, blocks, listening};
+
+#[test]
+fn a_destination_that_reads_nothing_is_given_up() {
+    let folder = tempfile::tempdir().expect("a folder");
+    certificates::write_both(folder.path()).expect("certificates");
+    let client = ClientCredentials::load(folder.path(), "127.0.0.1").expect("credentials");
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("credentials");
+    for (tls, channels) in [(false, 0), (false, 4), (true, 0), (true, 4)] {
+        let (listener, address) = listening();
+        let stop = Stop::new();
+        let _watch = stop.watch(listener.waker());
+        let listener: Box<dyn Listen> = match tls {
+            true => Box::new(TlsListener::new(Box::new(listener), server.clone())),
+            false => Box::new(listener),
+        };
+        let silent = thread::spawn({
+            let stop = stop.clone();
+            move || accept_and_hold(listener, &stop)
+        });
+        let connector: Arc<dyn Connect> = match tls {
+            true => Arc::new(TlsConnector::new(Arc::new(address), client.clone())),
+            false => Arc::new(address),
+        };
+        let source = blocks(&[("ram", 16 << 10)]);
+        let memory = source.block(BlockIndex(0)).expect("there");
+        memory.slice(PageIndex(0), memory.pages()).expect("mapped").copy_from(&vec![7; 64 << 20]);
+        let options = SourceOptions::new(Configuration::new(MachineType::new("silent-1").expect("a name")))
+            .channels(channels)
+            .send(SendOptions::new())
+            .migrate(MigrateOptions::new())
+            .stall_timeout(Some(Duration::from_secs(1)));
+        let (mut guest, begun) = (Told::default(), Instant::now());
+        let leaving = Source::new(source, options, &Stop::new()).expect("options");
+        let error = leaving.migrate(&connector, &mut NeverDirty, &mut guest).expect_err("given up");
+        let case = format!("TLS {tls}, {channels} channels: {error:?}");
+        assert_eq!(error.fault(), Fault::Stalled, "{case}");
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}, {case}", begun.elapsed());
+        assert_eq!((guest.stops, guest.resumes), (0, 0), "{case}");
+        stop.cancel();
+        silent.join().expect("no panic");
+    }
+}
+
+/// Accepts connections, reads the first byte of each, which takes the handshake where there is one, and then nothing more
+/// until the end.
+fn accept_and_hold(mut listener: Box<dyn Listen>, stop: &Stop) {
+    let links = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        while !stop.is_stopped() {
+            let Some(mut link) = listener.accept().expect("a connection") else { continue };
+            let links = &links;
+            scope.spawn(move || {
+                let _watch = stop.watch(link.waker());
+                let _ = link.recv(&mut [PartMut::from(&mut [0][..])]);
+                links.lock().expect("whole").push(link);
+            });
+        }
+    });
+}
