@@ -50,8 +50,9 @@ pub struct DeviceState {
 impl DeviceState {
     /// Whether a head that begins so is one of device state.
     pub fn is_begun_by(common: &[u8; COMMON_LEN]) -> bool {
-        let field = |at: usize| U32::from_bytes([common[at], common[at + 1], common[at + 2], common[at + 3]]);
-        field(0).get() == MAGIC && Flags(field(8).get()).intersects(Flags::DEVICE_STATE)
+        let [m0, m1, m2, m3, _, _, _, _, f0, f1, f2, f3] = *common;
+        let (magic, flags) = (U32::from_bytes([m0, m1, m2, m3]), U32::from_bytes([f0, f1, f2, f3]));
+        magic.get() == MAGIC && Flags(flags.get()).intersects(Flags::DEVICE_STATE)
     }
 
     /// Reads a head.
@@ -67,12 +68,12 @@ impl DeviceState {
             return Err(Malformed::DeviceStateFlags { met: flags }.into());
         }
         let id = layout.id.iter().position(|byte| *byte == 0).filter(|end| *end > 0);
-        let id = id.ok_or(Malformed::DeviceId)?;
+        let id = id.and_then(|end| layout.id.get(..end)).ok_or(Malformed::DeviceId)?;
         let payload_len = layout.next_packet_size.get();
         if !(1..=DEVICE_STATE_BYTES).contains(&payload_len) {
             return Err(Malformed::DeviceStateSize { most: DEVICE_STATE_BYTES, met: payload_len }.into());
         }
-        let device = DeviceId::new(&layout.id[..id]);
+        let device = DeviceId::new(id);
         Ok(Self { device, instance: layout.instance.get(), payload_len })
     }
 }

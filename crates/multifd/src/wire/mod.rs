@@ -10,6 +10,8 @@
 //! Pure: no I/O, no unsafe, no knowledge of who sends or receives. Every number is big-endian, and every count
 //! has met its bound before a value exists. The bytes are drawn in `docs/develop/stream-format.md`.
 
+#![warn(clippy::indexing_slicing)]
+
 mod device_id;
 mod device_state;
 mod flags;

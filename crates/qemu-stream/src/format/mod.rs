@@ -10,6 +10,8 @@
 //! exist; each has `decode` and `encode` side by side. What may go wrong is an [`Error`](crate::Error)
 //! that names the stream and the offset. The whole format is drawn in `docs/develop/stream-format.md`.
 
+#![warn(clippy::indexing_slicing)]
+
 mod blocks;
 mod command;
 mod configuration;

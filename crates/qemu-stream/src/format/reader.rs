@@ -84,7 +84,7 @@ impl<R: Read> Reader<R> {
             self.fill()?;
         }
         self.field = self.position;
-        Ok(self.buffer[self.start..self.end].first().copied())
+        Ok(self.held().first().copied())
     }
 
     /// The bytes that have arrived and were not taken, at least one unless the stream has ended.
@@ -93,7 +93,7 @@ impl<R: Read> Reader<R> {
     /// If the system cannot read.
     pub fn arrived(&mut self) -> Result<&[u8], Error> {
         self.peek()?;
-        Ok(&self.buffer[self.start..self.end])
+        Ok(self.held())
     }
 
     /// The next `count` bytes without taking them; `None` if the stream ends before, or they are more than the
@@ -110,7 +110,7 @@ impl<R: Read> Reader<R> {
                 return Ok(None);
             }
         }
-        Ok(Some(&self.buffer[self.start..self.start + count]))
+        Ok(self.held().get(..count))
     }
 
     /// Takes `count` of the bytes that [`Reader::arrived`] has shown; no more than those.
@@ -136,7 +136,7 @@ impl<R: Read> Reader<R> {
         }
         let from = self.start;
         self.consume(count);
-        Ok(&self.buffer[from..from + count])
+        Ok(self.buffer.get(from..from + count).unwrap_or_default())
     }
 
     /// Fills `into`; what is not in the buffer yet goes from the connection straight into it.
@@ -147,7 +147,7 @@ impl<R: Read> Reader<R> {
         self.field = self.position;
         let buffered = into.len().min(self.end - self.start);
         let (head, mut rest) = into.split_at_mut(buffered);
-        head.copy_from_slice(&self.buffer[self.start..self.start + buffered]);
+        head.copy_from_slice(self.held().get(..buffered).unwrap_or_default());
         self.consume(buffered);
         while !rest.is_empty() {
             let count = retry(|| self.inner.read(rest)).map_err(|e| self.io(e, what))?;
@@ -155,7 +155,7 @@ impl<R: Read> Reader<R> {
                 return Err(self.cut(what));
             }
             self.position += count as u64;
-            rest = &mut rest[count..];
+            rest = rest.get_mut(count..).expect("a read fills no more than it is given");
         }
         Ok(())
     }
@@ -174,7 +174,7 @@ impl<R: Read> Reader<R> {
         while bytes.len() < length {
             let from = bytes.len();
             bytes.resize(from + (length - from).min(limits::AHEAD.max(from)), 0);
-            self.exact(&mut bytes[from..], what)?;
+            self.exact(bytes.get_mut(from..).unwrap_or_default(), what)?;
         }
         Ok(bytes)
     }
@@ -254,13 +254,18 @@ impl<R: Read> Reader<R> {
         (self.position, self.field) = (position, position);
     }
 
+    /// What has arrived and was not taken.
+    fn held(&self) -> &[u8] {
+        self.buffer.get(self.start..self.end).unwrap_or_default()
+    }
+
     /// Reads once behind what is in the buffer; 0 at the end of the stream.
     fn fill(&mut self) -> Result<usize, Error> {
         if self.start > 0 {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let free = &mut self.buffer[self.end..];
+        let free = self.buffer.get_mut(self.end..).unwrap_or_default();
         let count = retry(|| self.inner.read(free)).map_err(|e| self.io(e, "more"))?;
         self.end += count;
         Ok(count)

@@ -30,7 +30,7 @@ pub(crate) fn section(state: RunState) -> Device {
 pub(crate) fn decode(body: &[u8]) -> Option<RunState> {
     let name = body.get(4..)?;
     let end = name.iter().take(NAME_BYTES).position(|byte| *byte == 0)?;
-    match &name[..end] {
+    match name.get(..end)? {
         b"" => None,
         b"running" => Some(RunState::Running),
         _ => Some(RunState::Paused),

@@ -91,13 +91,14 @@ impl<'a> Packet<'a> {
         }
         let (normal, zero) = layout.counts(packet_pages(page_size))?;
         let (normal, rest) = offsets.split_at(normal);
+        let (zero, _) = rest.split_at(zero);
         let mut packet = Self {
             flags,
             packet_num: layout.packet_num.get(),
             payload_len: if normal.is_empty() { 0 } else { layout.next_packet_size.get() },
             block: &[],
             normal,
-            zero: &rest[..zero],
+            zero,
             page_size,
         };
         if packet.lists_pages() {
@@ -159,7 +160,7 @@ impl Layout {
     /// The name up to its NUL. Senders up to 9.1 do not promise a NUL; the last byte counts as one.
     fn block(&self) -> Result<&[u8], Malformed> {
         let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(BlockName::MAX_LEN);
-        if end == 0 { Err(Malformed::NoBlockName) } else { Ok(&self.name[..end]) }
+        self.name.get(..end).filter(|name| !name.is_empty()).ok_or(Malformed::NoBlockName)
     }
 }
 
@@ -224,7 +225,9 @@ impl HeadBuffer {
         layout.packet_num = packet_num.into();
         layout.zero_pages = count(zero.len());
         let name = block.as_bytes();
-        layout.name[..name.len()].copy_from_slice(name);
+        for (to, byte) in layout.name.iter_mut().zip(name) {
+            *to = *byte;
+        }
         for (offset, page) in offsets.iter_mut().zip(normal.iter().chain(zero)) {
             *offset = page_size.offset_of(*page).expect("a page of a block has an offset").0.into();
         }
@@ -247,7 +250,7 @@ impl HeadBuffer {
         *layout = Layout::new_zeroed();
         layout.magic = MAGIC.into();
         layout.version = VERSION.into();
-        offsets[..self.used].fill(U64::ZERO);
+        offsets.iter_mut().take(self.used).for_each(|offset| *offset = U64::ZERO);
         (layout, offsets)
     }
 }

@@ -73,7 +73,7 @@ impl EarlyPart {
             if arrived.is_empty() {
                 return Err(r.cut("the end of a device sent before ram"));
             }
-            self.bytes.extend_from_slice(&arrived[..ordinary]);
+            self.bytes.extend_from_slice(arrived.get(..ordinary).unwrap_or_default());
             r.consume(ordinary);
             let devices = self.bytes.len() - self.in_pieces();
             if devices > limits::EARLY_PART {

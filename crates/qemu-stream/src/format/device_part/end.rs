@@ -72,14 +72,15 @@ impl EndFinder {
         self.scan(collected)?;
         let mut found = None;
         for Candidate { eof, end } in self.candidates.iter().copied().filter(|c| c.end == collected.len()) {
-            let json = &collected[eof + DevicePart::END_HEAD..end];
+            let Some(json) = collected.get(eof + DevicePart::END_HEAD..end) else { continue };
             self.parsed += json.len() as u64;
             if self.parsed > limits::DESCRIPTIONS_PARSED {
                 return Err(PeerMisbehaved::TooManyEnds { max: self.met });
             }
             let split =
                 Description::parse(json).map_err(|e| Misfit::Json(e.to_string())).and_then(|description| {
-                    walk::split(&self.early, &collected[..eof], &description, self.footers)
+                    let blob = collected.get(..eof).unwrap_or_default();
+                    walk::split(&self.early, blob, &description, self.footers)
                 });
             match split {
                 Ok(sections) => {
@@ -146,7 +147,8 @@ impl EndFinder {
             self.scanned += 1;
             let &[0x00, 0x06, a, b, c, d, b'{'] = mark else { continue };
             let length = u32::from_be_bytes([a, b, c, d]);
-            let behind_footer = eof.checked_sub(FOOTER).is_some_and(|at| collected[at] == FOOTER_TYPE);
+            let behind_footer =
+                eof.checked_sub(FOOTER).and_then(|at| collected.get(at)) == Some(&FOOTER_TYPE);
             if length > limits::DESCRIPTION || (self.footers && eof > self.early.ends.len() && !behind_footer)
             {
                 continue;
@@ -173,5 +175,7 @@ fn opens_last(blob: &[u8]) -> bool {
         let name = rest.split_first().and_then(|(length, rest)| rest.get(..usize::from(*length)));
         name.is_some_and(|name| !name.is_empty() && name.iter().all(|byte| (b' '..=b'~').contains(byte)))
     };
-    blob.windows(FOOTER).enumerate().any(|(at, bytes)| bytes == head && named(&blob[at + FOOTER..]))
+    blob.windows(FOOTER)
+        .enumerate()
+        .any(|(at, bytes)| bytes == head && blob.get(at + FOOTER..).is_some_and(named))
 }

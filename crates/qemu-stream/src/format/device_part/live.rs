@@ -113,7 +113,7 @@ impl<R: Read> Body<'_, R> {
             return Err(Malformed::too_long(field, max, met).at(self.r.here()));
         }
         self.out.put(self.r.lend(count, what)?);
-        Ok(&self.out[from..])
+        Ok(self.out.get(from..).unwrap_or_default())
     }
 
     fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], Error> {

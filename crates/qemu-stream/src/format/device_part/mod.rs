@@ -114,7 +114,7 @@ impl DevicePart {
 
     /// The sections alone, without EOF.
     pub fn blob(&self) -> &[u8] {
-        &self.bytes[..self.eof]
+        self.bytes.get(..self.eof).unwrap_or_default()
     }
 
     /// The sections that came before the end of RAM, and go there again.
@@ -124,7 +124,7 @@ impl DevicePart {
 
     /// The JSON; `None` if the source has sent none.
     pub fn description(&self) -> Option<&[u8]> {
-        self.json.map(|json| &self.bytes[json..])
+        self.json.and_then(|json| self.bytes.get(json..))
     }
 
     /// The devices, in the order of the stream; without a [description](Self::description), only the early ones.

@@ -51,7 +51,7 @@ fn take(
     sections: &mut Vec<DeviceSection>,
 ) -> Result<usize, Misfit> {
     let other = || Misfit::Device { at, name: entry.name.clone(), instance: entry.instance };
-    let (head, length) = head_at(&blob[at..]).ok_or_else(other)?;
+    let (head, length) = blob.get(at..).and_then(head_at).ok_or_else(other)?;
     // JSON shows an instance above 2^31 as a negative number: both mean the same 32 bits.
     if head.name.as_bytes() != entry.name.as_bytes()
         || i64::from(head.instance) != entry.instance.rem_euclid(1 << 32)
@@ -65,7 +65,7 @@ fn take(
     let to = to.filter(|to| *to <= blob.len()).ok_or_else(beyond)?;
     at = to;
     if footers {
-        let mut r = Reader::with_capacity(&blob[to..], Stream::Main, HEAD);
+        let mut r = Reader::with_capacity(blob.get(to..).unwrap_or_default(), Stream::Main, HEAD);
         decode_footer(head.id, &mut r).map_err(|_| Misfit::Footer {
             at: to,
             name: head.name.clone(),

@@ -95,7 +95,7 @@ impl Message {
             let padding = bitmap.len().next_multiple_of(8) - bitmap.len();
             out.put_u64((bitmap.len() + padding) as u64);
             out.put(bitmap);
-            out.put(&[0; 8][..padding]);
+            (0..padding).for_each(|_| out.put_u8(0));
             out.put_u64(BITMAP_END);
         }
     }
