@@ -52,13 +52,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut text = format!("multifd-bench: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                text += &format!(": {error}");
-                cause = error.source();
-            }
-            eprintln!("{text}");
+            eprintln!("multifd-bench: {}", multifd::error::chain(&*error));
             ExitCode::FAILURE
         }
     }

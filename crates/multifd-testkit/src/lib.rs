@@ -12,7 +12,6 @@
 //! rough_network
 //!           two hosts, and a line between them that loses, delays and reorders packets
 //! in_use    the threads and descriptors of a process, to be compared before and after
-//! told      an error with its causes
 //! skip      a test that the machine has not the means for, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
 //! ```
@@ -33,9 +32,7 @@ pub mod proxy;
 pub mod qemu;
 pub mod rough_network;
 mod skip;
-mod told;
 
 pub use in_use::in_use;
 pub use number::number;
 pub use skip::{lacks, skip};
-pub use told::told;

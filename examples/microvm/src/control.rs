@@ -122,7 +122,6 @@ pub(crate) fn number(answer: &str, name: &str) -> Result<u128, Failure> {
 }
 
 /// An error and its causes, in a line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}")).replace('\n', " ")
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    multifd::error::chain(error).to_string().replace('\n', " ")
 }

@@ -6,6 +6,7 @@ use std::{
     process::ExitCode,
 };
 
+use multifd::error::chain;
 use tracing_subscriber::EnvFilter;
 
 /// Why a verb did not do what was asked.
@@ -101,13 +102,8 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
 }
 
 fn tell(error: &(dyn Error + 'static)) {
-    let mut text = format!("multifd: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!("\n  because: {error}");
-        cause = error.source();
-    }
-    say(&text);
+    let causes = chain(error).skip(1).map(|cause| format!("\n  because: {cause}"));
+    say(&format!("multifd: {error}{}", causes.collect::<String>()));
 }
 
 /// A line for people. Whoever closed standard error does not want it.

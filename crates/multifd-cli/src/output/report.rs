@@ -1,10 +1,11 @@
 //! What has been done, as one line of JSON with the names of QEMU's `query-migrate`, or as a few for people.
 
-use std::{error::Error as _, time::Duration};
+use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use multifd::{
     ChannelStats,
+    error::chain,
     live::{MigrationInfo, Status},
 };
 use serde::Serialize;
@@ -122,14 +123,8 @@ impl Report {
     /// The same, of a migration that failed.
     #[must_use]
     pub(crate) fn failed(mut self, error: &multifd::Error) -> Self {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            text += &format!(": {error}");
-            cause = error.source();
-        }
         self.status = if error.is_cancelled() { Status::Cancelled } else { Status::Failed }.as_str();
-        self.error_desc = Some(text);
+        self.error_desc = Some(chain(error).to_string());
         self
     }
 

@@ -3,12 +3,14 @@
 //! A text says what was expected and what was met, the place is in front of it, the cause behind it in
 //! [`source`](std::error::Error::source): `channel 3: packet 17: offset 0x7f000 outside block "pc.ram" (0x40000)`.
 
+mod chain;
 mod fault;
 mod usage;
 mod violation;
 
 use std::{fmt, io, sync::Arc, time::Duration};
 
+pub use chain::{Chain, chain};
 pub use usage::Usage;
 use usage::built_in;
 pub use violation::Violation;

@@ -15,6 +15,7 @@ use std::{
 use multifd::{
     Error, SendOptions, Sender,
     channel::{Address, Connect, Stop, Stream},
+    error::chain,
     live::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
     },
@@ -22,7 +23,7 @@ use multifd::{
 };
 use multifd_testkit::{
     bad_destination::{Accepts, BadDestination, Plan, Reads, Then},
-    in_use, told,
+    in_use,
 };
 use qemu_stream::{
     format::{Configuration, MachineType},
@@ -210,7 +211,7 @@ fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
             }
             (Err(error), Some((kind, texts))) => {
                 faults += 1;
-                let text = told(error);
+                let text = chain(error).to_string();
                 println!("{}: {text}", row.name);
                 assert_eq!(Kind::of(error), Some(kind), "{}: {error:?}", row.name);
                 for words in texts {
@@ -220,7 +221,7 @@ fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
                 assert_stays(row.name, &ended, row.ram / 4096);
             }
             (Ok(()), Some(_)) => panic!("{}: ended well", row.name),
-            (Err(error), None) => panic!("{}: {}", row.name, told(error)),
+            (Err(error), None) => panic!("{}: {}", row.name, chain(error)),
         }
         assert!(ended.took < SOON, "{}: took {:?}", row.name, ended.took);
         longest = longest.max((ended.took, row.name));
@@ -262,7 +263,7 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
             drop(destination);
             if let Err(error) = &ended.result {
                 cancels += 1;
-                assert!(error.is_cancelled() || matches!(error, Error::OwnerUnknown(_)), "{}", told(error));
+                assert!(error.is_cancelled() || matches!(error, Error::OwnerUnknown(_)), "{}", chain(error));
                 // One that had not begun yet has taken no bits.
                 let begun = ended.status == Status::Cancelled || ended.guest.stopped;
                 assert_stays("cancel", &ended, if begun { RAM / 4096 } else { 0 });

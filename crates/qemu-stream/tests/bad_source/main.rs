@@ -12,11 +12,12 @@ use std::{
 use multifd::{
     ChannelCount, Error, ReceiveOptions, Receiver,
     channel::{Address, Listener, Stop},
+    error::chain,
     ram::{Mapping, Memory, RamBlock, RamBlocks},
 };
 use multifd_testkit::{
     bad_source::{BLOCKS, On, PAGE, Script, Target, page_of},
-    in_use, told,
+    in_use,
 };
 use qemu_stream::{
     format::BlockList,
@@ -169,7 +170,7 @@ fn kind_and_text(error: &Error) -> (String, String) {
         }
         kind => format!("{kind:?}"),
     };
-    (kind, told(error))
+    (kind, chain(error).to_string())
 }
 
 #[test]
@@ -190,7 +191,7 @@ fn every_bad_source_ends_in_its_error_and_leaves_nothing() {
                 }
             }
             (Ok(()), Some(_)) => panic!("{}: ended well", row.name),
-            (Err(error), None) => panic!("{}: {}", row.name, told(error)),
+            (Err(error), None) => panic!("{}: {}", row.name, chain(error)),
         }
         assert!(took < SOON, "{}: took {took:?}", row.name);
         longest = longest.max((took, row.name));

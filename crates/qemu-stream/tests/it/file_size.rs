@@ -2,7 +2,6 @@
 //! the monitor lives. The process is this binary again.
 
 use std::{
-    error::Error,
     fs::{self, File},
     path::Path,
     process::Command,
@@ -11,6 +10,7 @@ use std::{
 use multifd::{
     SendOptions, Sender,
     channel::Stop,
+    error::chain,
     live::{DeviceSection, Main, MigrateOptions, Migration, MigrationInfo, RunState, Verdict},
     ram::NeverDirty,
 };
@@ -62,11 +62,6 @@ fn run(mut capture: Capture, channels: u8) -> multifd::Result<MigrationInfo> {
     migration?.run(&mut capture, &mut NeverDirty, &mut Stopped::default())
 }
 
-fn chain(error: &dyn Error) -> String {
-    let cause = error.source().map_or_else(String::new, |cause| format!(": {}", chain(cause)));
-    format!("{error}{cause}")
-}
-
 /// Not a test of its own: the one above starts it.
 #[test]
 #[ignore = "the other process of a test"]
@@ -84,7 +79,11 @@ fn process_with_a_limit() {
     let multifd::Error::Other { source, .. } = &refused else { panic!("{refused:?}") };
     let mistake = source.downcast_ref::<CallerMistake>();
     assert!(matches!(mistake, Some(CallerMistake::FileSize { limit: 0x80_0000, .. })), "{refused:?}");
-    assert!(chain(&refused).contains("limit of a file's size (RLIMIT_FSIZE, `ulimit -f`) is 0x800000"));
+    assert!(
+        chain(&refused)
+            .to_string()
+            .contains("limit of a file's size (RLIMIT_FSIZE, `ulimit -f`) is 0x800000")
+    );
     assert_eq!(fs::read(&path).expect("read"), b"an older machine");
 
     // Pages, over channels and over main.
@@ -93,7 +92,7 @@ fn process_with_a_limit() {
         let capture = begin(&path).expect("laid out");
         limit(2 << 20);
         let failed = run(capture, channels).expect_err("no room");
-        assert!(chain(&failed).contains("File too large"), "{failed:?}");
+        assert!(chain(&failed).to_string().contains("File too large"), "{failed:?}");
     }
 
     // Devices, which come behind everything else.
@@ -105,7 +104,7 @@ fn process_with_a_limit() {
     let device = DeviceSection { name: "vcpu".into(), instance_id: 0, version: 1, data };
     capture.devices(vec![device], RunState::Running).expect("kept");
     let Verdict::Refused(failed) = capture.complete(&Stop::new()) else { panic!("there is no room") };
-    assert!(chain(&failed).contains("File too large"), "{failed:?}");
+    assert!(chain(&failed).to_string().contains("File too large"), "{failed:?}");
     MappedRamFile::open(File::open(&path).expect("there"), 0).expect_err("nothing in it counts");
 }
 

@@ -14,10 +14,10 @@ use fastrand::Rng;
 use multifd::{
     ChannelCount, Error, ReceiveOptions, Result,
     channel::Listen,
+    error::chain,
     live::RunState,
     ram::{BlockName, DirtyBitmaps, DirtyLog, DirtyPages, PageBitmap, RamBlock, RamBlocks},
 };
-use multifd_testkit::told;
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, Pending},
     format::{BlockEntry, BlockList, MachineType},
@@ -74,7 +74,7 @@ impl Destination {
         let done = catch_unwind(AssertUnwindSafe(|| self.take_in(listener, &mut arrived)));
         match done {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => arrived.why_not = told(&error),
+            Ok(Err(error)) => arrived.why_not = chain(&error).to_string(),
             Err(_) => arrived.why_not = "it panicked".into(),
         }
         arrived

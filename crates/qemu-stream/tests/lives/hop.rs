@@ -10,10 +10,10 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     Error, SendOptions,
+    error::chain,
     live::{Control, MigrateOptions, MigrationInfo, Percent, RunState, Status},
     ram::{DirtyBitmaps, PageSize, RamBlocks},
 };
-use multifd_testkit::told;
 use qemu_stream::{
     format::{Configuration, MachineType},
     source::{Source, SourceOptions},
@@ -133,7 +133,7 @@ impl Life {
                 Ok(Outcome::Done)
             }
             (Err(error), machine) => {
-                let text = format!("source: {}; destination: {why_not:?}", told(&error));
+                let text = format!("source: {}; destination: {why_not:?}", chain(&error));
                 if hop.must_arrive() {
                     return Err(format!("failed without a cause: {text}"));
                 }
@@ -194,17 +194,17 @@ impl Life {
         let expected = machine.state == RunState::Running && !stands;
         if machine.is_running() != expected {
             let (runs, was) = (machine.is_running(), machine.state);
-            return Err(format!("the guest was {was}, runs afterwards: {runs}; {}", told(error)));
+            return Err(format!("the guest was {was}, runs afterwards: {runs}; {}", chain(error)));
         }
         let may_stand = trouble.fault.is_some_and(|fault| fault.call == Call::Resume);
         if matches!(error.kind(), Error::NotResumed { .. }) && !may_stand {
-            return Err(format!("the guest was not resumed: {}", told(error)));
+            return Err(format!("the guest was not resumed: {}", chain(error)));
         }
         if machine.throttled != Percent::NONE {
             return Err(format!("the guest is still held back: {:?}", machine.throttled));
         }
         if !matches!(status, Status::Failed | Status::Cancelled | Status::None) {
-            return Err(format!("failed, but the status is {status}: {}", told(error)));
+            return Err(format!("failed, but the status is {status}: {}", chain(error)));
         }
         let begun = status != Status::None;
         if begun && !self.machine.load().pagemap && trouble.log == Log::Right && trouble.fault.is_none() {
@@ -212,7 +212,7 @@ impl Life {
             let marked: u64 = blocks.iter().map(|(index, _)| self.machine.marks.count(index)).sum();
             let pages: u64 = blocks.iter().map(|(_, block)| block.pages()).sum();
             if marked != pages {
-                return Err(format!("{marked} of {pages} pages are dirty at the source; {}", told(error)));
+                return Err(format!("{marked} of {pages} pages are dirty at the source; {}", chain(error)));
             }
         }
         Ok(())
@@ -232,7 +232,8 @@ impl Life {
         let marks =
             others.as_ref().map_or_else(|| self.machine.marks.clone(), |others| DirtyBitmaps::new(others));
         let log = self.machine.log_of(&marks, others.as_ref().unwrap_or(&blocks));
-        let log = log.map_err(|error| format!("the machine's log cannot be read again: {}", told(&error)))?;
+        let log =
+            log.map_err(|error| format!("the machine's log cannot be read again: {}", chain(&error)))?;
         let seed = random.u64(..);
         let mut log = FaultyLog {
             log,
@@ -273,7 +274,7 @@ impl Life {
 
 /// Whether an error that can only be of a call that went wrong says so.
 pub(crate) fn first_cause(trouble: &Trouble, error: &Error) -> Result<(), String> {
-    let text = told(error);
+    let text = chain(error).to_string();
     match trouble.fault {
         Some(Fault { call: Call::Resume | Call::PutBack, .. }) | None => Ok(()),
         Some(_) if !trouble.is_fault_alone() || text.contains(ON_PURPOSE) => Ok(()),

@@ -6,10 +6,10 @@ use fastrand::Rng;
 use multifd::{
     SendOptions, Sender,
     channel::Stop,
+    error::chain,
     live::{MigrateOptions, Migration, RunState, Status},
     ram::{RamBlock, RamBlocks},
 };
-use multifd_testkit::told;
 use qemu_stream::mapped_ram::{self, CaptureOptions, MappedRamFile};
 
 use crate::{
@@ -49,7 +49,7 @@ impl Life {
         let machine = configuration(plan.machine, self.page_size);
         let into = file.try_clone().expect("the same file");
         let capture = mapped_ram::Capture::of_guest(into, machine, &blocks, &options);
-        let mut capture = capture.map_err(|error| format!("begin the capture: {}", told(&error)))?;
+        let mut capture = capture.map_err(|error| format!("begin the capture: {}", chain(&error)))?;
         let options =
             MigrateOptions::new().zero_page_detection(plan.detection).pause_before_switchover(plan.pauses);
         let migration = if plan.channels > 0 {
@@ -66,7 +66,7 @@ impl Life {
             Err(error) if error.is_cancelled() && plan.trouble.cancels_source() => {
                 return Ok(Outcome::Stayed);
             }
-            Err(error) => return Err(format!("prepare the capture: {}", told(&error))),
+            Err(error) => return Err(format!("prepare the capture: {}", chain(&error))),
         };
         let (progress, control) = (migration.progress(), migration.control());
         let operator = plan.pauses.then(|| {
@@ -108,15 +108,15 @@ impl Life {
             }
             Err(error) => {
                 if plan.trouble.is_none() {
-                    return Err(format!("the capture failed without a cause: {}", told(&error)));
+                    return Err(format!("the capture failed without a cause: {}", chain(&error)));
                 }
                 let status = progress.status();
                 // Nobody but a file could have it.
                 if matches!(error.kind(), multifd::Error::OwnerUnknown(_)) {
-                    return Err(format!("nobody knows whether a file has the guest: {}", told(&error)));
+                    return Err(format!("nobody knows whether a file has the guest: {}", chain(&error)));
                 }
                 if status == Status::None {
-                    return Err(format!("the capture did not end: {}", told(&error)));
+                    return Err(format!("the capture did not end: {}", chain(&error)));
                 }
                 first_cause(&plan.trouble, &error)?;
                 self.stays(&plan.trouble, false, &error, status)?;
@@ -124,7 +124,7 @@ impl Life {
                 if MappedRamFile::open(file, plan.offset).is_ok() {
                     return Err(format!(
                         "a machine is in the file of a capture that failed: {}",
-                        told(&error)
+                        chain(&error)
                     ));
                 }
                 Ok(Outcome::Stayed)
@@ -150,7 +150,7 @@ impl Life {
         let mut random = Rng::with_seed(seed);
         let file = snapshot.file.try_clone().expect("the same file");
         let file = MappedRamFile::open(file, snapshot.offset);
-        let file = file.map_err(|error| format!("open the file: {}", told(&error)))?;
+        let file = file.map_err(|error| format!("open the file: {}", chain(&error)))?;
         let alike = |blocks: &RamBlocks| {
             let same = |block: &RamBlock| {
                 let of_file = snapshot.shadow.blocks.get(&block.name().to_string());
@@ -193,10 +193,10 @@ impl Life {
             let first = restore.run(&blocks, &stop);
             canceller.join().expect("it does not panic");
             if let Some(error) = first.err().filter(|error| !error.is_cancelled()) {
-                return Err(format!("a cancelled restore failed otherwise: {}", told(&error)));
+                return Err(format!("a cancelled restore failed otherwise: {}", chain(&error)));
             }
         }
-        restore.run(&blocks, &Stop::new()).map_err(|error| format!("restore: {}", told(&error)))?;
+        restore.run(&blocks, &Stop::new()).map_err(|error| format!("restore: {}", chain(&error)))?;
         *self.world.shadow() = snapshot.shadow.clone();
         let devices = file.devices();
         if devices.run_state() != Some(snapshot.state) {

@@ -18,9 +18,10 @@ use std::{
 use multifd::{
     Error,
     channel::tls::{ClientCredentials, ServerCredentials},
+    error::chain,
     live::Status,
 };
-use multifd_testkit::{certificates, in_use, number, told};
+use multifd_testkit::{certificates, in_use, number};
 
 mod fault;
 mod guest;
@@ -69,7 +70,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
                 if struck && plan.may_hear_wrong() {
                     return Ok(Verdict::Unnoticed);
                 }
-                return Err(format!("the guest is lost: the destination failed: {}", told(error)));
+                return Err(format!("the guest is lost: the destination failed: {}", chain(error)));
             }
             if struck && plan.may_differ() {
                 return Ok(Verdict::Unnoticed);
@@ -85,19 +86,19 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
         }
         (Err(error), received) => {
             if plan.must_arrive() {
-                let there = received.as_ref().err().map(|error| told(error));
-                return Err(format!("failed without a cause: {}; destination: {there:?}", told(error)));
+                let there = received.as_ref().err().map(|error| chain(error).to_string());
+                return Err(format!("failed without a cause: {}; destination: {there:?}", chain(error)));
             }
             if plan.needs_a_strike() && !struck {
-                return Err(format!("failed before anything was done to it: {}", told(error)));
+                return Err(format!("failed before anything was done to it: {}", chain(error)));
             }
             tells(plan.source_tells(), error)?;
             let unknown = matches!(error.kind(), Error::OwnerUnknown(_));
             if unknown && !(plan.may_be_untold() && source.guest.stopped && !source.guest.resumed) {
-                return Err(format!("not known who has the guest: {}", told(error)));
+                return Err(format!("not known who has the guest: {}", chain(error)));
             }
             if !unknown && source.guest.stopped != source.guest.resumed {
-                return Err(format!("the guest stands still at the source: {}", told(error)));
+                return Err(format!("the guest stands still at the source: {}", chain(error)));
             }
             let begun = matches!(source.status, Status::Failed | Status::Cancelled);
             if !begun && source.status != Status::None {
@@ -108,16 +109,16 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
             }
             let cancelled = matches!(plan.fault, Fault::Cancel(Side::Source, _));
             if error.is_cancelled() != cancelled {
-                return Err(format!("not the first cause at the source: {}", told(error)));
+                return Err(format!("not the first cause at the source: {}", chain(error)));
             }
             match received {
                 Ok(()) if unknown => Ok(Verdict::Untold),
-                Ok(()) => Err(format!("the guest runs at both sides: {}", told(error))),
+                Ok(()) => Err(format!("the guest runs at both sides: {}", chain(error))),
                 Err(error) => {
                     let cancelled =
                         ends.abandoned || matches!(plan.fault, Fault::Cancel(Side::Destination, _));
                     if error.is_cancelled() && !cancelled {
-                        return Err(format!("not the first cause at the destination: {}", told(error)));
+                        return Err(format!("not the first cause at the destination: {}", chain(error)));
                     }
                     tells(plan.destination_tells(), error)?;
                     Ok(if unknown { Verdict::Untold } else { Verdict::Stayed })
@@ -129,7 +130,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
 
 /// Whether an error says what it has to.
 fn tells(expected: Option<&str>, error: &Error) -> Result<(), String> {
-    let told = told(error);
+    let told = chain(error).to_string();
     match expected {
         Some(expected) if !told.contains(expected) => Err(format!("expected {expected:?}, met {told}")),
         _ => Ok(()),
@@ -172,7 +173,8 @@ fn soak(
     };
     let verdict = judge(plan, &ends)?;
     if ends.took.is_some_and(|took| verdict == Verdict::Stayed && took > SOON) {
-        let error = |result: &multifd::Result<()>| result.as_ref().err().map(|error| told(error));
+        let error =
+            |result: &multifd::Result<()>| result.as_ref().err().map(|error| chain(error).to_string());
         let (source, destination) = (error(&ends.source.result), error(&ends.destination.result));
         return Err(format!("{:?} from the fault to the end: {source:?}, {destination:?}", ends.took));
     }
