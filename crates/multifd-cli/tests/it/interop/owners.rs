@@ -91,8 +91,7 @@ fn cancelled_when_all_is_sent(qemu: &Qemu) -> Result<(), Error> {
     from.wait_run_state("finish-migrate", PATIENCE)?;
     wait_until_all_is_sent(&came);
     assert_eq!(from.run_state()?, "finish-migrate");
-    from.execute("migrate_cancel", json!({}))?;
-    from.wait_migration("cancelled", PATIENCE)?;
+    from.cancel_migration(PATIENCE)?;
     from.wait_run_state("running", PATIENCE)?;
     let round = from.round()?.expect("the guest reports");
     from.wait_round(round + 1, PATIENCE)?;

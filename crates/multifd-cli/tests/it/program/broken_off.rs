@@ -130,8 +130,7 @@ fn source_moves_at_the_second_attempt() {
     fn moves(qemu: &Qemu) -> Result<(), Error> {
         let folder = folder();
         let (mut from, receive) = in_the_middle(qemu, &folder, &[])?;
-        from.execute("migrate_cancel", json!({}))?;
-        from.wait_migration("cancelled", PATIENCE)?;
+        from.cancel_migration(PATIENCE)?;
         receive.end_within(SOON).assert_failed(1, &[]);
         let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
         migrate(&mut from, &address)?;

@@ -137,8 +137,7 @@ fn second_attempt(qemu: &Qemu) -> Result<(), Error> {
     let (left, address) = Program::receive(&[], LOCAL, &file);
     from.migrate(&address)?;
     from.wait_passes(2, PATIENCE)?;
-    from.execute("migrate_cancel", json!({}))?;
-    from.wait_migration("cancelled", PATIENCE)?;
+    from.cancel_migration(PATIENCE)?;
     left.end_within(SOON).assert_failed(1, &["because: "]);
     assert_left(&folder, &[]);
     fast(&mut from)?;
