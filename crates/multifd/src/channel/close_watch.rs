@@ -96,11 +96,10 @@ fn run(
 ) -> io::Result<()> {
     let mut met = Vec::with_capacity(2);
     loop {
-        met.clear();
-        match epoll::wait(events, spare_capacity(&mut met), None) {
-            Err(Errno::INTR) => continue,
-            waited => waited?,
-        };
+        wait(events, &mut met, None)?;
+        if met.is_empty() {
+            continue;
+        }
         let mut closed = false;
         for event in &met {
             if event.data.u64() == END {
@@ -121,7 +120,7 @@ fn run(
         };
         if let Some(error) = judge(&bytes[..peeked.min(PEEKED)], closed) {
             // What it has said last, an alert of TLS say, is for the owner to find in the session, and tells more.
-            if !signal.plain && stop.pause(LAST_WORD).is_err() {
+            if !signal.plain && is_dropped_within(events, LAST_WORD)? {
                 return Ok(());
             }
             stop.expect(error.clone());
@@ -142,18 +141,23 @@ fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
     let mut met = Vec::with_capacity(2);
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
-        met.clear();
-        match epoll::wait(events, spare_capacity(&mut met), Some(&left)) {
-            Err(Errno::INTR) => continue,
-            waited => waited?,
-        };
+        wait(events, &mut met, Some(left))?;
         if met.iter().any(|event| event.data.u64() == END) {
             return Ok(true);
         }
-        if met.is_empty() {
+        if left.is_zero() {
             return Ok(false);
         }
+    }
+}
+
+/// Waits for events, for `limit` at the most. A signal ends the wait as well, without an event.
+fn wait(events: &OwnedFd, met: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
+    let limit = limit.map(Timespec::try_from).transpose().map_err(|_| io::ErrorKind::InvalidInput)?;
+    met.clear();
+    match epoll::wait(events, spare_capacity(met), limit.as_ref()) {
+        Err(Errno::INTR) | Ok(_) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -219,7 +223,7 @@ mod tests {
             drop(there);
             told.recv_timeout(SOON).expect("told");
             // The verdict is noted behind the call of the judge.
-            while stop.lock_expected().is_none() {
+            while stop.expected().is_none() {
                 std::thread::yield_now();
             }
             assert!(!stop.is_stopped(), "channels go on");

@@ -66,26 +66,11 @@ impl Stop {
     /// Stops with an error, unless something else has stopped the migration before. Returns the error that
     /// is to be reported: the first one.
     pub fn fail(&self, error: Error) -> Error {
-        let expected = self.lock().expected.clone().filter(|_| !error.is_cancelled());
-        let error = match expected {
-            None => error,
-            Some(expected) => {
-                tracing::debug!(%error, "an error whose cause is known");
-                expected
-            }
-        };
-        match self.stop(Cause::Failed(error.clone())) {
-            None => {
-                tracing::debug!(%error, "the migration stops");
-                error
-            }
-            Some(first) => {
-                tracing::debug!(%error, "an error after the stop");
-                match first {
-                    Cause::Failed(first) => first,
-                    Cause::Finished => error,
-                }
-            }
+        let (cause, stops) = self.stop(Cause::Failed(error.clone()));
+        tracing::debug!(%error, "{}", if stops { "the migration stops" } else { "an error after the stop" });
+        match cause {
+            Cause::Failed(first) => first,
+            Cause::Finished => error,
         }
     }
 
@@ -97,7 +82,7 @@ impl Stop {
     }
 
     #[cfg(test)]
-    pub(super) fn lock_expected(&self) -> Option<Error> {
+    pub(super) fn expected(&self) -> Option<Error> {
         self.lock().expected.clone()
     }
 
@@ -111,7 +96,7 @@ impl Stop {
 
     /// Ends well: waits end, connections stay open for their owners to close. Says whether it was in time.
     pub(crate) fn finish(&self) -> bool {
-        self.stop(Cause::Finished).is_none()
+        self.stop(Cause::Finished).1
     }
 
     /// Whether it has happened, for whatever cause.
@@ -186,13 +171,19 @@ impl Stop {
         Alarm { stop: self, thread }
     }
 
-    /// Returns the cause that was there before, if any.
-    fn stop(&self, cause: Cause) -> Option<Cause> {
+    /// Gives the cause that it has stopped for, and whether that is from this call.
+    fn stop(&self, cause: Cause) -> (Cause, bool) {
         let mut state = self.lock();
         if let Some(first) = &state.cause {
-            return Some(first.clone());
+            return (first.clone(), false);
         }
-        state.cause = Some(cause);
+        let cause = match (cause, &state.expected) {
+            (Cause::Failed(error), Some(expected)) if !error.is_cancelled() => {
+                Cause::Failed(expected.clone())
+            }
+            (cause, _) => cause,
+        };
+        state.cause = Some(cause.clone());
         self.0.stopped.store(true, Ordering::Release);
         let watchers: Vec<_> = state.watchers.iter().map(|(_, watcher)| watcher.clone()).collect();
         self.0.changed.notify_all();
@@ -201,7 +192,7 @@ impl Stop {
         for watcher in watchers {
             watcher.wake();
         }
-        None
+        (cause, true)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
