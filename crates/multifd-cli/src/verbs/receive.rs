@@ -11,11 +11,11 @@ use std::{
 use multifd::{
     ChannelStats, Error, Fault, ReceiveOptions, RecvCounters,
     channel::{Listener, Stop},
-    ram::{BlockName, RamBlocks},
+    ram::BlockName,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions},
-    incoming::{Expected, LeftOut, Loaded, MainPages},
+    incoming::{Expected, LeftOut, MainPages},
 };
 
 use super::tls;
@@ -33,10 +33,12 @@ use crate::{
     },
 };
 
-/// What has come in, beside RAM's bytes.
+/// What the report of a received guest says.
 struct Received {
-    loaded: Loaded,
-    blocks: Arc<RamBlocks>,
+    /// Bytes of RAM.
+    total: u64,
+    page_size: u64,
+    return_path: bool,
     /// Shared blocks, whose memory has not come.
     ignored: Vec<BlockName>,
     channels: Vec<ChannelStats>,
@@ -164,8 +166,9 @@ fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -
     };
     // The file has its name by now, and stays whatever happens from here on: it may be the only copy.
     let mut received = Received {
-        loaded: pending.loaded().clone(),
-        blocks: pending.blocks().clone(),
+        total: pending.loaded().blocks.total(),
+        page_size: pending.blocks().page_size().bytes() as u64,
+        return_path: pending.loaded().return_path,
         ignored,
         channels: pending.channels(),
         main_bytes: pending.main_bytes(),
@@ -205,9 +208,8 @@ fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
 }
 
 fn report(received: &Received, start: Instant) -> Report {
-    let Received { loaded, blocks, channels, main_bytes, main_pages, untold, .. } = received;
+    let Received { total, page_size, return_path, channels, main_bytes, main_pages, untold, .. } = received;
     let time = start.elapsed();
-    let page_size = blocks.page_size().bytes() as u64;
     let multifd_bytes: u64 = channels.iter().map(|channel| channel.bytes).sum();
     let normal = channels.iter().map(|channel| channel.normal).sum::<u64>() + main_pages.normal;
     let zero = channels.iter().map(|channel| channel.zero).sum::<u64>() + main_pages.zero;
@@ -215,15 +217,15 @@ fn report(received: &Received, start: Instant) -> Report {
     let transferred = multifd_bytes + main_bytes;
     Report {
         status: "completed",
-        source_told: loaded.return_path.then_some(untold.is_none()),
+        source_told: return_path.then_some(untold.is_none()),
         total_time: millis(time),
         ram: Ram {
-            total: loaded.blocks.total(),
+            total: *total,
             transferred,
             duplicate: zero,
             normal,
             normal_bytes: normal * page_size,
-            page_size,
+            page_size: *page_size,
             mbps: transferred as f64 * 8.0 / 1e6 / seconds,
             pages_per_second: crate::output::report::rate(normal + zero, time),
             multifd_bytes,
