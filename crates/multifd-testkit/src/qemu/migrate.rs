@@ -82,12 +82,17 @@ impl Vm {
     ///
     /// When it ends in another state, does not come there in time, or QEMU is gone.
     pub fn wait_migration(&mut self, status: &str, patience: Duration) -> Result<Value, Error> {
+        self.wait_migration_in(&[status], patience)
+    }
+
+    /// The same, until it is in one of these states.
+    fn wait_migration_in(&mut self, states: &[&str], patience: Duration) -> Result<Value, Error> {
         let mut last = Value::Null;
-        let what = format!("migration status {status} on QEMU {}", self.series());
+        let what = format!("migration status {} on QEMU {}", states.join(" or "), self.series());
         wait_for(&what, patience, || {
             last = self.query_migrate()?;
             match last["status"].as_str() {
-                Some(met) if met == status => Ok(Some(last.clone())),
+                Some(met) if states.contains(&met) => Ok(Some(last.clone())),
                 Some("completed" | "failed" | "cancelled") => {
                     Err(Error::Unmet(format!("expected {what}, met {last}")))
                 }
@@ -108,20 +113,7 @@ impl Vm {
     /// When it completes, does not end in time, or QEMU is gone.
     pub fn cancel_migration(&mut self, patience: Duration) -> Result<(), Error> {
         self.execute("migrate_cancel", json!({}))?;
-        let mut last = Value::Null;
-        let what = format!("the end of a cancelled migration on QEMU {}", self.series());
-        let ended = wait_for(&what, patience, || {
-            last = self.query_migrate()?;
-            match last["status"].as_str() {
-                Some("cancelled" | "failed") => Ok(Some(())),
-                Some("completed") => Err(Error::Unmet(format!("expected {what}, found {last}"))),
-                _ => Ok(None),
-            }
-        });
-        ended.map_err(|error| {
-            let error = self.explain(error);
-            error.with(&format!("\n  query-migrate: {last}"))
-        })
+        self.wait_migration_in(&["cancelled", "failed"], patience).map(drop)
     }
 
     /// Waits until the source has begun at least this many passes (`dirty-sync-count`), or has completed.
