@@ -315,7 +315,10 @@ impl RamBlock {
             return None;
         }
         let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
-        page_table::touched(&memory, self.page_size)
+        let touched = page_table::touched(&memory, self.page_size).inspect_err(|error| {
+            tracing::debug!(block = %self.name, %error, "pages are looked at, the page table does not tell");
+        });
+        touched.ok()
     }
 
     /// Where its bytes are: 0 for this process's memory, or the file that they are in; their first place and their end.

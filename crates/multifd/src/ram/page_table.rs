@@ -19,10 +19,13 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
 use super::{GuestSlice, PageBitmap, PageSize, bytes::mark};
 
-/// Pages of `memory` that may hold something, if the kernel can tell. What is absent there must be zero.
+/// Pages of `memory` that may hold something. What is absent there must be zero.
 ///
 /// Good for the moment: what is written later is for a dirty log that was on before.
-pub(super) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> Option<PageBitmap> {
+///
+/// # Errors
+/// If the kernel cannot tell.
+pub(super) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> io::Result<PageBitmap> {
     let start = memory.as_ptr().addr() as u64;
     let page = rustix::param::page_size() as u64;
     let range = start - start % page..(start + memory.len() as u64).next_multiple_of(page);
@@ -30,15 +33,8 @@ pub(super) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> Option<Pa
     let found = |run: Range<u64>| {
         mark(&touched, page_size, run.start.saturating_sub(start)..run.end.saturating_sub(start));
     };
-    let scanned =
-        File::open(PAGEMAP).and_then(|pagemap| Regions::new(REGIONS).scan(&pagemap, &range, &TOUCHED, found));
-    match scanned {
-        Ok(()) => Some(touched),
-        Err(error) => {
-            tracing::debug!(%error, "pages are looked at, the page table does not tell");
-            None
-        }
-    }
+    Regions::new(REGIONS).scan(&File::open(PAGEMAP)?, &range, &TOUCHED, found)?;
+    Ok(touched)
 }
 
 /// Those that have a page of their own, in memory or in swap. The one page of zeros that stands for many is none.

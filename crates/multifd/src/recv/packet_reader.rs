@@ -14,14 +14,24 @@ use crate::{
 
 /// The connection, and what has come of the next head.
 pub(super) struct PacketReader {
-    pub(super) link: Box<dyn Link>,
-    pub(super) head: Box<[u8]>,
-    pub(super) have: usize,
+    link: Box<dyn Link>,
+    head: Box<[u8]>,
+    have: usize,
 }
 
 impl PacketReader {
-    /// Completes the head. `false` if the peer has closed at a packet's border.
-    pub(super) fn head(&mut self) -> Result<bool> {
+    /// Over `link`, with room for what all heads have in common.
+    pub(super) fn new(link: Box<dyn Link>) -> Self {
+        Self { link, head: vec![0; COMMON_LEN].into(), have: 0 }
+    }
+
+    /// Whether nothing of a head is there.
+    pub(super) fn is_empty(&self) -> bool {
+        self.have == 0
+    }
+
+    /// Completes a head and takes it. `None` if the peer has closed at a packet's border.
+    pub(super) fn head(&mut self) -> Result<Option<&[u8]>> {
         let begun = self.at_least(COMMON_LEN)?;
         // The head of a device-state packet is shorter: waiting for more of it could be for ever.
         if begun
@@ -33,9 +43,10 @@ impl PacketReader {
             return Err(Unsupported::DeviceState { device, instance }.into());
         }
         if begun && self.at_least(self.head.len())? {
-            Ok(true)
-        } else if self.have == 0 {
-            Ok(false)
+            self.have = 0;
+            Ok(Some(&self.head))
+        } else if self.is_empty() {
+            Ok(None)
         } else {
             let (expected, met) = (self.head.len() as u64, self.have as u64);
             Err(Violation::Cut { what: "a packet head", expected, met }.into())

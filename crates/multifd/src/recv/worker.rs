@@ -48,23 +48,23 @@ fn consume(
 ) -> Result<()> {
     // The page size comes from main, which may never come: whatever it is, this much is a part of the head, so an end
     // is noticed meanwhile.
-    let mut packets_in = PacketReader { link, head: vec![0; COMMON_LEN].into(), have: 0 };
-    if !packets_in.at_least(COMMON_LEN)? && (packets_in.have == 0 || !shared.is_admitted(id, number)) {
+    let mut reader = PacketReader::new(link);
+    if !reader.at_least(COMMON_LEN)? && (reader.is_empty() || !shared.is_admitted(id, number)) {
         return Ok(());
     }
     let Some(page_size) = shared.wait_admitted(id, number) else { return Ok(()) };
-    packets_in.lengthen(head_len(page_size));
+    let head_len = head_len(page_size);
+    reader.lengthen(head_len);
     let counters = &shared.counters[usize::from(id.0)];
     counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
     let mut placer = Placer::default();
     let mut greatest = 0;
-    while packets_in.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
+    while let Some(head) = reader.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
         let arrived = shared.arrived.get();
         let blocks = arrived.map(|arrived| &**arrived.blocks());
-        listed.decode(&packets_in.head, &shared.method, blocks).map_err(in_packet)?;
-        packets_in.have = 0;
+        listed.decode(head, &shared.method, blocks).map_err(in_packet)?;
         tracing::trace!(
             channel = id.0,
             packet_num = listed.packet_num,
@@ -76,9 +76,9 @@ fn consume(
         );
         if let Some(arrived) = arrived.filter(|_| listed.has_pages()) {
             let _filling = Filling::begin(id, shared, &listed).map_err(in_packet)?;
-            placer.place(&mut packets_in, &listed, arrived).map_err(in_packet)?;
+            placer.place(&mut reader, &listed, arrived).map_err(in_packet)?;
         }
-        let bytes = (packets_in.head.len() + listed.payload_len) as u64;
+        let bytes = (head_len + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
         *packets += 1;
         greatest = greatest.max(listed.packet_num);
