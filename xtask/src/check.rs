@@ -54,15 +54,16 @@ fn clippy() -> Command {
 
 /// In a run over the workspace the program switches features of the libraries on, so each of these is also looked at
 /// alone: as an embedder builds it.
-const FEATURE_SETS: [(&str, &[&str]); 11] = [
+const FEATURE_SETS: [(&str, &[&str]); 12] = [
     ("default features", &["--workspace"]),
     ("no features", &["--workspace", "--no-default-features"]),
     ("all features", &["--workspace", "--all-features"]),
+    ("guest RAM alone", &["-p", "guest-ram"]),
+    ("guest RAM with kvm", &["-p", "guest-ram", "--features", "kvm"]),
+    ("guest RAM with vm-memory", &["-p", "guest-ram", "--features", "vm-memory"]),
+    ("guest RAM with pagemap", &["-p", "guest-ram", "--features", "pagemap"]),
     ("the engine alone", &["-p", "multifd"]),
     ("the engine with serde", &["-p", "multifd", "--features", "serde"]),
-    ("the engine with kvm", &["-p", "multifd", "--features", "kvm"]),
-    ("the engine with vm-memory", &["-p", "multifd", "--features", "vm-memory"]),
-    ("the engine with pagemap", &["-p", "multifd", "--features", "pagemap"]),
     ("the engine with zlib", &["-p", "multifd", "--features", "zlib"]),
     ("the engine with zstd", &["-p", "multifd", "--features", "zstd"]),
     ("the main stream alone", &["-p", "qemu-stream"]),

@@ -63,7 +63,8 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
         (_, "microvm") => Some("nothing knows the example"),
         (_, "multifd-bench") => Some("nothing knows what measures it"),
         ("multifd", "qemu-stream") => Some("the engine knows nothing of the main stream"),
-        ("multifd-testkit", "multifd" | "qemu-stream") => {
+        ("guest-ram", "multifd" | "qemu-stream") => Some("guest RAM knows nothing of migrations"),
+        ("multifd-testkit", "guest-ram" | "multifd" | "qemu-stream") => {
             Some("the kit tests these, so it must not believe what they say")
         }
         _ => None,

@@ -1,6 +1,6 @@
 //! `cargo xtask publish-check`: the libraries can be published, each from what its package holds alone.
 //!
-//! Both are packaged together, so that the one finds the other though no registry has it yet; each is then built from
+//! All are packaged together, so that each finds the others though no registry has it yet; each is then built from
 //! its package. No network is needed: what the lock file names is there by now.
 
 use crate::{
@@ -17,7 +17,7 @@ pub(crate) fn check(build: bool) -> Result<(), Failure> {
     let mut publish = cargo();
     // What is being changed is looked at, committed or not.
     publish.args(["package", "--quiet", "--offline", "--locked", "--allow-dirty", "--all-features"]);
-    publish.args(["-p", "multifd", "-p", "qemu-stream"]);
+    publish.args(["-p", "guest-ram", "-p", "multifd", "-p", "qemu-stream"]);
     if !build {
         publish.arg("--no-verify");
     }

@@ -1,4 +1,4 @@
-//! `cargo xtask sanitize`: the tests of both libraries under tools that see what a test cannot.
+//! `cargo xtask sanitize`: the tests of the libraries under tools that see what a test cannot.
 //!
 //! ```text
 //! address   AddressSanitizer, with its search for leaks
@@ -82,13 +82,15 @@ fn thread() -> Result<(), Failure> {
     run(&mut command)
 }
 
-/// The tests of both libraries, built with a sanitizer. Those of the documentation are built by another way, without.
+/// The tests of the libraries, built with a sanitizer. Those of the documentation are built by another way, without.
 fn sanitized(sanitizer: &str) -> Command {
     let mut command = nightly("cargo");
     command
         .env("RUSTFLAGS", format!("-Zsanitizer={sanitizer}"))
         .args([
             "test",
+            "-p",
+            "guest-ram",
             "-p",
             "multifd",
             "-p",

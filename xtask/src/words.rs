@@ -174,7 +174,7 @@ fn literal(text: &str, line: usize) -> impl Iterator<Item = Piece<'_>> {
 
 const LIST: &str = include_str!("../words.txt");
 /// Pages for users outside of these folders.
-const PAGES: [&str; 3] = ["README.md", "SECURITY.md", "docs/README.md"];
+const PAGES: [&str; 4] = ["README.md", "SECURITY.md", "docs/README.md", "crates/guest-ram/README.md"];
 /// Folders with pages for users.
 const FOLDERS: [&str; 2] = ["docs/embed", "docs/use"];
 /// The sources whose first pages are the manual for embedders.

@@ -14,7 +14,7 @@
 //!
 //! | module | what it contains |
 //! | --- | --- |
-//! | [`ram`] | blocks, dirty bits, guest memory, which is never a Rust reference |
+//! | [`ram`] | the crate `guest-ram`: blocks, dirty bits, guest memory, which is never a Rust reference |
 //! | [`wire`] | packets as bytes |
 //! | [`channel`] | addresses, links, the one [`Stop`](channel::Stop) |
 //! | [`Sender`], [`Receiver`] | the two ends of the channels |
@@ -75,9 +75,9 @@ pub mod model;
 mod options;
 mod outcome;
 pub mod parameters;
-pub mod ram;
 mod recv;
 mod send;
+mod sendable;
 #[cfg(feature = "serde")]
 mod settings;
 mod stats;
@@ -86,6 +86,8 @@ pub mod wire;
 
 pub use compress::Method;
 pub use error::{Error, Fault, Result};
+/// Guest RAM: blocks, memory and files, dirty bits. All of the crate `guest-ram`.
+pub use guest_ram as ram;
 pub use options::{ChannelCount, ChannelsFrom, ReceiveOptions, SendOptions};
 pub use recv::{Arrived, MayMiss, Receiver, RecvCounters};
 pub use send::{SendCounters, Sender, Synced};

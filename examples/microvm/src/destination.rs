@@ -28,7 +28,7 @@ pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failur
     let pending = arrival.load(|_, list| {
         let made = machine::memory(list.total());
         let made = made.map_err(|error| Error::other("make the guest's memory", error))?;
-        machine::blocks(memory.insert(made))
+        Ok(machine::blocks(memory.insert(made))?)
     })?;
 
     // 3. Devices. What cannot be restored is refused now, while the guest can still run on at the source.

@@ -411,7 +411,7 @@ pub(crate) fn memory(size: u64) -> Result<Memory, Failure> {
 }
 
 /// The memory as RAM blocks.
-pub(crate) fn blocks(memory: &Memory) -> multifd::Result<RamBlocks> {
+pub(crate) fn blocks(memory: &Memory) -> Result<RamBlocks, multifd::ram::Error> {
     blocks_of(memory, PageSize::KIB_4)
 }
 

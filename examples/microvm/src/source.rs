@@ -42,9 +42,10 @@ pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<Mig
     //    kernel's log is on from here to the end of this function.
     // SAFETY: this is the machine's one slot, which nobody sets while the machine is borrowed.
     let vcpus = unsafe { KvmDirtyLog::start(&machine.vm, vec![machine.region], &machine.blocks) };
-    let vcpus = vcpus.map_err(|error| Error::io("switch dirty logging on", error))?;
-    let devices = AtomicBitmapLog::new(&machine.memory, &machine.blocks)?;
-    let mut log = MergedLog::new().with("the vCPUs", vcpus).with("the devices", devices);
+    let devices = AtomicBitmapLog::new(&machine.memory, &machine.blocks);
+    let refused = |error| Error::io("switch dirty logging on", error);
+    let log = MergedLog::new().with("the vCPUs", vcpus.map_err(refused)?);
+    let mut log = log.with("the devices", devices.map_err(refused)?);
 
     // 3. Connections, passes, switchover, device state. Whatever goes wrong, the guest is resumed.
     let connector: Arc<dyn Connect> = Arc::new(wish.address.clone());

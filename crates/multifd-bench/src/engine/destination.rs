@@ -19,12 +19,7 @@ use qemu_stream::{
     incoming::Expected,
 };
 
-use super::{
-    Loaded,
-    beyond::peak_beyond,
-    blocks::{fresh, wrong},
-    file, raw,
-};
+use super::{Loaded, beyond::peak_beyond, blocks::wrong, file, raw};
 use crate::{Result, contents::Contents};
 
 #[derive(Debug, Args)]
@@ -108,7 +103,7 @@ fn take_in(
         }
     };
     let arrival = Arrival::listen(listener, ArrivalOptions::new(Expected::AnyMachine), &stop)?.accept()?;
-    let confirmed = arrival.load(|_, list| fresh(list))?.confirm()?;
+    let confirmed = arrival.load(|_, list| list.in_new_memory())?.confirm()?;
     loaded()?;
     let blocks = confirmed.blocks().clone();
     confirmed.finish();

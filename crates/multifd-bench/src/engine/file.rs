@@ -20,7 +20,7 @@ use qemu_stream::{
 use super::{
     IntoFile, Sent,
     beyond::peak_beyond,
-    blocks::{fresh, wrong},
+    blocks::wrong,
     one_pass::{Stopped, one_pass},
 };
 use crate::{Result, contents::Contents};
@@ -47,7 +47,7 @@ fn into_file(sender: Sender, main: &mut dyn Main, blocks: &Arc<RamBlocks>) -> Re
 /// The machine in a file, in fresh memory.
 pub(super) fn restore(path: &Path, channels: u8) -> Result<Arc<RamBlocks>> {
     let machine = MappedRamFile::open(File::open(path)?, 0)?;
-    let blocks = Arc::new(fresh(machine.blocks())?);
+    let blocks = Arc::new(machine.blocks().in_new_memory()?);
     Restore::new(&machine).channels(channels).run(&blocks, &Stop::new())?;
     Ok(blocks)
 }

@@ -19,7 +19,7 @@ pub use crate::outcome::Fault;
 
 use crate::{
     outcome::NotConverged,
-    ram::{BlockOffset, PageSize},
+    ram::{self, BlockOffset, PageSize},
     wire::{ChannelId, DeviceId, Flags},
 };
 
@@ -172,6 +172,12 @@ impl Error {
     /// Whether the migration ended because somebody asked for it.
     pub fn is_cancelled(&self) -> bool {
         matches!(self.kind(), Self::Cancelled)
+    }
+}
+
+impl From<ram::Error> for Error {
+    fn from(error: ram::Error) -> Self {
+        Self::Usage(Usage::Ram(error))
     }
 }
 

@@ -2,13 +2,16 @@
 
 use crate::{
     outcome::Status,
-    ram::{BlockName, PageSize},
+    ram::{self, BlockName, PageSize},
 };
 
 /// A call that cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Usage {
+    /// Blocks, memory or a file that cannot be used so.
+    #[error(transparent)]
+    Ram(#[from] ram::Error),
     /// A number outside of its [range](crate::parameters).
     #[error("expected {name} {least} to {most}, met {met}")]
     OutOfRange {
@@ -79,32 +82,6 @@ pub enum Usage {
     /// TLS to an address that names no host, and no name given.
     #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
     NoTlsHostname(String),
-    /// Two blocks have one name.
-    #[error("two RAM blocks are named {0:?}")]
-    DuplicateBlock(BlockName),
-    /// The blocks have different page sizes.
-    #[error("RAM blocks with pages of {0} and of {1} in one migration")]
-    MixedPageSizes(PageSize, PageSize),
-    /// The memory handed over is shorter than the block.
-    #[error("block {name:?}: {mapped:#x} bytes of memory for a used length of {used_length:#x}")]
-    ShortMemory {
-        /// The block's name.
-        name: BlockName,
-        /// The bytes of memory.
-        mapped: u64,
-        /// The block's used length.
-        used_length: u64,
-    },
-    /// The places in a file are those of another number of pages.
-    #[error("block {name:?}: expected a bit for each of {expected} pages, found {found}")]
-    OtherPages {
-        /// The block's name.
-        name: BlockName,
-        /// The pages of the block.
-        expected: u64,
-        /// The bits given.
-        found: u64,
-    },
     /// The source has announced a block, and this side has made none of that name.
     #[error("block {0:?} is announced by the source and missing here")]
     BlockMissing(BlockName),
@@ -152,18 +129,6 @@ pub enum Usage {
          could not be known, and its success would count as a failure; set SIGCHLD to its default action before"
     )]
     ChildrenIgnored,
-    /// A file that is to be mapped ends before the mapping would.
-    #[error(
-        "a mapping of {len:#x} bytes from offset {offset:#x} on reaches beyond the end of the file ({size:#x})"
-    )]
-    ShortFile {
-        /// Where the mapping was to begin.
-        offset: u64,
-        /// The bytes that were to be mapped.
-        len: u64,
-        /// The length of the file.
-        size: u64,
-    },
     /// Pages are to be packed, or to go over main, in memory that somebody may take away.
     #[error(
         "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages, or to send them over main, would \
@@ -171,20 +136,6 @@ pub enum Usage {
          multifd-compression none"
     )]
     MayShrink(BlockName),
-    /// A merged dirty log of no logs.
-    #[error(
-        "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for one that does not run"
-    )]
-    NoLogs,
-    /// Two blocks have bytes in common.
-    #[error("blocks {0:?} and {1:?} share bytes: each needs memory of its own")]
-    SharedBytes(BlockName, BlockName),
-    /// Two parts of one migration were made for different blocks.
-    #[error("made for other blocks than the migration's: {why}")]
-    NotTheseBlocks {
-        /// The first difference.
-        why: String,
-    },
     /// The block ends inside a page, and the wire carries whole pages only.
     #[error(
         "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, whose bytes cannot be sent"
@@ -239,23 +190,9 @@ pub enum Usage {
         /// The pages of the block.
         pages: u64,
     },
-    /// A block number that the registry does not have.
-    #[error("there is no RAM block number {0}")]
-    NoSuchBlock(usize),
     /// The block's memory cannot be received into.
     #[error("block {0:?} is mapped for reading and cannot be received into")]
     ReadOnly(BlockName),
-    /// The block's memory is mapped without the right to read it.
-    #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
-    Unreadable(BlockName),
-    /// No dirty log can be made of the bitmaps of the block's memory.
-    #[error("block {name:?}: the dirty bitmap does not fit: {why}")]
-    DirtyBitmap {
-        /// The block's name.
-        name: BlockName,
-        /// What is in the way.
-        why: &'static str,
-    },
     /// A sender or receiver was set up for the second time.
     #[error("this end of the migration was set up before: make a new one for each migration")]
     UsedTwice,

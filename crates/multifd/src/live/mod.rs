@@ -53,6 +53,7 @@ use crate::{
     error::{Error, Result, Usage},
     ram::{DirtyLog, PageBitmap, RamBlocks},
     send::Sender,
+    sendable,
 };
 
 /// One live migration, from set-up to its end.
@@ -87,8 +88,8 @@ impl Migration {
     /// [`Usage::MayShrink`] if its memory is a file that somebody
     /// [may cut shorter](crate::ram::Mapping::may_shrink).
     pub fn over_main(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
-        blocks.check_whole_pages()?;
-        blocks.check_may_be_copied()?;
+        sendable::check_whole_pages(&blocks)?;
+        sendable::check_may_be_copied(&blocks)?;
         Self::made(options, blocks, stop, None)
     }
 

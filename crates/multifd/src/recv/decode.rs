@@ -85,7 +85,7 @@ impl Listed {
             return Ok(block);
         }
         self.block = blocks.find(packet.block).ok_or_else(|| unknown(packet.block))?;
-        blocks.block(self.block)
+        Ok(blocks.block(self.block)?)
     }
 
     fn payload(&self, packet: &Packet<'_>) -> Result<usize, Malformed> {

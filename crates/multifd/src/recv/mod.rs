@@ -32,7 +32,7 @@ use crate::{
     channel::{Link, Listen, Stop, Stream, Watch},
     error::{Error, Result, Usage},
     options::{ChannelCount, ReceiveOptions},
-    ram::{Memory, PageSize, RamBlocks},
+    ram::{self, Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     sync_types::{AtomicBool, Builder, Condvar, Instant, Mutex, OnceLock},
     wire::{VmUuid, limits},
@@ -201,7 +201,7 @@ impl Receiver {
     /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time, [`Usage::ReadOnly`] if one is mapped for reading, [`Usage::MixedPageSizes`] if they do not have the page size set.
+    /// [`Usage::UsedTwice`] the second time, [`Usage::ReadOnly`] if one is mapped for reading, [`MixedPageSizes`](ram::Error::MixedPageSizes) if they do not have the page size set.
     pub fn set_blocks(&self, blocks: Arc<RamBlocks>) -> Result<()> {
         let read_only = |memory: &Memory| matches!(memory, Memory::Mapped(mapping) if !mapping.is_writable());
         if let Some((_, block)) = blocks.iter().find(|(_, block)| read_only(block.memory())) {
@@ -212,7 +212,7 @@ impl Receiver {
         if !blocks.is_empty() {
             let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
             if expected != blocks.page_size() {
-                return Err(Usage::MixedPageSizes(expected, blocks.page_size()).into());
+                return Err(ram::Error::MixedPageSizes(expected, blocks.page_size()).into());
             }
         }
         let arrived = Arrived::new(blocks);

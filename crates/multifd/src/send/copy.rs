@@ -8,7 +8,7 @@ use super::{copier::Copier, dispatch::Job, draw::unread, shared::Shared};
 use crate::{
     batch::{Batch, neighbours},
     error::{Error, Result, Usage},
-    ram::{BlockOffset, CopyError, PageIndex, hold_in_this_thread},
+    ram::{self, BlockOffset, PageIndex, TransferError, hold_in_this_thread},
     wire::ChannelId,
 };
 
@@ -46,7 +46,8 @@ fn carry(id: ChannelId, shared: &Shared) -> Result<()> {
 
 fn copy(id: ChannelId, shared: &Shared, copier: &Copier, batch: &mut Batch) -> Result<()> {
     let source = shared.blocks.block(batch.block)?;
-    let (index, lane) = copier.lanes.get(batch.block.0).ok_or(Usage::NoSuchBlock(batch.block.0))?;
+    let (index, transfer) =
+        copier.transfers.get(batch.block.0).ok_or(ram::Error::NoSuchBlock(batch.block.0))?;
     let target = copier.target.block(*index)?;
     batch.part(|page| source.is_zero(page));
     // Asked to go as bytes, and known to be zero: a file may have anything there.
@@ -54,9 +55,9 @@ fn copy(id: ChannelId, shared: &Shared, copier: &Copier, batch: &mut Batch) -> R
     batch.zero().iter().chain(batch.normal().iter().filter(absent)).for_each(|page| target.clear(*page));
     let normal = batch.normal().iter().copied().filter(|page| source.is_present(*page));
     for (first, count) in neighbours(normal) {
-        lane.copy(source, target, first, count).map_err(|error| match error {
-            CopyError::Read(error) => unread(source, first, error),
-            CopyError::Write(error) => {
+        transfer.copy(source, target, first, count).map_err(|error| match error {
+            TransferError::Read(error) => unread(source, first, error),
+            TransferError::Write(error) => {
                 let offset = target.offset_of(first).unwrap_or(BlockOffset(u64::MAX));
                 Error::io(format!("write block {:?} at offset {offset}", target.name()), error)
             }

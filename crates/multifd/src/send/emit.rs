@@ -21,7 +21,7 @@ use crate::{
     compress::{Encode, Pages},
     error::{Error, Result, Usage},
     options::SendOptions,
-    ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock, cut_short},
+    ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock, truncated},
     stats::ChannelCounters,
     wire::{ChannelId, HeadBuffer, Initial},
 };
@@ -182,7 +182,7 @@ impl<'a> Emitter<'a> {
         let read_in_place = payload.is_none();
         sent.map_err(|error| match normal.first() {
             Some(first) if read_in_place && Errno::from_io_error(&error) == Some(Errno::FAULT) => {
-                unread(block, *first, cut_short()).at(format_args!("packet {packet_num}"))
+                unread(block, *first, truncated()).at(format_args!("packet {packet_num}"))
             }
             _ => self.broken(format_args!("send packet {packet_num}"), error),
         })?;

@@ -38,6 +38,7 @@ use crate::{
     error::{Error, Result, Usage},
     options::SendOptions,
     ram::RamBlocks,
+    sendable,
     stats::{ChannelCounters, ChannelStats},
     sync_types::{Builder, JoinHandle},
     wire::ChannelId,
@@ -67,7 +68,7 @@ impl Sender {
     /// [`Usage`] if the options contradict each other, or a block ends inside a page: the wire carries whole pages, so its last bytes would be lost.
     pub fn new(options: SendOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         options.check()?;
-        blocks.check_whole_pages()?;
+        sendable::check_whole_pages(&blocks)?;
         let hand = Batch::new(blocks.page_size());
         Ok(Self { options, blocks, stop, hand, shared: None, threads: Vec::new(), watch: None })
     }
@@ -90,7 +91,7 @@ impl Sender {
             return Err(Usage::SingleConnection(connector.target()).into());
         }
         if self.options.method != Method::None {
-            self.blocks.check_may_be_copied()?;
+            sendable::check_may_be_copied(&self.blocks)?;
         }
         let (channels, page_size) = (self.options.channels, self.blocks.page_size());
         let dispatch = Dispatch::new(channels, page_size, self.options.zero_copy_send);

@@ -14,8 +14,6 @@ mod dead_peers;
 #[cfg(test)]
 mod descriptors;
 #[cfg(test)]
-mod dirty;
-#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod faults;
@@ -27,6 +25,8 @@ mod hostile;
 mod kit;
 #[cfg(test)]
 mod loopback;
+#[cfg(all(test, feature = "pagemap"))]
+mod process;
 #[cfg(test)]
 mod rough_network;
 #[cfg(all(test, feature = "serde"))]

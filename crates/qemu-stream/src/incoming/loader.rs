@@ -12,7 +12,7 @@ use std::sync::Arc;
 use multifd::{
     Arrived, Error, MayMiss, Receiver, Result,
     error::Usage,
-    ram::{PageIndex, RamBlock, RamBlocks},
+    ram::{self, PageIndex, RamBlock, RamBlocks},
 };
 
 use super::{Destination, Loaded};
@@ -127,7 +127,7 @@ where
 
     /// The block that was made for this one of the list.
     fn block(&self, block: BlockIndex) -> Result<BlockIndex> {
-        self.order.get(block.0).copied().ok_or_else(|| Usage::NoSuchBlock(block.0).into())
+        self.order.get(block.0).copied().ok_or_else(|| ram::Error::NoSuchBlock(block.0).into())
     }
 }
 

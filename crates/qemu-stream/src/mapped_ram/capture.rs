@@ -183,7 +183,7 @@ impl Capture {
     }
 
     fn block(&self, block: BlockIndex) -> Result<&RamBlock> {
-        self.blocks.block(self.order.get(block.0).copied().unwrap_or(block))
+        Ok(self.blocks.block(self.order.get(block.0).copied().unwrap_or(block))?)
     }
 
     fn write(&self) -> Result<u64> {

@@ -57,14 +57,15 @@ const BEHIND: usize = 16 * PAGE;
 
 /// Blocks in memory that goes on behind them.
 fn guarded(list: &BlockList) -> multifd::Result<RamBlocks> {
-    let block = |entry: &qemu_stream::format::BlockEntry| {
+    let block = |entry: &qemu_stream::format::BlockEntry| -> multifd::Result<RamBlock> {
         let mapping = Mapping::anonymous(entry.used_length + BEHIND as u64)
             .map_err(|error| Error::io("map memory", error))?;
         let length = usize::try_from(entry.used_length).expect("small");
         mapping.slice(length as u64, BEHIND).expect("there").copy_from(&[GUARD; BEHIND]);
-        RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(mapping))
+        let memory = Memory::Mapped(mapping);
+        Ok(RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), memory)?)
     };
-    RamBlocks::new(list.entries().iter().map(block).collect::<multifd::Result<_>>()?)
+    Ok(RamBlocks::new(list.entries().iter().map(block).collect::<multifd::Result<_>>()?)?)
 }
 
 fn assert_nothing_else_written(row: &str, blocks: &RamBlocks) {

@@ -217,7 +217,7 @@ impl Destination {
             }
             _ => {}
         }
-        RamBlocks::new(blocks)
+        Ok(RamBlocks::new(blocks)?)
     }
 }
 

@@ -259,7 +259,7 @@ fn memory_of(plan: &Plan, list: &BlockList) -> Result<RamBlocks> {
             }
         };
         offset += entry.used_length.next_multiple_of(1 << 16);
-        RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), memory)
+        Ok(RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), memory)?)
     });
     let blocks = RamBlocks::new(blocks.collect::<Result<_>>()?)?;
     if let Some(file) = &file {

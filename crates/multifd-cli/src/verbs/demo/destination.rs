@@ -3,15 +3,14 @@
 use multifd::{
     Error,
     channel::{Listener, Stop},
-    ram::RamBlocks,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, Listening},
-    format::{BlockEntry, MachineType},
+    format::MachineType,
     incoming::Expected,
 };
 
-use super::{Arrived, MACHINE, block, guest, hash};
+use super::{Arrived, MACHINE, guest, hash};
 use crate::{
     args::DemoDestinationArgs,
     interrupt,
@@ -29,12 +28,7 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
     let arrival = Arrival::listen(Box::new(listener), options, &stop)
         .and_then(Listening::accept)
         .map_err(Failure::of)?;
-    let pending = arrival.load(|_, list| {
-        let block = |entry: &BlockEntry| {
-            block(entry.used_length).map_err(|_| Error::other("cannot map the guest's memory", "refused"))
-        };
-        RamBlocks::new(list.entries().iter().map(block).collect::<Result<_, Error>>()?)
-    });
+    let pending = arrival.load(|_, list| list.in_new_memory());
     let pending = pending.map_err(Failure::of)?;
     let state = pending.device(guest::DEVICE, 0).and_then(|(_, body)| body.try_into().ok());
     let Some(rounds) = state.map(u64::from_be_bytes) else {

@@ -10,7 +10,9 @@
 
 use std::{collections::HashMap, io::Read};
 
-use multifd::ram::{BlockIndex, BlockName, BlockOffset, PageIndex, PageSize};
+use multifd::ram::{
+    BlockIndex, BlockName, BlockOffset, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks,
+};
 
 use super::{Put, Reader, limits};
 use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved};
@@ -116,6 +118,23 @@ impl BlockList {
     /// Bytes in all blocks together.
     pub fn total(&self) -> u64 {
         self.total
+    }
+
+    /// These blocks in new [anonymous memory](Mapping::anonymous), which costs nothing until it is touched. For a machine
+    /// whose blocks are all plain RAM; others make each block as its device needs it.
+    ///
+    /// # Errors
+    /// If the system has no addresses for so much memory.
+    pub fn in_new_memory(&self) -> multifd::Result<RamBlocks> {
+        let block = |entry: &BlockEntry| -> multifd::Result<RamBlock> {
+            let (name, length) = (&entry.name, entry.used_length);
+            let memory = Mapping::anonymous(length).map_err(|error| {
+                multifd::Error::io(format!("map {length:#x} bytes for block {name:?}"), error)
+            })?;
+            Ok(RamBlock::new(name.clone(), length, self.page_size, Memory::Mapped(memory))?)
+        };
+        let blocks = self.entries.iter().map(block).collect::<multifd::Result<_>>()?;
+        Ok(RamBlocks::new(blocks)?)
     }
 
     /// Where `page` of `block` begins; `None` if the block has no such page.

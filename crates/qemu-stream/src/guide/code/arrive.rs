@@ -4,7 +4,6 @@ use multifd::{
     Error,
     channel::{Listener, Stop},
     live::RunState,
-    ram::{Mapping, Memory, RamBlock, RamBlocks},
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions},
@@ -26,14 +25,7 @@ pub fn arrive(
 
     // 2. RAM. The source announces the blocks. We choose their memory, or refuse them. They belong to the machine for its
     //    whole life.
-    let pending = arrival.load(|_configuration, list| {
-        let block = |entry: &qemu_stream::format::BlockEntry| {
-            let memory = Mapping::anonymous(entry.used_length);
-            let memory = memory.map_err(|error| Error::io("make the guest's memory", error))?;
-            RamBlock::new(entry.name.clone(), entry.used_length, list.page_size(), Memory::Mapped(memory))
-        };
-        RamBlocks::new(list.entries().iter().map(block).collect::<Result<_, _>>()?)
-    })?;
+    let pending = arrival.load(|_configuration, list| list.in_new_memory())?;
 
     // 3. Devices. Refuse now what cannot be restored: the guest can still continue at the source.
     let state = pending.device("counter", 0).filter(|(section, _)| section.version == version);

@@ -184,7 +184,7 @@ impl MappedRamFile {
             let block = RamBlock::new(name, length, place.page_size, Memory::MappedRam(places))?;
             blocks.push(if place.is_ignored() { block.ignored() } else { block });
         }
-        RamBlocks::new(blocks)
+        Ok(RamBlocks::new(blocks)?)
     }
 }
 

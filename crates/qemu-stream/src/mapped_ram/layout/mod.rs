@@ -179,7 +179,7 @@ impl Layout {
             let memory = Memory::MappedRam(places);
             RamBlock::new(entry.name.clone(), entry.used_length, place.page_size, memory)
         });
-        RamBlocks::new(blocks.collect::<multifd::Result<_>>()?)
+        Ok(RamBlocks::new(blocks.collect::<Result<_, multifd::ram::Error>>()?)?)
     }
 
     /// Writes everything but the pages, which are at their places already, and cuts the file behind it: the bitmaps are

@@ -142,5 +142,6 @@ pub(super) const RAM: [(&str, u64); 3] = [("low", 64), ("high", 64), ("rom", 8)]
 
 pub(super) fn as_announced(_: Option<&Configuration>, list: &BlockList) -> Made {
     let entries = list.entries().iter();
-    RamBlocks::new(entries.map(|entry| block(&entry.name.to_string(), entry.used_length / 4096)).collect())
+    let made = entries.map(|entry| block(&entry.name.to_string(), entry.used_length / 4096));
+    Ok(RamBlocks::new(made.collect())?)
 }

@@ -60,7 +60,7 @@ fn blocks_are_matched_by_name_in_any_order_over_channels_and_over_main() {
             let options = MigrateOptions::new().zero_page_detection(detection);
             let reversed = |_: Option<&Configuration>, list: &BlockList| {
                 let reversed = list.entries().iter().rev();
-                RamBlocks::new(
+                Ok(RamBlocks::new(
                     reversed
                         .map(|entry| {
                             // Memory that another machine has used.
@@ -71,7 +71,7 @@ fn blocks_are_matched_by_name_in_any_order_over_channels_and_over_main() {
                             block
                         })
                         .collect(),
-                )
+                )?)
             };
             let mut guest = Told::default();
             let (left, arrived) =
@@ -111,7 +111,7 @@ fn blocks_that_are_not_those_announced_are_refused_by_name_and_the_guest_goes_on
             fill(&source);
             let mut guest = Told::default();
             let make = move |_: Option<&Configuration>, _: &BlockList| {
-                RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect())
+                Ok(RamBlocks::new(list.iter().map(|(name, pages)| block(name, *pages)).collect())?)
             };
             let options = MigrateOptions::new();
             let (left, arrived) = hop(&source, channels, options, &mut NeverDirty, &mut guest, make, taken);

@@ -1,0 +1,407 @@
+//! A RAM block: a name, a used length, a page size and the memory behind it.
+
+use std::{io, os::unix::fs::FileExt, sync::Arc};
+
+use crate::{
+    BlockName, BlockOffset, DirectFile, Error, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, Places,
+    bitmap,
+    file::{explained, size_limit},
+    memory::residency,
+};
+
+/// The place of a block in its [`RamBlocks`](crate::RamBlocks), from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockIndex(pub usize);
+
+/// Where the bytes of a block live.
+#[derive(Debug)]
+pub enum Memory {
+    /// In this process's address space. Pages are sent from it and received into it without a copy. Nothing is kept about
+    /// what its pages hold: that is found out whenever it is needed, by looking at them or by asking the page table.
+    Mapped(Mapping),
+    /// At their places in a mapped-ram file. Pages pass through a private buffer, run by run.
+    MappedRam(Places),
+}
+
+/// A block of guest RAM, or of a ROM or device memory that migrates like RAM.
+///
+/// It lasts as long as its machine and knows nothing of migrations: what a page holds is found out anew by each of them.
+#[derive(Debug)]
+pub struct RamBlock {
+    name: BlockName,
+    used_length: u64,
+    page_size: PageSize,
+    pages: u64,
+    memory: Memory,
+    ignored: bool,
+}
+
+impl RamBlock {
+    /// A block of `used_length` bytes in `memory`, which may hold anything.
+    ///
+    /// # Errors
+    /// [`Error::ShortMemory`] if a mapping is shorter than `used_length`; [`Error::OtherPages`] if the places have another
+    /// number of pages than the block.
+    pub fn new(
+        name: BlockName,
+        used_length: u64,
+        page_size: PageSize,
+        memory: Memory,
+    ) -> Result<Self, Error> {
+        let pages = page_size.whole_pages_in(used_length);
+        match &memory {
+            Memory::Mapped(mapping) if mapping.len() < used_length => {
+                return Err(Error::ShortMemory { name, mapped: mapping.len(), used_length });
+            }
+            Memory::MappedRam(Places { mapped: Some(mapping), .. }) if mapping.len() < used_length => {
+                return Err(Error::ShortMemory { name, mapped: mapping.len(), used_length });
+            }
+            Memory::MappedRam(places) if places.present.pages() != pages => {
+                return Err(Error::OtherPages { name, expected: pages, found: places.present.pages() });
+            }
+            Memory::Mapped(_) | Memory::MappedRam(_) => {}
+        }
+        Ok(Self { name, used_length, page_size, pages, memory, ignored: false })
+    }
+
+    /// The block, but none of its pages are sent: both sides share its memory (capability `x-ignore-shared`).
+    #[must_use]
+    pub fn ignored(mut self) -> Self {
+        self.ignored = true;
+        self
+    }
+
+    /// Whether its pages are not sent.
+    #[inline]
+    pub fn is_ignored(&self) -> bool {
+        self.ignored
+    }
+
+    /// The name that both sides know it by.
+    #[inline]
+    pub fn name(&self) -> &BlockName {
+        &self.name
+    }
+
+    /// The length in bytes that is in use and migrates.
+    #[inline]
+    pub fn used_length(&self) -> u64 {
+        self.used_length
+    }
+
+    /// The size of its pages.
+    #[inline]
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// The number of its whole pages. A block smaller than a page has none.
+    #[inline]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Whether `page` may hold something else than zero, as far as that is known without looking at it: of a block in a
+    /// mapped-ram file, whether it is in the file; of mapped memory, always.
+    #[inline]
+    pub fn is_present(&self, page: PageIndex) -> bool {
+        match &self.memory {
+            Memory::Mapped(_) => page.0 < self.pages,
+            Memory::MappedRam(places) => places.present.contains(page),
+        }
+    }
+
+    /// The pages that [may hold something](RamBlock::is_present), in words of 64 bits, least significant first.
+    pub fn present_words(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
+        (0..usize::try_from(self.pages.div_ceil(64)).unwrap_or(usize::MAX))
+            .map(|word| self.present_word(word))
+    }
+
+    /// Word number `word` of [these](RamBlock::present_words); 0 behind the last.
+    #[inline]
+    pub fn present_word(&self, word: usize) -> u64 {
+        match &self.memory {
+            Memory::MappedRam(places) => places.present.word_at(word),
+            Memory::Mapped(_) => bitmap::mask(self.pages, word),
+        }
+    }
+
+    /// Notes that pages have been written. Mapped memory keeps no such notes.
+    #[inline]
+    pub fn note_written(&self, first: PageIndex, count: u64) {
+        if let Memory::MappedRam(places) = &self.memory {
+            places.present.set_run(first, count);
+        }
+    }
+
+    /// Where its bytes live.
+    #[inline]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Where `page` starts; `None` if the block has no such page.
+    #[inline]
+    pub fn offset_of(&self, page: PageIndex) -> Option<BlockOffset> {
+        if page.0 < self.pages() { self.page_size.offset_of(page) } else { None }
+    }
+
+    /// Writes whole pages from `first` on, into memory or file.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    ///
+    /// # Panics
+    /// If `bytes` are no whole pages of this block.
+    pub fn store(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        self.write(first, bytes, None)
+    }
+
+    /// The same from a channel, past the page cache if the file is to be written so.
+    pub fn store_direct(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let Memory::MappedRam(places) = &self.memory else { return self.store(first, bytes) };
+        self.write(first, bytes, places.direct.as_deref())
+    }
+
+    fn write(&self, first: PageIndex, bytes: &[u8], direct: Option<&DirectFile>) -> io::Result<()> {
+        let page_size = self.page_size.bytes();
+        let count = (bytes.len() / page_size) as u64;
+        let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
+        assert!(bytes.len().is_multiple_of(page_size) && inside, "whole pages of the block");
+        let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+        match &self.memory {
+            Memory::Mapped(mapping) => {
+                mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
+            }
+            Memory::MappedRam(Places { file, offset, .. }) => size_limit::held(|| match direct {
+                Some(direct) => direct.write_all_at(file, bytes, offset + start),
+                None => file.write_all_at(bytes, offset + start),
+            })?,
+        }
+        self.note_written(first, count);
+        Ok(())
+    }
+
+    /// Reads a page, from memory or file, into a private buffer. One that is not
+    /// [present](RamBlock::is_present) is zero.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    ///
+    /// # Panics
+    /// If the block has no such page, or `buffer` is not a page long.
+    pub fn load(&self, page: PageIndex, buffer: &mut [u8]) -> io::Result<()> {
+        let start = self.offset_of(page).expect("a page of the block").0;
+        assert_eq!(buffer.len(), self.page_size.bytes(), "a page's buffer");
+        if !self.is_present(page) {
+            buffer.fill(0);
+            return Ok(());
+        }
+        match &self.memory {
+            Memory::Mapped(mapping) => {
+                mapping.slice(start, buffer.len()).expect("the mapping covers the block").copy_to(buffer);
+                Ok(())
+            }
+            Memory::MappedRam(Places { file, offset, .. }) => {
+                file.read_exact_at(buffer, offset + start).map_err(explained)
+            }
+        }
+    }
+
+    /// Reads `count` pages of a file from `first` on, past the page cache if the file is to be read so. Pages that are
+    /// not [present](RamBlock::is_present) are zero.
+    ///
+    /// # Panics
+    /// If the block has no such pages or is not in a file, or `buffer` has another length.
+    pub fn load_direct(&self, first: PageIndex, count: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let Memory::MappedRam(Places { file, direct, offset, present, .. }) = &self.memory else {
+            panic!("a block in a file")
+        };
+        let page_size = self.page_size.bytes();
+        let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
+        assert!(inside && buffer.len() as u64 == count * page_size as u64, "pages of the block");
+        let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+        let read = match direct {
+            Some(direct) => direct.read_exact_at(file, buffer, offset + start),
+            None => file.read_exact_at(buffer, offset + start),
+        };
+        read.map_err(explained)?;
+        for (page, bytes) in (first.0..).map(PageIndex).zip(buffer.chunks_mut(page_size)) {
+            if !present.contains(page) {
+                bytes.fill(0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a page zero. Memory is looked at, and written only if it holds something; in a mapped-ram file, the page is no
+    /// longer [present](RamBlock::is_present) and its bytes stay.
+    ///
+    /// # Panics
+    /// If the block has no such page.
+    pub fn clear(&self, page: PageIndex) {
+        match &self.memory {
+            Memory::MappedRam(places) => drop(places.present.clear(page)),
+            Memory::Mapped(_) => {
+                let slice = self.slice(page, 1).expect("a page of the block");
+                if !slice.is_zero() {
+                    slice.clear();
+                }
+            }
+        }
+    }
+
+    /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
+    /// the page is then dirty again. One in a file is not looked at: [what the file knows of it](RamBlock::is_present) is
+    /// what counts. Nor is one in a mapping that [may shrink](Mapping::may_shrink): it counts as something else than zero.
+    pub fn is_zero(&self, page: PageIndex) -> bool {
+        match &self.memory {
+            Memory::Mapped(mapping) if mapping.may_shrink() => false,
+            Memory::Mapped(_) => self.slice(page, 1).is_some_and(|slice| slice.is_zero()),
+            Memory::MappedRam(places) => !places.present.contains(page),
+        }
+    }
+
+    /// Pages that may hold something else than zero at this moment: those in a mapped-ram file; of mapped memory those that
+    /// the page table has, where [absent pages are zero](Mapping::anonymous) and the kernel can tell (Linux 6.7), else all.
+    pub fn may_hold(&self) -> PageBitmap {
+        self.touched().unwrap_or_else(|| {
+            let bits = PageBitmap::new(self.pages);
+            bits.merge(self.present_words());
+            bits
+        })
+    }
+
+    /// Pages that may hold something, if the page table can tell: the memory must be such that
+    /// [what is absent is zero](Mapping::assume_absent_is_zero), and the kernel must be able to.
+    pub fn touched(&self) -> Option<PageBitmap> {
+        let Memory::Mapped(mapping) = &self.memory else { return None };
+        if !mapping.is_absent_zero() || self.ignored {
+            return None;
+        }
+        let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
+        let touched = residency::touched(&memory, self.page_size).inspect_err(|error| {
+            tracing::debug!(block = %self.name, %error, "pages are looked at, the page table does not tell");
+        });
+        touched.ok()
+    }
+
+    /// Where its bytes are: 0 for this process's memory, or the file that they are in; their first place and their end.
+    /// `None` if it has none.
+    pub(crate) fn range(&self) -> Option<(usize, u64, u64)> {
+        let (within, start) = match &self.memory {
+            Memory::Mapped(mapping) => (0, mapping.slice(0, 0)?.as_ptr().addr() as u64),
+            Memory::MappedRam(places) => (Arc::as_ptr(&places.file).addr(), places.offset),
+        };
+        (self.used_length > 0).then(|| (within, start, start.saturating_add(self.used_length)))
+    }
+
+    /// Whether a look at its pages may raise `SIGBUS`, because they are in a mapping of a file that somebody may cut shorter:
+    /// they are moved by system calls alone.
+    pub fn may_shrink(&self) -> bool {
+        matches!(&self.memory, Memory::Mapped(mapping) if mapping.may_shrink())
+    }
+
+    /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
+    /// lives in a file that is not mapped.
+    #[inline]
+    pub fn slice(&self, first: PageIndex, count: u64) -> Option<GuestSlice<'_>> {
+        let end = first.0.checked_add(count)?;
+        if end > self.pages() {
+            return None;
+        }
+        let len = usize::try_from(count).ok()?.checked_mul(self.page_size.bytes())?;
+        let mapping = match &self.memory {
+            Memory::Mapped(mapping) => mapping,
+            Memory::MappedRam(places) => places.mapped.as_ref()?,
+        };
+        mapping.slice(self.page_size.offset_of(first)?.0, len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(name: &str, used_length: u64) -> RamBlock {
+        let memory = Memory::Mapped(Mapping::anonymous(used_length).expect("memory"));
+        RamBlock::new(BlockName::new(name).expect("a name"), used_length, PageSize::KIB_4, memory)
+            .expect("a block")
+    }
+
+    #[test]
+    fn a_block_smaller_than_a_page_and_an_empty_one_have_no_pages() {
+        for length in [0, 1, 4095] {
+            let block = block("small", length);
+            assert_eq!(block.pages(), 0);
+            assert!(block.offset_of(PageIndex(0)).is_none());
+            assert!(block.slice(PageIndex(0), 1).is_none());
+        }
+    }
+
+    #[test]
+    fn a_page_outside_the_block_has_no_slice() {
+        let block = block("b", 3 * 4096 + 5);
+        assert!(block.slice(PageIndex(0), 3).is_some());
+        assert!(block.slice(PageIndex(1), 3).is_none());
+        assert!(block.slice(PageIndex(u64::MAX), 1).is_none());
+        assert!(block.slice(PageIndex(0), u64::MAX).is_none());
+    }
+
+    #[test]
+    fn a_block_of_terabytes_works() {
+        let block = block("huge", 2 << 40);
+        assert_eq!(block.pages(), 1 << 29);
+        assert_eq!(block.slice(PageIndex((1 << 29) - 1), 1).expect("the last page").len(), 4096);
+    }
+
+    #[test]
+    fn pages_are_stored_in_memory_and_in_files_and_cleared_there() {
+        let file = Arc::new(tempfile::tempfile().expect("a file"));
+        let in_file = Memory::MappedRam(Places::new(file.clone(), 8192, PageBitmap::new(4)));
+        for memory in [in_file, Memory::Mapped(Mapping::anonymous(4 * 4096).expect("memory"))] {
+            let name = BlockName::new("b").expect("a name");
+            let block = RamBlock::new(name, 4 * 4096, PageSize::KIB_4, memory).expect("a block");
+            let mapped = matches!(block.memory(), Memory::Mapped(_));
+            block.store(PageIndex(1), &[7; 8192]).expect("stored");
+            assert_eq!(block.present_words().next(), Some(if mapped { 0b1111 } else { 0b0110 }));
+            block.clear(PageIndex(2));
+            block.clear(PageIndex(3));
+            assert_eq!(block.present_words().next(), Some(if mapped { 0b1111 } else { 0b0010 }));
+            for (page, expected) in [(1, 7), (2, 0), (3, 0)] {
+                let mut bytes = [1; 4096];
+                block.load(PageIndex(page), &mut bytes).expect("loaded");
+                assert_eq!(bytes, [expected; 4096]);
+            }
+            if let Some(slice) = block.slice(PageIndex(2), 1) {
+                assert!(slice.is_zero());
+                assert!(!block.slice(PageIndex(1), 1).expect("there").is_zero());
+            }
+        }
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, 8192 + 4096).expect("written");
+        assert_eq!(bytes, [7; 4096]);
+    }
+
+    #[test]
+    fn places_of_another_number_of_pages_are_refused() {
+        let file = Arc::new(tempfile::tempfile().expect("a file"));
+        let places = Places::new(file, 0, PageBitmap::new(3));
+        let name = BlockName::new("b").expect("a name");
+        let refused = RamBlock::new(name, 4 * 4096, PageSize::KIB_4, Memory::MappedRam(places));
+        assert_eq!(
+            refused.expect_err("refused").to_string(),
+            r#"block "b": expected a bit for each of 4 pages, found 3"#
+        );
+    }
+
+    #[test]
+    fn memory_shorter_than_the_block_is_refused() {
+        let memory = Memory::Mapped(Mapping::anonymous(4096).expect("memory"));
+        let refused = RamBlock::new(BlockName::new("b").expect("a name"), 8192, PageSize::KIB_4, memory);
+        assert_eq!(
+            refused.expect_err("refused").to_string(),
+            r#"block "b": 0x1000 bytes of memory for a used length of 0x2000"#
+        );
+    }
+}

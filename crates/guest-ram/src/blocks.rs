@@ -1,0 +1,160 @@
+//! The registry of a machine's blocks.
+//!
+//! Both sides of a migration list the same blocks; a name from the wire is looked up here before anything is written.
+
+use std::collections::HashMap;
+
+use crate::{BlockIndex, BlockName, Error, PageSize, RamBlock};
+
+/// All RAM blocks of a machine, in the order in which the source lists them.
+#[derive(Debug, Default)]
+pub struct RamBlocks {
+    blocks: Vec<RamBlock>,
+    by_name: HashMap<BlockName, BlockIndex>,
+    page_size: PageSize,
+}
+
+impl RamBlocks {
+    /// A registry of `blocks`.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateBlock`] if two have one name, [`Error::MixedPageSizes`] if their page sizes differ,
+    /// [`Error::SharedBytes`] if two have a byte in common: a write through one would be missing in the other's dirty bits.
+    /// Two mappings of one file are not found out.
+    pub fn new(blocks: Vec<RamBlock>) -> Result<Self, Error> {
+        let page_size = blocks.first().map(RamBlock::page_size).unwrap_or_default();
+        let mut by_name = HashMap::with_capacity(blocks.len());
+        for (index, block) in blocks.iter().enumerate() {
+            if block.page_size() != page_size {
+                return Err(Error::MixedPageSizes(page_size, block.page_size()));
+            }
+            if by_name.insert(block.name().clone(), BlockIndex(index)).is_some() {
+                return Err(Error::DuplicateBlock(block.name().clone()));
+            }
+        }
+        let mut ranges: Vec<_> =
+            blocks.iter().filter_map(|block| Some((block.range()?, block.name()))).collect();
+        ranges.sort_by_key(|((within, start, _), _)| (*within, *start));
+        for pair in ranges.windows(2) {
+            if let [((a, _, end), one), ((b, start, _), other)] = pair
+                && a == b
+                && start < end
+            {
+                return Err(Error::SharedBytes((*one).clone(), (*other).clone()));
+            }
+        }
+        Ok(Self { blocks, by_name, page_size })
+    }
+
+    /// The page size of all blocks; 4 KiB where there is no block.
+    #[inline]
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// The number of blocks.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether there is no block.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    /// The blocks in their order, each with its index.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (BlockIndex, &RamBlock)> {
+        self.blocks.iter().enumerate().map(|(index, block)| (BlockIndex(index), block))
+    }
+
+    /// The block at `index`.
+    #[inline]
+    pub fn get(&self, index: BlockIndex) -> Option<&RamBlock> {
+        self.blocks.get(index.0)
+    }
+
+    /// The block at `index`.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`].
+    #[inline]
+    pub fn block(&self, index: BlockIndex) -> Result<&RamBlock, Error> {
+        self.get(index).ok_or(Error::NoSuchBlock(index.0))
+    }
+
+    /// The index of the block named `name`.
+    pub fn find(&self, name: &[u8]) -> Option<BlockIndex> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The used lengths of all blocks, added up: `total` of the RAM statistics, in bytes.
+    pub fn total(&self) -> u64 {
+        self.blocks.iter().map(RamBlock::used_length).sum()
+    }
+}
+
+impl IntoIterator for RamBlocks {
+    type Item = RamBlock;
+    type IntoIter = std::vec::IntoIter<RamBlock>;
+
+    /// The blocks in their order.
+    fn into_iter(self) -> Self::IntoIter {
+        self.blocks.into_iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{Mapping, Memory, PageBitmap, Places};
+
+    fn block(name: &str, used_length: u64) -> RamBlock {
+        let memory = Memory::Mapped(Mapping::anonymous(used_length).expect("memory"));
+        RamBlock::new(BlockName::new(name).expect("a name"), used_length, PageSize::KIB_4, memory)
+            .expect("a block")
+    }
+
+    #[test]
+    fn three_hundred_blocks_are_found_by_name() {
+        let blocks =
+            RamBlocks::new((0..300).map(|n| block(&format!("block{n}"), 4096)).collect()).expect("distinct");
+        assert_eq!(blocks.find(b"block299"), Some(BlockIndex(299)));
+        assert_eq!(blocks.find(b"block300"), None);
+        assert_eq!(blocks.total(), 300 * 4096);
+    }
+
+    #[test]
+    fn two_blocks_of_one_name_are_refused() {
+        let refused =
+            RamBlocks::new(vec![block("pc.ram", 4096), block("pc.ram", 8192)]).expect_err("refused");
+        assert_eq!(refused.to_string(), r#"two RAM blocks are named "pc.ram""#);
+    }
+
+    #[test]
+    fn blocks_that_share_bytes_are_refused() {
+        let memory = Arc::new(Mapping::anonymous(4 * 4096).expect("memory"));
+        let part = |name: &str, first: u64, pages: u64| {
+            let slice = memory.slice(first * 4096, 4096).expect("inside");
+            let base = std::ptr::NonNull::new(slice.as_ptr()).expect("not null");
+            let length = usize::try_from(pages * 4096).expect("small");
+            // SAFETY: the range lies in a mapping that is kept, and to which no reference is made.
+            #[expect(unsafe_code, reason = "two blocks on one mapping")]
+            let part = unsafe { Mapping::from_raw(base, length, memory.clone()) };
+            let name = BlockName::new(name).expect("a name");
+            RamBlock::new(name, length as u64, PageSize::KIB_4, Memory::Mapped(part)).expect("a block")
+        };
+        assert!(RamBlocks::new(vec![part("b", 2, 2), part("a", 0, 2)]).is_ok());
+        let refused = RamBlocks::new(vec![part("a", 0, 3), part("b", 2, 2)]).expect_err("refused");
+        assert_eq!(refused.to_string(), r#"blocks "a" and "b" share bytes: each needs memory of its own"#);
+        let file = Arc::new(tempfile::tempfile().expect("a file"));
+        let stored = |name: &str, offset| {
+            let places = Places::new(file.clone(), offset, PageBitmap::new(2));
+            let name = BlockName::new(name).expect("a name");
+            RamBlock::new(name, 8192, PageSize::KIB_4, Memory::MappedRam(places)).expect("a block")
+        };
+        assert!(RamBlocks::new(vec![stored("a", 0), stored("b", 8192)]).is_ok());
+        assert!(RamBlocks::new(vec![stored("a", 0), stored("b", 4096)]).is_err());
+    }
+}

@@ -1,0 +1,320 @@
+//! The log of kernels that only have soft-dirty bits: cleared for the whole process at once, set by the first write.
+//!
+//! ```text
+//! writers stand still:  pagemap, bit 55 of each page ─▶ held ; "4" ─▶ clear_refs
+//! writers run on:       held ─▶ into
+//! ```
+//!
+//! Reading the bits and clearing them are two steps. A write between the two would be lost without a trace, and
+//! nothing the kernel has can close that gap, so the writers are held there.
+//!
+//! A kernel that was built without the bits has the same files and says nothing: every bit is clear for ever. So bits
+//! are tried out before they are believed, in a page of our own and in the first and the last page of each block. The
+//! latter finds huge pages as well, which have no such bits. Shared memory is refused by its own mark: when the
+//! kernel takes such a page away for want of memory, the bit goes with it.
+//!
+//! UNSAFETY: to try the bits out, a byte of a page is written with what it holds, in one atomic step.
+#![expect(unsafe_code, reason = "a byte of guest memory is written with itself")]
+
+use std::{
+    fmt,
+    fs::{File, OpenOptions},
+    hint, io,
+    io::Write,
+    ops::Range,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use zerocopy::IntoBytes;
+
+use super::{Refused, addresses};
+use crate::{
+    BlockIndex, DirtyLog, DirtyPages, GuestSlice, Mapping, PageBitmap, PageIndex, RamBlock, RamBlocks,
+    dirty::{mark, sole_reader::SoleReader},
+    memory::residency::PAGEMAP,
+};
+
+/// The dirty log of what is written through this process's page table, for kernels before 6.7 that have
+/// `CONFIG_MEM_SOFT_DIRTY`: the fall-back of [`PagemapLog`](super::PagemapLog), whose page has an example.
+///
+/// It serves private anonymous memory alone, and holds the writers for every take: for as long as it takes to read 8
+/// bytes for each page of all blocks, and to clear the bits of the whole process.
+///
+/// The bits are the process's: there is one such log at a time.
+///
+/// **Warning:** nothing else may clear them, in this process or from outside (a checkpoint by CRIU does, and any write to
+/// `/proc/PID/clear_refs`): pages that were written before are then not sent again, and nothing notices.
+pub struct SoftDirtyLog<W> {
+    bits: Bits,
+    writers: W,
+    blocks: Arc<RamBlocks>,
+    /// The addresses of each block's pages, if it has any that can be written; bits read or put back.
+    watched: Vec<(Option<Range<u64>>, PageBitmap)>,
+    _sole_reader: SoleReader,
+}
+
+impl<W: FnMut(&mut dyn FnMut())> SoftDirtyLog<W> {
+    /// Tries the bits out and clears them. Writers may run.
+    ///
+    /// For each take `writers` is called, in the thread of the take: it makes all writers stand still, calls what it
+    /// is given, and lets them go on. What a system call or a device is about to write must be waited for as well.
+    ///
+    /// Blocks in a file, ignored ones and those that are mapped for reading alone are never dirty.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if the kernel has no such bits, or none for the memory of a block, which is
+    /// named; [`io::ErrorKind::ResourceBusy`] if there is such a log already; [`io::ErrorKind::InvalidInput`] if a
+    /// block starts inside a page of the host.
+    pub fn start(blocks: Arc<RamBlocks>, writers: W) -> io::Result<Self> {
+        let sole_reader = sole_reader()?;
+        let mut bits = Bits::open()?;
+        let mut watched = Vec::with_capacity(blocks.len());
+        for (_, block) in blocks.iter() {
+            watched.push((addresses(block)?, PageBitmap::new(block.pages())));
+        }
+        bits.try_out(&blocks)?;
+        Ok(Self { bits, writers, blocks, watched, _sole_reader: sole_reader })
+    }
+
+    /// Moves the bits of all blocks into `held`: what is cleared for one is cleared for all.
+    fn sweep(&mut self) -> io::Result<()> {
+        let (bits, watched, page_size) = (&mut self.bits, &self.watched, self.blocks.page_size());
+        let mut swept = None;
+        (self.writers)(&mut || {
+            swept.get_or_insert_with(|| {
+                for (range, held) in watched {
+                    if let Some(range) = range {
+                        bits.read(range, SOFT_DIRTY, |run| mark(held, page_size, run))?;
+                    }
+                }
+                bits.clear()
+            });
+        });
+        swept.unwrap_or_else(|| Err(io::Error::other("the writers were not made to stand still")))
+    }
+}
+
+impl<W: FnMut(&mut dyn FnMut())> DirtyLog for SoftDirtyLog<W> {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        self.blocks.identity().check(blocks)
+    }
+
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        self.sweep()?;
+        into.take_from(&self.watched[block.0].1);
+        Ok(())
+    }
+
+    fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
+        self.watched[block.0].1.merge(from.words());
+    }
+}
+
+impl<W> fmt::Debug for SoftDirtyLog<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SoftDirtyLog").field("blocks", &self.blocks).finish_non_exhaustive()
+    }
+}
+
+/// The two files that the bits are read from and cleared by.
+#[derive(Debug)]
+struct Bits {
+    pagemap: File,
+    clear_refs: File,
+    words: Box<[u64]>,
+}
+
+impl Bits {
+    fn open() -> io::Result<Self> {
+        let failed =
+            |path: &'static str| move |error| Refused::because(format!("{path} cannot be opened"), error);
+        let pagemap = File::open(PAGEMAP).map_err(failed(PAGEMAP))?;
+        let clear_refs = OpenOptions::new().write(true).open(CLEAR_REFS).map_err(failed(CLEAR_REFS))?;
+        Ok(Self { pagemap, clear_refs, words: vec![0; WORDS].into() })
+    }
+
+    fn clear(&mut self) -> io::Result<()> {
+        // The one write is the request: there are no more bytes to come.
+        self.clear_refs
+            .write_all(b"4")
+            .map_err(|error| Refused::because("soft-dirty bits cannot be cleared", error))
+    }
+
+    /// Gives the runs of pages whose entry has one of the bits of `mask`, in bytes from the range's start.
+    fn read(&mut self, range: &Range<u64>, mask: u64, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        let page = rustix::param::page_size() as u64;
+        let count = (range.end - range.start).div_ceil(page);
+        let mut at = 0;
+        while at < count {
+            let words = usize::try_from(count - at).unwrap_or(WORDS).min(WORDS);
+            let words = &mut self.words[..words];
+            let from = (range.start / page + at) * size_of::<u64>() as u64;
+            self.pagemap
+                .read_exact_at(words.as_mut_bytes(), from)
+                .map_err(|error| Refused::because(format!("{PAGEMAP} cannot be read"), error))?;
+            for run in words.chunk_by(|a, b| (a & mask != 0) == (b & mask != 0)) {
+                let len = run.len() as u64;
+                if run[0] & mask != 0 {
+                    found(at * page..(at + len) * page);
+                }
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the entry of the page at `slice` has a bit of `mask`.
+    fn has(&mut self, slice: GuestSlice<'_>, mask: u64) -> io::Result<bool> {
+        let page = rustix::param::page_size() as u64;
+        let start = slice.as_ptr().addr() as u64 / page * page;
+        let mut met = false;
+        self.read(&(start..start + page), mask, |_| met = true)?;
+        Ok(met)
+    }
+
+    /// Writes to pages after clearing their bits, and looks whether they are set.
+    fn try_out(&mut self, blocks: &RamBlocks) -> io::Result<()> {
+        let own = Mapping::anonymous(rustix::param::page_size() as u64)?;
+        let own = own.slice(0, 1).ok_or(io::ErrorKind::OutOfMemory)?;
+        touch(own);
+        self.clear()?;
+        let before = self.has(own, SOFT_DIRTY)?;
+        touch(own);
+        if before || !self.has(own, SOFT_DIRTY)? {
+            let why = "the kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)";
+            let met = if before { "clearing them does nothing" } else { "a page that was written has none" };
+            return Err(Refused::with_kind(io::ErrorKind::Unsupported, why, io::Error::other(met)));
+        }
+        for (_, block) in blocks.iter() {
+            self.try_block(block)?;
+        }
+        Ok(())
+    }
+
+    fn try_block(&mut self, block: &RamBlock) -> io::Result<()> {
+        let ends = [Some(0), block.pages().checked_sub(1)].into_iter().flatten().map(PageIndex);
+        for page in ends.filter_map(|page| block.slice(page, 1)).filter(GuestSlice::is_writable) {
+            touch(page);
+            let refused = |why| {
+                Refused::with_kind(io::ErrorKind::Unsupported, format!("block {:?}: {why}", block.name()), {
+                    io::ErrorKind::Unsupported.into()
+                })
+            };
+            if self.has(page, FILE_OR_SHARED)? {
+                return Err(refused("the kernel may forget that shared memory was written"));
+            }
+            if !self.has(page, SOFT_DIRTY)? {
+                return Err(refused("the kernel has no soft-dirty bits for its memory"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes the first byte with what it holds.
+fn touch(slice: GuestSlice<'_>) {
+    // SAFETY: the slice lies in a mapping that it borrows, is writable, and a byte has no alignment. Other writers
+    // may be there at the same time, and lose nothing: the step is atomic and changes no bit.
+    let byte = unsafe { AtomicU8::from_ptr(slice.as_ptr()) };
+    // A compiler that sees the zero makes a read of it, or nothing.
+    byte.fetch_or(hint::black_box(0), Ordering::Relaxed);
+}
+
+/// The one reader there may be: the bits are the process's.
+fn sole_reader() -> io::Result<SoleReader> {
+    SoleReader::of(std::ptr::from_ref(&OF_THE_PROCESS).addr())
+}
+
+static OF_THE_PROCESS: u8 = 0;
+
+const CLEAR_REFS: &str = "/proc/self/clear_refs";
+/// Entries read at once: 256 KiB, for 128 MiB of pages of 4 KiB.
+const WORDS: usize = 1 << 15;
+
+/// Bits of an entry: written since the bits were cleared; a page of a file, or of shared memory.
+const SOFT_DIRTY: u64 = 1 << 55;
+const FILE_OR_SHARED: u64 = 1 << 61;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BlockName, Memory, PageSize};
+
+    /// A page is in memory.
+    const PRESENT: u64 = 1 << 63;
+
+    fn runs(bits: &mut Bits, range: &Range<u64>, mask: u64) -> Vec<Range<u64>> {
+        let mut runs = Vec::new();
+        bits.read(range, mask, |run| runs.push(run)).expect("read");
+        runs
+    }
+
+    /// Every kernel fills these bits in, also one that has no soft-dirty bits.
+    #[test]
+    fn pages_whose_entries_have_the_bit_are_given_as_runs_of_bytes() {
+        let page = rustix::param::page_size() as u64;
+        // Longer than what is read at once.
+        let pages = 3 * WORDS as u64 + 5;
+        let mapping = Mapping::anonymous(pages * page).expect("memory");
+        let all = mapping.slice(0, usize::try_from(pages * page).expect("in memory")).expect("inside");
+        // SAFETY: the range is the mapping's; the advice changes what the system gives when a page is touched.
+        unsafe { rustix::mm::madvise(all.as_ptr().cast(), all.len(), rustix::mm::Advice::LinuxNoHugepage) }
+            .expect("pages one by one");
+        let border = WORDS as u64;
+        let touched = [0, 3, 4, border - 1, border, 2 * border, pages - 1];
+        for at in touched {
+            touch(mapping.slice(at * page, 1).expect("inside"));
+        }
+        let start = all.as_ptr().addr() as u64;
+        let mut bits = Bits::open().expect("the files");
+        let met: Vec<u64> = runs(&mut bits, &(start..start + pages * page), PRESENT)
+            .into_iter()
+            .flat_map(|run| run.start / page..run.end / page)
+            .collect();
+        assert_eq!(met, touched);
+        let inner = start + 3 * page..start + 6 * page;
+        assert_eq!(runs(&mut bits, &inner, PRESENT), vec![0..2 * page]);
+        assert_eq!(runs(&mut bits, &inner, FILE_OR_SHARED), []);
+    }
+
+    #[test]
+    fn shared_memory_is_told_from_private_memory() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(1 << 20).expect("sized");
+        let shared = Mapping::of_file(&file, 0, 1 << 20, crate::Access::ReadWrite).expect("mapped");
+        let private = Mapping::anonymous(1 << 20).expect("memory");
+        let mut bits = Bits::open().expect("the files");
+        for (mapping, expected) in [(&shared, true), (&private, false)] {
+            let slice = mapping.slice(4096, 1).expect("inside");
+            touch(slice);
+            assert_eq!(bits.has(slice, FILE_OR_SHARED).expect("read"), expected);
+        }
+    }
+
+    #[test]
+    fn a_byte_that_is_touched_keeps_its_value() {
+        let mapping = Mapping::anonymous(1).expect("memory");
+        let slice = mapping.slice(0, 1).expect("inside");
+        slice.copy_from(&[0xa5]);
+        touch(slice);
+        let mut byte = [0];
+        slice.copy_to(&mut byte);
+        assert_eq!(byte, [0xa5]);
+    }
+
+    #[test]
+    fn there_is_one_log_at_a_time() {
+        let memory = Memory::Mapped(Mapping::anonymous(1 << 20).expect("memory"));
+        let name = BlockName::new("b").expect("a name");
+        let block = RamBlock::new(name, 1 << 20, PageSize::KIB_4, memory).expect("a block");
+        let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
+        let sole_reader = sole_reader().expect("no other test of this program has a log");
+        let second = SoftDirtyLog::start(blocks, |sweep| sweep()).expect_err("taken");
+        assert_eq!(second.kind(), io::ErrorKind::ResourceBusy);
+        drop(sole_reader);
+    }
+}

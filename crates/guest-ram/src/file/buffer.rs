@@ -1,0 +1,51 @@
+//! A private buffer that direct I/O takes.
+
+use std::ops::{Deref, DerefMut};
+
+/// What private buffers are aligned to, in bytes: as much as any disk asks for.
+const BORDER: usize = 4 << 10;
+
+/// A private buffer that begins where direct I/O wants it to.
+#[derive(Debug, Default)]
+pub struct AlignedBuffer {
+    bytes: Box<[u8]>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuffer {
+    /// `len` zeros.
+    pub fn new(len: usize) -> Self {
+        let bytes = vec![0; len + BORDER].into_boxed_slice();
+        let start = bytes.as_ptr().addr().next_multiple_of(BORDER) - bytes.as_ptr().addr();
+        Self { bytes, start, len }
+    }
+}
+
+impl Deref for AlignedBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..][..self.len]
+    }
+}
+
+impl DerefMut for AlignedBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..][..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffer_begins_at_a_page_and_has_its_length() {
+        for len in [0, 1, 4096, 512 << 10] {
+            let buffer = AlignedBuffer::new(len);
+            assert_eq!(buffer.len(), len);
+            assert!(buffer.as_ptr().addr().is_multiple_of(BORDER));
+        }
+    }
+}

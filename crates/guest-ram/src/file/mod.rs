@@ -1,0 +1,15 @@
+//! Guest RAM in files: past the page cache, straight to and from memory, and what goes wrong with files.
+
+mod buffer;
+mod direct;
+mod huge;
+pub(crate) mod size_limit;
+mod transfer;
+mod truncated;
+
+pub use buffer::AlignedBuffer;
+pub use direct::DirectFile;
+pub use size_limit::{file_size_limit, hold_in_this_thread, with_file_size_errors};
+pub use transfer::{Transfer, TransferError};
+pub(crate) use truncated::explained;
+pub use truncated::truncated;

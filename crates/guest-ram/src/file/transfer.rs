@@ -1,0 +1,186 @@
+//! Pages straight between guest memory and a file, with no buffer in between.
+//!
+//! In come two blocks of one name, one mapped and one in a file, and a run of pages; one call of the system moves it. The
+//! guest may write to the memory meanwhile: a page that is torn in the file is dirty again. A [`Transfer`] also knows how the
+//! target likes its runs: where huge pages begin in it, and, for a file in memory, to have them made.
+//!
+//! UNSAFETY: the system reads and writes guest memory by pointer and length of a [`GuestSlice`], which is no reference.
+#![expect(unsafe_code, reason = "guest memory is handed to the system by its address")]
+
+use std::{fs::File, io, os::fd::AsRawFd};
+
+use rustix::io::Errno;
+
+use super::{
+    DirectFile,
+    huge::{HUGE, HugeFile},
+    truncated::{explained, truncated},
+};
+use crate::{BlockOffset, GuestSlice, Memory, PageIndex, Places, RamBlock};
+
+/// The way from one block to the other, the same for all channels.
+#[derive(Debug)]
+pub struct Transfer {
+    /// Pages from a border of the target to the block's first page.
+    shift: u64,
+    /// Pages of a stretch, a power of two.
+    stretch: u64,
+    huge: Option<HugeFile>,
+}
+
+/// What failed, at which end.
+#[derive(Debug)]
+pub enum TransferError {
+    /// The source could not be read.
+    Read(io::Error),
+    /// The target could not be written.
+    Write(io::Error),
+}
+
+impl Transfer {
+    /// The way from `source` to `target`.
+    ///
+    /// # Errors
+    /// What is in the way.
+    pub fn new(source: &RamBlock, target: &RamBlock) -> Result<Self, String> {
+        if source.used_length() != target.used_length() {
+            let (expected, met) = (source.used_length(), target.used_length());
+            return Err(format!("expected {expected:#x} bytes in the target, met {met:#x}"));
+        }
+        let page_size = source.page_size();
+        if page_size != target.page_size() {
+            return Err(format!("expected pages of {page_size} in the target, met {}", target.page_size()));
+        }
+        let (start, huge) = match (source.memory(), target.memory()) {
+            (Memory::Mapped(_), Memory::MappedRam(Places { file, offset, .. })) => {
+                (*offset, HugeFile::of(file, *offset, target.used_length()))
+            }
+            (Memory::MappedRam(_), Memory::Mapped(mapping)) => {
+                if !mapping.is_writable() {
+                    return Err("the target is mapped for reading".into());
+                }
+                let base = mapping.slice(0, 0).map_or(0, |slice| slice.as_ptr().addr());
+                (base as u64, None)
+            }
+            (Memory::Mapped(_), Memory::Mapped(_)) => return Err("both sides are in memory".into()),
+            (Memory::MappedRam(_), Memory::MappedRam(_)) => return Err("both sides are in files".into()),
+        };
+        let bytes = page_size.bytes() as u64;
+        Ok(Self { shift: start / bytes, stretch: STRETCH / bytes, huge })
+    }
+
+    /// The pages of a stretch: what is worth copying at once.
+    pub fn stretch(&self) -> u64 {
+        self.stretch
+    }
+
+    /// The first page from `page` on with which a stretch of the target begins; it may be behind the block.
+    pub fn border(&self, page: PageIndex) -> u64 {
+        let into = self.shift.wrapping_add(page.0) & (self.stretch - 1);
+        if into == 0 { page.0 } else { page.0.saturating_add(self.stretch - into) }
+    }
+
+    /// Copies `count` pages from `first` on, and notes that they hold something.
+    ///
+    /// # Errors
+    /// What the system says, and of which end.
+    ///
+    /// # Panics
+    /// If there are no such pages, or these are no blocks that the lane was made for.
+    pub fn copy(
+        &self,
+        source: &RamBlock,
+        target: &RamBlock,
+        first: PageIndex,
+        count: u64,
+    ) -> Result<(), TransferError> {
+        let BlockOffset(start) = source.offset_of(first).expect("a page of the block");
+        match (source.memory(), target.memory()) {
+            (Memory::Mapped(_), Memory::MappedRam(Places { file, direct, offset, .. })) => {
+                let slice = source.slice(first, count).expect("pages of the block");
+                if let Some(huge) = &self.huge
+                    && !target.is_present(first)
+                {
+                    huge.prepare(offset + start, slice.len() as u64, |at| {
+                        let behind = usize::try_from(at - offset - start).expect("within the slice");
+                        write_at(file, slice.after(behind).up_to(source.page_size().bytes()), at).map(drop)
+                    });
+                }
+                let written = all((file, direct.as_deref()), slice, offset + start, write_at);
+                written.map_err(|error| match Errno::from_io_error(&error) {
+                    // Guest memory that is a file, and was cut shorter.
+                    Some(Errno::FAULT) => TransferError::Read(truncated()),
+                    _ => TransferError::Write(error),
+                })?;
+            }
+            (Memory::MappedRam(Places { file, direct, offset, .. }), Memory::Mapped(_)) => {
+                let slice = target.slice(first, count).expect("pages of the block");
+                let read = all((file, direct.as_deref()), slice, offset + start, read_at);
+                read.map_err(|error| match Errno::from_io_error(&error) {
+                    Some(Errno::FAULT) => TransferError::Write(error),
+                    _ => TransferError::Read(explained(error)),
+                })?;
+            }
+            _ => panic!("one side is in memory, the other in a file"),
+        }
+        target.note_written(first, count);
+        Ok(())
+    }
+}
+
+/// Moves all of `slice`, from or to `at` in the file, past the page cache if there is a way.
+fn all(
+    (file, direct): (&File, Option<&DirectFile>),
+    mut slice: GuestSlice<'_>,
+    mut at: u64,
+    call: fn(&File, GuestSlice<'_>, u64) -> io::Result<usize>,
+) -> io::Result<()> {
+    while slice.len() > 0 {
+        let moved = match direct {
+            None => call(file, slice, at),
+            Some(direct) => {
+                direct.call(file, (slice.as_ptr().addr(), slice.len()), at, |file| call(file, slice, at))
+            }
+        };
+        match moved {
+            Ok(moved) => {
+                slice = slice.after(moved);
+                at += moved as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn write_at(file: &File, slice: GuestSlice<'_>, at: u64) -> io::Result<usize> {
+    let at = position(at)?;
+    // SAFETY: the slice lies inside the mapping that it borrows, so the system may read all of it.
+    let written = unsafe { libc::pwrite64(file.as_raw_fd(), slice.as_ptr().cast(), slice.len(), at) };
+    moved(written, io::ErrorKind::WriteZero)
+}
+
+fn read_at(file: &File, slice: GuestSlice<'_>, at: u64) -> io::Result<usize> {
+    assert!(slice.is_writable(), "memory mapped for reading is not read into");
+    let at = position(at)?;
+    // SAFETY: the slice lies inside the mapping that it borrows, which is writable, and is no reference.
+    let read = unsafe { libc::pread64(file.as_raw_fd(), slice.as_ptr().cast(), slice.len(), at) };
+    moved(read, io::ErrorKind::UnexpectedEof)
+}
+
+fn position(at: u64) -> io::Result<libc::off64_t> {
+    at.try_into().map_err(|_| io::ErrorKind::FileTooLarge.into())
+}
+
+fn moved(count: isize, nothing: io::ErrorKind) -> io::Result<usize> {
+    match usize::try_from(count) {
+        Ok(0) => Err(nothing.into()),
+        Ok(count) => Ok(count),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Bytes between two borders: a few huge pages, so that no two channels fill the same one, and the system is asked to make
+/// several of them at once.
+const STRETCH: u64 = 4 * HUGE;

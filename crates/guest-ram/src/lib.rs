@@ -1,0 +1,49 @@
+#![doc = include_str!("../README.md")]
+//!
+//! # How the parts fit
+//!
+//! ```text
+//! RamBlocks ── RamBlock "pc.ram" ── Memory::Mapped(Mapping) ── GuestSlice ── Part / PartMut ── system call
+//!                   │                Memory::MappedRam(Places) ── cached, or past the page cache (DirectFile)
+//!                   │                two blocks ── Transfer ── pages straight between the two
+//!                   DirtyLog ── take ──▶ PageBitmap ── pass
+//! ```
+//!
+//! Guest RAM is never a Rust reference: it changes while we look at it. The only ways to its bytes are a
+//! [`GuestSlice`], which copies, and a [`Part`] or [`PartMut`], which a system call reads or fills.
+//! Nothing here knows of channels or packets.
+
+mod bitmap;
+mod block;
+mod blocks;
+mod dirty;
+mod error;
+mod file;
+mod identity;
+mod memory;
+mod name;
+mod page;
+mod places;
+
+pub use bitmap::{PageBitmap, runs};
+pub use block::{BlockIndex, Memory, RamBlock};
+pub use blocks::RamBlocks;
+#[cfg(feature = "vm-memory")]
+pub use dirty::{AtomicBitmapLog, RegionBitmap};
+pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, MergedLog, NeverDirty};
+#[cfg(feature = "kvm")]
+pub use dirty::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog, KvmRingSize};
+#[cfg(feature = "pagemap")]
+pub use dirty::{PagemapLog, SoftDirtyLog};
+pub use error::Error;
+pub use file::{
+    AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, truncated,
+    with_file_size_errors,
+};
+pub use identity::Identity;
+pub use memory::{Access, GuestSlice, MAX_PARTS, Mapping, Part, PartMut, advance, advance_mut};
+#[cfg(feature = "vm-memory")]
+pub use memory::{block_of, blocks_of};
+pub use name::BlockName;
+pub use page::{BlockOffset, PageIndex, PageSize};
+pub use places::Places;

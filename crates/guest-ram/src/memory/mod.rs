@@ -1,0 +1,15 @@
+//! Guest memory in this process: mappings, parts of them, and what the page table knows of them.
+
+mod mapping;
+mod part;
+#[cfg(feature = "vm-memory")]
+mod regions;
+pub(crate) mod residency;
+mod slice;
+mod zero;
+
+pub use mapping::{Access, Mapping};
+pub use part::{MAX_PARTS, Part, PartMut, advance, advance_mut};
+#[cfg(feature = "vm-memory")]
+pub use regions::{block_of, blocks_of};
+pub use slice::GuestSlice;

@@ -1,0 +1,116 @@
+//! A part of guest memory, and the only ways to its bytes.
+//!
+//! UNSAFETY: this file copies between guest memory and private buffers. A slice is a pointer and a length that lie inside
+//! the mapping they borrow; a guest, a device thread or another channel may write there at any time, so no Rust reference
+//! is ever made. What is read may be torn; callers decide from bytes they have copied, or send the page again.
+#![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
+
+use std::{fmt, marker::PhantomData, ptr::NonNull};
+
+use super::zero;
+
+/// A part of a [`Mapping`](crate::Mapping): a pointer and a length, never a reference.
+#[derive(Clone, Copy)]
+pub struct GuestSlice<'a> {
+    ptr: NonNull<u8>,
+    len: usize,
+    writable: bool,
+    life: PhantomData<&'a ()>,
+}
+
+impl fmt::Debug for GuestSlice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestSlice({:#x} bytes at {:p})", self.len, self.ptr)
+    }
+}
+
+// SAFETY: it borrows a mapping, which is `Sync`, and gives no reference to the memory.
+unsafe impl Send for GuestSlice<'_> {}
+
+impl<'a> GuestSlice<'a> {
+    /// The `len` bytes at `ptr`.
+    ///
+    /// # Safety
+    /// They are mapped for all of `'a`, for writing if `writable`, and no reference to them is alive in it.
+    pub(super) unsafe fn new(ptr: NonNull<u8>, len: usize, writable: bool) -> Self {
+        Self { ptr, len, writable, life: PhantomData }
+    }
+
+    /// The length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a slice is asked for by its length")]
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where it starts. The bytes behind it may change at any time.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Whether the memory may be written to.
+    #[inline]
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// What is behind the first `count` bytes.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[inline]
+    pub(crate) fn after(self, count: usize) -> Self {
+        let len = self.len.checked_sub(count).expect("no more than the slice has");
+        // SAFETY: `count <= self.len`, so the result is inside the slice or one past its end.
+        let ptr = unsafe { self.ptr.add(count) };
+        Self { ptr, len, ..self }
+    }
+
+    /// Its first `count` bytes, or all if there are fewer.
+    #[inline]
+    pub(crate) fn up_to(self, count: usize) -> Self {
+        Self { len: self.len.min(count), ..self }
+    }
+
+    /// Copies the bytes into a private buffer.
+    ///
+    /// # Panics
+    /// If `buffer` has another length.
+    pub fn copy_to(&self, buffer: &mut [u8]) {
+        assert_eq!(buffer.len(), self.len, "a copy has the length of its source");
+        // SAFETY: both are valid for `len` bytes (the slice lies inside its mapping, the lengths are equal),
+        // and a private buffer cannot overlap guest memory, to which no reference exists.
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr(), buffer.as_mut_ptr(), self.len) };
+    }
+
+    /// Copies a private buffer into the memory.
+    ///
+    /// # Panics
+    /// If `buffer` has another length, or the memory is mapped for reading alone.
+    pub fn copy_from(&self, buffer: &[u8]) {
+        assert!(self.writable, "memory mapped for reading is not written to");
+        assert_eq!(buffer.len(), self.len, "a copy has the length of its target");
+        // SAFETY: as in `copy_to`; that the mapping is writable is checked above.
+        unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), self.ptr.as_ptr(), self.len) };
+    }
+
+    /// Writes zeros.
+    ///
+    /// # Panics
+    /// If the memory is mapped for reading alone.
+    pub fn clear(&self) {
+        assert!(self.writable, "memory mapped for reading is not written to");
+        // SAFETY: the slice lies inside its mapping, which is writable.
+        unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
+    }
+
+    /// Whether every byte is zero at the moment it is looked at.
+    ///
+    /// The guest may write meanwhile; the answer is good for a page whose dirty bit was taken before, since
+    /// a later write sets it again.
+    pub fn is_zero(&self) -> bool {
+        // SAFETY: the slice lies inside the mapping that it borrows.
+        unsafe { zero::is_zero(self.ptr.as_ptr(), self.len) }
+    }
+}
