@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use multifd::{
     ReceiveOptions, Receiver,
-    channel::{Link, Stop, memory},
+    channel::{Context, Link, Stop, memory},
     ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
     wire::{ChannelId, Initial, VmUuid},
 };
@@ -20,7 +20,8 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     let blocks = Arc::new(RamBlocks::new(vec![block("ram"), block("guard")]).expect("two blocks"));
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
     receiver.set_blocks(blocks.clone()).expect("the first time");
-    let (mut near, far) = memory::pair(bytes.len() + 64);
+    let context = Context::new(&Stop::new());
+    let (mut near, far) = memory::pair(bytes.len() + 64, &context, &context);
     let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(0) }.encode();
     near.send(&[initial[..].into(), bytes.into()]).expect("there is room");
     near.close_send().expect("open");

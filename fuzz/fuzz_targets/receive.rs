@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use multifd::{
     ReceiveOptions, Receiver,
-    channel::{Connect, Link, Stop, memory},
+    channel::{Connect, Context, Link, Stop, memory},
 };
 use qemu_stream::incoming::{Expected, Incoming, Loader};
 
@@ -51,7 +51,8 @@ fn play(mut bytes: &[u8], connector: &dyn Connect) -> Vec<u8> {
         let slot = &mut links[usize::from(tag & 3)];
         if slot.is_none() {
             // What came before may have ended the migration, and its listener.
-            let Ok(link) = connector.connect(&Stop::new(), LIMIT) else { break };
+            let context = Context::new(&Stop::new()).connect_timeout(LIMIT);
+            let Ok(link) = connector.connect(&context) else { break };
             *slot = Some(link);
         }
         let Some(link) = slot else { break };

@@ -10,7 +10,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use multifd::Method;
 use multifd::{
     SendOptions, Sender,
-    channel::{Connect, Link, Stop, Wake},
+    channel::{Connect, Context, Host, Link, PeerSignal, Stop, Wake},
     ram::{
         BlockIndex, BlockName, GuestSlice, Mapping, Memory, PageBitmap, PageIndex, PageSize, Part, PartMut,
         RamBlock, RamBlocks,
@@ -198,7 +198,7 @@ fn sender_of(blocks: Arc<RamBlocks>, options: SendOptions) -> Sender {
 struct Nowhere;
 
 impl Connect for Nowhere {
-    fn connect(&self, _: &Stop, _: Duration) -> io::Result<Box<dyn Link>> {
+    fn connect(&self, _: &Context) -> io::Result<Box<dyn Link>> {
         Ok(Box::new(Self))
     }
     fn target(&self) -> String {
@@ -207,6 +207,18 @@ impl Connect for Nowhere {
 }
 
 impl Link for Nowhere {
+    fn is_readable(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        Ok(None)
+    }
+    fn host(&self) -> Option<Host> {
+        None
+    }
+    fn finish(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         Ok(parts.iter().map(Part::len).sum())
     }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use multifd::channel::{
-    Address, Connect, Listen, Listener, Stop, Stream,
+    Address, Connect, Context, Listen, Listener, Stop, Stream,
     tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
 };
 use multifd_testkit::certificates::write_both;
@@ -88,7 +88,8 @@ fn connection(tls: Option<(ClientCredentials, ServerCredentials)>) -> Result<f64
         None => (Box::new(address), Box::new(listener)),
     };
     let destination = thread::spawn(move || -> Result<usize> {
-        let mut stream = Stream::new(listener.accept()?.ok_or("no connection")?);
+        let context = Context::new(&Stop::new());
+        let mut stream = Stream::new(listener.accept(&context)?.ok_or("no connection")?, &context);
         let (mut buffer, mut received) = (vec![0; 1 << 20], 0);
         loop {
             match stream.read(&mut buffer)? {
@@ -97,7 +98,8 @@ fn connection(tls: Option<(ClientCredentials, ServerCredentials)>) -> Result<f64
             }
         }
     });
-    let mut stream = Stream::new(connector.connect(&Stop::new(), TIMEOUT)?);
+    let context = Context::new(&Stop::new()).connect_timeout(TIMEOUT);
+    let mut stream = Stream::new(connector.connect(&context)?, &context);
     let chunk = vec![1; 1 << 20];
     let start = Instant::now();
     for _ in 0..LENGTH / chunk.len() {

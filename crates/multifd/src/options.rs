@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, str::FromStr, time::Duration};
 
 use crate::{
-    channel::Host,
+    channel::{Context, Host, Stop},
     compress::{Levels, Method},
     error::{Result, Usage},
     parameters,
@@ -38,7 +38,7 @@ impl Default for SendOptions {
             uuid: VmUuid::NIL,
             method: Method::None,
             levels: Levels::default(),
-            connect_timeout: Duration::from_secs(30),
+            connect_timeout: Context::CONNECT_TIMEOUT,
             stall_timeout: Some(STALL_TIMEOUT),
             zero_copy_send: false,
         }
@@ -49,6 +49,12 @@ impl SendOptions {
     /// The default options.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// What each channel is connected with.
+    pub(crate) fn context(&self, stop: &Stop) -> Context {
+        let context = Context::new(stop).connect_timeout(self.connect_timeout).channels(self.channels);
+        context.stall_timeout(self.stall_timeout)
     }
 
     /// `multifd-channels`: the number of channels, 1 to 255. Default 2. Must be the destination's number. Each

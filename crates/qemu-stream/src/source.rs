@@ -26,7 +26,7 @@ use std::{sync::Arc, time::Duration};
 
 use multifd::{
     Error, Result, SendOptions, Sender,
-    channel::{Connect, Stop, Stream},
+    channel::{Connect, Context, Stop, Stream},
     live::{Control, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
     ram::{DirtyLog, RamBlocks},
 };
@@ -82,7 +82,7 @@ impl SourceOptions {
             channels: None,
             send: SendOptions::new(),
             migrate: MigrateOptions::new(),
-            connect_timeout: Duration::from_secs(30),
+            connect_timeout: Context::CONNECT_TIMEOUT,
             stall_timeout: Some(Duration::from_secs(120)),
             end_timeout: Some(END),
             verdict_timeout: VERDICT,
@@ -219,11 +219,11 @@ impl Source {
             check_devices(&guest.devices(), page_size, section).map_err(unsendable)?;
         }
         let target = connector.target();
-        let link = connector.connect(stop, self.options.connect_timeout);
+        let context = Context::new(stop).connect_timeout(self.options.connect_timeout);
+        let context = context.stall_timeout(self.options.stall_timeout);
+        let link = connector.connect(&context);
         let link = link.map_err(|error| Error::io(format!("connect to {target}"), error))?;
-        let main = Stream::new(link).attended(stop.attention(self.options.stall_timeout));
-        let main = main.map_err(|error| Error::io(format!("set a time limit for {target}"), error))?;
-        let outgoing = Outgoing::new(main, stream).map_err(unsendable)?;
+        let outgoing = Outgoing::new(Stream::new(link, &context), stream).map_err(unsendable)?;
         if self.channels {
             self.migration.set_up(connector.clone())?;
         }

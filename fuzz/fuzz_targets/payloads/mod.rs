@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use multifd::{
     ChannelCount, Method, ReceiveOptions, Receiver,
-    channel::{Link, Stop, memory},
+    channel::{Context, Link, Stop, memory},
     ram::{BlockIndex, BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
     wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid},
 };
@@ -28,7 +28,8 @@ pub fn play(input: &[u8], method: Method, flags: Flags, pack: impl FnMut(&[u8]) 
     let receiver = Receiver::new(options.method((kind % 4 < 2).then_some(method)), Stop::new());
     receiver.set_blocks(blocks.clone()).expect("the first time");
     let stream = stream(&packets, flags);
-    let (mut near, far) = memory::pair(stream.len());
+    let context = Context::new(&Stop::new());
+    let (mut near, far) = memory::pair(stream.len(), &context, &context);
     near.send(&[stream[..].into()]).expect("there is room");
     near.close_send().expect("open");
     receiver.add(Box::new(far));

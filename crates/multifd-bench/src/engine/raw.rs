@@ -9,11 +9,10 @@ use std::{
     net::{Shutdown, TcpStream},
     sync::Arc,
     thread,
-    time::Duration,
 };
 
 use multifd::{
-    channel::{Address, Connect, Link, Listen, Listener, Stop},
+    channel::{Address, Connect, Context, Link, Listen, Listener, Stop},
     ram::{
         GuestSlice, Mapping, Memory, PageIndex, PageSize, Part, PartMut, RamBlock, RamBlocks, advance_mut,
     },
@@ -58,7 +57,7 @@ fn send_share(
     packets: impl Iterator<Item = u64>,
 ) -> Result<u64> {
     let mut bytes = 0;
-    let mut link = address.connect(&Stop::new(), Duration::from_secs(30))?;
+    let mut link = address.connect(&Context::new(&Stop::new()))?;
     let mut head = vec![1; head_len(PageSize::KIB_4)];
     for packet in packets {
         head[..NUMBER].copy_from_slice(&packet.to_be_bytes());
@@ -109,9 +108,9 @@ pub(super) fn receive(
 ) -> Result<Arc<RamBlocks>> {
     let name = multifd::ram::BlockName::new(RAM).ok_or("a block's name")?;
     let block = RamBlock::new(name, ram, PageSize::KIB_4, Memory::Mapped(Mapping::anonymous(ram)?))?;
-    let mut links = Vec::new();
+    let (mut links, context) = (Vec::new(), Context::new(&Stop::new()));
     while links.len() < usize::from(channels) {
-        links.push(listener.accept()?.ok_or("the listener was woken")?);
+        links.push(listener.accept(&context)?.ok_or("the listener was woken")?);
     }
     thread::scope(|scope| {
         let block = &block;

@@ -13,7 +13,7 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    Address, Connect, Link, Stop, TcpOptions,
+    Address, Connect, Context, Link, Stop, TcpOptions,
     check::refused,
     deadline,
     descriptors::explained,
@@ -24,8 +24,8 @@ use super::{
 use crate::sync_types::Instant;
 
 impl Connect for Address {
-    fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
-        self.open(stop, deadline(limit)).map_err(explained)
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        self.open(context).map_err(explained)
     }
 
     fn target(&self) -> String {
@@ -38,14 +38,15 @@ impl Connect for Address {
 }
 
 impl Address {
-    fn open(&self, stop: &Stop, deadline: Instant) -> io::Result<Box<dyn Link>> {
+    fn open(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        let (stop, deadline) = (&context.stop, deadline(context.connect_timeout));
         self.check_connect().map_err(refused)?;
         let socket = match self {
             Self::Tcp { host, port, options } => {
                 let host = if host.is_empty() { "localhost" } else { host };
                 let addresses = options.of_families((host, *port).to_socket_addrs()?)?;
                 let socket = connect_any(&addresses, stop, deadline)?;
-                return Ok(Box::new(SocketLink::with_options(socket, options)?));
+                return Ok(Box::new(SocketLink::with_options(socket, options, context)?));
             }
             Self::Unix(path) => {
                 let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -57,10 +58,10 @@ impl Address {
                 connect_one(&socket, &SockAddr::vsock(*cid, *port), stop, deadline)?;
                 socket
             }
-            Self::Exec(command) => return Ok(Box::new(ExecLink::start(command)?)),
+            Self::Exec(command) => return Ok(Box::new(ExecLink::start(command, context)?)),
             Self::Fd(fd) => inherited(*fd)?,
         };
-        Ok(Box::new(SocketLink::new(socket)?))
+        Ok(Box::new(SocketLink::new(socket, context)?))
     }
 }
 

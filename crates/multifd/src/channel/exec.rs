@@ -15,6 +15,7 @@
 
 use std::{
     io,
+    ops::Deref,
     os::{fd::OwnedFd, unix::process::ExitStatusExt},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -32,7 +33,7 @@ use rustix::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    Attention, ExitStatusUnknown, Link, PeerSignal, Wake,
+    Context, ExitStatusUnknown, Host, Link, PeerSignal, Wake,
     check::{children_are_waited_for, refused},
     event_fd::EventFd,
     exit_status,
@@ -46,12 +47,17 @@ use crate::{
 /// A connection to a command that was started for it.
 pub(super) struct ExecLink {
     link: SocketLink,
-    running: Arc<Running>,
+    running: Ends,
 }
 
-impl ExecLink {
-    /// Starts `command`.
-    pub(super) fn start(command: &str) -> io::Result<Self> {
+/// A command that was started, and this side's end of its socket pair.
+pub(super) struct Started {
+    socket: Socket,
+    running: Ends,
+}
+
+impl Started {
+    pub(super) fn new(command: &str) -> io::Result<Self> {
         children_are_waited_for().map_err(refused)?;
         let (ours, theirs) = Socket::pair(Domain::UNIX, Type::STREAM, None)?;
         let (input, output) = (OwnedFd::from(theirs.try_clone()?), OwnedFd::from(theirs));
@@ -60,8 +66,20 @@ impl ExecLink {
         let child = shell.spawn()?;
         // The command's ends are its own alone, or it would never be seen to close them.
         drop(shell);
-        let link = SocketLink::new(ours)?;
-        Ok(Self { link, running: Arc::new(Running::new(child, format!("exec:{command}"))?) })
+        let running = Ends(Arc::new(Running::new(child, format!("exec:{command}"))?));
+        Ok(Self { socket: ours, running })
+    }
+}
+
+impl ExecLink {
+    /// Starts `command`.
+    pub(super) fn start(command: &str, context: &Context) -> io::Result<Self> {
+        Self::new(Started::new(command)?, context)
+    }
+
+    /// A connection to a command that runs.
+    pub(super) fn new(started: Started, context: &Context) -> io::Result<Self> {
+        Ok(Self { link: SocketLink::new(started.socket, context)?, running: started.running })
     }
 
     /// What a connection that has broken, or ended, is about: a command that has failed says more than the system.
@@ -98,12 +116,8 @@ impl Link for ExecLink {
         self.link.set_recv_timeout(limit)
     }
 
-    fn attend(&mut self, attention: Attention) -> io::Result<()> {
-        self.link.attend(attention)
-    }
-
     fn waker(&self) -> Arc<dyn Wake> {
-        Arc::new(Terminate { link: self.link.waker(), running: self.running.clone() })
+        Arc::new(Terminate { link: self.link.waker(), running: self.running.0.clone() })
     }
 
     fn send_waker(&self) -> Arc<dyn Wake> {
@@ -120,6 +134,10 @@ impl Link for ExecLink {
 
     fn peer(&self) -> String {
         self.running.name.clone()
+    }
+
+    fn host(&self) -> Option<Host> {
+        None
     }
 
     fn close_send(&mut self) -> io::Result<()> {
@@ -144,7 +162,23 @@ impl Link for ExecLink {
 impl Drop for ExecLink {
     fn drop(&mut self) {
         self.link.waker().wake();
-        self.running.reap();
+    }
+}
+
+/// Has the command end with its connection, whose socket is closed before.
+struct Ends(Arc<Running>);
+
+impl Deref for Ends {
+    type Target = Running;
+
+    fn deref(&self) -> &Running {
+        &self.0
+    }
+}
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.reap();
     }
 }
 

@@ -15,11 +15,11 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    Address, Link, Listen, TcpOptions, Wake,
+    Address, Context, Link, Listen, TcpOptions, Wake,
     check::refused,
     descriptors::explained,
     event_fd::EventFd,
-    exec::ExecLink,
+    exec::{ExecLink, Started},
     socket::{SocketLink, inherited},
 };
 
@@ -44,7 +44,22 @@ enum Kind {
     /// Accepts connections; a unix socket's file is removed in the end.
     Listening { remove: Option<SocketFile> },
     /// A connection that was there from the start, to be taken once.
-    Connection { link: Option<Box<dyn Link>> },
+    Connection(Option<Ready>),
+}
+
+/// What becomes the one connection.
+enum Ready {
+    Command(Started),
+    Inherited(Socket),
+}
+
+impl Ready {
+    fn link(self, context: &Context) -> io::Result<Box<dyn Link>> {
+        Ok(match self {
+            Self::Command(started) => Box::new(ExecLink::new(started, context)?),
+            Self::Inherited(socket) => Box::new(SocketLink::new(socket, context)?),
+        })
+    }
 }
 
 impl Listener {
@@ -75,11 +90,13 @@ impl Listener {
                 socket.listen(BACKLOG)?;
                 (socket, listening)
             }
-            Address::Exec(command) => return Self::connected(Box::new(ExecLink::start(command)?), address),
+            Address::Exec(command) => {
+                return Self::connected(Ready::Command(Started::new(command)?), address);
+            }
             Address::Fd(fd) => {
                 let socket = inherited(*fd)?;
                 if !rustix::net::sockopt::socket_acceptconn(&socket)? {
-                    return Self::connected(Box::new(SocketLink::new(socket)?), address);
+                    return Self::connected(Ready::Inherited(socket), address);
                 }
                 (socket, listening)
             }
@@ -97,8 +114,8 @@ impl Listener {
         Ok(Self { socket: Some(socket), woken: EventFd::new()?, address, options, kind })
     }
 
-    fn connected(link: Box<dyn Link>, address: &Address) -> io::Result<Self> {
-        let kind = Kind::Connection { link: Some(link) };
+    fn connected(ready: Ready, address: &Address) -> io::Result<Self> {
+        let kind = Kind::Connection(Some(ready));
         let (address, options) = (address.clone(), TcpOptions::default());
         Ok(Self { socket: None, woken: EventFd::new()?, address, options, kind })
     }
@@ -110,9 +127,9 @@ impl Listener {
 }
 
 impl Listen for Listener {
-    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
         loop {
-            if let Some(link) = self.accept_waiting()? {
+            if let Some(link) = self.accept_waiting(context)? {
                 return Ok(Some(link));
             }
             let mut fds = vec![PollFd::new(self.woken.fd(), PollFlags::IN)];
@@ -129,14 +146,16 @@ impl Listen for Listener {
         }
     }
 
-    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
         loop {
             let socket = match (&mut self.kind, &self.socket) {
-                (Kind::Connection { link }, _) => return Ok(link.take()),
+                (Kind::Connection(ready), _) => {
+                    return ready.take().map(|ready| ready.link(context)).transpose();
+                }
                 (_, None) => return Ok(None),
                 (_, Some(socket)) => socket.accept().map(|(socket, _)| socket),
             };
-            match socket.and_then(|socket| SocketLink::incoming(socket, &self.options)) {
+            match socket.and_then(|socket| SocketLink::incoming(socket, &self.options, context)) {
                 Ok(link) => return Ok(Some(Box::new(link))),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),
@@ -158,7 +177,7 @@ impl Listen for Listener {
     }
 
     fn is_single(&self) -> bool {
-        matches!(self.kind, Kind::Connection { .. })
+        matches!(self.kind, Kind::Connection(_))
     }
 }
 

@@ -10,21 +10,23 @@ use std::{
     time::Duration,
 };
 
-use super::{Attention, Connect, Link, Listen, Stop, Wake, deadline};
+use super::{Connect, Context, Host, Link, Listen, PeerSignal, StallTimer, Wake, deadline};
 use crate::{
     ram::{Part, PartMut},
     sync_types::{Condvar, Instant, Mutex, MutexGuard},
 };
 
-/// Two ends of a connection that holds up to `capacity` bytes on their way in each direction.
-pub fn pair(capacity: usize) -> (MemoryLink, MemoryLink) {
+/// Two ends of a connection that holds up to `capacity` bytes on their way in each direction, each with its side's context.
+pub fn pair(capacity: usize, near: &Context, far: &Context) -> (MemoryLink, MemoryLink) {
+    let (one, other) = ends(capacity);
+    (MemoryLink::new(one, near), MemoryLink::new(other, far))
+}
+
+fn ends(capacity: usize) -> (End, End) {
     let (there, back) = (Arc::new(Pipe::new(capacity)), Arc::new(Pipe::new(capacity)));
-    let end = |incoming: &Arc<Pipe>, outgoing: &Arc<Pipe>| MemoryLink {
-        ends: Arc::new(Ends { incoming: incoming.clone(), outgoing: outgoing.clone() }),
-        timeout: None,
-        attention: None,
-    };
-    (end(&back, &there), end(&there, &back))
+    let near = Ends { incoming: back.clone(), outgoing: there.clone() };
+    let far = Ends { incoming: there, outgoing: back };
+    (End(Arc::new(near)), End(Arc::new(far)))
 }
 
 /// A place to meet: what the connector opens, the listener takes.
@@ -35,9 +37,15 @@ pub fn network(capacity: usize) -> (MemoryConnector, MemoryListener) {
 
 /// One end of a connection in memory.
 pub struct MemoryLink {
-    ends: Arc<Ends>,
+    end: End,
     timeout: Option<Duration>,
-    attention: Option<Attention>,
+    stall_timer: StallTimer,
+}
+
+impl MemoryLink {
+    fn new(end: End, context: &Context) -> Self {
+        Self { end, timeout: None, stall_timer: context.stall_timer.clone() }
+    }
 }
 
 impl std::fmt::Debug for MemoryLink {
@@ -45,6 +53,9 @@ impl std::fmt::Debug for MemoryLink {
         f.debug_struct("MemoryLink").field("timeout", &self.timeout).finish_non_exhaustive()
     }
 }
+
+/// One end, closed when it is dropped.
+struct End(Arc<Ends>);
 
 struct Ends {
     incoming: Arc<Pipe>,
@@ -66,22 +77,17 @@ impl Wake for Pipe {
 
 impl Link for MemoryLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        let sent = self.ends.outgoing.write(parts, self.attention.as_ref());
+        let sent = self.end.0.outgoing.write(parts, &self.stall_timer);
         self.moved(sent)
     }
 
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
-        let received = self.ends.incoming.read(parts, self.timeout);
+        let received = self.end.0.incoming.read(parts, self.timeout);
         self.moved(received)
     }
 
     fn is_readable(&mut self) -> io::Result<bool> {
-        Ok(self.ends.incoming.is_readable())
-    }
-
-    fn attend(&mut self, attention: Attention) -> io::Result<()> {
-        self.attention = Some(attention);
-        Ok(())
+        Ok(self.end.0.incoming.is_readable())
     }
 
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
@@ -90,39 +96,51 @@ impl Link for MemoryLink {
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        self.ends.clone()
+        self.end.0.clone()
     }
 
     fn send_waker(&self) -> Arc<dyn Wake> {
-        self.ends.outgoing.clone()
+        self.end.0.outgoing.clone()
     }
 
     fn recv_waker(&self) -> Arc<dyn Wake> {
-        self.ends.incoming.clone()
+        self.end.0.incoming.clone()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        Ok(None)
     }
 
     fn peer(&self) -> String {
         "memory".into()
     }
 
+    fn host(&self) -> Option<Host> {
+        None
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn close_send(&mut self) -> io::Result<()> {
-        self.ends.outgoing.close();
+        self.end.0.outgoing.close();
         Ok(())
     }
 }
 
 impl MemoryLink {
     fn moved(&self, bytes: io::Result<usize>) -> io::Result<usize> {
-        if let (Some(attention), Ok(1..)) = (&self.attention, &bytes) {
-            attention.beat();
+        if let Ok(1..) = &bytes {
+            self.stall_timer.moved();
         }
         bytes
     }
 }
 
-impl Drop for MemoryLink {
+impl Drop for End {
     fn drop(&mut self) {
-        self.ends.wake();
+        self.0.wake();
     }
 }
 
@@ -145,18 +163,18 @@ impl Pipe {
         Self { state: Mutex::default(), changed: Condvar::new(), capacity: capacity.max(1) }
     }
 
-    fn write(&self, parts: &[Part<'_>], attention: Option<&Attention>) -> io::Result<usize> {
+    fn write(&self, parts: &[Part<'_>], stall_timer: &StallTimer) -> io::Result<usize> {
         if parts.iter().all(|part| part.len() == 0) {
             return Ok(0);
         }
         let mut state = self.lock();
         let begun = Instant::now();
         while !state.closed && state.buffer.len() - state.read >= self.capacity {
-            state = match attention.and_then(|attention| attention.left(begun)) {
+            state = match stall_timer.left(begun) {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(left) => {
                     let waited = self.changed.wait_timeout(state, left);
-                    attention.map_or(Ok(()), |attention| attention.check_send(begun))?;
+                    stall_timer.check_send(begun)?;
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
@@ -226,7 +244,7 @@ struct Meeting {
 
 #[derive(Default)]
 struct Waiting {
-    links: VecDeque<MemoryLink>,
+    ends: VecDeque<End>,
     woken: bool,
     closed: bool,
 }
@@ -258,15 +276,15 @@ impl std::fmt::Debug for MemoryConnector {
 }
 
 impl Connect for MemoryConnector {
-    fn connect(&self, _stop: &Stop, _limit: Duration) -> io::Result<Box<dyn Link>> {
-        let (near, far) = pair(self.capacity);
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        let (near, far) = ends(self.capacity);
         let mut waiting = self.meeting.lock();
         if waiting.closed {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        waiting.links.push_back(far);
+        waiting.ends.push_back(far);
         self.meeting.changed.notify_all();
-        Ok(Box::new(near))
+        Ok(Box::new(MemoryLink::new(near, context)))
     }
 
     fn target(&self) -> String {
@@ -286,21 +304,22 @@ impl std::fmt::Debug for MemoryListener {
 }
 
 impl Listen for MemoryListener {
-    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
         let mut waiting = self.meeting.lock();
         loop {
             if std::mem::take(&mut waiting.woken) {
                 return Ok(None);
             }
-            if let Some(link) = waiting.links.pop_front() {
-                return Ok(Some(Box::new(link)));
+            if let Some(end) = waiting.ends.pop_front() {
+                return Ok(Some(Box::new(MemoryLink::new(end, context))));
             }
             waiting = self.meeting.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.meeting.lock().links.pop_front().map(|link| Box::new(link) as _))
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        let end = self.meeting.lock().ends.pop_front();
+        Ok(end.map(|end| Box::new(MemoryLink::new(end, context)) as _))
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
@@ -316,6 +335,6 @@ impl Drop for MemoryListener {
     fn drop(&mut self) {
         let mut waiting = self.meeting.lock();
         waiting.closed = true;
-        waiting.links.clear();
+        waiting.ends.clear();
     }
 }

@@ -11,12 +11,12 @@
 
 mod address;
 mod alive;
-mod attention;
 mod check;
 mod clock;
 mod close_watch;
 mod completions;
 mod connect;
+mod context;
 mod descriptors;
 mod event_fd;
 mod exec;
@@ -31,19 +31,23 @@ mod notice;
 mod shut;
 mod socket;
 mod socket_option;
+mod stall_timer;
 mod stop;
+mod stream;
 #[cfg(feature = "tls")]
 pub mod tls;
 
 pub use address::{Address, TcpOptions};
 pub(crate) use alive::is_of_a_host;
-pub use attention::Attention;
 pub(crate) use clock::deadline;
 pub use close_watch::{CloseWatch, PeerSignal};
+pub use context::Context;
 pub use exit_status::ExitStatusUnknown;
 pub use host::Host;
-pub use link::{Connect, Link, Listen, Stream};
+pub use link::{Connect, Link, Listen, ZeroCopy};
 pub(crate) use link::{recv_at_least, send_all, send_all_more};
 pub use listen::Listener;
 pub use socket::SocketLink;
+pub use stall_timer::StallTimer;
 pub use stop::{Stop, Wake, Watch};
+pub use stream::Stream;

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Link, Stop, Wake, memory};
+use super::{Context, Link, Stop, Wake, memory};
 use crate::{
     error::Error,
     ram::{Part, PartMut},
@@ -163,7 +163,8 @@ pub fn guards_may_go_while_the_stop_wakes() {
 
 /// A byte fits; the reader is somewhere else all the time.
 pub fn whoever_waits_for_room_or_for_bytes_is_woken() {
-    let (mut near, mut far) = memory::pair(1);
+    let context = Context::new(&Stop::new());
+    let (mut near, mut far) = memory::pair(1, &context, &context);
     let writing = thread::spawn(move || {
         for byte in 0..3_u8 {
             let sent = near.send(&[Part::from(&[byte][..])]);
@@ -183,16 +184,15 @@ pub fn a_wait_for_room_ends_when_nothing_has_moved_for_so_long_and_not_before() 
     const LIMIT: Duration = Duration::from_secs(100);
     let_time_run();
     let stop = Stop::new();
-    let attention = stop.attention(Some(LIMIT));
-    let (mut near, far) = memory::pair(1);
-    near.attend(attention.clone()).expect("possible");
+    let context = Context::new(&stop).stall_timeout(Some(LIMIT));
+    let (mut near, far) = memory::pair(1, &context, &Context::new(&Stop::new()));
     // A third connection moves now, a second one some time later.
     let moves = [Duration::ZERO, LIMIT / 2].map(|later| {
-        let (stop, attention) = (stop.clone(), attention.clone());
+        let (stop, stall_timer) = (stop.clone(), context.stall_timer.clone());
         thread::spawn(move || {
             stop.pause(later).expect("nobody stops it");
             let noticed = Instant::now();
-            attention.beat();
+            stall_timer.moved();
             (noticed, Instant::now())
         })
     });

@@ -20,13 +20,13 @@ use rustix::{
 use socket2::{Domain, SockAddr, Socket};
 
 use super::{
-    Attention, Host, Link, PeerSignal, TcpOptions, Wake,
+    Context, Host, Link, PeerSignal, StallTimer, TcpOptions, Wake, ZeroCopy,
     alive::Watched,
-    attention,
     completions::Completions,
     notice::Notice,
     shut::{Shut, ShutRecv, ShutSend},
     socket_option::set_option,
+    stall_timer,
 };
 use crate::{
     ram::{Part, PartMut},
@@ -43,7 +43,8 @@ pub struct SocketLink {
     recv_timeout: bool,
     /// Of what was sent in place.
     completions: Completions,
-    attention: Option<Attention>,
+    stall_timer: StallTimer,
+    tcp: bool,
     /// Whether it is TCP that a source has opened, which sends more than it is sent.
     incoming: bool,
     /// Whether it stays within this machine.
@@ -67,48 +68,52 @@ impl SocketLink {
     ///
     /// # Errors
     /// If the system refuses an option.
-    pub fn new(socket: Socket) -> io::Result<Self> {
-        Self::with_options(socket, &TcpOptions::default())
+    pub fn new(socket: Socket, context: &Context) -> io::Result<Self> {
+        Self::with_options(socket, &TcpOptions::default(), context)
     }
 
     /// The same, looked after as `options` say; they are of no matter if it is no TCP.
     ///
     /// # Errors
     /// If the system refuses an option.
-    pub fn with_options(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
+    pub fn with_options(socket: Socket, options: &TcpOptions, context: &Context) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let address = socket.peer_addr()?;
         let (peer, host) = (describe(&address), host_of(&socket, &address));
         let (mut watched, mut local) = (None, socket.domain()? == Domain::UNIX);
-        if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
+        let tcp = matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6);
+        if tcp {
             socket.set_tcp_nodelay(true)?;
             local = is_local(&socket)?;
             watched = Watched::set_up(&socket, options)?;
         }
         if local {
-            socket.set_send_buffer_size(LOCAL_BUFFERS)?;
+            let share = LOCAL_BUFFERS / usize::from(context.channels);
+            socket.set_send_buffer_size(share.max(LOCAL_BUFFER))?;
         }
-        let completions = Completions::default();
-        Ok(Self {
+        let link = Self {
             socket: Arc::new(socket),
             peer,
             host,
             watched,
             recv_timeout: false,
-            completions,
-            attention: None,
+            completions: Completions::default(),
+            stall_timer: context.stall_timer.clone(),
+            tcp,
             incoming: false,
             local,
-        })
+        };
+        link.socket.set_write_timeout(link.send_interval())?;
+        Ok(link)
     }
 
     /// The same, for a connection that a listener has taken: when it is woken, its peer is told at once.
     ///
     /// # Errors
     /// If the system refuses an option.
-    pub(super) fn incoming(socket: Socket, options: &TcpOptions) -> io::Result<Self> {
-        let incoming = matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6);
-        Ok(Self { incoming, ..Self::with_options(socket, options)? })
+    pub(super) fn incoming(socket: Socket, options: &TcpOptions, context: &Context) -> io::Result<Self> {
+        let link = Self::with_options(socket, options, context)?;
+        Ok(Self { incoming: link.tcp, ..link })
     }
 
     fn send_with(&self, parts: &[Part<'_>], flags: libc::c_int) -> io::Result<usize> {
@@ -133,20 +138,19 @@ impl SocketLink {
     /// After a wait to send that took its time, like all of its kind since `begun`.
     fn look_at_send(&self, begun: &mut Option<Instant>) -> io::Result<()> {
         self.look()?;
-        let Some(attention) = &self.attention else { return Ok(()) };
         let interval = self.send_interval().unwrap_or_default();
-        attention.check_send(*begun.get_or_insert_with(|| attention::begun(interval)))
+        self.stall_timer.check_send(*begun.get_or_insert_with(|| stall_timer::begun(interval)))
     }
 
     /// How long a wait to send takes before it looks at the peer.
     fn send_interval(&self) -> Option<Duration> {
-        let attended = self.attention.as_ref().and_then(Attention::limit).map(attention::interval);
-        self.watched.map(Watched::interval).into_iter().chain(attended).min()
+        let stalled = self.stall_timer.limit().map(stall_timer::interval);
+        self.watched.map(Watched::interval).into_iter().chain(stalled).min()
     }
 
     fn moved(&self, bytes: &io::Result<usize>) {
-        if let (Some(attention), Ok(1..)) = (&self.attention, bytes) {
-            attention.beat();
+        if let Ok(1..) = bytes {
+            self.stall_timer.moved();
         }
     }
 
@@ -165,56 +169,8 @@ impl Link for SocketLink {
         self.send_with(parts, libc::MSG_MORE)
     }
 
-    fn enable_in_place(&mut self) -> io::Result<()> {
-        if !matches!(self.socket.domain()?, Domain::IPV4 | Domain::IPV6) {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        set_option(&self.socket, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1)
-    }
-
-    fn send_in_place(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        let sent = self.send_with(parts, libc::MSG_ZEROCOPY)?;
-        if sent > 0 {
-            self.completions.sent();
-        }
-        Ok(sent)
-    }
-
-    fn completed_in_place(&mut self, calls: u64) -> io::Result<(u64, u64)> {
-        let (mut gone, mut woken) = (false, false);
-        let mut begun = None;
-        loop {
-            let before = self.completions.done();
-            while let Some(notice) = Notice::next(self.socket.as_fd())? {
-                self.completions.complete(notice.first, notice.last, notice.copied)?;
-            }
-            if self.completions.done() > before {
-                self.moved(&Ok(1));
-                begun = None;
-            }
-            if self.completions.done() >= calls {
-                return Ok((self.completions.done(), self.completions.copied()));
-            }
-            if gone {
-                return Err(self.socket.take_error()?.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into()));
-            }
-            // An error that is no notice, and would be told for ever.
-            if woken
-                && self.completions.done() == before
-                && let Some(error) = self.socket.take_error()?
-            {
-                return Err(error);
-            }
-            // Nothing is asked for: notices, and the end of the connection, are always told.
-            let mut fds = [PollFd::new(&*self.socket, PollFlags::empty())];
-            let limit = self.send_interval().and_then(|interval| Timespec::try_from(interval).ok());
-            match poll(&mut fds, limit.as_ref()) {
-                Ok(0) => self.look_at_send(&mut begun)?,
-                Ok(_) => (gone, woken) = (fds[0].revents().contains(PollFlags::HUP), true),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+    fn zero_copy(&mut self) -> Option<&mut dyn ZeroCopy> {
+        if self.tcp { Some(self) } else { None }
     }
 
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
@@ -256,19 +212,6 @@ impl Link for SocketLink {
         Ok(())
     }
 
-    fn attend(&mut self, attention: Attention) -> io::Result<()> {
-        self.attention = Some(attention);
-        self.socket.set_write_timeout(self.send_interval())
-    }
-
-    fn one_of(&mut self, channels: u8) -> io::Result<()> {
-        if self.local {
-            let share = LOCAL_BUFFERS / usize::from(channels).max(1);
-            self.socket.set_send_buffer_size(share.max(LOCAL_BUFFER))?;
-        }
-        Ok(())
-    }
-
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(Shut { socket: self.socket.clone(), reset: self.incoming })
     }
@@ -295,6 +238,61 @@ impl Link for SocketLink {
 
     fn close_send(&mut self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Write)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl ZeroCopy for SocketLink {
+    fn enable(&mut self) -> io::Result<()> {
+        set_option(&self.socket, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1)
+    }
+
+    fn send_in_place(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        let sent = self.send_with(parts, libc::MSG_ZEROCOPY)?;
+        if sent > 0 {
+            self.completions.sent();
+        }
+        Ok(sent)
+    }
+
+    fn completed(&mut self, calls: u64) -> io::Result<(u64, u64)> {
+        let (mut gone, mut woken) = (false, false);
+        let mut begun = None;
+        loop {
+            let before = self.completions.done();
+            while let Some(notice) = Notice::next(self.socket.as_fd())? {
+                self.completions.complete(notice.first, notice.last, notice.copied)?;
+            }
+            if self.completions.done() > before {
+                self.moved(&Ok(1));
+                begun = None;
+            }
+            if self.completions.done() >= calls {
+                return Ok((self.completions.done(), self.completions.copied()));
+            }
+            if gone {
+                return Err(self.socket.take_error()?.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into()));
+            }
+            // An error that is no notice, and would be told for ever.
+            if woken
+                && self.completions.done() == before
+                && let Some(error) = self.socket.take_error()?
+            {
+                return Err(error);
+            }
+            // Nothing is asked for: notices, and the end of the connection, are always told.
+            let mut fds = [PollFd::new(&*self.socket, PollFlags::empty())];
+            let limit = self.send_interval().and_then(|interval| Timespec::try_from(interval).ok());
+            match poll(&mut fds, limit.as_ref()) {
+                Ok(0) => self.look_at_send(&mut begun)?,
+                Ok(_) => (gone, woken) = (fds[0].revents().contains(PollFlags::HUP), true),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 
@@ -380,11 +378,16 @@ mod tests {
     };
 
     use super::*;
+    use crate::channel::Stop;
+
+    fn context() -> Context {
+        Context::new(&Stop::new())
+    }
 
     #[test]
     fn the_host_of_a_socket_is_its_address_or_its_process() {
         let (one, _other) = UnixStream::pair().expect("a pair");
-        let unix = SocketLink::new(Socket::from(one)).expect("a link");
+        let unix = SocketLink::new(Socket::from(one), &context()).expect("a link");
         assert_eq!(unix.host(), Some(Host::Process(std::process::id())));
         for listen in ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
             let Ok(listener) = TcpListener::bind(listen) else {
@@ -392,7 +395,8 @@ mod tests {
                 continue;
             };
             let _near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-            let far = SocketLink::new(Socket::from(listener.accept().expect("accepted").0)).expect("a link");
+            let far = SocketLink::new(Socket::from(listener.accept().expect("accepted").0), &context())
+                .expect("a link");
             let expected = if listen.contains("127") { "127.0.0.1" } else { "::1" };
             assert_eq!(far.host(), Some(Host::ip(expected.parse().expect("an address"))), "{listen}");
         }
@@ -410,14 +414,14 @@ mod tests {
         let (one, other) = UnixStream::pair().expect("a pair");
         for socket in [Socket::from(near), Socket::from(far), Socket::from(one), Socket::from(other)] {
             let received = socket.recv_buffer_size().expect("told");
-            let mut link = SocketLink::new(socket).expect("a link");
             for (channels, expected) in [(1, 1 << 20), (2, 512 << 10), (4, 256 << 10), (255, 256 << 10)] {
-                link.one_of(channels).expect("set");
+                let again = socket.try_clone().expect("a descriptor");
+                let link = SocketLink::new(again, &context().channels(channels)).expect("a link");
                 // The system doubles what it is asked for, for its own accounts.
                 let sent = link.socket.send_buffer_size().expect("told");
                 assert_eq!(sent, 2 * most.min(expected), "{channels} channels");
             }
-            assert_eq!(link.socket.recv_buffer_size().expect("told"), received);
+            assert_eq!(socket.recv_buffer_size().expect("told"), received);
         }
     }
 }

@@ -11,8 +11,8 @@ use std::{
 };
 
 use super::{
-    attention::{Attention, Pulse},
     clock::deadline,
+    stall_timer::{Activity, StallTimer},
 };
 use crate::{
     error::{Error, Result},
@@ -38,8 +38,8 @@ struct Inner {
     stopped: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
-    /// Locks nothing; see `attention.rs`.
-    pulse: Arc<Pulse>,
+    /// Locks nothing; see `stall_timer.rs`.
+    activity: Arc<Activity>,
 }
 
 #[derive(Default)]
@@ -138,10 +138,8 @@ impl Stop {
         self.check()
     }
 
-    /// What a connection of this side is to look after its peer with: it may do nothing for `limit` at the most, `None` is
-    /// for ever, while no other connection of this side moves a byte either.
-    pub fn attention(&self, limit: Option<Duration>) -> Attention {
-        Attention::new(self.0.pulse.clone(), limit)
+    pub(super) fn stall_timer(&self, limit: Option<Duration>) -> StallTimer {
+        StallTimer::new(self.0.activity.clone(), limit)
     }
 
     /// Has `watcher` woken at the stop, until the returned guard is dropped. If the stop has happened, it is

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{LastWord, Owner, Progress, control::Gate};
 use crate::{
     channel::{
-        Link, Stop,
+        Context, Link, Stop,
         memory::{self, MemoryLink},
     },
     error::{Error, Usage},
@@ -140,10 +140,12 @@ fn destination_ends(mut main: MemoryLink, mut back: MemoryLink, fails: bool) -> 
 
 /// Both ends, and a network that may be cut at any moment.
 fn the_end(cancels: bool, cuts: bool, fails: bool, always_speaks: bool) -> (Owner, bool) {
-    let (source_main, to_network) = memory::pair(1);
-    let (from_network, destination_main) = memory::pair(1);
-    let (source_back, back_to_source) = memory::pair(1);
-    let (back_from_destination, destination_back) = memory::pair(1);
+    let context = Context::new(&Stop::new());
+    let pair = || memory::pair(1, &context, &context);
+    let (source_main, to_network) = pair();
+    let (from_network, destination_main) = pair();
+    let (source_back, back_to_source) = pair();
+    let (back_from_destination, destination_back) = pair();
     let (stop, cut) = (Stop::new(), Stop::new());
     let ways = [(to_network, from_network), (back_from_destination, back_to_source)].map(|(from, into)| {
         let (into, cut) = (Arc::new(Mutex::new(into)), cut.clone());

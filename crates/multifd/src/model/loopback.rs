@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
-    channel::{Link, Stop, memory},
+    channel::{Context, Link, Stop, memory},
     error::{Error, Result, Violation},
     ram::{BlockIndex, BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
     sync_types::model::{Thread, thread},
@@ -98,8 +98,9 @@ struct Sides {
 
 fn begin(channels: ChannelCount) -> Sides {
     let (connector, listener) = memory::network(ROOM);
-    let (near, far) = memory::pair(ROOM);
     let stops = [Stop::new(), Stop::new()];
+    let [near, far] = [0, 1].map(|side: usize| Context::new(&stops[side]));
+    let (near, far) = memory::pair(ROOM, &near, &far);
     let [ours, theirs] = stops.clone();
     Sides {
         source: thread::spawn(move || source(near, connector, ours)),

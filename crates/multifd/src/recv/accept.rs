@@ -16,7 +16,7 @@ use super::{
     worker,
 };
 use crate::{
-    channel::{Link, Listen, Stream, Wake, Watch, deadline},
+    channel::{Context, Link, Listen, Stream, Wake, Watch, deadline},
     error::{Error, Result, Unsupported, Violation},
     ram::PartMut,
     sync_types::{Builder, Instant},
@@ -34,13 +34,16 @@ const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
     let _alarm = shared.stop.alarm("the acceptor's thread");
     loop {
-        match listener.accept() {
-            Ok(Some(link)) => identify_in_thread(shared, link),
+        // One for each connection: it counts from when it has said what it is.
+        let context = shared.context.of_stranger();
+        match listener.accept(&context) {
+            Ok(Some(link)) => identify_in_thread(shared, link, context),
             Ok(None) => {
                 // What is waiting now was there when main asked.
                 for _ in 0..DRAIN_MOST {
-                    let Ok(Some(link)) = listener.accept_waiting() else { break };
-                    identify_in_thread(shared, link);
+                    let context = shared.context.of_stranger();
+                    let Ok(Some(link)) = listener.accept_waiting(&context) else { break };
+                    identify_in_thread(shared, link, context);
                 }
                 if shared.drained() {
                     break;
@@ -55,8 +58,8 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
     tracing::debug!("the listener closes");
 }
 
-/// Gives a new connection a thread that finds out what it is.
-pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>) {
+/// Gives a new connection, which was made with `context`, a thread that finds out what it is.
+pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, context: Context) {
     let peer = link.peer();
     let number;
     {
@@ -71,7 +74,7 @@ pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>) {
     }
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let shared = shared.clone();
-        move || identify(&shared, link, number)
+        move || identify(&shared, link, &context, number)
     });
     match thread {
         Ok(thread) => shared.keep(thread),
@@ -82,7 +85,7 @@ pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>) {
     }
 }
 
-fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
+fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, number: u64) {
     let _alarm = shared.stop.alarm("a channel's thread");
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
@@ -94,14 +97,8 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
             // Its waits end, and it can still be told that this side has failed.
             let watch = shared.stop.watch_failure(link.recv_waker());
             drop(greeting);
-            let main = match Stream::resumed(link, seen).attended(shared.attention.clone()) {
-                Ok(main) => main,
-                Err(error) => {
-                    shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error));
-                    return shared.identified(number, |_| {});
-                }
-            };
-            shared.main_has_come(origin, main, watch);
+            context.stall_timer.identified();
+            shared.main_has_come(origin, Stream::resumed(link, context, seen), watch);
             shared.identified(number, |_| {});
         }
         Ok(Kind::Channel(initial)) => {
@@ -118,9 +115,7 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, number: u64) {
             let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
             let _ = rustix::thread::set_name(&name);
             tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
-            if let Err(error) = link.attend(shared.attention.clone()) {
-                shared.stop.fail(Error::io(format!("set a time limit for {peer}"), error).on_channel(id));
-            }
+            context.stall_timer.identified();
             worker::run(id, number, shared, link);
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().single => {
@@ -244,10 +239,15 @@ impl Shared {
     /// Has the acceptor take every connection that is waiting now, and waits until it has.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] if it does not come back: a listener that loses a wake waits for the next connection.
+    /// [`Error::TimedOut`] if it does not come back: a listener that loses a wake waits for the next connection. The error
+    /// that stopped the migration.
     pub(super) fn drain_listener(&self) -> Result<()> {
         let mut state = self.lock();
-        let Some(waker) = state.acceptor.clone() else { return Ok(()) };
+        // Without one, or with one that the stop has ended: what it has not taken must not count as absent.
+        let Some(waker) = state.acceptor.clone() else {
+            drop(state);
+            return self.stop.check();
+        };
         state.drain_asked += 1;
         let asked = state.drain_asked;
         drop(state);
@@ -265,7 +265,8 @@ impl Shared {
             }
             state = self.wait_timeout(state, left);
         }
-        Ok(())
+        drop(state);
+        self.stop.check()
     }
 
     /// The acceptor has taken what was waiting; says whether it is to end.

@@ -151,7 +151,7 @@ impl Shared {
         begun: Instant,
         stalled: impl FnOnce(Stalled) -> Error,
     ) -> Result<Guard<'a>> {
-        let Some(left) = self.attention.left(begun) else { return Ok(self.wait(state)) };
+        let Some(left) = self.context.stall_timer.left(begun) else { return Ok(self.wait(state)) };
         if !left.is_zero() {
             return Ok(self.wait_timeout(state, left));
         }

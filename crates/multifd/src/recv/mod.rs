@@ -29,7 +29,7 @@ pub use arrived::{Arrived, MayMiss};
 use shared::{Shared, State, WakeState};
 
 use crate::{
-    channel::{Link, Listen, Stop, Stream, Watch},
+    channel::{Context, Link, Listen, Stop, Stream, Watch},
     error::{Error, Result, Usage},
     options::{ChannelCount, ReceiveOptions},
     ram::{self, Memory, PageSize, RamBlocks},
@@ -66,7 +66,7 @@ impl Receiver {
         let uuid = options.uuid;
         let method = options.method.map_or_else(OnceLock::new, OnceLock::from);
         let shared = Arc::new(Shared {
-            attention: stop.attention(options.stall_timeout),
+            context: Context::new(&stop).stall_timeout(options.stall_timeout),
             options,
             stop: stop.clone(),
             page_size: OnceLock::new(),
@@ -115,9 +115,15 @@ impl Receiver {
         Ok(())
     }
 
-    /// Takes in one connection, main or channel, that the caller has accepted.
+    /// What a connection is made with that the caller accepts and [adds](Receiver::add).
+    pub fn context(&self) -> Context {
+        self.shared.context.clone()
+    }
+
+    /// Takes in one connection, main or channel, that the caller has accepted and made with this receiver's
+    /// [context](Receiver::context).
     pub fn add(&self, link: Box<dyn Link>) {
-        accept::identify_in_thread(&self.shared, link);
+        accept::identify_in_thread(&self.shared, link, self.context());
     }
 
     /// Waits for the main connection, without limit: a destination may wait for its source for days. Only while a channel
@@ -152,7 +158,7 @@ impl Receiver {
             let limit = options
                 .stall_timeout
                 .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
-            let left = self.shared.attention.left_of(limit, begun);
+            let left = self.shared.context.stall_timer.left_of(limit, begun);
             if left.is_zero() {
                 let what = format!("{} channels have connected, but no main connection", state.come());
                 drop(state);

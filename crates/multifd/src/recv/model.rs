@@ -7,12 +7,11 @@
 use std::{
     io::Read,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
 };
 
 use super::{Receiver, decode::Listed, worker::Filling};
 use crate::{
-    channel::{Connect, Link, Stop, Stream, Wake, memory},
+    channel::{Connect, Context, Link, Stop, Stream, Wake, memory},
     compress::Method,
     error::{Error, Result, Violation},
     options::{ChannelCount, ReceiveOptions},
@@ -34,7 +33,8 @@ struct Channel(Box<dyn Link>);
 impl Channel {
     /// With the end that the receiver is given.
     fn new(id: u8) -> (Self, Box<dyn Link>) {
-        let (near, far) = memory::pair(ROOM);
+        let context = Context::new(&Stop::new());
+        let (near, far) = memory::pair(ROOM, &context, &context);
         let mut channel = Self(Box::new(near));
         channel.begin(id);
         (channel, Box::new(far))
@@ -141,7 +141,8 @@ pub fn a_channel_that_has_ended_fails_the_sync_that_waits_for_it() {
 fn connecting_source(connector: memory::MemoryConnector) -> thread::JoinHandle<Option<Vec<Channel>>> {
     thread::spawn(move || {
         // Refused, or cut: the receiver has been stopped.
-        let connect = || Some(Channel(connector.connect(&Stop::new(), Duration::MAX).ok()?));
+        let context = Context::new(&Stop::new());
+        let connect = || Some(Channel(connector.connect(&context).ok()?));
         let mut main = connect()?;
         main.send(b"QEVM");
         let mut channels = vec![connect()?, connect()?];
@@ -209,7 +210,8 @@ pub fn a_source_that_dies_before_main_leaves_its_places_free() {
     }
     drop(state);
     dying.join().expect("no panic");
-    let (near, far) = memory::pair(ROOM);
+    let context = Context::new(&Stop::new());
+    let (near, far) = memory::pair(ROOM, &context, &context);
     let mut main = Channel(Box::new(near));
     main.send(b"QEVM\x01");
     receiver.add(Box::new(far));

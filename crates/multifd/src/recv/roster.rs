@@ -150,7 +150,7 @@ impl Shared {
             return refused(Violation::LateChannel { id, point: state.released }.into());
         }
         state.channels[slot] = Some(Entry::new(origin, wake));
-        self.attention.beat();
+        self.context.stall_timer.moved();
         self.changed.notify_all();
         Ok(true)
     }

@@ -10,7 +10,7 @@ use super::{
     entry::{Entry, Newcomer, Origin},
 };
 use crate::{
-    channel::{Attention, Stop, Stream, Wake, Watch, deadline},
+    channel::{Context, Stop, Stream, Wake, Watch, deadline},
     compress::Method,
     error::{Error, Result, Violation},
     options::ReceiveOptions,
@@ -27,7 +27,7 @@ pub(super) struct Shared {
     /// Locked within; see `docs/develop/concurrency.md`.
     pub(super) stop: Stop,
     /// Of this side's connections.
-    pub(super) attention: Attention,
+    pub(super) context: Context,
     /// Set once, by main.
     pub(super) page_size: OnceLock<PageSize>,
     pub(super) arrived: OnceLock<Arrived>,

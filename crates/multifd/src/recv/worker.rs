@@ -82,7 +82,7 @@ fn consume(
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);
         *packets += 1;
         greatest = greatest.max(listed.packet_num);
-        shared.attention.beat();
+        shared.context.stall_timer.moved();
         if listed.sync {
             shared.reach(id, *packets, greatest)?;
         }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    channel::{Attention, Connect, Link, Watch, is_of_a_host, send_all, send_all_more},
+    channel::{Connect, Link, StallTimer, Watch, is_of_a_host, send_all, send_all_more},
     compress::{Encode, Pages},
     error::{Error, Result, Usage},
     options::SendOptions,
@@ -48,7 +48,7 @@ struct Emitter<'a> {
     /// With `zero-copy-send`.
     in_flight: Option<InFlight<'a>>,
     options: &'a SendOptions,
-    attention: Attention,
+    stall_timer: StallTimer,
     _watch: Watch,
 }
 
@@ -61,13 +61,13 @@ impl<'a> Emitter<'a> {
     ) -> Result<Self> {
         let target = connector.target();
         tracing::debug!(channel = id.0, %target, "multifd_new_send_channel_async");
+        let context = options.context(&shared.stop);
         let mut link = connector
-            .connect(&shared.stop, options.connect_timeout)
+            .connect(&context)
             .map_err(|error| Error::io(format!("connect to {target}{}", hint(&error)), error))?;
-        link.one_of(options.channels)
-            .map_err(|error| Error::io(format!("set the buffer of the connection to {target}"), error))?;
         if options.zero_copy_send {
-            link.enable_in_place().map_err(|error| match error.kind() {
+            let enabled = in_flight::zero_copy(&mut *link).and_then(|zero_copy| zero_copy.enable());
+            enabled.map_err(|error| match error.kind() {
                 io::ErrorKind::Unsupported => Usage::ZeroCopy("over anything but plain TCP").into(),
                 _ => Error::io(format!("switch zero-copy-send on for {target}"), error),
             })?;
@@ -84,12 +84,8 @@ impl<'a> Emitter<'a> {
             encoder: options.method.encoder(options.levels)?,
             in_flight: options.zero_copy_send.then(|| InFlight::new(&shared.in_flight)),
             options,
-            attention: shared.stop.attention(options.stall_timeout),
+            stall_timer: context.stall_timer,
         };
-        emitter
-            .link
-            .attend(emitter.attention.clone())
-            .map_err(|error| Error::io(format!("set a time limit for {target}"), error))?;
         let initial = Initial { uuid: options.uuid, id }.encode();
         send_all(&mut *emitter.link, &mut [Part::from(&initial[..])])
             .map_err(|error| emitter.broken("send the initial packet", error))?;
@@ -187,7 +183,7 @@ impl<'a> Emitter<'a> {
             _ => self.broken(format_args!("send packet {packet_num}"), error),
         })?;
         self.counters.add_packet(normal.len(), zero.len(), bytes as u64);
-        self.attention.beat();
+        self.stall_timer.moved();
         Ok(())
     }
 

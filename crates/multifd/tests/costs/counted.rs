@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::{
-    channel::{Attention, Connect, Link, Listen, Stop, Wake},
+    channel::{Connect, Context, Host, Link, Listen, PeerSignal, Wake},
     ram::{BlockIndex, PageIndex, Part, PartMut, RamBlocks},
 };
 
@@ -84,6 +84,22 @@ struct CountedLink {
 }
 
 impl Link for CountedLink {
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.inner.is_readable()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.inner.peer_signal()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.inner.host()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.inner.finish()
+    }
+
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let asked: usize = parts.iter().map(Part::len).sum();
         if self.unsent != asked {
@@ -129,10 +145,6 @@ impl Link for CountedLink {
     fn close_send(&mut self) -> io::Result<()> {
         self.inner.close_send()
     }
-
-    fn attend(&mut self, attention: Attention) -> io::Result<()> {
-        self.inner.attend(attention)
-    }
 }
 
 /// Opens connections that count what they send.
@@ -148,8 +160,8 @@ impl CountedConnector {
 }
 
 impl Connect for CountedConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
-        Ok(self.counts.wrap(self.inner.connect(stop, limit)?))
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        Ok(self.counts.wrap(self.inner.connect(context)?))
     }
 
     fn target(&self) -> String {
@@ -170,12 +182,12 @@ impl CountedListener {
 }
 
 impl Listen for CountedListener {
-    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.inner.accept()?.map(|link| self.counts.wrap(link)))
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept(context)?.map(|link| self.counts.wrap(link)))
     }
 
-    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.inner.accept_waiting()?.map(|link| self.counts.wrap(link)))
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept_waiting(context)?.map(|link| self.counts.wrap(link)))
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

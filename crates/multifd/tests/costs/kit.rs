@@ -12,7 +12,7 @@ use std::{
 
 use multifd::{
     ChannelStats, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender, Synced,
-    channel::{Address, Connect, Listen, Listener, Stop, Stream, Wake},
+    channel::{Address, Connect, Context, Listen, Listener, Stop, Stream, Wake},
     error::Error,
     live::{
         DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, Pass, RunState, Verdict,
@@ -78,8 +78,9 @@ pub(crate) fn migrate(
     let received = thread::spawn(move || receive(receiver, blocks).expect("received"));
 
     let stop = Stop::new();
-    let link = connector.connect(&stop, Duration::from_secs(20)).expect("connected");
-    let mut main = Answered { stream: Stream::new(link), passed };
+    let context = Context::new(&stop).connect_timeout(Duration::from_secs(20));
+    let link = connector.connect(&context).expect("connected");
+    let mut main = Answered { stream: Stream::new(link, &context), passed };
     let options = SendOptions::new().channels(CHANNELS).method(method);
     let mut sender = Sender::new(options, source.clone(), stop.clone()).expect("a sender");
     sender.set_up(connector).expect("set up");

@@ -13,14 +13,14 @@ use std::{
 
 use multifd::{
     ChannelCount, ChannelsFrom, ReceiveOptions, Receiver,
-    channel::{Address, Connect, Link, Listen, Listener, Stop, Stream, Wake, memory},
+    channel::{Address, Connect, Context, Link, Listen, Listener, Stop, Stream, Wake, memory},
     error::{Error, Usage, Violation},
     ram::{BlockIndex, PageIndex, PageSize, RamBlocks},
     wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid},
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::kit::{TIMEOUT, fresh, name, spawn};
+use crate::kit::{TIMEOUT, context, fresh, name, spawn};
 
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -33,7 +33,7 @@ fn listening(options: ReceiveOptions) -> (Receiver, memory::MemoryConnector) {
 
 /// A channel that has sent its first SYNC.
 fn channel(connector: &dyn Connect, id: u8) -> Box<dyn Link> {
-    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut link = connector.connect(&context()).expect("connected");
     let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(id) }.encode();
     link.send(&[initial[..].into()]).expect("sent");
     link.send(&[HeadBuffer::new(PageSize::KIB_4).sync(id.into()).into()]).expect("sent");
@@ -343,11 +343,11 @@ impl Wake for IfWaiting {
 }
 
 impl Listen for Forgetful {
-    fn accept(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
-        self.listener.accept()
+    fn accept(&mut self, context: &Context) -> std::io::Result<Option<Box<dyn Link>>> {
+        self.listener.accept(context)
     }
-    fn accept_waiting(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
-        self.listener.accept_waiting()
+    fn accept_waiting(&mut self, context: &Context) -> std::io::Result<Option<Box<dyn Link>>> {
+        self.listener.accept_waiting(context)
     }
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(IfWaiting(self.listener.waker(), self.waits.clone()))

@@ -1,10 +1,10 @@
 //! Packed pages from end to end: whole machines arrive, and what is broken on the way is refused with its place.
 
-use std::{fs::File, sync::Arc, time::Duration};
+use std::{fs::File, io, sync::Arc, time::Duration};
 
 use multifd::{
     Error, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
-    channel::{Connect, Link, Stop, Wake, memory},
+    channel::{Connect, Context, Host, Link, PeerSignal, Stop, Wake, memory},
     error::{Malformed, Unsupported, Usage, Violation},
     live::{MigrateOptions, Migration, ZeroPageDetection},
     ram::{
@@ -16,7 +16,7 @@ use multifd::{
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::{
-    kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_with, name, spawn, write},
+    kit::{Ends, StoppedGuest, difference, fresh, migrate_with, name, spawn, write},
     loopback::{BLOCKS, Writers, filled},
 };
 
@@ -73,7 +73,23 @@ struct Changing {
 }
 
 impl Link for Changing {
-    fn send(&mut self, parts: &[Part<'_>]) -> std::io::Result<usize> {
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.link.is_readable()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.link.peer_signal()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.link.host()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.link.finish()
+    }
+
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let mut bytes = Vec::new();
         for part in parts {
             let start = bytes.len();
@@ -98,10 +114,10 @@ impl Link for Changing {
         }
         Ok(length)
     }
-    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
         self.link.recv(parts)
     }
-    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.link.set_recv_timeout(limit)
     }
     fn waker(&self) -> Arc<dyn Wake> {
@@ -116,7 +132,7 @@ impl Link for Changing {
     fn peer(&self) -> String {
         self.link.peer()
     }
-    fn close_send(&mut self) -> std::io::Result<()> {
+    fn close_send(&mut self) -> io::Result<()> {
         self.link.close_send()
     }
 }
@@ -124,8 +140,8 @@ impl Link for Changing {
 pub(crate) struct ChangingConnector(pub(crate) memory::MemoryConnector, pub(crate) fn(&mut Vec<u8>));
 
 impl Connect for ChangingConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
-        Ok(Box::new(Changing { link: self.0.connect(stop, limit)?, change: self.1, cut: false }))
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Changing { link: self.0.connect(context)?, change: self.1, cut: false }))
     }
     fn target(&self) -> String {
         self.0.target()
@@ -277,7 +293,7 @@ fn answer_to_heads(heads: &[(u8, Vec<u8>)]) -> Result<()> {
     receiver.listen(Box::new(listener)).expect("listening");
     receiver.set_blocks(fresh(PageSize::KIB_4, &[("pc.ram", 64 << 10)])).expect("set");
     let mut links = [0, 1].map(|id| {
-        let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+        let mut link = connector.connect(&crate::kit::context()).expect("connected");
         let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(id) }.encode();
         assert_eq!(link.send(&[initial[..].into()]).expect("sent"), initial.len());
         link

@@ -13,11 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::channel::{Address, Connect, Listen, Listener, Stop, Stream};
+use multifd::channel::{Address, Connect, Listen, Listener, Stream};
 use multifd_testkit::lacks;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::kit::TIMEOUT;
+use crate::kit::context;
 
 /// The namespaces, removed in the end.
 struct Hosts {
@@ -58,9 +58,9 @@ impl Hosts {
         let listener = inside(&self.far, || Listener::bind(&address("tcp:10.9.0.2:0,user-timeout=3")));
         let mut listener = listener.expect("bound");
         let to = listener.local_address().clone();
-        let near = inside(&self.near, move || to.connect(&Stop::new(), TIMEOUT)).expect("connected");
-        let far = listener.accept().expect("taken").expect("there");
-        (Stream::new(near), Stream::new(far))
+        let near = inside(&self.near, move || to.connect(&context())).expect("connected");
+        let far = listener.accept(&context()).expect("taken").expect("there");
+        (Stream::new(near, &context()), Stream::new(far, &context()))
     }
 }
 

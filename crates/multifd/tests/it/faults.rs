@@ -1,6 +1,7 @@
 //! Connections break, peers fall silent, callers change their mind: every wait ends, and the first cause is told.
 
 use std::{
+    io,
     io::{Read, Write},
     sync::{
         Arc, Mutex,
@@ -13,7 +14,7 @@ use std::{
 
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
-    channel::{Connect, Link, Listen, Stop, Wake, memory},
+    channel::{Connect, Context, Host, Link, Listen, PeerSignal, Stop, Wake, memory},
     error::{Error, Usage, Violation},
     live::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
@@ -25,7 +26,7 @@ use multifd::{
     wire::{ChannelId, HeadBuffer, Initial, VmUuid},
 };
 
-use crate::kit::{StoppedGuest, TIMEOUT, TestMain, follow, fresh, name, receive, spawn, write};
+use crate::kit::{StoppedGuest, TIMEOUT, TestMain, context, follow, fresh, name, receive, spawn, write};
 
 const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 
@@ -33,11 +34,11 @@ const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 struct FailsFrom(usize, AtomicUsize, memory::MemoryConnector);
 
 impl Connect for FailsFrom {
-    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
         if self.1.fetch_add(1, Ordering::Relaxed) >= self.0 {
-            return Err(std::io::ErrorKind::ConnectionRefused.into());
+            return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        self.2.connect(stop, limit)
+        self.2.connect(context)
     }
     fn target(&self) -> String {
         "tcp:nowhere:1".into()
@@ -146,10 +147,10 @@ struct Watched {
 }
 
 impl DirtyLog for Watched {
-    fn begin(&mut self, blocks: &RamBlocks) -> std::io::Result<()> {
+    fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
         self.bits.begin(blocks)
     }
-    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> std::io::Result<()> {
+    fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         self.bits.take(block, into)
     }
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
@@ -202,11 +203,11 @@ impl Guest for Cancels {
     fn run_state(&mut self) -> RunState {
         RunState::Running
     }
-    fn stop(&mut self) -> std::io::Result<()> {
+    fn stop(&mut self) -> io::Result<()> {
         self.0.cancel();
         Ok(())
     }
-    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
     fn resume(&mut self) {
@@ -239,7 +240,7 @@ fn a_cancel_after_the_guest_has_stopped_lets_it_run_on() {
 }
 
 fn channel(connector: &dyn Connect, id: u8) -> Box<dyn Link> {
-    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut link = connector.connect(&context()).expect("connected");
     let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(id) }.encode();
     assert_eq!(link.send(&[initial[..].into()]).expect("sent"), 64);
     link
@@ -280,8 +281,8 @@ fn a_silent_stranger_holds_up_nobody_for_longer_than_its_limit() {
     let options = ReceiveOptions::new().greeting_timeout(Duration::from_millis(50));
     let mut receiver = Receiver::new(options, Stop::new());
     receiver.listen(Box::new(listener)).expect("listening");
-    let _silent = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
-    let mut chatty = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let _silent = connector.connect(&context()).expect("connected");
+    let mut chatty = connector.connect(&context()).expect("connected");
     chatty
         .send(&[
             b"GET / HTTP/1.1\r\n\r\n0123456789012345678901234567890123456789012345678901234567890"[..].into()
@@ -298,7 +299,7 @@ fn a_peer_that_drips_gains_no_time_by_it() {
     let options = ReceiveOptions::new().greeting_timeout(Duration::from_millis(100));
     let mut receiver = Receiver::new(options, Stop::new());
     receiver.listen(Box::new(listener)).expect("listening");
-    let mut drip = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut drip = connector.connect(&context()).expect("connected");
     let dripper = spawn("dripper", move || {
         while drip.send(&[b"\x11"[..].into()]).is_ok() {
             sleep(Duration::from_millis(40));
@@ -319,7 +320,7 @@ fn a_channel_too_many_that_is_slow_to_say_so_is_met_all_the_same() {
     receiver.listen(Box::new(listener)).expect("listening");
     let _main = TestMain::connect(&connector, &Stop::new());
     let _taken = receiver.wait_main().expect("main");
-    let mut late = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut late = connector.connect(&context()).expect("connected");
     let saying = spawn("late", move || {
         sleep(Duration::from_millis(300));
         let initial = Initial { uuid: VmUuid::NIL, id: ChannelId(0) }.encode();
@@ -338,7 +339,7 @@ fn a_silent_stranger_does_not_hold_up_the_end() {
     let mut receiver = Receiver::new(ReceiveOptions::new().channels(ChannelCount::Exact(1)), Stop::new());
     receiver.listen(Box::new(listener)).expect("listening");
     receiver.set_blocks(fresh(PageSize::KIB_4, RAM)).expect("set");
-    let _silent = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let _silent = connector.connect(&context()).expect("connected");
     let mut first = channel(&connector, 0);
     first.send(&[HeadBuffer::new(PageSize::KIB_4).sync(0).into()]).expect("sent");
     first.close_send().expect("open");
@@ -376,13 +377,29 @@ fn main_that_breaks_off_is_an_error_and_ends_all_threads() {
 struct Panics(Box<dyn Link>);
 
 impl Link for Panics {
-    fn send(&mut self, _parts: &[Part<'_>]) -> std::io::Result<usize> {
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.0.is_readable()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.0.peer_signal()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.0.host()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.0.finish()
+    }
+
+    fn send(&mut self, _parts: &[Part<'_>]) -> io::Result<usize> {
         panic!("a link that the test has broken")
     }
-    fn recv(&mut self, _parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+    fn recv(&mut self, _parts: &mut [PartMut<'_>]) -> io::Result<usize> {
         panic!("a link that the test has broken")
     }
-    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.0.set_recv_timeout(limit)
     }
     fn waker(&self) -> Arc<dyn Wake> {
@@ -397,7 +414,7 @@ impl Link for Panics {
     fn peer(&self) -> String {
         self.0.peer()
     }
-    fn close_send(&mut self) -> std::io::Result<()> {
+    fn close_send(&mut self) -> io::Result<()> {
         self.0.close_send()
     }
 }
@@ -405,8 +422,8 @@ impl Link for Panics {
 struct PanickingConnector(memory::MemoryConnector);
 
 impl Connect for PanickingConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
-        Ok(Box::new(Panics(self.0.connect(stop, limit)?)))
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Panics(self.0.connect(context)?)))
     }
     fn target(&self) -> String {
         self.0.target()
@@ -423,7 +440,7 @@ fn a_thread_that_panics_fails_the_migration() {
     assert_eq!(error.to_string(), "a channel's thread panicked");
 
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
-    receiver.add(Box::new(Panics(Box::new(memory::pair(64).0))));
+    receiver.add(Box::new(Panics(Box::new(memory::pair(64, &context(), &context()).0))));
     let error = receiver.sync().expect_err("it will never say what it is");
     assert_eq!(error.to_string(), "a channel's thread panicked");
 }
@@ -449,16 +466,16 @@ struct Telling {
 }
 
 impl Listen for Telling {
-    fn accept(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
         if self.woken {
             self.told.send(()).expect("the test waits");
         }
-        let accepted = self.listener.accept()?;
+        let accepted = self.listener.accept(context)?;
         self.woken = accepted.is_none();
         Ok(accepted)
     }
-    fn accept_waiting(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
-        self.listener.accept_waiting()
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        self.listener.accept_waiting(context)
     }
     fn waker(&self) -> Arc<dyn Wake> {
         self.listener.waker()

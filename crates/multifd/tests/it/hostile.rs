@@ -10,12 +10,12 @@ use multifd::{
     wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid},
 };
 
-use crate::kit::{TIMEOUT, fresh, name};
+use crate::kit::{TIMEOUT, context, fresh, name};
 
 const RAM: &[(&str, u64)] = &[("pc.ram", 64 << 10)];
 
 fn open(connector: &dyn Connect, uuid: VmUuid, id: u8) -> Box<dyn Link> {
-    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut link = connector.connect(&context()).expect("connected");
     put(&mut *link, &Initial { uuid, id: ChannelId(id) }.encode());
     link
 }

@@ -9,7 +9,7 @@ use std::{
 
 use multifd::{
     ChannelCount, ChannelStats, Error, ReceiveOptions, Receiver, Result, SendOptions, Sender, Synced,
-    channel::{Connect, Listen, Stop, Stream, Wake, memory},
+    channel::{Connect, Context, Listen, Stop, Stream, Wake, memory},
     live::{
         DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass, RunState,
         Verdict,
@@ -18,6 +18,11 @@ use multifd::{
 };
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a connection is made with that belongs to no migration.
+pub(crate) fn context() -> Context {
+    Context::new(&Stop::new()).connect_timeout(TIMEOUT)
+}
 
 pub(crate) fn name(text: &str) -> BlockName {
     BlockName::new(text).expect("a name")
@@ -66,8 +71,9 @@ pub(crate) struct TestMain {
 
 impl TestMain {
     pub(crate) fn connect(connector: &dyn Connect, stop: &Stop) -> Self {
-        let link = connector.connect(stop, TIMEOUT).expect("connected");
-        let mut main = Self { stream: Stream::new(link), bytes: 0, devices: Vec::new() };
+        let context = Context::new(stop).connect_timeout(TIMEOUT);
+        let link = connector.connect(&context).expect("connected");
+        let mut main = Self { stream: Stream::new(link, &context), bytes: 0, devices: Vec::new() };
         main.stream.write_all(b"QEVM").expect("written");
         main
     }

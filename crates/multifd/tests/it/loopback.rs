@@ -1,6 +1,7 @@
 //! What goes in at one end comes out at the other.
 
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -10,7 +11,7 @@ use std::{
 
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
-    channel::{Connect, Link, Stop, Wake, memory},
+    channel::{Connect, Context, Host, Link, PeerSignal, Stop, Wake, memory},
     live::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
     },
@@ -174,15 +175,31 @@ fn the_last_page_of_terabytes_arrives() {
 struct Counting(Box<dyn Link>, Arc<AtomicU64>);
 
 impl Link for Counting {
-    fn send(&mut self, parts: &[Part<'_>]) -> std::io::Result<usize> {
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.0.is_readable()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.0.peer_signal()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.0.host()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.0.finish()
+    }
+
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let sent = self.0.send(parts)?;
         self.1.fetch_add(sent as u64, Ordering::Relaxed);
         Ok(sent)
     }
-    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
         self.0.recv(parts)
     }
-    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.0.set_recv_timeout(limit)
     }
     fn waker(&self) -> Arc<dyn Wake> {
@@ -197,7 +214,7 @@ impl Link for Counting {
     fn peer(&self) -> String {
         self.0.peer()
     }
-    fn close_send(&mut self) -> std::io::Result<()> {
+    fn close_send(&mut self) -> io::Result<()> {
         self.0.close_send()
     }
 }
@@ -205,8 +222,8 @@ impl Link for Counting {
 struct CountingConnector(memory::MemoryConnector, Arc<AtomicU64>);
 
 impl Connect for CountingConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
-        Ok(Box::new(Counting(self.0.connect(stop, limit)?, self.1.clone())))
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Counting(self.0.connect(context)?, self.1.clone())))
     }
     fn target(&self) -> String {
         self.0.target()
@@ -269,13 +286,13 @@ impl Guest for Writers {
     fn run_state(&mut self) -> RunState {
         RunState::Running
     }
-    fn stop(&mut self) -> std::io::Result<()> {
+    fn stop(&mut self) -> io::Result<()> {
         self.run.store(false, Ordering::Relaxed);
         self.threads.drain(..).for_each(|thread| thread.join().expect("no panic"));
         self.stopped = true;
         Ok(())
     }
-    fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
+    fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())
     }
 

@@ -12,12 +12,12 @@ use std::{
 };
 
 use multifd::{
-    channel::{Address, Connect, ExitStatusUnknown, Listener, Stop, Stream},
+    channel::{Address, Connect, ExitStatusUnknown, Listener, Stream},
     error::Usage,
 };
 use rustix::process::WaitOptions;
 
-use crate::kit::TIMEOUT;
+use crate::kit::context;
 
 #[test]
 fn connection_that_is_closed_is_an_error_and_no_signal() {
@@ -44,7 +44,7 @@ fn in_a_process(test: &str) {
 
 fn connect(address: &str) -> Stream {
     let address = address.parse::<Address>().expect("an address");
-    Stream::new(address.connect(&Stop::new(), TIMEOUT).expect("connected"))
+    Stream::new(address.connect(&context()).expect("connected"), &context())
 }
 
 /// Writes until that fails.
@@ -100,7 +100,7 @@ fn process_that_ignores_the_ends_of_its_children() {
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     assert_eq!(command.check_connect(), Err(Usage::ChildrenIgnored));
     assert_eq!(command.check_listen(), Err(Usage::ChildrenIgnored));
-    let refused = command.connect(&Stop::new(), TIMEOUT).map(drop).expect_err("refused");
+    let refused = command.connect(&context()).map(drop).expect_err("refused");
     assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
     assert!(refused.to_string().contains("ignores SIGCHLD"), "{refused}");
     assert!(Listener::bind(&command).map(drop).expect_err("refused").to_string().contains("SIGCHLD"));

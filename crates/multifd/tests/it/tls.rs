@@ -1,6 +1,7 @@
 //! Sessions on every connection: whole machines arrive, and who may not come does not.
 
 use std::{
+    io,
     io::{Read, Write},
     net::TcpListener,
     path::Path,
@@ -11,7 +12,7 @@ use std::{
 use multifd::{
     ChannelCount, Method, ReceiveOptions, Receiver, SendOptions,
     channel::{
-        Address, Connect, Link, Listen, Listener, Stop, Stream, Wake, memory,
+        Address, Connect, Context, Host, Link, Listen, Listener, PeerSignal, Stop, Stream, Wake, memory,
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
     },
     live::{MigrateOptions, ZeroPageDetection},
@@ -81,14 +82,14 @@ fn a_guest_that_keeps_writing_arrives_over_sessions() {
 
 /// Both ends of one connection: what the source's handshake says, then what its peer's first read says.
 fn meet((connector, mut listener): Ends) -> (Result<(), String>, Result<usize, String>) {
-    let told = |error: std::io::Error| error.to_string();
+    let told = |error: io::Error| error.to_string();
     let destination = spawn("destination", move || {
-        let mut link = listener.accept().expect("accepted").expect("a connection");
+        let mut link = listener.accept(&crate::kit::context()).expect("accepted").expect("a connection");
         link.set_recv_timeout(Some(TIMEOUT)).expect("set");
         let mut byte = [0];
         link.recv(&mut [PartMut::from(&mut byte[..])]).map_err(told)
     });
-    let source = connector.connect(&Stop::new(), TIMEOUT).and_then(|mut link| {
+    let source = connector.connect(&crate::kit::context()).and_then(|mut link| {
         link.send(&[Part::from(&b"Q"[..])])?;
         // In TLS 1.3 a source learns that it is refused when it next reads.
         link.set_recv_timeout(Some(TIMEOUT))?;
@@ -129,13 +130,15 @@ fn a_read_after_the_handshake_waits_longer_than_the_handshake_might() {
     let folder = folder();
     let (connector, mut listener) = ends(folder.path(), folder.path(), "localhost", &[]);
     let destination = spawn("destination", move || {
-        let mut link = listener.accept().expect("accepted").expect("a connection");
+        let mut link = listener.accept(&crate::kit::context()).expect("accepted").expect("a connection");
         let mut byte = [0];
         link.recv(&mut [PartMut::from(&mut byte[..])]).expect("received");
         std::thread::sleep(Duration::from_millis(700));
         link.send(&[Part::from(&b"K"[..])]).expect("sent");
     });
-    let mut link = connector.connect(&Stop::new(), Duration::from_millis(500)).expect("connected");
+    let mut link = connector
+        .connect(&Context::new(&Stop::new()).connect_timeout(Duration::from_millis(500)))
+        .expect("connected");
     link.send(&[Part::from(&b"Q"[..])]).expect("sent");
     let mut byte = [0];
     assert_eq!(link.recv(&mut [PartMut::from(&mut byte[..])]).expect("received"), 1);
@@ -247,7 +250,23 @@ fn our_own_certificate_and_list_must_be_good_now() {
 struct Tapped(Box<dyn Link>, Arc<Mutex<Vec<u8>>>);
 
 impl Link for Tapped {
-    fn send(&mut self, parts: &[Part<'_>]) -> std::io::Result<usize> {
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.0.is_readable()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.0.peer_signal()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.0.host()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.0.finish()
+    }
+
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let sent = self.0.send(parts)?;
         let mut kept = self.1.lock().expect("whole");
         let (end, mut bytes) = (kept.len() + sent, Vec::new());
@@ -259,10 +278,10 @@ impl Link for Tapped {
         kept.truncate(end);
         Ok(sent)
     }
-    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> std::io::Result<usize> {
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
         self.0.recv(parts)
     }
-    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> std::io::Result<()> {
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.0.set_recv_timeout(limit)
     }
     fn waker(&self) -> Arc<dyn Wake> {
@@ -277,7 +296,7 @@ impl Link for Tapped {
     fn peer(&self) -> String {
         self.0.peer()
     }
-    fn close_send(&mut self) -> std::io::Result<()> {
+    fn close_send(&mut self) -> io::Result<()> {
         self.0.close_send()
     }
 }
@@ -290,8 +309,8 @@ struct TapConnector(memory::MemoryConnector, Tap);
 struct TapListener(memory::MemoryListener, Tap);
 
 impl Connect for TapConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> std::io::Result<Box<dyn Link>> {
-        Ok(Box::new(Tapped(self.0.connect(stop, limit)?, self.1.0[0].clone())))
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Tapped(self.0.connect(context)?, self.1.0[0].clone())))
     }
     fn target(&self) -> String {
         self.0.target()
@@ -299,12 +318,12 @@ impl Connect for TapConnector {
 }
 
 impl Listen for TapListener {
-    fn accept(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
         let tap = self.1.0[1].clone();
-        Ok(self.0.accept()?.map(|link| Box::new(Tapped(link, tap)) as _))
+        Ok(self.0.accept(context)?.map(|link| Box::new(Tapped(link, tap)) as _))
     }
-    fn accept_waiting(&mut self) -> std::io::Result<Option<Box<dyn Link>>> {
-        self.0.accept_waiting()
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        self.0.accept_waiting(context)
     }
     fn waker(&self) -> Arc<dyn Wake> {
         self.0.waker()
@@ -342,13 +361,17 @@ fn keys_change_in_both_directions_and_nothing_is_lost() {
     let pattern: Vec<u8> = (0..=250).cycle().take(LENGTH).collect();
     let expected = pattern.clone();
     let destination = spawn("destination", move || {
-        let mut stream = Stream::new(listener.accept().expect("accepted").expect("a connection"));
+        let mut stream = Stream::new(
+            listener.accept(&crate::kit::context()).expect("accepted").expect("a connection"),
+            &crate::kit::context(),
+        );
         let mut received = vec![0; LENGTH];
         stream.read_exact(&mut received).expect("received");
         stream.write_all(&received).expect("sent back");
         assert_eq!(stream.read(&mut [0]).expect("the end"), 0);
     });
-    let mut stream = Stream::new(connector.connect(&Stop::new(), TIMEOUT).expect("connected"));
+    let mut stream =
+        Stream::new(connector.connect(&crate::kit::context()).expect("connected"), &crate::kit::context());
     stream.write_all(&pattern).expect("sent");
     let mut received = vec![0; LENGTH];
     stream.read_exact(&mut received).expect("received");
@@ -399,11 +422,12 @@ fn tls_1_2_ends_where_keys_would_have_to_change() {
     let destination = spawn("destination", move || {
         let (mut socket, _) = listener.accept().expect("accepted");
         let mut session = rustls::ServerConnection::new(Arc::new(config)).expect("a session");
-        std::io::copy(&mut rustls::Stream::new(&mut session, &mut socket), &mut std::io::sink())
+        io::copy(&mut rustls::Stream::new(&mut session, &mut socket), &mut io::sink())
     });
     let client = ClientCredentials::load(folder.path(), "localhost").expect("credentials").rekey_after(100);
     let connector = TlsConnector::new(Arc::new(address.expect("so")), client);
-    let mut stream = Stream::new(connector.connect(&Stop::new(), TIMEOUT).expect("connected"));
+    let mut stream =
+        Stream::new(connector.connect(&crate::kit::context()).expect("connected"), &crate::kit::context());
     stream.write_all(&vec![7; 96 * (16 << 10)]).expect("keys are good for this");
     let error = stream.write_all(&vec![7; 128 << 10]).expect_err("keys are worn out");
     let told = "TLS 1.2 cannot change keys, and those of this connection have served for 96 records";
@@ -484,7 +508,7 @@ fn a_handshake_that_dribbles_or_stands_still_ends_at_its_limit() {
         .channels_timeout(Duration::from_millis(600));
     let mut receiver = Receiver::new(options, Stop::new());
     receiver.listen(Box::new(TlsListener::new(Box::new(listener), server))).expect("listening");
-    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut link = connector.connect(&crate::kit::context()).expect("connected");
     let start = Instant::now();
     // The head of a record that announces more than ever comes.
     let hello = [0x16, 0x03, 0x01, 0x02, 0x00];
@@ -509,10 +533,10 @@ fn a_stop_ends_a_handshake() {
     let stop = Stop::new();
     let handshake = spawn("source", {
         let stop = stop.clone();
-        move || connector.connect(&stop, Duration::from_secs(600)).map(drop)
+        move || connector.connect(&Context::new(&stop).connect_timeout(Duration::from_secs(600))).map(drop)
     });
     let mut listener: Box<dyn Listen> = Box::new(listener);
-    let link = listener.accept().expect("accepted");
+    let link = listener.accept(&crate::kit::context()).expect("accepted");
     stop.cancel();
     handshake.join().expect("no panic").expect_err("cancelled");
     drop(link);
@@ -565,7 +589,7 @@ fn three_hundred_gib_pass_one_session() {
     let address = listener.local_address().clone();
     let mut listener = TlsListener::new(Box::new(listener), server);
     let destination = spawn("destination", move || {
-        let mut link = listener.accept().expect("accepted").expect("a connection");
+        let mut link = listener.accept(&crate::kit::context()).expect("accepted").expect("a connection");
         let (mut buffer, mut received) = (vec![0; CHUNK], 0_u64);
         loop {
             match link.recv(&mut [PartMut::from(&mut *buffer)]).expect("received") {
@@ -580,7 +604,7 @@ fn three_hundred_gib_pass_one_session() {
         }
     });
     let connector = TlsConnector::new(Arc::new(address), client);
-    let mut link = connector.connect(&Stop::new(), TIMEOUT).expect("connected");
+    let mut link = connector.connect(&crate::kit::context()).expect("connected");
     // 251 does not divide a chunk: two periods, sent from where the stream is.
     let pattern: Vec<u8> = (0..=250).cycle().take(CHUNK + 251).collect();
     let (start, mut sent) = (Instant::now(), 0_u64);

@@ -14,21 +14,21 @@ use std::{
 
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver, SendOptions, Sender,
-    channel::{Address, Connect, Link, Listen, Listener, Stop, Stream},
+    channel::{Address, Connect, Context, Link, Listen, Listener, Stop, Stream},
     error::{Error, Usage},
     ram::PageSize,
     wire::{ChannelId, Initial, VmUuid},
 };
 use multifd_testkit::lacks;
 
-use crate::kit::{TIMEOUT, fresh};
+use crate::kit::{TIMEOUT, context, fresh};
 
 fn address(text: &str) -> Address {
     text.parse().expect(text)
 }
 
 fn connect(text: &str) -> std::io::Result<Stream> {
-    address(text).connect(&Stop::new(), TIMEOUT).map(Stream::new)
+    address(text).connect(&context()).map(|link| Stream::new(link, &context()))
 }
 
 fn start(command: &str) -> Stream {
@@ -205,14 +205,14 @@ fn one_connection_carries_no_channels() {
 fn command_is_the_one_connection_of_a_listener() {
     let mut listener = Listener::bind(&address("exec:echo here")).expect("started");
     assert!(listener.is_single());
-    let mut first = Stream::new(listener.accept().expect("taken").expect("there"));
+    let mut first = Stream::new(listener.accept(&context()).expect("taken").expect("there"), &context());
     let mut said = String::new();
     first.read_to_string(&mut said).expect("received");
     assert_eq!(said, "here\n");
-    assert!(listener.accept_waiting().expect("asked").is_none());
+    assert!(listener.accept_waiting(&context()).expect("asked").is_none());
     let waker = listener.waker();
     let woken = spawn(move || waker.wake());
-    assert!(listener.accept().expect("asked").is_none());
+    assert!(listener.accept(&context()).expect("asked").is_none());
     woken.join().expect("no panic");
 }
 
@@ -254,7 +254,10 @@ fn only_connection_is_given_more_time_than_a_stranger() {
 /// Connects until the listener's queue is full.
 fn fill(path: &std::path::Path) -> Vec<Box<dyn Link>> {
     let to = address(&format!("unix:{}", path.display()));
-    std::iter::from_fn(|| to.connect(&Stop::new(), Duration::from_millis(30)).ok()).collect()
+    std::iter::from_fn(|| {
+        to.connect(&Context::new(&Stop::new()).connect_timeout(Duration::from_millis(30))).ok()
+    })
+    .collect()
 }
 
 #[test]
@@ -269,7 +272,7 @@ fn connect_to_a_full_unix_queue_goes_on_when_there_is_room_and_ends_with_the_sto
     let (to, stop) = (address(&format!("unix:{}", path.display())), Stop::new());
     let waiting = |stop: Stop| {
         let to = to.clone();
-        spawn(move || to.connect(&stop, TIMEOUT).map(drop))
+        spawn(move || to.connect(&Context::new(&stop).connect_timeout(TIMEOUT)).map(drop))
     };
     let (stopped, served) = (waiting(stop.clone()), waiting(Stop::new()));
     sleep(Duration::from_millis(30));
@@ -298,7 +301,7 @@ fn listener_at_a_virtual_socket_says_its_port() {
     };
     assert_ne!(port, u32::MAX);
     assert_eq!(listener.address(), format!("vsock:4294967295:{port}"));
-    assert!(!listener.is_single() && listener.accept_waiting().expect("asked").is_none());
+    assert!(!listener.is_single() && listener.accept_waiting(&context()).expect("asked").is_none());
     let taken = Listener::bind(&address(&format!("vsock::{port}"))).map(drop).expect_err("taken");
     assert_eq!(taken.kind(), ErrorKind::AddrInUse);
 }
@@ -310,13 +313,16 @@ fn connect_to_an_absent_context_id_fails_in_its_time() {
         return;
     }
     let start = Instant::now();
-    let error = address("vsock:3000000000:5000").connect(&Stop::new(), Duration::from_millis(500));
+    let error = address("vsock:3000000000:5000")
+        .connect(&Context::new(&Stop::new()).connect_timeout(Duration::from_millis(500)));
     let error = error.map(drop).expect_err("absent");
     assert!(start.elapsed() < Duration::from_secs(2), "{error}");
     let stop = Stop::new();
     let connecting = spawn({
         let stop = stop.clone();
-        move || address("vsock:3000000000:5000").connect(&stop, TIMEOUT).map(drop)
+        move || {
+            address("vsock:3000000000:5000").connect(&Context::new(&stop).connect_timeout(TIMEOUT)).map(drop)
+        }
     });
     stop.cancel();
     connecting.join().expect("no panic").expect_err("stopped");
@@ -331,13 +337,13 @@ fn virtual_sockets_carry_many_connections() {
     let mut listener = Listener::bind(&address("vsock::4294967295")).expect("bound");
     let Address::Vsock { port, .. } = *listener.local_address() else { panic!("no vsock") };
     let local = address(&format!("vsock:1:{port}"));
-    let mut links = match local.connect(&Stop::new(), TIMEOUT) {
-        Ok(link) => vec![Stream::new(link)],
+    let mut links = match local.connect(&context()) {
+        Ok(link) => vec![Stream::new(link, &context())],
         Err(error) => return lacks(&format!("virtual sockets do not reach this machine itself: {error}")),
     };
-    links.extend((0..3).map(|_| Stream::new(local.connect(&Stop::new(), TIMEOUT).expect("connected"))));
+    links.extend((0..3).map(|_| Stream::new(local.connect(&context()).expect("connected"), &context())));
     for link in &mut links {
-        let mut taken = Stream::new(listener.accept().expect("taken").expect("there"));
+        let mut taken = Stream::new(listener.accept(&context()).expect("taken").expect("there"), &context());
         assert!(taken.peer().starts_with("vsock:1:"), "{}", taken.peer());
         taken.write_all(b"x").expect("sent");
         assert_eq!(link.read(&mut [0; 8]).expect("received"), 1);
@@ -358,7 +364,7 @@ fn a_source_whose_bytes_fill_the_network_hears_at_once_that_its_destination_has_
     let source = spawn({
         let sent = sent.clone();
         move || {
-            let mut main = Stream::new(address.connect(&Stop::new(), TIMEOUT).expect("connected"));
+            let mut main = Stream::new(address.connect(&context()).expect("connected"), &context());
             main.write_all(b"QEVM").expect("written");
             let error = loop {
                 match main.write(&[0; 1 << 14]) {

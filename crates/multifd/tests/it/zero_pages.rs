@@ -12,7 +12,7 @@ use multifd::{
     wire::{Packet, head_len},
 };
 
-use crate::kit::{StoppedGuest, difference, fresh, migrate, migrate_with, name, write};
+use crate::kit::{StoppedGuest, context, difference, fresh, migrate, migrate_with, name, write};
 
 const MODES: [ZeroPageDetection; 3] =
     [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd];
@@ -174,7 +174,7 @@ fn zero_entries_alone_carry_the_method_and_no_payload() {
         let options = SendOptions::new().channels(1).method(*method);
         let mut sender = Sender::new(options, source, Stop::new()).expect("a sender");
         sender.set_up(Arc::new(connector)).expect("set up");
-        let mut link = listener.accept().expect("accepted").expect("a connection");
+        let mut link = listener.accept(&context()).expect("accepted").expect("a connection");
         link.set_recv_timeout(Some(Duration::from_secs(20))).expect("set");
         // One that is looked at on its way, one that is known before.
         sender.queue_unknown_run(BlockIndex(0), PageIndex(3), 1).expect("queued");

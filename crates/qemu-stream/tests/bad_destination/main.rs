@@ -14,7 +14,7 @@ use std::{
 
 use multifd::{
     Error, SendOptions, Sender,
-    channel::{Address, Connect, Stop, Stream},
+    channel::{Address, Connect, Context, Stop, Stream},
     error::chain,
     live::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
@@ -168,12 +168,13 @@ fn send(row: &Row, destination: &BadDestination, stop: &Stop) -> Ended {
     let result = (|| {
         let connector: Arc<dyn Connect> =
             Arc::new(format!("tcp:{address}").parse::<Address>().expect("an address"));
+        let context = Context::new(stop).connect_timeout(LIMIT).stall_timeout(Some(LIMIT));
         let link =
-            connector.connect(stop, LIMIT).map_err(|error| stop.fail(Error::io("connect main", error)))?;
+            connector.connect(&context).map_err(|error| stop.fail(Error::io("connect main", error)))?;
         if row.plan.accepts == Accepts::Main {
             destination.wait_refusing();
         }
-        let main = Stream::new(link).attended(stop.attention(Some(LIMIT))).expect("limits");
+        let main = Stream::new(link, &context);
         let machine = MachineType::new("pc-q35-10.0").expect("a name");
         let stream = Options::new(Configuration::new(machine));
         let stream = if row.return_path { stream } else { stream.unconfirmed() };

@@ -9,7 +9,7 @@ use std::{
 
 use multifd::{
     Synced,
-    channel::{Stop, Stream, Wake, memory},
+    channel::{Context, Stop, Stream, Wake, memory},
     live::Verdict,
     ram::{BlockIndex, BlockName, PageIndex, PageSize},
 };
@@ -25,8 +25,9 @@ use qemu_stream::{
 
 /// Two ends of a connection in memory.
 pub(crate) fn pair() -> (Stream, Stream) {
-    let (source, destination) = memory::pair(1 << 16);
-    (Stream::new(Box::new(source)), Stream::new(Box::new(destination)))
+    let context = Context::new(&Stop::new());
+    let (source, destination) = memory::pair(1 << 16, &context, &context);
+    (Stream::new(Box::new(source), &context), Stream::new(Box::new(destination), &context))
 }
 
 /// A connection that plays one recording and makes another.

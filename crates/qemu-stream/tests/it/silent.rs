@@ -10,7 +10,7 @@ use std::{
 use multifd::{
     Fault, SendOptions,
     channel::{
-        Connect, Listen, Stop,
+        Connect, Context, Listen, Stop,
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
     },
     live::MigrateOptions,
@@ -69,10 +69,10 @@ fn a_destination_that_reads_nothing_is_given_up() {
 /// Accepts connections, reads the first byte of each, which takes the handshake where there is one, and then nothing more
 /// until the end.
 fn accept_and_hold(mut listener: Box<dyn Listen>, stop: &Stop) {
-    let links = Mutex::new(Vec::new());
+    let (links, context) = (Mutex::new(Vec::new()), Context::new(stop));
     thread::scope(|scope| {
         while !stop.is_stopped() {
-            let Some(mut link) = listener.accept().expect("a connection") else { continue };
+            let Some(mut link) = listener.accept(&context).expect("a connection") else { continue };
             let links = &links;
             scope.spawn(move || {
                 let _watch = stop.watch(link.waker());

@@ -10,7 +10,7 @@ use std::{
 };
 
 use multifd::channel::{
-    Connect, Link, Listen, Listener, Wake, memory,
+    Connect, Context, Link, Listen, Listener, Wake, memory,
     tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
 };
 
@@ -89,12 +89,12 @@ struct Noting {
 }
 
 impl Listen for Noting {
-    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.inner.accept()?.map(|link| self.taken.note(link)))
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept(context)?.map(|link| self.taken.note(link)))
     }
 
-    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.inner.accept_waiting()?.map(|link| self.taken.note(link)))
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept_waiting(context)?.map(|link| self.taken.note(link)))
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

@@ -14,7 +14,7 @@ use std::{
 };
 
 use multifd::{
-    channel::{Attention, Connect, Host, Link, Listen, PeerSignal, Stop, Wake},
+    channel::{Connect, Context, Host, Link, Listen, PeerSignal, Wake},
     ram::{Part, PartMut},
 };
 
@@ -64,7 +64,7 @@ pub(crate) struct UnluckyConnector {
 }
 
 impl Connect for UnluckyConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
         let number = self.fortune.opened.load(Ordering::SeqCst);
         match self.fortune.fault {
             Fault::Refused(connection) if connection == number => {
@@ -75,7 +75,7 @@ impl Connect for UnluckyConnector {
                 if connection == number && self.fortune.struck.get().is_none() =>
             {
                 self.fortune.strike();
-                let mut stranger = self.inner.connect(stop, limit)?;
+                let mut stranger = self.inner.connect(context)?;
                 if !says.is_empty() {
                     stranger.send(&[Part::from(says)])?;
                 }
@@ -83,7 +83,7 @@ impl Connect for UnluckyConnector {
             }
             _ => {}
         }
-        Ok(self.fortune.befall(self.inner.connect(stop, limit)?))
+        Ok(self.fortune.befall(self.inner.connect(context)?))
     }
 
     fn target(&self) -> String {
@@ -98,12 +98,12 @@ pub(crate) struct UnluckyListener {
 }
 
 impl Listen for UnluckyListener {
-    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.inner.accept()?.map(|link| self.fortune.befall(link)))
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept(context)?.map(|link| self.fortune.befall(link)))
     }
 
-    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        Ok(self.inner.accept_waiting()?.map(|link| self.fortune.befall(link)))
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        Ok(self.inner.accept_waiting(context)?.map(|link| self.fortune.befall(link)))
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
@@ -303,6 +303,10 @@ impl Link for Unlucky {
         self.link.peer_signal()
     }
 
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.link.is_readable()
+    }
+
     fn host(&self) -> Option<Host> {
         self.link.host()
     }
@@ -313,10 +317,6 @@ impl Link for Unlucky {
 
     fn close_send(&mut self) -> io::Result<()> {
         self.link.close_send()
-    }
-
-    fn attend(&mut self, attention: Attention) -> io::Result<()> {
-        self.link.attend(attention)
     }
 
     fn finish(&mut self) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use multifd::channel::{
-    Address, Connect, Stop, Stream,
+    Address, Connect, Context, Stop, Stream,
     tls::{ClientCredentials, TlsConnector},
 };
 use multifd_testkit::{
@@ -281,9 +281,10 @@ fn relay(credentials: ClientCredentials, to: &str, connections: usize) -> (Strin
         let pumps: Vec<_> = (0..connections)
             .map(|_| {
                 let (mut plain, _) = listener.accept().unwrap();
-                let link = connector.connect(&Stop::new(), PATIENCE).unwrap();
+                let context = Context::new(&Stop::new()).connect_timeout(PATIENCE);
+                let link = connector.connect(&context).unwrap();
                 thread::spawn(move || {
-                    let mut stream = Stream::new(link);
+                    let mut stream = Stream::new(link, &context);
                     std::io::copy(&mut plain, &mut stream).unwrap();
                     stream.close_write().unwrap();
                 })

@@ -18,7 +18,7 @@ use rustls::{
 
 use super::{ClientCredentials, ServerCredentials, subject};
 use crate::{
-    channel::{Attention, Host, Link, PeerSignal, Wake, deadline},
+    channel::{Host, Link, PeerSignal, Wake, deadline},
     ram::{Part, PartMut},
     sync_types::Instant,
 };
@@ -301,14 +301,6 @@ impl Link for TlsLink {
         // A side that does not read has been sent something nevertheless, tickets for example.
         self.part(DRAIN);
         self.link.set_recv_timeout(self.timeout)
-    }
-
-    fn attend(&mut self, attention: Attention) -> io::Result<()> {
-        self.link.attend(attention)
-    }
-
-    fn one_of(&mut self, channels: u8) -> io::Result<()> {
-        self.link.one_of(channels)
     }
 
     fn finish(&mut self) -> io::Result<()> {

@@ -16,12 +16,12 @@ mod credentials;
 mod link;
 mod subject;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, sync::Arc};
 
 pub use credentials::{ClientCredentials, CredentialsError, ServerCredentials};
 use link::TlsLink;
 
-use super::{Connect, Link, Listen, Stop, Wake};
+use super::{Connect, Context, Link, Listen, Wake};
 
 /// Opens connections and makes each a session.
 pub struct TlsConnector {
@@ -46,10 +46,10 @@ impl TlsConnector {
 }
 
 impl Connect for TlsConnector {
-    fn connect(&self, stop: &Stop, limit: Duration) -> io::Result<Box<dyn Link>> {
-        let end = super::deadline(limit);
-        let link = self.inner.connect(stop, limit)?;
-        let _watch = stop.watch(link.waker());
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        let end = super::deadline(context.connect_timeout);
+        let link = self.inner.connect(context)?;
+        let _watch = context.stop.watch(link.waker());
         let mut session = TlsLink::client(link, &self.credentials)?;
         session.handshake(Some(end))?;
         Ok(Box::new(session))
@@ -91,12 +91,12 @@ impl TlsListener {
 }
 
 impl Listen for TlsListener {
-    fn accept(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        self.inner.accept()?.map(|link| self.session(link)).transpose()
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        self.inner.accept(context)?.map(|link| self.session(link)).transpose()
     }
 
-    fn accept_waiting(&mut self) -> io::Result<Option<Box<dyn Link>>> {
-        self.inner.accept_waiting()?.map(|link| self.session(link)).transpose()
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        self.inner.accept_waiting(context)?.map(|link| self.session(link)).transpose()
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

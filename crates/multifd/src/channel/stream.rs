@@ -1,0 +1,143 @@
+//! A link as a plain byte stream.
+
+use std::{
+    fmt,
+    io::{self, Read, Write},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{CloseWatch, Context, Link, StallTimer, Stop, Wake, stall_timer};
+use crate::{
+    ram::{Part, PartMut},
+    sync_types::Instant,
+};
+
+/// A link as a plain byte stream: what carries the main stream.
+pub struct Stream {
+    link: Box<dyn Link>,
+    /// Bytes that were received while finding out what this connection is.
+    seen: Vec<u8>,
+    stall_timer: StallTimer,
+    timeout: Option<Duration>,
+}
+
+impl Stream {
+    /// A stream over `link`, which was made with the same `context`. A read whose [time](Self::set_read_timeout) is over
+    /// goes on as long as another connection of the migration moves bytes.
+    pub fn new(link: Box<dyn Link>, context: &Context) -> Self {
+        Self::resumed(link, context, Vec::new())
+    }
+
+    /// A stream over `link` from which `seen` was received before.
+    pub(crate) fn resumed(link: Box<dyn Link>, context: &Context, seen: Vec<u8>) -> Self {
+        Self { link, seen, stall_timer: context.stall_timer.clone(), timeout: None }
+    }
+
+    /// The other end, for messages.
+    pub fn peer(&self) -> String {
+        self.link.peer()
+    }
+
+    /// What shuts the connection down, from any thread.
+    pub fn waker(&self) -> Arc<dyn Wake> {
+        self.link.waker()
+    }
+
+    /// What ends writing alone, from any thread: see [`Link::send_waker`].
+    pub fn write_waker(&self) -> Arc<dyn Wake> {
+        self.link.send_waker()
+    }
+
+    /// Has `stop` fail with what `judge` makes of the other end, whatever this end waits for, until the returned guard is
+    /// dropped: see [`CloseWatch::start`]. `None` if the link cannot tell, or the system refuses.
+    pub fn watch_peer(
+        &self,
+        stop: &Stop,
+        grace: Duration,
+        judge: impl Fn(&[u8], bool) -> Option<crate::Error> + Send + 'static,
+    ) -> Option<CloseWatch> {
+        let signal = self.link.peer_signal();
+        let watch = signal.and_then(|signal| {
+            signal.map(|signal| CloseWatch::start(signal, stop.clone(), grace, judge)).transpose()
+        });
+        watch.unwrap_or_else(|error| {
+            tracing::warn!(peer = self.peer(), %error, "its closing is noticed late");
+            None
+        })
+    }
+
+    /// How long a read waits for the first byte; `None` is for ever.
+    ///
+    /// # Errors
+    /// If the system refuses it.
+    pub fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.timeout = limit;
+        self.link.set_recv_timeout(limit.map(stall_timer::interval))
+    }
+
+    /// Whether something has come, or the end, that was not read yet: see [`Link::is_readable`].
+    ///
+    /// # Errors
+    /// If the system refuses to tell.
+    pub fn is_readable(&mut self) -> io::Result<bool> {
+        if self.seen.is_empty() { self.link.is_readable() } else { Ok(true) }
+    }
+
+    /// Says that nothing more is written.
+    ///
+    /// # Errors
+    /// If the connection is broken.
+    pub fn close_write(&mut self) -> io::Result<()> {
+        self.link.close_send()
+    }
+
+    /// Takes leave, where there is no return path that ends the migration: see [`Link::finish`].
+    ///
+    /// # Errors
+    /// If it is known that the other end has failed.
+    pub fn finish(&mut self) -> io::Result<()> {
+        self.link.finish()
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream").field("peer", &self.peer()).finish_non_exhaustive()
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.seen.is_empty() {
+            let len = buffer.len().min(self.seen.len());
+            buffer[..len].copy_from_slice(&self.seen[..len]);
+            self.seen.drain(..len);
+            return Ok(len);
+        }
+        let mut parts = [PartMut::from(buffer)];
+        let Some(limit) = self.timeout else { return self.link.recv(&mut parts) };
+        let begun = Instant::now();
+        loop {
+            match self.link.recv(&mut parts) {
+                // Not the system's own: that one is of a host that has gone.
+                Err(error)
+                    if error.kind() == io::ErrorKind::TimedOut
+                        && error.get_ref().is_none()
+                        && error.raw_os_error().is_none()
+                        && !self.stall_timer.left_of(limit, begun).is_zero() => {}
+                received => return received,
+            }
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.link.send(&[Part::from(buffer)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
