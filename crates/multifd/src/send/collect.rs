@@ -97,8 +97,7 @@ impl Sender {
         }
         let mut at = first.0;
         while at < end {
-            let copier = self.shared.as_ref().and_then(|shared| shared.copier.as_ref());
-            let border = copier.map(|copier| copier.border(block, PageIndex(at)));
+            let border = self.targets.as_ref().map(|targets| targets.border(block, PageIndex(at)));
             if !self.hand.takes(block) || border == Some(at) && self.hand.is_worth_a_way() {
                 self.hand_over()?;
             }

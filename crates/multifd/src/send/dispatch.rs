@@ -7,7 +7,7 @@
 
 use std::{collections::VecDeque, sync::PoisonError};
 
-use super::in_flight::DEPTH;
+use super::zero_copy::DEPTH;
 use crate::{
     batch::Batch,
     channel::{Stop, Wake},

@@ -1,34 +1,35 @@
 //! The source's side of the channels.
 //!
 //! ```text
-//!   collect            dispatch                draw, emit (a thread a channel)
+//!   collect            dispatch                worker, packets (a thread a channel)
 //! queue(page) ─▶ Batch ═══swap═══▶ ready ──next──▶ multifdsend_0 ─▶ Link
 //!                  ▲                  │     └────▶ multifdsend_1 ─▶ Link
 //!                  └────── free ◀─────┴── done ──────────┘
 //! sync() ──────────────── raises the sync number ──▶ one SYNC on every channel
 //! ```
 //!
-//! A sender that is [set up into](Sender::set_up_into) other blocks has no links: its channels copy (`copy.rs`).
+//! A sender that is [set up into](Sender::set_up_into) other blocks has no links: its channels copy (`copies.rs`).
 //!
 //! The collector belongs to one thread, the caller's. Batches have one owner at a time. No lock is held while bytes
 //! are written. This module knows nothing of the main stream.
 
 mod collect;
-mod copier;
-mod copy;
+mod copies;
 mod dispatch;
-mod draw;
-mod emit;
-mod in_flight;
+mod file_pages;
 #[cfg(shuttle)]
 pub mod model;
+mod packets;
 mod shared;
+mod worker;
+mod zero_copy;
 
 use std::sync::{Arc, atomic::AtomicU64};
 
 pub use collect::Synced;
-use copier::Copier;
+use copies::{Copies, Targets};
 use dispatch::Dispatch;
+use packets::Packets;
 use shared::Shared;
 
 use crate::{
@@ -55,6 +56,8 @@ pub struct Sender {
     blocks: Arc<RamBlocks>,
     stop: Stop,
     hand: Batch,
+    /// Of channels that copy instead of sending.
+    targets: Option<Arc<Targets>>,
     shared: Option<Arc<Shared>>,
     threads: Vec<JoinHandle<()>>,
     /// Has the channels and the collector woken at the stop, for as long as the sender lives.
@@ -70,7 +73,16 @@ impl Sender {
         options.check()?;
         sendable::check_whole_pages(&blocks)?;
         let hand = Batch::new(blocks.page_size());
-        Ok(Self { options, blocks, stop, hand, shared: None, threads: Vec::new(), watch: None })
+        Ok(Self {
+            options,
+            blocks,
+            stop,
+            hand,
+            targets: None,
+            shared: None,
+            threads: Vec::new(),
+            watch: None,
+        })
     }
 
     /// Starts the channels' threads, each of which connects. Returns at once; a connect that fails stops the
@@ -95,8 +107,10 @@ impl Sender {
         }
         let (channels, page_size) = (self.options.channels, self.blocks.page_size());
         let dispatch = Dispatch::new(channels, page_size, self.options.zero_copy_send);
-        let options = self.options.clone();
-        self.start(dispatch, None, move |id, shared| emit::run(id, shared, &options, &*connector))
+        let (options, locked) = (self.options.clone(), Arc::new(zero_copy::Shared::default()));
+        self.start(dispatch, move |id, shared| {
+            worker::run(id, shared, || Packets::connect(id, shared, &options, &*connector, &locked));
+        })
     }
 
     /// Instead of [`set_up`](Sender::set_up): the channels connect to nobody, and copy each page to its place in
@@ -119,17 +133,19 @@ impl Sender {
         if self.options.zero_copy_send {
             return Err(Usage::ForConnections("zero-copy-send").into());
         }
-        let copier = Copier::new(&self.blocks, target)?;
-        self.hand = Batch::with_room(copier.room());
-        let dispatch = Dispatch::for_copies(self.options.channels, copier.room());
-        self.start(dispatch, Some(copier), copy::run)
+        let targets = Arc::new(Targets::new(&self.blocks, target)?);
+        self.hand = Batch::with_room(targets.room());
+        let dispatch = Dispatch::for_copies(self.options.channels, targets.room());
+        self.targets = Some(targets.clone());
+        self.start(dispatch, move |id, shared| {
+            worker::run(id, shared, || Ok(Copies::begin(id, shared, &targets)));
+        })
     }
 
     /// Starts the channels' threads, each of which lives as `run` says.
     fn start(
         &mut self,
         dispatch: Dispatch,
-        copier: Option<Copier>,
         run: impl Fn(ChannelId, &Shared) + Clone + Send + 'static,
     ) -> Result<()> {
         self.stop.check()?;
@@ -138,9 +154,7 @@ impl Sender {
             blocks: self.blocks.clone(),
             stop: self.stop.clone(),
             dispatch,
-            copier,
             packet_num: AtomicU64::new(0),
-            in_flight: in_flight::Shared::default(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(channels.into()).collect(),
         });
         self.watch = Some(self.stop.watch(Arc::new(WakeDispatch(shared.clone()))));

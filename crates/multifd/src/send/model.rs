@@ -1,18 +1,21 @@
 //! Models of the [`Dispatch`]: collector and channels at their meeting point.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`. A channel is what
-//! `emit.rs` is to the dispatch, without a connection.
+//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`. A channel is
+//! what works, without a connection.
 
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex as Note},
 };
 
-use super::dispatch::{Dispatch, Job};
+use super::{
+    dispatch::{Dispatch, Job},
+    worker::{Carrier, work},
+};
 use crate::{
     batch::{Batch, Kind},
     channel::{Stop, Wake},
-    error::Error,
+    error::{Error, Result},
     ram::{BlockIndex, PageIndex, PageSize},
     sync_types::{
         Condvar, Mutex,
@@ -36,27 +39,38 @@ fn channel(dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
     channel_that_keeps(0, dispatch, carried)
 }
 
-/// As one whose pages the system sends in place: it gives the oldest batch back once it has more than `most`.
+/// As one whose pages the system sends in place: it gives the oldest batch back once it has more than `most`. Its SYNCs are
+/// counted.
 fn channel_that_keeps(most: usize, dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
     let (dispatch, carried) = (dispatch.clone(), carried.clone());
     thread::spawn(move || {
-        dispatch.connected();
-        let (mut kept, mut done, mut synced) = (VecDeque::new(), None, 0);
-        loop {
-            match dispatch.next(done.take(), synced) {
-                Job::Batch(batch) => {
-                    carried.lock().expect("whole").push((synced, batch.normal()[0].0));
-                    kept.push_back(batch);
-                    done = if kept.len() > most { kept.pop_front() } else { None };
-                }
-                Job::Sync => {
-                    synced += 1;
-                    dispatch.synced();
-                }
-                Job::End => return synced,
-            }
-        }
+        let mut synced = 0;
+        let channel = Keeping { most, carried, kept: VecDeque::new(), synced: &mut synced };
+        work(&dispatch, channel).expect("it never fails");
+        synced
     })
+}
+
+struct Keeping<'a> {
+    most: usize,
+    carried: Carried,
+    kept: VecDeque<Batch>,
+    synced: &'a mut u64,
+}
+
+impl Carrier for Keeping<'_> {
+    fn carry(&mut self, batch: Batch) -> Result<Option<Batch>> {
+        self.carried.lock().expect("whole").push((*self.synced, batch.normal()[0].0));
+        self.kept.push_back(batch);
+        Ok(if self.kept.len() > self.most { self.kept.pop_front() } else { None })
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        *self.synced += 1;
+        Ok(())
+    }
+
+    fn end(self) {}
 }
 
 /// More batches than the eight there are, so the collector waits for empty ones: all of them come back, each is carried
@@ -185,7 +199,7 @@ pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
             dispatch.sync(&stop)?;
         }
     });
-    let error: crate::error::Result<()> = collected;
+    let error: Result<()> = collected;
     assert_eq!(error.expect_err("broken").to_string(), "a channel broke");
     lasting.join().expect("no panic");
     breaking.join().expect("no panic");

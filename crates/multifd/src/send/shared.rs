@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, atomic::AtomicU64};
 
-use super::{copier::Copier, dispatch::Dispatch, in_flight};
+use super::dispatch::Dispatch;
 use crate::{channel::Stop, ram::RamBlocks, stats::ChannelCounters};
 
 /// What the channels' threads share with the collector.
@@ -12,12 +12,8 @@ pub(super) struct Shared {
     /// Locked within; see `docs/develop/concurrency.md`.
     pub(super) stop: Stop,
     pub(super) dispatch: Dispatch,
-    /// Of channels that copy instead of sending.
-    pub(super) copier: Option<Copier>,
     /// Drawn by each channel as it fills a head.
     pub(super) packet_num: AtomicU64,
-    /// Of sending in place.
-    pub(super) in_flight: in_flight::Shared,
     /// Each written by its channel only.
     pub(super) counters: Box<[ChannelCounters]>,
 }

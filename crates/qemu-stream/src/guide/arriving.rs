@@ -9,7 +9,7 @@
 //!     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?; // port 0 takes a free one
 //!     let address = listener.local_address().clone();
 //!     # let source = std::thread::spawn(move || -> Result<u64, Error> {
-//!     #     use multifd::ram::{BlockName, PageSize};
+//!     #     use multifd::ram::{BlockName, Mapping, Memory, PageSize, RamBlock, RamBlocks};
 //!     #     let memory = Memory::Mapped(Mapping::anonymous(2 << 20).expect("memory"));
 //!     #     let name = BlockName::new("ram").expect("a name");
 //!     #     let block = RamBlock::new(name, 2 << 20, PageSize::KIB_4, memory)?;

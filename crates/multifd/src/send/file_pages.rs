@@ -1,4 +1,4 @@
-//! Pages of a block that lives in a file are drawn into a buffer of the channel's, one read for each run of neighbours.
+//! Pages of a block that lives in a file are read into a buffer of the channel's, one read for each run of neighbours.
 //!
 //! Pages in mapped memory stay where they are. Where the file is read past the page cache, this is what aligns.
 
@@ -11,11 +11,11 @@ use crate::{
 
 /// The buffer, made when first needed.
 #[derive(Default)]
-pub(super) struct Drawer(AlignedBuffer);
+pub(super) struct FilePages(AlignedBuffer);
 
-impl Drawer {
+impl FilePages {
     /// The pages, one behind the other; `None` if they are in mapped memory.
-    pub(super) fn draw(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<Option<&[u8]>> {
+    pub(super) fn read(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<Option<&[u8]>> {
         if block.slice(PageIndex(0), 0).is_some() {
             return Ok(None);
         }

@@ -1,7 +1,7 @@
 //! Batches whose pages the system sends from where they are.
 //!
 //! ```text
-//! emit ── pages ──▶ ZeroCopy::send_in_place ──▶ calls under way ──completed──▶ the batch goes back
+//! carry ── pages ──▶ ZeroCopy::send_in_place ──▶ calls under way ──completed──▶ the batch goes back
 //! ```
 //!
 //! Up to [`DEPTH`] batches of a channel are under way; before the next one the oldest is waited for, and before a SYNC
@@ -66,7 +66,7 @@ impl<'a> InFlight<'a> {
             let before = self.shared.completed.load(Ordering::Relaxed);
             self.shared.calls.fetch_add(1, Ordering::Relaxed);
             self.calls += 1;
-            let sent = zero_copy(link)?.send_in_place(parts);
+            let sent = of(link)?.send_in_place(parts);
             if !matches!(sent, Ok(1..)) {
                 self.calls -= 1;
                 self.shared.calls.fetch_sub(1, Ordering::Relaxed);
@@ -125,7 +125,7 @@ impl<'a> InFlight<'a> {
 
     fn wait(&mut self, link: &mut dyn Link, calls: u64) -> io::Result<()> {
         if self.completed < calls {
-            let (completed, copied) = zero_copy(link)?.completed(calls)?;
+            let (completed, copied) = of(link)?.completed(calls)?;
             let more = completed - self.completed;
             self.shared.completed.fetch_add(more, Ordering::Relaxed);
             self.shared.calls.fetch_sub(more, Ordering::Relaxed);
@@ -141,9 +141,11 @@ impl Drop for InFlight<'_> {
     }
 }
 
+/// The connection's way to send from where bytes are.
+///
 /// # Errors
-/// [`io::ErrorKind::Unsupported`] if the connection cannot.
-pub(super) fn zero_copy(link: &mut dyn Link) -> io::Result<&mut dyn ZeroCopy> {
+/// [`io::ErrorKind::Unsupported`] if it has none.
+pub(super) fn of(link: &mut dyn Link) -> io::Result<&mut dyn ZeroCopy> {
     link.zero_copy().ok_or_else(|| io::ErrorKind::Unsupported.into())
 }
 

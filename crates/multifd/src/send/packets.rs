@@ -1,6 +1,7 @@
-//! A channel's thread: it connects, introduces itself, and sends one packet after the other.
+//! A channel that sends packets over a connection.
 //!
-//! It owns its connection, its buffers and its codec. A packet is one call: the head and the pages, neighbours as one
+//! It connects, says which channel it is, and sends one packet for each batch and each sync point. It owns its connection,
+//! its buffers and its codec. A packet is one call: the head and the pages, neighbours as one
 //! vector, straight from guest memory. Pages that nobody has looked at yet are looked at here, so that finding zeros is
 //! spread over the channels.
 
@@ -10,10 +11,10 @@ use arrayvec::ArrayVec;
 use rustix::io::Errno;
 
 use super::{
-    dispatch::Job,
-    draw::{Drawer, unread},
-    in_flight::{self, InFlight},
+    file_pages::{FilePages, unread},
     shared::Shared,
+    worker::Carrier,
+    zero_copy::{self, InFlight},
 };
 use crate::{
     batch::Batch,
@@ -26,38 +27,30 @@ use crate::{
     wire::{ChannelId, HeadBuffer, Initial},
 };
 
-/// The life of a channel. An error ends the whole migration.
-pub(super) fn run(id: ChannelId, shared: &Shared, options: &SendOptions, connector: &dyn Connect) {
-    let _alarm = shared.stop.alarm("a channel's thread");
-    let emitted = Emitter::connect(id, shared, options, connector).and_then(Emitter::emit);
-    if let Err(error) = emitted {
-        tracing::debug!(channel = id.0, %error, "multifd_send_error");
-        shared.stop.fail(error.on_channel(id));
-    }
-    tracing::debug!(channel = id.0, "multifd_send_thread_end");
-}
-
-struct Emitter<'a> {
+/// A connected channel.
+pub(super) struct Packets<'a> {
     id: ChannelId,
     shared: &'a Shared,
     counters: &'a ChannelCounters,
     link: Box<dyn Link>,
     head: HeadBuffer,
-    drawer: Drawer,
+    file_pages: FilePages,
     encoder: Option<Box<dyn Encode>>,
     /// With `zero-copy-send`.
-    in_flight: Option<InFlight<'a>>,
+    zero_copy: Option<InFlight<'a>>,
     options: &'a SendOptions,
     stall_timer: StallTimer,
     _watch: Watch,
 }
 
-impl<'a> Emitter<'a> {
-    fn connect(
+impl<'a> Packets<'a> {
+    /// Connects channel `id` and sends its initial packet.
+    pub(super) fn connect(
         id: ChannelId,
         shared: &'a Shared,
         options: &'a SendOptions,
         connector: &dyn Connect,
+        locked: &'a zero_copy::Shared,
     ) -> Result<Self> {
         let target = connector.target();
         tracing::debug!(channel = id.0, %target, "multifd_new_send_channel_async");
@@ -66,61 +59,32 @@ impl<'a> Emitter<'a> {
             .connect(&context)
             .map_err(|error| Error::io(format!("connect to {target}{}", hint(&error)), error))?;
         if options.zero_copy_send {
-            let enabled = in_flight::zero_copy(&mut *link).and_then(|zero_copy| zero_copy.enable());
+            let enabled = zero_copy::of(&mut *link).and_then(|link| link.enable());
             enabled.map_err(|error| match error.kind() {
                 io::ErrorKind::Unsupported => Usage::ZeroCopy("over anything but plain TCP").into(),
                 _ => Error::io(format!("switch zero-copy-send on for {target}"), error),
             })?;
-            in_flight::check_limit().map_err(|error| Error::io(format!("send to {target}"), error))?;
+            zero_copy::check_limit().map_err(|error| Error::io(format!("send to {target}"), error))?;
         }
-        let mut emitter = Self {
+        let mut packets = Self {
             id,
             shared,
             counters: &shared.counters[usize::from(id.0)],
             _watch: shared.stop.watch_failure(link.waker()),
             link,
             head: HeadBuffer::new(shared.blocks.page_size()),
-            drawer: Drawer::default(),
+            file_pages: FilePages::default(),
             encoder: options.method.encoder(options.levels)?,
-            in_flight: options.zero_copy_send.then(|| InFlight::new(&shared.in_flight)),
+            zero_copy: options.zero_copy_send.then(|| InFlight::new(locked)),
             options,
             stall_timer: context.stall_timer,
         };
         let initial = Initial { uuid: options.uuid, id }.encode();
-        send_all(&mut *emitter.link, &mut [Part::from(&initial[..])])
-            .map_err(|error| emitter.broken("send the initial packet", error))?;
-        emitter.counters.add_bytes(initial.len() as u64);
-        shared.dispatch.connected();
-        tracing::debug!(channel = id.0, peer = emitter.link.peer(), "multifd_send_thread_start");
-        Ok(emitter)
-    }
-
-    fn emit(mut self) -> Result<()> {
-        let (mut done, mut synced) = (None, 0);
-        loop {
-            match self.shared.dispatch.next(done.take(), synced) {
-                Job::Batch(mut batch) => {
-                    self.pages(&mut batch)?;
-                    done = match &mut self.in_flight {
-                        Some(in_flight) => in_flight
-                            .carried(&mut *self.link, batch)
-                            .map_err(|error| self.broken("wait for what was sent", error))?,
-                        None => Some(batch),
-                    };
-                }
-                Job::Sync => {
-                    self.sync()?;
-                    synced += 1;
-                    self.shared.dispatch.synced();
-                }
-                Job::End => break,
-            }
-        }
-        if self.shared.stop.error().is_none() {
-            // Everything was sent and the destination has said so; how it takes our leave changes nothing.
-            let _ = self.link.close_send();
-        }
-        Ok(())
+        send_all(&mut *packets.link, &mut [Part::from(&initial[..])])
+            .map_err(|error| packets.broken("send the initial packet", error))?;
+        packets.counters.add_bytes(initial.len() as u64);
+        tracing::debug!(channel = id.0, peer = packets.link.peer(), "multifd_send_thread_start");
+        Ok(packets)
     }
 
     fn pages(&mut self, batch: &mut Batch) -> Result<()> {
@@ -129,16 +93,16 @@ impl<'a> Emitter<'a> {
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
         let (normal, zero) = (batch.normal(), batch.zero());
         let plain = normal.len() * block.page_size().bytes();
-        let drawn = self.drawer.draw(block, normal)?;
+        let read = self.file_pages.read(block, normal)?;
         let payload = match &mut self.encoder {
             Some(encoder) if !normal.is_empty() => {
-                let pages = match drawn {
+                let pages = match read {
                     Some(bytes) => Pages::Private(bytes, block.page_size()),
                     None => Pages::Mapped(block, normal),
                 };
                 Some(encoder.encode(&pages)?)
             }
-            _ => drawn,
+            _ => read,
         };
         let payload_len = payload.map_or(plain, <[u8]>::len);
         tracing::trace!(
@@ -156,7 +120,7 @@ impl<'a> Emitter<'a> {
         let bytes = head.len() + payload_len;
         let sent = {
             let mut parts: ArrayVec<Part<'_>, MAX_PARTS> = ArrayVec::new();
-            match (&mut self.in_flight, payload) {
+            match (&mut self.zero_copy, payload) {
                 (Some(in_flight), None) if !normal.is_empty() => {
                     parts.extend(in_place(block, normal));
                     send_all_more(&mut *self.link, Part::from(head))
@@ -187,8 +151,24 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
+    fn broken(&self, doing: impl std::fmt::Display, error: io::Error) -> Error {
+        Error::io(format!("{doing} to {}{}", self.link.peer(), hint(&error)), error)
+    }
+}
+
+impl Carrier for Packets<'_> {
+    fn carry(&mut self, mut batch: Batch) -> Result<Option<Batch>> {
+        self.pages(&mut batch)?;
+        match &mut self.zero_copy {
+            Some(in_flight) => in_flight
+                .carried(&mut *self.link, batch)
+                .map_err(|error| self.broken("wait for what was sent", error)),
+            None => Ok(Some(batch)),
+        }
+    }
+
     fn sync(&mut self) -> Result<()> {
-        if let Some(in_flight) = &mut self.in_flight {
+        if let Some(in_flight) = &mut self.zero_copy {
             let settled = in_flight.settle(&mut *self.link);
             let copied = settled.map_err(|error| self.broken("wait for what was sent", error))?;
             self.counters.add_missed_zero_copy(copied);
@@ -203,8 +183,11 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    fn broken(&self, doing: impl std::fmt::Display, error: io::Error) -> Error {
-        Error::io(format!("{doing} to {}{}", self.link.peer(), hint(&error)), error)
+    fn end(mut self) {
+        if self.shared.stop.error().is_none() {
+            // Everything was sent and the destination has said so; how it takes the end of the connection changes nothing.
+            let _ = self.link.close_send();
+        }
     }
 }
 
