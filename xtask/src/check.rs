@@ -25,10 +25,10 @@ pub(crate) fn run() -> Result<(), Failure> {
     step("file lengths", length::check)?;
     step("plain words", words::check)?;
     step("module files", modules::check)?;
-    step("arrows point one way (sources)", arrows::check)?;
+    step("dependencies point one way (sources)", arrows::check)?;
     step("no circles of imports", arrows::circles::check)?;
     let metadata = step("lock file", deps::metadata)?;
-    step("arrows point one way (packages)", || deps::check(&metadata))?;
+    step("dependencies point one way (packages)", || deps::check(&metadata))?;
     step("licences", || licences::check(&metadata))?;
     step("advisories", advisories::check)?;
     step("cargo deny", deny::check)?;

@@ -131,12 +131,12 @@ const USAGE: &str = "usage: cargo xtask <task>
                   fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
   qemu            fetch the QEMUs the interop tests talk to, under target/qemu
   fuzz [--seconds N] [TARGET]...
-                  run the fuzz targets, or those named, for N seconds each, 60 unless told
+                  run the fuzz targets, or those named, for N seconds each (default 60)
   soak [--minutes N] [--seed S] [--migrations N]
-                  migrate in random ways, with faults in most, for N minutes, 10 unless told; a seed names each
+                  migrate in random ways, with faults in most, for N minutes, default 10; a seed names each
   soak --lives [--minutes N | --lives-count N] [--steps N] [--seed S]
                   live whole lives of machines that hop, are captured and restored, with faults in most steps, for N
-                  minutes or N lives, of 10 steps unless told; a seed names each life
+                  minutes or N lives, of 10 steps by default; a seed names each life
   bench [--rounds N] [--ram MIB] [--list] [CASE]...
                   measure the engine against QEMU and iperf3, in turns; all cases unless some are named
   bench --micro [NAME]

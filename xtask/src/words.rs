@@ -173,10 +173,17 @@ fn literal(text: &str, line: usize) -> impl Iterator<Item = Piece<'_>> {
 }
 
 const LIST: &str = include_str!("../words.txt");
-/// Pages for users outside of these folders.
-const PAGES: [&str; 4] = ["README.md", "SECURITY.md", "docs/README.md", "crates/guest-ram/README.md"];
-/// Folders with pages for users.
-const FOLDERS: [&str; 2] = ["docs/embed", "docs/use"];
+/// Pages outside of these folders.
+const PAGES: [&str; 6] = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "SECURITY.md",
+    "crates/guest-ram/README.md",
+    "docs/README.md",
+];
+/// Folders with pages for people.
+const FOLDERS: [&str; 4] = ["docs/decisions", "docs/develop", "docs/embed", "docs/use"];
 /// The sources whose first pages are the manual for embedders.
 const MANUAL: [&str; 3] =
     ["crates/multifd/src/lib.rs", "crates/qemu-stream/src/guide/", "crates/qemu-stream/src/lib.rs"];
