@@ -120,7 +120,7 @@ fn changed(library: &str, changes: &[String]) -> String {
 }
 
 /// Those that others build on.
-const LIBRARIES: [&str; 3] = ["guest-ram", "multifd", "qemu-stream"];
+pub(crate) const LIBRARIES: [&str; 3] = ["guest-ram", "multifd", "qemu-stream"];
 /// The form of the JSON that can be read: `format_version` of the compiler that `rust-version` names.
 const FORMAT: u64 = 57;
 /// Set for the program that stands in for rustdoc: where the real one is.

@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use cargo_metadata::Metadata;
+
 use crate::step::{cargo, run as run_command, step};
 use crate::{
     Failure, advisories, api, arrows, deny, deps, length, licences, modules, publish, words, workspace_root,
@@ -32,10 +34,12 @@ pub(crate) fn run() -> Result<(), Failure> {
     step("licences", || licences::check(&metadata))?;
     step("advisories", advisories::check)?;
     step("cargo deny", deny::check)?;
-    for (name, features) in FEATURE_SETS {
-        step(&format!("clippy, {name}"), || {
-            run_command(clippy().args(features).args(["--", "-D", "warnings"]))
-        })?;
+    for sets in [WORKSPACE.map(<[&str]>::to_vec).to_vec(), alone(&metadata)] {
+        for set in sets {
+            step(&format!("clippy {}", set.join(" ")), || {
+                run_command(clippy().args(&set).args(["--", "-D", "warnings"]))
+            })?;
+        }
     }
     step("rustdoc", || {
         let mut doc = cargo();
@@ -52,19 +56,22 @@ fn clippy() -> Command {
     clippy
 }
 
-/// In a run over the workspace the program switches features of the libraries on, so each of these is also looked at
-/// alone: as an embedder builds it.
-const FEATURE_SETS: [(&str, &[&str]); 12] = [
-    ("default features", &["--workspace"]),
-    ("no features", &["--workspace", "--no-default-features"]),
-    ("all features", &["--workspace", "--all-features"]),
-    ("guest RAM alone", &["-p", "guest-ram"]),
-    ("guest RAM with kvm", &["-p", "guest-ram", "--features", "kvm"]),
-    ("guest RAM with vm-memory", &["-p", "guest-ram", "--features", "vm-memory"]),
-    ("guest RAM with pagemap", &["-p", "guest-ram", "--features", "pagemap"]),
-    ("the engine alone", &["-p", "multifd"]),
-    ("the engine with serde", &["-p", "multifd", "--features", "serde"]),
-    ("the engine with zlib", &["-p", "multifd", "--features", "zlib"]),
-    ("the engine with zstd", &["-p", "multifd", "--features", "zstd"]),
-    ("the main stream alone", &["-p", "qemu-stream"]),
-];
+/// In a run over the workspace the program switches features of the libraries on, so each library is also checked alone,
+/// without features and with each one: as an embedder builds it.
+fn alone(metadata: &Metadata) -> Vec<Vec<&str>> {
+    let mut sets = Vec::new();
+    for library in api::LIBRARIES {
+        sets.push(vec!["-p", library]);
+        let package =
+            metadata.workspace_packages().into_iter().find(|package| package.name.as_str() == library);
+        let features = package.into_iter().flat_map(|package| package.features.keys());
+        // Those of a name like this belong to others.
+        for feature in features.filter(|feature| *feature != "default" && !feature.starts_with('_')) {
+            sets.push(vec!["-p", library, "--features", feature]);
+        }
+    }
+    sets
+}
+
+const WORKSPACE: [&[&str]; 3] =
+    [&["--workspace"], &["--workspace", "--no-default-features"], &["--workspace", "--all-features"]];

@@ -6,7 +6,7 @@
 use std::{hint::black_box, io, sync::Arc, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-#[cfg(all(feature = "zlib", feature = "zstd"))]
+#[cfg(feature = "compression")]
 use multifd::Method;
 use multifd::{
     SendOptions, Sender,
@@ -122,7 +122,7 @@ fn sync(c: &mut Criterion) {
 }
 
 /// A packet packed by one channel, at level 1, of what memory may hold. The program that runs stands for programs.
-#[cfg(all(feature = "zlib", feature = "zstd"))]
+#[cfg(feature = "compression")]
 fn pack(c: &mut Criterion) {
     let program = std::fs::read(std::env::current_exe().expect("a path")).expect("a file");
     let mut random = fastrand::Rng::with_seed(1);
@@ -169,7 +169,7 @@ fn pack(c: &mut Criterion) {
     group.finish();
 }
 
-#[cfg(not(all(feature = "zlib", feature = "zstd")))]
+#[cfg(not(feature = "compression"))]
 fn pack(_: &mut Criterion) {}
 
 /// Pages of the sender's block.

@@ -19,7 +19,7 @@
 //! | [`channel`] | addresses, links, the one [`Stop`](channel::Stop) |
 //! | [`Sender`], [`Receiver`] | the two ends of the channels |
 //! | [`live`] | passes, switchover, states |
-//! | [`parameters`] | the ranges of the options |
+//! | [`parameters`] | the ranges and defaults of the options |
 //!
 //! This crate does not write the main stream. `qemu-stream` does, or your own implementation of [`live::Main`].
 //!
@@ -74,20 +74,18 @@ pub mod live;
 pub mod model;
 mod options;
 mod outcome;
-pub mod parameters;
 mod recv;
 mod send;
 mod sendable;
-#[cfg(feature = "serde")]
-mod settings;
 mod stats;
 mod sync_types;
 pub mod wire;
 
-pub use compress::Method;
+pub use compress::{Level, Method};
 pub use error::{Error, Fault, Result};
 /// Guest RAM: blocks, memory and files, dirty bits. All of the crate `guest-ram`.
 pub use guest_ram as ram;
+pub use options::parameters;
 pub use options::{ChannelCount, ChannelsFrom, ReceiveOptions, SendOptions};
 pub use recv::{Arrived, MayMiss, Receiver, RecvCounters};
 pub use send::{SendCounters, Sender, Synced};

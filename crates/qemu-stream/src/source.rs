@@ -28,6 +28,7 @@ use multifd::{
     Error, Result, SendOptions, Sender,
     channel::{Connect, Context, Stop, Stream},
     live::{Control, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
+    parameters::{CONNECT_TIMEOUT, STALL_TIMEOUT},
     ram::{DirtyLog, RamBlocks},
 };
 
@@ -82,8 +83,8 @@ impl SourceOptions {
             channels: None,
             send: SendOptions::new(),
             migrate: MigrateOptions::new(),
-            connect_timeout: Context::CONNECT_TIMEOUT,
-            stall_timeout: Some(Duration::from_secs(120)),
+            connect_timeout: CONNECT_TIMEOUT.default_time(),
+            stall_timeout: Some(STALL_TIMEOUT.default_time()),
             end_timeout: Some(END),
             verdict_timeout: VERDICT,
         }

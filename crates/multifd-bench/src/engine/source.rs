@@ -126,7 +126,7 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
         Some(file) => SourceOptions::of_file(file),
     };
     let method: Method = go.method.parse()?;
-    let send = SendOptions::new().method(method).zlib_level(1).zstd_level(1);
+    let send = SendOptions::new().method(method).level(method, 1);
     let options = options.channels(go.channels).send(send).migrate(one_pass());
     let source = Source::new(blocks.clone(), options, &stop)?;
     let info = source.migrate(&connector, &mut NeverDirty, &mut Stopped)?;

@@ -7,12 +7,15 @@ use multifd::{
     channel::Address,
     live::MigrateOptions,
     parameters::{
-        CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, DOWNTIME_LIMIT, MAX_CPU_THROTTLE, Range,
+        CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, DOWNTIME_LIMIT, MAX_CPU_THROTTLE, Parameter,
         THROTTLE_TRIGGER_THRESHOLD,
     },
 };
 
-use super::shared::{CompressionArgs, ZeroPagesArg, size};
+use super::{
+    compression::CompressionArgs,
+    shared::{ZeroPagesArg, size, small_default, within},
+};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DemoArgs {
@@ -34,7 +37,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
     pub(crate) avail_switchover_bandwidth: u64,
     /// Longest planned downtime of the guest in milliseconds
-    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=DOWNTIME_LIMIT.most))]
+    #[arg(long, value_name = "MS", default_value_t = DOWNTIME_LIMIT.default, value_parser = within(DOWNTIME_LIMIT))]
     pub(crate) downtime_limit: u64,
     #[command(flatten)]
     pub(crate) converge: ConvergeArgs,
@@ -56,19 +59,19 @@ pub(crate) struct ConvergeArgs {
     #[arg(long)]
     auto_converge: bool,
     /// First step of the throttle: percent of time that the guest is paused, 1 to 99
-    #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = percent(CPU_THROTTLE_INITIAL))]
+    #[arg(long, value_name = "PERCENT", default_value_t = small_default(CPU_THROTTLE_INITIAL), value_parser = percent(CPU_THROTTLE_INITIAL))]
     cpu_throttle_initial: u8,
     /// Further steps of the throttle: percent of time added with each step, 1 to 99
-    #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = percent(CPU_THROTTLE_INCREMENT))]
+    #[arg(long, value_name = "PERCENT", default_value_t = small_default(CPU_THROTTLE_INCREMENT), value_parser = percent(CPU_THROTTLE_INCREMENT))]
     cpu_throttle_increment: u8,
     /// Highest throttle: percent of time that the guest is paused, cpu-throttle-initial to 99
-    #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = percent(MAX_CPU_THROTTLE))]
+    #[arg(long, value_name = "PERCENT", default_value_t = small_default(MAX_CPU_THROTTLE), value_parser = percent(MAX_CPU_THROTTLE))]
     max_cpu_throttle: u8,
     /// Use a smaller step of the throttle if it is expected to be enough
     #[arg(long)]
     cpu_throttle_tailslow: bool,
     /// Throttle the guest if it writes more than this percentage of the bytes sent, 1 to 100
-    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = percent(THROTTLE_TRIGGER_THRESHOLD))]
+    #[arg(long, value_name = "PERCENT", default_value_t = small_default(THROTTLE_TRIGGER_THRESHOLD), value_parser = percent(THROTTLE_TRIGGER_THRESHOLD))]
     throttle_trigger_threshold: u8,
     /// Wait for a line on standard input after the guest is stopped
     #[arg(long)]
@@ -101,6 +104,6 @@ pub(crate) struct DemoDestinationArgs {
     pub(crate) listen: Address,
 }
 
-fn percent(range: Range) -> RangedU64ValueParser<u8> {
+fn percent(range: Parameter) -> RangedU64ValueParser<u8> {
     RangedU64ValueParser::new().range(range.least..=range.most)
 }

@@ -2,6 +2,7 @@
 //!
 //! A file a verb; what several verbs take is in `shared`.
 
+mod compression;
 mod demo;
 mod inspect;
 mod receive;

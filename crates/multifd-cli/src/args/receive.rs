@@ -3,9 +3,11 @@
 use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum};
-use multifd::{ChannelCount, ChannelsFrom, Method, channel::Address, error::Usage};
+use multifd::{
+    ChannelCount, ChannelsFrom, Method, channel::Address, error::Usage, parameters::STALL_TIMEOUT,
+};
 
-use super::shared::{OutputArgs, file_address, seconds};
+use super::shared::{OutputArgs, default_seconds, file_address, seconds};
 use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
@@ -32,7 +34,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) missing_pages: MissingPagesArg,
     /// Time limit in seconds for a source that sends nothing while data is expected; 0 = no limit
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = default_seconds(STALL_TIMEOUT))]
     stall_timeout: u64,
     /// Write pages from channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]

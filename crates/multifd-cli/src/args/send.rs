@@ -3,15 +3,23 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum};
-use multifd::{channel::Address, error::Usage, wire::VmUuid};
+use multifd::{
+    channel::Address,
+    error::Usage,
+    parameters::{CONNECT_TIMEOUT, MULTIFD_CHANNELS, STALL_TIMEOUT},
+    wire::VmUuid,
+};
 
-use super::shared::{CompressionArgs, OutputArgs, ZeroPagesArg, file_address, seconds, size};
+use super::{
+    compression::CompressionArgs,
+    shared::{OutputArgs, ZeroPagesArg, default_seconds, file_address, seconds, size, small_default},
+};
 use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {
     /// Number of channels; must equal the multifd-channels of the destination; 0 = the destination has multifd off
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = small_default(MULTIFD_CHANNELS))]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
@@ -28,10 +36,10 @@ pub(crate) struct SendArgs {
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
     /// Connect timeout in seconds, TLS handshake included; 0 = system default
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = default_seconds(CONNECT_TIMEOUT))]
     connect_timeout: u64,
     /// Time limit in seconds for a destination that accepts no data; 0 = no limit
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = default_seconds(STALL_TIMEOUT))]
     stall_timeout: u64,
     /// Time limit in seconds for the final confirmation of the destination; 0 = no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]

@@ -1,43 +1,15 @@
 //! What the command lines of several verbs have alike: flags, and how values are read.
 
-use std::{str::FromStr, time::Duration};
+use std::time::Duration;
 
 use clap::{
     Args as ClapArgs, ValueEnum,
-    builder::{OsStringValueParser, TypedValueParser},
+    builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser},
 };
-use multifd::{Method, SendOptions, live::ZeroPageDetection};
+use multifd::{live::ZeroPageDetection, parameters::Parameter};
 use parse_size::Config;
 
 use crate::file_address::FileAddress;
-
-/// How a source packs pages.
-#[derive(Clone, Copy, Debug, ClapArgs)]
-pub(crate) struct CompressionArgs {
-    /// Compression method: none, zlib or zstd; must equal the multifd-compression of the destination
-    #[arg(long, value_name = "METHOD", default_value = "none", value_parser = Method::from_str)]
-    multifd_compression: Method,
-    /// zlib level, 0 (stored) to 9 (smallest)
-    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=9))]
-    multifd_zlib_level: u8,
-    /// zstd level, 1 (fastest) to 20 (smallest); 0 = zstd's own default
-    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=20))]
-    multifd_zstd_level: u8,
-}
-
-impl CompressionArgs {
-    /// Whether pages are packed at all.
-    pub(crate) fn packs(self) -> bool {
-        self.multifd_compression != Method::None
-    }
-
-    pub(crate) fn apply(self, options: SendOptions) -> SendOptions {
-        options
-            .method(self.multifd_compression)
-            .zlib_level(self.multifd_zlib_level)
-            .zstd_level(self.multifd_zstd_level)
-    }
-}
 
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct OutputArgs {
@@ -73,6 +45,21 @@ impl ZeroPagesArg {
             Self::Multifd => ZeroPageDetection::Multifd,
         }
     }
+}
+
+/// The default of a parameter that is a time, in seconds.
+pub(super) const fn default_seconds(parameter: Parameter) -> u64 {
+    parameter.default_time().as_secs()
+}
+
+/// The default of a parameter that is at most 255.
+pub(super) fn small_default(parameter: Parameter) -> u8 {
+    u8::try_from(parameter.default).unwrap_or(u8::MAX)
+}
+
+/// A number within the range of `parameter`.
+pub(super) fn within(parameter: Parameter) -> RangedU64ValueParser<u64> {
+    RangedU64ValueParser::new().range(parameter.least..=parameter.most)
 }
 
 /// A limit; 0 is none.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{StallTimer, Stop};
+use crate::parameters::CONNECT_TIMEOUT;
 
 /// The migration that a connection is opened or taken for. Every connection gets it when it is made, so none can miss its
 /// stop, its time limits or its share of the buffers.
@@ -12,7 +13,7 @@ pub struct Context {
     /// Ends the attempt to connect, and a wait of the connection through its waker.
     pub stop: Stop,
     /// How long an attempt to connect may take, with the handshake of TLS. Default
-    /// [`CONNECT_TIMEOUT`](Self::CONNECT_TIMEOUT).
+    /// [30 s](CONNECT_TIMEOUT).
     pub connect_timeout: Duration,
     /// The connection calls [`StallTimer::moved`] when bytes have moved, and fails a send with
     /// [`TimedOut`](std::io::ErrorKind::TimedOut) when [`StallTimer::check_send`] says so. Without limit by default.
@@ -23,12 +24,9 @@ pub struct Context {
 }
 
 impl Context {
-    /// How long an attempt to connect takes at most, by default: 30 s.
-    pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
-
     /// A context of the migration that `stop` ends.
     pub fn new(stop: &Stop) -> Self {
-        let (connect_timeout, stall_timer) = (Self::CONNECT_TIMEOUT, stop.stall_timer(None));
+        let (connect_timeout, stall_timer) = (CONNECT_TIMEOUT.default_time(), stop.stall_timer(None));
         Self { stop: stop.clone(), connect_timeout, stall_timer, channels: 1 }
     }
 

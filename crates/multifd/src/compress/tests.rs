@@ -4,7 +4,10 @@ use super::*;
 use crate::{
     error::{Error, Malformed},
     ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock},
-    wire::limits::{PACKET_BYTES, PAYLOAD_BYTES, packet_pages},
+    wire::{
+        Flags,
+        limits::{PACKET_BYTES, PAYLOAD_BYTES, packet_pages},
+    },
 };
 
 fn packed() -> impl Iterator<Item = Method> {
@@ -34,7 +37,7 @@ fn guest_like(at: usize) -> u8 {
     if at % 4096 < 1024 { noise(at) } else { 7 }
 }
 
-fn decode(decoder: &mut dyn Decode, payload: &[u8], expected: usize) -> Result<Vec<u8>> {
+fn decode(decoder: &mut dyn Decode, payload: &[u8], expected: usize) -> Result<Vec<u8>, Error> {
     let mut room = vec![0; expected + 1];
     let met = decoder.decode(payload, &mut room)?;
     if met != expected {
@@ -54,7 +57,7 @@ proptest! {
     ) {
         for method in packed() {
             let (block, bytes) = block(size, 64, |at| if at % 3 == 0 { noise(at) } else { 7 });
-            let mut encoder = method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+            let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
             let mut decoder = method.decoder().expect("made").expect("packs");
             for pages in &packets {
                 let pages: Vec<_> = pages.iter().copied().take(packet_pages(size)).map(PageIndex).collect();
@@ -108,6 +111,12 @@ fn page(kind: u8, seed: u64, size: PageSize) -> Vec<u8> {
     page
 }
 
+fn at_level(method: Method, level: u8) -> Levels {
+    let mut levels = Levels::default();
+    levels.set(method, level);
+    levels
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
@@ -122,7 +131,7 @@ proptest! {
             .flat_map(|(kind, seed, count)| (0..*count as u64).map(move |nth| page(*kind, seed + nth, size)))
             .collect();
         for method in packed() {
-            let mut encoder = method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+            let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
             let mut decoder = method.decoder().expect("made").expect("packs");
             for packet in pages.chunks(packet_pages(size) - 1) {
                 let bytes = packet.concat();
@@ -138,7 +147,7 @@ proptest! {
 
 /// How much is left of 4 MiB of such pages, in thousandths.
 fn left(method: Method, level: u8, kinds: &[u8]) -> usize {
-    let mut encoder = method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+    let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
     let pages: Vec<u8> =
         (0..1024).flat_map(|nth| page(kinds[nth % kinds.len()], nth as u64, PageSize::KIB_4)).collect();
     let packets = pages.chunks(PACKET_BYTES);
@@ -196,8 +205,7 @@ fn a_packet_of_noise_stays_below_the_bound_at_every_level() {
     for method in packed() {
         let levels = if method.as_str() == "zlib" { 0..=9 } else { 0..=20 };
         for level in levels {
-            let mut encoder =
-                method.encoder(Levels { zlib: level, zstd: level }).expect("made").expect("packs");
+            let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
             let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
             assert!(payload.len() < PACKET_BYTES + PACKET_BYTES / 8, "{method} {level}: {}", payload.len());
             let mut decoder = method.decoder().expect("made").expect("packs");

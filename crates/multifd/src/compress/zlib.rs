@@ -1,155 +1,59 @@
-//! zlib: one stream a channel (RFC 1950), a sync flush at the end of each packet, never an end of the stream.
+//! zlib: one stream per channel (RFC 1950), a sync flush at the end of each packet, never an end of the stream.
 
 use flate2::{Compress, Compression, Decompress, DecompressError, FlushCompress, FlushDecompress, Status};
 
 use super::{
-    codec::{Decode, Encode, Pages},
-    deflate::Blocks,
-    sieve::{Sieve, Stretch},
+    codec::{Decode, Description, Level},
+    noise,
+    stream::{Encoder, Step, Stream},
 };
-use crate::error::{Error, Malformed, Result};
+use crate::{
+    error::{Error, Malformed, Result},
+    parameters::Parameter,
+    wire::Flags,
+};
 
-/// Pages of noise and runs become blocks of our own; all others go through the library. It looks for matches in each byte
-/// of noise, and at level 1 spends more bits on it than it has.
-pub(super) struct Encoder {
-    packer: Packer,
-    /// None at level 0, where nothing is to be made smaller.
-    sieve: Option<Sieve>,
-    page: Vec<u8>,
-    blocks: Blocks,
-    begun: bool,
-}
+pub(super) const METHOD: Description = Description {
+    name: "zlib",
+    flags: Flags::ZLIB,
+    level: Some(Level {
+        parameter: Parameter::new("multifd-zlib-level", 0, 9, 1),
+        meaning: "0 (stored) to 9 (smallest)",
+    }),
+    encoder: |level| {
+        Ok(Some(match level {
+            // Nothing is made smaller.
+            0 => Box::new(Encoder::new(Plain::new(level))),
+            _ => Box::new(noise::zlib::Encoder::new(level)),
+        }))
+    },
+    decoder: || Ok(Some(Box::new(Decoder(Decompress::new(true))))),
+};
 
-impl Encoder {
-    pub(super) fn new(level: u8) -> Self {
-        Self {
-            packer: Packer {
-                stream: Compress::new(Compression::new(level.into()), false),
-                open: false,
-                missed: Vec::new(),
-                outrun: false,
-            },
-            sieve: (level > 0).then(Sieve::new),
-            page: Vec::new(),
-            blocks: Blocks::new(),
-            begun: false,
-        }
+/// The library alone.
+struct Plain(Compress);
+
+impl Plain {
+    fn new(level: u8) -> Self {
+        Self(Compress::new(Compression::new(level.into()), true))
     }
 }
 
-impl Encode for Encoder {
-    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]> {
-        self.blocks.clear();
-        if !self.begun {
-            self.blocks.head(&HEAD).ok_or_else(outgrown)?;
-            self.begun = true;
-        }
-        for at in 0..pages.len() {
-            pages.copy(at, &mut self.page)?;
-            if let Some(stretches) = self.sieve.as_mut().and_then(|sieve| sieve.sift(&self.page)) {
-                self.packer.close(&mut self.blocks)?;
-                write(&mut self.blocks, stretches, &self.page).ok_or_else(outgrown)?;
-                self.packer.miss(&self.page);
-            } else {
-                self.blocks.finish().ok_or_else(outgrown)?;
-                self.packer.pack(&self.page, &mut self.blocks)?;
-            }
-        }
-        self.packer.close(&mut self.blocks)?;
-        self.blocks.finish().ok_or_else(outgrown)?;
-        Ok(self.blocks.bytes())
+impl Stream for Plain {
+    const NAME: &'static str = METHOD.name;
+
+    fn compress(&mut self, input: &[u8], room: &mut [u8], flush: bool) -> Result<Step> {
+        let flush = if flush { FlushCompress::Sync } else { FlushCompress::None };
+        let (taken, given) = (self.0.total_in(), self.0.total_out());
+        let outcome = self.0.compress(input, room, flush);
+        outcome.map_err(|error| Error::other("compress a page with zlib", error))?;
+        let (used, made) = (length(self.0.total_in() - taken), length(self.0.total_out() - given));
+        // A room that is full may have been too small for all of it.
+        Ok(Step { used, made, flushed: made < room.len() })
     }
 }
 
-/// A page as it was found to be.
-fn write(blocks: &mut Blocks, stretches: &[Stretch], page: &[u8]) -> Option<()> {
-    let mut rest = page;
-    for stretch in stretches {
-        let bytes;
-        match *stretch {
-            Stretch::Noise(length) => {
-                (bytes, rest) = rest.split_at(length);
-                blocks.stored(bytes)?;
-            }
-            Stretch::Run(length) => {
-                (bytes, rest) = rest.split_at(length);
-                blocks.run(bytes[0], length)?;
-            }
-        }
-    }
-    Some(())
-}
-
-/// The library, which must know what a match may lead to.
-struct Packer {
-    /// Blocks alone: nobody is ever told the checksum of a stream that never ends, so none is made.
-    stream: Compress,
-    /// It has taken bytes since it last ended at a whole byte.
-    open: bool,
-    /// What became blocks of our own since it last took a page,
-    missed: Vec<u8>,
-    /// if that is not a window or more: then no match leads to what it knows.
-    outrun: bool,
-}
-
-impl Packer {
-    fn pack(&mut self, page: &[u8], blocks: &mut Blocks) -> Result<()> {
-        if self.outrun {
-            self.stream.reset();
-        } else if !self.missed.is_empty() {
-            self.stream.set_dictionary(&self.missed).map_err(|error| Error::other(DOING, error))?;
-        }
-        self.outrun = false;
-        self.missed.clear();
-        self.open = true;
-        self.run(page, FlushCompress::None, blocks)
-    }
-
-    /// Ends at a whole byte.
-    fn close(&mut self, blocks: &mut Blocks) -> Result<()> {
-        if self.open {
-            self.open = false;
-            self.run(&[], FlushCompress::Sync, blocks)?;
-        }
-        Ok(())
-    }
-
-    fn miss(&mut self, page: &[u8]) {
-        self.outrun |= self.missed.len() + page.len() >= WINDOW;
-        if !self.outrun {
-            self.missed.extend(page);
-        }
-    }
-
-    fn run(&mut self, page: &[u8], flush: FlushCompress, blocks: &mut Blocks) -> Result<()> {
-        let (taken, given) = (self.stream.total_in(), self.stream.total_out());
-        let room = blocks.room();
-        let outcome = self.stream.compress(page, room, flush);
-        outcome.map_err(|error| Error::other(DOING, error))?;
-        let made = length(self.stream.total_out() - given);
-        let full = made == room.len();
-        blocks.add(made);
-        let whole = length(self.stream.total_in() - taken) == page.len();
-        if whole && !full { Ok(()) } else { Err(outgrown()) }
-    }
-}
-
-fn outgrown() -> Error {
-    Error::other(DOING, "it outgrows the largest payload")
-}
-
-const DOING: &str = "compress a page with zlib";
-/// Deflate, a window of 32 KiB, no dictionary.
-const HEAD: [u8; 2] = [0x78, 0x01];
-const WINDOW: usize = 32 << 10;
-
-pub(super) struct Decoder(Decompress);
-
-impl Decoder {
-    pub(super) fn new() -> Self {
-        Self(Decompress::new(true))
-    }
-}
+struct Decoder(Decompress);
 
 impl Decode for Decoder {
     fn decode(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<usize> {
@@ -184,7 +88,7 @@ fn why(error: &DecompressError) -> &str {
 }
 
 fn malformed(why: &str) -> Malformed {
-    Malformed::Compressed { method: "zlib", why: why.into() }
+    Malformed::Compressed { method: METHOD.name, why: why.into() }
 }
 
 /// Within one packet, so it fits.

@@ -12,7 +12,6 @@ use std::{fmt, io, sync::Arc, time::Duration};
 
 pub use chain::{Chain, chain};
 pub use usage::Usage;
-use usage::built_in;
 pub use violation::Violation;
 
 pub use crate::outcome::Fault;
@@ -348,10 +347,11 @@ pub enum Unsupported {
     },
     /// Pages packed by a method that this build does not speak.
     #[error(
-        "packet of method {name} ({met}), which is not built in: set multifd-compression to none at the source{}",
-        built_in()
+        "packet of method {name} ({met}), which is not built in: set multifd-compression to {known} at the source"
     )]
     Method {
+        /// The methods that are built in: `none, zlib or zstd`.
+        known: String,
         /// The method's bits.
         met: Flags,
         /// QEMU's name for it.

@@ -37,10 +37,12 @@ pub enum Usage {
         met: String,
     },
     /// A method that this build does not speak.
-    #[error("expected multifd-compression none{}, met {met:?}", built_in())]
+    #[error("expected multifd-compression {known}, met {met:?}")]
     Method {
         /// The name given.
         met: String,
+        /// Those that there are: `none, zlib or zstd`.
+        known: String,
     },
     /// An address in no form that is known.
     #[error(
@@ -213,14 +215,4 @@ pub enum Usage {
         /// The state asked for.
         to: Status,
     },
-}
-
-/// The methods beside none, as the rest of an enumeration.
-pub(super) fn built_in() -> &'static str {
-    match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
-        (true, true) => ", zlib or zstd",
-        (true, false) => " or zlib",
-        (false, true) => " or zstd",
-        (false, false) => "",
-    }
 }

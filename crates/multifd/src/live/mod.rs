@@ -13,14 +13,13 @@
 
 mod caught;
 mod control;
-mod converge;
+pub(crate) mod converge;
 mod deadline;
 mod driver;
 mod guest;
 mod main_stream;
 #[cfg(shuttle)]
 pub mod model;
-mod options;
 mod owner;
 mod pace;
 mod pass;
@@ -34,13 +33,13 @@ use std::{
     sync::Arc,
 };
 
+pub use crate::options::{MigrateOptions, ZeroPageDetection};
 use caught::{caught, panicked};
 pub use control::Control;
 use control::Gate;
 use driver::{Driver, Stopped};
 pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
 pub use main_stream::{Main, Pass, Verdict};
-pub use options::{MigrateOptions, ZeroPageDetection};
 pub use owner::{LastWord, Owner};
 use pace::Pace;
 use plan::Plan;

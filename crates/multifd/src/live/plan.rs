@@ -6,12 +6,12 @@ use super::{
     caught::caught,
     control::Gate,
     guest::{self, DeviceInfo, Guest},
-    options::MigrateOptions,
     progress::Progress,
 };
 use crate::{
     channel::Stop,
     error::{Result, Usage},
+    options::MigrateOptions,
     ram::RamBlocks,
 };
 

@@ -3,7 +3,7 @@
 //! In come the bytes of a head, out goes what the channel may write: every page listed here lies inside a block
 //! that the source has announced. The lists are the channel's and are used again for every packet.
 
-#[cfg(any(feature = "zlib", feature = "zstd"))]
+#[cfg(feature = "_codec")]
 use crate::wire::limits::PAYLOAD_BYTES;
 use crate::{
     compress::Method,
@@ -94,9 +94,9 @@ impl Listed {
         let fits = match self.method {
             Method::None => u64::from(met) == plain,
             // Only compressed payloads have a length of their own: something for something, within the bound.
-            #[cfg(any(feature = "zlib", feature = "zstd"))]
+            #[cfg(feature = "_codec")]
             _ if pages == 0 => met == 0,
-            #[cfg(any(feature = "zlib", feature = "zstd"))]
+            #[cfg(feature = "_codec")]
             _ => {
                 if !(1..=PAYLOAD_BYTES).contains(&met) {
                     return Err(Malformed::CompressedSize { most: PAYLOAD_BYTES, met });

@@ -1,22 +1,20 @@
 //! Packed pages from end to end: whole machines arrive, and what is broken on the way is refused with its place.
 
-use std::{fs::File, io, sync::Arc, time::Duration};
+use std::{fs::File, sync::Arc, time::Duration};
 
 use multifd::{
     Error, Method, ReceiveOptions, Receiver, Result, SendOptions, Sender,
-    channel::{Connect, Context, Host, Link, PeerSignal, Stop, Wake, memory},
+    channel::{Connect, Stop, memory},
     error::{Malformed, Unsupported, Usage, Violation},
     live::{MigrateOptions, Migration, ZeroPageDetection},
-    ram::{
-        Access, BlockIndex, DirtyBitmaps, Mapping, Memory, NeverDirty, PageIndex, PageSize, Part, PartMut,
-        RamBlock, RamBlocks,
-    },
+    ram::{Access, DirtyBitmaps, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks},
     wire::{ChannelId, Flags, HeadBuffer, Initial, VmUuid, head_len},
 };
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::{
-    kit::{Ends, StoppedGuest, difference, fresh, migrate_with, name, spawn, write},
+    changing::{ChangingConnector, answer_over},
+    kit::{StoppedGuest, difference, fresh, migrate_with, name},
     loopback::{BLOCKS, Writers, filled},
 };
 
@@ -31,7 +29,7 @@ fn a_machine_arrives_whole_with_every_method_page_size_and_zero_page_mode() {
             for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd]
             {
                 let (source, destination) = (filled(page_size), fresh(page_size, BLOCKS));
-                let send = SendOptions::new().channels(3).method(method).zlib_level(6).zstd_level(3);
+                let send = SendOptions::new().channels(3).method(method).level(method, 6);
                 let options = MigrateOptions::new().zero_page_detection(detection);
                 let guest = &mut StoppedGuest::default();
                 let outcome =
@@ -63,91 +61,6 @@ fn pages_that_are_written_while_they_are_packed_arrive_as_they_were_last() {
     }
 }
 
-/// A connection that changes what its channel sends.
-struct Changing {
-    link: Box<dyn Link>,
-    change: fn(&mut Vec<u8>),
-    /// It has cut something, and takes no notice of what comes after that: a source that fails as well would hang up, and
-    /// what is on its way in memory would be lost.
-    cut: bool,
-}
-
-impl Link for Changing {
-    fn is_readable(&mut self) -> io::Result<bool> {
-        self.link.is_readable()
-    }
-
-    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
-        self.link.peer_signal()
-    }
-
-    fn host(&self) -> Option<Host> {
-        self.link.host()
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.link.finish()
-    }
-
-    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        let mut bytes = Vec::new();
-        for part in parts {
-            let start = bytes.len();
-            bytes.resize(start + part.len(), 0);
-            part.copy_to(&mut bytes[start..]);
-        }
-        let length = bytes.len();
-        if self.cut {
-            return Ok(length);
-        }
-        if length > head_len(PageSize::KIB_4) {
-            (self.change)(&mut bytes);
-        }
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let sent = self.link.send(&[rest.into()])?;
-            rest = &rest[sent..];
-        }
-        if bytes.len() < length {
-            self.link.close_send()?;
-            self.cut = true;
-        }
-        Ok(length)
-    }
-    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
-        self.link.recv(parts)
-    }
-    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        self.link.set_recv_timeout(limit)
-    }
-    fn waker(&self) -> Arc<dyn Wake> {
-        self.link.waker()
-    }
-    fn send_waker(&self) -> Arc<dyn Wake> {
-        self.link.send_waker()
-    }
-    fn recv_waker(&self) -> Arc<dyn Wake> {
-        self.link.recv_waker()
-    }
-    fn peer(&self) -> String {
-        self.link.peer()
-    }
-    fn close_send(&mut self) -> io::Result<()> {
-        self.link.close_send()
-    }
-}
-
-pub(crate) struct ChangingConnector(pub(crate) memory::MemoryConnector, pub(crate) fn(&mut Vec<u8>));
-
-impl Connect for ChangingConnector {
-    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
-        Ok(Box::new(Changing { link: self.0.connect(context)?, change: self.1, cut: false }))
-    }
-    fn target(&self) -> String {
-        self.0.target()
-    }
-}
-
 /// What the destination says when a channel's packet of 64 pages is changed on its way.
 fn answer_to(
     method: Method,
@@ -156,37 +69,6 @@ fn answer_to(
 ) -> (Result<()>, Arc<RamBlocks>) {
     let (connector, listener) = memory::network(1 << 22);
     answer_over((Arc::new(ChangingConnector(connector, change)), Box::new(listener)), method, choice)
-}
-
-/// The same, over connections of the caller's choice.
-pub(crate) fn answer_over(
-    (connector, listener): Ends,
-    method: Method,
-    choice: Option<Method>,
-) -> (Result<()>, Arc<RamBlocks>) {
-    const RAM: &[(&str, u64)] = &[("pc.ram", 256 << 10)];
-    let (source, destination) = (fresh(PageSize::KIB_4, RAM), fresh(PageSize::KIB_4, RAM));
-    (0..64).for_each(|page| write(&source, 0, page, page * page));
-    let options = ReceiveOptions::new().channels(multifd::ChannelCount::Exact(1)).method(choice);
-    let mut receiver = Receiver::new(options, Stop::new());
-    receiver.listen(listener).expect("listening");
-    receiver.set_blocks(destination.clone()).expect("set");
-    let options = SendOptions::new().channels(1).method(method);
-    let mut sender = Sender::new(options, source, Stop::new()).expect("made");
-    sender.set_up(connector).expect("set up");
-    let sent = spawn("source", move || {
-        for page in 0..64 {
-            sender.queue(BlockIndex(0), PageIndex(page)).expect("queued");
-        }
-        // The destination hangs up in the middle of it.
-        let _ = sender.sync();
-        // Dropped now, it would shut its connections down, and what is on its way in memory would be lost.
-        sender
-    });
-    let answer = receiver.sync();
-    drop(receiver);
-    drop(sent.join().expect("no panic"));
-    (answer, destination)
 }
 
 fn untouched(blocks: &RamBlocks) -> bool {
@@ -351,9 +233,21 @@ fn levels_outside_of_their_range_are_refused() {
         assert!(matches!(error.kind(), Error::Usage(Usage::OutOfRange { .. })), "{error}");
         error.to_string()
     };
-    assert_eq!(refused(SendOptions::new().zlib_level(10)), "expected multifd-zlib-level 0 to 9, met 10");
-    assert_eq!(refused(SendOptions::new().zstd_level(21)), "expected multifd-zstd-level 0 to 20, met 21");
-    Sender::new(SendOptions::new().zlib_level(9).zstd_level(20), blocks, Stop::new()).expect("in range");
+    #[cfg(feature = "zlib")]
+    assert_eq!(
+        refused(SendOptions::new().level(Method::Zlib, 10)),
+        "expected multifd-zlib-level 0 to 9, met 10"
+    );
+    #[cfg(feature = "zstd")]
+    assert_eq!(
+        refused(SendOptions::new().level(Method::Zstd, 21)),
+        "expected multifd-zstd-level 0 to 20, met 21"
+    );
+    let most =
+        |method: &Method| Some((*method, u8::try_from(method.level()?.parameter.most).expect("small")));
+    let greatest = Method::ALL.iter().filter_map(most);
+    let options = greatest.fold(SendOptions::new(), |options, (method, level)| options.level(method, level));
+    Sender::new(options, blocks, Stop::new()).expect("in range");
 }
 
 /// A block of a page in a memfd.

@@ -2,8 +2,10 @@
 
 #[cfg(test)]
 mod belonging;
+#[cfg(all(test, any(feature = "_codec", feature = "tls")))]
+mod changing;
 #[cfg(test)]
-#[cfg(any(feature = "zlib", feature = "zstd"))]
+#[cfg(feature = "_codec")]
 mod compression;
 #[cfg(test)]
 mod converge;

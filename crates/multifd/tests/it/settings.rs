@@ -29,7 +29,7 @@ fn options_read_back_as_written() {
     assert_reads_back(&MigrateOptions::new());
     let uuid = "00112233-4455-6677-8899-aabbccddeeff".parse().expect("a UUID");
     for method in Method::ALL.iter().copied() {
-        let send = SendOptions::new().channels(255).uuid(uuid).method(method).zlib_level(9).zstd_level(20);
+        let send = SendOptions::new().channels(255).uuid(uuid).method(method).level(method, 9);
         assert_reads_back(&send.connect_timeout(Duration::from_millis(1)));
         let receive =
             ReceiveOptions::new().channels(ChannelCount::Exact(0)).uuid(Some(uuid)).method(Some(method));

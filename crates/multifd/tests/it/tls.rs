@@ -26,7 +26,7 @@ use rustls::{
 use tempfile::TempDir;
 
 use crate::{
-    compression::{ChangingConnector, answer_over},
+    changing::{ChangingConnector, answer_over},
     kit::{Ends, StoppedGuest, TIMEOUT, difference, fresh, migrate_over, spawn},
     loopback::{BLOCKS, Writers, filled},
 };

@@ -20,7 +20,13 @@ pub(crate) struct CpuThrottle {
 
 impl Default for CpuThrottle {
     fn default() -> Self {
-        Self { initial: 20, increment: 10, max: 99, tailslow: false, trigger: 50 }
+        Self {
+            initial: parameters::CPU_THROTTLE_INITIAL.default_small(),
+            increment: parameters::CPU_THROTTLE_INCREMENT.default_small(),
+            max: parameters::MAX_CPU_THROTTLE.default_small(),
+            tailslow: false,
+            trigger: parameters::THROTTLE_TRIGGER_THRESHOLD.default_small(),
+        }
     }
 }
 
@@ -30,7 +36,8 @@ impl CpuThrottle {
         parameters::CPU_THROTTLE_INCREMENT.check(self.increment)?;
         parameters::MAX_CPU_THROTTLE.check(self.max)?;
         // Not below where it begins, as QEMU has it.
-        parameters::Range { least: self.initial.into(), ..parameters::MAX_CPU_THROTTLE }.check(self.max)?;
+        parameters::Parameter { least: self.initial.into(), ..parameters::MAX_CPU_THROTTLE }
+            .check(self.max)?;
         parameters::THROTTLE_TRIGGER_THRESHOLD.check(self.trigger)
     }
 }

@@ -2,33 +2,33 @@
 //!
 //! What comes in is judged here, so that every refusal names its parameter; options that exist are in range.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 
 use crate::{
     compress::{Levels, Method},
     error::Usage,
-    live::MigrateOptions,
-    options::{ChannelCount, ReceiveOptions, SendOptions},
-    parameters::{
+    options::parameters::{
         CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, DOWNTIME_LIMIT, MAX_CPU_THROTTLE, MULTIFD_CHANNELS,
-        MULTIFD_ZLIB_LEVEL, MULTIFD_ZSTD_LEVEL, Range, THROTTLE_TRIGGER_THRESHOLD,
+        Parameter, THROTTLE_TRIGGER_THRESHOLD,
     },
+    options::{ChannelCount, MigrateOptions, ReceiveOptions, SendOptions},
     wire::VmUuid,
 };
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", default)]
 pub(crate) struct SendSettings {
     multifd_channels: Number,
     multifd_compression: String,
-    multifd_zlib_level: Number,
-    multifd_zstd_level: Number,
     uuid: String,
     connect_timeout: Number,
     stall_timeout: Number,
     zero_copy_send: bool,
+    /// The level of each method, and whatever is unknown.
+    #[serde(flatten)]
+    levels: BTreeMap<String, Number>,
 }
 
 impl Default for SendSettings {
@@ -42,12 +42,13 @@ impl From<SendOptions> for SendSettings {
         Self {
             multifd_channels: Number(options.channels.into()),
             multifd_compression: options.method.to_string(),
-            multifd_zlib_level: Number(options.levels.zlib.into()),
-            multifd_zstd_level: Number(options.levels.zstd.into()),
             uuid: options.uuid.to_string(),
             connect_timeout: Number::millis(options.connect_timeout),
             stall_timeout: Number::millis(options.stall_timeout.unwrap_or_default()),
             zero_copy_send: options.zero_copy_send,
+            levels: leveled()
+                .map(|(method, level)| (level.name.to_owned(), Number(options.levels.of(method).into())))
+                .collect(),
         }
     }
 }
@@ -56,10 +57,13 @@ impl TryFrom<SendSettings> for SendOptions {
     type Error = String;
 
     fn try_from(settings: SendSettings) -> Result<Self, String> {
-        let levels = Levels {
-            zlib: settings.multifd_zlib_level.within(MULTIFD_ZLIB_LEVEL)?,
-            zstd: settings.multifd_zstd_level.within(MULTIFD_ZSTD_LEVEL)?,
-        };
+        let mut levels = Levels::default();
+        for (name, level) in settings.levels {
+            let (method, parameter) = leveled()
+                .find(|(_, parameter)| parameter.name == name)
+                .ok_or_else(|| format!("unknown field `{name}`"))?;
+            levels.set(method, level.within(parameter)?);
+        }
         let options = Self {
             channels: settings.multifd_channels.within(MULTIFD_CHANNELS)?,
             uuid: uuid(&settings.uuid)?,
@@ -123,7 +127,7 @@ impl TryFrom<ReceiveSettings> for ReceiveOptions {
             }
             // 0 is multifd off.
             CountOrWord::Count(count) => {
-                ChannelCount::Exact(count.within(Range { least: 0, ..MULTIFD_CHANNELS })?)
+                ChannelCount::Exact(count.within(Parameter { least: 0, ..MULTIFD_CHANNELS })?)
             }
         };
         let method = match settings.multifd_compression.as_str() {
@@ -245,13 +249,13 @@ impl Number {
         Self(u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into())
     }
 
-    fn within<T: TryFrom<i128>>(self, range: Range) -> Result<T, String> {
+    fn within<T: TryFrom<i128>>(self, range: Parameter) -> Result<T, String> {
         range.check(self.0).map_err(|error| error.to_string())?;
         T::try_from(self.0).map_err(|_| format!("{} {} is too great", range.name, self.0))
     }
 
     fn any(self, name: &'static str) -> Result<u64, String> {
-        self.within(Range { name, least: 0, most: u64::MAX })
+        self.within(Parameter::new(name, 0, u64::MAX, 0))
     }
 
     fn duration(self, name: &'static str) -> Result<Duration, String> {
@@ -292,6 +296,11 @@ impl<'de> Deserialize<'de> for Number {
 enum CountOrWord {
     Count(Number),
     Word(String),
+}
+
+/// The methods that have a level.
+fn leveled() -> impl Iterator<Item = (Method, Parameter)> {
+    Method::ALL.iter().filter_map(|method| Some((*method, method.level()?.parameter)))
 }
 
 fn method(text: &str) -> Result<Method, String> {

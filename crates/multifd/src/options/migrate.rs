@@ -2,8 +2,8 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
-use super::converge::CpuThrottle;
-use crate::{error::Usage, parameters};
+use super::parameters;
+use crate::{error::Usage, live::converge::CpuThrottle};
 
 /// Where zero pages are looked for, and how they travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -54,7 +54,10 @@ impl FromStr for ZeroPageDetection {
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize, serde::Deserialize),
-    serde(try_from = "crate::settings::MigrateSettings", into = "crate::settings::MigrateSettings")
+    serde(
+        try_from = "crate::options::settings::MigrateSettings",
+        into = "crate::options::settings::MigrateSettings"
+    )
 )]
 #[must_use]
 pub struct MigrateOptions {
@@ -76,7 +79,7 @@ pub struct MigrateOptions {
 impl Default for MigrateOptions {
     fn default() -> Self {
         Self {
-            downtime_limit: Duration::from_millis(300),
+            downtime_limit: parameters::DOWNTIME_LIMIT.default_time(),
             max_bandwidth: None,
             avail_switchover_bandwidth: None,
             zero_page_detection: ZeroPageDetection::Legacy,
@@ -138,7 +141,7 @@ impl MigrateOptions {
     /// until it can be stopped. Default false. Costs the guest its speed, and only when it must. A guest whose
     /// `throttle` is not written fails the migration at its beginning.
     ///
-    /// [`Guest::throttle`]: super::Guest::throttle
+    /// [`Guest::throttle`]: crate::live::Guest::throttle
     pub fn auto_converge(mut self, on: bool) -> Self {
         self.auto_converge = on;
         self
@@ -180,14 +183,14 @@ impl MigrateOptions {
     /// Default false. What the embedder drains meanwhile, requests of a disk say, reaches the destination: devices are saved
     /// and the last pages taken behind the pause.
     ///
-    /// [`Control::proceed`]: super::Control::proceed
+    /// [`Control::proceed`]: crate::live::Control::proceed
     pub fn pause_before_switchover(mut self, on: bool) -> Self {
         self.pause_before_switchover = on;
         self
     }
 
     /// How many passes may be made with the guest running; `None`, the default, and 0 are no bound. If the guest cannot
-    /// be stopped after the last one, the migration fails with [`NotConverged`](super::NotConverged) and the guest runs on.
+    /// be stopped after the last one, the migration fails with [`NotConverged`](crate::live::NotConverged) and the guest runs on.
     pub fn max_passes(mut self, passes: Option<u64>) -> Self {
         self.max_passes = passes.filter(|passes| *passes > 0);
         self
@@ -221,18 +224,18 @@ impl MigrateOptions {
     }
 
     /// How long a switchover may take, with the `downtime-limit` that was set meanwhile, if any.
-    pub(super) fn switchover_limit(&self, downtime_limit: Option<Duration>) -> Option<Duration> {
+    pub(crate) fn switchover_limit(&self, downtime_limit: Option<Duration>) -> Option<Duration> {
         let fitting = downtime_limit.unwrap_or(self.downtime_limit).saturating_mul(10);
         self.switchover_timeout.unwrap_or_else(|| Some(fitting.saturating_add(Duration::from_secs(5))))
     }
 
     /// How long `remaining` bytes would take with the guest stopped, after a pass at `measured` bytes a second.
-    pub(super) fn expected_downtime(&self, remaining: f64, measured: f64) -> Duration {
+    pub(crate) fn expected_downtime(&self, remaining: f64, measured: f64) -> Duration {
         let bandwidth = self.avail_switchover_bandwidth.map_or(measured, |bytes| bytes as f64);
         Duration::try_from_secs_f64(remaining / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
     }
 
-    /// Refuses what [`Migration::run`](super::Migration::run) would refuse.
+    /// Refuses what [`Migration::run`](crate::live::Migration::run) would refuse.
     ///
     /// # Errors
     /// [`Usage::OutOfRange`], with the name of the first that is out of its range.

@@ -1,0 +1,139 @@
+//! The methods that this build speaks, as a table.
+
+use std::{fmt, str::FromStr};
+
+#[cfg(feature = "zlib")]
+use super::zlib;
+#[cfg(feature = "zstd")]
+use super::zstd;
+use super::{
+    Decode, Encode, Levels,
+    codec::{Description, Level},
+    none,
+};
+use crate::{
+    error::{Result, Unsupported, Usage, Violation},
+    wire::Flags,
+};
+
+macro_rules! methods {
+    ($( $(#[doc = $doc:literal])* $(#[cfg($cfg:meta)])? $name:ident = $description:expr; )+) => {
+        /// `multifd-compression`: what both sides agree on, checked with every packet.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Method {
+            /// Pages travel as they are.
+            #[default]
+            None,
+            $( $(#[doc = $doc])* $(#[cfg($cfg)])? $name, )+
+        }
+
+        impl Method {
+            /// The methods that this build speaks.
+            pub const ALL: &[Self] = &[Self::None, $( $(#[cfg($cfg)])? Self::$name, )+];
+
+            fn description(self) -> &'static Description {
+                match self {
+                    Self::None => &none::METHOD,
+                    $( $(#[cfg($cfg)])? Self::$name => &$description, )+
+                }
+            }
+        }
+    };
+}
+
+methods! {
+    /// One zlib stream per channel. QEMU has it since 5.0.
+    #[cfg(feature = "zlib")]
+    Zlib = zlib::METHOD;
+    /// One zstd frame per channel. QEMU has it since 5.0, if it is built with it.
+    #[cfg(feature = "zstd")]
+    Zstd = zstd::METHOD;
+}
+
+impl Method {
+    /// QEMU's name for it.
+    pub fn as_str(self) -> &'static str {
+        self.description().name
+    }
+
+    /// The methods that this build speaks, for a text: `none, zlib or zstd`.
+    pub fn names() -> String {
+        let last = Self::ALL.len() - 1;
+        let names = Self::ALL.iter().enumerate().map(|(at, method)| match at {
+            0 => method.to_string(),
+            _ if at == last => format!(" or {method}"),
+            _ => format!(", {method}"),
+        });
+        names.collect()
+    }
+
+    /// How hard it tries, if that can be chosen: QEMU's `multifd-zlib-level`, `multifd-zstd-level`.
+    pub fn level(self) -> Option<Level> {
+        self.description().level
+    }
+
+    /// The method that a packet with pages names.
+    pub(crate) fn of(flags: Flags) -> Result<Self, Unsupported> {
+        let met = flags.masked(Flags::METHOD);
+        let known = Self::ALL.iter().find(|method| method.flags() == met);
+        known.copied().ok_or_else(|| Unsupported::Method { met, name: name_of(met), known: Self::names() })
+    }
+
+    /// The bits that packets with pages carry.
+    pub(crate) fn flags(self) -> Flags {
+        self.description().flags
+    }
+
+    /// Refuses a packet with pages that names another method.
+    pub(crate) fn check(self, flags: Flags) -> Result<()> {
+        if flags.masked(Flags::METHOD) == self.flags() {
+            Ok(())
+        } else {
+            Err(Violation::Method { expected: self.as_str(), met: flags }.into())
+        }
+    }
+
+    /// What makes payloads; `None` if the pages themselves are the payload.
+    ///
+    /// # Errors
+    /// If the library behind the method refuses, for want of memory for example.
+    pub(crate) fn encoder(self, levels: Levels) -> Result<Option<Box<dyn Encode>>> {
+        (self.description().encoder)(levels.of(self))
+    }
+
+    /// What reads payloads; `None` if the pages themselves are the payload.
+    ///
+    /// # Errors
+    /// As [`encoder`](Self::encoder).
+    pub(crate) fn decoder(self) -> Result<Option<Box<dyn Decode>>> {
+        (self.description().decoder)()
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Method {
+    type Err = Usage;
+
+    fn from_str(text: &str) -> Result<Self, Usage> {
+        let known = Self::ALL.iter().find(|method| method.as_str() == text);
+        known.copied().ok_or_else(|| Usage::Method { met: text.to_owned(), known: Self::names() })
+    }
+}
+
+/// QEMU's name of a method that this build does not speak.
+fn name_of(flags: Flags) -> &'static str {
+    match flags {
+        Flags::ZLIB => "zlib",
+        Flags::ZSTD => "zstd",
+        Flags::QPL => "qpl",
+        Flags::UADK => "uadk",
+        Flags::QATZIP => "qatzip",
+        _ => "unknown",
+    }
+}

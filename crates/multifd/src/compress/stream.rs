@@ -1,0 +1,58 @@
+//! Payloads of a library that compresses a stream: each packet ends with a flush, and the stream never ends.
+
+use super::codec::{Encode, Pages, too_long};
+use crate::{error::Result, wire::limits::PAYLOAD_BYTES};
+
+/// The compressor of one channel.
+pub(super) trait Stream: Send {
+    /// The method's name, for errors.
+    const NAME: &'static str;
+
+    /// Compresses bytes of `input` into `room`. With `flush`, it gives out all that it holds back.
+    fn compress(&mut self, input: &[u8], room: &mut [u8], flush: bool) -> Result<Step>;
+}
+
+/// What a call to the compressor has done.
+pub(super) struct Step {
+    /// Bytes of the input.
+    pub(super) used: usize,
+    /// Bytes of the output.
+    pub(super) made: usize,
+    /// Nothing is held back any more.
+    pub(super) flushed: bool,
+}
+
+/// Makes payloads by a [`Stream`].
+pub(super) struct Encoder<S> {
+    stream: S,
+    page: Vec<u8>,
+    payload: Box<[u8]>,
+}
+
+impl<S: Stream> Encoder<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self { stream, page: Vec::new(), payload: vec![0; PAYLOAD_BYTES as usize].into() }
+    }
+}
+
+impl<S: Stream> Encode for Encoder<S> {
+    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]> {
+        let mut made = 0;
+        for at in 0..pages.len() {
+            pages.copy(at, &mut self.page)?;
+            let flush = at + 1 == pages.len();
+            let mut used = 0;
+            loop {
+                let step = self.stream.compress(&self.page[used..], &mut self.payload[made..], flush)?;
+                (used, made) = (used + step.used, made + step.made);
+                if used == self.page.len() && (step.flushed || !flush) {
+                    break;
+                }
+                if made == self.payload.len() {
+                    return Err(too_long(S::NAME));
+                }
+            }
+        }
+        Ok(&self.payload[..made])
+    }
+}

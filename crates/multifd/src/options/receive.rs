@@ -1,0 +1,109 @@
+//! How a destination receives.
+
+use std::time::Duration;
+
+use super::{
+    ChannelCount, ChannelsFrom,
+    parameters::{CHANNELS_TIMEOUT, DRAIN_TIMEOUT, GREETING_TIMEOUT, STALL_TIMEOUT},
+};
+use crate::{compress::Method, wire::VmUuid};
+
+/// How a destination receives.
+///
+/// With feature `serde` an object of the parameters' names, times in milliseconds. What is missing has its default, what
+/// is unknown or outside its range is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(
+        try_from = "crate::options::settings::ReceiveSettings",
+        into = "crate::options::settings::ReceiveSettings"
+    )
+)]
+#[must_use]
+pub struct ReceiveOptions {
+    pub(crate) channels: ChannelCount,
+    pub(crate) channels_from: ChannelsFrom,
+    pub(crate) uuid: Option<VmUuid>,
+    pub(crate) method: Option<Method>,
+    pub(crate) greeting_timeout: Duration,
+    pub(crate) channels_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) stall_timeout: Option<Duration>,
+}
+
+impl Default for ReceiveOptions {
+    fn default() -> Self {
+        Self {
+            channels: ChannelCount::Auto,
+            channels_from: ChannelsFrom::MainHost,
+            uuid: None,
+            method: None,
+            greeting_timeout: GREETING_TIMEOUT.default_time(),
+            channels_timeout: CHANNELS_TIMEOUT.default_time(),
+            drain_timeout: DRAIN_TIMEOUT.default_time(),
+            stall_timeout: Some(STALL_TIMEOUT.default_time()),
+        }
+    }
+}
+
+impl ReceiveOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `multifd-channels`: the number of channels, or to learn it from the source. Default
+    /// [`ChannelCount::Auto`].
+    pub fn channels(mut self, channels: ChannelCount) -> Self {
+        self.channels = channels;
+        self
+    }
+
+    /// Where channels may come from. Default [`ChannelsFrom::MainHost`].
+    pub fn channels_from(mut self, from: ChannelsFrom) -> Self {
+        self.channels_from = from;
+        self
+    }
+
+    /// The UUID that the source's channels must name. Default `None`: any, but all channels the same.
+    pub fn uuid(mut self, uuid: Option<VmUuid>) -> Self {
+        self.uuid = uuid;
+        self
+    }
+
+    /// `multifd-compression`. Default `None`: the method that the first packet with pages names, of those built in
+    /// ([`Method::ALL`]). A method given here is the only one taken.
+    pub fn method(mut self, method: Option<Method>) -> Self {
+        self.method = method;
+        self
+    }
+
+    /// How long a new connection may take to say what it is. Default 10 s; then it is dropped.
+    pub fn greeting_timeout(mut self, limit: Duration) -> Self {
+        self.greeting_timeout = limit;
+        self
+    }
+
+    /// How long the first sync point waits for channels that are on their way. Default 10 s.
+    pub fn channels_timeout(mut self, limit: Duration) -> Self {
+        self.channels_timeout = limit;
+        self
+    }
+
+    /// How long, after everything has come, the source may take to close its channels. Default 5 s; then they are
+    /// closed from here.
+    pub fn drain_timeout(mut self, limit: Duration) -> Self {
+        self.drain_timeout = limit;
+        self
+    }
+
+    /// How long the source may send nothing, on any connection, while a channel or main stands at a sync point and waits
+    /// for the others. Default 120 s; `None` is for ever, as QEMU waits. Between sync points a source may be silent for as
+    /// long as it likes.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall_timeout = limit;
+        self
+    }
+}
