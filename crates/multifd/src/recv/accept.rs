@@ -1,34 +1,16 @@
-//! Connections come in, in any order; each says what it is, then it is main or a channel.
-//!
-//! Nothing but the first bytes tells the two apart: main begins with its file's magic, a channel with its
-//! initial packet. Each connection is asked by a thread of its own with a time limit, so a silent one holds up
-//! nobody; the thread of a channel then goes on as the channel's. A connection that is neither is a stranger: it is
-//! reported and dropped, and the migration goes on; unless it is the only one there can be, as with a command, or
-//! cannot be told from a channel whose pages would be missing: one that begins like a channel, or, while it is not known how
-//! many channels there are, one from main's host that came behind main.
+//! The acceptor: it takes connections until the migration is over, and all that are waiting when main asks.
 
-use std::{io, sync::Arc};
+use std::sync::Arc;
 
-use super::{
-    entry::{Newcomer, Origin},
-    roster,
-    shared::{Shared, State},
-    worker,
-};
+use super::{identify::identify_in_thread, shared::Shared};
 use crate::{
-    channel::{Context, Link, Listen, Stream, Wake, Watch, deadline},
-    error::{Error, Result, Unsupported, Violation},
-    ram::PartMut,
-    sync_types::{Builder, Instant},
-    wire::{INITIAL_LEN, Initial, limits},
+    channel::{Listen, deadline},
+    error::{Error, Result},
+    sync_types::Instant,
 };
 
 /// More connections than a listener's queue holds: no crowd keeps main waiting.
 const DRAIN_MOST: usize = 512;
-/// The first bytes of a main stream.
-const MAIN_MAGIC: [u8; 4] = *b"QEVM";
-/// The first bytes of a handshake record of TLS.
-const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
 /// The acceptor's thread: takes connections until the migration is over.
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
@@ -58,184 +40,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
     tracing::debug!("the listener closes");
 }
 
-/// Gives a new connection, which was made with `context`, a thread that finds out what it is.
-pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, context: Context) {
-    let peer = link.peer();
-    let number;
-    {
-        let mut state = shared.lock();
-        if state.stopped || state.unidentified.len() >= limits::GREETINGS {
-            tracing::warn!(peer, "a connection too many is dropped");
-            return;
-        }
-        state.accepted += 1;
-        number = state.accepted;
-        state.unidentified.push(Origin::new(&*link, number));
-    }
-    let thread = Builder::new().name("multifdrecv_new".into()).spawn({
-        let shared = shared.clone();
-        move || identify(&shared, link, &context, number)
-    });
-    match thread {
-        Ok(thread) => shared.keep(thread),
-        Err(error) => {
-            shared.identified(number, |_| {});
-            shared.stop.fail(Error::io("start a thread for a connection", error));
-        }
-    }
-}
-
-fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, number: u64) {
-    let _alarm = shared.stop.alarm("a channel's thread");
-    let peer = link.peer();
-    let wake: Arc<dyn Wake> = link.waker();
-    // While it has not said what it is, any end of the migration is its end.
-    let greeting = shared.stop.watch(wake.clone());
-    match read_first_bytes(shared, &mut *link) {
-        Ok(Kind::Main(seen)) => {
-            let origin = Origin::new(&*link, number);
-            // Its waits end, and it can still be told that this side has failed.
-            let watch = shared.stop.watch_failure(link.recv_waker());
-            drop(greeting);
-            context.stall_timer.identified();
-            shared.main_has_come(origin, Stream::resumed(link, context, seen), watch);
-            shared.identified(number, |_| {});
-        }
-        Ok(Kind::Channel(initial)) => {
-            let id = initial.id;
-            let _watch = shared.stop.watch_failure(wake.clone());
-            let welcome = shared.register(Newcomer { origin: Origin::new(&*link, number), initial, wake });
-            // Only now: main must not pass a sync point in between.
-            shared.identified(number, |_| {});
-            if !welcome {
-                return;
-            }
-            drop(greeting);
-            // A name is for whoever looks at the threads; without it they are called as before.
-            let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
-            let _ = rustix::thread::set_name(&name);
-            tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
-            context.stall_timer.identified();
-            worker::run(id, number, shared, link);
-        }
-        Err(Refused { error, a_channel }) if a_channel || shared.lock().single => {
-            shared.stop.fail(error.at(format_args!("connection from {peer}")));
-            shared.identified(number, |_| {});
-        }
-        Err(Refused { error, .. }) => {
-            if roster::is_unnoticed(&error) {
-                shared.note_lost(Origin::new(&*link, number));
-            }
-            // Only now: main must not pass a sync point in between.
-            shared.identified(number, |_| {});
-            let cause =
-                std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
-            tracing::warn!(
-                peer,
-                "a connection that is neither main nor a channel is dropped: {error}{cause}"
-            );
-        }
-    }
-}
-
-/// A connection that is not taken in.
-struct Refused {
-    error: Error,
-    /// It has begun as a channel does.
-    a_channel: bool,
-}
-
-impl From<Error> for Refused {
-    fn from(error: Error) -> Self {
-        Self { error, a_channel: false }
-    }
-}
-
-enum Kind {
-    /// The main stream, with the bytes read so far.
-    Main(Vec<u8>),
-    Channel(Initial),
-}
-
-fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refused> {
-    let limit = shared.options.greeting_timeout;
-    // The only connection there is holds up nobody, and may have far to go before it says anything.
-    let (peer, end) = (link.peer(), (!shared.lock().single).then(|| deadline(limit)));
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not say what it is"), limit },
-        _ => Error::io(format!("receive the first bytes of {peer}"), error),
-    };
-    let mut first = [0; INITIAL_LEN];
-    let mut have = read_up_to(link, &mut first[..MAIN_MAGIC.len()], 0, end).map_err(failed)?;
-    if first.starts_with(&MAIN_MAGIC) {
-        link.set_recv_timeout(None).map_err(failed)?;
-        return Ok(Kind::Main(MAIN_MAGIC.to_vec()));
-    }
-    if first.starts_with(&TLS_HELLO) {
-        return Err(Error::from(Unsupported::Tls).into());
-    }
-    let a_channel = have == MAIN_MAGIC.len() && Initial::is_begun_by(&first);
-    have = read_up_to(link, &mut first, have, end)
-        .map_err(|error| Refused { error: failed(error), a_channel })?;
-    if have < INITIAL_LEN {
-        let (expected, met) = (INITIAL_LEN as u64, have as u64);
-        let error = Violation::Cut { what: "the initial packet", expected, met }.into();
-        return Err(Refused { error, a_channel });
-    }
-    let initial = Initial::decode(&first).map_err(|error| Refused { error: error.into(), a_channel })?;
-    link.set_recv_timeout(None).map_err(failed)?;
-    Ok(Kind::Channel(initial))
-}
-
-/// Fills `buffer`, of which `have` bytes are there, until `end` if there is one; says how many are there then. However
-/// few bytes a peer sends at a time, it gains no time by it.
-fn read_up_to(
-    link: &mut dyn Link,
-    buffer: &mut [u8],
-    mut have: usize,
-    end: Option<Instant>,
-) -> io::Result<usize> {
-    while have < buffer.len() {
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        link.set_recv_timeout(left)?;
-        match link.recv(&mut [PartMut::from(&mut buffer[have..])]) {
-            Ok(0) => break,
-            Ok(some) => have += some,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(have)
-}
-
 impl Shared {
-    /// A connection has said what it is, or will never.
-    fn identified(&self, number: u64, then: impl FnOnce(&mut State)) {
-        let mut state = self.lock();
-        state.unidentified.retain(|origin| origin.number != number);
-        then(&mut state);
-        self.changed.notify_all();
-    }
-
-    /// The connection from `origin` is main.
-    fn main_has_come(&self, origin: Origin, main: Stream, watch: Watch) {
-        let mut state = self.lock();
-        if state.main_from.is_some() || state.sealed {
-            tracing::warn!(peer = origin.peer, "a second main connection is dropped");
-            return;
-        }
-        let opened = self.main_from(&mut state, origin);
-        drop(state);
-        // Before main is handed over: whoever has it may count on the channels that are here.
-        let _ = self.finish_opening(opened);
-        let mut state = self.lock();
-        state.main = Some(main);
-        state.main_watch = Some(watch);
-    }
-
     /// Has the acceptor take every connection that is waiting now, and waits until it has.
     ///
     /// # Errors
@@ -244,18 +49,18 @@ impl Shared {
     pub(super) fn drain_listener(&self) -> Result<()> {
         let mut state = self.lock();
         // Without one, or with one that the stop has ended: what it has not taken must not count as absent.
-        let Some(waker) = state.acceptor.clone() else {
+        let Some(waker) = state.acceptor.waker.clone() else {
             drop(state);
             return self.stop.check();
         };
-        state.drain_asked += 1;
-        let asked = state.drain_asked;
+        state.acceptor.drains_asked += 1;
+        let asked = state.acceptor.drains_asked;
         drop(state);
         waker.wake();
         let limit = self.options.channels_timeout;
         let end = deadline(limit);
         let mut state = self.lock();
-        while state.drain_done < asked && state.acceptor.is_some() && !state.stopped {
+        while state.acceptor.drains_done < asked && state.acceptor.waker.is_some() && !state.life.stopped {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 drop(state);
@@ -272,9 +77,9 @@ impl Shared {
     /// The acceptor has taken what was waiting; says whether it is to end.
     fn drained(&self) -> bool {
         let mut state = self.lock();
-        state.drain_done = state.drain_asked;
+        state.acceptor.drains_done = state.acceptor.drains_asked;
         self.changed.notify_all();
-        // Not `state.stopped`: a listener that is registered while the stop wakes the others is woken before that is set,
+        // Not `state.life.stopped`: a listener that is registered while the stop wakes the others is woken before that is set,
         // and then no more.
         self.stop.is_stopped()
     }

@@ -138,7 +138,7 @@ impl Arrived {
             }
         }
         let Some((index, block)) = first else { return Ok(()) };
-        let page = self.pages[index.0].come.clear_runs().next().map(|(page, _)| page);
+        let page = self.pages(index).come.clear_runs().next().map(|(page, _)| page);
         let offset = page.and_then(|page| block.offset_of(page)).unwrap_or_default();
         Err(Violation::PagesMissing { missing, name: block.name().clone(), offset }.into())
     }
@@ -153,10 +153,14 @@ impl Arrived {
         Ok(())
     }
 
+    fn pages(&self, block: BlockIndex) -> &Pages {
+        self.pages.get(block.0).expect("there is one for each block")
+    }
+
     /// Makes every page of a block zero that has not come; says how many those are.
     fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> u64 {
         let mut missing = 0;
-        for (first, count) in self.pages[index.0].come.clear_runs() {
+        for (first, count) in self.pages(index).come.clear_runs() {
             missing += count;
             self.clear_run(block, index, first, count);
         }
@@ -165,7 +169,7 @@ impl Arrived {
 
     /// Pages from `first` on have been written.
     pub(super) fn note(&self, block: BlockIndex, first: PageIndex, count: u64) {
-        let pages = &self.pages[block.0];
+        let pages = self.pages(block);
         pages.come.set_run(first, count);
         if let Some(may_hold) = &pages.may_hold {
             may_hold.set_run(first, count);
@@ -174,7 +178,7 @@ impl Arrived {
 
     /// Pages from `first` on are zero, whatever they were.
     pub(super) fn clear_run(&self, of: &RamBlock, block: BlockIndex, first: PageIndex, count: u64) {
-        let pages = &self.pages[block.0];
+        let pages = self.pages(block);
         pages.come.set_run(first, count);
         for page in (first.0..first.0 + count).map(PageIndex) {
             if pages.may_hold.as_ref().is_none_or(|may_hold| may_hold.clear(page)) {

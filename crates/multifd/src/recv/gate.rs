@@ -22,7 +22,7 @@ impl Shared {
     /// Up to it the channel has brought so many packets, whose greatest number this is.
     pub(super) fn reach(&self, id: ChannelId, packets: u64, greatest: u64) -> Result<()> {
         let mut state = self.lock();
-        let Some(place) = state.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
+        let Some(place) = state.roster.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
             return Ok(());
         };
         place.reached += 1;
@@ -31,8 +31,12 @@ impl Shared {
         self.changed.notify_all();
         tracing::trace!(channel = id.0, point = reached, "multifd_recv_sync");
         let begun = Instant::now();
-        while state.released < reached && !state.sealed && !state.source_closed && !state.stopped {
-            state = if state.main_waits {
+        while state.gate.released < reached
+            && !state.life.sealed
+            && !state.life.source_closed
+            && !state.life.stopped
+        {
+            state = if state.gate.main_waits {
                 // It knows better what for.
                 self.wait(state)
             } else {
@@ -50,32 +54,32 @@ impl Shared {
         // A channel that comes after the second point is refused, so there is nothing to wait for any more.
         let (may_grow, opened) = {
             let mut state = self.lock();
-            state.main_waits = true;
-            (state.released < 2, self.open(&mut state))
+            state.gate.main_waits = true;
+            (state.gate.released < 2, self.open(&mut state))
         };
         self.finish_opening(opened)?;
         if may_grow {
             self.drain_listener()?;
         }
         let mut state = self.lock();
-        let point = state.released + 1;
+        let point = state.gate.released + 1;
         if may_grow {
             state = self.settle(state)?;
         }
         let begun = Instant::now();
         let end = deadline(self.options.channels_timeout);
         loop {
-            if state.stopped {
+            if state.life.stopped {
                 drop(state);
                 return self.stop.check();
             }
             // One that was here may have been left over from another source, and have ended.
-            if may_grow && state.missing(self.expected(&state)).is_some() {
+            if may_grow && self.missing(&state).is_some() {
                 state = self.settle(state)?;
                 continue;
             }
             let mut missing = None;
-            for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.channels) {
+            for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.roster.channels) {
                 let Some(place) = place else { continue };
                 if place.reached >= point {
                     continue;
@@ -89,7 +93,8 @@ impl Shared {
                 missing = missing.or(Some(id));
             }
             let Some(missing) = missing else {
-                let Some(error) = state.missing_packets(point) else { break };
+                let exact = state.source.numbers_are_exact;
+                let Some(error) = state.roster.missing_packets(point).filter(|_| exact) else { break };
                 let left = end.saturating_duration_since(Instant::now());
                 if may_grow && !left.is_zero() {
                     // They went to a channel that is still on its way.
@@ -104,8 +109,8 @@ impl Shared {
                 stalled.where_due(what).on_channel(missing)
             })?;
         }
-        state.released = point;
-        state.main_waits = false;
+        state.gate.released = point;
+        state.gate.main_waits = false;
         self.changed.notify_all();
         tracing::debug!(point, "multifd_recv_sync_main");
         Ok(())
@@ -114,7 +119,7 @@ impl Shared {
     /// The source has announced its number of channels.
     pub(super) fn expect_channels(&self, announced: u8) -> Result<()> {
         let mut state = self.lock();
-        if state.announced.is_some_and(|before| before != announced) || state.released > 0 {
+        if state.source.announced.is_some_and(|before| before != announced) || state.gate.released > 0 {
             return Err(Usage::UsedTwice.into());
         }
         if let ChannelCount::Exact(expected) = self.options.channels
@@ -123,9 +128,11 @@ impl Shared {
             drop(state);
             return Err(self.stop.fail(Violation::AnnouncedChannels { expected, announced }.into()));
         }
-        state.announced = Some(announced);
-        let beyond =
-            (0..=u8::MAX).zip(&state.channels).skip(announced.into()).find(|(_, place)| place.is_some());
+        state.source.announced = Some(announced);
+        let beyond = (0..=u8::MAX)
+            .zip(&state.roster.channels)
+            .skip(announced.into())
+            .find(|(_, place)| place.is_some());
         let error =
             beyond.map(|(id, _)| Violation::ChannelId { id: ChannelId(id), channels: announced.into() });
         let opened = self.open(&mut state);
@@ -138,7 +145,7 @@ impl Shared {
 
     /// How many channels there are to be, as far as that is known.
     pub(super) fn expected(&self, state: &State) -> ChannelCount {
-        match (self.options.channels, state.announced) {
+        match (self.options.channels, state.source.announced) {
             (ChannelCount::Auto, Some(announced)) => ChannelCount::Exact(announced),
             (given, _) => given,
         }
@@ -165,9 +172,8 @@ impl Shared {
     /// where main does.
     fn settle<'a>(&'a self, mut state: Guard<'a>) -> Result<Guard<'a>> {
         let end = deadline(self.options.channels_timeout);
-        let expected = self.expected(&state);
         loop {
-            if state.stopped {
+            if state.life.stopped {
                 drop(state);
                 self.stop.check()?;
                 return Err(Error::Cancelled);
@@ -176,10 +182,10 @@ impl Shared {
                 drop(state);
                 return Err(self.stop.fail(error));
             }
-            let missing = state.missing(expected);
+            let missing = self.missing(&state);
             let left = end.saturating_duration_since(Instant::now());
             if missing.is_none() && (!self.has_unheard(&state) || left.is_zero()) {
-                tracing::debug!(channels = state.count(), "multifd_recv_all_channels");
+                tracing::debug!(channels = state.roster.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
             if let Some(missing) = missing.filter(|_| left.is_zero()) {
@@ -191,20 +197,25 @@ impl Shared {
         }
     }
 
+    /// The first channel that belongs to this migration and is not here.
+    fn missing(&self, state: &State) -> Option<ChannelId> {
+        state.roster.missing(self.expected(state), state.source.has_channels)
+    }
+
     /// Whether a connection that has not said yet what it is may be a channel.
     fn has_unheard(&self, state: &State) -> bool {
         match self.expected(state) {
             ChannelCount::Exact(_) => {
-                state.unidentified.iter().any(|origin| self.may_be_missed(state, origin))
+                state.roster.unidentified.iter().any(|origin| self.may_be_missed(state, origin))
             }
-            ChannelCount::Auto => !state.unidentified.is_empty(),
+            ChannelCount::Auto => !state.roster.unidentified.is_empty(),
         }
     }
 
     /// Not all channels have come in time.
     fn count_error(&self, state: &State, missing: ChannelId) -> Error {
-        let met = state.count();
-        let error = Error::from(match (self.options.channels, state.announced) {
+        let met = state.roster.count();
+        let error = Error::from(match (self.options.channels, state.source.announced) {
             (ChannelCount::Exact(expected), _) => Violation::ChannelCount { expected: expected.into(), met },
             (ChannelCount::Auto, Some(announced)) => {
                 Violation::TooFewChannels { announced: announced.into(), met }
@@ -212,7 +223,7 @@ impl Shared {
             (ChannelCount::Auto, None) if met == 0 => Violation::NoChannels,
             (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met },
         });
-        match state.foreign {
+        match state.roster.foreign {
             0 => error,
             foreign => error.at(format_args!(
                 "{foreign} connections like channels from other hosts than main were dropped (see channels-from)"
@@ -233,39 +244,3 @@ impl Stalled {
 
 const STANDS_STILL: &str =
     "the source stands still, or its network does; its guest is there, look at its query-migrate and its log";
-
-impl State {
-    /// How many channels are here.
-    pub(super) fn count(&self) -> u16 {
-        let count = self.channels.iter().flatten().filter(|place| !place.is_void()).count();
-        u16::try_from(count).unwrap_or(u16::MAX)
-    }
-
-    /// With all channels at their SYNC for `point`: whether packets were numbered that have come over none of them.
-    fn missing_packets(&self, point: u64) -> Option<Error> {
-        let places = || self.channels.iter().flatten();
-        let greatest =
-            places().filter_map(|place| place.greatest).max().filter(|_| self.numbers_are_exact)?;
-        // Surplus SYNCs at the end come behind the last point.
-        let met = places().map(|place| place.packets).sum::<u64>();
-        (greatest >= met).then(|| Violation::MissingPackets { point, greatest, met }.into())
-    }
-
-    /// How many have come, whether main has or not.
-    pub(super) fn come(&self) -> u16 {
-        self.count().saturating_add(u16::try_from(self.early.len()).unwrap_or(u16::MAX))
-    }
-
-    /// The first channel that belongs to this migration and is not here.
-    fn missing(&self, expected: ChannelCount) -> Option<ChannelId> {
-        let end = match expected {
-            ChannelCount::Exact(count) => usize::from(count),
-            ChannelCount::Auto => {
-                let last = self.channels.iter().rposition(Option::is_some);
-                last.map_or(usize::from(self.has_channels), |last| last + 1)
-            }
-        };
-        let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
-        u8::try_from(gap).ok().map(ChannelId)
-    }
-}

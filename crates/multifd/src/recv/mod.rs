@@ -10,12 +10,17 @@
 //! Nothing that a peer says is believed before it has met its bound. This module knows nothing of the main stream but
 //! its first four bytes, by which it is told from a channel.
 
+#![warn(clippy::indexing_slicing)]
+
 mod accept;
+mod admit;
 mod arrived;
 mod decode;
 mod entry;
 mod gate;
+mod identify;
 #[cfg(shuttle)]
+#[expect(clippy::indexing_slicing, reason = "a model fails by a panic")]
 pub mod model;
 mod packet_reader;
 mod place;
@@ -26,6 +31,7 @@ mod worker;
 use std::{sync::Arc, time::Duration};
 
 pub use arrived::{Arrived, MayMiss};
+use roster::Roster;
 use shared::{Shared, State, WakeState};
 
 use crate::{
@@ -75,7 +81,7 @@ impl Receiver {
             sealed: AtomicBool::new(false),
             filling: std::iter::repeat_with(AtomicBool::default).take(most).collect(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(most).collect(),
-            state: Mutex::new(State { uuid, ..State::default() }),
+            state: Mutex::new(State { roster: Roster { uuid, ..Roster::default() }, ..State::default() }),
             changed: Condvar::new(),
         });
         // First, so that whoever is woken later finds the state stopped.
@@ -95,11 +101,11 @@ impl Receiver {
         let waker = listener.waker();
         {
             let mut state = self.shared.lock();
-            if state.acceptor.is_some() {
+            if state.acceptor.waker.is_some() {
                 return Err(Usage::UsedTwice.into());
             }
-            state.acceptor = Some(waker.clone());
-            state.single = listener.is_single();
+            state.acceptor.waker = Some(waker.clone());
+            state.roster.single = listener.is_single();
         }
         self.watches.push(self.shared.stop.watch(waker));
         let shared = self.shared.clone();
@@ -107,7 +113,7 @@ impl Receiver {
             .name("multifdaccept".into())
             .spawn(move || {
                 accept::run(&shared, listener);
-                shared.lock().acceptor = None;
+                shared.lock().acceptor.waker = None;
                 shared.changed.notify_all();
             })
             .map_err(|error| self.shared.stop.fail(Error::io("start the acceptor's thread", error)))?;
@@ -123,7 +129,7 @@ impl Receiver {
     /// Takes in one connection, main or channel, that the caller has accepted and made with this receiver's
     /// [context](Receiver::context).
     pub fn add(&self, link: Box<dyn Link>) {
-        accept::identify_in_thread(&self.shared, link, self.context());
+        identify::identify_in_thread(&self.shared, link, self.context());
     }
 
     /// Waits for the main connection, without limit: a destination may wait for its source for days. Only while a channel
@@ -136,19 +142,19 @@ impl Receiver {
         let mut state = self.shared.lock();
         let mut begun = None;
         loop {
-            if let Some(main) = state.main.take() {
-                state.main_taken = true;
+            if let Some(main) = state.main.stream.take() {
+                state.main.taken = true;
                 return Ok(main);
             }
-            if state.main_taken {
+            if state.main.taken {
                 return Err(Usage::UsedTwice.into());
             }
-            if state.stopped {
+            if state.life.stopped {
                 drop(state);
                 self.shared.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            if state.come() == 0 {
+            if state.roster.come() == 0 {
                 begun = None;
                 state = self.shared.wait(state);
                 continue;
@@ -160,7 +166,7 @@ impl Receiver {
                 .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
             let left = self.shared.context.stall_timer.left_of(limit, begun);
             if left.is_zero() {
-                let what = format!("{} channels have connected, but no main connection", state.come());
+                let what = format!("{} channels have connected, but no main connection", state.roster.come());
                 drop(state);
                 return Err(self.shared.stop.fail(Error::Stalled { what, limit, hint: NO_MAIN }));
             }
@@ -195,13 +201,13 @@ impl Receiver {
     /// Tells that the source has at least one channel, because its main stream says so: a MULTIFD_FLUSH before the end of
     /// START. Where the number is not known, the first sync points then wait for a channel.
     pub fn expect_any_channels(&self) {
-        self.shared.lock().has_channels = true;
+        self.shared.lock().source.has_channels = true;
     }
 
     /// Tells that the source numbers its packets from 0 on without gaps, over all channels: QEMU 9.0 and later, and a
     /// source that announces its channels. Each sync point then looks whether all packets have come.
     pub fn expect_exact_packet_nums(&self) {
-        self.shared.lock().numbers_are_exact = true;
+        self.shared.lock().source.numbers_are_exact = true;
     }
 
     /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
@@ -254,12 +260,12 @@ impl Receiver {
 
     /// How many channels have come so far.
     pub fn channels(&self) -> u16 {
-        self.shared.lock().come()
+        self.shared.lock().roster.come()
     }
 
     /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come, or main has not.
     pub fn uuid(&self) -> Option<VmUuid> {
-        self.shared.lock().uuid
+        self.shared.lock().roster.uuid
     }
 
     /// What stops it.
@@ -297,7 +303,7 @@ impl Receiver {
     pub fn fail_with_source(&self, error: Error, limit: Duration) -> Error {
         self.shared.stop.expect(error.clone());
         // Channels that stand at a sync point read on to their end.
-        self.shared.lock().source_closed = true;
+        self.shared.lock().life.source_closed = true;
         self.shared.changed.notify_all();
         drop(self.shared.wait_ended(limit));
         self.shared.stop.fail(error)
@@ -334,7 +340,7 @@ impl RecvCounters {
 
     /// Sync points that the migration has passed.
     pub fn sync_points(&self) -> u64 {
-        self.0.lock().released
+        self.0.lock().gate.released
     }
 }
 

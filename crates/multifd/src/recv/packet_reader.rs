@@ -63,7 +63,7 @@ impl PacketReader {
     /// Receives until so many bytes of the head are there. `false` if the peer closes before.
     pub(super) fn at_least(&mut self, bytes: usize) -> Result<bool> {
         if self.have < bytes {
-            let room = &mut self.head[self.have..];
+            let room = self.head.get_mut(self.have..).expect("a head does not exceed its room");
             let received = recv_at_least(&mut *self.link, &mut [PartMut::from(room)], bytes - self.have)
                 .map_err(|error| self.broken(error))?;
             self.have += received;

@@ -67,20 +67,22 @@ impl Placer {
         let length = listed.normal.len() * block.page_size().bytes();
         match &mut self.decoder {
             None => {
-                parts.push(PartMut::from(&mut self.pages[..length]));
+                let pages = self.pages.get_mut(..length).expect(BOUNDED);
+                parts.push(PartMut::from(pages));
                 packets.payload(parts, listed.payload_len)?;
             }
             Some(decoder) => {
-                let payload = &mut self.payload[..listed.payload_len];
+                let payload = self.payload.get_mut(..listed.payload_len).expect(BOUNDED);
                 parts.push(PartMut::from(&mut *payload));
                 packets.payload(parts, listed.payload_len)?;
-                let met = decoder.decode(payload, &mut self.pages[..=length])?;
+                let pages = self.pages.get_mut(..=length).expect(BOUNDED);
+                let met = decoder.decode(payload, pages)?;
                 if met != length {
                     return Err(Malformed::Inflated { expected: length, met }.into());
                 }
             }
         }
-        let mut rest = &self.pages[..length];
+        let mut rest = self.pages.get(..length).expect(BOUNDED);
         for (first, count) in neighbours(listed.normal.iter().copied()) {
             let length =
                 usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(block.page_size().bytes());
@@ -91,6 +93,9 @@ impl Placer {
         Ok(())
     }
 }
+
+/// `decode` has refused every packet that lists more.
+const BOUNDED: &str = "a packet stays within its bounds";
 
 fn not_stored(block: &RamBlock, first: PageIndex, error: std::io::Error) -> Error {
     let offset = block.offset_of(first).unwrap_or(BlockOffset(u64::MAX));

@@ -1,267 +1,88 @@
-//! Who belongs to the migration: main, and the channels that come from its host.
-//!
-//! A channel that comes before main belongs to no migration yet: its connection may be left over from a source that has
-//! died, or come from a stranger. It waits (`State::early`), and its id stays free. When main comes, or when the caller
-//! says what main has said, the channels that are here are admitted, and those from another host are dropped. Nothing
-//! of a channel is read before it is admitted but its initial packet and the fixed part of its first head.
+//! The connections of a migration, as far as main knows them.
 
-use std::{io, sync::Arc};
-
-use super::{
-    entry::{Entry, Newcomer, Origin},
-    shared::{Shared, State},
-};
+use super::entry::{Entry, Newcomer, Origin};
 use crate::{
-    channel::Wake,
-    error::{Error, Result, Usage, Violation},
+    error::{Error, Violation},
     options::ChannelCount,
-    ram::PageSize,
-    wire::{ChannelId, Initial, limits},
+    wire::{ChannelId, VmUuid},
 };
 
-/// What came of the channels that waited for main.
-#[must_use]
+/// The connections of the migration.
 #[derive(Default)]
-pub(super) struct Opened {
-    /// Connections to shut down, without the lock.
-    strangers: Vec<Arc<dyn Wake>>,
-    error: Option<Error>,
+pub(super) struct Roster {
+    /// Channels that belong to the migration, by id.
+    pub(super) channels: Vec<Option<Entry>>,
+    /// Channels that came before main, and wait to be admitted.
+    pub(super) waiting: Vec<Newcomer>,
+    /// Main has come, or the caller has said what it says: channels are admitted.
+    pub(super) opened: bool,
+    /// Where main comes from, once it has come.
+    pub(super) main: Option<Origin>,
+    /// The UUID of this side, or of the first channel.
+    pub(super) uuid: Option<VmUuid>,
+    /// Connections accepted so far.
+    pub(super) accepted: u64,
+    /// Connections that have not said yet what they are.
+    pub(super) unidentified: Vec<Origin>,
+    /// Connections that were dropped because they came from another host than main.
+    pub(super) foreign: u64,
+    /// Connections that were dropped before the first sync point without having said what they are.
+    pub(super) lost: Vec<Origin>,
+    /// There is one connection only: what becomes of it becomes of the migration.
+    pub(super) single: bool,
 }
 
-impl Shared {
-    /// Whether a connection from `origin` may be a channel of this migration.
-    fn may_belong(&self, state: &State, origin: &Origin) -> bool {
-        let main = state.main_from.as_ref().and_then(|main| main.host);
-        self.options.channels_from.admits(origin.host, main)
-    }
-
-    /// The same, of one that has not said what it is: main comes first, so what came before it is none.
-    pub(super) fn may_be_missed(&self, state: &State, origin: &Origin) -> bool {
-        let behind_main = state.main_from.as_ref().is_some_and(|main| origin.number > main.number);
-        behind_main && self.may_belong(state, origin)
-    }
-
-    /// Main has come, or has said something: channels are admitted from now on.
-    pub(super) fn open(&self, state: &mut State) -> Opened {
-        state.opened = true;
-        let mut opened = Opened::default();
-        for newcomer in std::mem::take(&mut state.early) {
-            if self.is_beyond(state, &newcomer) {
-                state.early.push(newcomer);
-                continue;
-            }
-            let wake = newcomer.wake.clone();
-            match self.admit(state, newcomer) {
-                Ok(true) => {}
-                Ok(false) => opened.strangers.push(wake),
-                Err(error) => opened.error = opened.error.or(Some(error)),
-            }
-        }
-        self.changed.notify_all();
-        opened
-    }
-
-    /// Carries out what came of [`open`](Self::open).
-    pub(super) fn finish_opening(&self, opened: Opened) -> Result<()> {
-        for stranger in opened.strangers {
-            stranger.wake();
-        }
-        opened.error.map_or(Ok(()), |error| Err(self.stop.fail(error)))
-    }
-
-    /// Main has come from here. A channel from elsewhere that was admitted before may have brought pages by now.
-    pub(super) fn main_from(&self, state: &mut State, origin: Origin) -> Opened {
-        state.main_from = Some(origin);
-        let places = (0..=u8::MAX).map(ChannelId).zip(&state.channels);
-        let mut foreign = places.filter_map(|(id, place)| Some((id, place.as_ref()?)));
-        let foreign = foreign.find(|(_, place)| !self.may_belong(state, &place.origin));
-        let error = foreign.map(|(id, place)| {
-            Error::from(Violation::ForeignChannel { id })
-                .at(format_args!("connection from {}", place.origin.peer))
-        });
-        let opened = self.open(state);
-        Opened { error: error.or(opened.error), ..opened }
-    }
-
-    /// Takes a channel in, or fails the migration if it cannot; `false` if it is dropped.
-    pub(super) fn register(&self, newcomer: Newcomer) -> bool {
-        let mut state = self.lock();
-        let beyond = self.is_beyond(&state, &newcomer);
-        let joined = if state.single || state.opened && !beyond {
-            self.admit(&mut state, newcomer)
-        } else if state.early.len() >= limits::GREETINGS {
-            tracing::warn!(peer = newcomer.origin.peer, "a channel too many before main is dropped");
-            Ok(false)
-        } else {
-            // They come from anywhere and at any time: an id may be there twice until main tells which is which.
-            state.early.push(newcomer);
-            Ok(true)
-        };
-        drop(state);
-        joined.unwrap_or_else(|error| {
-            self.stop.fail(error);
-            false
-        })
-    }
-
-    /// Whether its id is not below the number of channels given here, while the source may still announce its own: an error
-    /// that names both is better than one that names an id.
-    fn is_beyond(&self, state: &State, newcomer: &Newcomer) -> bool {
-        let undecided = state.announced.is_none() && state.released == 0 && !state.main_waits;
-        undecided && newcomer.initial.id.0 >= self.options.channels.most()
-    }
-
-    fn admit(&self, state: &mut State, newcomer: Newcomer) -> Result<bool> {
-        let Newcomer { origin, initial: Initial { uuid, id }, wake } = newcomer;
-        let refused = |error: Error| Err(error.at(format_args!("connection from {}", origin.peer)));
-        if !self.may_belong(state, &origin) {
-            state.foreign += 1;
-            let (peer, main) = (&origin.peer, state.main_from.as_ref().map(|main| &main.peer));
-            tracing::warn!(
-                peer,
-                main,
-                channel = id.0,
-                "a connection that begins like a channel comes from another host than main and is dropped: if it is a \
-                 channel of this migration, see channels-from"
-            );
-            return Ok(false);
-        }
-        if state.single {
-            return refused(Usage::SingleConnection(origin.peer.clone()).into());
-        }
-        let expected = *state.uuid.get_or_insert(uuid);
-        if uuid != expected {
-            return refused(Violation::ForeignUuid { expected, met: uuid }.into());
-        }
-        let most = self.expected(state).most();
-        if id.0 >= most {
-            return refused(Violation::ChannelId { id, channels: most.into() }.into());
-        }
+impl Roster {
+    /// The place of channel `id`, taken or not.
+    pub(super) fn slot(&mut self, id: ChannelId) -> &mut Option<Entry> {
         let slot = usize::from(id.0);
-        if state.channels.len() <= slot {
-            state.channels.resize_with(slot + 1, || None);
+        if self.channels.len() <= slot {
+            self.channels.resize_with(slot + 1, || None);
         }
-        let begun = state.released > 0;
-        if state.channels[slot].as_ref().is_some_and(|place| begun || !place.is_void()) {
-            return refused(Violation::DuplicateChannel { id }.into());
-        }
-        if state.released > 1 || state.sealed {
-            // Pages of this channel may be older than what other channels have brought since.
-            return refused(Violation::LateChannel { id, point: state.released }.into());
-        }
-        state.channels[slot] = Some(Entry::new(origin, wake));
-        self.context.stall_timer.moved();
-        self.changed.notify_all();
-        Ok(true)
+        self.channels.get_mut(slot).expect("there are enough now")
     }
 
-    /// Waits until channel `id`, whose connection is `number`, is admitted and main has told the page size. `None` if
-    /// neither will be: the migration is over, or the connection is a stranger's.
-    pub(super) fn wait_admitted(&self, id: ChannelId, number: u64) -> Option<PageSize> {
-        let mut state = self.lock();
-        loop {
-            let admitted = state.place(id, number).is_some();
-            // Also when all is over: one that was admitted reads on to its end.
-            if let (true, Some(page_size)) = (admitted, self.page_size.get()) {
-                return Some(*page_size);
+    /// How many channels are here.
+    pub(super) fn count(&self) -> u16 {
+        let count = self.channels.iter().flatten().filter(|place| !place.is_void()).count();
+        u16::try_from(count).unwrap_or(u16::MAX)
+    }
+
+    /// With all channels at their SYNC for `point`, of a source whose packet numbers have no gaps: whether packets were
+    /// numbered that have come over none of them.
+    pub(super) fn missing_packets(&self, point: u64) -> Option<Error> {
+        let places = || self.channels.iter().flatten();
+        let greatest = places().filter_map(|place| place.greatest).max()?;
+        // Surplus SYNCs at the end come behind the last point.
+        let met = places().map(|place| place.packets).sum::<u64>();
+        (greatest >= met).then(|| Violation::MissingPackets { point, greatest, met }.into())
+    }
+
+    /// How many have come, whether main has or not.
+    pub(super) fn come(&self) -> u16 {
+        self.count().saturating_add(u16::try_from(self.waiting.len()).unwrap_or(u16::MAX))
+    }
+
+    /// The first channel that belongs to this migration and is not here, as far as that is known.
+    pub(super) fn missing(&self, expected: ChannelCount, has_channels: bool) -> Option<ChannelId> {
+        let end = match expected {
+            ChannelCount::Exact(count) => usize::from(count),
+            ChannelCount::Auto => {
+                let last = self.channels.iter().rposition(Option::is_some);
+                last.map_or(usize::from(has_channels), |last| last + 1)
             }
-            if state.stopped || state.sealed || !admitted && !state.is_early(number) {
-                return None;
-            }
-            state = self.wait(state);
-        }
+        };
+        let gap = (0..end).find(|id| self.channels.get(*id).is_none_or(Option::is_none))?;
+        u8::try_from(gap).ok().map(ChannelId)
     }
 
-    /// Whether channel `id` is the one on connection `number`.
-    pub(super) fn is_admitted(&self, id: ChannelId, number: u64) -> bool {
-        self.lock().place(id, number).is_some()
-    }
-
-    /// The connection of channel `id` has ended, after so many packets. Where nothing has come over it, its place is free
-    /// for another one, until the first sync point. Nobody waits for that, unless it was left over from a source that has
-    /// died: a source does not try again.
-    pub(super) fn ended(&self, id: ChannelId, number: u64, packets: u64) {
-        let mut state = self.lock();
-        let main = state.main_from.as_ref().map(|main| main.number);
-        state.early.retain(|early| early.origin.number != number);
-        if let Some(place) = state.place(id, number) {
-            place.ended = true;
-            place.void = packets == 0;
-            // Older than main: of a source before this one.
-            if place.is_void() && main.is_some_and(|main| number < main) && state.released == 0 {
-                state.channels[usize::from(id.0)] = None;
-                if state.count() == 0 {
-                    state.uuid = self.options.uuid;
-                }
-            }
-        }
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    /// Whether an error of channel `id`, before its first packet, is the end of a connection that another source has left.
-    pub(super) fn is_left_over(&self, id: ChannelId, number: u64, error: &Error) -> bool {
-        let mut state = self.lock();
-        let older = state.main_from.as_ref().is_some_and(|main| number < main.number);
-        let broken = matches!(error.kind(), Error::Io { .. } | Error::Violation(Violation::Cut { .. }));
-        state.place(id, number).is_none() || older && broken && state.released == 0
-    }
-
-    /// A connection is dropped that has not said what it is. While it is not known how many channels there are, it may
-    /// have been one.
-    pub(super) fn note_lost(&self, origin: Origin) {
-        let mut state = self.lock();
-        if !matches!(self.expected(&state), ChannelCount::Auto) {
-            return;
-        }
-        if state.released > 0 {
-            let lost = self.may_be_missed(&state, &origin).then(|| lost(&origin));
-            drop(state);
-            lost.map(|error| self.stop.fail(error));
-            return;
-        }
-        // Main may be about to say how many there are: the first sync point asks.
-        if state.lost.len() == limits::GREETINGS {
-            state.lost.remove(0);
-        }
-        state.lost.push(origin);
-    }
-
-    /// The first of the connections lost that is missed, where nothing tells how many channels there are.
-    pub(super) fn missed(&self, state: &State) -> Option<Error> {
-        if !matches!(self.expected(state), ChannelCount::Auto) {
-            return None;
-        }
-        state.lost.iter().find(|origin| self.may_be_missed(state, origin)).map(lost)
-    }
-}
-
-fn lost(origin: &Origin) -> Error {
-    Error::from(Violation::LostConnection).at(format_args!("connection from {}", origin.peer))
-}
-
-impl State {
     /// The place of channel `id`, if it is that of connection `number`.
     pub(super) fn place(&mut self, id: ChannelId, number: u64) -> Option<&mut Entry> {
         let place = self.channels.get_mut(usize::from(id.0))?.as_mut()?;
         Some(place).filter(|place| place.origin.number == number)
     }
 
-    fn is_early(&self, number: u64) -> bool {
-        self.early.iter().any(|early| early.origin.number == number)
+    pub(super) fn is_waiting(&self, number: u64) -> bool {
+        self.waiting.iter().any(|newcomer| newcomer.origin.number == number)
     }
-}
-
-/// Whether an error says that a connection may have been lost without its source knowing. One that was closed is known to
-/// the source to have failed, and so is a handshake.
-pub(super) fn is_unnoticed(error: &Error) -> bool {
-    match error.kind() {
-        Error::TimedOut { .. } | Error::Malformed(_) | Error::Unsupported(_) => true,
-        Error::Io { source, .. } => is_system(source),
-        _ => false,
-    }
-}
-
-fn is_system(error: &io::Error) -> bool {
-    error.raw_os_error().is_some()
 }

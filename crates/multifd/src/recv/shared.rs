@@ -5,10 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    arrived::Arrived,
-    entry::{Entry, Newcomer, Origin},
-};
+use super::{arrived::Arrived, roster::Roster};
 use crate::{
     channel::{Context, Stop, Stream, Wake, Watch, deadline},
     compress::Method,
@@ -17,7 +14,7 @@ use crate::{
     ram::PageSize,
     stats::{ChannelCounters, ChannelStats},
     sync_types::{AtomicBool, Condvar, Instant, JoinHandle, Mutex, MutexGuard, OnceLock},
-    wire::{ChannelId, VmUuid},
+    wire::ChannelId,
 };
 
 /// What main, the acceptor and the channels' threads share.
@@ -44,50 +41,63 @@ pub(super) struct Shared {
     pub(super) changed: Condvar,
 }
 
+/// What changes, under one lock.
 #[derive(Default)]
 pub(super) struct State {
-    /// By id.
-    pub(super) channels: Vec<Option<Entry>>,
-    /// Channels that came before main.
-    pub(super) early: Vec<Newcomer>,
-    /// Main has come, or the caller has said what it says: channels are admitted.
-    pub(super) opened: bool,
-    /// Connections that were dropped because they came from another host than main.
-    pub(super) foreign: u64,
-    /// The UUID of this side, or of the first channel.
-    pub(super) uuid: Option<VmUuid>,
-    /// Connections that have not said yet what they are.
-    pub(super) unidentified: Vec<Origin>,
-    /// There is one connection only: what becomes of it becomes of the migration.
-    pub(super) single: bool,
-    pub(super) main: Option<Stream>,
-    pub(super) main_taken: bool,
-    pub(super) main_watch: Option<Watch>,
-    /// The source is known to have channels.
-    pub(super) has_channels: bool,
-    /// The packet numbers of the source are known to have no gaps.
-    pub(super) numbers_are_exact: bool,
-    /// The number of channels that the source announced on main.
+    pub(super) roster: Roster,
+    pub(super) source: Source,
+    pub(super) gate: Gate,
+    pub(super) main: Main,
+    pub(super) acceptor: Acceptor,
+    pub(super) life: Life,
+}
+
+/// What the source has said of itself.
+#[derive(Default)]
+pub(super) struct Source {
+    /// The number of channels that it announced on main.
     pub(super) announced: Option<u8>,
+    /// It is known to have channels.
+    pub(super) has_channels: bool,
+    /// Its packet numbers are known to have no gaps.
+    pub(super) numbers_are_exact: bool,
+}
+
+/// Which sync points have been passed.
+#[derive(Default)]
+pub(super) struct Gate {
     /// Sync points that main has passed.
     pub(super) released: u64,
-    /// Main stands at the next one, and looks after those that it waits for. It does so to the end if that fails.
+    /// Main waits at the next one, and supervises the channels that it waits for. It does so to the end if that fails.
     pub(super) main_waits: bool,
-    /// Connections accepted so far.
-    pub(super) accepted: u64,
-    /// Where main comes from, once it has come.
-    pub(super) main_from: Option<Origin>,
-    /// Connections that were dropped before the first sync point without having said what they are.
-    pub(super) lost: Vec<Origin>,
-    /// What wakes the acceptor, while there is one.
-    pub(super) acceptor: Option<Arc<dyn Wake>>,
-    pub(super) drain_asked: u64,
-    pub(super) drain_done: u64,
+}
+
+/// The main connection, between its arrival and the caller who takes it.
+#[derive(Default)]
+pub(super) struct Main {
+    pub(super) stream: Option<Stream>,
+    pub(super) taken: bool,
+    pub(super) watch: Option<Watch>,
+}
+
+/// The thread that takes connections, and how often it was asked to take all that are waiting.
+#[derive(Default)]
+pub(super) struct Acceptor {
+    /// What wakes it, while there is one.
+    pub(super) waker: Option<Arc<dyn Wake>>,
+    pub(super) drains_asked: u64,
+    pub(super) drains_done: u64,
+}
+
+/// How far the migration has got towards its end.
+#[derive(Default)]
+pub(super) struct Life {
     /// Everything has come: a copy of `Shared::sealed` under the lock.
     pub(super) sealed: bool,
     /// The source has closed main: the migration is about to fail.
     pub(super) source_closed: bool,
     pub(super) stopped: bool,
+    /// Of connections and channels; those that have ended are removed now and then.
     pub(super) threads: Vec<JoinHandle<()>>,
 }
 
@@ -115,7 +125,7 @@ impl Shared {
     pub(super) fn seal(&self) -> Result<()> {
         self.stop.check()?;
         self.sealed.store(true, Ordering::SeqCst);
-        self.lock().sealed = true;
+        self.lock().life.sealed = true;
         self.changed.notify_all();
         let writing = self.filling.iter().position(|flag| flag.load(Ordering::SeqCst));
         if let Some(id) = writing.and_then(|id| u8::try_from(id).ok()) {
@@ -129,9 +139,9 @@ impl Shared {
     pub(super) fn wait_ended(&self, limit: Duration) -> Guard<'_> {
         let end = deadline(limit);
         let mut state = self.lock();
-        while state.channels.iter().flatten().any(|place| !place.ended) {
+        while state.roster.channels.iter().flatten().any(|place| !place.ended) {
             let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() || state.stopped {
+            if left.is_zero() || state.life.stopped {
                 tracing::debug!("the source left channels open");
                 break;
             }
@@ -143,7 +153,8 @@ impl Shared {
     /// Waits until the source has closed every channel, and closes those that it leaves open.
     pub(super) fn drain_channels(&self) {
         let state = self.wait_ended(self.options.drain_timeout);
-        let wakers: Vec<_> = state.channels.iter().flatten().filter_map(|place| place.wake.clone()).collect();
+        let wakers: Vec<_> =
+            state.roster.channels.iter().flatten().filter_map(|place| place.wake.clone()).collect();
         drop(state);
         for waker in wakers {
             waker.wake();
@@ -153,29 +164,35 @@ impl Shared {
     /// Keeps a thread to be joined, and lets go of those that have ended.
     pub(super) fn keep(&self, thread: JoinHandle<()>) {
         let mut state = self.lock();
-        state.threads.retain(|thread| !thread.is_finished());
-        state.threads.push(thread);
+        state.life.threads.retain(|thread| !thread.is_finished());
+        state.life.threads.push(thread);
     }
 
     /// Joins all threads and lets go of all connections, whoever still looks at the counters.
     pub(super) fn join(&self) {
         loop {
-            let Some(thread) = self.lock().threads.pop() else { break };
+            let Some(thread) = self.lock().life.threads.pop() else { break };
             // One that panicked has failed the migration itself.
             let _ = thread.join();
         }
         let mut state = self.lock();
-        let wakes: Vec<_> = state.channels.iter_mut().flatten().map(|place| place.wake.take()).collect();
-        let connections =
-            (state.main.take(), state.main_watch.take(), wakes, std::mem::take(&mut state.early));
+        let wakes: Vec<_> =
+            state.roster.channels.iter_mut().flatten().map(|place| place.wake.take()).collect();
+        let connections = (
+            state.main.stream.take(),
+            state.main.watch.take(),
+            wakes,
+            std::mem::take(&mut state.roster.waiting),
+        );
         drop(state);
         drop(connections);
     }
 
     pub(super) fn stats(&self) -> Vec<ChannelStats> {
         let state = self.lock();
-        let here = (0..=u8::MAX).zip(&state.channels).filter(|(_, place)| place.is_some());
-        here.map(|(id, _)| self.counters[usize::from(id)].snapshot(ChannelId(id))).collect()
+        let ids = (0..=u8::MAX).map(ChannelId);
+        let places = ids.zip(&self.counters).zip(&state.roster.channels);
+        places.filter(|(_, place)| place.is_some()).map(|((id, counters), _)| counters.snapshot(id)).collect()
     }
 }
 
@@ -183,7 +200,7 @@ pub(super) struct WakeState(pub(super) Arc<Shared>);
 
 impl Wake for WakeState {
     fn wake(&self) {
-        self.0.lock().stopped = true;
+        self.0.lock().life.stopped = true;
         self.0.changed.notify_all();
     }
 }

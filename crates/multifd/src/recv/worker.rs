@@ -55,7 +55,7 @@ fn consume(
     let Some(page_size) = shared.wait_admitted(id, number) else { return Ok(()) };
     let head_len = head_len(page_size);
     reader.lengthen(head_len);
-    let counters = &shared.counters[usize::from(id.0)];
+    let counters = shared.counters.get(usize::from(id.0)).expect(ADMITTED);
     counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
     let mut placer = Placer::default();
@@ -90,13 +90,16 @@ fn consume(
     Ok(())
 }
 
+/// `admit` has refused every id that is not below the number of channels.
+const ADMITTED: &str = "there is one for each channel";
+
 /// Marks a channel as writing to guest memory, for as long as it lives.
 pub(super) struct Filling<'a>(&'a AtomicBool);
 
 impl<'a> Filling<'a> {
     /// Sequentially consistent, as is `Shared::seal`: either this sees the seal, or the seal sees this.
     pub(super) fn begin(id: ChannelId, shared: &'a Shared, listed: &Listed) -> Result<Self> {
-        let flag = &shared.filling[usize::from(id.0)];
+        let flag = shared.filling.get(usize::from(id.0)).expect(ADMITTED);
         flag.store(true, Ordering::SeqCst);
         let filling = Self(flag);
         if shared.is_sealed() {
