@@ -12,6 +12,7 @@
 
 mod destination;
 mod device_part;
+mod events;
 mod line;
 mod loader;
 mod ram;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use multifd::{channel::Stop, live::RunState};
 
+pub use crate::format::{Delta, Event, SyncMark};
 use crate::{
     connection::{Connection, Judge},
     error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
@@ -33,6 +35,7 @@ use crate::{
 pub use destination::Destination;
 use destination::refused;
 use device_part::{Without, set_limit};
+pub use events::Events;
 use line::Line;
 pub use loader::{Expected, LeftOut, Loader, MainPages};
 use ram::Ram;

@@ -148,7 +148,11 @@ impl EarlyPart {
     ///
     /// # Errors
     /// If something else stands there, or it is malformed.
-    fn last_piece<R: Read>(&mut self, r: &mut Reader<R>, footers: bool) -> Result<Option<Section>, Error> {
+    pub(crate) fn last_piece<R: Read>(
+        &mut self,
+        r: &mut Reader<R>,
+        footers: bool,
+    ) -> Result<Option<Section>, Error> {
         self.behind_ram = true;
         let Some(open) = self.live.iter().find(|live| !live.has_ended()) else { return Ok(None) };
         let at = r.here();
@@ -163,6 +167,11 @@ impl EarlyPart {
                 Err(PeerMisbehaved::Unfinished { name, id, met }.at(at))
             }
         }
+    }
+
+    /// The last pieces of live sections as they stand in the stream, behind the end of RAM.
+    pub(crate) fn ends(&self) -> &[u8] {
+        &self.ends
     }
 
     /// Takes a piece, whose head has just been read, of a section that is known.
