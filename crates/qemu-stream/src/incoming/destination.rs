@@ -1,12 +1,10 @@
 //! What takes a machine in: the calls that a stream makes as it is read.
 
-use std::io::Read;
-
 use multifd::ram::{BlockIndex, PageIndex};
 
 use crate::{
-    error::Error,
-    format::{BlockList, Configuration, Reader},
+    error::{Error, Place},
+    format::{BlockList, Configuration},
 };
 
 /// What takes a machine in. Calls come in the order of the stream; the first error ends the migration.
@@ -78,11 +76,11 @@ pub trait Destination {
     fn end_of_ram(&mut self) -> Result<(), Self::Error>;
 }
 
-/// The error of a destination that refuses what comes.
-pub(super) fn refused<R: Read>(
-    r: &Reader<R>,
+/// The error of a destination that refuses what comes, `at` where the stream has got.
+pub(super) fn refused(
+    at: Place,
     what: &'static str,
     source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
 ) -> Error {
-    Error::Destination { at: r.here(), what, source: source.into() }
+    Error::Destination { at, what, source: source.into() }
 }

@@ -15,7 +15,7 @@ use multifd::{
     ram::{self, PageIndex, RamBlock, RamBlocks},
 };
 
-use super::{Destination, Loaded};
+use super::{destination::Destination, loaded::Loaded};
 use crate::{
     error::PeerMisbehaved,
     format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},

@@ -281,6 +281,21 @@ impl<R: Read> Events<R> {
         self.r.into_inner()
     }
 
+    /// Sets what [`suppress_vmdesc`](Self::suppress_vmdesc) sets.
+    pub(super) fn set_suppress_vmdesc(&mut self, on: bool) {
+        self.suppress_vmdesc = on;
+    }
+
+    /// Whether the next event waits for the connection.
+    pub(super) fn is_drained(&self) -> bool {
+        self.r.is_drained()
+    }
+
+    /// Waits until something has come, or the end.
+    pub(super) fn wait(&mut self) -> Result<(), Error> {
+        self.r.peek().map(drop)
+    }
+
     fn header(&mut self) -> Result<Event<'_>, Error> {
         self.configuration = decode_header(&mut self.r)?;
         if self.configuration.as_ref().is_some_and(|configuration| configuration.mapped_ram) {
