@@ -91,6 +91,29 @@ pub enum Event<'a> {
     End(DevicePart),
 }
 
+impl Event<'_> {
+    /// What it is, in a word or two, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Configuration(_) => "configuration",
+            Self::Command(_) => "command",
+            Self::OtherSection { .. } => "section beside ram",
+            Self::Blocks { .. } => "block list",
+            Self::SyncMode(_) => "sync mode",
+            Self::SyncPoint(_) => "sync point",
+            Self::Eos => "end of records",
+            Self::SectionEnd { .. } => "end of a section of ram",
+            Self::Pass { .. } => "pass",
+            Self::ZeroPage { .. } => "zero page",
+            Self::Page { .. } => "page",
+            Self::Xbzrle { .. } => "delta of a page",
+            Self::EndOfRam => "end of ram",
+            Self::Devices(_) => "devices",
+            Self::End(_) => "end of the stream",
+        }
+    }
+}
+
 /// How a sync point is marked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyncMark {

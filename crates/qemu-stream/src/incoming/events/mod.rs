@@ -40,37 +40,40 @@ use ram::{After, Part, Ram};
 /// # Example
 ///
 /// ```
-/// use qemu_stream::incoming::{Event, Events};
+/// use qemu_stream::{incoming::{Event, Events}, outgoing::EventWriter};
 /// # use multifd::ram::{BlockName, PageIndex, PageSize};
-/// # use qemu_stream::format::{BlockEntry, BlockIndex, BlockList, Configuration, DevicePart, MachineType, SectionId};
-/// # use qemu_stream::outgoing::{Options, Outgoing};
-/// # #[derive(Default)]
-/// # struct Tape(Vec<u8>);
-/// # impl std::io::Read for Tape { fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> { Ok(0) } }
-/// # impl std::io::Write for Tape {
-/// #     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> { self.0.write(bytes) }
-/// #     fn flush(&mut self) -> std::io::Result<()> { Ok(()) }
-/// # }
-/// # impl qemu_stream::Connection for Tape {
-/// #     fn set_read_timeout(&mut self, _: Option<std::time::Duration>) -> std::io::Result<()> { Ok(()) }
-/// #     fn waker(&self) -> Option<std::sync::Arc<dyn multifd::channel::Wake>> { None }
-/// #     fn write_waker(&self) -> Option<std::sync::Arc<dyn multifd::channel::Wake>> { None }
-/// # }
+/// # use qemu_stream::format::{BlockEntry, BlockIndex, BlockList, Configuration, DevicePart, MachineType, SectionId, SyncMode};
+/// # use qemu_stream::incoming::SyncMark;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let machine = Configuration::new(MachineType::new("my-vmm-1")?);
-/// # let mut out = Outgoing::new(Tape::default(), Options::new(machine).sync_mode(None).unconfirmed())?;
 /// # let ram = BlockEntry::new(BlockName::new("ram0").ok_or("a name")?, 1 << 20);
-/// # out.begin(0)?;
-/// # out.setup(BlockList::new(vec![ram], PageSize::KIB_4)?, None)?;
-/// # out.begin_end()?;
-/// # out.page(BlockIndex(0), PageIndex(7), &[42; 4096])?;
-/// # out.end_part(None)?;
-/// # out.devices(&DevicePart::build(&[], 4096, SectionId(2))?)?;
-/// # let stream = out.into_inner().0;
+/// # let blocks = BlockList::new(vec![ram], PageSize::KIB_4)?;
+/// # let mut source = EventWriter::new(Vec::new());
+/// # for event in [
+/// #     Event::Configuration(Some(&machine)),
+/// #     Event::Blocks { section: SectionId(1), blocks: &blocks },
+/// #     Event::SyncMode(SyncMode::Legacy),
+/// #     Event::SyncPoint(SyncMark::Eos),
+/// #     Event::Eos,
+/// #     Event::SectionEnd { footer: true },
+/// #     Event::Pass { last: true },
+/// #     Event::Page { block: BlockIndex(0), page: PageIndex(7), bytes: &[42; 4096] },
+/// #     Event::SyncPoint(SyncMark::Eos),
+/// #     Event::Eos,
+/// #     Event::SectionEnd { footer: true },
+/// #     Event::EndOfRam,
+/// #     Event::End(DevicePart::build(&[], 4096, SectionId(2))?),
+/// # ] {
+/// #     source.write(&event)?;
+/// # }
+/// # let stream = source.into_inner();
 /// let (mut pages, mut passes) = (0, 0);
 /// let mut events = Events::new(&stream[..]);
+/// let mut copy = EventWriter::new(Vec::new());
 /// loop {
-///     match events.next()? {
+///     let event = events.next()?;
+///     copy.write(&event)?; // what was read can be written again
+///     match event {
 ///         Event::Blocks { blocks, .. } => println!("{} bytes of RAM", blocks.total()),
 ///         Event::Pass { .. } => passes += 1,
 ///         Event::Page { .. } | Event::ZeroPage { .. } => pages += 1,
@@ -82,6 +85,7 @@ use ram::{After, Part, Ram};
 ///     }
 /// }
 /// assert_eq!((pages, passes), (1, 1));
+/// assert_eq!(copy.into_inner(), stream);
 /// # Ok(())
 /// # }
 /// ```

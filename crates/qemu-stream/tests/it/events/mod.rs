@@ -1,6 +1,8 @@
 //! The main stream event by event: which events a stream has, in which order, and where they end.
 
 mod order;
+mod qemu;
+mod written;
 
 use qemu_stream::{
     error::Error,
