@@ -41,7 +41,6 @@
 //!
 //! impl Destination for Printer {
 //!     type Error = Infallible;
-//!     fn configuration(&mut self, _: Option<&Configuration>) -> Result<(), Infallible> { Ok(()) }
 //!     fn blocks(&mut self, list: &BlockList) -> Result<(), Infallible> {
 //!         println!("{} bytes of RAM", list.total());
 //!         Ok(())
@@ -53,7 +52,6 @@
 //!         Ok(())
 //!     }
 //!     fn read_page(&mut self, _: BlockIndex, _: PageIndex, _: &mut [u8]) -> Result<(), Infallible> { Ok(()) }
-//!     fn end_of_ram(&mut self) -> Result<(), Infallible> { Ok(()) }
 //! }
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
