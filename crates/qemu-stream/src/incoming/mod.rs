@@ -11,6 +11,8 @@
 //! event by event, for a program that acts in the middle of it. What cannot be taken is refused by name; nothing a peer sends
 //! makes either allocate, loop or index beyond `format/limits.rs`.
 
+#![warn(clippy::indexing_slicing)]
+
 mod destination;
 mod events;
 mod line;

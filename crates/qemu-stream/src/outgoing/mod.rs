@@ -11,6 +11,8 @@
 //! destination's channels stand still until it arrives, and keeping it back while channels fill would
 //! be a deadlock. Between sync points only a full buffer is written.
 
+#![warn(clippy::indexing_slicing)]
+
 mod encoder;
 mod event_writer;
 mod main_stream;
