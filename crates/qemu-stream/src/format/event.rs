@@ -23,12 +23,12 @@ pub enum Event<'a> {
     /// The header, with the configuration of the machine; `None` from machine types up to 2.3. First, and once.
     Configuration(Option<&'a Configuration>),
     /// A command. Comes before RAM and between its sections.
-    Command(Command),
+    Command(&'a Command),
     /// A section that is not RAM's and comes before the end of RAM or right behind it: a device that is sent early (FULL), or a
     /// piece of a section that is sent in pieces (START, PART, END).
     OtherSection {
         /// Its head.
-        head: Section,
+        head: &'a Section,
         /// All of it as it is in the stream: head, body, footer.
         bytes: &'a [u8],
     },
@@ -88,7 +88,7 @@ pub enum Event<'a> {
     Devices(&'a [u8]),
     /// The stream is complete. The devices, split: what [`Devices`](Self::Devices) and [`OtherSection`](Self::OtherSection) have
     /// brought, and nothing else. Last, and once.
-    End(DevicePart),
+    End(Box<DevicePart>),
 }
 
 impl Event<'_> {

@@ -140,7 +140,10 @@ impl<C: Connection> Incoming<C> {
                     let taken = destination.configuration(configuration);
                     taken.map_err(|e| refused(self.line.here(), "the configuration", e))?;
                 }
-                Event::Command(command) => self.command(&command, &mut known, destination)?,
+                Event::Command(command) => {
+                    let command = command.clone();
+                    self.command(&command, &mut known, destination)?;
+                }
                 Event::Blocks { section, blocks } => {
                     let (count, total) = (blocks.entries().len(), blocks.total());
                     tracing::debug!(blocks = count, total, "ram section starts");
@@ -186,7 +189,7 @@ impl<C: Connection> Incoming<C> {
                     }
                 }
                 Event::OtherSection { .. } | Event::Pass { .. } | Event::Eos => {}
-                Event::End(devices) => return self.complete(known, devices),
+                Event::End(devices) => return self.complete(known, *devices),
             }
         }
     }

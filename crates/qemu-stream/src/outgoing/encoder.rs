@@ -51,7 +51,7 @@ impl Encoder {
                 self.ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
                 encode_header(*configuration, out);
             }
-            Event::Command(command) => Section::Command(command.clone()).encode(out),
+            Event::Command(command) => Section::Command((*command).clone()).encode(out),
             Event::OtherSection { bytes, .. } | Event::Devices(bytes) => {
                 *self.behind_ram.as_mut().unwrap_or(&mut self.early) += bytes.len();
                 out.put(bytes);

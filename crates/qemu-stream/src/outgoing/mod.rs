@@ -103,10 +103,10 @@ impl<C: Connection> Outgoing<C> {
         let configuration = Event::Configuration(self.options.configuration.as_ref());
         self.encoder.encode(&configuration, self.writer.buffer())?;
         if self.options.return_path {
-            self.put(&Event::Command(Command::OpenReturnPath))?;
-            self.put(&Event::Command(Command::Ping(FIRST_PING)))?;
+            self.put(&Event::Command(&Command::OpenReturnPath))?;
+            self.put(&Event::Command(&Command::Ping(FIRST_PING)))?;
             // Behind the one that every source sends, so that what looks at the first bytes sees what it knows.
-            self.put(&Event::Command(Command::announce_channels(channels)))?;
+            self.put(&Event::Command(&Command::announce_channels(channels)))?;
         }
         self.leave(Stage::Begun)
     }
@@ -235,7 +235,7 @@ impl<C: Connection> Outgoing<C> {
     pub fn switchover(&mut self) -> Result<(), Error> {
         self.expect("switchover", Stage::Between)?;
         if self.options.switchover_start {
-            self.put(&Event::Command(Command::SwitchoverStart))?;
+            self.put(&Event::Command(&Command::SwitchoverStart))?;
         }
         self.leave(Stage::Between)
     }
@@ -274,7 +274,7 @@ impl<C: Connection> Outgoing<C> {
         if !self.options.return_path {
             return Ok(());
         }
-        self.put(&Event::Command(Command::Ping(READY_PING)))?;
+        self.put(&Event::Command(&Command::Ping(READY_PING)))?;
         self.leave(Stage::Between)?;
         let answered = self.heard.wait_for_pong(self.writer.connection(), READY_PING);
         if answered.is_err() {

@@ -88,7 +88,7 @@ fn whole() -> Vec<u8> {
     }
     end.iter().for_each(&mut write);
     write(&Event::EndOfRam);
-    write(&Event::End(devices));
+    write(&Event::End(Box::new(devices)));
     out.into_inner()
 }
 

@@ -19,13 +19,13 @@ use std::{fmt, io::Read, mem};
 use crate::{
     error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
     format::{
-        Command, Configuration, DevicePart, EarlyPart, Event, Reader, Section, SyncMark, decode_footer,
-        decode_header, footer_follows,
+        Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, SyncMark,
+        SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
 };
 use devices::Collected;
-use ram::{After, Part, Ram};
+use ram::{Part, Ram};
 
 /// Reads a main stream as [events](Event), one for each call of [`next`](Self::next).
 ///
@@ -62,7 +62,7 @@ use ram::{After, Part, Ram};
 /// #     Event::Eos,
 /// #     Event::SectionEnd { footer: true },
 /// #     Event::EndOfRam,
-/// #     Event::End(DevicePart::build(&[], 4096, SectionId(2))?),
+/// #     Event::End(Box::new(DevicePart::build(&[], 4096, SectionId(2))?)),
 /// # ] {
 /// #     source.write(&event)?;
 /// # }
@@ -93,10 +93,13 @@ pub struct Events<R> {
     r: Reader<R>,
     state: State,
     /// Where the event begins that was given last.
-    begin: Place,
+    begin: u64,
     configuration: Option<Configuration>,
     ram: Ram,
     early: EarlyPart,
+    /// What was read last of these, for an event to lend.
+    head: Option<Section>,
+    command: Option<Command>,
     return_path: bool,
     suppress_vmdesc: bool,
 }
@@ -137,14 +140,15 @@ impl<R: Read> Events<R> {
     /// The events of the main stream that comes over `connection`.
     pub fn new(connection: R) -> Self {
         let r = Reader::new(connection, Stream::Main);
-        let begin = r.here();
         Self {
             r,
             state: State::Header,
-            begin,
+            begin: 0,
             configuration: None,
             ram: Ram::none(),
             early: EarlyPart::default(),
+            head: None,
+            command: None,
             return_path: false,
             suppress_vmdesc: false,
         }
@@ -167,23 +171,16 @@ impl<R: Read> Events<R> {
         reason = "an event lends from the reader, an iterator's item cannot"
     )]
     pub fn next(&mut self) -> Result<Event<'_>, Error> {
+        self.begin = self.r.position();
         if self.may_pause() {
             self.r.peek()?;
         }
-        self.begin = self.r.here();
         match mem::replace(&mut self.state, State::Broken) {
             State::Header => self.header(),
             State::BeforeRam => self.before_ram(),
             State::Body(part) => {
-                let (event, after) = self.ram.record(&mut self.r, part)?;
-                self.state = match after {
-                    After::More => State::Body(part),
-                    After::SyncAtFlush => State::SyncAtFlush(part),
-                    After::SyncAtEos => State::SyncAtEos(part),
-                    After::Eos => State::Eos(part),
-                    After::Footer => State::Footer(part),
-                };
-                Ok(event)
+                self.state = State::Body(part);
+                self.record(part)
             }
             State::SyncAtFlush(part) => {
                 self.state = State::Body(part);
@@ -207,7 +204,7 @@ impl<R: Read> Events<R> {
             State::Devices(collected) => self.devices(collected),
             State::Complete(part) => {
                 self.state = State::Finished;
-                Ok(Event::End(*part))
+                Ok(Event::End(part))
             }
             State::Unserved(error) => Err(*error),
             State::Finished => {
@@ -220,7 +217,7 @@ impl<R: Read> Events<R> {
 
     /// Where the event begins that was given last. Of one without bytes of its own: where the stream is.
     pub fn place(&self) -> Place {
-        self.begin
+        Place { stream: Stream::Main, offset: self.begin }
     }
 
     /// Where the event ends that was given last.
@@ -311,9 +308,10 @@ impl<R: Read> Events<R> {
     }
 
     fn before_ram(&mut self) -> Result<Event<'_>, Error> {
+        let at = self.place();
         match Section::decode(&mut self.r)? {
             Section::Start(head) if head.is_ram() => {
-                self.ram = Ram::begin(&mut self.r, &head, self.begin, self.configuration.as_ref())?;
+                self.ram = Ram::begin(&mut self.r, &head, at, self.configuration.as_ref())?;
                 self.state = State::Body(Part::Start);
                 Ok(Event::Blocks { section: self.ram.section, blocks: &self.ram.blocks })
             }
@@ -322,22 +320,69 @@ impl<R: Read> Events<R> {
                 self.early.take(&mut self.r, &head, None, true)?;
                 self.state = State::BeforeRam;
                 let bytes = self.early.as_bytes().get(from..).unwrap_or_default();
-                Ok(Event::OtherSection { head: Section::Full(head), bytes })
+                Ok(Event::OtherSection { head: self.head.insert(Section::Full(head)), bytes })
             }
             Section::Command(command) => Ok(self.command(command, State::BeforeRam)),
             other => Err(self.misplaced(other, "before the start of ram")),
         }
     }
 
+    /// A record of a section of RAM. There are millions of them: what is there stays where it is but for an error or an end.
+    fn record(&mut self, part: Part) -> Result<Event<'_>, Error> {
+        let Ram { blocks, current, mode, .. } = &mut self.ram;
+        let record = Record::decode(&mut self.r, blocks, current);
+        match record.inspect_err(|_| self.state = State::Broken)? {
+            Record::Zero(..) | Record::Page(..) | Record::Xbzrle(..) if part == Part::Start => {
+                self.state = State::Broken;
+                let (record, place) = ("page", "in the first section of ram");
+                Err(PeerMisbehaved::Misplaced { record, place }.at(self.r.place()))
+            }
+            Record::Zero(block, page) => Ok(Event::ZeroPage { block, page }),
+            Record::Page(block, page) => {
+                let bytes = self.r.lend(blocks.page_size().bytes(), "a page");
+                let bytes = bytes.inspect_err(|_| self.state = State::Broken)?;
+                Ok(Event::Page { block, page, bytes })
+            }
+            Record::Xbzrle(block, page, length) => {
+                let at = self.r.here();
+                let bytes = self.r.lend(length.into(), "an xbzrle delta");
+                let bytes = bytes.inspect_err(|_| self.state = State::Broken)?;
+                Ok(Event::Xbzrle { block, page, delta: Delta::new(bytes, at) })
+            }
+            Record::MultifdFlush => match mode {
+                Some(_) => Ok(Event::SyncPoint(SyncMark::Flush)),
+                None => {
+                    self.state = State::SyncAtFlush(part);
+                    Ok(Event::SyncMode(*mode.insert(SyncMode::Round)))
+                }
+            },
+            Record::Eos => match mode {
+                Some(SyncMode::Round) => {
+                    self.state = State::Footer(part);
+                    Ok(Event::Eos)
+                }
+                Some(SyncMode::Legacy) => {
+                    self.state = State::Eos(part);
+                    Ok(Event::SyncPoint(SyncMark::Eos))
+                }
+                None => {
+                    self.state = State::SyncAtEos(part);
+                    Ok(Event::SyncMode(*mode.insert(SyncMode::Legacy)))
+                }
+            },
+        }
+    }
+
     fn between(&mut self) -> Result<Event<'_>, Error> {
         let (section, footers) = (self.ram.section, self.ram.footers == Some(true));
+        let at = self.place();
         let head = Section::decode(&mut self.r)?;
         let from = self.early.as_bytes().len();
-        match self.early.offer(&mut self.r, head.clone(), self.begin, section, footers)? {
+        match self.early.offer(&mut self.r, head.clone(), at, section, footers)? {
             None => {
                 self.state = State::Between;
                 let bytes = self.early.as_bytes().get(from..).unwrap_or_default();
-                Ok(Event::OtherSection { head, bytes })
+                Ok(Event::OtherSection { head: self.head.insert(head), bytes })
             }
             Some(Section::Part(_)) => {
                 self.state = State::Body(Part::Pass);
@@ -353,18 +398,18 @@ impl<R: Read> Events<R> {
     }
 
     /// Behind some commands stands what is not read here.
-    fn command(&mut self, command: Command, next: State) -> Event<'static> {
+    fn command(&mut self, command: Command, next: State) -> Event<'_> {
         self.return_path |= command == Command::OpenReturnPath;
         self.state = match &command {
             // A piece of stream with devices that nothing describes.
             Command::Packaged(_) |
             // The block list may have page sizes in it, which nothing announces.
             Command::PostcopyAdvise(Some(_)) => {
-                State::Unserved(Box::new(refuse::command(&command, self.begin)))
+                State::Unserved(Box::new(refuse::command(&command, self.place())))
             }
             _ => next,
         };
-        Event::Command(command)
+        Event::Command(self.command.insert(command))
     }
 
     /// The end of a section of RAM, which the first time shows whether there are footers: that is not what the machine type says,
@@ -390,7 +435,7 @@ impl<R: Read> Events<R> {
             Some(head) => {
                 self.state = State::BehindRam;
                 let bytes = self.early.ends().get(from..).unwrap_or_default();
-                Ok(Event::OtherSection { head, bytes })
+                Ok(Event::OtherSection { head: self.head.insert(head), bytes })
             }
             None => {
                 let early = mem::take(&mut self.early);
@@ -411,7 +456,7 @@ impl<R: Read> Events<R> {
         if count == 0 {
             let part = collected.closed(at, self.return_path, self.suppress_vmdesc)?;
             self.state = State::Finished;
-            return Ok(Event::End(part));
+            return Ok(Event::End(Box::new(part)));
         }
         collected.check_room(count, at)?;
         let bytes = self.r.lend(count, "devices")?;
@@ -426,10 +471,10 @@ impl<R: Read> Events<R> {
         match section {
             Section::Start(head) if head.is_ram() => {
                 PeerMisbehaved::Misplaced { record: "second START of ram", place: "in one stream" }
-                    .at(self.begin)
+                    .at(self.place())
             }
-            Section::Start(head) => refuse::iterative_section(&head, self.begin),
-            other => PeerMisbehaved::Misplaced { record: other.name(), place }.at(self.begin),
+            Section::Start(head) => refuse::iterative_section(&head, self.place()),
+            other => PeerMisbehaved::Misplaced { record: other.name(), place }.at(self.place()),
         }
     }
 }

@@ -215,7 +215,7 @@ fn keep(listener: UnixListener, odd: fn(&Event<'_>) -> bool) -> thread::JoinHand
             was_odd |= odd(&event);
             match event {
                 Event::Command(Command::OpenReturnPath) => return_path = true,
-                Event::Command(Command::Ping(value)) => say(Message::Pong(value)),
+                Event::Command(Command::Ping(value)) => say(Message::Pong(*value)),
                 Event::End(_) => break,
                 _ => {}
             }

@@ -257,9 +257,9 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
     copy.write(&Event::EndOfRam).unwrap();
     wrong(&mut copy, &Event::SyncPoint(SyncMark::Flush), "behind the end of ram");
     // Devices of another stream.
-    let refused = copy.write(&Event::End(with_other_sections()));
+    let refused = copy.write(&Event::End(Box::new(with_other_sections())));
     assert!(matches!(refused, Err(Error::Caller(CallerMistake::Value { what: "devices", .. }))));
-    copy.write(&Event::End(devices())).unwrap();
+    copy.write(&Event::End(Box::new(devices()))).unwrap();
     wrong(&mut copy, &Event::EndOfRam, "after the end of the stream");
     assert_eq!(copy.into_inner(), bytes);
 }
