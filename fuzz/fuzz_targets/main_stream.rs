@@ -1,4 +1,5 @@
-//! The whole main stream of a source with multifd off, into blocks of memory that are no larger than a bound.
+//! The whole main stream of a source with multifd off, into blocks of memory that are no larger than a bound; and event by event,
+//! each of which is written again. What was written of a whole stream must be read and written as the same bytes.
 #![no_main]
 
 mod machine;
@@ -15,7 +16,8 @@ use multifd::{
 };
 use qemu_stream::{
     Connection,
-    incoming::{Expected, Incoming, Loader},
+    incoming::{Event, Events, Expected, Incoming, Loader},
+    outgoing::EventWriter,
 };
 
 /// Gives the input, takes whatever is answered.
@@ -49,7 +51,25 @@ impl Connection for Source<'_> {
     }
 }
 
+/// Reads events up to the end or an error and writes them; what was written, and whether it came to its end.
+fn written(bytes: &[u8]) -> (Vec<u8>, bool) {
+    let mut events = Events::new(bytes).suppress_vmdesc(true);
+    let (mut copy, mut ended) = (EventWriter::new(Vec::new()), false);
+    while let Ok(event) = events.next() {
+        copy.write(&event).expect("what was read is in order");
+        ended = matches!(event, Event::End(_));
+    }
+    copy.flush().expect("into memory");
+    (copy.into_inner(), ended)
+}
+
 multifd_fuzz::target!(|bytes: &[u8]| {
+    let (once, ended) = written(bytes);
+    let (twice, ended_again) = written(&once);
+    // What ends in an error may not show where its last device ends.
+    assert!(once.starts_with(&twice));
+    assert!(!ended || (ended_again && once == twice));
+
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
     let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));

@@ -15,8 +15,8 @@
 //! | --- | --- |
 //! | [`mod@format`] | parsing and writing of bytes, with bounds, without sockets |
 //! | [`arrival`], [`source`] | receiving and sending a machine, each in a few calls: start here |
-//! | [`incoming`] | the main stream at a destination; calls a [`Destination`](incoming::Destination) |
-//! | [`outgoing`] | the main stream at a source, call by call |
+//! | [`incoming`] | the main stream at a destination; calls a [`Destination`](incoming::Destination), or is read [event by event](incoming::Events) |
+//! | [`outgoing`] | the main stream at a source, call by call, or [event by event](outgoing::EventWriter) |
 //! | [`mapped_ram`] | the file that QEMU 9.0 and later save to and load from |
 //! | [`error`] | errors, sorted by who is at fault |
 //! | [`guide`] | how to add live migration to a virtual machine monitor |
@@ -41,7 +41,6 @@
 //!
 //! impl Destination for Printer {
 //!     type Error = Infallible;
-//!     fn configuration(&mut self, _: Option<&Configuration>) -> Result<(), Infallible> { Ok(()) }
 //!     fn blocks(&mut self, list: &BlockList) -> Result<(), Infallible> {
 //!         println!("{} bytes of RAM", list.total());
 //!         Ok(())
@@ -53,7 +52,6 @@
 //!         Ok(())
 //!     }
 //!     fn read_page(&mut self, _: BlockIndex, _: PageIndex, _: &mut [u8]) -> Result<(), Infallible> { Ok(()) }
-//!     fn end_of_ram(&mut self) -> Result<(), Infallible> { Ok(()) }
 //! }
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

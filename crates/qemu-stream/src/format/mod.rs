@@ -16,6 +16,7 @@ mod blocks;
 mod command;
 mod configuration;
 mod device_part;
+mod event;
 pub mod limits;
 mod machine;
 pub(crate) mod name;
@@ -37,6 +38,7 @@ pub use configuration::{Configuration, decode_header, encode_header};
 pub use device_part::{
     Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, LiveSection, Misfit,
 };
+pub use event::{Delta, Event, SyncMark};
 pub use machine::{InvalidMachineType, MachineType, MachineVersion};
 pub use multifd::ram::BlockIndex;
 pub use name::SectionName;

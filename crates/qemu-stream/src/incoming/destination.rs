@@ -1,12 +1,14 @@
 //! What takes a machine in: the calls that a stream makes as it is read.
-
-use std::io::Read;
+//!
+//! Required are the calls without which data would be lost and nobody told: where pages go, what they were, when channels may
+//! go on. All others have a default that is right for a destination with nothing to say there, and so will later ones: a new
+//! event of the stream breaks no implementor. Who wants each event uses [`Events`](super::Events).
 
 use multifd::ram::{BlockIndex, PageIndex};
 
 use crate::{
-    error::Error,
-    format::{BlockList, Configuration, Reader},
+    error::{Error, Place},
+    format::{BlockList, Configuration},
 };
 
 /// What takes a machine in. Calls come in the order of the stream; the first error ends the migration.
@@ -15,11 +17,14 @@ pub trait Destination {
     type Error: Into<Box<dyn std::error::Error + Send + Sync>>;
 
     /// What both sides must agree on; `None` from machine types up to 2.3. Page size and UUID are in it.
-    /// A destination that cannot do without shared RAM refuses `ignore_shared` here.
+    /// A destination that cannot do without shared RAM refuses `ignore_shared` here. By default any machine is taken.
     ///
     /// # Errors
     /// If it does not agree.
-    fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<(), Self::Error>;
+    fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<(), Self::Error> {
+        let _ = configuration;
+        Ok(())
+    }
 
     /// The source has this many channels, 0 if multifd is off. Comes before the blocks, and only from a source that
     /// announces it: this library's, with a return path. A destination without channels has nothing to do.
@@ -71,18 +76,20 @@ pub trait Destination {
     /// If the page cannot be read.
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<(), Self::Error>;
 
-    /// All of RAM is here; from now on no page may change.
+    /// All of RAM is here; from now on no page may change. By default nothing is done, which is right without channels.
     ///
     /// # Errors
     /// If a channel is still in the middle of something.
-    fn end_of_ram(&mut self) -> Result<(), Self::Error>;
+    fn end_of_ram(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
 }
 
-/// The error of a destination that refuses what comes.
-pub(super) fn refused<R: Read>(
-    r: &Reader<R>,
+/// The error of a destination that refuses what comes, `at` where the stream has got.
+pub(super) fn refused(
+    at: Place,
     what: &'static str,
     source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
 ) -> Error {
-    Error::Destination { at: r.here(), what, source: source.into() }
+    Error::Destination { at, what, source: source.into() }
 }

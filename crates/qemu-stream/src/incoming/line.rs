@@ -11,17 +11,18 @@ use std::{
 
 use multifd::channel::CloseWatch;
 
+use super::events::Events;
 use crate::{
     connection::{Connection, is_late},
     error::{Error, PeerMisbehaved, Place, Stream},
-    format::{Message, Reader},
+    format::Message,
 };
 
-/// A reader of main, and the way back.
+/// The events of main, and the way back.
 #[derive(Debug)]
 pub(super) struct Line<C: Connection> {
     /// Until it is given back.
-    reader: Option<Reader<C>>,
+    events: Option<Events<C>>,
     /// The source waits for SHUT.
     waited_for: bool,
     /// Notices that the source closes.
@@ -30,13 +31,20 @@ pub(super) struct Line<C: Connection> {
 
 impl<C: Connection> Line<C> {
     pub(super) fn new(connection: C) -> Self {
-        Self { reader: Some(Reader::new(connection, Stream::Main)), waited_for: false, watch: None }
+        Self { events: Some(Events::new(connection)), waited_for: false, watch: None }
     }
 
     /// The source has opened the return path.
     pub(super) fn open_return_path(&mut self, watch: Option<CloseWatch>) {
         self.waited_for = true;
         self.watch = watch;
+    }
+
+    /// How long the reads to come wait.
+    pub(super) fn limit(&mut self, limit: Option<Duration>) -> Result<(), Error> {
+        let at = self.here();
+        let set = self.get_mut().set_read_timeout(limit);
+        set.map_err(|source| Error::Io { at, doing: "set a time limit", source })
     }
 
     pub(super) fn say(&mut self, message: &Message) -> Result<(), Error> {
@@ -84,27 +92,27 @@ impl<C: Connection> Line<C> {
 
     /// The connection, when all has been said.
     pub(super) fn into_inner(mut self) -> Option<C> {
-        self.reader.take().map(Reader::into_inner)
+        self.events.take().map(Events::into_inner)
     }
 }
 
 impl<C: Connection> Deref for Line<C> {
-    type Target = Reader<C>;
+    type Target = Events<C>;
 
-    fn deref(&self) -> &Reader<C> {
-        self.reader.as_ref().expect("it is given back by value alone")
+    fn deref(&self) -> &Events<C> {
+        self.events.as_ref().expect("it is given back by value alone")
     }
 }
 
 impl<C: Connection> DerefMut for Line<C> {
-    fn deref_mut(&mut self) -> &mut Reader<C> {
-        self.reader.as_mut().expect("it is given back by value alone")
+    fn deref_mut(&mut self) -> &mut Events<C> {
+        self.events.as_mut().expect("it is given back by value alone")
     }
 }
 
 impl<C: Connection> Drop for Line<C> {
     fn drop(&mut self) {
-        if self.reader.is_some()
+        if self.events.is_some()
             && let Err(error) = self.shut(1)
         {
             tracing::debug!(%error, "the source could not be told that its destination has failed");

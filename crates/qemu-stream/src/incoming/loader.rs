@@ -15,7 +15,7 @@ use multifd::{
     ram::{self, PageIndex, RamBlock, RamBlocks},
 };
 
-use super::{Destination, Loaded};
+use super::{destination::Destination, loaded::Loaded};
 use crate::{
     error::PeerMisbehaved,
     format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},
@@ -134,7 +134,10 @@ where
 /// Whether the block is the memory of a virtio-mem device: `0000:00:02.0/mem0` of `0000:00:02.0/virtio-mem`, seen with QEMU
 /// 7.2 and 10.0.
 fn is_pluggable(block: &RamBlock, devices: &DevicePart) -> bool {
-    let path = |name: &[u8]| name.iter().rposition(|byte| *byte == b'/').map(|slash| name[..slash].to_vec());
+    let path = |name: &[u8]| {
+        let slash = name.iter().rposition(|byte| *byte == b'/')?;
+        name.get(..slash).map(<[u8]>::to_vec)
+    };
     let Some(of_block) = path(block.name().as_bytes()) else { return false };
     devices.sections().iter().map(|section| section.name.as_bytes()).any(|name| {
         name.windows(VIRTIO_MEM.len()).any(|part| part == VIRTIO_MEM)

@@ -42,6 +42,8 @@
 //! # }
 //! ```
 
+#![warn(clippy::indexing_slicing)]
+
 mod capture;
 mod file;
 mod header;

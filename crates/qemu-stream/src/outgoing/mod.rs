@@ -6,10 +6,15 @@
 //! ```
 //!
 //! [`Outgoing`] writes what it is told, in the caller's thread, and refuses calls out of order. It owns
-//! the connection and a buffer. What marks a sync point leaves before the call returns: the
+//! the connection and a buffer. [`EventWriter`] is the layer below: it writes what [`incoming`](crate::incoming) reads, event by
+//! event; both share the encoder. What marks a sync point leaves before the call returns: the
 //! destination's channels stand still until it arrives, and keeping it back while channels fill would
 //! be a deadlock. Between sync points only a full buffer is written.
 
+#![warn(clippy::indexing_slicing)]
+
+mod encoder;
+mod event_writer;
 mod main_stream;
 mod options;
 mod return_path;
@@ -24,6 +29,7 @@ use multifd::{
     ram::{BlockIndex, PageIndex},
 };
 
+pub use event_writer::EventWriter;
 pub use main_stream::MainStream;
 pub(crate) use main_stream::{END, VERDICT};
 pub use options::Options;
@@ -31,11 +37,9 @@ pub use options::Options;
 use crate::{
     connection::Connection,
     error::{CallerMistake, Error, Place, Stream},
-    format::{
-        BlockList, Command, CurrentBlock, DevicePart, READY_PING, Record, Section, SectionHead, SyncMode,
-        encode_footer, encode_header,
-    },
+    format::{BlockList, Command, DevicePart, Event, READY_PING, SyncMark, SyncMode},
 };
+use encoder::Encoder;
 use return_path::{EndLimits, Heard, failure_in};
 use writer::{Writer, failed};
 
@@ -48,8 +52,7 @@ use writer::{Writer, failed};
 pub struct Outgoing<C> {
     writer: Writer<C>,
     options: Options,
-    blocks: Option<BlockList>,
-    current: CurrentBlock,
+    encoder: Encoder,
     channels: u8,
     stage: Stage,
     early: bool,
@@ -76,9 +79,9 @@ impl<C: Connection> Outgoing<C> {
     /// If the options contradict each other.
     pub fn new(connection: C, options: Options) -> Result<Self, CallerMistake> {
         options.check()?;
-        let (current, stage) = (CurrentBlock::default(), Stage::New);
+        let (encoder, stage) = (Encoder::new(), Stage::New);
         let (writer, heard) = (Writer::new(connection), Heard::default());
-        Ok(Self { writer, options, blocks: None, current, channels: 0, stage, early: false, heard })
+        Ok(Self { writer, options, encoder, channels: 0, stage, early: false, heard })
     }
 
     /// Writes header and configuration, opens the return path, and announces the number of channels there: 0 if multifd
@@ -97,12 +100,13 @@ impl<C: Connection> Outgoing<C> {
             return Err(CallerMistake::Value { what: "number of channels", why }.into());
         }
         self.channels = channels;
-        encode_header(self.options.configuration.as_ref(), self.writer.buffer());
+        let configuration = Event::Configuration(self.options.configuration.as_ref());
+        self.encoder.encode(&configuration, self.writer.buffer())?;
         if self.options.return_path {
-            Section::Command(Command::OpenReturnPath).encode(self.writer.buffer());
-            Section::Command(Command::Ping(FIRST_PING)).encode(self.writer.buffer());
+            self.put(&Event::Command(&Command::OpenReturnPath))?;
+            self.put(&Event::Command(&Command::Ping(FIRST_PING)))?;
             // Behind the one that every source sends, so that what looks at the first bytes sees what it knows.
-            Section::Command(Command::announce_channels(channels)).encode(self.writer.buffer());
+            self.put(&Event::Command(&Command::announce_channels(channels)))?;
         }
         self.leave(Stage::Begun)
     }
@@ -119,10 +123,7 @@ impl<C: Connection> Outgoing<C> {
             let why = format!("{}, but the configuration has {expected}", blocks.page_size());
             return Err(CallerMistake::Value { what: "page size of the block list", why }.into());
         }
-        let section = SectionHead::ram(self.options.section);
-        Section::Start(section).encode(self.writer.buffer());
-        blocks.encode(self.options.ignore_shared(), self.writer.buffer());
-        self.blocks = Some(blocks);
+        self.encoder.begin_ram(self.options.section, blocks, self.writer.buffer());
         self.end_body(Stage::Between)
     }
 
@@ -148,7 +149,7 @@ impl<C: Connection> Outgoing<C> {
     /// If the call is out of order.
     pub fn begin_part(&mut self) -> Result<(), Error> {
         self.expect("begin_part", Stage::Between)?;
-        Section::Part(self.options.section).encode(self.writer.buffer());
+        self.put(&Event::Pass { last: false })?;
         self.stage = Stage::InPart;
         Ok(())
     }
@@ -159,7 +160,7 @@ impl<C: Connection> Outgoing<C> {
     /// If the call is out of order.
     pub fn begin_end(&mut self) -> Result<(), Error> {
         self.expect("begin_end", Stage::Between)?;
-        Section::End(self.options.section).encode(self.writer.buffer());
+        self.put(&Event::Pass { last: true })?;
         self.stage = Stage::InEnd;
         Ok(())
     }
@@ -169,7 +170,8 @@ impl<C: Connection> Outgoing<C> {
     /// # Errors
     /// If there is no such page, no pass has begun, or the connection breaks.
     pub fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<(), Error> {
-        self.record("zero_page", Record::Zero(block, page))?;
+        self.expect_pass("zero_page")?;
+        self.put(&Event::ZeroPage { block, page })?;
         self.spill()
     }
 
@@ -187,12 +189,13 @@ impl<C: Connection> Outgoing<C> {
         if self.options.sync_mode.is_some() {
             return Err(CallerMistake::OutOfOrder { call: "page", state: "while multifd is on" }.into());
         }
-        self.record("page", Record::Page(block, page))?;
+        self.expect_pass("page")?;
+        self.encoder.page_head(block, page, self.writer.buffer())?;
         let length = self.options.page_size().bytes();
         let buffer = self.writer.buffer();
         let from = buffer.len();
         buffer.resize(from + length, 0);
-        fill(&mut buffer[from..]);
+        fill(buffer.get_mut(from..).unwrap_or_default());
         self.spill()
     }
 
@@ -232,7 +235,7 @@ impl<C: Connection> Outgoing<C> {
     pub fn switchover(&mut self) -> Result<(), Error> {
         self.expect("switchover", Stage::Between)?;
         if self.options.switchover_start {
-            Section::Command(Command::SwitchoverStart).encode(self.writer.buffer());
+            self.put(&Event::Command(&Command::SwitchoverStart))?;
         }
         self.leave(Stage::Between)
     }
@@ -271,7 +274,7 @@ impl<C: Connection> Outgoing<C> {
         if !self.options.return_path {
             return Ok(());
         }
-        Section::Command(Command::Ping(READY_PING)).encode(self.writer.buffer());
+        self.put(&Event::Command(&Command::Ping(READY_PING)))?;
         self.leave(Stage::Between)?;
         let answered = self.heard.wait_for_pong(self.writer.connection(), READY_PING);
         if answered.is_err() {
@@ -348,25 +351,22 @@ impl<C: Connection> Outgoing<C> {
     /// Ends a body at a sync point, and the section with it.
     fn end_body(&mut self, next: Stage) -> Result<(), Error> {
         if self.options.sync_mode == Some(SyncMode::Round) {
-            self.put(Record::MultifdFlush)?;
+            self.put(&Event::SyncPoint(SyncMark::Flush))?;
         }
-        self.put(Record::Eos)?;
-        if self.options.has_footers() {
-            encode_footer(self.options.section, self.writer.buffer());
-        }
+        self.put(&Event::Eos)?;
+        self.put(&Event::SectionEnd { footer: self.options.has_footers() })?;
         self.leave(next)
     }
 
-    fn record(&mut self, call: &'static str, record: Record) -> Result<(), Error> {
-        if !matches!(self.stage, Stage::InPart | Stage::InEnd) {
-            return Err(self.out_of_order(call));
+    fn expect_pass(&self, call: &'static str) -> Result<(), Error> {
+        match self.stage {
+            Stage::InPart | Stage::InEnd => Ok(()),
+            _ => Err(self.out_of_order(call)),
         }
-        self.put(record)
     }
 
-    fn put(&mut self, record: Record) -> Result<(), Error> {
-        let Some(blocks) = &self.blocks else { return Err(self.out_of_order("page")) };
-        Ok(record.encode(blocks, &mut self.current, self.writer.buffer())?)
+    fn put(&mut self, event: &Event<'_>) -> Result<(), Error> {
+        Ok(self.encoder.encode(event, self.writer.buffer())?)
     }
 
     /// Writes the buffer if it is full.

@@ -214,7 +214,8 @@ impl Heard {
         loop {
             match connection.read(&mut bytes) {
                 Ok(some) => {
-                    self.bytes.extend(&bytes[..some]);
+                    let read = bytes.get(..some).ok_or_else(|| io::Error::other("a read gave too much"))?;
+                    self.bytes.extend(read);
                     return Ok(some);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -1,6 +1,8 @@
 //! The two drivers against each other and against streams made to hurt.
 
 #[cfg(test)]
+mod events;
+#[cfg(test)]
 mod file_size;
 #[cfg(test)]
 mod hops;

@@ -73,7 +73,7 @@ impl BlockList {
                 last.name
             ));
         }
-        let mut list = Self { entries: Vec::new(), by_name: HashMap::new(), page_size, total: 0 };
+        let mut list = Self::none(page_size);
         for entry in entries {
             if entry.used_length % page_size.bytes() as u64 != 0 {
                 let length = entry.used_length;
@@ -161,6 +161,11 @@ impl BlockList {
         Ok(reader.list)
     }
 
+    /// A list without blocks.
+    pub(crate) fn none(page_size: PageSize) -> Self {
+        Self { entries: Vec::new(), by_name: HashMap::new(), page_size, total: 0 }
+    }
+
     pub(crate) fn encode_total(&self, out: &mut Vec<u8>) {
         out.put_u64(self.total | MEM_SIZE);
     }
@@ -196,7 +201,7 @@ impl ListReader {
         if left > limits::RAM_TOTAL {
             return Err(Malformed::too_long("total of the block list", limits::RAM_TOTAL, left).at(r.place()));
         }
-        let list = BlockList { entries: Vec::new(), by_name: HashMap::new(), page_size, total: 0 };
+        let list = BlockList::none(page_size);
         Ok(Self { list, left, ignore_shared })
     }
 

@@ -140,21 +140,38 @@ impl EarlyPart {
     /// # Errors
     /// If one is missing or malformed.
     pub fn finish<R: Read>(&mut self, r: &mut Reader<R>, footers: bool) -> Result<(), Error> {
+        while self.last_piece(r, footers)?.is_some() {}
+        Ok(())
+    }
+
+    /// Takes the last piece of one live section, and returns its head; `None` if all have ended.
+    ///
+    /// # Errors
+    /// If something else stands there, or it is malformed.
+    pub(crate) fn last_piece<R: Read>(
+        &mut self,
+        r: &mut Reader<R>,
+        footers: bool,
+    ) -> Result<Option<Section>, Error> {
         self.behind_ram = true;
-        while let Some(open) = self.live.iter().find(|live| !live.has_ended()) {
-            let at = r.here();
-            let met = Section::decode(r)?;
-            match met {
-                Section::End(id) if self.live.iter().any(|live| live.id == id) => {
-                    self.piece(r, &met, Piece::End, footers)?;
-                }
-                _ => {
-                    let (name, id, met) = (open.name.clone(), open.id, met.name());
-                    return Err(PeerMisbehaved::Unfinished { name, id, met }.at(at));
-                }
+        let Some(open) = self.live.iter().find(|live| !live.has_ended()) else { return Ok(None) };
+        let at = r.here();
+        let met = Section::decode(r)?;
+        match met {
+            Section::End(id) if self.live.iter().any(|live| live.id == id) => {
+                self.piece(r, &met, Piece::End, footers)?;
+                Ok(Some(met))
+            }
+            _ => {
+                let (name, id, met) = (open.name.clone(), open.id, met.name());
+                Err(PeerMisbehaved::Unfinished { name, id, met }.at(at))
             }
         }
-        Ok(())
+    }
+
+    /// The last pieces of live sections as they stand in the stream, behind the end of RAM.
+    pub(crate) fn ends(&self) -> &[u8] {
+        &self.ends
     }
 
     /// Takes a piece, whose head has just been read, of a section that is known.

@@ -130,9 +130,11 @@ impl MappedRamFile {
         let end = at + place.bitmap_length();
         while at < end {
             let length = usize::try_from(end - at).unwrap_or(BITMAP_PIECE).min(BITMAP_PIECE);
-            let piece = &mut bytes[..length];
-            self.file.read_exact_at(piece, at).map_err(|source| io_error(source, at, "read a bitmap"))?;
-            words.extend(piece.chunks_exact(WORD).map(word));
+            bytes.resize(length, 0);
+            self.file
+                .read_exact_at(&mut bytes, at)
+                .map_err(|source| io_error(source, at, "read a bitmap"))?;
+            words.extend(bytes.chunks_exact(WORD).map(word));
             at += length as u64;
         }
         // What stands behind the last page's bit means nothing.

@@ -1,0 +1,480 @@
+//! The main stream, event by event.
+//!
+//! ```text
+//! Header ─ BeforeRam ─┬─ Body ─ Footer ─┬─ Between ─┐      RamDone ─ BehindRam ─ Devices ─ Complete ─ Finished
+//!                     │    ▲            └───────────┼─▶ ▲
+//!                     │    └────────────────────────┘   │  any error: Broken
+//!                     └── START        PART, END        └── behind END
+//! ```
+//!
+//! In comes anything that can be read, out goes an [`Event`] for each call of [`Events::next`]. Here is the order of the stream
+//! and nothing else: no connection back, no clock, no memory of a guest. What a peer sends makes nothing allocate, loop or index
+//! beyond `format/limits.rs`; a page is lent from the reader's buffer.
+
+mod devices;
+mod ram;
+
+use std::{fmt, io::Read, mem};
+
+use crate::{
+    error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
+    format::{
+        Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, SyncMark,
+        SyncMode, decode_footer, decode_header, footer_follows,
+    },
+    refuse,
+};
+use devices::Collected;
+use ram::{Part, Ram};
+
+/// Reads a main stream as [events](Event), one for each call of [`next`](Self::next).
+///
+/// This is the layer below [`Incoming`](super::Incoming), for a program that acts in the middle of a stream: one that looks
+/// into it, passes it on, or keeps it in another form. It replies to nobody, and does not know what its caller serves: every
+/// command is an event. It refuses what it cannot read, and what is out of order.
+///
+/// It waits as long as the connection does. A read timeout of the connection is [`Error::TimedOut`]. Where the source may
+/// pause ([`may_pause`](Self::may_pause)) and while devices come nothing is lost by one, and `next` can be called again; after
+/// any other error it cannot.
+///
+/// # Example
+///
+/// ```
+/// use qemu_stream::{incoming::{Event, Events}, outgoing::EventWriter};
+/// # use multifd::ram::{BlockName, PageIndex, PageSize};
+/// # use qemu_stream::format::{BlockEntry, BlockIndex, BlockList, Configuration, DevicePart, MachineType, SectionId, SyncMode};
+/// # use qemu_stream::incoming::SyncMark;
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let machine = Configuration::new(MachineType::new("my-vmm-1")?);
+/// # let ram = BlockEntry::new(BlockName::new("ram0").ok_or("a name")?, 1 << 20);
+/// # let blocks = BlockList::new(vec![ram], PageSize::KIB_4)?;
+/// # let mut source = EventWriter::new(Vec::new());
+/// # for event in [
+/// #     Event::Configuration(Some(&machine)),
+/// #     Event::Blocks { section: SectionId(1), blocks: &blocks },
+/// #     Event::SyncMode(SyncMode::Legacy),
+/// #     Event::SyncPoint(SyncMark::Eos),
+/// #     Event::Eos,
+/// #     Event::SectionEnd { footer: true },
+/// #     Event::Pass { last: true },
+/// #     Event::Page { block: BlockIndex(0), page: PageIndex(7), bytes: &[42; 4096] },
+/// #     Event::SyncPoint(SyncMark::Eos),
+/// #     Event::Eos,
+/// #     Event::SectionEnd { footer: true },
+/// #     Event::EndOfRam,
+/// #     Event::End(Box::new(DevicePart::build(&[], 4096, SectionId(2))?)),
+/// # ] {
+/// #     source.write(&event)?;
+/// # }
+/// # let stream = source.into_inner();
+/// let (mut pages, mut passes) = (0, 0);
+/// let mut events = Events::new(&stream[..]);
+/// let mut copy = EventWriter::new(Vec::new());
+/// loop {
+///     let event = events.next()?;
+///     copy.write(&event)?; // what was read can be written again
+///     match event {
+///         Event::Blocks { blocks, .. } => println!("{} bytes of RAM", blocks.total()),
+///         Event::Pass { .. } => passes += 1,
+///         Event::Page { .. } | Event::ZeroPage { .. } => pages += 1,
+///         Event::End(devices) => {
+///             println!("{} devices", devices.sections().len());
+///             break;
+///         }
+///         _ => {}
+///     }
+/// }
+/// assert_eq!((pages, passes), (1, 1));
+/// assert_eq!(copy.into_inner(), stream);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Events<R> {
+    r: Reader<R>,
+    state: State,
+    /// Where the event begins that was given last.
+    begin: u64,
+    configuration: Option<Configuration>,
+    ram: Ram,
+    early: EarlyPart,
+    /// What was read last of these, for an event to lend.
+    head: Option<Section>,
+    command: Option<Command>,
+    return_path: bool,
+    suppress_vmdesc: bool,
+}
+
+/// What comes next. It is taken out while an event is read, so that an error leaves [`State::Broken`].
+enum State {
+    Header,
+    BeforeRam,
+    /// In the body of a section of RAM.
+    Body(Part),
+    /// At the sync point of the FLUSH that has shown the sync mode, which was read.
+    SyncAtFlush(Part),
+    /// At the sync point of the EOS that has shown the sync mode, which was read.
+    SyncAtEos(Part),
+    /// At an EOS that was read.
+    Eos(Part),
+    /// At the end of a section of RAM.
+    Footer(Part),
+    Between,
+    RamDone,
+    BehindRam,
+    Devices(Box<Collected>),
+    Complete(Box<DevicePart>),
+    /// What follows cannot be read.
+    Unserved(Box<Error>),
+    Finished,
+    Broken,
+}
+
+impl<R> fmt::Debug for Events<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the pages and the state of devices, which are the guest's.
+        f.debug_struct("Events").field("begin", &self.begin).finish_non_exhaustive()
+    }
+}
+
+impl<R: Read> Events<R> {
+    /// The events of the main stream that comes over `connection`.
+    pub fn new(connection: R) -> Self {
+        let r = Reader::new(connection, Stream::Main);
+        Self {
+            r,
+            state: State::Header,
+            begin: 0,
+            configuration: None,
+            ram: Ram::none(),
+            early: EarlyPart::default(),
+            head: None,
+            command: None,
+            return_path: false,
+            suppress_vmdesc: false,
+        }
+    }
+
+    /// Expects no description of the devices: see [`Incoming::suppress_vmdesc`](super::Incoming::suppress_vmdesc). Default off.
+    #[must_use]
+    pub fn suppress_vmdesc(mut self, on: bool) -> Self {
+        self.suppress_vmdesc = on;
+        self
+    }
+
+    /// The next event. The last one is [`Event::End`].
+    ///
+    /// # Errors
+    /// If the stream is malformed, out of order, cut, or goes on with what cannot be read; if the connection fails;
+    /// [`CallerMistake::OutOfOrder`] behind the end or an error.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an event lends from the reader, an iterator's item cannot"
+    )]
+    pub fn next(&mut self) -> Result<Event<'_>, Error> {
+        self.begin = self.r.position();
+        if self.may_pause() {
+            self.r.peek()?;
+        }
+        match mem::replace(&mut self.state, State::Broken) {
+            State::Header => self.header(),
+            State::BeforeRam => self.before_ram(),
+            State::Body(part) => {
+                self.state = State::Body(part);
+                self.record(part)
+            }
+            State::SyncAtFlush(part) => {
+                self.state = State::Body(part);
+                Ok(Event::SyncPoint(SyncMark::Flush))
+            }
+            State::SyncAtEos(part) => {
+                self.state = State::Eos(part);
+                Ok(Event::SyncPoint(SyncMark::Eos))
+            }
+            State::Eos(part) => {
+                self.state = State::Footer(part);
+                Ok(Event::Eos)
+            }
+            State::Footer(part) => self.footer(part),
+            State::Between => self.between(),
+            State::RamDone => {
+                self.state = State::BehindRam;
+                Ok(Event::EndOfRam)
+            }
+            State::BehindRam => self.behind_ram(),
+            State::Devices(collected) => self.devices(collected),
+            State::Complete(part) => {
+                self.state = State::Finished;
+                Ok(Event::End(part))
+            }
+            State::Unserved(error) => Err(*error),
+            State::Finished => {
+                self.state = State::Finished;
+                Err(CallerMistake::OutOfOrder { call: "next", state: "after the end of the stream" }.into())
+            }
+            State::Broken => Err(CallerMistake::OutOfOrder { call: "next", state: "after an error" }.into()),
+        }
+    }
+
+    /// Where the event begins that was given last. Of one without bytes of its own: where the stream is.
+    pub fn place(&self) -> Place {
+        Place { stream: Stream::Main, offset: self.begin }
+    }
+
+    /// Where the event ends that was given last.
+    pub fn here(&self) -> Place {
+        self.r.here()
+    }
+
+    /// Bytes of the stream read so far.
+    pub fn bytes(&self) -> u64 {
+        self.r.position()
+    }
+
+    /// Whether the source may pause before the next event for as long as it likes: between the sections of RAM, and before a
+    /// footer that QEMU keeps back. Everywhere else the next event is due.
+    pub fn may_pause(&self) -> bool {
+        match self.state {
+            State::Between | State::Footer(Part::Start) => true,
+            State::Footer(Part::Pass) => self.ram.footers == Some(true),
+            _ => false,
+        }
+    }
+
+    /// Whether what has come of the devices may be all, without a description. A source with a return path does not close
+    /// then, and sends nothing more: only a time limit ends the wait, and [`end_at_silence`](Self::end_at_silence).
+    pub fn may_have_ended(&self) -> bool {
+        matches!(&self.state, State::Devices(collected) if collected.may_have_ended())
+    }
+
+    /// Ends the stream here, since the source [may have ended it](Self::may_have_ended) and is silent: the next event is
+    /// [`Event::End`].
+    ///
+    /// # Errors
+    /// If a description [is expected](Self::suppress_vmdesc), if sections have no footers, or if what has come is no whole device
+    /// part; [`CallerMistake::OutOfOrder`] if the stream is not at its devices.
+    pub fn end_at_silence(&mut self) -> Result<(), Error> {
+        match mem::replace(&mut self.state, State::Broken) {
+            State::Devices(collected) => {
+                let part = collected.silent(self.r.here(), self.suppress_vmdesc)?;
+                self.state = State::Complete(Box::new(part));
+                Ok(())
+            }
+            other => {
+                self.state = other;
+                let state = "before or after the devices";
+                Err(CallerMistake::OutOfOrder { call: "end_at_silence", state }.into())
+            }
+        }
+    }
+
+    /// What the events are read from.
+    pub fn get_ref(&self) -> &R {
+        self.r.get_ref()
+    }
+
+    /// What the events are read from, to reply or to set a time limit. Reading from it loses bytes.
+    pub fn get_mut(&mut self) -> &mut R {
+        self.r.get_mut()
+    }
+
+    /// What the events were read from. Bytes that were read ahead are lost; behind [`Event::End`] there are none.
+    pub fn into_inner(self) -> R {
+        self.r.into_inner()
+    }
+
+    /// Sets what [`suppress_vmdesc`](Self::suppress_vmdesc) sets.
+    pub(super) fn set_suppress_vmdesc(&mut self, on: bool) {
+        self.suppress_vmdesc = on;
+    }
+
+    /// Whether the next event waits for the connection.
+    pub(super) fn is_drained(&self) -> bool {
+        self.r.is_drained()
+    }
+
+    /// Waits until something has come, or the end.
+    pub(super) fn wait(&mut self) -> Result<(), Error> {
+        self.r.peek().map(drop)
+    }
+
+    fn header(&mut self) -> Result<Event<'_>, Error> {
+        self.configuration = decode_header(&mut self.r)?;
+        if self.configuration.as_ref().is_some_and(|configuration| configuration.mapped_ram) {
+            let (what, capability) = ("mapped-ram stream over a connection", "mapped-ram");
+            return Err(Unsupported::Capability { what, capability }.at(self.r.place()));
+        }
+        self.state = State::BeforeRam;
+        Ok(Event::Configuration(self.configuration.as_ref()))
+    }
+
+    fn before_ram(&mut self) -> Result<Event<'_>, Error> {
+        let at = self.place();
+        match Section::decode(&mut self.r)? {
+            Section::Start(head) if head.is_ram() => {
+                self.ram = Ram::begin(&mut self.r, &head, at, self.configuration.as_ref())?;
+                self.state = State::Body(Part::Start);
+                Ok(Event::Blocks { section: self.ram.section, blocks: &self.ram.blocks })
+            }
+            Section::Full(head) => {
+                let from = self.early.as_bytes().len();
+                self.early.take(&mut self.r, &head, None, true)?;
+                self.state = State::BeforeRam;
+                let bytes = self.early.as_bytes().get(from..).unwrap_or_default();
+                Ok(Event::OtherSection { head: self.head.insert(Section::Full(head)), bytes })
+            }
+            Section::Command(command) => Ok(self.command(command, State::BeforeRam)),
+            other => Err(self.misplaced(other, "before the start of ram")),
+        }
+    }
+
+    /// A record of a section of RAM. There are millions of them: what is there stays where it is but for an error or an end.
+    fn record(&mut self, part: Part) -> Result<Event<'_>, Error> {
+        let Ram { blocks, current, mode, .. } = &mut self.ram;
+        let record = Record::decode(&mut self.r, blocks, current);
+        match record.inspect_err(|_| self.state = State::Broken)? {
+            Record::Zero(..) | Record::Page(..) | Record::Xbzrle(..) if part == Part::Start => {
+                self.state = State::Broken;
+                let (record, place) = ("page", "in the first section of ram");
+                Err(PeerMisbehaved::Misplaced { record, place }.at(self.r.place()))
+            }
+            Record::Zero(block, page) => Ok(Event::ZeroPage { block, page }),
+            Record::Page(block, page) => {
+                let bytes = self.r.lend(blocks.page_size().bytes(), "a page");
+                let bytes = bytes.inspect_err(|_| self.state = State::Broken)?;
+                Ok(Event::Page { block, page, bytes })
+            }
+            Record::Xbzrle(block, page, length) => {
+                let at = self.r.here();
+                let bytes = self.r.lend(length.into(), "an xbzrle delta");
+                let bytes = bytes.inspect_err(|_| self.state = State::Broken)?;
+                Ok(Event::Xbzrle { block, page, delta: Delta::new(bytes, at) })
+            }
+            Record::MultifdFlush => match mode {
+                Some(_) => Ok(Event::SyncPoint(SyncMark::Flush)),
+                None => {
+                    self.state = State::SyncAtFlush(part);
+                    Ok(Event::SyncMode(*mode.insert(SyncMode::Round)))
+                }
+            },
+            Record::Eos => match mode {
+                Some(SyncMode::Round) => {
+                    self.state = State::Footer(part);
+                    Ok(Event::Eos)
+                }
+                Some(SyncMode::Legacy) => {
+                    self.state = State::Eos(part);
+                    Ok(Event::SyncPoint(SyncMark::Eos))
+                }
+                None => {
+                    self.state = State::SyncAtEos(part);
+                    Ok(Event::SyncMode(*mode.insert(SyncMode::Legacy)))
+                }
+            },
+        }
+    }
+
+    fn between(&mut self) -> Result<Event<'_>, Error> {
+        let (section, footers) = (self.ram.section, self.ram.footers == Some(true));
+        let at = self.place();
+        let head = Section::decode(&mut self.r)?;
+        let from = self.early.as_bytes().len();
+        match self.early.offer(&mut self.r, head.clone(), at, section, footers)? {
+            None => {
+                self.state = State::Between;
+                let bytes = self.early.as_bytes().get(from..).unwrap_or_default();
+                Ok(Event::OtherSection { head: self.head.insert(head), bytes })
+            }
+            Some(Section::Part(_)) => {
+                self.state = State::Body(Part::Pass);
+                Ok(Event::Pass { last: false })
+            }
+            Some(Section::End(_)) => {
+                self.state = State::Body(Part::Last);
+                Ok(Event::Pass { last: true })
+            }
+            Some(Section::Command(command)) => Ok(self.command(command, State::Between)),
+            Some(other) => Err(self.misplaced(other, "before the end of ram")),
+        }
+    }
+
+    /// Behind some commands stands what is not read here.
+    fn command(&mut self, command: Command, next: State) -> Event<'_> {
+        self.return_path |= command == Command::OpenReturnPath;
+        self.state = match &command {
+            // A piece of stream with devices that nothing describes.
+            Command::Packaged(_) |
+            // The block list may have page sizes in it, which nothing announces.
+            Command::PostcopyAdvise(Some(_)) => {
+                State::Unserved(Box::new(refuse::command(&command, self.place())))
+            }
+            _ => next,
+        };
+        Event::Command(self.command.insert(command))
+    }
+
+    /// The end of a section of RAM, which the first time shows whether there are footers: that is not what the machine type says,
+    /// since a property of the source may differ.
+    fn footer(&mut self, part: Part) -> Result<Event<'_>, Error> {
+        let footer = match self.ram.footers {
+            Some(known) => known,
+            None => footer_follows(&mut self.r)?,
+        };
+        if footer {
+            decode_footer(self.ram.section, &mut self.r)?;
+        }
+        self.ram.footers = Some(footer);
+        self.state = if part == Part::Last { State::RamDone } else { State::Between };
+        Ok(Event::SectionEnd { footer })
+    }
+
+    /// Behind RAM come the last pieces of other sections, then devices.
+    fn behind_ram(&mut self) -> Result<Event<'_>, Error> {
+        let footers = self.ram.footers == Some(true);
+        let from = self.early.ends().len();
+        match self.early.last_piece(&mut self.r, footers)? {
+            Some(head) => {
+                self.state = State::BehindRam;
+                let bytes = self.early.ends().get(from..).unwrap_or_default();
+                Ok(Event::OtherSection { head: self.head.insert(head), bytes })
+            }
+            None => {
+                let early = mem::take(&mut self.early);
+                self.devices(Box::new(Collected::new(early, footers)))
+            }
+        }
+    }
+
+    fn devices(&mut self, mut collected: Box<Collected>) -> Result<Event<'_>, Error> {
+        let at = self.r.here();
+        let count = match self.r.arrived() {
+            Ok(arrived) => arrived.len(),
+            Err(error) => {
+                self.state = State::Devices(collected);
+                return Err(error);
+            }
+        };
+        if count == 0 {
+            let part = collected.closed(at, self.return_path, self.suppress_vmdesc)?;
+            self.state = State::Finished;
+            return Ok(Event::End(Box::new(part)));
+        }
+        collected.check_room(count, at)?;
+        let bytes = self.r.lend(count, "devices")?;
+        self.state = match collected.take(bytes, at)? {
+            Some(part) => State::Complete(Box::new(part)),
+            None => State::Devices(collected),
+        };
+        Ok(Event::Devices(bytes))
+    }
+
+    fn misplaced(&self, section: Section, place: &'static str) -> Error {
+        match section {
+            Section::Start(head) if head.is_ram() => {
+                PeerMisbehaved::Misplaced { record: "second START of ram", place: "in one stream" }
+                    .at(self.place())
+            }
+            Section::Start(head) => refuse::iterative_section(&head, self.place()),
+            other => PeerMisbehaved::Misplaced { record: other.name(), place }.at(self.place()),
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Events as the bytes of a main stream: the twin of the reader in `incoming/events/`.
+//!
+//! In comes an [`Event`], out go its bytes, onto the end of a buffer. It remembers what the format has to remember, and checks
+//! that a page exists; the order of events is its caller's.
+
+use multifd::ram::{PageIndex, PageSize};
+
+use crate::{
+    error::CallerMistake,
+    format::{
+        BlockIndex, BlockList, CurrentBlock, DevicePart, Event, Put, Record, Section, SectionHead, SectionId,
+        SyncMark, encode_footer, encode_header,
+    },
+};
+
+/// What events before this one have set.
+#[derive(Debug)]
+pub(super) struct Encoder {
+    ignore_shared: bool,
+    section: SectionId,
+    blocks: BlockList,
+    current: CurrentBlock,
+    footers: bool,
+    /// Bytes of other sections before the end of RAM.
+    early: usize,
+    /// Bytes since the end of RAM.
+    behind_ram: Option<usize>,
+}
+
+impl Encoder {
+    /// At the beginning of a stream.
+    pub(super) fn new() -> Self {
+        Self {
+            ignore_shared: false,
+            section: SectionId(0),
+            blocks: BlockList::none(PageSize::default()),
+            current: CurrentBlock::default(),
+            footers: false,
+            early: 0,
+            behind_ram: None,
+        }
+    }
+
+    /// Appends an event. Of [`Event::End`] nothing: see [`rest`](Self::rest).
+    ///
+    /// # Errors
+    /// If there is no such page, or its bytes are not a page. Nothing is appended then.
+    pub(super) fn encode(&mut self, event: &Event<'_>, out: &mut Vec<u8>) -> Result<(), CallerMistake> {
+        match event {
+            Event::Configuration(configuration) => {
+                self.ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
+                encode_header(*configuration, out);
+            }
+            Event::Command(command) => Section::Command((*command).clone()).encode(out),
+            Event::OtherSection { bytes, .. } | Event::Devices(bytes) => {
+                *self.behind_ram.as_mut().unwrap_or(&mut self.early) += bytes.len();
+                out.put(bytes);
+            }
+            Event::Blocks { section, blocks } => self.begin_ram(*section, (*blocks).clone(), out),
+            // The record that marks it is an event of its own, or what is around it shows it.
+            Event::SyncMode(_) | Event::SyncPoint(SyncMark::Eos) => {}
+            Event::SyncPoint(SyncMark::Flush) => self.record(Record::MultifdFlush, out)?,
+            Event::Eos => self.record(Record::Eos, out)?,
+            Event::SectionEnd { footer } => {
+                self.footers = *footer;
+                if *footer {
+                    encode_footer(self.section, out);
+                }
+            }
+            Event::Pass { last: false } => Section::Part(self.section).encode(out),
+            Event::Pass { last: true } => Section::End(self.section).encode(out),
+            Event::ZeroPage { block, page } => self.record(Record::Zero(*block, *page), out)?,
+            Event::Page { block, page, bytes } => {
+                self.check_page(bytes)?;
+                self.page_head(*block, *page, out)?;
+                out.put(bytes);
+            }
+            Event::Xbzrle { block, page, delta } => {
+                let bytes = delta.as_bytes();
+                let length = u16::try_from(bytes.len()).map_err(|_| {
+                    let why = format!("{:#x} bytes do not fit a record", bytes.len());
+                    CallerMistake::Value { what: "delta", why }
+                })?;
+                self.record(Record::Xbzrle(*block, *page, length), out)?;
+                out.put(bytes);
+            }
+            Event::EndOfRam => self.behind_ram = Some(0),
+            Event::End(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Appends the head of START and the block list.
+    pub(super) fn begin_ram(&mut self, section: SectionId, blocks: BlockList, out: &mut Vec<u8>) {
+        Section::Start(SectionHead::ram(section)).encode(out);
+        blocks.encode(self.ignore_shared, out);
+        (self.section, self.blocks) = (section, blocks);
+    }
+
+    /// Appends a page's record, behind which its bytes have to come.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub(super) fn page_head(
+        &mut self,
+        block: BlockIndex,
+        page: PageIndex,
+        out: &mut Vec<u8>,
+    ) -> Result<(), CallerMistake> {
+        self.record(Record::Page(block, page), out)
+    }
+
+    /// Refuses bytes that are not a page.
+    pub(super) fn check_page(&self, bytes: &[u8]) -> Result<(), CallerMistake> {
+        let length = self.blocks.page_size().bytes();
+        if bytes.len() == length {
+            return Ok(());
+        }
+        let why = format!("expected {length:#x} bytes, met {:#x}", bytes.len());
+        Err(CallerMistake::Value { what: "page", why })
+    }
+
+    /// What is to be written of the devices at the end of the stream: all that no event has brought before.
+    ///
+    /// # Errors
+    /// If they are not the devices of this stream, as far as their lengths and footers show.
+    pub(super) fn rest<'p>(&self, devices: &'p DevicePart) -> Result<&'p [u8], CallerMistake> {
+        let refused = |why: &str| CallerMistake::Value { what: "devices", why: why.to_owned() };
+        if devices.early().len() != self.early {
+            return Err(refused("have other sections before the end of ram than were written"));
+        }
+        if devices.has_footers() != self.footers {
+            return Err(refused("have footers where ram has none, or none where it has"));
+        }
+        let rest = devices.as_bytes().get(self.behind_ram.unwrap_or_default()..);
+        rest.ok_or_else(|| refused("have fewer bytes than were written behind ram"))
+    }
+
+    fn record(&mut self, record: Record, out: &mut Vec<u8>) -> Result<(), CallerMistake> {
+        record.encode(&self.blocks, &mut self.current, out)
+    }
+}
