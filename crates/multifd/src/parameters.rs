@@ -1,14 +1,14 @@
-//! Names, ranges and defaults of the parameters that are numbers, as QEMU has them.
+//! Names, ranges and defaults of the numeric parameters, as in QEMU.
 //!
-//! The options of both sides take their defaults from here and are judged by it; so can a command line be.
+//! The options of both sides take their defaults from here and are checked against it. A command line can use it, too.
 
 use crate::error::Usage;
 
-/// A parameter that is a number.
+/// A numeric parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Range {
-    /// QEMU's name where it has the parameter.
+    /// QEMU's name, if QEMU has the parameter.
     pub name: &'static str,
     /// The least value.
     pub least: u64,
@@ -17,7 +17,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// Refuses a value outside.
+    /// Refuses a value outside the range.
     ///
     /// # Errors
     /// [`Usage::OutOfRange`], with the name.
@@ -37,15 +37,15 @@ pub const MULTIFD_CHANNELS: Range = Range { name: "multifd-channels", least: 1, 
 pub const MULTIFD_ZLIB_LEVEL: Range = Range { name: "multifd-zlib-level", least: 0, most: 9 };
 /// Level of zstd.
 pub const MULTIFD_ZSTD_LEVEL: Range = Range { name: "multifd-zstd-level", least: 0, most: 20 };
-/// Milliseconds that the guest may stand still.
+/// Milliseconds for which the guest may be stopped.
 pub const DOWNTIME_LIMIT: Range = Range { name: "downtime-limit", least: 0, most: 2_000_000 };
-/// Per cent of time that a guest that is held back stands at first.
+/// Percentage of time for which a throttled guest pauses at first.
 pub const CPU_THROTTLE_INITIAL: Range = Range { name: "cpu-throttle-initial", least: 1, most: 99 };
-/// Per cent of time more that it stands after each step.
+/// Percentage of time that each further step adds.
 pub const CPU_THROTTLE_INCREMENT: Range = Range { name: "cpu-throttle-increment", least: 1, most: 99 };
-/// Per cent of time that it stands at the most; not below `cpu-throttle-initial` either.
+/// Greatest percentage of time; not below `cpu-throttle-initial` either.
 pub const MAX_CPU_THROTTLE: Range = Range { name: "max-cpu-throttle", least: 1, most: 99 };
-/// Per cent of what was sent that a guest may dirty meanwhile.
+/// Percentage of what was sent that a guest may dirty in the same time.
 pub const THROTTLE_TRIGGER_THRESHOLD: Range =
     Range { name: "throttle-trigger-threshold", least: 1, most: 100 };
 
