@@ -1,7 +1,7 @@
-//! Known weaknesses of the dependencies: what RustSec's database, as it lies on this machine, says of the lock files.
+//! Known vulnerabilities of the dependencies: checks the lock files against the local copy of RustSec's database.
 //!
-//! Nothing is fetched: a check must say the same without a network. Where `cargo-audit` or the database is missing the step
-//! says so and is skipped.
+//! Nothing is fetched: a check must have the same result without a network. If `cargo-audit` or the database is
+//! missing, the step prints this and is skipped.
 
 use std::{
     env,
@@ -15,10 +15,10 @@ use crate::{
     workspace_root,
 };
 
-/// Looks for advisories on what the lock files name.
+/// Searches for advisories on the packages in the lock files.
 ///
 /// # Errors
-/// If there is one; `cargo-audit` has told which.
+/// If there is one; `cargo-audit` has printed which.
 pub(crate) fn check() -> Result<(), Failure> {
     if output(Command::new("cargo-audit").args(["audit", "--version"])).is_err() {
         eprintln!("   SKIPPED: no cargo-audit on this machine (cargo install cargo-audit)");
@@ -37,7 +37,7 @@ pub(crate) fn check() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Where the database is told or usually kept.
+/// The configured or the usual path of the database.
 fn database() -> Option<PathBuf> {
     let told = env::var_os(VARIABLE).map(PathBuf::from);
     let cargo = env::var_os("CARGO_HOME").map(PathBuf::from);
@@ -56,5 +56,5 @@ fn audit(database: &Path, lock: &Path) -> Command {
 }
 
 const VARIABLE: &str = "MULTIFD_ADVISORY_DB";
-/// The workspace's, and that of the fuzz targets.
+/// The lock file of the workspace, and that of the fuzz targets.
 const LOCKS: [&str; 2] = ["Cargo.lock", "fuzz/Cargo.lock"];

@@ -1,13 +1,12 @@
-//! `cargo xtask api`: what the libraries show to their users, as text that is reviewed with every change.
+//! `cargo xtask api`: the public API of the libraries, as text that is reviewed with every change.
 //!
 //! ```text
-//! cargo rustdoc ─▶ xtask as its rustdoc ─▶ rustdoc, told to take unstable options ─▶ JSON ─▶ lines ◀─▶ crates/*/api.txt
+//! cargo rustdoc ─▶ xtask as its rustdoc ─▶ rustdoc with unstable options ─▶ JSON ─▶ lines ◀─▶ crates/*/api.txt
 //! ```
 //!
-//! Rustdoc's JSON is unstable, so its form changes with the compiler. It is read from the compiler in use, which need
-//! not be a nightly one: only the last program of that chain is told to take unstable options, so that nothing else
-//! is built anew. A compiler that writes another form than [`FORMAT`] cannot be read: that is said, and is a failure
-//! in CI alone.
+//! Rustdoc's JSON is unstable, so its format changes with the compiler. The compiler in use writes it and need not be a
+//! nightly one: only the last program of that chain gets unstable options, so that nothing else is rebuilt. If a
+//! compiler writes a format other than [`FORMAT`], the step prints this and is skipped; in CI it fails.
 
 use std::{
     collections::BTreeSet,
@@ -23,11 +22,11 @@ use crate::{
     workspace_root,
 };
 
-/// Compares what the libraries show with what is written down, or writes it down.
+/// Compares the public API with the recorded one, or records it.
 ///
 /// # Errors
 ///
-/// Lists what has come and gone, or what cannot be read.
+/// Lists what was removed and added, or what cannot be read.
 pub(crate) fn check(bless: bool) -> Result<(), Failure> {
     LIBRARIES.iter().try_for_each(|library| {
         let Some(shown) = shown(library)? else { return Ok(()) };
@@ -41,7 +40,7 @@ pub(crate) fn check(bless: bool) -> Result<(), Failure> {
     })
 }
 
-/// The task: the check as a step.
+/// Runs the check as a step.
 ///
 /// # Errors
 ///
@@ -50,7 +49,7 @@ pub(crate) fn run_task(bless: bool) -> Result<(), Failure> {
     step("public API", || check(bless))
 }
 
-/// Does rustdoc's work for cargo, if that is what this program was started for.
+/// Does rustdoc's work for cargo, if this program was started for that.
 pub(crate) fn as_rustdoc() -> Option<ExitCode> {
     let rustdoc = env::var_os(REAL)?;
     let failed = Command::new(&rustdoc).args(env::args_os().skip(1)).env("RUSTC_BOOTSTRAP", "1").exec();
@@ -58,7 +57,7 @@ pub(crate) fn as_rustdoc() -> Option<ExitCode> {
     Some(ExitCode::FAILURE)
 }
 
-/// The lines of a library; `None` if they cannot be had from this compiler.
+/// The lines of a library's API; `None` if this compiler cannot produce them.
 fn shown(library: &str) -> Result<Option<String>, Failure> {
     let mut rustdoc = cargo();
     rustdoc.args(["rustdoc", "--quiet", "--locked", "--lib", "--all-features", "-p", library]);
@@ -66,17 +65,17 @@ fn shown(library: &str) -> Result<Option<String>, Failure> {
     rustdoc.env("RUSTDOC", env::current_exe()?).env(REAL, real_rustdoc()?);
     run(&mut rustdoc)?;
     let json = target()?.join("doc").join(format!("{}.json", library.replace('-', "_")));
-    let met: serde_json::Value = serde_json::from_slice(&fs::read(&json)?)?;
-    let met = met.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
-    if met != FORMAT {
+    let found: serde_json::Value = serde_json::from_slice(&fs::read(&json)?)?;
+    let found = found.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    if found != FORMAT {
         let why = format!(
-            "expected rustdoc to write JSON of form {FORMAT}, as Rust {} does, met {met}: take that compiler",
+            "expected rustdoc to write JSON of format {FORMAT}, as Rust {} does, found {found}: use that compiler",
             env!("CARGO_PKG_RUST_VERSION")
         );
         if crate::in_ci() {
             return Err(why.into());
         }
-        eprintln!("   SKIPPED, the public API of {library} was not looked at: {why}");
+        eprintln!("   SKIPPED, the public API of {library} was not checked: {why}");
         return Ok(None);
     }
     let api = public_api::Builder::from_rustdoc_json(&json).omit_blanket_impls(true).sorted(true).build()?;
@@ -84,7 +83,7 @@ fn shown(library: &str) -> Result<Option<String>, Failure> {
     Ok(Some(lines.map(|line| line + "\n").collect()))
 }
 
-/// What nobody asks a type for: only `Send` and `Sync` are told of it by itself.
+/// Whether a line is about an auto trait other than `Send` and `Sync`.
 fn is_noise(line: &str) -> bool {
     ["core::marker::Freeze", "core::marker::Unpin", "UnwindSafe", "core::marker::UnsafeUnpin"]
         .iter()
@@ -102,7 +101,7 @@ fn target() -> Result<PathBuf, Failure> {
     Ok(crate::deps::metadata()?.target_directory.into_std_path_buf())
 }
 
-/// Lines that have gone and come, each with its sign.
+/// The removed and the added lines, each with its sign.
 fn changes(written: &str, shown: &str) -> Vec<String> {
     let (written, shown): (BTreeSet<&str>, BTreeSet<&str>) =
         (written.lines().collect(), shown.lines().collect());
@@ -123,7 +122,7 @@ fn changed(library: &str, changes: &[String]) -> String {
 pub(crate) const LIBRARIES: [&str; 3] = ["guest-ram", "multifd", "qemu-stream"];
 /// The form of the JSON that can be read: `format_version` of the compiler that `rust-version` names.
 const FORMAT: u64 = 57;
-/// Set for the program that stands in for rustdoc: where the real one is.
+/// Set for the program that replaces rustdoc: the path of the real one.
 const REAL: &str = "XTASK_REAL_RUSTDOC";
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Debian packages without root and without touching the system's package state.
+//! Installs Debian packages without root and without touching the system's package state.
 //!
 //! ```text
 //! apt-get indextargets ──► mirror ──► private sources.list, lists, cache, empty dpkg status
@@ -6,9 +6,9 @@
 //!          the packages asked for and all they depend on ──► .deb files ──► dpkg-deb -x ──► a folder
 //! ```
 //!
-//! apt's own client resolves and downloads, and checks signatures as always; only every path it writes to is
-//! ours. What can go wrong: no apt here, no Debian mirror among its sources, no network, a suite that has
-//! left the mirror. Each is an error; the caller decides what to do without the packages.
+//! apt's own client resolves, downloads and checks signatures as always; only the paths to which it writes are ours.
+//! Possible errors: no apt here, no Debian mirror among its sources, no network, a suite that is no longer on the
+//! mirror. The caller decides what to do without the packages.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,30 +17,29 @@ use std::process::{Command, Stdio};
 use crate::Failure;
 use crate::step::{output, run};
 
-/// A private apt, rooted in a folder of its own.
+/// A private apt in its own folder.
 pub(crate) struct Apt {
     home: PathBuf,
 }
 
 /// A package file on disk.
 pub(crate) struct Package {
-    /// The file's name, which holds the package's name and version.
+    /// The file's name, which contains the package's name and version.
     pub(crate) name: String,
     path: PathBuf,
 }
 
 impl Apt {
-    /// Sets a private apt up in `home` for `suites` of the mirror that the system's apt uses, and brings its
-    /// lists up to date.
+    /// Sets up a private apt in `home` for `suites` of the mirror that the system's apt uses, and updates its lists.
     ///
     /// # Errors
     ///
-    /// When there is no apt, it knows no Debian mirror, or the lists cannot be had.
+    /// When there is no apt, it knows no Debian mirror, or the lists cannot be downloaded.
     pub(crate) fn new(home: &Path, suites: &[&str]) -> Result<Self, Failure> {
         for folder in ["state/lists/partial", "cache/archives/partial", "etc"] {
             fs::create_dir_all(home.join(folder))?;
         }
-        // An empty status file: nothing counts as installed, so the closure comes complete, libc included.
+        // With an empty status file nothing counts as installed, so all dependencies are downloaded, libc included.
         fs::write(home.join("state/status"), "")?;
         let mirror = mirror()?;
         let signed_by =
@@ -66,8 +65,8 @@ impl Apt {
                 .args(packages);
             get
         };
-        // Only files that are not in the cache yet have a URI, so the list comes before the download and the
-        // cache is emptied first.
+        // Only files that are not in the cache yet have a URI, so the list comes before the download and the cache is
+        // emptied first.
         run(self.get().arg("clean"))?;
         let listing = output(&mut install("--print-uris"))?;
         let names: Vec<&str> = listing
@@ -115,7 +114,7 @@ impl Package {
     }
 }
 
-/// The mirror the system's apt fetches Debian from.
+/// The mirror from which the system's apt downloads Debian.
 fn mirror() -> Result<String, Failure> {
     let mut targets = Command::new("apt-get");
     targets.args(["indextargets", "--format", "$(TARGET_OF)|$(LABEL)|$(CREATED_BY)|$(REPO_URI)"]);
@@ -125,8 +124,8 @@ fn mirror() -> Result<String, Failure> {
     })
 }
 
-/// The first package index labelled Debian; sources whose lists were never fetched carry no label, so one
-/// whose path ends in `/debian` comes next.
+/// The first package index labelled Debian. Sources whose lists were never downloaded have no label, so the next choice
+/// is one whose path ends in `/debian`.
 fn pick_mirror(listing: &str) -> Option<&str> {
     let sources = || {
         listing.lines().filter_map(|line| {
@@ -140,7 +139,7 @@ fn pick_mirror(listing: &str) -> Option<&str> {
     labelled.or_else(by_path).map(|(_, uri)| uri)
 }
 
-/// Our configuration, read after the system's: proxies stay, paths and hooks go.
+/// Our configuration, read after the system's: it keeps proxies and replaces paths and hooks.
 fn configuration(home: &Path) -> Result<String, Failure> {
     let home = home.to_str().ok_or_else(|| format!("path {} is not UTF-8", home.display()))?;
     if home.contains('"') {

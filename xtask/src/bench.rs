@@ -1,14 +1,14 @@
-//! `cargo xtask bench`: the engine against QEMU and iperf3, side by side; with `--micro`, its parts alone.
+//! `cargo xtask bench`: measures the engine, QEMU and iperf3 side by side; with `--micro`, only the engine's parts.
 //!
-//! Builds the programs as they are released, sees to it that QEMU 10.0 is there, and leaves the rest to
-//! `crates/multifd-bench`, whose arguments are those that follow. Without iperf3 its rows say so.
+//! It builds the programs in release mode, fetches QEMU 10.0, and runs `crates/multifd-bench` with the remaining
+//! arguments. Without iperf3 its rows say so.
 
 use std::process::Command;
 
 use crate::step::{cargo, run as run_command, step};
 use crate::{Failure, qemu, workspace_root};
 
-/// Measures; `args` go to `multifd-bench run`.
+/// Measures; `args` are passed to `multifd-bench run`.
 ///
 /// # Errors
 ///
@@ -27,7 +27,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
     step("measure", || run_command(&mut bench))
 }
 
-/// Measures the parts; `args` go to criterion.
+/// Measures the parts; `args` are passed to criterion.
 ///
 /// # Errors
 ///

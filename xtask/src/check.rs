@@ -1,4 +1,4 @@
-//! `cargo xtask check`: everything that can be told without running the project.
+//! `cargo xtask check`: all checks that do not run the project.
 
 use std::process::Command;
 
@@ -9,11 +9,11 @@ use crate::{
     Failure, advisories, api, arrows, deny, deps, length, licences, modules, publish, words, workspace_root,
 };
 
-/// Runs all checks, the quick ones first; the first that fails ends it.
+/// Runs all checks, fast ones first; the first failure ends the task.
 ///
 /// # Errors
 ///
-/// What the failing check met.
+/// The complaint of the failing check.
 pub(crate) fn run() -> Result<(), Failure> {
     step("format", || {
         run_command(cargo().args(["fmt", "--all", "--check"]))?;

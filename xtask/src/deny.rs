@@ -1,7 +1,7 @@
 //! `cargo deny`: licences, bans and sources of all dependencies, and advisories, by the rules in `deny.toml`.
 //!
-//! Nothing is fetched: a check must say the same without a network. Where `cargo-deny` or its advisory database is missing
-//! the step says so and skips that part.
+//! Nothing is fetched: a check must have the same result without a network. If `cargo-deny` or its advisory database is
+//! missing, the step prints this and skips that part.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -14,7 +14,7 @@ use crate::{
 /// Runs `cargo deny check`.
 ///
 /// # Errors
-/// If a rule is broken; `cargo-deny` has told which.
+/// If a rule is violated; `cargo-deny` has printed which.
 pub(crate) fn check() -> Result<(), Failure> {
     if output(Command::new("cargo-deny").arg("--version")).is_err() {
         eprintln!("   SKIPPED: no cargo-deny on this machine (cargo install cargo-deny)");
@@ -37,7 +37,7 @@ pub(crate) fn check() -> Result<(), Failure> {
     run(&mut deny)
 }
 
-/// Whether cargo-deny has fetched an advisory database; it leaves the folder empty if that has failed.
+/// Whether cargo-deny has fetched an advisory database; if that has failed, it leaves the folder empty.
 fn has_database() -> bool {
     let cargo = env::var_os("CARGO_HOME").map(PathBuf::from);
     let cargo = cargo.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));

@@ -1,26 +1,26 @@
-//! Arrows point one way, between the packages; and the engine stays lean.
+//! Arrows point one way between the packages, and the engine has few dependencies.
 
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 
 use crate::Failure;
 use crate::step::{cargo, output};
 
-/// What cargo knows of the workspace, with the lock file as committed.
+/// Cargo's metadata of the workspace, with the lock file as committed.
 ///
 /// # Errors
 ///
-/// When the lock file does not fit the manifests.
+/// When the lock file does not match the manifests.
 pub(crate) fn metadata() -> Result<Metadata, Failure> {
     let manifest = crate::workspace_root().join("Cargo.toml");
     let options = ["--locked".to_owned(), "--all-features".to_owned()];
     Ok(MetadataCommand::new().manifest_path(manifest).other_options(options).exec()?)
 }
 
-/// Checks who depends on whom.
+/// Checks the dependencies between packages.
 ///
 /// # Errors
 ///
-/// Names each dependency that points the wrong way.
+/// Names each dependency that is not allowed.
 pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
     let mut complaints = Vec::new();
     for package in metadata.workspace_packages() {
@@ -48,7 +48,7 @@ pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
 }
 
-/// Why `package` may not depend on `dependency`, if so.
+/// The reason why `package` may not depend on `dependency`, if there is one.
 fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'static str> {
     match (package, dependency) {
         ("multifd-bench", "multifd-testkit") => None,
@@ -71,7 +71,7 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
     }
 }
 
-/// What an embedder that wants plain TCP must not have to compile.
+/// Packages that an embedder with plain TCP must not have to compile.
 const HEAVY: [&str; 14] = [
     "async-std",
     "aws-lc-rs",
@@ -89,7 +89,7 @@ const HEAVY: [&str; 14] = [
     "zstd",
 ];
 
-/// What only a virtual machine monitor needs.
+/// Packages that only a virtual machine monitor needs.
 const MONITORS: [&str; 3] = ["kvm-bindings", "kvm-ioctls", "vm-memory"];
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! `cargo xtask fuzz`: every target for a while, from the seeds that are kept in `fuzz/seeds`.
+//! `cargo xtask fuzz`: runs every target for a while, from the seeds in `fuzz/seeds`.
 //!
-//! The targets are built here, with the coverage that libFuzzer wants; a C++ compiler is all that is needed beside the
-//! toolchain. Where a nightly compiler is installed they have the address sanitizer in them as well, which no other offers.
-//! No input may take more than ten seconds, nor, with the sanitizer, allocate more than 64 MiB at once; what small ones may is in
-//! `fuzz/src/lib.rs`.
+//! The targets are built here with the coverage that libFuzzer needs. Besides the toolchain only a C++ compiler is
+//! needed. If a nightly compiler is installed, the targets include the address sanitizer, which other compilers do not
+//! offer. No input may take more than ten seconds. With the sanitizer, no input may allocate more than 64 MiB at once;
+//! `fuzz/src/lib.rs` has the limits for small inputs.
 
 use std::{
     ffi::OsStr,
@@ -18,14 +18,14 @@ use crate::{
     workspace_root,
 };
 
-/// Runs the targets named, or all, for `seconds` each.
+/// Runs the named targets, or all, for `seconds` each.
 ///
 /// # Errors
-/// If there is no such target, they cannot be built, or an input was found that fails: libFuzzer names its file.
+/// If there is no such target, they cannot be built, or an input fails: libFuzzer prints the name of its file.
 pub(crate) fn run_targets(seconds: u32, named: &[String]) -> Result<(), Failure> {
     let all = targets()?;
     if let Some(unknown) = named.iter().find(|name| !all.contains(name)) {
-        return Err(format!("expected a target of {}, met {unknown:?}", all.join(", ")).into());
+        return Err(format!("expected a target of {}, found {unknown:?}", all.join(", ")).into());
     }
     let targets: Vec<String> =
         all.into_iter().filter(|target| named.is_empty() || named.contains(target)).collect();
@@ -56,7 +56,7 @@ fn targets() -> Result<Vec<String>, Failure> {
     Ok(targets)
 }
 
-/// Builds; says where the programs are.
+/// Builds the targets and returns the folder of the programs.
 fn build(targets: &[String], sanitized: bool) -> Result<PathBuf, Failure> {
     let (kind, toolchain) = if sanitized { ("address", Some("nightly")) } else { ("plain", None) };
     let host = output(by_rustup("rustc", toolchain).args(["--print", "host-tuple"]))?;
@@ -92,7 +92,7 @@ fn run_target(built: &Path, target: &str, seconds: u32) -> Result<(), Failure> {
     run(command.arg(format!("-max_total_time={seconds}")))
 }
 
-/// What libFuzzer learns from: which edges were taken, and what was compared.
+/// The coverage that libFuzzer uses: edges taken and values compared.
 const COVERAGE: [&str; 8] = [
     "--cfg fuzzing",
     "-Cdebug-assertions",
@@ -104,8 +104,9 @@ const COVERAGE: [&str; 8] = [
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
 
-/// A whole program: what it writes to standard output and error is thrown away. Run on the file of a finding, it is not.
+/// A target that runs a whole program. Its standard output and error are discarded, except when it runs on the file of
+/// a finding.
 const SAYS_MUCH: &str = "inspect";
-/// A file of QEMU's is 1 MiB and more, however small its machine.
+/// A file of QEMU is at least 1 MiB, however small its machine.
 const LIMITS: [&str; 5] =
     ["-max_len=1200000", "-malloc_limit_mb=64", "-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1"];

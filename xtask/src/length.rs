@@ -1,6 +1,6 @@
-//! No file grows past what a reader takes in: 800 lines with tests, 400 lines of code without them.
+//! Limits the length of files to what a reader can take in: 800 lines with tests, 400 lines of code without them.
 //!
-//! Blank lines and comments are not code: a file must not get shorter by saying less.
+//! Blank lines and comments are not code: a file must not get shorter by having fewer comments.
 
 use crate::Failure;
 use crate::sources::{self, Source};
@@ -20,10 +20,10 @@ fn complaint(source: &Source) -> Option<String> {
     let code = lines_of_code(&source.text);
     let is_test = source.path.contains("/tests/") || source.path.ends_with("/tests.rs");
     if lines > MOST_LINES {
-        Some(format!("{}: expected at most {MOST_LINES} lines, met {lines}", source.path))
+        Some(format!("{}: expected at most {MOST_LINES} lines, found {lines}", source.path))
     } else if code > MOST_CODE && !is_test {
         Some(format!(
-            "{}: expected at most {MOST_CODE} lines of code before the tests, met {code}",
+            "{}: expected at most {MOST_CODE} lines of code before the tests, found {code}",
             source.path
         ))
     } else {
@@ -54,8 +54,11 @@ mod tests {
     #[test]
     fn file_at_the_bound_passes_and_one_past_it_is_named() {
         assert_eq!(complaint(&file("a/src/b.rs", "x;\n".repeat(400))), None);
-        let met = complaint(&file("a/src/b.rs", "x;\n".repeat(401)));
-        assert_eq!(met.unwrap(), "a/src/b.rs: expected at most 400 lines of code before the tests, met 401");
+        let found = complaint(&file("a/src/b.rs", "x;\n".repeat(401)));
+        assert_eq!(
+            found.unwrap(),
+            "a/src/b.rs: expected at most 400 lines of code before the tests, found 401"
+        );
     }
 
     #[test]

@@ -1,15 +1,15 @@
-//! Licences of everything that is compiled in: each must leave a choice that is in [`ALLOWED`].
+//! Checks the licences of all compiled packages: each must offer a licence in [`ALLOWED`].
 //!
-//! Comes in: the SPDX expression of each package, as cargo knows it; the old `/` reads as `OR`. `deny.toml` has the same
-//! list for `cargo deny`, which not every machine has: this check always runs.
+//! The input is the SPDX expression of each package, from cargo; the old `/` means `OR`. `deny.toml` has the same list
+//! for `cargo deny`, which is not installed on every machine. This check always runs.
 
 use cargo_metadata::Metadata;
 use spdx::{Expression, Licensee, ParseMode};
 
 use crate::Failure;
 
-/// Licences that fit a project which is itself Apache-2.0 or BSD-3-Clause. None of them asks anything of
-/// those who link the library.
+/// Licences that are compatible with a project under Apache-2.0 or BSD-3-Clause. None of them puts obligations on
+/// programs that link the library.
 const ALLOWED: [&str; 13] = [
     "0BSD",
     "Apache-2.0",
@@ -47,15 +47,15 @@ fn allowed() -> Result<Vec<Licensee>, Failure> {
     ALLOWED.iter().map(|name| Licensee::parse(name).map_err(|error| error.to_string().into())).collect()
 }
 
-/// Whether `expression` is well-formed and can be met with allowed licences alone; if not, why.
+/// Checks that `expression` is well-formed and satisfied by allowed licences alone; otherwise returns the reason.
 fn satisfied(expression: &str, allowed: &[Licensee]) -> Result<(), String> {
     let parsed = Expression::parse_mode(expression, MODE);
     let parsed = parsed.map_err(|error| format!("expected a licence as an SPDX expression: {error}"))?;
-    let met = parsed.evaluate(|wanted| allowed.iter().any(|licence| licence.satisfies(wanted)));
-    if met { Ok(()) } else { Err(format!("licence not allowed: {expression}")) }
+    let satisfied = parsed.evaluate(|wanted| allowed.iter().any(|licence| licence.satisfies(wanted)));
+    if satisfied { Ok(()) } else { Err(format!("licence not allowed: {expression}")) }
 }
 
-/// What registries take as an expression, misspelt names apart.
+/// The expressions that registries accept, except misspelt names.
 const MODE: ParseMode = ParseMode { allow_imprecise_license_names: false, ..ParseMode::LAX };
 
 #[cfg(test)]

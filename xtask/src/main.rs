@@ -1,22 +1,22 @@
 //! The project's own tasks, run as `cargo xtask NAME`.
 //!
 //! ```text
-//! check   format, lints, documentation, which way the arrows point, licences, cargo deny, advisories, file lengths,
+//! check   format, lints, documentation, directions of dependencies, licences, cargo deny, advisories, file lengths,
 //!         plain words
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
 //! qemu    only fetches the QEMUs
 //! fuzz    runs the fuzz targets for a while
-//! soak    migrations without end, with faults in most; with --lives, lives of machines
+//! soak    endless migrations, most of them with faults; with --lives, lives of machines
 //! bench   measures the engine against QEMU and iperf3
 //! sanitize
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
-//! api     what the libraries show to their users, compared with api.txt of each, or written there with --bless
+//! api     compares the public API of each library with its api.txt, or writes it there with --bless
 //! publish-check
 //!         packages the libraries and builds them from their packages
 //! ```
 //!
-//! Each task is a row of named, timed steps; the first that fails ends the task with a text that says what
-//! was expected and what was met. Talk goes to standard error, results to standard output.
+//! Each task is a sequence of named, timed steps. The first failure ends the task with a text that says what was
+//! expected and what was found. Messages go to standard error, results to standard output.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
 
@@ -45,7 +45,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// What went wrong, as one text for a person.
+/// An error as one readable text.
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {

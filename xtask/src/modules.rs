@@ -1,6 +1,6 @@
 //! One style of module files: a module with children is `x/mod.rs`, never `x.rs` beside a folder `x`.
 //!
-//! All that belongs to a module is in one folder then, and a search for a file's name finds one place.
+//! All files of a module are then in one folder, and a search for a file's name finds one place.
 
 use std::collections::BTreeSet;
 
@@ -35,8 +35,8 @@ mod tests {
 
     #[test]
     fn module_beside_the_folder_of_its_children_is_named() {
-        let met = complaints_of(&["a/src/b.rs", "a/src/b/tests.rs", "a/src/lib.rs"]);
-        assert_eq!(met, ["a/src/b.rs: expected a/src/b/mod.rs"]);
+        let found = complaints_of(&["a/src/b.rs", "a/src/b/tests.rs", "a/src/lib.rs"]);
+        assert_eq!(found, ["a/src/b.rs: expected a/src/b/mod.rs"]);
     }
 
     #[test]

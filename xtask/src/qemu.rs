@@ -1,17 +1,16 @@
-//! The real QEMUs that the interop tests talk to.
+//! Provides the real QEMUs for the interop tests.
 //!
-//! Comes in: Debian's packages of each release in [`RELEASES`]. Goes out, for each, a folder
+//! The input is Debian's packages of each release in [`RELEASES`]. The output is a folder for each:
 //!
 //! ```text
 //! target/qemu/10.0/qemu-system-x86_64   a launcher: starts the emulator with its own loader and libraries;
 //!                                       beside it one for each other guest architecture
 //! target/qemu/10.0/root/                the packages, unpacked
-//! target/qemu/10.0/stamp                what was unpacked; written last, so it stands for a whole folder
+//! target/qemu/10.0/stamp                what was unpacked; written last, so the folder is complete if it exists
 //! ```
 //!
-//! Since every library comes along, libc and loader included, a folder fits any distribution. Where packages
-//! cannot be had, `$MULTIFD_QEMU` or a `qemu-system-x86_64` from `PATH` takes the place of the release it can
-//! stand in for.
+//! A folder contains all libraries, libc and loader included, so it runs on any distribution. If packages cannot be
+//! downloaded, `$MULTIFD_QEMU` or a `qemu-system-x86_64` from `PATH` replaces the release, if its version allows it.
 
 use std::env;
 use std::fs::{self, File};
@@ -24,14 +23,14 @@ use crate::Failure;
 use crate::apt::Apt;
 use crate::step::{output, step};
 
-/// A release of QEMU that the tests want.
+/// A release of QEMU that the tests use.
 pub(crate) struct Release {
-    /// Its series, as `query-version` and the folder's name have it.
+    /// Its series, as in `query-version` and in the folder's name.
     pub(crate) series: &'static str,
-    /// The environment variable that tells the tests where it is.
+    /// The environment variable that passes its path to the tests.
     pub(crate) variable: &'static str,
     suite: &'static str,
-    /// Emulators of other guest architectures. Those of 7.2 share one package of 46 MB, so there it is Arm alone.
+    /// Emulators of other guest architectures. Those of 7.2 are in one package of 46 MB, so for 7.2 it is only Arm.
     others: &'static [Emulator],
 }
 
@@ -51,13 +50,13 @@ pub(crate) const RELEASES: [Release; 2] = [
     },
 ];
 
-/// An emulator: the package it comes in, its program.
+/// An emulator: its package and its program.
 pub(crate) struct Emulator {
     package: &'static str,
     program: &'static str,
 }
 
-/// The emulator taken of each release, the one that another QEMU can stand in for.
+/// The emulator that is used of each release, and that another QEMU can replace.
 const X86: Emulator = Emulator { package: "qemu-system-x86", program: "qemu-system-x86_64" };
 const ARM: Emulator = Emulator { package: "qemu-system-arm", program: "qemu-system-aarch64" };
 
@@ -66,7 +65,7 @@ impl Release {
         iter::once(&X86).chain(self.others)
     }
 
-    /// Whether `stamp` stands for a folder with everything that is wanted of this release.
+    /// Whether `stamp` belongs to a folder with everything that is wanted of this release.
     fn is_whole(&self, stamp: &str) -> bool {
         let mut lines = stamp.lines();
         lines.next() == Some(&recipe(self))
@@ -81,7 +80,7 @@ impl Release {
 ///
 /// # Errors
 ///
-/// When a release cannot be had.
+/// When a release is not available.
 pub(crate) fn run() -> Result<(), Failure> {
     for release in &RELEASES {
         println!("{} {}", release.series, fetch(release)?.display());
@@ -89,11 +88,11 @@ pub(crate) fn run() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Where a release is to be found: fetched, or what stands in for it, or why there is none.
+/// Finds a release: fetches it, or uses a replacement.
 ///
 /// # Errors
 ///
-/// Why the release can be had in neither way.
+/// Why neither is possible.
 pub(crate) fn locate(release: &Release) -> Result<PathBuf, Failure> {
     if let Some(program) = env::var_os(release.variable) {
         return Ok(program.into());
@@ -108,15 +107,15 @@ pub(crate) fn locate(release: &Release) -> Result<PathBuf, Failure> {
         None => (PathBuf::from(X86.program), "PATH"),
     };
     let version = version_of(&program).map_err(|e| format!("{unfetched}; and {from} has none: {e}"))?;
-    if stands_in(&version, release.series) {
-        eprintln!("xtask: {} {version} from {from} stands in for {}", program.display(), release.series);
+    if can_replace(&version, release.series) {
+        eprintln!("xtask: {} {version} from {from} replaces {}", program.display(), release.series);
         Ok(program)
     } else {
-        Err(format!("{unfetched}; and {} {version} from {from} cannot stand in", program.display()).into())
+        Err(format!("{unfetched}; and {} {version} from {from} cannot replace it", program.display()).into())
     }
 }
 
-/// Fetches a release unless it is there already, and says where its launcher is.
+/// Fetches a release unless it is present already, and returns the path of its launcher.
 fn fetch(release: &Release) -> Result<PathBuf, Failure> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
         return Err("Debian's packages are only fetched on x86-64 Linux".into());
@@ -125,7 +124,7 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
     let home = base.join(release.series);
     let launcher = home.join(X86.program);
     fs::create_dir_all(&home)?;
-    // Two tasks at a time: the second waits and finds the work done.
+    // Two tasks may run at once: the second one waits and finds the work done.
     let lock = File::create(base.join("lock"))?;
     lock.lock()?;
     if fs::read_to_string(home.join("stamp")).is_ok_and(|stamp| release.is_whole(&stamp)) {
@@ -137,7 +136,7 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
         let apt = Apt::new(&apt_home, &suites)?;
         let names: Vec<&str> = release.emulators().map(|emulator| emulator.package).collect();
         let packages = apt.download(release.suite, &names)?;
-        // Beside the one that tests may be starting from, until it is whole.
+        // Unpacked next to the folder that tests may be using, until it is complete.
         let (root, new, old) = (home.join("root"), home.join("root.new"), home.join("root.old"));
         for leftover in [&new, &old] {
             if leftover.exists() {
@@ -162,7 +161,7 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
         let version = version_of(&launcher)?;
         if !version.starts_with(release.series) {
             return Err(
-                format!("expected version {} of {}, met {version}", release.series, release.suite).into()
+                format!("expected version {} of {}, found {version}", release.series, release.suite).into()
             );
         }
         fs::write(home.join("stamp"), stamp)?;
@@ -175,12 +174,12 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
     Ok(launcher)
 }
 
-/// The head of a stamp: a folder made by another recipe is made anew.
+/// The head of a stamp: a folder made by a different recipe is rebuilt.
 fn recipe(release: &Release) -> String {
     format!("recipe 1: {} {}", release.suite, X86.package)
 }
 
-/// Writes a launcher that finds everything beside itself, so the folder may be moved.
+/// Writes a launcher that uses relative paths only, so the folder may be moved.
 fn write_launcher(path: &Path, program: &str) -> Result<(), Failure> {
     fs::write(path, LAUNCHER.replace("PROGRAM", program))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
@@ -191,12 +190,12 @@ fn write_launcher(path: &Path, program: &str) -> Result<(), Failure> {
 fn version_of(program: &Path) -> Result<String, Failure> {
     let text = output(Command::new(program).arg("--version"))?;
     let version = text.split_ascii_whitespace().skip_while(|word| *word != "version").nth(1);
-    Ok(version.ok_or_else(|| format!("{} tells no version: {text:?}", program.display()))?.to_owned())
+    Ok(version.ok_or_else(|| format!("{} reports no version: {text:?}", program.display()))?.to_owned())
 }
 
-/// Whether a QEMU of `version` can play the part of `series`: the same series does, and anything newer than
-/// the newest series, since it still has that one's machine type.
-fn stands_in(version: &str, series: &str) -> bool {
+/// Whether a QEMU of `version` can replace `series`: the same series can, and so can every version newer than the
+/// newest series, because it still has the machine type of that series.
+fn can_replace(version: &str, series: &str) -> bool {
     let numbers =
         |text: &str| -> Vec<u32> { text.split('.').map_while(|part| part.parse().ok()).take(2).collect() };
     let newest = RELEASES.last().map_or("", |release| release.series);
@@ -233,19 +232,19 @@ mod tests {
 
     #[test]
     fn same_series_stands_in() {
-        assert!(stands_in("7.2.22", "7.2"));
-        assert!(stands_in("10.0.2", "10.0"));
+        assert!(can_replace("7.2.22", "7.2"));
+        assert!(can_replace("10.0.2", "10.0"));
     }
 
     #[test]
     fn newer_release_stands_in_for_the_newest_only() {
-        assert!(stands_in("10.1.0", "10.0"));
-        assert!(!stands_in("10.1.0", "7.2"));
+        assert!(can_replace("10.1.0", "10.0"));
+        assert!(!can_replace("10.1.0", "7.2"));
     }
 
     #[test]
     fn release_between_stands_in_for_none() {
-        assert!(!stands_in("8.2.1", "7.2"));
-        assert!(!stands_in("8.2.1", "10.0"));
+        assert!(!can_replace("8.2.1", "7.2"));
+        assert!(!can_replace("8.2.1", "10.0"));
     }
 }

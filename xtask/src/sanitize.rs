@@ -1,16 +1,16 @@
-//! `cargo xtask sanitize`: the tests of the libraries under tools that see what a test cannot.
+//! `cargo xtask sanitize`: runs the tests of the libraries under tools that find errors which a test cannot.
 //!
 //! ```text
 //! address   AddressSanitizer, with its search for leaks
-//! thread    ThreadSanitizer, with a standard library that is built for it, else it would report that
-//! miri      the meeting of two atomics, interpreted with stores that arrive late
+//! thread    ThreadSanitizer, with a standard library built for it; it would report a normal one
+//! miri      two atomics used by two threads, interpreted with delayed stores
 //! valgrind  memcheck, on the tests of the loopback as the stable compiler builds them
 //! ```
 //!
-//! The first three need a nightly compiler; what it lacks is said, with the command that brings it, and skipped. Valgrind
-//! is run where one of the sanitizers cannot, or when it is named; its helgrind and drd are of no use here, for they take
-//! atomics for races. Nothing is suppressed but that the tests' guests write while the engine reads, see
-//! `thread-sanitizer.supp`.
+//! The first three need a nightly compiler. If it lacks a component, the step prints the command that installs it and
+//! is skipped. Valgrind runs if one of the sanitizers cannot run, or if it is named. Its helgrind and drd are not
+//! usable here, because they report atomics as races. The only suppression is that the tests' guests write while the
+//! engine reads, see `thread-sanitizer.supp`.
 //!
 //! The last line on standard output sums up.
 
@@ -22,13 +22,13 @@ use crate::{
     workspace_root,
 };
 
-/// Runs the tools named, or those that the toolchain allows.
+/// Runs the named tools, or those that the toolchain supports.
 ///
 /// # Errors
-/// If there is no such tool, or one reports something or cannot be run though it is there.
+/// If there is no such tool, or one reports something or cannot run although it is installed.
 pub(crate) fn run_tools(named: &[String]) -> Result<(), Failure> {
     if let Some(unknown) = named.iter().find(|name| !TOOLS.contains(&name.as_str())) {
-        return Err(format!("expected a tool of {}, met {unknown:?}", TOOLS.join(", ")).into());
+        return Err(format!("expected a tool of {}, found {unknown:?}", TOOLS.join(", ")).into());
     }
     let is_wanted = |tool: &str| named.is_empty() || named.iter().any(|name| name == tool);
     let (mut ran, mut skipped) = (Vec::new(), Vec::new());
@@ -48,7 +48,7 @@ pub(crate) fn run_tools(named: &[String]) -> Result<(), Failure> {
             }
         }
     }
-    // Slow, and it sees less: in place of a sanitizer, or if wanted.
+    // It is slow and finds less: it runs instead of a sanitizer, or if named.
     let replaces = named.is_empty() && skipped.iter().any(|tool| !tool.starts_with("miri"));
     if replaces || named.iter().any(|name| name == "valgrind") {
         if output(Command::new("valgrind").arg("--version")).is_ok() {
@@ -70,7 +70,7 @@ pub(crate) fn run_tools(named: &[String]) -> Result<(), Failure> {
 
 fn address() -> Result<(), Failure> {
     let mut command = sanitized("address");
-    // A leak is looked for at the end of each process.
+    // Leaks are searched for at the end of each process.
     command.env("ASAN_OPTIONS", "detect_leaks=1:strict_string_checks=1");
     run(&mut command)
 }
@@ -82,7 +82,7 @@ fn thread() -> Result<(), Failure> {
     run(&mut command)
 }
 
-/// The tests of the libraries, built with a sanitizer. Those of the documentation are built by another way, without.
+/// The tests of the libraries, built with a sanitizer. Documentation tests are built in a different way, without one.
 fn sanitized(sanitizer: &str) -> Command {
     let mut command = nightly("cargo");
     command
@@ -172,5 +172,5 @@ fn nightly(program: &str) -> Command {
 }
 
 const TOOLS: [&str; 4] = ["address", "thread", "miri", "valgrind"];
-/// Named, so that build scripts and macros are built without.
+/// The target is named, so that build scripts and macros are built without the sanitizer.
 const TARGET: &str = "x86_64-unknown-linux-gnu";

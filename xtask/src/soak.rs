@@ -1,19 +1,19 @@
-//! `cargo xtask soak`: migrations without end over real connections, with faults in most, for as long as told; with `--lives`
-//! whole lives of machines, which hop, are captured and restored.
+//! `cargo xtask soak`: runs endless migrations over real connections, most of them with faults, for the given time.
+//! With `--lives` it runs whole lives of machines, which migrate several times, are captured and restored.
 //!
-//! What is done and how it is judged are the tests `soak` and `lives` of `qemu-stream`; this tells them how long and from which
-//! seed on. They run as tests do, with every check of the compiler's in them.
+//! The tests `soak` and `lives` of `qemu-stream` do the work and judge it; this task sets their duration and their
+//! first seed. They run as tests, with all checks of the compiler enabled.
 
 use crate::{
     Failure,
     step::{cargo, run, step},
 };
 
-/// What, how long, and from where.
+/// The kind, the duration and the seed of a run.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Wanted {
     lives: bool,
-    /// `None` if a number of lives is told.
+    /// `None` if a number of lives is given.
     minutes: Option<u64>,
     seed: Option<u64>,
     /// Migrations or lives.
@@ -22,8 +22,8 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
-    /// `[--minutes N] [--seed S] [--migrations N]`, or `--lives [--minutes N | --lives-count N] [--steps N] [--seed S]`; `None`
-    /// if `args` are something else.
+    /// Parses `[--minutes N] [--seed S] [--migrations N]`, or `--lives [--minutes N | --lives-count N] [--steps N]
+    /// [--seed S]`; `None` if `args` are something else.
     pub(crate) fn parse(args: &[String]) -> Option<Self> {
         let (args, lives): (Vec<_>, Vec<_>) = args.iter().partition(|arg| *arg != "--lives");
         let lives = match lives.len() {
@@ -54,10 +54,10 @@ impl Wanted {
     }
 }
 
-/// Soaks.
+/// Runs the soak test.
 ///
 /// # Errors
-/// If a migration or a life ended as none may; the text on standard output names its seed.
+/// If a migration or a life ended in a way that is not allowed; the text on standard output contains its seed.
 pub(crate) fn soak(wanted: &Wanted) -> Result<(), Failure> {
     let (test, variables) = if wanted.lives { ("lives", "MULTIFD_LIVES") } else { ("soak", "MULTIFD_SOAK") };
     let mut command = cargo();
@@ -65,7 +65,7 @@ pub(crate) fn soak(wanted: &Wanted) -> Result<(), Failure> {
     if let Some(minutes) = wanted.minutes {
         command.env(format!("{variables}_SECONDS"), (minutes * 60).to_string());
     }
-    // One that is not to be repeated tries what no other has.
+    // A run without a given seed uses a new one.
     let seed = wanted.seed.map_or_else(fresh_seed, Ok)?;
     command.env(format!("{variables}_SEED"), seed.to_string());
     let count = if wanted.lives { "COUNT" } else { "MIGRATIONS" };
@@ -82,9 +82,9 @@ fn fresh_seed() -> Result<u64, Failure> {
     Ok(now.as_secs() * SEEDS_A_SECOND)
 }
 
-/// Unless told.
+/// The default duration.
 const MINUTES: u64 = 10;
-/// More than the migrations of a second, so that no two runs share one.
+/// More than the migrations per second, so that no two runs share a seed.
 const SEEDS_A_SECOND: u64 = 1000;
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::{Failure, workspace_root};
 
 /// A source file.
 pub(crate) struct Source {
-    /// Its path below the workspace root, with `/` between the parts.
+    /// Its path relative to the workspace root, with `/` between the parts.
     pub(crate) path: String,
     /// What it holds.
     pub(crate) text: String,

@@ -1,11 +1,11 @@
-//! A named, timed step of a task, and the commands steps are made of.
+//! A named, timed step of a task, and the commands in steps.
 
 use std::process::Command;
 use std::time::Instant;
 
 use crate::Failure;
 
-/// Runs `body` under `name` and tells how long it took.
+/// Runs `body` under `name` and prints its duration.
 ///
 /// # Errors
 ///
@@ -28,18 +28,17 @@ pub(crate) fn step<T>(name: &str, body: impl FnOnce() -> Result<T, Failure>) -> 
 ///
 /// # Errors
 ///
-/// When it cannot be started or ends with anything but success.
+/// When it cannot be started or does not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<(), Failure> {
     let status = command.status().map_err(|e| format!("cannot start {}: {e}", shown(command)))?;
     if status.success() { Ok(()) } else { Err(format!("{} ended with {status}", shown(command)).into()) }
 }
 
-/// Runs `command` and takes what it writes to standard output.
+/// Runs `command` and returns its standard output.
 ///
 /// # Errors
 ///
-/// When it cannot be started, ends with anything but success (its standard error is in the text) or does not
-/// write UTF-8.
+/// When it cannot be started, does not succeed (its standard error is in the text) or does not write UTF-8.
 pub(crate) fn output(command: &mut Command) -> Result<String, Failure> {
     let output = command.output().map_err(|e| format!("cannot start {}: {e}", shown(command)))?;
     if !output.status.success() {
@@ -49,15 +48,15 @@ pub(crate) fn output(command: &mut Command) -> Result<String, Failure> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Cargo, as the one that started us.
+/// The cargo that started this program.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(crate::workspace_root());
     command
 }
 
-/// A program by rustup's name, of `toolchain` or of the one that rustup chooses: not of the one that this task was started
-/// by, nor with its flags.
+/// A program by rustup's name, of `toolchain` or of rustup's default: not of the toolchain that started this task, and
+/// without its flags.
 pub(crate) fn by_rustup(program: &str, toolchain: Option<&str>) -> Command {
     let mut command = Command::new(program);
     command.current_dir(crate::workspace_root()).args(toolchain.map(|name| format!("+{name}")));

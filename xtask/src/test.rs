@@ -1,13 +1,13 @@
-//! `cargo xtask test`: the tests, those with real QEMUs included.
+//! `cargo xtask test`: runs the tests, including those with real QEMUs.
 //!
-//! Fetches the QEMUs, tells the tests where they are, runs `cargo test`, adds its binaries' counts up. A test
-//! that lacks its QEMU writes its name and the reason to a file we hand it; these are listed at the end. In CI
-//! a QEMU that is missing is a failure.
+//! It fetches the QEMUs, passes their paths to the tests, runs `cargo test` and sums up the counts of its binaries. A
+//! test that lacks its QEMU writes its name and the reason to a file that this task provides; these tests are listed at
+//! the end. In CI a missing QEMU is a failure.
 //!
-//! A test that is slow says so, `#[ignore = "slow: …"]`, and runs only with `--all`: soaks, and those cells of the
-//! interop tables that differ from a cell of the quick run in something that other cells cover.
+//! A slow test is marked `#[ignore = "slow: …"]` and runs only with `--all`: soaks, and those cells of the interop
+//! tables whose differences from the quick run are covered by other cells.
 //!
-//! The last line on standard output sums up: `N passed, N failed, N skipped`.
+//! The last line on standard output is the sum: `N passed, N failed, N skipped`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +18,7 @@ use crate::Failure;
 use crate::qemu;
 use crate::step::{cargo, step};
 
-/// Runs the tests, the `slow` ones too if told so; `args` go to `cargo test`.
+/// Runs the tests, with `slow` also the slow ones; `args` are passed to `cargo test`.
 ///
 /// # Errors
 ///
@@ -73,13 +73,13 @@ pub(crate) fn run(slow: bool, args: &[String]) -> Result<(), Failure> {
     if sum.ignored > 0 {
         eprintln!("\n{} slow tests were left out; `cargo xtask test --all` runs them", sum.ignored);
     }
-    // A test that skips itself counts as passed with the test runner.
+    // The test runner counts a test that skips itself as passed.
     let passed = sum.passed.saturating_sub(skipped.len());
     println!("{passed} passed, {} failed, {} skipped", sum.failed, sum.ignored + skipped.len());
     outcome
 }
 
-/// The counts of all test binaries.
+/// The sum of the counts of all test binaries.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Sum {
     passed: usize,
@@ -88,7 +88,7 @@ struct Sum {
 }
 
 impl Sum {
-    /// Adds what a line reports, if it is one of the runner's closing lines.
+    /// Adds the counts in a line, if it is one of the runner's closing lines.
     fn add(&mut self, line: &str) {
         let Some(counts) = line.trim().strip_prefix("test result: ") else { return };
         for count in counts.split(['.', ';']) {

@@ -79,7 +79,7 @@ fn pages() -> Result<Vec<Source>, Failure> {
     paths.into_iter().map(read).collect()
 }
 
-/// The places of a text with a phrase of the list.
+/// The occurrences of the listed phrases in a text.
 fn found(list: &[Entry], path: &str, text: &[Piece<'_>]) -> Vec<String> {
     let words: Vec<(usize, String)> = text
         .iter()
@@ -98,7 +98,7 @@ fn found(list: &[Entry], path: &str, text: &[Piece<'_>]) -> Vec<String> {
     complaints
 }
 
-/// Words, and each other sign by itself, so that no phrase runs over the end of a sentence.
+/// The words of a text, and each other sign by itself, so that no phrase extends over the end of a sentence.
 fn tokens(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -127,7 +127,7 @@ fn prose<'a>(lines: impl Iterator<Item = (&'a str, usize)>) -> Vec<Piece<'a>> {
         if line.trim_start().starts_with("```") {
             fenced = !fenced;
         } else if !fenced && !line.starts_with("    ") {
-            // Every second part of a line is between backticks. A code span that goes on in the next line is rare.
+            // Every second part of a line is between backticks. A code span that continues in the next line is rare.
             pieces.extend(line.split('`').step_by(2).map(|part| (number, part)));
         }
     }

@@ -1,7 +1,7 @@
-//! One bit a page: dirty pages, and pages that may hold something else than zero.
+//! Bitmaps with one bit for each page: dirty pages, and pages that may be nonzero.
 //!
-//! Any thread may set and clear bits while another walks them. Walks go word by word, so a sparse terabyte
-//! costs what its words cost.
+//! Any thread may set and clear bits while another thread walks them. A walk goes word by word, so the cost for a
+//! sparse terabyte is the cost of its words.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,13 +9,13 @@ use zerocopy::FromZeros;
 
 use crate::PageIndex;
 
-/// A bit for each page of a block.
+/// A bitmap with one bit for each page of a block.
 ///
-/// Setting a bit releases what its thread wrote before, taking it acquires that: whoever takes a dirty bit
+/// Setting a bit releases what the thread wrote before; taking the bit acquires it. So a thread that takes a dirty bit
 /// sees the page at least as new as it was when the bit was set.
 #[derive(Debug)]
 pub struct PageBitmap {
-    // Each word: `fetch_or` and `fetch_and` of writers pair with the swaps and loads of walkers.
+    // For each word, `fetch_or` and `fetch_and` of writers pair with the swaps and loads of walkers.
     words: Box<[AtomicU64]>,
     pages: u64,
 }
@@ -23,17 +23,17 @@ pub struct PageBitmap {
 const WORD: u64 = u64::BITS as u64;
 
 impl PageBitmap {
-    /// `pages` bits, all clear. Costs nothing until bits are set, so sparse terabytes are fine.
+    /// Creates a bitmap of `pages` bits, all clear. It uses no memory until bits are set, so sparse terabytes are fine.
     ///
     /// # Panics
-    /// If there is no memory for them.
+    /// If there is no memory for the bits.
     pub fn new(pages: u64) -> Self {
         let words = usize::try_from(pages.div_ceil(WORD)).expect("a bit a page fits the address space");
         let words = <[AtomicU64]>::new_box_zeroed_with_elems(words).expect("memory for a bit a page");
         Self { words, pages }
     }
 
-    /// `pages` bits, all set.
+    /// Creates a bitmap of `pages` bits, all set.
     pub fn full(pages: u64) -> Self {
         let bitmap = Self::new(pages);
         bitmap.fill();
@@ -51,7 +51,7 @@ impl PageBitmap {
         self.words.iter().map(|word| word.load(Ordering::Acquire))
     }
 
-    /// Sets the bits that `words` have set, from the first page on; bits beyond the last page are ignored.
+    /// Sets the bits that are set in `words`, from the first page on. Bits beyond the last page are ignored.
     pub fn merge(&self, words: impl IntoIterator<Item = u64>) {
         for (index, (mine, theirs)) in self.words.iter().zip(words).enumerate() {
             let theirs = theirs & self.mask(index);
@@ -75,7 +75,7 @@ impl PageBitmap {
         }
     }
 
-    /// Sets the bit of `page`; says whether it was set before.
+    /// Sets the bit of `page` and returns whether it was set before.
     ///
     /// # Panics
     /// If there is no such page.
@@ -101,7 +101,7 @@ impl PageBitmap {
         }
     }
 
-    /// Clears the bit of `page`; says whether it was set before.
+    /// Clears the bit of `page` and returns whether it was set before.
     ///
     /// # Panics
     /// If there is no such page.
@@ -111,7 +111,7 @@ impl PageBitmap {
         word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
     }
 
-    /// Whether the bit of `page` is set. A page that does not exist has none.
+    /// Whether the bit of `page` is set; `false` if there is no such page.
     #[inline]
     pub fn contains(&self, page: PageIndex) -> bool {
         page.0 < self.pages && {
@@ -120,32 +120,32 @@ impl PageBitmap {
         }
     }
 
-    /// How many bits are set.
+    /// The number of bits that are set.
     pub fn count(&self) -> u64 {
         self.words().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Moves all bits out of here into `into`, which keeps those it has.
+    /// Moves all bits into `into`. Bits that are already set there stay set.
     ///
     /// # Panics
-    /// If `into` is of another length.
+    /// If `into` has a different length.
     pub fn take(&self, into: &Self) {
         assert_eq!(self.pages, into.pages, "bits move between bitmaps of one block");
         for (from, into) in self.words.iter().zip(&into.words) {
-            // Most words are clear in most passes: look before paying for an exchange.
+            // Most words are clear in most passes, so a load comes before the more expensive swap.
             if from.load(Ordering::Relaxed) != 0 {
                 into.fetch_or(from.swap(0, Ordering::AcqRel), Ordering::AcqRel);
             }
         }
     }
 
-    /// The bits of word `word`; none if there is no such word.
+    /// The bits of word number `word`; 0 if there is no such word.
     #[inline]
     pub fn word_at(&self, word: usize) -> u64 {
         self.words.get(word).map_or(0, |word| word.load(Ordering::Acquire))
     }
 
-    /// Takes the bits of the next word, at or after word `from`, that has any: its number and its bits.
+    /// Takes the bits of the first word, from word `from` on, that has any. Returns the word's number and its bits.
     pub fn take_word(&self, from: usize) -> Option<(usize, u64)> {
         let words = self.words.get(from..)?;
         let at = words.iter().position(|word| word.load(Ordering::Relaxed) != 0)?;
@@ -161,8 +161,8 @@ impl PageBitmap {
         &self.words[usize::try_from(index).expect("the words are in memory")]
     }
 
-    /// The pages whose bits are clear, as runs of neighbours: first page and count. A bit that is set while the iterator has
-    /// its word is not seen any more.
+    /// The pages whose bits are clear, as runs of adjacent pages: first page and count. The iterator loads one word at
+    /// a time and does not see bits that are set in this word afterwards.
     pub fn clear_runs(&self) -> impl Iterator<Item = (PageIndex, u64)> + '_ {
         self.words().enumerate().flat_map(|(word, bits)| runs(word, !bits & self.mask(word)))
     }
@@ -172,13 +172,14 @@ impl PageBitmap {
     }
 }
 
-/// The bits of word number `index` that stand for one of so many pages.
+/// A mask of the bits of word number `index` that belong to pages, in a bitmap of `pages` pages.
 pub(crate) fn mask(pages: u64, index: usize) -> u64 {
     let behind = (index as u64 + 1).saturating_mul(WORD).saturating_sub(pages);
     if behind < WORD { u64::MAX >> behind } else { 0 }
 }
 
-/// The pages whose bits are set in [word](PageBitmap::words) number `word`, as runs of neighbours: first page and count.
+/// The pages whose bits are set in [word](PageBitmap::words) number `word`, as runs of adjacent pages: first page and
+/// count.
 pub fn runs(word: usize, mut bits: u64) -> impl Iterator<Item = (PageIndex, u64)> {
     let base = word as u64 * WORD;
     std::iter::from_fn(move || {

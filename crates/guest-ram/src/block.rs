@@ -9,23 +9,24 @@ use crate::{
     memory::residency,
 };
 
-/// The place of a block in its [`RamBlocks`](crate::RamBlocks), from 0.
+/// The position of a block in its [`RamBlocks`](crate::RamBlocks), from 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockIndex(pub usize);
 
-/// Where the bytes of a block live.
+/// Where the bytes of a block are stored.
 #[derive(Debug)]
 pub enum Memory {
-    /// In this process's address space. Pages are sent from it and received into it without a copy. Nothing is kept about
-    /// what its pages hold: that is found out whenever it is needed, by looking at them or by asking the page table.
+    /// In this process's address space. Pages are sent and received without a copy. No record of the pages' contents is
+    /// kept: the contents are checked when needed, by reading the pages or by querying the page table.
     Mapped(Mapping),
-    /// At their places in a mapped-ram file. Pages pass through a private buffer, run by run.
+    /// At the pages' places in a mapped-ram file. Pages pass through a private buffer, one run at a time.
     MappedRam(Places),
 }
 
 /// A block of guest RAM, or of a ROM or device memory that migrates like RAM.
 ///
-/// It lasts as long as its machine and knows nothing of migrations: what a page holds is found out anew by each of them.
+/// A block lives as long as its machine and keeps no state of migrations. Each migration checks anew what a page
+/// contains.
 #[derive(Debug)]
 pub struct RamBlock {
     name: BlockName,
@@ -37,11 +38,11 @@ pub struct RamBlock {
 }
 
 impl RamBlock {
-    /// A block of `used_length` bytes in `memory`, which may hold anything.
+    /// Creates a block of `used_length` bytes in `memory`. The memory may have any contents.
     ///
     /// # Errors
-    /// [`Error::ShortMemory`] if a mapping is shorter than `used_length`; [`Error::OtherPages`] if the places have another
-    /// number of pages than the block.
+    /// [`Error::ShortMemory`] if a mapping is shorter than `used_length`; [`Error::OtherPages`] if the places have a
+    /// different number of pages than the block.
     pub fn new(
         name: BlockName,
         used_length: u64,
@@ -64,26 +65,27 @@ impl RamBlock {
         Ok(Self { name, used_length, page_size, pages, memory, ignored: false })
     }
 
-    /// The block, but none of its pages are sent: both sides share its memory (capability `x-ignore-shared`).
+    /// Marks the block as ignored: none of its pages are sent, because both sides share its memory (capability
+    /// `x-ignore-shared`).
     #[must_use]
     pub fn ignored(mut self) -> Self {
         self.ignored = true;
         self
     }
 
-    /// Whether its pages are not sent.
+    /// Whether the block is [ignored](RamBlock::ignored): its pages are not sent.
     #[inline]
     pub fn is_ignored(&self) -> bool {
         self.ignored
     }
 
-    /// The name that both sides know it by.
+    /// The name that identifies the block on both sides.
     #[inline]
     pub fn name(&self) -> &BlockName {
         &self.name
     }
 
-    /// The length in bytes that is in use and migrates.
+    /// The length in bytes that is used and migrates.
     #[inline]
     pub fn used_length(&self) -> u64 {
         self.used_length
@@ -95,14 +97,14 @@ impl RamBlock {
         self.page_size
     }
 
-    /// The number of its whole pages. A block smaller than a page has none.
+    /// The number of whole pages. A block smaller than a page has none.
     #[inline]
     pub fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Whether `page` may hold something else than zero, as far as that is known without looking at it: of a block in a
-    /// mapped-ram file, whether it is in the file; of mapped memory, always.
+    /// Whether `page` may be nonzero, as far as this is known without reading it. For a block in a mapped-ram file:
+    /// whether the page is in the file. For mapped memory: always `true`.
     #[inline]
     pub fn is_present(&self, page: PageIndex) -> bool {
         match &self.memory {
@@ -111,13 +113,13 @@ impl RamBlock {
         }
     }
 
-    /// The pages that [may hold something](RamBlock::is_present), in words of 64 bits, least significant first.
+    /// The pages that [may be nonzero](RamBlock::is_present), in words of 64 bits, least significant bit first.
     pub fn present_words(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
         (0..usize::try_from(self.pages.div_ceil(64)).unwrap_or(usize::MAX))
             .map(|word| self.present_word(word))
     }
 
-    /// Word number `word` of [these](RamBlock::present_words); 0 behind the last.
+    /// Word number `word` of [`present_words`](RamBlock::present_words); 0 beyond the last word.
     #[inline]
     pub fn present_word(&self, word: usize) -> u64 {
         match &self.memory {
@@ -126,7 +128,7 @@ impl RamBlock {
         }
     }
 
-    /// Notes that pages have been written. Mapped memory keeps no such notes.
+    /// Records that pages were written. Does nothing for mapped memory, which keeps no such record.
     #[inline]
     pub fn note_written(&self, first: PageIndex, count: u64) {
         if let Memory::MappedRam(places) = &self.memory {
@@ -134,30 +136,31 @@ impl RamBlock {
         }
     }
 
-    /// Where its bytes live.
+    /// Where the block's bytes are stored.
     #[inline]
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
 
-    /// Where `page` starts; `None` if the block has no such page.
+    /// The offset of `page`; `None` if the block has no such page.
     #[inline]
     pub fn offset_of(&self, page: PageIndex) -> Option<BlockOffset> {
         if page.0 < self.pages() { self.page_size.offset_of(page) } else { None }
     }
 
-    /// Writes whole pages from `first` on, into memory or file.
+    /// Writes whole pages from `first` on, to memory or to the file.
     ///
     /// # Errors
     /// If the file cannot be written.
     ///
     /// # Panics
-    /// If `bytes` are no whole pages of this block.
+    /// If `bytes` are not whole pages of this block.
     pub fn store(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
         self.write(first, bytes, None)
     }
 
-    /// The same from a channel, past the page cache if the file is to be written so.
+    /// Like [`store`](Self::store), for a channel: bypasses the page cache if the file is to be written with direct
+    /// I/O.
     pub fn store_direct(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
         let Memory::MappedRam(places) = &self.memory else { return self.store(first, bytes) };
         self.write(first, bytes, places.direct.as_deref())
@@ -182,8 +185,8 @@ impl RamBlock {
         Ok(())
     }
 
-    /// Reads a page, from memory or file, into a private buffer. One that is not
-    /// [present](RamBlock::is_present) is zero.
+    /// Reads a page from memory or from the file into a private buffer. A page that is not
+    /// [present](RamBlock::is_present) reads as zero.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -208,11 +211,11 @@ impl RamBlock {
         }
     }
 
-    /// Reads `count` pages of a file from `first` on, past the page cache if the file is to be read so. Pages that are
-    /// not [present](RamBlock::is_present) are zero.
+    /// Reads `count` pages of a file from `first` on. Bypasses the page cache if the file is to be read with direct
+    /// I/O. Pages that are not [present](RamBlock::is_present) read as zero.
     ///
     /// # Panics
-    /// If the block has no such pages or is not in a file, or `buffer` has another length.
+    /// If the block has no such pages or is not in a file, or `buffer` has a different length.
     pub fn load_direct(&self, first: PageIndex, count: u64, buffer: &mut [u8]) -> io::Result<()> {
         let Memory::MappedRam(Places { file, direct, offset, present, .. }) = &self.memory else {
             panic!("a block in a file")
@@ -234,8 +237,8 @@ impl RamBlock {
         Ok(())
     }
 
-    /// Makes a page zero. Memory is looked at, and written only if it holds something; in a mapped-ram file, the page is no
-    /// longer [present](RamBlock::is_present) and its bytes stay.
+    /// Makes a page zero. Mapped memory is read first and written only if it is nonzero. In a mapped-ram file, the page
+    /// is no longer [present](RamBlock::is_present); its bytes in the file stay.
     ///
     /// # Panics
     /// If the block has no such page.
@@ -251,9 +254,10 @@ impl RamBlock {
         }
     }
 
-    /// Whether a page is zero, found by looking at it. A wrong answer because the guest writes meanwhile is harmless, for
-    /// the page is then dirty again. One in a file is not looked at: [what the file knows of it](RamBlock::is_present) is
-    /// what counts. Nor is one in a mapping that [may shrink](Mapping::may_shrink): it counts as something else than zero.
+    /// Whether a page is zero. The page is read to find out. If the guest writes at the same time, the answer may be
+    /// wrong; this is harmless, because the page is then dirty again. A page in a file is not read: its [present
+    /// bit](RamBlock::is_present) decides. A page in a mapping that [may shrink](Mapping::may_shrink) is not read
+    /// either and counts as nonzero.
     pub fn is_zero(&self, page: PageIndex) -> bool {
         match &self.memory {
             Memory::Mapped(mapping) if mapping.may_shrink() => false,
@@ -262,8 +266,9 @@ impl RamBlock {
         }
     }
 
-    /// Pages that may hold something else than zero at this moment: those in a mapped-ram file; of mapped memory those that
-    /// the page table has, where [absent pages are zero](Mapping::anonymous) and the kernel can tell (Linux 6.7), else all.
+    /// The pages that may be nonzero now. For a mapped-ram file: the pages in the file. For mapped memory: the pages in
+    /// the page table, if [absent pages are zero](Mapping::anonymous) and the kernel can list them (Linux 6.7),
+    /// otherwise all pages.
     pub fn may_hold(&self) -> PageBitmap {
         self.touched().unwrap_or_else(|| {
             let bits = PageBitmap::new(self.pages);
@@ -272,8 +277,9 @@ impl RamBlock {
         })
     }
 
-    /// Pages that may hold something, if the page table can tell: the memory must be such that
-    /// [what is absent is zero](Mapping::assume_absent_is_zero), and the kernel must be able to.
+    /// The pages that may be nonzero according to the page table. `None` if the page table cannot answer this: it
+    /// requires memory in which [absent pages are zero](Mapping::assume_absent_is_zero), and a kernel that can list
+    /// pages.
     pub fn touched(&self) -> Option<PageBitmap> {
         let Memory::Mapped(mapping) = &self.memory else { return None };
         if !mapping.is_absent_zero() || self.ignored {
@@ -281,13 +287,13 @@ impl RamBlock {
         }
         let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
         let touched = residency::touched(&memory, self.page_size).inspect_err(|error| {
-            tracing::debug!(block = %self.name, %error, "pages are looked at, the page table does not tell");
+            tracing::debug!(block = %self.name, %error, "the page table cannot be queried: pages are read instead");
         });
         touched.ok()
     }
 
-    /// Where its bytes are: 0 for this process's memory, or the file that they are in; their first place and their end.
-    /// `None` if it has none.
+    /// The location of the block's bytes: 0 for this process's memory or an identifier of the file, then start and end.
+    /// `None` if the block has no bytes.
     pub(crate) fn range(&self) -> Option<(usize, u64, u64)> {
         let (within, start) = match &self.memory {
             Memory::Mapped(mapping) => (0, mapping.slice(0, 0)?.as_ptr().addr() as u64),
@@ -296,14 +302,14 @@ impl RamBlock {
         (self.used_length > 0).then(|| (within, start, start.saturating_add(self.used_length)))
     }
 
-    /// Whether a look at its pages may raise `SIGBUS`, because they are in a mapping of a file that somebody may cut shorter:
-    /// they are moved by system calls alone.
+    /// Whether reading its pages may raise `SIGBUS`, because they are in a mapping of a file that another process may
+    /// truncate. Such pages are moved by system calls only.
     pub fn may_shrink(&self) -> bool {
         matches!(&self.memory, Memory::Mapped(mapping) if mapping.may_shrink())
     }
 
-    /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if it
-    /// lives in a file that is not mapped.
+    /// `count` pages of mapped memory from `first` on; `None` if they are not all in the block, or if the block is in a
+    /// file that is not mapped.
     #[inline]
     pub fn slice(&self, first: PageIndex, count: u64) -> Option<GuestSlice<'_>> {
         let end = first.0.checked_add(count)?;

@@ -1,6 +1,7 @@
 //! The registry of a machine's blocks.
 //!
-//! Both sides of a migration list the same blocks; a name from the wire is looked up here before anything is written.
+//! Both sides of a migration list the same blocks. A block name from the wire is looked up here before anything is
+//! written.
 
 use std::collections::HashMap;
 
@@ -15,12 +16,12 @@ pub struct RamBlocks {
 }
 
 impl RamBlocks {
-    /// A registry of `blocks`.
+    /// Creates a registry of `blocks`.
     ///
     /// # Errors
-    /// [`Error::DuplicateBlock`] if two have one name, [`Error::MixedPageSizes`] if their page sizes differ,
-    /// [`Error::SharedBytes`] if two have a byte in common: a write through one would be missing in the other's dirty bits.
-    /// Two mappings of one file are not found out.
+    /// [`Error::DuplicateBlock`] if two have the same name, [`Error::MixedPageSizes`] if their page sizes differ,
+    /// [`Error::SharedBytes`] if two have bytes in common: a write through one would be missing in the other's dirty
+    /// bits. Two mappings of the same file are not detected.
     pub fn new(blocks: Vec<RamBlock>) -> Result<Self, Error> {
         let page_size = blocks.first().map(RamBlock::page_size).unwrap_or_default();
         let mut by_name = HashMap::with_capacity(blocks.len());
@@ -46,7 +47,7 @@ impl RamBlocks {
         Ok(Self { blocks, by_name, page_size })
     }
 
-    /// The page size of all blocks; 4 KiB where there is no block.
+    /// The page size of all blocks; 4 KiB if there are no blocks.
     #[inline]
     pub fn page_size(&self) -> PageSize {
         self.page_size
@@ -57,12 +58,12 @@ impl RamBlocks {
         self.blocks.len()
     }
 
-    /// Whether there is no block.
+    /// Whether there are no blocks.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
     }
 
-    /// The blocks in their order, each with its index.
+    /// The blocks in order, each with its index.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (BlockIndex, &RamBlock)> {
         self.blocks.iter().enumerate().map(|(index, block)| (BlockIndex(index), block))
     }
@@ -76,7 +77,7 @@ impl RamBlocks {
     /// The block at `index`.
     ///
     /// # Errors
-    /// [`Error::NoSuchBlock`].
+    /// [`Error::NoSuchBlock`] if there is no such block.
     #[inline]
     pub fn block(&self, index: BlockIndex) -> Result<&RamBlock, Error> {
         self.get(index).ok_or(Error::NoSuchBlock(index.0))
@@ -87,7 +88,7 @@ impl RamBlocks {
         self.by_name.get(name).copied()
     }
 
-    /// The used lengths of all blocks, added up: `total` of the RAM statistics, in bytes.
+    /// The sum of the used lengths of all blocks, in bytes: `total` in the RAM statistics.
     pub fn total(&self) -> u64 {
         self.blocks.iter().map(RamBlock::used_length).sum()
     }
@@ -97,7 +98,7 @@ impl IntoIterator for RamBlocks {
     type Item = RamBlock;
     type IntoIter = std::vec::IntoIter<RamBlock>;
 
-    /// The blocks in their order.
+    /// The blocks in order.
     fn into_iter(self) -> Self::IntoIter {
         self.blocks.into_iter()
     }
@@ -139,7 +140,7 @@ mod tests {
             let slice = memory.slice(first * 4096, 4096).expect("inside");
             let base = std::ptr::NonNull::new(slice.as_ptr()).expect("not null");
             let length = usize::try_from(pages * 4096).expect("small");
-            // SAFETY: the range lies in a mapping that is kept, and to which no reference is made.
+            // SAFETY: the range lies in a mapping that is kept alive, and no reference to it is made.
             #[expect(unsafe_code, reason = "two blocks on one mapping")]
             let part = unsafe { Mapping::from_raw(base, length, memory.clone()) };
             let name = BlockName::new(name).expect("a name");

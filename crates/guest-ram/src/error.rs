@@ -1,36 +1,37 @@
-//! What cannot be, as the caller asked for it.
+//! The errors that the caller's input causes.
 
 use crate::{BlockName, PageSize};
 
-/// Why blocks, memory or a dirty log cannot be had as asked for. What the system refuses is an
-/// [`io::Error`](std::io::Error); where a function gives one of those, this may be [within it](std::io::Error::get_ref).
+/// Why blocks, memory or a dirty log cannot be made as requested. Errors of the system are
+/// [`io::Error`](std::io::Error)s; where a function returns one of those, this error may be [inside
+/// it](std::io::Error::get_ref).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Two blocks have one name.
+    /// Two blocks have the same name.
     #[error("two RAM blocks are named {0:?}")]
     DuplicateBlock(BlockName),
     /// The blocks have different page sizes.
     #[error("RAM blocks with pages of {0} and of {1} in one migration")]
     MixedPageSizes(PageSize, PageSize),
-    /// The memory handed over is shorter than the block.
+    /// The memory that was passed in is shorter than the block.
     #[error("block {name:?}: {mapped:#x} bytes of memory for a used length of {used_length:#x}")]
     ShortMemory {
         /// The block's name.
         name: BlockName,
-        /// The bytes of memory.
+        /// The length of the memory in bytes.
         mapped: u64,
         /// The block's used length.
         used_length: u64,
     },
-    /// The places in a file are those of another number of pages.
+    /// The places in a file have a different number of pages than the block.
     #[error("block {name:?}: expected a bit for each of {expected} pages, found {found}")]
     OtherPages {
         /// The block's name.
         name: BlockName,
-        /// The pages of the block.
+        /// The number of pages of the block.
         expected: u64,
-        /// The bits given.
+        /// The number of bits that were given.
         found: u64,
     },
     /// A file that is to be mapped ends before the mapping would.
@@ -38,9 +39,9 @@ pub enum Error {
         "a mapping of {len:#x} bytes from offset {offset:#x} on reaches beyond the end of the file ({size:#x})"
     )]
     ShortFile {
-        /// Where the mapping was to begin.
+        /// The offset at which the mapping was to begin.
         offset: u64,
-        /// The bytes that were to be mapped.
+        /// The number of bytes to be mapped.
         len: u64,
         /// The length of the file.
         size: u64,
@@ -59,18 +60,18 @@ pub enum Error {
         /// The first difference.
         why: String,
     },
-    /// A block number that the registry does not have.
+    /// The registry has no block with this number.
     #[error("there is no RAM block number {0}")]
     NoSuchBlock(usize),
-    /// The block's memory is mapped without the right to read it.
+    /// The block's memory is mapped without read permission.
     #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
     Unreadable(BlockName),
-    /// No dirty log can be made of the bitmaps of the block's memory.
+    /// No dirty log can be made from the bitmaps of the block's memory.
     #[error("block {name:?}: the dirty bitmap does not fit: {why}")]
     DirtyBitmap {
         /// The block's name.
         name: BlockName,
-        /// What is in the way.
+        /// The reason.
         why: &'static str,
     },
 }

@@ -1,10 +1,10 @@
-//! What tells one machine's blocks from another's, to compare what two parts of a migration were made for.
+//! The identity of a machine's blocks, to check that two parts of a migration were made for the same blocks.
 
 use std::io;
 
 use crate::{BlockName, Error, PageSize, RamBlocks};
 
-/// Names, lengths, pages and places of blocks, in their order.
+/// Names, lengths, page sizes and locations of blocks, in order.
 #[derive(Clone, Debug)]
 pub struct Identity(Vec<Block>);
 
@@ -18,7 +18,7 @@ struct Block {
 }
 
 impl RamBlocks {
-    /// What tells these blocks from others: a log keeps it and [compares](Identity::check) it when it is read.
+    /// The identity of these blocks. A log keeps it and [compares](Identity::check) it when it is read.
     pub fn identity(&self) -> Identity {
         let blocks = self.iter().map(|(_, block)| Block {
             name: block.name().clone(),

@@ -4,14 +4,14 @@
 //!
 //! ```text
 //! RamBlocks ── RamBlock "pc.ram" ── Memory::Mapped(Mapping) ── GuestSlice ── Part / PartMut ── system call
-//!                   │                Memory::MappedRam(Places) ── cached, or past the page cache (DirectFile)
-//!                   │                two blocks ── Transfer ── pages straight between the two
+//!                   │                Memory::MappedRam(Places) ── cached, or direct I/O (DirectFile)
+//!                   │                two blocks ── Transfer ── pages directly between the two
 //!                   DirtyLog ── take ──▶ PageBitmap ── pass
 //! ```
 //!
-//! Guest RAM is never a Rust reference: it changes while we look at it. The only ways to its bytes are a
-//! [`GuestSlice`], which copies, and a [`Part`] or [`PartMut`], which a system call reads or fills.
-//! Nothing here knows of channels or packets.
+//! No Rust reference to guest RAM is ever made, because the RAM changes while it is read. Its bytes are accessed only
+//! through a [`GuestSlice`], which copies, and a [`Part`] or [`PartMut`], which a system call reads or fills. This
+//! crate has no notion of channels or packets.
 
 mod bitmap;
 mod block;

@@ -2,18 +2,18 @@
 
 use std::{borrow::Borrow, fmt, str::Utf8Error};
 
-/// The name that both sides know a RAM block by, such as `pc.ram` or `/rom@etc/acpi/tables`.
+/// The name that identifies a RAM block on both sides, such as `pc.ram` or `/rom@etc/acpi/tables`.
 ///
-/// Names are bytes, not text: a device path may hold anything but a NUL. Shown, bytes outside
-/// printable ASCII are escaped.
+/// Names are bytes, not text: a device path may contain anything but a NUL. When shown, bytes outside printable ASCII
+/// are escaped.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockName(Box<[u8]>);
 
 impl BlockName {
-    /// The greatest length in bytes; the wire counts it in one byte and keeps 256 for name and NUL.
+    /// The greatest length in bytes. The wire stores the length in one byte and has 256 bytes for name and NUL.
     pub const MAX_LEN: usize = 255;
 
-    /// A name of `bytes`; `None` if it is empty, longer than 255 bytes or holds a NUL.
+    /// Creates a name of `bytes`; `None` if it is empty, longer than 255 bytes or contains a NUL.
     pub fn new(bytes: impl AsRef<[u8]>) -> Option<Self> {
         let bytes = bytes.as_ref();
         let valid = !bytes.is_empty() && bytes.len() <= Self::MAX_LEN && !bytes.contains(&0);
@@ -34,7 +34,7 @@ impl BlockName {
     }
 }
 
-// A name and its bytes are equal and hash alike, so a registry is asked with bytes from the wire.
+// A name and its bytes are equal and hash alike, so a registry can be searched with bytes from the wire.
 impl Borrow<[u8]> for BlockName {
     fn borrow(&self) -> &[u8] {
         &self.0

@@ -1,8 +1,7 @@
 //! Page size, page index and block offset: three numbers that must not be mixed up.
 //!
-//! In come sizes and offsets from a caller or a peer, out go values that are valid by construction.
-//! Migration counts in *target* pages, the page size of the guest's architecture, whatever pages the
-//! host uses.
+//! Sizes and offsets from a caller or a peer are converted to values that are valid by construction. Migration counts
+//! in *target* pages, the page size of the guest's architecture, regardless of the pages of the host.
 
 use std::fmt;
 
@@ -19,13 +18,13 @@ impl PageSize {
     pub const KIB_4: Self = Self { bits: Self::MIN_BITS };
     /// 16 KiB.
     pub const KIB_16: Self = Self { bits: 14 };
-    /// 64 KiB, the greatest page size served.
+    /// 64 KiB, the greatest supported page size.
     pub const KIB_64: Self = Self { bits: Self::MAX_BITS };
 
     const MIN_BITS: u8 = 12;
     const MAX_BITS: u8 = 16;
 
-    /// The page size of `1 << bits` bytes; `None` outside 12..=16.
+    /// Creates the page size of `1 << bits` bytes; `None` outside 12..=16.
     pub const fn from_bits(bits: u32) -> Option<Self> {
         if bits < Self::MIN_BITS as u32 || bits > Self::MAX_BITS as u32 {
             return None;
@@ -34,7 +33,7 @@ impl PageSize {
         Some(Self { bits: bits as u8 })
     }
 
-    /// The page size of `bytes` bytes; `None` if that is no power of two from 4 KiB to 64 KiB.
+    /// Creates the page size of `bytes` bytes; `None` if it is not a power of two from 4 KiB to 64 KiB.
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
         if bytes.is_power_of_two() { Self::from_bits(bytes.trailing_zeros()) } else { None }
     }
@@ -51,25 +50,25 @@ impl PageSize {
         1 << self.bits
     }
 
-    /// How many whole or partial pages `length` bytes take.
+    /// The number of whole or partial pages in `length` bytes.
     #[inline]
     pub const fn pages_in(self, length: u64) -> u64 {
         length.div_ceil(1 << self.bits)
     }
 
-    /// How many whole pages fit into `length` bytes.
+    /// The number of whole pages in `length` bytes.
     #[inline]
     pub const fn whole_pages_in(self, length: u64) -> u64 {
         length >> self.bits
     }
 
-    /// The page that starts at `offset`; `None` if `offset` is not on a page's border.
+    /// The page that starts at `offset`; `None` if `offset` is not on a page boundary.
     #[inline]
     pub const fn page_at(self, offset: BlockOffset) -> Option<PageIndex> {
         if offset.0 & ((1 << self.bits) - 1) == 0 { Some(PageIndex(offset.0 >> self.bits)) } else { None }
     }
 
-    /// Where `page` starts; `None` if that is beyond 64 bits.
+    /// The offset of `page`; `None` if it is beyond 64 bits.
     #[inline]
     pub const fn offset_of(self, page: PageIndex) -> Option<BlockOffset> {
         if page.0 >> (64 - self.bits) == 0 { Some(BlockOffset(page.0 << self.bits)) } else { None }

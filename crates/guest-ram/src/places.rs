@@ -4,41 +4,41 @@ use std::{fs::File, io, sync::Arc};
 
 use crate::{Access, DirectFile, Mapping, PageBitmap};
 
-/// The places of a block's pages in a mapped-ram file, and which of them count.
+/// The places of a block's pages in a mapped-ram file, and which of them are used.
 ///
-/// **Warning:** only `present` says what a page is. A page without its bit is zero, whatever bytes the file has in its
-/// place, and to [clear](crate::RamBlock::clear) a page changes its bit alone. A file that something else reads as plain RAM, such
-/// as a guest that maps it, would keep old bytes there: that is memory, made by [`Mapping::of_file`].
+/// **Warning:** only `present` defines what a page contains. A page without its bit is zero, regardless of the bytes in
+/// the file, and [clearing](crate::RamBlock::clear) a page changes only its bit. A file that something else reads as
+/// plain RAM, such as a guest that maps it, would keep old bytes there. Use [`Mapping::of_file`] for such a file.
 #[derive(Debug)]
 pub struct Places {
-    /// Shared by all blocks in it.
+    /// The file, shared by all blocks in it.
     pub(crate) file: Arc<File>,
-    /// How channels go past the page cache, if they do; main never does.
+    /// Direct I/O for channels, if used; main never uses it.
     pub(crate) direct: Option<Arc<DirectFile>>,
-    /// Where the block's first byte lies, in bytes from the beginning of the file.
+    /// The position of the block's first byte, in bytes from the beginning of the file.
     pub(crate) offset: u64,
-    /// A bit for each page of the block that is in the file; all others are zero.
+    /// One bit for each page of the block: set if the page is in the file, otherwise the page is zero.
     pub(crate) present: PageBitmap,
-    /// The same bytes mapped for reading, if channels are to send from there instead of reading the file.
+    /// The same bytes mapped for reading, if channels send from the mapping instead of reading the file.
     pub(crate) mapped: Option<Mapping>,
 }
 
 impl Places {
-    /// Places in `file`, the first at `offset` bytes from its beginning, with a bit for each page that is there: all others
-    /// are zero. They are reached through the page cache.
+    /// Creates places in `file`, the first at `offset` bytes from its beginning. `present` has a bit for each page that
+    /// is in the file; all others are zero. The page cache is used.
     pub fn new(file: Arc<File>, offset: u64, present: PageBitmap) -> Self {
         Self { file, direct: None, offset, present, mapped: None }
     }
 
-    /// Has channels go past the page cache, if there is a way; main never does.
+    /// Makes channels bypass the page cache, if `direct` is given; main never does.
     #[must_use]
     pub fn past_cache(mut self, direct: Option<Arc<DirectFile>>) -> Self {
         self.direct = direct;
         self
     }
 
-    /// Maps the first `len` bytes for reading, so that channels send from there instead of reading the file. They are touched
-    /// by system calls alone, so a file that is cut shorter meanwhile is an error and no signal.
+    /// Maps the first `len` bytes for reading, so that channels send from the mapping instead of reading the file. Only
+    /// system calls access it, so a file that is truncated in the meantime causes an error and no signal.
     ///
     /// # Errors
     /// As [`Mapping::of_file`].
@@ -47,7 +47,7 @@ impl Places {
         Ok(self)
     }
 
-    /// Where the first page lies, in bytes from the beginning of the file.
+    /// The position of the first page, in bytes from the beginning of the file.
     pub fn offset(&self) -> u64 {
         self.offset
     }

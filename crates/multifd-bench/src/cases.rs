@@ -1,8 +1,8 @@
-//! What is measured: what is moved, who takes part, and what is to be reached.
+//! The cases to measure: what is moved, which peers take part, and the targets.
 
 use crate::{contents::Contents, peer::Setting};
 
-/// Somebody who takes part.
+/// A peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Who {
     /// QEMU to QEMU.
@@ -14,27 +14,27 @@ pub(crate) enum Who {
     QemuToEngine,
     EngineToQemu,
     Iperf,
-    /// The same memory over the same sockets, and nothing else: what the engine can reach at most.
+    /// The same memory over the same sockets, and nothing else: the upper limit for the engine.
     Raw,
-    /// The same, with pages lent to the sockets instead of copied into them.
+    /// Like `Raw`, with pages lent to the sockets instead of copied.
     Lent,
     /// No socket: one copy from memory to memory.
     Copy,
-    /// QEMU into a file, or out of it, by itself.
+    /// QEMU alone, into a file or out of it.
     QemuFile,
-    /// The same, with the file on the disk at the end.
+    /// Like `QemuFile`, with the file on the disk at the end.
     QemuFileSynced,
-    /// The same, past the page cache.
+    /// Like `QemuFile`, with direct I/O.
     QemuFileDirect,
     /// The engine's memory into a file, or out of it.
     EngineFile,
-    /// The same, with the file on the disk at the end; past the page cache, as is the default then.
+    /// Like `EngineFile`, with the file on the disk at the end; with direct I/O, which is the default then.
     EngineFileSynced,
-    /// The same, through the page cache.
+    /// Like `EngineFileSynced`, through the page cache.
     EngineFileCached,
     /// QEMU into `multifd receive`, or `multifd send` into QEMU.
     OurFile,
-    /// `multifd demo`, whose guest writes so many MB a second.
+    /// `multifd demo`, whose guest writes this many MB per second.
     Demo(u64),
 }
 
@@ -149,19 +149,19 @@ const DEMO: &[Who] = &[Who::Demo(50), Who::Demo(200), Who::Demo(800)];
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Quantity {
-    /// Of RAM a second; more is better.
+    /// RAM per second; more is better.
     Speed,
-    /// CPU seconds a GiB, both sides together; less is better.
+    /// CPU seconds per GiB, both sides together; less is better.
     Cpu,
 }
 
-/// What is to be reached: the ratio of two medians of one run.
+/// A target: the ratio of two medians of one run.
 pub(crate) struct Target {
     pub(crate) case: &'static str,
     pub(crate) quantity: Quantity,
     pub(crate) ours: Who,
     pub(crate) against: Who,
-    /// At least, of a speed; at most, of a cost.
+    /// The least ratio for a speed; the greatest for a cost.
     pub(crate) bound: f64,
 }
 

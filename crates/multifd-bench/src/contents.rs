@@ -1,6 +1,6 @@
-//! What the guest's RAM holds, made page by page from the page's number alone.
+//! The contents of the guest's RAM, computed for each page from its number.
 //!
-//! Both ends can make it, so a source fills its RAM without help, and a destination is checked without a copy.
+//! Both ends can compute it, so a source fills its RAM without input, and a destination is checked without a copy.
 
 use clap::ValueEnum;
 use fastrand::Rng;
@@ -18,9 +18,9 @@ pub(crate) enum Contents {
     Zeroed,
     /// 2 MiB of noise, 2 MiB of zeros, and so on.
     Mixed,
-    /// A page of noise, a page of zeros, and so on: no two neighbours travel.
+    /// A page of noise, a page of zeros, and so on: no two adjacent pages are sent.
     Scattered,
-    /// A quarter of each page is noise, the rest one byte again and again.
+    /// A quarter of each page is noise, the rest is one byte repeated.
     Compressible,
 }
 
@@ -55,7 +55,7 @@ impl Contents {
         }
     }
 
-    /// The first page that differs, of those from `first` on.
+    /// The first page that differs, from `first` on.
     pub(crate) fn wrong(self, first: u64, bytes: &[u8]) -> Option<u64> {
         let mut expected = [0; PAGE];
         (first..).zip(bytes.chunks_exact(PAGE)).find_map(|(page, bytes)| {

@@ -1,12 +1,12 @@
-//! Measures the engine against QEMU 10.0 and iperf3: all of them in one run, in turns. `cargo xtask bench` runs it.
+//! Measures the engine, QEMU 10.0 and iperf3: all of them in one run, in turns. `cargo xtask bench` runs it.
 //!
 //! ```text
-//! cases ── what is moved, who takes part, what is to be reached
+//! cases ── what is moved, which peers take part, the targets
 //!   └▶ run ── rounds, the peers in turns ──▶ measure ── medians ──▶ report: Markdown, JSON, SVG
-//!        └▶ peer ── QEMU, iperf3, and this program again: engine
+//!        └▶ peer ── QEMU, iperf3, and this program: engine
 //! ```
 //!
-//! Talk goes to standard error, the table to standard output.
+//! Messages go to standard error, the table to standard output.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
 

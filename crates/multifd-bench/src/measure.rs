@@ -1,14 +1,14 @@
-//! Samples of a peer become medians, with their spread.
+//! Computes medians, with their spread, from the samples of a peer.
 
 use crate::{
     cases::{Case, Who},
     peer::Sample,
 };
 
-/// A case with what was found.
+/// A case with its results.
 pub(crate) struct Measured {
     pub(crate) case: Case,
-    /// In the order of the case's peers; or why one was not measured.
+    /// The results in the order of the case's peers; or why a peer was not measured.
     pub(crate) peers: Vec<(Who, Result<Samples, String>)>,
 }
 
@@ -43,7 +43,7 @@ impl Samples {
         self.spread(|sample| Some(sample.bytes as f64 / sample.seconds))
     }
 
-    /// CPU seconds for each GiB of RAM: of the source, of the destination, of both together.
+    /// CPU seconds per GiB of RAM: of the source, of the destination, of both together.
     pub(crate) fn cpu(&self) -> Option<[Spread; 3]> {
         let of = |pick: fn([f64; 2]) -> f64| {
             self.spread(move |sample| Some(pick(sample.cpu?) / (sample.bytes as f64 / GIB)))
@@ -51,18 +51,18 @@ impl Samples {
         Some([of(|[source, _]| source)?, of(|[_, destination]| destination)?, of(|[a, b]| a + b)?])
     }
 
-    /// Bytes on the wire for each byte of RAM.
+    /// Bytes on the wire per byte of RAM.
     pub(crate) fn wire(&self) -> Option<f64> {
         self.spread(|sample| Some(sample.wire? as f64 / sample.bytes as f64)).map(|spread| spread.median)
     }
 
-    /// The most memory beyond RAM, in bytes: of the source, of the destination.
+    /// The greatest memory beyond RAM, in bytes: of the source, of the destination.
     pub(crate) fn beyond(&self) -> Option<[u64; 2]> {
         let side = |of: fn([u64; 2]) -> u64| self.0.iter().filter_map(|sample| sample.beyond.map(of)).max();
         Some([side(|[source, _]| source)?, side(|[_, destination]| destination)?])
     }
 
-    /// Milliseconds that a guest stood still.
+    /// The milliseconds for which the guest was stopped.
     pub(crate) fn downtime(&self) -> Option<Spread> {
         self.spread(|sample| sample.downtime.map(|ms| ms as f64))
     }

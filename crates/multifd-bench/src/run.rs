@@ -1,4 +1,4 @@
-//! The rounds: all peers of a case in turns, so that a machine that gets slower gets slower for all of them.
+//! The rounds: all peers of a case in turns, so that a machine that becomes slower does so for all of them.
 
 use std::{
     fs,
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     for case in chosen {
         eprintln!("── {}: {}", case.name, case.about);
         all.push(means.measure(case)?);
-        // After each case, so that an end that comes too early leaves what there is.
+        // Written after each case, so that an early end leaves the results so far.
         report::write(&args.out, &all, args.rounds)?;
     }
     println!("{}", report::markdown(&all, args.rounds));
@@ -115,7 +115,7 @@ impl Means<'_> {
         }
         for round in 0..case.rounds.unwrap_or(usize::MAX).min(self.args.rounds) {
             let mut turn: Vec<_> = ready.iter_mut().collect();
-            // Nobody always has the same one before.
+            // The order alternates, so that a peer does not always follow the same one.
             if round % 2 == 1 {
                 turn.reverse();
             }
@@ -140,7 +140,7 @@ impl Means<'_> {
         Ok(Measured { peers: peers.collect(), case })
     }
 
-    /// Both ends are on this machine.
+    /// Checks that there is enough memory: both ends are on this machine.
     fn enough_memory(&self, case: &Case) -> Result<()> {
         let text = fs::read_to_string("/proc/meminfo")?;
         let line =

@@ -1,7 +1,7 @@
-//! A captured machine on its way into a file.
+//! Captures a machine into a file.
 //!
-//! RAM goes straight to its places in a [`NewFile`] while the migration runs; bitmaps, devices and head are written
-//! when everything has come, then it is synced and gets its name. Dropped before that, it is removed.
+//! RAM goes directly to its places in a [`NewFile`] while the migration runs. Bitmaps, devices and head are written
+//! when everything has arrived; then the file is synced and gets its name. If it is dropped before that, it is removed.
 
 use std::{fs::File, sync::Arc};
 
@@ -21,17 +21,17 @@ use rustix::fs::fstatvfs;
 
 use crate::{direct_io::DirectIo, file_address::FileAddress, new_file::NewFile, output::outcome::While};
 
-/// A file that holds nothing valid yet.
+/// A file that contains nothing valid yet.
 pub(crate) struct Capture {
     new: NewFile,
     file: Arc<File>,
     direct: Option<Arc<DirectFile>>,
-    /// Where the machine's stream begins in it.
+    /// The position at which the machine's stream begins in the file.
     offset: u64,
 }
 
 impl Capture {
-    /// A file that will appear at `address`, which keeps what stands before the address's offset.
+    /// Creates a file that will appear at `address` and keeps the data before the address's offset.
     pub(crate) fn create(
         address: &FileAddress,
         force: bool,
@@ -45,7 +45,7 @@ impl Capture {
         Ok(Self { new, file: Arc::new(file), direct, offset })
     }
 
-    /// The machine's blocks, each at its place in the file.
+    /// Creates the machine's blocks, each at its place in the file.
     pub(crate) fn blocks(
         &self,
         configuration: Option<&Configuration>,
@@ -53,7 +53,7 @@ impl Capture {
     ) -> Result<RamBlocks> {
         let layout = layout(&self.shape(configuration), list)?;
         self.warn_of_little_room(list.total());
-        // A full disk is to be found when pages are written, so this makes a hole, not a reservation.
+        // A full disk is reported when pages are written, so this makes a hole, not a reservation.
         let sized = self.file.set_len(layout.tail_offset());
         sized.map_err(|error| {
             Error::io(format!("cannot extend the file to {:#x} bytes", layout.tail_offset()), error)
@@ -61,9 +61,10 @@ impl Capture {
         layout.ram_blocks(&self.file, self.direct.as_ref())
     }
 
-    /// How much of RAM is zero is not known yet, and zero pages take no room: too little room is a warning.
+    /// Warns if there is little space. It is only a warning, because it is not known yet how much of RAM is zero, and
+    /// zero pages take no space.
     fn warn_of_little_room(&self, ram: u64) {
-        // A file system that does not tell has none to compare with.
+        // A file system that does not report its space has nothing to compare with.
         let Ok(system) = fstatvfs(&self.file) else { return };
         let free = system.f_bavail.saturating_mul(system.f_frsize);
         if free < ram {
@@ -93,7 +94,7 @@ impl Capture {
         let ignored = ignored(loaded.configuration.as_ref(), arrived);
         self.write(loaded, blocks, &ignored, channels).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
-        // That can take long enough for a channel to turn up whose pages are missing.
+        // This may take so long that a channel appears whose pages are missing.
         stop.check().map_err(|error| failed(error.into()))?;
         self.new.name()?;
         Ok(ignored.into_iter().filter_map(|index| Some(blocks.get(index)?.name().clone())).collect())
@@ -115,7 +116,7 @@ impl Capture {
             ..self.shape(plain)
         };
         let mut laid = layout(&shape, &loaded.blocks)?;
-        // The channels name the machine's UUID, which the file can keep, if its pages stay where they are.
+        // The channels send the machine's UUID. The file can store it, if its pages stay in place.
         if let (Some(plain), Some(uuid)) = (plain, channels.uuid.filter(|uuid| !uuid.is_nil()))
             && plain.uuid.is_none()
         {
@@ -130,23 +131,23 @@ impl Capture {
         written.map_err(|error| Error::other("cannot write the file", error))
     }
 
-    /// What can be said before RAM has come.
+    /// The part of the layout that is known before RAM has arrived.
     fn shape<'a>(&self, configuration: Option<&'a Configuration>) -> Shape<'a> {
         let (section, ignored) = (SectionId(1), &[][..]);
         Shape { configuration, section, offset: self.offset, footers: true, ignored, sync_mode: None }
     }
 }
 
-/// What the channels have told beside pages.
+/// What the channels have reported besides pages.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Channels {
-    /// Whether there were any: without, the sync mode has not shown itself.
+    /// Whether there were channels: without them, the sync mode is unknown.
     pub(crate) any: bool,
     /// The machine's UUID.
     pub(crate) uuid: Option<VmUuid>,
 }
 
-/// With x-ignore-shared, nothing tells which blocks are shared but that no page of theirs has come.
+/// The shared blocks. With x-ignore-shared, the only sign of a shared block is that none of its pages has arrived.
 fn ignored(configuration: Option<&Configuration>, arrived: &Arrived) -> Vec<BlockIndex> {
     if !configuration.is_some_and(|configuration| configuration.ignore_shared) {
         return Vec::new();

@@ -1,6 +1,6 @@
-//! What cannot go together on a command line, judged before anything is opened: exit code 2, with the reason.
+//! Refuses invalid combinations on a command line before anything is opened: exit code 2, with the reason.
 //!
-//! Flags that are nothing without another one (`requires` in `args`) are refused by the parser, values by their ranges.
+//! The parser refuses flags that need another one (`requires` in `args`), and checks values against their ranges.
 
 use std::path::Path;
 
@@ -24,7 +24,7 @@ pub(crate) fn of_receive(args: &ReceiveArgs) -> Result<(), Failure> {
         return Err(refused(Usage::SingleConnection(args.listen.to_string())));
     }
     match &args.listen {
-        // The socket would be in the file's place when the file is to get its name.
+        // The socket would be at the file's path when the file is to get its name.
         Address::Unix(socket) if same_place(socket, args.file.path()) => {
             let why = "the socket and the file to write have the same path; use different paths";
             Err(Failure::Usage(While::new(format!("cannot listen at {}", args.listen), why).into()))
@@ -33,7 +33,7 @@ pub(crate) fn of_receive(args: &ReceiveArgs) -> Result<(), Failure> {
     }
 }
 
-/// Whether two paths name one place, which may be empty.
+/// Whether two paths name the same place, which may not exist yet.
 fn same_place(one: &Path, other: &Path) -> bool {
     let place = |path: &Path| {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -42,7 +42,7 @@ fn same_place(one: &Path, other: &Path) -> bool {
     one == other || place(one).is_some_and(|one| place(other) == Some(one))
 }
 
-/// Refuses what `send` cannot do.
+/// Refuses what `send` does not support.
 ///
 /// # Errors
 /// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`], [`Usage::ZeroCopy`], [`Usage::Descriptor`],
@@ -65,7 +65,7 @@ pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
     args.address.check_connect()
 }
 
-/// Refuses what `demo` cannot do.
+/// Refuses what `demo` does not support.
 ///
 /// # Errors
 /// [`Usage::ZeroCopy`], [`Usage::OutOfRange`].

@@ -1,4 +1,4 @@
-//! `--direct-io`: the channels' pages go past the page cache, where that can be; where it cannot, why is said.
+//! `--direct-io`: the channels' pages bypass the page cache if possible; if not, a message says why.
 
 use std::{fs::File, sync::Arc};
 
@@ -6,7 +6,7 @@ use multifd::ram::{BlockName, DirectFile};
 
 use crate::{file_address::FileAddress, output::outcome::say};
 
-/// What was asked for, and of which file.
+/// The requested direct I/O, and the file it is for.
 pub(crate) struct DirectIo<'a> {
     pub(crate) wanted: bool,
     pub(crate) quiet: bool,
@@ -14,7 +14,7 @@ pub(crate) struct DirectIo<'a> {
 }
 
 impl DirectIo<'_> {
-    /// The way past the page cache, if it was asked for and there is one.
+    /// Opens the file for direct I/O, if that was requested and is possible.
     pub(crate) fn open(&self, file: &File) -> Option<Arc<DirectFile>> {
         if !self.wanted {
             return None;
@@ -28,7 +28,7 @@ impl DirectIo<'_> {
         }
     }
 
-    /// Tells of a block that lies where the way is closed.
+    /// Warns of a block whose position does not allow direct I/O.
     pub(crate) fn check(&self, direct: &DirectFile, name: &BlockName, offset: u64) {
         let alignment = direct.offset_alignment();
         if !offset.is_multiple_of(alignment) {
@@ -38,7 +38,7 @@ impl DirectIo<'_> {
         }
     }
 
-    /// Tells of pages that main carries.
+    /// Warns that pages over main do not use direct I/O.
     pub(crate) fn without_channels(&self) {
         if self.wanted {
             self.tell("pages on the main connection use the page cache; switch multifd on to send pages over channels");

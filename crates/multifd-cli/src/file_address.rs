@@ -1,7 +1,7 @@
-//! A file that holds a machine, as the command line names it: a path, or as QEMU has it, `file:PATH[,offset=N]`.
+//! The address of a file with a machine on the command line: a path, or in QEMU's form `file:PATH[,offset=N]`.
 //!
-//! A path that no file can have is refused here, as wrong usage. What the file system says of it is asked when it is opened
-//! (to be read), or by [`NewFile`](crate::new_file::NewFile) (to be written).
+//! A path that is not valid for a file is refused here, as wrong usage. The file system is queried when the file is
+//! opened for reading, or by [`NewFile`](crate::new_file::NewFile) for writing.
 
 use std::{
     ffi::OsString,
@@ -20,7 +20,7 @@ use qemu_stream::mapped_ram::MappedRamFile;
 
 use crate::output::outcome::While;
 
-/// Where a machine is kept: a file, and the position in it at which its stream begins.
+/// The place of a machine: a file, and the position in it at which its stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FileAddress {
     path: PathBuf,
@@ -28,7 +28,7 @@ pub(crate) struct FileAddress {
 }
 
 impl FileAddress {
-    /// Reads `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:` is written `./file:…`.
+    /// Parses `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:` is written `./file:…`.
     pub(crate) fn parse(text: OsString) -> Result<Self, String> {
         let Some(rest) = text.as_bytes().strip_prefix(b"file:") else {
             return Ok(Self { path: file_path(text)?, offset: 0 });
@@ -48,18 +48,18 @@ impl FileAddress {
         &self.path
     }
 
-    /// Where the stream begins, in bytes.
+    /// The position at which the stream begins, in bytes.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Opens the machine that is kept there, to be read.
+    /// Opens the machine at this address for reading.
     pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
         let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
         MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(error))
     }
 
-    /// What is said if it cannot be read.
+    /// The error of a machine that cannot be read.
     pub(crate) fn unreadable(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> While {
         While::new(format!("cannot read {self}"), error)
     }
@@ -75,7 +75,7 @@ impl fmt::Display for FileAddress {
     }
 }
 
-/// A path whose last part can be the name of a file.
+/// Parses a path whose last part can be the name of a file.
 ///
 /// # Errors
 /// If it is empty, or can only be a folder's: `x/`, `.`, `..`.
@@ -90,7 +90,7 @@ pub(crate) fn file_path(text: OsString) -> Result<PathBuf, String> {
     Err(format!("expected the path of a file, {why}"))
 }
 
-/// What is there, if it is no regular file.
+/// The kind of what was found, if it is not a regular file.
 pub(crate) fn other_kind(found: &Metadata) -> Option<&'static str> {
     let kind = found.file_type();
     [
@@ -104,7 +104,8 @@ pub(crate) fn other_kind(found: &Metadata) -> Option<&'static str> {
     .find_map(|(is, name)| is.then_some(name))
 }
 
-/// Opens a regular file to be read. A FIFO or a device is not opened, which would wait for a writer or take its data.
+/// Opens a regular file for reading. A FIFO or a device is not opened, because that would wait for a writer or consume
+/// its data.
 fn open_regular(path: &Path) -> io::Result<File> {
     let refuse = |found: &Metadata| match other_kind(found) {
         Some(kind) => {
@@ -113,22 +114,22 @@ fn open_regular(path: &Path) -> io::Result<File> {
         None => Ok(()),
     };
     refuse(&path.metadata()?)?;
-    // Another may be there by now.
+    // There may be a different file by now.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     refuse(&file.metadata()?)?;
     Ok(file)
 }
 
 const OFFSET: &[u8] = b",offset=";
-/// The last position that a file can have.
+/// The greatest position in a file.
 const LAST: u64 = i64::MAX as u64;
 
-/// Bytes: decimal with QEMU's suffixes (4K is 4096), or hexadecimal without one.
+/// Parses bytes: decimal with QEMU's suffixes (4K is 4096), or hexadecimal without a suffix.
 fn position(text: &[u8]) -> Result<u64, String> {
     let text = String::from_utf8_lossy(text);
     let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
     let parsed = match hexadecimal {
-        // A sign is no digit, whatever `from_str_radix` thinks of it.
+        // A sign is not a digit, although `from_str_radix` accepts it.
         Some(digits) if digits.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
             u64::from_str_radix(digits, 16).ok()
         }

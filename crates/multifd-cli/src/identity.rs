@@ -1,8 +1,8 @@
-//! Whether a file is the one that it was, as far as its metadata tell.
+//! The identity of a file: checks from its metadata whether it is still the same file.
 
 use std::{fs::Metadata, os::unix::fs::MetadataExt};
 
-/// Enough to see that a file is another one, or has been written to.
+/// The metadata that shows whether a file was replaced or written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,

@@ -29,15 +29,15 @@ use clap::Parser;
 use output::outcome;
 use verbs::{demo, inspect, receive, send};
 
-/// Does what a command line asks for, its first word the program's own name, and says how the process is to end.
+/// Runs a command line, whose first word is the program's own name. Returns the exit code of the process.
 ///
-/// It belongs to a process of its own: it writes to standard output and error, may take over Ctrl-C, and only the first
-/// call chooses what is logged. A library so that whatever a command line can be is tried on it.
+/// It must have a process of its own: it writes to standard output and error, may handle Ctrl-C, and only the first
+/// call sets up logging. It is a library so that tests can try every command line.
 pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = match Args::try_parse_from(command_line) {
         Ok(args) => args,
         Err(refused) => {
-            // Whoever closed the output does not want it.
+            // If the output is closed, nobody wants it.
             let _ = refused.print();
             return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(2));
         }

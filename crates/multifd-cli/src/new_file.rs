@@ -1,7 +1,7 @@
-//! A file on its way: it grows under a temporary name in the folder that it is to appear in, and gets its name when it
-//! is complete and on the disk. Dropped before that, it is removed.
+//! A file that is being written: it grows under a temporary name in its future folder, and gets its name when it is
+//! complete and on the disk. If it is dropped before that, it is removed.
 //!
-//! It may keep the head of the file that it replaces: what stands before the offset of a machine in a container.
+//! It may keep the head of the file that it replaces: the data before the offset of a machine in a container.
 
 use std::{
     error::Error,
@@ -22,35 +22,35 @@ use tempfile::{NamedTempFile, TempPath};
 
 use crate::{file_address::other_kind, identity::Identity, output::outcome::While};
 
-/// A file that holds nothing valid yet.
+/// A file that contains nothing valid yet.
 pub(crate) struct NewFile {
     temporary: NamedTempFile,
-    /// Opened first: one that cannot be is not to be found out when everything has come.
+    /// Opened first: a folder that cannot be opened must be reported before everything has arrived.
     folder: File,
     target: PathBuf,
     replaces: Replaces,
 }
 
-/// What may be at the target's place when the file gets its name.
+/// What may be at the target's path when the file gets its name.
 enum Replaces {
     Nothing,
     Anything,
-    /// The file whose head was copied, as it was.
+    /// The file whose head was copied, unchanged.
     This(Identity),
 }
 
 impl NewFile {
-    /// A temporary file beside `target`, readable by its owner alone. Its first `keep` bytes are those of the file that
-    /// is there, or zero. What would be lost is replaced only with `force`.
+    /// Creates a temporary file next to `target`, readable only by its owner. Its first `keep` bytes are those of the
+    /// existing file, or zero. Data that would be lost is replaced only with `force`.
     ///
-    /// Whatever would keep the file from its name is looked for now, and not found out when everything has come.
+    /// Everything that would prevent the file from getting its name is checked now, not after everything has arrived.
     pub(crate) fn create(target: &Path, keep: u64, force: bool) -> Result<Self, While> {
         Self::beside(target, keep, force)
             .map_err(|error| While::new(format!("cannot create {}", target.display()), error))
     }
 
     fn beside(target: &Path, keep: u64, force: bool) -> Result<Self, Cause> {
-        // A container is replaced where it lies; otherwise it is the name that is asked for.
+        // A container is replaced at its real path; otherwise the given name is used.
         let resolved = if keep > 0 { fs::canonicalize(target).ok() } else { None };
         let target = resolved.as_deref().unwrap_or(target);
         let found = match target.symlink_metadata() {
@@ -77,7 +77,7 @@ impl NewFile {
             _ => Replaces::Nothing,
         };
         if keep > 0 {
-            // A position that this file system or the limit of this process does not reach.
+            // The position may be beyond the limit of this file system or of this process.
             let file = temporary.as_file();
             file.set_len(keep.saturating_add(LEAST)).and_then(|()| file.set_len(keep)).map_err(|error| {
                 While::new(format!("offset {keep:#x} leaves no room for a guest in this file"), error)
@@ -94,7 +94,7 @@ impl NewFile {
         &self.target
     }
 
-    /// Gives it its name, and makes that durable. What is in it must be on the disk before.
+    /// Gives the file its name, and makes the name durable. The contents must be on the disk before.
     pub(crate) fn name(self) -> Result<(), While> {
         let Self { temporary, folder, target, replaces } = self;
         let unnamed = |error: io::Error| {
@@ -115,7 +115,7 @@ impl NewFile {
         };
         named.map_err(|error| unnamed(error.error))?;
         let Err(error) = durable(folder.sync_all()) else { return Ok(()) };
-        // What failed leaves no file under the name, unless that would leave neither the old one nor the new.
+        // After a failure no file remains under the name, unless that would leave neither the old file nor the new one.
         let left = match replaces {
             Replaces::Nothing if fs::remove_file(&target).is_ok() => "the file was removed again",
             _ => "the file exists, but may be lost in a power failure",
@@ -124,7 +124,7 @@ impl NewFile {
     }
 }
 
-/// A new file in `path`, which is `folder`: `.NAME.` and something random.
+/// Creates a new file in `path`, which is `folder`. Its name is `.NAME.` and a random part.
 fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFile, Cause> {
     let unusable = |error| While::new(format!("cannot create a file in folder {}", path.display()), error);
     let plain = tempfile::Builder::new().prefix(".").tempfile_in(path).map_err(unusable)?;
@@ -134,7 +134,7 @@ fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFil
     let mut hidden = OsString::from(".");
     hidden.push(beginning(name, longest.saturating_sub(random.len() + 1)));
     hidden.push(random);
-    // Here a folder shows that takes files and does not let them be renamed.
+    // This detects a folder that accepts files but does not allow renaming them.
     let to = path.join(hidden);
     let renamed = plain.persist_noclobber(&to);
     let file = renamed.map_err(|error| {
@@ -143,7 +143,7 @@ fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFil
     Ok(NamedTempFile::from_parts(file, TempPath::try_from_path(to)?))
 }
 
-/// As much of a name as has room in `most` bytes, cut between two letters.
+/// The beginning of a name that fits into `most` bytes, cut between two letters.
 fn beginning(name: &OsStr, most: usize) -> &OsStr {
     let bytes = name.as_bytes();
     if bytes.len() <= most {
@@ -154,7 +154,7 @@ fn beginning(name: &OsStr, most: usize) -> &OsStr {
     OsStr::from_bytes(&bytes[..end])
 }
 
-/// Refuses to lose what is in the target's place.
+/// Refuses to lose data at the target's path.
 fn check(found: &Metadata, keep: u64, force: bool) -> io::Result<()> {
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
     if let Some(kind) = other_kind(found) {
@@ -171,11 +171,11 @@ fn check(found: &Metadata, keep: u64, force: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses a file that no other can take the place of: one that is marked so, one that a file system is mounted on (a single
-/// file that a container was given), and, in a folder like /tmp, another user's.
+/// Refuses a file that cannot be replaced: one with such an attribute, one that is a mount point (a single file that a
+/// container was given), and, in a folder like /tmp, another user's.
 fn replaceable(target: &Path, found: &Metadata, folder: &Metadata) -> io::Result<()> {
     let refused = |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    // A system that does not tell these attributes finds them out at the end.
+    // On a system that does not report these attributes, the error occurs at the end.
     let attributes = statx(CWD, target, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty())
         .map_or(StatxAttributes::empty(), |found| found.stx_attributes);
     if attributes.contains(StatxAttributes::MOUNT_ROOT) {
@@ -197,12 +197,12 @@ fn replaceable(target: &Path, found: &Metadata, folder: &Metadata) -> io::Result
 type Cause = Box<dyn Error + Send + Sync>;
 
 const STICKY: u32 = 0o1000;
-/// Bytes of a name, at most.
+/// The greatest length of a name in bytes.
 const NAME_MAX: usize = 255;
-/// Less than any machine takes: its RAM begins on a border of this size.
+/// Less than any machine needs: its RAM begins on a boundary of this size.
 const LEAST: u64 = 1 << 20;
 
-/// Whether a folder is as durable as its file system makes it: one that knows no sync of folders says so.
+/// Checks that a folder was made durable. A file system without sync of folders reports that, and it counts as durable.
 fn durable(synced: io::Result<()>) -> io::Result<()> {
     match synced {
         Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => Ok(()),

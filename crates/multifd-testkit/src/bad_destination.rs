@@ -1,8 +1,8 @@
 //! A destination that misbehaves on demand.
 //!
-//! It listens on a real socket, takes main and the channels by their first bytes, and does with each what its [`Plan`]
-//! says: reads so much, says something, then closes, resets, or holds the connection without a word until it is dropped. It
-//! checks nothing and keeps nothing.
+//! It listens on a real socket, identifies main and the channels by their first bytes, and treats each according to its
+//! [`Plan`]: it reads a number of bytes, sends something, then closes, resets, or holds the connection silently until it is
+//! dropped. It checks nothing and stores nothing.
 
 use std::{
     io::{self, Read, Write},
@@ -20,19 +20,19 @@ use socket2::SockRef;
 /// How much of a connection is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reads {
-    /// So many bytes.
+    /// This number of bytes.
     Bytes(usize),
-    /// All that comes, until the source closes or, on main, has sent the description of its devices.
+    /// Everything, until the source closes or, on main, has sent the description of its devices.
     All,
-    /// As [`All`](Self::All), but this many bytes at a time, with a moment between.
+    /// Like [`All`](Self::All), but this many bytes at a time, with a pause between.
     Slowly(usize),
     /// As [`All`](Self::All), after this time.
     Late(Duration),
-    /// As [`All`](Self::All), but one byte at a time, with a pause between that may be zero.
+    /// Like [`All`](Self::All), but one byte at a time, with a pause between that may be zero.
     Dribbling(Duration),
 }
 
-/// What becomes of a connection then.
+/// What happens to a connection after the reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     /// It is closed in order.
@@ -41,7 +41,7 @@ pub enum Then {
     Reset,
     /// It is reset after this time.
     ResetAfter(Duration),
-    /// Nothing, until the destination is dropped.
+    /// Nothing happens until the destination is dropped.
     Hold,
 }
 
@@ -50,9 +50,9 @@ pub enum Then {
 pub enum Accepts {
     /// All.
     All,
-    /// The first one, main; the others are refused.
+    /// The first connection, main; the others are refused.
     Main,
-    /// None: they wait in the system's queue.
+    /// None: connections wait in the system's queue.
     None,
 }
 
@@ -61,24 +61,24 @@ pub enum Accepts {
 pub struct Plan {
     /// Which connections it takes.
     pub accepts: Accepts,
-    /// The size of every connection's receive buffer in bytes, as the system rounds it; `None` is the system's own.
+    /// The size of every connection's receive buffer in bytes, as the system rounds it; `None` is the system's default.
     pub receive_buffer: Option<usize>,
     /// How much of main is read.
     pub main: Reads,
-    /// What is said on main then.
+    /// What is sent on main after the reads.
     pub says: Vec<u8>,
     /// What becomes of main.
     pub then: Then,
     /// The same of every channel.
     pub channels: (Reads, Then),
-    /// Of one channel, by its id, what is unlike the others.
+    /// A channel, by its id, that is treated differently from the others.
     pub odd_one: Option<(u8, Reads, Then)>,
-    /// Nothing is read of the channels before what is to be said has been.
+    /// Whether channels are read only after main has sent its bytes.
     pub says_first: bool,
 }
 
 impl Default for Plan {
-    /// A destination that does all it should.
+    /// A destination that behaves correctly.
     fn default() -> Self {
         Self {
             accepts: Accepts::All,
@@ -93,14 +93,14 @@ impl Default for Plan {
     }
 }
 
-/// SHUT with code 0: all is well.
+/// SHUT with code 0: success.
 pub const SHUT_0: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 
-/// A destination under way; ends when it is dropped, which is to be after its source has ended.
+/// A running destination. It ends when it is dropped, which must be after its source has ended.
 #[derive(Debug)]
 pub struct BadDestination {
     address: SocketAddr,
-    /// Dropped, it ends all who hold a connection.
+    /// When dropped, it ends all threads that hold a connection.
     hold: Option<Sender<()>>,
     acceptor: Option<JoinHandle<()>>,
     /// Set when it refuses connections.
@@ -108,14 +108,14 @@ pub struct BadDestination {
 }
 
 impl BadDestination {
-    /// Starts it at a free port.
+    /// Starts it on a free port.
     ///
     /// # Errors
     /// If the system refuses.
     pub fn start(plan: Plan) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         if let Some(bytes) = plan.receive_buffer {
-            // Connections have the buffer of their listener.
+            // Connections inherit the buffer size of their listener.
             SockRef::from(&listener).set_recv_buffer_size(bytes)?;
         }
         let address = listener.local_addr()?;
@@ -133,7 +133,8 @@ impl BadDestination {
         self.address
     }
 
-    /// Waits until it refuses connections, which one that [accepts main alone](Accepts::Main) does when main is there.
+    /// Waits until it refuses connections. A destination that [accepts only main](Accepts::Main) does so when main is
+    /// connected.
     pub fn wait_refusing(&self) {
         self.refuses.wait();
     }
@@ -145,7 +146,7 @@ impl Drop for BadDestination {
         // The acceptor waits for a connection, or for the end.
         let _ = TcpStream::connect(self.address);
         if let Some(acceptor) = self.acceptor.take() {
-            // One that panicked has told so.
+            // A thread that panicked has reported it.
             let _ = acceptor.join();
         }
     }
@@ -153,7 +154,7 @@ impl Drop for BadDestination {
 
 fn accept(listener: TcpListener, plan: Plan, held: &Receiver<()>, refuses: &OnceLock<()>) {
     if plan.accepts == Accepts::None {
-        // Ends with an error when the other end is dropped.
+        // Returns an error when the other end is dropped.
         let _ = held.recv();
         return;
     }
@@ -167,20 +168,20 @@ fn accept(listener: TcpListener, plan: Plan, held: &Receiver<()>, refuses: &Once
         served.push(thread::spawn(move || serve(stream, &serving.0, &serving.1)));
         if plan.0.accepts == Accepts::Main {
             drop(listener);
-            // Nobody else sets it.
+            // Nothing else sets it.
             let _ = refuses.set(());
             let _ = held.recv();
             break;
         }
     }
     for thread in served {
-        // What it still holds is closed here.
+        // Connections that it still holds are closed here.
         let _ = thread.join();
     }
 }
 
-/// Its errors are those of a source that has gone. Gives back a connection that is to be held. `said` is set when main has
-/// said what it is to say.
+/// Serves one connection. Its errors mean that the source has closed. Returns a connection that must be held. `said` is
+/// set when main has sent its bytes.
 fn serve(mut stream: TcpStream, plan: &Plan, said: &OnceLock<()>) -> Option<TcpStream> {
     let mut seen = vec![0; 4];
     stream.read_exact(&mut seen).ok()?;
@@ -212,7 +213,7 @@ fn serve(mut stream: TcpStream, plan: &Plan, said: &OnceLock<()>) -> Option<TcpS
     }
 }
 
-/// Has the connection reset when it is closed.
+/// Makes closing the connection a reset.
 fn reset(stream: &TcpStream) -> Option<TcpStream> {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
     None
@@ -245,8 +246,8 @@ fn read(stream: &mut TcpStream, seen: &mut Vec<u8>, reads: Reads, main: bool) {
     }
 }
 
-/// Answers every PING behind the first `asked` bytes, but for those that open the return path; says how many bytes have been
-/// looked at.
+/// Answers every PING after the first `asked` bytes, except those that open the return path. Returns how many bytes
+/// were processed.
 fn answer(stream: &mut TcpStream, seen: &[u8], asked: usize) -> usize {
     let mut at = asked;
     while let Some(command) = seen.get(at..at + PING.len() + 4) {
@@ -261,7 +262,7 @@ fn answer(stream: &mut TcpStream, seen: &[u8], asked: usize) -> usize {
     at
 }
 
-/// Whether a main stream has come to its end: EOF, and a description that is all here.
+/// Whether a main stream is complete: EOF, and a complete description.
 fn is_whole(stream: &[u8]) -> bool {
     let mut ends = stream
         .windows(7)
@@ -275,5 +276,5 @@ fn is_whole(stream: &[u8]) -> bool {
 
 /// The command PING, before its value.
 const PING: [u8; 5] = [8, 0, 2, 0, 4];
-/// Where a channel's initial packet holds its id.
+/// The offset of the id in a channel's initial packet.
 const CHANNEL_ID: usize = 24;

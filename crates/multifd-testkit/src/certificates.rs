@@ -1,4 +1,4 @@
-//! Certificates in folders as QEMU reads them, made anew for each test.
+//! Creates certificates in folders in QEMU's form, newly for each test.
 
 use std::{fs, path::Path};
 
@@ -7,7 +7,7 @@ use rcgen::{
     IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
 };
 
-/// Somebody who signs certificates.
+/// An authority that signs certificates.
 pub struct Authority {
     pem: String,
     issuer: Issuer<'static, KeyPair>,
@@ -27,14 +27,14 @@ pub struct Subject<'a> {
     pub organisation: &'a str,
     /// The common name.
     pub name: &'a str,
-    /// Host names and IP addresses that it is good for.
+    /// Host names and IP addresses for which it is valid.
     pub hosts: &'a [&'a str],
     /// Whether its time is over.
     pub expired: bool,
 }
 
 impl Authority {
-    /// A new authority.
+    /// Creates a new authority.
     ///
     /// # Errors
     ///
@@ -49,7 +49,7 @@ impl Authority {
         Ok(Self { pem, issuer: Issuer::new(params, key) })
     }
 
-    /// Puts the authority's own certificate into a folder, as `ca-cert.pem`.
+    /// Writes the authority's own certificate to a folder, as `ca-cert.pem`.
     ///
     /// # Errors
     ///
@@ -58,7 +58,7 @@ impl Authority {
         fs::write(folder.join("ca-cert.pem"), &self.pem)
     }
 
-    /// Signs, and puts `ROLE-cert.pem` and `ROLE-key.pem` into a folder.
+    /// Signs a certificate, and writes `ROLE-cert.pem` and `ROLE-key.pem` to a folder.
     ///
     /// # Errors
     ///
@@ -69,7 +69,7 @@ impl Authority {
         fs::write(folder.join(format!("{role}-key.pem")), key)
     }
 
-    /// Puts a list into a folder, as `ca-crl.pem`, by which the certificate of `role` is taken back.
+    /// Revokes the certificate of `role`: writes a revocation list to a folder, as `ca-crl.pem`.
     ///
     /// # Errors
     ///
@@ -101,7 +101,7 @@ impl Authority {
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, subject.organisation);
         params.distinguished_name.push(DnType::CommonName, subject.name);
-        // QEMU 10.0 insists on the second.
+        // QEMU 10.0 requires the second.
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         params.serial_number = Some(serial);
         params.not_before = date_time_ymd(2020, 1, 1);
@@ -116,7 +116,7 @@ fn serial(role: &str) -> SerialNumber {
     SerialNumber::from(if role == "server" { 1 } else { 2 })
 }
 
-/// A folder with all that both ends need on this host.
+/// Creates a folder with everything that both ends need on this host.
 ///
 /// # Errors
 ///

@@ -1,10 +1,12 @@
-//! Processes that do not outlive the run that started them.
+//! Starts processes that do not outlive the test run that started them.
 //!
-//! Whoever owns a process kills it when dropped, but a run that is killed drops nothing. The system can send a process a
-//! signal when its parent dies; what it means by that is the *thread* that started it, and a test's thread ends before the
-//! run does. So all of them are started by one thread, which lasts as long as this process: its end is the run's end.
+//! The owner of a process kills it when dropped, but a test run that is killed drops nothing. The system can send a
+//! process a signal when its parent dies. For this purpose, the parent is the *thread* that started the process, and a
+//! test's thread ends before the run does. So a single thread starts all processes. It exists as long as this process,
+//! so it ends with the run.
 //!
-//! What a child starts itself is not told. A child that is given other rights by its file (set-user-ID) is not told either.
+//! The signal is not sent to processes that a child starts, nor to a child that gets other rights from its file
+//! (set-user-ID).
 //!
 //! UNSAFETY: a function runs between fork and exec; it makes two system calls and nothing else.
 #![expect(unsafe_code, reason = "a hook between fork and exec")]
@@ -25,10 +27,10 @@ use rustix::{
     process::{Signal, getpid, getppid, set_parent_process_death_signal},
 };
 
-/// Starts `command`, of which nothing is left here, to be killed when this process ends, however it ends.
+/// Starts `command`, which is killed when this process ends in any way. The builder's contents are moved out.
 ///
-/// It is started from a thread of the kit, so it has this process's namespaces and not those that the caller's thread may
-/// have moved into.
+/// A thread of the kit starts it, so it has the namespaces of this process, not those that the caller's thread may have
+/// entered.
 ///
 /// # Errors
 /// If the system refuses.
@@ -37,7 +39,7 @@ pub fn spawn(command: &mut Command) -> io::Result<Child> {
     let parent = getpid();
     let tie = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // A parent that died before this call is not told of.
+        // If the parent died before this call, no signal is sent.
         if getppid() == Some(parent) { Ok(()) } else { Err(Errno::SRCH.into()) }
     };
     // SAFETY: `tie` makes two system calls; it allocates nothing, takes no lock and uses no memory but its own.
@@ -48,20 +50,20 @@ pub fn spawn(command: &mut Command) -> io::Result<Child> {
     answered.recv().map_err(|_| lost())?
 }
 
-/// What is to be started, and where to say how that went.
+/// The command to start, and the channel for the result.
 type Request = (Command, SyncSender<io::Result<Child>>);
 
-/// The way to the one thread.
+/// The channel to the one thread.
 fn starter() -> io::Result<&'static Sender<Request>> {
     static STARTER: OnceLock<Sender<Request>> = OnceLock::new();
     if let Some(starter) = STARTER.get() {
         return Ok(starter);
     }
     let (requests, requested) = channel::<Request>();
-    // Should two come at once, one of the threads finds itself without work and ends before it has started anything.
+    // If two callers arrive at once, one of the threads gets no work and ends before it has started anything.
     Builder::new().name("children".into()).spawn(move || {
         for (mut command, answer) in requested {
-            // Whoever asked waits for this.
+            // The caller waits for this.
             let _ = answer.send(command.spawn());
         }
     })?;

@@ -1,4 +1,4 @@
-//! A guest that notices when its memory is not what it wrote.
+//! A guest that detects when its memory differs from what it wrote.
 //!
 //! ```text
 //! 1 MiB   the program, its state, its stack
@@ -7,15 +7,15 @@
 //!         (the rest of RAM is never touched, so zero)
 //! ```
 //!
-//! A word's value is a function of its address and of the round that wrote it, so a page that is stale, lost
-//! or misplaced is met within a round. On its serial line the guest writes `R 0000000a` when round ten is
-//! done, and `BAD addr=… want=… got=… round=…` when it meets a wrong word; then it halts. It may be stopped
-//! and moved at any instruction, in as many passes as the test likes: a fault of QEMU 7.2 that loses busy pages
-//! of any emulated guest after the second pass is worked around in the program, whose head tells of it.
+//! A word's value is a function of its address and of the round that wrote it, so a page that is stale, lost or
+//! misplaced is found within a round. On its serial line the guest writes `R 0000000a` when round ten is done, and `BAD
+//! addr=… want=… got=… round=…` when it finds a wrong word; then it halts. It may be stopped and moved at any
+//! instruction, in any number of passes. QEMU 7.2 has a bug that loses busy pages of any emulated guest after the
+//! second pass. The program works around it; the comment at its head describes the bug.
 //!
 //! The program itself is `guest/program.s`, assembled by the compiler; it boots with `-kernel` (multiboot).
 
-/// What the guest does; [`image`](Self::image) makes the program.
+/// The parameters of the guest; [`image`](Self::image) makes the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
     working_set: u32,
@@ -34,7 +34,7 @@ impl Default for Guest {
 }
 
 impl Guest {
-    /// A guest that rewrites 8 MiB as fast as it can and has filled 32 MiB, every eighth page of it zero.
+    /// Creates a guest that rewrites 8 MiB as fast as it can and has filled 32 MiB, every eighth page of it zero.
     pub fn new() -> Self {
         Self {
             working_set: 2048,
@@ -47,14 +47,14 @@ impl Guest {
         }
     }
 
-    /// How many pages it rewrites each round.
+    /// Sets how many pages it rewrites each round.
     #[must_use]
     pub fn working_set(mut self, pages: u32) -> Self {
         self.working_set = pages;
         self
     }
 
-    /// How many pages it fills once, at its start.
+    /// Sets how many pages it fills once, at its start.
     #[must_use]
     pub fn filled(mut self, pages: u32) -> Self {
         self.filled = pages;
@@ -68,22 +68,22 @@ impl Guest {
         self
     }
 
-    /// How many of the filled pages it checks each round, going on where the last round ended.
+    /// Sets how many of the filled pages it checks each round, continuing where the last round ended.
     #[must_use]
     pub fn filled_checked(mut self, pages: u32) -> Self {
         self.filled_checked = pages;
         self
     }
 
-    /// Makes its contents differ from those of another guest.
+    /// Makes its contents different from those of another guest.
     #[must_use]
     pub fn seed(mut self, seed: u32) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Slows it down: after every `pages` rewritten it idles for `loops` turns of an empty loop (a million
-    /// takes some milliseconds under emulation). 0 pages: never.
+    /// Slows it down: after every `pages` rewritten pages it runs an empty loop `loops` times (a million take some
+    /// milliseconds under emulation). With 0 pages it never pauses.
     #[must_use]
     pub fn pause(mut self, pages: u32, loops: u32) -> Self {
         self.burst = pages;
@@ -91,7 +91,7 @@ impl Guest {
         self
     }
 
-    /// The least RAM it needs, in bytes: its pages, and room at the top for the firmware's tables.
+    /// The least RAM it needs, in bytes: its pages, and space at the top for the firmware's tables.
     pub fn least_memory(&self) -> u64 {
         WORKING_SET + (u64::from(self.working_set) + u64::from(self.filled)) * PAGE + FIRMWARE
     }
@@ -101,7 +101,7 @@ impl Guest {
         WORKING_SET..WORKING_SET + u64::from(self.working_set) * PAGE
     }
 
-    /// Guest-physical addresses of the filled pages, the zero ones among them included.
+    /// Guest-physical addresses of the filled pages, including the zero ones.
     pub fn filled_range(&self) -> std::ops::Range<u64> {
         let start = self.working_set_range().end;
         start..start + u64::from(self.filled) * PAGE
@@ -111,8 +111,8 @@ impl Guest {
     ///
     /// # Panics
     ///
-    /// If it needs more memory than its 32-bit addresses and the machine's first stretch of RAM allow (2 GiB),
-    /// or the kit was built for a processor that cannot assemble it.
+    /// If it needs more memory than its 32-bit addresses and the machine's first range of RAM allow (2 GiB), or the kit
+    /// was built for a processor that cannot assemble it.
     #[expect(clippy::cast_possible_truncation, reason = "addresses are below 2 GiB, as asserted")]
     pub fn image(&self) -> Vec<u8> {
         assert!(self.least_memory() <= 2 << 30, "{self:?} needs {:#x} bytes of RAM", self.least_memory());
@@ -137,14 +137,14 @@ impl Guest {
     }
 }
 
-/// What a line of the guest's serial output says.
+/// The meaning of a line of the guest's serial output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// This round is done, and all it checked was right.
+    /// This round is done, and everything that it checked was right.
     Round(u32),
-    /// A word was wrong; the line tells which.
+    /// A word was wrong; the line says which.
     Bad(String),
-    /// Anything else, the firmware's talk for example.
+    /// Any other line, for example the firmware's output.
     Other(String),
 }
 
@@ -165,7 +165,7 @@ impl Report {
 mod program {
     //! The program's bytes, as the compiler's assembler made them.
     #![expect(unsafe_code, reason = "reads bytes between two labels of the assembler")]
-    // UNSAFETY: the labels enclose one constant stretch of read-only data that lives as long as the process.
+    // UNSAFETY: the labels enclose one constant range of read-only data that lives as long as the process.
 
     use std::slice;
 
@@ -181,7 +181,7 @@ mod program {
         let start = &raw const multifd_testkit_guest_start;
         let end = &raw const multifd_testkit_guest_end;
         let length = end.addr() - start.addr();
-        // SAFETY: program.s puts `end` behind `start` in the same read-only section, `length` bytes apart.
+        // SAFETY: program.s puts `end` after `start` in the same read-only section, `length` bytes apart.
         unsafe { slice::from_raw_parts(start, length) }
     }
 }
@@ -196,9 +196,9 @@ mod program {
 const PAGE: u64 = 0x1000;
 /// Where the working set begins.
 const WORKING_SET: u64 = 4 << 20;
-/// What the firmware may keep for itself at the top of RAM.
+/// The space that the firmware may use at the top of RAM.
 const FIRMWARE: u64 = 1 << 20;
-/// Where the parameters stand in the image: behind the multiboot header.
+/// The offset of the parameters in the image: after the multiboot header.
 const PARAMETERS: usize = 32;
 
 #[cfg(all(test, target_arch = "x86_64"))]

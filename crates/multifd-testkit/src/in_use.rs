@@ -1,12 +1,12 @@
-//! What this process has in use, so that a test sees what was left behind.
+//! Counts what this process uses, so that a test finds what was left behind.
 
 use std::fs;
 
-/// How many threads this process has, and how many descriptors.
+/// The numbers of this process's threads and descriptors.
 ///
 /// # Panics
 ///
-/// If the system does not tell.
+/// If the system does not report them.
 pub fn in_use() -> (usize, usize) {
     let count = |folder| fs::read_dir(folder).expect("the process's own").count();
     (count("/proc/self/task"), count("/proc/self/fd"))

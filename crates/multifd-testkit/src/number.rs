@@ -1,4 +1,4 @@
-//! A number that whoever runs a test may tell it.
+//! A number that the user of a test may set.
 
 use std::env;
 

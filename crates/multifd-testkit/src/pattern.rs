@@ -1,8 +1,8 @@
 //! Contents that reveal a misplaced page.
 //!
-//! Every eight-byte word of a page is made from where it belongs: seed, block, page, generation, place in the
-//! page. The making can be undone, so a word that is found in the wrong place tells where it came from: another
-//! page, another block, an older generation (a version that was overtaken), another place in the page.
+//! Every eight-byte word of a page is computed from its position: seed, block, page, generation, place in the page. The
+//! computation is reversible, so a word in the wrong place shows where it came from: another page, another block, an
+//! older generation (a version that was overtaken), another place in the page.
 //!
 //! ```
 //! use multifd_testkit::pattern::{Origin, Pattern};
@@ -20,14 +20,14 @@
 use std::error::Error;
 use std::fmt;
 
-/// Where a page belongs, and which version of it this is.
+/// The position of a page, and its version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
-    /// Number of the block; the lower 10 bits count.
+    /// The number of the block; only the lower 10 bits are used.
     pub block: u16,
-    /// Index of the page in its block; the lower 32 bits count.
+    /// The index of the page in its block; only the lower 32 bits are used.
     pub page: u64,
-    /// How often the page has been rewritten; the lower 10 bits count.
+    /// How many times the page was rewritten; only the lower 10 bits are used.
     pub generation: u16,
 }
 
@@ -37,25 +37,25 @@ pub struct Pattern {
     seed: u64,
 }
 
-/// A page that is not what it should be.
+/// A page with wrong contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mismatch {
-    /// What the page should have held.
+    /// The expected contents of the page.
     pub expected: Origin,
     /// The first byte of the first word that differs.
     pub at: usize,
-    /// What is there.
+    /// What was found there.
     pub found: Found,
 }
 
-/// What a page holds from some byte on.
+/// The contents of a page from some byte on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
     /// The contents of this page, at the same place in it.
     Page(Origin),
-    /// Nothing but zero up to the end of the page.
+    /// Only zeros up to the end of the page.
     Zeroes,
-    /// Bytes that no page of this pattern has there; the first word is given.
+    /// Bytes that no page of this pattern has there; the value is the first word.
     Foreign(u64),
 }
 
@@ -65,8 +65,8 @@ impl Pattern {
         Self { seed: mix(seed.wrapping_add(STEP)) }
     }
 
-    /// Fills `page` with the contents of `origin`. Any length will do; bytes behind the last whole word are
-    /// the head of the next.
+    /// Fills `page` with the contents of `origin`. Any length is allowed; bytes after the last whole word are the head
+    /// of the next word.
     pub fn fill(&self, origin: Origin, page: &mut [u8]) {
         let mut word = self.first_word(origin);
         for bytes in page.chunks_mut(WORD) {
@@ -75,11 +75,11 @@ impl Pattern {
         }
     }
 
-    /// Checks that `page` holds the contents of `origin`.
+    /// Checks that `page` has the contents of `origin`.
     ///
     /// # Errors
     ///
-    /// The first word that differs, and what is there instead.
+    /// The first word that differs, and what was found there.
     pub fn check(&self, origin: Origin, page: &[u8]) -> Result<(), Mismatch> {
         let mut word = self.first_word(origin);
         for (index, bytes) in page.chunks(WORD).enumerate() {
@@ -107,7 +107,7 @@ impl Pattern {
     ///
     /// # Errors
     ///
-    /// The first page that is not what it should be.
+    /// The first page with wrong contents.
     ///
     /// # Panics
     ///
@@ -124,7 +124,7 @@ impl Pattern {
             .try_for_each(|(page, bytes)| self.check(Origin { block, page, generation }, bytes))
     }
 
-    /// Tells what `page` holds from the word at byte `at` on.
+    /// Recognises the contents of `page` from the word at byte `at` on.
     fn recognise(&self, page: &[u8], at: usize) -> Found {
         if page[at..].iter().all(|byte| *byte == 0) {
             return Found::Zeroes;
@@ -132,7 +132,7 @@ impl Pattern {
         let word = |index: usize| page.get(index * WORD..(index + 1) * WORD).map(be_word);
         let origin = |index: usize| self.origin(word(index)?, index);
         let index = at / WORD;
-        // By chance one foreign word in 4096 has an origin; only one that a neighbour shares means anything.
+        // By chance, one foreign word in 4096 has an origin. Only an origin that an adjacent word shares is meaningful.
         let agreed = |neighbour: usize| origin(index).filter(|here| origin(neighbour) == Some(*here));
         let met = agreed(index + 1).or_else(|| agreed(index.checked_sub(1)?));
         match met {
@@ -148,8 +148,7 @@ impl Pattern {
         mix(id ^ self.seed)
     }
 
-    /// What the word at `index` of a page comes from. The id leaves twelve bits zero, by which a word of
-    /// another making is told.
+    /// The origin of the word at `index` of a page. The id leaves twelve bits zero, which distinguishes foreign words.
     fn origin(&self, word: u64, index: usize) -> Option<Origin> {
         let id = unmix(word.wrapping_sub((index as u64).wrapping_mul(STEP))) ^ self.seed;
         let small = |shift: u32| (id >> shift & SMALL_MASK) as u16;
@@ -176,7 +175,7 @@ impl fmt::Display for Mismatch {
 
 impl Error for Mismatch {}
 
-/// Mixes an id so that near ids share nothing; can be undone.
+/// Mixes an id so that near ids have nothing in common; reversible.
 fn mix(id: u64) -> u64 {
     let id = (id ^ id >> 32).wrapping_mul(MULTIPLIER);
     id ^ id >> 32
@@ -184,12 +183,12 @@ fn mix(id: u64) -> u64 {
 
 /// Undoes [`mix`].
 fn unmix(word: u64) -> u64 {
-    // Shifting by half the width is its own inverse.
+    // A shift by half the width is its own inverse.
     let id = (word ^ word >> 32).wrapping_mul(INVERSE);
     id ^ id >> 32
 }
 
-/// The inverse of an odd number modulo 2^64, each step doubling the bits that are right.
+/// The inverse of an odd number modulo 2^64. Each step doubles the number of correct bits.
 const fn inverse(odd: u64) -> u64 {
     let mut guess = odd;
     let mut step = 0;

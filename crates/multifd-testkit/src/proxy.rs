@@ -1,8 +1,8 @@
-//! A TCP proxy in user space: accepts at once, and connects onwards later.
+//! A TCP proxy in user space: accepts at once, and connects to its target later.
 //!
-//! A source behind it believes itself connected as soon as the proxy has accepted. Its first connection goes onwards at
-//! once and each further one after a delay, so main's bytes arrive before the channels do. A connection takes a thread
-//! each way, which ends with the connection, in one direction after the other, as its two ends close.
+//! A source before it considers itself connected as soon as the proxy has accepted. The proxy connects the first
+//! connection at once and each further one after a delay, so main's bytes arrive before the channels do. A connection
+//! uses one thread for each direction; each ends when its ends close.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-/// The proxy, ended in the drop: it shuts its connections down.
+/// The proxy. Its drop shuts its connections down.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
@@ -32,8 +32,8 @@ struct Shared {
 }
 
 impl Proxy {
-    /// A proxy to `target`, that takes as long as `delays` says to connect its second, third, … connection onwards; the
-    /// last of the delays holds for all that follow.
+    /// Starts a proxy to `target`, which delays its second, third, … connection to the target by `delays`. The last
+    /// delay applies to all further connections.
     ///
     /// # Errors
     /// If the system refuses a port.

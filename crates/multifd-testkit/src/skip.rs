@@ -1,10 +1,10 @@
-//! What a test does that this machine has not the means for.
+//! Skips a test that this machine cannot run.
 
 use std::env;
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// Lists the running test as skipped, loudly.
+/// Lists the running test as skipped, visibly.
 ///
 /// # Panics
 ///
@@ -15,8 +15,8 @@ pub fn skip(reason: &str) {
     lacks(reason);
 }
 
-/// Lists the running test as skipped for want of something that cannot be installed: a part of the kernel, a right. That is
-/// no failure anywhere.
+/// Lists the running test as skipped because something is missing that cannot be installed: a part of the kernel, a
+/// right. This is never a failure.
 pub fn lacks(reason: &str) {
     let thread = std::thread::current();
     let line = format!("{}: {reason}\n", thread.name().unwrap_or("a test"));
@@ -24,7 +24,7 @@ pub fn lacks(reason: &str) {
         .and_then(|path| OpenOptions::new().append(true).create(true).open(path).ok())
         .is_some_and(|mut file| file.write_all(line.as_bytes()).is_ok());
     if !listed {
-        // Past the test runner, which keeps what a passing test prints to itself.
+        // Bypasses the test runner, which hides the output of a passing test.
         let _ = std::io::stderr().write_all(format!("SKIPPED {line}").as_bytes());
     }
 }

@@ -1,41 +1,41 @@
-//! Pages of one block on their way to a channel.
+//! A batch: pages of one block on the way to a channel.
 //!
-//! A batch is filled by the collector, carried by a channel and comes back empty. There is a fixed number of
-//! them for the whole migration; they are moved from owner to owner, never copied and never made anew.
+//! The collector fills a batch, a channel carries it, and it comes back empty. There is a fixed number of batches for
+//! the whole migration. They are moved from owner to owner, never copied or reallocated.
 
 use crate::{
     ram::{BlockIndex, PageIndex, PageSize},
     wire::limits::packet_pages,
 };
 
-/// What is known of a page before it goes.
+/// What is known about a page before it is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Its bytes travel.
     Normal,
     Zero,
-    /// One or the other: whoever carries the batch looks.
+    /// Unknown: the channel that carries the batch checks it.
     Unknown,
 }
 
-/// Pages of one block: up to 512 KiB, what becomes one packet, or as many as a [copy](crate::Sender::set_up_into) takes.
+/// Pages of one block: up to 512 KiB, which become one packet, or the size of a [copy](crate::Sender::set_up_into).
 #[derive(Debug)]
 pub(crate) struct Batch {
     pub(crate) block: BlockIndex,
     normal: Vec<PageIndex>,
     zero: Vec<PageIndex>,
-    /// Pages that nobody has looked at yet.
+    /// Pages that were not checked yet.
     unknown: Vec<PageIndex>,
     capacity: usize,
 }
 
 impl Batch {
-    /// An empty batch with room for the pages of a packet.
+    /// Creates an empty batch with room for the pages of a packet.
     pub(crate) fn new(page_size: PageSize) -> Self {
         Self::with_room(packet_pages(page_size))
     }
 
-    /// An empty batch with room for all pages that it will ever hold.
+    /// Creates an empty batch with room for all pages that it will ever contain.
     pub(crate) fn with_room(capacity: usize) -> Self {
         Self {
             block: BlockIndex(0),
@@ -58,17 +58,17 @@ impl Batch {
         self.len() == self.capacity
     }
 
-    /// Whether it holds an eighth of what it could: no harm to hand it over before it is full.
+    /// Whether it contains at least an eighth of its capacity, so that it may be handed over before it is full.
     pub(crate) fn is_worth_a_way(&self) -> bool {
         8 * self.len() >= self.capacity
     }
 
-    /// Whether a page of `block` may join: there is room, and the pages there are of the same block.
+    /// Whether a page of `block` may be added: there is room, and the present pages are of the same block.
     pub(crate) fn takes(&self, block: BlockIndex) -> bool {
         self.is_empty() || (self.block == block && !self.is_full())
     }
 
-    /// Adds pages of `block` from `first` on, as many of `count` as there is room for; says how many.
+    /// Adds pages of `block` from `first` on, as many of `count` as there is room for. Returns their number.
     ///
     /// # Panics
     /// If the batch does not [take](Batch::takes) one.
@@ -85,8 +85,8 @@ impl Batch {
         count
     }
 
-    /// Parts the pages that nobody has looked at yet into normal and zero ones. Allocates nothing: either list has
-    /// room for all pages of a batch.
+    /// Divides the unchecked pages into normal and zero ones. Allocates nothing: either list has room for all pages of
+    /// a batch.
     pub(crate) fn part(&mut self, is_zero: impl Fn(PageIndex) -> bool) {
         for page in self.unknown.drain(..) {
             if is_zero(page) {
@@ -97,7 +97,7 @@ impl Batch {
         }
     }
 
-    /// The pages whose bytes travel, in the order in which they were added.
+    /// The pages whose bytes are sent, in the order in which they were added.
     pub(crate) fn normal(&self) -> &[PageIndex] {
         &self.normal
     }
@@ -107,7 +107,7 @@ impl Batch {
         &self.zero
     }
 
-    /// Forgets all pages and keeps the room.
+    /// Removes all pages and keeps the memory.
     pub(crate) fn clear(&mut self) {
         self.normal.clear();
         self.zero.clear();
@@ -115,7 +115,7 @@ impl Batch {
     }
 }
 
-/// Pages in the order given, neighbours put together: first page and count.
+/// The pages in the given order, with adjacent pages combined: first page and count.
 pub(crate) fn neighbours(
     pages: impl IntoIterator<Item = PageIndex>,
 ) -> impl Iterator<Item = (PageIndex, u64)> {
@@ -152,7 +152,7 @@ mod tests {
                 if !fits {
                     let (_, mut normal, mut zero) = model.take().expect("not empty");
                     batch.part(|page| page.0 % 2 == 0);
-                    // Pages that were looked at here come behind the others.
+                    // Pages that were checked here come after the others.
                     let sorted = |pages: &[PageIndex]| {
                         let mut pages = pages.to_vec();
                         pages.sort_unstable();
@@ -174,7 +174,7 @@ mod tests {
                     if zero { entry.2.push(page) } else { entry.1.push(page) }
                 }
             }
-            prop_assert_eq!(room, (batch.normal.as_ptr(), batch.zero.as_ptr()), "nothing was allocated anew");
+            prop_assert_eq!(room, (batch.normal.as_ptr(), batch.zero.as_ptr()), "nothing was reallocated");
         }
 
         #[test]

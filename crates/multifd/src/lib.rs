@@ -62,7 +62,7 @@
 //! # }
 //! ```
 
-// The unit tests are the engine's: `multifd-models`, which shares these sources, has none of them.
+// `multifd-models` shares these sources but does not contain the unit tests.
 #![cfg(not(all(shuttle, test)))]
 
 mod batch;

@@ -1,29 +1,29 @@
-//! How a migration is going and how it ended: data without behavior, which errors carry and the passes produce.
+//! The state and the outcome of a migration: plain data in errors and in the results of passes.
 
 use std::{fmt, time::Duration};
 
-/// Where a migration stands.
+/// The state of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Status {
     /// Not begun.
     #[default]
     None,
-    /// Connections are made and blocks announced.
+    /// Connections are established and blocks are announced.
     Setup,
-    /// RAM moves while the guest runs.
+    /// RAM is sent while the guest runs.
     Active,
-    /// The guest has stopped, and the migration [waits](crate::live::Control::proceed) to be told to go on.
+    /// The guest has stopped, and the migration [waits](crate::live::Control::proceed) until it is continued.
     PreSwitchover,
-    /// The guest has stopped: the last pages and the devices move.
+    /// The guest has stopped: the last pages and the devices are sent.
     Device,
     /// The destination has everything.
     Completed,
-    /// An error ended it; the guest can go on at the source.
+    /// An error ended it; the guest can continue on the source.
     Failed,
-    /// Somebody asked for its end.
+    /// A cancel was requested.
     Cancelling,
-    /// It ended because somebody asked; the guest can go on at the source.
+    /// It was cancelled; the guest can continue on the source.
     Cancelled,
 }
 
@@ -40,7 +40,7 @@ impl Status {
         Self::Cancelled,
     ];
 
-    /// QEMU's word for it.
+    /// QEMU's name of the state.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -82,7 +82,7 @@ impl fmt::Display for Status {
     }
 }
 
-/// Who or what ended a migration, as far as this side knows.
+/// The cause of a migration's end, as far as this side knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fault {
@@ -92,33 +92,34 @@ pub enum Fault {
     Peer,
     /// A connection could not be opened, broke or was closed.
     Connection,
-    /// The other side is connected and did not do in time what it had to do.
+    /// The other side is connected but did not do in time what it had to do.
     Stalled,
-    /// The other side sent what the protocol does not allow, or what this version does not speak.
+    /// The other side sent what the protocol does not allow, or what this version does not support.
     Protocol,
     /// The guest could not be stopped, saved, throttled or resumed.
     Guest,
     /// The dirty log could not be read.
     DirtyLog,
-    /// The guest dirtied memory faster than it was sent, until the limit that was set.
+    /// The guest dirtied memory faster than it was sent, until the configured limit.
     NotConverged,
     /// Everything was sent, and it is not known whether the destination has the guest.
     OwnerUnknown,
-    /// The caller: options, blocks or calls that do not fit, or a callback of its own that failed.
+    /// The caller: options, blocks or calls that do not fit, or a callback that failed.
     Caller,
-    /// The operating system of this host: no memory, no thread, no room on the disk.
+    /// The operating system of this host: no memory, no thread, no space on the disk.
     System,
 }
 
-/// A share of time that a guest's processors stand: 0 to 99 per cent.
+/// The share of time for which a guest's processors pause: 0 to 99 per cent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Percent(u8);
 
 impl Percent {
-    /// They do not stand at all.
+    /// The processors do not pause.
     pub const NONE: Self = Self(0);
 
-    /// So many per cent; what is more than 99 is 99, for a guest that stands all the time has been stopped.
+    /// Creates a share of `percent` per cent. More than 99 becomes 99, because a guest that pauses all the time is
+    /// stopped.
     pub fn new(percent: u8) -> Self {
         Self(percent.min(99))
     }
@@ -128,13 +129,13 @@ impl Percent {
         self.0
     }
 
-    /// How long processors are to stand when they have run for `ran`. Short turns disturb a guest the least: QEMU's
-    /// run for 10 ms each.
+    /// How long processors must pause after they have run for `ran`. Short turns disturb a guest the least: QEMU's run
+    /// for 10 ms each.
     pub fn pause_after(self, ran: Duration) -> Duration {
         ran * u32::from(self.0) / u32::from(100 - self.0)
     }
 
-    /// The share of time that they run, above 0 and up to 1.
+    /// The share of time for which they run, above 0 and up to 1.
     pub(crate) fn running(self) -> f64 {
         f64::from(100 - self.0) / 100.0
     }
@@ -146,33 +147,33 @@ impl fmt::Display for Percent {
     }
 }
 
-/// A migration that will not converge as things are: the guest dirties pages as fast as they are sent, or faster.
+/// Why a migration does not converge at present: the guest dirties pages as fast as they are sent, or faster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stall {
-    /// Bytes of RAM that the guest dirties a second; a page written twice between two bitmap syncs counts once.
+    /// Bytes of RAM that the guest dirties per second; a page written twice between two bitmap syncs counts once.
     pub dirty_rate: u64,
-    /// Bytes of RAM that are sent a second.
+    /// Bytes of RAM that are sent per second.
     pub sending_rate: u64,
-    /// How far the guest is held back already.
+    /// The present throttle of the guest.
     pub throttled: Percent,
-    /// What would help, each by itself: the first is the least trouble to the guest.
+    /// What would help, each by itself. The first has the least effect on the guest.
     pub remedies: Vec<Remedy>,
 }
 
-/// Something that would let a migration converge.
+/// A change that would let a migration converge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Remedy {
-    /// A higher `max-bandwidth`; this one, in bytes a second, is used up.
+    /// A higher `max-bandwidth`: the present limit, in bytes per second, is used up.
     MaxBandwidth(u64),
-    /// More `multifd-channels`; there are so many now.
+    /// More `multifd-channels`; the value is their present number.
     Channels(u8),
     /// `auto-converge`, which is off.
     AutoConverge,
     /// A higher `max-cpu-throttle`.
     MaxCpuThrottle(Percent),
-    /// A higher `downtime-limit`: with this one, the guest would have been stopped after one of the passes so far.
+    /// A higher `downtime-limit`: with this value, the guest would have been stopped after one of the passes so far.
     DowntimeLimit(Duration),
 }
 
@@ -210,7 +211,7 @@ impl fmt::Display for Stall {
     }
 }
 
-/// The most that a migration was allowed to take.
+/// The limit of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bound {
     /// `max-passes`.
@@ -219,15 +220,15 @@ pub enum Bound {
     Time(Duration),
 }
 
-/// A migration that came to its [`Bound`] with the guest still running.
+/// A migration that reached its [`Bound`] with the guest still running.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub struct NotConverged {
     /// What was reached.
     pub bound: Bound,
-    /// Why it would have taken longer still.
+    /// Why it would have taken longer.
     pub stall: Option<Stall>,
-    /// How much longer it would have taken, where that is known.
+    /// How much longer it would have taken, if that is known.
     pub expected_remaining_time: Option<Duration>,
 }
 

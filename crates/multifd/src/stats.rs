@@ -1,4 +1,4 @@
-//! What has moved, counted where it moves and named as QEMU's `query-migrate` names it.
+//! Counters of what was sent or received, with the names of QEMU's `query-migrate`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,7 +9,7 @@ use crate::wire::ChannelId;
 pub struct ChannelStats {
     /// The channel.
     pub id: ChannelId,
-    /// Packets, SYNC packets included, the initial packet not.
+    /// The number of packets, including SYNC packets, excluding the initial packet.
     pub packets: u64,
     /// Pages whose bytes travelled.
     pub normal: u64,
@@ -17,11 +17,11 @@ pub struct ChannelStats {
     pub zero: u64,
     /// Bytes on the connection: initial packet, heads and payloads.
     pub bytes: u64,
-    /// Channel syncs up to which some pages were copied though `zero-copy-send` was asked for.
+    /// The number of channel syncs up to which some pages were copied although `zero-copy-send` was requested.
     pub missed_zero_copy: u64,
 }
 
-/// A channel's counters: written by its own thread, read by any.
+/// A channel's counters: written by its own thread, readable by any.
 #[derive(Debug, Default)]
 pub(crate) struct ChannelCounters {
     packets: AtomicU64,
@@ -31,15 +31,15 @@ pub(crate) struct ChannelCounters {
     missed_zero_copy: AtomicU64,
 }
 
-// Relaxed throughout: the numbers order nothing. A reader that has joined the thread, or passed a channel sync
-// with it, sees them exact.
+// Relaxed throughout: the numbers order nothing. A reader that has joined the thread, or passed a channel sync with it,
+// reads exact values.
 impl ChannelCounters {
-    /// Bytes that belong to no packet.
+    /// Counts bytes that belong to no packet.
     pub(crate) fn add_bytes(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// A packet with its pages and all its bytes.
+    /// Counts a packet with its pages and all its bytes.
     pub(crate) fn add_packet(&self, normal: usize, zero: usize, bytes: u64) {
         self.packets.fetch_add(1, Ordering::Relaxed);
         self.normal.fetch_add(normal as u64, Ordering::Relaxed);
@@ -47,7 +47,7 @@ impl ChannelCounters {
         self.add_bytes(bytes);
     }
 
-    /// A channel sync, up to which pages were `copied` or not.
+    /// Counts a channel sync; pages before it were `copied` or not.
     pub(crate) fn add_missed_zero_copy(&self, copied: bool) {
         self.missed_zero_copy.fetch_add(copied.into(), Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! A machine that arrives: from a listener to a guest that may run, step by step, each a type.
+//! Receives a machine: from a listener to a guest that may run. Each step is a type.
 //!
 //! ```text
 //! Listening ── accept ──▶ Arrival ── load(make) ──▶ Pending ── confirm ──▶ Confirmed
@@ -6,8 +6,8 @@
 //!                         is here        the guest is the source's
 //! ```
 //!
-//! Whatever goes wrong before [`Pending::confirm`] has returned, the guest is the source's, and the source is told: an error,
-//! a panic, a drop. Behind it the guest is ours alone.
+//! After any failure before [`Pending::confirm`] has returned (an error, a panic, a drop), the source keeps the guest
+//! and is informed. After it the guest is only ours.
 
 use std::{
     io::{self, Read},
@@ -30,7 +30,7 @@ use crate::{
     },
 };
 
-/// What a destination takes, and how.
+/// The options of a destination.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct ArrivalOptions {
@@ -44,7 +44,7 @@ pub struct ArrivalOptions {
 }
 
 impl ArrivalOptions {
-    /// Takes an `expected` machine over channels as the source has them.
+    /// Accepts an `expected` machine, over as many channels as the source has.
     pub fn new(expected: Expected) -> Self {
         Self {
             expected,
@@ -63,14 +63,14 @@ impl ArrivalOptions {
         self
     }
 
-    /// How the channels are received. Their `stall_timeout` is the one given here.
+    /// How the channels are received. `stall_timeout` in `options` is replaced by the one set here.
     pub fn receive(mut self, options: ReceiveOptions) -> Self {
         self.receive = options;
         self
     }
 
-    /// How long the source may send nothing, on any connection, where something must come: see
-    /// [`Incoming::stall_timeout`]. Default 120 s; `None` is for ever.
+    /// How long the source may send nothing, on any connection, while something is expected: see
+    /// [`Incoming::stall_timeout`]. Default 120 s; `None` is no limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
         self
@@ -95,7 +95,7 @@ impl ArrivalOptions {
     }
 }
 
-/// A destination that listens, and no source has connected yet.
+/// A destination that listens; no source has connected yet.
 pub struct Listening {
     receiver: Receiver,
     options: ArrivalOptions,
@@ -126,9 +126,9 @@ impl Listening {
     }
 }
 
-/// A source has connected, and nothing was taken from it yet.
+/// A source has connected; nothing was read from it yet.
 pub struct Arrival {
-    // In this order: the source hears that it failed before its connections end.
+    // The order of the fields matters: the source is informed of the failure before its connections end.
     incoming: Incoming<Stream>,
     receiver: Receiver,
     options: ArrivalOptions,
@@ -145,10 +145,10 @@ impl std::fmt::Debug for Arrival {
 }
 
 impl Arrival {
-    /// Takes connections from `listener`. `stop` ends the wait for a source, and everything behind it.
+    /// Listens for connections on `listener`. `stop` ends the wait for a source, and everything after it.
     ///
     /// # Errors
-    /// If `listener` takes a single connection and channels are expected; if the system refuses a thread.
+    /// If `listener` accepts only one connection and channels are expected; if the system cannot start a thread.
     pub fn listen(listener: Box<dyn Listen>, options: ArrivalOptions, stop: &Stop) -> Result<Listening> {
         let receive = options.receive.clone().stall_timeout(options.stall_timeout);
         let mut receiver = Receiver::new(receive, stop.clone());
@@ -161,17 +161,18 @@ impl Arrival {
         &self.peer
     }
 
-    /// What the channels bring, for another thread to read.
+    /// The counters of the channels, for another thread to read.
     pub fn counters(&self) -> RecvCounters {
         self.receiver.counters()
     }
 
-    /// Takes in RAM and devices. `make` gives the machine's blocks when the source has announced what it has, and may refuse
-    /// it; they are matched with the source's by name, and each needs the announced length.
+    /// Receives RAM and devices. `make` returns the machine's blocks after the source has announced its configuration
+    /// and block list, and may refuse them. The blocks are matched with the source's by name; each must have the
+    /// announced length.
     ///
     /// # Errors
-    /// The first error: of the source, of a connection, of `make`, of RAM that is not whole. The source has been told, and its
-    /// guest goes on there.
+    /// The first error: of the source, of a connection, of `make`, or of incomplete RAM. The source was informed, and
+    /// its guest continues there.
     pub fn load(
         self,
         make: impl FnMut(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
@@ -189,7 +190,7 @@ impl Arrival {
                 Ok(Pending { incoming, receiver, loaded, blocks, main_pages })
             }
             Err(error) => {
-                // First: a stop shuts connections down.
+                // Dropped first, because a stop shuts connections down.
                 drop(incoming);
                 Err(match error.fault() {
                     Fault::Connection => receiver.fail_with_source(error, CHANNELS_END),
@@ -200,10 +201,11 @@ impl Arrival {
     }
 }
 
-/// RAM and devices are here, and the guest is the source's. Dropped, it tells the source to keep it.
+/// RAM and devices have arrived; the source still owns the guest. When dropped, it informs the source to keep the
+/// guest.
 #[must_use = "dropped, the guest stays at the source"]
 pub struct Pending {
-    // In this order: the source hears that it failed before its connections end.
+    // The order of the fields matters: the source is informed of the failure before its connections end.
     incoming: Incoming<Stream>,
     receiver: Receiver,
     loaded: Loaded,
@@ -213,7 +215,7 @@ pub struct Pending {
 
 impl std::fmt::Debug for Pending {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Without the state of the devices, which may be large and is the guest's.
+        // Without the state of the devices, which may be large and belongs to the guest.
         f.debug_struct("Pending")
             .field("blocks", &self.blocks)
             .field("main_pages", &self.main_pages)
@@ -222,22 +224,23 @@ impl std::fmt::Debug for Pending {
 }
 
 impl Pending {
-    /// The machine's blocks, as `make` has given them, with all of RAM in them.
+    /// The machine's blocks, as returned by `make`, with all of RAM in them.
     pub fn blocks(&self) -> &Arc<RamBlocks> {
         &self.blocks
     }
 
-    /// What came beside RAM.
+    /// What arrived besides RAM.
     pub fn loaded(&self) -> &Loaded {
         &self.loaded
     }
 
-    /// The device of this name and instance: its section and its state.
+    /// The device with this name and instance: its section and its state.
     pub fn device(&self, name: &str, instance: u32) -> Option<(&DeviceSection, &[u8])> {
         self.loaded.device(name, instance)
     }
 
-    /// Which pages of the blocks have come: all of them, but for what the source [may leave out](ArrivalOptions::left_out).
+    /// The pages of the blocks that have arrived: all, except what the source [may leave
+    /// out](ArrivalOptions::left_out).
     pub fn arrived(&self) -> &Arrived {
         self.receiver.arrived().expect("the blocks were announced")
     }
@@ -247,23 +250,24 @@ impl Pending {
         self.receiver.stats()
     }
 
-    /// The UUID that the channels name: nil for a machine without one, `None` if there are no channels.
+    /// The UUID that the channels sent: nil for a machine without one, `None` if there are no channels.
     pub fn uuid(&self) -> Option<VmUuid> {
         self.receiver.uuid()
     }
 
-    /// The pages that came over main.
+    /// The pages that arrived over main.
     pub fn main_pages(&self) -> MainPages {
         self.main_pages
     }
 
-    /// Bytes that came over main.
+    /// The number of bytes that arrived over main.
     pub fn main_bytes(&self) -> u64 {
         self.incoming.bytes()
     }
 
-    /// Of a source without return path, which has forgotten its guest already: looks at what the connection itself can still
-    /// report. The command of an `exec:` address has ended, and this is its exit status. Nothing is done with a return path.
+    /// Checks a source without return path, which has given up its guest already: reads what the connection itself can
+    /// still report. For an `exec:` address, this is the exit status of the ended command. With a return path it does
+    /// nothing.
     ///
     /// # Errors
     /// If the source is known to have failed.
@@ -275,18 +279,18 @@ impl Pending {
         ended.map_err(|error| Error::io("wait for the end of the source", error))
     }
 
-    /// Tells the source that its guest goes on there, because of `error`, which is given back.
+    /// Informs the source that its guest continues there, because of `error`. Returns `error`.
     pub fn refuse(self, error: Error) -> Error {
         let Self { incoming, receiver, .. } = self;
-        // Before the stop, which shuts connections down; the receiver cancels what has not failed by then.
+        // Before the stop, which shuts connections down. The receiver cancels if it has not failed by then.
         drop(incoming);
         receiver.stop().fail(error)
     }
 
-    /// Takes the guest over: tells the source that all is here. From its return on the guest is ours.
+    /// Takes the guest over: confirms to the source that everything has arrived. After `Ok` the guest is ours.
     ///
     /// # Errors
-    /// If the source has taken its guest back, or could not be told: the guest must not run here.
+    /// If the source has taken its guest back, or could not be informed: the guest must not run here.
     pub fn confirm(self) -> Result<Confirmed> {
         let Self { incoming, receiver, loaded, blocks, .. } = self;
         let stop = receiver.stop().clone();
@@ -310,7 +314,7 @@ pub struct Confirmed {
 
 impl std::fmt::Debug for Confirmed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Without the state of the devices, which may be large and is the guest's.
+        // Without the state of the devices, which may be large and belongs to the guest.
         f.debug_struct("Confirmed")
             .field("blocks", &self.blocks)
             .field("main", &self.main)
@@ -324,18 +328,19 @@ impl Confirmed {
         &self.blocks
     }
 
-    /// What came beside RAM.
+    /// What arrived besides RAM.
     pub fn loaded(&self) -> &Loaded {
         &self.loaded
     }
 
-    /// Whether the guest is to run: a guest that was paused at the source stays paused. One whose source does not say ran.
+    /// Whether the guest must run: a guest that was paused at the source stays paused. If the source did not send the
+    /// state, the guest counts as running.
     pub fn run_state(&self) -> RunState {
         self.loaded.run_state().unwrap_or(RunState::Running)
     }
 
-    /// Waits until the source closes main, for `limit` at the most: one that had gone before it was told breaks the connection
-    /// instead. Nothing is waited for without a return path.
+    /// Waits until the source closes main, for at most `limit`. A source that had ended before it got the confirmation
+    /// breaks the connection instead. Without a return path there is no wait.
     ///
     /// # Errors
     /// If the connection is broken: the source may not know that the guest is here.
@@ -345,7 +350,7 @@ impl Confirmed {
         }
         let read = self.main.set_read_timeout(Some(limit)).and_then(|()| self.main.read(&mut [0]));
         match read {
-            // It has closed in order, or leaves the connection open.
+            // It has closed the connection normally, or leaves it open.
             Ok(_) => Ok(()),
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
                 Ok(())
@@ -354,9 +359,9 @@ impl Confirmed {
         }
     }
 
-    /// Takes leave of the source's channels, after the guest has been let go: that may take as long as the source leaves
-    /// them open, 5 s at the most by default. Says what each channel has brought. Nothing that goes wrong here matters to the
-    /// guest; it is in the log.
+    /// Closes the channels, after the guest was started. This may take as long as the source leaves them open, by
+    /// default at most 5 s. Returns the counters of each channel. Errors here do not affect the guest; they go to the
+    /// log.
     pub fn finish(self) -> Vec<ChannelStats> {
         let counters = self.receiver.counters();
         let stats = self.receiver.finish().unwrap_or_else(|error| {

@@ -1,4 +1,4 @@
-//! The main connection, as the two drivers need it.
+//! The main connection: the interface that both drivers use.
 
 use std::{
     io::{self, Read, Write},
@@ -10,42 +10,41 @@ use std::{
 
 use multifd::channel::{CloseWatch, Stop, Wake};
 
-/// A main connection: bytes both ways, and a way out of a wait.
+/// A main connection: bytes in both directions, and wakers that end a wait.
 ///
-/// A read that another thread ends by shutting the connection down gives 0 bytes or an error; both
-/// end the migration.
+/// A read that another thread ends by shutting the connection down returns 0 bytes or an error; both end the migration.
 pub trait Connection: Read + Write {
-    /// How long a read waits before it fails with [`io::ErrorKind::WouldBlock`] or
-    /// [`io::ErrorKind::TimedOut`]; `None` is for ever.
+    /// Sets how long a read waits before it fails with [`io::ErrorKind::WouldBlock`] or [`io::ErrorKind::TimedOut`];
+    /// `None` is no limit.
     ///
     /// # Errors
     /// If the system refuses it.
     fn set_read_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
 
-    /// What ends all reads and writes, from any thread; `None` if none of them waits for a peer.
+    /// The waker that ends all reads and writes, from any thread; `None` if none of them waits for a peer.
     fn waker(&self) -> Option<Arc<dyn Wake>>;
 
-    /// What ends writes alone, from any thread, and tells the peer so; what it says can still be read. `None` if no write waits
-    /// for a peer.
+    /// The waker that ends only writes, from any thread, and signals this to the peer; the peer's reply can still be
+    /// read. `None` if no write waits for a peer.
     fn write_waker(&self) -> Option<Arc<dyn Wake>>;
 
-    /// Has `stop` fail with what `judge` makes of the peer, whatever this end waits for, until the guard is dropped: see
-    /// [`CloseWatch::start`]. A connection that cannot tell gives `None`; the peer's end is then found out by the next read
-    /// or write.
+    /// Makes `stop` fail with the error that `judge` returns for the peer, even while this end waits, until the guard
+    /// is dropped: see [`CloseWatch::start`]. `None` if the connection does not support it; the peer's end is then
+    /// noticed by the next read or write.
     fn watch_peer(&self, stop: &Stop, grace: Duration, judge: Judge) -> Option<CloseWatch> {
         drop((stop, grace, judge));
         None
     }
 
-    /// Whether something has come, or the end, that was not read yet. A connection that cannot tell says no.
+    /// Whether bytes, or the end, have arrived and were not read yet. A connection that cannot know returns `false`.
     ///
     /// # Errors
-    /// If the system refuses to tell.
+    /// If the system cannot report it.
     fn is_readable(&mut self) -> io::Result<bool> {
         Ok(false)
     }
 
-    /// Takes leave of a destination that has no return path to tell how it went, and waits for what can be known of it.
+    /// Closes the connection to a destination without a return path, and waits for what can be known of its result.
     ///
     /// # Errors
     /// If it is known to have failed.
@@ -54,10 +53,11 @@ pub trait Connection: Read + Write {
     }
 }
 
-/// What a peer that has said something, or has closed, means: see [`CloseWatch::start`].
+/// Judges a peer that has sent something or has closed: see [`CloseWatch::start`].
 pub type Judge = Box<dyn Fn(&[u8], bool) -> Option<multifd::Error> + Send>;
 
-/// Whether a read has ended because its time was over. The system's own timeout is of a host that has gone.
+/// Whether a read has ended because its time limit has passed. A timeout of the system itself means that the host is
+/// lost.
 pub(crate) fn is_late(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
         && !(error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some())

@@ -1,6 +1,6 @@
-//! An embedder's machine in the words of the format: its block list, and its devices as one part.
+//! Converts an embedder's machine to the format: its block list, and its devices as one part.
 //!
-//! In comes what the engine knows of a machine, out goes what a stream or a file says of it.
+//! The input is the engine's description of a machine. The output is what a stream or a file contains.
 
 use multifd::{
     live::{self, RunState},
@@ -12,13 +12,13 @@ use crate::{
     format::{BlockEntry, BlockList, Device, DevicePart, SectionId, SectionName, limits, run_state},
 };
 
-/// The list of these blocks, in their order.
+/// The list of these blocks, in order.
 pub(crate) fn list_of(blocks: &RamBlocks) -> Result<BlockList, CallerMistake> {
     let entry = |block: &RamBlock| BlockEntry::new(block.name().clone(), block.used_length());
     BlockList::new(blocks.iter().map(|(_, block)| entry(block)).collect(), blocks.page_size())
 }
 
-/// The part of these devices and of the guest's run state, numbered from the RAM section's number on.
+/// The part with these devices and the guest's run state, numbered from the RAM section's number on.
 pub(crate) fn devices_of(
     devices: Vec<live::DeviceSection>,
     guest: RunState,
@@ -36,8 +36,8 @@ pub(crate) fn devices_of(
     DevicePart::build(&devices, page_size, SectionId(ram.0.wrapping_add(1)))
 }
 
-/// Refuses devices that [`devices_of`] would refuse, or whose state a destination of ours would not take, before there is any
-/// state.
+/// Refuses devices that [`devices_of`] would refuse, or whose state is too large for a destination of this library,
+/// before there is any state.
 pub(crate) fn check_devices(
     devices: &[live::DeviceInfo],
     page_size: usize,

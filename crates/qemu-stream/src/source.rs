@@ -1,26 +1,5 @@
-//! The source of a migration: options, checked before anything is connected, and one call that moves the machine.
-//!
-//! ```text
-//! SourceOptions ─▶ Source::new ── checked ──▶ migrate ─ connect main ─ connect channels ─ passes ─ switchover
-//! ```
-//!
-//! ```no_run
-//! # use std::sync::Arc;
-//! # use multifd::{Result, channel::{Connect, Stop}, live::{Guest, MigrationInfo}, ram::{DirtyLog, RamBlocks}};
-//! use qemu_stream::{format::{Configuration, MachineType}, source::{Source, SourceOptions}};
-//!
-//! # fn leave(
-//! #     blocks: Arc<RamBlocks>, destination: Arc<dyn Connect>, log: &mut dyn DirtyLog, guest: &mut dyn Guest,
-//! # ) -> std::result::Result<MigrationInfo, Box<dyn std::error::Error>> {
-//! let stop = Stop::new(); // cancels, from any thread
-//! let machine = Configuration::new(MachineType::new("my-vmm-1")?);
-//! let source = Source::new(blocks, SourceOptions::new(machine).channels(4), &stop)?;
-//! let progress = source.progress(); // for another thread
-//! let info = source.migrate(&destination, log, guest)?; // the destination has the guest
-//! # drop(progress);
-//! # Ok(info)
-//! # }
-//! ```
+//! The source of a migration: options that are checked before anything is connected, and one call that moves the
+//! machine.
 
 use std::{sync::Arc, time::Duration};
 
@@ -39,12 +18,12 @@ use crate::{
     outgoing::{END, MainStream, Options, Outgoing, VERDICT},
 };
 
-/// What a source sends, and how.
+/// The options of a source.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct SourceOptions {
     stream: Options,
-    /// Of a machine that is in a file: what its file has.
+    /// For a machine in a file: the block list and devices of the file.
     captured: Option<(BlockList, DevicePart)>,
     channels: Option<u8>,
     send: SendOptions,
@@ -56,12 +35,12 @@ pub struct SourceOptions {
 }
 
 impl SourceOptions {
-    /// A running machine of this configuration, over two channels.
+    /// Creates options for a running machine with this configuration, over two channels.
     pub fn new(configuration: Configuration) -> Self {
         Self::of_stream(Options::new(configuration), None)
     }
 
-    /// The machine in a file, whose block list and devices are sent as the file has them. Over two channels.
+    /// Creates options for the machine in a file. Its block list and devices are sent unchanged. Over two channels.
     pub fn of_file(file: &MappedRamFile) -> Self {
         let options = match file.configuration() {
             Some(configuration) => Options::new(configuration.clone()),
@@ -90,14 +69,14 @@ impl SourceOptions {
         }
     }
 
-    /// The number of channels. 0 is for a destination with multifd off: all of RAM then goes over main. Default: that of
-    /// [`send`](Self::send), which is 2.
+    /// The number of channels. 0 is for a destination with multifd off: all of RAM then goes over main. Default: the
+    /// number of [`send`](Self::send), which is 2.
     pub fn channels(mut self, channels: u8) -> Self {
         self.channels = Some(channels);
         self
     }
 
-    /// How the channels send: compression, UUID, zero-copy. Its time limits are those given here.
+    /// How the channels send: compression, UUID, zero-copy. Time limits in `options` are replaced by those set here.
     pub fn send(mut self, options: SendOptions) -> Self {
         self.send = options;
         self
@@ -109,26 +88,26 @@ impl SourceOptions {
         self
     }
 
-    /// Where the records of the channels' sync points stand in main. Default: as the machine type needs it.
+    /// The positions of the records of the channels' sync points in main. Default: as the machine type requires.
     pub fn sync_mode(mut self, mode: SyncMode) -> Self {
         self.stream = self.stream.sync_mode(Some(mode));
         self
     }
 
-    /// Does without a return path: see [`Options::unconfirmed`].
+    /// Migrates without a return path: see [`Options::unconfirmed`].
     pub fn unconfirmed(mut self) -> Self {
         self.stream = self.stream.unconfirmed();
         self
     }
 
-    /// How long each connection may take to be established, TLS handshake included. Default 30 s.
+    /// The time limit for establishing a connection, TLS handshake included. Default 30 s.
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         self.connect_timeout = limit;
         self
     }
 
-    /// How long the destination may accept nothing, on any connection, while there is something to send. Default 120 s;
-    /// `None` is for ever.
+    /// How long the destination may read nothing, on any connection, while there is something to send. Default 120 s;
+    /// `None` is no limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
         self
@@ -147,7 +126,7 @@ impl SourceOptions {
     }
 }
 
-/// A machine that can be migrated: its options have been checked, and nothing is connected yet.
+/// A machine that can be migrated: its options were checked, and nothing is connected yet.
 pub struct Source {
     migration: Migration,
     options: SourceOptions,
@@ -161,7 +140,7 @@ impl std::fmt::Debug for Source {
 }
 
 impl Source {
-    /// The source of a machine with these blocks. `stop` cancels the migration, from any thread.
+    /// Creates the source of a machine with these blocks. `stop` cancels the migration, from any thread.
     ///
     /// # Errors
     /// If an option is out of its range, options contradict each other, or a block cannot be sent.
@@ -180,7 +159,7 @@ impl Source {
         Ok(Self { migration, options, channels })
     }
 
-    /// What other threads use to let the migration go on where it pauses before the switchover, and to change limits.
+    /// A handle with which other threads continue the migration after a pause before the switchover, and change limits.
     pub fn control(&self) -> Control {
         self.migration.control()
     }
@@ -190,11 +169,11 @@ impl Source {
         self.migration.progress()
     }
 
-    /// Connects, and moves the machine. See [`Migration::run`] for who has the guest afterwards.
+    /// Connects, and moves the machine. See [`Migration::run`] for the owner of the guest afterwards.
     ///
     /// # Errors
     /// Why the guest's devices are refused, before anything is connected; a connection that fails; and as
-    /// [`Migration::run`]. [`Error::fault`] says who or what is at fault.
+    /// [`Migration::run`]. [`Error::fault`] is the cause.
     pub fn migrate(
         mut self,
         connector: &Arc<dyn Connect>,

@@ -5,7 +5,7 @@
 //! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE
 //! ```
 //!
-//! Whoever hangs up while a migration runs cancels it.
+//! A client that disconnects while a migration runs cancels it.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -24,7 +24,7 @@ use crate::{
     source::{self, Wish},
 };
 
-/// Serves one client after the other, until the machine has left or is told to end.
+/// Serves one client after the other, until the machine has migrated or gets the command to quit.
 pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Failure> {
     loop {
         let (client, _) = listener.accept()?;
@@ -45,7 +45,7 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
         };
         let answer =
             answer.map_or_else(|error| format!("error: {}", chain(&*error)), |text| format!("ok {text}"));
-        // A client that has gone has no use for it.
+        // If the client has disconnected, it does not need the answer.
         let _ = writeln!(&client, "{answer}");
         if !goes_on {
             return Ok(());
@@ -77,7 +77,7 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
     let stop = Stop::new();
     let info = thread::scope(|scope| {
         scope.spawn(|| {
-            // Ends with the client, or with the shutdown below.
+            // Ends when the client disconnects, or with the shutdown below.
             let _ = (&*client).read(&mut [0]);
             stop.cancel();
         });
@@ -102,7 +102,7 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
     ))
 }
 
-/// Asks the machine behind `socket`, and gives its answer.
+/// Sends a line to the machine at `socket`, and returns its answer.
 pub(crate) fn ask(socket: &Path, line: &str) -> Result<String, Failure> {
     let stream = UnixStream::connect(socket).map_err(|error| format!("{}: {error}", socket.display()))?;
     writeln!(&stream, "{line}")?;
@@ -115,13 +115,13 @@ pub(crate) fn ask(socket: &Path, line: &str) -> Result<String, Failure> {
     }
 }
 
-/// The number of a name in an answer.
+/// The number after a name in an answer.
 pub(crate) fn number(answer: &str, name: &str) -> Result<u128, Failure> {
     let value = answer.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     Ok(value.ok_or_else(|| format!("no {name} in {answer:?}"))?.parse()?)
 }
 
-/// An error and its causes, in a line.
+/// An error and its causes, in one line.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     multifd::error::chain(error).to_string().replace('\n', " ")
 }

@@ -1,4 +1,4 @@
-//! `microvm demo`: a machine moves to a second process, and is looked at there.
+//! `microvm demo`: moves a machine to a second process, and checks it there.
 
 use std::{
     io::{BufRead, BufReader},
@@ -13,11 +13,11 @@ use crate::{
     tell,
 };
 
-/// Two machines' processes, this program again. They end with the demo, whatever happens.
+/// A process with a machine, which runs this program. It ends with the demo, on every path.
 struct Process(Child);
 
 impl Process {
-    /// Starts one, and waits for the line that says that it is ready.
+    /// Starts one, and waits for the line that says it is ready.
     fn start(args: &[&str]) -> Result<(Self, String), Failure> {
         let mut child = Command::new(std::env::current_exe()?).args(args).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or("the process has no output")?;
@@ -87,10 +87,10 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         of("mbps")?,
     ));
     tell(&format!(
-        "downtime {downtime} ms (limit {} ms); the guest stood still for {stood} ms",
+        "downtime {downtime} ms (limit {} ms); the guest was stopped for {stood} ms",
         args.how.downtime_limit
     ));
-    tell(&format!("it counted to {left_at} at the source and goes on there: {now_at}, without a gap"));
+    tell(&format!("it counted to {left_at} at the source and continues there: {now_at}, without a gap"));
     tell(&format!("{wrong} wrong bytes of {}", number(&verified, "of")?));
     let held = [
         (wrong == 0, "bytes are wrong"),

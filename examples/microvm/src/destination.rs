@@ -1,4 +1,4 @@
-//! The destination: a machine comes in and runs on.
+//! The destination: receives a machine and continues it.
 
 use multifd::{
     Error,
@@ -17,13 +17,13 @@ use crate::{
     source::MACHINE,
 };
 
-/// Takes one machine in. Its guest runs as soon as the source has been told that all is here.
+/// Receives one machine. Its guest runs as soon as the source has the confirmation that everything has arrived.
 pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failure> {
-    // 1. A source of our own kind: main, and channels as many as it likes.
+    // 1. A source of the same kind: main, and any number of channels.
     let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
     let arrival = Arrival::listen(Box::new(listener), options, stop)?.accept()?;
 
-    // 2. Memory, when the source has said how much.
+    // 2. Memory, after the source has sent its size.
     let mut memory = None;
     let pending = arrival.load(|_, list| {
         let made = machine::memory(list.total());
@@ -31,17 +31,17 @@ pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failur
         Ok(machine::blocks(memory.insert(made))?)
     })?;
 
-    // 3. Devices. What cannot be restored is refused now, while the guest can still run on at the source.
+    // 3. Devices. A device that cannot be restored is refused now, while the guest can still continue on the source.
     let section = |name: &str| Some(pending.device(name, 0)?.1.to_vec());
     let restored = memory
-        .ok_or_else(|| Failure::from("no memory came"))
+        .ok_or_else(|| Failure::from("no memory arrived"))
         .and_then(|memory| Machine::restore(memory, pending.blocks().clone(), section));
     let machine = match restored {
         Ok(machine) => machine,
         Err(error) => return Err(pending.refuse(Error::other("restore the machine", error)).into()),
     };
 
-    // 4. The word that it is ours. If the source does not get it, the guest must not run here.
+    // 4. The confirmation that the guest is ours. If the source does not get it, the guest must not run here.
     let confirmed = pending.confirm()?;
     if confirmed.run_state() == RunState::Running {
         machine.run();

@@ -1,13 +1,13 @@
-//! The guest's program, the map of its memory, and what every byte of it must be.
+//! The guest's program, the map of its memory, and the expected value of every byte.
 //!
 //! ```text
 //! 0x1000   the program (guest.s)                    port 0x10 out   a batch of 256 pages is done: its number
 //! 0x2000   its state                                port 0x11 out   wrong: the address
-//! 0x3000   the mailbox: the device writes there     port 0x12 in    the clock, in milliseconds
+//! 0x3000   the mailbox: the device writes to it     port 0x12 in    the clock, in milliseconds
 //! 1 MiB    its pages, up to the end of RAM
 //! ```
 //!
-//! In every page three words tell how often it was written; the rest is noise that nobody touches.
+//! In every page, three words contain how often it was written; the rest is noise that does not change.
 //!
 //! UNSAFETY: reads the bytes between two labels of the assembler.
 #![expect(unsafe_code, reason = "the program's bytes")]
@@ -16,7 +16,7 @@ use std::slice;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap, bitmap::AtomicBitmap};
 
-/// Guest memory, whose regions note what the VMM itself writes to them.
+/// Guest memory, whose regions record what the VMM itself writes to them.
 pub(crate) type Memory = GuestMemoryMmap<AtomicBitmap>;
 
 std::arch::global_asm!(include_str!("guest.s"), options(att_syntax, raw));
@@ -29,24 +29,24 @@ unsafe extern "C" {
 
 fn program() -> &'static [u8] {
     let (start, end) = (&raw const microvm_guest_start, &raw const microvm_guest_end);
-    // SAFETY: guest.s puts `end` behind `start` in one section of constant data.
+    // SAFETY: guest.s puts `end` after `start` in one section of constant data.
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }
 
-/// How many pages a guest of `size` bytes rewrites: whole batches.
+/// The number of pages that a guest of `size` bytes rewrites, in whole batches.
 pub(crate) fn pages(size: u64) -> u64 {
     (size.saturating_sub(SET) / PAGE as u64) / BATCH * BATCH
 }
 
-/// Puts the program in its place and fills the pages.
+/// Loads the program and fills the pages.
 pub(crate) fn load(memory: &Memory, size: u64) -> Result<(), GuestMemoryError> {
     memory.write_slice(program(), GuestAddress(CODE))?;
     memory.write_obj(low(pages(size)), GuestAddress(STATE + 16))?;
     (0..pages(size)).try_for_each(|page| memory.write_slice(&expected(page, 0), at(page)))
 }
 
-/// Compares every page with what it must be after so many batches; says how many bytes are wrong. The guest stands
-/// between two batches meanwhile.
+/// Compares every page with its expected contents after `batches` batches; returns how many bytes are wrong. The guest
+/// must be stopped between two batches.
 pub(crate) fn wrong_bytes(memory: &Memory, size: u64, batches: u64) -> Result<u64, GuestMemoryError> {
     let (pages, mut wrong, mut met) = (pages(size), 0, [0; PAGE]);
     for page in 0..pages {
@@ -60,7 +60,7 @@ pub(crate) fn wrong_bytes(memory: &Memory, size: u64, batches: u64) -> Result<u6
     Ok(wrong)
 }
 
-/// What a page holds that was written `version` times.
+/// The expected contents of a page that was written `version` times.
 fn expected(page: u64, version: u64) -> [u8; PAGE] {
     let (mut bytes, mut noise) = ([0; PAGE], page | 1 << 63);
     for word in bytes.chunks_exact_mut(8) {

@@ -1,4 +1,4 @@
-//! The virtual machine: memory, one vCPU in a thread of its own, a clock, and the device that the guest reports to.
+//! The virtual machine: memory, one vCPU in its own thread, a clock, and the device to which the guest reports.
 //!
 //! ```text
 //! boot ─▶ stopped ─ resume ─▶ running ─ stop ─▶ stopped, and its state as device sections ─▶ restore, in another process
@@ -31,7 +31,7 @@ use crate::{
 /// A virtual machine of this process.
 pub(crate) struct Machine {
     pub(crate) memory: Memory,
-    /// The memory as RAM blocks: for all of the machine's life, however often it migrates.
+    /// The memory as RAM blocks. They exist for the machine's whole life, for any number of migrations.
     pub(crate) blocks: Arc<RamBlocks>,
     pub(crate) region: kvm_userspace_memory_region,
     pub(crate) vm: Arc<VmFd>,
@@ -44,18 +44,18 @@ struct Shared {
     changed: Condvar,
 }
 
-/// What the vCPU's thread and the others tell each other. Both wait on `changed`.
+/// State that the vCPU's thread shares with others. Both wait on `changed`.
 struct State {
     wanted: Wanted,
-    /// Whether the thread has left the guest and waits to be told; and whether that was between two batches.
+    /// Whether the thread has left the guest and waits; and whether that was between two batches.
     stands: bool,
     reported: bool,
     throttle: Percent,
     device: Device,
-    /// The guest's time in nanoseconds, while it stands.
+    /// The guest's time in nanoseconds, while it is stopped.
     clock: u64,
     cpu: (kvm_regs, kvm_sregs),
-    /// What the guest, or the kernel, has complained of; the guest never runs again then.
+    /// An error of the guest or the kernel; the guest never runs again after it.
     wrong: Option<String>,
     /// When the guest last began to run, and when it last stopped, by the system's clock.
     times: (u128, u128),
@@ -64,14 +64,14 @@ struct State {
 #[derive(Clone, Copy, PartialEq)]
 enum Wanted {
     Run,
-    /// Stand at the next exit.
+    /// Stop at the next exit.
     Stop,
-    /// Stand between two batches.
+    /// Stop between two batches.
     Look,
     Quit,
 }
 
-/// The device: takes reports, holds the guest back to its rate.
+/// The device: receives reports and limits the guest to its rate.
 #[derive(Clone, Copy)]
 struct Device {
     size: u64,
@@ -89,7 +89,7 @@ pub(crate) struct Health {
 }
 
 impl Machine {
-    /// A machine whose guest has not begun.
+    /// Creates a machine whose guest has not begun.
     pub(crate) fn boot(size: u64, rate: u64) -> Result<Self, Failure> {
         let memory = memory(size)?;
         let blocks = Arc::new(blocks(&memory)?);
@@ -102,7 +102,7 @@ impl Machine {
         Self::new((memory, blocks), (kvm, vm, vcpu), Device { size, rate, batches: 0 }, 0, cpu)
     }
 
-    /// The machine that another one was, from its memory and its sections.
+    /// Restores a machine from its memory and its sections.
     pub(crate) fn restore(
         memory: Memory,
         blocks: Arc<RamBlocks>,
@@ -180,7 +180,7 @@ impl Machine {
         Ok(Self { memory, blocks, region, vm, shared, thread: Some(thread) })
     }
 
-    /// Lets the guest run, or run on.
+    /// Starts or resumes the guest.
     pub(crate) fn run(&self) {
         self.shared.want(Wanted::Run);
     }
@@ -191,7 +191,7 @@ impl Machine {
         Health { batches: state.device.batches, wrong: state.wrong.clone(), times: state.times }
     }
 
-    /// Has the guest stand for a moment and looks at all of its memory: wrong bytes, of so many.
+    /// Stops the guest for a moment and checks all of its memory: returns the number of wrong bytes and of all bytes.
     pub(crate) fn verify(&self) -> Result<(u64, u64), Failure> {
         let device = self.shared.stand(Wanted::Look).device;
         let wrong = guest::wrong_bytes(&self.memory, device.size, device.batches);
@@ -209,7 +209,7 @@ impl Drop for Machine {
     }
 }
 
-/// What a migration asks of it.
+/// The methods that a migration calls.
 impl Guest for &Machine {
     fn devices(&self) -> Vec<DeviceInfo> {
         let cpu = size_of::<kvm_regs>() + size_of::<kvm_sregs>();
@@ -220,12 +220,12 @@ impl Guest for &Machine {
         RunState::Running
     }
 
-    /// This guest leaves to read the clock and to report, every few milliseconds, and is told to stand then. One that does
-    /// not is sent a signal, whose handler sets `immediate_exit`.
+    /// This guest exits every few milliseconds, to read the clock and to report, and is stopped then. A guest that does
+    /// not exit gets a signal, whose handler sets `immediate_exit`.
     fn stop(&mut self) -> io::Result<()> {
         let state = self.shared.stand(Wanted::Stop);
         match &state.wrong {
-            // Such a guest stands already, for ever.
+            // Such a guest is stopped already, permanently.
             Some(wrong) => Err(io::Error::other(wrong.clone())),
             None => Ok(()),
         }
@@ -270,7 +270,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Returns when the vCPU stands.
+    /// Returns when the vCPU is stopped.
     fn stand(&self, wanted: Wanted) -> MutexGuard<'_, State> {
         self.want(wanted);
         let running = |state: &mut State| {
@@ -286,9 +286,9 @@ struct Vcpu {
     vm: Arc<VmFd>,
     memory: Memory,
     shared: Arc<Shared>,
-    /// Since when the guest runs, and the batches it had done then: what its rate is reckoned from.
+    /// When the guest began to run, and the batches it had done then: its rate is computed from these.
     due: Option<(Instant, u64)>,
-    /// How long it has had to stand since then, for what it ran.
+    /// The time for which it has been throttled since then.
     stood: Duration,
 }
 
@@ -309,7 +309,7 @@ impl Vcpu {
         }
     }
 
-    /// Whether to enter the guest again; stands here as long as it is told to.
+    /// Whether to enter the guest again; waits here as long as the guest must not run.
     fn may_run(&mut self) -> bool {
         let shared = self.shared.clone();
         let mut state = shared.lock();
@@ -331,7 +331,7 @@ impl Vcpu {
             if state.stands || self.due.is_none() {
                 self.enter(&mut state);
             }
-            // Not before its time: the rate is the device's affair.
+            // The device enforces the rate: the guest must not continue too early.
             let Some((since, done)) = self.due.filter(|_| state.reported) else { return true };
             let bytes = (state.device.batches - done) * guest::BATCH * guest::PAGE as u64;
             let time = Duration::from_secs_f64(bytes as f64 / state.device.rate.max(1) as f64);
@@ -344,7 +344,7 @@ impl Vcpu {
         }
     }
 
-    /// Completes what the last exit has left undone, without running the guest, and saves the state.
+    /// Completes the last exit without running the guest, and saves the state.
     fn leave(&mut self, state: &mut State) {
         self.vcpu.set_kvm_immediate_exit(1);
         let completed = self.vcpu.run().map(|exit| format!("{exit:?}"));
@@ -363,7 +363,7 @@ impl Vcpu {
         (state.stands, state.times.1, self.due) = (true, now(), None);
     }
 
-    /// Sets the clock to where it stood: time that the guest has not run has not passed for it.
+    /// Sets the clock to its last value: time for which the guest did not run has not passed for it.
     fn enter(&mut self, state: &mut State) {
         let clock = kvm_clock_data { clock: state.clock, ..Default::default() };
         if let Err(error) = self.vm.set_clock(&clock) {
@@ -373,16 +373,16 @@ impl Vcpu {
         (self.due, self.stood) = (Some((Instant::now(), state.device.batches)), Duration::ZERO);
     }
 
-    /// Runs the guest until it wants something, and does that; whether it was a report.
+    /// Runs the guest until the next exit, and handles it. Returns whether it was a report.
     fn until_exit(&mut self) -> Result<bool, Failure> {
         match self.vcpu.run() {
             Ok(VcpuExit::IoOut(guest::REPORT, data)) => {
                 let met = u32::read_from_bytes(data).map_err(|_| "a report of four bytes")?;
                 let expected = guest::low(self.shared.lock().device.batches + 1);
                 if met != expected {
-                    return Err(format!("expected report {expected}, met {met}").into());
+                    return Err(format!("expected report {expected}, found {met}").into());
                 }
-                // As a device does that has memory of its own to write to: through `vm-memory`, which notes it.
+                // Written through `vm-memory`, which records it, like a device that writes to guest memory.
                 self.memory.write_obj(met, GuestAddress(guest::MAILBOX))?;
                 Ok(true)
             }
@@ -401,7 +401,7 @@ impl Vcpu {
     }
 }
 
-/// Guest memory of so many bytes, all zero.
+/// Guest memory of `size` bytes, all zero.
 pub(crate) fn memory(size: u64) -> Result<Memory, Failure> {
     let fits = (LEAST..=MOST).contains(&size) && size.is_multiple_of(guest::PAGE as u64);
     let size = usize::try_from(size).ok().filter(|_| fits);
@@ -426,7 +426,7 @@ fn open() -> Result<(Kvm, VmFd), Failure> {
     Ok((kvm, vm))
 }
 
-/// Flat segments over all memory, no paging.
+/// Flat segments over all memory, without paging.
 fn protected_mode(sregs: &mut kvm_sregs) {
     let flat = |selector, type_| kvm_segment {
         limit: u32::MAX,
@@ -449,5 +449,5 @@ fn now() -> u128 {
 
 const INTERRUPTED: i32 = 4;
 const LEAST: u64 = 4 << 20;
-/// What 32 bits reach, below the kernel's own pages.
+/// The range of 32-bit addresses, below the kernel's own pages.
 const MOST: u64 = 3 << 30;

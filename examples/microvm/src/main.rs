@@ -1,11 +1,11 @@
 //! A virtual machine monitor of a few hundred lines whose machine migrates live: how an embedder uses `multifd`.
 //!
-//! | file | what to read it for |
+//! | file | what it shows |
 //! | --- | --- |
 //! | `source.rs` | memory, dirty logs, channels, migration |
-//! | `destination.rs` | taking a machine in |
-//! | `machine.rs` | stopping a vCPU so that its state is whole, and giving it as device sections |
-//! | `guest.rs`, `guest.s` | a guest that notices what went wrong |
+//! | `destination.rs` | receiving a machine |
+//! | `machine.rs` | stopping a vCPU with complete state, and returning it as device sections |
+//! | `guest.rs`, `guest.s` | a guest that detects errors |
 //! | `control.rs`, `demo.rs` | the rest of a monitor |
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -37,7 +37,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Start a machine and run it until it has migrated, or is told to quit
+    /// Start a machine and run it until it has migrated, or gets the command to quit
     Run {
         #[command(flatten)]
         control: Control,
@@ -51,7 +51,7 @@ enum Verb {
         /// Where to listen: tcp:HOST:PORT, unix:PATH
         address: Address,
     },
-    /// Have a running machine migrate; an interrupt cancels it
+    /// Make a running machine migrate; an interrupt cancels it
     Migrate {
         #[command(flatten)]
         control: Control,
@@ -60,14 +60,14 @@ enum Verb {
         /// Where `microvm incoming` listens
         address: Address,
     },
-    /// Ask a running machine: status, verify, quit
+    /// Send a command to a running machine: status, verify, quit
     Ask {
         #[command(flatten)]
         control: Control,
         /// What
         question: String,
     },
-    /// Move a busy machine to a second process, and look at it there
+    /// Move a busy machine to a second process, and check it there
     Demo(DemoArgs),
 }
 
@@ -83,7 +83,7 @@ struct GuestArgs {
     /// Bytes of memory
     #[arg(long, default_value = "1GiB", value_parser = bytes)]
     size: u64,
-    /// Bytes a second that the guest rewrites, page by page
+    /// Bytes per second that the guest rewrites, page by page
     #[arg(long, default_value = "200MB", value_parser = bytes)]
     rate: u64,
 }
@@ -98,22 +98,22 @@ struct DemoArgs {
 
 #[derive(clap::Args)]
 struct How {
-    /// Connections for memory, beside the main one
+    /// Connections for memory, in addition to the main one
     #[arg(long, default_value_t = 4)]
     channels: u8,
-    /// Milliseconds that the guest may stand still
+    /// Milliseconds for which the guest may be stopped
     #[arg(long, default_value_t = 300)]
     downtime_limit: u64,
-    /// Bytes a second; 0 is no limit
+    /// Bytes per second; 0 is no limit
     #[arg(long, default_value_t = 0, value_parser = bytes)]
     max_bandwidth: u64,
-    /// Hold the guest back if it writes too fast to be stopped within the downtime
+    /// Throttle the guest if it writes too fast to be stopped within the downtime
     #[arg(long)]
     auto_converge: bool,
 }
 
 impl How {
-    /// What the control socket is told.
+    /// The command for the control socket.
     fn wish(&self, address: &str) -> String {
         let Self { channels, downtime_limit, max_bandwidth, auto_converge } = self;
         format!("migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge}")
@@ -157,7 +157,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
     }
 }
 
-/// The control socket, which goes when its machine goes.
+/// The control socket, which is removed with its machine.
 struct Socket(UnixListener, PathBuf);
 
 impl Socket {

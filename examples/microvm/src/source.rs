@@ -1,4 +1,4 @@
-//! The source: a machine goes to another process while its guest runs.
+//! The source: moves a machine to another process while its guest runs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,10 +24,10 @@ pub(crate) struct Wish {
     pub(crate) auto_converge: bool,
 }
 
-/// Moves the machine. If that fails, or `stop` cancels it, the guest runs on here, and another try may follow.
+/// Moves the machine. If that fails, or `stop` cancels it, the guest continues here, and another attempt is possible.
 #[expect(unsafe_code, reason = "the log switches a memory slot")]
 pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<MigrationInfo> {
-    // 1. What is chosen, checked before anything is connected.
+    // 1. Options, checked before anything is connected.
     let machine_type = MachineType::new(MACHINE).map_err(|error| Error::other("name the machine", error))?;
     let migrate = MigrateOptions::new()
         .downtime_limit(wish.downtime_limit)
@@ -47,7 +47,7 @@ pub(crate) fn migrate(machine: &Machine, wish: &Wish, stop: &Stop) -> Result<Mig
     let log = MergedLog::new().with("the vCPUs", vcpus.map_err(refused)?);
     let mut log = log.with("the devices", devices.map_err(refused)?);
 
-    // 3. Connections, passes, switchover, device state. Whatever goes wrong, the guest is resumed.
+    // 3. Connections, passes, switchover, device state. After any failure, the guest is resumed.
     let connector: Arc<dyn Connect> = Arc::new(wish.address.clone());
     let mut guest = machine;
     source.migrate(&connector, &mut log, &mut guest)

@@ -1,7 +1,8 @@
-//! No circles: a file that uses another is not used by it in turn, be it by way of others.
+//! Checks that there are no circles: if a file uses another one, that one must not use it in turn, directly or
+//! indirectly.
 //!
-//! Comes in: the files of each crate in `crates/`. Goes out: each circle, with the names that tie it. A parent module
-//! is a file like any other, so a parent that uses its child must define nothing that the child uses.
+//! The input is the files of each crate in `crates/`. The output is each circle, with the names that cause it. A parent
+//! module is a file like any other, so a parent that uses its child must define nothing that the child uses.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -9,8 +10,8 @@ use super::imports::{Arrows, arrows};
 use crate::Failure;
 use crate::sources::{self, Source};
 
-/// Circles that exist and are to be opened: the files of each. A file that is in a circle no longer must leave the
-/// list, so that it only shrinks.
+/// Known circles that are still to be removed: the files of each. A file that is no longer in a circle must be removed
+/// from the list, so that the list only shrinks.
 const ALLOWED: &[&[&str]] = &[];
 
 /// Checks that the files of each crate form no circle but the allowed ones.
@@ -32,7 +33,7 @@ pub(crate) fn check() -> Result<(), Failure> {
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
 }
 
-/// The root file of each crate in `crates/`. A program beside a library uses it as another crate does.
+/// The root file of each crate in `crates/`. A program next to a library uses it like another crate.
 fn roots(sources: &[Source]) -> Vec<&str> {
     let path = |root: &str, source: &Source| {
         let name = source.path.strip_prefix("crates/")?.strip_suffix(root)?;
@@ -47,10 +48,10 @@ fn roots(sources: &[Source]) -> Vec<&str> {
     sources.iter().filter(is_root).map(|source| &*source.path).collect()
 }
 
-/// Files each of which leads to all the others.
+/// Files that all lead to each other.
 struct Circle {
     files: BTreeSet<String>,
-    /// What the files use of each other, for a person.
+    /// What the files use of each other, as text.
     text: String,
 }
 
@@ -70,7 +71,7 @@ fn circles_of(arrows: &Arrows) -> Vec<Circle> {
     circles
 }
 
-/// All files that `file` leads to, by one arrow or more.
+/// All files to which `file` leads, by one arrow or more.
 fn reached_from<'a>(arrows: &'a Arrows, file: &str) -> BTreeSet<&'a str> {
     let mut reached = BTreeSet::new();
     let mut ahead = vec![file];
@@ -125,44 +126,44 @@ mod tests {
 
     #[test]
     fn two_files_that_use_each_other_are_a_circle_with_the_names_that_tie_it() {
-        let met = circle(&[
+        let found = circle(&[
             ("src/lib.rs", "mod a; mod b; mod c;"),
             ("src/a.rs", "use crate::b::{B, Other as Renamed}; pub struct A;"),
             ("src/b.rs", "pub struct B(super::a::A); pub struct Other;"),
             ("src/c.rs", "use crate::{a::A, b};"),
         ]);
         assert_eq!(
-            met,
+            found,
             "circle of 2 files\n     src/a.rs uses B, Other of src/b.rs\n     src/b.rs uses A of src/a.rs"
         );
     }
 
     #[test]
     fn circle_by_way_of_a_third_file_is_one_circle_and_an_open_end_is_outside() {
-        let met = circle(&[
+        let found = circle(&[
             ("src/lib.rs", "mod a; mod b; mod c; mod d;"),
             ("src/a.rs", "use crate::b; pub struct A; fn a() { b::b() }"),
             ("src/b.rs", "pub fn b() { crate::c::C::new() }"),
             ("src/c.rs", "pub struct C; impl C { fn c(self) -> crate::a::A { crate::d::D } }"),
             ("src/d.rs", "pub struct D;"),
         ]);
-        assert!(met.starts_with("circle of 3 files\n     src/a.rs uses b of src/b.rs"), "{met}");
-        assert!(met.ends_with("src/c.rs uses A of src/a.rs"), "{met}");
+        assert!(found.starts_with("circle of 3 files\n     src/a.rs uses b of src/b.rs"), "{found}");
+        assert!(found.ends_with("src/c.rs uses A of src/a.rs"), "{found}");
     }
 
     #[test]
     fn paths_in_macros_and_through_imported_modules_are_seen() {
-        let met = circle(&[
+        let found = circle(&[
             ("src/lib.rs", "mod a; mod b;"),
             ("src/a.rs", "use crate::b; pub struct A; fn a() { b::b() }"),
             ("src/b.rs", "pub fn b() { print!(\"{}\", 1 + vec![crate::a::A]) }"),
         ]);
-        assert!(met.contains("src/a.rs uses b of src/b.rs\n     src/b.rs uses A of src/a.rs"), "{met}");
+        assert!(found.contains("src/a.rs uses b of src/b.rs\n     src/b.rs uses A of src/a.rs"), "{found}");
     }
 
     #[test]
     fn re_export_leads_to_the_definition() {
-        let met = circle(&[
+        let found = circle(&[
             ("src/lib.rs", "mod error; mod live; pub use error::Error;"),
             ("src/error/mod.rs", "mod usage; pub use usage::*; pub use crate::live::{Status as State};"),
             ("src/error/usage.rs", "use super::State; pub enum Usage { Met(State) }"),
@@ -170,10 +171,10 @@ mod tests {
             ("src/live/status.rs", "pub struct Status; fn f() -> crate::error::Usage {}"),
         ]);
         assert!(
-            met.starts_with("circle of 2 files\n     src/error/usage.rs uses Status of src/live/status.rs"),
-            "{met}"
+            found.starts_with("circle of 2 files\n     src/error/usage.rs uses Status of src/live/status.rs"),
+            "{found}"
         );
-        assert!(met.ends_with("src/live/status.rs uses Usage of src/error/usage.rs"), "{met}");
+        assert!(found.ends_with("src/live/status.rs uses Usage of src/error/usage.rs"), "{found}");
     }
 
     #[test]
@@ -202,7 +203,7 @@ mod tests {
 
     #[test]
     fn glob_imports_are_followed_and_may_go_in_circles_themselves() {
-        let met = circle(&[
+        let found = circle(&[
             ("src/lib.rs", "mod a; mod b;"),
             (
                 "src/a.rs",
@@ -210,7 +211,7 @@ mod tests {
             ),
             ("src/b.rs", "use crate::a::*; pub struct B(A); use std::fmt::Debug; struct C(Vec<Unknown>);"),
         ]);
-        assert!(met.contains("src/a.rs uses B of src/b.rs\n     src/b.rs uses A of src/a.rs"), "{met}");
+        assert!(found.contains("src/a.rs uses B of src/b.rs\n     src/b.rs uses A of src/a.rs"), "{found}");
     }
 
     #[test]
@@ -223,8 +224,8 @@ mod tests {
         assert!(complaints(&circles, &[]).concat().starts_with("circle of 2 files"));
         assert!(complaints(&circles, &[&["src/a.rs"]]).concat().starts_with("circle of 2 files"));
         assert!(complaints(&circles, &[&["src/a.rs", "src/b.rs"]]).is_empty());
-        let met = complaints(&circles, &[&["src/a.rs", "src/b.rs", "src/c.rs"]]).concat();
-        assert!(met.starts_with("src/c.rs: is in no circle"), "{met}");
+        let found = complaints(&circles, &[&["src/a.rs", "src/b.rs", "src/c.rs"]]).concat();
+        assert!(found.starts_with("src/c.rs: is in no circle"), "{found}");
     }
 
     #[test]

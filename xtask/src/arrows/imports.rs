@@ -1,10 +1,10 @@
-//! Which file of a crate uses which name of which other file.
+//! Finds which file of a crate uses which name of which other file.
 //!
-//! Comes in: the text of a crate's files. Goes out: an arrow from a file to the file that defines what it uses.
-//! Re-exports are followed to the definition. What is only compiled for tests or for the models is left out.
+//! The input is the text of a crate's files. The output is an arrow from a file to each file that defines what it uses.
+//! Re-exports are followed to the definition. Code that is only compiled for tests or for models is ignored.
 //!
-//! A private `use` is an arrow. A visible one declares a second name and is none; where the file's own code uses that
-//! name, the use is an arrow. A method call names no type, so calls alone are not seen.
+//! A private `use` is an arrow. A visible one declares a second name and is not an arrow; a use of that name in the
+//! file's own code is one. A method call names no type, so calls alone are not found.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::slice;
@@ -18,11 +18,11 @@ use crate::Failure;
 /// The files that a file uses, each with the names that it uses of it.
 pub(super) type Arrows = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
 
-/// Reads the crate whose root is `root`; `files` holds at least its files, by path.
+/// Reads the crate whose root is `root`; `files` contains at least its files, by path.
 ///
 /// # Errors
 ///
-/// Names a file that is no Rust.
+/// Names a file that is not valid Rust.
 pub(super) fn arrows(root: &str, files: &HashMap<&str, &str>) -> Result<Arrows, Failure> {
     let mut tree = Tree::default();
     let folder = root.rsplit_once('/').map_or("", |(folder, _)| folder);
@@ -39,7 +39,7 @@ pub(super) fn arrows(root: &str, files: &HashMap<&str, &str>) -> Result<Arrows, 
     Ok(arrows)
 }
 
-/// Names in a path, and imports that are followed, at the most. What is longer leads back to itself.
+/// The greatest number of names in a path, and of imports that are followed. Longer ones lead back to themselves.
 const LONGEST: usize = 32;
 
 /// The names that lead to a module from the root of the crate.
@@ -49,7 +49,7 @@ type ModulePath = Vec<String>;
 struct Module {
     file: String,
     names: HashMap<String, Vec<Meaning>>,
-    /// Paths whose whole content is imported.
+    /// Paths whose whole contents are imported.
     globs: Vec<Vec<String>>,
 }
 
@@ -60,7 +60,7 @@ enum Meaning {
     Import(Vec<String>),
 }
 
-/// A path that stands in a module.
+/// A path used in a module.
 struct Use {
     module: ModulePath,
     path: Vec<String>,
@@ -95,7 +95,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Finds the files that define what `path` means in `module`, with the defined name.
+    /// Finds the files that define the item `path` in `module`, with the defined name.
     fn resolve(
         &self,
         module: &[String],
@@ -129,7 +129,7 @@ impl Tree {
         }
     }
 
-    /// The module of this crate that `path` means in `module`; `None` for other things, and for other crates.
+    /// The module of this crate to which `path` in `module` refers; `None` for other items and for other crates.
     fn module(&self, module: &[String], path: &[String], depth: usize) -> Option<ModulePath> {
         let Some((first, rest)) = path.split_first() else { return Some(module.to_vec()) };
         if depth > LONGEST {
@@ -156,7 +156,7 @@ fn joined(head: &[String], tail: &[String]) -> Vec<String> {
 struct Reader<'a> {
     tree: &'a mut Tree,
     path: &'a str,
-    /// Where the files of the present module's children are.
+    /// The folder with the files of the present module's children.
     folder: &'a str,
     module: ModulePath,
     /// Modules in files of their own, with the folder of each file.
@@ -212,7 +212,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A macro's words are no syntax yet: whatever looks like a path is one.
+    /// The tokens of a macro have no syntax yet: everything that looks like a path counts as one.
     fn tokens(&mut self, tokens: TokenStream) {
         let mut path = Vec::new();
         let mut colons = 0;
@@ -317,7 +317,7 @@ fn is_for_tests(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
         Meta::List(list) if list.path.is_ident("cfg") => {
             let names = names(list.tokens.clone());
-            let has = |name: &str| names.iter().any(|met| met == name);
+            let has = |name: &str| names.iter().any(|found| found == name);
             (has("test") || has("shuttle")) && !has("not")
         }
         _ => false,

@@ -1,10 +1,10 @@
-//! Arrows point one way, inside the crates: which modules a folder may not know.
+//! Arrows point one way inside the crates: checks which modules a folder must not use.
 //!
-//! A reading of the text, not of the language: comments and strings are cut out, then every path that starts
-//! at `crate`, `super` or another crate's name is looked at, groups in braces included. A rule names the first
-//! module of the path. That is coarse and quick, and errs on the side of a complaint.
+//! The check reads the text, not the language: it removes comments and strings, then looks at every path that starts
+//! with `crate`, `super` or another crate's name, including groups in braces. A rule names the first module of the
+//! path. This is coarse and fast, and prefers false complaints to missed ones.
 //!
-//! Circles between files are found by `circles`, from what `imports` reads.
+//! `circles` finds circles between files, from the arrows that `imports` reads.
 
 pub(crate) mod circles;
 mod imports;
@@ -61,7 +61,7 @@ const RULES: [Rule; 7] = [
 ///
 /// # Errors
 ///
-/// Names each file and line that points the wrong way.
+/// Names each file and line that violates a rule.
 pub(crate) fn check() -> Result<(), Failure> {
     let complaints: Vec<String> = sources::all()?.iter().flat_map(complaints).collect();
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
@@ -79,7 +79,7 @@ fn complaints(source: &Source) -> Vec<String> {
             found.push(format!("{}:{line}: names `{name}`: {}", source.path, rule.why));
         }
     }
-    // A group's member that goes on with `::` is met twice.
+    // A member of a group that continues with `::` is found twice.
     found.dedup();
     found
 }
@@ -93,7 +93,7 @@ impl Rule {
 /// A word or a sign of the text, with its line.
 type Word<'a> = (usize, &'a str);
 
-/// Cuts a text into names, `::` and single signs, without comments, strings and characters.
+/// Splits a text into names, `::` and single signs, without comments, strings and characters.
 fn words(text: &str) -> Vec<Word<'_>> {
     let mut words = Vec::new();
     let (mut rest, mut line) = (text, 1);
@@ -127,7 +127,7 @@ fn words(text: &str) -> Vec<Word<'_>> {
     words
 }
 
-/// How long the string literal is that `text` starts with.
+/// The length of the string literal at the beginning of `text`.
 pub(crate) fn string_length(text: &str) -> usize {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
@@ -141,8 +141,8 @@ pub(crate) fn string_length(text: &str) -> usize {
     text.len()
 }
 
-/// The first module of each path: what follows `crate::` or `super::`, the members of a group there, and what
-/// stands alone before `::`.
+/// The first module of each path: the name after `crate::` or `super::`, the members of a group there, and a single
+/// name before `::`.
 fn paths<'a>(words: &[Word<'a>]) -> Vec<Word<'a>> {
     let at = |index: usize| words.get(index).map_or("", |word| word.1);
     let mut found = Vec::new();
@@ -159,7 +159,7 @@ fn paths<'a>(words: &[Word<'a>]) -> Vec<Word<'a>> {
     found
 }
 
-/// The first names of the members of a group that has been opened.
+/// The first names of the members of a group, after its opening brace.
 fn group<'a>(words: &[Word<'a>]) -> Vec<Word<'a>> {
     let mut found = Vec::new();
     let (mut depth, mut first) = (1, true);
@@ -211,12 +211,13 @@ mod tests {
 
     #[test]
     fn line_of_the_wrong_arrow_is_named() {
-        let met = complaints_of("crates/multifd/src/send/packets.rs", "//! x\n\nuse qemu_stream::format;\n");
-        assert_eq!(met.len(), 1);
+        let found =
+            complaints_of("crates/multifd/src/send/packets.rs", "//! x\n\nuse qemu_stream::format;\n");
+        assert_eq!(found.len(), 1);
         assert!(
-            met[0].starts_with("crates/multifd/src/send/packets.rs:3: names `qemu_stream`"),
+            found[0].starts_with("crates/multifd/src/send/packets.rs:3: names `qemu_stream`"),
             "{}",
-            met[0]
+            found[0]
         );
     }
 

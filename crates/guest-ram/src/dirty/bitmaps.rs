@@ -1,12 +1,12 @@
-//! Dirty bits that the writers themselves keep, and the log of a guest that never writes.
+//! Dirty bits that writers set themselves, and the log of a guest that does not run.
 
 use std::{io, sync::Arc};
 
 use super::{DirtyLog, DirtyPages, sole_reader::SoleReader};
 use crate::{BlockIndex, Identity, PageBitmap, PageIndex, RamBlocks};
 
-/// Bits that the writers themselves keep: whoever writes to guest memory marks the page. They last as long as the machine;
-/// a migration reads them through a [`reader`](DirtyBitmaps::reader).
+/// Dirty bits that writers set themselves: code that writes to guest memory marks the page. The bits live as long as
+/// the machine; a migration reads them through a [`reader`](DirtyBitmaps::reader).
 ///
 /// Clones share their bits. Mark a page *after* writing to it.
 #[derive(Clone, Debug)]
@@ -19,7 +19,7 @@ struct Bitmaps {
 }
 
 impl DirtyBitmaps {
-    /// Clear bits for all pages of `blocks`.
+    /// Creates clear bits for all pages of `blocks`.
     pub fn new(blocks: &RamBlocks) -> Self {
         let bitmaps = blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
         Self(Arc::new(Bitmaps { of: blocks.identity(), blocks: bitmaps }))
@@ -38,22 +38,22 @@ impl DirtyBitmaps {
         self.0.blocks.get(block.0).is_some_and(|bits| bits.contains(page))
     }
 
-    /// How many pages of a block are marked; 0 if there is no such block.
+    /// The number of marked pages of a block; 0 if there is no such block.
     pub fn count(&self, block: BlockIndex) -> u64 {
         self.0.blocks.get(block.0).map_or(0, PageBitmap::count)
     }
 
-    /// The dirty log of one migration or capture.
+    /// Creates the dirty log for one migration or capture.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`] while another reader lives.
+    /// [`io::ErrorKind::ResourceBusy`] while another reader exists.
     pub fn reader(&self) -> io::Result<DirtyReader> {
         let turn = SoleReader::of(Arc::as_ptr(&self.0).addr())?;
         Ok(DirtyReader { bitmaps: self.clone(), _sole_reader: turn })
     }
 }
 
-/// Reads [`DirtyBitmaps`], alone, until dropped.
+/// The only reader of [`DirtyBitmaps`], until it is dropped.
 #[derive(Debug)]
 pub struct DirtyReader {
     bitmaps: DirtyBitmaps,
@@ -75,7 +75,7 @@ impl DirtyLog for DirtyReader {
     }
 }
 
-/// The dirty log of a guest that does not run: nothing is ever written.
+/// The dirty log of a guest that does not run: no page is ever dirty.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NeverDirty;
 

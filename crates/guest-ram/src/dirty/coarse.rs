@@ -1,10 +1,10 @@
-//! From the bits of a log, whose pages are the host's or its own, to pages of a block.
+//! Converts the bits of a log to pages of a block. The log counts in host pages or in pages of its own.
 
 use super::mark;
 use crate::{BlockOffset, PageBitmap, PageSize, runs};
 
-/// What one bit of a foreign log stands for: the first covers `size` bytes from `start` of the block on, the next those
-/// behind it.
+/// The bytes that the bits of a foreign log cover: the first bit covers `size` bytes from offset `start` of the block,
+/// each later bit the next `size` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CoarseBits {
     pub(crate) start: BlockOffset,
@@ -13,8 +13,8 @@ pub(crate) struct CoarseBits {
 }
 
 impl CoarseBits {
-    /// Sets the bit of each page that has a byte that a set bit covers. What lies behind the block's last whole
-    /// page is ignored.
+    /// Sets the bit of each page that shares a byte with a set bit of `words`. Bytes beyond the block's last whole page
+    /// are ignored.
     pub(crate) fn mark(self, into: &PageBitmap, page_size: PageSize, words: impl IntoIterator<Item = u64>) {
         let page = page_size.bytes() as u64;
         if self.start.0 == 0 && self.size == page {

@@ -1,11 +1,11 @@
-//! From the bytes that a log tells of to the pages of a block that they are in.
+//! Converts the bytes that a log reports to the pages of a block that contain them.
 
 use std::ops::Range;
 
 use crate::{PageBitmap, PageIndex, PageSize};
 
-/// Sets the bits of all pages that have one of the bytes, counted from the block's start. What lies behind the last
-/// page is ignored.
+/// Sets the bits of all pages that contain one of `bytes`, counted from the block's start. Bytes beyond the last page
+/// are ignored.
 pub(crate) fn mark(into: &PageBitmap, page_size: PageSize, bytes: Range<u64>) {
     let page = page_size.bytes() as u64;
     let (first, end) = (bytes.start / page, bytes.end.div_ceil(page).min(into.pages()));

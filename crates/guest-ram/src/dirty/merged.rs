@@ -1,11 +1,11 @@
-//! Several dirty logs as one: a VMM's vCPUs are logged by the kernel, its device threads mark what they write.
+//! Merges several dirty logs into one. In a VMM, the kernel logs the vCPUs, and device threads mark what they write.
 
 use std::{error, fmt, io};
 
 use super::{DirtyLog, DirtyPages};
 use crate::{BlockIndex, Error, PageBitmap, RamBlocks};
 
-/// A dirty log that has every page that one of its logs has.
+/// A dirty log with the pages of all its logs.
 ///
 /// ```
 /// use guest_ram::{DirtyBitmaps, MergedLog, RamBlocks};
@@ -16,8 +16,8 @@ use crate::{BlockIndex, Error, PageBitmap, RamBlocks};
 /// # Ok::<_, std::io::Error>(())
 /// ```
 ///
-/// Each write has to be in one of the logs; in which one does not matter, nor whether it is in several. Without any log a
-/// take fails with [`Error::NoLogs`], since every write would be lost; a machine that does not run has
+/// Each write must be in at least one of the logs; it may be in several. Without any log a take fails with
+/// [`Error::NoLogs`], because every write would be lost. For a machine that does not run, use
 /// [`NeverDirty`](super::NeverDirty).
 #[derive(Default)]
 pub struct MergedLog<'a> {
@@ -25,12 +25,12 @@ pub struct MergedLog<'a> {
 }
 
 impl<'a> MergedLog<'a> {
-    /// No log yet, so no pages can be taken.
+    /// Creates a merged log without any log. Pages cannot be taken from it yet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// These logs, and `log`. An error of it tells `name`.
+    /// Adds `log`. Errors of this log contain `name`.
     #[must_use]
     pub fn with(mut self, name: &'static str, log: impl DirtyLog + 'a) -> Self {
         self.logs.push((name, Box::new(log)));
@@ -40,7 +40,7 @@ impl<'a> MergedLog<'a> {
 
 impl DirtyLog for MergedLog<'_> {
     /// # Errors
-    /// [`Error::NoLogs`] if there is none in it; the first error of one of them.
+    /// [`Error::NoLogs`] if there are no logs; otherwise the first error of a log.
     fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()> {
         if self.logs.is_empty() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, Error::NoLogs));
@@ -52,7 +52,7 @@ impl DirtyLog for MergedLog<'_> {
     }
 
     /// # Errors
-    /// The first error of one of them. The bits that had been taken are in `into`. [`Error::NoLogs`] if there is none.
+    /// The first error of a log; the bits taken before it are in `into`. [`Error::NoLogs`] if there are no logs.
     fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         if self.logs.is_empty() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, Error::NoLogs));
@@ -64,7 +64,7 @@ impl DirtyLog for MergedLog<'_> {
         Ok(())
     }
 
-    /// Every log gets them: a log may be one that keeps nothing, and a bit too many costs a page.
+    /// Puts the bits back into every log. A log may keep none of them, and a superfluous bit only costs one page.
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
         for (_, log) in &mut self.logs {
             log.put_back(block, from);
@@ -78,7 +78,7 @@ impl fmt::Debug for MergedLog<'_> {
     }
 }
 
-/// Which log it was.
+/// The name of the log that failed.
 #[derive(Debug)]
 struct Unreadable {
     name: &'static str,
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(taken(&mut merged), 0xffff);
     }
 
-    /// It was a machine that never writes, and what its guest wrote was lost.
+    /// Regression: the log counted as that of a machine that does not run, and the guest's writes were lost.
     #[test]
     fn take_without_any_log_is_refused() {
         let refused =
@@ -174,9 +174,9 @@ mod tests {
             fn put_back(&mut self, _: BlockIndex, _: &PageBitmap) {}
         }
         let mut merged = MergedLog::new().with("devices", NeverDirty).with("vcpus", Broken);
-        let met = merged.take(BLOCK, &mut DirtyPages::new(&PageBitmap::new(16))).expect_err("broken");
-        assert_eq!(met.to_string(), "the dirty log of vcpus cannot be read");
-        assert_eq!(met.kind(), io::ErrorKind::PermissionDenied);
-        assert!(met.source().is_some());
+        let found = merged.take(BLOCK, &mut DirtyPages::new(&PageBitmap::new(16))).expect_err("broken");
+        assert_eq!(found.to_string(), "the dirty log of vcpus cannot be read");
+        assert_eq!(found.kind(), io::ErrorKind::PermissionDenied);
+        assert!(found.source().is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! Where dirty pages come from: the log that a pass takes its bits from.
+//! Dirty logs: a pass takes its dirty bits from one of them.
 //!
 //! | The writer | The log |
 //! |---|---|
@@ -38,39 +38,40 @@ use crate::{BlockIndex, PageBitmap, PageIndex, RamBlocks};
 
 /// The log of pages that the guest has written.
 ///
-/// A migration sends every page once and from then on those that the log names. It asks with the guest running
-/// before every pass, and once more after the guest has stopped.
+/// A migration sends every page once, and afterwards the pages in the log. It reads the log before every pass, with the
+/// guest running, and once more after the guest has stopped.
 ///
-/// A log that costs the guest something, as the kernel's do, starts when it is made and ends with its drop: make it for
-/// one migration, before that runs. What was written before it was made is sent by the first pass.
+/// A log that slows down the guest, such as the kernel's, starts when it is made and ends when it is dropped. Make it
+/// for one migration, before the migration starts. The first pass sends what was written before the log was made.
 ///
-/// An error of a call, or a panic in one, ends the migration as any other error does: the guest goes on at the source.
+/// An error or a panic in a call ends the migration like any other error: the guest continues on the source.
 pub trait DirtyLog {
-    /// A migration of `blocks` begins. Called once, before the first [`take`](DirtyLog::take), with the guest running.
+    /// Called once when a migration of `blocks` begins, before the first [`take`](DirtyLog::take), with the guest
+    /// running.
     ///
     /// # Errors
-    /// If the log is of other blocks, or somebody else reads it; the migration then fails.
+    /// If the log was made for other blocks, or another reader uses it; the migration then fails.
     fn begin(&mut self, blocks: &RamBlocks) -> io::Result<()>;
 
-    /// The *bitmap sync*: adds to `into` all pages of `block` written since they were last taken, and forgets them in the
-    /// same step. A write that happens meanwhile must be found now or the next time.
+    /// The *bitmap sync*: adds to `into` all pages of `block` written since the last take, and clears them in the log
+    /// in the same step. A write during the call must be found by this call or the next.
     ///
     /// # Errors
     /// If the log cannot be read; the migration then fails.
     fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()>;
 
-    /// Puts bits back that were taken and whose pages no destination has: the migration failed or was cancelled. Called after
-    /// an error of [`take`](DirtyLog::take), too.
+    /// Puts back bits that were taken, after the migration failed or was cancelled: no destination has these pages.
+    /// Also called after an error of [`take`](DirtyLog::take).
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap);
 }
 
-/// Pages of one block that a [`DirtyLog`] has found. Pages can be added to it and not taken out: most are there already
-/// when a log is asked for the first time.
+/// Pages of one block that a [`DirtyLog`] has found. Pages can be added but not removed: most pages are already present
+/// when the log is read for the first time.
 #[derive(Debug)]
 pub struct DirtyPages<'a>(&'a PageBitmap);
 
 impl<'a> DirtyPages<'a> {
-    /// Pages are added to `pages`.
+    /// Creates a collector that adds pages to `pages`.
     pub fn new(pages: &'a PageBitmap) -> Self {
         Self(pages)
     }
@@ -105,7 +106,7 @@ impl<'a> DirtyPages<'a> {
     /// Takes all bits out of `from` and adds their pages.
     ///
     /// # Panics
-    /// If it is of another number of pages.
+    /// If `from` has a different number of pages.
     pub fn take_from(&mut self, from: &PageBitmap) {
         from.take(self.0);
     }

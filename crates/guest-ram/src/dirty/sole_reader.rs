@@ -1,4 +1,4 @@
-//! One reader of a log at a time: bits that one takes, the other would miss.
+//! Allows one reader of a log at a time: a second reader would miss the bits that the first one takes.
 
 use std::{
     collections::BTreeSet,
@@ -6,16 +6,16 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// The right to read what `place` keeps, until dropped.
+/// The exclusive right to read the log at `place`, until dropped.
 #[derive(Debug)]
 pub(crate) struct SoleReader(usize);
 
-/// Addresses, or other numbers that no two logs of this process share at one time.
+/// Addresses, or other numbers that no two logs of this process use at the same time.
 static TAKEN: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 
 impl SoleReader {
     /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`] if it is being read already.
+    /// [`io::ErrorKind::ResourceBusy`] if the log is being read already.
     pub(crate) fn of(place: usize) -> io::Result<Self> {
         let free = TAKEN.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
         if free { Ok(Self(place)) } else { Err(busy()) }

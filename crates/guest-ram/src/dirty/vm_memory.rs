@@ -1,7 +1,7 @@
 //! The dirty log of `vm-memory`'s own bitmaps. Feature `vm-memory`.
 //!
-//! Whatever writes through `vm-memory` marks the region's bitmap by itself. What the vCPUs write it does not see: that is
-//! for the kernel's log.
+//! All code that writes through `vm-memory` marks the region's bitmap automatically. It does not see what the vCPUs
+//! write; the kernel's log does.
 
 use std::{io, sync::Arc};
 
@@ -13,9 +13,9 @@ use vm_memory::{
 use super::{DirtyLog, DirtyPages, coarse::CoarseBits, sole_reader::SoleReader};
 use crate::{BlockIndex, BlockOffset, Error, Identity, PageBitmap, PageIndex, PageSize, RamBlocks, runs};
 
-/// A region's bitmap, if it has one.
+/// A bitmap type of a region that may have dirty bits.
 pub trait RegionBitmap: Bitmap {
-    /// The bitmap.
+    /// The bitmap, if the region has one.
     fn bits(&self) -> Option<&AtomicBitmap>;
 }
 
@@ -31,10 +31,10 @@ impl RegionBitmap for Option<AtomicBitmap> {
     }
 }
 
-/// The dirty log that `vm-memory` keeps: what the VMM writes through its regions.
+/// The dirty log that `vm-memory` keeps: writes of the VMM through its regions.
 ///
-/// It says nothing of what vCPUs write; [merge](super::MergedLog) it with the kernel's log. Whoever has written marks the
-/// page after that, as `vm-memory` does.
+/// It does not contain writes of vCPUs: [merge](super::MergedLog) it with the kernel's log. A writer must mark the page
+/// after the write, as `vm-memory` does.
 #[derive(Debug)]
 pub struct AtomicBitmapLog<B = AtomicBitmap> {
     regions: Vec<(Arc<MmapRegion<B>>, CoarseBits)>,
@@ -44,12 +44,13 @@ pub struct AtomicBitmapLog<B = AtomicBitmap> {
 }
 
 impl<B: RegionBitmap> AtomicBitmapLog<B> {
-    /// The log of `memory`, whose regions are the memory of `blocks`: the region of each block is found by its address.
+    /// Creates the log of `memory`, whose regions are the memory of `blocks`. The region of each block is found by its
+    /// address.
     ///
     /// # Errors
-    /// [`Error::DirtyBitmap`] if a block's memory is no region, or its region has no bitmap, or one of pages that are no
-    /// power of two, within an error of [`io::ErrorKind::InvalidInput`]; [`io::ErrorKind::ResourceBusy`] if another log
-    /// reads the bitmaps.
+    /// [`Error::DirtyBitmap`] within an error of [`io::ErrorKind::InvalidInput`] if a block's memory is not a region,
+    /// or its region has no bitmap, or the bitmap has pages that are not a power of two;
+    /// [`io::ErrorKind::ResourceBusy`] if another log reads the bitmaps.
     pub fn new(memory: &GuestMemoryMmap<B>, blocks: &RamBlocks) -> io::Result<Self> {
         let page_size = blocks.page_size();
         let pairs = blocks.iter().map(|(_, block)| {
@@ -80,7 +81,8 @@ impl<B: RegionBitmap> AtomicBitmapLog<B> {
     }
 }
 
-/// The bytes of a bit. A bitmap does not tell; at most one power of two fits, or the one bit covers all.
+/// The number of bytes that one bit covers. The bitmap does not report it. At most one power of two fits, or one bit
+/// covers everything.
 fn bytes_of_a_bit(bits: &AtomicBitmap) -> Option<u64> {
     let (size, len) = (bits.byte_size() as u64, bits.len() as u64);
     (0..u64::BITS - 1).map(|shift| 1 << shift).find(|bytes| size.div_ceil(*bytes) == len)

@@ -1,11 +1,11 @@
-//! A private buffer that direct I/O takes.
+//! A private buffer with the alignment of direct I/O.
 
 use std::ops::{Deref, DerefMut};
 
-/// What private buffers are aligned to, in bytes: as much as any disk asks for.
+/// The alignment of private buffers in bytes: sufficient for every disk.
 const BORDER: usize = 4 << 10;
 
-/// A private buffer that begins where direct I/O wants it to.
+/// A private buffer that is aligned for direct I/O.
 #[derive(Debug, Default)]
 pub struct AlignedBuffer {
     bytes: Box<[u8]>,
@@ -14,7 +14,7 @@ pub struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// `len` zeros.
+    /// Creates a buffer of `len` zeros.
     pub fn new(len: usize) -> Self {
         let bytes = vec![0; len + BORDER].into_boxed_slice();
         let start = bytes.as_ptr().addr().next_multiple_of(BORDER) - bytes.as_ptr().addr();

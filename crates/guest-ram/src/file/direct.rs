@@ -1,8 +1,9 @@
-//! Direct I/O: pages go between a private buffer and the disk, past the page cache.
+//! Direct I/O: pages go between a private buffer and the disk and bypass the page cache.
 //!
-//! The system takes only what is aligned: the buffer's address, the position in the file, the length. Where one of them is
-//! not, and where a file system turns out to refuse, the page cache is used after all; so the caller need not know. Both
-//! ways may be mixed in one file: the system writes back and drops what it has cached of a stretch before it goes past it.
+//! The system accepts only aligned calls: the buffer's address, the position in the file, the length. If one of them is
+//! not aligned, or the file system refuses the call, the page cache is used instead. So the caller need not check. Both
+//! ways may be mixed in one file: before the system bypasses its cache for a stretch, it writes back and drops what it
+//! has cached of it.
 
 use std::{
     fs::{File, OpenOptions},
@@ -19,24 +20,24 @@ use rustix::{
     io::Errno,
 };
 
-/// A second way to an open file, past the page cache.
+/// A second descriptor of an open file, for direct I/O.
 #[derive(Debug)]
 pub struct DirectFile {
     file: File,
     memory_alignment: u64,
     offset_alignment: u64,
-    /// Set once the system has refused what should suit it.
+    /// Set after the system has refused a call that meets the alignment.
     refused: AtomicBool,
 }
 
 impl DirectFile {
-    /// Opens the file behind `file` once more, as it is open there, for direct I/O.
+    /// Opens `file` once more for direct I/O, with the same access mode.
     ///
     /// # Errors
-    /// If its file system knows no direct I/O, or the file may not be opened again.
+    /// If its file system does not support direct I/O, or the file may not be opened again.
     pub fn of(file: &File) -> io::Result<Self> {
         let flags = fcntl_getfl(file)?;
-        // By way of the descriptor: the name may be another file's by now.
+        // The file is opened through its descriptor, because its name may belong to another file by now.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let opened = OpenOptions::new()
             .read(!flags.contains(OFlags::WRONLY))
@@ -51,12 +52,12 @@ impl DirectFile {
         Ok(Self { file, memory_alignment, offset_alignment, refused: AtomicBool::new(false) })
     }
 
-    /// What positions in the file are multiples of, in bytes.
+    /// The required alignment of positions in the file, in bytes.
     pub fn offset_alignment(&self) -> u64 {
         self.offset_alignment
     }
 
-    /// Writes `bytes` at `offset`: past the page cache where that can be, by way of `cached` where it cannot.
+    /// Writes `bytes` at `offset`, with direct I/O where possible, otherwise through `cached`.
     pub(crate) fn write_all_at(&self, cached: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
         while !bytes.is_empty() {
             let direct = self.takes(bytes.as_ptr().addr(), bytes.len(), offset);
@@ -70,7 +71,7 @@ impl DirectFile {
         Ok(())
     }
 
-    /// Fills `buffer` from `offset` on, as [`write_all_at`](DirectFile::write_all_at) writes.
+    /// Fills `buffer` from `offset` on, with direct I/O where possible, otherwise through `cached`.
     pub(crate) fn read_exact_at(
         &self,
         cached: &File,
@@ -89,8 +90,8 @@ impl DirectFile {
         Ok(())
     }
 
-    /// Makes a call that moves bytes between memory at `address` and the file at `offset`: past the page cache where that
-    /// can be, by way of `cached` where it cannot.
+    /// Makes a call that moves bytes between memory at `address` and the file at `offset`: with direct I/O where
+    /// possible, otherwise through `cached`.
     pub(crate) fn call(
         &self,
         cached: &File,
@@ -118,7 +119,7 @@ impl DirectFile {
                 Some(Errno::INVAL | Errno::OPNOTSUPP) if direct => {
                     direct = false;
                     if !self.refused.swap(true, Ordering::Relaxed) {
-                        tracing::warn!(%error, "direct-io is refused: on by way of the page cache");
+                        tracing::warn!(%error, "direct-io is refused: the page cache is used instead");
                     }
                 }
                 _ => return Err(error),
@@ -135,8 +136,8 @@ impl DirectFile {
     }
 }
 
-/// What address and position must be multiples of. Asked of systems from Linux 6.1 on; before that, a page suits all
-/// disks there are.
+/// The required alignment of address and position. Systems report it from Linux 6.1 on. Before that, a page is assumed,
+/// which suits all disks.
 fn alignments(file: &File) -> io::Result<(u64, u64)> {
     let found = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
     if found.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
@@ -152,7 +153,7 @@ fn unsupported() -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, "its file system has no direct I/O")
 }
 
-/// Alignment where the system does not tell one, in bytes.
+/// The alignment in bytes where the system does not report one.
 const UNASKED: u64 = 4 << 10;
 #[cfg(test)]
 mod tests {
@@ -163,7 +164,7 @@ mod tests {
         tempfile::tempfile().expect("a file")
     }
 
-    /// One that takes what is aligned to 64 KiB only.
+    /// A file that accepts only calls aligned to 64 KiB.
     fn coarse(file: &File) -> DirectFile {
         let file = file.try_clone().expect("a descriptor");
         DirectFile { file, memory_alignment: 1, offset_alignment: 64 << 10, refused: AtomicBool::new(false) }
@@ -191,12 +192,12 @@ mod tests {
         }
         for (range, offset) in [(0..64 << 10, 0), (0..4096, 1 << 20), (4096..8192, 7), (3..5000, 4096)] {
             direct.write_all_at(&file, &buffer[range.clone()], offset).expect("written");
-            let mut met = AlignedBuffer::new(64 << 10);
-            direct.read_exact_at(&file, &mut met[range.clone()], offset).expect("read");
-            assert_eq!(met[range.clone()], buffer[range.clone()]);
-            let mut met = vec![0; range.len()];
-            file.read_exact_at(&mut met, offset).expect("read through the cache");
-            assert_eq!(met, buffer[range]);
+            let mut found = AlignedBuffer::new(64 << 10);
+            direct.read_exact_at(&file, &mut found[range.clone()], offset).expect("read");
+            assert_eq!(found[range.clone()], buffer[range.clone()]);
+            let mut found = vec![0; range.len()];
+            file.read_exact_at(&mut found, offset).expect("read through the cache");
+            assert_eq!(found, buffer[range]);
         }
     }
 
@@ -215,10 +216,10 @@ mod tests {
     #[test]
     fn refusal_that_should_not_be_is_met_once_and_the_cache_used() {
         let (file, direct) = (file(), coarse(&file()));
-        let met = direct.either(true, &file, |way| {
+        let found = direct.either(true, &file, |way| {
             if way.as_raw_fd() == file.as_raw_fd() { Ok(7) } else { Err(Errno::INVAL.into()) }
         });
-        assert_eq!(met.expect("by way of the cache"), 7);
+        assert_eq!(found.expect("by way of the cache"), 7);
         assert!(!direct.takes(0, 64 << 10, 0));
     }
 }

@@ -1,11 +1,12 @@
-//! A file in memory (tmpfs) that is to be made of huge pages, where it is written whole.
+//! Prepares huge pages in a file in memory (tmpfs) where the file is written whole.
 //!
-//! A page of such a file costs more to come by than to fill: each is taken, charged and entered by itself, with the file
-//! locked. A stretch of one page that is then *collapsed* into a huge page costs a fraction, and no lock of the file. It
-//! works on a file system that is not set to give huge pages (Linux 6.1), and it only saves time: whatever fails
-//! is left to the write that follows. See `docs/decisions/captures-are-copied-straight.md`.
+//! In such a file, allocating a page costs more than filling it: each page is allocated, charged and inserted by
+//! itself, with the file locked. Writing one page of a stretch and then *collapsing* the stretch into a huge page costs
+//! a fraction and takes no lock of the file. It works on a file system that is not configured for huge pages (Linux
+//! 6.1). It only saves time: if a step fails, the write that follows does the work. See
+//! `docs/decisions/captures-are-copied-straight.md`.
 //!
-//! UNSAFETY: this file maps the file and gives advice on the mapping; nothing ever looks into it.
+//! UNSAFETY: this file maps the file and gives advice on the mapping; nothing ever accesses the bytes.
 #![expect(unsafe_code, reason = "advice on a mapping is given by its address")]
 
 use std::{
@@ -20,13 +21,13 @@ use rustix::{
     mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
 };
 
-/// Bytes of a huge page.
+/// The size of a huge page in bytes.
 pub(crate) const HUGE: u64 = 2 << 20;
 
-/// A mapping of a part of a file in memory, for advice alone.
+/// A mapping of a part of a file in memory, used only for advice.
 #[derive(Debug)]
 pub(crate) struct HugeFile {
-    /// What was reserved, the mapping of the file within it.
+    /// The reserved range; the mapping of the file lies within it.
     reserved: NonNull<u8>,
     length: usize,
     /// The address of the byte at `start`.
@@ -34,7 +35,7 @@ pub(crate) struct HugeFile {
     /// Where the mapping begins in the file, and where it ends.
     start: u64,
     end: u64,
-    /// Set once the system has refused. Orders nothing.
+    /// Set after the system has refused. Orders nothing.
     refused: AtomicBool,
 }
 
@@ -44,8 +45,8 @@ unsafe impl Send for HugeFile {}
 unsafe impl Sync for HugeFile {}
 
 impl HugeFile {
-    /// The `length` bytes from `offset` on of a file in memory; `None` of any other file, or if it is too short to have
-    /// a huge page, or cannot be mapped.
+    /// Maps the `length` bytes from `offset` on of a file in memory. `None` for any other file, or if the file is too
+    /// short to have a huge page, or cannot be mapped.
     pub(crate) fn of(file: &File, offset: u64, length: u64) -> Option<Self> {
         if fstatfs(file).ok()?.f_type != libc::TMPFS_MAGIC {
             return None;
@@ -69,8 +70,8 @@ impl HugeFile {
         Some(made)
     }
 
-    /// Makes the huge pages that lie whole within `length` bytes from `offset` on, after `write` has written the first
-    /// page of each.
+    /// Makes the huge pages that lie completely within `length` bytes from `offset` on, after `write` has written the
+    /// first page of each.
     pub(crate) fn prepare(&self, offset: u64, length: u64, mut write: impl FnMut(u64) -> io::Result<()>) {
         let first = offset.next_multiple_of(HUGE).max(self.start);
         let end = ((offset + length) / HUGE * HUGE).min(self.end);
@@ -79,7 +80,7 @@ impl HugeFile {
         }
         let mut at = first;
         while at < end {
-            // An error is met again, and told, by the write of everything.
+            // The write of the whole stretch meets the same error again and reports it.
             if write(at).is_err() {
                 return;
             }

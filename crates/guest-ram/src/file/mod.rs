@@ -1,4 +1,4 @@
-//! Guest RAM in files: past the page cache, straight to and from memory, and what goes wrong with files.
+//! Guest RAM in files: direct I/O, transfers straight between memory and file, and errors of files.
 
 mod buffer;
 mod direct;

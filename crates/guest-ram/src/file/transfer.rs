@@ -1,10 +1,12 @@
-//! Pages straight between guest memory and a file, with no buffer in between.
+//! Transfers pages directly between guest memory and a file, with no buffer in between.
 //!
-//! In come two blocks of one name, one mapped and one in a file, and a run of pages; one call of the system moves it. The
-//! guest may write to the memory meanwhile: a page that is torn in the file is dirty again. A [`Transfer`] also knows how the
-//! target likes its runs: where huge pages begin in it, and, for a file in memory, to have them made.
+//! The input is two blocks with the same name, one mapped and one in a file, and a run of pages. One system call moves
+//! the run. The guest may write to the memory at the same time: a page that is torn in the file is dirty again. A
+//! [`Transfer`] also knows which runs suit the target: where huge pages begin in it, and, for a file in memory, how to
+//! make them.
 //!
-//! UNSAFETY: the system reads and writes guest memory by pointer and length of a [`GuestSlice`], which is no reference.
+//! UNSAFETY: the system reads and writes guest memory by pointer and length of a [`GuestSlice`], which is not a
+//! reference.
 #![expect(unsafe_code, reason = "guest memory is handed to the system by its address")]
 
 use std::{fs::File, io, os::fd::AsRawFd};
@@ -18,17 +20,17 @@ use super::{
 };
 use crate::{BlockOffset, GuestSlice, Memory, PageIndex, Places, RamBlock};
 
-/// The way from one block to the other, the same for all channels.
+/// The path from one block to the other, shared by all channels.
 #[derive(Debug)]
 pub struct Transfer {
-    /// Pages from a border of the target to the block's first page.
+    /// The number of pages from a boundary of the target to the block's first page.
     shift: u64,
-    /// Pages of a stretch, a power of two.
+    /// The number of pages of a stretch, a power of two.
     stretch: u64,
     huge: Option<HugeFile>,
 }
 
-/// What failed, at which end.
+/// Which side failed, and why.
 #[derive(Debug)]
 pub enum TransferError {
     /// The source could not be read.
@@ -38,18 +40,18 @@ pub enum TransferError {
 }
 
 impl Transfer {
-    /// The way from `source` to `target`.
+    /// Creates the transfer from `source` to `target`.
     ///
     /// # Errors
-    /// What is in the way.
+    /// The reason why there can be none.
     pub fn new(source: &RamBlock, target: &RamBlock) -> Result<Self, String> {
         if source.used_length() != target.used_length() {
-            let (expected, met) = (source.used_length(), target.used_length());
-            return Err(format!("expected {expected:#x} bytes in the target, met {met:#x}"));
+            let (expected, found) = (source.used_length(), target.used_length());
+            return Err(format!("expected {expected:#x} bytes in the target, found {found:#x}"));
         }
         let page_size = source.page_size();
         if page_size != target.page_size() {
-            return Err(format!("expected pages of {page_size} in the target, met {}", target.page_size()));
+            return Err(format!("expected pages of {page_size} in the target, found {}", target.page_size()));
         }
         let (start, huge) = match (source.memory(), target.memory()) {
             (Memory::Mapped(_), Memory::MappedRam(Places { file, offset, .. })) => {
@@ -69,24 +71,24 @@ impl Transfer {
         Ok(Self { shift: start / bytes, stretch: STRETCH / bytes, huge })
     }
 
-    /// The pages of a stretch: what is worth copying at once.
+    /// The number of pages of a stretch: the amount that is worth copying at once.
     pub fn stretch(&self) -> u64 {
         self.stretch
     }
 
-    /// The first page from `page` on with which a stretch of the target begins; it may be behind the block.
+    /// The first page from `page` on at which a stretch of the target begins. It may lie beyond the block.
     pub fn border(&self, page: PageIndex) -> u64 {
         let into = self.shift.wrapping_add(page.0) & (self.stretch - 1);
         if into == 0 { page.0 } else { page.0.saturating_add(self.stretch - into) }
     }
 
-    /// Copies `count` pages from `first` on, and notes that they hold something.
+    /// Copies `count` pages from `first` on, and records that they may be nonzero.
     ///
     /// # Errors
-    /// What the system says, and of which end.
+    /// The system's error, and which side it concerns.
     ///
     /// # Panics
-    /// If there are no such pages, or these are no blocks that the lane was made for.
+    /// If there are no such pages, or the transfer was made for other blocks.
     pub fn copy(
         &self,
         source: &RamBlock,
@@ -108,7 +110,7 @@ impl Transfer {
                 }
                 let written = all((file, direct.as_deref()), slice, offset + start, write_at);
                 written.map_err(|error| match Errno::from_io_error(&error) {
-                    // Guest memory that is a file, and was cut shorter.
+                    // Guest memory that is mapped from a file, and the file was truncated.
                     Some(Errno::FAULT) => TransferError::Read(truncated()),
                     _ => TransferError::Write(error),
                 })?;
@@ -128,7 +130,7 @@ impl Transfer {
     }
 }
 
-/// Moves all of `slice`, from or to `at` in the file, past the page cache if there is a way.
+/// Moves all of `slice`, to or from offset `at` of the file, with direct I/O if there is a descriptor for it.
 fn all(
     (file, direct): (&File, Option<&DirectFile>),
     mut slice: GuestSlice<'_>,
@@ -164,7 +166,7 @@ fn write_at(file: &File, slice: GuestSlice<'_>, at: u64) -> io::Result<usize> {
 fn read_at(file: &File, slice: GuestSlice<'_>, at: u64) -> io::Result<usize> {
     assert!(slice.is_writable(), "memory mapped for reading is not read into");
     let at = position(at)?;
-    // SAFETY: the slice lies inside the mapping that it borrows, which is writable, and is no reference.
+    // SAFETY: the slice lies inside the mapping that it borrows, which is writable, and is not a reference.
     let read = unsafe { libc::pread64(file.as_raw_fd(), slice.as_ptr().cast(), slice.len(), at) };
     moved(read, io::ErrorKind::UnexpectedEof)
 }
@@ -181,6 +183,6 @@ fn moved(count: isize, nothing: io::ErrorKind) -> io::Result<usize> {
     }
 }
 
-/// Bytes between two borders: a few huge pages, so that no two channels fill the same one, and the system is asked to make
-/// several of them at once.
+/// The distance between two boundaries in bytes. It is a few huge pages, so that no two channels fill the same one, and
+/// the system makes several at once.
 const STRETCH: u64 = 4 * HUGE;

@@ -1,8 +1,8 @@
-//! A file that has become shorter than the blocks in it: what the system says then is made plain.
+//! Explains errors of a file that has become shorter than the blocks in it.
 
 use std::io;
 
-/// The end of a file where pages should be.
+/// The error for a file that ends where pages should be.
 pub fn truncated() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
@@ -10,7 +10,7 @@ pub fn truncated() -> io::Error {
     )
 }
 
-/// An error of a read: that it met the end has one cause.
+/// Replaces the error of a read that reached the end of the file, which has only this one cause.
 pub(crate) fn explained(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::UnexpectedEof { truncated() } else { error }
 }

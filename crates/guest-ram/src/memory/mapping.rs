@@ -1,7 +1,7 @@
 //! Guest memory that is mapped into this process.
 //!
-//! UNSAFETY: this file makes mappings and takes them away. A guest, a device thread or another channel may write to the
-//! memory at any time, so no Rust reference to it is ever made: a [`GuestSlice`] is the only way to its bytes.
+//! UNSAFETY: this file creates and removes mappings. A guest, a device thread or another channel may write to the
+//! memory at any time, so no Rust reference to it is ever made: a [`GuestSlice`] is the only access to its bytes.
 #![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
 
 use std::{any::Any, fmt, fs::File, io, os::unix::fs::FileTypeExt, ptr::NonNull};
@@ -14,7 +14,7 @@ use rustix::{
 use super::GuestSlice;
 use crate::Error;
 
-/// What a mapping of a file may be used for.
+/// The access mode of a mapping of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Pages are sent from it.
@@ -23,9 +23,9 @@ pub enum Access {
     ReadWrite,
 }
 
-/// A stretch of guest memory mapped into this process.
+/// A range of guest memory mapped into this process.
 ///
-/// It unmaps itself when dropped, unless it was made [from raw parts](Mapping::from_raw).
+/// It is unmapped when dropped, unless it was made [from raw parts](Mapping::from_raw).
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
@@ -36,26 +36,26 @@ pub struct Mapping {
 }
 
 enum Owner {
-    /// So many bytes were mapped here, as many as asked for or more.
+    /// This number of bytes was mapped here; at least as many as requested.
     Mapped(usize),
     Foreign {
         _keep: Box<dyn Any + Send + Sync>,
     },
 }
 
-// SAFETY: the pointer is to memory that lives until the drop of the mapping or of what `owner` keeps,
-// whichever thread does that; it is reached through raw pointers only.
+// SAFETY: the pointer is to memory that lives until the drop of the mapping or of what `owner` keeps, whichever thread
+// does that; it is accessed through raw pointers only.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; concurrent access is part of the contract and happens through raw copies only.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Fresh memory, all zero, of `len` bytes: private, not reserved, in huge pages where the system
-    /// gives them. Costs nothing until it is touched, so terabytes are fine. What was never touched is zero, which the page
-    /// table tells, and is not looked at.
+    /// Maps new memory of `len` bytes, all zero: private, not reserved, in huge pages where the system provides them.
+    /// It uses no memory until it is touched, so terabytes are fine. Pages that were never touched are zero. The page
+    /// table lists them, so they are not read.
     ///
-    /// **Warning:** register no `userfaultfd` for missing pages in it, and map nothing over it: what those would fill in is
-    /// taken for zero and lost. Memory that is to be filled so is mapped by the embedder, and comes by
+    /// **Warning:** register no `userfaultfd` for missing pages in it, and map nothing over it: pages that those would
+    /// fill in count as zero and are lost. The embedder must map memory that is to be filled this way itself and use
     /// [`from_raw`](Self::from_raw).
     ///
     /// # Errors
@@ -74,26 +74,27 @@ impl Mapping {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         }?;
-        // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel
-        // without huge pages refuses it, which costs speed and nothing else.
+        // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel without huge
+        // pages refuses it, which only costs speed.
         let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let owner = Owner::Mapped(len);
         Ok(Self { base, len, writable: true, absent_is_zero: true, may_shrink: false, owner })
     }
 
-    /// `len` bytes of `file` from `offset` on, shared with it: a memfd or a file of huge pages that another process has
-    /// handed over by descriptor (`File::from(OwnedFd)`), so that the engine runs beside the monitor and not in it.
+    /// Maps `len` bytes of `file` from `offset` on, shared with the file. The file may be a memfd or a file of huge
+    /// pages that another process has passed as a descriptor (`File::from(OwnedFd)`), so that the engine runs beside
+    /// the monitor and not in it.
     ///
-    /// If the file is cut shorter while it is mapped, system calls on the lost part fail with `EFAULT`;
-    /// the copies of [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can reach
-    /// are moved by system calls only, and not looked at: those that are zero travel as any other, and such memory is not
-    /// packed and does not go over main. Of a memfd that is sealed against shrinking (`F_SEAL_SHRINK`) nothing can be lost.
-    /// Whether this one may become shorter, says [`may_shrink`](Self::may_shrink); that it never will, is for you to say by
-    /// [`never_shrinks`](Self::never_shrinks).
+    /// If the file is truncated while it is mapped, system calls on the lost part fail with `EFAULT`; the copies of
+    /// [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can access are moved by system calls
+    /// only and never read by the engine: zero pages are sent like any others, and such memory is not compressed and
+    /// not sent over main. A memfd that is sealed against shrinking (`F_SEAL_SHRINK`) cannot be truncated.
+    /// [`may_shrink`](Self::may_shrink) returns whether the file may become shorter; call
+    /// [`never_shrinks`](Self::never_shrinks) to declare that it never will.
     ///
     /// # Errors
-    /// If `offset` is no multiple of the size of the file's pages, or the system refuses the mapping;
+    /// If `offset` is not a multiple of the size of the file's pages, or the system refuses the mapping;
     /// [`Error::ShortFile`] within the error if the file ends before the mapping would.
     pub fn of_file(file: &File, offset: u64, len: u64, access: Access) -> io::Result<Self> {
         let len = address_space(len)?;
@@ -104,7 +105,8 @@ impl Mapping {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
-        // Before the mapping: sealed once is sealed for good, and what is sealed has the length that is found below.
+        // Checked before the mapping is made: a seal is permanent, and a sealed file keeps the length that is checked
+        // below.
         let may_shrink = may_shrink(file)?;
         // Huge pages are mapped and unmapped whole.
         let whole = len.checked_next_multiple_of(pages_of(file)?).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -113,57 +115,58 @@ impl Mapping {
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let (writable, owner) = (access == Access::ReadWrite, Owner::Mapped(whole));
         let mapping = Self { base, len, writable, absent_is_zero: false, may_shrink, owner };
-        // Behind the mapping: one for writing makes a file of huge pages as long as it has to be.
+        // Checked after the mapping is made: a writable mapping extends a file of huge pages to the needed length.
         within(file, offset, len as u64)?;
         Ok(mapping)
     }
 
-    /// Memory that somebody else has mapped; `keep` is dropped with the mapping.
+    /// Wraps memory that the caller has mapped; `keep` is dropped with the mapping.
     ///
     /// # Safety
-    /// `base .. base + len` must stay mapped, readable and writable until the mapping is dropped (dropping `keep` may unmap
-    /// it), and no Rust reference to any of it may be alive while the mapping is. If it is not writable, the mapping must be
-    /// made [`read_only`](Self::read_only) before it is used.
+    /// `base .. base + len` must stay mapped, readable and writable until the mapping is dropped (dropping `keep` may
+    /// unmap it), and no Rust reference to any of it may be alive while the mapping is. If it is not writable, the
+    /// mapping must be made [`read_only`](Self::read_only) before it is used.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
         let owner = Owner::Foreign { _keep: Box::new(keep) };
         Self { base, len, writable: true, absent_is_zero: false, may_shrink: false, owner }
     }
 
-    /// The mapping, but nothing is received into it: memory that is mapped without the right to write.
+    /// Forbids receiving into the mapping: for memory that is mapped without write permission.
     #[must_use]
     pub fn read_only(mut self) -> Self {
         self.writable = false;
         self
     }
 
-    /// The mapping, with the promise that a page that the page table does not have is zero. On Linux 6.7 or later, pages
-    /// that the guest has never touched are then found in the page table and not looked at: for a guest that uses a part of
-    /// its RAM that is most of a first pass. [`anonymous`](Self::anonymous) memory is so from the beginning.
+    /// Declares that a page that is absent from the page table is zero. On Linux 6.7 or later, pages that the guest has
+    /// never touched are then found through the page table and not read. For a guest that uses a part of its RAM this
+    /// is most of the first pass. [`anonymous`](Self::anonymous) memory has this property from the beginning.
     ///
     /// # Safety
-    /// **Warning:** where the promise is false, guest memory is lost without an error. For as long as the mapping lives,
-    /// all of it is private anonymous memory, and nothing fills its pages when they are first touched: it is no mapping of
-    /// a file or of a memfd, private or shared, and no `userfaultfd` is registered for missing pages in it.
+    /// **Warning:** if the declaration is false, guest memory is lost without an error. As long as the mapping exists,
+    /// all of it must be private anonymous memory, and nothing may fill its pages when they are first touched: it must
+    /// not be a mapping of a file or of a memfd, private or shared, and no `userfaultfd` may be registered for missing
+    /// pages in it.
     #[must_use]
     pub unsafe fn assume_absent_is_zero(mut self) -> Self {
         self.absent_is_zero = true;
         self
     }
 
-    /// The mapping, of whose file this is known: nobody makes it shorter while it is mapped, although no seal keeps them
-    /// from it. A file on a disk or of huge pages cannot be sealed.
+    /// Declares that nobody truncates the mapped file while it is mapped, although no seal prevents it. A file on a
+    /// disk or of huge pages cannot be sealed.
     ///
-    /// **Warning:** said of a file that is cut shorter all the same, this process ends by `SIGBUS` when a page behind the
-    /// new end is looked at, packed or encrypted.
+    /// **Warning:** if the file is truncated nevertheless, `SIGBUS` ends this process when a page beyond the new end is
+    /// read, compressed or encrypted.
     #[must_use]
     pub fn never_shrinks(mut self) -> Self {
         self.may_shrink = false;
         self
     }
 
-    /// Whether somebody may cut the file shorter: it is mapped by [`of_file`](Self::of_file), has no seal against that
-    /// (`F_SEAL_SHRINK`), and nobody has said that it [never shrinks](Self::never_shrinks). Its pages are moved by system
-    /// calls alone then.
+    /// Whether another process may truncate the file: it is mapped by [`of_file`](Self::of_file), has no seal against
+    /// shrinking (`F_SEAL_SHRINK`), and was not declared to [never shrink](Self::never_shrinks). Its pages are then
+    /// moved by system calls only.
     #[inline]
     pub fn may_shrink(&self) -> bool {
         self.may_shrink
@@ -185,7 +188,7 @@ impl Mapping {
         self.len as u64
     }
 
-    /// Whether there is no byte in it.
+    /// Whether the mapping is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -227,26 +230,26 @@ impl fmt::Debug for Mapping {
     }
 }
 
-/// The size of the pages that a file is mapped in, if it is not the host's; 1 if it is.
+/// The size of the pages in which a file is mapped; 1 if it is the size of the host's pages.
 fn pages_of(file: &File) -> io::Result<usize> {
     let stat = fstatfs(file)?;
     let huge = stat.f_type == libc::HUGETLBFS_MAGIC;
     Ok(if huge { usize::try_from(stat.f_bsize).unwrap_or(1).max(1) } else { 1 })
 }
 
-/// Whether nothing keeps others from cutting the file shorter. Memory of a device has no length to cut.
+/// Whether nothing prevents others from truncating the file. Memory of a device has no length to truncate.
 fn may_shrink(file: &File) -> io::Result<bool> {
     if file.metadata()?.file_type().is_char_device() {
         return Ok(false);
     }
-    // What cannot be sealed is not.
+    // A file that cannot be sealed is not sealed.
     Ok(!fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)))
 }
 
-/// Refuses a part of a file that reaches beyond its end, where a touch would be `SIGBUS`.
+/// Refuses a part of a file that reaches beyond its end, where an access would raise `SIGBUS`.
 fn within(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let found = file.metadata()?;
-    // Nothing else tells its length so.
+    // Only regular files report their length this way.
     if !found.is_file() || offset.checked_add(len).is_some_and(|end| end <= found.len()) {
         return Ok(());
     }
@@ -309,7 +312,7 @@ mod tests {
         memory
     }
 
-    /// The mapping was made, and the first look at it ended the process.
+    /// Regression: the mapping was made, and the first access to it ended the process.
     #[test]
     fn file_that_ends_before_the_mapping_is_refused_with_both_lengths() {
         let file = tempfile::tempfile().expect("a file");

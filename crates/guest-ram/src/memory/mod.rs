@@ -1,4 +1,4 @@
-//! Guest memory in this process: mappings, parts of them, and what the page table knows of them.
+//! Guest memory in this process: mappings, slices of them, and their state in the page table.
 
 mod mapping;
 mod part;

@@ -1,7 +1,7 @@
-//! I/O vectors over private buffers and guest memory alike.
+//! I/O vectors over private buffers and over guest memory.
 //!
-//! A [`Part`] is read by a system call, a [`PartMut`] written by one. Either borrows what it points to, so
-//! it cannot outlive it; over guest memory it is no reference.
+//! A system call reads a [`Part`] and writes a [`PartMut`]. Both borrow what they point to and cannot outlive it. Over
+//! guest memory they are not references.
 //!
 //! UNSAFETY: pointer and length of a part come from a slice or a [`GuestSlice`] whose lifetime it carries.
 #![expect(unsafe_code, reason = "in-memory links copy from and to parts")]
@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 
 use super::GuestSlice;
 
-/// The most parts of one call: the pages of a packet without neighbours, a head before, a head behind.
+/// The greatest number of parts of one call: the pages of a packet without adjacent ones, a head before, a head after.
 pub const MAX_PARTS: usize = 130;
 
 /// Bytes to send: one vector of a gathering write.
@@ -23,7 +23,7 @@ impl std::fmt::Debug for Part<'_> {
     }
 }
 
-/// Room for bytes to receive: one vector of a scattering read.
+/// Space for bytes to receive: one vector of a scattering read.
 #[repr(transparent)]
 pub struct PartMut<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
 
@@ -58,7 +58,7 @@ impl<'a> From<&'a mut [u8]> for PartMut<'a> {
 
 impl<'a> From<GuestSlice<'a>> for PartMut<'a> {
     /// # Panics
-    /// If the memory is mapped for reading alone.
+    /// If the memory is mapped for reading only.
     fn from(slice: GuestSlice<'a>) -> Self {
         assert!(slice.is_writable(), "memory mapped for reading is not received into");
         Self(libc::iovec { iov_base: slice.as_ptr().cast(), iov_len: slice.len() }, PhantomData)
@@ -72,12 +72,12 @@ impl Part<'_> {
         self.0.iov_len
     }
 
-    /// Where it starts, for a call of the system. In guest memory, the bytes behind it may change at any time.
+    /// The start address, for a system call. In guest memory, the bytes there may change at any time.
     pub fn as_ptr(&self) -> *const u8 {
         self.0.iov_base.cast_const().cast()
     }
 
-    /// Copies the first bytes out, as many as `buffer` takes and the part has; says how many.
+    /// Copies the first bytes out, as many as fit into `buffer` and the part has. Returns their number.
     pub fn copy_to(&self, buffer: &mut [u8]) -> usize {
         let len = buffer.len().min(self.0.iov_len);
         // SAFETY: the part is readable for `iov_len` bytes while it is borrowed, the buffer is as long as
@@ -94,12 +94,12 @@ impl PartMut<'_> {
         self.0.iov_len
     }
 
-    /// Where it starts, for a call of the system.
+    /// The start address, for a system call.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.0.iov_base.cast()
     }
 
-    /// Copies bytes in, as many as `buffer` has and the part takes; says how many.
+    /// Copies bytes in, as many as `buffer` has and fit into the part. Returns their number.
     pub fn copy_from(&mut self, buffer: &[u8]) -> usize {
         let len = buffer.len().min(self.0.iov_len);
         // SAFETY: the part is writable for `iov_len` bytes while it is borrowed, the buffer is as long as
@@ -110,7 +110,7 @@ impl PartMut<'_> {
 }
 
 impl PartMut<'_> {
-    /// Copies bytes in from `offset` on, as many as `buffer` has and the part takes there; says how many.
+    /// Copies bytes in from `offset` on, as many as `buffer` has and fit into the part there. Returns their number.
     pub fn copy_from_at(&mut self, offset: usize, buffer: &[u8]) -> usize {
         let offset = offset.min(self.0.iov_len);
         let len = buffer.len().min(self.0.iov_len - offset);
@@ -124,10 +124,10 @@ impl PartMut<'_> {
 
 macro_rules! advance {
     ($name:ident, $part:ident) => {
-        /// Drops the first `done` bytes: whole parts are passed over, the next one is shortened.
+        /// Drops the first `done` bytes: whole parts are skipped, the next one is shortened.
         ///
         /// # Panics
-        /// If the parts hold fewer bytes: no system call moves more than it was given.
+        /// If the parts have fewer bytes: no system call moves more than it was given.
         pub fn $name<'p, 'a>(mut parts: &'p mut [$part<'a>], mut done: usize) -> &'p mut [$part<'a>] {
             while let [first, ..] = parts {
                 let len = first.0.iov_len;

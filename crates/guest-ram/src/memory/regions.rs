@@ -1,9 +1,8 @@
-//! Guest memory as `vm-memory` has it: its regions become RAM blocks. Feature `vm-memory`.
+//! Creates RAM blocks from the regions of `vm-memory`. Feature `vm-memory`.
 //!
 //! The blocks share the regions' mappings and keep them alive; nothing is copied.
 //!
-//! UNSAFETY: a mapping is made of the pointer and length that a region has of its own memory, which the region is kept
-//! alive for.
+//! UNSAFETY: a mapping is made of the pointer and length of a region's own memory, and the region is kept alive for it.
 #![expect(unsafe_code, reason = "a region's memory becomes a mapping")]
 
 use std::ptr::NonNull;
@@ -15,9 +14,11 @@ use vm_memory::{
 use super::Mapping;
 use crate::{BlockName, Error, Memory, PageSize, RamBlock, RamBlocks};
 
-/// One RAM block for each region of `memory`, in the order of guest addresses, named by its address: `ram@0x100000000`.
+/// Creates one RAM block for each region of `memory`, in the order of guest addresses. Its name contains the address:
+/// `ram@0x100000000`.
 ///
-/// A machine has them for all its life: the blocks that it has arrived in are those that it leaves from.
+/// Keep the blocks for the whole life of the machine: the blocks into which it migrated are those from which it
+/// migrates later.
 ///
 /// ```
 /// use guest_ram::{PageSize, RamBlock, blocks_of};
@@ -31,7 +32,7 @@ use crate::{BlockName, Error, Memory, PageSize, RamBlock, RamBlocks};
 /// ```
 ///
 /// # Errors
-/// [`Error::Unreadable`] if a region is mapped without the right to read.
+/// [`Error::Unreadable`] if a region is mapped without read permission.
 pub fn blocks_of<B>(memory: &GuestMemoryMmap<B>, page_size: PageSize) -> Result<RamBlocks, Error>
 where
     B: Bitmap + Send + Sync + 'static,
@@ -44,7 +45,7 @@ where
     RamBlocks::new(blocks.collect::<Result<_, Error>>()?)
 }
 
-/// A RAM block of one region, by a name of the caller's.
+/// Creates the RAM block of one region, with the name `name`.
 ///
 /// # Errors
 /// As [`blocks_of`].
@@ -63,9 +64,9 @@ where
     }
     let (len, writable) = (mapped.size(), may(libc::PROT_WRITE));
     let base = NonNull::new(mapped.as_ptr()).expect("what is mapped is not at 0");
-    // SAFETY: `base` and `len` are the mapping that `mapped` owns, or was given and vouches for, and `mapped` is kept until
-    // the drop. `vm-memory` lends volatile access and atomics, no plain reference. Where the right to write is missing,
-    // `read_only` takes it from the mapping.
+    // SAFETY: `base` and `len` are the mapping that `mapped` owns, or was given and vouches for, and `mapped` is kept
+    // until the drop. `vm-memory` lends volatile access and atomics, no plain reference. Where write permission is
+    // missing, `read_only` removes it from the mapping.
     let mapping = unsafe { Mapping::from_raw(base, len, mapped) };
     let mapping = if writable { mapping } else { mapping.read_only() };
     RamBlock::new(name, len as u64, page_size, Memory::Mapped(mapping))

@@ -1,15 +1,15 @@
-//! What this process's page table says of its memory (`PAGEMAP_SCAN`, Linux 6.7).
+//! Queries this process's page table (`PAGEMAP_SCAN`, Linux 6.7).
 //!
 //! ```text
-//! Mapping ─ addresses ─▶ scan ─ ranges of pages that are there ─▶ touched: PageBitmap
-//!                                                                 no bit: zero, without a look
+//! Mapping ─ addresses ─▶ scan ─ ranges of present pages ─▶ touched: PageBitmap
+//!                                                                 no bit: zero, not read
 //! ```
 //!
-//! Private memory that nobody has touched has no page, and is zero. To look at it would have the system find a page for
-//! it, one fault each; the page table tells of terabytes at once.
+//! Private memory that was never touched has no page and is zero. Reading it would make the system allocate a page,
+//! with one fault each. The page table answers for terabytes at once.
 //!
-//! UNSAFETY: an ioctl is given pointers to a structure and to a buffer that outlive the call. The addresses it is about
-//! are only looked up.
+//! UNSAFETY: an ioctl is given pointers to a structure and to a buffer that outlive the call. The addresses that it
+//! queries are only looked up.
 #![expect(unsafe_code, reason = "an ioctl that no crate wraps")]
 
 use std::{ffi::c_void, fs::File, io, ops::Range, os::fd::AsFd};
@@ -20,12 +20,12 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use super::GuestSlice;
 use crate::{PageBitmap, PageSize, dirty::mark};
 
-/// Pages of `memory` that may hold something. What is absent there must be zero.
+/// Pages of `memory` that may be nonzero. Pages that are absent there must be zero.
 ///
-/// Good for the moment: what is written later is for a dirty log that was on before.
+/// The answer holds for the moment of the call: later writes must be covered by a dirty log that was on before.
 ///
 /// # Errors
-/// If the kernel cannot tell.
+/// If the kernel cannot answer.
 pub(crate) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> io::Result<PageBitmap> {
     let start = memory.as_ptr().addr() as u64;
     let page = rustix::param::page_size() as u64;
@@ -38,7 +38,7 @@ pub(crate) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> io::Resul
     Ok(touched)
 }
 
-/// Those that have a page of their own, in memory or in swap. The one page of zeros that stands for many is none.
+/// Selects pages that have memory of their own, in RAM or in swap. The shared page of zeros does not count.
 const TOUCHED: Wanted = Wanted {
     flags: 0,
     inverted: PAGE_IS_PFNZERO as u64,
@@ -46,33 +46,33 @@ const TOUCHED: Wanted = Wanted {
     any_of: (PAGE_IS_PRESENT | PAGE_IS_SWAPPED) as u64,
 };
 
-/// What pages a scan tells of, in the kernel's own bits.
+/// Which pages a scan reports, in the kernel's own bits.
 #[derive(Debug)]
 pub(crate) struct Wanted {
-    /// What is done beside, to pages that are told of.
+    /// What else is done to the reported pages.
     pub(crate) flags: u64,
-    /// Of the categories below, those that a page must not be in.
+    /// The categories below that a page must *not* be in.
     pub(crate) inverted: u64,
-    /// A page is in all of these,
+    /// The categories that a page must all be in.
     pub(crate) all_of: u64,
-    /// and in one of these, if there are any.
+    /// The categories of which a page must be in at least one, if any are given.
     pub(crate) any_of: u64,
 }
 
-/// Where the kernel lists ranges of pages. It is used again for each call.
+/// A buffer in which the kernel lists ranges of pages. It is reused for each call.
 #[derive(Debug)]
 pub(crate) struct Regions(Box<[page_region]>);
 
 impl Regions {
-    /// Room for `count` ranges at once, of 24 bytes each.
+    /// Creates space for `count` ranges of 24 bytes each.
     pub(crate) fn new(count: usize) -> Self {
         Self(vec![page_region { start: 0, end: 0, categories: 0 }; count].into())
     }
 
-    /// Gives the addresses of pages in `range` that are `wanted`.
+    /// Calls `found` with the addresses of the pages in `range` that match `wanted`.
     ///
     /// # Errors
-    /// What the kernel says; `PermissionDenied` may be one of them.
+    /// The kernel's error; it may be `PermissionDenied`.
     pub(crate) fn scan(
         &mut self,
         pagemap: &File,
@@ -94,17 +94,19 @@ impl Regions {
                 category_inverted: wanted.inverted,
                 category_mask: wanted.all_of,
                 category_anyof_mask: wanted.any_of,
-                // Neighbours that differ in these are told of one by one.
+                // Adjacent pages that differ in these categories are reported separately.
                 return_mask: wanted.all_of & !wanted.inverted,
             });
             // SAFETY: the descriptor is a pagemap; the kernel fills at most `vec_len` ranges, which `self.0` has room
-            // for and nobody else looks at.
+            // for and nobody else accesses.
             let (filled, end) = unsafe { ioctl(pagemap.as_fd(), &mut scan) }?;
             for region in self.0.iter().take(filled) {
                 found(region.start..region.end);
             }
             if end <= start {
-                return Err(io::Error::other(format!("the scan of pages from {start:#x} on stands still")));
+                return Err(io::Error::other(format!(
+                    "the scan of pages from {start:#x} on makes no progress"
+                )));
             }
             start = end;
         }
@@ -114,9 +116,9 @@ impl Regions {
 
 struct Scan(pm_scan_arg);
 
-// SAFETY: the structure is that of this number; what its pointer points to is for the caller to see to.
+// SAFETY: the structure belongs to this ioctl number; the caller guarantees what its pointer points to.
 unsafe impl Ioctl for &mut Scan {
-    /// Ranges filled, and where the walk has ended.
+    /// The number of ranges filled, and the address at which the walk ended.
     type Output = (usize, u64);
 
     const IS_MUTATING: bool = true;
@@ -130,7 +132,7 @@ unsafe impl Ioctl for &mut Scan {
     }
 
     unsafe fn output_from_ptr(filled: IoctlOutput, arg: *mut c_void) -> rustix::io::Result<Self::Output> {
-        // SAFETY: it is what `as_ptr` has given.
+        // SAFETY: it is the pointer that `as_ptr` returned.
         let arg = unsafe { arg.cast::<pm_scan_arg>().read() };
         Ok((usize::try_from(filled).unwrap_or(0), arg.walk_end))
     }
@@ -177,7 +179,7 @@ mod tests {
             }
             let Some(touched) = touched_or_old(&block) else { return };
             assert!([0, 700, last].iter().all(|page| touched.contains(PageIndex(*page))));
-            // The system may give huge pages.
+            // The system may use huge pages.
             assert!(touched.count() <= 3 * 512);
             assert!(!touched.contains(PageIndex(block.pages() / 2)));
         }

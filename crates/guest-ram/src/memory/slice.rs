@@ -1,8 +1,9 @@
-//! A part of guest memory, and the only ways to its bytes.
+//! A part of guest memory, and the only access to its bytes.
 //!
-//! UNSAFETY: this file copies between guest memory and private buffers. A slice is a pointer and a length that lie inside
-//! the mapping they borrow; a guest, a device thread or another channel may write there at any time, so no Rust reference
-//! is ever made. What is read may be torn; callers decide from bytes they have copied, or send the page again.
+//! UNSAFETY: this file copies between guest memory and private buffers. A slice is a pointer and a length that lie
+//! inside the mapping they borrow. A guest, a device thread or another channel may write there at any time, so no Rust
+//! reference is ever made. Bytes that are read may be torn; callers decide from bytes they have copied, or send the
+//! page again.
 #![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
 
 use std::{fmt, marker::PhantomData, ptr::NonNull};
@@ -28,10 +29,11 @@ impl fmt::Debug for GuestSlice<'_> {
 unsafe impl Send for GuestSlice<'_> {}
 
 impl<'a> GuestSlice<'a> {
-    /// The `len` bytes at `ptr`.
+    /// Creates a slice of the `len` bytes at `ptr`.
     ///
     /// # Safety
-    /// They are mapped for all of `'a`, for writing if `writable`, and no reference to them is alive in it.
+    /// The bytes must be mapped for all of `'a`, for writing if `writable`, and no reference to them may be alive
+    /// during `'a`.
     pub(super) unsafe fn new(ptr: NonNull<u8>, len: usize, writable: bool) -> Self {
         Self { ptr, len, writable, life: PhantomData }
     }
@@ -43,7 +45,7 @@ impl<'a> GuestSlice<'a> {
         self.len
     }
 
-    /// Where it starts. The bytes behind it may change at any time.
+    /// The start address. The bytes there may change at any time.
     #[inline]
     pub fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
@@ -55,7 +57,7 @@ impl<'a> GuestSlice<'a> {
         self.writable
     }
 
-    /// What is behind the first `count` bytes.
+    /// The slice without its first `count` bytes.
     ///
     /// # Panics
     /// If there are fewer.
@@ -67,7 +69,7 @@ impl<'a> GuestSlice<'a> {
         Self { ptr, len, ..self }
     }
 
-    /// Its first `count` bytes, or all if there are fewer.
+    /// The first `count` bytes, or all if there are fewer.
     #[inline]
     pub(crate) fn up_to(self, count: usize) -> Self {
         Self { len: self.len.min(count), ..self }
@@ -76,7 +78,7 @@ impl<'a> GuestSlice<'a> {
     /// Copies the bytes into a private buffer.
     ///
     /// # Panics
-    /// If `buffer` has another length.
+    /// If `buffer` has a different length.
     pub fn copy_to(&self, buffer: &mut [u8]) {
         assert_eq!(buffer.len(), self.len, "a copy has the length of its source");
         // SAFETY: both are valid for `len` bytes (the slice lies inside its mapping, the lengths are equal),
@@ -87,7 +89,7 @@ impl<'a> GuestSlice<'a> {
     /// Copies a private buffer into the memory.
     ///
     /// # Panics
-    /// If `buffer` has another length, or the memory is mapped for reading alone.
+    /// If `buffer` has a different length, or the memory is mapped for reading only.
     pub fn copy_from(&self, buffer: &[u8]) {
         assert!(self.writable, "memory mapped for reading is not written to");
         assert_eq!(buffer.len(), self.len, "a copy has the length of its target");
@@ -98,17 +100,17 @@ impl<'a> GuestSlice<'a> {
     /// Writes zeros.
     ///
     /// # Panics
-    /// If the memory is mapped for reading alone.
+    /// If the memory is mapped for reading only.
     pub fn clear(&self) {
         assert!(self.writable, "memory mapped for reading is not written to");
         // SAFETY: the slice lies inside its mapping, which is writable.
         unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
     }
 
-    /// Whether every byte is zero at the moment it is looked at.
+    /// Whether every byte is zero at the moment it is read.
     ///
-    /// The guest may write meanwhile; the answer is good for a page whose dirty bit was taken before, since
-    /// a later write sets it again.
+    /// The guest may write at the same time. The answer is valid for a page whose dirty bit was taken before, because a
+    /// later write sets the bit again.
     pub fn is_zero(&self) -> bool {
         // SAFETY: the slice lies inside the mapping that it borrows.
         unsafe { zero::is_zero(self.ptr.as_ptr(), self.len) }

@@ -1,22 +1,21 @@
-//! Whether guest memory is zero, found at the speed at which memory can be read.
+//! Checks whether guest memory is zero, at the speed at which memory can be read.
 //!
 //! ```text
-//! first, middle and last word ─▶ vectors: AVX2 or SSE2, NEON ─▶ the few bytes left over
+//! first, middle and last word ─▶ vectors: AVX2 or SSE2, NEON ─▶ the remaining bytes
 //! most pages end here            (elsewhere words)
 //! ```
 //!
-//! With AVX2 it waits for memory and not for itself. AVX-512 was tried: quicker in the caches, where guest RAM seldom
-//! is, and no quicker from memory. `examples/zero_test.rs` measures.
+//! With AVX2 the speed of memory is the limit. AVX-512 was tried: it is faster in the caches, where guest RAM seldom
+//! is, and not faster from memory. `examples/zero_test.rs` measures this.
 //!
-//! In come a pointer and a length that the caller has found inside a mapping, out goes an answer that is good for the
-//! moment at which each byte was looked at. The guest may write meanwhile, and no Rust reference is made. What such a
-//! race can do: a load that the compiler knows of might be repeated, or left out, because nothing else in sight writes
-//! there. So there are none: words are read by volatile loads, and vectors inside `asm!`, which the compiler takes for
-//! a read of unknown memory, done once, where it stands. To the processor the race is one of plain loads, each byte of
-//! which is old or new. An answer that is wrong for want of the newest byte does no harm: the write has set the page's
-//! dirty bit again.
+//! The input is a pointer and a length that the caller has checked to lie inside a mapping. The answer is valid for the
+//! moment at which each byte was read. The guest may write at the same time, and no Rust reference is made. In such a
+//! race, the compiler might repeat or omit an ordinary load, because no code that it sees writes there. So there are no
+//! ordinary loads: words are read by volatile loads, and vectors inside `asm!`, which the compiler treats as one read
+//! of unknown memory at this position. For the processor the race concerns plain loads, each byte of which is old or
+//! new. An answer that misses the newest byte does no harm: the write has set the page's dirty bit again.
 //!
-//! UNSAFETY: this file reads through raw pointers, and holds assembly that does.
+//! UNSAFETY: this file reads through raw pointers, and contains assembly that does.
 #![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
 
 /// Whether the `len` bytes at `start` are all zero.
@@ -26,26 +25,27 @@
 pub(crate) unsafe fn is_zero(start: *const u8, len: usize) -> bool {
     if len >= 2 * WORD {
         for at in [0, len / 2, len - WORD] {
-            // SAFETY: `at <= len - WORD`: half of the length leaves as much behind it.
+            // SAFETY: `at <= len - WORD`: half of the length leaves as much after it.
             if unsafe { word(start, at) } != 0 {
                 return false;
             }
         }
     }
-    // SAFETY: the caller's promise, handed on.
+    // SAFETY: the caller's promise is passed on.
     unsafe { whole(best(), start, len) }
 }
 
-/// A way to look at memory in steps of vectors.
+/// A method to check memory in steps of vectors.
 #[derive(Clone, Copy)]
 struct Scan {
-    /// Bytes that a step looks at.
+    /// The number of bytes per step.
     step: usize,
-    /// Whether so many steps from a pointer on, at least one, are zero. Only for a processor that has the vectors.
+    /// Whether the given number of steps from a pointer on, at least one, are zero. Only for a processor that has the
+    /// vectors.
     steps: unsafe fn(*const u8, usize) -> bool,
 }
 
-/// The quickest way that this processor knows.
+/// The fastest method that this processor supports.
 #[cfg(not(miri))]
 fn best() -> Scan {
     #[cfg(target_arch = "x86_64")]
@@ -56,13 +56,13 @@ fn best() -> Scan {
     WORDS
 }
 
-/// The way that an interpreter can follow.
+/// The method that an interpreter can run.
 #[cfg(miri)]
 fn best() -> Scan {
     WORDS
 }
 
-/// Looks at whole steps first, then at what is left.
+/// Checks whole steps first, then the rest.
 ///
 /// # Safety
 /// As [`is_zero`]; and the processor must have what `scan` needs.
@@ -75,7 +75,7 @@ unsafe fn whole(scan: Scan, start: *const u8, len: usize) -> bool {
     (steps * scan.step..len).all(|at| {
         // SAFETY: `at < len`, inside what the caller has promised.
         let byte = unsafe { start.add(at) };
-        // SAFETY: inside, as found above; volatile because the guest may write.
+        // SAFETY: inside, as shown above; volatile because the guest may write.
         unsafe { byte.read_volatile() == 0 }
     })
 }
@@ -97,7 +97,7 @@ struct Unaligned(u64);
 
 const WORD: usize = size_of::<u64>();
 
-/// For every processor, eight words a step.
+/// For every processor, eight words per step.
 #[cfg_attr(
     all(not(miri), not(test), any(target_arch = "x86_64", target_arch = "aarch64")),
     expect(dead_code, reason = "vectors are quicker")
@@ -116,7 +116,7 @@ unsafe fn words(start: *const u8, steps: usize) -> bool {
     })
 }
 
-/// What every x86-64 processor has.
+/// SSE2, which every x86-64 processor has.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const SSE2: Scan = Scan { step: 64, steps: sse2 };
 
@@ -191,7 +191,7 @@ unsafe fn avx2(start: *const u8, mut steps: usize) -> bool {
     steps == 0
 }
 
-/// What every 64-bit Arm processor that runs Linux has.
+/// NEON, which every 64-bit Arm processor that runs Linux has.
 #[cfg(all(target_arch = "aarch64", not(miri)))]
 const NEON: Scan = Scan { step: 64, steps: neon };
 
@@ -234,7 +234,7 @@ mod tests {
 
     use super::*;
 
-    /// Every way that this processor knows.
+    /// All methods that this processor supports.
     fn known() -> Vec<(&'static str, Scan)> {
         #[cfg_attr(miri, expect(unused_mut, reason = "an interpreter knows one way"))]
         let mut known = vec![("words", WORDS)];
@@ -250,12 +250,12 @@ mod tests {
         known
     }
 
-    /// What each of them says of these bytes, and the whole test last.
+    /// The answer of each method for these bytes; the answer of the whole test is last.
     fn answers(bytes: &[u8]) -> Vec<(&'static str, bool)> {
         let mut answers: Vec<_> = known()
             .into_iter()
             .map(|(name, scan)| {
-                // SAFETY: the slice is readable, and the processor was asked what it has.
+                // SAFETY: the slice is readable, and `known` lists only methods that the processor supports.
                 (name, unsafe { whole(scan, bytes.as_ptr(), bytes.len()) })
             })
             .collect();
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn a_page_of_any_size_that_is_zero_is_found_by_every_way() {
         for len in [0, 1, 15, 16, 17, 63, 64, 255, 256, 257, 1024, 4096, 16384] {
-            // What lies before and behind must not be looked at.
+            // The bytes before and after the range must not be read.
             let mut bytes = vec![0xff; len + 2];
             bytes[1..=len].fill(0);
             for (name, zero) in answers(&bytes[1..=len]) {
@@ -323,7 +323,7 @@ mod tests {
         }
     }
 
-    /// Whatever it answers while it races: afterwards it says what is there.
+    /// The answers during the race do not matter: afterwards the answer must match the contents.
     #[test]
     #[cfg_attr(miri, ignore = "a race, which an interpreter forbids and processors allow")]
     fn a_page_that_is_written_meanwhile_is_looked_at_without_harm() {

@@ -14,8 +14,9 @@ pub(super) fn peak_beyond(blocks: &RamBlocks) -> io::Result<u64> {
     Ok((kib << 10).saturating_sub(ram))
 }
 
-/// The bytes of a block that are in memory. Huge pages count whole, as they do in the system's peak. The zero page, to which
-/// memory is mapped that was only read, counts here and not there: of RAM that nobody has touched this tells nothing.
+/// The bytes of a block that are in memory. Huge pages count whole, as in the system's peak. The zero page, to which
+/// memory is mapped that was only read, counts here but not in the peak. So this result is meaningless for untouched
+/// RAM.
 fn resident(block: &RamBlock) -> io::Result<u64> {
     let Some(slice) = block.slice(PageIndex(0), block.pages()) else { return Ok(0) };
     let page_size = block.page_size().bytes();
@@ -27,7 +28,7 @@ fn resident(block: &RamBlock) -> io::Result<u64> {
     while page < end {
         let piece = &mut entries[..(end - page).min(PIECE) * ENTRY];
         pagemap.read_exact_at(piece, (page * ENTRY) as u64)?;
-        // Entries are words in host order; the top bit says that the page is in memory.
+        // Entries are words in host order; the top bit means that the page is in memory.
         count +=
             piece.chunks_exact(ENTRY).filter(|entry| entry.last().is_some_and(|top| top & 0x80 != 0)).count();
         page += PIECE;
@@ -37,5 +38,5 @@ fn resident(block: &RamBlock) -> io::Result<u64> {
 
 /// Bytes of an entry.
 const ENTRY: usize = 8;
-/// Entries read at a time: what is read counts as memory beyond RAM, too, so it is little.
+/// Entries read at a time. It is a small number, because the buffer counts as memory beyond RAM, too.
 const PIECE: usize = 512;

@@ -1,4 +1,4 @@
-//! The blocks of RAM that a destination fills, and whether they hold what they should.
+//! The blocks of RAM that a destination fills, and the check of their contents.
 
 use multifd::ram::{PageIndex, RamBlocks};
 
@@ -8,7 +8,7 @@ use crate::{
     contents::{Contents, PAGE},
 };
 
-/// The first page that does not hold what it should.
+/// The first page with wrong contents.
 pub(super) fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {
     let index = blocks.find(RAM.as_bytes()).ok_or("no block of RAM")?;
     let block = blocks.block(index)?;

@@ -1,4 +1,4 @@
-//! The engine as a destination: fresh memory for whatever machine comes.
+//! The engine as a destination: it receives any machine into fresh memory.
 
 use std::{
     io::{self, BufRead, Write},
@@ -47,7 +47,7 @@ pub(crate) struct DestinationArgs {
     listen: Address,
 }
 
-/// Says where it listens, then what it got; then, when it is asked to, looks whether that is what was expected.
+/// Prints its address, then what it got. On request it then checks that this is what was expected.
 pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
     let mut out = io::stdout().lock();
     if let Some(path) = &args.file {
@@ -59,7 +59,7 @@ pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
     }
     let listener = Listener::bind(&args.listen)?;
     writeln!(out, "{}", listener.local_address())?;
-    // The time runs until this line, so nothing else is done before.
+    // The time is measured until this line, so nothing else is done before.
     let blocks = match args.raw {
         Some(channels) => {
             let contents = args.contents.unwrap_or(Contents::Nonzero);
@@ -72,7 +72,7 @@ pub(crate) fn destination(args: &DestinationArgs) -> Result<()> {
     tell(&blocks, args, &mut out)
 }
 
-/// What it took and, when it is asked, whether it is right.
+/// Prints what it received and, on request, whether it is right.
 fn tell(blocks: &RamBlocks, args: &DestinationArgs, out: &mut impl Write) -> Result<()> {
     writeln!(out, "{}", serde_json::to_string(&Loaded { beyond: peak_beyond(blocks)? })?)?;
 
@@ -89,7 +89,7 @@ fn tell(blocks: &RamBlocks, args: &DestinationArgs, out: &mut impl Write) -> Res
     Ok(())
 }
 
-/// Calls `loaded` when everything is here and the source has been told.
+/// Calls `loaded` when everything has arrived and the source was informed.
 fn take_in(
     listener: Listener,
     args: &DestinationArgs,

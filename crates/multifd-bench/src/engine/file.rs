@@ -1,4 +1,4 @@
-//! The engine between memory and a mapped-ram file, without another side.
+//! The engine between memory and a mapped-ram file, without a peer.
 
 use std::{
     fs::{File, OpenOptions},
@@ -52,7 +52,7 @@ pub(super) fn restore(path: &Path, channels: u8) -> Result<Arc<RamBlocks>> {
     Ok(blocks)
 }
 
-/// Fails unless the machine in the file has the RAM that it should.
+/// Fails unless the machine in the file has the expected RAM.
 pub(crate) fn check_file(path: &Path, contents: Contents) -> Result<()> {
     match wrong(&*restore(path, 2)?, contents)? {
         None => Ok(()),

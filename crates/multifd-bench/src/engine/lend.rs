@@ -1,9 +1,9 @@
-//! Pages lent to a socket instead of copied: by way of a pipe, which takes references to them.
+//! Lends pages to a socket instead of copying them, through a pipe that takes references to them.
 //!
-//! What was tried for the engine and lost, so it lives here: see `docs/develop/performance.md`.
+//! This was tried for the engine and was slower, so it lives here: see `docs/develop/performance.md`.
 //!
-//! UNSAFETY: the system is told where guest memory is. It takes references to the pages, so they outlive the call whatever
-//! becomes of the mapping; nobody writes to this memory meanwhile.
+//! UNSAFETY: the system is given the address of guest memory. It takes references to the pages, so they outlive the
+//! call whatever becomes of the mapping; nobody writes to this memory meanwhile.
 #![expect(unsafe_code, reason = "the safe crates take slices, and guest memory is none")]
 
 use std::{
@@ -24,7 +24,7 @@ impl Lender {
     pub(super) fn new(socket: TcpStream) -> io::Result<Self> {
         socket.set_nodelay(true)?;
         let ends = io::pipe()?;
-        // Refused beyond what a user may have in all; then it takes more calls.
+        // The system refuses it beyond a user's total limit; then more calls are needed.
         let _ = rustix::pipe::fcntl_setpipe_size(&ends.1, ROOM);
         Ok(Self { socket, ends })
     }
@@ -49,7 +49,7 @@ impl Lender {
     }
 }
 
-/// Puts the pages from byte `from` on into a pipe; says how many bytes it took.
+/// Puts the pages from byte `from` on into a pipe. Returns how many bytes it accepted.
 fn lend(pipe: RawFd, pages: GuestSlice<'_>, from: usize) -> io::Result<usize> {
     let start = pages.as_ptr().wrapping_add(from).cast();
     let vector = libc::iovec { iov_base: start, iov_len: pages.len() - from };

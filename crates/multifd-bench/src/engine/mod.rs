@@ -1,13 +1,13 @@
-//! The engine as two real processes: this program again, as `source` and as `destination`.
+//! The engine as two real processes: this program as `source` and as `destination`.
 //!
 //! ```text
-//! orchestrator ── a line a migration ──▶ source ══ channels, main ══▶ destination ── a line when loaded ──▶ orchestrator
+//! orchestrator ── one line per migration ──▶ source ══ channels, main ══▶ destination ── a line when loaded ──▶ orchestrator
 //! ```
 //!
-//! With `raw`, the same two processes move the same memory by sockets alone. A source may capture into a file, too, and a
-//! destination restore out of one; then there is no other side.
+//! With `raw`, the same two processes move the same memory with sockets only. A source may also capture into a file,
+//! and a destination may restore from one; then there is no peer.
 //!
-//! A source keeps its RAM and migrates as often as it is told; a destination has fresh memory and ends after one.
+//! A source keeps its RAM and migrates once for each line; a destination has fresh memory and ends after one migration.
 
 mod beyond;
 mod blocks;
@@ -24,7 +24,7 @@ pub(crate) use destination::{DestinationArgs, destination};
 pub(crate) use file::check_file;
 pub(crate) use source::{SourceArgs, source};
 
-/// What a source is told to do.
+/// A command for a source.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Go {
     pub(crate) address: String,
@@ -42,11 +42,11 @@ pub(crate) struct Go {
 pub(crate) struct IntoFile {
     /// Past the page cache.
     pub(crate) direct_io: bool,
-    /// On the disk at the end.
+    /// Whether the file must be on the disk at the end.
     pub(crate) synced: bool,
 }
 
-/// What a source says when the destination has everything.
+/// The result of a source, when the destination has everything.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Sent {
     /// Bytes on all connections.
@@ -55,12 +55,12 @@ pub(crate) struct Sent {
     pub(crate) beyond: u64,
 }
 
-/// What a destination says when it has everything.
+/// The result of a destination, when it has everything.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Loaded {
     /// Peak resident memory beyond RAM, in bytes.
     pub(crate) beyond: u64,
 }
 
-/// The block that the contents are in: QEMU's name for it.
+/// The block with the contents: QEMU's name for it.
 const RAM: &str = "pc.ram";

@@ -1,10 +1,10 @@
-//! What a migration in one pass needs: its options, and a guest that does not run.
+//! The options of a migration in one pass, and a guest that does not run.
 
 use std::{io, time::Duration};
 
 use multifd::live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState, ZeroPageDetection};
 
-/// All of RAM at once, whatever the downtime.
+/// All of RAM at once, regardless of the downtime.
 pub(super) fn one_pass() -> MigrateOptions {
     MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)

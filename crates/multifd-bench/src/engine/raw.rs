@@ -1,8 +1,8 @@
 //! The limit: the same memory over the same sockets, and nothing else.
 //!
-//! No format, no zero test, no hand-over: a thread a connection sends a head of a packet's length and up to 512 KiB in one
-//! call, its share of RAM one after the other; a thread a connection receives them into fresh memory. Both know which pages
-//! are zero, and leave them out. What the engine takes more than this is the engine's; the rest is the system's.
+//! There is no format, no zero test and no hand-over. One thread per connection sends its share of RAM: a head of a
+//! packet's length and up to 512 KiB in one call. One thread per connection receives them into fresh memory. Both know
+//! which pages are zero, and leave them out. The time beyond this is the engine's; the rest is the system's.
 
 use std::{
     io::Read,
@@ -27,7 +27,7 @@ const PAGES: u64 = 128;
 /// Bytes of a number in a head.
 const NUMBER: usize = 8;
 
-/// Sends RAM, its pages copied into sockets, or all of them lent to these. Says how many bytes.
+/// Sends RAM; its pages are copied into sockets, or all are lent to them. Returns the number of bytes.
 pub(super) fn send(go: &Go, blocks: &RamBlocks, contents: Contents, lent: bool) -> Result<u64> {
     let block = blocks.block(blocks.find(RAM.as_bytes()).ok_or("no RAM")?)?;
     let address: Address = go.address.parse()?;
@@ -91,7 +91,7 @@ fn lend_share(address: &Address, block: &RamBlock, packets: impl Iterator<Item =
     Ok(bytes)
 }
 
-/// A packet's pages that are not zero, neighbours together.
+/// A packet's pages that are not zero, with adjacent pages combined.
 fn runs(block: &RamBlock, contents: Contents, packet: u64) -> Result<Vec<GuestSlice<'_>>> {
     let pages: Vec<u64> =
         (packet * PAGES..(packet + 1) * PAGES).filter(|page| !contents.is_zero(*page)).collect();
@@ -99,7 +99,7 @@ fn runs(block: &RamBlock, contents: Contents, packet: u64) -> Result<Vec<GuestSl
     runs.map(|run| Ok(block.slice(PageIndex(run[0]), run.len() as u64).ok_or("pages")?)).collect()
 }
 
-/// Receives `ram` bytes over so many connections.
+/// Receives `ram` bytes over this number of connections.
 pub(super) fn receive(
     mut listener: Listener,
     ram: u64,

@@ -1,4 +1,4 @@
-//! The engine as a source: RAM filled by itself or taken out of a file, and sent as often as it is told.
+//! The engine as a source: RAM is filled here or loaded from a file, and sent once for each command.
 
 use std::{
     fs::File,
@@ -53,7 +53,7 @@ pub(crate) struct SourceArgs {
     machine: Option<PathBuf>,
 }
 
-/// Says `ready`, then migrates once for each line of standard input.
+/// Prints `ready`, then migrates once for each line of standard input.
 pub(crate) fn source(args: &SourceArgs) -> Result<()> {
     let machine = args
         .machine
@@ -93,7 +93,7 @@ fn filled(args: &SourceArgs) -> Result<RamBlocks> {
     Ok(RamBlocks::new(vec![block])?)
 }
 
-/// The file's machine in memory, as a monitor would have it. Pages that are not in the file stay untouched.
+/// Loads the file's machine into memory, as a monitor would. Pages that are not in the file stay untouched.
 fn load(file: &MappedRamFile) -> Result<RamBlocks> {
     let mut blocks = Vec::new();
     for ((index, entry), place) in file.blocks().iter().zip(file.places()) {

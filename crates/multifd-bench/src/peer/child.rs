@@ -1,4 +1,4 @@
-//! This program or another as a child: spoken to in lines, killed when dropped.
+//! A child process, this program or another. It communicates in lines and is killed when dropped.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -40,7 +40,7 @@ impl Talker {
         Ok(line.trim_end().to_owned())
     }
 
-    /// Closes its input and waits for it to end well.
+    /// Closes its input and waits until it has ended successfully.
     pub(crate) fn end(mut self) -> Result<()> {
         drop(self.input.take());
         let status = self.child.wait()?;
@@ -54,7 +54,7 @@ impl Talker {
 
 impl Drop for Talker {
     fn drop(&mut self) {
-        // Gone already where all went well; then there is nothing to end.
+        // Normally it has ended already; then there is nothing to kill.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,7 +1,7 @@
-//! One copy in memory: what this machine's memory lets anybody move who copies RAM at all.
+//! One copy in memory: the upper limit of this machine's memory for any copy of RAM.
 //!
-//! As many threads as there are channels copy their shares of RAM into fresh memory, within one process. A migration over
-//! sockets copies twice.
+//! As many threads as there are channels copy their shares of RAM into fresh memory, within one process. A migration
+//! over sockets copies twice.
 
 use std::{thread, time::Instant};
 

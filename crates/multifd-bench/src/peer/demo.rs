@@ -1,4 +1,4 @@
-//! `multifd demo`: a guest that writes while it moves, and how long it stood still.
+//! `multifd demo`: a guest that writes while it moves, and its downtime.
 
 use std::{path::PathBuf, process::Command, time::Instant};
 
@@ -10,7 +10,7 @@ use crate::Result;
 pub(crate) struct Demo {
     pub(crate) program: PathBuf,
     pub(crate) setting: Setting,
-    /// Bytes that its guest writes a second.
+    /// Bytes that its guest writes per second.
     pub(crate) dirty_rate: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The engine as either end: this program in a process of its own, or the same of another build.
+//! The engine as either end: this program in a separate process, or the program of another build.
 
 use std::{path::Path, process::Command};
 
@@ -31,12 +31,12 @@ pub(crate) struct EngineSource<'a> {
 }
 
 impl<'a> EngineSource<'a> {
-    /// The same, but the address is that of a file.
+    /// The same source, with the address of a file.
     pub(crate) fn into_file(self, into: IntoFile) -> Self {
         Self { file: Some(into), ..self }
     }
 
-    /// One whose RAM is filled as `setting` says, or that is the machine in a file.
+    /// Starts a source whose RAM is filled according to `setting`, or which has the machine in a file.
     pub(crate) fn start(
         program: &Path,
         setting: &Setting,
@@ -123,7 +123,7 @@ impl EngineDestination {
         Self::start_as(command)
     }
 
-    /// One that loads the machine in a file when it is told to [go](Self::go).
+    /// Starts a destination that loads the machine in a file on the command [go](Self::go).
     pub(crate) fn start_of_file(program: &Path, setting: &Setting, path: &Path) -> Result<Self> {
         let mut command = role(program, "destination");
         command.arg(format!("--contents={}", name(setting.contents)?));

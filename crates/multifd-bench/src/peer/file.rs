@@ -1,7 +1,8 @@
-//! A guest into a mapped-ram file, and out of it: QEMU by itself, the engine by itself, or QEMU with `multifd` beside it.
+//! A guest into a mapped-ram file, and out of it: QEMU alone, the engine alone, or QEMU with `multifd`.
 //!
-//! `multifd receive` ends when the file is on the disk; QEMU leaves that to whoever cares. So QEMU and the engine are measured
-//! with an `fsync` behind it and without. What the engine has written is loaded and looked at when the clock has stopped.
+//! `multifd receive` ends when the file is on the disk; QEMU does not sync the file. So QEMU and the engine are
+//! measured with an `fsync` afterwards and without one. A file that the engine has written is loaded and checked after
+//! the measurement.
 
 use std::{
     fs::File,
@@ -132,7 +133,7 @@ impl Peer for OurCapture {
     fn round(&mut self) -> Result<Sample> {
         self.source.ready()?;
         let mut command = Command::new("sh");
-        // Its first line of standard error is where it listens.
+        // The first line of its standard error is its address.
         command
             .args(["-c", "exec \"$0\" receive tcp:127.0.0.1:0 \"$1\" 2>&1"])
             .arg(&self.program)

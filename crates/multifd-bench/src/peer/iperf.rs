@@ -1,4 +1,4 @@
-//! `iperf3 -P N`: what the sockets of this machine carry when nobody looks at the bytes.
+//! `iperf3 -P N`: the throughput of this machine's sockets when the bytes are not processed.
 
 use std::{
     net::TcpListener,
@@ -50,7 +50,7 @@ impl Peer for Iperf {
             if let (Some(bytes), Some(seconds)) = (sum["bytes"].as_u64(), sum["seconds"].as_f64()) {
                 return Ok(Sample { seconds, bytes, ..Sample::default() });
             }
-            // The server is not listening yet, or not any more for the round before.
+            // The server is not listening yet, or has just ended the round before.
             std::thread::sleep(Duration::from_millis(50));
         }
         Err("iperf3 does not answer".into())

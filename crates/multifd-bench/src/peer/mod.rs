@@ -1,11 +1,11 @@
-//! Who is measured: a way to move RAM once, from a start to the moment at which it is loaded.
+//! The peers: each moves RAM once, from the start to the moment at which it is loaded.
 //!
 //! ```text
 //! pair     any source to any destination: QEMU 10.0, the engine
 //! iperf    the socket alone
 //! copy     memory alone
 //! file     a guest into a file and out of it
-//! demo     a guest that writes meanwhile
+//! demo     a guest that writes at the same time
 //! ```
 
 pub(crate) mod child;
@@ -31,7 +31,7 @@ pub(crate) struct Setting {
     pub(crate) channels: u8,
     pub(crate) method: &'static str,
     pub(crate) tls: bool,
-    /// Do nothing about memory that the machine has to fetch first.
+    /// Whether to measure with memory that the machine must fetch first.
     pub(crate) cold: bool,
 }
 
@@ -47,20 +47,20 @@ pub(crate) struct Sample {
     pub(crate) wire: Option<u64>,
     /// Peak resident memory beyond RAM, in bytes, at the source and at the destination.
     pub(crate) beyond: Option<[u64; 2]>,
-    /// Milliseconds that a guest stood still.
+    /// The milliseconds for which the guest was stopped.
     pub(crate) downtime: Option<u64>,
 }
 
-/// A peer, ready to be measured again and again.
+/// A peer that can be measured repeatedly.
 pub(crate) trait Peer {
     /// Moves everything once.
     fn round(&mut self) -> Result<Sample>;
 }
 
-/// CPU time that a process has used, in its threads that have ended as well, in seconds.
+/// The CPU time that a process has used, including threads that have ended, in seconds.
 pub(crate) fn cpu(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in brackets, may hold anything; behind it come fields from the third on.
+    // The name, in brackets, may contain anything; the fields from the third on follow it.
     let (_, fields) = text.rsplit_once(')').ok_or("the system's line on a process")?;
     let mut times = fields.split_ascii_whitespace().skip(11).map(str::parse::<u64>);
     let (Some(user), Some(system)) = (times.next(), times.next()) else { return Err("no times".into()) };

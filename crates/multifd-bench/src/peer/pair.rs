@@ -1,23 +1,23 @@
 //! A source, and a new destination for each round.
 //!
-//! The time runs from the word to go until the destination has told that it has loaded everything. What it has got is
-//! looked at afterwards, every page of it.
+//! The time is measured from the start command until the destination reports that it has loaded everything. Its
+//! contents are checked afterwards, every page of them.
 
 use std::time::Instant;
 
 use super::{Peer, Sample, Setting, cpu, warm::warm};
 use crate::Result;
 
-/// Has its RAM filled when it is ready, and sends it when it is told.
+/// Fills its RAM when `ready` is called, and sends it on command.
 pub(crate) trait Source {
-    /// Before each round, and not measured.
+    /// Called before each round, and not measured.
     fn ready(&mut self) -> Result<()>;
     fn go(&mut self, setting: &Setting, address: &str) -> Result<()>;
-    /// Waits until it knows that the destination has everything. Says how many bytes it sent, and how much memory beyond
-    /// RAM it took, if it knows.
+    /// Waits until it knows that the destination has everything. Returns how many bytes it sent and, if known, how much
+    /// memory beyond RAM it used.
     fn sent(&mut self) -> Result<(u64, Option<u64>)>;
     fn pid(&self) -> u32;
-    /// Behind each round: what it need not keep for the next one it lets go of.
+    /// Called after each round: releases what the next round does not need.
     fn done(&mut self);
 }
 
@@ -26,10 +26,10 @@ pub(crate) trait Destination {
     fn address(&self) -> String;
     /// Waits until it is loaded.
     fn loaded(&mut self) -> Result<()>;
-    /// How much memory beyond RAM that took, if it knows.
+    /// The memory beyond RAM that it used, if known.
     fn beyond(&mut self) -> Result<Option<u64>>;
     fn pid(&self) -> u32;
-    /// Fails unless RAM holds what it should.
+    /// Fails unless RAM has the expected contents.
     fn check(&mut self) -> Result<()>;
 }
 

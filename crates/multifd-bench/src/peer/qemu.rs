@@ -31,7 +31,7 @@ pub(crate) fn machine(qemu: &Qemu, setting: &Setting, tls: Option<(&Path, &str)>
     }
 }
 
-/// Switches on what both ends need.
+/// Sets the capabilities and parameters that both ends need.
 pub(crate) fn prepare(vm: &mut Vm, setting: &Setting) -> Result<()> {
     vm.set_capabilities(&[("multifd", true), ("events", true)])?;
     let mut parameters = json!({
@@ -46,7 +46,7 @@ pub(crate) fn prepare(vm: &mut Vm, setting: &Setting) -> Result<()> {
     Ok(vm.set_parameters(parameters)?)
 }
 
-/// As fast as it can, in one pass.
+/// Removes the limits of bandwidth and downtime, so that the migration takes one pass.
 pub(crate) fn unlimited(vm: &mut Vm) -> Result<()> {
     Ok(vm.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2_000_000 }))?)
 }
@@ -79,7 +79,7 @@ pub(crate) fn fill(vm: &mut Vm, setting: &Setting) -> Result<()> {
     })
 }
 
-/// Fails unless RAM holds what it should.
+/// Fails unless RAM has the expected contents.
 pub(crate) fn check(vm: &mut Vm, setting: &Setting) -> Result<()> {
     each_piece(vm, setting, false, |memory, first, at, bytes| {
         memory.read_exact_at(bytes, at)?;
@@ -112,7 +112,7 @@ fn each_piece(
     Ok(())
 }
 
-/// Where the guest's RAM lies in QEMU's address space. One block, though the guest sees it in two stretches.
+/// The address of the guest's RAM in QEMU's address space. It is one block, although the guest sees it as two ranges.
 fn address(vm: &mut Vm) -> Result<u64> {
     let told = vm.execute("human-monitor-command", json!({ "command-line": "gpa2hva 0" }))?;
     let text = told.as_str().unwrap_or_default();
@@ -142,7 +142,7 @@ impl<'a> QemuSource<'a> {
         Self { capabilities: &[("mapped-ram", true)], ..Self::new(qemu, setting, None) }
     }
 
-    /// The same, past the page cache or not.
+    /// Sets direct I/O.
     pub(crate) fn direct_io(self, on: bool) -> Self {
         Self { direct_io: on, ..self }
     }

@@ -1,9 +1,9 @@
-//! Memory that the machine under this system has at hand.
+//! Makes sure that the host of this system has provided the memory already.
 //!
-//! A virtual machine may give memory that is free for a while back to its host, and pays dearly for touching it again:
-//! where this was written, 6 s a GiB instead of 0.3. That would be most of what a destination with fresh memory costs, or
-//! nothing, by chance. So as much memory as a round is about to take is touched and freed right before it. The destination
-//! still takes its faults and has its pages cleared, as anywhere.
+//! A virtual machine may return memory that is free for a while to its host, and touching it again is then expensive: 6
+//! s per GiB instead of 0.3 where this was written. This would dominate the cost of a destination with fresh memory, or
+//! not occur, by chance. So the amount of memory that a round needs is touched and freed just before it. The
+//! destination still has its page faults and the kernel still clears its pages, as on any machine.
 
 use multifd::ram::Mapping;
 
@@ -25,5 +25,5 @@ pub(super) fn warm(setting: &Setting) -> Result<()> {
     Ok(())
 }
 
-/// For sockets, and whatever else a round takes.
+/// For sockets, and everything else that a round needs.
 const BESIDE: u64 = 128 << 20;

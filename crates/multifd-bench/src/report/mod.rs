@@ -1,4 +1,4 @@
-//! What was measured, told: a table for people, all samples for programs, a picture.
+//! Reports the results: a table for people, all samples for programs, a picture.
 
 mod json;
 mod picture;

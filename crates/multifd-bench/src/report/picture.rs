@@ -1,4 +1,4 @@
-//! Throughput against channels, a line a peer.
+//! Throughput against channels, one line per peer.
 
 use plotters::prelude::*;
 
@@ -15,7 +15,7 @@ pub(super) fn draw(all: &[Measured]) -> Result<Option<String>> {
         .iter()
         .map(|who| (*who, cases.iter().filter_map(|case| point(case, *who)).collect()))
         .collect();
-    // A little to the side of each other, so that no line hides another's rounds.
+    // Shifted a little from each other, so that no line hides another's rounds.
     let lines = lines.into_iter().filter(|(_, points)| !points.is_empty()).enumerate();
     let lines: Vec<(Who, Vec<Point>)> = lines.map(|(at, (who, points))| (who, beside(points, at))).collect();
     let top = lines.iter().flat_map(|(_, points)| points).map(|point| point.most).fold(0.0, f64::max) * ROOM;
@@ -74,7 +74,7 @@ pub(super) fn draw(all: &[Measured]) -> Result<Option<String>> {
     Ok(Some(text))
 }
 
-/// Above the highest round, for the legend.
+/// Space above the highest round, for the legend.
 const ROOM: f64 = 1.5;
 
 #[expect(clippy::cast_precision_loss, reason = "a handful of peers")]
@@ -86,7 +86,7 @@ fn beside(points: Vec<Point>, at: usize) -> Vec<Point> {
 }
 
 struct Point {
-    /// The number of channels is 2 to this.
+    /// The binary logarithm of the number of channels.
     power: f64,
     median: f64,
     least: f64,
@@ -100,7 +100,7 @@ fn point(measured: &Measured, who: Who) -> Option<Point> {
     Some(Point { power, median: speed.median / 1e9, least: speed.least / 1e9, most: speed.most / 1e9 })
 }
 
-/// Told apart by those who see few colours, too.
+/// Distinguishable for colour-blind readers, too.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 114, 178),

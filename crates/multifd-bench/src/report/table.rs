@@ -1,4 +1,4 @@
-//! The table, and under it what is to be reached.
+//! The table, and the targets below it.
 
 use crate::{
     cases::{Quantity, TARGETS, Target, Who},
@@ -78,7 +78,7 @@ fn verdict(all: &[Measured], target: &Target) -> Option<String> {
             ("CPU time", ratio, ratio <= target.bound, "≤")
         }
     };
-    // Packed: one may be quicker by packing less.
+    // Compressed: a peer may be faster because it compresses less.
     let same = ours.wire().zip(against.wire()).filter(|_| matches!(target.case, "zlib" | "zstd"));
     let wire = same.map_or_else(String::new, |(ours, against)| {
         format!(", with {:+.1} % of the bytes on the wire", (ours / against - 1.0) * 100.0)
@@ -92,7 +92,7 @@ fn verdict(all: &[Measured], target: &Target) -> Option<String> {
     ))
 }
 
-/// From 1 to 8 channels, against the best number of channels.
+/// From 1 to 8 channels, relative to the best number of channels.
 fn growth(all: &[Measured]) -> Option<String> {
     let speeds: Option<Vec<f64>> = ["none-1", "none-2", "none-4", "none-8"]
         .iter()

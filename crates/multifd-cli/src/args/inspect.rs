@@ -29,7 +29,7 @@ pub(crate) struct InspectArgs {
     pub(crate) out: Option<PathBuf>,
 }
 
-/// The path of a file that is to be written; `-` is one, too.
+/// The path of a file to be written; `-` is accepted, too.
 fn out_path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().try_map(file_path)
 }

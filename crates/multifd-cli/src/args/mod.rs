@@ -1,6 +1,6 @@
 //! The command line.
 //!
-//! A file a verb; what several verbs take is in `shared`.
+//! There is one file for each verb; `shared` has what several verbs use.
 
 mod compression;
 mod demo;

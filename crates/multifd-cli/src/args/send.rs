@@ -93,7 +93,7 @@ pub(crate) struct SendTlsArgs {
 }
 
 impl SendTlsArgs {
-    /// The name that the certificate at `address` must hold; not used without TLS.
+    /// The name that the certificate at `address` must contain; not used without TLS.
     ///
     /// # Errors
     /// [`Usage::NoTlsHostname`].

@@ -1,4 +1,4 @@
-//! What the command lines of several verbs have alike: flags, and how values are read.
+//! Flags and value parsers that the command lines of several verbs share.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub(crate) enum ZeroPagesArg {
 }
 
 impl ZeroPagesArg {
-    /// The mode; `auto` is for a caller who leaves it to the destination.
+    /// The mode; `auto` is returned if the user leaves the choice to the caller.
     pub(crate) fn or(self, auto: ZeroPageDetection) -> ZeroPageDetection {
         match self {
             Self::Auto => auto,
@@ -62,7 +62,7 @@ pub(super) fn within(parameter: Parameter) -> RangedU64ValueParser<u64> {
     RangedU64ValueParser::new().range(parameter.least..=parameter.most)
 }
 
-/// A limit; 0 is none.
+/// A time limit; 0 is no limit.
 pub(super) fn seconds(limit: u64) -> Option<Duration> {
     (limit > 0).then(|| Duration::from_secs(limit))
 }
@@ -72,7 +72,7 @@ pub(super) fn file_address() -> impl TypedValueParser<Value = FileAddress> {
     OsStringValueParser::new().try_map(FileAddress::parse)
 }
 
-/// Bytes, with binary units as QEMU has them: 1K is 1024.
+/// Parses bytes with binary units as in QEMU: 1K is 1024.
 pub(super) fn size(text: &str) -> Result<u64, String> {
     let parsed = Config::new().with_binary().parse_size(text.trim_end_matches("/s"));
     parsed.map_err(|error| format!("expected a size in bytes like 4096, 100M or 2G: {error}"))

@@ -1,6 +1,7 @@
-//! Progress while a migration runs: a bar on a terminal, a line now and then elsewhere, nothing when quiet.
+//! Shows progress while a migration runs: a bar on a terminal, otherwise a line from time to time, nothing with
+//! `--quiet`.
 //!
-//! A thread of its own looks at the counters; the migration knows nothing of it. It ends when its handle is dropped.
+//! A separate thread reads the counters; the migration does not know it. The thread ends when its handle is dropped.
 
 use std::{
     io::{self, IsTerminal},
@@ -23,7 +24,7 @@ pub(crate) struct Display {
 }
 
 impl Display {
-    /// Shows what `look` sees, unless it is to be quiet.
+    /// Starts to show the snapshots that `look` returns, unless `quiet`.
     pub(crate) fn start(verb: &'static str, quiet: bool, look: impl Fn() -> Look + Send + 'static) -> Self {
         if quiet {
             return Self { end: None, thread: None };
@@ -58,7 +59,7 @@ impl Display {
                 bar.finish_and_clear();
             }
         });
-        // Without a thread there is no progress to see, and that is all.
+        // Without a thread no progress is shown, which is not an error.
         Self { end: Some(end), thread: thread.ok() }
     }
 }
@@ -75,7 +76,7 @@ impl Drop for Display {
 const BAR_EVERY: Duration = Duration::from_millis(100);
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// One line, cut where the terminal ends: a bar, where there is an end to be `bounded` by.
+/// One line, cut at the width of the terminal: a bar if the end is known (`bounded`).
 fn style(bounded: bool) -> ProgressStyle {
     let template = if bounded { "[{bar:10}] {percent:>3}% {wide_msg}" } else { "{spinner} {wide_msg}" };
     let style = ProgressStyle::with_template(template);

@@ -1,8 +1,8 @@
-//! What the program says, and how it ends.
+//! The output of the program, and its exit code.
 //!
 //! ```text
-//! progress ─▶ display   while it runs: how far it is, as a bar or as lines on standard error
-//! report                at the end: what was moved, as text or as JSON
+//! progress ─▶ display   while it runs: the progress, as a bar or as lines on standard error
+//! report                at the end: what was transferred, as text or as JSON
 //! outcome               errors with their causes, and the exit code
 //! ```
 

@@ -1,4 +1,4 @@
-//! How the program ends: the exit code, and the chain of causes on standard error.
+//! The end of the program: the exit code, and the chain of causes on standard error.
 
 use std::{
     error::Error,
@@ -9,14 +9,14 @@ use std::{
 use multifd::error::chain;
 use tracing_subscriber::EnvFilter;
 
-/// Why a verb did not do what was asked.
+/// Why a verb did not do what was requested.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// It could not: exit code 1.
+    /// It failed: exit code 1.
     Failed(Box<dyn Error + Send + Sync>),
-    /// The command line asks for what cannot be: exit code 2.
+    /// The command line requests something impossible: exit code 2.
     Usage(Box<dyn Error + Send + Sync>),
-    /// The machine is kept, but its source was not told so and may be running it: exit code 3.
+    /// The machine is stored, but its source did not get the confirmation and may be running it: exit code 3.
     SourceNotTold(Box<dyn Error + Send + Sync>),
     /// Ctrl-C: exit code 130.
     Interrupted,
@@ -29,8 +29,8 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for Failure {
 }
 
 impl Failure {
-    /// A migration's end: cancelled is interrupted, for nothing else cancels here; a call that cannot be is what the command
-    /// line has asked for.
+    /// Converts the error of a migration. A cancel means an interrupt, because nothing else cancels here. A usage error
+    /// is caused by the command line.
     pub(crate) fn of(error: multifd::Error) -> Self {
         match error.kind() {
             multifd::Error::Cancelled => Self::Interrupted,
@@ -40,7 +40,7 @@ impl Failure {
     }
 }
 
-/// An error that says what was being done; the cause is its source.
+/// An error that says what was being done; its source is the cause.
 #[derive(Debug)]
 pub(crate) struct While {
     doing: String,
@@ -65,8 +65,8 @@ impl Error for While {
     }
 }
 
-/// Sends the libraries' events to standard error, as `MULTIFD_LOG` asks: `debug`, `multifd=trace`. Unasked, warnings
-/// unless it is to be quiet.
+/// Sends the libraries' events to standard error, as requested by `MULTIFD_LOG`: `debug`, `multifd=trace`. The default
+/// is warnings, or nothing with `quiet`.
 pub(crate) fn trace(quiet: bool) {
     let unasked = || EnvFilter::new(if quiet { "off" } else { "warn" });
     let chosen = tracing_subscriber::fmt()
@@ -74,11 +74,11 @@ pub(crate) fn trace(quiet: bool) {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .try_init();
-    // Another call in this process has chosen.
+    // Another call in this process has set up logging already.
     drop(chosen);
 }
 
-/// Tells why it failed, and turns that into the process's exit code.
+/// Prints why it failed, and returns the process's exit code.
 pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,12 +106,12 @@ fn tell(error: &(dyn Error + 'static)) {
     say(&format!("multifd: {error}{}", causes.collect::<String>()));
 }
 
-/// A line for people. Whoever closed standard error does not want it.
+/// Prints a line for people. If standard error is closed, nobody wants it.
 pub(crate) fn say(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// A line of result.
+/// Prints a line of result.
 ///
 /// # Errors
 /// If standard output is closed or full.

@@ -1,4 +1,4 @@
-//! How far a migration is, in numbers and in the words of one line.
+//! The progress of a migration, in numbers and as one line of text.
 
 use std::time::{Duration, Instant};
 
@@ -7,25 +7,25 @@ use multifd::live::Progress;
 
 use super::report::rate;
 
-/// A look at a migration.
+/// A snapshot of a migration.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Look {
-    /// Bytes of the present pass, or of all RAM, that are done.
+    /// The number of bytes of the present pass, or of all RAM, that are done.
     pub(crate) done: u64,
-    /// Bytes that there are to do; 0 if that is not known yet.
+    /// The total number of bytes to do; 0 if it is not known yet.
     pub(crate) total: u64,
-    /// Bytes on all connections so far.
+    /// The number of bytes on all connections so far.
     pub(crate) transferred: u64,
     /// The pass, from 1; 0 before the first.
     pub(crate) pass: u64,
-    /// How long it is expected to take.
+    /// The expected remaining time.
     pub(crate) to_go: Option<Duration>,
-    /// What else is worth a word: `dirty 200 MiB/s`.
+    /// Other information: `dirty 200 MiB/s`.
     pub(crate) note: String,
 }
 
 impl Look {
-    /// How far a source is in its present pass.
+    /// The progress of a source in its present pass.
     pub(crate) fn of(progress: &Progress) -> Self {
         let info = progress.info();
         let ram = &info.ram;
@@ -47,7 +47,7 @@ pub(super) fn percent(look: &Look) -> String {
     }
 }
 
-/// Bytes a second since the last look, and since when there have been none.
+/// The rate in bytes per second since the last snapshot, and the time since the last byte.
 #[derive(Default)]
 pub(super) struct Meter {
     last: Option<(Instant, u64)>,
@@ -80,7 +80,7 @@ impl Meter {
         if !look.note.is_empty() {
             text += &format!(", {}", look.note);
         }
-        // Whole seconds: it is an estimate. The last one is of no use to anybody.
+        // Whole seconds, because it is an estimate. The last second is not useful.
         let to_go = look.to_go.filter(|time| *time > Duration::from_secs(1));
         let to_go =
             to_go.map(|time| format!(", {} to go", HumanDuration(Duration::from_secs(time.as_secs()))));
@@ -91,9 +91,9 @@ impl Meter {
     }
 }
 
-/// Columns of the 80 that a terminal has: `[==========] 100% ` takes the others.
+/// Columns of an 80-column terminal; `[==========] 100% ` takes the others.
 const BESIDE_A_BAR: usize = 80 - 18;
-/// After so long without a byte it is worth asking why.
+/// After this time without a byte, the cause should be checked.
 const STILL: Duration = Duration::from_secs(10);
 const ASK: &str = "check multifd-channels on both sides";
 

@@ -1,4 +1,4 @@
-//! What has been done, as one line of JSON with the names of QEMU's `query-migrate`, or as a few for people.
+//! The final report, as one line of JSON with the names of QEMU's `query-migrate`, or as a few lines for people.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub(crate) struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error_desc: Option<String>,
     pub(crate) total_time: u64,
-    /// Whether the source, which waits to be told that the machine is kept, has been.
+    /// Whether the source, which waits for the confirmation, has got it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) source_told: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,7 +83,7 @@ impl From<&ChannelStats> for Channel {
 }
 
 impl Report {
-    /// What a source has seen of its migration. Rates are over the whole of it.
+    /// The report of a source about its migration. Rates are averages over the whole migration.
     pub(crate) fn of_source(info: &MigrationInfo) -> Self {
         let ram = &info.ram;
         let seconds = info.total_time.as_secs_f64().max(1e-9);
@@ -120,7 +120,7 @@ impl Report {
         }
     }
 
-    /// The same, of a migration that failed.
+    /// The same report, for a migration that failed.
     #[must_use]
     pub(crate) fn failed(mut self, error: &multifd::Error) -> Self {
         self.status = if error.is_cancelled() { Status::Cancelled } else { Status::Failed }.as_str();
@@ -133,7 +133,7 @@ impl Report {
         serde_json::to_string(self).unwrap_or_else(|error| format!("{{\"error-desc\": \"{error}\"}}"))
     }
 
-    /// What is worth telling a person.
+    /// The text for people.
     pub(crate) fn text(&self, done: &str) -> String {
         let ram = &self.ram;
         let time = Duration::from_millis(self.total_time);
@@ -147,7 +147,7 @@ impl Report {
             HumanCount(ram.duplicate),
         );
         if let Some(downtime) = self.downtime {
-            // The dirty bits are taken before every pass, and once to find that one pass more is enough.
+            // The dirty bits are taken before every pass, and once more to find that one more pass is enough.
             let passes = ram.dirty_sync_count.unwrap_or_default().saturating_sub(1);
             text += &format!("\ndowntime {downtime} ms, {passes} passes");
         }
@@ -184,7 +184,7 @@ pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
     }
 }
 
-/// A time for people: short ones to the hundredth.
+/// A time for people: short ones with hundredths.
 fn seconds(time: Duration) -> String {
     if time < Duration::from_secs(60) {
         format!("{:.2} s", time.as_secs_f64())

@@ -1,7 +1,7 @@
 //! `multifd inspect --extract`: the RAM of one block as raw bytes.
 //!
-//! Into a file, pages that are not present are holes, and runs of pages are moved by the system, which shares them
-//! instead of copying where it can. Into standard output, holes are zeros.
+//! In a file, pages that are not present become holes, and the system moves runs of pages; it shares them instead of
+//! copying if it can. On standard output, holes are zeros.
 
 use std::{
     error::Error,
@@ -24,7 +24,7 @@ use crate::{
     output::outcome::{Failure, While},
 };
 
-/// Writes the block named `name` into `out`, or into standard output if that is `-`.
+/// Writes the block named `name` to `out`, or to standard output if `out` is `-`.
 pub(crate) fn run(
     address: &FileAddress,
     file: &MappedRamFile,
@@ -58,7 +58,7 @@ pub(crate) fn run(
     interrupt::spares_large_files();
     let new = NewFile::create(out, 0, force)?;
     let target = new.file();
-    // The holes are there with that, and it has the block's length to the byte.
+    // This makes the holes, and gives the file the exact length of the block.
     target.set_len(place.used_length).map_err(|error| failed(error.into()))?;
     let mut shares = true;
     for stretch in stretches(&words, page_size, place.used_length).filter(|stretch| stretch.present) {
@@ -71,7 +71,7 @@ pub(crate) fn run(
     Ok(new.name()?)
 }
 
-/// As its name is, or as it is shown.
+/// Whether `name` is the block's name, literally or as displayed.
 fn is_named(entry: &BlockEntry, name: &OsStr) -> bool {
     entry.name.as_bytes() == name.as_bytes() || *entry.name.to_string() == *name
 }
@@ -82,7 +82,7 @@ fn unknown(address: &FileAddress, file: &MappedRamFile, name: &OsStr) -> While {
     While::new(format!("no such block in {address}"), why)
 }
 
-/// The block's memory has stayed where it is, and zeros in its stead would not be it.
+/// The block's memory was shared and is not in the file; zeros instead would be wrong.
 #[derive(Debug)]
 struct Shared;
 
@@ -104,7 +104,7 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// Moves a stretch to its place in `target`, by the system as long as it `shares`.
+    /// Moves a stretch to its place in `target`, by the system as long as `shares` is true.
     fn copy(&self, stretch: &Stretch, target: &File, shares: &mut bool) -> Result<(), Cause> {
         let (mut done, mut buffer) = (0, Vec::new());
         while done < stretch.length && !self.stop.is_stopped() {
@@ -122,7 +122,8 @@ impl Block<'_> {
         Ok(())
     }
 
-    /// Has the system move up to `rest` bytes. None at all are no error: it is to be tried again, or it no longer `shares`.
+    /// Makes the system move up to `rest` bytes. 0 bytes are not an error: the caller tries again, or `shares` is now
+    /// false.
     fn share(&self, target: &File, at: u64, rest: u64, shares: &mut bool) -> io::Result<u64> {
         let (mut from, mut to) = (self.at + at, at);
         let length = usize::try_from(rest).unwrap_or(SHARED).min(SHARED);
@@ -130,7 +131,7 @@ impl Block<'_> {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(copied) => Ok(copied as u64),
             Err(Errno::INTR) => Ok(0),
-            // Not between these two files, or not on this system.
+            // Not supported between these two files, or on this system.
             Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 *shares = false;
                 Ok(0)
@@ -139,7 +140,7 @@ impl Block<'_> {
         }
     }
 
-    /// Writes a stretch, zeros for what is not present.
+    /// Writes a stretch; zeros if it is not present.
     fn write(&self, stretch: &Stretch, out: &mut impl Write) -> Result<(), Cause> {
         let (mut done, mut buffer) = (0, Vec::new());
         while done < stretch.length {
@@ -156,7 +157,7 @@ impl Block<'_> {
         Ok(())
     }
 
-    /// Reads up to `rest` bytes from `at` in the block on.
+    /// Reads up to `rest` bytes from offset `at` of the block on.
     fn read<'b>(&self, buffer: &'b mut Vec<u8>, at: u64, rest: u64) -> io::Result<&'b [u8]> {
         buffer.resize(usize::try_from(rest).unwrap_or(PIECE).min(PIECE), 0);
         self.file.read_exact_at(buffer, self.at + at)?;
@@ -164,7 +165,7 @@ impl Block<'_> {
     }
 }
 
-/// What went wrong, and where in the block.
+/// The error, and its position in the block.
 fn broken(at: u64, error: io::Error) -> Cause {
     let error = match error.kind() {
         io::ErrorKind::UnexpectedEof => "the file ends there; another program made it shorter".into(),
@@ -175,7 +176,7 @@ fn broken(at: u64, error: io::Error) -> Cause {
 
 type Cause = Box<dyn Error + Send + Sync>;
 
-/// Neighbours of one kind, in bytes from the start of the block.
+/// Adjacent pages of one kind, in bytes from the start of the block.
 #[derive(Debug, PartialEq, Eq)]
 struct Stretch {
     present: bool,
@@ -183,7 +184,7 @@ struct Stretch {
     length: u64,
 }
 
-/// The whole block in its order, present and absent in turn. What stands behind the last whole page is absent.
+/// The whole block in order, with alternating present and absent stretches. Bytes after the last whole page are absent.
 fn stretches(words: &[u64], page_size: u64, used_length: u64) -> impl Iterator<Item = Stretch> + '_ {
     let mut start = 0;
     std::iter::from_fn(move || {
@@ -204,7 +205,7 @@ fn bit(words: &[u64], page: u64) -> bool {
     word.is_some_and(|word| word >> (page % WORD) & 1 == 1)
 }
 
-/// The next page behind `page` that is of the other kind; `None` if all that follow are absent as it is.
+/// The next page after `page` that is of the other kind; `None` if all following ones are absent like `page`.
 fn change(words: &[u64], page: u64) -> Option<u64> {
     let flip = if bit(words, page) { u64::MAX } else { 0 };
     let index = usize::try_from(page / WORD).ok()?;
@@ -214,13 +215,13 @@ fn change(words: &[u64], page: u64) -> Option<u64> {
     let found = differing.enumerate().find(|(_, word)| *word != 0);
     match found {
         Some((at, word)) => Some((index + at) as u64 * WORD + u64::from(word.trailing_zeros())),
-        // Behind the last word is nothing.
+        // There is nothing after the last word.
         None => (flip != 0).then_some(words.len() as u64 * WORD),
     }
 }
 
 const WORD: u64 = u64::BITS as u64;
-/// Bytes that the system is asked to move at once: a stop is looked for in between.
+/// Bytes that the system moves in one call; the stop is checked in between.
 const SHARED: usize = 64 << 20;
 /// Bytes that are read and written at once.
 const PIECE: usize = 1 << 20;

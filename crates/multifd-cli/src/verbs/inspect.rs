@@ -1,4 +1,4 @@
-//! `multifd inspect`: what a mapped-ram file holds, without its pages, or one block's pages alone.
+//! `multifd inspect`: shows the contents of a mapped-ram file without its pages, or extracts one block's pages.
 
 use indicatif::BinaryBytes;
 use qemu_stream::{format::SyncMode, mapped_ram::MappedRamFile};

@@ -1,4 +1,4 @@
-//! What the program does: a file a verb.
+//! The verbs of the program, one file each.
 
 pub(crate) mod demo;
 mod extract;

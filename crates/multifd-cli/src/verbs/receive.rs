@@ -1,4 +1,4 @@
-//! `multifd receive`: a running QEMU guest comes in and is kept as a file.
+//! `multifd receive`: receives a running QEMU guest and stores it in a file.
 
 use std::{
     sync::{
@@ -33,18 +33,18 @@ use crate::{
     },
 };
 
-/// What the report of a received guest says.
+/// The report about a received guest.
 struct Received {
     /// Bytes of RAM.
     total: u64,
     page_size: u64,
     return_path: bool,
-    /// Shared blocks, whose memory has not come.
+    /// Shared blocks, whose memory was not sent.
     ignored: Vec<BlockName>,
     channels: Vec<ChannelStats>,
     main_bytes: u64,
     main_pages: MainPages,
-    /// Why the source, which waits for it, was not told that the machine is kept.
+    /// Why the source, which waits for it, did not get the confirmation.
     untold: Option<Error>,
 }
 
@@ -67,7 +67,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(match args.missing_pages {
-            // With x-ignore-shared the file does without the blocks of which no page has come.
+            // With x-ignore-shared, the file omits the blocks of which no page has arrived.
             MissingPagesArg::Refuse => LeftOut::SharedBlocks,
             MissingPagesArg::Zero => LeftOut::Pages,
         })
@@ -111,7 +111,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     }
 }
 
-/// Says what the file lacks: it is worth nothing without.
+/// Prints what the file lacks, because it is useless without.
 fn ignored(received: &Received) {
     for name in &received.ignored {
         say(&format!(
@@ -121,7 +121,7 @@ fn ignored(received: &Received) {
     }
 }
 
-/// The end of a migration that failed, told as it was asked for.
+/// Reports a migration that failed, in the requested form.
 fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) -> Failure {
     if args.output.json {
         let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
@@ -137,7 +137,7 @@ fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) 
     While::new(what, error).into()
 }
 
-/// The likely cause at the other end, before the details of a stream.
+/// The likely cause at the other end, printed before the details of the stream.
 fn likely(error: &Error) -> &'static str {
     match error.fault() {
         Fault::Connection => {
@@ -149,7 +149,7 @@ fn likely(error: &Error) -> &'static str {
     }
 }
 
-/// Takes in the whole migration, keeps it, and informs the source.
+/// Receives the whole migration, stores it, and informs the source.
 fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -> Result<Received, Error> {
     let mut pending = arrival.load(|configuration, list| {
         total.store(list.total(), Ordering::Relaxed);
@@ -164,7 +164,7 @@ fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -
         Ok(ignored) => ignored,
         Err(error) => return Err(pending.refuse(error)),
     };
-    // The file has its name by now, and stays whatever happens from here on: it may be the only copy.
+    // The file has its name by now and stays on every path from here on: it may be the only copy.
     let mut received = Received {
         total: pending.loaded().blocks.total(),
         page_size: pending.blocks().page_size().bytes() as u64,
@@ -187,7 +187,7 @@ fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -
 
 const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \
                       guest: check the source before you restore the file, the guest must not run twice";
-/// How long a source may take to close main when it has been told.
+/// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
 
 fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {

@@ -1,4 +1,4 @@
-//! `multifd send`: a file that holds a guest goes into a waiting QEMU.
+//! `multifd send`: sends a guest from a file to a waiting QEMU.
 
 use std::{fs::File, io, sync::Arc};
 
@@ -38,8 +38,8 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let file = args.file.open()?;
     let mut at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let blocks = Arc::new(blocks(&file, args)?);
-    // The file knows its zero pages; looking for more would read a mapping that somebody may be cutting shorter.
-    // No guest stands meanwhile: a slow destination is waited for.
+    // The file knows its zero pages. A search for more would read a mapping that another process may be truncating. No
+    // guest is stopped in the meantime, so there is no time limit for a slow destination.
     let options = MigrateOptions::new()
         .switchover_timeout(None)
         .max_bandwidth(Some(args.max_bandwidth))
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     }
 }
 
-/// What follows for the guest where the destination does not have it: it stays in the file.
+/// The consequence for the guest if the destination does not have it: it stays in the file.
 fn not_taken(error: &Error) -> &'static str {
     match error.fault() {
         Fault::Peer | Fault::Connection => "; the destination does not have the guest, the file is unchanged",
@@ -89,7 +89,7 @@ fn not_taken(error: &Error) -> &'static str {
     }
 }
 
-/// How zero pages travel to any destination that can have this machine.
+/// How zero pages are sent so that every possible destination of this machine understands them.
 fn understood(file: &MappedRamFile) -> ZeroPageDetection {
     match file.configuration().and_then(|configuration| configuration.machine.has_zero_pages_on_main()) {
         // No QEMU before 9.0 knows the type, and every later one understands the entries.
@@ -98,8 +98,9 @@ fn understood(file: &MappedRamFile) -> ZeroPageDetection {
     }
 }
 
-/// The file's blocks. Channels send from a mapping, by system calls alone. Where pages are read into this process, over
-/// main, to be packed or encrypted, or past the page cache, they come out of the file, which somebody may be cutting shorter.
+/// The file's blocks. Channels send from a mapping, with system calls only. If pages must be read into this process
+/// (over main, for compression or encryption, or with direct I/O), they are read from the file, which another process
+/// may be truncating.
 fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let over_main = args.multifd_channels == 0;
@@ -121,7 +122,7 @@ fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
     Ok(blocks.map_err(|error| args.file.unreadable(error))?)
 }
 
-/// The machine in the file, as its destination expects it.
+/// The options for the machine in the file, as its destination expects it.
 fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
     let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
     let send = args.compression.apply(SendOptions::new().uuid(uuid)).zero_copy_send(args.zero_copy_send);
@@ -143,7 +144,7 @@ fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
     }
 }
 
-/// A guest in a file does not run, unless somebody writes to the file.
+/// A guest in a file. It does not run, unless another process writes to the file.
 struct AtRest {
     file: File,
     identity: Identity,
@@ -163,8 +164,8 @@ impl Guest for AtRest {
     fn run_state(&mut self) -> RunState {
         RunState::Running
     }
-    /// All pages have gone. A file that has ended inside a page tells so nowhere else: the rest of that page reads as
-    /// zeros where it is mapped.
+    /// All pages were sent. A file that ends inside a page is detected only here: the rest of that page reads as zeros
+    /// in the mapping.
     fn stop(&mut self) -> io::Result<()> {
         if Identity::of(&self.file.metadata()?) == self.identity {
             return Ok(());

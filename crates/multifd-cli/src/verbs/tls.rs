@@ -1,6 +1,6 @@
-//! TLS as the command line asks for it: what opens connections, and what takes them.
+//! TLS according to the command line: the connector and the listener.
 //!
-//! Without `--tls-creds` both are plain. What can go wrong is a file of the folder.
+//! Without `--tls-creds` both are plain. An error names a file of the folder.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::{
     output::outcome::While,
 };
 
-/// What opens connections to the address of `args`.
+/// The connector for the address of `args`.
 pub(super) fn connector(args: &SendArgs) -> Result<Arc<dyn Connect>, While> {
     let plain = Arc::new(args.address.clone());
     let Some(folder) = &args.tls.tls_creds else { return Ok(plain) };

@@ -1,11 +1,12 @@
-//! The bytes of a good migration, from the description of the format and nothing else.
+//! The bytes of a correct migration, made only from the description of the format.
 
 /// The page size of every script.
 pub const PAGE: usize = 4096;
 /// The bytes of a packet's head for such pages.
 pub const HEAD: usize = 320 + 8 * 128;
 
-/// The blocks of every script: name and length. The first's even pages come over channel 0, its odd ones over the next.
+/// The blocks of every script: name and length. The first block's even pages go over channel 0, its odd ones over the
+/// next.
 pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 16 * PAGE as u64), ("pc.rom", 2 * PAGE as u64)];
 /// The only device's state.
 pub const DEVICE: [u8; 24] = [7; 24];
@@ -21,13 +22,13 @@ pub(super) fn initial(id: u8) -> Vec<u8> {
     bytes
 }
 
-/// What a page holds in a version.
+/// The contents of a page in a version.
 pub fn page_of(page: u64, version: u8) -> Vec<u8> {
     let word = [&[version; 4][..], &(page + 1).to_be_bytes()[4..]].concat();
     word.repeat(PAGE / 8)
 }
 
-/// A packet with pages of a block, each as [`page_of`] has it.
+/// A packet with pages of a block, each with the contents of [`page_of`].
 pub fn packet(block: &str, pages: &[u64], version: u8) -> Vec<u8> {
     let count = u32::try_from(pages.len()).expect("few").to_be_bytes();
     let payload = u32::try_from(pages.len() * PAGE).expect("little").to_be_bytes();
@@ -107,7 +108,7 @@ fn body_end(mut bytes: Vec<u8>, round: bool) -> Vec<u8> {
     bytes
 }
 
-/// A device and the description of it.
+/// A device and its description.
 pub(super) fn devices() -> Vec<u8> {
     let json = br#"{"page_size": 4096, "devices": [{"name": "timer", "instance_id": 0, "vmsd_name": "timer", "version": 2, "fields": [{"name": "all", "type": "buffer", "size": 24}]}]}"#;
     let mut bytes = b"\x04\0\0\0\x02\x05timer\0\0\0\0\0\0\0\x02".to_vec();

@@ -1,13 +1,13 @@
 //! A source that misbehaves on demand.
 //!
 //! ```text
-//! Shape ─▶ Script::whole ─▶ steps of a good migration ─ patch, cut, insert, drop, stall … ─▶ play ─▶ Heard
+//! Shape ─▶ Script::whole ─▶ steps of a correct migration ─ patch, cut, insert, drop, stall … ─▶ play ─▶ Heard
 //! ```
 //!
-//! A [`Script`] is a whole migration as a row of [`Step`]s, each on one connection, with bytes made here from the
-//! protocol's description alone. A test changes what it likes, and [`Script::play`] plays it to a destination over real
-//! sockets, in the caller's thread: a migration this small never fills a socket. What is not closed by a step stays open
-//! until [`Heard`] is dropped, so a destination that waits for more waits.
+//! A [`Script`] is a whole migration as a sequence of [`Step`]s, each on one connection. Its bytes are made here only
+//! from the protocol's description. A test changes the steps, and [`Script::play`] plays them to a destination over
+//! real sockets, in the caller's thread: a migration this small never fills a socket. A connection that no step closes
+//! stays open until [`Heard`] is dropped, so a destination that expects more bytes waits.
 
 mod bytes;
 mod play;
@@ -20,30 +20,30 @@ pub use play::{Heard, Target};
 pub enum On {
     /// The main stream.
     Main,
-    /// The channel with this place in the script, which is its id unless the script lies.
+    /// The channel at this position in the script. This is its id unless the script changes it.
     Channel(u8),
     /// Anybody else.
     Stranger(u16),
 }
 
-/// What is done on a connection.
+/// An action on a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Act {
     /// It is opened.
     Connect,
     /// Bytes are written, all at once.
     Send(Vec<u8>),
-    /// Bytes are written one by one, each by a call of its own.
+    /// Bytes are written one by one, each with a separate call.
     Dribble(Vec<u8>),
     /// Its sending half is closed.
     Close,
     /// It is reset: unread bytes are lost at both ends.
     Reset,
-    /// The destination is waited for: until it has said this byte string on the connection, or closed it.
+    /// The source waits until the destination has sent this byte string on the connection, or closed it.
     Hear(Vec<u8>),
 }
 
-/// One thing that a source does. The name is what a test finds it by.
+/// One action of a source. Tests find it by its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// `connect`, `initial`, `header`, `commands`, `start`, `pages`, `sync`, `part`, `end`, `devices`, `shut`, `close`.
@@ -54,12 +54,12 @@ pub struct Step {
     pub act: Act,
 }
 
-/// What a migration looks like.
+/// The shape of a migration.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// The number of channels, from 1.
     pub channels: u8,
-    /// Whether the source waits to be told.
+    /// Whether the source waits for the destination's confirmation.
     pub return_path: bool,
     /// Whether FLUSH records mark the sync points; otherwise every section's end does.
     pub round: bool,
@@ -74,12 +74,12 @@ impl Default for Shape {
 /// A row of steps.
 #[derive(Clone, Debug)]
 pub struct Script {
-    /// In the order in which they are done.
+    /// The steps, in the order in which they are done.
     pub steps: Vec<Step>,
 }
 
 impl Script {
-    /// A migration without a fault: all of the first block, in one pass while the guest runs and one afterwards.
+    /// A correct migration: all of the first block, in one pass while the guest runs and one afterwards.
     pub fn whole(shape: Shape) -> Self {
         let Shape { channels, return_path, round } = shape;
         let mut script = Self { steps: Vec::new() };
@@ -121,7 +121,7 @@ impl Script {
         script
     }
 
-    /// Where the `n`-th step of a name on a connection stands, from 0.
+    /// The position of the `n`-th step of a name on a connection, from 0.
     ///
     /// # Panics
     /// If there is none.
@@ -131,10 +131,10 @@ impl Script {
         found.unwrap_or_else(|| panic!("no step {name:?} number {n} on {on:?}")).0
     }
 
-    /// Overwrites bytes of what a step sends.
+    /// Overwrites bytes that a step sends.
     ///
     /// # Panics
-    /// If it sends nothing, or less.
+    /// If it sends nothing, or fewer bytes.
     #[must_use]
     pub fn patch(mut self, on: On, name: &str, n: usize, at: usize, new: &[u8]) -> Self {
         self.bytes_of(on, name, n)[at..at + new.len()].copy_from_slice(new);
@@ -149,7 +149,7 @@ impl Script {
         self
     }
 
-    /// Has a step send its first bytes only, and does `act` on the connection, and nothing there afterwards.
+    /// Makes a step send only its first bytes, then does `act` on the connection and removes its later steps.
     ///
     /// # Panics
     /// If it sends nothing.
@@ -178,7 +178,7 @@ impl Script {
         self
     }
 
-    /// Puts steps in front of one.
+    /// Inserts steps before a step.
     #[must_use]
     pub fn before(
         mut self,
@@ -193,7 +193,7 @@ impl Script {
         self
     }
 
-    /// Has every byte of a connection sent by a call of its own.
+    /// Makes every byte of a connection a separate write.
     #[must_use]
     pub fn dribbled(mut self, on: On) -> Self {
         for step in self.steps.iter_mut().filter(|step| step.on == on) {
@@ -204,7 +204,7 @@ impl Script {
         self
     }
 
-    /// Moves all steps of a connection in front of the others.
+    /// Moves all steps of a connection before the others.
     #[must_use]
     pub fn first(mut self, on: impl Fn(On) -> bool, until: &str) -> Self {
         let end = self.steps.iter().position(|step| step.name == until).unwrap_or(self.steps.len());

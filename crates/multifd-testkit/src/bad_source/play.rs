@@ -22,13 +22,13 @@ pub enum Target {
     Unix(PathBuf),
 }
 
-/// What was heard of the destination; holds the connections open that no step has closed.
+/// What the destination has sent. It keeps the connections open that no step has closed.
 #[derive(Debug, Default)]
 pub struct Heard {
     connections: HashMap<On, Connection>,
-    /// All that the destination has said on main, as far as it was waited for.
+    /// Everything the destination has sent on main, as far as the script waited for it.
     pub said: Vec<u8>,
-    /// The first thing that could not be done: by then the destination has hung up.
+    /// The first action that failed, because the destination had closed the connection.
     pub refused: Option<(On, &'static str)>,
 }
 
@@ -38,16 +38,16 @@ enum Connection {
     Unix(UnixStream),
 }
 
-/// Strangers come from a host of their own, which over loopback is one more of its addresses.
+/// Foreign connections come from a different host; on loopback this is a different address.
 const STRANGER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), 0);
-/// A destination that says nothing for so long hangs.
+/// A destination that sends nothing for this time hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Script {
-    /// Plays the script, step by step. A destination that hangs up ends nothing: the rest of the steps is tried.
+    /// Plays the script, step by step. If the destination closes a connection, the remaining steps are tried.
     ///
     /// # Errors
-    /// If the destination cannot be connected to, or hangs.
+    /// If the connection to the destination fails, or the destination hangs.
     pub fn play(&self, target: &Target) -> io::Result<Heard> {
         let mut heard = Heard::default();
         for step in &self.steps {
@@ -79,10 +79,10 @@ impl Script {
 }
 
 impl Heard {
-    /// Waits until the destination has closed main, and says all that it has said there.
+    /// Waits until the destination has closed main, and returns everything it has sent there.
     ///
     /// # Errors
-    /// If it says and does nothing.
+    /// If it sends and does nothing.
     pub fn rest(&mut self) -> io::Result<&[u8]> {
         if let Some(main) = self.connections.get_mut(&On::Main) {
             main.hear(&[], &mut self.said)?;
@@ -130,7 +130,7 @@ impl Connection {
         }
     }
 
-    /// Closing it is a reset from now on.
+    /// From now on, closing it causes a reset.
     fn lingers_not(&mut self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => SockRef::from(&*stream).set_linger(Some(Duration::ZERO)),
@@ -138,7 +138,7 @@ impl Connection {
         }
     }
 
-    /// Reads until `word` has come, or the destination has closed; no word is waited for if it is empty.
+    /// Reads until `word` has arrived, or the destination has closed. If `word` is empty, it waits for the close.
     fn hear(&mut self, word: &[u8], said: &mut Vec<u8>) -> io::Result<()> {
         let mut bytes = [0; 512];
         loop {

@@ -1,7 +1,7 @@
 //! The command line of a machine.
 //!
-//! Whoever describes source and destination with the same calls gets machines that a migration can join:
-//! the same firmware, the same devices, the same RAM blocks.
+//! Two machines that are described with the same calls can be source and destination of a migration: they have the same
+//! firmware, the same devices, the same RAM blocks.
 
 use std::ffi::OsString;
 use std::fs;
@@ -11,7 +11,7 @@ use std::process::Command;
 use super::{Error, Qemu, Vm};
 use crate::guest::Guest;
 
-/// A machine to be started: QEMU's own machine type, 96 MiB, one processor, no devices but a serial line.
+/// A machine to be started: QEMU's own machine type, 96 MiB, one processor, no devices except a serial line.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct VmBuilder {
@@ -23,7 +23,7 @@ pub struct VmBuilder {
 }
 
 impl Qemu {
-    /// A machine on this QEMU, to be described and started.
+    /// Describes a machine on this QEMU.
     pub fn vm(&self) -> VmBuilder {
         VmBuilder::new(self.clone())
     }
@@ -35,25 +35,25 @@ impl VmBuilder {
         Self { qemu, machine, memory: 96 << 20, guest: None, arguments: Vec::new() }
     }
 
-    /// The machine type, options after a comma included; `pc-q35-7.2` runs on both QEMUs.
+    /// Sets the machine type, including options after a comma; `pc-q35-7.2` runs on both QEMUs.
     pub fn machine(mut self, machine: &str) -> Self {
         self.machine = machine.to_owned();
         self
     }
 
-    /// RAM in bytes; rounded up to whole mebibytes.
+    /// Sets RAM in bytes; rounded up to whole mebibytes.
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;
         self
     }
 
-    /// The guest to boot. Source and destination need the same one: its image is a RAM block.
+    /// Sets the guest to boot. Source and destination need the same one, because its image is a RAM block.
     pub fn guest(mut self, guest: &Guest) -> Self {
         self.guest = Some(guest.clone());
         self
     }
 
-    /// Waits for a migration, whose address [`Vm::migrate_incoming`] gives later.
+    /// Makes the machine wait for a migration; [`Vm::migrate_incoming`] sets the address later.
     pub fn incoming(self) -> Self {
         self.args(["-incoming", "defer"])
     }
@@ -63,18 +63,18 @@ impl VmBuilder {
         self.arg("-S")
     }
 
-    /// The machine's UUID, which multifd channels carry.
+    /// Sets the machine's UUID, which multifd channels send.
     pub fn uuid(self, uuid: &str) -> Self {
         self.args(["-uuid", uuid])
     }
 
-    /// One more argument, as it stands.
+    /// Adds an argument, unchanged.
     pub fn arg(mut self, argument: impl Into<OsString>) -> Self {
         self.arguments.push(argument.into());
         self
     }
 
-    /// More arguments, as they stand.
+    /// Adds arguments, unchanged.
     pub fn args<A: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
         self.arguments.extend(arguments.into_iter().map(Into::into));
         self

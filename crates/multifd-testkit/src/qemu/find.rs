@@ -1,8 +1,8 @@
-//! Which QEMU programs there are, and what a test does without one.
+//! Finds the QEMU programs, and skips a test that lacks one.
 //!
-//! Looked for, in this order: the launcher that `cargo xtask test` names in `MULTIFD_QEMU_7_2` or
-//! `MULTIFD_QEMU_10_0`; the one that `cargo xtask qemu` left under `target/qemu`; `$MULTIFD_QEMU` or
-//! `qemu-system-x86_64` of `PATH`, if its version can stand in.
+//! The search order is: the launcher that `cargo xtask test` sets in `MULTIFD_QEMU_7_2` or `MULTIFD_QEMU_10_0`; the one
+//! that `cargo xtask qemu` left under `target/qemu`; `$MULTIFD_QEMU` or `qemu-system-x86_64` of `PATH`, if its version
+//! can replace it.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub struct Qemu {
     series: &'static str,
 }
 
-/// A series the tests know, and the one look for it that a process makes.
+/// A series that the tests use, and the result of the one search per process.
 struct Series {
     name: &'static str,
     variable: &'static str,
@@ -32,7 +32,7 @@ static V10_0: Series =
     Series { name: "10.0", variable: "MULTIFD_QEMU_10_0", newest: true, found: OnceLock::new() };
 
 impl Qemu {
-    /// QEMU 7.2. `None` means that the test is to return: it has been listed as skipped.
+    /// QEMU 7.2. `None` means that the test must return: it was listed as skipped.
     ///
     /// # Panics
     ///
@@ -41,7 +41,7 @@ impl Qemu {
         V7_2.find()
     }
 
-    /// QEMU 10.0. `None` means that the test is to return: it has been listed as skipped.
+    /// QEMU 10.0. `None` means that the test must return: it was listed as skipped.
     ///
     /// # Panics
     ///
@@ -59,7 +59,7 @@ impl Qemu {
         Some([Self::v7_2()?, Self::v10_0()?])
     }
 
-    /// The series it plays: `7.2` or `10.0`.
+    /// The series that it represents: `7.2` or `10.0`.
     pub fn series(&self) -> &'static str {
         self.series
     }
@@ -74,8 +74,8 @@ impl Qemu {
         &self.program
     }
 
-    /// The emulator of another guest architecture, `qemu-system-aarch64` for example, that lies beside this one. `None`
-    /// means that the test is to return: it has been listed as skipped.
+    /// The emulator of another guest architecture next to this one, for example `qemu-system-aarch64`. `None` means
+    /// that the test must return: it was listed as skipped.
     ///
     /// # Panics
     ///

@@ -1,4 +1,4 @@
-//! What a migration test asks of either end.
+//! The migration commands and queries of a test, for either end.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::{Error, Vm, wait_for};
 
 impl Vm {
-    /// Switches migration capabilities.
+    /// Switches migration capabilities on or off.
     ///
     /// # Errors
     ///
@@ -39,7 +39,7 @@ impl Vm {
         if channels > 0 { self.set_parameters(json!({ "multifd-channels": channels })) } else { Ok(()) }
     }
 
-    /// Starts to migrate to `address`, in QEMU's form: `tcp:HOST:PORT`, `unix:PATH`, `file:PATH`, …
+    /// Starts a migration to `address`, in QEMU's form: `tcp:HOST:PORT`, `unix:PATH`, `file:PATH`, …
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl Vm {
         self.execute("migrate", json!({ "uri": address })).map(drop)
     }
 
-    /// Starts to listen at `address`, or to load the file it names. Returns the address with the real port.
+    /// Starts to listen on `address`, or to load the file it names. Returns the address with the real port.
     ///
     /// # Errors
     ///
@@ -67,7 +67,7 @@ impl Vm {
         }
     }
 
-    /// All that QEMU tells of its migration.
+    /// The result of `query-migrate`.
     ///
     /// # Errors
     ///
@@ -76,16 +76,16 @@ impl Vm {
         self.execute("query-migrate", Value::Object(Map::new()))
     }
 
-    /// Waits until the migration is in the state `status`, and returns all that QEMU tells of it.
+    /// Waits until the migration is in the state `status`, and returns the result of `query-migrate`.
     ///
     /// # Errors
     ///
-    /// When it ends in another state, does not come there in time, or QEMU is gone.
+    /// When it ends in another state, does not reach the state in time, or QEMU has ended.
     pub fn wait_migration(&mut self, status: &str, patience: Duration) -> Result<Value, Error> {
         self.wait_migration_in(&[status], patience)
     }
 
-    /// The same, until it is in one of these states.
+    /// Waits until the migration is in one of these states.
     fn wait_migration_in(&mut self, states: &[&str], patience: Duration) -> Result<Value, Error> {
         let mut last = Value::Null;
         let what = format!("migration status {} on QEMU {}", states.join(" or "), self.series());
@@ -105,12 +105,13 @@ impl Vm {
         })
     }
 
-    /// Cancels the migration, and waits until it has ended: as `cancelled`, or as `failed` when QEMU notices first that it
-    /// cannot write to the connection which its own cancel has shut down (3 of 120 cancels of QEMU 10.0 on a busy machine).
+    /// Cancels the migration, and waits until it has ended: as `cancelled`, or as `failed` when QEMU notices first that
+    /// it cannot write to the connection which its own cancel has shut down (3 of 120 cancels of QEMU 10.0 on a busy
+    /// machine).
     ///
     /// # Errors
     ///
-    /// When it completes, does not end in time, or QEMU is gone.
+    /// When it completes, does not end in time, or QEMU has ended.
     pub fn cancel_migration(&mut self, patience: Duration) -> Result<(), Error> {
         self.execute("migrate_cancel", json!({}))?;
         self.wait_migration_in(&["cancelled", "failed"], patience).map(drop)
@@ -120,7 +121,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// When it fails or does not come so far in time, or QEMU is gone.
+    /// When it fails or does not get there in time, or QEMU has ended.
     pub fn wait_passes(&mut self, passes: u64, patience: Duration) -> Result<(), Error> {
         let what = format!("{passes} passes of QEMU {}", self.series());
         wait_for(&what, patience, || {
@@ -134,11 +135,11 @@ impl Vm {
         .map_err(|error| self.explain(error))
     }
 
-    /// Waits until the guest's state is `state`, in QEMU's words (`running`, `postmigrate`, …).
+    /// Waits until the guest is in the state `state`, with QEMU's names (`running`, `postmigrate`, …).
     ///
     /// # Errors
     ///
-    /// When it does not come there in time, or QEMU is gone.
+    /// When it does not reach the state in time, or QEMU has ended.
     pub fn wait_run_state(&mut self, state: &str, patience: Duration) -> Result<(), Error> {
         wait_for(&format!("state {state} of the guest"), patience, || {
             Ok((self.run_state()? == state).then_some(()))

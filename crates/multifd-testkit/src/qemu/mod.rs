@@ -1,11 +1,11 @@
-//! Real QEMUs to talk to.
+//! Real QEMUs as peers.
 //!
 //! ```text
-//! find      Qemu::v10_0()  which program; or, loudly, why a test is skipped
+//! find      Qemu::v10_0()  which program; or, visibly, why a test is skipped
 //! builder   qemu.vm()…     the command line
 //! process   …start()       the process: serial lines, standard error, killed when dropped
 //! qmp                      one command, one answer, every wait with a deadline
-//! migrate                  what a migration test asks of either end
+//! migrate                  the migration commands of a test, for either end
 //! ```
 //!
 //! A test in ten lines:
@@ -48,10 +48,10 @@ pub use builder::VmBuilder;
 pub use find::Qemu;
 pub use process::Vm;
 
-/// How long a test waits for something that takes a moment on an idle machine, a busy one considered.
+/// How long a test waits for something that takes a moment on an idle machine. It allows for a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a QEMU did instead of what was asked of it.
+/// Why a QEMU did not do what was requested.
 pub enum Error {
     /// It refused a command; the class and text are QEMU's.
     Refused {
@@ -62,11 +62,11 @@ pub enum Error {
         /// QEMU's text.
         text: String,
     },
-    /// It is there, but what was waited for did not come in time, or something else came.
+    /// It runs, but the expected result did not arrive in time, or a different one did.
     Unmet(String),
     /// Its process has ended, or closed its monitor.
     Gone(String),
-    /// The system would not let us talk to it.
+    /// The system refused the communication.
     System(String, io::Error),
 }
 
@@ -83,7 +83,7 @@ impl Error {
         |cause| Self::System(what.into(), cause)
     }
 
-    /// The same error with more to go on, for a person.
+    /// Adds information to the error, for the reader.
     fn with(self, more: &str) -> Self {
         match self {
             Self::Unmet(text) => Self::Unmet(text + more),
@@ -103,7 +103,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// The text for a person: this is what `unwrap` in a test shows.
+/// The readable text: this is what `unwrap` in a test shows.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -112,9 +112,9 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {}
 
-/// Looks at `condition` until it yields something or `patience` is at an end.
+/// Checks `condition` until it yields something or `patience` has passed.
 ///
-/// QEMU tells few of its changes by itself, so this looks again and again; nothing else in the project does.
+/// QEMU reports few of its changes, so this function polls; nothing else in the project does.
 fn wait_for<T>(
     what: &str,
     patience: Duration,

@@ -1,7 +1,7 @@
 //! A running QEMU: its monitor, its serial line, its standard error, its end.
 //!
-//! The process is killed and its files are removed when the [`Vm`] is dropped, whatever happened before. If
-//! that is because a test panics, its last words are printed first. A run that is killed takes it along.
+//! The process is killed and its files are removed when the [`Vm`] is dropped, on every path. If a test panics, the
+//! last output is printed first. The process ends with the test run, even if the run is killed.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -24,14 +24,14 @@ pub struct Vm {
     child: Child,
     qmp: Qmp,
     series: &'static str,
-    // Removed when dropped, which is after `drop` has seen the process dead.
+    // Removed when dropped, which happens after `drop` has waited for the process.
     folder: TempDir,
 }
 
 impl Vm {
     /// The monitor's socket, in the folder.
     pub(super) const QMP: &str = "qmp";
-    /// What the guest has written to its serial line, in the folder.
+    /// The guest's serial output, in the folder.
     pub(super) const SERIAL: &str = "serial";
     const STDERR: &str = "stderr";
 
@@ -68,21 +68,21 @@ impl Vm {
         self.folder.path().join(name)
     }
 
-    /// Runs a QMP command and returns what it returns.
+    /// Runs a QMP command and returns its result.
     ///
     /// # Errors
     ///
-    /// When QEMU refuses it, is gone, or does not answer in time.
+    /// When QEMU refuses it, has ended, or does not answer in time.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
         let outcome = self.qmp.execute(command, arguments);
         outcome.map_err(|error| self.explain(error))
     }
 
-    /// Waits for a QMP event; those before it are dropped.
+    /// Waits for a QMP event and drops the events before it.
     ///
     /// # Errors
     ///
-    /// When it does not come in time, or QEMU is gone.
+    /// When it does not arrive in time, or QEMU has ended.
     pub fn wait_event(&mut self, name: &str, patience: Duration) -> Result<Value, Error> {
         let outcome = self.qmp.wait_event(name, patience);
         outcome.map_err(|error| self.explain(error))
@@ -97,7 +97,7 @@ impl Vm {
         self.execute("stop", json!({})).map(drop)
     }
 
-    /// Lets the guest run.
+    /// Starts or resumes the guest.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl Vm {
         self.execute("cont", json!({})).map(drop)
     }
 
-    /// The state of the guest, in QEMU's words: `running`, `paused`, `postmigrate`, …
+    /// The state of the guest, with QEMU's names: `running`, `paused`, `postmigrate`, …
     ///
     /// # Errors
     ///
@@ -115,9 +115,9 @@ impl Vm {
         Ok(self.execute("query-status", json!({}))?["status"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Reads `length` bytes of guest-physical memory. Stop the guest first if they are to belong together.
+    /// Reads `length` bytes of guest-physical memory. Stop the guest first if the bytes must be consistent.
     ///
-    /// This is what the processor sees: from 640 KiB to 1 MiB that need not be what RAM holds there.
+    /// This is the processor's view: from 640 KiB to 1 MiB it may differ from RAM.
     ///
     /// # Errors
     ///
@@ -133,7 +133,7 @@ impl Vm {
         Ok(bytes)
     }
 
-    /// What the guest has written to its serial line, whole lines only.
+    /// The guest's serial output, whole lines only.
     ///
     /// # Errors
     ///
@@ -144,11 +144,11 @@ impl Vm {
         Ok(text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).map(Report::parse).collect())
     }
 
-    /// The last round the guest has told of here.
+    /// The last round that the guest has reported here.
     ///
     /// # Errors
     ///
-    /// When the guest has met a wrong word; its line is in the text.
+    /// When the guest has found a wrong word; its line is in the text.
     pub fn round(&self) -> Result<Option<u32>, Error> {
         let mut last = None;
         for report in self.serial()? {
@@ -164,11 +164,11 @@ impl Vm {
         Ok(last)
     }
 
-    /// Waits until the guest has done round `least`, and says which it has done.
+    /// Waits until the guest has done round `least`, and returns the round that it has done.
     ///
     /// # Errors
     ///
-    /// When the guest meets a wrong word, does not come so far in time, or QEMU is gone.
+    /// When the guest finds a wrong word, does not get there in time, or QEMU has ended.
     pub fn wait_round(&mut self, least: u32, patience: Duration) -> Result<u32, Error> {
         let what = format!("round {least} of the guest on QEMU {}", self.series);
         wait_for(&what, patience, || {
@@ -180,11 +180,11 @@ impl Vm {
         .map_err(|error| self.explain(error))
     }
 
-    /// How the process ended, if it has.
+    /// The exit status of the process, if it has ended.
     ///
     /// # Errors
     ///
-    /// When the system does not tell.
+    /// When the system does not report it.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>, Error> {
         self.child.try_wait().map_err(Error::system("wait for QEMU"))
     }
@@ -217,12 +217,12 @@ impl Vm {
         self.child.kill().and_then(|()| self.child.wait()).map(drop).map_err(Error::system("kill QEMU"))
     }
 
-    /// What QEMU has written to its standard error.
+    /// QEMU's standard error.
     pub fn stderr(&self) -> String {
         fs::read_to_string(self.path(Self::STDERR)).unwrap_or_default()
     }
 
-    /// Adds to an error what QEMU itself had to say.
+    /// Adds QEMU's own output to an error.
     pub(super) fn explain(&mut self, error: Error) -> Error {
         let end = match self.child.try_wait() {
             Ok(Some(status)) => format!("\nQEMU {} has ended with {status}", self.series),
@@ -234,7 +234,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // Of a process that has ended by itself there is nothing left to kill.
+        // If the process has ended by itself, there is nothing to kill.
         let _ = self.child.kill();
         let status = self.child.wait();
         if std::thread::panicking() {
@@ -263,7 +263,7 @@ impl Drop for Starting {
     }
 }
 
-/// The ends of standard error and serial line, for a person.
+/// The ends of standard error and serial line, for the reader.
 fn last_words(folder: &Path) -> String {
     let mut words = String::new();
     for name in [Vm::STDERR, Vm::SERIAL] {

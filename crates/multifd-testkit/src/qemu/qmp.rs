@@ -1,6 +1,6 @@
 //! A QMP client: one command, one answer, every wait with a deadline.
 //!
-//! Events that arrive between are kept in the order of their arrival until somebody asks for them.
+//! Events that arrive in between are kept in order of arrival until they are requested.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -15,13 +15,13 @@ use super::Error;
 #[derive(Debug)]
 pub(super) struct Qmp {
     stream: UnixStream,
-    /// What has arrived and is not a whole line yet.
+    /// Bytes that have arrived and are not a whole line yet.
     partial: Vec<u8>,
     events: VecDeque<Value>,
 }
 
 impl Qmp {
-    /// Takes the greeting and negotiates no capability.
+    /// Reads the greeting and negotiates no capability.
     pub(super) fn new(stream: UnixStream) -> Result<Self, Error> {
         let mut qmp = Self { stream, partial: Vec::new(), events: VecDeque::new() };
         let greeting = qmp.message(Instant::now() + ANSWER)?;
@@ -32,7 +32,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Runs a command and returns what it returns.
+    /// Runs a command and returns its result.
     pub(super) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
         let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.stream.write_all(text.as_bytes()).map_err(|cause| gone(command, &cause))?;
@@ -60,7 +60,7 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event of this name; those before it are dropped.
+    /// Waits for an event with this name and drops the events before it.
     pub(super) fn wait_event(&mut self, name: &str, patience: Duration) -> Result<Value, Error> {
         let deadline = Instant::now() + patience;
         loop {
@@ -77,7 +77,7 @@ impl Qmp {
         }
     }
 
-    /// The next line, read as JSON.
+    /// The next line, parsed as JSON.
     fn message(&mut self, deadline: Instant) -> Result<Value, Error> {
         loop {
             if let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
@@ -107,7 +107,7 @@ fn gone(command: &str, cause: &io::Error) -> Error {
     Error::Gone(format!("{command}: the monitor is gone: {cause}"))
 }
 
-/// How long a command may take. Saving all memory is the slowest.
+/// The time limit of a command. Saving all memory is the slowest.
 const ANSWER: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
     use std::thread;
 
-    /// A monitor that says these lines, in these bits, one bit each time it has been spoken to.
+    /// A monitor that sends these lines in these parts, one part after each command.
     fn monitor(bits: &'static [&'static str]) -> UnixStream {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         thread::spawn(move || {

@@ -1,4 +1,4 @@
-//! Two hosts, and a line between them that loses, delays and reorders packets, is slow, or is pulled.
+//! Two hosts, and a line between them that loses, delays and reorders packets, is slow, or is disconnected.
 //!
 //! ```text
 //!   near 10.77.0.1                                      far 10.77.0.2
@@ -6,12 +6,12 @@
 //!   device "rough" ──▶ descriptor ══ relay (threads) ══ descriptor ◀── device "rough"
 //! ```
 //!
-//! A host is a network namespace of its own with one device, a TUN, so everything above the wire is the kernel's. The wire
-//! is [`relay`]: it reads whole IP packets at one end and writes them at the other, or does not. What it does to a packet
-//! follows from a seed; what the two kernels send depends on time, so a run is like another and not the same.
+//! A host is a separate network namespace with one device, a TUN, so the kernel implements everything above the wire.
+//! The wire is [`relay`]: it reads whole IP packets at one end and writes or drops them at the other. A seed determines
+//! what it does to a packet. What the two kernels send depends on time, so runs are similar but not identical.
 //!
-//! Nothing is left behind: a namespace lives as long as its descriptor here and the processes in it, a device as long as
-//! its own descriptor. Descriptors are closed in the drop, and by the system when this process dies.
+//! Nothing is left behind: a namespace exists as long as its descriptor here and the processes in it, a device as long
+//! as its own descriptor. Descriptors are closed in the drop, and by the system when this process ends.
 //!
 //! UNSAFETY: one system call gives the calling thread a namespace.
 #![expect(unsafe_code, reason = "a thread gets a namespace of its own")]
@@ -39,14 +39,14 @@ pub use relay::{Carried, Line};
 /// Two hosts and the line between them.
 #[derive(Debug)]
 pub struct Network {
-    /// Dropped first: it has the devices.
+    /// Dropped first, because it owns the devices.
     relay: Relay,
     near: Host,
     far: Host,
 }
 
 impl Network {
-    /// Lays the line. `None` where this machine has not the means; the running test is listed as skipped then.
+    /// Creates the line. `None` if this machine does not support it; the running test is then listed as skipped.
     pub fn new(line: &Line) -> Option<Self> {
         let hosts = Host::new(NEAR).and_then(|near| Ok((near, Host::new(FAR)?)));
         let laid = hosts.and_then(|((near, one), (far, other))| {
@@ -65,7 +65,7 @@ impl Network {
         &self.far
     }
 
-    /// Pulls the line: what is on it is lost, and what is sent from now on. Neither host is told.
+    /// Disconnects the line: packets on it and all later packets are lost. Neither host is notified.
     pub fn pull(&self) {
         self.relay.plug(false);
     }
@@ -75,12 +75,12 @@ impl Network {
         self.relay.plug(true);
     }
 
-    /// What the line has carried so far, near to far and far to near.
+    /// The numbers of packets so far, near to far and far to near.
     pub fn carried(&self) -> [Carried; 2] {
         self.relay.carried()
     }
 
-    /// Waits until the line has carried so many bytes from near to far; says whether it did in time.
+    /// Waits until the line has carried `bytes` bytes from near to far. Returns whether it did so in time.
     #[must_use]
     pub fn wait_carried(&self, bytes: u64, patience: Duration) -> bool {
         self.relay.wait_carried(bytes, patience)
@@ -103,7 +103,7 @@ impl Host {
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
             let namespace = File::open("/proc/thread-self/ns/net")?;
             let device = tun::create(DEVICE)?;
-            // The line is the only one, and IPv4 is what is spoken.
+            // There is only one line, and only IPv4 is used.
             ip(&format!("addr add {address}/24 dev {DEVICE}"))?;
             ip(&format!("link set {DEVICE} mtu {MTU} up"))?;
             ip("link set lo up")?;
@@ -119,16 +119,17 @@ impl Host {
         self.address
     }
 
-    /// The words before a command that have it run on this host. They hold as long as this value does.
+    /// The words before a command that make it run on this host. They are valid as long as this value exists.
     pub fn launcher(&self) -> [String; 3] {
         let (process, descriptor) = (std::process::id(), self.namespace.as_raw_fd());
         ["nsenter".into(), format!("--net=/proc/{process}/fd/{descriptor}"), "--".into()]
     }
 
-    /// Does it on this host, in a thread of its own: its sockets, and those of the threads that it starts, are the host's.
+    /// Runs `what` on this host, in a separate thread: its sockets, and those of threads that it starts, belong to the
+    /// host.
     ///
     /// # Panics
-    /// If it does, or the thread is not let in.
+    /// If it panics, or the thread cannot enter the namespace.
     pub fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
         thread::scope(|threads| {
             let thread = threads.spawn(|| {

@@ -1,7 +1,7 @@
-//! The wire: packets from one device to the other, a thread a direction.
+//! The wire: moves packets from one device to the other, with one thread for each direction.
 //!
-//! A packet is drawn against the line's odds when it comes, gets the time at which it is due, and waits until then with the
-//! others. A wait ends with the next packet, with the time of the next that is due, or with the drop.
+//! When a packet arrives, a random number decides its fate. It gets the time at which it is to be delivered, and waits
+//! until then with the others. A wait ends with the next packet, with the time of the next delivery, or with the drop.
 
 use std::{
     cmp::Reverse,
@@ -26,26 +26,26 @@ use rustix::{
 /// What a line does to packets, in both directions.
 #[derive(Clone, Debug)]
 pub struct Line {
-    /// The part of all packets that is lost, 0 to 1.
+    /// The share of packets that are lost, 0 to 1.
     pub loss: f64,
-    /// How long every packet is under way.
+    /// The delay of every packet.
     pub delay: Duration,
-    /// The part of all packets, 0 to 1, that is under way for no time at all and so overtakes others.
+    /// The share of packets, 0 to 1, that are not delayed and so overtake others.
     pub reordered: f64,
-    /// Bits a second; `None` for as many as there are.
+    /// Bits per second; `None` is no limit.
     pub rate: Option<u64>,
-    /// What it does follows from this.
+    /// The seed of all random decisions.
     pub seed: u64,
 }
 
 impl Default for Line {
-    /// A line that does nothing to packets.
+    /// A line that delivers all packets at once.
     fn default() -> Self {
         Self { loss: 0.0, delay: Duration::ZERO, reordered: 0.0, rate: None, seed: 1 }
     }
 }
 
-/// What became of packets in one direction.
+/// What happened to packets in one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
     /// Packets that arrived.
@@ -54,15 +54,15 @@ pub struct Carried {
     pub bytes: u64,
     /// Packets that were lost by chance.
     pub lost: u64,
-    /// Packets that were lost because the line was pulled.
+    /// Packets that were lost because the line was disconnected.
     pub cut: u64,
-    /// Packets that came while too many waited for a slow line.
+    /// Packets that arrived while too many waited for a slow line.
     pub crowded: u64,
     /// Packets that overtook others.
     pub reordered: u64,
 }
 
-/// The threads, ended in the drop.
+/// The threads. The drop ends them.
 #[derive(Debug)]
 pub(super) struct Relay {
     shared: Arc<Shared>,
@@ -71,7 +71,7 @@ pub(super) struct Relay {
 
 #[derive(Debug)]
 struct Shared {
-    /// Orders nothing: a packet more or less makes no difference.
+    /// Orders nothing: one packet more or less makes no difference.
     plugged: AtomicBool,
     carried: Mutex<[Carried; 2]>,
     changed: Condvar,
@@ -119,7 +119,7 @@ impl Drop for Relay {
         // A counter that cannot be full.
         let _ = rustix::io::write(&self.shared.end, &1_u64.to_be_bytes());
         for thread in self.threads.drain(..) {
-            // One that panicked has told so.
+            // A thread that panicked has reported it.
             let _ = thread.join();
         }
     }
@@ -141,10 +141,10 @@ struct Wire {
     line: Line,
     shared: Arc<Shared>,
     random: Rng,
-    /// By the time they are due, then by their number.
+    /// Ordered by time of delivery, then by number.
     under_way: BinaryHeap<Reverse<(Instant, u64, Vec<u8>)>>,
     count: u64,
-    /// When the last packet has gone into a slow line.
+    /// The time at which the last packet has gone into a slow line.
     free: Option<Instant>,
 }
 
@@ -163,7 +163,7 @@ impl Wire {
             }
             let mut now = Carried::default();
             for _ in 0..AT_ONCE {
-                // Nothing is there, or the device is down.
+                // There is no packet, or the device is down.
                 let Ok(length) = from.read(&mut packet) else { break };
                 self.take(&packet[..length], &mut now);
             }
@@ -172,7 +172,7 @@ impl Wire {
                     break;
                 }
                 let Some(Reverse((_, _, packet))) = self.under_way.pop() else { break };
-                // A device that is down, or full, takes nothing.
+                // A device that is down or full accepts nothing.
                 if !self.shared.is_plugged() || to.write(&packet).is_err() {
                     now.cut += 1;
                     continue;
@@ -184,7 +184,7 @@ impl Wire {
         }
     }
 
-    /// Decides what becomes of a packet.
+    /// Decides what happens to a packet.
     fn take(&mut self, packet: &[u8], now: &mut Carried) {
         let (lost, overtakes) = (self.random.f64() < self.line.loss, self.random.f64() < self.line.reordered);
         if !self.shared.is_plugged() {
@@ -228,9 +228,9 @@ impl Wire {
     }
 }
 
-/// A packet of the longest kind.
+/// The greatest size of a packet.
 const LONGEST: usize = 64 << 10;
-/// Packets taken in before those that are due are looked at again.
+/// The number of packets read before waiting packets are checked again.
 const AT_ONCE: usize = 64;
-/// How much waits at the head of a slow line, as a time. More is lost: that is how a network tells a sender.
+/// The greatest delay in the queue of a slow line. More packets are lost: this is how a network signals congestion.
 const QUEUE: Duration = Duration::from_millis(50);

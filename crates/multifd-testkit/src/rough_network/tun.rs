@@ -1,4 +1,5 @@
-//! A TUN device: what the kernel sends over it is read from a descriptor, what is written there it receives.
+//! A TUN device: packets that the kernel sends are read from a descriptor, and packets written there are received by
+//! the kernel.
 //!
 //! UNSAFETY: one system call reads a structure of plain bytes.
 #![expect(unsafe_code, reason = "the safe crates do not know TUNSETIFF")]
@@ -15,14 +16,14 @@ use rustix::{
     ioctl::{Setter, ioctl, opcode},
 };
 
-/// Makes the device in the calling thread's network namespace. It goes when the descriptor is closed, whose reads and
-/// writes are of one packet each, and do not wait.
+/// Creates the device in the calling thread's network namespace. It exists until the descriptor is closed. Reads and
+/// writes of the descriptor are of one packet each, and do not wait.
 pub(super) fn create(name: &str) -> io::Result<File> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let device = OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/net/tun");
     let device = device.map_err(|error| io::Error::new(error.kind(), format!("/dev/net/tun: {error}")))?;
     let mut request = Request { name: [0; NAME], flags: IFF_TUN | IFF_NO_PI, unused: [0; REST] };
-    // One byte is left for the end.
+    // One byte is left for the NUL.
     for (to, from) in request.name[..NAME - 1].iter_mut().zip(name.bytes()) {
         *to = from;
     }
@@ -33,7 +34,7 @@ pub(super) fn create(name: &str) -> io::Result<File> {
     Ok(device)
 }
 
-/// What the kernel's `struct ifreq` is in this call.
+/// The kernel's `struct ifreq` in this call.
 #[repr(C)]
 struct Request {
     name: [u8; NAME],
@@ -42,7 +43,7 @@ struct Request {
 }
 
 const NAME: usize = 16;
-/// The kernel reads all of it: a union as long as four words of 64 bits, less what is used here.
+/// The kernel reads the whole structure: a union of four 64-bit words, minus the part used here.
 const REST: usize = 24 - size_of::<c_short>();
 /// Packets of IP.
 const IFF_TUN: c_short = 1;

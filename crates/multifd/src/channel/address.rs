@@ -1,4 +1,4 @@
-//! Where to connect to or listen at, written as QEMU writes it.
+//! Addresses to connect to or listen on, in QEMU's notation.
 
 use std::{fmt, os::fd::RawFd, path::PathBuf, str::FromStr, time::Duration};
 
@@ -8,36 +8,36 @@ use crate::error::Usage;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
-    /// A host name or IP address and a port. An IPv6 address stands in brackets. An empty host is every
-    /// address when listening and the local host when connecting; port 0 lets the system choose.
+    /// A host name or IP address and a port. An IPv6 address is written in brackets. An empty host means every address
+    /// when listening and the local host when connecting; port 0 lets the system choose.
     Tcp {
         /// Without brackets.
         host: String,
         /// The port.
         port: u16,
-        /// What stands behind the port.
+        /// The options after the port.
         options: TcpOptions,
     },
     /// A unix socket.
     Unix(PathBuf),
     /// A virtual socket between a host and its guests.
     Vsock {
-        /// Whose: 2 is the host. Listening, [`CID_ANY`](Self::CID_ANY) is every one that this machine has; it may be
-        /// left out, `vsock::PORT`.
+        /// The context id of the listening machine: 2 is the host. When listening, [`CID_ANY`](Self::CID_ANY) is every
+        /// id of this machine; it may be omitted: `vsock::PORT`.
         cid: u32,
-        /// The port; 4294967295 lets the system choose when listening.
+        /// The port; when listening, 4294967295 lets the system choose.
         port: u32,
     },
-    /// A shell command whose standard input and output are the one connection of a migration without channels. It is
-    /// run by `/bin/sh -c`; its standard error is this process's. See [`Stream::finish`](super::Stream::finish) for
-    /// its exit status.
+    /// A shell command whose standard input and output are the one connection of a migration without channels. `/bin/sh
+    /// -c` runs it; its standard error is this process's. See [`Stream::finish`](super::Stream::finish) for its exit
+    /// status.
     ///
-    /// **Warning:** the exit status is all that tells a source whether the destination has the guest. Nothing in this
-    /// process may take it: `SIGCHLD` must not be ignored (`SIG_IGN`, `SA_NOCLDWAIT`), which is refused before the command is
-    /// started, and no other part may wait for any child (`waitpid` with -1, a reaper of orphans). If one does, Linux 6.15
-    /// and later tell the status all the same. Before, the migration fails with
-    /// [`ExitStatusUnknown`](super::ExitStatusUnknown), although the destination may have the guest: look there before the
-    /// guest runs on at the source.
+    /// **Warning:** only the exit status shows a source whether the destination has the guest. No other code in this
+    /// process may take it: `SIGCHLD` must not be ignored (`SIG_IGN`, `SA_NOCLDWAIT`), which is refused before the
+    /// command is started, and no other part may wait for any child (`waitpid` with -1, a reaper of orphans). If one
+    /// does, Linux 6.15 and later still report the status. On earlier versions the migration fails with
+    /// [`ExitStatusUnknown`](super::ExitStatusUnknown), although the destination may have the guest: check the
+    /// destination before the guest continues on the source.
     Exec(String),
     /// A descriptor inherited from the parent process: a listening socket, or the one connection of a
     /// migration without channels.
@@ -45,26 +45,26 @@ pub enum Address {
 }
 
 impl Address {
-    /// Every context id that this machine has.
+    /// Every context id of this machine.
     pub const CID_ANY: u32 = u32::MAX;
 }
 
-/// What a `tcp:` address says behind its port: `,ipv4=on,keep-alive=off`.
+/// The options after the port of a `tcp:` address: `,ipv4=on,keep-alive=off`.
 ///
-/// `on` may be left out: `,ipv4`. Of the two families, one that is on rules out the other unless that is on too; one
-/// that is off leaves the other.
+/// `on` may be omitted: `,ipv4`. If one family is on, the other is off unless it is on too; if one is off, the other is
+/// used.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct TcpOptions {
-    /// `ipv4`: whether IPv4 is to be used. Default as `ipv6` says; both if neither is said.
+    /// `ipv4`: whether IPv4 is used. The default follows from `ipv6`; both are used if neither is given.
     pub ipv4: Option<bool>,
-    /// `ipv6`: whether IPv6 is to be used. Default as `ipv4` says; both if neither is said.
+    /// `ipv6`: whether IPv6 is used. The default follows from `ipv4`; both are used if neither is given.
     pub ipv6: Option<bool>,
-    /// `keep-alive`: whether a silent connection is probed, so that a host that has gone is noticed. Default on.
+    /// `keep-alive`: whether a silent connection is probed, so that a lost host is noticed. Default on.
     pub keep_alive: bool,
-    /// `user-timeout`, in seconds: how long a host may leave data and probes unanswered before the connection is given
-    /// up. Default 90 s; `None`, written 0, leaves it to the system, which takes a quarter of an hour or so. A
-    /// peer whose host answers is never given up, however long it takes nothing in.
+    /// `user-timeout`, in seconds: how long a host may leave data and probes unanswered before the connection fails.
+    /// Default 90 s; `None`, written 0, uses the system's limit of about a quarter of an hour. A peer whose host
+    /// answers never fails this way, however long it reads nothing.
     pub user_timeout: Option<Duration>,
 }
 
@@ -75,12 +75,12 @@ impl Default for TcpOptions {
 }
 
 impl TcpOptions {
-    /// Whether IPv4 is to be used.
+    /// Whether IPv4 is used.
     pub fn uses_ipv4(&self) -> bool {
         self.ipv4.unwrap_or(self.ipv6 != Some(true))
     }
 
-    /// Whether IPv6 is to be used.
+    /// Whether IPv6 is used.
     pub fn uses_ipv6(&self) -> bool {
         self.ipv6.unwrap_or(self.ipv4 != Some(true))
     }
@@ -186,7 +186,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Digits and nothing else: no sign, no space.
+/// Parses digits only: no sign, no space.
 fn number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
@@ -260,7 +260,7 @@ mod tests {
         }
     }
 
-    /// As observed of QEMU 7.2 and 10.0, by the sockets that they listened at.
+    /// As observed with QEMU 7.2 and 10.0, from the sockets on which they listened.
     #[test]
     fn families_are_chosen_as_by_qemu() {
         assert_eq!(families(""), Ok((true, true)));

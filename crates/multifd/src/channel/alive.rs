@@ -1,16 +1,16 @@
-//! Whether the host at the other end of a TCP connection still answers.
+//! Checks whether the host at the other end of a TCP connection still answers.
 //!
-//! Keep-alive looks after a connection on which nothing is under way. Where data are under way, or the peer's window is
-//! shut, it is silent, and the system goes on for a quarter of an hour. `TCP_USER_TIMEOUT` would end that, and would
-//! also end a connection whose peer answers every probe and takes nothing in: a guest that is stopped, a disk that is slow.
-//! So the waits of a socket end now and then, and the system's own account is looked at: how often the peer has left
-//! the same data, or the same question, unanswered, and when it was last heard of.
+//! Keep-alive covers a connection without data in flight. While data are in flight, or the peer's window is closed,
+//! keep-alive is inactive, and the system retries for a quarter of an hour. `TCP_USER_TIMEOUT` would shorten that. But
+//! it would also end a connection whose peer answers every probe and reads nothing: a guest that is stopped, a disk
+//! that is slow. So the waits of a socket end from time to time, and the system's own counters are checked: how often
+//! the peer has left the same data or the same probe unanswered, and when the peer last answered.
 //!
-//! The system asks again and again, each time twice as long after the last, up to two minutes: a network that was away for one
-//! would be found out to be there again long after the host was given up. So the time between is bounded, where the system
-//! can do that (Linux 6.15 and later).
+//! The system retransmits repeatedly and doubles the interval each time, up to two minutes. After a network failure of
+//! one minute, it would notice the recovery only long after the host counts as lost. So the interval is bounded, if the
+//! system supports it (Linux 6.15 and later).
 //!
-//! UNSAFETY: one system call fills a structure of plain numbers, whose size it is told.
+//! UNSAFETY: one system call fills a structure of plain numbers, whose size is passed to it.
 #![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO")]
 
 use std::{fmt, io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
@@ -26,7 +26,7 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// Sets the socket up as `options` say; `None` if it is left to the system.
+    /// Sets up the socket as `options` specify; `None` if this is left to the system.
     pub(super) fn set_up(socket: &Socket, options: &TcpOptions) -> io::Result<Option<Self>> {
         let limit = options.user_timeout;
         if options.keep_alive {
@@ -41,7 +41,7 @@ impl Watched {
         Ok(Some(watched))
     }
 
-    /// How long a wait takes at most before the peer is looked at.
+    /// The longest wait until the peer is checked.
     pub(super) fn interval(self) -> Duration {
         self.limit / 3
     }
@@ -57,7 +57,7 @@ impl Watched {
     }
 }
 
-/// The host at the other end is given up.
+/// The host at the other end does not answer any more.
 #[derive(Debug)]
 struct Gone {
     silent: Duration,
@@ -71,13 +71,14 @@ impl fmt::Display for Gone {
 
 impl std::error::Error for Gone {}
 
-/// Whether an error is of a host that has gone, by our account or by the system's.
+/// Whether an error means that a host is lost, according to our check or the system.
 pub(crate) fn is_of_a_host(error: &io::Error) -> bool {
     let ours = error.get_ref().is_some_and(|inner| inner.is::<Gone>());
     ours || error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_some()
 }
 
-/// Has the system send unanswered data again after no more than a ninth of `limit`. One that cannot keeps to its own times.
+/// Makes the system retransmit unanswered data at intervals of at most a ninth of `limit`. A system that cannot do this
+/// keeps its own intervals.
 fn bound_pauses(socket: &Socket, limit: Duration) {
     let bound = (limit / QUESTIONS).clamp(Duration::from_secs(1), LONGEST_PAUSE);
     let Ok(millis) = libc::c_int::try_from(bound.as_millis()) else { return };
@@ -85,17 +86,17 @@ fn bound_pauses(socket: &Socket, limit: Duration) {
     tracing::trace!(set = set.is_ok(), millis, "tcp_rto_max");
 }
 
-/// The C library does not know it yet.
+/// The C library does not define it yet.
 const TCP_RTO_MAX_MS: libc::c_int = 44;
-/// The system's own, and the most it takes.
+/// The system's own interval, and the greatest that it accepts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(120);
-/// How often a host is asked, at least, before it is given up.
+/// The least number of probes before a host counts as lost.
 const QUESTIONS: u32 = 9;
 
-/// One is under way at any time.
+/// One probe is pending at any time.
 const UNANSWERED: u8 = 2;
 
-/// 90 s: after 30 s without a sign of life, six questions, 10 s apart.
+/// For 90 s: after 30 s without an answer, six probes, 10 s apart.
 fn keepalive(limit: Duration) -> TcpKeepalive {
     let second = Duration::from_secs(1);
     TcpKeepalive::new()
@@ -104,21 +105,21 @@ fn keepalive(limit: Duration) -> TcpKeepalive {
         .with_retries(6)
 }
 
-/// What the system knows of the peer.
+/// The system's counters of the peer.
 struct Answers {
-    /// Times that the same data were sent again, or probes of a shut window, since the peer was last heard of.
+    /// How often the same data or probes of a closed window were sent again since the peer's last answer.
     unanswered: u8,
-    /// Since it was last heard of.
+    /// The time since the peer's last answer.
     silent: Duration,
 }
 
 impl Answers {
-    /// `None` where the system does not tell.
+    /// Reads the counters; `None` if the system does not provide them.
     fn of(socket: &Socket) -> io::Result<Option<Self>> {
         let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
         let Ok(mut length) = libc::socklen_t::try_from(size_of::<libc::tcp_info>()) else { return Ok(None) };
         // SAFETY: `info` has `length` bytes to be written, and is not used otherwise during the call.
-        let told = unsafe {
+        let result = unsafe {
             libc::getsockopt(
                 socket.as_raw_fd(),
                 libc::IPPROTO_TCP,
@@ -127,7 +128,7 @@ impl Answers {
                 &raw mut length,
             )
         };
-        if told != 0 {
+        if result != 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: every byte was zero before the call, and any bytes are numbers.

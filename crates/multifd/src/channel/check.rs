@@ -1,9 +1,9 @@
-//! What can be known of an address before it is opened: a descriptor that cannot carry a migration, a command whose end
-//! this process would not be told.
+//! Checks an address before it is opened: a descriptor that cannot carry a migration, a command whose exit status this
+//! process would not get.
 //!
-//! The caller asks before anything is done; whoever opens the address asks again.
+//! The caller checks before anything is done; the code that opens the address checks again.
 //!
-//! UNSAFETY: a number is borrowed as a descriptor to ask what it is, and the disposition of a signal is read.
+//! UNSAFETY: a number is borrowed as a descriptor to query what it is, and the disposition of a signal is read.
 #![expect(unsafe_code, reason = "asks what a descriptor is, and what is done with a signal")]
 
 use std::{
@@ -24,11 +24,12 @@ use super::Address;
 use crate::error::Usage;
 
 impl Address {
-    /// Refuses an address that nothing can be connected to, whatever the other end does. Without effect on what it names.
+    /// Refuses an address to which no connection is possible, whatever the other end does. It does not change what the
+    /// address names.
     ///
     /// # Errors
-    /// [`Usage::Descriptor`] if an inherited descriptor is no connected stream socket, [`Usage::ChildrenIgnored`] if the end
-    /// of a command could not be known.
+    /// [`Usage::Descriptor`] if an inherited descriptor is not a connected stream socket, [`Usage::ChildrenIgnored`] if
+    /// the exit status of a command could not be known.
     pub fn check_connect(&self) -> Result<(), Usage> {
         match self {
             Self::Fd(fd) => match of_socket(*fd, CONNECTED)? {
@@ -41,10 +42,10 @@ impl Address {
         }
     }
 
-    /// Refuses an address that nobody can listen at. Without effect on what it names.
+    /// Refuses an address on which listening is impossible. It does not change what the address names.
     ///
     /// # Errors
-    /// As [`check_connect`](Self::check_connect); a descriptor may be a listening stream socket, too.
+    /// As [`check_connect`](Self::check_connect); a descriptor may also be a listening stream socket.
     pub fn check_listen(&self) -> Result<(), Usage> {
         match self {
             Self::Fd(fd) => match of_socket(*fd, EITHER)? {
@@ -59,12 +60,12 @@ impl Address {
     }
 }
 
-/// The refusal as the error of whoever opens the address.
+/// Converts the refusal to the error of opening an address.
 pub(super) fn refused(usage: Usage) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, usage)
 }
 
-/// What a stream socket is for.
+/// The state of a stream socket.
 enum State {
     Listening,
     Connected,
@@ -75,7 +76,7 @@ fn of_socket(fd: RawFd, expected: &'static str) -> Result<State, Usage> {
     if fd < 0 {
         return Err(unfit(fd, "no descriptor", expected));
     }
-    // SAFETY: the number is borrowed to ask what it is, and nothing is done to it; if it is not open the calls say so.
+    // SAFETY: the number is borrowed to query what it is, and nothing is done to it; if it is not open the calls fail.
     let socket = unsafe { BorrowedFd::borrow_raw(fd) };
     let Ok(flags) = fcntl_getfl(socket) else { return Err(unfit(fd, "not open in this process", expected)) };
     let other = || unfit(fd, kind(fd, socket), expected);
@@ -94,7 +95,7 @@ fn of_socket(fd: RawFd, expected: &'static str) -> Result<State, Usage> {
     Ok(if getpeername(socket).is_ok() { State::Connected } else { State::Neither })
 }
 
-/// What a descriptor is that is no socket, with the name that the system has for it.
+/// The kind of a descriptor that is not a socket, with the system's name for it.
 fn kind(fd: RawFd, of: BorrowedFd<'_>) -> String {
     let kind = match fstat(of).map(|found| FileType::from_raw_mode(found.st_mode)) {
         Ok(FileType::RegularFile) => "a regular file",
@@ -114,16 +115,16 @@ fn unfit(fd: RawFd, met: impl Into<String>, expected: &'static str) -> Usage {
     Usage::Descriptor { fd, met: met.into(), expected }
 }
 
-/// Whether a command's exit status is kept until somebody asks for it.
+/// Checks that a command's exit status is kept until it is read.
 ///
 /// # Errors
-/// [`Usage::ChildrenIgnored`].
+/// [`Usage::ChildrenIgnored`] if it is not.
 pub(super) fn children_are_waited_for() -> Result<(), Usage> {
     let mut set = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: no new action is given, and the present one is written to `set`, which has room for it.
     let asked = unsafe { libc::sigaction(libc::SIGCHLD, std::ptr::null(), set.as_mut_ptr()) };
     if asked != 0 {
-        // It is asked for again when the command has ended.
+        // This is checked again when the command has ended.
         tracing::debug!(error = %io::Error::last_os_error(), "what is done with SIGCHLD is not known");
         return Ok(());
     }

@@ -1,10 +1,10 @@
-//! Points in time that a limit makes.
+//! Converts time limits to points in time.
 
 use std::time::Duration;
 
 use crate::sync_types::Instant;
 
-/// When `limit` from now on is over; a limit beyond the clock's range is as good as a century.
+/// The time at which `limit` from now has passed. A limit beyond the clock's range becomes a century.
 pub(crate) fn deadline(limit: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(limit).unwrap_or_else(|| now + CENTURY)

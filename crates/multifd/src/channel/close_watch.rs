@@ -1,8 +1,8 @@
-//! Notices at once that the peer has closed a connection, or has said its last word on it, while the connection's owner is
-//! busy elsewhere: waiting for channels that do not move, say.
+//! Notices at once that the peer has closed a connection, or has sent its last message on it, while the connection's
+//! owner waits for something else, such as blocked channels.
 //!
-//! In comes a descriptor of the connection, out goes an error into the [`Stop`]. The thread waits for events of the system,
-//! reads nothing that the owner would miss, and ends with the watch.
+//! It watches a descriptor of the connection and reports an error to the [`Stop`]. Its thread waits for events of the
+//! system, consumes no bytes, and ends with the watch.
 
 use std::{
     io,
@@ -25,13 +25,13 @@ use rustix::{
 use super::{Stop, Wake, clock::deadline, event_fd::EventFd};
 use crate::{error::Error, sync_types::Instant};
 
-/// A connection as a [`CloseWatch`] sees it.
+/// The part of a connection that a [`CloseWatch`] uses.
 #[derive(Debug)]
 pub struct PeerSignal {
-    /// A descriptor that the system tells events of.
+    /// A descriptor for which the system reports events.
     pub descriptor: OwnedFd,
-    /// Whether its bytes are the connection's own, so that they can be looked at without being taken: not those of a TLS
-    /// session.
+    /// Whether its bytes belong to the connection itself, so that they can be peeked without being consumed. False for
+    /// a TLS session.
     pub plain: bool,
 }
 
@@ -43,13 +43,14 @@ pub struct CloseWatch {
 }
 
 impl CloseWatch {
-    /// Fails `stop` with what `judge` makes of the connection: it is given the bytes that have come and were not read, the
-    /// first 1024 at the most and none of a connection that is not plain, and whether the peer has closed. It is asked when
-    /// bytes come and when the peer closes. A stop that has happened already stays as it is. Between the verdict and the
-    /// stop `grace` passes, in which the other connections go on; whatever fails meanwhile is reported as the verdict.
+    /// Starts a watch that fails `stop` with the error that `judge` returns. `judge` is given the bytes that have
+    /// arrived and were not read (at most the first 1024, none if the connection is not plain), and whether the peer
+    /// has closed. It is called when bytes arrive and when the peer closes. A stop that has happened already stays as
+    /// it is. After the verdict the watch waits for `grace` before the stop, while the other connections continue. A
+    /// failure in that time is reported as the verdict.
     ///
     /// # Errors
-    /// If the system refuses the thread or what it waits with.
+    /// If the system cannot start the thread or create what it waits with.
     pub fn start(
         signal: PeerSignal,
         stop: Stop,
@@ -58,7 +59,7 @@ impl CloseWatch {
     ) -> io::Result<Self> {
         let end = EventFd::new()?;
         let events = epoll::create(CreateFlags::CLOEXEC)?;
-        // At the edge: bytes that stay unread are told of once.
+        // Edge-triggered: bytes that stay unread are reported once.
         let wanted = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(&events, &signal.descriptor, EventData::new_u64(PEER), wanted)?;
         epoll::add(&events, end.fd(), EventData::new_u64(END), EventFlags::IN)?;
@@ -75,7 +76,7 @@ impl Drop for CloseWatch {
     fn drop(&mut self) {
         self.end.wake();
         if let Some(thread) = self.thread.take() {
-            // One that panicked has nothing left to say.
+            // A thread that panicked has nothing left to report.
             let _ = thread.join();
         }
     }
@@ -94,14 +95,14 @@ fn run(
     grace: Duration,
     judge: impl Fn(&[u8], bool) -> Option<Error>,
 ) -> io::Result<()> {
-    let mut met = Vec::with_capacity(2);
+    let mut ready = Vec::with_capacity(2);
     loop {
-        wait(events, &mut met, None)?;
-        if met.is_empty() {
+        wait(events, &mut ready, None)?;
+        if ready.is_empty() {
             continue;
         }
         let mut closed = false;
-        for event in &met {
+        for event in &ready {
             if event.data.u64() == END {
                 return Ok(());
             }
@@ -112,14 +113,15 @@ fn run(
         let peeked = if signal.plain {
             match recv(signal.descriptor.as_fd(), &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
                 Ok((peeked, _)) => peeked,
-                // Nothing is there, or the connection has broken, which its owner is told of, too.
+                // Nothing has arrived, or the connection has broken, which its owner notices too.
                 Err(_) => 0,
             }
         } else {
             0
         };
         if let Some(error) = judge(&bytes[..peeked.min(PEEKED)], closed) {
-            // What it has said last, an alert of TLS say, is for the owner to find in the session, and tells more.
+            // The peer's last message, such as a TLS alert, is in the session. The owner finds it there, and it is more
+            // precise.
             if !signal.plain && is_dropped_within(events, LAST_WORD)? {
                 return Ok(());
             }
@@ -135,14 +137,14 @@ fn run(
     }
 }
 
-/// Waits for the watch to be dropped, for `limit` at the most.
+/// Waits until the watch is dropped, for at most `limit`.
 fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
     let end = deadline(limit);
-    let mut met = Vec::with_capacity(2);
+    let mut ready = Vec::with_capacity(2);
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        wait(events, &mut met, Some(left))?;
-        if met.iter().any(|event| event.data.u64() == END) {
+        wait(events, &mut ready, Some(left))?;
+        if ready.iter().any(|event| event.data.u64() == END) {
             return Ok(true);
         }
         if left.is_zero() {
@@ -151,21 +153,21 @@ fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
     }
 }
 
-/// Waits for events, for `limit` at the most. A signal ends the wait as well, without an event.
-fn wait(events: &OwnedFd, met: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
+/// Waits for events, for at most `limit`. A signal also ends the wait, without an event.
+fn wait(events: &OwnedFd, ready: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
     let limit = limit.map(Timespec::try_from).transpose().map_err(|_| io::ErrorKind::InvalidInput)?;
-    met.clear();
-    match epoll::wait(events, spare_capacity(met), limit.as_ref()) {
+    ready.clear();
+    match epoll::wait(events, spare_capacity(ready), limit.as_ref()) {
         Err(Errno::INTR) | Ok(_) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// How long the owner of a session has to find out why the peer has closed it.
+/// The time that the owner of a session has to find out why the peer has closed it.
 const LAST_WORD: Duration = Duration::from_millis(300);
 const PEER: u64 = 0;
 const END: u64 = 1;
-/// Enough for what a destination says before it has everything.
+/// Enough for everything a destination sends before it has everything.
 const PEEKED: usize = 1024;
 
 #[cfg(test)]
@@ -178,51 +180,51 @@ mod tests {
 
     use super::*;
 
-    type Told = mpsc::Receiver<(Vec<u8>, bool)>;
+    type Judged = mpsc::Receiver<(Vec<u8>, bool)>;
 
-    fn watched() -> (UnixStream, UnixStream, Stop, Told, CloseWatch) {
+    fn watched() -> (UnixStream, UnixStream, Stop, Judged, CloseWatch) {
         watched_with(Duration::ZERO)
     }
 
-    fn watched_with(grace: Duration) -> (UnixStream, UnixStream, Stop, Told, CloseWatch) {
+    fn watched_with(grace: Duration) -> (UnixStream, UnixStream, Stop, Judged, CloseWatch) {
         let (here, there) = UnixStream::pair().expect("a pair");
         let descriptor = here.try_clone().expect("a descriptor").into();
-        let (stop, (tell, told)) = (Stop::new(), mpsc::channel());
+        let (stop, (judge, judged)) = (Stop::new(), mpsc::channel());
         let watch = CloseWatch::start(
             PeerSignal { descriptor, plain: true },
             stop.clone(),
             grace,
             move |bytes, closed| {
-                tell.send((bytes.to_vec(), closed)).expect("heard");
+                judge.send((bytes.to_vec(), closed)).expect("heard");
                 (closed || bytes.ends_with(b"!")).then(|| Error::other("the peer has spoken", "closed"))
             },
         );
-        (here, there, stop, told, watch.expect("started"))
+        (here, there, stop, judged, watch.expect("started"))
     }
 
     const SOON: Duration = Duration::from_secs(10);
 
     #[test]
     fn bytes_are_seen_and_left_and_the_last_word_stops() {
-        let (mut here, mut there, stop, told, _watch) = watched();
+        let (mut here, mut there, stop, judged, _watch) = watched();
         there.write_all(b"pong").expect("written");
-        assert_eq!(told.recv_timeout(SOON).expect("told"), (b"pong".to_vec(), false));
+        assert_eq!(judged.recv_timeout(SOON).expect("judged"), (b"pong".to_vec(), false));
         there.write_all(b"!").expect("written");
-        assert_eq!(told.recv_timeout(SOON).expect("told"), (b"pong!".to_vec(), false));
+        assert_eq!(judged.recv_timeout(SOON).expect("judged"), (b"pong!".to_vec(), false));
         stop.pause(SOON).expect_err("stopped");
         let mut all = [0; 5];
         here.read_exact(&mut all).expect("still there");
         assert_eq!(&all, b"pong!");
     }
 
-    /// What fails in the grace, channels that end say, is a consequence; a cancel is not.
+    /// A failure in the grace period, such as channels that end, is a consequence; a cancel is not.
     #[test]
     fn failures_in_the_grace_are_reported_as_the_verdict() {
         for cancelled in [false, true] {
-            let (_here, there, stop, told, _watch) = watched_with(SOON);
+            let (_here, there, stop, judged, _watch) = watched_with(SOON);
             drop(there);
-            told.recv_timeout(SOON).expect("told");
-            // The verdict is noted behind the call of the judge.
+            judged.recv_timeout(SOON).expect("judged");
+            // The verdict is recorded after the judge returns.
             while stop.expected().is_none() {
                 std::thread::yield_now();
             }
@@ -242,9 +244,9 @@ mod tests {
         let (_here, there, stop, _told, _watch) = watched();
         drop(there);
         stop.pause(SOON).expect_err("stopped");
-        let (_here, there, stop, told, watch) = watched();
+        let (_here, there, stop, judged, watch) = watched();
         drop(watch);
         drop(there);
-        assert!(told.recv().is_err() && !stop.is_stopped());
+        assert!(judged.recv().is_err() && !stop.is_stopped());
     }
 }

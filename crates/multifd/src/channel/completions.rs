@@ -1,16 +1,16 @@
-//! Which of the sendings that were made in place the system is through with.
+//! Tracks which zero-copy sends the system has completed.
 //!
-//! It numbers them from 0 on, in 32 bits that wrap, and tells of them in ranges, which may come in any order.
+//! The system numbers the sends from 0 on, in 32 bits that wrap, and reports completions in ranges, in any order.
 
 use std::{io, ops::Range};
 
-/// How far sending in place has come.
+/// The progress of zero-copy sends.
 #[derive(Debug, Default)]
 pub(super) struct Completions {
     sent: u64,
-    /// All before this one are through.
+    /// All sends before this number are complete.
     done: u64,
-    /// Those told of too early, by number; none touches another one or `done`.
+    /// Ranges that were reported before an earlier send was complete, by number; none touches another or `done`.
     early: Vec<Range<u64>>,
     copied: u64,
 }
@@ -21,30 +21,30 @@ impl Completions {
         self.sent += 1;
     }
 
-    /// How many are through, up to the first that is not.
+    /// The number of completed sends up to the first that is pending.
     pub(super) fn done(&self) -> u64 {
         self.done
     }
 
-    /// How many the system has copied, though it was asked not to.
+    /// The number of sends that the system has copied although it was asked not to.
     pub(super) fn copied(&self) -> u64 {
         self.copied
     }
 
-    /// The system is through with `first` to `last`.
+    /// Records that the system has completed the sends `first` to `last`.
     ///
     /// # Errors
-    /// If these were never sent, or told of before.
+    /// If these were never sent, or were reported before.
     pub(super) fn complete(&mut self, first: u32, last: u32, copied: bool) -> io::Result<()> {
-        // Fewer than 2^32 are under way, so the last 32 bits tell each from all others.
+        // Fewer than 2^32 are pending, so the lower 32 bits identify each of them.
         #[expect(clippy::cast_possible_truncation, reason = "the last 32 bits are meant")]
         let low = self.done as u32;
-        let number = |told: u32| self.done + u64::from(told.wrapping_sub(low));
+        let number = |low_bits: u32| self.done + u64::from(low_bits.wrapping_sub(low));
         let range = number(first)..number(last) + 1;
         let known = self.early.iter().any(|early| range.start < early.end && early.start < range.end);
         if range.is_empty() || range.end > self.sent || known {
             let text = format!(
-                "the system is through with sendings {first} to {last} of {} to {}, it says",
+                "the system reports completion of sends {first} to {last} of {} to {}",
                 self.done, self.sent
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
@@ -107,7 +107,7 @@ mod tests {
         let mut some = after(10, 0);
         some.complete(4, 6, false).expect("sent");
         for (first, last) in [(4, 6), (6, 7), (2, 4), (5, 5), (0, 9)] {
-            some.complete(first, last, false).expect_err("told of before");
+            some.complete(first, last, false).expect_err("reported before");
         }
     }
 }

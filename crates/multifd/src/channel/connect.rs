@@ -1,4 +1,4 @@
-//! Connecting to a destination: without blocking a stop.
+//! Connects to a destination; a stop can interrupt every wait.
 
 use std::{
     io,
@@ -66,7 +66,7 @@ impl Address {
 }
 
 impl TcpOptions {
-    /// The addresses of the families to be used, in their order.
+    /// The addresses of the families to use, in the given order.
     pub(super) fn of_families(
         &self,
         addresses: impl Iterator<Item = SocketAddr>,
@@ -89,12 +89,12 @@ impl TcpOptions {
     }
 }
 
-/// Tries the addresses in their order; reports the last failure.
+/// Tries the addresses in order; reports the last failure.
 fn connect_any(addresses: &[SocketAddr], stop: &Stop, deadline: Instant) -> io::Result<Socket> {
     let mut last = io::ErrorKind::NotFound.into();
     for (address, left) in addresses.iter().zip((1..=addresses.len()).rev()) {
         let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
-        // Each gets its share of the time, so that one that swallows everything leaves some for the next.
+        // Each address gets a share of the time, so that an address that never answers leaves time for the next.
         let time =
             deadline.saturating_duration_since(Instant::now()) / u32::try_from(left).unwrap_or(u32::MAX);
         match connect_one(&socket, &(*address).into(), stop, Instant::now() + time) {
@@ -116,8 +116,8 @@ fn connect_one(socket: &Socket, address: &SockAddr, stop: &Stop, deadline: Insta
         match socket.connect(address) {
             Ok(()) => return Ok(()),
             Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => break,
-            // A unix listener whose queue is full. There is nothing to poll for; a connect that blocks waits for room, but
-            // nothing wakes it before its time, shutting the socket down neither.
+            // The queue of a unix listener is full. There is nothing to poll for. A blocking connect would wait for
+            // room, but nothing could wake it early, not even a shutdown of the socket.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if stop.pause(Duration::from_millis(10)).is_err() || Instant::now() >= deadline {
                     return Err(io::ErrorKind::TimedOut.into());

@@ -1,7 +1,7 @@
-//! No descriptors left: which limit was met, and what to do about it.
+//! Explains errors about missing descriptors: which limit was reached, and what to do about it.
 //!
-//! A connection takes one descriptor, and one more while it is opened. A process has 1024 at most unless told otherwise, so
-//! the one that finds out is an embedder with many files open, or a program under a low limit.
+//! A connection takes one descriptor, and one more while it is opened. By default a process may have 1024. So this
+//! error occurs in an embedder with many open files, or in a program with a low limit.
 
 use std::{error::Error, fmt, io};
 
@@ -10,7 +10,7 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-/// The same error, or, if it is of a process or a system without descriptors, one that says so.
+/// Replaces the error by an explanation if the process or the system has no descriptors left.
 pub(super) fn explained(error: io::Error) -> io::Error {
     let whose = match Errno::from_io_error(&error) {
         Some(Errno::MFILE) => Whose::Process(getrlimit(Resource::Nofile).current),
@@ -28,7 +28,7 @@ struct NoneLeft {
 
 #[derive(Debug)]
 enum Whose {
-    /// With its limit, if it has one.
+    /// The process; with its limit, if it has one.
     Process(Option<u64>),
     System,
 }

@@ -1,4 +1,4 @@
-//! A descriptor that wakes a thread which polls.
+//! A descriptor that wakes a thread in a poll.
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
@@ -6,7 +6,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::Wake;
 
-/// A descriptor that becomes readable when woken, to be polled beside a socket.
+/// A descriptor that becomes readable when woken; it is polled together with a socket.
 pub(super) struct EventFd(OwnedFd);
 
 impl EventFd {
@@ -25,7 +25,7 @@ impl EventFd {
 
 impl Wake for EventFd {
     fn wake(&self) {
-        // It can only fail when the counter is full, and then the descriptor is readable.
+        // The write can only fail when the counter is full, and then the descriptor is readable.
         let _ = rustix::io::write(&self.0, &1_u64.to_be_bytes());
     }
 }

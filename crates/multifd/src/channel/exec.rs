@@ -5,13 +5,13 @@
 //!     └────── Running: a descriptor of the process, which becomes readable when it ends
 //! ```
 //!
-//! A socket pair and no pipes: the calls of a socket serve it, and a command that has ended is an error of the write and
-//! no signal. The command stays in this process's group, so that an `ssh` may ask for a password at the terminal.
+//! It uses a socket pair, not pipes: the socket calls work on it, and after the command has ended a write fails without
+//! a signal. The command stays in this process's group, so that an `ssh` may ask for a password at the terminal.
 //!
-//! Whoever owns the link reaps the command, at the latest in the drop: closed connection, then SIGTERM, then SIGKILL,
-//! each with its time. A migration that ends badly sends SIGTERM at once. What the command itself has started is not
-//! signalled; it finds its input and output closed. Its exit status decides whether the guest is at the other end, so a
-//! command is not started where it could not be known.
+//! The owner of the link reaps the command, at the latest in the drop. It closes the connection, then sends SIGTERM,
+//! then SIGKILL, each after a time limit. A migration that fails sends SIGTERM at once. Processes that the command has
+//! started are not signalled; they find their input and output closed. The exit status decides whether the guest is at
+//! the other end, so a command is not started if the status could not be known.
 
 use std::{
     io,
@@ -64,7 +64,7 @@ impl Started {
         let mut shell = Command::new("/bin/sh");
         shell.arg("-c").arg(command).stdin(Stdio::from(input)).stdout(Stdio::from(output));
         let child = shell.spawn()?;
-        // The command's ends are its own alone, or it would never be seen to close them.
+        // Only the command may have its ends, or it would never be seen to close them.
         drop(shell);
         let running = Ends(Arc::new(Running::new(child, format!("exec:{command}"))?));
         Ok(Self { socket: ours, running })
@@ -77,12 +77,12 @@ impl ExecLink {
         Self::new(Started::new(command)?, context)
     }
 
-    /// A connection to a command that runs.
+    /// Creates a connection to a running command.
     pub(super) fn new(started: Started, context: &Context) -> io::Result<Self> {
         Ok(Self { link: SocketLink::new(started.socket, context)?, running: started.running })
     }
 
-    /// What a connection that has broken, or ended, is about: a command that has failed says more than the system.
+    /// Explains why a connection has broken or ended: the failure of a command is more precise than the system's error.
     fn explain(&self, or: io::Result<usize>) -> io::Result<usize> {
         match self.running.wait(EXIT_LAG) {
             Ok(Some(status)) if or.is_err() || !status.success() => Err(ended(status)),
@@ -144,9 +144,9 @@ impl Link for ExecLink {
         self.link.close_send()
     }
 
-    /// Waits for the command to end; that it failed is an error.
+    /// Waits until the command has ended. Its failure is an error.
     fn finish(&mut self) -> io::Result<()> {
-        // A command that has ended has closed its side, which is as good.
+        // If the command has ended, its side is closed already, which is fine.
         let _ = self.link.close_send();
         match self.running.wait(END_LIMIT)? {
             Some(status) if status.success() => Ok(()),
@@ -165,7 +165,7 @@ impl Drop for ExecLink {
     }
 }
 
-/// Has the command end with its connection, whose socket is closed before.
+/// Ends the command together with its connection, whose socket is closed first.
 struct Ends(Arc<Running>);
 
 impl Deref for Ends {
@@ -182,16 +182,16 @@ impl Drop for Ends {
     }
 }
 
-/// A command that was started, and how to end it.
+/// A started command, and the means to end it.
 struct Running {
     name: String,
-    /// Of the process, whatever becomes of its number; readable when it has ended.
+    /// A descriptor of the process, valid even if its number is reused; readable when the process has ended.
     process: OwnedFd,
-    /// Readable when it is to end.
+    /// Readable when the command must end.
     woken: Arc<EventFd>,
-    /// Relaxed: orders nothing, only spares a command that is being terminated the wait for a good end.
+    /// Relaxed: orders nothing. It only skips the wait for a normal end of a command that is being terminated.
     terminated: AtomicBool,
-    /// Once somebody has waited for it.
+    /// The exit status, after a thread has waited for it.
     status: Mutex<Option<ExitStatus>>,
 }
 
@@ -208,9 +208,9 @@ impl Running {
                 Ok(Self { name, process, woken, terminated, status: Mutex::new(None) })
             }
             Err(error) => {
-                // Of one that somebody has reaped the number may be another's.
+                // If another part of the program has reaped the process, its number may belong to another process.
                 if !error.get_ref().is_some_and(|inner| inner.is::<ExitStatusUnknown>()) {
-                    // It may have ended already, which is what is wanted.
+                    // It may have ended already, which is the goal.
                     let _ = child.kill();
                     let _ = child.wait();
                 }
@@ -219,11 +219,11 @@ impl Running {
         }
     }
 
-    /// Waits until it has ended, or `limit` is over: then `None`.
+    /// Waits until the command has ended; `None` if `limit` passes first.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Interrupted`] as soon as it is to be terminated; [`ExitStatusUnknown`](super::ExitStatusUnknown) if
-    /// it has ended and nobody can say how.
+    /// [`io::ErrorKind::Interrupted`] as soon as it is to be terminated;
+    /// [`ExitStatusUnknown`](super::ExitStatusUnknown) if it has ended and its status cannot be known.
     fn wait(&self, limit: Duration) -> io::Result<Option<ExitStatus>> {
         let mut fds =
             [PollFd::new(&self.process, PollFlags::IN), PollFd::new(self.woken.fd(), PollFlags::IN)];
@@ -234,7 +234,7 @@ impl Running {
         if fds[1].revents().is_empty() { Ok(None) } else { Err(io::ErrorKind::Interrupted.into()) }
     }
 
-    /// How it has ended; waits for that.
+    /// Waits for the end of the command and returns its exit status.
     fn status(&self) -> io::Result<ExitStatus> {
         let mut known = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(status) = *known {
@@ -245,7 +245,7 @@ impl Running {
         Ok(status)
     }
 
-    /// Has it end, however it takes that.
+    /// Ends the command, with as much force as needed.
     fn reap(&self) {
         if !self.terminated.load(Ordering::Relaxed) && self.has_ended(GRACE) {
             tracing::debug!(command = self.name, "ended");
@@ -256,7 +256,7 @@ impl Running {
                 self.signal(Signal::KILL);
             }
         }
-        // It has ended, or cannot help it.
+        // It has ended, or it cannot be ended.
         let _ = self.status();
     }
 
@@ -310,9 +310,9 @@ fn ended(status: ExitStatus) -> io::Error {
     io::Error::new(io::ErrorKind::BrokenPipe, format!("the command ended {how}"))
 }
 
-/// Between the end of a command's output and its own.
+/// The time between the end of a command's output and its own end.
 const EXIT_LAG: Duration = Duration::from_secs(1);
-/// What a command may take to write the last of its input away.
+/// The time limit for a command to write out the rest of its input.
 const END_LIMIT: Duration = Duration::from_secs(60);
-/// What a command may take to end when it is told to.
+/// The time limit for a command to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(2);

@@ -1,8 +1,9 @@
-//! How a command has ended: asked of the descriptor of its process, and never of its number, which another may have by then.
+//! Reads how a command has ended, through the descriptor of its process. Its number may belong to another process by
+//! then.
 //!
-//! A process has one exit status to give. The system throws it away where `SIGCHLD` is ignored, and gives it to whoever asks
-//! first: a part of the program that waits for any child (`waitpid(-1)`) takes it from us. Linux 6.15 and later tell it by
-//! the descriptor all the same; before, it is lost, and that is an error of its own.
+//! A process has one exit status. The system discards it if `SIGCHLD` is ignored. It gives the status to the first
+//! waiter: a part of the program that waits for any child (`waitpid(-1)`) may take it from us. Linux 6.15 and later
+//! still report it through the descriptor. On earlier versions it is lost, and that has an error of its own.
 //!
 //! UNSAFETY: one call of the system, which fills a structure of ours.
 #![expect(unsafe_code, reason = "asks a process's descriptor for its exit status")]
@@ -23,8 +24,8 @@ use rustix::{
     process::{WaitId, WaitIdOptions, WaitIdStatus, waitid},
 };
 
-/// Why it cannot be said whether a command of an [`exec:`](super::Address::Exec) address has succeeded: found in the
-/// [`io::Error`] of [`Link::finish`](super::Link::finish), by [`io::Error::get_ref`].
+/// Why it is unknown whether a command of an [`exec:`](super::Address::Exec) address has succeeded. It is inside the
+/// [`io::Error`] of [`Link::finish`](super::Link::finish); [`io::Error::get_ref`] returns it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExitStatusUnknown;
@@ -44,7 +45,7 @@ impl Error for ExitStatusUnknown {}
 /// Waits for the end of `process`, and takes its exit status.
 ///
 /// # Errors
-/// [`ExitStatusUnknown`], or what the system says.
+/// [`ExitStatusUnknown`], or the system's error.
 pub(super) fn take(process: impl AsFd) -> io::Result<ExitStatus> {
     let process = process.as_fd();
     match wait(process, WaitIdOptions::EXITED) {
@@ -55,10 +56,10 @@ pub(super) fn take(process: impl AsFd) -> io::Result<ExitStatus> {
     }
 }
 
-/// Whether `process` is a child that has not been reaped.
+/// Checks that `process` is a child that has not been reaped.
 ///
 /// # Errors
-/// [`ExitStatusUnknown`] if it is none: its number may be another's by now.
+/// [`ExitStatusUnknown`] if it is not: its number may belong to another process.
 pub(super) fn is_ours(process: impl AsFd) -> io::Result<()> {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match wait(process.as_fd(), options) {
@@ -77,7 +78,7 @@ fn of(status: &WaitIdStatus) -> ExitStatus {
     ExitStatus::from_raw(ended.or(status.terminating_signal()).unwrap_or_default())
 }
 
-/// What the system keeps of a process that has been reaped, for those who had its descriptor before.
+/// The status that the system keeps of a reaped process, for holders of its descriptor.
 fn told_by_descriptor(process: BorrowedFd<'_>) -> Option<ExitStatus> {
     let mut info = PidfdInfo { mask: INFO_EXIT, ..PidfdInfo::default() };
     // SAFETY: the number is that of a call that reads and writes this structure, whose length is a part of the number.
@@ -131,7 +132,7 @@ mod tests {
         assert_eq!(take(&process).expect("known").signal(), Some(15));
     }
 
-    /// That somebody else had taken the status made a failure of a success.
+    /// Regression: when another part of the program had taken the status, a success was reported as a failure.
     #[test]
     fn child_that_somebody_else_has_reaped_is_told_by_its_descriptor_or_unknown() {
         let (child, process) = started("exit 9");

@@ -1,12 +1,12 @@
-//! Where the other end of a connection is: what tells a channel of this migration from a stranger's.
+//! The host at the other end of a connection: it distinguishes this migration's channels from foreign connections.
 
 use std::net::IpAddr;
 
-/// Where the other end of a connection is, as the system reports it.
+/// The host at the other end of a connection, as the system reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Host {
-    /// An IP address. An IPv4 address that is mapped into IPv6 is given as [`Host::ip`] gives it: as IPv4.
+    /// An IP address. [`Host::ip`] converts an IPv4 address that is mapped into IPv6 to IPv4.
     Ip(IpAddr),
     /// A context id of vsock.
     Vsock(u32),

@@ -1,4 +1,4 @@
-//! What a connection must do to carry a channel or the main stream.
+//! The traits that a connection implements to carry a channel or the main stream.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -7,46 +7,48 @@ use crate::ram::{Part, PartMut, advance, advance_mut};
 
 /// A two-way byte stream with one owner: a TCP or unix socket, an in-memory pipe, a TLS session.
 ///
-/// It is made with a [`Context`], whose stall timer it serves. All calls block. Another thread ends them through
-/// [`waker`](Link::waker). A link that wraps another one passes every call on, those that have a default as well.
+/// It is made with a [`Context`] and updates its stall timer. All calls block. Another thread ends them through
+/// [`waker`](Link::waker). A link that wraps another one must forward every call, including those with a default
+/// implementation.
 pub trait Link: Send {
-    /// Sends bytes of `parts`, in order; says how many, at least one unless all parts are empty.
+    /// Sends bytes of `parts`, in order. Returns how many, at least one unless all parts are empty.
     ///
     /// # Errors
     /// If the connection is broken or was shut down.
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize>;
 
-    /// Receives bytes into `parts`, in order, as many as are there; 0 means that the peer has closed.
+    /// Receives bytes into `parts`, in order, as many as are available. 0 means that the peer has closed.
     ///
     /// # Errors
     /// If the connection is broken or was shut down, or [`io::ErrorKind::TimedOut`] after the time set.
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize>;
 
-    /// How long [`recv`](Link::recv) waits for the first byte; `None` is for ever.
+    /// Sets how long [`recv`](Link::recv) waits for the first byte; `None` is no limit.
     ///
     /// # Errors
     /// If the system refuses it.
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()>;
 
-    /// Whether something has come, or the end, that [`recv`](Link::recv) has not given yet. A link that cannot know says no.
+    /// Whether [`recv`](Link::recv) has bytes, or the end, to return without a wait. A link that cannot know returns
+    /// `false`.
     ///
     /// # Errors
-    /// If the system refuses to tell.
+    /// If the system cannot report it.
     fn is_readable(&mut self) -> io::Result<bool>;
 
-    /// What shuts the connection down in both directions, from any thread.
+    /// The waker that shuts the connection down in both directions, from any thread.
     fn waker(&self) -> Arc<dyn Wake>;
 
-    /// What ends sending alone, from any thread: a [`send`](Link::send) under way and all later ones fail, what was sent
-    /// arrives, then the other end finds the connection closed, and what it says can still be received.
+    /// The waker that ends only sending, from any thread. A pending [`send`](Link::send) and all later ones fail. What
+    /// was sent arrives, then the other end finds the connection closed. Its reply can still be received.
     fn send_waker(&self) -> Arc<dyn Wake>;
 
-    /// What ends receiving alone, from any thread: a [`recv`](Link::recv) under way and all later ones find the end of the
-    /// connection, and what is sent still arrives.
+    /// The waker that ends only receiving, from any thread. A pending [`recv`](Link::recv) and all later ones find the
+    /// end of the connection. What is sent still arrives.
     fn recv_waker(&self) -> Arc<dyn Wake>;
 
-    /// What tells without a read that the other end has closed. A link that cannot tell says `None`: it is then noticed when
-    /// the connection is used next.
+    /// A signal that reports, without a read, that the other end has closed. `None` if the link cannot provide one: a
+    /// close is then noticed at the next use of the connection.
     ///
     /// # Errors
     /// If the system refuses another descriptor.
@@ -55,17 +57,17 @@ pub trait Link: Send {
     /// The other end, for messages: `127.0.0.1:4711`.
     fn peer(&self) -> String;
 
-    /// Where the other end is; `None` if the link cannot tell. A destination takes channels only from main's host, as far
-    /// as [`ChannelsFrom`](crate::ChannelsFrom) says so. An end that cannot be told is taken to be anywhere.
+    /// The host of the other end; `None` if the link cannot report it. A destination accepts channels only from main's
+    /// host, depending on [`ChannelsFrom`](crate::ChannelsFrom). An end that cannot be reported may be on any host.
     fn host(&self) -> Option<Host>;
 
-    /// Says that nothing more is sent, after everything sent so far.
+    /// Closes the sending direction, after everything sent so far.
     ///
     /// # Errors
     /// If the connection is broken.
     fn close_send(&mut self) -> io::Result<()>;
 
-    /// As [`send`](Link::send), with more to follow at once: a head, before what it announces.
+    /// Like [`send`](Link::send), when more follows at once: for a head, before what it announces.
     ///
     /// # Errors
     /// As [`send`](Link::send).
@@ -73,37 +75,38 @@ pub trait Link: Send {
         self.send(parts)
     }
 
-    /// How pages are sent from where they are: `zero-copy-send`. `None` if this connection cannot, as only TCP can.
+    /// The interface for `zero-copy-send`, which sends pages directly from memory. `None` if this connection does not
+    /// support it; only TCP does.
     fn zero_copy(&mut self) -> Option<&mut dyn ZeroCopy> {
         None
     }
 
-    /// Ends the connection to a peer that will not answer: says that nothing more is sent, and waits for what can be known
-    /// of the other end. A link that can know nothing has nothing to do.
+    /// Ends the connection to a peer that sends no reply: closes the sending direction, and waits for what can be known
+    /// of the other end. A link that can know nothing does nothing.
     ///
     /// # Errors
-    /// If it is known that the other end has failed: a command has ended with another exit status than 0.
+    /// If it is known that the other end has failed: a command has ended with an exit status other than 0.
     fn finish(&mut self) -> io::Result<()>;
 }
 
-/// Sends bytes from where they are, without a copy in the kernel.
+/// Sends bytes directly from memory, without a copy in the kernel.
 pub trait ZeroCopy {
-    /// Switches it on, once, before the first send.
+    /// Switches it on. Called once, before the first send.
     ///
     /// # Errors
-    /// The system's, if it cannot.
+    /// The system's error, if it cannot.
     fn enable(&mut self) -> io::Result<()>;
 
-    /// As [`Link::send`], but the system reads the bytes where they are, now or later: until
-    /// [`completed`](ZeroCopy::completed) counts this call, what is written there may travel, too. It keeps the memory
-    /// for itself as long as it needs it, even if that is unmapped.
+    /// Like [`Link::send`], but the system reads the bytes from the memory, now or later. Until
+    /// [`completed`](ZeroCopy::completed) counts this call, later writes to the memory may be sent, too. The system
+    /// keeps the memory for as long as it needs it, even if it is unmapped.
     ///
     /// # Errors
     /// As [`Link::send`]; `ENOBUFS` if no more memory may be locked for this.
     fn send_in_place(&mut self, parts: &[Part<'_>]) -> io::Result<usize>;
 
-    /// Waits until the system is through with the first `calls` calls of [`send_in_place`](ZeroCopy::send_in_place) that
-    /// sent something. Says with how many it is through by now, and how many of these it has copied after all.
+    /// Waits until the system has completed the first `calls` calls of [`send_in_place`](ZeroCopy::send_in_place) that
+    /// sent something. Returns how many it has completed by now, and how many of these it has copied after all.
     ///
     /// # Errors
     /// If the connection is broken or was shut down.
@@ -114,17 +117,17 @@ pub trait ZeroCopy {
 pub trait Connect: Send + Sync {
     /// Opens a connection for the migration of `context`, whose stop ends the attempt.
     ///
-    /// **Warning:** an attempt that respects neither the stop nor the [time limit](Context::connect_timeout) keeps the
-    /// migration from ending: the drop of its `Sender` waits for it.
+    /// **Warning:** an attempt that respects neither the stop nor the [time limit](Context::connect_timeout) prevents
+    /// the migration from ending: the drop of its `Sender` waits for it.
     ///
     /// # Errors
-    /// If none comes about within the time limit, or the migration stops.
+    /// If no connection is established within the time limit, or the migration stops.
     fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>>;
 
     /// The destination, for messages: `tcp:127.0.0.1:4444`.
     fn target(&self) -> String;
 
-    /// Whether it opens one connection and no more, so that there are no channels.
+    /// Whether it opens only one connection, so that there are no channels.
     fn is_single(&self) -> bool {
         false
     }
@@ -132,26 +135,26 @@ pub trait Connect: Send + Sync {
 
 /// Takes connections from sources.
 pub trait Listen: Send {
-    /// Waits for the next connection, which is for the migration of `context`; `None` if the [waker](Listen::waker) ended
-    /// the wait.
+    /// Waits for the next connection, for the migration of `context`; `None` if the [waker](Listen::waker) ended the
+    /// wait.
     ///
     /// # Errors
-    /// If the system refuses: no descriptors are left, say.
+    /// If the system refuses, for example because no descriptors are left.
     fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>>;
 
-    /// The next connection that is there already.
+    /// The next connection that has already arrived, without a wait.
     ///
     /// # Errors
     /// As [`accept`](Listen::accept).
     fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>>;
 
-    /// What ends a wait in [`accept`](Listen::accept), each time it is called.
+    /// The waker that ends a wait in [`accept`](Listen::accept), each time it is called.
     fn waker(&self) -> Arc<dyn Wake>;
 
     /// Where it listens, for messages.
     fn address(&self) -> String;
 
-    /// Whether it takes one connection and no more, so that there are no channels.
+    /// Whether it accepts only one connection, so that there are no channels.
     fn is_single(&self) -> bool {
         false
     }
@@ -170,7 +173,7 @@ pub(crate) fn send_all(link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::R
     Ok(())
 }
 
-/// Sends all bytes of a part that more follows.
+/// Sends all bytes of a part after which more follows.
 pub(crate) fn send_all_more(link: &mut dyn Link, part: Part<'_>) -> io::Result<()> {
     let mut parts = &mut [part][..];
     while parts.iter().any(|part| part.len() > 0) {
@@ -184,7 +187,8 @@ pub(crate) fn send_all_more(link: &mut dyn Link, part: Part<'_>) -> io::Result<(
     Ok(())
 }
 
-/// Receives into `parts` until at least `least` bytes are there; says how many, fewer if the peer has closed.
+/// Receives into `parts` until at least `least` bytes have arrived. Returns their number, which is less if the peer has
+/// closed.
 pub(crate) fn recv_at_least(
     link: &mut dyn Link,
     mut parts: &mut [PartMut<'_>],

@@ -1,4 +1,4 @@
-//! Listening for a source: every connection that is there, and a way to stop waiting for more.
+//! Listens for a source: accepts all waiting connections, and can be woken from a wait for more.
 
 use std::{
     io,
@@ -25,11 +25,11 @@ use super::{
 
 /// A listening socket, or the one connection of a command or an inherited descriptor.
 pub struct Listener {
-    /// `None` for a command, which is a connection already.
+    /// The listening socket; `None` for a command, which is a connection already.
     socket: Option<Socket>,
     woken: Arc<EventFd>,
     address: Address,
-    /// For the connections that it takes.
+    /// The options of the connections that it accepts.
     options: TcpOptions,
     kind: Kind,
 }
@@ -41,9 +41,9 @@ impl std::fmt::Debug for Listener {
 }
 
 enum Kind {
-    /// Accepts connections; a unix socket's file is removed in the end.
+    /// Accepts connections; a unix socket's file is removed at the end.
     Listening { remove: Option<SocketFile> },
-    /// A connection that was there from the start, to be taken once.
+    /// A connection that existed from the start, returned once.
     Connection(Option<Ready>),
 }
 
@@ -63,7 +63,7 @@ impl Ready {
 }
 
 impl Listener {
-    /// Listens at `address`. A unix socket left over at the path is replaced, as QEMU does.
+    /// Listens on `address`. A leftover unix socket at the path is replaced, as QEMU does.
     ///
     /// # Errors
     /// If the system refuses the address.
@@ -120,7 +120,7 @@ impl Listener {
         Ok(Self { socket: None, woken: EventFd::new()?, address, options, kind })
     }
 
-    /// Where it listens, with the port that the system chose.
+    /// The address on which it listens, with the port that the system chose.
     pub fn local_address(&self) -> &Address {
         &self.address
     }
@@ -133,7 +133,7 @@ impl Listen for Listener {
                 return Ok(Some(link));
             }
             let mut fds = vec![PollFd::new(self.woken.fd(), PollFlags::IN)];
-            // Where there is none, the one connection was taken: nothing more to wait for.
+            // If there is no socket, the one connection was returned: there is nothing more to wait for.
             fds.extend(self.socket.as_ref().map(|socket| PollFd::new(socket, PollFlags::IN)));
             match poll(&mut fds, None) {
                 Ok(_) if !fds[0].revents().is_empty() => {
@@ -159,7 +159,7 @@ impl Listen for Listener {
                 Ok(link) => return Ok(Some(Box::new(link))),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),
-                    // The peer gave up before we came to it, or before we could ask who it was.
+                    // The peer gave up before the connection was accepted, or before its host could be queried.
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::NotConnected => {}
                     io::ErrorKind::Interrupted => {}
                     _ => return Err(explained(error)),
@@ -192,22 +192,22 @@ impl Drop for Listener {
 /// The file of a unix socket that was bound here.
 struct SocketFile {
     path: PathBuf,
-    /// Device and inode. The socket holds on to the inode, so no other file has its number while the socket is open.
+    /// Device and inode. The socket keeps the inode in use, so no other file has its number while the socket is open.
     identity: (u64, u64),
 }
 
 impl SocketFile {
-    /// `None` if somebody has removed it already.
+    /// `None` if the file has been removed already.
     fn at(path: &Path) -> Option<Self> {
         let path = std::path::absolute(path).ok()?;
         let identity = Self::identity(&path)?;
         Some(Self { path, identity })
     }
 
-    /// Removes it, unless another file is there by now: a listener that came later has taken the path over.
+    /// Removes the file, unless it is another file by now: a later listener has taken over the path.
     fn remove(&self) {
         if Self::identity(&self.path) == Some(self.identity) {
-            // If it is gone meanwhile, that is what was wanted.
+            // If it is gone by now, the goal is reached.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -217,8 +217,8 @@ impl SocketFile {
     }
 }
 
-/// All channels of the largest migration may be waiting at once: a full queue would make a source believe
-/// that it is connected when it is not.
+/// All channels of the largest migration may be waiting at once. With a full queue, a source would believe that it is
+/// connected when it is not.
 const BACKLOG: i32 = 512;
 
 fn listen_tcp(host: &str, port: u16, options: &TcpOptions) -> io::Result<Socket> {
@@ -231,7 +231,7 @@ fn listen_tcp(host: &str, port: u16, options: &TcpOptions) -> io::Result<Socket>
             let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
             socket.set_reuse_address(true)?;
             if address.is_ipv6() {
-                // Every IPv6 address takes IPv4 in as well, if that is to be used.
+                // The address of all IPv6 interfaces also accepts IPv4, if IPv4 is used.
                 socket.set_only_v6(!options.uses_ipv4())?;
             }
             socket.bind(&address.into())?;
@@ -260,7 +260,7 @@ fn listen_unix(path: &Path) -> io::Result<Socket> {
 mod tests {
     use super::*;
 
-    /// A listener that ended removed the path, and with it the socket of the one that had taken the path over.
+    /// Regression: a listener that ended removed the path, even after another listener had taken it over.
     #[test]
     fn listener_that_ends_removes_its_own_socket_and_no_other() {
         let folder = tempfile::tempdir().expect("a folder");

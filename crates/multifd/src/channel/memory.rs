@@ -1,7 +1,7 @@
-//! Connections inside one process: two bounded pipes, and a listener to meet at.
+//! Connections inside one process: two bounded pipes, with a connector and a listener.
 //!
-//! They behave as sockets do, back-pressure, shutdown and half-closing included, and need no network: for
-//! tests, for fuzzing, for a VMM whose two ends live in one process.
+//! They behave like sockets, including back-pressure, shutdown and half-close, and need no network. They are for tests,
+//! for fuzzing, and for a VMM with both ends in one process.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,8 @@ use crate::{
     sync_types::{Condvar, Instant, Mutex, MutexGuard},
 };
 
-/// Two ends of a connection that holds up to `capacity` bytes on their way in each direction, each with its side's context.
+/// Creates the two ends of a connection that buffers up to `capacity` bytes in each direction, each with its side's
+/// context.
 pub fn pair(capacity: usize, near: &Context, far: &Context) -> (MemoryLink, MemoryLink) {
     let (one, other) = ends(capacity);
     (MemoryLink::new(one, near), MemoryLink::new(other, far))
@@ -29,7 +30,7 @@ fn ends(capacity: usize) -> (End, End) {
     (End(Arc::new(near)), End(Arc::new(far)))
 }
 
-/// A place to meet: what the connector opens, the listener takes.
+/// Creates a network: the listener accepts what the connector opens.
 pub fn network(capacity: usize) -> (MemoryConnector, MemoryListener) {
     let meeting = Arc::new(Meeting::default());
     (MemoryConnector { meeting: meeting.clone(), capacity }, MemoryListener { meeting })
@@ -144,7 +145,7 @@ impl Drop for End {
     }
 }
 
-/// Bytes on their way. Closed, it gives out what it holds and then ends; writing to it fails.
+/// Bytes in transit. After it is closed, it returns what it contains and then ends; writing to it fails.
 struct Pipe {
     state: Mutex<Bytes>,
     changed: Condvar,

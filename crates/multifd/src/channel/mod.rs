@@ -1,4 +1,4 @@
-//! Connections: how they are addressed, opened, taken, used and stopped.
+//! Connections: how they are addressed, opened, accepted, used and stopped.
 //!
 //! ```text
 //! Address ── Connect ──▶ Link ═══════════ Link ◀── Listen ── Listener
@@ -6,8 +6,8 @@
 //!                        waker ◀── Stop ──▶ waker        (one Stop a side)
 //! ```
 //!
-//! A [`Link`] has one owner, blocks, and is woken from elsewhere through its waker. Sockets and in-memory pipes are
-//! links; so is whatever an embedder has that moves bytes.
+//! A [`Link`] has one owner. Its calls block, and other threads end them through its waker. Sockets and in-memory pipes
+//! are links. An embedder can implement it for any other byte stream.
 
 mod address;
 mod alive;

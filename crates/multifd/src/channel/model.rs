@@ -1,6 +1,6 @@
-//! Models of the [`Stop`], and of waits that have a limit.
+//! Models of the [`Stop`], and of waits with a time limit.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`.
+//! The package `multifd-models` runs each under many schedules; see `docs/develop/concurrency.md`.
 
 use std::{
     sync::{
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Somebody who waits, without limit, to be woken by a stop.
+/// A thread that waits, without limit, to be woken by a stop.
 #[derive(Default)]
 struct Waiter {
     woken: Mutex<usize>,
@@ -51,7 +51,7 @@ fn failure(text: &str) -> Error {
     Error::other(text, "because")
 }
 
-/// Two fail at once, while somebody comes to wait.
+/// Two threads fail at once, while a third begins to wait.
 pub fn the_first_error_wins_and_a_watcher_is_woken_once_however_late_it_comes() {
     let stop = Stop::new();
     let failing = ["one", "other"].map(|text| {
@@ -67,7 +67,7 @@ pub fn the_first_error_wins_and_a_watcher_is_woken_once_however_late_it_comes() 
     drop(watch);
 }
 
-/// The flag is the way past the lock.
+/// The flag avoids the lock.
 pub fn whoever_sees_the_flag_finds_the_cause() {
     let stop = Stop::new();
     let failing = thread::spawn({
@@ -84,7 +84,7 @@ pub fn whoever_sees_the_flag_finds_the_cause() {
     assert!(stop.check().is_err());
 }
 
-/// A good end, an error and a cancel at once.
+/// A normal end, an error and a cancel at once.
 pub fn of_a_good_end_and_a_cancel_one_wins_and_only_a_failure_shuts_connections_down() {
     let stop = Stop::new();
     let (any, connection) = (Arc::new(Waiter::default()), Arc::new(Waiter::default()));
@@ -112,7 +112,7 @@ pub fn a_pause_ends_with_the_stop() {
     assert!(pausing.join().expect("no panic").expect_err("cancelled").is_cancelled());
 }
 
-/// With time running it may be over before.
+/// When time passes, the pause may end before the stop.
 pub fn a_pause_ends_by_its_time_or_with_the_stop() {
     let_time_run();
     let stop = Stop::new();
@@ -132,7 +132,7 @@ pub fn a_pause_ends_by_its_time_or_with_the_stop() {
     assert!(Stop::new().pause(Duration::from_secs(600)).is_ok());
 }
 
-/// Guards go while their stop wakes the watchers; one of these owns a guard itself.
+/// Guards are dropped while their stop wakes the watchers; one watcher owns a guard itself.
 pub fn guards_may_go_while_the_stop_wakes() {
     struct Owns {
         woken: Arc<AtomicUsize>,
@@ -146,7 +146,7 @@ pub fn guards_may_go_while_the_stop_wakes() {
     let stop = Stop::new();
     let inner = stop.watch(Arc::new(Waiter::default()));
     let woken = Arc::new(AtomicUsize::new(0));
-    // Nobody else has it: it goes with its guard, or with the stop's last use of it.
+    // Nothing else owns this watcher: it is dropped with its guard, or after the stop's last use of it.
     let outer = stop.watch(Arc::new(Owns { woken: woken.clone(), _guard: inner }));
     let leaving = thread::spawn(move || drop(outer));
     let failing = thread::spawn({
@@ -161,7 +161,7 @@ pub fn guards_may_go_while_the_stop_wakes() {
     assert_eq!(late.times(), 1);
 }
 
-/// A byte fits; the reader is somewhere else all the time.
+/// One byte fits; the reader is busy elsewhere all the time.
 pub fn whoever_waits_for_room_or_for_bytes_is_woken() {
     let context = Context::new(&Stop::new());
     let (mut near, mut far) = memory::pair(1, &context, &context);
@@ -171,15 +171,15 @@ pub fn whoever_waits_for_room_or_for_bytes_is_woken() {
             assert_eq!(sent.expect("open"), 1);
         }
     });
-    let (mut byte, mut met) = ([0_u8; 1], Vec::new());
+    let (mut byte, mut received) = ([0_u8; 1], Vec::new());
     while far.recv(&mut [PartMut::from(&mut byte[..])]).expect("open") == 1 {
-        met.push(byte[0]);
+        received.push(byte[0]);
     }
-    assert_eq!(met, [0, 1, 2]);
+    assert_eq!(received, [0, 1, 2]);
     writing.join().expect("no panic");
 }
 
-/// One connection is full for ever. On another, bytes may move in between.
+/// One connection is full permanently. On another, bytes may move in between.
 pub fn a_wait_for_room_ends_when_nothing_has_moved_for_so_long_and_not_before() {
     const LIMIT: Duration = Duration::from_secs(100);
     let_time_run();
@@ -203,7 +203,7 @@ pub fn a_wait_for_room_ends_when_nothing_has_moved_for_so_long_and_not_before() 
     let ended = Instant::now();
     assert!(ended.saturating_duration_since(begun) >= LIMIT);
     let [_, (noticed, moved)] = moves.map(|thread| thread.join().expect("no panic"));
-    // After that move only the limit of the wait has moved the clock.
+    // After that move, only the limit of the wait has moved the clock.
     assert!(moved >= ended || ended.saturating_duration_since(noticed) >= LIMIT);
     drop(far);
 }

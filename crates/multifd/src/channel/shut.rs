@@ -1,4 +1,4 @@
-//! How another thread ends what the owner of a socket waits for.
+//! Wakers that end the waits of a socket's owner from another thread.
 
 use std::{net::Shutdown, sync::Arc, time::Duration};
 
@@ -6,27 +6,27 @@ use socket2::Socket;
 
 use super::Wake;
 
-/// Shuts a socket down both ways; the descriptor stays open until its owner drops it.
+/// Shuts a socket down in both directions; the descriptor stays open until its owner drops it.
 pub(super) struct Shut {
     pub(super) socket: Arc<Socket>,
-    /// Whether its close is to be a reset.
+    /// Whether closing the socket must cause a reset.
     pub(super) reset: bool,
 }
 
 impl Wake for Shut {
     fn wake(&self) {
         if self.reset {
-            // Whoever reads on to the end after the shutdown leaves nothing unread, so that the close would be a quiet one:
-            // a source whose bytes fill the network would go on asking for room, until the system has forgotten the
-            // connection, a minute later. With this the close is a reset.
+            // An owner that reads to the end after the shutdown leaves nothing unread, so the close would be a normal
+            // one. A source whose bytes fill the network would then continue to ask for room, until the system has
+            // forgotten the connection a minute later. With this option the close is a reset.
             let _ = self.socket.set_linger(Some(Duration::ZERO));
         }
-        // It may be closed by the peer already, which is as good.
+        // The peer may have closed it already, which is fine.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
-/// Ends receiving alone, so that a last word can still be sent.
+/// Ends only receiving, so that a last message can still be sent.
 pub(super) struct ShutRecv(pub(super) Arc<Socket>);
 
 impl Wake for ShutRecv {
@@ -35,7 +35,7 @@ impl Wake for ShutRecv {
     }
 }
 
-/// Ends sending alone: what was sent arrives, then the end; what comes can still be received.
+/// Ends only sending: what was sent arrives, then the end; incoming bytes can still be received.
 pub(super) struct ShutSend(pub(super) Arc<Socket>);
 
 impl Wake for ShutSend {

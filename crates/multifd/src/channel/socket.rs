@@ -1,7 +1,7 @@
-//! A socket as a link: gathering and scattering calls straight from and to guest memory.
+//! A link over a socket: gathering and scattering calls directly from and to guest memory.
 //!
-//! UNSAFETY: the system reads and writes the memory that the parts point to; each part carries the lifetime
-//! of what it borrows, and the calls end before it does.
+//! UNSAFETY: the system reads and writes the memory that the parts point to; each part carries the lifetime of what it
+//! borrows, and the calls end before it does.
 #![expect(unsafe_code, reason = "system calls on vectors over guest memory")]
 
 use std::{
@@ -41,13 +41,13 @@ pub struct SocketLink {
     watched: Option<Watched>,
     /// Set by `set_recv_timeout`.
     recv_timeout: bool,
-    /// Of what was sent in place.
+    /// The completions of zero-copy sends.
     completions: Completions,
     stall_timer: StallTimer,
     tcp: bool,
-    /// Whether it is TCP that a source has opened, which sends more than it is sent.
+    /// Whether it is a TCP connection that a source has opened; the source sends more than it receives.
     incoming: bool,
-    /// Whether it stays within this machine.
+    /// Whether both ends are on this machine.
     local: bool,
 }
 
@@ -62,9 +62,9 @@ impl std::fmt::Debug for SocketLink {
 }
 
 impl SocketLink {
-    /// A link over a connected socket, blocking, with Nagle's algorithm off where there is one, and with a send buffer that
-    /// fits into caches where the other end is on the same machine. A TCP peer is looked after as [`TcpOptions::default`]
-    /// has it.
+    /// Creates a link over a connected socket: blocking, with Nagle's algorithm off if the socket has it, and with a
+    /// send buffer that fits into caches if the other end is on the same machine. A TCP peer is checked as
+    /// [`TcpOptions::default`] specifies.
     ///
     /// # Errors
     /// If the system refuses an option.
@@ -72,7 +72,7 @@ impl SocketLink {
         Self::with_options(socket, &TcpOptions::default(), context)
     }
 
-    /// The same, looked after as `options` say; they are of no matter if it is no TCP.
+    /// Like [`new`](Self::new), with `options`; they have no effect if it is not TCP.
     ///
     /// # Errors
     /// If the system refuses an option.
@@ -107,7 +107,8 @@ impl SocketLink {
         Ok(link)
     }
 
-    /// The same, for a connection that a listener has taken: when it is woken, its peer is told at once.
+    /// Like [`with_options`](Self::with_options), for a connection that a listener has accepted. When it is woken, its
+    /// peer is notified at once.
     ///
     /// # Errors
     /// If the system refuses an option.
@@ -122,10 +123,10 @@ impl SocketLink {
         let mut begun = None;
         loop {
             // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be read for its
-            // length until this call has ended. What it sends in place it holds on to by itself.
+            // length until this call has ended. The kernel itself keeps the memory that it sends in place.
             let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, flags) };
             match usize::try_from(sent).map_err(|_| io::Error::last_os_error()) {
-                // The socket blocks, so a wait took its time.
+                // The socket blocks, so this is a wait whose time limit has passed.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.look_at_send(&mut begun)?,
                 sent => {
                     self.moved(&sent);
@@ -135,14 +136,14 @@ impl SocketLink {
         }
     }
 
-    /// After a wait to send that took its time, like all of its kind since `begun`.
+    /// Called after a wait to send has reached its time limit. All such waits have lasted since `begun`.
     fn look_at_send(&self, begun: &mut Option<Instant>) -> io::Result<()> {
         self.look()?;
         let interval = self.send_interval().unwrap_or_default();
         self.stall_timer.check_send(*begun.get_or_insert_with(|| stall_timer::begun(interval)))
     }
 
-    /// How long a wait to send takes before it looks at the peer.
+    /// The time limit of a wait to send before the peer is checked.
     fn send_interval(&self) -> Option<Duration> {
         let stalled = self.stall_timer.limit().map(stall_timer::interval);
         self.watched.map(Watched::interval).into_iter().chain(stalled).min()
@@ -154,7 +155,7 @@ impl SocketLink {
         }
     }
 
-    /// After a wait that took its time: an error unless the peer's host still answers.
+    /// Called after a wait has reached its time limit: fails unless the peer's host still answers.
     fn look(&self) -> io::Result<()> {
         self.watched.map_or(Ok(()), |watched| watched.check(&self.socket))
     }
@@ -180,7 +181,7 @@ impl Link for SocketLink {
             // its length until this call has ended.
             let received = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, 0) };
             match usize::try_from(received).map_err(|_| io::Error::last_os_error()) {
-                // The socket blocks, so a wait took its time.
+                // The socket blocks, so this is a wait whose time limit has passed.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.look()?;
                     if self.recv_timeout {
@@ -276,14 +277,14 @@ impl ZeroCopy for SocketLink {
             if gone {
                 return Err(self.socket.take_error()?.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into()));
             }
-            // An error that is no notice, and would be told for ever.
+            // This is an error without a notice, which would be reported again and again.
             if woken
                 && self.completions.done() == before
                 && let Some(error) = self.socket.take_error()?
             {
                 return Err(error);
             }
-            // Nothing is asked for: notices, and the end of the connection, are always told.
+            // No events are requested: notices and the end of the connection are always reported.
             let mut fds = [PollFd::new(&*self.socket, PollFlags::empty())];
             let limit = self.send_interval().and_then(|interval| Timespec::try_from(interval).ok());
             match poll(&mut fds, limit.as_ref()) {
@@ -298,9 +299,9 @@ impl ZeroCopy for SocketLink {
 
 /// Takes over a descriptor that this process has inherited.
 pub(super) fn inherited(fd: RawFd) -> io::Result<Socket> {
-    // SAFETY: the number is only borrowed to ask what it is; if it is not open the call says so.
+    // SAFETY: the number is only borrowed to query what it is; if it is not open the call fails.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    // A copy is ours to close: the caller's number, which may be 0 to 2, stays as it is.
+    // The copy is ours to close. The caller's number, which may be 0 to 2, stays as it is.
     let owned = rustix::io::fcntl_dupfd_cloexec(borrowed, 3)?;
     rustix::net::sockopt::socket_type(&owned)?;
     Ok(Socket::from(owned))
@@ -312,9 +313,10 @@ fn is_local(socket: &Socket) -> io::Result<bool> {
     Ok(here.zip(there).is_some_and(|(here, there)| here.ip() == there.ip()))
 }
 
-/// Bytes on their way within this machine, from this side, over all connections. Left alone, the system lets megabytes a
-/// connection queue up, as a network that is far away needs; what has been copied in is then out of the caches by the time it
-/// is copied out. Of one connection both ends must be at work at a time, so less than this has them wait for each other.
+/// The bytes in transit within this machine, sent from this side, over all connections. By default, the system queues
+/// megabytes per connection, as a distant network needs. Data that was copied in is then out of the caches when it is
+/// copied out. Both ends of a connection must be able to work at the same time; with a smaller buffer they would wait
+/// for each other.
 const LOCAL_BUFFERS: usize = 1 << 20;
 /// Over one connection, at least.
 const LOCAL_BUFFER: usize = 256 << 10;
@@ -330,7 +332,7 @@ pub(super) fn describe(address: &SockAddr) -> String {
     address.as_pathname().map_or_else(|| "a local process".into(), |path| path.display().to_string())
 }
 
-/// Where the other end of `socket` is.
+/// The host at the other end of `socket`.
 fn host_of(socket: &Socket, address: &SockAddr) -> Option<Host> {
     if let Some(address) = address.as_socket() {
         return Some(Host::ip(address.ip()));
@@ -345,7 +347,7 @@ fn host_of(socket: &Socket, address: &SockAddr) -> Option<Host> {
 fn process_of(socket: &Socket) -> Option<u32> {
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = libc::socklen_t::try_from(size_of_val(&peer)).ok()?;
-    // SAFETY: the system writes at most `length` bytes to `peer`, which is as long and there until the call has ended.
+    // SAFETY: the system writes at most `length` bytes to `peer`, which is as long and exists until the call has ended.
     let got = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -413,15 +415,15 @@ mod tests {
             .expect("a limit of buffers");
         let (one, other) = UnixStream::pair().expect("a pair");
         for socket in [Socket::from(near), Socket::from(far), Socket::from(one), Socket::from(other)] {
-            let received = socket.recv_buffer_size().expect("told");
+            let received = socket.recv_buffer_size().expect("a size");
             for (channels, expected) in [(1, 1 << 20), (2, 512 << 10), (4, 256 << 10), (255, 256 << 10)] {
                 let again = socket.try_clone().expect("a descriptor");
                 let link = SocketLink::new(again, &context().channels(channels)).expect("a link");
-                // The system doubles what it is asked for, for its own accounts.
-                let sent = link.socket.send_buffer_size().expect("told");
+                // The system doubles the requested size, for its own bookkeeping.
+                let sent = link.socket.send_buffer_size().expect("a size");
                 assert_eq!(sent, 2 * most.min(expected), "{channels} channels");
             }
-            assert_eq!(socket.recv_buffer_size().expect("told"), received);
+            assert_eq!(socket.recv_buffer_size().expect("a size"), received);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Options of sockets that the safe crates do not know.
+//! Socket options that the safe crates do not support.
 //!
 //! UNSAFETY: `setsockopt` is given a pointer to a number that outlives the call, and the number's length.
 #![expect(unsafe_code, reason = "setsockopt")]
@@ -7,7 +7,7 @@ use std::{io, os::fd::AsRawFd};
 
 use socket2::Socket;
 
-/// Sets an option whose value is a number, for those that the safe crates do not know.
+/// Sets an option whose value is a number and which the safe crates do not support.
 ///
 /// # Errors
 /// If the system refuses it.
@@ -18,7 +18,7 @@ pub(super) fn set_option(
     value: libc::c_int,
 ) -> io::Result<()> {
     let length = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    // SAFETY: the option's value is a number of the length told, there until the call has ended.
+    // SAFETY: the option's value is a number of the length passed, and exists until the call has ended.
     let set =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
     if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

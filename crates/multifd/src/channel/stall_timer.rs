@@ -1,9 +1,9 @@
-//! Whether anything still moves between the two sides.
+//! Detects that nothing moves between the two sides any more.
 //!
-//! A peer whose host answers may do nothing all the same: a stopped process, a disk that hangs, a destination that waits
-//! for something that this source does not send. What tells it from a slow one is that no connection moves a byte, so
-//! all connections of a side note in one place when one did, and a wait for something that is due ends when that was
-//! too long ago.
+//! A peer whose host answers may still be inactive: a stopped process, a disk that hangs, a destination that waits for
+//! something that this source does not send. It differs from a slow peer in that no connection moves a byte. So all
+//! connections of a side record in one place when one of them moved bytes. A wait for something that is expected ends
+//! when that was too long ago.
 
 use std::{
     io,
@@ -17,7 +17,8 @@ use crate::sync_types::{AtomicBool, AtomicU64, Instant};
 #[derive(Debug)]
 pub(super) struct Activity {
     born: Instant,
-    /// Milliseconds since `born`. Orders nothing: who reads an old value looks again when that is over.
+    /// Milliseconds since `born`. Orders nothing: a thread that reads an old value checks again when that time has
+    /// passed.
     last: AtomicU64,
 }
 
@@ -27,14 +28,14 @@ impl Default for Activity {
     }
 }
 
-/// How long the peers of a side may do nothing while something is due. It comes in a connection's
-/// [`Context`](super::Context); all timers of one [`Stop`](super::Stop) see the same activity.
+/// How long the peers of a side may be inactive while something is expected. A connection gets the timer in its
+/// [`Context`](super::Context). All timers of one [`Stop`](super::Stop) use the same activity.
 #[derive(Clone, Debug)]
 pub struct StallTimer {
     activity: Arc<Activity>,
     limit: Option<Duration>,
-    /// Whether the connection's bytes count; `None`: they do. A stranger's must not keep a migration alive. Orders
-    /// nothing: a few bytes too many or too few make no difference.
+    /// Whether the connection's bytes count; `None` if they always do. The bytes of a foreign connection must not keep
+    /// a migration alive. Orders nothing: a few bytes more or less make no difference.
     counts: Option<Arc<AtomicBool>>,
 }
 
@@ -43,13 +44,13 @@ impl StallTimer {
         Self { activity, limit, counts: None }
     }
 
-    /// The same timer for a connection that has not said yet what it is: its bytes do not count before
+    /// The same timer for a connection that has not been identified yet: its bytes do not count before
     /// [`identified`](Self::identified).
     pub(super) fn of_stranger(&self) -> Self {
         Self { counts: Some(Arc::default()), ..self.clone() }
     }
 
-    /// The connection is one of the migration: its bytes count from now on.
+    /// Records that the connection belongs to the migration: its bytes count from now on.
     pub(crate) fn identified(&self) {
         if let Some(counts) = &self.counts {
             counts.store(true, Ordering::Relaxed);
@@ -57,7 +58,7 @@ impl StallTimer {
         self.moved();
     }
 
-    /// The limit; `None` is none.
+    /// The limit; `None` is no limit.
     pub fn limit(&self) -> Option<Duration> {
         self.limit
     }
@@ -71,21 +72,21 @@ impl StallTimer {
         self.activity.last.fetch_max(now, Ordering::Relaxed);
     }
 
-    /// How much is left of the limit for a wait that began at `begun`; `None` without a limit.
+    /// The rest of the limit for a wait that began at `begun`; `None` without a limit.
     pub fn left(&self, begun: Instant) -> Option<Duration> {
         Some(self.left_of(self.limit?, begun))
     }
 
     /// The same, of another limit.
     pub(crate) fn left_of(&self, limit: Duration, begun: Instant) -> Duration {
-        // The clock first: what moves in between counts.
+        // The clock is read first, so that bytes that move in between count.
         let now = Instant::now();
         let last = self.activity.born + Duration::from_millis(self.activity.last.load(Ordering::Relaxed));
         let quiet = now.saturating_duration_since(begun.max(last));
         limit.saturating_sub(quiet)
     }
 
-    /// After a wait to send that took its time.
+    /// Called after a wait to send has reached its time limit.
     ///
     /// # Errors
     /// [`io::ErrorKind::TimedOut`] if nothing is left of the limit.
@@ -100,15 +101,15 @@ impl StallTimer {
     }
 }
 
-/// How often a wait looks within its limit: it may last longer by so small a part.
+/// How many times a wait checks within its limit. The wait may exceed the limit by this fraction of it.
 const LOOKS: u32 = 4;
 
-/// How long a wait may take before it looks again.
+/// How long a wait may take before it checks again.
 pub(super) fn interval(limit: Duration) -> Duration {
     (limit / LOOKS).max(Duration::from_millis(1))
 }
 
-/// When a wait began that has just ended for the first time after `interval`.
+/// The beginning of a wait that has just ended for the first time after `interval`.
 pub(super) fn begun(interval: Duration) -> Instant {
     let now = Instant::now();
     now.checked_sub(interval).unwrap_or(now)
@@ -130,7 +131,7 @@ mod tests {
         stranger.moved();
         assert!(of_side.left(begun).expect("a limit") <= LIMIT - moments, "nothing has moved");
         stranger.identified();
-        assert!(of_side.left(begun).expect("a limit") > LIMIT - moments, "a channel has come");
+        assert!(of_side.left(begun).expect("a limit") > LIMIT - moments, "a channel was identified");
         thread::sleep(moments);
         let again = Instant::now();
         stranger.moved();

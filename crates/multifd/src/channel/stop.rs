@@ -1,8 +1,8 @@
-//! The one Stop of a migration's side.
+//! The stop of one side of a migration.
 //!
-//! In comes the first error, a cancel, or the good end; out goes a wake-up to everybody who waits. Whoever
-//! can wait registers a [`Wake`]: a socket that shuts down, a condition that is notified. The first cause wins
-//! and is the one reported; those it brings about elsewhere go to the log. A second stop does nothing.
+//! The input is the first error, a cancel, or the normal end. The output is a wake-up of all threads that wait. A
+//! component that can wait registers a [`Wake`]: a socket that shuts down, a condition that is notified. The first
+//! cause wins and is reported; errors that follow from it go to the log. A second stop does nothing.
 
 use std::{
     fmt,
@@ -19,12 +19,13 @@ use crate::{
     sync_types::{AtomicBool, Condvar, Instant, Mutex, MutexGuard, panicking},
 };
 
-/// Something that may be waited on, and can be told to end its waits.
+/// Something with waits that can be ended.
 pub trait Wake: Send + Sync {
     /// Ends all present and future waits. Called at most a few times, from any thread.
     ///
-    /// **Warning:** one that blocks holds up whoever ends the migration, and all that is woken after it; one that ends no
-    /// future wait leaves a thread behind, and the drop of its `Sender` or `Receiver` waits for that for ever.
+    /// **Warning:** an implementation that blocks delays the thread that ends the migration, and all wakers after it.
+    /// An implementation that does not end future waits leaves a thread behind; the drop of its `Sender` or `Receiver`
+    /// waits for that thread without limit.
     fn wake(&self);
 }
 
@@ -34,7 +35,7 @@ pub struct Stop(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    /// Set after the cause; pairs with the acquire in `is_stopped`, the way past the lock for hot paths.
+    /// Set after the cause; pairs with the acquire in `is_stopped`, which avoids the lock on hot paths.
     stopped: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -45,7 +46,7 @@ struct Inner {
 #[derive(Default)]
 struct State {
     cause: Option<Cause>,
-    /// Reported in the place of the failure that comes next: its cause.
+    /// An error that is known to be the cause of the next failure; it is reported instead of that failure.
     expected: Option<Error>,
     watchers: Vec<(u64, Arc<dyn Wake>)>,
     next: u64,
@@ -58,13 +59,12 @@ enum Cause {
 }
 
 impl Stop {
-    /// A stop that has not happened.
+    /// Creates a stop that has not happened.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Stops with an error, unless something else has stopped the migration before. Returns the error that
-    /// is to be reported: the first one.
+    /// Stops with an error, unless the migration was stopped before. Returns the error to report: the first one.
     pub fn fail(&self, error: Error) -> Error {
         let (cause, stops) = self.stop(Cause::Failed(error.clone()));
         tracing::debug!(%error, "{}", if stops { "the migration stops" } else { "an error after the stop" });
@@ -74,8 +74,7 @@ impl Stop {
         }
     }
 
-    /// Whatever fails the migration from now on, but a cancel, is reported as `error`, which is known to be its cause. Nothing
-    /// stops because of this.
+    /// Reports any later failure, except a cancel, as `error`, which is known to be its cause. This call stops nothing.
     pub(crate) fn expect(&self, error: Error) {
         let mut state = self.lock();
         state.expected.get_or_insert(error);
@@ -86,25 +85,26 @@ impl Stop {
         self.lock().expected.clone()
     }
 
-    /// Cancels: stops with [`Error::Cancelled`]. From any thread, at any time; does nothing once stopped.
+    /// Cancels: stops with [`Error::Cancelled`]. From any thread, at any time; does nothing after a stop.
     ///
-    /// **Warning:** not from a signal handler: it takes locks and allocates, so it may wait for the very thread that was
-    /// interrupted. Have a thread wait for the signal.
+    /// **Warning:** do not call it from a signal handler. It takes locks and allocates, so it may wait for the same
+    /// thread that was interrupted. Use a thread that waits for the signal.
     pub fn cancel(&self) {
         self.fail(Error::Cancelled);
     }
 
-    /// Ends well: waits end, connections stay open for their owners to close. Says whether it was in time.
+    /// Ends the migration normally: waits end, and connections stay open for their owners to close. Returns `false` if
+    /// it was stopped before.
     pub(crate) fn finish(&self) -> bool {
         self.stop(Cause::Finished).1
     }
 
-    /// Whether it has happened, for whatever cause.
+    /// Whether the stop has happened, for any cause.
     pub fn is_stopped(&self) -> bool {
         self.0.stopped.load(Ordering::Acquire)
     }
 
-    /// The error that stopped the migration; `None` while it runs and after a good end.
+    /// The error that stopped the migration; `None` while it runs and after a normal end.
     pub fn error(&self) -> Option<Error> {
         match &self.lock().cause {
             Some(Cause::Failed(error)) => Some(error.clone()),
@@ -112,7 +112,7 @@ impl Stop {
         }
     }
 
-    /// Goes on only while the migration has not failed.
+    /// Fails if the migration has failed.
     ///
     /// # Errors
     /// The error that stopped it.
@@ -142,8 +142,7 @@ impl Stop {
         StallTimer::new(self.0.activity.clone(), limit)
     }
 
-    /// Has `watcher` woken at the stop, until the returned guard is dropped. If the stop has happened, it is
-    /// woken now.
+    /// Wakes `watcher` at the stop, until the returned guard is dropped. If the stop has happened, it is woken now.
     pub fn watch(&self, watcher: Arc<dyn Wake>) -> Watch {
         let mut state = self.lock();
         let id = state.next;
@@ -157,19 +156,19 @@ impl Stop {
         Watch { stop: self.clone(), id }
     }
 
-    /// As [`watch`](Stop::watch), but only a failure wakes: what shuts a connection down, which after a good end its
-    /// owner closes in order.
+    /// Like [`watch`](Stop::watch), but only a failure wakes. For wakers that shut a connection down: after a normal
+    /// end its owner closes it in order.
     pub fn watch_failure(&self, watcher: Arc<dyn Wake>) -> Watch {
         self.watch(Arc::new(OnFailure { stop: self.clone(), wake: watcher }))
     }
 
-    /// Fails the migration if the thread that holds the returned guard panics: whoever waits for that thread would
-    /// wait for ever.
+    /// Fails the migration if the thread that holds the returned guard panics. Otherwise other threads would wait for
+    /// that thread without limit.
     pub(crate) fn alarm(&self, thread: &'static str) -> Alarm<'_> {
         Alarm { stop: self, thread }
     }
 
-    /// Gives the cause that it has stopped for, and whether that is from this call.
+    /// Stops for `cause`. Returns the cause of the stop, and whether it is from this call.
     fn stop(&self, cause: Cause) -> (Cause, bool) {
         let mut state = self.lock();
         if let Some(first) = &state.cause {
@@ -186,7 +185,7 @@ impl Stop {
         let watchers: Vec<_> = state.watchers.iter().map(|(_, watcher)| watcher.clone()).collect();
         self.0.changed.notify_all();
         drop(state);
-        // The lock is free: a watcher may take its own, and its owner may be taking ours.
+        // The lock is free: a watcher may take its own lock, and its owner may be taking ours.
         for watcher in watchers {
             watcher.wake();
         }
@@ -242,7 +241,7 @@ impl Drop for Alarm<'_> {
     }
 }
 
-/// Why a thread can have panicked.
+/// Why a thread may have panicked.
 const PANICKED: &str = "a bug in this library, or in a link that it was given";
 
 struct OnFailure {
@@ -317,7 +316,7 @@ mod tests {
         assert_eq!((early.0.load(Ordering::Relaxed), late.0.load(Ordering::Relaxed)), (0, 1));
     }
 
-    /// A watcher owned another guard of its stop; dropping it under the lock stood for ever.
+    /// Regression: a watcher owned another guard of its stop; dropping it under the lock was a deadlock.
     #[test]
     fn a_watcher_may_own_another_guard() {
         struct Owns {

@@ -1,4 +1,4 @@
-//! A link as a plain byte stream.
+//! A plain byte stream over a link.
 
 use std::{
     fmt,
@@ -13,23 +13,23 @@ use crate::{
     sync_types::Instant,
 };
 
-/// A link as a plain byte stream: what carries the main stream.
+/// A plain byte stream over a link. It carries the main stream.
 pub struct Stream {
     link: Box<dyn Link>,
-    /// Bytes that were received while finding out what this connection is.
+    /// Bytes that were received while this connection was identified.
     seen: Vec<u8>,
     stall_timer: StallTimer,
     timeout: Option<Duration>,
 }
 
 impl Stream {
-    /// A stream over `link`, which was made with the same `context`. A read whose [time](Self::set_read_timeout) is over
-    /// goes on as long as another connection of the migration moves bytes.
+    /// Creates a stream over `link`, which was made with the same `context`. A read whose [time
+    /// limit](Self::set_read_timeout) has passed continues as long as another connection of the migration moves bytes.
     pub fn new(link: Box<dyn Link>, context: &Context) -> Self {
         Self::resumed(link, context, Vec::new())
     }
 
-    /// A stream over `link` from which `seen` was received before.
+    /// Creates a stream over `link`, from which `seen` was received before.
     pub(crate) fn resumed(link: Box<dyn Link>, context: &Context, seen: Vec<u8>) -> Self {
         Self { link, seen, stall_timer: context.stall_timer.clone(), timeout: None }
     }
@@ -39,18 +39,19 @@ impl Stream {
         self.link.peer()
     }
 
-    /// What shuts the connection down, from any thread.
+    /// The waker that shuts the connection down, from any thread.
     pub fn waker(&self) -> Arc<dyn Wake> {
         self.link.waker()
     }
 
-    /// What ends writing alone, from any thread: see [`Link::send_waker`].
+    /// The waker that ends only writing, from any thread: see [`Link::send_waker`].
     pub fn write_waker(&self) -> Arc<dyn Wake> {
         self.link.send_waker()
     }
 
-    /// Has `stop` fail with what `judge` makes of the other end, whatever this end waits for, until the returned guard is
-    /// dropped: see [`CloseWatch::start`]. `None` if the link cannot tell, or the system refuses.
+    /// Makes `stop` fail with the error that `judge` returns for the other end, even while this end waits, until the
+    /// returned guard is dropped: see [`CloseWatch::start`]. `None` if the link does not support it, or the system
+    /// refuses.
     pub fn watch_peer(
         &self,
         stop: &Stop,
@@ -67,7 +68,7 @@ impl Stream {
         })
     }
 
-    /// How long a read waits for the first byte; `None` is for ever.
+    /// Sets how long a read waits for the first byte; `None` is no limit.
     ///
     /// # Errors
     /// If the system refuses it.
@@ -76,15 +77,15 @@ impl Stream {
         self.link.set_recv_timeout(limit.map(stall_timer::interval))
     }
 
-    /// Whether something has come, or the end, that was not read yet: see [`Link::is_readable`].
+    /// Whether bytes, or the end, have arrived and were not read yet: see [`Link::is_readable`].
     ///
     /// # Errors
-    /// If the system refuses to tell.
+    /// If the system cannot report it.
     pub fn is_readable(&mut self) -> io::Result<bool> {
         if self.seen.is_empty() { self.link.is_readable() } else { Ok(true) }
     }
 
-    /// Says that nothing more is written.
+    /// Closes the writing direction.
     ///
     /// # Errors
     /// If the connection is broken.
@@ -92,7 +93,7 @@ impl Stream {
         self.link.close_send()
     }
 
-    /// Takes leave, where there is no return path that ends the migration: see [`Link::finish`].
+    /// Closes the connection, if there is no return path that ends the migration: see [`Link::finish`].
     ///
     /// # Errors
     /// If it is known that the other end has failed.
@@ -120,7 +121,7 @@ impl Read for Stream {
         let begun = Instant::now();
         loop {
             match self.link.recv(&mut parts) {
-                // Not the system's own: that one is of a host that has gone.
+                // Not the system's own timeout: that one means that the host is lost.
                 Err(error)
                     if error.kind() == io::ErrorKind::TimedOut
                         && error.get_ref().is_none()

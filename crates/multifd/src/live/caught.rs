@@ -1,4 +1,4 @@
-//! Callbacks of the embedder may panic: that ends a migration as an error does.
+//! Catches panics in the embedder's callbacks: a panic ends a migration like an error.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

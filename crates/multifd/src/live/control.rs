@@ -1,7 +1,7 @@
-//! What can be told to a migration under way: to go on where it waits before its switchover, another `downtime-limit`.
+//! Controls a running migration: continue after the pause before the switchover, change `downtime-limit`.
 //!
-//! The migration's thread stands in [`Gate::pause`] until [`Control::proceed`] or the stop; others may stand in
-//! [`Control::wait_pre_switchover`] until it does, or until it is over.
+//! The migration's thread waits in [`Gate::pause`] until [`Control::proceed`] or the stop. Other threads may wait in
+//! [`Control::wait_pre_switchover`] until the migration pauses or is over.
 
 use std::{
     fmt,
@@ -17,7 +17,7 @@ use crate::{
     sync_types::{Condvar, Mutex, MutexGuard},
 };
 
-/// Tells a migration under way what to do. Clones tell the same one.
+/// Controls a running migration. Clones control the same one.
 #[derive(Clone)]
 pub struct Control {
     gate: Arc<Inner>,
@@ -25,24 +25,24 @@ pub struct Control {
 }
 
 impl Control {
-    /// Another `downtime-limit`, 0 to 2000 s, from the end of the present pass on: for a migration that does not converge and
-    /// whose user would rather have the guest stand for longer than start anew.
+    /// Sets another `downtime-limit`, 0 to 2000 s, from the end of the current pass on. Use it for a migration that
+    /// does not converge if a longer downtime is better than starting again.
     ///
     /// # Errors
-    /// [`Usage::OutOfRange`].
+    /// [`Usage::OutOfRange`] if `limit` is out of range.
     pub fn set_downtime_limit(&self, limit: Duration) -> Result<()> {
         MigrateOptions::new().downtime_limit(limit).check()?;
         *self.gate.downtime_limit.lock().unwrap_or_else(PoisonError::into_inner) = Some(limit);
         Ok(())
     }
 
-    /// Waits until the migration is in state `pre-switchover`, and is told so; or until it is over, and is told that it is
-    /// not. One that does not pause is waited for to its end.
+    /// Waits until the migration is in state `pre-switchover` and returns `true`, or until it is over and returns
+    /// `false`. For a migration that does not pause, it waits until the migration is over.
     pub fn wait_pre_switchover(&self) -> bool {
         *self.gate.wait_while(At::Before) == At::Paused
     }
 
-    /// Goes on with a migration in state `pre-switchover`: QEMU's `migrate-continue`.
+    /// Continues a migration in state `pre-switchover`: QEMU's `migrate-continue`.
     ///
     /// # Errors
     /// [`Usage::NotPaused`] in any other state.
@@ -64,7 +64,7 @@ impl fmt::Debug for Control {
     }
 }
 
-/// The migration's end of it. When it is dropped, nobody waits any longer.
+/// The migration's side of the control. When it is dropped, nobody waits any longer.
 #[derive(Default)]
 pub(super) struct Gate(Arc<Inner>);
 
@@ -73,23 +73,23 @@ impl Gate {
         Control { gate: self.0.clone(), progress }
     }
 
-    /// The `downtime-limit` that has been told, if any.
+    /// The `downtime-limit` that was set while the migration runs, if any.
     pub(super) fn downtime_limit(&self) -> Option<Duration> {
         *self.0.downtime_limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits to be told to go on.
+    /// Waits for [`Control::proceed`].
     ///
     /// # Errors
-    /// The error that stopped the migration meanwhile.
+    /// The error that stopped the migration in the meantime.
     pub(super) fn pause(&self, progress: &Progress, stop: &Stop) -> Result<()> {
-        // Under the lock: whoever sees the state can tell it to go on.
+        // Under the lock: a thread that sees the state can continue the migration.
         let mut at = self.0.lock();
         progress.advance(Status::PreSwitchover)?;
         *at = At::Paused;
         drop(at);
         self.0.changed.notify_all();
-        // A stop that has happened wakes at once, so none is missed.
+        // If the stop has already happened, the watch wakes at once, so no stop is missed.
         let _watch = stop.watch(self.0.clone());
         drop(self.0.wait_while(At::Paused));
         stop.check()
@@ -114,7 +114,7 @@ enum At {
     #[default]
     Before,
     Paused,
-    /// It has been told to go on, or there is nothing to go on with.
+    /// The pause was ended, or there is no migration to continue.
     Over,
 }
 

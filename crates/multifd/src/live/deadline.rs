@@ -1,7 +1,7 @@
-//! A time by which something must be over: the guest stopped (`max-total-time`), or handed over once it stands.
+//! A deadline: for stopping the guest (`max-total-time`), or for handing it over once it is stopped.
 //!
-//! A thread of its own waits, for the migration's may stand in a channel's queue that does not move. What ends it is the
-//! one stop, as any other failure does.
+//! It waits in its own thread, because the migration's thread may be blocked in a channel's queue. It ends the
+//! migration through the stop, like any other failure.
 
 use std::{
     thread::{Builder, JoinHandle},
@@ -13,18 +13,18 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Until it is dropped, the migration has to be done in time.
+/// Until this value is dropped, the migration must finish in time.
 pub(super) struct Deadline {
-    /// Set when the thread is to end. It is not the migration's.
+    /// Set to end the deadline's thread. This is not the migration's stop.
     done: Stop,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Deadline {
-    /// Has `stop` fail after `left`, with what `late` says then.
+    /// Makes `stop` fail after `left`, with the error that `late` returns at that time.
     ///
     /// # Errors
-    /// If the system refuses the thread.
+    /// If the system cannot start the thread.
     pub(super) fn start(
         left: Duration,
         stop: &Stop,

@@ -1,4 +1,4 @@
-//! The way of a migration: set-up, passes while the guest runs, the switchover.
+//! The stages of a migration: set-up, passes while the guest runs, the switchover.
 
 use std::{cell::Cell, time::Instant};
 
@@ -23,12 +23,12 @@ use crate::{
 pub(super) enum Stopped {
     /// It is as it was.
     No,
-    /// It is being stopped, or stands, and was this before.
+    /// It is being stopped or is stopped, and was in this state before.
     From(RunState),
 }
 
 impl Stopped {
-    /// Whether the guest is to go on if it stays here.
+    /// Whether the guest resumes if it stays here.
     pub(super) fn resumes(self) -> bool {
         self == Self::From(RunState::Running)
     }
@@ -41,15 +41,15 @@ pub(super) struct Driver<'a> {
     main: &'a mut dyn Main,
     log: &'a mut dyn DirtyLog,
     guest: &'a mut dyn Guest,
-    /// Pages to send, a bitmap for each block.
+    /// Pages to send, one bitmap for each block.
     pending: Vec<PageBitmap>,
     /// For the first pass; empty afterwards.
     touched: Vec<Option<PageBitmap>>,
     page: Vec<u8>,
     stopped: &'a mut Stopped,
-    /// The callback that is being called.
+    /// The name of the callback that is running.
     calling: &'a Cell<Option<&'static str>>,
-    /// What the guest will give when it has been stopped.
+    /// The devices whose state the guest will give after it has been stopped.
     announced: Vec<DeviceInfo>,
     /// When the dirty bits were last taken.
     synced: Instant,
@@ -76,7 +76,7 @@ impl<'a> Driver<'a> {
         let Plan { options, blocks, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         self.prepare()?;
-        // Until the devices leave, any end of the migration ends the waits on main.
+        // Until the devices are sent, any end of the migration ends the waits on main.
         let watch = self.main.waker().map(|waker| stop.watch_failure(waker));
         let deadline = self.deadline()?;
         progress.advance(Status::Setup)?;
@@ -88,7 +88,7 @@ impl<'a> Driver<'a> {
         let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
         self.bitmap_sync(None)?;
         if options.look_for_zero_pages && options.zero_page_detection != ZeroPageDetection::None {
-            // Behind it: what is touched after this has its dirty bit set.
+            // After the bitmap sync: a page that is touched later has its dirty bit set.
             self.touched = blocks.iter().map(|(_, block)| block.touched()).collect();
         }
         loop {
@@ -113,12 +113,12 @@ impl<'a> Driver<'a> {
                 Step::SwitchOver => break,
             }
         }
-        // Joined: from here on it is over, or will never be.
+        // The deadline's thread is joined: the deadline has passed by now or can no longer pass.
         drop(deadline);
         self.switch_over(watch)
     }
 
-    /// What can be refused before a byte is sent.
+    /// Checks everything that can be refused before a byte is sent.
     fn prepare(&mut self) -> Result<()> {
         let Plan { options, blocks, .. } = self.plan;
         self.announced = self.plan.devices_of(self.guest)?;
@@ -130,7 +130,7 @@ impl<'a> Driver<'a> {
         begun.map_err(|error| Error::other("begin to read the dirty log", error).because(Fault::DirtyLog))
     }
 
-    /// Calls what is not ours, and notes that it does.
+    /// Calls a callback of the embedder and records its name while it runs.
     fn call<T>(&mut self, name: &'static str, run: impl FnOnce(&mut Self) -> T) -> T {
         self.calling.set(Some(name));
         let done = run(self);
@@ -190,7 +190,7 @@ impl<'a> Driver<'a> {
     fn set_up(&mut self) -> Result<()> {
         let Plan { blocks, progress, .. } = self.plan;
         progress.started(self.sender.as_deref());
-        // First: a destination may look at main's first bytes before it takes the channels.
+        // Main begins first: a destination may read main's first bytes before it accepts the channels.
         self.main.begin(self.sender.as_ref().map_or(0, |sender| sender.channels()))?;
         if let Some(sender) = &mut self.sender {
             sender.wait_connected()?;
@@ -208,7 +208,7 @@ impl<'a> Driver<'a> {
         let precopy = self.main.bytes();
         progress.main_bytes(precopy, 0);
         let state = self.call("Guest::run_state", |driver| driver.guest.run_state());
-        // Before the stop: one that panics may have come any way.
+        // Set before the stop: if `stop` panics, the guest may be in any state.
         *self.stopped = Stopped::From(state);
         if let Err(error) = self.call("Guest::stop", |driver| driver.guest.stop()) {
             *self.stopped = Stopped::No;
@@ -220,7 +220,7 @@ impl<'a> Driver<'a> {
         }
         if options.pause_before_switchover {
             gate.pause(progress, stop)?;
-            // Whoever has paused it answers for that time.
+            // The operator is responsible for the time of the pause; it does not count as downtime.
             start = Instant::now();
         }
         let limit = options.switchover_limit(gate.downtime_limit());
@@ -234,8 +234,8 @@ impl<'a> Driver<'a> {
         self.nothing_written()?;
         self.main.ready()?;
         self.main.end_ram(synced(&mut self.sender)?)?;
-        // From here on the destination may get all that it needs. A failure takes the sending side down and no more, so that
-        // its word can be heard.
+        // From here on the destination may get all that it needs. A failure closes only the sending side, so that the
+        // destination's reply can still be read.
         let _half = self.main.send_waker().map(|waker| stop.watch_failure(waker));
         drop(watch);
         stop.check()?;
@@ -261,7 +261,7 @@ impl<'a> Driver<'a> {
         Ok(saved)
     }
 
-    /// Behind the last pass: what is dirty now is not what the destination has.
+    /// Checks that nothing was written after the last pass: the destination does not have pages that are dirty now.
     fn nothing_written(&mut self) -> Result<()> {
         for (index, block) in self.plan.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
             let written = PageBitmap::new(block.pages());
@@ -282,7 +282,8 @@ impl<'a> Driver<'a> {
         })
     }
 
-    /// Takes the dirty bits of all blocks, which the guest wrote `since` then; says how many pages remain to be sent.
+    /// Takes the dirty bits of all blocks, which the guest wrote since `since`. Returns the number of pages that remain
+    /// to be sent.
     fn bitmap_sync(&mut self, since: Option<Instant>) -> Result<u64> {
         let pending = std::mem::take(&mut self.pending);
         for ((index, block), pending) in self.plan.blocks.iter().zip(&pending) {
@@ -328,12 +329,12 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// A sync point of the channels, where there are any.
+/// A sync point of the channels, if there are any.
 fn synced<'a>(sender: &'a mut Option<&mut Sender>) -> Result<Option<Synced<'a>>> {
     sender.as_mut().map(|sender| sender.sync()).transpose()
 }
 
-/// What the first pass sends of a block: every page, or none.
+/// The pages of a block that the first pass sends: all or none.
 fn first_pass(block: &RamBlock) -> PageBitmap {
     if block.is_ignored() { PageBitmap::new(block.pages()) } else { PageBitmap::full(block.pages()) }
 }

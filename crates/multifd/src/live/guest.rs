@@ -1,4 +1,4 @@
-//! What a migration asks of the guest whose RAM moves.
+//! The interface to the guest whose RAM moves.
 
 use crate::{
     error::{Result, Usage},
@@ -8,9 +8,9 @@ use crate::{
 /// Whether a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RunState {
-    /// Its processors run, or would if a migration had not stopped them.
+    /// Its processors run, or would run if a migration had not stopped them.
     Running,
-    /// Somebody has paused it, and it is to stay so wherever it goes.
+    /// Its operator has paused it. It stays paused wherever it goes.
     Paused,
 }
 
@@ -35,7 +35,7 @@ impl std::fmt::Display for RunState {
 pub struct DeviceSection {
     /// The device's name, 1 to 255 bytes.
     pub name: String,
-    /// Which of several devices of that name.
+    /// The number that distinguishes devices with this name.
     pub instance_id: u32,
     /// The version of the state's layout.
     pub version: u32,
@@ -43,24 +43,24 @@ pub struct DeviceSection {
     pub data: Vec<u8>,
 }
 
-/// A device whose state a guest will give: what can be checked while the guest runs.
+/// A device whose state a guest will give: the properties that can be checked while the guest runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// As in its [section](DeviceSection::name).
     pub name: String,
     /// As in its [section](DeviceSection::instance_id).
     pub instance_id: u32,
-    /// The most bytes that its state may take.
+    /// The greatest size of its state in bytes.
     pub most_bytes: u64,
 }
 
 impl DeviceInfo {
-    /// The only device of this name.
+    /// Creates the only device of this name.
     pub fn new(name: impl Into<String>, most_bytes: u64) -> Self {
         Self { name: name.into(), instance_id: 0, most_bytes }
     }
 
-    /// Another instance of a device of this name.
+    /// Sets the instance, for one of several devices of this name.
     #[must_use]
     pub fn instance(mut self, instance_id: u32) -> Self {
         self.instance_id = instance_id;
@@ -70,59 +70,64 @@ impl DeviceInfo {
 
 /// The guest whose RAM moves.
 ///
-/// A panic in one of these calls ends the migration as an error does.
+/// A panic in one of these calls ends the migration like an error.
 pub trait Guest {
-    /// The devices that [`save`](Guest::save) will give, each with the most bytes that its state may take. Asked before
-    /// anything is sent: names that are twice or cannot be sent, and more state than a destination takes, are refused then.
+    /// The devices that [`save`](Guest::save) will give, each with the greatest size of its state. Called before
+    /// anything is sent: names that are duplicate or cannot be sent, and more state than a destination accepts, are
+    /// refused then.
     fn devices(&self) -> Vec<DeviceInfo>;
 
-    /// Whether the guest runs, or is paused. Asked right before [`stop`](Guest::stop), on the same thread: what it says is
-    /// what the guest will be at the destination, or here again if the migration fails.
+    /// Whether the guest runs or is paused. Called right before [`stop`](Guest::stop), on the same thread. The result
+    /// is the state of the guest at the destination, or here again if the migration fails.
     ///
-    /// **Warning:** who pauses the guest from another thread after that, while it stands for the migration, is not seen
-    /// here: refuse that, or have [`resume`](Guest::resume) heed it, else the guest runs though its operator has paused it.
+    /// **Warning:** a pause from another thread after that, while the guest is stopped for the migration, is not
+    /// noticed here. Refuse it, or make [`resume`](Guest::resume) respect it. Otherwise the guest runs although its
+    /// operator has paused it.
     fn run_state(&mut self) -> RunState;
 
-    /// Stops the guest; one that is [paused](RunState::Paused) already stays so. From its return on nothing writes to RAM: no
-    /// processor, no device, no request under way. What is written nevertheless fails the migration, if the dirty log has it.
+    /// Stops the guest. A guest that is [paused](RunState::Paused) already stays so. After the return nothing may write
+    /// to RAM: no processor, no device, no pending request. A write after that fails the migration, if the dirty log
+    /// contains it.
     ///
     /// # Errors
-    /// If it cannot be stopped. It must then be as it was before; [`resume`](Guest::resume) is not called, and the migration
-    /// fails.
+    /// If it cannot be stopped. It must then be as it was before; [`resume`](Guest::resume) is not called, and the
+    /// migration fails.
     fn stop(&mut self) -> std::io::Result<()>;
 
-    /// Gives the state of the stopped guest's devices. With
-    /// [`pause_before_switchover`](super::MigrateOptions::pause_before_switchover) that is after the pause, so what is
-    /// drained meanwhile is in the devices and in RAM alike. It may write to RAM.
+    /// Returns the state of the stopped guest's devices. With
+    /// [`pause_before_switchover`](super::MigrateOptions::pause_before_switchover) it is called after the pause, so
+    /// what is drained in the pause is included in the devices and in RAM. It may write to RAM.
     ///
     /// # Errors
-    /// If a state cannot be had; the migration then fails and the guest goes on.
+    /// If a state is not available; the migration then fails and the guest continues.
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>>;
 
-    /// Lets the guest go on: the migration has failed or was cancelled, and the guest [ran](Guest::run_state) before it was
-    /// stopped. Called, too, when [`stop`](Guest::stop) has panicked, however far that came: the guest may still run.
+    /// Resumes the guest: the migration has failed or was cancelled, and the guest [ran](Guest::run_state) before it
+    /// was stopped. Also called after [`stop`](Guest::stop) has panicked at any point: the guest may still run.
     fn resume(&mut self);
 
-    /// Whether [`throttle`](Guest::throttle) is written. If not, a migration with
+    /// Whether [`throttle`](Guest::throttle) is implemented. If not, a migration with
     /// [`auto_converge`](super::MigrateOptions::auto_converge) is refused before it begins.
     fn can_throttle(&self) -> bool {
         false
     }
 
-    /// Has the guest's processors stand for a [share of the time](Percent::pause_after) from now on, so that it dirties
-    /// less; [`Percent::NONE`] lets them run freely. Called with [`auto_converge`](super::MigrateOptions::auto_converge)
-    /// alone: with none at the beginning, with more and more while the guest runs, and with none again when it has been
-    /// stopped or the migration has failed. [`stop`](Self::stop) must not wait for a turn to end.
+    /// Makes the guest's processors pause for a [share of the time](Percent::pause_after) from now on, so that it
+    /// dirties less. [`Percent::NONE`] lets them run freely. Called only with
+    /// [`auto_converge`](super::MigrateOptions::auto_converge): with `NONE` at the beginning, with growing shares while
+    /// the guest runs, and with `NONE` again when it has been stopped or the migration has failed. [`stop`](Self::stop)
+    /// must not wait for the end of a pause.
     ///
     /// # Errors
-    /// If it cannot be held back; the migration then fails and the guest runs on. Unless it is written, it always fails.
+    /// If it cannot be throttled; the migration then fails and the guest continues. The default implementation always
+    /// fails.
     fn throttle(&mut self, stand: Percent) -> std::io::Result<()> {
         let _ = stand;
         Err(std::io::ErrorKind::Unsupported.into())
     }
 }
 
-/// Refuses devices of one name and instance.
+/// Refuses two devices with the same name and instance.
 pub(super) fn check_distinct(devices: &[DeviceInfo]) -> Result<(), Usage> {
     for (at, device) in devices.iter().enumerate() {
         if devices[..at]
@@ -136,7 +141,7 @@ pub(super) fn check_distinct(devices: &[DeviceInfo]) -> Result<(), Usage> {
     Ok(())
 }
 
-/// Refuses states that are not those announced.
+/// Refuses states that differ from the announced devices.
 pub(super) fn check_saved(announced: &[DeviceInfo], saved: &[DeviceSection]) -> Result<(), Usage> {
     let refused =
         |name: &str, instance, why: String| Err(Usage::DeviceState { name: name.to_owned(), instance, why });

@@ -1,4 +1,4 @@
-//! What a migration asks of its main stream.
+//! The interface of a migration to its main stream.
 
 use std::sync::Arc;
 
@@ -15,37 +15,39 @@ use crate::{
 pub enum Pass {
     /// The guest runs meanwhile.
     Live,
-    /// The guest has stopped; nothing remains afterwards.
+    /// The guest has stopped; no page remains afterwards.
     Final,
 }
 
-/// How a migration has ended at the other end, when everything has been sent.
+/// How a migration ended at the other side, after everything was sent.
 #[derive(Debug)]
 pub enum Verdict {
     /// The destination has the guest.
     Taken,
-    /// The destination has not got the guest and never will: it goes on at the source.
+    /// The destination does not have the guest and never will: it continues on the source.
     Refused(Error),
-    /// Nobody here can know whether the destination has the guest.
+    /// The source cannot know whether the destination has the guest.
     Unknown(Error),
 }
 
 /// The main stream of a source, as the passes see it. `qemu-stream` writes QEMU's.
 ///
 /// Calls come in this order: `expect`, `begin`, `setup`, then for each pass `begin_pass`, pages, `end_pass`; before the
-/// final pass `switchover`, after it `ready`, `end_ram`, `devices` and `complete`. `setup`, `end_pass` and `end_ram` are sync
-/// points: they are given that a SYNC has left on every channel, `None` without channels.
+/// final pass `switchover`, after it `ready`, `end_ram`, `devices` and `complete`. `setup`, `end_pass` and `end_ram`
+/// are sync points: their argument shows that a SYNC has left on every channel; it is `None` without channels.
 ///
-/// **Warning:** what marks a sync point on main must leave before the call returns. If it is kept back the destination's
-/// channels stand still, and when they are full so does the source, until a limit of either side ends the migration.
+/// **Warning:** the bytes that mark a sync point on main must leave before the call returns. If they stay in a buffer,
+/// the destination's channels wait, and when their buffers are full the source waits too, until a limit of either side
+/// ends the migration.
 pub trait Main {
-    /// The guest has these devices, whose state comes when it has been stopped. Comes first, before a byte is sent.
+    /// Announces the guest's devices, whose state follows after it has been stopped. Called first, before a byte is
+    /// sent.
     ///
     /// # Errors
-    /// If a name cannot be sent, or the destination does not take as much.
+    /// If a name cannot be sent, or the destination does not accept as much.
     fn expect(&mut self, devices: &[DeviceInfo]) -> Result<()>;
-    /// Opens the stream. It is the stream's task to tell the destination the number of channels, if it can: they connect
-    /// now, and main's bytes may arrive before they do. 0 is a migration without channels.
+    /// Opens the stream. The stream should send the number of channels to the destination, if it can. The channels
+    /// connect now, and main's bytes may arrive before they do. 0 is a migration without channels.
     ///
     /// # Errors
     /// Any of these calls fails if the stream breaks, and the migration with it.
@@ -53,59 +55,61 @@ pub trait Main {
     /// Announces the blocks; a sync point.
     ///
     /// # Errors
-    /// If the stream breaks, or the blocks are not those that it was made for.
+    /// If the stream breaks, or it was made for other blocks.
     fn setup(&mut self, blocks: &RamBlocks, synced: Option<Synced<'_>>) -> Result<()>;
-    /// A pass begins.
+    /// Begins a pass.
     ///
     /// # Errors
     /// If the stream breaks.
     fn begin_pass(&mut self, pass: Pass) -> Result<()>;
-    /// A page that is zero, when zero pages go over main.
+    /// Sends a page that is zero, if zero pages go over main.
     ///
     /// # Errors
     /// If the stream breaks.
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()>;
-    /// A page, in a migration without channels.
+    /// Sends a page, in a migration without channels.
     ///
     /// # Errors
     /// If the stream breaks.
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()>;
-    /// The pass is over; a sync point.
+    /// Ends a pass; a sync point.
     ///
     /// # Errors
     /// If the stream breaks.
     fn end_pass(&mut self, pass: Pass, synced: Option<Synced<'_>>) -> Result<()>;
-    /// The guest has stopped.
+    /// Called when the guest has stopped.
     ///
     /// # Errors
     /// If the stream breaks.
     fn switchover(&mut self) -> Result<()>;
-    /// Waits until the destination is known to have all of RAM, where it can be known: from then on it restores. Until then
-    /// [`switchover_timeout`](super::MigrateOptions::switchover_timeout) may end the migration with the guest here.
+    /// Waits until the destination is known to have all of RAM, if the stream can find that out: from then on the
+    /// destination restores the guest. Until then [`switchover_timeout`](super::MigrateOptions::switchover_timeout) may
+    /// end the migration with the guest here.
     ///
     /// # Errors
     /// If the destination has failed, or the stream breaks.
     fn ready(&mut self) -> Result<()>;
-    /// All of RAM has been sent; a sync point.
+    /// Called when all of RAM has been sent; a sync point.
     ///
     /// # Errors
     /// If the stream breaks.
     fn end_ram(&mut self, synced: Option<Synced<'_>>) -> Result<()>;
-    /// The devices' state, as the guest has saved it, whether the guest ran, and the end of the stream.
+    /// Sends the state of the devices as the guest has saved it, whether the guest ran, and the end of the stream.
     ///
     /// # Errors
-    /// If the destination cannot have got all of it. An error *after* the last byte has left is not for this call, but for
-    /// [`complete`](Main::complete).
+    /// If the destination cannot have received all of it. An error *after* the last byte has left is not reported by
+    /// this call, but by [`complete`](Main::complete).
     fn devices(&mut self, devices: Vec<DeviceSection>, guest: RunState) -> Result<()>;
-    /// Waits for the destination's word whether it has the guest. Everything has been sent. If `stop` has happened, or happens
-    /// meanwhile, the sending side is [closed](Main::send_waker): the word is still waited for, but not for long.
+    /// Waits for the destination's reply on whether it has the guest. Everything has been sent. If `stop` has happened,
+    /// or happens during the call, the sending side is [closed](Main::send_waker). The call still waits for the reply,
+    /// but only for a short time.
     fn complete(&mut self, stop: &Stop) -> Verdict;
     /// Bytes written so far.
     fn bytes(&self) -> u64;
-    /// What ends all waits of these calls, from any thread, before [`devices`](Main::devices); `None` if none of them waits
+    /// Ends all waits of these calls before [`devices`](Main::devices), from any thread; `None` if none of them waits
     /// for a peer.
     fn waker(&self) -> Option<Arc<dyn Wake>>;
-    /// What ends the sending of [`devices`](Main::devices) and tells the destination that the source takes the guest back;
-    /// its word can still be read. `None` if nothing waits for a peer.
+    /// Ends the sending of [`devices`](Main::devices) and signals to the destination that the source takes the guest
+    /// back. The reply can still be read. `None` if nothing waits for a peer.
     fn send_waker(&self) -> Option<Arc<dyn Wake>>;
 }

@@ -7,9 +7,10 @@
 //! pass: dirty bits ─▶ pages ─▶ channels (or main)          flush: SYNC on all channels, then main's record
 //! ```
 //!
-//! [`Migration::run`] drives the whole of it in the caller's thread: it knows when to walk, when to sync and how to go
-//! back. When the rest fits into the downtime, what to expect and whether to hold the guest back it asks `converge/`; what
-//! the main stream looks like a [`Main`], what the guest has written a [`DirtyLog`], and to stop it a [`Guest`].
+//! [`Migration::run`] drives the migration in the caller's thread: it decides when to walk, when to sync and how to go
+//! back. `converge/` decides when the rest fits into the downtime, what to expect and whether to throttle the guest. A
+//! [`Main`] writes the main stream, a [`DirtyLog`] lists what the guest has written, and a [`Guest`] is stopped for the
+//! switchover.
 
 mod caught;
 mod control;
@@ -55,7 +56,7 @@ use crate::{
     sendable,
 };
 
-/// One live migration, from set-up to its end.
+/// One live migration, from set-up to completion.
 pub struct Migration {
     plan: Plan,
     sender: Option<Sender>,
@@ -71,7 +72,7 @@ impl std::fmt::Debug for Migration {
 }
 
 impl Migration {
-    /// A migration over the channels of `sender`, of its blocks, and ended by its stop.
+    /// Creates a migration over the channels of `sender`, with its blocks and its stop.
     ///
     /// # Errors
     /// [`Usage::OutOfRange`] if an option is out of its range.
@@ -80,12 +81,11 @@ impl Migration {
         Self::made(options, blocks, stop, Some(sender))
     }
 
-    /// A migration without channels: all pages go over main. `stop` cancels it from any thread.
+    /// Creates a migration without channels: all pages go over main. `stop` cancels it from any thread.
     ///
     /// # Errors
-    /// As [`new`](Migration::new); [`Usage::PartialPage`] if a block ends inside a page;
-    /// [`Usage::MayShrink`] if its memory is a file that somebody
-    /// [may cut shorter](crate::ram::Mapping::may_shrink).
+    /// As [`new`](Migration::new); [`Usage::PartialPage`] if a block ends inside a page; [`Usage::MayShrink`] if its
+    /// memory is a file that another process [may truncate](crate::ram::Mapping::may_shrink).
     pub fn over_main(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         sendable::check_whole_pages(&blocks)?;
         sendable::check_may_be_copied(&blocks)?;
@@ -112,8 +112,8 @@ impl Migration {
         sender.set_up(connector)
     }
 
-    /// What tells this migration, from any thread, to go on where it pauses before the switchover, and what else can change
-    /// while it runs.
+    /// A handle that controls this migration from any thread: it continues after the pause before the switchover and
+    /// changes options while the migration runs.
     pub fn control(&self) -> Control {
         self.plan.gate.control(self.plan.progress.clone())
     }
@@ -123,13 +123,13 @@ impl Migration {
         self.plan.progress.clone()
     }
 
-    /// What cancels it, from any thread.
+    /// The stop that cancels the migration, from any thread.
     pub fn stop(&self) -> &Stop {
         &self.plan.stop
     }
 
-    /// What [`run`](Migration::run) would refuse before it begins, as far as the guest alone tells: to be called before
-    /// anything is connected.
+    /// Checks what [`run`](Migration::run) would refuse before it begins and what depends only on the guest. Call it
+    /// before anything is connected.
     ///
     /// # Errors
     /// [`Usage::DeviceTwice`], [`Usage::NoThrottle`].
@@ -137,17 +137,17 @@ impl Migration {
         self.plan.devices_of(guest).map(drop)
     }
 
-    /// Migrates.
+    /// Runs the migration.
     ///
-    /// `Ok` means that the destination has the guest, which stays stopped here. After an error the guest is here and as it
-    /// was before: what ran runs on, what was paused stays paused, and the dirty bits of all pages are put back, for no
-    /// destination has them. A cancel that comes when everything has been sent asks the destination: if that has the guest
-    /// already, the result is `Ok`.
+    /// `Ok` means that the destination has the guest, which stays stopped here. After an error the guest is here and as
+    /// it was before: a guest that ran continues, and a paused guest stays paused. The dirty bits of all pages are put
+    /// back, because no destination has them. A cancel after everything has been sent asks the destination: if it has
+    /// the guest already, the result is `Ok`.
     ///
     /// # Errors
-    /// The first error, or [`Error::Cancelled`]; [`Error::OwnerUnknown`] if nobody can know whether the destination has the
-    /// guest, and then alone **the guest stays stopped** without being elsewhere for sure, unless
-    /// [`resume_if_unknown`](MigrateOptions::resume_if_unknown) says otherwise.
+    /// The first error, or [`Error::Cancelled`]. [`Error::OwnerUnknown`] if nobody can know whether the destination has
+    /// the guest. Only in this case **the guest stays stopped** although it may not run elsewhere, unless
+    /// [`resume_if_unknown`](MigrateOptions::resume_if_unknown) is set.
     pub fn run(
         mut self,
         main: &mut dyn Main,
@@ -165,14 +165,15 @@ impl Migration {
             &mut stopped,
             &calling,
         );
-        // What is behind a panic is looked at only to end in order: the guest, and bits that are put back in any case.
+        // After a panic, the state is used only for an orderly end: for the guest, and for bits that are put back in
+        // any case.
         let driven = catch_unwind(AssertUnwindSafe(|| driver.drive()));
         let driven = driven.unwrap_or_else(|panic| Err(panicked(calling.get(), &*panic)));
         if let Err(error) = driven {
             return Err(self.go_back(error, sender, stopped, log, guest));
         }
         if let Some(sender) = sender {
-            // The destination runs the guest now; an error in taking leave of it changes nothing.
+            // The destination runs the guest now; an error while closing the connections changes nothing.
             if let Err(error) = sender.finish() {
                 tracing::debug!(%error, "an error after completion");
             }
@@ -181,7 +182,7 @@ impl Migration {
         Ok(self.plan.progress.info())
     }
 
-    /// Ends a migration that has failed, with the guest here; gives the error to report.
+    /// Ends a migration that has failed, with the guest here. Returns the error to report.
     fn go_back(
         &self,
         error: Error,
@@ -191,7 +192,7 @@ impl Migration {
         guest: &mut dyn Guest,
     ) -> Error {
         let unknown = matches!(error, Error::OwnerUnknown(_));
-        // The first error is the one to report, and it has shut everything down.
+        // The first error is reported; it has shut everything down.
         let first = self.plan.stop.fail(error.clone());
         let mut error = if unknown { error } else { first };
         if self.plan.progress.throttle().is_some() {
@@ -202,7 +203,7 @@ impl Migration {
                 tracing::warn!(%error, "the guest is still throttled");
             }
         }
-        // First of all: nothing that is left to be cleaned up writes to its RAM.
+        // The guest is resumed first: the rest of the clean-up does not write to its RAM.
         let resumes = stopped.resumes() && (!unknown || self.plan.options.resume_if_unknown);
         if resumes && let Err(panicked) = caught("resume the guest", || guest.resume()) {
             error = Error::NotResumed { error: Box::new(error), panicked: Box::new(panicked) };

@@ -1,6 +1,6 @@
-//! Models of a migration that waits before its switchover, and of its end.
+//! Models of the wait before the switchover and of the end of a migration.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`.
+//! The package `multifd-models` runs each under many schedules; see `docs/develop/concurrency.md`.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ fn active() -> Progress {
     progress
 }
 
-/// One waits for the pause and lets it go on, one cancels, whenever.
+/// One thread waits for the pause and continues the migration, another cancels at any time.
 pub fn a_pause_before_the_switchover_ends_when_told_or_with_the_stop() {
     let (stop, progress, gate) = (Stop::new(), active(), Gate::default());
     let control = gate.control(progress.clone());
@@ -39,7 +39,7 @@ pub fn a_pause_before_the_switchover_ends_when_told_or_with_the_stop() {
     cancelling.join().expect("no panic");
 }
 
-/// The migration ends without a pause, while somebody waits for one.
+/// The migration ends without a pause while a thread waits for one.
 pub fn whoever_waits_for_a_pause_is_told_that_there_is_none() {
     let (progress, gate) = (active(), Gate::default());
     let control = gate.control(progress);
@@ -48,7 +48,7 @@ pub fn whoever_waits_for_a_pause_is_told_that_there_is_none() {
     assert!(!waiting.join().expect("no panic"));
 }
 
-/// Nobody cancels: the one that was told to go on goes on.
+/// Nobody cancels: the migration continues after `proceed`.
 pub fn a_pause_that_is_told_to_go_on_goes_on() {
     let (stop, progress, gate) = (Stop::new(), active(), Gate::default());
     let control = gate.control(progress.clone());
@@ -57,7 +57,7 @@ pub fn a_pause_that_is_told_to_go_on_goes_on() {
     assert!(telling.join().expect("no panic"));
 }
 
-/// Somebody tells it to go on without having waited: that is taken, or refused for another state than the one that it is for.
+/// A thread calls `proceed` without having waited: the call is accepted, or refused with a state other than the pause.
 pub fn whoever_sees_the_pause_can_end_it() {
     let (stop, progress, gate) = (Stop::new(), active(), Gate::default());
     let control = gate.control(progress.clone());
@@ -76,7 +76,7 @@ pub fn whoever_sees_the_pause_can_end_it() {
     telling.join().expect("no panic");
 }
 
-/// What the source sends last, and what the destination says: SHUT 0, SHUT 1.
+/// The last message of the source, and the replies of the destination: SHUT 0, SHUT 1.
 const EVERYTHING: u8 = b'E';
 const TAKEN: u8 = b'0';
 const FAILED: u8 = b'1';
@@ -85,7 +85,7 @@ fn say(link: &mut MemoryLink, byte: u8) -> bool {
     link.send(&[Part::from(&[byte][..])]).is_ok()
 }
 
-/// `None` if the other end has closed, or what is between.
+/// `None` if the other end, or the network between, has closed.
 fn hear(link: &mut MemoryLink) -> Option<u8> {
     let mut byte = [0];
     match link.recv(&mut [PartMut::from(&mut byte[..])]) {
@@ -94,8 +94,8 @@ fn hear(link: &mut MemoryLink) -> Option<u8> {
     }
 }
 
-/// Passes bytes on in one direction until the end, or until the network is cut: then whatever was on its way is lost, and
-/// both ends find their connections closed.
+/// Forwards bytes in one direction until the end, or until the network is cut. Bytes in transit are then lost, and both
+/// ends find their connections closed.
 fn pass_on(mut from: MemoryLink, into: Arc<Mutex<MemoryLink>>, cut: &Stop) {
     while let Some(byte) = hear(&mut from) {
         if cut.is_stopped() || !say(&mut into.lock().expect("whole"), byte) {
@@ -106,12 +106,12 @@ fn pass_on(mut from: MemoryLink, into: Arc<Mutex<MemoryLink>>, cut: &Stop) {
         from.waker().wake();
         into.lock().expect("whole").waker().wake();
     } else {
-        // An end is passed on as an end.
+        // An end of the stream is forwarded as an end.
         let _ = into.lock().expect("whole").close_send();
     }
 }
 
-/// The source's end: sends everything, is cancelled at any time or never, and judges what it hears as a real one does.
+/// The source's end: sends everything, is cancelled at any time or never, and judges the reply as a real source does.
 fn source_ends(mut main: MemoryLink, mut back: MemoryLink, stop: &Stop, always_speaks: bool) -> Owner {
     let half = stop.watch_failure(main.send_waker());
     if stop.check().is_err() || !say(&mut main, EVERYTHING) {
@@ -126,10 +126,10 @@ fn source_ends(mut main: MemoryLink, mut back: MemoryLink, stop: &Stop, always_s
     word.owner(always_speaks)
 }
 
-/// The destination's end: whether it has the guest.
+/// The destination's end: returns whether it has the guest.
 fn destination_ends(mut main: MemoryLink, mut back: MemoryLink, fails: bool) -> bool {
     let whole = hear(&mut main) == Some(EVERYTHING);
-    // As `Incoming::finish` looks: closed is taken back.
+    // The same check as in `Incoming::finish`: a closed connection means that the source has taken the guest back.
     let there = whole && !main.is_readable().expect("it can tell");
     if !there || fails {
         say(&mut back, FAILED);
@@ -138,7 +138,7 @@ fn destination_ends(mut main: MemoryLink, mut back: MemoryLink, fails: bool) -> 
     say(&mut back, TAKEN)
 }
 
-/// Both ends, and a network that may be cut at any moment.
+/// Runs both ends over a network that may be cut at any moment.
 fn the_end(cancels: bool, cuts: bool, fails: bool, always_speaks: bool) -> (Owner, bool) {
     let context = Context::new(&Stop::new());
     let pair = || memory::pair(1, &context, &context);
@@ -181,7 +181,7 @@ fn the_end(cancels: bool, cuts: bool, fails: bool, always_speaks: bool) -> (Owne
     (owner, taken)
 }
 
-/// Whoever cancels and wherever the network is cut: the guest has one owner, or none that the source does not know of.
+/// Regardless of cancels and cuts: the guest has one owner, or the source knows that the owner is unknown.
 pub fn whatever_is_cut_at_the_end_there_are_never_two_owners() {
     for (cancels, cuts, fails) in [(true, true, false), (true, true, true)] {
         let (owner, taken) = the_end(cancels, cuts, fails, true);
@@ -190,7 +190,7 @@ pub fn whatever_is_cut_at_the_end_there_are_never_two_owners() {
     }
 }
 
-/// A cancel that races with the destination's word, over a network that holds: both sides always know.
+/// A cancel that races with the destination's reply, over a network that is not cut: both sides always know the owner.
 pub fn without_a_cut_both_sides_know_who_has_the_guest() {
     for (cancels, fails) in [(true, false), (false, false), (false, true)] {
         let (owner, taken) = the_end(cancels, false, fails, true);

@@ -1,41 +1,41 @@
-//! Who has the guest, when everything has been sent: what a source makes of the last thing that it hears.
+//! Decides who has the guest after everything has been sent, from the last message that the source received.
 //!
 //! ```text
 //! source: everything ─▶ destination: restores ─ looks at main ─▶ SHUT 0, and runs the guest
 //!         cancelled ── closes its sending side ─▶            └─▶ SHUT 1, if the source has closed or anything failed
 //! ```
 //!
-//! A destination that looks at main after the source has closed it says SHUT 1; one that has said SHUT 0 before is heard, or
-//! not: then nobody here can know.
+//! A destination that checks main after the source has closed it sends SHUT 1. If it sent SHUT 0 before, the source may
+//! receive it or not; without it the source cannot know the owner.
 
-/// The last thing that a source hears of its destination.
+/// The last message that a source receives from its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LastWord {
     /// SHUT, with this code: 0 is success.
     Shut(u32),
-    /// Something that breaks the protocol's rules, in the place of SHUT, or a TLS alert: it is the destination's own.
+    /// A violation of the protocol instead of SHUT, or a TLS alert: the destination itself has sent it.
     Nonsense,
-    /// The connection was closed, or reset, and there was no SHUT.
+    /// The connection was closed or reset without SHUT.
     Closed,
-    /// Nothing came in time, or the way to the destination is gone.
+    /// Nothing arrived in time, or the network path to the destination is lost.
     Nothing,
 }
 
 /// Who has the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// It goes on at the source.
+    /// The guest continues on the source.
     Source,
     /// It is the destination's.
     Destination,
-    /// Nobody at the source can know: it must not go on there by itself.
+    /// The source cannot know: the guest must not continue there automatically.
     Unknown,
 }
 
 impl LastWord {
-    /// Who has the guest after this. `always_speaks` says that the destination never closes without SHUT, so that a
-    /// connection which ends without one was ended by something between the two. Any other destination, a QEMU say, is taken
-    /// for failed when it closes, as a QEMU source takes it.
+    /// Decides who has the guest. `always_speaks` means that the destination never closes without SHUT; a connection
+    /// that ends without it was then interrupted by the network. Any other destination, such as a QEMU, counts as
+    /// failed when it closes the connection, as for a QEMU source.
     pub fn owner(self, always_speaks: bool) -> Owner {
         match self {
             Self::Shut(0) => Owner::Destination,

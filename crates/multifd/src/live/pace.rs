@@ -1,10 +1,10 @@
-//! `max-bandwidth`: the source waits when it has sent what a slice of time allows.
+//! `max-bandwidth`: the source waits after it has sent what a time slice allows.
 
 use std::time::{Duration, Instant};
 
 use crate::{channel::Stop, error::Result};
 
-/// Spends bytes at no more than a set rate.
+/// Limits the rate at which bytes are sent.
 #[derive(Debug)]
 pub(super) struct Pace {
     slices: Option<Slices>,
@@ -12,7 +12,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// Up to `rate` bytes a second; `None` is no limit.
+    /// Creates a limit of `rate` bytes per second; `None` is no limit.
     pub(super) fn new(rate: Option<u64>) -> Self {
         Self { slices: rate.map(Slices::new), start: Instant::now() }
     }
@@ -22,7 +22,7 @@ impl Pace {
         self.slices.is_some()
     }
 
-    /// Notes bytes that go out now, and waits if they are more than is due.
+    /// Records bytes that are sent now, and waits if they exceed the limit.
     ///
     /// # Errors
     /// The error that stopped the migration.
@@ -39,7 +39,7 @@ impl Pace {
     }
 }
 
-/// What each slice of time allows, reckoned from the time that it is told.
+/// The number of bytes that each time slice allows. The caller passes the time.
 #[derive(Debug)]
 pub(super) struct Slices {
     rate: u64,
@@ -48,22 +48,22 @@ pub(super) struct Slices {
 }
 
 impl Slices {
-    /// Up to `rate` bytes a second.
+    /// Creates slices for `rate` bytes per second.
     pub(super) fn new(rate: u64) -> Self {
         Self { rate, slice: Duration::ZERO, spent: 0 }
     }
 
-    /// Notes bytes that go out.
+    /// Records bytes that are sent.
     pub(super) fn spend(&mut self, bytes: u64) {
         self.spent = self.spent.saturating_add(bytes);
     }
 
-    /// How long to wait, `now` after the beginning, before more may go out: `None` is not at all. To be asked again after
-    /// the wait.
+    /// The time to wait, `now` after the beginning, before more may be sent; `None` if there is no wait. Must be called
+    /// again after the wait.
     pub(super) fn wait(&mut self, now: Duration) -> Option<Duration> {
         let allowed = self.rate / SLICES_A_SECOND;
         while self.spent > allowed {
-            // A source that had nothing to send has no claim to send faster later.
+            // A source that had nothing to send may not send faster later.
             let left = SLICE.saturating_sub(now.saturating_sub(self.slice));
             if !left.is_zero() {
                 return Some(left);
@@ -88,7 +88,7 @@ mod tests {
         for _ in 0..300 {
             pace.spend(1000, &stop).expect("running");
         }
-        // 300 kB at 1 MB/s, of which the first and the last slice may count whole.
+        // 300 kB at 1 MB/s; the first and the last slice may count as whole slices.
         assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
     }
 

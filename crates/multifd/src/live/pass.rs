@@ -1,4 +1,4 @@
-//! One pass: the dirty bits are walked once, and every page found goes to a channel or to main, run by run.
+//! One pass: walks the dirty bits once and sends every page found to a channel or to main, run by run.
 
 use super::{Main, Pace, Progress, ZeroPageDetection, converge::ZERO_ENTRY};
 use crate::{
@@ -9,20 +9,20 @@ use crate::{
     send::Sender,
 };
 
-/// What a pass needs of the migration that it is part of.
+/// The parts of the migration that a pass uses.
 pub(super) struct Walk<'a> {
     pub(super) sender: Option<&'a mut Sender>,
     pub(super) main: &'a mut dyn Main,
     pub(super) detection: ZeroPageDetection,
-    /// Whether pages are looked at that are not known to be zero.
+    /// Whether pages are checked for zeros that are not known to be zero.
     pub(super) look: bool,
-    /// Pages that may hold something, a bitmap for each block, where that is known: all others are zero. A page that
-    /// was dirtied later is not for this pass to get right.
+    /// Pages that may be nonzero, one bitmap for each block for which that is known; all other pages are zero. A page
+    /// that is dirtied later is handled by a later pass.
     pub(super) touched: &'a [Option<PageBitmap>],
     pub(super) pace: &'a mut Pace,
     pub(super) progress: &'a Progress,
     pub(super) stop: &'a Stop,
-    /// A private copy of a page, for pages that main carries.
+    /// A private copy of a page, for pages that go over main.
     pub(super) page: &'a mut [u8],
 }
 
@@ -45,8 +45,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Pages of a word that are zero without a look. One of a file must not be read: there may be anything. A wrong
-    /// answer because the guest writes meanwhile is harmless, for the page is then dirty again.
+    /// The pages of a word that are known to be zero. A page in a file must not be read: its bytes are undefined. A
+    /// wrong answer because the guest writes at the same time is harmless, because the page is then dirty again.
     fn known_zero(&self, index: BlockIndex, block: &RamBlock, word: usize) -> u64 {
         if self.detection == ZeroPageDetection::None {
             return 0;
@@ -58,12 +58,12 @@ impl Walk<'_> {
         !block.present_word(word) | absent
     }
 
-    /// Pages of which nothing is known yet.
+    /// Handles pages that are not known to be zero.
     fn rest(&mut self, index: BlockIndex, block: &RamBlock, first: PageIndex, count: u64) -> Result<()> {
         if self.detection == ZeroPageDetection::None || !self.look {
             return self.pages(Kind::Normal, index, block, first, count);
         }
-        // With a limit it must be known what a page costs before it goes, and there is time to look here.
+        // With a limit, the cost of a page must be known before it is sent, and there is time to check it here.
         if self.detection == ZeroPageDetection::Multifd && self.sender.is_some() && !self.pace.is_limited() {
             return self.pages(Kind::Unknown, index, block, first, count);
         }
@@ -83,7 +83,7 @@ impl Walk<'_> {
         count: u64,
     ) -> Result<()> {
         let by_channels = kind != Kind::Zero || self.detection == ZeroPageDetection::Multifd;
-        // A limit is kept page by page.
+        // The limit is enforced page by page.
         let step = if self.pace.is_limited() { 1 } else { count };
         for at in (first.0..first.0 + count).step_by(usize::try_from(step).unwrap_or(1)).map(PageIndex) {
             match &mut self.sender {

@@ -1,4 +1,4 @@
-//! What one migration is made of, but for its channels: what the passes use, and what the embedder controls and reads.
+//! The parts of one migration except its channels: what the passes use, and what the embedder controls and reads.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The devices of a guest that can be migrated so, as far as it alone tells.
+    /// The devices of a guest, after the checks that depend only on the guest.
     pub(super) fn devices_of(&self, guest: &dyn Guest) -> Result<Vec<DeviceInfo>> {
         let devices = caught("Guest::devices", || guest.devices())?;
         guest::check_distinct(&devices)?;

@@ -1,5 +1,5 @@
-//! How far a migration is: numbers that any thread may read while it runs, named as QEMU's `query-migrate`
-//! names them.
+//! The progress of a migration: numbers that any thread may read while it runs, with the names of QEMU's
+//! `query-migrate`.
 
 use std::{
     sync::{
@@ -18,32 +18,32 @@ use crate::{
     stats::ChannelStats,
 };
 
-/// A look at a migration: what `query-migrate` shows at the source.
+/// A snapshot of a migration: what `query-migrate` shows at the source.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct MigrationInfo {
     /// `status`.
     pub status: Status,
-    /// `total-time`: from the first connection to now, or to the end.
+    /// `total-time`: from the first connection until now, or until the end.
     pub total_time: Duration,
     /// `setup-time`: until the blocks were announced.
     pub setup_time: Duration,
-    /// `downtime`: from stopping the guest to the destination's word that it has everything.
+    /// `downtime`: from stopping the guest to the destination's confirmation that it has everything.
     pub downtime: Option<Duration>,
-    /// `expected-downtime`: what the remaining pages would take, while the guest runs.
+    /// `expected-downtime`: the time that the remaining pages would take, while the guest runs.
     pub expected_downtime: Option<Duration>,
-    /// How long until all is done, downtime included, while the guest runs. In the first pass it is what remains of that
-    /// pass; later it counts with what the guest dirties, and with what `auto-converge` will do. `None` where no end is in
-    /// sight.
+    /// The expected time until the migration is complete, downtime included, while the guest runs. In the first pass it
+    /// is the rest of that pass. Later it includes what the guest dirties and the effect of `auto-converge`. `None` if
+    /// the migration does not converge.
     pub expected_remaining_time: Option<Duration>,
-    /// `cpu-throttle-percentage`: per cent of time that the guest's processors were last made to stand; `None` if
-    /// `auto-converge` has not held it back.
+    /// `cpu-throttle-percentage`: percentage of time for which the guest's processors paused last; `None` if
+    /// `auto-converge` has not throttled it.
     pub cpu_throttle_percentage: Option<u8>,
-    /// Why the migration will not converge as things are, and what would help.
+    /// Why the migration does not converge at present, and what would help.
     pub stall: Option<Stall>,
     /// `ram`.
     pub ram: RamInfo,
-    /// Whether the guest ran before it was stopped; `None` while it has not been.
+    /// Whether the guest ran before it was stopped; `None` before it is stopped.
     pub guest_was: Option<RunState>,
     /// What each channel has carried.
     pub channels: Vec<ChannelStats>,
@@ -59,24 +59,24 @@ pub struct RamInfo {
     pub remaining: u64,
     /// `transferred`: all bytes on all connections.
     pub transferred: u64,
-    /// `duplicate`: zero pages that have left.
+    /// `duplicate`: zero pages that were sent.
     pub duplicate: u64,
-    /// `normal`: pages whose bytes have left.
+    /// `normal`: pages whose bytes were sent.
     pub normal: u64,
     /// `normal-bytes`.
     pub normal_bytes: u64,
     /// `page-size`.
     pub page_size: u64,
-    /// `mbps`: megabits a second over the last pass.
+    /// `mbps`: megabits per second in the last pass.
     pub mbps: f64,
-    /// `dirty-sync-count`: how often the dirty bits were taken.
+    /// `dirty-sync-count`: how many times the dirty bits were taken.
     pub dirty_sync_count: u64,
-    /// `dirty-sync-missed-zero-copy`: channel syncs, of each channel, up to which pages were copied though
-    /// `zero-copy-send` was asked for.
+    /// `dirty-sync-missed-zero-copy`: channel syncs, counted for each channel, up to which pages were copied although
+    /// `zero-copy-send` was requested.
     pub dirty_sync_missed_zero_copy: u64,
-    /// `dirty-pages-rate`: pages the guest dirtied a second, in the last pass.
+    /// `dirty-pages-rate`: pages that the guest dirtied per second in the last pass.
     pub dirty_pages_rate: u64,
-    /// `pages-per-second`: pages sent a second over the last pass.
+    /// `pages-per-second`: pages sent per second in the last pass.
     pub pages_per_second: u64,
     /// `multifd-bytes`: bytes on the channels.
     pub multifd_bytes: u64,
@@ -86,7 +86,7 @@ pub struct RamInfo {
     pub downtime_bytes: u64,
 }
 
-/// The live numbers of one migration. Clones show the same.
+/// The live numbers of one migration. Clones show the same numbers.
 #[derive(Clone)]
 pub struct Progress(Arc<Inner>);
 
@@ -101,9 +101,9 @@ struct Inner {
     page_size: PageSize,
     total: u64,
     start: Instant,
-    // Relaxed: the migration's thread alone writes them, and they order nothing.
+    // Relaxed: only the migration's thread writes them, and they order nothing.
     remaining_pages: AtomicU64,
-    /// Pages over main. Those over channels stand in the channels' counters.
+    /// Zero pages over main. The channels' counters have the pages over channels.
     main_duplicate: AtomicU64,
     main_normal: AtomicU64,
     /// What changes once a pass.
@@ -118,13 +118,13 @@ struct Passes {
     downtime: Option<Duration>,
     guest_was: Option<RunState>,
     expected_downtime: Option<Duration>,
-    /// When the first pass began, and with how many pages.
+    /// When the first pass began, and its number of pages.
     first_pass: Option<(Instant, u64)>,
-    /// As it was expected at that time.
+    /// When the remaining time was estimated, and the estimate.
     remaining_time: Option<(Instant, Duration)>,
     throttled: Option<Percent>,
     stall: Option<Stall>,
-    /// The same, where it is not certain yet.
+    /// Like `stall`, while it is not certain yet.
     doubt: Option<Stall>,
     dirty_sync_count: u64,
     dirty_pages_rate: u64,
@@ -142,7 +142,7 @@ pub(super) struct Sent {
     pub(super) bytes: u64,
 }
 
-/// What a pass has sent, and in what time.
+/// What a pass has sent, and its duration.
 pub(super) struct PassRate {
     pub(super) bytes: u64,
     pub(super) pages: u64,
@@ -170,7 +170,7 @@ impl Progress {
         }))
     }
 
-    /// How things stand now.
+    /// The current state.
     pub fn info(&self) -> MigrationInfo {
         let inner = &*self.0;
         let passes = self.passes(|passes| passes.clone());
@@ -212,12 +212,12 @@ impl Progress {
         }
     }
 
-    /// Where the migration stands.
+    /// The state of the migration.
     pub fn status(&self) -> Status {
         self.0.status.load()
     }
 
-    /// How long ago the migration began.
+    /// The time since the migration began.
     pub(super) fn elapsed(&self) -> Duration {
         self.0.start.elapsed()
     }
@@ -245,17 +245,17 @@ impl Progress {
         self.0.main_normal.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A zero page went over main.
+    /// Records that a zero page went over main.
     pub(super) fn duplicate(&self) {
         self.0.main_duplicate.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// So many dirty pages less remain.
+    /// Records that `pages` fewer dirty pages remain.
     pub(super) fn walked(&self, pages: u64) {
         self.0.remaining_pages.fetch_sub(pages, Ordering::Relaxed);
     }
 
-    /// The dirty bits were taken: so many pages remain, the guest wrote them in `time`.
+    /// Records a bitmap sync: `remaining` pages remain, and the guest wrote them in `time`.
     pub(super) fn bitmap_sync(&self, remaining: u64, time: Option<Duration>) {
         self.0.remaining_pages.store(remaining, Ordering::Relaxed);
         self.passes(|passes| {
@@ -284,7 +284,7 @@ impl Progress {
         });
     }
 
-    /// A pass is over, and has been judged.
+    /// Records the judgement after a pass.
     pub(super) fn judged(&self, judgement: &Judgement) {
         let expected = judgement.remaining_time.map(|time| (Instant::now(), time));
         self.passes(|passes| {
@@ -299,12 +299,12 @@ impl Progress {
         self.passes(|passes| passes.throttled = Some(percent));
     }
 
-    /// How far the guest is held back, if at all.
+    /// The current throttle of the guest, if any.
     pub(super) fn throttle(&self) -> Option<Percent> {
         self.passes(|passes| passes.throttled)
     }
 
-    /// What is to be said when `max-total-time` is over.
+    /// The error when `max-total-time` has passed.
     pub(super) fn not_converged_in(&self, limit: Duration) -> NotConverged {
         let (stall, expected_remaining_time) =
             (self.passes(|passes| passes.doubt.clone()), self.info().expected_remaining_time);
@@ -366,7 +366,7 @@ mod tests {
         let begun = Instant::now();
         std::thread::sleep(Duration::from_millis(5));
         progress.walked(20);
-        // A fifth is done, so it takes four times as long again.
+        // A fifth is done, so the rest takes four times as long.
         let (expected_now, least) = (expected().expect("known"), Duration::from_millis(20));
         assert!(expected_now >= least && expected_now <= begun.elapsed() * 5, "{expected_now:?}");
 

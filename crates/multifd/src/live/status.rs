@@ -1,4 +1,4 @@
-//! The state of one migration, which all threads see.
+//! The state of one migration, shared by all threads.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -7,8 +7,7 @@ use crate::{
     outcome::Status,
 };
 
-/// The state of one migration, for all threads to look at; it moves along the arrows of
-/// [`Status::may_become`] and no others.
+/// The state of one migration, shared by all threads. It changes only along the arrows of [`Status::may_become`].
 #[derive(Debug, Default)]
 pub(crate) struct StatusCell(AtomicU8);
 
@@ -17,14 +16,14 @@ impl StatusCell {
         Status::ALL[usize::from(self.0.load(Ordering::Acquire))]
     }
 
-    /// Goes on to `next`.
+    /// Changes the state to `next`.
     pub(crate) fn advance(&self, next: Status) -> Result<()> {
         let mut from = self.load();
         loop {
             if !from.may_become(next) {
                 return Err(Usage::IllegalTransition { from, to: next }.into());
             }
-            // Pairs with the acquire in `load`: who sees the state sees what was done to reach it.
+            // Pairs with the acquire in `load`: a thread that sees the state sees what was done to reach it.
             match self.0.compare_exchange(from as u8, next as u8, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
                     tracing::debug!(%from, to = %next, "migrate_set_state");

@@ -1,22 +1,21 @@
-//! What can be chosen for the passes: `max-bandwidth`, `downtime-limit`, `auto-converge`, bounds and their like.
+//! The options of the passes: `max-bandwidth`, `downtime-limit`, `auto-converge`, bounds and similar ones.
 
 use std::{fmt, str::FromStr, time::Duration};
 
 use super::parameters;
 use crate::{error::Usage, live::converge::CpuThrottle};
 
-/// Where zero pages are looked for, and how they travel.
+/// Where zero pages are detected and how they are sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ZeroPageDetection {
-    /// They are not looked for and travel as any other page, those that are [known](crate::ram::RamBlock::is_present) to
-    /// be zero included.
+    /// Zero pages are not detected. They are sent like any other page, including pages that are
+    /// [known](crate::ram::RamBlock::is_present) to be zero.
     None,
-    /// The migration's thread looks, and they go over main, which every destination understands.
+    /// The migration's thread detects them, and they go over main, which every destination understands.
     #[default]
     Legacy,
-    /// The channels look, and list them in their packets. For destinations from QEMU 9.0 on, and this library.
-    /// Without channels, and for the looking alone where there is a [limit](MigrateOptions::max_bandwidth), as
-    /// `Legacy`.
+    /// The channels detect them and list them in their packets. For destinations from QEMU 9.0 on, and this library. It
+    /// behaves as `Legacy` without channels; with a [limit](MigrateOptions::max_bandwidth), only the detection does.
     Multifd,
 }
 
@@ -48,8 +47,8 @@ impl FromStr for ZeroPageDetection {
 
 /// When and how fast a migration moves.
 ///
-/// With feature `serde` an object of the parameters' names, times in milliseconds, no limit as 0. What is missing has
-/// its default, what is unknown or outside its range is refused.
+/// With feature `serde`: an object with the parameters' names, times in milliseconds, 0 for no limit. Missing
+/// parameters have their defaults; unknown parameters and values outside their range are refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -71,7 +70,7 @@ pub struct MigrateOptions {
     pub(crate) pause_before_switchover: bool,
     pub(crate) max_passes: Option<u64>,
     pub(crate) max_total_time: Option<Duration>,
-    /// `None`: what fits `downtime_limit`.
+    /// `None`: derived from `downtime_limit`.
     pub(crate) switchover_timeout: Option<Option<Duration>>,
     pub(crate) resume_if_unknown: bool,
 }
@@ -101,23 +100,24 @@ impl MigrateOptions {
         Self::default()
     }
 
-    /// `downtime-limit`: the guest is stopped when what remains can be sent in this time, 0 to 2000 s. Default 300 ms.
-    /// A shorter one takes more passes, and may never be reached by a guest that writes faster than the channels send.
+    /// `downtime-limit`: the guest is stopped when the remaining pages can be sent in this time, 0 to 2000 s. Default
+    /// 300 ms. A shorter limit takes more passes, and may never be reached if the guest writes faster than the channels
+    /// send.
     pub fn downtime_limit(mut self, limit: Duration) -> Self {
         self.downtime_limit = limit;
         self
     }
 
-    /// `max-bandwidth`: bytes a second over all connections while the guest runs; `None`, the default, and 0
-    /// are no limit.
+    /// `max-bandwidth`: bytes per second over all connections while the guest runs. `None`, the default, and 0 are no
+    /// limit.
     pub fn max_bandwidth(mut self, bytes: Option<u64>) -> Self {
         self.max_bandwidth = bytes.filter(|bytes| *bytes > 0);
         self
     }
 
-    /// `avail-switchover-bandwidth`: bytes a second to reckon with for what remains when the guest has been stopped;
-    /// `None`, the default, and 0 take what the pass before has measured. For where `max-bandwidth` holds that pass
-    /// back, but not the last one: the guest is then stopped earlier.
+    /// `avail-switchover-bandwidth`: bytes per second to assume for the remaining pages after the guest has been
+    /// stopped. `None`, the default, and 0 use the bandwidth measured in the pass before. Set it if `max-bandwidth`
+    /// limits that pass but not the last one: the guest is then stopped earlier.
     pub fn avail_switchover_bandwidth(mut self, bytes: Option<u64>) -> Self {
         self.avail_switchover_bandwidth = bytes.filter(|bytes| *bytes > 0);
         self
@@ -129,17 +129,17 @@ impl MigrateOptions {
         self
     }
 
-    /// Whether pages that may hold something are looked at, unless `zero-page-detection` is none. Default true. If
-    /// false, only those that are [known](crate::ram::RamBlock::is_present) to be zero count as zero: for a mapping of
-    /// a file that somebody may cut shorter, where a look would raise `SIGBUS`.
+    /// Whether pages that may be nonzero are checked for zeros, unless `zero-page-detection` is none. Default true. If
+    /// false, only pages that are [known](crate::ram::RamBlock::is_present) to be zero count as zero. Use this for a
+    /// mapping of a file that another process may truncate, where reading would raise `SIGBUS`.
     pub fn look_for_zero_pages(mut self, look: bool) -> Self {
         self.look_for_zero_pages = look;
         self
     }
 
-    /// `auto-converge`: a guest that dirties too much of what is sent is held back, by [`Guest::throttle`], step by step
-    /// until it can be stopped. Default false. Costs the guest its speed, and only when it must. A guest whose
-    /// `throttle` is not written fails the migration at its beginning.
+    /// `auto-converge`: a guest that dirties too much of what is sent is throttled with [`Guest::throttle`], step by
+    /// step until it can be stopped. Default false. It slows the guest down, but only when necessary. If the guest does
+    /// not implement `throttle`, the migration fails at its beginning.
     ///
     /// [`Guest::throttle`]: crate::live::Guest::throttle
     pub fn auto_converge(mut self, on: bool) -> Self {
@@ -147,41 +147,42 @@ impl MigrateOptions {
         self
     }
 
-    /// `cpu-throttle-initial`: per cent of time that the guest's processors stand at first, 1 to 99. Default 20.
+    /// `cpu-throttle-initial`: percentage of time for which the guest's processors pause at first, 1 to 99. Default 20.
     pub fn cpu_throttle_initial(mut self, percent: u8) -> Self {
         self.cpu_throttle.initial = percent;
         self
     }
 
-    /// `cpu-throttle-increment`: per cent of time more, whenever that is not enough, 1 to 99. Default 10.
+    /// `cpu-throttle-increment`: percentage of time that is added whenever the throttle is not enough, 1 to 99. Default
+    /// 10.
     pub fn cpu_throttle_increment(mut self, percent: u8) -> Self {
         self.cpu_throttle.increment = percent;
         self
     }
 
-    /// `max-cpu-throttle`: per cent of time at the most, `cpu-throttle-initial` to 99. Default 99.
+    /// `max-cpu-throttle`: greatest percentage of time, `cpu-throttle-initial` to 99. Default 99.
     pub fn max_cpu_throttle(mut self, percent: u8) -> Self {
         self.cpu_throttle.max = percent;
         self
     }
 
-    /// `cpu-throttle-tailslow`: steps are no greater than what brings the guest to the threshold, as reckoned from what it
-    /// dirties now. Default false. Hurts the guest less, and may take longer.
+    /// `cpu-throttle-tailslow`: steps are no greater than needed to bring the guest to the threshold, estimated from
+    /// what it dirties now. Default false. It slows the guest less, and may take longer.
     pub fn cpu_throttle_tailslow(mut self, on: bool) -> Self {
         self.cpu_throttle.tailslow = on;
         self
     }
 
-    /// `throttle-trigger-threshold`: the guest is held back (further) when it has dirtied more than so many per cent of what
-    /// was sent meanwhile, twice in a row, each time for a second at least. 1 to 100, default 50.
+    /// `throttle-trigger-threshold`: the guest is throttled (further) when it has dirtied more than this percentage of
+    /// what was sent in the same time, in two successive periods of at least one second each. 1 to 100, default 50.
     pub fn throttle_trigger_threshold(mut self, percent: u8) -> Self {
         self.cpu_throttle.trigger = percent;
         self
     }
 
     /// `pause-before-switchover`: with the guest stopped, the migration waits for [`Control::proceed`], without limit.
-    /// Default false. What the embedder drains meanwhile, requests of a disk say, reaches the destination: devices are saved
-    /// and the last pages taken behind the pause.
+    /// Default false. What the embedder drains in the pause, such as disk requests, reaches the destination: devices
+    /// are saved and the last pages are taken after the pause.
     ///
     /// [`Control::proceed`]: crate::live::Control::proceed
     pub fn pause_before_switchover(mut self, on: bool) -> Self {
@@ -189,33 +190,35 @@ impl MigrateOptions {
         self
     }
 
-    /// How many passes may be made with the guest running; `None`, the default, and 0 are no bound. If the guest cannot
-    /// be stopped after the last one, the migration fails with [`NotConverged`](crate::live::NotConverged) and the guest runs on.
+    /// The greatest number of passes with the guest running; `None`, the default, and 0 are no bound. If the guest
+    /// cannot be stopped after the last one, the migration fails with [`NotConverged`](crate::live::NotConverged) and the
+    /// guest continues.
     pub fn max_passes(mut self, passes: Option<u64>) -> Self {
         self.max_passes = passes.filter(|passes| *passes > 0);
         self
     }
 
-    /// How long the migration may take until the guest is stopped; `None`, the default, and 0 are no bound. It ends as
-    /// with [`max_passes`](Self::max_passes), in the middle of a pass if need be. A guest that has been stopped in time is
-    /// not put back.
+    /// The longest time until the guest is stopped; `None`, the default, and 0 are no bound. The migration then ends as
+    /// with [`max_passes`](Self::max_passes), even in the middle of a pass. The bound has no effect after the guest has
+    /// been stopped.
     pub fn max_total_time(mut self, time: Option<Duration>) -> Self {
         self.max_total_time = time.filter(|time| !time.is_zero());
         self
     }
 
-    /// How long the guest may stand before the destination is known to have all of RAM and the devices have left; a
-    /// [pause](Self::pause_before_switchover) does not count. When that time is over, the migration fails and the guest goes
-    /// on at the source. Default: 5 s and ten times `downtime-limit`, 8 s with its default. `None` is no bound: a
-    /// destination that falls silent then keeps the guest standing for as long as
-    /// [`stall_timeout`](crate::SendOptions::stall_timeout) and more.
+    /// The longest time from stopping the guest until the destination is known to have all of RAM and the devices have
+    /// been sent; a [pause](Self::pause_before_switchover) does not count. After that time the migration fails and the
+    /// guest continues on the source. Default: 5 s plus ten times `downtime-limit`; with its default this is 8 s.
+    /// `None` is no bound: a destination that becomes silent then keeps the guest stopped for at least
+    /// [`stall_timeout`](crate::SendOptions::stall_timeout).
     pub fn switchover_timeout(mut self, limit: Option<Duration>) -> Self {
         self.switchover_timeout = Some(limit);
         self
     }
 
-    /// Whether the guest goes on at the source if nobody can know whether the destination has it
-    /// ([`Error::OwnerUnknown`](crate::Error::OwnerUnknown)). Default false: it stays stopped until the embedder decides.
+    /// Whether the guest continues on the source if nobody can know whether the destination has it
+    /// ([`Error::OwnerUnknown`](crate::Error::OwnerUnknown)). Default false: it stays stopped until the embedder
+    /// decides.
     ///
     /// **Warning:** with true the guest may run on both sides at once, and both write to its disks.
     pub fn resume_if_unknown(mut self, on: bool) -> Self {
@@ -223,25 +226,25 @@ impl MigrateOptions {
         self
     }
 
-    /// How long a switchover may take, with the `downtime-limit` that was set meanwhile, if any.
+    /// The time limit of the switchover, given the `downtime-limit` that was set while the migration runs, if any.
     pub(crate) fn switchover_limit(&self, downtime_limit: Option<Duration>) -> Option<Duration> {
         let fitting = downtime_limit.unwrap_or(self.downtime_limit).saturating_mul(10);
         self.switchover_timeout.unwrap_or_else(|| Some(fitting.saturating_add(Duration::from_secs(5))))
     }
 
-    /// How long `remaining` bytes would take with the guest stopped, after a pass at `measured` bytes a second.
+    /// The time to send `remaining` bytes with the guest stopped, after a pass at `measured` bytes per second.
     pub(crate) fn expected_downtime(&self, remaining: f64, measured: f64) -> Duration {
         let bandwidth = self.avail_switchover_bandwidth.map_or(measured, |bytes| bytes as f64);
         Duration::try_from_secs_f64(remaining / bandwidth.max(1.0)).unwrap_or(Duration::MAX)
     }
 
-    /// Refuses what [`Migration::run`](crate::live::Migration::run) would refuse.
+    /// Checks for what [`Migration::run`](crate::live::Migration::run) would refuse.
     ///
     /// # Errors
-    /// [`Usage::OutOfRange`], with the name of the first that is out of its range.
+    /// [`Usage::OutOfRange`], with the name of the first option that is out of its range.
     pub fn check(&self) -> Result<(), Usage> {
         let limit = self.downtime_limit;
-        // Rounded up: what is above the bound by less than a millisecond is above it.
+        // Rounded up, so that a value less than a millisecond above the bound is refused.
         let millis = limit.as_nanos().div_ceil(1_000_000);
         parameters::DOWNTIME_LIMIT.check(i128::try_from(millis).unwrap_or(i128::MAX))?;
         self.cpu_throttle.check()

@@ -1,4 +1,4 @@
-//! The near end of the channels: pages come in run by run, gather into a batch and are handed over.
+//! The collector: pages arrive run by run, are collected in a batch and are handed over to the channels.
 
 use std::marker::PhantomData;
 
@@ -9,15 +9,15 @@ use crate::{
     ram::{BlockIndex, PageIndex},
 };
 
-/// One SYNC has left on every channel, behind all pages queued so far: what [`Sender::sync`] gives, and what the record of a
-/// sync point on main [must have](crate::live::Main::end_pass) before it leaves. A destination stands still at that record
-/// until each channel has brought its SYNC.
+/// Proof that one SYNC has left on every channel, after all pages queued so far. [`Sender::sync`] returns it, and the
+/// record of a sync point on main [needs it](crate::live::Main::end_pass) before it leaves. A destination waits at that
+/// record until the SYNC of each channel has arrived.
 ///
 /// ```compile_fail,E0499
 /// # use multifd::{Sender, ram::{BlockIndex, PageIndex}};
 /// fn late(sender: &mut Sender) -> multifd::Result<()> {
 ///     let synced = sender.sync()?;
-///     sender.queue(BlockIndex(0), PageIndex(0))?; // a page that no SYNC is behind
+///     sender.queue(BlockIndex(0), PageIndex(0))?; // a page that no SYNC follows
 ///     drop(synced);
 ///     Ok(())
 /// }
@@ -29,10 +29,10 @@ pub struct Synced<'a> {
 }
 
 impl Synced<'_> {
-    /// For who writes the channels himself, without a [`Sender`].
+    /// Creates the proof without a check, for a caller that writes the channels itself, without a [`Sender`].
     ///
-    /// **Warning:** nothing checks it. A record of main whose SYNCs have not left on all of so many channels has the
-    /// destination wait for them, 120 s by default, and then fail.
+    /// **Warning:** nothing checks it. If main's record leaves before `channels` SYNCs have left, the destination waits
+    /// for them, 120 s by default, and then fails.
     pub fn asserted(channels: u8) -> Self {
         Self { channels, sender: PhantomData }
     }
@@ -44,10 +44,10 @@ impl Synced<'_> {
 }
 
 impl Sender {
-    /// Queues a page whose bytes travel. They are read when a channel gets to it, and once only; a page that
-    /// the guest writes after its dirty bit was taken is dirty again.
+    /// Queues a page whose bytes are to be sent. A channel reads them later, and only once. A page that the guest
+    /// writes after its dirty bit was taken is dirty again.
     ///
-    /// Waits while all batches are on their way: that is the back-pressure.
+    /// Waits while all batches are in use: this is the back-pressure.
     ///
     /// # Errors
     /// The error that stopped the migration; [`Usage`] if there is no such page.
@@ -55,7 +55,7 @@ impl Sender {
         self.queue_run(block, page, 1)
     }
 
-    /// Queues `count` pages from `first` on, whose bytes travel. Otherwise as [`queue`](Sender::queue).
+    /// Queues `count` pages from `first` on, whose bytes are to be sent. Otherwise like [`queue`](Sender::queue).
     ///
     /// # Errors
     /// As [`queue`](Sender::queue). If one of the pages does not exist, none is queued.
@@ -63,8 +63,8 @@ impl Sender {
         self.collect(Kind::Normal, block, first, count)
     }
 
-    /// Queues `count` pages from `first` on that are zero and travel as entries in a packet's head. Only destinations from
-    /// QEMU 9.0 on understand that.
+    /// Queues `count` pages from `first` on that are zero. They are sent as entries in a packet's head. Only
+    /// destinations from QEMU 9.0 on support that.
     ///
     /// # Errors
     /// As [`queue_run`](Sender::queue_run).
@@ -72,8 +72,8 @@ impl Sender {
         self.collect(Kind::Zero, block, first, count)
     }
 
-    /// Queues `count` pages from `first` on, each of which is zero or not: the channel that carries it looks, and sends its
-    /// bytes or [an entry](Sender::queue_zero_run) accordingly.
+    /// Queues `count` pages from `first` on that may be zero or not. The channel that carries a page checks it, and
+    /// sends its bytes or [an entry](Sender::queue_zero_run) accordingly.
     ///
     /// # Errors
     /// As [`queue_run`](Sender::queue_run).
@@ -110,9 +110,9 @@ impl Sender {
         Ok(())
     }
 
-    /// The channel sync: hands over what is queued, and waits until one SYNC packet has left on every channel
-    /// after everything queued so far. Then the main stream's record of the sync point may go, at once: what comes back is
-    /// what that asks for, and nothing can be queued while it is held.
+    /// The channel sync: hands over the queued pages, and waits until one SYNC packet has left on every channel after
+    /// everything queued so far. The main stream's record of the sync point may then be sent at once: it needs the
+    /// returned proof. While the proof exists, nothing can be queued.
     ///
     /// # Errors
     /// The error that stopped the migration.

@@ -1,8 +1,8 @@
 //! A channel that copies: from guest memory into a file, or out of a file into guest memory.
 //!
-//! To the collector it is like any other: it takes batches, stands at sync points, and its counters count. A batch ends
-//! where the target begins a new stretch of huge pages, unless it is nearly empty, so that no two channels work on one of
-//! them.
+//! For the collector it is like any other channel: it takes batches, waits at sync points, and updates its counters. A
+//! batch ends where the target begins a new stretch of huge pages, unless it is nearly empty, so that no two channels
+//! work on the same stretch.
 
 use std::sync::Arc;
 
@@ -17,11 +17,11 @@ use crate::{
     wire::ChannelId,
 };
 
-/// The blocks that channels copy into. Never changes.
+/// The blocks into which the channels copy. Never changes.
 #[derive(Debug)]
 pub(super) struct Targets {
     target: Arc<RamBlocks>,
-    /// For each block of the source.
+    /// The transfer of each block of the source.
     transfers: Vec<(BlockIndex, Transfer)>,
 }
 
@@ -36,7 +36,7 @@ impl Targets {
             transfer.map_err(|why| Error::from(Usage::OtherBlocks { name: of.name().clone(), why }))
         };
         let transfers = source.iter().map(|(_, block)| transfer(block)).collect::<Result<_>>()?;
-        // Nobody would write to it.
+        // A block of the target that no channel would write.
         let foreign = target.iter().find(|(_, block)| source.find(block.name().as_bytes()).is_none());
         match foreign {
             None => Ok(Self { transfers, target }),
@@ -47,13 +47,13 @@ impl Targets {
         }
     }
 
-    /// The most pages of a batch.
+    /// The greatest number of pages of a batch.
     pub(super) fn room(&self) -> usize {
         let stretch = self.transfers.first().map_or(1, |(_, transfer)| transfer.stretch());
         usize::try_from(stretch).unwrap_or(1)
     }
 
-    /// The first page from `page` on with which a new batch is to begin.
+    /// The first page from `page` on at which a new batch must begin.
     pub(super) fn border(&self, block: BlockIndex, page: PageIndex) -> u64 {
         self.transfers.get(block.0).map_or(u64::MAX, |(_, transfer)| transfer.border(page))
     }
@@ -68,7 +68,7 @@ pub(super) struct Copies<'a> {
 
 impl<'a> Copies<'a> {
     pub(super) fn begin(id: ChannelId, shared: &'a Shared, targets: &'a Targets) -> Self {
-        // A file that comes to the limit of its size is to fail the capture, and not to end the monitor.
+        // A file that reaches the limit of its size must fail the capture, and not end the monitor.
         hold_in_this_thread();
         tracing::debug!(channel = id.0, peer = "a file", "multifd_send_thread_start");
         Self { id, shared, targets }
@@ -82,7 +82,7 @@ impl Carrier for Copies<'_> {
             self.targets.transfers.get(batch.block.0).ok_or(ram::Error::NoSuchBlock(batch.block.0))?;
         let target = self.targets.target.block(*index)?;
         batch.part(|page| source.is_zero(page));
-        // Asked to go as bytes, and known to be zero: a file may have anything there.
+        // These pages were queued as bytes but are known to be zero: the file may have any bytes there.
         let absent = |page: &&PageIndex| !source.is_present(**page);
         batch.zero().iter().chain(batch.normal().iter().filter(absent)).for_each(|page| target.clear(*page));
         let normal = batch.normal().iter().copied().filter(|page| source.is_present(*page));
@@ -102,7 +102,7 @@ impl Carrier for Copies<'_> {
         Ok(Some(batch))
     }
 
-    /// A page is at its place when its call has returned.
+    /// Nothing to wait for: a page is in place when its call has returned.
     fn sync(&mut self) -> Result<()> {
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! The meeting point of collector and channels: full batches go out, empty ones come back.
+//! Dispatches batches between the collector and the channels: full batches go out, empty ones come back.
 //!
-//! One lock, held only to move batches and numbers, never while bytes are written. Any idle channel takes the
-//! next batch. A channel sync is a number: the collector raises it, and a channel that finds no batch from before
-//! it sends its SYNC and reports. A batch queued after the number was raised waits for the channel that takes it
-//! to have sent its own SYNC, so no channel carries a newer page ahead of the sync point.
+//! There is one lock, held only to move batches and numbers, never while bytes are written. Any idle channel takes the
+//! next batch. A channel sync is a number, which the collector increments. A channel that finds no batch from before
+//! sends its SYNC and reports it. A batch queued after the increment waits until the channel that takes it has sent its
+//! own SYNC, so no channel carries a newer page ahead of the sync point.
 
 use std::{collections::VecDeque, sync::PoisonError};
 
@@ -16,21 +16,21 @@ use crate::{
     sync_types::{Condvar, Mutex, MutexGuard},
 };
 
-/// What a channel has to do next.
+/// The next job of a channel.
 pub(super) enum Job {
     /// Send these pages.
     Batch(Batch),
     /// Send a SYNC packet.
     Sync,
-    /// Nothing more will come.
+    /// Nothing more follows.
     End,
 }
 
 pub(super) struct Dispatch {
     queue: Mutex<Queue>,
-    /// Channels wait here for a batch, a sync, the end.
+    /// Channels wait here for a batch, a sync, or the end.
     work: Condvar,
-    /// The collector waits here for an empty batch, for all SYNCs, for all channels to be there.
+    /// The collector waits here for an empty batch, for all SYNCs, and for all channels to connect.
     progress: Condvar,
     channels: usize,
 }
@@ -44,9 +44,9 @@ struct Queue {
     starved: bool,
     /// Channels that have connected.
     connected: usize,
-    /// Sync points asked for.
+    /// The number of requested sync points.
     syncs: u64,
-    /// Channels that have sent the last SYNC asked for.
+    /// The number of channels that have sent the last requested SYNC.
     synced: usize,
     /// Batches were handed over since.
     unsynced: bool,
@@ -54,14 +54,14 @@ struct Queue {
 }
 
 impl Dispatch {
-    /// Batches for `channels` channels: one for each to carry, three for each to find ready. The collector
-    /// brings its own.
+    /// Creates batches for `channels` channels: one for each to carry, three for each to be ready. The collector brings
+    /// its own.
     pub(super) fn new(channels: u8, page_size: PageSize, in_place: bool) -> Self {
         let each = if in_place { 1 + READY + DEPTH } else { 1 + READY };
         Self::of(channels, each, || Batch::new(page_size))
     }
 
-    /// The same for channels that copy, with room for `room` pages in a batch.
+    /// Creates batches for channels that copy, with room for `room` pages in each.
     pub(super) fn for_copies(channels: u8, room: usize) -> Self {
         Self::of(channels, 1 + READY, || Batch::with_room(room))
     }
@@ -87,7 +87,7 @@ impl Dispatch {
         }
     }
 
-    /// Hands a full batch over and takes an empty one, waiting until there is one.
+    /// Hands over a full batch and takes an empty one; waits until there is one.
     ///
     /// # Errors
     /// The error that stopped the migration.
@@ -96,7 +96,7 @@ impl Dispatch {
         loop {
             if queue.stopped {
                 drop(queue);
-                // After a good end there is nobody left to hand pages to.
+                // After a normal end, no channel takes pages any more.
                 return Err(stop.error().unwrap_or(Error::Cancelled));
             }
             if let Some(empty) = queue.free.pop() {
@@ -106,7 +106,7 @@ impl Dispatch {
                 queue.unsynced = true;
                 queue.starved = false;
                 let idle = queue.idle > 0;
-                // Whoever is woken need not wait for the lock at once.
+                // A woken channel need not wait for the lock first.
                 drop(queue);
                 if idle {
                     self.work.notify_one();
@@ -118,7 +118,7 @@ impl Dispatch {
         }
     }
 
-    /// The channel sync: waits until everything queued and then one SYNC on every channel is on its way.
+    /// The channel sync: waits until everything queued so far, and then one SYNC on every channel, was sent.
     ///
     /// # Errors
     /// The error that stopped the migration.
@@ -135,12 +135,13 @@ impl Dispatch {
         stop.check()
     }
 
-    /// Whether pages were handed over that no SYNC has followed.
+    /// Whether pages were handed over after the last SYNC.
     pub(super) fn is_unsynced(&self) -> bool {
         self.lock().unsynced
     }
 
-    /// A channel's next job. `done` is the batch that it has carried; `synced` the SYNCs that it has sent.
+    /// The next job of a channel. `done` is the batch that it has carried; `synced` is the number of SYNCs that it has
+    /// sent.
     pub(super) fn next(&self, done: Option<Batch>, synced: u64) -> Job {
         let mut queue = self.lock();
         if let Some(mut batch) = done {
@@ -175,18 +176,18 @@ impl Dispatch {
         }
     }
 
-    /// Whether to wake a collector that waits for an empty batch. It fills one in a hundredth of the time that a channel
-    /// takes to send one, so to wake it for each would cost a switch of threads a batch. It may sleep until half of those that
-    /// can be ready are empty; the other half keeps the channels busy while it wakes. With nothing ready any empty batch wakes it, so
-    /// that it never waits for a channel that waits for it.
+    /// Whether to wake a collector that waits for an empty batch. It fills a batch in a hundredth of the time that a
+    /// channel needs to send one, so waking it for each batch would cost one thread switch per batch. It may sleep
+    /// until half of the batches that can be ready are empty; the other half keeps the channels busy while it wakes. If
+    /// no batch is ready, any empty batch wakes it, so that it never waits for a channel that waits for it.
     fn is_worth_a_wake(&self, queue: &mut Queue) -> bool {
         let empty = queue.free.len();
         let worth = empty > 0 && (2 * empty >= READY * self.channels || queue.ready.is_empty());
-        // Once: it looks by itself until it has found none again.
+        // Woken once: the collector then checks by itself until it finds no empty batch again.
         worth && std::mem::take(&mut queue.starved)
     }
 
-    /// A channel has sent its SYNC.
+    /// Records that a channel has sent its SYNC.
     pub(super) fn synced(&self) {
         let mut queue = self.lock();
         queue.synced += 1;
@@ -222,7 +223,7 @@ impl Dispatch {
     }
 }
 
-/// Batches that can be ready, a channel.
+/// The number of batches per channel that can be ready.
 const READY: usize = 3;
 
 impl Wake for Dispatch {
@@ -293,7 +294,7 @@ mod tests {
         assert!(carried.iter().all(|(synced, round)| synced == round));
     }
 
-    /// Channels may keep all batches but one, as those do whose pages the system sends in place.
+    /// Channels may keep all batches but one, as zero-copy channels do.
     #[test]
     fn a_collector_is_woken_for_a_single_empty_batch_when_none_is_ready() {
         let (dispatch, stop) = (Dispatch::new(2, PAGE, false), Stop::new());

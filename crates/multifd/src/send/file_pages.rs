@@ -1,6 +1,6 @@
-//! Pages of a block that lives in a file are read into a buffer of the channel's, one read for each run of neighbours.
+//! Reads pages of a block in a file into a buffer of the channel, with one read for each run of adjacent pages.
 //!
-//! Pages in mapped memory stay where they are. Where the file is read past the page cache, this is what aligns.
+//! Pages in mapped memory are not copied. If the file is read with direct I/O, the buffer provides the alignment.
 
 use crate::{
     batch::neighbours,
@@ -9,12 +9,12 @@ use crate::{
     wire::limits::PACKET_BYTES,
 };
 
-/// The buffer, made when first needed.
+/// The buffer, allocated when first needed.
 #[derive(Default)]
 pub(super) struct FilePages(AlignedBuffer);
 
 impl FilePages {
-    /// The pages, one behind the other; `None` if they are in mapped memory.
+    /// Reads the pages one after the other; `None` if they are in mapped memory.
     pub(super) fn read(&mut self, block: &RamBlock, pages: &[PageIndex]) -> Result<Option<&[u8]>> {
         if block.slice(PageIndex(0), 0).is_some() {
             return Ok(None);
@@ -35,7 +35,7 @@ impl FilePages {
     }
 }
 
-/// That pages from `first` on could not be read.
+/// The error that pages from `first` on could not be read.
 pub(super) fn unread(block: &RamBlock, first: PageIndex, error: std::io::Error) -> Error {
     let offset = block.offset_of(first).map_or(u64::MAX, |offset| offset.0);
     Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)

@@ -1,17 +1,17 @@
 //! The source's side of the channels.
 //!
 //! ```text
-//!   collect            dispatch                worker, packets (a thread a channel)
+//!   collect            dispatch                worker, packets (one thread per channel)
 //! queue(page) ─▶ Batch ═══swap═══▶ ready ──next──▶ multifdsend_0 ─▶ Link
 //!                  ▲                  │     └────▶ multifdsend_1 ─▶ Link
 //!                  └────── free ◀─────┴── done ──────────┘
-//! sync() ──────────────── raises the sync number ──▶ one SYNC on every channel
+//! sync() ──────────────── increments the sync number ──▶ one SYNC on every channel
 //! ```
 //!
 //! A sender that is [set up into](Sender::set_up_into) other blocks has no links: its channels copy (`copies.rs`).
 //!
-//! The collector belongs to one thread, the caller's. Batches have one owner at a time. No lock is held while bytes
-//! are written. This module knows nothing of the main stream.
+//! The collector runs in the caller's thread. Each batch has one owner at a time. No lock is held while bytes are
+//! written. This module does not know the main stream.
 
 mod collect;
 mod copies;
@@ -47,28 +47,30 @@ use crate::{
 
 /// Sends pages over N channels: the data plane of one outgoing migration.
 ///
-/// Made with [`new`](Sender::new), connected once with [`set_up`](Sender::set_up), or given other blocks to copy into
-/// with [`set_up_into`](Sender::set_up_into), fed with [`queue`](Sender::queue) and [`sync`](Sender::sync), ended with
-/// [`finish`](Sender::finish). Dropped before, it cancels the migration and joins its threads.
+/// Create it with [`new`](Sender::new). Connect it once with [`set_up`](Sender::set_up), or give it other blocks to
+/// copy into with [`set_up_into`](Sender::set_up_into). Then call [`queue`](Sender::queue) and [`sync`](Sender::sync),
+/// and at the end [`finish`](Sender::finish). If it is dropped before that, it cancels the migration and joins its
+/// threads.
 #[derive(Debug)]
 pub struct Sender {
     options: SendOptions,
     blocks: Arc<RamBlocks>,
     stop: Stop,
     hand: Batch,
-    /// Of channels that copy instead of sending.
+    /// The targets of channels that copy instead of sending.
     targets: Option<Arc<Targets>>,
     shared: Option<Arc<Shared>>,
     threads: Vec<JoinHandle<()>>,
-    /// Has the channels and the collector woken at the stop, for as long as the sender lives.
+    /// Wakes the channels and the collector at the stop, as long as the sender exists.
     watch: Option<Watch>,
 }
 
 impl Sender {
-    /// A sender for `blocks`, not connected yet. `stop` ends it together with the rest of the migration.
+    /// Creates a sender for `blocks`, not connected yet. `stop` ends it together with the rest of the migration.
     ///
     /// # Errors
-    /// [`Usage`] if the options contradict each other, or a block ends inside a page: the wire carries whole pages, so its last bytes would be lost.
+    /// [`Usage`] if the options contradict each other, or a block ends inside a page: the wire carries whole pages, so
+    /// its last bytes would be lost.
     pub fn new(options: SendOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         options.check()?;
         sendable::check_whole_pages(&blocks)?;
@@ -85,16 +87,16 @@ impl Sender {
         })
     }
 
-    /// Starts the channels' threads, each of which connects. Returns at once; a connect that fails stops the
-    /// migration. The main connection must be established before.
+    /// Starts the channels' threads, each of which connects. Returns at once; a connect that fails stops the migration.
+    /// The main connection must be established before.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the destination takes one connection only;
-    /// [`Usage::MayShrink`] if pages are to be packed and the memory of a block is a file that somebody
-    /// [may cut shorter](crate::ram::Mapping::may_shrink); the system's error if it refuses a thread.
+    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the destination accepts only one
+    /// connection; [`Usage::MayShrink`] if pages are to be compressed and the memory of a block is a file that another
+    /// process [may truncate](crate::ram::Mapping::may_shrink); the system's error if it cannot start a thread.
     ///
-    /// **Warning:** TLS copies pages as well, and whether a connector encrypts is not known here: give it blocks that cannot
-    /// shrink, or [`Memory::MappedRam`](crate::ram::Memory::MappedRam).
+    /// **Warning:** TLS copies pages as well, but this function does not know whether a connector encrypts. With TLS,
+    /// use blocks that cannot shrink, or [`Memory::MappedRam`](crate::ram::Memory::MappedRam).
     pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
         if self.shared.is_some() {
             return Err(Usage::UsedTwice.into());
@@ -113,16 +115,16 @@ impl Sender {
         })
     }
 
-    /// Instead of [`set_up`](Sender::set_up): the channels connect to nobody, and copy each page to its place in
-    /// `target`, blocks of the same names and lengths. Of each two blocks of one name one is in memory and the other in a
-    /// file: this is how RAM is captured into a file, and restored out of it. A page goes straight between the two, by one
-    /// call of the system for a run of neighbours, past the page cache where the block in the file
-    /// [has a way](crate::ram::Places::past_cache). A page that is zero is [cleared](crate::ram::RamBlock::clear) in
-    /// `target`. Everything else is as over connections; a cancel waits for the calls under way, of up to 8 MiB each.
+    /// Starts channels that copy, instead of [`set_up`](Sender::set_up): they do not connect, and copy each page to its
+    /// place in `target`, which has blocks of the same names and lengths. Of each two blocks with the same name, one is
+    /// in memory and the other in a file: this is how RAM is captured into a file, and restored from it. A page goes
+    /// directly between the two, with one system call per run of adjacent pages, with direct I/O if the block in the
+    /// file [has it](crate::ram::Places::past_cache). A page that is zero is [cleared](crate::ram::RamBlock::clear) in
+    /// `target`. Everything else works as over connections. A cancel waits for the pending calls, of up to 8 MiB each.
     ///
     /// # Errors
     /// [`Usage::UsedTwice`] the second time; [`Usage::ForConnections`] if compression or `zero-copy-send` is on;
-    /// [`Usage::OtherBlocks`] if the blocks do not fit; the system's error if it refuses a thread.
+    /// [`Usage::OtherBlocks`] if the blocks do not fit; the system's error if it cannot start a thread.
     pub fn set_up_into(&mut self, target: Arc<RamBlocks>) -> Result<()> {
         if self.shared.is_some() {
             return Err(Usage::UsedTwice.into());
@@ -142,7 +144,7 @@ impl Sender {
         })
     }
 
-    /// Starts the channels' threads, each of which lives as `run` says.
+    /// Starts the channels' threads; each of them executes `run`.
     fn start(
         &mut self,
         dispatch: Dispatch,
@@ -194,21 +196,22 @@ impl Sender {
         &self.stop
     }
 
-    /// What each channel has carried so far; exact after a [`sync`](Sender::sync) and at the end.
+    /// The counters of each channel. They are exact after a [`sync`](Sender::sync) and at the end.
     pub fn stats(&self) -> Vec<ChannelStats> {
         self.counters().stats()
     }
 
-    /// The same counters for another thread to read, a progress display say.
+    /// The same counters, readable from another thread, such as a progress display.
     pub fn counters(&self) -> SendCounters {
         SendCounters(self.shared.clone())
     }
 
-    /// Ends well: the destination has said that it has everything. Closes the channels and joins their threads.
+    /// Ends the migration normally: the destination has confirmed that it has everything. Closes the channels and joins
+    /// their threads.
     ///
     /// # Errors
     /// The error that stopped the migration before; [`Usage::Unsynced`] if pages were queued after the last
-    /// [`sync`](Sender::sync), which stops it: they may not have left.
+    /// [`sync`](Sender::sync): they may not have left, so this stops the migration.
     pub fn finish(mut self) -> Result<Vec<ChannelStats>> {
         let handed_over = self.shared.as_ref().is_some_and(|shared| shared.dispatch.is_unsynced());
         if handed_over || !self.hand.is_empty() {
@@ -221,7 +224,7 @@ impl Sender {
         Ok(self.stats())
     }
 
-    /// Joins the channels' threads, cancelling the migration if it has not ended. Harmless before
+    /// Joins the channels' threads; cancels the migration if it has not ended. Does nothing before
     /// [`set_up`](Sender::set_up) and when called again.
     pub fn clean_up(&mut self) {
         if self.shared.is_some() {
@@ -233,7 +236,7 @@ impl Sender {
 
     fn join(&mut self) {
         for thread in self.threads.drain(..) {
-            // One that panicked has failed the migration itself.
+            // A thread that panicked has failed the migration itself.
             let _ = thread.join();
         }
     }
@@ -264,7 +267,7 @@ impl std::fmt::Debug for SendCounters {
 }
 
 impl SendCounters {
-    /// What each channel has carried so far.
+    /// The counters of each channel.
     pub fn stats(&self) -> Vec<ChannelStats> {
         let counters = self.0.iter().flat_map(|shared| &shared.counters);
         (0..=u8::MAX).map(ChannelId).zip(counters).map(|(id, counters)| counters.snapshot(id)).collect()

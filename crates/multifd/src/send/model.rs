@@ -1,7 +1,7 @@
-//! Models of the [`Dispatch`]: collector and channels at their meeting point.
+//! Models of the [`Dispatch`] between collector and channels.
 //!
-//! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`. A channel is
-//! what works, without a connection.
+//! The package `multifd-models` runs each under many schedules; see `docs/develop/concurrency.md`. The models use the
+//! channels' loop without a connection.
 
 use std::{
     collections::VecDeque,
@@ -25,7 +25,8 @@ use crate::{
 
 const PAGE: PageSize = PageSize::KIB_4;
 
-/// What the channels have carried: SYNCs the channel had sent by then, and the page. No point for the checker.
+/// What the channels have carried: for each page, the number of SYNCs that its channel had sent by then. The checker
+/// does not switch threads at these accesses.
 type Carried = Arc<Note<Vec<(u64, u64)>>>;
 
 fn one_page(page: u64) -> Batch {
@@ -34,13 +35,12 @@ fn one_page(page: u64) -> Batch {
     batch
 }
 
-/// A channel that carries what it is given, to the end.
+/// A channel that carries all batches that it is given, until the end.
 fn channel(dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
     channel_that_keeps(0, dispatch, carried)
 }
 
-/// As one whose pages the system sends in place: it gives the oldest batch back once it has more than `most`. Its SYNCs are
-/// counted.
+/// A zero-copy channel: it returns the oldest batch when it has more than `most`. Its SYNCs are counted.
 fn channel_that_keeps(most: usize, dispatch: &Arc<Dispatch>, carried: &Carried) -> Thread<u64> {
     let (dispatch, carried) = (dispatch.clone(), carried.clone());
     thread::spawn(move || {
@@ -73,8 +73,8 @@ impl Carrier for Keeping<'_> {
     fn end(self) {}
 }
 
-/// More batches than the eight there are, so the collector waits for empty ones: all of them come back, each is carried
-/// once, before its sync point.
+/// There are more batches to carry than the eight that exist, so the collector waits for empty ones. All of them come
+/// back; each is carried once, before its sync point.
 pub fn every_batch_is_carried_once_before_its_sync_point_and_comes_back() {
     const CHANNELS: u8 = 2;
     const BATCHES: usize = 12;
@@ -103,8 +103,8 @@ pub fn every_batch_is_carried_once_before_its_sync_point_and_comes_back() {
     drop(watch);
 }
 
-/// Of eight batches six stay with the channels, so too few are ever empty at once to be worth a wake but for none being
-/// ready.
+/// Of eight batches six stay with the channels. So too few are ever empty at once to justify a wake, except that none
+/// is ready.
 pub fn a_collector_is_woken_for_each_empty_batch_while_channels_keep_the_others() {
     const BATCHES: usize = 14;
     let stop = Stop::new();
@@ -124,7 +124,7 @@ pub fn a_collector_is_woken_for_each_empty_batch_while_channels_keep_the_others(
     drop(watch);
 }
 
-/// While one thread stands in the sync, another one hands a page over; the channels' own order says that it is newer.
+/// While one thread waits in the sync, another one hands over a page. The channels' own order shows that it is newer.
 pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
     let stop = Stop::new();
     let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
@@ -163,7 +163,7 @@ pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
     let second = channel(&dispatch, &carried);
     dispatch.sync(&stop).expect("running");
     newer.join().expect("no panic").expect("running");
-    // The next sync point comes behind it.
+    // The next sync point follows.
     dispatch.sync(&stop).expect("running");
     assert!(carried.lock().expect("whole").iter().all(|met| *met == (1, 1)));
     assert!(stop.finish());
@@ -172,8 +172,8 @@ pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
     drop(watch);
 }
 
-/// A channel breaks with its first batch or its first SYNC, and keeps the batch; the other one goes on. The collector is
-/// at any of its waits by then.
+/// A channel fails with its first batch or its first SYNC, and keeps the batch; the other one continues. The collector
+/// may be in any of its waits by then.
 pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
     let stop = Stop::new();
     let dispatch = Arc::new(Dispatch::new(2, PAGE, false));
@@ -207,7 +207,7 @@ pub fn a_channel_that_breaks_ends_every_wait_of_the_others() {
     drop(watch);
 }
 
-/// A connect fails, at any time.
+/// A connect fails at any time.
 pub fn a_connect_that_fails_ends_the_wait_for_the_channels() {
     let stop = Stop::new();
     let dispatch = Arc::new(Dispatch::new(2, PAGE, false));

@@ -1,9 +1,9 @@
 //! A channel that sends packets over a connection.
 //!
-//! It connects, says which channel it is, and sends one packet for each batch and each sync point. It owns its connection,
-//! its buffers and its codec. A packet is one call: the head and the pages, neighbours as one
-//! vector, straight from guest memory. Pages that nobody has looked at yet are looked at here, so that finding zeros is
-//! spread over the channels.
+//! It connects, sends its identity, and sends one packet for each batch and each sync point. It owns its connection,
+//! its buffers and its codec. A packet is one call: the head and the pages, adjacent pages as one vector, directly from
+//! guest memory. Pages that were not checked yet are checked for zeros here, so that this work is spread over the
+//! channels.
 
 use std::{io, sync::atomic::Ordering};
 
@@ -185,18 +185,18 @@ impl Carrier for Packets<'_> {
 
     fn end(mut self) {
         if self.shared.stop.error().is_none() {
-            // Everything was sent and the destination has said so; how it takes the end of the connection changes nothing.
+            // Everything was sent and the destination has confirmed it. An error while closing changes nothing.
             let _ = self.link.close_send();
         }
     }
 }
 
-/// Sent in place of pages that are known to be zero, whatever their memory has. Never freed: the system may still send it
-/// when the channel is gone.
+/// Sent instead of pages that are known to be zero, regardless of the bytes in their memory. Never freed: the system
+/// may still send it after the channel has ended.
 static ZEROS: [u8; PageSize::KIB_64.bytes()] = [0; PageSize::KIB_64.bytes()];
 
-/// Pages where they are, neighbours as one part. One that is [known to be zero](RamBlock::is_present) is a part of its
-/// own.
+/// Pages in their memory, adjacent pages as one part. A page that is [known to be zero](RamBlock::is_present) is a
+/// separate part.
 fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<Item = Part<'b>> {
     let present = |page: &PageIndex| block.is_present(*page);
     let mut pages = pages.iter().copied().peekable();
@@ -213,12 +213,12 @@ fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<It
     })
 }
 
-/// What to do when a destination closes a channel, or takes no more after main: it never says why on the wire.
+/// What to do when a destination closes a channel, or accepts no more connections after main. It never sends a reason.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        // A TLS alert says why by itself.
+        // A TLS alert contains the reason.
         io::ErrorKind::ConnectionRefused if error.get_ref().is_some() => "",
-        // Not connected: it was gone before we could ask who it is.
+        // The connection was closed before its peer could be queried.
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionRefused
         | io::ErrorKind::NotConnected

@@ -1,20 +1,20 @@
-//! What the channels' threads of a sender share with the collector.
+//! The state that a sender's channel threads share with the collector.
 
 use std::sync::{Arc, atomic::AtomicU64};
 
 use super::dispatch::Dispatch;
 use crate::{channel::Stop, ram::RamBlocks, stats::ChannelCounters};
 
-/// What the channels' threads share with the collector.
+/// The state that the channels' threads share with the collector.
 pub(super) struct Shared {
     /// Never changes.
     pub(super) blocks: Arc<RamBlocks>,
     /// Locked within; see `docs/develop/concurrency.md`.
     pub(super) stop: Stop,
     pub(super) dispatch: Dispatch,
-    /// Drawn by each channel as it fills a head.
+    /// The next packet number; each channel takes one when it fills a head.
     pub(super) packet_num: AtomicU64,
-    /// Each written by its channel only.
+    /// The counters; each is written only by its channel.
     pub(super) counters: Box<[ChannelCounters]>,
 }
 

@@ -1,7 +1,7 @@
-//! A channel's thread: it takes batch after batch, stands at sync points, and ends with the migration.
+//! A channel's thread: it takes batch after batch, waits at sync points, and ends with the migration.
 //!
-//! What becomes of a batch is its carrier's: [`packets`](super::packets) sends it over a connection,
-//! [`copies`](super::copies) copies it into other blocks.
+//! Its carrier handles a batch: [`packets`](super::packets) sends it over a connection, [`copies`](super::copies)
+//! copies it into other blocks.
 
 use super::{
     dispatch::{Dispatch, Job},
@@ -11,17 +11,17 @@ use crate::{batch::Batch, error::Result, wire::ChannelId};
 
 /// How a channel carries batches.
 pub(super) trait Carrier {
-    /// Carries the pages of `batch`. Gives a batch back whose pages need nothing any more, which may be this one.
+    /// Carries the pages of `batch`. Returns a batch whose pages are no longer needed, which may be this one.
     fn carry(&mut self, batch: Batch) -> Result<Option<Batch>>;
 
-    /// A sync point: all pages so far are on their way, and what comes after it cannot overtake them.
+    /// A sync point: all pages so far were sent, and later pages cannot overtake them.
     fn sync(&mut self) -> Result<()>;
 
-    /// The migration is over, for good or not.
+    /// Called when the migration is over, successful or not.
     fn end(self);
 }
 
-/// The life of a channel whose carrier is made by `start`. An error ends the whole migration.
+/// Runs a channel whose carrier is made by `start`. An error ends the whole migration.
 pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce() -> Result<C>) {
     let _alarm = shared.stop.alarm("a channel's thread");
     if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
@@ -31,7 +31,7 @@ pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce
     tracing::debug!(channel = id.0, "multifd_send_thread_end");
 }
 
-/// Takes what `dispatch` has for a channel that is ready, to the end.
+/// Carries out the jobs of `dispatch` for a connected channel, until the end.
 pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()> {
     dispatch.connected();
     let (mut done, mut synced) = (None, 0);

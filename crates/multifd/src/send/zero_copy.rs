@@ -1,12 +1,12 @@
-//! Batches whose pages the system sends from where they are.
+//! Batches whose pages the system sends directly from guest memory.
 //!
 //! ```text
-//! carry ── pages ──▶ ZeroCopy::send_in_place ──▶ calls under way ──completed──▶ the batch goes back
+//! carry ── pages ──▶ ZeroCopy::send_in_place ──▶ pending calls ──completed──▶ the batch goes back
 //! ```
 //!
-//! Up to [`DEPTH`] batches of a channel are under way; before the next one the oldest is waited for, and before a SYNC
-//! all are. The memory is the guest's, which goes on writing: what it writes meanwhile travels, or is copied, as luck has
-//! it, and its page is dirty again.
+//! Up to [`DEPTH`] batches of a channel are pending. The channel waits for the oldest before the next batch, and for
+//! all of them before a SYNC. The guest continues to write to the memory. Such a write may or may not be sent; in
+//! either case its page is dirty again.
 
 use std::{
     collections::VecDeque,
@@ -26,26 +26,26 @@ use crate::{
     ram::{Part, advance},
 };
 
-/// Up to 4 MiB a channel, half of what most systems let a process lock.
+/// Up to 4 MiB per channel, half of what most systems let a process lock.
 pub(super) const DEPTH: usize = 8;
 
-/// What the channels know of each other. Relaxed: it tells whether to try again, and orders nothing.
+/// State shared by the channels. Relaxed: it only shows whether to try again, and orders nothing.
 #[derive(Default)]
 pub(super) struct Shared {
-    /// Calls under way.
+    /// The number of pending calls.
     calls: AtomicU64,
-    /// Calls ever completed.
+    /// The number of calls that were ever completed.
     completed: AtomicU64,
 }
 
 pub(super) struct InFlight<'a> {
     calls: u64,
     completed: u64,
-    /// Calls that the system has copied up to the last SYNC, and now.
+    /// The number of calls that the system has copied, at the last SYNC and now.
     copied: [u64; 2],
-    /// Pages were copied here since the last SYNC.
+    /// Whether pages were copied here since the last SYNC.
     copied_here: bool,
-    /// With the calls that had been made when it was sent.
+    /// The pending batches, each with the number of calls that had been made when it was sent.
     batches: VecDeque<(u64, Batch)>,
     shared: &'a Shared,
 }
@@ -62,7 +62,7 @@ impl<'a> InFlight<'a> {
     /// If the connection is broken, or the system locks not even this much memory.
     pub(super) fn send(&mut self, link: &mut dyn Link, mut parts: &mut [Part<'_>]) -> io::Result<()> {
         while parts.iter().any(|part| part.len() > 0) {
-            // Counted before, so that whoever is refused meanwhile knows why.
+            // Counted before, so that a channel whose call is refused in the meantime knows the reason.
             let before = self.shared.completed.load(Ordering::Relaxed);
             self.shared.calls.fetch_add(1, Ordering::Relaxed);
             self.calls += 1;
@@ -82,10 +82,10 @@ impl<'a> InFlight<'a> {
                         if self.shared.completed.load(Ordering::Relaxed) == before {
                             return Err(too_little());
                         }
-                        // There was little when it was asked for, and there is more now.
+                        // There was little memory to lock at the call, and there is more now.
                         continue;
                     }
-                    // Other channels have locked what there is to lock.
+                    // Other channels have locked all the memory that may be locked.
                     self.copied_here = true;
                     link.send(parts)?
                 }
@@ -99,12 +99,12 @@ impl<'a> InFlight<'a> {
         Ok(())
     }
 
-    /// Pages have left in the old way.
+    /// Records that pages were sent with a copy.
     pub(super) fn copied(&mut self) {
         self.copied_here = true;
     }
 
-    /// Takes a batch that was sent; gives one back with which the system is through.
+    /// Takes a batch that was sent, and returns one that the system has completed.
     pub(super) fn carried(&mut self, link: &mut dyn Link, batch: Batch) -> io::Result<Option<Batch>> {
         self.batches.push_back((self.calls, batch));
         if self.batches.len() <= DEPTH {
@@ -115,7 +115,7 @@ impl<'a> InFlight<'a> {
         Ok(Some(batch))
     }
 
-    /// Waits until the system is through with everything; says whether some was copied since the last time.
+    /// Waits until the system has completed everything. Returns whether some of it was copied since the last time.
     pub(super) fn settle(&mut self, link: &mut dyn Link) -> io::Result<bool> {
         self.wait(link, self.calls)?;
         let [before, now] = self.copied;
@@ -141,7 +141,7 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// The connection's way to send from where bytes are.
+/// The zero-copy interface of the connection.
 ///
 /// # Errors
 /// [`io::ErrorKind::Unsupported`] if it has none.
@@ -149,12 +149,13 @@ pub(super) fn of(link: &mut dyn Link) -> io::Result<&mut dyn ZeroCopy> {
     link.zero_copy().ok_or_else(|| io::ErrorKind::Unsupported.into())
 }
 
-/// Whether there is leave to lock the pages of a packet at all.
+/// Checks that the process may lock the pages of at least one packet.
 ///
 /// # Errors
 /// [`io::ErrorKind::OutOfMemory`], with the limit.
 pub(super) fn check_limit() -> io::Result<()> {
-    // A process that may lock what it likes has no limit; one whose capabilities cannot be asked for finds out.
+    // A process with the capability to lock memory has no limit. If the capabilities cannot be read, the first send
+    // shows it.
     let bound = capabilities(None).is_ok_and(|sets| !sets.effective.contains(CapabilitySet::IPC_LOCK));
     let limit = getrlimit(Resource::Memlock).current;
     if bound && limit.is_some_and(|limit| limit < PACKET) { Err(too_little()) } else { Ok(()) }
@@ -171,5 +172,5 @@ fn too_little() -> io::Error {
     io::Error::new(io::ErrorKind::OutOfMemory, text)
 }
 
-/// The pages of a packet, and one at either end.
+/// The pages of a packet, plus one page at either end.
 const PACKET: u64 = (512 << 10) + (8 << 10);

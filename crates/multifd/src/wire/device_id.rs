@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// The name of a device: 1 to 255 bytes without NUL, shown with what is not printable escaped.
+/// The name of a device: 1 to 255 bytes without NUL. When shown, unprintable bytes are escaped.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct DeviceId(Box<[u8]>);
 

@@ -4,9 +4,9 @@
 //! 0 magic, version, flags with 0x40 | 12 device id, 256 bytes, ended by NUL | 268 instance | 272 next_packet_size | 276
 //! ```
 //!
-//! It shares three fields with the packets that list pages and is shorter than they are, so flags are looked at before
-//! the rest is waited for. What is read here is only named: a device's state is for its device, and no file has a
-//! place for it.
+//! It shares three fields with the packets that list pages and is shorter than these packets, so a reader checks the
+//! flags before it waits for the rest. The head is only parsed for messages: a device's state is for its device, and no
+//! file has a place for it.
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned, byteorder::big_endian::U32};
 
@@ -29,7 +29,7 @@ struct Layout {
     next_packet_size: U32,
 }
 
-/// The bytes that the two kinds of head have in common: magic, version, flags.
+/// The number of bytes that the two kinds of head have in common: magic, version, flags.
 pub const COMMON_LEN: usize = 12;
 
 /// The length of a device-state packet's head in bytes.
@@ -39,23 +39,23 @@ const _: () = assert!(size_of::<Layout>() == DEVICE_STATE_LEN);
 /// The head of a device-state packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
-    /// The device's name, as its section on main has it.
+    /// The device's name, as in its section on main.
     pub device: DeviceId,
-    /// Which of several of that name.
+    /// The number that distinguishes devices with this name.
     pub instance: u32,
     /// Bytes of state that follow.
     pub payload_len: u32,
 }
 
 impl DeviceState {
-    /// Whether a head that begins so is one of device state.
+    /// Whether a head with these first bytes is one of device state.
     pub fn is_begun_by(common: &[u8; COMMON_LEN]) -> bool {
         let [m0, m1, m2, m3, _, _, _, _, f0, f1, f2, f3] = *common;
         let (magic, flags) = (U32::from_bytes([m0, m1, m2, m3]), U32::from_bytes([f0, f1, f2, f3]));
         magic.get() == MAGIC && Flags(flags.get()).intersects(Flags::DEVICE_STATE)
     }
 
-    /// Reads a head.
+    /// Decodes a head.
     ///
     /// # Errors
     /// [`Malformed`] if a field is wrong, or the packet is a SYNC as well.
@@ -84,7 +84,7 @@ mod tests {
 
     use super::*;
 
-    /// Two devices' worth of fields: id `dev`, instance 3, 16 bytes.
+    /// A head for 16 bytes of state: id `dev`, instance 3.
     fn head() -> [u8; DEVICE_STATE_LEN] {
         let mut head = [0; DEVICE_STATE_LEN];
         head[..12].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40]);

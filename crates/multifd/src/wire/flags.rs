@@ -7,13 +7,13 @@ use std::{fmt, ops::BitOr};
 pub struct Flags(pub u32);
 
 impl Flags {
-    /// The packet closes a stretch of its channel.
+    /// SYNC: the packet is a sync point of its channel.
     pub const SYNC: Self = Self(0x01);
-    /// The bits that tell the compression method; none set: pages travel as they are.
+    /// The bits of the compression method; none set: pages are not compressed.
     pub const METHOD: Self = Self(0x3e);
-    /// Pages packed by zlib, one stream a channel.
+    /// Pages compressed by zlib, one stream per channel.
     pub const ZLIB: Self = Self(0x02);
-    /// Pages packed by zstd, one frame a channel.
+    /// Pages compressed by zstd, one frame per channel.
     pub const ZSTD: Self = Self(0x04);
     /// Pages packed by Intel's IAA.
     pub const QPL: Self = Self(0x08);
@@ -21,7 +21,7 @@ impl Flags {
     pub const UADK: Self = Self(0x10);
     /// Pages packed by Intel's QAT.
     pub const QATZIP: Self = Self(0x20);
-    /// The packet carries device state and has another layout.
+    /// The packet carries device state and has a different layout.
     pub const DEVICE_STATE: Self = Self(0x40);
 
     /// Whether any bit of `other` is set.
@@ -35,7 +35,7 @@ impl Flags {
         Self(self.0 & mask.0)
     }
 
-    /// The bits without a meaning here.
+    /// The bits that have no meaning here.
     #[must_use]
     pub const fn unknown(self) -> Self {
         Self(self.0 & !(Self::SYNC.0 | Self::METHOD.0 | Self::DEVICE_STATE.0))

@@ -1,4 +1,4 @@
-//! Who speaks: the number of a channel and the UUID of a machine.
+//! Identities on the wire: the number of a channel and the UUID of a machine.
 
 use std::{fmt, str::FromStr};
 
@@ -12,12 +12,12 @@ impl fmt::Display for ChannelId {
     }
 }
 
-/// The UUID of a virtual machine, in the byte order of its text. All zero means none was given.
+/// The UUID of a virtual machine, in the byte order of its text. All zero means that no UUID was given.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct VmUuid(pub [u8; 16]);
 
 impl VmUuid {
-    /// The UUID of a machine that was given none.
+    /// The UUID of a machine without a UUID.
     pub const NIL: Self = Self([0; 16]);
 
     /// Whether this is [`VmUuid::NIL`].
@@ -44,7 +44,7 @@ impl fmt::Debug for VmUuid {
     }
 }
 
-/// The text is no UUID of the form `00112233-4455-6677-8899-aabbccddeeff`.
+/// The text is not a UUID of the form `00112233-4455-6677-8899-aabbccddeeff`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected a UUID like 00112233-4455-6677-8899-aabbccddeeff, met {0:?}")]
 pub struct ParseUuidError(String);

@@ -1,7 +1,7 @@
-//! The initial packet: 64 bytes, once, the first thing on every channel.
+//! The initial packet: 64 bytes, sent once, at the beginning of every channel.
 //!
-//! In come the bytes, out goes who opened the channel. Whether the UUID and the id are welcome is for
-//! the receiver to say. The layout is drawn in `docs/develop/stream-format.md`.
+//! Its bytes are decoded to the identity of the channel. The receiver decides whether to accept the UUID and the id.
+//! The layout is drawn in `docs/develop/stream-format.md`.
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -13,7 +13,7 @@ use crate::error::Malformed;
 
 /// The first four bytes of a channel and of each of its packets.
 pub const MAGIC: u32 = 0x1122_3344;
-/// The one version of initial packet and packet.
+/// The only version of the initial packet and of packets.
 pub const VERSION: u32 = 1;
 /// The length of an initial packet in bytes.
 pub const INITIAL_LEN: usize = 64;
@@ -31,17 +31,17 @@ struct Layout {
 
 const _: () = assert!(size_of::<Layout>() == INITIAL_LEN);
 
-/// What a channel says of itself when it opens.
+/// The identity that a channel sends when it opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initial {
-    /// The source machine's UUID, nil where none was given.
+    /// The source machine's UUID; nil if it has none.
     pub uuid: VmUuid,
     /// The number of the channel.
     pub id: ChannelId,
 }
 
 impl Initial {
-    /// The packet's bytes. Unused ones are zero.
+    /// Encodes the packet. Unused bytes are zero.
     pub fn encode(&self) -> [u8; INITIAL_LEN] {
         let layout = Layout {
             magic: MAGIC.into(),
@@ -54,12 +54,12 @@ impl Initial {
         zerocopy::transmute!(layout)
     }
 
-    /// Whether bytes begin as this packet does.
+    /// Whether bytes begin with the magic of this packet.
     pub fn is_begun_by(bytes: &[u8]) -> bool {
         bytes.starts_with(&MAGIC.to_be_bytes())
     }
 
-    /// Reads a packet. Unused bytes are ignored.
+    /// Decodes a packet. Unused bytes are ignored.
     ///
     /// # Errors
     /// [`Malformed::Magic`] or [`Malformed::Version`].

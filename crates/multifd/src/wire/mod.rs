@@ -7,8 +7,8 @@
 //! └─────────┴───────────────────┴─────────────────────┴──────────┴───────────────────┴──
 //! ```
 //!
-//! Pure: no I/O, no unsafe, no knowledge of who sends or receives. Every number is big-endian, and every count
-//! has met its bound before a value exists. The bytes are drawn in `docs/develop/stream-format.md`.
+//! This module has no I/O, no unsafe code and no knowledge of sender or receiver. Every number is big-endian. Every
+//! count is checked against its bound before a value exists. The bytes are drawn in `docs/develop/stream-format.md`.
 
 #![warn(clippy::indexing_slicing)]
 

@@ -290,8 +290,8 @@ fn what_cannot_be_copied_is_refused() {
         (&stored, &stored, r#"block "pc.ram" cannot be copied: both sides are in files"#),
         (&stored, &others, r#"block "pc.rom" cannot be copied: the target has no such block"#),
         (&others, &stored, r#"block "pc.rom" cannot be copied: the source has no such block"#),
-        (&stored, &shorter, "expected 0x1400000 bytes in the target, met 0x1000"),
-        (&stored, &coarser, "expected pages of 4 KiB in the target, met 16 KiB"),
+        (&stored, &shorter, "expected 0x1400000 bytes in the target, found 0x1000"),
+        (&stored, &coarser, "expected pages of 4 KiB in the target, found 16 KiB"),
     ] {
         let told = refused(plain(), source, target);
         assert!(told.contains(expected), "{told}");

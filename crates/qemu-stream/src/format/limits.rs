@@ -1,7 +1,7 @@
-//! The bounds of everything a peer can make long.
+//! The bounds of everything that a peer can make long.
 //!
-//! Each is far above what real machines send and low enough that a hostile peer gets nothing by
-//! it. A length is compared with its bound before it allocates, indexes, loops or multiplies.
+//! Each is far above what real machines send, and low enough that a hostile peer gains nothing from it. A length is
+//! compared with its bound before it is used to allocate, index, loop or multiply.
 
 /// Bytes of a machine type's name.
 pub const MACHINE_NAME: u32 = 255;
@@ -9,7 +9,7 @@ pub const MACHINE_NAME: u32 = 255;
 /// Capabilities listed in the configuration. Real streams list at most two.
 pub const CAPABILITIES: u32 = 64;
 
-/// RAM blocks in the list. Machines with hundreds of hot-plugged parts stay below.
+/// RAM blocks in the list. Machines with hundreds of hot-plugged parts have fewer.
 pub const BLOCKS: usize = 16_384;
 
 /// Bytes of RAM in all blocks together: 64 TiB.
@@ -21,19 +21,19 @@ pub const COMMAND: u16 = u16::MAX;
 /// Bytes of a return-path message's data.
 pub const MESSAGE: u16 = 512;
 
-/// Bytes of a bitmap in a RECV_BITMAP message: one bit a page for all of [`RAM_TOTAL`].
+/// Bytes of a bitmap in a RECV_BITMAP message: one bit per page for all of [`RAM_TOTAL`].
 pub const RECV_BITMAP: u64 = RAM_TOTAL >> 12 >> 3;
 
 /// Bytes between the RAM section and the end of the stream.
 pub const DEVICE_PART: usize = 256 << 20;
 
-/// Bytes of devices sent before the end of RAM. virtio-mem has a bit for each block of 2 MiB or so.
+/// Bytes of devices sent before the end of RAM. virtio-mem has one bit per block of about 2 MiB.
 pub const EARLY_PART: usize = 16 << 20;
 
-/// Bytes of all sections beside RAM that are sent in pieces. A guest of 16 GiB has a hash table of 128 MiB.
+/// Bytes of all live sections. A guest of 16 GiB has a hash table of 128 MiB.
 pub const LIVE_PART: usize = 256 << 20;
 
-/// Bytes of the closing description. A q35 guest's has 45 KiB.
+/// Bytes of the closing description. A q35 guest has 45 KiB.
 pub const DESCRIPTION: u32 = 16 << 20;
 
 /// Devices in the closing description.
@@ -45,5 +45,5 @@ pub const ENDS: usize = 4_096;
 /// Bytes of descriptions that are parsed in search of the one that fits.
 pub const DESCRIPTIONS_PARSED: u64 = 128 << 20;
 
-/// Bytes that are allocated ahead of their arrival.
+/// Bytes that are allocated before they arrive.
 pub const AHEAD: usize = 64 << 10;

@@ -1,10 +1,10 @@
-//! The machine type and what its version decides about the bytes.
+//! The machine type, and which bytes of the stream depend on its version.
 //!
-//! Several details of the stream follow the machine type, not the version of the program that
-//! writes: a QEMU 10.0 that runs `pc-q35-7.2` writes what 7.2 wrote.
+//! Several details of the stream follow the machine type, not the version of the program that writes: a QEMU 10.0 that
+//! runs `pc-q35-7.2` writes what 7.2 wrote.
 //!
-//! Only the families that QEMU numbers by its own versions are taken at their word. A number in another name is its
-//! monitor's: "my-vmm-2.1" is no machine of QEMU 2.1, and is written as a type without a version is.
+//! Only machine families that QEMU numbers by its own versions have a version here. A number in another name belongs to
+//! its monitor: "my-vmm-2.1" is not a machine of QEMU 2.1, and is treated as a type without a version.
 
 use std::fmt;
 
@@ -14,13 +14,13 @@ use super::{SyncMode, limits};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MachineType(String);
 
-/// A name that no machine type can have.
+/// A name that is not valid for a machine type.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("machine type: expected 1 to 255 printable bytes, found \"{}\"", .0.escape_default())]
 pub struct InvalidMachineType(String);
 
 impl MachineType {
-    /// A machine type of this name.
+    /// Creates a machine type with this name.
     ///
     /// # Errors
     /// If it is empty, longer than 255 bytes or not printable ASCII.
@@ -39,25 +39,25 @@ impl MachineType {
         &self.0
     }
 
-    /// The QEMU version the type is of: the number behind `pc-q35-`, `pc-i440fx-`, `virt-`, `pseries-` or
-    /// `s390-ccw-virtio-`. `None` for a type without one (`microvm`), with a vendor's own (`pc-q35-rhel9.2.0`), or of
-    /// another monitor, whatever number stands in its name (`my-vmm-8.0`).
+    /// The QEMU version of the type: the number after `pc-q35-`, `pc-i440fx-`, `virt-`, `pseries-` or
+    /// `s390-ccw-virtio-`. `None` for a type without a version (`microvm`), with a vendor's version
+    /// (`pc-q35-rhel9.2.0`), or of another monitor, regardless of a number in its name (`my-vmm-8.0`).
     ///
-    /// **Warning:** the version decides several bytes of the stream. A monitor that is not QEMU gives its machines a name of
-    /// none of these families; with one, it writes what that version of QEMU writes.
+    /// **Warning:** the version determines several bytes of the stream. A monitor that is not QEMU must use a name
+    /// outside these families. With a name of one of them, it writes what that version of QEMU writes.
     pub fn version(&self) -> Option<MachineVersion> {
         let numbered = FAMILIES.iter().find_map(|family| self.0.strip_prefix(family)?.strip_prefix('-'));
-        // Behind the number may stand a variant: `pseries-2.12-sxxm`.
+        // A variant may follow the number: `pseries-2.12-sxxm`.
         MachineVersion::parse(numbered?.split('-').next()?)
     }
 
-    /// How the ends of dirty rounds are marked when multifd is on: per section up to 8.0, per round later.
+    /// How the ends of dirty rounds are marked if multifd is on: per section up to 8.0, per round later.
     pub fn sync_mode(&self) -> Option<SyncMode> {
         let newer = self.version()? > MachineVersion::new(8, 0);
         Some(if newer { SyncMode::Round } else { SyncMode::Legacy })
     }
 
-    /// Whether the stream has a configuration and its sections footers: from 2.4 on.
+    /// Whether the stream has a configuration and its sections have footers: from 2.4 on.
     pub fn has_footers(&self) -> bool {
         self.version().is_none_or(|version| version > MachineVersion::new(2, 3))
     }
@@ -67,13 +67,12 @@ impl MachineType {
         self.version().is_some_and(|version| version >= MachineVersion::new(10, 0))
     }
 
-    /// Whether packets of channels are numbered without gaps: from 9.0 on. An older type may have a source that does so,
-    /// too.
+    /// Whether packets of channels are numbered without gaps: from 9.0 on. The source of an older type may do so, too.
     pub fn has_exact_packet_nums(&self) -> bool {
         self.version().is_some_and(|version| version >= MachineVersion::new(9, 0))
     }
 
-    /// Whether zero pages go to the main stream as ZERO records unless told otherwise: up to 8.2.
+    /// Whether zero pages go over the main stream as ZERO records by default: up to 8.2.
     pub fn has_zero_pages_on_main(&self) -> Option<bool> {
         Some(self.version()? <= MachineVersion::new(8, 2))
     }
@@ -100,7 +99,7 @@ impl MachineVersion {
         Self { major, minor }
     }
 
-    /// Reads `8.0` or, as in `pc-q35-4.0.1`, a version with a third number, which decides nothing.
+    /// Parses `8.0`, or a version with a third number as in `pc-q35-4.0.1`; the third number has no effect.
     fn parse(part: &str) -> Option<Self> {
         let number = |digits: &str| -> Option<u16> {
             digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
@@ -120,7 +119,7 @@ impl fmt::Display for MachineVersion {
     }
 }
 
-/// The families that QEMU numbers by its versions, as `-machine help` of 7.2 and 10.0 lists them for all architectures.
+/// The families that QEMU numbers by its versions, according to `-machine help` of 7.2 and 10.0 for all architectures.
 const FAMILIES: [&str; 5] = ["pc-q35", "pc-i440fx", "virt", "pseries", "s390-ccw-virtio"];
 
 #[cfg(test)]
@@ -155,7 +154,7 @@ mod tests {
         }
     }
 
-    /// "my-vmm-2.1" was refused as a machine of QEMU 2.1, and "my-vmm-8.0" was written with its sync mode.
+    /// Regression: "my-vmm-2.1" was refused as a machine of QEMU 2.1, and "my-vmm-8.0" was written with its sync mode.
     #[test]
     fn number_in_a_name_of_none_of_qemus_families_decides_nothing() {
         for name in

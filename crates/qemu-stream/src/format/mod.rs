@@ -6,9 +6,9 @@
 //!                                       └ block list, records: blocks/, record/, xbzrle.rs
 //! ```
 //!
-//! In comes a [`Reader`] over anything that can be read, out go values that are valid because they
-//! exist; each has `decode` and `encode` side by side. What may go wrong is an [`Error`](crate::Error)
-//! that names the stream and the offset. The whole format is drawn in `docs/develop/stream-format.md`.
+//! The input is a [`Reader`] over anything that can be read. The output is values that are valid by construction; each
+//! type has `decode` and `encode` side by side. An [`Error`](crate::Error) names the stream and the offset. The whole
+//! format is drawn in `docs/develop/stream-format.md`.
 
 #![warn(clippy::indexing_slicing)]
 
@@ -50,7 +50,7 @@ pub(crate) use return_path::{READY_PING, VERDICT_MARK};
 pub use section::{Section, SectionHead, decode_footer, encode_footer, footer_follows};
 pub use section_id::SectionId;
 
-/// How the ends of dirty rounds are marked on the main stream when multifd is on.
+/// How the ends of dirty rounds are marked on the main stream if multifd is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyncMode {
     /// Every EOS of the RAM section: machine types up to 8.0.

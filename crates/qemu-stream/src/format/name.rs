@@ -4,14 +4,14 @@ use std::fmt;
 
 use multifd::ram::BlockName;
 
-/// The name that both sides know a section by: 1 to 255 bytes, any value but NUL.
+/// The name that identifies a section on both sides: 1 to 255 bytes, any value but NUL.
 ///
-/// Shown, bytes outside printable ASCII are escaped.
+/// When shown, bytes outside printable ASCII are escaped.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SectionName(BlockName);
 
 impl SectionName {
-    /// A name of `bytes`; `None` if it is empty, longer than 255 bytes or holds a NUL.
+    /// Creates a name of `bytes`; `None` if it is empty, longer than 255 bytes or contains a NUL.
     pub fn new(bytes: impl AsRef<[u8]>) -> Option<Self> {
         BlockName::new(bytes).map(Self)
     }

@@ -1,8 +1,8 @@
-//! Appends fields to a buffer that is used again and again: the twin of the reader.
+//! Appends fields to a reusable buffer: the counterpart of the reader.
 
 use multifd::ram::BlockName;
 
-/// Big-endian fields onto the end of a buffer.
+/// Appends big-endian fields to a buffer.
 pub(crate) trait Put {
     fn put(&mut self, bytes: &[u8]);
 

@@ -1,8 +1,8 @@
-//! Reads fields from a connection through a buffer of its own.
+//! Reads fields from a connection through its own buffer.
 //!
-//! In comes anything that can be read, out go checked fields and slices lent from the buffer. The
-//! reader knows where in the stream it is, so that every refusal can say so, and tells a clean end
-//! (between two items) from a cut (within one).
+//! The input is anything that can be read. The output is checked fields and slices that borrow from the buffer. The
+//! reader knows its position in the stream, so that every refusal can name it. It distinguishes a clean end (between
+//! two items) from a cut (within one).
 
 use std::io::{self, Read};
 
@@ -19,38 +19,38 @@ pub struct Reader<R> {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
-    /// Where in the stream `buffer[start]` is.
+    /// The position of `buffer[start]` in the stream.
     position: u64,
-    /// Where the field that was read last begins.
+    /// The position of the field that was read last.
     field: u64,
 }
 
 impl<R: Read> Reader<R> {
-    /// The default size of the buffer: many small records, or a batch of pages, a call.
+    /// The default size of the buffer: one call reads many small records, or a batch of pages.
     pub const CAPACITY: usize = 256 << 10;
 
-    /// A reader of `inner`, whose errors name `stream`.
+    /// Creates a reader of `inner`, whose errors name `stream`.
     pub fn new(inner: R, stream: Stream) -> Self {
         Self::with_capacity(inner, stream, Self::CAPACITY)
     }
 
-    /// A reader with a buffer of `capacity` bytes, at least 512.
+    /// Creates a reader with a buffer of `capacity` bytes, at least 512.
     pub fn with_capacity(inner: R, stream: Stream, capacity: usize) -> Self {
         let buffer = vec![0; capacity.max(512)].into_boxed_slice();
         Self { inner, stream, buffer, start: 0, end: 0, position: 0, field: 0 }
     }
 
-    /// Bytes taken from the stream so far.
+    /// The number of bytes taken from the stream so far.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Where the field that was read last begins: the place to name when it is refused.
+    /// The place of the field that was read last: a refusal of the field names it.
     pub fn place(&self) -> Place {
         Place { stream: self.stream, offset: self.field }
     }
 
-    /// Where the next byte stands.
+    /// The place of the next byte.
     pub fn here(&self) -> Place {
         Place { stream: self.stream, offset: self.position }
     }
@@ -60,17 +60,17 @@ impl<R: Read> Reader<R> {
         &self.inner
     }
 
-    /// What the reader reads from, to set a deadline or shut it down. Reading from it loses bytes.
+    /// The underlying reader, to set a deadline or shut it down. Reading from it loses bytes.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.inner
     }
 
-    /// What the reader read from; bytes that were buffered are lost.
+    /// The underlying reader; buffered bytes are lost.
     pub fn into_inner(self) -> R {
         self.inner
     }
 
-    /// Whether what has been read was all taken, so that the next field waits for the connection.
+    /// Whether all bytes that were read were taken, so that the next field waits for the connection.
     pub fn is_drained(&self) -> bool {
         self.start == self.end
     }
@@ -87,7 +87,7 @@ impl<R: Read> Reader<R> {
         Ok(self.held().first().copied())
     }
 
-    /// The bytes that have arrived and were not taken, at least one unless the stream has ended.
+    /// The bytes that have arrived and were not taken; at least one unless the stream has ended.
     ///
     /// # Errors
     /// If the system cannot read.
@@ -96,8 +96,7 @@ impl<R: Read> Reader<R> {
         Ok(self.held())
     }
 
-    /// The next `count` bytes without taking them; `None` if the stream ends before, or they are more than the
-    /// buffer holds.
+    /// The next `count` bytes without taking them; `None` if the stream ends before, or the buffer is smaller.
     ///
     /// # Errors
     /// If the system cannot read.
@@ -113,17 +112,17 @@ impl<R: Read> Reader<R> {
         Ok(self.held().get(..count))
     }
 
-    /// Takes `count` of the bytes that [`Reader::arrived`] has shown; no more than those.
+    /// Takes `count` of the bytes that [`Reader::arrived`] has returned; no more than those.
     pub fn consume(&mut self, count: usize) {
         let count = count.min(self.end - self.start);
         self.start += count;
         self.position += count as u64;
     }
 
-    /// Takes `count` bytes and lends them, without a copy. `what` names them if the stream is cut.
+    /// Takes `count` bytes and lends them without a copy. `what` names them if the stream is cut.
     ///
     /// # Errors
-    /// If the stream ends before, or `count` is above the size of the buffer.
+    /// If the stream ends before, or `count` exceeds the size of the buffer.
     pub fn lend(&mut self, count: usize, what: &'static str) -> Result<&[u8], Error> {
         self.field = self.position;
         if count > self.buffer.len() {
@@ -139,7 +138,7 @@ impl<R: Read> Reader<R> {
         Ok(self.buffer.get(from..from + count).unwrap_or_default())
     }
 
-    /// Fills `into`; what is not in the buffer yet goes from the connection straight into it.
+    /// Fills `into`. Bytes that are not in the buffer yet go from the connection directly into it.
     ///
     /// # Errors
     /// If the stream ends before.
@@ -163,7 +162,7 @@ impl<R: Read> Reader<R> {
     /// Takes `length` bytes, at most `max`. Memory grows with what arrives, not with what is announced.
     ///
     /// # Errors
-    /// If `length` is above `max` or the stream ends before.
+    /// If `length` exceeds `max` or the stream ends before.
     pub fn bytes(&mut self, length: u64, max: u64, what: &'static str) -> Result<Vec<u8>, Error> {
         self.field = self.position;
         let length = match usize::try_from(length) {
@@ -224,7 +223,7 @@ impl<R: Read> Reader<R> {
     /// Takes a counted name of a block.
     ///
     /// # Errors
-    /// If it is empty, holds a NUL, or the stream ends before.
+    /// If it is empty, contains a NUL, or the stream ends before.
     pub fn block_name(&mut self, what: &'static str) -> Result<BlockName, Error> {
         let at = self.here();
         let length = usize::from(self.u8(what)?);
@@ -236,7 +235,7 @@ impl<R: Read> Reader<R> {
     /// Takes a counted name of a section.
     ///
     /// # Errors
-    /// If it is empty, holds a NUL, or the stream ends before.
+    /// If it is empty, contains a NUL, or the stream ends before.
     pub fn section_name(&mut self, what: &'static str) -> Result<SectionName, Error> {
         self.block_name(what).map(SectionName::from)
     }
@@ -247,19 +246,19 @@ impl<R: Read> Reader<R> {
         Error::Cut { at: Place { stream: self.stream, offset }, expected }
     }
 
-    /// Goes on at another place of something that can be read anywhere, with an empty buffer.
+    /// Continues at another position of an input with random access, with an empty buffer.
     pub(crate) fn jump(&mut self, inner: R, position: u64) {
         self.inner = inner;
         (self.start, self.end) = (0, 0);
         (self.position, self.field) = (position, position);
     }
 
-    /// What has arrived and was not taken.
+    /// The bytes that have arrived and were not taken.
     fn held(&self) -> &[u8] {
         self.buffer.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// Reads once behind what is in the buffer; 0 at the end of the stream.
+    /// Reads once and appends to the buffer; 0 at the end of the stream.
     fn fill(&mut self) -> Result<usize, Error> {
         if self.start > 0 {
             self.buffer.copy_within(self.start..self.end, 0);
@@ -275,7 +274,7 @@ impl<R: Read> Reader<R> {
         let at = self.here();
         match source.kind() {
             io::ErrorKind::WouldBlock => Error::TimedOut { at, expected },
-            // One of the system's own is of a host that has gone, and tells so.
+            // A timeout of the system itself means that the host is lost, and its text says so.
             io::ErrorKind::TimedOut if source.get_ref().is_none() && source.raw_os_error().is_none() => {
                 Error::TimedOut { at, expected }
             }
@@ -297,7 +296,7 @@ fn retry(mut read: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
 mod tests {
     use super::*;
 
-    /// Gives one byte a call, as a slow connection does.
+    /// Returns one byte per call, as a slow connection does.
     struct Trickle<'a>(&'a [u8]);
 
     impl Read for Trickle<'_> {

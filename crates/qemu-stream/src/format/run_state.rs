@@ -1,10 +1,10 @@
-//! Whether the guest ran: the section "globalstate" of QEMU's devices.
+//! The run state of the guest: the section "globalstate" of QEMU's devices.
 //!
 //! ```text
-//! u32 length of the name with its NUL | 100 bytes: the name, NUL, and what newer versions keep behind it
+//! u32 length of the name with its NUL | 100 bytes: the name, NUL, and data of newer versions
 //! ```
 //!
-//! QEMU sends it with machine types from 2.4 on, in version 1 (seen with 7.2 and 10.0).
+//! QEMU sends it with machine types from 2.4 on, in version 1 (observed with 7.2 and 10.0).
 
 use multifd::live::RunState;
 
@@ -14,7 +14,7 @@ pub(crate) const NAME: &str = "globalstate";
 const VERSION: u32 = 1;
 const NAME_BYTES: usize = 100;
 
-/// The section of a guest in this state.
+/// The section for a guest in this state.
 pub(crate) fn section(state: RunState) -> Device {
     let text = state.as_str();
     let mut bytes = Vec::with_capacity(4 + NAME_BYTES);
@@ -25,8 +25,8 @@ pub(crate) fn section(state: RunState) -> Device {
     Device { name, instance: 0, version: VERSION, state: bytes }
 }
 
-/// What a section's body says. Any other word than `running`, such as `shutdown` or `internal-error`, is no reason to let a
-/// guest run. `None` if there is no word.
+/// Decodes the body of the section. A name other than `running`, such as `shutdown` or `internal-error`, does not let a
+/// guest run. `None` if there is no name.
 pub(crate) fn decode(body: &[u8]) -> Option<RunState> {
     let name = body.get(4..)?;
     let end = name.iter().take(NAME_BYTES).position(|byte| *byte == 0)?;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// The number the source has given to a section. PART, END and the footer refer to it.
+/// The number of a section, assigned by the source. PART, END and the footer refer to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SectionId(pub u32);
 

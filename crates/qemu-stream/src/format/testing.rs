@@ -1,4 +1,4 @@
-//! What the tests of several formats do alike: cut every encoding everywhere, decode noise.
+//! Shared tests of several formats: cut every encoding at every byte, decode noise.
 
 use std::io::Cursor;
 
@@ -10,7 +10,7 @@ pub(crate) fn reader(bytes: &[u8]) -> Reader<&[u8]> {
     Reader::with_capacity(bytes, Stream::Main, 128 << 10)
 }
 
-/// The bytes of a dump: hex digits, with text in quotes standing for itself.
+/// The bytes of a dump: hex digits, and literal text in quotes.
 pub(crate) fn dump(text: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (i, part) in text.split('"').enumerate() {
@@ -26,8 +26,8 @@ pub(crate) fn dump(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// Asserts that `bytes` decode, are used up, and are refused as cut at every length below their own,
-/// except those in `whole`, at which a shorter value is complete.
+/// Asserts that `bytes` decode completely, and that they are refused as cut at every shorter length, except the lengths
+/// in `whole`, at which a shorter value is complete.
 pub(crate) fn assert_cut_is_refused<T: std::fmt::Debug>(
     bytes: &[u8],
     whole: &[usize],

@@ -1,7 +1,7 @@
-//! The delta of an XBZRLE record: counts of bytes that stay and bytes that follow, in turns.
+//! The delta of an XBZRLE record: alternating counts of unchanged bytes and of new bytes.
 //!
-//! A count has one or two bytes, seven bits each, low part first; the high bit says that one more
-//! follows. What stays unchanged to the page's end is not sent.
+//! A count has one or two bytes, seven bits each, low part first; the high bit means that one more follows. Unchanged
+//! bytes at the end of the page are not sent.
 
 /// A delta that does not fit its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -13,11 +13,10 @@ pub struct BadDelta {
     pub at: usize,
 }
 
-/// Turns the last contents of a page into its new ones.
+/// Applies a delta to the last contents of a page.
 ///
 /// # Errors
-/// If the delta is cut, has an empty run of new bytes, or reaches beyond the page. The page may
-/// then hold a part of it.
+/// If the delta is cut, has an empty run of new bytes, or exceeds the page. The page may then contain a part of it.
 pub fn apply(delta: &[u8], page: &mut [u8]) -> Result<(), BadDelta> {
     let mut at = 0;
     let mut to = 0;
@@ -36,7 +35,7 @@ pub fn apply(delta: &[u8], page: &mut [u8]) -> Result<(), BadDelta> {
     Ok(())
 }
 
-/// Both numbers stay below 2^14, and the callers' sums of them within a page and a `u16` of delta.
+/// Both numbers are below 2^14, and so are the callers' sums of them within a page and a `u16` of delta.
 fn count(delta: &[u8], at: &mut usize) -> Result<usize, BadDelta> {
     let mut next = || {
         let byte = delta.get(*at).copied().ok_or(BadDelta { what: "count cut short", at: *at })?;
@@ -71,7 +70,7 @@ mod tests {
         }
     }
 
-    /// The twin of `apply`, as the format's description has it.
+    /// The inverse of `apply`, according to the format's description.
     fn delta(old: &[u8], new: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
         let mut at = 0;

@@ -1,16 +1,16 @@
-//! A machine on its way from this process's memory into a mapped-ram file.
+//! Captures a machine from this process's memory into a mapped-ram file.
 //!
 //! ```text
 //! Migration ── passes ──▶ Sender::set_up_into(Capture::blocks) ── N channels ──▶ pages at their places
-//!     └─ Main ──▶ Capture ── devices kept ── complete: head, bitmaps, tail [, fsync]
+//!     └─ Main ──▶ Capture ── devices stored ── complete: head, bitmaps, tail [, fsync]
 //! ```
 //!
-//! Pages are in the file while the guest runs, and none of it counts before [`complete`](Main::complete): a file that was
-//! broken off has no head, and nobody loads it.
+//! Pages are written while the guest runs, but the file is not valid before [`complete`](Main::complete): an
+//! interrupted file has no head, and no reader loads it.
 //!
-//! The limit of a file's size is looked at before the file is touched. Should it be met all the same, by devices larger than
-//! what is left or because somebody lowers it, the write fails and the guest runs on: `SIGXFSZ` is blocked in the thread
-//! that writes, for as long as it does.
+//! The limit of a file's size is checked before the file is changed. It may still be reached later, by devices larger
+//! than the remaining space or because it is lowered. Then the write fails and the guest continues: `SIGXFSZ` is
+//! blocked in the thread that writes while it writes.
 
 use std::{fs::File, io, sync::Arc};
 
@@ -38,29 +38,29 @@ pub struct CaptureOptions {
 }
 
 impl CaptureOptions {
-    /// The default options: a file of its own, through the page cache, as durable as the system makes it by and by.
+    /// The default options: a separate file, through the page cache, without a sync at the end.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Where the machine begins in the file, in bytes. Default 0. What stands before it is left alone, what stands
-    /// behind it is lost at once.
+    /// The offset in bytes at which the machine begins in the file. Default 0. Data before it is not changed; data
+    /// after it is lost at once.
     pub fn offset(mut self, bytes: u64) -> Self {
         self.offset = bytes;
         self
     }
 
-    /// `direct-io`: whether channels write past the page cache, straight from guest memory. By default a
-    /// [durable](Self::durable) capture does, since what is to be on the disk at the end gets there sooner and for a
-    /// tenth of the CPU time, and another does not, since writing into the cache alone is faster. A file system that cannot
-    /// is told of in the log, and the cache used.
+    /// `direct-io`: whether channels bypass the page cache and write directly from guest memory. By default a
+    /// [durable](Self::durable) capture does, because its data reaches the disk sooner and with a tenth of the CPU
+    /// time. Other captures do not, because writing only into the cache is faster. If the file system does not support
+    /// it, the log says so and the cache is used.
     pub fn direct_io(mut self, on: bool) -> Self {
         self.direct_io = Some(on);
         self
     }
 
-    /// Whether the file is on the disk (`fsync`) when the capture is complete; the guest stands meanwhile. Default off,
-    /// as QEMU has it. The entry in its folder is the caller's to sync.
+    /// Whether the file is on the disk (`fsync`) when the capture is complete; the guest is stopped until then. Default
+    /// off, as in QEMU. The caller must sync the file's entry in its folder.
     pub fn durable(mut self, on: bool) -> Self {
         self.durable = on;
         self
@@ -69,23 +69,23 @@ impl CaptureOptions {
 
 /// A mapped-ram file that is being written: the [`Main`] of a migration into a file.
 ///
-/// The [`Sender`](multifd::Sender) of the migration is set up into its [`blocks`](Capture::blocks). Without one, pages come
-/// through here, one by one. When [`Migration::run`](multifd::live::Migration::run) has returned `Ok`, the file is whole
-/// and the guest stands: it may run on here, since nobody else runs it, if it [ran](multifd::live::MigrationInfo::guest_was)
-/// before.
+/// The [`Sender`](multifd::Sender) of the migration is set up into its [`blocks`](Capture::blocks). Without a sender,
+/// this type writes the pages one by one. When [`Migration::run`](multifd::live::Migration::run) has returned `Ok`, the
+/// file is complete and the guest is stopped. It may continue here if it [ran](multifd::live::MigrationInfo::guest_was)
+/// before, because nothing else runs it.
 #[derive(Debug)]
 pub struct Capture {
     file: Arc<File>,
     blocks: Arc<RamBlocks>,
     machine: Machine,
-    /// For each of the migration's blocks its place among ours.
+    /// For each of the migration's blocks, its index in the file.
     order: Vec<BlockIndex>,
     offset: u64,
     durable: bool,
     bytes: u64,
 }
 
-/// What the file says beside RAM.
+/// The contents of the file besides RAM.
 #[derive(Debug)]
 struct Machine {
     configuration: Option<Configuration>,
@@ -95,14 +95,14 @@ struct Machine {
     sync_mode: Option<SyncMode>,
     switchover_start: bool,
     footers: bool,
-    /// A captured machine's, or the guest's from its stop on.
+    /// The devices: those of a captured machine, or the guest's after its stop.
     devices: Option<DevicePart>,
     replayed: bool,
 }
 
 impl Capture {
-    /// The capture of a running machine with these blocks, whose devices come from its guest. `file` is open for
-    /// writing; what is in it from the offset on is lost.
+    /// Creates a capture of a running machine with these blocks, whose devices come from its guest. `file` is open for
+    /// writing; its contents from the offset on are lost.
     ///
     /// # Errors
     /// If the configuration is too old for such files or does not fit the blocks, or the file cannot be extended;
@@ -134,8 +134,9 @@ impl Capture {
         Self::begin_at(file, machine, options)
     }
 
-    /// The capture of a machine that came out of another file and was [restored](super::Restore), RAM that has changed
-    /// since included: block list and devices are replayed as they came. What its guest gives at its stop is dropped.
+    /// Creates a capture of a machine that was [restored](super::Restore) from another file, including changes to its
+    /// RAM. Block list and devices are written unchanged. The devices that its guest returns after its stop are
+    /// dropped.
     ///
     /// # Errors
     /// As [`of_guest`](Self::of_guest).
@@ -160,9 +161,9 @@ impl Capture {
         let &CaptureOptions { offset, direct_io, durable } = options;
         let layout = machine.layout(offset)?;
         let end = layout.tail_offset();
-        // Before anything that is in the file is lost.
+        // Checked before anything in the file is lost.
         within_limit(end).map_err(|error| Error::other("lay the file out", error))?;
-        // First of all: an older machine in the file must not be taken for whole.
+        // This comes first: an older machine in the file must not be mistaken for a complete one.
         with_file_size_errors(|| file.set_len(offset).and_then(|()| file.set_len(end)))
             .map_err(|error| Error::io(format!("extend the file to {end:#x} bytes"), error))?;
         let direct = if direct_io.unwrap_or(durable) { direct(&file) } else { None };
@@ -172,12 +173,12 @@ impl Capture {
         Ok(Self { file, blocks, machine, order, offset, durable, bytes: 0 })
     }
 
-    /// The blocks in the file: what a [`Sender`](multifd::Sender) is [set up into](multifd::Sender::set_up_into).
+    /// The blocks in the file, into which a [`Sender`](multifd::Sender) is [set up](multifd::Sender::set_up_into).
     pub fn blocks(&self) -> &Arc<RamBlocks> {
         &self.blocks
     }
 
-    /// The file, to give it its name for example.
+    /// The file, for example to give it its name.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -268,7 +269,7 @@ impl Main for Capture {
         Ok(())
     }
 
-    /// There is nobody to wait for.
+    /// There is no peer to wait for.
     fn ready(&mut self) -> Result<()> {
         Ok(())
     }
@@ -286,8 +287,8 @@ impl Main for Capture {
         Ok(())
     }
 
-    /// Writes everything but the pages, and brings the file to the disk if that was asked for. If it fails, or the capture
-    /// was cancelled, the file holds no machine any more: the guest runs on.
+    /// Writes everything but the pages, and syncs the file to the disk if that was requested. If it fails, or the
+    /// capture was cancelled, the file contains no machine any more, and the guest continues.
     fn complete(&mut self, stop: &Stop) -> Verdict {
         match stop.check().and_then(|()| self.write()) {
             Ok(end) => {
@@ -303,7 +304,7 @@ impl Main for Capture {
         }
     }
 
-    /// Bytes beside the channels' pages: head, bitmaps and devices, at the end, with the gaps between.
+    /// The number of bytes besides the channels' pages: head, bitmaps and devices, at the end including the gaps.
     fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -317,7 +318,7 @@ impl Main for Capture {
     }
 }
 
-/// Refuses what `RLIMIT_FSIZE` does not allow.
+/// Refuses a size that `RLIMIT_FSIZE` does not allow.
 fn within_limit(size: u64) -> Result<(), CallerMistake> {
     match file_size_limit() {
         Some(limit) if size > limit => Err(CallerMistake::FileSize { limit, size }),
@@ -325,7 +326,7 @@ fn within_limit(size: u64) -> Result<(), CallerMistake> {
     }
 }
 
-/// The way past the page cache, if there is one.
+/// Direct I/O for the file, if it is supported.
 pub(super) fn direct(file: &File) -> Option<Arc<DirectFile>> {
     let told = |error: io::Error| tracing::warn!(%error, "direct-io: pages go through the page cache");
     DirectFile::of(file).map_err(told).ok().map(Arc::new)

@@ -1,4 +1,4 @@
-//! The header behind a block's entry in the list.
+//! The header after a block's entry in the list.
 //!
 //! ```text
 //! 0 u32 version 1 | 4 u64 page size | 12 u64 bitmap offset | 20 u64 pages offset | 28
@@ -16,7 +16,7 @@ pub(super) const LENGTH: u64 = 28;
 
 const VERSION: u32 = 1;
 
-/// The header as it stands in the file; nothing but its version is checked.
+/// The header as in the file; only its version is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BlockHeader {
     pub(super) page_size: u64,

@@ -3,18 +3,18 @@
 //! ```text
 //! head ─ entry 0 ─ header ─ bitmap ─┄─ pages ─ entry 1 ─ header ─ bitmap ─┄─ pages ─ EOS ─ tail
 //!                           │          │ aligned to 1 MiB
-//!                           └ 1 bit a page: present. Only this decides; holes may hold anything.
+//!                           └ 1 bit per page: present. Only this decides; holes may contain anything.
 //! tail = footer [early devices] [SWITCHOVER_START] END EOS footer, devices, EOF, JSON
 //! ```
 //!
 //! Machine types up to 2.3 have no configuration and no footers, here as over a connection. With x-ignore-shared, a
-//! block that does not travel has no bitmap (its bitmap offset is 0), and a hole in the place of its pages; no QEMU
-//! writes or loads such a file.
+//! block that is not sent has no bitmap (its bitmap offset is 0), and a hole instead of its pages. No QEMU writes or
+//! loads such a file.
 //!
-//! QEMU 9.0 and later write and read such files with `file:PATH[,offset=N]`. [`Layout`] says where
-//! everything goes and writes all but the pages; [`MappedRamFile`] reads it back, ours or QEMU's.
-//! Pages themselves are moved by whoever owns the RAM, at their places in the file: a [`Capture`] has the engine's channels
-//! do that out of this process's memory, a [`Restore`] into it. The [manual](crate::guide::snapshots) shows both.
+//! QEMU 9.0 and later write and read such files with `file:PATH[,offset=N]`. [`Layout`] computes all places and writes
+//! everything but the pages; [`MappedRamFile`] reads a file, ours or QEMU's. The owner of the RAM moves the pages to
+//! and from their places in the file: a [`Capture`] makes the engine's channels copy them from this process's memory, a
+//! [`Restore`] into it. The [manual](crate::guide::snapshots) shows both.
 //!
 //! ```
 //! use std::os::unix::fs::FileExt;
@@ -58,13 +58,13 @@ pub use file::{MappedRamFile, ReadPath};
 pub use layout::{Layout, Shape, Tail};
 pub use restore::Restore;
 
-/// What QEMU aligns the pages of a block to, so that they can be written unbuffered.
+/// QEMU's alignment for the pages of a block, so that they can be written unbuffered.
 pub const PAGES_ALIGNMENT: u64 = 1 << 20;
 
-/// Where the bitmap and the pages of a block lie, in absolute file positions.
+/// The places of a block's bitmap and pages, as absolute file positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockPlace {
-    /// Where the bitmap begins; 0 if the block does not travel: both sides share its memory.
+    /// The position of the bitmap; 0 if the block is not sent because both sides share its memory.
     pub bitmap_offset: u64,
     /// Where page 0 begins.
     pub pages_offset: u64,
@@ -75,7 +75,7 @@ pub struct BlockPlace {
 }
 
 impl BlockPlace {
-    /// Whether the block's memory does not travel: no page of it is in the file.
+    /// Whether the block's memory is not sent: no page of it is in the file.
     pub fn is_ignored(&self) -> bool {
         self.bitmap_offset == 0
     }
@@ -90,7 +90,7 @@ impl BlockPlace {
         self.pages().div_ceil(u64::from(u64::BITS))
     }
 
-    /// Where `page` lies; `None` if the block has no such page.
+    /// The position of `page`; `None` if the block has no such page.
     pub fn page_offset(&self, page: PageIndex) -> Option<u64> {
         let offset = self.page_size.offset_of(page).filter(|_| page.0 < self.pages())?;
         self.pages_offset.checked_add(offset.0)
@@ -103,5 +103,5 @@ impl BlockPlace {
 
 /// Bytes of one word of a bitmap.
 const WORD: usize = 8;
-/// Bytes of bitmap that are turned into words, or back, at once.
+/// Bytes of a bitmap that are converted to or from words at once.
 const BITMAP_PIECE: usize = 64 << 10;

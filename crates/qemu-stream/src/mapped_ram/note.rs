@@ -1,14 +1,14 @@
-//! What a file's reader should know and the stream has no word for.
+//! The note: information for a file's reader that the stream has no field for.
 //!
 //! ```text
-//! header ─ bitmap ─┄ dead bytes ┄─ note ─ pages of block 0
+//! header ─ bitmap ─┄ unused bytes ┄─ note ─ pages of block 0
 //!
 //! 0 "mfd-note" | 8 u32 version 1 | 12 u32 sync mode: 0 unknown, 1 legacy, 2 round | 16 u64 length of the stream | 24
 //! ```
 //!
-//! It lies between the first block's bitmap and its pages, where no reader of the stream ever looks: QEMU leaves
-//! zeros there and loads a file with a note like any other. A file without one, or with a note that makes no sense,
-//! is read as if nothing were known.
+//! It is stored between the first block's bitmap and its pages, which no reader of the stream reads: QEMU writes zeros
+//! there and loads a file with a note like any other. A file without a note, or with an invalid note, is read without
+//! this information.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
@@ -24,14 +24,14 @@ const ROUND: u32 = 2;
 /// A note.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Note {
-    /// How the source has marked the ends of dirty rounds, if that is known.
+    /// How the source has marked the ends of dirty rounds, if known.
     pub(super) sync_mode: Option<SyncMode>,
-    /// Bytes from the beginning of the stream to its end, to tell a file that was cut.
+    /// Bytes from the beginning of the stream to its end, to detect a truncated file.
     pub(super) length: u64,
 }
 
 impl Note {
-    /// Where a note goes; `None` if the first block leaves no room for it.
+    /// The position of the note; `None` if the first block leaves no room for it.
     pub(super) fn offset(places: &[BlockPlace]) -> Option<u64> {
         let first = places.first()?;
         let at = first.pages_offset.checked_sub(LENGTH as u64)?;

@@ -1,12 +1,12 @@
-//! A machine out of a mapped-ram file, into this process's memory.
+//! Restores a machine from a mapped-ram file into this process's memory.
 //!
 //! ```text
 //! MappedRamFile ── pages that are present ── N channels ──▶ guest memory
-//!       └── devices ──▶ whoever builds the machine
+//!       └── devices ──▶ the code that builds the machine
 //! ```
 //!
-//! The file is the one that [`MappedRamFile::open`] has checked; pages go straight from it to where they belong. What can
-//! go wrong is a file that is changed meanwhile, and a disk that cannot be read: the memory then holds nothing whole.
+//! [`MappedRamFile::open`] has checked the file. Pages go directly from it to their places in memory. The restore fails
+//! if the file is changed in the meantime or the disk cannot be read; the memory then contains no complete machine.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use multifd::{
 
 use super::{MappedRamFile, ReadPath, capture::direct};
 
-/// How a machine is loaded out of its file.
+/// Loads a machine from its file.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Restore<'a> {
@@ -28,35 +28,37 @@ pub struct Restore<'a> {
 }
 
 impl<'a> Restore<'a> {
-    /// The restore of this machine by two channels, through the page cache.
+    /// Creates a restore of this machine with two channels, through the page cache.
     pub fn new(machine: &'a MappedRamFile) -> Self {
         Self { machine, channels: 2, direct_io: false }
     }
 
-    /// `multifd-channels`: how many threads read, 1 to 255. Default 2. More than there are cores seldom help.
+    /// `multifd-channels`: the number of threads that read, 1 to 255. Default 2. More threads than cores seldom help.
     pub fn channels(mut self, channels: u8) -> Self {
         self.channels = channels;
         self
     }
 
-    /// `direct-io`: reads past the page cache, straight into guest memory. Default off. It spares the cache, and costs
-    /// where the file is there already. Where it cannot be, the log says so and the cache is used.
+    /// `direct-io`: bypasses the page cache and reads directly into guest memory. Default off. It saves cache memory,
+    /// but is slower if the file is in the cache already. If it is not supported, the log says so and the cache is
+    /// used.
     pub fn direct_io(mut self, on: bool) -> Self {
         self.direct_io = on;
         self
     }
 
-    /// Loads all RAM into `blocks`, mapped blocks of the file's [names and lengths](MappedRamFile::blocks), in any order,
-    /// and says what each channel has moved. The devices are [the file's](MappedRamFile::devices). `stop` is spent then.
+    /// Loads all RAM into `blocks`, mapped blocks with the file's [names and lengths](MappedRamFile::blocks), in any
+    /// order. Returns the counters of each channel. The devices are [the file's](MappedRamFile::devices). `stop` cannot
+    /// be used again.
     ///
-    /// Pages that the file does not have are made zero, whatever the memory held; those that the page table does not have
-    /// are zero and left untouched. Blocks that were left out of the file are left alone.
+    /// Pages that the file does not have are made zero, whatever the memory contained. Pages that the page table does
+    /// not have are zero and stay untouched. Blocks that were left out of the file are not changed.
     ///
-    /// **Warning:** nobody may change the file or write to the memory meanwhile.
+    /// **Warning:** nothing may change the file or write to the memory in the meantime.
     ///
     /// # Errors
-    /// If the blocks do not fit, the file cannot be read or ends too early, or `stop` has cancelled it. What the memory
-    /// holds then is no machine.
+    /// If the blocks do not fit, the file cannot be read or ends too early, or `stop` has cancelled it. The memory then
+    /// contains no complete machine.
     pub fn run(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
         let loaded = self.load(blocks, stop);
         loaded.map_err(|error| stop.fail(error))
@@ -78,7 +80,7 @@ impl<'a> Restore<'a> {
                 for (first, count) in runs(word, of_file) {
                     sender.queue_run(index, first, count)?;
                 }
-                // What memory may have and the file has not.
+                // Pages that may be nonzero in memory and are not in the file.
                 for (first, count) in runs(word, of_memory & !of_file) {
                     sender.queue_zero_run(index, first, count)?;
                 }

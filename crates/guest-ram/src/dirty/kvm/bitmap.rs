@@ -1,11 +1,11 @@
-//! The bitmap that the kernel keeps of each memory slot.
+//! The dirty log that reads the kernel's bitmap of each memory slot.
 //!
-//! `KVM_GET_DIRTY_LOG` protects every page it tells of against writing again, under one lock that vCPUs need as well. With
-//! manual protection it only tells, and `KVM_CLEAR_DIRTY_LOG` protects stretches of pages, so a large guest is held up in
-//! many short turns and not in a long one.
+//! `KVM_GET_DIRTY_LOG` write-protects again every page that it reports. It does this under one lock that vCPUs need as
+//! well. With manual protection it only reports, and `KVM_CLEAR_DIRTY_LOG` protects one stretch of pages at a time. A
+//! large guest is then delayed many times for a short time instead of once for a long time.
 //!
-//! A page that is written between the two calls is found by whoever reads it after the second, and every take returns
-//! after the second.
+//! A page that is written between the two calls is found by every thread that reads it after the second call. Every
+//! take returns after the second call.
 //!
 //! UNSAFETY: an ioctl is given a pointer to bits that outlive the call.
 #![expect(unsafe_code, reason = "an ioctl that the bindings do not wrap")]
@@ -25,49 +25,50 @@ use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
 use super::{KvmSlot, Logging};
 use crate::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, PageSize, RamBlocks};
 
-/// Who protects pages against writing again once they have been told of.
+/// Who write-protects pages again after they were reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvmProtect {
-    /// The kernel, all at once, when it is asked: what every kernel has.
+    /// The kernel, all pages at once when the log is read. Every kernel supports this.
     Automatic,
-    /// The log, stretch by stretch (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, Linux 5.0). Every page counts as written at
-    /// first, where the kernel can do that (5.7): switching on then takes no time.
+    /// The log, one stretch at a time (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, Linux 5.0). If the kernel supports it
+    /// (5.7), every page counts as written at first, so switching on takes no time.
     Manual,
 }
 
 /// The dirty log of memory slots (`KVM_GET_DIRTY_LOG`).
 ///
-/// It is on from [`start`](Self::start) to its drop. Not for a virtual machine with [rings](super::KvmDirtyRings): there
-/// the kernel keeps no bitmap.
+/// Logging is on from [`start`](Self::start) until the log is dropped. Do not use it for a virtual machine with
+/// [rings](super::KvmDirtyRings): the kernel keeps no bitmap for such a machine.
 #[derive(Debug)]
 pub struct KvmDirtyLog<'vm> {
     logging: Logging<'vm>,
     page_size: PageSize,
     protect: KvmProtect,
-    /// Bits put back, of each block.
+    /// Bits that were put back, for each block.
     held: Vec<PageBitmap>,
 }
 
 impl<'vm> KvmDirtyLog<'vm> {
-    /// Switches logging on, with manual protection where the kernel has it. vCPUs may run.
+    /// Switches logging on, with manual protection if the kernel supports it. vCPUs may run.
     ///
-    /// `slots` are regions as they were given to `KVM_SET_USER_MEMORY_REGION`; the block of each is found by its address.
+    /// `slots` are regions as they were given to `KVM_SET_USER_MEMORY_REGION`. The block of each is found by its
+    /// address.
     ///
-    /// **Warning:** pages of blocks that are in no slot are never dirty. What is written while another reader takes the
-    /// bits of the same machine, a snapshot of the VMM's own say, is missing here.
+    /// **Warning:** pages of blocks that are in no slot are never dirty. If another reader, such as the VMM's own
+    /// snapshot, takes dirty bits of the same machine, the writes that it takes are missing here.
     ///
     /// **Warning:** who protects pages again is a setting of the whole virtual machine
-    /// (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), and it stays as it is set here when the log is dropped; the kernel does not tell
-    /// what it was. A VMM that reads `KVM_GET_DIRTY_LOG` itself, for a display or its own snapshots, and expects that to
-    /// protect the pages, then finds the same pages written for ever. It takes [`start_with`](Self::start_with) and the
-    /// protection that it has set itself, or expects.
+    /// (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`). It keeps the value set here after the log is dropped, because the kernel
+    /// does not report the previous value. A VMM that reads `KVM_GET_DIRTY_LOG` itself, for a display or its own
+    /// snapshots, and expects that call to protect the pages, then finds the same pages written again and again. Such a
+    /// VMM must use [`start_with`](Self::start_with) with the protection that it has set or expects.
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] if a slot is not whole pages of a block; [`io::ErrorKind::ResourceBusy`] if another
-    /// log of this machine lives; what the kernel says if it refuses.
+    /// [`io::ErrorKind::InvalidInput`] if a slot is not whole pages of a block; [`io::ErrorKind::ResourceBusy`] if
+    /// another log of this machine exists; the kernel's error if it refuses.
     ///
     /// # Safety
-    /// Each region is what `vm` has in that slot, and stays so until the log is dropped.
+    /// Each region must be what `vm` has in that slot, and must stay so until the log is dropped.
     pub unsafe fn start(
         vm: &'vm VmFd,
         slots: Vec<kvm_userspace_memory_region>,
@@ -75,12 +76,14 @@ impl<'vm> KvmDirtyLog<'vm> {
     ) -> io::Result<Self> {
         let manual = manual_flags(vm) != 0;
         let protect = if manual { KvmProtect::Manual } else { KvmProtect::Automatic };
-        // SAFETY: the caller vouches for the slots.
+        // SAFETY: the caller guarantees that the slots are as described.
         unsafe { Self::start_with(vm, slots, blocks, protect) }
     }
 
-    /// The same, with the protection that is said: the one that the VMM has set already, if it has. It is set again, which
-    /// changes nothing then, but for [`Manual`](KvmProtect::Manual) that had every page count as unwritten at first.
+    /// Like [`start`](Self::start), with the protection `protect`. Pass the protection that the VMM has already set, if
+    /// any. It is set again. This changes nothing in that case, with one exception: if the VMM has set manual
+    /// protection without `KVM_DIRTY_LOG_INITIALLY_SET`, that flag is now set, and every page counts as written at
+    /// first.
     ///
     /// # Errors
     /// As [`start`](Self::start); also if the kernel has no manual protection.
@@ -96,7 +99,7 @@ impl<'vm> KvmDirtyLog<'vm> {
         let flags = match (protect, manual_flags(vm)) {
             (KvmProtect::Manual, 0) => return Err(io::ErrorKind::Unsupported.into()),
             (KvmProtect::Manual, flags) => Some(flags),
-            // The machine may have been set to it before.
+            // The machine may have been set to manual protection before.
             (KvmProtect::Automatic, 0) => None,
             (KvmProtect::Automatic, _) => Some(0),
         };
@@ -105,7 +108,7 @@ impl<'vm> KvmDirtyLog<'vm> {
             cap.args[0] = u64::from(flags);
             vm.enable_cap(&cap)?;
         }
-        // SAFETY: the caller vouches for the slots.
+        // SAFETY: the caller guarantees that the slots are as described.
         let logging = unsafe { Logging::start(vm, slots, blocks) }?;
         let held = blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
         Ok(Self { logging, page_size: blocks.page_size(), protect, held })
@@ -125,7 +128,7 @@ impl<'vm> KvmDirtyLog<'vm> {
         Ok(bits)
     }
 
-    /// Protects the pages whose bits are set, a stretch at a time.
+    /// Protects the pages whose bits are set, one stretch at a time.
     fn clear(&self, slot: &KvmSlot, bits: &mut [u64]) -> io::Result<()> {
         let pages = slot.bits();
         // SAFETY: the machine is borrowed, so its descriptor stays open.
@@ -171,7 +174,7 @@ impl DirtyLog for KvmDirtyLog<'_> {
     }
 }
 
-/// What `vm` knows of manual protection; 0 is nothing.
+/// The flags of manual protection that `vm` supports; 0 if it has none.
 fn manual_flags(vm: &VmFd) -> u32 {
     let known = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
     let known = u32::try_from(known).unwrap_or(0);
@@ -182,7 +185,7 @@ fn manual_flags(vm: &VmFd) -> u32 {
 }
 
 const WORD: usize = u64::BITS as usize;
-/// Words of one call: 128 MiB of pages of 4 KiB. The kernel wants stretches to start and end at a word's border, except
+/// Words per call: 128 MiB of pages of 4 KiB. The kernel requires stretches to start and end at a word boundary, except
 /// at the slot's end.
 const STRETCH: usize = 512;
 const CLEAR_DIRTY_LOG: Opcode = opcode::read_write::<kvm_clear_dirty_log>(0xae, 0xc0);

@@ -5,15 +5,15 @@
 //!                            or ─▶ ring of the vCPU ─── KvmDirtyRings (─ KVM_RESET_DIRTY_RINGS) ──▶ KvmRingLog ──┴▶ pending
 //! ```
 //!
-//! The kernel's pages are the host's, and a block may lie in several memory slots: bits are turned into the block's
-//! pages here. Logging costs the guest a fault for each page between two takes, so it is switched on when a log is made
-//! and off when that is dropped.
+//! The kernel counts in host pages, and a block may lie in several memory slots. This module converts the bits to the
+//! block's pages. Logging costs the guest one fault per written page between two takes. So it is switched on when a log
+//! is made and off when the log is dropped.
 //!
-//! What the VMM itself writes to guest memory the kernel does not see: [merge](super::MergedLog) these logs with one of
-//! the VMM's own.
+//! The kernel does not see what the VMM itself writes to guest memory. [Merge](super::MergedLog) these logs with a log
+//! of the VMM.
 //!
-//! UNSAFETY: memory slots are set again as they were, but for the flag that switches logging; that they are described
-//! truly is for the caller of `start` to see to.
+//! UNSAFETY: memory slots are set again as they were, except for the flag that switches logging. The caller of `start`
+//! guarantees that they are described correctly.
 #![expect(unsafe_code, reason = "memory slots are set")]
 
 mod bitmap;
@@ -32,14 +32,14 @@ pub use ring_of::KvmRingError;
 use super::{coarse::CoarseBits, sole_reader::SoleReader};
 use crate::{BlockIndex, BlockOffset, Identity, PageIndex, RamBlock, RamBlocks};
 
-/// A memory slot of the virtual machine, and where its memory lies in the blocks.
+/// A memory slot of the virtual machine, and the position of its memory in the blocks.
 #[derive(Clone, Copy, Debug)]
 struct KvmSlot {
     /// The slot, as it was given to `KVM_SET_USER_MEMORY_REGION`.
     region: kvm_userspace_memory_region,
     /// The block whose memory it is.
     block: BlockIndex,
-    /// Where in the block it starts.
+    /// The offset in the block at which the slot starts.
     offset: BlockOffset,
 }
 
@@ -66,12 +66,12 @@ impl KvmSlot {
         Ok(Self { region, block, offset })
     }
 
-    /// What a bit of the slot's log stands for.
+    /// The bytes that the bits of the slot's log cover.
     fn coarse(&self) -> CoarseBits {
         CoarseBits { start: self.offset, size: rustix::param::page_size() as u64 }
     }
 
-    /// The number of its bits.
+    /// The number of bits in the slot's log.
     fn bits(&self) -> u64 {
         bits(&self.region)
     }
@@ -82,7 +82,7 @@ fn bits(region: &kvm_userspace_memory_region) -> u64 {
     region.memory_size / rustix::param::page_size() as u64
 }
 
-/// Memory slots whose writes are logged, as long as it lives.
+/// Memory slots whose writes are logged while this value exists.
 #[derive(Debug)]
 struct Logging<'vm> {
     vm: &'vm VmFd,
@@ -93,10 +93,10 @@ struct Logging<'vm> {
 }
 
 impl<'vm> Logging<'vm> {
-    /// Has the kernel log the slots.
+    /// Makes the kernel log writes to the slots.
     ///
     /// # Safety
-    /// Each region is what `vm` has in that slot, but for the flag, until the drop.
+    /// Each region must be what `vm` has in that slot, except for the logging flag, until the drop.
     unsafe fn start(
         vm: &'vm VmFd,
         slots: Vec<kvm_userspace_memory_region>,
@@ -104,16 +104,16 @@ impl<'vm> Logging<'vm> {
     ) -> io::Result<Self> {
         let slots: Vec<_> =
             slots.into_iter().map(|region| KvmSlot::find(region, blocks)).collect::<io::Result<_>>()?;
-        // The machine is borrowed, so its address is no other's.
+        // The machine is borrowed, so no other machine has its address.
         let sole_reader = SoleReader::of(std::ptr::from_ref(vm).addr())?;
         let (of, room) = (blocks.identity(), slots.len());
         let mut logging = Self { vm, slots: Vec::with_capacity(room), of, _sole_reader: sole_reader };
         for slot in slots {
             let mut region = slot.region;
             region.flags |= KVM_MEM_LOG_DIRTY_PAGES;
-            // In the list first: what has been switched on is switched off, whatever happens.
+            // The slot enters the list first, so that logging is switched off on every path after it was switched on.
             logging.slots.push(slot);
-            // SAFETY: the slot has this memory already, as the caller vouches.
+            // SAFETY: the slot has this memory already, as the caller guarantees.
             unsafe { vm.set_user_memory_region(region) }?;
         }
         Ok(logging)
@@ -128,7 +128,7 @@ impl<'vm> Logging<'vm> {
 impl Drop for Logging<'_> {
     fn drop(&mut self) {
         for slot in &self.slots {
-            // SAFETY: the slot has this memory already, as the caller of `start` has vouched.
+            // SAFETY: the slot has this memory already, as the caller of `start` guarantees.
             if let Err(error) = unsafe { self.vm.set_user_memory_region(slot.region) } {
                 tracing::warn!(slot = slot.region.slot, %error, "dirty logging stays switched on");
             }

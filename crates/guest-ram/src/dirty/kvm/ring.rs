@@ -1,19 +1,19 @@
-//! The rings of the vCPUs: each lists the pages that it has written (`KVM_CAP_DIRTY_LOG_RING`, Linux 5.11).
+//! The dirty rings of the vCPUs: each lists the pages that its vCPU has written (`KVM_CAP_DIRTY_LOG_RING`, Linux 5.11).
 //!
 //! ```text
 //! vCPU 0 ─▶ ring ─┐            full: the vCPU's thread drains, too
 //! vCPU 1 ─▶ ring ─┴─ drain ─▶ bits of the slots ─ take ─▶ pending
 //! ```
 //!
-//! What a take costs goes by the pages that were written, not by the memory there is. A vCPU whose ring is full leaves
-//! the guest until somebody drains it: that slows a guest down that writes faster than its writes are looked at.
+//! The cost of a take depends on the number of written pages, not on the size of memory. A vCPU whose ring is full
+//! leaves the guest until the ring is drained. This slows down a guest that writes faster than its rings are drained.
 //!
-//! A kernel that lets a vCPU write on past a full ring overwrites what it has listed: kernels that emulate the guest's
-//! instructions have been seen to. The reserve at a ring's end is there to be never used, so a ring without a free entry
-//! has run over. Nothing can mend that: both [`KvmDirtyRings::drain`] and the take fail from then on.
+//! Some kernels let a vCPU continue to write with a full ring and overwrite entries; this was observed with kernels
+//! that emulate the guest's instructions. The reserve at the end of a ring is normally never used, so a ring without a
+//! free entry has overrun. There is no recovery: both [`KvmDirtyRings::drain`] and the take fail from then on.
 //!
-//! UNSAFETY: rings are mapped memory, shared with the kernel. Their words are reached through atomics and raw reads;
-//! which side may write an entry is told by its flags.
+//! UNSAFETY: rings are mapped memory, shared with the kernel. Their words are accessed through atomics and raw reads.
+//! The flags of an entry define which side may write it.
 #![expect(unsafe_code, reason = "rings shared with the kernel")]
 
 use std::{
@@ -40,16 +40,16 @@ use rustix::{
 use super::{KvmRingError, KvmSlot, Logging, ring_of};
 use crate::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, PageIndex, PageSize, RamBlocks};
 
-/// The rings of all vCPUs of a virtual machine. Clones are the same.
+/// The dirty rings of all vCPUs of a virtual machine. Clones share the same rings.
 ///
-/// 1. [`enable`](Self::enable) for the machine that has no vCPU yet.
-/// 2. [`new`](Self::new) with all its vCPUs. One that is plugged in later is [added](Self::add) before it runs.
-/// 3. The thread of each vCPU calls [`drain`](Self::drain) whenever `KVM_RUN` comes back with
-///    [`RING_FULL`](Self::RING_FULL), and goes on.
-/// 4. For each migration, [`start`](Self::start).
+/// 1. Call [`enable`](Self::enable) before the machine has a vCPU.
+/// 2. Call [`new`](Self::new) with all its vCPUs. [Add](Self::add) a vCPU that is plugged in later before it runs.
+/// 3. The thread of each vCPU calls [`drain`](Self::drain) whenever `KVM_RUN` returns [`RING_FULL`](Self::RING_FULL),
+///    and then continues.
+/// 4. Call [`start`](Self::start) for each migration.
 ///
-/// **Warning:** what a vCPU writes whose ring is not here is in no log, and does not migrate. The kernel does not tell how
-/// many vCPUs a machine has, so this cannot be noticed, unless the vCPU comes back with
+/// **Warning:** writes of a vCPU whose ring is not registered here are in no log and do not migrate. The kernel does
+/// not report how many vCPUs a machine has, so this cannot be detected. The only sign is that the vCPU returns
 /// [`RING_FULL`](Self::RING_FULL) again and again.
 #[derive(Clone, Debug)]
 pub struct KvmDirtyRings(Arc<Inner>);
@@ -68,20 +68,21 @@ struct State {
     logged: Vec<(u32, PageBitmap)>,
 }
 
-/// The entries of each ring, as the kernel has been told.
+/// The number of entries of each ring, as set in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvmRingSize(u32);
 
 impl KvmDirtyRings {
-    /// `KVM_EXIT_DIRTY_RING_FULL`, the reason of an exit: `kvm-ioctls` gives it as `VcpuExit::Unsupported`.
+    /// `KVM_EXIT_DIRTY_RING_FULL`, the exit reason. `kvm-ioctls` returns it as `VcpuExit::Unsupported`.
     pub const RING_FULL: u32 = 31;
 
-    /// Gives every vCPU that `vm` will have a ring of `entries`, a power of two from 128 on or so, of 16 bytes each. No
-    /// bitmap is kept from then on. 65,536 entries let a vCPU write 256 MiB between two looks.
+    /// Gives every future vCPU of `vm` a ring of `entries` entries of 16 bytes each. `entries` is a power of two, at
+    /// least about 128. The kernel keeps no bitmap from then on. With 65,536 entries a vCPU can write 256 MiB between
+    /// two drains.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] if the kernel has no rings; if the number is no power of two or out of its bounds, or
-    /// the machine has a vCPU already.
+    /// [`io::ErrorKind::Unsupported`] if the kernel has no rings; another error if the number is not a power of two or
+    /// out of bounds, or if the machine has a vCPU already.
     pub fn enable(vm: &VmFd, entries: u32) -> io::Result<KvmRingSize> {
         let caps = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
         let cap = caps.into_iter().find(|cap| vm.check_extension_raw((*cap).into()) > 0);
@@ -92,11 +93,11 @@ impl KvmDirtyRings {
         Ok(KvmRingSize(entries))
     }
 
-    /// The rings of `vcpus`, which are all that `vm` has, of the size that [`enable`](Self::enable) has set.
+    /// Maps the rings of `vcpus`, which must be all vCPUs of `vm`. `size` is the result of [`enable`](Self::enable).
     ///
     /// # Errors
-    /// If a ring cannot be mapped; [`KvmRingError`] within the error if a vCPU is given twice, or its ring has not this size
-    /// because it is another machine's.
+    /// If a ring cannot be mapped; [`KvmRingError`] within the error if a vCPU is given twice, or if its ring has a
+    /// different size because it belongs to another machine.
     pub fn new<'a>(
         vm: &VmFd,
         vcpus: impl IntoIterator<Item = &'a VcpuFd>,
@@ -110,8 +111,9 @@ impl KvmDirtyRings {
         Ok(rings)
     }
 
-    /// Adds the ring of a vCPU that was plugged in later, at any time, also while a log is on. What it has written before is
-    /// found by the next take, if its ring has not been full meanwhile; so it is best added before it runs.
+    /// Adds the ring of a vCPU that was plugged in later. This is possible at any time, also while a log is on. The
+    /// next take finds what the vCPU wrote before, if its ring was not full in the meantime. So add the ring before the
+    /// vCPU runs.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -125,23 +127,24 @@ impl KvmDirtyRings {
         Ok(())
     }
 
-    /// Empties all rings and has the kernel protect their pages again.
+    /// Empties all rings and makes the kernel protect their pages again.
     ///
     /// # Errors
-    /// If the kernel refuses; [`KvmRingError::RanOver`] within the error if a ring ran over: then its vCPU cannot go on, for it
-    /// would be sent back for ever.
+    /// If the kernel refuses; [`KvmRingError::RanOver`] within the error if a ring has overrun. Its vCPU cannot
+    /// continue then: `KVM_RUN` would return at once every time.
     pub fn drain(&self) -> io::Result<()> {
         self.drained().map(drop)
     }
 
-    /// Switches logging on. vCPUs may run. `slots` are regions as they were given to `KVM_SET_USER_MEMORY_REGION`; the block
-    /// of each is found by its address.
+    /// Switches logging on. vCPUs may run. `slots` are regions as they were given to `KVM_SET_USER_MEMORY_REGION`. The
+    /// block of each is found by its address.
     ///
     /// # Errors
     /// If a slot is not whole pages of a block, logging is on already, or the kernel refuses.
     ///
     /// # Safety
-    /// Each region is what `vm` has in that slot, and stays so until the log is dropped; `vm` is the machine of the rings.
+    /// Each region must be what `vm` has in that slot, and must stay so until the log is dropped; `vm` must be the
+    /// machine of the rings.
     pub unsafe fn start<'vm>(
         &self,
         vm: &'vm VmFd,
@@ -153,25 +156,26 @@ impl KvmDirtyRings {
             if !state.logged.is_empty() {
                 return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the rings are read by another log"));
             }
-            // Before the kernel fills the rings, so that no entry meets a slot that is not known.
+            // Set before the kernel fills the rings, so that the slot of every entry is known.
             state.logged =
                 slots.iter().map(|region| (region.slot, PageBitmap::new(super::bits(region)))).collect();
         }
         let held = blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
         let reading = Reading(self.clone());
-        // SAFETY: the caller vouches for the slots.
+        // SAFETY: the caller guarantees that the slots are as described.
         let logging = unsafe { Logging::start(vm, slots, blocks) }?;
         Ok(KvmRingLog { logging, reading, page_size: blocks.page_size(), held })
     }
 
     fn drained(&self) -> io::Result<MutexGuard<'_, State>> {
-        // Drained is drained: an entry that was taken out has its bit, whatever panicked behind it.
+        // A poisoned lock is fine: the bit of an entry is set as soon as the entry is taken out, even if the thread
+        // panics afterwards.
         let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { rings, logged } = &mut *state;
         let mut found = 0;
         for ring in rings {
             found += ring.drain(|slot, page| {
-                // A slot that is not logged any more: entries from before the last log's end.
+                // The slot may no longer be logged: such entries are from before the end of the last log.
                 let bits = logged.iter().find(|(logged, _)| *logged == slot);
                 if let Some((_, bits)) = bits.filter(|(_, bits)| page < bits.pages()) {
                     bits.set(PageIndex(page));
@@ -179,7 +183,8 @@ impl KvmDirtyRings {
             });
         }
         if found > 0 {
-            // A signal, such as one that kicks the vCPU of this thread, may end the call early; the next one resets the rest.
+            // A signal, such as one that kicks the vCPU of this thread, may interrupt the call. The next call resets
+            // the rest.
             retry_on_intr(|| {
                 // SAFETY: this number takes no argument.
                 let reset = unsafe { NoArg::<RESET_DIRTY_RINGS>::new() };
@@ -196,25 +201,24 @@ impl KvmDirtyRings {
 
 /// The dirty log that reads the rings.
 ///
-/// A take fails if a ring ran over: [`KvmRingError::RanOver`] within its error.
+/// Logging is on from [`start`](KvmDirtyRings::start) until the log is dropped. A take fails with
+/// [`KvmRingError::RanOver`] within its error if a ring has overrun.
 ///
-/// It is on from [`start`](KvmDirtyRings::start) to its drop.
-///
-/// **Warning:** when the guest has stopped, all its vCPUs must have left `KVM_RUN` before the last take: only then is
-/// everything in the rings. A vCPU that was told to stop and not waited for keeps its last writes in the processor's own
-/// buffer, and they do not migrate. So what stops the guest returns when each vCPU's thread is out of
-/// `KVM_RUN`, and not before.
+/// **Warning:** after the guest has stopped, all its vCPUs must have left `KVM_RUN` before the last take. Only then are
+/// all writes in the rings. A vCPU that was asked to stop but not waited for keeps its last writes in the processor's
+/// own buffer, and these pages do not migrate. So the code that stops the guest must return only after the thread of
+/// each vCPU has left `KVM_RUN`.
 #[derive(Debug)]
 pub struct KvmRingLog<'vm> {
     logging: Logging<'vm>,
-    // Behind the field above: the bits are forgotten when the kernel does not log any more.
+    // Declared after `logging`, so it is dropped later: the bits are discarded when the kernel no longer logs.
     reading: Reading,
     page_size: PageSize,
-    /// Bits put back, of each block.
+    /// Bits that were put back, for each block.
     held: Vec<PageBitmap>,
 }
 
-/// One log's turn at the rings.
+/// The exclusive right of one log to read the rings.
 #[derive(Debug)]
 struct Reading(KvmDirtyRings);
 
@@ -244,7 +248,7 @@ impl DirtyLog for KvmRingLog<'_> {
                 .filter_map(|slot| Some((slot.coarse(), moved(bits(slot)?))))
                 .collect()
         };
-        // With the rings free again for the vCPUs' threads.
+        // The rings are unlocked here, free for the threads of the vCPUs.
         for (granules, bits) in taken {
             granules.mark(into.bits(), self.page_size, bits.words());
         }
@@ -258,7 +262,7 @@ impl DirtyLog for KvmRingLog<'_> {
 
 /// The ring of one vCPU, mapped.
 struct Ring {
-    /// Its vCPU's number.
+    /// The number of its vCPU.
     vcpu: u64,
     base: NonNull<kvm_dirty_gfn>,
     entries: u32,
@@ -267,12 +271,12 @@ struct Ring {
     ran_over: bool,
 }
 
-// SAFETY: the mapping is the ring's own until its drop, whichever thread does that; entries are reached through raw
-// pointers, by whoever has the ring mutably.
+// SAFETY: the mapping is the ring's own until its drop, whichever thread does that; entries are accessed through raw
+// pointers, only by the holder of a mutable reference to the ring.
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// The ring of a vCPU, which is the one at `place` if the kernel does not tell its number.
+    /// Maps the ring of a vCPU. `place` serves as the vCPU's number if the kernel does not report it.
     fn map(vcpu: &VcpuFd, entries: u32, place: u64) -> io::Result<Self> {
         // SAFETY: the vCPU is borrowed, so its descriptor is open.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
@@ -295,7 +299,8 @@ impl Ring {
         entries as usize * size_of::<kvm_dirty_gfn>()
     }
 
-    /// Gives slot and page of every entry that the kernel has filled, and hands the entries back; says how many.
+    /// Calls `found` with slot and page of every entry that the kernel has filled, and returns the entries to the
+    /// kernel. Returns their number.
     fn drain(&mut self, mut found: impl FnMut(u32, u64)) -> u32 {
         let mut count = 0;
         while count < self.entries && self.hand_back(&mut found) {
@@ -311,16 +316,16 @@ impl Ring {
         unsafe { self.base.add(index) }.as_ptr()
     }
 
-    /// Reads the next entry and hands it back, if the kernel has filled it.
+    /// Reads the next entry and returns it to the kernel, if the kernel has filled it.
     fn hand_back(&mut self, found: &mut impl FnMut(u32, u64)) -> bool {
         let entry = self.entry();
         // SAFETY: the entry is mapped, and its flags are its first field; the kernel writes them as an atomic.
         let flags = unsafe { AtomicU32::from_ptr(entry.cast()) };
-        // Pairs with the kernel's release: slot and offset of an entry that is dirty are whole, and so is the page.
+        // Pairs with the kernel's release: slot and offset of a dirty entry are complete, and so is the page.
         if flags.load(Ordering::Acquire) & DIRTY == 0 {
             return false;
         }
-        // SAFETY: mapped and aligned; the kernel leaves an entry alone from dirty to reset.
+        // SAFETY: mapped and aligned; the kernel does not touch an entry from dirty to reset.
         let kvm_dirty_gfn { slot, offset, .. } = unsafe { entry.read_volatile() };
         found(slot, offset);
         // Pairs with the kernel's acquire: it takes the entry only after we have read it.

@@ -1,9 +1,9 @@
-//! Whose ring it is: what can be found out of a vCPU before its ring is mapped, and what can be wrong with it.
+//! Identifies the ring of a vCPU: what can be checked before the ring is mapped, and what can be wrong with it.
 //!
-//! A ring that is mapped with another length than it has is the end of the process (`SIGBUS`), or is read at wrong places, so
-//! the length is asked of the kernel: it refuses to map a page of a ring privately, and no other.
+//! If a ring is mapped with a wrong length, the process is killed (`SIGBUS`) or reads at wrong positions. So the length
+//! is queried first: the kernel refuses a private mapping of a page that belongs to a ring, and of no other page.
 //!
-//! UNSAFETY: a page is mapped and unmapped again; nothing looks at it.
+//! UNSAFETY: a page is mapped and unmapped again; nothing accesses it.
 #![expect(unsafe_code, reason = "a page is mapped to see whether it can be")]
 
 use std::{
@@ -18,28 +18,28 @@ use rustix::{
     mm::{MapFlags, ProtFlags, mmap, munmap},
 };
 
-/// What is wrong with the dirty ring of a vCPU: found in the [`io::Error`] of [`KvmDirtyRings`](super::KvmDirtyRings) and
-/// [`KvmRingLog`](super::KvmRingLog), by [`io::Error::get_ref`].
+/// What is wrong with the dirty ring of a vCPU. It is inside the [`io::Error`] of
+/// [`KvmDirtyRings`](super::KvmDirtyRings) and [`KvmRingLog`](super::KvmRingLog); [`io::Error::get_ref`] returns it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KvmRingError {
-    /// Pages that a vCPU has written are not known, and nothing can mend that.
+    /// The ring has overrun: some pages that the vCPU has written are unknown. There is no recovery.
     RanOver {
-        /// Its number.
+        /// The vCPU's number.
         vcpu: u64,
-        /// How many vCPUs have rings here.
+        /// The number of vCPUs whose rings are registered.
         rings: usize,
     },
-    /// The vCPU's ring is read here already.
+    /// The vCPU's ring is registered already.
     Twice {
-        /// Its number.
+        /// The vCPU's number.
         vcpu: u64,
     },
-    /// The vCPU has another ring than was enabled, or none: it is another machine's.
+    /// The vCPU's ring has a different size than was enabled, or it has no ring: it belongs to another machine.
     Size {
-        /// Its number.
+        /// The vCPU's number.
         vcpu: u64,
-        /// The entries that were enabled.
+        /// The number of entries that was enabled.
         entries: u32,
     },
 }
@@ -76,16 +76,16 @@ impl From<KvmRingError> for io::Error {
     }
 }
 
-/// The number that the vCPU was made with, by the name that the kernel gives its descriptor.
+/// The number with which the vCPU was created, from the name that the kernel gives its descriptor.
 pub(super) fn number(vcpu: BorrowedFd<'_>) -> Option<u64> {
     let name = std::fs::read_link(format!("/proc/self/fd/{}", vcpu.as_raw_fd())).ok()?;
     name.to_str()?.rsplit_once("kvm-vcpu:")?.1.parse().ok()
 }
 
-/// Whether the vCPU's ring is of this many pages.
+/// Whether the vCPU's ring has exactly `pages` pages.
 ///
 /// # Errors
-/// If the system maps nothing.
+/// If the system cannot map a page.
 pub(super) fn has_pages(vcpu: BorrowedFd<'_>, pages: u64) -> io::Result<bool> {
     Ok(has_page(vcpu, 0)? && has_page(vcpu, pages.saturating_sub(1))? && !has_page(vcpu, pages)?)
 }
@@ -98,7 +98,7 @@ fn has_page(vcpu: BorrowedFd<'_>, page: u64) -> io::Result<bool> {
         unsafe { mmap(std::ptr::null_mut(), size, ProtFlags::READ, MapFlags::PRIVATE, vcpu, offset) };
     match mapped {
         Ok(base) => {
-            // SAFETY: the page was mapped just now, and nobody else knows of it.
+            // SAFETY: the page was mapped just now, and nothing else uses it.
             unsafe { munmap(base, size) }?;
             Ok(false)
         }

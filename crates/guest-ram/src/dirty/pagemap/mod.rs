@@ -6,15 +6,15 @@
 //!        └─ soft-dirty is set ── read with the writers standing still, then cleared ──────▶ SoftDirtyLog ──┴▶ pending
 //! ```
 //!
-//! [`PagemapLog`] is the one to have (Linux 6.7). [`SoftDirtyLog`] is for kernels before that: its bits cannot be
-//! read and cleared in one step, so the writers have to be held for every take.
+//! Use [`PagemapLog`] if possible (Linux 6.7). [`SoftDirtyLog`] is for older kernels: its bits cannot be read and
+//! cleared in one step, so the writers must be paused for every take.
 //!
-//! Both see what goes through this process's page table: its threads, system calls that fill its memory, vCPUs of
-//! `/dev/kvm`. Neither sees what does not: another process that has the same memory mapped, another mapping of it in
-//! this one, and devices that write to pages they hold by address (direct I/O under way, fixed buffers of `io_uring`,
-//! VFIO). Such writers mark what they write, in a log that is [merged](super::MergedLog) with this one.
+//! Both see writes through this process's page table: by its threads, by system calls that fill its memory, by vCPUs of
+//! `/dev/kvm`. Neither sees other writes: by another process that maps the same memory, through another mapping in this
+//! process, or by devices that write to pages by physical address (direct I/O in progress, fixed buffers of `io_uring`,
+//! VFIO). Such writers must mark what they write in a log that is [merged](super::MergedLog) with this one.
 //!
-//! Where a block's pages are greater than the host's, a page is dirty if any part of it was written.
+//! If a block's pages are larger than the host's, a page is dirty if any part of it was written.
 
 mod kernel;
 mod soft_dirty;
@@ -27,12 +27,11 @@ use crate::{Memory, PageIndex, RamBlock};
 pub use soft_dirty::SoftDirtyLog;
 pub use written::PagemapLog;
 
-/// The addresses of a block's pages, if they are sent and can be written through this process's page table at all:
-/// none of an ignored block, of a file, of memory mapped for reading, or of a block that has no page.
+/// The addresses of a block's pages, if they are sent and can be written through this process's page table. `None` for
+/// an ignored block, a block in a file, memory mapped for reading, and a block without pages.
 ///
 /// # Errors
-/// If the block does not start where a page of the host does: it would share that page's bit with what stands before
-/// it.
+/// If the block does not start on a boundary of a host page: it would share that page's bit with the memory before it.
 fn addresses(block: &RamBlock) -> io::Result<Option<Range<u64>>> {
     let Memory::Mapped(mapping) = block.memory() else { return Ok(None) };
     let Some(pages) =
@@ -47,13 +46,13 @@ fn addresses(block: &RamBlock) -> io::Result<Option<Range<u64>>> {
     let page = rustix::param::page_size() as u64;
     if !start.is_multiple_of(page) {
         let why =
-            format!("expected its memory to start on a border of pages of {page} bytes, met {start:#x}");
+            format!("expected its memory to start on a boundary of pages of {page} bytes, found {start:#x}");
         return Err(Refused::named(block, why, io::ErrorKind::InvalidInput.into()));
     }
     Ok(Some(start..start + len))
 }
 
-/// Why a log cannot be had or read; what the system said is its source.
+/// Why a log cannot be made or read. The system's error is the source.
 #[derive(Debug)]
 struct Refused {
     why: String,

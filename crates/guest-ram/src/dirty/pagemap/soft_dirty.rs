@@ -1,19 +1,19 @@
 //! The log of kernels that only have soft-dirty bits: cleared for the whole process at once, set by the first write.
 //!
 //! ```text
-//! writers stand still:  pagemap, bit 55 of each page ─▶ held ; "4" ─▶ clear_refs
-//! writers run on:       held ─▶ into
+//! writers paused:  pagemap, bit 55 of each page ─▶ held ; "4" ─▶ clear_refs
+//! writers running:       held ─▶ into
 //! ```
 //!
-//! Reading the bits and clearing them are two steps. A write between the two would be lost without a trace, and
-//! nothing the kernel has can close that gap, so the writers are held there.
+//! Reading the bits and clearing them are two steps. A write between the two would be lost silently, and the kernel
+//! offers no way to close that gap. So the writers are paused for both steps.
 //!
-//! A kernel that was built without the bits has the same files and says nothing: every bit is clear for ever. So bits
-//! are tried out before they are believed, in a page of our own and in the first and the last page of each block. The
-//! latter finds huge pages as well, which have no such bits. Shared memory is refused by its own mark: when the
-//! kernel takes such a page away for want of memory, the bit goes with it.
+//! A kernel that was built without the bits has the same files and reports no error: every bit is always clear. So the
+//! bits are tested before they are trusted, in a page of our own and in the first and the last page of each block. The
+//! test of each block also detects huge pages, which have no such bits. Shared memory is refused, because its bits are
+//! lost when the kernel reclaims such a page under memory pressure; it is recognised by its own bit in the page table.
 //!
-//! UNSAFETY: to try the bits out, a byte of a page is written with what it holds, in one atomic step.
+//! UNSAFETY: to test the bits, a byte of a page is overwritten with its own value, in one atomic step.
 #![expect(unsafe_code, reason = "a byte of guest memory is written with itself")]
 
 use std::{
@@ -39,36 +39,36 @@ use crate::{
 };
 
 /// The dirty log of what is written through this process's page table, for kernels before 6.7 that have
-/// `CONFIG_MEM_SOFT_DIRTY`: the fall-back of [`PagemapLog`](super::PagemapLog), whose page has an example.
+/// `CONFIG_MEM_SOFT_DIRTY`: the fall-back of [`PagemapLog`](super::PagemapLog), whose documentation has an example.
 ///
-/// It serves private anonymous memory alone, and holds the writers for every take: for as long as it takes to read 8
-/// bytes for each page of all blocks, and to clear the bits of the whole process.
+/// It supports only private anonymous memory. It pauses the writers for every take: for the time to read 8 bytes for
+/// each page of all blocks and to clear the bits of the whole process.
 ///
-/// The bits are the process's: there is one such log at a time.
+/// The bits belong to the process, so there can be only one such log at a time.
 ///
-/// **Warning:** nothing else may clear them, in this process or from outside (a checkpoint by CRIU does, and any write to
-/// `/proc/PID/clear_refs`): pages that were written before are then not sent again, and nothing notices.
+/// **Warning:** nothing else may clear them, in this process or from outside (a checkpoint by CRIU does, and any write
+/// to `/proc/PID/clear_refs`): pages that were written before are then not sent again, without an error.
 pub struct SoftDirtyLog<W> {
     bits: Bits,
     writers: W,
     blocks: Arc<RamBlocks>,
-    /// The addresses of each block's pages, if it has any that can be written; bits read or put back.
+    /// For each block: the addresses of its pages, if it has writable ones, and the bits that were read or put back.
     watched: Vec<(Option<Range<u64>>, PageBitmap)>,
     _sole_reader: SoleReader,
 }
 
 impl<W: FnMut(&mut dyn FnMut())> SoftDirtyLog<W> {
-    /// Tries the bits out and clears them. Writers may run.
+    /// Tests the bits and clears them. Writers may run.
     ///
-    /// For each take `writers` is called, in the thread of the take: it makes all writers stand still, calls what it
-    /// is given, and lets them go on. What a system call or a device is about to write must be waited for as well.
+    /// For each take, `writers` is called in the thread of the take. It must pause all writers, call the function it is
+    /// given, and resume the writers. It must also wait for system calls and devices that are about to write.
     ///
-    /// Blocks in a file, ignored ones and those that are mapped for reading alone are never dirty.
+    /// Blocks in a file, ignored blocks and blocks that are mapped for reading only are never dirty.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] if the kernel has no such bits, or none for the memory of a block, which is
-    /// named; [`io::ErrorKind::ResourceBusy`] if there is such a log already; [`io::ErrorKind::InvalidInput`] if a
-    /// block starts inside a page of the host.
+    /// [`io::ErrorKind::Unsupported`] if the kernel has no such bits, or none for the memory of a block; the error
+    /// names the block. [`io::ErrorKind::ResourceBusy`] if there is such a log already; [`io::ErrorKind::InvalidInput`]
+    /// if a block starts inside a page of the host.
     pub fn start(blocks: Arc<RamBlocks>, writers: W) -> io::Result<Self> {
         let sole_reader = sole_reader()?;
         let mut bits = Bits::open()?;
@@ -80,7 +80,7 @@ impl<W: FnMut(&mut dyn FnMut())> SoftDirtyLog<W> {
         Ok(Self { bits, writers, blocks, watched, _sole_reader: sole_reader })
     }
 
-    /// Moves the bits of all blocks into `held`: what is cleared for one is cleared for all.
+    /// Moves the bits of all blocks into `held`, because clearing the bits of one block clears those of all.
     fn sweep(&mut self) -> io::Result<()> {
         let (bits, watched, page_size) = (&mut self.bits, &self.watched, self.blocks.page_size());
         let mut swept = None;
@@ -120,7 +120,7 @@ impl<W> fmt::Debug for SoftDirtyLog<W> {
     }
 }
 
-/// The two files that the bits are read from and cleared by.
+/// The two files through which the bits are read and cleared.
 #[derive(Debug)]
 struct Bits {
     pagemap: File,
@@ -138,13 +138,13 @@ impl Bits {
     }
 
     fn clear(&mut self) -> io::Result<()> {
-        // The one write is the request: there are no more bytes to come.
+        // A single write is the whole request, so `write_all` is not needed.
         self.clear_refs
             .write_all(b"4")
             .map_err(|error| Refused::because("soft-dirty bits cannot be cleared", error))
     }
 
-    /// Gives the runs of pages whose entry has one of the bits of `mask`, in bytes from the range's start.
+    /// Calls `found` with the runs of pages whose entry has one of the bits of `mask`, in bytes from the range's start.
     fn read(&mut self, range: &Range<u64>, mask: u64, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
         let page = rustix::param::page_size() as u64;
         let count = (range.end - range.start).div_ceil(page);
@@ -171,12 +171,12 @@ impl Bits {
     fn has(&mut self, slice: GuestSlice<'_>, mask: u64) -> io::Result<bool> {
         let page = rustix::param::page_size() as u64;
         let start = slice.as_ptr().addr() as u64 / page * page;
-        let mut met = false;
-        self.read(&(start..start + page), mask, |_| met = true)?;
-        Ok(met)
+        let mut found = false;
+        self.read(&(start..start + page), mask, |_| found = true)?;
+        Ok(found)
     }
 
-    /// Writes to pages after clearing their bits, and looks whether they are set.
+    /// Writes to pages after clearing their bits, and checks that the bits are set.
     fn try_out(&mut self, blocks: &RamBlocks) -> io::Result<()> {
         let own = Mapping::anonymous(rustix::param::page_size() as u64)?;
         let own = own.slice(0, 1).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -186,8 +186,9 @@ impl Bits {
         touch(own);
         if before || !self.has(own, SOFT_DIRTY)? {
             let why = "the kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)";
-            let met = if before { "clearing them does nothing" } else { "a page that was written has none" };
-            return Err(Refused::with_kind(io::ErrorKind::Unsupported, why, io::Error::other(met)));
+            let found =
+                if before { "clearing them does nothing" } else { "a page that was written has none" };
+            return Err(Refused::with_kind(io::ErrorKind::Unsupported, why, io::Error::other(found)));
         }
         for (_, block) in blocks.iter() {
             self.try_block(block)?;
@@ -215,16 +216,16 @@ impl Bits {
     }
 }
 
-/// Writes the first byte with what it holds.
+/// Overwrites the first byte with its own value.
 fn touch(slice: GuestSlice<'_>) {
-    // SAFETY: the slice lies in a mapping that it borrows, is writable, and a byte has no alignment. Other writers
-    // may be there at the same time, and lose nothing: the step is atomic and changes no bit.
+    // SAFETY: the slice lies in a mapping that it borrows, is writable, and a byte has no alignment. Other writers may
+    // write at the same time and lose nothing: the step is atomic and changes no bit.
     let byte = unsafe { AtomicU8::from_ptr(slice.as_ptr()) };
-    // A compiler that sees the zero makes a read of it, or nothing.
+    // Hides the zero from the compiler, which would turn the step into a read or remove it.
     byte.fetch_or(hint::black_box(0), Ordering::Relaxed);
 }
 
-/// The one reader there may be: the bits are the process's.
+/// The right of the only reader: the bits belong to the process.
 fn sole_reader() -> io::Result<SoleReader> {
     SoleReader::of(std::ptr::from_ref(&OF_THE_PROCESS).addr())
 }
@@ -253,15 +254,16 @@ mod tests {
         runs
     }
 
-    /// Every kernel fills these bits in, also one that has no soft-dirty bits.
+    /// Every kernel fills in these bits, even one without soft-dirty bits.
     #[test]
     fn pages_whose_entries_have_the_bit_are_given_as_runs_of_bytes() {
         let page = rustix::param::page_size() as u64;
-        // Longer than what is read at once.
+        // More than one read covers.
         let pages = 3 * WORDS as u64 + 5;
         let mapping = Mapping::anonymous(pages * page).expect("memory");
         let all = mapping.slice(0, usize::try_from(pages * page).expect("in memory")).expect("inside");
-        // SAFETY: the range is the mapping's; the advice changes what the system gives when a page is touched.
+        // SAFETY: the range belongs to the mapping; the advice changes only what the system provides when a page is
+        // touched.
         unsafe { rustix::mm::madvise(all.as_ptr().cast(), all.len(), rustix::mm::Advice::LinuxNoHugepage) }
             .expect("pages one by one");
         let border = WORDS as u64;
@@ -271,11 +273,11 @@ mod tests {
         }
         let start = all.as_ptr().addr() as u64;
         let mut bits = Bits::open().expect("the files");
-        let met: Vec<u64> = runs(&mut bits, &(start..start + pages * page), PRESENT)
+        let found: Vec<u64> = runs(&mut bits, &(start..start + pages * page), PRESENT)
             .into_iter()
             .flat_map(|run| run.start / page..run.end / page)
             .collect();
-        assert_eq!(met, touched);
+        assert_eq!(found, touched);
         let inner = start + 3 * page..start + 6 * page;
         assert_eq!(runs(&mut bits, &inner, PRESENT), vec![0..2 * page]);
         assert_eq!(runs(&mut bits, &inner, FILE_OR_SHARED), []);

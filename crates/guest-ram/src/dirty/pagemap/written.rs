@@ -1,9 +1,9 @@
-//! The log of writes through this process's page table: found and protected again in one step.
+//! The log of writes through this process's page table. Finding a written page and protecting it again is one step.
 //!
-//! When the log is made, every page of the blocks is protected against writing. The first write to a page takes a
-//! fault, in which the kernel lifts the protection by itself; a take asks for the pages that are not protected, and
-//! the kernel protects each as it tells of it, under the lock of its page table entry. So a write is found by this
-//! take, or faults again and is found by the next.
+//! When the log is made, every page of the blocks is protected against writing. The first write to a page causes a
+//! fault, in which the kernel itself lifts the protection. A take asks for the pages that are not protected. The kernel
+//! protects each page again as it reports it, under the lock of its page table entry. So a write is found by this take,
+//! or causes another fault and is found by the next take.
 
 use std::{fs, fs::File, io, ops::Range, sync::Arc};
 
@@ -17,8 +17,8 @@ use crate::{
     memory::residency::{PAGEMAP, REGIONS, Regions},
 };
 
-/// The dirty log of what is written through this process's page table (`PAGEMAP_SCAN`, Linux 6.7): by its threads,
-/// whatever they are, by system calls that fill memory, by vCPUs. Writers have nothing to do, and need not know.
+/// The dirty log of writes through this process's page table (`PAGEMAP_SCAN`, Linux 6.7): by any of its threads, by
+/// system calls that fill memory, by vCPUs. Writers need no changes.
 ///
 /// ```
 /// # use std::{error::Error, sync::Arc};
@@ -32,10 +32,10 @@ use crate::{
 /// let name = BlockName::new("pc.ram").ok_or("a name")?;
 /// let blocks = Arc::new(RamBlocks::new(vec![RamBlock::new(name, 1 << 20, PageSize::KIB_4, memory)?])?);
 ///
-/// // For one migration: on from here to the drop.
+/// // For one migration: logging is on from here until the drop.
 /// let threads: Box<dyn DirtyLog> = match PagemapLog::start(blocks.clone()) {
 ///     Ok(log) => Box::new(log),
-///     // An older kernel. The writers stand still while `sweep` runs; here there is none.
+///     // An older kernel. Writers must be paused while `sweep` runs; this example has none.
 ///     Err(old) if old.kind() == std::io::ErrorKind::Unsupported => {
 ///         match SoftDirtyLog::start(blocks.clone(), |sweep| sweep()) {
 ///             Ok(log) => Box::new(log),
@@ -44,7 +44,7 @@ use crate::{
 ///     }
 ///     Err(error) => return Err(error.into()),
 /// };
-/// // Devices that hold pages by address go past the page table, and mark.
+/// // Devices that write by physical address bypass the page table and mark pages.
 /// let devices = DirtyBitmaps::new(&blocks);
 /// let mut log = MergedLog::new().with("the threads", threads).with("the devices", devices.reader()?);
 ///
@@ -57,14 +57,15 @@ use crate::{
 /// # }
 /// ```
 ///
-/// Memory may be private or shared, anonymous, of a memfd or a file, in pages of any size. What is written by other
-/// ways than this process's page table is not seen: by another process that shares the memory, through a second
-/// mapping of it, by devices that hold pages by address. To discard memory (`MADV_DONTNEED`, a hole in a file) is no
-/// write either: whoever does that marks the pages.
+/// Memory may be private or shared, anonymous, from a memfd or from a file, in pages of any size. Writes that do not go
+/// through this process's page table are not seen: by another process that shares the memory, through a second mapping,
+/// by devices that write by physical address. Discarding memory (`MADV_DONTNEED`, a hole in a file) does not count as a
+/// write either: the code that discards must mark the pages.
 ///
-/// It is on from [`start`](Self::start) to its drop, needs no privilege, and costs a fault for each page that is
-/// written between two takes. Huge pages of the kernel's own making are split by the first write to them, and no new
-/// ones are given meanwhile. A take walks the page table of the block: its cost goes by the memory there is.
+/// Logging is on from [`start`](Self::start) until the log is dropped. It needs no privilege and costs one fault for
+/// each page that is written between two takes. The first write to a transparent huge page splits it, and the kernel
+/// makes no new ones while the log is on. A take walks the page table of the block, so its cost depends on the size of
+/// the memory.
 #[derive(Debug)]
 pub struct PagemapLog {
     userfault: Userfault,
@@ -76,22 +77,22 @@ pub struct PagemapLog {
 
 #[derive(Debug)]
 struct Watched {
-    /// Addresses that are protected, if any. They end with the block's last page, or with the page of memory that it
-    /// is in.
+    /// The protected addresses, if any. They end with the block's last page, or with the page of memory that contains
+    /// its end.
     range: Option<Range<u64>>,
-    /// Bits put back.
+    /// Bits that were put back.
     held: PageBitmap,
 }
 
 impl PagemapLog {
     /// Protects the pages of all blocks. Writers may run.
     ///
-    /// Blocks in a file, ignored ones and those that are mapped for reading alone are never dirty.
+    /// Blocks in a file, ignored blocks and blocks that are mapped for reading only are never dirty.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] if the kernel cannot do this; [`io::ErrorKind::PermissionDenied`] if a filter
-    /// of system calls forbids `userfaultfd`. Names the block whose memory cannot be protected: it starts inside a
-    /// page ([`io::ErrorKind::InvalidInput`]), or another `userfaultfd`, such as that of another log, has it
+    /// [`io::ErrorKind::Unsupported`] if the kernel lacks the feature; [`io::ErrorKind::PermissionDenied`] if a seccomp
+    /// filter forbids `userfaultfd`. If a block's memory cannot be protected, the error names the block: it starts
+    /// inside a page ([`io::ErrorKind::InvalidInput`]), or another `userfaultfd`, such as that of another log, has it
     /// ([`io::ErrorKind::ResourceBusy`]).
     pub fn start(blocks: Arc<RamBlocks>) -> io::Result<Self> {
         let userfault = Userfault::open()?;
@@ -101,7 +102,7 @@ impl PagemapLog {
         let mut log =
             Self { userfault, pagemap, regions: Regions::new(REGIONS), blocks: blocks.clone(), watched };
         for (_, block) in blocks.iter() {
-            // In the log one by one: what has been protected is let go, whatever happens.
+            // Blocks enter the log one by one, so that what has been protected is released on every path.
             let range = log.watch(block)?;
             log.watched.push(Watched { range, held: PageBitmap::new(block.pages()) });
         }
@@ -111,8 +112,8 @@ impl PagemapLog {
     fn watch(&self, block: &RamBlock) -> io::Result<Option<Range<u64>>> {
         let Some(pages) = addresses(block)? else { return Ok(None) };
         let mut first = None;
-        // Memory is protected in whole pages, and nothing tells what pages it is in. A size that is too small is
-        // refused wherever the block ends inside a page; the first one that is not is the memory's own or divides it.
+        // Memory is protected in whole pages, and no call reports their size. A size that is too small is refused if
+        // the block ends inside a page. The first size that is accepted is the memory's own or divides it.
         for size in page_sizes() {
             let range = pages.start..pages.end.next_multiple_of(size);
             match self.userfault.watch(&range) {
@@ -131,7 +132,7 @@ impl DirtyLog for PagemapLog {
     }
 
     /// # Errors
-    /// If the block's memory is no longer what it was when the log was made. All its pages count as written then.
+    /// If the block's memory is no longer what it was when the log was made. All its pages then count as written.
     fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
         let Watched { range, held } = &self.watched[block.0];
         into.take_from(held);
@@ -140,7 +141,7 @@ impl DirtyLog for PagemapLog {
         let found =
             |run: Range<u64>| mark(into.bits(), page_size, run.start - range.start..run.end - range.start);
         self.regions.scan(&self.pagemap, range, &WRITTEN, found).map_err(|error| {
-            // What had been found by then is not known.
+            // It is unknown what the scan had found before the error.
             held.fill();
             match self.blocks.block(block) {
                 Ok(block) => {
@@ -158,7 +159,7 @@ impl DirtyLog for PagemapLog {
 
 impl Drop for PagemapLog {
     fn drop(&mut self) {
-        // The descriptor's end would do the same, but a child process may have it, too.
+        // Closing the descriptor would do the same, but a child process may hold it, too.
         for range in self.watched.iter().filter_map(|watched| watched.range.as_ref()) {
             if let Err(error) = self.userfault.leave(range) {
                 tracing::warn!(start = format_args!("{:#x}", range.start), %error, "write protection stays until exit");
@@ -175,7 +176,7 @@ fn unwatched(block: &RamBlock, error: io::Error) -> io::Error {
     Refused::named(block, why, error)
 }
 
-/// The sizes of pages that memory may be in, ascending.
+/// The possible sizes of pages of memory, ascending.
 fn page_sizes() -> Vec<u64> {
     let huge = fs::read_dir(HUGE_PAGES).into_iter().flatten().flatten().filter_map(|entry| {
         let name = entry.file_name();
@@ -187,5 +188,5 @@ fn page_sizes() -> Vec<u64> {
     sizes
 }
 
-/// A folder for each size.
+/// The folder with one folder for each size of huge pages.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";

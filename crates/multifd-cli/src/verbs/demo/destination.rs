@@ -1,4 +1,4 @@
-//! The demo's destination: takes the guest in and says what it got.
+//! The demo's destination: receives the guest and reports what it got.
 
 use multifd::{
     Error,

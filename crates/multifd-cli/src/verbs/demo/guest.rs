@@ -1,4 +1,4 @@
-//! The demo's guest: memory, and threads that keep writing to it at a set rate.
+//! The demo's guest: memory, and threads that write to it continuously at a given rate.
 
 use std::{
     fs::File,
@@ -23,20 +23,20 @@ use crate::output::outcome::{Failure, While};
 
 pub(super) const DEVICE: &str = "demo-guest";
 
-/// A guest of which only the memory is real.
+/// A simulated guest; only its memory is real.
 pub(super) struct DemoGuest {
     blocks: Arc<RamBlocks>,
     log: DirtyBitmaps,
     rate: u64,
     rounds: Arc<AtomicU64>,
-    /// Per cent of time that the writers stand. Relaxed: it orders nothing.
+    /// Percentage of time for which the writers pause. Relaxed: it orders nothing.
     throttle: Arc<AtomicU8>,
     power: Stop,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl DemoGuest {
-    /// Fills RAM, an eighth of it left zero, and starts the writers, unless `stop` comes first.
+    /// Fills RAM, leaves an eighth of it zero, and starts the writers, unless `stop` happens first.
     pub(super) fn boot(blocks: Arc<RamBlocks>, rate: u64, stop: &Stop) -> Result<Self, Failure> {
         let log = DirtyBitmaps::new(&blocks);
         let (rounds, throttle, power) = (Arc::default(), Arc::default(), Stop::new());
@@ -46,12 +46,12 @@ impl DemoGuest {
         Ok(guest)
     }
 
-    /// The log that the writers keep.
+    /// The dirty log that the writers update.
     pub(super) fn dirty_log(&self) -> io::Result<DirtyReader> {
         self.log.reader()
     }
 
-    /// How many pages the writers have written.
+    /// The number of pages that the writers have written.
     pub(super) fn rounds(&self) -> u64 {
         self.rounds.load(Ordering::Acquire)
     }
@@ -90,22 +90,22 @@ impl DemoGuest {
     }
 }
 
-/// What stands for a processor.
+/// A thread that acts as a processor.
 struct Writer {
     blocks: Arc<RamBlocks>,
     log: DirtyBitmaps,
     rounds: Arc<AtomicU64>,
     throttle: Arc<AtomicU8>,
     power: Stop,
-    /// Bytes a second, of the time that it runs.
+    /// Bytes per second of the time that it runs.
     rate: u64,
     number: u64,
     random: Rng,
 }
 
 impl Writer {
-    /// Writes a pageful at a time, as many as the rate makes due, until the power goes. Runs in turns, and stands in between
-    /// as the throttle says.
+    /// Writes one page at a time, as many as the rate allows, until the end. Runs in turns and pauses in between
+    /// according to the throttle.
     fn keep_writing(mut self) {
         let Some(block) = self.blocks.get(BlockIndex(0)) else { return };
         let (page_size, pages) = (block.page_size().bytes() as u64, block.pages());
@@ -136,7 +136,7 @@ impl Writer {
     }
 
     fn write_one(&mut self, pages: u64) {
-        // Each writer has pages of its own, so that no page is a mixture of two.
+        // Each writer has its own pages, so that no page is a mixture of two.
         let page = PageIndex(self.random.u64(..(pages / WRITERS).max(1)) * WRITERS + self.number);
         write(&self.blocks, page, self.random.u64(..));
         self.log.mark(BlockIndex(0), page);
@@ -144,8 +144,8 @@ impl Writer {
     }
 }
 
-/// Fills a page with what follows from one random word: a quarter noise, then that word again and again. A method that
-/// compresses finds in it what it finds in many guests.
+/// Fills a page from one random word: a quarter noise, then that word repeatedly. It compresses like the pages of many
+/// guests.
 fn write(blocks: &RamBlocks, page: PageIndex, seed: u64) {
     let slice = blocks.get(BlockIndex(0)).and_then(|block| block.slice(page, 1));
     let Some(slice) = slice else { return };
@@ -204,7 +204,7 @@ impl Drop for DemoGuest {
     }
 }
 
-/// Peak resident memory of this process beyond what the guest's RAM takes, in bytes.
+/// The peak resident memory of this process beyond the guest's RAM, in bytes.
 pub(super) fn peak_beyond(blocks: &RamBlocks) -> Result<u64, Failure> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let peak =
@@ -214,7 +214,7 @@ pub(super) fn peak_beyond(blocks: &RamBlocks) -> Result<u64, Failure> {
     Ok((kib << 10).saturating_sub(ram))
 }
 
-/// The bytes of a block that are in memory: with huge pages more than were ever written.
+/// The bytes of a block that are in memory: with huge pages, more than were ever written.
 fn resident(block: &RamBlock) -> io::Result<u64> {
     let Some(slice) = block.slice(PageIndex(0), block.pages()) else { return Ok(0) };
     let page_size = block.page_size().bytes();
@@ -222,17 +222,17 @@ fn resident(block: &RamBlock) -> io::Result<u64> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut entries = vec![0; slice.len() / page_size * PAGEMAP_ENTRY];
     pagemap.read_exact_at(&mut entries, (first * PAGEMAP_ENTRY) as u64)?;
-    // Entries are words in host order; the top bit says that the page is in memory.
+    // Entries are words in host order; the top bit means that the page is in memory.
     let present = |entry: &&[u8]| entry.last().is_some_and(|top| top & 0x80 != 0);
     Ok((entries.chunks_exact(PAGEMAP_ENTRY).filter(present).count() * page_size) as u64)
 }
 
 /// Bytes of an entry in `/proc/self/pagemap`.
 const PAGEMAP_ENTRY: usize = 8;
-/// Words of a page that no method makes smaller, of 512.
+/// The number of words in a page, of 512, that no method compresses.
 const NOISE_WORDS: u64 = 128;
 const WRITERS: u64 = 2;
 const TICK: Duration = Duration::from_millis(1);
-/// How long a writer runs before it may have to stand.
+/// How long a writer runs before it may have to pause.
 const TURN: Duration = Duration::from_millis(10);
 const LOOK_EVERY: u64 = 64;

@@ -1,11 +1,11 @@
-//! `multifd demo`: the engine at work between two processes.
+//! `multifd demo`: a migration between two processes.
 //!
 //! ```text
 //! guest.rs: memory, and threads that write to it ══ channels and QEMU's main stream, on loopback ══▶ destination.rs
 //!           stopped at the switchover; a hash ◀───────────────── compared ─────────────────────── a hash
 //! ```
 //!
-//! The destination is this program again, in a process of its own. It says where it listens, then what it got.
+//! The destination is this program in a second process. It prints its address, then what it got.
 
 mod destination;
 mod guest;
@@ -46,7 +46,7 @@ use crate::{
     },
 };
 
-/// What the destination says when it has everything.
+/// The message of the destination when it has everything.
 #[derive(Serialize, Deserialize)]
 struct Arrived {
     hash: String,
@@ -127,7 +127,7 @@ fn ram_size(asked: u64) -> Result<u64, Failure> {
     Ok(whole.ok_or_else(|| Failure::Usage(refused().into()))?.max(MIN_RAM))
 }
 
-/// What is chosen, checked before a second process is asked for anything.
+/// The source with its options, checked before the second process does anything.
 fn source(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Source, Error> {
     let detection = args.zero_page_detection.or(ZeroPageDetection::Multifd);
     let migrate = MigrateOptions::new()
@@ -143,7 +143,7 @@ fn source(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Sourc
     Source::new(blocks.clone(), options, stop)
 }
 
-/// The second process, and what it says. It is ended if this one leaves before it is done.
+/// The second process and its output. It is ended if this process ends early.
 struct Destination(Child);
 
 struct Lines(BufReader<ChildStdout>);
@@ -176,7 +176,7 @@ impl Destination {
 
 impl Drop for Destination {
     fn drop(&mut self) {
-        // Gone already in most cases; then there is nothing to end.
+        // In most cases it has ended already; then there is nothing to end.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -200,7 +200,7 @@ fn block(size: u64) -> Result<RamBlock, Failure> {
     Ok(RamBlock::new(name, size, PageSize::KIB_4, Memory::Mapped(memory))?)
 }
 
-/// A hash over all RAM, of private copies of its pages.
+/// A hash over all RAM, from private copies of its pages.
 fn hash(blocks: &RamBlocks) -> Result<String, Failure> {
     let (mut hasher, mut page) = (Xxh3::new(), vec![0; blocks.page_size().bytes()]);
     for (_, block) in blocks.iter() {
@@ -219,7 +219,7 @@ fn look(progress: &Progress) -> Look {
     let note = match (&info.stall, info.cpu_throttle_percentage) {
         (Some(_), _) => "will not converge".to_owned(),
         (None, Some(percent)) => format!("guest throttled {percent} %"),
-        // It is known once a pass is over.
+        // The value is known after one pass.
         (None, None) if info.ram.dirty_sync_count > 1 => format!("dirty {dirty}/s"),
         (None, None) => String::new(),
     };
@@ -228,5 +228,5 @@ fn look(progress: &Progress) -> Look {
 
 const MACHINE: &str = "multifd-demo";
 const MIN_RAM: u64 = 1 << 20;
-/// What a process has room for.
+/// The greatest size that fits into a process.
 const MAX_RAM: u64 = 1 << 46;

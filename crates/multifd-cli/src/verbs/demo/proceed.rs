@@ -1,4 +1,4 @@
-//! Lets a migration continue that waits before its switchover.
+//! Continues a migration that waits before its switchover.
 
 use std::{io, thread::Builder};
 
@@ -6,14 +6,14 @@ use multifd::live::Control;
 
 use crate::output::outcome::say;
 
-/// Lets a paused migration continue at the next line, or at the end, of standard input. The thread is not joined: a user who
-/// does not press a key does not delay the end.
+/// Continues a paused migration at the next line, or at the end, of standard input. The thread is not joined, so a user
+/// who does not press a key does not delay the end.
 pub(super) fn proceed_at_a_line(control: Control) -> io::Result<()> {
     let wait = move || {
         if control.wait_pre_switchover() {
             say("the guest is stopped; press Enter to switch over");
             let _ = io::stdin().read_line(&mut String::new());
-            // Whether it still waits is its own affair.
+            // If it no longer waits, there is nothing to do.
             let _ = control.proceed();
         }
     };

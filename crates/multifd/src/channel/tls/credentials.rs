@@ -1,11 +1,11 @@
-//! Who we are and whom we trust: the files of a folder, named as QEMU names them.
+//! Our own certificate and the trusted authorities: the files of a folder, with QEMU's names.
 //!
 //! | File | Read by |
 //! | --- | --- |
-//! | `ca-cert.pem` | both: the authorities whose certificates are taken |
-//! | `ca-crl.pem` | both, if it is there: what the authorities have taken back |
+//! | `ca-cert.pem` | both: the authorities whose certificates are accepted |
+//! | `ca-crl.pem` | both, if it exists: the certificates that the authorities have revoked |
 //! | `server-cert.pem`, `server-key.pem` | the destination |
-//! | `client-cert.pem`, `client-key.pem` | the source, if they are there: a destination may ask for them |
+//! | `client-cert.pem`, `client-key.pem` | the source, if they exist: a destination may ask for them |
 
 use std::{
     fmt, io,
@@ -26,7 +26,7 @@ use x509_cert::{crl::CertificateList, der::Decode};
 
 use super::subject::Listed;
 
-/// What a source shows and asks for.
+/// What a source presents and requires.
 #[derive(Clone)]
 pub struct ClientCredentials {
     pub(super) config: Arc<ClientConfig>,
@@ -41,7 +41,7 @@ impl fmt::Debug for ClientCredentials {
     }
 }
 
-/// What a destination shows and asks for.
+/// What a destination presents and requires.
 #[derive(Clone)]
 pub struct ServerCredentials {
     pub(super) config: Arc<ServerConfig>,
@@ -56,12 +56,12 @@ impl fmt::Debug for ServerCredentials {
 }
 
 impl ClientCredentials {
-    /// Reads the folder. `name` is the host name or IP address that the destination's certificate must hold among
+    /// Reads the folder. `name` is the host name or IP address that the destination's certificate must contain among
     /// its alternative names: `tls-hostname`, or the host of the address.
     ///
     /// # Errors
-    /// [`CredentialsError`], which names the file: also if our own certificate is not valid now, or not of this folder's
-    /// authority, and if the list of what was taken back is out of date.
+    /// [`CredentialsError`], which names the file. Also if our own certificate is not valid now or not signed by this
+    /// folder's authority, and if the revocation list is out of date.
     pub fn load(folder: &Path, name: &str) -> Result<Self, CredentialsError> {
         let refused = |file: &str, error: rustls::Error| CredentialsError::new(folder.join(file), error);
         let checked = ServerName::try_from(name.to_owned()).map_err(|_| CredentialsError {
@@ -95,9 +95,9 @@ impl ClientCredentials {
         Ok(Self { config: Arc::new(config), name: checked, rekey_after: u64::MAX })
     }
 
-    /// Has every connection change its keys after so many records of up to 16 KiB, at least 1; in TLS 1.2, which cannot,
-    /// it ends there with an error. By default that is as often as the cipher asks for: 2^24 records of AES-GCM. Peers may
-    /// refuse many changes in little time.
+    /// Makes every connection change its keys after `records` records of up to 16 KiB, at least 1. TLS 1.2 cannot
+    /// change keys: the connection then ends with an error. The default is the limit of the cipher: 2^24 records of
+    /// AES-GCM. Peers may refuse many changes in a short time.
     #[must_use]
     pub fn rekey_after(mut self, records: u64) -> Self {
         self.rekey_after = records;
@@ -106,13 +106,13 @@ impl ClientCredentials {
 }
 
 impl ServerCredentials {
-    /// Reads the folder. A source must show a certificate of one of its authorities. `authz` is the list of subjects
-    /// that may come, written as QEMU writes them: as in RFC 4514, but with the parts in the certificate's order, say
-    /// `O=Example,CN=source`. An empty list takes every subject.
+    /// Reads the folder. A source must present a certificate of one of its authorities. `authz` is the list of allowed
+    /// subjects in QEMU's notation: as in RFC 4514, but with the parts in the certificate's order, for example
+    /// `O=Example,CN=source`. An empty list allows every subject.
     ///
     /// # Errors
-    /// [`CredentialsError`], which names the file: also if our own certificate is not valid now, or not of this folder's
-    /// authority, and if the list of what was taken back is out of date.
+    /// [`CredentialsError`], which names the file. Also if our own certificate is not valid now or not signed by this
+    /// folder's authority, and if the revocation list is out of date.
     pub fn load(folder: &Path, authz: Vec<String>) -> Result<Self, CredentialsError> {
         let provider = Arc::new(ring::default_provider());
         let roots = authorities(folder)?;
@@ -134,7 +134,8 @@ impl ServerCredentials {
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
             .map_err(refused)?;
-        // A channel's source never reads: whatever we send would lie in its socket, and reset it when it closes.
+        // The source of a channel never reads: bytes that we send would stay in its socket, and reset the connection
+        // when the source closes it.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(Self { config: Arc::new(config), rekey_after: u64::MAX })
@@ -160,7 +161,7 @@ impl CredentialsError {
         Self { what: format!("cannot use {}", file.display()), source: Some(Box::new(source)) }
     }
 
-    /// Our own certificate is not one that a peer would take.
+    /// Our own certificate would be refused by a peer.
     fn of_own(file: PathBuf, error: rustls::Error) -> Self {
         use CertificateError as Certificate;
         let why = match &error {
@@ -221,7 +222,7 @@ fn revocations(folder: &Path) -> Result<Vec<CertificateRevocationListDer<'static
     Ok(lists)
 }
 
-/// Whether a source with these authorities would take our certificate.
+/// Whether a source with these authorities would accept our certificate.
 fn vouched(
     provider: &CryptoProvider,
     roots: &RootCertStore,

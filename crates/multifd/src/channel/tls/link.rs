@@ -1,8 +1,8 @@
-//! A session as a link.
+//! A link over a TLS session.
 //!
-//! Bytes to send are copied out of guest memory first, for it changes while they are packed; bytes received are
-//! unpacked in private memory and copied in. Keys are changed by whoever sends, before the cipher asks for it; the
-//! answer to a change, and an alert, leave with the next thing that is sent or received.
+//! Bytes to send are copied out of guest memory first, because it may change while they are encrypted. Received bytes
+//! are decrypted in private memory and copied in. The sender changes keys before the cipher requires it. The answer to
+//! a change of keys, and an alert, are sent with the next send or receive.
 
 use std::{
     io::{self, BufRead, IoSlice, Write},
@@ -27,22 +27,23 @@ use crate::{
 pub(super) struct TlsLink {
     link: Box<dyn Link>,
     session: Connection,
-    /// Records sent since the keys were changed, and how many may be.
+    /// The number of records sent since the keys were changed, and its limit.
     spent: u64,
     rekey_after: u64,
-    /// It says that it closes, once: a source when it closes its side, a destination when it is through.
+    /// Whether the closing alert is still to be sent. It is sent once: by a source when it closes its side, by a
+    /// destination when it is finished.
     open: bool,
-    /// A private copy of what is sent next.
+    /// A private copy of the bytes to be sent next.
     plain: Box<[u8]>,
     received: Received,
-    /// Why nothing more comes, once everything before that has been taken.
+    /// The error to report after everything before it has been read.
     failed: Option<io::Error>,
     timeout: Option<Duration>,
-    /// The connection was given a shorter limit than `timeout`.
+    /// Whether the connection was given a shorter limit than `timeout`.
     limited: bool,
 }
 
-/// Bytes of the connection that the session has not looked at.
+/// Bytes of the connection that the session has not processed.
 struct Received {
     buffer: Box<[u8]>,
     from: usize,
@@ -51,20 +52,20 @@ struct Received {
 }
 
 impl TlsLink {
-    /// A source's end; the handshake is still to come.
+    /// Creates a source's end; the handshake is still to be done.
     pub(super) fn client(link: Box<dyn Link>, credentials: &ClientCredentials) -> io::Result<Self> {
         let session = ClientConnection::new(credentials.config.clone(), credentials.name.clone());
         Ok(Self::new(link, session.map_err(io::Error::other)?.into(), credentials.rekey_after))
     }
 
-    /// A destination's end; the handshake comes with the first read.
+    /// Creates a destination's end; the first read does the handshake.
     pub(super) fn server(link: Box<dyn Link>, credentials: &ServerCredentials) -> io::Result<Self> {
         let session = ServerConnection::new(credentials.config.clone());
         Ok(Self::new(link, session.map_err(io::Error::other)?.into(), credentials.rekey_after))
     }
 
     fn new(link: Box<dyn Link>, mut session: Connection, rekey_after: u64) -> Self {
-        // What is sent leaves in the same call.
+        // Bytes to be sent leave in the same call.
         session.set_buffer_limit(None);
         let received = Received { buffer: vec![0; CIPHERED].into(), from: 0, to: 0, ended: false };
         Self {
@@ -81,7 +82,7 @@ impl TlsLink {
         }
     }
 
-    /// Agrees with the peer on keys and on who is who.
+    /// Does the handshake: both ends agree on keys and verify identities.
     pub(super) fn handshake(&mut self, end: Option<Instant>) -> io::Result<()> {
         let begins = self.session.is_handshaking();
         while self.session.is_handshaking() {
@@ -90,7 +91,7 @@ impl TlsLink {
             } else {
                 match self.receive(end) {
                     Err(error) if self.session.is_handshaking() => return Err(error),
-                    // Met behind the handshake, in the same call: for whoever reads.
+                    // The error came after the handshake, in the same call: the next read reports it.
                     Err(error) => self.failed = Some(error),
                     Ok(()) => {}
                 }
@@ -104,13 +105,13 @@ impl TlsLink {
             self.open = matches!(self.session, Connection::Server(_));
         }
         if std::mem::take(&mut self.limited) {
-            // The handshake's limit is not that of the reads to come.
+            // The handshake's limit does not apply to later reads.
             self.link.set_recv_timeout(self.timeout)?;
         }
         Ok(())
     }
 
-    /// So many records more will be sent: new keys, if the present ones have served their time.
+    /// Counts `records` more records, and changes the keys if the present ones have reached their limit.
     fn spend(&mut self, records: u64) -> io::Result<()> {
         let cipher = match self.session.negotiated_cipher_suite() {
             Some(SupportedCipherSuite::Tls12(suite)) => suite.common.confidentiality_limit,
@@ -135,7 +136,7 @@ impl TlsLink {
         Ok(())
     }
 
-    /// Sends all that the session has made.
+    /// Sends all bytes that the session has produced.
     fn flush(&mut self) -> io::Result<()> {
         while self.session.wants_write() {
             self.session.write_tls(&mut Out(&mut *self.link))?;
@@ -143,7 +144,7 @@ impl TlsLink {
         Ok(())
     }
 
-    /// Lets the session look at more bytes, waiting for them if none are there.
+    /// Passes more bytes to the session, and waits for them if none have arrived.
     fn receive(&mut self, end: Option<Instant>) -> io::Result<()> {
         let received = &mut self.received;
         if received.from == received.to {
@@ -164,21 +165,21 @@ impl TlsLink {
         self.session.read_tls(&mut bytes)?;
         received.from += before - bytes.len();
         if let Err(error) = self.session.process_new_packets() {
-            // The peer is told why, if it still listens. Nothing more is taken in from it: one that believes that it has
-            // sent everything believes that it is done.
+            // The peer is sent the reason, in case it still reads. Nothing more is read from it: a peer that believes
+            // it has sent everything believes that the migration is complete.
             self.open = false;
             let _ = self.flush();
-            return Err(told(error));
+            return Err(explained(error));
         }
         self.flush()
     }
 
-    /// Takes leave so that the last thing sent arrives: whatever lies unread here when the socket is closed has the system
-    /// reset the connection, and what is still on its way would be lost.
+    /// Closes the connection so that the last bytes sent arrive. If unread bytes remain when the socket is closed, the
+    /// system resets the connection, and bytes in transit are lost.
     fn part(&mut self, limit: Duration) {
         self.open = false;
         let end = deadline(limit);
-        // A connection that is broken has nothing on its way.
+        // A broken connection has nothing in transit.
         let _ = self.link.close_send();
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -190,7 +191,7 @@ impl TlsLink {
         }
     }
 
-    /// A write that failed because the peer has hung up: why, if it has said so.
+    /// Explains a write that failed because the peer has closed: with the peer's reason, if it has sent one.
     fn last_word(&mut self, error: io::Error) -> io::Error {
         let hung_up = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
         if !hung_up {
@@ -246,9 +247,9 @@ impl Link for TlsLink {
             }
             match self.receive(end) {
                 Ok(()) => {}
-                // An end is an end, with a closing alert or without.
+                // The end of the stream, with or without a closing alert.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
-                // What came before it in the same call is good.
+                // The bytes before it in the same call are valid.
                 Err(error) => self.failed = Some(error),
             }
             if self.failed.is_none() && self.session_closed() {
@@ -257,7 +258,7 @@ impl Link for TlsLink {
         }
     }
 
-    /// Also where what has come is not yet a whole record, or is for the session alone.
+    /// Also `true` if what has arrived is not a whole record yet, or concerns only the session.
     fn is_readable(&mut self) -> io::Result<bool> {
         match self.session.reader().fill_buf() {
             Ok(_) => Ok(true),
@@ -298,7 +299,7 @@ impl Link for TlsLink {
         self.session.send_close_notify();
         self.flush()?;
         self.link.close_send()?;
-        // A side that does not read has been sent something nevertheless, tickets for example.
+        // A side that does not read was sent something nevertheless, for example tickets.
         self.part(DRAIN);
         self.link.set_recv_timeout(self.timeout)
     }
@@ -310,23 +311,23 @@ impl Link for TlsLink {
 
 impl TlsLink {
     fn session_closed(&mut self) -> bool {
-        // Nothing to read, and nothing will ever come.
+        // There is nothing to read, and nothing more will arrive.
         matches!(self.session.reader().fill_buf(), Ok([]))
     }
 }
 
 impl Drop for TlsLink {
-    /// Says that it closes. A source has done so by then, unless it failed, and then it must not wait.
+    /// Sends the closing alert. A source has done so by then, unless it failed, and then it must not wait.
     fn drop(&mut self) {
         if std::mem::take(&mut self.open) {
             self.session.send_close_notify();
-            // What a destination sends is little, and finds room.
+            // A destination sends little, and there is room for it.
             let _ = self.flush();
         }
     }
 }
 
-/// Copies what the session has unpacked into `parts`; says how many bytes.
+/// Copies what the session has decrypted into `parts`. Returns the number of bytes.
 fn copy_out(session: &mut Connection, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
     let (mut copied, mut at, mut into) = (0, 0, 0);
     let mut reader = session.reader();
@@ -348,7 +349,7 @@ fn copy_out(session: &mut Connection, parts: &mut [PartMut<'_>]) -> io::Result<u
     Ok(copied)
 }
 
-/// The connection as a place to write to.
+/// The connection as a writer.
 struct Out<'a>(&'a mut dyn Link);
 
 impl Write for Out<'_> {
@@ -367,7 +368,7 @@ impl Write for Out<'_> {
     }
 }
 
-/// Why there is no session, for a person.
+/// Why there is no session, as a readable text.
 #[derive(Debug)]
 struct Refused {
     why: String,
@@ -381,7 +382,7 @@ impl std::fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-fn told(error: TlsError) -> io::Error {
+fn explained(error: TlsError) -> io::Error {
     use AlertDescription as Alert;
     let hint = match &error {
         TlsError::InvalidMessage(_) => ": does the other side speak TLS, is its tls-creds set?",
@@ -413,7 +414,7 @@ fn told(error: TlsError) -> io::Error {
         TlsError::AlertReceived(alert) => format!("the other side refused with TLS alert {alert:?}{hint}"),
         _ => format!("TLS: {error}{hint}"),
     };
-    // What the other side has said itself is told from what has become of its bytes on the way.
+    // Distinguishes what the other side itself has sent from damage to its bytes in transit.
     let kind = match &error {
         TlsError::AlertReceived(_) => io::ErrorKind::ConnectionRefused,
         _ => io::ErrorKind::InvalidData,
@@ -423,12 +424,12 @@ fn told(error: TlsError) -> io::Error {
 
 const CLOSED: &str =
     "the other side closed during the TLS handshake: does it speak TLS, is its tls-creds set?";
-/// Seven records in one call. The system sends 64 KiB at a time; four or eight records, each with its head and tag, end
-/// just behind that, and the receiver is woken for the rest: half the speed.
+/// Seven records per call. The system sends 64 KiB at a time. Four or eight records, each with its head and tag, end
+/// just after that, and the receiver is woken for the rest: half the speed.
 const PLAIN: usize = 7 * RECORD;
-/// The most that a record holds.
+/// The greatest size of a record.
 const RECORD: usize = 16 << 10;
-/// More than a handshake, and the answers to its peer's changes of keys, may have spent.
+/// More records than a handshake and the answers to its peer's changes of keys can use.
 const HANDSHAKE_RECORDS: u64 = 1 << 16;
 /// As many records, and the next one.
 const CIPHERED: usize = PLAIN + (18 << 10);

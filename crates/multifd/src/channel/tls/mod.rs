@@ -1,16 +1,16 @@
-//! TLS on a connection: every one, main and channels alike, is a session of its own.
+//! TLS on a connection: each connection, main and channels alike, is a separate session.
 //!
 //! ```text
 //! TlsConnector ── connect, then handshake ──▶ TlsLink ═════ TlsLink ◀── accept, handshake at the first read ── TlsListener
-//!   (ClientCredentials: name, CA, certificate)                  (ServerCredentials: CA, certificate, who may come)
+//!   (ClientCredentials: name, CA, certificate)                  (ServerCredentials: CA, certificate, authz)
 //! ```
 //!
-//! A source hands main its finished session before it opens channels, for QEMU takes the first session that is ready
-//! for main; the channels' handshakes run in their threads, side by side. A destination's handshake runs in the thread
-//! that asks a connection what it is, under that question's time limit. No name is sent (SNI), as QEMU sends none.
+//! A source completes the session of main before it opens channels, because QEMU uses the first session that is ready
+//! for main. The channels' handshakes run in parallel in their threads. A destination's handshake runs in the thread
+//! that identifies a connection, under the time limit of the identification. No name is sent (SNI), as in QEMU.
 //!
-//! A session may end without a closing alert: a stream that is whole says so itself, by sync points and its closing
-//! description, and QEMU's main never sends one.
+//! A session may end without a closing alert. A complete stream proves this itself, by sync points and its closing
+//! description, and QEMU's main never sends the alert.
 
 mod credentials;
 mod link;
@@ -23,7 +23,7 @@ use link::TlsLink;
 
 use super::{Connect, Context, Link, Listen, Wake};
 
-/// Opens connections and makes each a session.
+/// Opens connections and makes each one a session.
 pub struct TlsConnector {
     inner: Arc<dyn Connect>,
     credentials: ClientCredentials,
@@ -64,7 +64,7 @@ impl Connect for TlsConnector {
     }
 }
 
-/// Takes connections, each of which must become a session.
+/// Accepts connections, each of which must become a session.
 pub struct TlsListener {
     inner: Box<dyn Listen>,
     credentials: ServerCredentials,

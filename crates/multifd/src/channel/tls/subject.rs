@@ -1,4 +1,5 @@
-//! Whose certificate it is, and whether they may come: judged within the handshake, so that the alert says it.
+//! Checks the subject of a certificate and whether it is allowed. The check is a part of the handshake, so that the
+//! alert contains the result.
 
 use std::{cell::Cell, fmt::Write, sync::Arc};
 
@@ -16,7 +17,7 @@ use x509_cert::{
 };
 
 thread_local! {
-    /// Why this thread's handshake fails: TLS has a word for it, and no more.
+    /// Why this thread's handshake fails. TLS itself only has a code for the reason.
     static DENIED: Cell<Option<String>> = const { Cell::new(None) };
 }
 
@@ -25,7 +26,7 @@ pub(super) fn denied() -> Option<String> {
     DENIED.take()
 }
 
-/// Takes what `inner` takes, of these subjects only.
+/// Accepts what `inner` accepts, but only these subjects.
 #[derive(Debug)]
 pub(super) struct Listed {
     pub(super) inner: Arc<dyn ClientCertVerifier>,
@@ -81,7 +82,7 @@ impl ClientCertVerifier for Listed {
     }
 }
 
-/// A subject as QEMU writes it and compares it: RFC 4514, but in the certificate's own order.
+/// A subject as QEMU writes and compares it: RFC 4514, but in the certificate's own order.
 fn in_full(subject: &Name) -> String {
     let mut text = String::new();
     for parts in &subject.0 {
@@ -132,7 +133,7 @@ fn write_part(text: &mut String, part: &AttributeTypeAndValue) {
     }
 }
 
-/// As a QEMU, asked to admit a certificate with all of these, has written them.
+/// As written by a QEMU that was asked to accept a certificate with all of these.
 const NAMES: [(&str, &str); 21] = [
     ("2.5.4.3", "CN"),
     ("2.5.4.4", "surName"),
@@ -176,7 +177,7 @@ mod tests {
         Name::from_str(&text.collect::<Vec<_>>().join(",")).expect("a name")
     }
 
-    /// What QEMU 7.2 and 10.0 have said of such certificates.
+    /// The output of QEMU 7.2 and 10.0 for such certificates.
     #[test]
     fn subjects_are_written_as_qemu_writes_them() {
         let plain = name(&[

@@ -1,18 +1,18 @@
-//! What a pass tells of the connections and of the guest, and what is to be expected of the next ones.
+//! Estimates properties of the connections and of the guest from each pass, and predicts the next passes.
 //!
-//! In come the numbers of each round; out go the bandwidth, the cost of a page on the wire, and how much the guest will
-//! have dirtied after a time. Nothing here waits or looks at a clock.
+//! The input is the numbers of each round. The output is the bandwidth, the cost of a page on the wire, and how much
+//! the guest will have dirtied after a time. Nothing here waits or reads a clock.
 //!
-//! A page that is written twice between two bitmap syncs is sent once, so a guest dirties less a second the longer one
-//! looks: `pages(t) = set × (1 − e^(−rate × t / set))`, where `t` is time that its processors ran. Two rounds that differ in
-//! length show both the rate and the set that it writes to.
+//! A page that is written twice between two bitmap syncs is sent once, so a guest dirties fewer pages per second over a
+//! longer time: `pages(t) = set × (1 − e^(−rate × t / set))`, where `t` is the time that its processors ran. Two rounds
+//! of different length show both the rate and the set of pages that it writes to.
 
 use std::{collections::VecDeque, time::Duration};
 
 use super::Throttle;
 use crate::{live::MigrateOptions, outcome::Percent, ram::PageSize};
 
-/// What happened from one bitmap sync to the next: one pass.
+/// The numbers from one bitmap sync to the next: one pass.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::live) struct Round {
     pub(in crate::live) time: Duration,
@@ -22,27 +22,27 @@ pub(in crate::live) struct Round {
     pub(in crate::live) normal: u64,
     /// Zero pages that left.
     pub(in crate::live) zero: u64,
-    /// Pages that are to be sent now: what the guest wrote meanwhile.
+    /// Pages to be sent next: the pages that the guest wrote in this round.
     pub(in crate::live) dirty: u64,
 }
 
-/// What is known after some rounds.
+/// The estimates after some rounds.
 #[derive(Clone, Debug)]
 pub(super) struct Estimate {
     page_size: f64,
     /// Pages of the guest's RAM.
     pages: f64,
-    /// Bytes a second on the wire.
+    /// Bytes per second on the wire.
     bandwidth: f64,
-    /// Bytes that a page costs on the wire.
+    /// Bytes per page on the wire.
     cost: f64,
-    /// Pages dirtied a second, in the last round.
+    /// Pages dirtied per second in the last round.
     dirty_rate: f64,
-    /// The last rounds, the newest first.
+    /// The last rounds, newest first.
     seen: VecDeque<Seen>,
 }
 
-/// One round, as the guest saw it.
+/// One round, from the guest's point of view.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     /// Seconds that its processors ran.
@@ -63,11 +63,11 @@ impl Estimate {
         }
     }
 
-    /// Takes a round in, through which the guest was held back by `percent`.
+    /// Adds a round, during which the guest was throttled by `percent`.
     pub(super) fn observe(&mut self, round: &Round, percent: Percent) {
         let seconds = round.time.as_secs_f64().max(1e-9);
         let bandwidth = round.bytes as f64 / seconds;
-        // A pass that is over at once tells more of what a pass costs than of how fast bytes go.
+        // A very short pass shows more about the cost of a pass than about the bandwidth.
         let weight = if self.bandwidth > 0.0 { 1.0 - (-seconds / SETTLES).exp() } else { 1.0 };
         self.bandwidth += (bandwidth - self.bandwidth) * weight;
         if round.normal > 0 {
@@ -79,27 +79,28 @@ impl Estimate {
         self.seen.push_front(Seen { ran: seconds * percent.running(), dirty: round.dirty as f64 });
     }
 
-    /// Bytes a second on the wire.
+    /// Bytes per second on the wire.
     pub(super) fn bandwidth(&self) -> f64 {
         self.bandwidth
     }
 
-    /// Bytes that so many dirty pages cost on the wire.
+    /// The bytes on the wire of `pages` dirty pages.
     pub(super) fn cost(&self, pages: f64) -> f64 {
         pages * self.cost
     }
 
-    /// Bytes of RAM that are dirtied a second, and that can be sent a second.
+    /// Bytes of RAM that are dirtied per second, and bytes of RAM that can be sent per second.
     pub(super) fn rates(&self) -> (f64, f64) {
         (self.dirty_rate * self.page_size, self.bandwidth / self.cost * self.page_size)
     }
 
-    /// How long the guest stands if it is stopped with so many pages to send.
+    /// The downtime if the guest is stopped with `pages` pages to send.
     pub(super) fn downtime(&self, pages: f64, options: &MigrateOptions) -> Duration {
         options.expected_downtime(self.cost(pages), self.bandwidth)
     }
 
-    /// How long until all is done, downtime included, with `pages` to send now; `None` if that will not come about.
+    /// The time until the migration is complete, downtime included, with `pages` to send now; `None` if it does not
+    /// converge.
     pub(super) fn remaining_time(
         &self,
         mut pages: f64,
@@ -130,7 +131,7 @@ impl Estimate {
         None
     }
 
-    /// How pages become dirty, from the rounds seen.
+    /// How pages become dirty, according to the last rounds.
     fn curve(&self) -> Curve {
         let Some(last) = self.seen.front() else { return Curve { rate: 0.0, set: f64::INFINITY } };
         let straight = Curve { rate: last.dirty / last.ran.max(1e-9), set: f64::INFINITY };
@@ -142,22 +143,22 @@ impl Estimate {
     }
 }
 
-/// How many pages are dirty after a time.
+/// The number of dirty pages as a function of time.
 #[derive(Clone, Copy, Debug)]
 struct Curve {
     /// Pages a second at first.
     rate: f64,
-    /// Pages that there are to write to.
+    /// The number of pages that the guest writes to.
     set: f64,
 }
 
 impl Curve {
-    /// The curve through both, if they bend that way.
+    /// The curve through both rounds, if they bend in the expected direction.
     fn through(a: Seen, b: Seen) -> Option<Self> {
         let (short, long) = if a.ran < b.ran { (a, b) } else { (b, a) };
         let grown = long.dirty / short.dirty.max(1.0);
         if grown <= 1.0 {
-            // All of the set is dirty after the shorter one.
+            // The whole set is dirty after the shorter one.
             return Some(Self { rate: f64::INFINITY, set: a.dirty });
         }
         if grown * FLAT >= long.ran / short.ran {
@@ -189,17 +190,17 @@ impl Curve {
     }
 }
 
-/// What a zero page costs on the wire, about: its entry in a head, or its record on main.
+/// The approximate cost of a zero page on the wire: its entry in a head, or its record on main.
 pub(in crate::live) const ZERO_ENTRY: u64 = 9;
-/// Rounds that are kept: what a guest did long ago says little.
+/// The number of rounds that are kept: older behaviour of a guest predicts little.
 const ROUNDS: usize = 4;
-/// Two rounds tell of a curve if one lasted so many times as long.
+/// Two rounds define a curve if one lasted at least this many times as long.
 const DIFFER: f64 = 1.4;
-/// A curve that bends by less is as good as straight.
+/// A curve that bends by less than this is treated as straight.
 const FLAT: f64 = 1.03;
-/// Seconds after which an earlier bandwidth counts for little.
+/// Seconds after which an earlier bandwidth has little weight.
 const SETTLES: f64 = 0.1;
-/// A pass that leaves more than this share of what it began with gets nowhere.
+/// A pass that leaves more than this share of its pages makes no progress.
 const SHRINKS: f64 = 0.995;
 const MOST_ROUNDS: usize = 10_000;
 
@@ -246,8 +247,8 @@ mod tests {
     fn set_that_the_guest_writes_to_shows_in_two_rounds() {
         let truth = Curve { rate: 5000.0, set: 3000.0 };
         let seen = |ran| Seen { ran, dirty: truth.pages_after(ran) };
-        let met = Curve::through(seen(0.2), seen(1.0)).expect("it bends");
-        assert!((met.rate - truth.rate).abs() < 1.0 && (met.set - truth.set).abs() < 1.0, "{met:?}");
+        let curve = Curve::through(seen(0.2), seen(1.0)).expect("it bends");
+        assert!((curve.rate - truth.rate).abs() < 1.0 && (curve.set - truth.set).abs() < 1.0, "{curve:?}");
         let straight = Curve::through(Seen { ran: 1.0, dirty: 10.0 }, Seen { ran: 2.0, dirty: 20.0 });
         assert!(straight.is_none(), "{straight:?}");
         let full = Curve::through(Seen { ran: 1.0, dirty: 10.0 }, Seen { ran: 2.0, dirty: 10.0 });
@@ -256,7 +257,7 @@ mod tests {
 
     #[test]
     fn pages_count_as_they_travel() {
-        // A quarter of their size, and zero pages among them.
+        // Pages shrink to a quarter of their size, and there are zero pages among them.
         let packed =
             Round { time: SECOND, bytes: 1024 * 1000 + 9 * 500, normal: 1000, zero: 500, dirty: 400 };
         let estimate = after(&[packed]);

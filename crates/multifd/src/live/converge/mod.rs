@@ -1,4 +1,4 @@
-//! Whether a migration converges: after each pass, what to do next and what is to be expected.
+//! Decides whether a migration converges: after each pass, what to do next and what to expect.
 //!
 //! ```text
 //! round (bytes, pages, time, dirty) ─▶ estimate ─▶ enough? ─▶ switch over
@@ -6,8 +6,8 @@
 //!                                         └─▶ expected-downtime, expected remaining time
 //! ```
 //!
-//! Everything here is reckoned from what it is given: no clock, no wait, no guest. The migration and the simulation that
-//! tests it (`simulation.rs`) use the same code.
+//! All results are computed from the arguments: there is no clock, no wait and no guest. The migration and the
+//! simulation that tests it (`simulation.rs`) use the same code.
 
 mod estimate;
 #[cfg(test)]
@@ -38,38 +38,38 @@ pub(super) struct Converge {
     passes: u64,
     /// The least expected downtime so far.
     least: Option<Duration>,
-    /// The least that a pass has left to send, and how many passes ago that was.
+    /// The fewest pages that a pass has left to send, and how many passes ago that was.
     best: (u64, u32),
-    /// Passes in a row after which no end was in sight.
+    /// The number of successive passes that did not converge.
     doubts: u32,
 }
 
-/// What is to be said after a pass, and done.
+/// The result of judging a pass: what to report and what to do.
 #[derive(Clone, Debug)]
 pub(super) struct Judgement {
     pub(super) expected_downtime: Duration,
-    /// Until all is done, downtime included.
+    /// The time until the migration is complete, downtime included.
     pub(super) remaining_time: Option<Duration>,
     pub(super) stall: Option<Stall>,
-    /// As `stall`, where no end is in sight but that may be a burst.
+    /// Like `stall`, if the migration does not converge at the moment but a burst may be the cause.
     pub(super) doubt: Option<Stall>,
-    /// Bytes a second on the wire.
+    /// Bytes per second on the wire.
     pub(super) bandwidth: f64,
     pub(super) step: Step,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Another pass, with the guest held back so far from now on where that is to change.
+    /// Another pass, with this throttle from now on if it changes.
     Pass(Option<Percent>),
-    /// What remains fits into the downtime.
+    /// The remaining pages fit into the downtime.
     SwitchOver,
     /// A bound was reached.
     GiveUp(Bound),
 }
 
 impl Converge {
-    /// For a guest of so many pages, over so many channels; 0 is main alone.
+    /// Creates a judge for a guest of `pages` pages, over `channels` channels; 0 means main only.
     pub(super) fn new(options: &MigrateOptions, page_size: PageSize, pages: u64, channels: u8) -> Self {
         Self {
             options: options.clone(),
@@ -83,12 +83,12 @@ impl Converge {
         }
     }
 
-    /// Judges by this `downtime-limit` from now on.
+    /// Uses this `downtime-limit` from now on.
     pub(super) fn set_downtime_limit(&mut self, limit: Duration) {
         self.options.downtime_limit = limit;
     }
 
-    /// Judges after a pass, `elapsed` after the migration began.
+    /// Judges a pass that ended `elapsed` after the migration began.
     pub(super) fn judge(&mut self, round: &Round, elapsed: Duration) -> Judgement {
         self.passes += 1;
         self.estimate.observe(round, self.throttled());
@@ -131,12 +131,12 @@ impl Converge {
         passes.or_else(|| self.options.max_total_time.filter(|most| elapsed >= *most).map(Bound::Time))
     }
 
-    /// Whether this gets nowhere: no end is in sight, or there always is one and it does not come nearer.
+    /// Whether the migration makes no progress: it does not converge, or the number of pages to send does not fall.
     fn is_stalled(&mut self, dirty: u64, endless: bool, raised: bool) -> bool {
         self.doubts = if endless { self.doubts.saturating_add(1) } else { 0 };
         let (best, ago) = self.best;
         let nearer = (dirty as f64) < best as f64 * NEARER;
-        // A guest that is held back further begins anew.
+        // After a higher throttle the count starts again.
         self.best = if nearer || raised { (dirty.min(best), 0) } else { (best, ago.saturating_add(1)) };
         self.doubts >= DOUBTS || self.best.1 >= NO_NEARER
     }
@@ -161,7 +161,7 @@ impl Converge {
         [Some(faster), slower, self.allowed().map(Remedy::DowntimeLimit)].into_iter().flatten().collect()
     }
 
-    /// The downtime that would have been enough, in tenths of a second.
+    /// The downtime that would have been enough, rounded to tenths of a second.
     fn allowed(&self) -> Option<Duration> {
         let tenths = self.least?.as_nanos() / 100_000_000 + 1;
         let limit = Duration::from_millis(u64::try_from(tenths).ok()?.checked_mul(100)?);
@@ -170,13 +170,13 @@ impl Converge {
     }
 }
 
-/// A pass comes nearer to the end if it leaves less than this share of the least so far.
+/// A pass makes progress if it leaves less than this share of the fewest pages so far.
 const NEARER: f64 = 0.95;
-/// So many passes that come no nearer are a stall.
+/// This number of passes without progress is a stall.
 const NO_NEARER: u32 = 8;
-/// So many in a row after which no end is in sight are one, too: fewer may be a burst.
+/// This number of successive passes that do not converge is a stall, too. Fewer may be a burst.
 const DOUBTS: u32 = 3;
-/// From this share of `max-bandwidth` on, that is what holds the passes back.
+/// From this share of `max-bandwidth` on, the limit is considered the reason for slow passes.
 const USED_UP: f64 = 0.8;
 
 #[cfg(test)]
@@ -189,7 +189,7 @@ mod tests {
         Converge::new(options, PageSize::KIB_4, 1 << 20, 4)
     }
 
-    /// A pass that sent 400 MB/s, to a guest that dirties `rate` MB/s.
+    /// A pass that sent 400 MB/s for a guest that dirties `rate` MB/s.
     fn round(seconds: f64, rate: f64) -> Round {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "pages")]
         let pages = |rate: f64| (rate * 1e6 * seconds / 4096.0) as u64;
@@ -214,21 +214,21 @@ mod tests {
             "will not converge: dirty 900 MB/s, sending 400 MB/s; raise multifd-channels (now 4), switch auto-converge \
              on, or allow 2.3 s of downtime (downtime-limit)"
         );
-        assert_eq!(third.step, Step::Pass(None), "a stall is told of, and ends nothing");
+        assert_eq!(third.step, Step::Pass(None), "a stall is reported and ends nothing");
     }
 
     #[test]
     fn what_is_advised_is_what_would_help() {
-        let told = |options: MigrateOptions| {
+        let remedies = |options: MigrateOptions| {
             let mut converge = judge(&options);
             converge.judge(&round(1.0, 900.0), SECOND);
             converge.judge(&round(2.0, 900.0), SECOND);
             converge.judge(&round(2.0, 900.0), SECOND).stall.expect("a stall").remedies
         };
         let downtime = Remedy::DowntimeLimit(Duration::from_millis(2300));
-        let held_back = told(MigrateOptions::new().max_bandwidth(Some(420_000_000)));
+        let held_back = remedies(MigrateOptions::new().max_bandwidth(Some(420_000_000)));
         assert_eq!(held_back, [Remedy::MaxBandwidth(420_000_000), Remedy::AutoConverge, downtime]);
-        let weak = told(MigrateOptions::new().auto_converge(true).max_cpu_throttle(40));
+        let weak = remedies(MigrateOptions::new().auto_converge(true).max_cpu_throttle(40));
         let throttle = Remedy::MaxCpuThrottle(Percent::new(40));
         assert_eq!(weak, [Remedy::Channels(4), throttle, downtime]);
     }

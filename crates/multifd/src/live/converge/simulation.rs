@@ -1,7 +1,8 @@
-//! Thousands of migrations in no time: a model guest over a model link, judged by the code that judges the real ones.
+//! Simulates thousands of migrations: a model guest over a model link, judged by the production code.
 //!
-//! The guest writes to two sets of pages, a hot and a cold one, at rates that waver; the link has a bandwidth that wavers and
-//! a latency. Time is a number that the model adds to. Every run follows from its seed, which a failure names.
+//! The guest writes to two sets of pages, a hot and a cold one, at fluctuating rates. The link has a fluctuating
+//! bandwidth and a latency. Time is a number that the model increments. A seed determines every run; a failure prints
+//! it.
 
 use std::time::Duration;
 
@@ -13,11 +14,11 @@ use crate::{
 };
 
 const PAGE: u64 = 4096;
-/// What a page costs on the wire with its share of a packet's head.
+/// Bytes of a page on the wire, with its share of a packet's head.
 const PAGE_COST: u64 = PAGE + 12;
 const MOST_PASSES: u64 = 200;
 
-/// Numbers that look random and can be had again (a splitmix sequence).
+/// Reproducible pseudo-random numbers (a splitmix sequence).
 struct Random(u64);
 
 impl Random {
@@ -33,7 +34,7 @@ impl Random {
         low + (high - low) * self.next()
     }
 
-    /// As likely between 1 and 2 as between 100 and 200.
+    /// A random number on a logarithmic scale: as likely between 1 and 2 as between 100 and 200.
     fn decades(&mut self, low: f64, high: f64) -> f64 {
         low * (high / low).powf(self.next())
     }
@@ -44,7 +45,7 @@ impl Random {
     }
 }
 
-/// Pages that are written to at random, so many times a second.
+/// A set of pages that is written to at random, at this rate per second.
 #[derive(Clone, Copy, Debug)]
 struct Set {
     pages: f64,
@@ -55,13 +56,13 @@ struct Set {
 struct Model {
     seed: u64,
     pages: u64,
-    /// Share of the pages that are zero in the first pass.
+    /// The share of pages that are zero in the first pass.
     zero: f64,
     sets: [Set; 2],
     /// Bytes a second.
     bandwidth: f64,
     latency: f64,
-    /// How much guest and link waver.
+    /// How much guest and link fluctuate.
     waver: f64,
     options: MigrateOptions,
 }
@@ -100,7 +101,7 @@ impl Model {
         }
     }
 
-    /// Pages that the guest dirties while it runs for so long.
+    /// The number of pages that the guest dirties while it runs for `ran` seconds.
     fn dirtied(&self, ran: f64, random: &mut Random) -> u64 {
         let set = |set: &Set| set.pages * -(-set.rate * ran / set.pages).exp_m1();
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "pages")]
@@ -109,7 +110,7 @@ impl Model {
         }
     }
 
-    /// Seconds that a pass takes, a batch or a hundredth of it after the other.
+    /// The duration of a pass in seconds, computed one batch or one hundredth at a time.
     fn pass(&self, (normal, zero): (u64, u64), clock: f64, limit: Option<u64>, random: &mut Random) -> f64 {
         let mut slices = limit.map(Slices::new);
         let batch = (normal / 100).max(128);
@@ -119,7 +120,7 @@ impl Model {
             let (some, zeros) = (left.min(batch), zero_left.min(zero.div_ceil(100)));
             (left, zero_left) = (left - some, zero_left - zeros);
             let bytes = some * PAGE_COST + zeros * ZERO_ENTRY;
-            // Zero pages are looked at faster than pages are sent, but not in no time.
+            // Checking zero pages is faster than sending pages, but it takes time.
             now += bytes as f64 / (self.bandwidth * random.waver(self.waver)) + (zeros * PAGE) as f64 / 1e10;
             if let Some(slices) = &mut slices {
                 slices.spend(bytes);
@@ -179,9 +180,9 @@ impl Model {
 struct Run {
     /// Seconds since the beginning.
     time: f64,
-    /// When each pass was judged, and how.
+    /// When each pass was judged, and the result.
     looks: Vec<(f64, Judgement)>,
-    /// Seconds; `None` if the guest was never stopped.
+    /// The downtime in seconds; `None` if the guest was never stopped.
     downtime: Option<f64>,
 }
 
@@ -191,22 +192,22 @@ impl Run {
     }
 }
 
-/// How far estimates are off, as shares of the truth.
+/// The errors of estimates, as shares of the true value.
 #[derive(Default)]
 struct Errors(Vec<f64>);
 
 impl Errors {
-    fn note(&mut self, expected: f64, met: f64, least: f64) {
-        self.0.push((expected - met).abs() / met.max(least));
+    fn note(&mut self, expected: f64, actual: f64, least: f64) {
+        self.0.push((expected - actual).abs() / actual.max(least));
     }
 
-    /// The error that so many of a hundred are below.
+    /// The given percentile of the errors.
     fn of(&mut self, percent: usize) -> f64 {
         self.0.sort_by(f64::total_cmp);
         self.0.get((self.0.len() - 1) * percent / 100).copied().expect("some")
     }
 
-    /// Says how far they are off, and that half of them and nine of ten are no further off than that.
+    /// Prints the errors and asserts that half of them are below `half` and nine of ten below `most`.
     fn assert_below(&mut self, what: &str, half: f64, most: f64) {
         let [met_half, met_most, nearly, all] = [50, 90, 99, 100].map(|percent| self.of(percent) * 100.0);
         println!(
@@ -229,8 +230,9 @@ fn expected_downtime_and_remaining_time_are_near_what_comes_about() {
         let (_, last) = run.looks.last().expect("a pass");
         let expected = last.expected_downtime.as_secs_f64();
         downtimes.note(expected, downtime, 0.05);
-        // A pass over many zero pages shows less than the link can do, so the guest may stand for less than expected.
-        // What it stands for more is the wavering of the link, and a latency that is no part of the estimate.
+        // A pass over many zero pages shows less than the bandwidth of the link, so the downtime may be shorter than
+        // expected. It is longer only because the link fluctuates and has a latency, which the estimate does not
+        // include.
         let longer = downtime - model.latency;
         assert!(longer <= expected * 1.25, "{downtime} s, expected {expected} s, seed {}", model.seed);
         for (at, judgement) in &run.looks {
@@ -257,10 +259,10 @@ fn stall_is_told_where_there_is_one_and_nowhere_else() {
         }
     }
     println!(
-        "{stalled} stalled and told so, {converged} converged, {missed} missed, {false_alarms} false alarms"
+        "{stalled} stalled and reported, {converged} converged, {missed} missed, {false_alarms} false alarms"
     );
     assert!(stalled > 200 && converged > 1000);
-    // Guests that are on the edge, which a wavering may push to either side.
+    // Guests at the edge, for which a fluctuation may decide either way.
     assert!(missed == 0 && false_alarms * 100 <= converged);
 }
 
@@ -299,6 +301,6 @@ fn auto_converge_lets_every_guest_converge() {
         throttled +=
             u32::from(run.looks.iter().any(|(_, judgement)| matches!(judgement.step, Step::Pass(Some(_)))));
     }
-    println!("{throttled} guests held back");
+    println!("{throttled} guests throttled");
     assert!(throttled > 300, "{throttled}");
 }

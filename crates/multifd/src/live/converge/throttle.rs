@@ -1,7 +1,7 @@
-//! `auto-converge`: how far a guest that writes too fast is held back.
+//! `auto-converge`: throttles a guest that writes too fast.
 //!
-//! In comes what the passes sent and what the guest dirtied meanwhile; out goes the share of time that its processors are
-//! to stand. Nothing here waits or looks at a clock.
+//! The input is the number of bytes that the passes sent and that the guest dirtied in the same time. The output is the
+//! share of time for which its processors must pause. Nothing here waits or reads a clock.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub(crate) struct CpuThrottle {
     pub(crate) increment: u8,
     pub(crate) max: u8,
     pub(crate) tailslow: bool,
-    /// `throttle-trigger-threshold`: per cent of what was sent.
+    /// `throttle-trigger-threshold`: percentage of what was sent.
     pub(crate) trigger: u8,
 }
 
@@ -35,24 +35,24 @@ impl CpuThrottle {
         parameters::CPU_THROTTLE_INITIAL.check(self.initial)?;
         parameters::CPU_THROTTLE_INCREMENT.check(self.increment)?;
         parameters::MAX_CPU_THROTTLE.check(self.max)?;
-        // Not below where it begins, as QEMU has it.
+        // Not below `cpu-throttle-initial`, as in QEMU.
         parameters::Parameter { least: self.initial.into(), ..parameters::MAX_CPU_THROTTLE }
             .check(self.max)?;
         parameters::THROTTLE_TRIGGER_THRESHOLD.check(self.trigger)
     }
 }
 
-/// How far the guest is held back now, and what speaks for more.
+/// The current throttle of the guest, and the reasons to raise it.
 #[derive(Clone, Debug)]
 pub(super) struct Throttle {
     options: CpuThrottle,
     percent: Percent,
-    /// Periods in a row in which the guest dirtied too much.
+    /// The number of successive periods in which the guest dirtied too much.
     high: u8,
     period: Period,
 }
 
-/// Whole passes, together long enough to judge by.
+/// Several whole passes, together long enough to judge by.
 #[derive(Clone, Copy, Debug, Default)]
 struct Period {
     time: Duration,
@@ -74,11 +74,11 @@ impl Throttle {
         self.percent.get() >= self.options.max
     }
 
-    /// A pass has sent so many bytes in `time`, and the guest made it necessary to send so many again. Says how far to
-    /// hold it back if that is to change.
+    /// Records that passes have sent `sent` bytes in `time`, and that the guest dirtied `dirtied` bytes again. Returns
+    /// the new throttle if it changes.
     ///
-    /// It takes two periods of a second or more, one after the other: the first may be a burst, and the guest must have
-    /// run for a while as it was told to before that can be judged.
+    /// A change needs two successive periods of at least one second each: the first may be a burst, and the guest must
+    /// have run for a while with a throttle before the throttle can be judged.
     pub(super) fn passed(&mut self, dirtied: f64, sent: f64, time: Duration) -> Option<Percent> {
         self.period.dirtied += dirtied;
         self.period.sent += sent;
@@ -106,7 +106,8 @@ impl Throttle {
         Some(self.percent)
     }
 
-    /// `cpu-throttle-tailslow`: no more than what makes the guest dirty just `share` of what it does now.
+    /// `cpu-throttle-tailslow`: an increment no greater than needed for the guest to dirty just `share` of the present
+    /// amount.
     fn increment(&self, share: f64) -> u8 {
         let increment = self.options.increment;
         if !self.options.tailslow {
@@ -119,7 +120,7 @@ impl Throttle {
     }
 }
 
-/// The least time to judge by: at 99 per cent, a guest that runs for 10 ms stands for the rest of it.
+/// The shortest time to judge by: at 99 per cent, a guest that runs for 10 ms pauses for the rest of it.
 const PERIOD: Duration = Duration::from_secs(1);
 const IN_A_ROW: u8 = 2;
 
@@ -129,8 +130,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// What a guest is told that dirties `share` of what is sent, for so many seconds.
-    fn told(options: CpuThrottle, share: f64, seconds: u32) -> Vec<u8> {
+    /// The throttles of a guest that dirties `share` of what is sent, for `seconds` seconds.
+    fn throttles(options: CpuThrottle, share: f64, seconds: u32) -> Vec<u8> {
         let mut throttle = Throttle::new(options);
         (0..seconds)
             .filter_map(|_| throttle.passed(1000.0 * share, 1000.0, SECOND))
@@ -141,19 +142,19 @@ mod tests {
     #[test]
     fn guest_is_held_back_step_by_step_up_to_the_most() {
         let options = CpuThrottle::default();
-        assert_eq!(told(options, 2.0, 7), [20, 30, 40]);
-        assert_eq!(told(options, 2.0, 1000), [20, 30, 40, 50, 60, 70, 80, 90, 99]);
+        assert_eq!(throttles(options, 2.0, 7), [20, 30, 40]);
+        assert_eq!(throttles(options, 2.0, 1000), [20, 30, 40, 50, 60, 70, 80, 90, 99]);
         let options = CpuThrottle { initial: 45, increment: 30, max: 80, ..options };
-        assert_eq!(told(options, 2.0, 1000), [45, 75, 80]);
+        assert_eq!(throttles(options, 2.0, 1000), [45, 75, 80]);
     }
 
     #[test]
     fn guest_that_dirties_no_more_than_the_threshold_is_left_alone() {
         let options = CpuThrottle::default();
-        assert_eq!(told(options, 0.5, 1000), [0_u8; 0]);
-        assert_eq!(told(options, 0.51, 2), [20]);
+        assert_eq!(throttles(options, 0.5, 1000), [0_u8; 0]);
+        assert_eq!(throttles(options, 0.51, 2), [20]);
         let options = CpuThrottle { trigger: 100, ..options };
-        assert_eq!((told(options, 1.0, 1000), told(options, 1.01, 2)), (vec![], vec![20]));
+        assert_eq!((throttles(options, 1.0, 1000), throttles(options, 1.01, 2)), (vec![], vec![20]));
     }
 
     #[test]
@@ -170,10 +171,10 @@ mod tests {
     #[test]
     fn tail_is_slow_where_it_is_asked_for() {
         let options = CpuThrottle { initial: 80, tailslow: true, ..CpuThrottle::default() };
-        // A twentieth less than now is enough, of the fifth that it runs: one per cent.
-        assert_eq!(told(options, 0.526, 6), [80, 81, 82]);
-        // Where it takes more than the increment, the increment it is.
-        assert_eq!(told(options, 5.0, 6), [80, 90, 99]);
+        // A twentieth less is enough, and the guest runs for a fifth of the time: one per cent.
+        assert_eq!(throttles(options, 0.526, 6), [80, 81, 82]);
+        // If more than the increment is needed, the increment is used.
+        assert_eq!(throttles(options, 5.0, 6), [80, 90, 99]);
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! The packet head: which pages follow, or that a sync point is reached.
+//! The packet head: lists the pages that follow, or marks a sync point.
 //!
-//! In come the bytes of a head, out goes a [`Packet`] whose counts fit each other and whose offsets are page
-//! borders. Whether the block exists and has those pages is for the receiver to say. The layout is drawn in
+//! The bytes of a head are decoded to a [`Packet`] with consistent counts and with offsets on page boundaries. The
+//! receiver checks whether the block exists and has those pages. The layout is drawn in
 //! `docs/develop/stream-format.md`.
 //!
-//! Senders up to QEMU 9.1 never clear the buffer that they write heads into: block name, offsets and, up to
-//! 8.1, `next_packet_size` of an earlier packet stand in packets that list no pages. So those fields are
-//! looked at only where pages are listed.
+//! Senders up to QEMU 9.1 never clear the buffer into which they write heads. So a packet that lists no pages contains
+//! block name, offsets and, up to 8.1, `next_packet_size` of an earlier packet. These fields are used only in packets
+//! that list pages.
 
 use std::slice;
 
@@ -44,21 +44,21 @@ struct Layout {
 const FIXED_LEN: usize = 320;
 const _: () = assert!(size_of::<Layout>() == FIXED_LEN);
 
-/// The length of a packet head in bytes. It depends on the page size alone, never on the pages listed.
+/// The length of a packet head in bytes. It depends only on the page size, never on the pages listed.
 pub const fn head_len(page_size: PageSize) -> usize {
     FIXED_LEN + packet_pages(page_size) * size_of::<U64>()
 }
 
-/// A packet head whose fields fit each other.
+/// A packet head with consistent fields.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet<'a> {
     /// SYNC and method.
     pub flags: Flags,
     /// A number for diagnostics. It orders nothing.
     pub packet_num: u64,
-    /// The length of the payload in bytes: 0 where no normal page is listed.
+    /// The length of the payload in bytes; 0 if no normal page is listed.
     pub payload_len: u32,
-    /// The bytes of the block's name; empty where no page is listed.
+    /// The bytes of the block's name; empty if no page is listed.
     pub block: &'a [u8],
     normal: &'a [U64],
     zero: &'a [U64],
@@ -66,11 +66,11 @@ pub struct Packet<'a> {
 }
 
 impl<'a> Packet<'a> {
-    /// Reads a head.
+    /// Decodes a head.
     ///
     /// # Errors
-    /// [`Malformed`] if a field is wrong or fields contradict each other, [`Unsupported`] for a device-state
-    /// packet and for flags without a meaning here.
+    /// [`Malformed`] if a field is wrong or fields contradict each other, [`Unsupported`] for a device-state packet and
+    /// for flags without a meaning here.
     pub fn decode(bytes: &'a [u8], page_size: PageSize) -> Result<Self, Error> {
         let expected = head_len(page_size);
         let wrong_length = Malformed::Length { expected, met: bytes.len() };
@@ -113,7 +113,7 @@ impl<'a> Packet<'a> {
         !self.normal.is_empty() || !self.zero.is_empty()
     }
 
-    /// Whether it closes a stretch of its channel.
+    /// Whether it is a sync point of its channel.
     pub fn is_sync(&self) -> bool {
         self.flags.intersects(Flags::SYNC)
     }
@@ -157,7 +157,7 @@ impl Layout {
         Ok((normal as usize, zero as usize))
     }
 
-    /// The name up to its NUL. Senders up to 9.1 do not promise a NUL; the last byte counts as one.
+    /// The name up to its NUL. Senders up to 9.1 do not guarantee a NUL; the last byte counts as one.
     fn block(&self) -> Result<&[u8], Malformed> {
         let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(BlockName::MAX_LEN);
         self.name.get(..end).filter(|name| !name.is_empty()).ok_or(Malformed::NoBlockName)
@@ -175,7 +175,7 @@ impl Iterator for Pages<'_> {
     type Item = PageIndex;
 
     fn next(&mut self) -> Option<PageIndex> {
-        // Every offset was found to be a page's border when the packet was read.
+        // Every offset was checked to be on a page boundary when the packet was decoded.
         self.offsets.next().map(|offset| PageIndex(offset.get() >> self.page_size.bits()))
     }
 
@@ -186,17 +186,17 @@ impl Iterator for Pages<'_> {
 
 impl ExactSizeIterator for Pages<'_> {}
 
-/// Where heads are written: one buffer that a channel keeps, cleared for every packet.
+/// The buffer into which a channel writes heads. It is reused and cleared for every packet.
 #[derive(Debug)]
 pub struct HeadBuffer {
     bytes: Box<[u8]>,
     page_size: PageSize,
-    /// How many offsets of the last packet stand in the buffer.
+    /// The number of offsets of the last packet in the buffer.
     used: usize,
 }
 
 impl HeadBuffer {
-    /// A buffer for heads of this page size.
+    /// Creates a buffer for heads of this page size.
     pub fn new(page_size: PageSize) -> Self {
         Self { bytes: vec![0; head_len(page_size)].into(), page_size, used: 0 }
     }
@@ -204,8 +204,8 @@ impl HeadBuffer {
     /// Writes the head of a packet with pages of one block. Nothing of an earlier packet remains.
     ///
     /// # Panics
-    /// If more pages are listed than a packet holds, or a page has no offset: a batch holds no more, and a
-    /// block has no such pages.
+    /// If more pages are listed than fit into a packet, or a page has no offset. A batch has no more pages than that,
+    /// and a block has no such page.
     pub fn pages(
         &mut self,
         method: Flags,

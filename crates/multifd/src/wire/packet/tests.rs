@@ -24,7 +24,7 @@ fn golden_7_2_zlib() -> Vec<u8> {
     bytes
 }
 
-/// Written by QEMU 7.2.22 with zlib: a SYNC packet with what earlier packets left behind.
+/// Written by QEMU 7.2.22 with zlib: a SYNC packet with remains of earlier packets.
 fn golden_7_2_sync() -> Vec<u8> {
     let mut bytes = vec![
         0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0,
@@ -97,7 +97,7 @@ fn a_head_has_room_for_every_page_of_its_size() {
     assert_eq!(lengths, [1344, 320 + 8 * 32, 320 + 8 * 8]);
 }
 
-/// Sets a field of a valid head and tells what is said then.
+/// The refusal of a valid head after `field` was written at `offset`.
 fn refusal(offset: usize, field: &[u8]) -> String {
     let mut bytes = golden_10_0_mixed();
     bytes[offset..offset + field.len()].copy_from_slice(field);

@@ -5,8 +5,8 @@
 //! per block: counted name | u64 used length | [u64 address, if x-ignore-shared] | [mapped-ram header]
 //! ```
 //!
-//! The list has no count: it ends when the lengths have used up the total. So a list cannot end
-//! with an empty block, and the total must be whole pages, or its low bits would be taken for flags.
+//! The list has no count: it ends when the sum of the lengths equals the total. So a list cannot end with an empty
+//! block. The total must be whole pages, or its low bits would be read as flags.
 
 use std::{collections::HashMap, io::Read};
 
@@ -27,7 +27,7 @@ pub struct BlockEntry {
     pub name: BlockName,
     /// Bytes in use, whole pages.
     pub used_length: u64,
-    /// Its guest-physical address; sent with x-ignore-shared only.
+    /// The block's guest-physical address; sent only with x-ignore-shared.
     pub address: Option<u64>,
 }
 
@@ -47,7 +47,7 @@ impl BlockEntry {
     }
 }
 
-/// All RAM blocks of a machine, in the order of the stream; names differ, lengths are whole pages.
+/// All RAM blocks of a machine, in the order of the stream. Names are unique, lengths are whole pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockList {
     entries: Vec<BlockEntry>,
@@ -57,11 +57,11 @@ pub struct BlockList {
 }
 
 impl BlockList {
-    /// A list of these blocks.
+    /// Creates a list of these blocks.
     ///
     /// # Errors
-    /// If two have one name, a length is no whole number of pages, the last one is empty, or there
-    /// are more, or longer ones, than a list may have.
+    /// If two have the same name, a length is not a whole number of pages, the last one is empty, or there are more or
+    /// longer blocks than a list may have.
     pub fn new(entries: Vec<BlockEntry>, page_size: PageSize) -> Result<Self, CallerMistake> {
         let refused = |why: String| Err(CallerMistake::Blocks(why));
         if entries.len() > limits::BLOCKS {
@@ -105,12 +105,12 @@ impl BlockList {
         self.entries.get(block.0)
     }
 
-    /// The number of the block of this name.
+    /// The index of the block with this name.
     pub fn position(&self, name: &BlockName) -> Option<BlockIndex> {
         self.by_name.get(name).copied()
     }
 
-    /// The page size all lengths are multiples of.
+    /// The page size; all lengths are multiples of it.
     pub fn page_size(&self) -> PageSize {
         self.page_size
     }
@@ -120,8 +120,8 @@ impl BlockList {
         self.total
     }
 
-    /// These blocks in new [anonymous memory](Mapping::anonymous), which costs nothing until it is touched. For a machine
-    /// whose blocks are all plain RAM; others make each block as its device needs it.
+    /// Creates these blocks in new [anonymous memory](Mapping::anonymous), which uses no memory until it is touched.
+    /// For a machine whose blocks are all plain RAM; other machines create each block as its device needs it.
     ///
     /// # Errors
     /// If the system has no addresses for so much memory.
@@ -137,13 +137,13 @@ impl BlockList {
         Ok(RamBlocks::new(blocks)?)
     }
 
-    /// Where `page` of `block` begins; `None` if the block has no such page.
+    /// The offset of `page` of `block`; `None` if the block has no such page.
     pub fn offset_of(&self, block: BlockIndex, page: PageIndex) -> Option<BlockOffset> {
         let pages = self.page_size.whole_pages_in(self.entry(block)?.used_length);
         if page.0 < pages { self.page_size.offset_of(page) } else { None }
     }
 
-    /// Appends the list as START has it over a socket.
+    /// Appends the list in the form of START over a socket.
     pub fn encode(&self, ignore_shared: bool, out: &mut Vec<u8>) {
         self.encode_total(out);
         for entry in &self.entries {
@@ -151,10 +151,10 @@ impl BlockList {
         }
     }
 
-    /// Reads the list as START has it over a socket.
+    /// Decodes the list in the form of START over a socket.
     ///
     /// # Errors
-    /// If a field is malformed, a bound is passed, a name comes twice, or the stream ends before.
+    /// If a field is malformed, a bound is exceeded, a name occurs twice, or the stream ends early.
     pub fn decode<R: Read>(r: &mut Reader<R>, page_size: PageSize, shared: bool) -> Result<Self, Error> {
         let mut reader = ListReader::begin(r, page_size, shared)?;
         while reader.next(r)?.is_some() {}
@@ -177,7 +177,7 @@ impl BlockList {
     }
 }
 
-/// Reads a list entry by entry, for whoever has something to read between two.
+/// Reads a list entry by entry, for callers that read something between two entries.
 pub(crate) struct ListReader {
     list: BlockList,
     left: u64,
@@ -205,7 +205,7 @@ impl ListReader {
         Ok(Self { list, left, ignore_shared })
     }
 
-    /// The next entry; `None` when the total is used up.
+    /// The next entry; `None` at the end of the list.
     pub(crate) fn next<R: Read>(&mut self, r: &mut Reader<R>) -> Result<Option<&BlockEntry>, Error> {
         if self.left == 0 {
             return Ok(None);

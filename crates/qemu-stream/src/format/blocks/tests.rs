@@ -12,7 +12,7 @@ fn list(blocks: &[(&str, u64)]) -> Result<BlockList, CallerMistake> {
     BlockList::new(entries, PageSize::KIB_4)
 }
 
-/// The entry of pc.ram captured from QEMU 10.0.2, with a total for it alone.
+/// The entry of pc.ram captured from QEMU 10.0.2, with a total for this block only.
 #[test]
 fn the_list_is_what_qemu_writes() {
     let golden = dump("00 00 00 00 06 00 00 04 06 \"pc.ram\" 00 00 00 00 06 00 00 00");
@@ -60,7 +60,7 @@ fn hostile_lists_are_refused() {
     }
 }
 
-/// Empty blocks use up nothing of the total, so nothing but the bound would end the list.
+/// Empty blocks do not count towards the total, so only the bound ends the list.
 #[test]
 fn endless_empty_blocks_are_refused_at_the_bound() {
     let mut bytes = dump("00 00 00 00 00 00 10 04");

@@ -19,13 +19,13 @@ const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 
-/// The value of a PING that announces channels, whose number is in the last byte: `mfd` and the number.
+/// The value of a PING that announces channels: `mfd`, and the number of channels in the last byte.
 const CHANNELS_MARK: u32 = 0x6d66_6400;
 
-/// Bytes of one range of POSTCOPY_RAM_DISCARD.
+/// The bytes of one range in POSTCOPY_RAM_DISCARD.
 const RANGE: usize = 16;
 
-/// What the source tells the destination to do.
+/// A command from the source to the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Command {
@@ -33,7 +33,7 @@ pub enum Command {
     OpenReturnPath,
     /// Answer PONG with this value.
     Ping(u32),
-    /// Postcopy may come. Without contents, of dirty bitmaps only.
+    /// Postcopy may follow. Without contents: of dirty bitmaps only.
     PostcopyAdvise(Option<PageSizes>),
     /// Get ready for page requests.
     PostcopyListen,
@@ -46,11 +46,11 @@ pub enum Command {
         /// Start and length of each range, in bytes.
         ranges: Vec<(u64, u64)>,
     },
-    /// So many bytes of stream follow the command.
+    /// The number of bytes of stream that follow the command.
     Packaged(u32),
-    /// Colo may come.
+    /// Colo may follow.
     EnableColo,
-    /// Go on after a broken postcopy.
+    /// Continue after a broken postcopy.
     PostcopyResume,
     /// Send RECV_BITMAP of this block.
     RecvBitmap(BlockName),
@@ -61,14 +61,14 @@ pub enum Command {
 /// The page sizes of POSTCOPY_ADVISE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageSizes {
-    /// The host's page sizes of all RAM blocks, or-ed.
+    /// The bitwise or of the host page sizes of all RAM blocks.
     pub host: u64,
     /// The target page size.
     pub target: u64,
 }
 
 impl Command {
-    /// The name it is known by.
+    /// The name of the command.
     pub fn name(&self) -> &'static str {
         match self {
             Self::OpenReturnPath => "OPEN_RETURN_PATH",
@@ -99,7 +99,7 @@ impl Command {
         }
     }
 
-    /// What to call it in a refusal.
+    /// The name of the command in a refusal.
     pub(crate) fn refusal(&self) -> &'static str {
         match self {
             Self::PostcopyListen => "command POSTCOPY_LISTEN",
@@ -134,7 +134,7 @@ impl Command {
                 data.put_u8(0);
                 data.put_name(block);
                 data.put_u8(0);
-                // What does not fit one command goes into another; who calls splits.
+                // Ranges beyond one command are omitted; the caller splits them.
                 for (start, length) in ranges.iter().take(Self::RANGES_MAX) {
                     data.put_u64(*start);
                     data.put_u64(*length);
@@ -159,13 +159,13 @@ impl Command {
         out.put(&data);
     }
 
-    /// Ranges that one POSTCOPY_RAM_DISCARD can hold, whatever the name.
+    /// The number of ranges that fit into one POSTCOPY_RAM_DISCARD, with any name.
     pub const RANGES_MAX: usize = (u16::MAX as usize - 258) / RANGE;
 
-    /// Reads a command, without the section type before it. The bytes behind PACKAGED are left.
+    /// Decodes a command, without the section type before it. The bytes after PACKAGED are not read.
     ///
     /// # Errors
-    /// If its number is unknown, its length is wrong, or the stream ends before.
+    /// If its number is unknown, its length is wrong, or the stream ends early.
     pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Self, Error> {
         let number = r.u16("number of a command")?;
         let at = r.place();

@@ -9,7 +9,7 @@ fn encoded(command: &Command) -> Vec<u8> {
     out
 }
 
-/// The first two and the last captured from QEMU 10.0.2; the others from the format's description.
+/// The first two and the last were captured from QEMU 10.0.2; the others follow the format's description.
 #[test]
 fn commands_are_what_qemu_writes() {
     let discard = Command::PostcopyRamDiscard { block: block_name("pc.ram"), ranges: vec![(0x1000, 0x2000)] };

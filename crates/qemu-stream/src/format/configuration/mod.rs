@@ -1,8 +1,8 @@
-//! The file header and the configuration behind it.
+//! The file header and the configuration after it.
 //!
 //! ```text
 //! "QEVM" | u32 3 | 07 | u32 length, machine type | subsection*      (07 and what follows: 2.4 and newer)
-//! subsection = 05 | counted name | u32 1 | body of a length that only the name tells
+//! subsection = 05 | counted name | u32 1 | body; only the name determines its length
 //! ```
 
 use std::io::Read;
@@ -23,28 +23,28 @@ const UUID: &str = "configuration/uuid";
 const IGNORE_SHARED: &str = "x-ignore-shared";
 const MAPPED_RAM: &str = "mapped-ram";
 
-/// What both sides must agree on, as far as the stream says it.
+/// The properties in the stream on which both sides must agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Configuration {
     /// The machine type.
     pub machine: MachineType,
-    /// The page size, where the architecture leaves a choice and it is not the smallest.
+    /// The page size, if the architecture has several and it is not the smallest.
     pub target_page_size: Option<PageSize>,
-    /// Shared RAM blocks are listed, with their address, but not sent.
+    /// Whether shared RAM blocks are listed with their address but not sent.
     pub ignore_shared: bool,
-    /// Pages have fixed places: the stream is a mapped-ram file.
+    /// Whether pages have fixed places: the stream is a mapped-ram file.
     pub mapped_ram: bool,
-    /// The machine's UUID, if it is to be compared.
+    /// The machine's UUID, if it must be compared.
     pub uuid: Option<VmUuid>,
 }
 
 impl Configuration {
-    /// The configuration of a machine with nothing special about it.
+    /// Creates the configuration of a machine without special properties.
     pub fn new(machine: MachineType) -> Self {
         Self { machine, target_page_size: None, ignore_shared: false, mapped_ram: false, uuid: None }
     }
 
-    /// The page size: the one named, else 4 KiB.
+    /// The page size: the given one, or 4 KiB.
     pub fn page_size(&self) -> PageSize {
         self.target_page_size.unwrap_or_default()
     }
@@ -76,10 +76,10 @@ impl Configuration {
         }
     }
 
-    /// Reads what [`Configuration::encode`] writes, type byte included.
+    /// Decodes the output of [`Configuration::encode`], type byte included.
     ///
     /// # Errors
-    /// If a field is malformed, a subsection unknown or there twice, or the stream ends before.
+    /// If a field is malformed, a subsection is unknown or duplicate, or the stream ends early.
     pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Self, Error> {
         let kind = r.u8("configuration")?;
         if kind != CONFIGURATION {
@@ -157,10 +157,10 @@ pub fn encode_header(configuration: Option<&Configuration>, out: &mut Vec<u8>) {
     }
 }
 
-/// Reads the file header; `None` when no configuration follows, as with machine types up to 2.3.
+/// Decodes the file header; `None` if no configuration follows, as with machine types up to 2.3.
 ///
 /// # Errors
-/// If the stream is none of QEMU's, of another version, or the configuration is refused.
+/// If the stream is not QEMU's, has another version, or the configuration is refused.
 pub fn decode_header<R: Read>(r: &mut Reader<R>) -> Result<Option<Configuration>, Error> {
     let magic = r.u32("magic")?;
     if magic != MAGIC {

@@ -70,7 +70,7 @@ fn a_cut_header_is_refused_at_every_byte() {
         uuid: Some(uuid()),
         ..q35("10.0")
     };
-    // Between two subsections a shorter configuration is whole.
+    // Between two subsections, a shorter configuration is complete.
     let ends: Vec<usize> = [
         q35("10.0"),
         Configuration { target_page_size: full.target_page_size, ..q35("10.0") },

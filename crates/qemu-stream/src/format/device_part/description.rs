@@ -1,7 +1,7 @@
-//! The closing JSON, reduced to what splits the device part: names and lengths.
+//! The closing JSON, reduced to the names and lengths that split the device part.
 //!
-//! Lengths are summed while parsing and the fields are not kept, so a hostile description costs no
-//! more memory than its devices' names. Nesting is bounded by the JSON parser.
+//! Lengths are summed while parsing and the fields are not kept, so a hostile description uses no more memory than its
+//! devices' names. The JSON parser bounds the nesting.
 
 use std::fmt;
 
@@ -18,10 +18,10 @@ use crate::{
     format::{SectionName, limits},
 };
 
-/// Bytes of a subsection before its fields, without its name: type, length of the name, version.
+/// The bytes of a subsection before its fields, without its name: type, length of the name, version.
 const SUBSECTION_HEAD: u64 = 6;
 
-/// The closing description: which devices there are and how long their bodies.
+/// The closing description: the devices and the lengths of their bodies.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Description {
     /// The target page size.
@@ -36,15 +36,15 @@ pub struct Description {
 pub(super) struct Entry {
     pub(super) name: String,
     pub(super) instance: i64,
-    /// Bytes of the body; `None` if the sum passes 64 bits.
+    /// The length of the body in bytes; `None` if the sum exceeds 64 bits.
     pub(super) length: Option<u64>,
 }
 
 impl Description {
-    /// Reads the JSON.
+    /// Parses the JSON.
     ///
     /// # Errors
-    /// If it is no JSON or not of the expected shape.
+    /// If it is not JSON or not of the expected shape.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(json)
     }
@@ -68,7 +68,7 @@ impl From<Described> for Entry {
     }
 }
 
-/// The size of a field that is a struct holds everything nested in it, its subsections too.
+/// A field. If it is a struct, its size includes everything nested in it and its subsections.
 #[derive(Deserialize)]
 struct Field {
     size: u64,
@@ -101,7 +101,7 @@ impl Length for Subsection {
     }
 }
 
-/// The lengths of an array's elements, added up while they are parsed; `None` beyond 64 bits.
+/// The sum of the lengths of an array's elements, computed while parsing; `None` beyond 64 bits.
 struct Sum<T> {
     total: Option<u64>,
     element: std::marker::PhantomData<T>,
@@ -166,7 +166,7 @@ fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::
     deserializer.deserialize_seq(Entries)
 }
 
-/// The description of an embedder's devices, each with one field that holds its state.
+/// The description of an embedder's devices, each with one field that contains its state.
 pub(super) fn describe(devices: &[Device], page_size: u32) -> Result<Vec<u8>, CallerMistake> {
     let described: Result<Vec<_>, CallerMistake> = devices.iter().map(describe_one).collect();
     Ok(json!({ "page_size": page_size, "devices": described? }).to_string().into_bytes())

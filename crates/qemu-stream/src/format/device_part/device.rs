@@ -1,13 +1,13 @@
-//! A device whose state an embedder gives.
+//! A device whose state an embedder provides.
 
 use crate::format::name::SectionName;
 
-/// A device of an embedder's own, to be sent as one section.
+/// A device of an embedder, sent as one section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
     /// Its name.
     pub name: SectionName,
-    /// Which of several of that name.
+    /// The number that distinguishes devices with this name.
     pub instance: u32,
     /// The version of its state.
     pub version: u32,

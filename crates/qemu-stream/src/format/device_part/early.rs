@@ -1,15 +1,15 @@
-//! What is sent before the end of RAM beside RAM: devices, and pieces of live sections.
+//! The sections that are sent before the end of RAM, other than RAM: devices, and pieces of live sections.
 //!
 //! ```text
 //! START ram … footer ─ 04 id name instance version body 7e id ─ … ─ PART ram ─ … ─ END ram ─ last pieces ─ devices
 //!                      01 id name instance version body 7e id       02 id body 7e id           03 id body 7e id
 //! ```
 //!
-//! What a piece of a live section looks like stands in `live.rs`. The end of a device nothing marks.
-//! The description that tells their lengths comes at the end of the stream, and RAM cannot wait for it. So a body
-//! ends at the first footer of its section behind which something stands that can follow one. Device data may
-//! look so by chance or by malice; then the description, whose first devices these are, fails to fit at the end,
-//! and the whole stream is refused. Until then only RAM of the same machine was written.
+//! `live.rs` describes the pieces of a live section. Nothing marks the end of a device. The description with their
+//! lengths arrives at the end of the stream, and RAM cannot wait for it. So a body ends at the first footer of its
+//! section after which valid data follows. Device data may contain such bytes by chance or by malice. Then the
+//! description, whose first devices these are, does not fit at the end, and the whole stream is refused. Until then
+//! only RAM of the same machine was written.
 
 use std::{io::Read, ops::Range};
 
@@ -26,32 +26,33 @@ const END: u8 = 0x03;
 const FULL: u8 = 0x04;
 const COMMAND: u8 = 0x08;
 const FOOTER: u8 = 0x7e;
-/// Type and id: of a footer, and the least that follows one.
+/// The bytes of type and id: of a footer, and the shortest data after one.
 const HEAD: usize = 5;
 
-/// What came before the end of RAM beside RAM, in the order of the stream, and the last pieces of its live sections.
+/// The sections before the end of RAM, other than RAM, in the order of the stream, and the last pieces of live
+/// sections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EarlyPart {
     pub(super) bytes: Vec<u8>,
     pub(super) sections: Vec<DeviceSection>,
     pub(super) live: Vec<LiveSection>,
-    /// Where in `bytes` pieces of live sections lie; neighbours are one.
+    /// The ranges of `bytes` with pieces of live sections; adjacent pieces are one range.
     pieces: Vec<Range<usize>>,
-    /// Pieces that came behind the end of RAM.
+    /// The pieces after the end of RAM.
     pub(super) ends: Vec<u8>,
     behind_ram: bool,
 }
 
 impl EarlyPart {
-    /// The sections as they stand in the stream, those before the end of RAM.
+    /// The bytes of the sections before the end of RAM, as in the stream.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Takes the section whose head has just been read. `ram` is the RAM section's number, if it has begun.
+    /// Reads the section whose head was just read. `ram` is the RAM section's number, if it has begun.
     ///
     /// # Errors
-    /// If no end is found in as many bytes as such devices may have, or the stream has no footers.
+    /// If no end is found within the number of bytes allowed for such devices, or the stream has no footers.
     pub fn take<R: Read>(
         &mut self,
         r: &mut Reader<R>,
@@ -97,11 +98,11 @@ impl EarlyPart {
         Ok(())
     }
 
-    /// Takes a section that came before the end of RAM, if it is not one of RAM's; gives it back if nothing of this
-    /// kind. `at` is where its head stands.
+    /// Reads a section that arrives before the end of RAM, if it is not the RAM section. Returns the section if it is
+    /// of a different kind. `at` is the place of its head.
     ///
     /// # Errors
-    /// As [`take`](Self::take); if nothing is known of a section that is sent in pieces, or a piece of one is malformed.
+    /// As [`take`](Self::take); if a section that is sent in pieces is unknown, or a piece of one is malformed.
     pub fn offer<R: Read>(
         &mut self,
         r: &mut Reader<R>,
@@ -135,7 +136,7 @@ impl EarlyPart {
         Ok(None)
     }
 
-    /// Takes the last pieces of the live sections, which stand right behind the END of RAM.
+    /// Reads the last pieces of the live sections, which follow directly after the END of RAM.
     ///
     /// # Errors
     /// If one is missing or malformed.
@@ -174,7 +175,7 @@ impl EarlyPart {
         &self.ends
     }
 
-    /// Takes a piece, whose head has just been read, of a section that is known.
+    /// Reads a piece of a known section. Its head was just read.
     fn piece<R: Read>(
         &mut self,
         r: &mut Reader<R>,
@@ -208,17 +209,17 @@ impl EarlyPart {
         Ok(())
     }
 
-    /// Bytes of live sections among those before the end of RAM.
+    /// The number of bytes of live sections before the end of RAM.
     fn in_pieces(&self) -> usize {
         self.pieces.iter().map(Range::len).sum()
     }
 
-    /// Where in the bytes before the end of RAM the next device stands, seen from `at`.
+    /// The position of the next device in the bytes before the end of RAM, from `at` on.
     pub(super) fn behind_live(&self, at: usize) -> usize {
         self.pieces.iter().find(|piece| piece.start == at).map_or(at, |piece| piece.end)
     }
 
-    /// Whether behind the footer that comes next stands what may follow a device before the end of RAM.
+    /// Whether the data after the next footer may follow a device before the end of RAM.
     fn follows_footer<R: Read>(&self, r: &mut Reader<R>, ram: Option<SectionId>) -> Result<bool, Error> {
         let Some(&[kind, a, b, c, d]) = r.look(2 * HEAD)?.and_then(|bytes| bytes.get(HEAD..)) else {
             return Ok(false);
@@ -226,7 +227,7 @@ impl EarlyPart {
         let id = SectionId(u32::from_be_bytes([a, b, c, d]));
         match kind {
             PART | END => Ok(ram == Some(id) || self.live.iter().any(|live| live.id == id)),
-            // Number and length; what is not served is refused by name when it is read.
+            // Number and length of the command; a command that is not supported is refused by name when it is read.
             COMMAND => Ok(a == 0 && (1..=11).contains(&b)),
             START | FULL => {
                 let length =

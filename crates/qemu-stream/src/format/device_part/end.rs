@@ -1,13 +1,12 @@
-//! Finds the end of a device part while it arrives, without knowing a device.
+//! Finds the end of a device part while it arrives, without knowledge of the devices.
 //!
-//! Bodies have no length, so the end is known by its shape: `[7e id] 00 06 length {`, after which
-//! exactly `length` bytes follow, which are JSON, whose devices fit everything before. Device data
-//! may hold that shape by chance or by malice: such a place fails one of these tests, and how many
-//! are tested is bounded. Each byte is looked at once, each candidate parsed at most once.
+//! Bodies have no length, so the end is recognised by its shape: `[7e id] 00 06 length {`, followed by exactly `length`
+//! bytes of JSON, whose devices fit everything before. Device data may contain that shape by chance or by malice: such
+//! a place fails one of these tests, and the number of tests is bounded. Each byte is scanned once, each candidate is
+//! parsed at most once.
 //!
-//! Where the source does not close after its last byte, nothing but this tells the end. A guest that
-//! plants a complete, fitting description of a part of its own devices in device data can cut its own
-//! state short; it can harm nobody else.
+//! If the source does not close after its last byte, only this shape shows the end. A guest that plants a complete,
+//! fitting description of a part of its own devices in device data can truncate its own state; it cannot harm others.
 
 use super::{Description, DevicePart, EarlyPart, Misfit, walk};
 use crate::{
@@ -23,13 +22,13 @@ const FOOTER: usize = 5;
 /// EOF, VMDESCRIPTION, length, the brace.
 const MARK: usize = 7;
 
-/// Looks for the end in the bytes collected so far.
+/// Searches the bytes collected so far for the end.
 #[derive(Clone, Debug)]
 pub struct EndFinder {
     footers: bool,
     early: EarlyPart,
     scanned: usize,
-    /// Places that look like the end and whose JSON has not all arrived; most have none.
+    /// Places that look like the end and whose JSON has not arrived completely; in most cases there are none.
     candidates: Vec<Candidate>,
     met: usize,
     parsed: u64,
@@ -43,14 +42,14 @@ struct Candidate {
 }
 
 impl EndFinder {
-    /// A finder for a stream whose sections have `footers`.
+    /// Creates a finder for a stream whose sections have `footers`.
     pub fn new(footers: bool) -> Self {
         let early = EarlyPart::default();
         Self { footers, early, scanned: 0, candidates: Vec::new(), met: 0, parsed: 0, misfit: None }
     }
 
-    /// What came before the end of RAM. Its devices are described first; the last pieces of its live sections are what
-    /// `collected` begins with.
+    /// Sets the sections that arrived before the end of RAM. Their devices are described first. `collected` begins with
+    /// the last pieces of their live sections.
     #[must_use]
     pub fn early(mut self, early: EarlyPart) -> Self {
         self.scanned = early.ends.len();
@@ -63,8 +62,8 @@ impl EndFinder {
         &self.early.ends
     }
 
-    /// Looks whether `collected`, which begins behind the RAM section and may only grow from call to
-    /// call, ends with the end of the stream. If so, takes the bytes and splits them.
+    /// Checks whether `collected` ends with the end of the stream. It begins after the RAM section and may only grow
+    /// from call to call. If it ends so, takes the bytes and splits them.
     ///
     /// # Errors
     /// If more places look like the end than any real device part has.
@@ -90,7 +89,7 @@ impl EndFinder {
                 Err(misfit) => self.misfit = Some(misfit),
             }
         }
-        // Whose end has passed was none: behind the true one nothing comes.
+        // A candidate whose end has passed was false: nothing follows the true end.
         self.candidates.retain(|c| c.end > collected.len());
         Ok(found.map(|(eof, sections)| DevicePart {
             early: std::mem::take(&mut self.early.bytes),
@@ -103,8 +102,8 @@ impl EndFinder {
         }))
     }
 
-    /// Whether `collected` has the end of a device part without a description: a footer and EOF; without footers, a
-    /// byte 0, which says little.
+    /// Whether `collected` ends like a device part without a description: with a footer and EOF. Without footers it is
+    /// only a byte 0, which proves little.
     pub fn may_have_ended(&self, collected: &[u8]) -> bool {
         let Some((&EOF, blob)) = collected.split_last() else { return false };
         match blob.split_last_chunk::<FOOTER>() {
@@ -114,10 +113,10 @@ impl EndFinder {
         }
     }
 
-    /// The device part of a stream that has ended behind `collected` without a description.
+    /// The device part of a stream that has ended after `collected` without a description.
     ///
     /// # Errors
-    /// If no device part ends so: its last footer must be that of one of its sections.
+    /// If no device part ends so: its last footer must belong to one of its sections.
     pub fn without_description(self, collected: Vec<u8>) -> Result<DevicePart, Malformed> {
         let (from, eof) = (self.early.ends.len(), collected.len().saturating_sub(1));
         let closed = !self.footers || eof == from || collected.get(from..eof).is_some_and(opens_last);
@@ -140,7 +139,7 @@ impl EndFinder {
         Malformed::NoDescription { length: length as u64, last: self.misfit }
     }
 
-    /// Notes the places that look like the end in what has come since the last look.
+    /// Records the places that look like the end in the bytes since the last scan.
     fn scan(&mut self, collected: &[u8]) -> Result<(), PeerMisbehaved> {
         while let Some(mark) = collected.get(self.scanned..self.scanned + MARK) {
             let eof = self.scanned;

@@ -1,4 +1,5 @@
-//! Sections beside RAM that are sent in pieces while the guest runs, and whose pieces tell where they end.
+//! Live sections: sections other than RAM that are sent in pieces while the guest runs. The format of a piece
+//! determines its end.
 //!
 //! ```text
 //! s390-storage_attributes   every piece: u64 1; the last one: u64 8, u64 1
@@ -7,8 +8,9 @@
 //!    with radix tables, each is one u32 0xffffffff
 //! ```
 //!
-//! A piece is read by this grammar and by no sign: its footer is where the grammar says, or the stream is refused. So
-//! is every record that was never seen: a wrong guess is an error and never another state of the machine.
+//! A piece is parsed with this grammar, not by searching for its end: its footer must be where the grammar puts it, or
+//! the stream is refused. Records that were never observed are refused, too. So a wrong guess is an error and never a
+//! different state of the machine.
 
 use std::io::Read;
 
@@ -17,18 +19,18 @@ use crate::{
     format::{Put, Reader, SectionHead, SectionId, SectionName, limits},
 };
 
-/// A section beside RAM that came in pieces.
+/// A section other than RAM that arrived in pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LiveSection {
     /// Its name.
     pub name: SectionName,
-    /// Which of several of that name.
+    /// The number that distinguishes sections with this name.
     pub instance: u32,
     /// The version of its pieces.
     pub version: u32,
-    /// The number the source gave it.
+    /// The section's number, assigned by the source.
     pub id: SectionId,
-    /// Its pieces, START and END included.
+    /// The number of its pieces, START and END included.
     pub pieces: u64,
     /// Bytes of the pieces' bodies.
     pub size: u64,
@@ -36,11 +38,11 @@ pub struct LiveSection {
     ended: bool,
 }
 
-/// What a piece looks like.
+/// The format of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grammar {
     StorageAttributes,
-    /// With the number of entries that the table has.
+    /// A hash table with this number of entries.
     HashTable(u64),
 }
 
@@ -53,7 +55,7 @@ pub(super) enum Piece {
 }
 
 impl LiveSection {
-    /// The section that begins with this head; `None` if nothing is known of its pieces.
+    /// The section that begins with this head; `None` if the format of its pieces is unknown.
     pub(super) fn of(head: &SectionHead) -> Option<Self> {
         let grammar = match (head.name.as_bytes(), head.version) {
             (b"s390-storage_attributes", 0) => Grammar::StorageAttributes,
@@ -64,12 +66,12 @@ impl LiveSection {
         Some(Self { name, instance, version, id, pieces: 0, size: 0, grammar, ended: false })
     }
 
-    /// Whether its last piece has come.
+    /// Whether its last piece has arrived.
     pub(super) fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Reads the body of a piece and appends it to `out`, of which `left` bytes are free.
+    /// Reads the body of a piece and appends it to `out`, which may grow by `left` bytes.
     pub(super) fn body<R: Read>(
         &mut self,
         r: &mut Reader<R>,
@@ -95,7 +97,7 @@ impl LiveSection {
     }
 }
 
-/// A body being read: every field is kept as it came.
+/// A body while it is read: every field is kept unchanged.
 struct Body<'a, R> {
     r: &'a mut Reader<R>,
     out: &'a mut Vec<u8>,
@@ -127,7 +129,7 @@ impl<R: Read> Body<'_, R> {
     }
 }
 
-/// Words, of which a guest without attributes sends two.
+/// Words; a guest without attributes sends two.
 fn attributes<R: Read>(body: &mut Body<'_, R>, piece: Piece) -> Result<(), Error> {
     loop {
         match u64::from_be_bytes(body.array("a record of storage attributes")?) {
@@ -138,7 +140,7 @@ fn attributes<R: Read>(body: &mut Body<'_, R>, piece: Piece) -> Result<(), Error
     }
 }
 
-/// START of a hash table: how many entries it has.
+/// START of a hash table: its number of entries.
 fn entries<R: Read>(body: &mut Body<'_, R>) -> Result<u64, Error> {
     match u32::from_be_bytes(body.array("shift of the hash table")?) {
         NO_TABLE => Ok(0),
@@ -149,7 +151,7 @@ fn entries<R: Read>(body: &mut Body<'_, R>) -> Result<u64, Error> {
     }
 }
 
-/// PART and END of a hash table: chunks of a table of so many entries.
+/// PART and END of a hash table: chunks of a table with `entries` entries.
 fn chunks<R: Read>(body: &mut Body<'_, R>, entries: u64) -> Result<(), Error> {
     match u32::from_be_bytes(body.array("head of a piece of the hash table")?) {
         NO_TABLE => return Ok(()),
@@ -181,9 +183,9 @@ fn chunks<R: Read>(body: &mut Body<'_, R>, entries: u64) -> Result<(), Error> {
 const ATTRIBUTES_EOS: u64 = 0x1;
 /// Nothing more at all.
 const ATTRIBUTES_DONE: u64 = 0x8;
-/// In the place of a shift, or of a piece's head: the guest has radix tables.
+/// Sent instead of a shift or of a piece's head: the guest has radix tables.
 const NO_TABLE: u32 = 0xffff_ffff;
-/// What the shift of a hash table can be.
+/// The valid shifts of a hash table.
 const SHIFTS: std::ops::RangeInclusive<u32> = 18..=46;
 /// Bytes of an entry.
 const ENTRY: usize = 16;
@@ -197,7 +199,7 @@ mod tests {
         LiveSection::of(&SectionHead { id: SectionId(9), name: section_name(name), instance: 0, version })
     }
 
-    /// Reads these pieces, the last one as END; what is left of them, and what was kept.
+    /// Reads these pieces, the last one as END. Returns the bytes that were kept.
     fn read(name: &str, version: u32, pieces: &[&str], left: usize) -> Result<Vec<u8>, Error> {
         let mut section = section(name, version).expect("known");
         let mut out = Vec::new();
@@ -216,7 +218,7 @@ mod tests {
         Ok(out)
     }
 
-    /// As QEMU 10.0.2 has sent them: of a guest that made two entries by hypercall, of one with none, and of a machine
+    /// As sent by QEMU 10.0.2: of a guest that made two entries by hypercall, of one without entries, and of a machine
     /// without attributes.
     #[test]
     fn pieces_that_were_seen_are_kept_to_the_byte() {

@@ -6,10 +6,10 @@ use crate::format::name::SectionName;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misfit {
-    /// It is no JSON, or not of the expected shape.
+    /// It is not JSON, or not of the expected shape.
     #[error("description: {0}")]
     Json(String),
-    /// Another section stands where it has this one.
+    /// There is a different section at the described place.
     #[error("at {at:#x}: expected section of device \"{name}\" instance {instance}")]
     Device {
         /// Where in the device part.
@@ -29,7 +29,7 @@ pub enum Misfit {
         /// The described length of its body.
         length: u64,
     },
-    /// The body reaches beyond the sections.
+    /// The body extends beyond the sections.
     #[error("at {at:#x}: device \"{name}\" reaches beyond the last section")]
     Beyond {
         /// Where in the device part.

@@ -1,4 +1,4 @@
-//! Everything behind the RAM section: devices, EOF, and the JSON that tells them apart.
+//! Everything after the RAM section: devices, EOF, and the JSON that separates them.
 //!
 //! ```text
 //! 04 id name instance version body [7e id]   per device; a body has no length
@@ -6,8 +6,8 @@
 //! 06 length {"page_size": …, "devices": […]} sums of sizes, from which the bodies' lengths follow
 //! ```
 //!
-//! Devices are carried, never interpreted. What is known of a body is where it begins and ends. Without the JSON
-//! (machine option suppress-vmdesc, machine types up to 2.2) not even that is known: the part stays in one piece.
+//! Devices are forwarded, never interpreted. Only the beginning and the end of a body are known. Without the JSON
+//! (machine option suppress-vmdesc, machine types up to 2.2) these are unknown, too: the part stays in one piece.
 
 mod description;
 mod device;
@@ -36,20 +36,21 @@ use crate::error::CallerMistake;
 pub struct DeviceSection {
     /// Its name.
     pub name: SectionName,
-    /// Which of several of that name.
+    /// The number that distinguishes devices with this name.
     pub instance: u32,
     /// The version of its body.
     pub version: u32,
-    /// The number the source gave the section.
+    /// The section's number, assigned by the source.
     pub id: SectionId,
-    /// Where its body lies: in the device part, or among the early devices.
+    /// The range of its body: in the device part, or among the early devices.
     pub body: Range<usize>,
-    /// Whether it came before the end of RAM.
+    /// Whether it arrived before the end of RAM.
     pub early: bool,
 }
 
-/// The bytes behind the RAM section, complete and, where they are described, split; with what was sent before its end,
-/// devices and pieces of [live sections](LiveSection). Those sections' last pieces stand before the devices.
+/// The bytes after the RAM section, complete and, if they are described, split. It includes what was sent before the
+/// end of RAM, devices and pieces of [live sections](LiveSection). The last pieces of live sections come before the
+/// devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePart {
     early: Vec<u8>,
@@ -62,14 +63,14 @@ pub struct DevicePart {
 }
 
 impl DevicePart {
-    /// Bytes from EOF to the JSON: EOF, the section type and its length.
+    /// The bytes from EOF to the JSON: EOF, the section type and its length.
     const END_HEAD: usize = 6;
 
-    /// The device part of these devices, for a machine that is not QEMU's. Their sections are
-    /// numbered upwards from `first_id`.
+    /// Creates the device part of these devices, for a machine that is not QEMU's. Their sections are numbered upwards
+    /// from `first_id`.
     ///
     /// # Errors
-    /// If the devices are more, or longer, than a reader takes.
+    /// If there are more or longer devices than a reader accepts.
     pub fn build(devices: &[Device], page_size: u32, first_id: SectionId) -> Result<Self, CallerMistake> {
         let refused = |why: String| CallerMistake::Value { what: "devices", why };
         let size: usize = devices.iter().map(|device| device.state.len()).sum();
@@ -106,8 +107,7 @@ impl DevicePart {
         Ok(Self { early: Vec::new(), bytes, eof, json, sections, live: Vec::new(), footers: true })
     }
 
-    /// All of it behind the end of RAM, as it stands in the stream: last pieces of live sections, devices, EOF,
-    /// VMDESCRIPTION.
+    /// All bytes after the end of RAM, as in the stream: last pieces of live sections, devices, EOF, VMDESCRIPTION.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -117,12 +117,12 @@ impl DevicePart {
         self.bytes.get(..self.eof).unwrap_or_default()
     }
 
-    /// The sections that came before the end of RAM, and go there again.
+    /// The sections that arrived before the end of RAM. They must be sent there again.
     pub fn early(&self) -> &[u8] {
         &self.early
     }
 
-    /// The JSON; `None` if the source has sent none.
+    /// The JSON; `None` if the source did not send it.
     pub fn description(&self) -> Option<&[u8]> {
         self.json.and_then(|json| self.bytes.get(json..))
     }
@@ -132,17 +132,17 @@ impl DevicePart {
         &self.sections
     }
 
-    /// The sections beside RAM that came in pieces, in the order in which they began.
+    /// The live sections, in the order in which they began.
     pub fn live(&self) -> &[LiveSection] {
         &self.live
     }
 
-    /// Whether its sections have footers, as all have but those of machine types up to 2.3.
+    /// Whether its sections have footers; only sections of machine types up to 2.3 have none.
     pub fn has_footers(&self) -> bool {
         self.footers
     }
 
-    /// The device of this name and instance: its section and its state.
+    /// The device with this name and instance: its section and its state.
     pub fn find(&self, name: &str, instance: u32) -> Option<(&DeviceSection, &[u8])> {
         let of = |section: &&DeviceSection| {
             section.name.as_bytes() == name.as_bytes() && section.instance == instance
@@ -151,16 +151,16 @@ impl DevicePart {
         Some((section, self.body(section)?))
     }
 
-    /// Whether the guest ran at its source; `None` if the devices do not say.
+    /// Whether the guest ran at its source; `None` if the devices do not contain this.
     pub fn run_state(&self) -> Option<RunState> {
         run_state::decode(self.find(run_state::NAME, 0)?.1)
     }
 
-    /// Refuses the part beside a RAM section of this number: a destination finds the section that a piece belongs to by its
-    /// number alone.
+    /// Refuses the part if one of its sections has the RAM section's number: a destination finds the section of a piece
+    /// only by its number.
     ///
     /// # Errors
-    /// [`CallerMistake::SectionTaken`]. Of devices without a description nothing is known.
+    /// [`CallerMistake::SectionTaken`]. Devices without a description cannot be checked.
     pub(crate) fn check_beside(&self, ram: SectionId) -> Result<(), CallerMistake> {
         let devices = self.sections.iter().map(|section| (section.id, &section.name));
         let live = self.live.iter().map(|section| (section.id, &section.name));
@@ -170,7 +170,7 @@ impl DevicePart {
         }
     }
 
-    /// The body of a section of this part; `None` for one of another.
+    /// The body of a section of this part; `None` for a section of another part.
     pub fn body(&self, section: &DeviceSection) -> Option<&[u8]> {
         let bytes = if section.early { self.early() } else { self.blob() };
         bytes.get(section.body.clone())

@@ -6,7 +6,7 @@ use crate::{
     format::testing::{dump, section_name},
 };
 
-/// A part of sections given as dumps, closed with EOF and this JSON.
+/// A part with the sections given as dumps, closed with EOF and this JSON.
 fn part(sections: &str, json: &str) -> Vec<u8> {
     let mut bytes = dump(sections);
     Section::Eof.encode(&mut bytes);
@@ -88,7 +88,7 @@ fn bytes_behind_the_description_make_it_no_end() {
     assert_eq!(found(&bytes), None);
 }
 
-/// Device data may hold, by chance or malice, what looks like the end.
+/// Device data may contain, by chance or malice, bytes that look like the end.
 #[test]
 fn a_false_end_in_device_data_is_passed_over() {
     let decoy = part("7e 00 00 00 00", r#"{"devices": []}"#);
@@ -185,7 +185,7 @@ fn more_false_ends_than_allowed_are_refused() {
     assert!(matches!(refused, Err(PeerMisbehaved::TooManyEnds { .. })));
 }
 
-/// All candidates end at one byte, so each must be parsed there; together they pass the bound.
+/// All candidates end at the same byte, so each must be parsed there; together they exceed the bound.
 #[test]
 fn parsing_in_search_of_the_end_is_bounded() {
     let length = 2_000_000;

@@ -10,9 +10,9 @@ use crate::{
     format::{Reader, Section, SectionHead, decode_footer},
 };
 
-/// The sections of `early`, which came before the end of RAM and are described first, and of `blob`, which ends
-/// before EOF; all of both must be used. Live sections are not described: what is in `early` of those is known, and what
-/// is in `blob` stands at its beginning.
+/// Splits the sections of `early`, which arrived before the end of RAM and are described first, and of `blob`, which
+/// ends before EOF. All of both must be used. Live sections are not described: those in `early` are known, and those in
+/// `blob` are at its beginning.
 pub(super) fn split(
     early: &EarlyPart,
     blob: &[u8],
@@ -41,7 +41,7 @@ pub(super) fn split(
     }
 }
 
-/// The section at `at`, which must be the one described; where it ends.
+/// Checks the section at `at`, which must be the described one. Returns its end.
 fn take(
     blob: &[u8],
     mut at: usize,

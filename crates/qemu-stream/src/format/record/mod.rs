@@ -6,7 +6,7 @@
 //! EOS                                       MULTIFD_FLUSH
 //! ```
 //!
-//! The counted name is there unless CONTINUE is set; it stays the current block, across sections.
+//! The counted name is present unless CONTINUE is set. It remains the current block, across sections.
 
 use std::io::Read;
 
@@ -35,11 +35,11 @@ pub enum Record {
     Zero(BlockIndex, PageIndex),
     /// The page's bytes follow.
     Page(BlockIndex, PageIndex),
-    /// So many bytes of delta against the page's last contents follow.
+    /// A delta against the page's last contents; this number of bytes follows.
     Xbzrle(BlockIndex, PageIndex, u16),
-    /// All channels have to come to their next SYNC.
+    /// All channels must reach their next SYNC.
     MultifdFlush,
-    /// The body of the section ends.
+    /// The end of the section's body.
     Eos,
 }
 
@@ -48,10 +48,10 @@ pub enum Record {
 pub struct CurrentBlock(Option<BlockIndex>);
 
 impl Record {
-    /// Reads a record, but not the bytes of a page or a delta.
+    /// Decodes a record, but not the bytes of a page or a delta.
     ///
     /// # Errors
-    /// If its kind is unknown or not served, it lies outside its block, or the stream ends before.
+    /// If its kind is unknown or not supported, it lies outside its block, or the stream ends early.
     pub fn decode<R: Read>(
         r: &mut Reader<R>,
         blocks: &BlockList,
@@ -111,8 +111,8 @@ impl Record {
         }
     }
 
-    /// Appends the record; the bytes of a page or a delta come behind it. The name is left out where
-    /// the record before has set it.
+    /// Appends the record; the caller appends the bytes of a page or a delta. The name is omitted if the record before
+    /// has set it.
     ///
     /// # Errors
     /// If the list has no such page.

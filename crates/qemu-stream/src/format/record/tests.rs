@@ -17,7 +17,7 @@ fn decoded(bytes: &str, current: Option<usize>) -> Result<Record, Error> {
     Record::decode(&mut reader(&dump(bytes)), &blocks(), &mut CurrentBlock(current.map(BlockIndex)))
 }
 
-/// EOS and MULTIFD_FLUSH captured from QEMU 10.0.2; the others from the format's description.
+/// EOS and MULTIFD_FLUSH were captured from QEMU 10.0.2; the others follow the format's description.
 #[test]
 fn records_are_what_qemu_writes() {
     let (ram, page) = (BlockIndex(0), PageIndex(6));

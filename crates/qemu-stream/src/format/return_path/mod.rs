@@ -15,26 +15,27 @@ const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
 
-/// The value of a PONG that a destination of ours sends unasked to a source of ours: it will always say SHUT, also when it
-/// fails. So a connection that closes without it was not closed by the destination.
+/// The value of a PONG that a destination of this library sends, without a PING, to a source of this library. It
+/// announces that the destination will always send SHUT, even when it fails. So a connection that closes without SHUT
+/// was not closed by the destination.
 pub(crate) const VERDICT_MARK: u32 = 0x6d66_6501;
 
-/// The value of the PING by which a source of ours asks whether all of RAM has arrived. Its guest stands, and the end of RAM
-/// follows at once. To a QEMU it is a PING like any other.
+/// The value of the PING by which a source of this library asks whether all of RAM has arrived. Its guest is stopped,
+/// and the end of RAM follows at once. For a QEMU it is a PING like any other.
 pub(crate) const READY_PING: u32 = 0x6d66_6601;
 
 const RESUME_ACK_VALUE: u32 = 1;
 const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 
-/// What the destination tells the source.
+/// A message from the destination to the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Message {
-    /// The destination sends nothing more: 0 when all is loaded, else it has failed.
+    /// The destination sends nothing more: 0 if everything is loaded, otherwise it has failed.
     Shut(u32),
     /// The answer to PING.
     Pong(u32),
-    /// Pages that postcopy needs now; no block means the one of the last request.
+    /// Pages that postcopy needs now; without a block, the block of the last request is meant.
     ReqPages {
         /// The block.
         block: Option<BlockName>,
@@ -43,14 +44,14 @@ pub enum Message {
         /// Number of bytes.
         length: u32,
     },
-    /// Which pages of a block have arrived.
+    /// The pages of a block that have arrived.
     RecvBitmap {
         /// The block.
         block: BlockName,
         /// Bit i of byte i / 8, least significant first; a multiple of 8 bytes.
         bitmap: Vec<u8>,
     },
-    /// Ready to go on with postcopy.
+    /// The destination is ready to continue with postcopy.
     ResumeAck,
     /// Ready for the switchover.
     SwitchoverAck,
@@ -100,7 +101,7 @@ impl Message {
         }
     }
 
-    /// Reads a message; `None` if the destination has closed the return path between two.
+    /// Decodes a message; `None` if the destination has closed the return path between two messages.
     ///
     /// # Errors
     /// If the type is unknown, the length wrong, or the stream ends within the message.

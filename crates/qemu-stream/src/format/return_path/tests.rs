@@ -13,7 +13,7 @@ fn decoded(bytes: &[u8]) -> Result<Option<Message>, Error> {
     Message::decode(&mut reader(bytes))
 }
 
-/// From the format's description; SHUT and PONG seen from QEMU 7.2.22 and 10.0.2.
+/// According to the format's description; SHUT and PONG were captured from QEMU 7.2.22 and 10.0.2.
 #[test]
 fn messages_are_what_qemu_writes() {
     for (golden, message) in [
@@ -37,7 +37,7 @@ fn messages_are_what_qemu_writes() {
         let golden = dump(golden);
         assert_eq!(encoded(&message), golden);
         assert_eq!(decoded(&golden).unwrap(), Some(message));
-        // At 0 the destination has closed between two messages.
+        // At 0, the destination has closed between two messages.
         assert_eq!(decoded(&[]).unwrap(), None);
         assert_cut_is_refused(&golden, &[0], Message::decode);
     }

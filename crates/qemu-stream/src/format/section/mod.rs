@@ -1,4 +1,4 @@
-//! What stands between two bodies: the heads of sections, footers, the end.
+//! The data between two bodies: the heads of sections, footers, the end.
 //!
 //! ```text
 //! 01 START, 04 FULL | u32 id | counted name | u32 instance | u32 version | body | footer
@@ -30,13 +30,13 @@ pub struct SectionHead {
     pub id: SectionId,
     /// Its name.
     pub name: SectionName,
-    /// Which of several of that name.
+    /// The number that distinguishes sections with this name.
     pub instance: u32,
     /// The version of its body.
     pub version: u32,
 }
 
-/// What stands between two bodies.
+/// An item between two bodies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Section {
     /// No section follows.
@@ -49,7 +49,7 @@ pub enum Section {
     End(SectionId),
     /// A device, sent at once.
     Full(SectionHead),
-    /// The JSON that describes the devices; so many bytes follow.
+    /// The JSON that describes the devices; this number of bytes follows.
     VmDescription(u32),
     /// A command.
     Command(Command),
@@ -94,10 +94,10 @@ impl Section {
         }
     }
 
-    /// Reads the head of whatever comes next.
+    /// Decodes the next head.
     ///
     /// # Errors
-    /// If the type is unknown or has no place between sections, or the stream ends.
+    /// If the type is unknown or not allowed between sections, or the stream ends.
     pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Self, Error> {
         let kind = r.u8("a section")?;
         let misplaced = |record| PeerMisbehaved::Misplaced { record, place: "between sections" };
@@ -131,7 +131,7 @@ impl SectionHead {
         self.name == SectionName::ram()
     }
 
-    /// Refuses a RAM section of another instance or version; `at` is where its head stands.
+    /// Refuses a RAM section with a different instance or version; `at` is the place of its head.
     pub(crate) fn check_ram(&self, at: Place) -> Result<(), Error> {
         if self.version != Self::RAM_VERSION {
             return Err(Malformed::value("version of section \"ram\"", "4", self.version).at(at));
@@ -166,10 +166,10 @@ pub fn encode_footer(id: SectionId, out: &mut Vec<u8>) {
     out.put_u32(id.0);
 }
 
-/// Reads the footer that must close section `id`.
+/// Decodes the footer that must close section `id`.
 ///
 /// # Errors
-/// If something else stands there, or it closes another section.
+/// If something else follows, or it closes another section.
 pub fn decode_footer<R: Read>(id: SectionId, r: &mut Reader<R>) -> Result<(), Error> {
     let kind = r.u8("a footer")?;
     if kind != FOOTER {
@@ -182,7 +182,7 @@ pub fn decode_footer<R: Read>(id: SectionId, r: &mut Reader<R>) -> Result<(), Er
     Ok(())
 }
 
-/// Whether a footer comes next. No section begins with its byte.
+/// Whether a footer follows. No section begins with its byte.
 ///
 /// # Errors
 /// If the system cannot read.

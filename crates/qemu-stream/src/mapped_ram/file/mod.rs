@@ -1,8 +1,8 @@
-//! Reads a mapped-ram file: everything but the pages, which are read where they lie.
+//! Reads a mapped-ram file: everything but the pages, which are read from their places later.
 //!
-//! In comes a file, ours or QEMU's, hostile until checked: every place it names must lie in it and
-//! behind the one before, so that no two overlap. A file without its end is refused; one that was
-//! being written when its writer died has no bitmaps worth reading.
+//! The file may be ours or QEMU's and is untrusted until it is checked: every place that it names must lie in it and
+//! after the one before, so that no two overlap. A file without its end is refused: it was being written when its
+//! writer died, and its bitmaps are not valid.
 
 use std::{
     fs::File,
@@ -26,7 +26,7 @@ use crate::{
     refuse,
 };
 
-/// A mapped-ram file that is whole.
+/// A complete mapped-ram file.
 #[derive(Debug)]
 pub struct MappedRamFile {
     file: File,
@@ -43,7 +43,7 @@ impl MappedRamFile {
     /// Reads the file whose stream begins at `offset`, and checks everything but the pages.
     ///
     /// # Errors
-    /// If it is no mapped-ram file, incomplete, hostile, or the system cannot read it.
+    /// If it is not a mapped-ram file, incomplete, hostile, or the system cannot read it.
     pub fn open(file: File, offset: u64) -> Result<Self, Error> {
         let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
         let mut parser = Parser {
@@ -71,8 +71,8 @@ impl MappedRamFile {
         self.configuration.as_ref()
     }
 
-    /// How the source has marked the ends of dirty rounds, if the file knows: one that QEMU wrote does not, nor one
-    /// of a machine that came without channels.
+    /// How the source has marked the ends of dirty rounds, if the file contains this. A file written by QEMU does not,
+    /// nor a file of a machine that arrived without channels.
     pub fn sync_mode(&self) -> Option<SyncMode> {
         self.sync_mode
     }
@@ -87,7 +87,7 @@ impl MappedRamFile {
         &self.blocks
     }
 
-    /// Where the blocks lie, in the order of the list.
+    /// The places of the blocks, in the order of the list.
     pub fn places(&self) -> &[BlockPlace] {
         &self.places
     }
@@ -112,9 +112,9 @@ impl MappedRamFile {
         &self.file
     }
 
-    /// Reads which pages of a block are present: bit i of word i / 64, least significant first, is
-    /// page i. Pages that are not are zero, whatever the file holds in their place. Read block by
-    /// block because all bitmaps together grow with RAM.
+    /// Reads which pages of a block are present: bit i of word i / 64, least significant first, is page i. Other pages
+    /// are zero, regardless of the bytes in the file. The bitmaps are read block by block because their total size
+    /// grows with RAM.
     ///
     /// # Errors
     /// If there is no such block or the system cannot read.
@@ -137,7 +137,7 @@ impl MappedRamFile {
             words.extend(bytes.chunks_exact(WORD).map(word));
             at += length as u64;
         }
-        // What stands behind the last page's bit means nothing.
+        // The bits after the last page have no meaning.
         let behind = place.pages() % u64::from(u64::BITS);
         if let Some(last) = words.last_mut().filter(|_| behind != 0) {
             *last &= (1 << behind) - 1;
@@ -151,15 +151,16 @@ impl MappedRamFile {
 pub enum ReadPath {
     /// Through the page cache, into a private buffer.
     Cached,
-    /// Past the page cache, by channels; as [`Cached`](Self::Cached) over main.
+    /// With direct I/O, by channels; as [`Cached`](Self::Cached) over main.
     Direct(Arc<DirectFile>),
-    /// Not at all: channels send from a mapping of the file, which costs no copy. Needs channels that neither pack nor encrypt.
+    /// Not read: channels send from a mapping of the file, without a copy. Requires channels that neither compress nor
+    /// encrypt.
     Mapped,
 }
 
 impl MappedRamFile {
-    /// The blocks in the file with the pages that are present, to be sent or copied; `path` says of each how its pages are
-    /// read. Blocks that were left out are [ignored](RamBlock::ignored).
+    /// Creates the blocks in the file with the pages that are present, to be sent or copied. `path` returns for each
+    /// how its pages are read. Blocks that were left out are [ignored](RamBlock::ignored).
     ///
     /// # Errors
     /// If the bitmaps cannot be read or the file cannot be mapped.
@@ -224,7 +225,7 @@ impl Parser<'_> {
                 }
                 Section::Start(head) => return Err(refuse::iterative_section(&head, at)),
                 Section::Full(head) => self.early.take(&mut self.r, &head, None, true)?,
-                // Of no use in a file, and no harm.
+                // They have no effect in a file and do no harm.
                 Section::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
                 Section::Command(command) => return Err(refuse::command(&command, at)),
                 other => return Err(misplaced(&other, "before the start of ram", at)),
@@ -252,7 +253,7 @@ impl Parser<'_> {
         Ok((list.finish(), places))
     }
 
-    /// The end of START, which tells whether there are footers.
+    /// Reads the end of START, which shows whether there are footers.
     fn first_eos(&mut self, blocks: &BlockList, section: SectionId) -> Result<(), Error> {
         self.footers = false;
         self.eos(blocks, section)?;
@@ -260,7 +261,7 @@ impl Parser<'_> {
         if self.footers { decode_footer(section, &mut self.r) } else { Ok(()) }
     }
 
-    /// The body of a part of the RAM section: nothing but its end.
+    /// Reads the body of a part of the RAM section: only its end.
     fn eos(&mut self, blocks: &BlockList, section: SectionId) -> Result<(), Error> {
         let at = self.r.here();
         let record = match Record::decode(&mut self.r, blocks, &mut CurrentBlock::default())? {
@@ -274,7 +275,7 @@ impl Parser<'_> {
         Err(PeerMisbehaved::Misplaced { record, place: "in a mapped-ram file" }.at(at))
     }
 
-    /// All parts up to the last; whether SWITCHOVER_START was among them.
+    /// Reads all parts up to the last; returns whether SWITCHOVER_START was among them.
     fn rest_of_ram(&mut self, blocks: &BlockList, section: SectionId) -> Result<bool, Error> {
         let mut switchover_start = false;
         loop {
@@ -296,8 +297,8 @@ impl Parser<'_> {
         }
     }
 
-    /// The file ends where the stream does, so one look at its end is enough. Without a description, a note that
-    /// says whether the file is `complete` is believed; without that, footers must do.
+    /// Reads the devices. The file ends where the stream does, so one search for its end is enough. Without a
+    /// description, a note that says whether the file is `complete` decides; without a note, the footers decide.
     fn devices(&mut self, complete: Option<bool>) -> Result<DevicePart, Error> {
         let at = self.r.here();
         let length = self.length.saturating_sub(at.offset);
@@ -314,8 +315,8 @@ impl Parser<'_> {
     }
 }
 
-/// Checks where a block says it lies: behind its header, bitmap before pages, pages in the file. As
-/// the next entry stands behind the pages, nothing can overlap.
+/// Checks the place of a block: after its header, bitmap before pages, pages in the file. Because the next entry
+/// follows the pages, nothing can overlap.
 fn place(
     entry: &BlockEntry,
     header: &BlockHeader,
@@ -334,7 +335,7 @@ fn place(
     let refused = |name: &BlockName, what, offset, expected: String| {
         Err(PeerMisbehaved::Placement { block: name.clone(), what, at: offset, expected }.at(at))
     };
-    // A block that does not travel has no bitmap.
+    // A block that is not sent has no bitmap.
     let ignored = ignore_shared && place.is_ignored();
     if bitmap_offset < header_end && !ignored {
         return refused(
@@ -377,7 +378,7 @@ fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
     Error::Io { at: Place { stream: Stream::File, offset }, doing, source }
 }
 
-/// Reads on from a position of a file, without moving the file's own.
+/// Reads from a position of a file, without moving the file's own position.
 struct Cursor<'a> {
     file: &'a File,
     at: u64,
@@ -391,7 +392,7 @@ impl Read for Cursor<'_> {
     }
 }
 
-/// Enough for an entry and its header, and little to read in vain before a jump.
+/// Enough for an entry and its header; little is read in vain before a jump.
 const BUFFER: usize = 4 << 10;
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ fn devices() -> DevicePart {
     DevicePart::build(&[device], 4096, SectionId(2)).unwrap()
 }
 
-/// A whole file of these blocks, whose bitmaps have every third bit set.
+/// A complete file of these blocks, whose bitmaps have every third bit set.
 fn whole(configuration: &Configuration, blocks: &BlockList, offset: u64) -> (File, Layout) {
     let file = tempfile::tempfile().unwrap();
     let layout = Layout::new(configuration, blocks, SectionId(1), offset).unwrap();
@@ -45,7 +45,7 @@ fn changed(at: u64, change: &[u8]) -> Result<MappedRamFile, Error> {
     MappedRamFile::open(file, 0)
 }
 
-/// Where the header of the only block stands in such a file.
+/// The position of the header of the only block in such a file.
 const HEADER: u64 = 0x6f;
 
 #[test]
@@ -62,12 +62,12 @@ fn a_file_reads_back_as_written() {
     assert!(read.switchover_start());
     assert_eq!(read.bitmap(BlockIndex(0)).unwrap(), [0x9249_2492_4924_9249; 16]);
     assert!(read.bitmap(BlockIndex(1)).unwrap().is_empty());
-    // One page: the bits behind the first mean nothing.
+    // One page: the bits after the first have no meaning.
     assert_eq!(read.bitmap(BlockIndex(2)).unwrap(), [1]);
     assert!(read.bitmap(BlockIndex(3)).is_err());
 }
 
-/// As QEMU 10.0.2 writes it: parts without pages before the last one.
+/// As written by QEMU 10.0.2: parts without pages before the last one.
 #[test]
 fn parts_with_nothing_but_their_end_are_passed_over() {
     let (file, layout) = whole(&q35(), &list(&[("pc.ram", 0x1_0000)]), 0);

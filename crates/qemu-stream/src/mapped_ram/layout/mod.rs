@@ -1,8 +1,8 @@
-//! Where everything goes in a file that is about to be written, and the writing of all but the pages.
+//! The layout of a file that is going to be written, and the writing of everything but the pages.
 //!
-//! In come configuration and block list, out go the places of bitmaps and pages. A file is trusted
-//! only once its tail is there, so the order is: head, pages, bitmaps, tail. Nothing here syncs the
-//! file; who writes it decides when it must be durable.
+//! The input is configuration and block list. The output is the places of bitmaps and pages. A file is trusted only
+//! when its tail exists, so the order is: head, pages, bitmaps, tail. Nothing here syncs the file; the writer decides
+//! when it must be durable.
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -19,15 +19,16 @@ use crate::{
     },
 };
 
-/// The places of a file that is about to be written.
+/// The layout of a file that is going to be written.
 ///
-/// **Warning:** the tail makes a file whole, so it is written last: pages first, then [`write_around`](Self::write_around),
-/// which has the right order, or [`write_head`](Self::write_head), each block's [`write_bitmap`](Self::write_bitmap),
-/// [`write_tail`](Self::write_tail). A file with a tail and without pages or bitmaps is taken for a machine whose RAM is
-/// zero, or is what stood there before. A file that is written again is cut to its beginning first.
+/// **Warning:** the tail makes a file valid, so it must be written last: pages first, then
+/// [`write_around`](Self::write_around), which has the right order, or [`write_head`](Self::write_head), each block's
+/// [`write_bitmap`](Self::write_bitmap), [`write_tail`](Self::write_tail). A file with a tail but without pages or
+/// bitmaps is read as a machine whose RAM is zero or has old contents. A file that is overwritten is first truncated to
+/// its beginning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Bytes of the stream between the pages, each with its position.
+    /// The bytes of the stream between the pages, each with its position.
     head: Vec<(u64, Vec<u8>)>,
     places: Vec<BlockPlace>,
     section: SectionId,
@@ -38,24 +39,24 @@ pub struct Layout {
     sync_mode: Option<SyncMode>,
 }
 
-/// What shapes a file, beside its blocks.
+/// The parameters of a layout besides its blocks.
 #[derive(Clone, Debug)]
 pub struct Shape<'a> {
-    /// Marked as mapped-ram whether it is or not; `None` for machine types up to 2.3.
+    /// The configuration; it is marked as mapped-ram in any case. `None` for machine types up to 2.3.
     pub configuration: Option<&'a Configuration>,
-    /// The RAM section's number, which must not be one of the devices'.
+    /// The RAM section's number, which must differ from those of the devices.
     pub section: SectionId,
-    /// Where the file begins in its container; 0 for a file of its own.
+    /// The offset of the file in its container; 0 for a separate file.
     pub offset: u64,
     /// Whether sections have footers: from machine type 2.4 on.
     pub footers: bool,
-    /// Blocks that do not travel, because both sides share their memory (x-ignore-shared).
+    /// Blocks that are not sent, because both sides share their memory (x-ignore-shared).
     pub ignored: &'a [BlockIndex],
-    /// How the source has marked the ends of dirty rounds, if that is known: kept beside the stream.
+    /// How the source has marked the ends of dirty rounds, if known; stored outside the stream.
     pub sync_mode: Option<SyncMode>,
 }
 
-/// What follows the RAM section's first part.
+/// The data after the RAM section's first part.
 #[derive(Clone, Copy, Debug)]
 pub struct Tail<'a> {
     /// Whether SWITCHOVER_START comes before END: machine types from 10.0 on.
@@ -65,9 +66,9 @@ pub struct Tail<'a> {
 }
 
 impl Layout {
-    /// The layout of a file that begins at `offset` of its container (0 for a file of its own). The
-    /// configuration is marked as mapped-ram whether it is or not; `section` becomes the RAM
-    /// section's number, which must not be one of the devices'.
+    /// Creates the layout of a file that begins at `offset` of its container (0 for a separate file). The configuration
+    /// is marked as mapped-ram in any case; `section` becomes the RAM section's number, which must differ from those of
+    /// the devices.
     ///
     /// # Errors
     /// If the offset leaves no room, or the machine type is too old for such files.
@@ -92,7 +93,7 @@ impl Layout {
         Self::of(&shape, blocks)
     }
 
-    /// The layout of a file of any shape.
+    /// Creates the layout of a file of any shape.
     ///
     /// # Errors
     /// If the offset leaves no room, page sizes differ, or a block is ignored and capability x-ignore-shared is off.
@@ -136,7 +137,7 @@ impl Layout {
         eos(blocks, section, footers, &mut piece);
         let tail = at.checked_add(piece.len() as u64).ok_or_else(too_far)?;
         head.push((at, piece));
-        // The system counts file positions in signed 64 bits.
+        // The system represents file positions as signed 64-bit numbers.
         if tail > MAX_POSITION {
             return Err(too_far());
         }
@@ -153,18 +154,17 @@ impl Layout {
         self.places.get(block.0)
     }
 
-    /// The block list the layout is made of.
+    /// The block list of the layout.
     pub fn blocks(&self) -> &BlockList {
         &self.blocks
     }
 
-    /// Where the tail begins: behind all pages, so the length to reserve or map.
+    /// The position of the tail: after all pages, so this is the length to reserve or map.
     pub fn tail_offset(&self) -> u64 {
         self.tail
     }
 
-    /// The blocks in the file, each at its place, nothing of them present yet. Channels go past the page cache by way of
-    /// `direct`, if there is one.
+    /// Creates the blocks in the file, each at its place, with no page present yet. Channels use `direct`, if given.
     ///
     /// # Errors
     /// None that a layout's list could cause.
@@ -182,9 +182,9 @@ impl Layout {
         Ok(RamBlocks::new(blocks.collect::<Result<_, multifd::ram::Error>>()?)?)
     }
 
-    /// Writes everything but the pages, which are at their places already, and cuts the file behind it: the bitmaps are
-    /// those of `blocks`, which [`ram_blocks`](Self::ram_blocks) has made. Returns the length of the file. Before this the file
-    /// is none that anyone would load; after it, it is whole.
+    /// Writes everything but the pages, which are in place already, and truncates the file at the end. The bitmaps are
+    /// those of `blocks`, which [`ram_blocks`](Self::ram_blocks) has made. Returns the length of the file. Before this
+    /// call no reader loads the file; after it, the file is complete.
     ///
     /// # Errors
     /// As [`write`](Self::write); if the blocks are not those of the layout.
@@ -200,12 +200,13 @@ impl Layout {
         self.write(file, tail, |index, _| present(index).unwrap_or_default())
     }
 
-    /// As [`write_around`](Self::write_around), with bitmaps of one's own, asked for block by block unless one is left out of
-    /// the file: bit i of word i / 64, least significant first, is page i.
+    /// Like [`write_around`](Self::write_around), with the caller's bitmaps. They are requested block by block, except
+    /// for blocks that are left out of the file: bit i of word i / 64, least significant first, is page i.
     ///
     /// # Errors
-    /// If a bitmap has not as many [words](BlockPlace::bitmap_words) as the block needs; if the devices have footers and the
-    /// file has not (or the reverse), or one of them has the RAM section's number; if the system cannot write.
+    /// If the number of words of a bitmap is not the [number](BlockPlace::bitmap_words) that the block needs; if the
+    /// devices have footers and the file has not (or the reverse), or one of them has the RAM section's number; if the
+    /// system cannot write.
     pub fn write(
         &self,
         file: &File,
@@ -222,7 +223,7 @@ impl Layout {
         self.write_tail(file, tail)
     }
 
-    /// Everything before the tail but bitmaps and pages.
+    /// Writes everything before the tail except bitmaps and pages.
     fn write_head(&self, file: &File) -> Result<(), Error> {
         self.head.iter().try_for_each(|(at, piece)| write_at(file, piece, *at, "write the head"))
     }
@@ -238,7 +239,7 @@ impl Layout {
         for piece in words.chunks(BITMAP_PIECE / WORD) {
             bytes.clear();
             for word in piece {
-                // The one little-endian thing in either format.
+                // The only little-endian field in either format.
                 bytes.extend(word.to_le_bytes());
             }
             write_at(file, &bytes, at, "write a bitmap")?;
@@ -256,7 +257,7 @@ impl Layout {
         Ok(())
     }
 
-    /// The tail, behind which the file is cut; gives the length of the file.
+    /// Writes the tail and truncates the file after it; returns the length of the file.
     fn write_tail(&self, file: &File, tail: &Tail<'_>) -> Result<u64, Error> {
         let mut bytes = tail.devices.early().to_vec();
         if tail.switchover_start {
@@ -278,7 +279,7 @@ impl Layout {
     }
 }
 
-/// Position that no file reaches, with room for the tail.
+/// A position that no file reaches, with room for the tail.
 const MAX_POSITION: u64 = 1 << 62;
 
 fn block_header(place: &BlockPlace) -> BlockHeader {
@@ -288,7 +289,7 @@ fn block_header(place: &BlockPlace) -> BlockHeader {
 
 /// The end of a part of the RAM section: EOS and footer.
 fn eos(blocks: &BlockList, section: SectionId, footers: bool, out: &mut Vec<u8>) {
-    // An EOS names no page, so no list can refuse it.
+    // An EOS has no page, so no list can refuse it.
     let _ = Record::Eos.encode(blocks, &mut CurrentBlock::default(), out);
     if footers {
         encode_footer(section, out);

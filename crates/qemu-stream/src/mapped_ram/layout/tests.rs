@@ -25,12 +25,12 @@ fn tail(devices: &DevicePart) -> Tail<'_> {
     Tail { switchover_start: true, devices }
 }
 
-/// The bitmap of a block without pages.
+/// The bitmap of a block without present pages.
 fn none(_: BlockIndex, place: &BlockPlace) -> Vec<u64> {
     vec![0; usize::try_from(place.bitmap_words()).unwrap()]
 }
 
-/// Other blocks of the same lengths would put their bits over pages that are not theirs.
+/// With other blocks of the same lengths, the bits would be applied to the wrong pages.
 #[test]
 fn blocks_that_the_file_was_not_laid_out_for_are_refused() {
     let layout = |name| Layout::new(&q35(), &blocks(&[(name, 0x4_0000)]), SectionId(1), 0).unwrap();
