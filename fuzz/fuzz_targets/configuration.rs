@@ -2,16 +2,16 @@
 #![no_main]
 
 use qemu_stream::{
-    error::Stream,
+    error::StreamKind,
     format::{Reader, decode_header, encode_header},
 };
 
 multifd_fuzz::target!(|bytes: &[u8]| {
-    let Ok(configuration) = decode_header(&mut Reader::new(bytes, Stream::Main)) else { return };
+    let Ok(configuration) = decode_header(&mut Reader::new(bytes, StreamKind::Main)) else { return };
     let mut written = Vec::new();
     encode_header(configuration.as_ref(), &mut written);
     // Behind it something else must come that is no subsection: the first section.
     written.push(0x01);
-    let again = decode_header(&mut Reader::new(&written[..], Stream::Main)).expect("what was written");
+    let again = decode_header(&mut Reader::new(&written[..], StreamKind::Main)).expect("what was written");
     assert_eq!(again, configuration);
 });

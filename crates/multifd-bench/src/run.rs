@@ -151,7 +151,7 @@ impl Means<'_> {
         let needed = 2 * touched + (1 << 30);
         if available < needed {
             return Err(
-                format!("expected {} MiB of free memory, met {}", needed >> 20, available >> 20).into()
+                format!("expected {} MiB of free memory, found {}", needed >> 20, available >> 20).into()
             );
         }
         Ok(())

@@ -8,5 +8,5 @@ use std::env;
 /// If it is something else.
 pub fn number(variable: &str) -> Option<u64> {
     let text = env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable}: expected a number, met {text:?}")))
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}: expected a number, found {text:?}")))
 }

@@ -134,8 +134,8 @@ impl Pattern {
         let index = at / WORD;
         // By chance, one foreign word in 4096 has an origin. Only an origin that an adjacent word shares is meaningful.
         let agreed = |neighbour: usize| origin(index).filter(|here| origin(neighbour) == Some(*here));
-        let met = agreed(index + 1).or_else(|| agreed(index.checked_sub(1)?));
-        match met {
+        let found = agreed(index + 1).or_else(|| agreed(index.checked_sub(1)?));
+        match found {
             Some(origin) => Found::Page(origin),
             None => Found::Foreign(word(index).unwrap_or_default()),
         }

@@ -82,7 +82,7 @@ mod sync_types;
 pub mod wire;
 
 pub use compress::{Level, Method};
-pub use error::{Error, Fault, Result};
+pub use error::{Callback, Error, Fault, Result};
 /// Guest RAM: blocks, memory and files, dirty bits. All of the crate `guest-ram`.
 pub use guest_ram as ram;
 pub use options::parameters;

@@ -2,6 +2,68 @@
 
 use std::{fmt, time::Duration};
 
+/// A callback that the embedder implements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Callback {
+    /// [`Guest::devices`](crate::live::Guest::devices).
+    GuestDevices,
+    /// [`Guest::can_throttle`](crate::live::Guest::can_throttle).
+    GuestCanThrottle,
+    /// [`Guest::throttle`](crate::live::Guest::throttle).
+    GuestThrottle,
+    /// [`Guest::run_state`](crate::live::Guest::run_state).
+    GuestRunState,
+    /// [`Guest::stop`](crate::live::Guest::stop).
+    GuestStop,
+    /// [`Guest::save`](crate::live::Guest::save).
+    GuestSave,
+    /// [`Guest::resume`](crate::live::Guest::resume).
+    GuestResume,
+    /// [`DirtyLog::begin`](crate::ram::DirtyLog::begin).
+    DirtyLogBegin,
+    /// [`DirtyLog::take`](crate::ram::DirtyLog::take).
+    DirtyLogTake,
+    /// [`DirtyLog::put_back`](crate::ram::DirtyLog::put_back).
+    DirtyLogPutBack,
+    /// None of these: a part of this library.
+    Library,
+}
+
+impl Callback {
+    /// Its name: `Guest::stop`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::GuestDevices => "Guest::devices",
+            Self::GuestCanThrottle => "Guest::can_throttle",
+            Self::GuestThrottle => "Guest::throttle",
+            Self::GuestRunState => "Guest::run_state",
+            Self::GuestStop => "Guest::stop",
+            Self::GuestSave => "Guest::save",
+            Self::GuestResume => "Guest::resume",
+            Self::DirtyLogBegin => "DirtyLog::begin",
+            Self::DirtyLogTake => "DirtyLog::take",
+            Self::DirtyLogPutBack => "DirtyLog::put_back",
+            Self::Library => "a part of this library",
+        }
+    }
+
+    /// Who is at fault if it panics.
+    pub(crate) fn fault(self) -> Fault {
+        match self {
+            Self::DirtyLogBegin | Self::DirtyLogTake | Self::DirtyLogPutBack => Fault::DirtyLog,
+            Self::Library => Fault::Caller,
+            _ => Fault::Guest,
+        }
+    }
+}
+
+impl fmt::Display for Callback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// The state of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]

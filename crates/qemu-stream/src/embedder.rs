@@ -8,12 +8,12 @@ use multifd::{
 };
 
 use crate::{
-    error::CallerMistake,
+    error::Usage,
     format::{BlockEntry, BlockList, Device, DevicePart, SectionId, SectionName, limits, run_state},
 };
 
 /// The list of these blocks, in order.
-pub(crate) fn list_of(blocks: &RamBlocks) -> Result<BlockList, CallerMistake> {
+pub(crate) fn list_of(blocks: &RamBlocks) -> Result<BlockList, Usage> {
     let entry = |block: &RamBlock| BlockEntry::new(block.name().clone(), block.used_length());
     BlockList::new(blocks.iter().map(|(_, block)| entry(block)).collect(), blocks.page_size())
 }
@@ -24,14 +24,14 @@ pub(crate) fn devices_of(
     guest: RunState,
     page_size: usize,
     ram: SectionId,
-) -> Result<DevicePart, CallerMistake> {
+) -> Result<DevicePart, Usage> {
     let device = |device: live::DeviceSection| {
         let name = name_of(&device.name)?;
         Ok(Device { name, instance: device.instance_id, version: device.version, state: device.data })
     };
     let devices = devices.into_iter().map(device);
     let devices: Vec<Device> =
-        devices.chain([Ok(run_state::section(guest))]).collect::<Result<_, CallerMistake>>()?;
+        devices.chain([Ok(run_state::section(guest))]).collect::<Result<_, Usage>>()?;
     let page_size = u32::try_from(page_size).unwrap_or(u32::MAX);
     DevicePart::build(&devices, page_size, SectionId(ram.0.wrapping_add(1)))
 }
@@ -42,29 +42,29 @@ pub(crate) fn check_devices(
     devices: &[live::DeviceInfo],
     page_size: usize,
     ram: SectionId,
-) -> Result<(), CallerMistake> {
+) -> Result<(), Usage> {
     let mut empty = Vec::new();
     let mut most: u64 = 0;
     for device in devices {
         if device.name == run_state::NAME {
             let why = format!("{:?} is the section of the guest's run state", device.name);
-            return Err(CallerMistake::Value { what: "name of a device", why });
+            return Err(Usage::Value { what: "name of a device", why });
         }
         let (name, instance_id) = (device.name.clone(), device.instance_id);
         empty.push(live::DeviceSection { name, instance_id, version: 0, data: Vec::new() });
         most = most.saturating_add(device.most_bytes);
     }
     let rest = devices_of(empty, RunState::Running, page_size, ram)?.as_bytes().len() as u64;
-    let (met, most) = (most.saturating_add(rest), limits::DEVICE_PART as u64 / 2);
-    if met > most {
-        let why = format!("up to {met:#x} bytes with what is around them, a destination takes {most:#x}");
-        return Err(CallerMistake::Value { what: "state of all devices", why });
+    let (found, most) = (most.saturating_add(rest), limits::DEVICE_PART as u64 / 2);
+    if found > most {
+        let why = format!("up to {found:#x} bytes with what is around them, a destination takes {most:#x}");
+        return Err(Usage::Value { what: "state of all devices", why });
     }
     Ok(())
 }
 
-fn name_of(name: &str) -> Result<SectionName, CallerMistake> {
-    SectionName::new(name).ok_or_else(|| CallerMistake::Value {
+fn name_of(name: &str) -> Result<SectionName, Usage> {
+    SectionName::new(name).ok_or_else(|| Usage::Value {
         what: "name of a device",
         why: format!("{name:?} has not 1 to 255 bytes without NUL"),
     })

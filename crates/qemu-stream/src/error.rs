@@ -34,11 +34,11 @@ pub enum Error {
     },
     /// Well-formed bytes where the rules do not allow them.
     #[error("{at}: {what}")]
-    Peer {
+    Violation {
         /// Where they stand.
         at: Place,
         /// Which rule was broken.
-        what: PeerMisbehaved,
+        what: Violation,
     },
     /// The peer uses what this library does not speak.
     #[error("{at}: {what}")]
@@ -94,7 +94,7 @@ pub enum Error {
     },
     /// The caller asked for what cannot be done.
     #[error("{0}")]
-    Caller(#[from] CallerMistake),
+    Usage(#[from] Usage),
     /// The implementation of [`Destination`](crate::incoming::Destination) failed.
     #[error("{at}: destination could not take {what}")]
     Destination {
@@ -122,17 +122,17 @@ impl Error {
     /// Who or what is at fault.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Malformed { .. } | Self::Peer { .. } | Self::Unsupported { .. } => Fault::Protocol,
+            Self::Malformed { .. } | Self::Violation { .. } | Self::Unsupported { .. } => Fault::Protocol,
             Self::DestinationFailed { .. } => Fault::Peer,
             Self::Cut { .. } | Self::NoShut { .. } | Self::CutBeforeShut { .. } | Self::SourceGone { .. } => {
                 Fault::Connection
             }
             Self::TimedOut { .. } => Fault::Stalled,
-            Self::Caller(_) => Fault::Caller,
+            Self::Usage(_) => Fault::Caller,
             Self::Destination { source, .. } => {
                 source.downcast_ref::<multifd::Error>().map_or(Fault::Caller, multifd::Error::fault)
             }
-            Self::Io { at: Place { stream: Stream::File, .. }, .. } => Fault::System,
+            Self::Io { at: Place { stream: StreamKind::File, .. }, .. } => Fault::System,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => Fault::Stalled,
             Self::Io { .. } => Fault::Connection,
         }
@@ -145,9 +145,9 @@ impl Error {
     }
 }
 
-fn where_to_look(stream: Stream) -> &'static str {
+fn where_to_look(stream: StreamKind) -> &'static str {
     match stream {
-        Stream::ReturnPath => {
+        StreamKind::ReturnPath => {
             "the destination stands still, or waits for what this side does not send: more channels (multifd-channels), \
              or the other sync mode (machine types up to 8.0 take legacy, later ones round); make sure that the guest does \
              not run there before it goes on here"
@@ -162,7 +162,7 @@ fn where_to_look(stream: Stream) -> &'static str {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Which stream.
-    pub stream: Stream,
+    pub stream: StreamKind,
     /// Bytes from its beginning; for a file, from the beginning of the file.
     pub offset: u64,
 }
@@ -176,7 +176,7 @@ impl fmt::Display for Place {
 /// Which stream is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Stream {
+pub enum StreamKind {
     /// The main stream, source to destination.
     Main,
     /// The messages from destination to source.
@@ -185,7 +185,7 @@ pub enum Stream {
     File,
 }
 
-impl fmt::Display for Stream {
+impl fmt::Display for StreamKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Main => "main stream",
@@ -200,35 +200,35 @@ impl fmt::Display for Stream {
 #[non_exhaustive]
 pub enum Malformed {
     /// A field holds what it must not hold.
-    #[error("{field}: expected {expected}, met {met:#x}")]
+    #[error("{field}: expected {expected}, found {found:#x}")]
     Value {
         /// The field.
         field: Cow<'static, str>,
         /// What it may hold.
         expected: Cow<'static, str>,
         /// What it holds.
-        met: u64,
+        found: u64,
     },
     /// A length or count above its bound.
-    #[error("{field}: expected at most {max:#x}, met {met:#x}")]
+    #[error("{field}: expected at most {max:#x}, found {found:#x}")]
     TooLong {
         /// The field.
         field: Cow<'static, str>,
         /// The bound.
         max: u64,
         /// What was met.
-        met: u64,
+        found: u64,
     },
     /// A name is empty, holds a NUL or is not printable where it must be.
-    #[error("{field}: expected a name of 1 to 255 bytes without NUL, met \"{met}\"")]
+    #[error("{field}: expected a name of 1 to 255 bytes without NUL, found \"{found}\"")]
     Name {
         /// Which name.
         field: &'static str,
         /// The bytes, escaped.
-        met: String,
+        found: String,
     },
     /// A RAM record with flags that make no record.
-    #[error("ram record: expected one known kind, met flags {flags:#x}")]
+    #[error("ram record: expected one known kind, found flags {flags:#x}")]
     RecordFlags {
         /// The flags.
         flags: u64,
@@ -253,7 +253,7 @@ pub enum Malformed {
 /// Well-formed bytes where the rules do not allow them.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum PeerMisbehaved {
+pub enum Violation {
     /// A record or message names a block that is not in the list.
     #[error("block \"{0}\" is not in the block list")]
     UnknownBlock(BlockName),
@@ -279,24 +279,24 @@ pub enum PeerMisbehaved {
         used_length: u64,
     },
     /// A used length is not a whole number of pages.
-    #[error("block \"{block}\": expected a used length in whole pages of {page_size:#x}, met {met:#x}")]
+    #[error("block \"{block}\": expected a used length in whole pages of {page_size:#x}, found {found:#x}")]
     PartialPage {
         /// The block.
         block: BlockName,
         /// The page size in bytes.
         page_size: u64,
         /// The used length.
-        met: u64,
+        found: u64,
     },
     /// The blocks are longer than the total that was announced.
-    #[error("block \"{block}\": length {met:#x} is more than the {left:#x} left of the total")]
+    #[error("block \"{block}\": length {found:#x} is more than the {left:#x} left of the total")]
     BeyondTotal {
         /// The block.
         block: BlockName,
         /// What is left of the total.
         left: u64,
         /// The block's used length.
-        met: u64,
+        found: u64,
     },
     /// A record continues a block, and there was none before it.
     #[error("ram record: flag CONTINUE (0x20), but no record named a block before")]
@@ -310,38 +310,38 @@ pub enum PeerMisbehaved {
         place: &'static str,
     },
     /// The footer closes another section.
-    #[error("footer: expected section {expected}, met {met}")]
+    #[error("footer: expected section {expected}, found {found}")]
     Footer {
         /// The section that is open.
         expected: SectionId,
         /// The section the footer names.
-        met: SectionId,
+        found: SectionId,
     },
     /// A section that is not the RAM section.
-    #[error("section {met} was never started; the ram section is {expected}")]
+    #[error("section {found} was never started; the ram section is {expected}")]
     UnknownSection {
         /// The RAM section.
         expected: SectionId,
         /// The section named.
-        met: SectionId,
+        found: SectionId,
     },
     /// A section that was sent in pieces has no last one.
-    #[error("section \"{name}\" ({id}): expected its END behind that of ram, met {met}")]
+    #[error("section \"{name}\" ({id}): expected its END behind that of ram, found {found}")]
     Unfinished {
         /// Its name.
         name: SectionName,
         /// Its number.
         id: SectionId,
         /// What stands there.
-        met: &'static str,
+        found: &'static str,
     },
     /// The footer is missing.
-    #[error("section {section}: expected a footer (0x7e), met {met:#x}")]
+    #[error("section {section}: expected a footer (0x7e), found {found:#x}")]
     NoFooter {
         /// The section that is open.
         section: SectionId,
         /// The byte in its place.
-        met: u8,
+        found: u8,
     },
     /// PING before OPEN_RETURN_PATH.
     #[error("command PING without a return path")]
@@ -395,13 +395,13 @@ pub enum Unsupported {
     },
     /// A record of a section sent in pieces that nobody here has ever seen, so that its length is not known.
     #[error(
-        "section \"{name}\": record {met:#x} is not known, so its end cannot be found; the guest can go on at the source"
+        "section \"{name}\": record {found:#x} is not known, so its end cannot be found; the guest can go on at the source"
     )]
     LiveRecord {
         /// The section.
         name: SectionName,
         /// The first word of the record.
-        met: u64,
+        found: u64,
     },
     /// A device sent before the end of RAM by a source without footers.
     #[error(
@@ -439,19 +439,19 @@ pub enum Unsupported {
         capability: &'static str,
     },
     /// A mapped-ram header of a later version.
-    #[error("block \"{block}\": mapped-ram header version {met}, expected at most 1")]
+    #[error("block \"{block}\": mapped-ram header version {found}, expected at most 1")]
     MappedRamVersion {
         /// The block.
         block: BlockName,
         /// The version.
-        met: u32,
+        found: u32,
     },
 }
 
 /// What the caller did wrong.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum CallerMistake {
+pub enum Usage {
     /// Calls in the wrong order.
     #[error("{call} has no place {state}")]
     OutOfOrder {
@@ -517,13 +517,13 @@ impl Malformed {
     pub(crate) fn value(
         field: impl Into<Cow<'static, str>>,
         expected: impl Into<Cow<'static, str>>,
-        met: impl Into<u64>,
+        found: impl Into<u64>,
     ) -> Self {
-        Self::Value { field: field.into(), expected: expected.into(), met: met.into() }
+        Self::Value { field: field.into(), expected: expected.into(), found: found.into() }
     }
 
-    pub(crate) fn too_long(field: impl Into<Cow<'static, str>>, max: u64, met: u64) -> Self {
-        Self::TooLong { field: field.into(), max, met }
+    pub(crate) fn too_long(field: impl Into<Cow<'static, str>>, max: u64, found: u64) -> Self {
+        Self::TooLong { field: field.into(), max, found }
     }
 
     pub(crate) fn at(self, at: Place) -> Error {
@@ -531,9 +531,9 @@ impl Malformed {
     }
 }
 
-impl PeerMisbehaved {
+impl Violation {
     pub(crate) fn at(self, at: Place) -> Error {
-        Error::Peer { at, what: self }
+        Error::Violation { at, what: self }
     }
 }
 

@@ -215,6 +215,6 @@ impl Source {
     }
 }
 
-fn unsendable(error: crate::error::CallerMistake) -> Error {
+fn unsendable(error: crate::error::Usage) -> Error {
     Error::other("this machine cannot be sent", error)
 }

@@ -48,13 +48,13 @@ pub(crate) fn load(memory: &Memory, size: u64) -> Result<(), GuestMemoryError> {
 /// Compares every page with its expected contents after `batches` batches; returns how many bytes are wrong. The guest
 /// must be stopped between two batches.
 pub(crate) fn wrong_bytes(memory: &Memory, size: u64, batches: u64) -> Result<u64, GuestMemoryError> {
-    let (pages, mut wrong, mut met) = (pages(size), 0, [0; PAGE]);
+    let (pages, mut wrong, mut found) = (pages(size), 0, [0; PAGE]);
     for page in 0..pages {
-        memory.read_slice(&mut met, at(page))?;
+        memory.read_slice(&mut found, at(page))?;
         let written = batches * BATCH;
         let expected = expected(page, written / pages + u64::from(page < written % pages));
-        if met != expected {
-            wrong += met.iter().zip(&expected).filter(|(met, expected)| met != expected).count() as u64;
+        if found != expected {
+            wrong += found.iter().zip(&expected).filter(|(found, expected)| found != expected).count() as u64;
         }
     }
     Ok(wrong)

@@ -377,13 +377,13 @@ impl Vcpu {
     fn until_exit(&mut self) -> Result<bool, Failure> {
         match self.vcpu.run() {
             Ok(VcpuExit::IoOut(guest::REPORT, data)) => {
-                let met = u32::read_from_bytes(data).map_err(|_| "a report of four bytes")?;
+                let found = u32::read_from_bytes(data).map_err(|_| "a report of four bytes")?;
                 let expected = guest::low(self.shared.lock().device.batches + 1);
-                if met != expected {
-                    return Err(format!("expected report {expected}, found {met}").into());
+                if found != expected {
+                    return Err(format!("expected report {expected}, found {found}").into());
                 }
                 // Written through `vm-memory`, which records it, like a device that writes to guest memory.
-                self.memory.write_obj(met, GuestAddress(guest::MAILBOX))?;
+                self.memory.write_obj(found, GuestAddress(guest::MAILBOX))?;
                 Ok(true)
             }
             Ok(VcpuExit::IoIn(guest::CLOCK, data)) => {

@@ -39,10 +39,10 @@ pub fn play(input: &[u8], method: Method, flags: Flags, pack: impl FnMut(&[u8]) 
     assert!(guard.slice(PageIndex(0), PAGES).expect("whole").is_zero());
     if let Some(expected) = expected {
         taken.expect("nothing is wrong with it");
-        let mut met = vec![0; expected.len()];
-        let pages = (met.len() / PAGE) as u64;
-        listed.slice(PageIndex(0), pages).expect("there").copy_to(&mut met);
-        assert!(met == expected, "it arrived otherwise");
+        let mut found = vec![0; expected.len()];
+        let pages = (found.len() / PAGE) as u64;
+        listed.slice(PageIndex(0), pages).expect("there").copy_to(&mut found);
+        assert!(found == expected, "it arrived otherwise");
     }
 }
 

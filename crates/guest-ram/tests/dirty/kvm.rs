@@ -160,7 +160,7 @@ impl Machine {
                     }
                 }
                 Err(error) if error.errno() == libc::EINTR => {}
-                other => panic!("met {other:?}"),
+                other => panic!("found {other:?}"),
             }
         }
     }

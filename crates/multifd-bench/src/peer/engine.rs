@@ -150,7 +150,7 @@ impl Destination for EngineDestination {
     fn loaded(&mut self) -> Result<()> {
         match self.talker.hear()?.as_str() {
             "loaded" => Ok(()),
-            line => Err(format!("expected \"loaded\", met {line:?}").into()),
+            line => Err(format!("expected \"loaded\", found {line:?}").into()),
         }
     }
 

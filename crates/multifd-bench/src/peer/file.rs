@@ -140,8 +140,9 @@ impl Peer for OurCapture {
             .arg(&self.path);
         let mut receive = Talker::start(&mut command)?;
         let line = receive.hear()?;
-        let address =
-            line.strip_prefix("listening on ").ok_or_else(|| format!("expected an address, met {line:?}"))?;
+        let address = line
+            .strip_prefix("listening on ")
+            .ok_or_else(|| format!("expected an address, found {line:?}"))?;
         warm(&self.setting)?;
         let start = Instant::now();
         self.source.go(&self.setting, address)?;

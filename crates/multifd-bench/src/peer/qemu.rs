@@ -117,7 +117,7 @@ fn address(vm: &mut Vm) -> Result<u64> {
     let told = vm.execute("human-monitor-command", json!({ "command-line": "gpa2hva 0" }))?;
     let text = told.as_str().unwrap_or_default();
     let number = text.rsplit_once("is 0x").map(|(_, number)| number.trim());
-    let number = number.ok_or_else(|| format!("expected an address, met {told}"))?;
+    let number = number.ok_or_else(|| format!("expected an address, found {told}"))?;
     Ok(u64::from_str_radix(number, 16)?)
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn markdown(all: &[Measured], rounds: usize) -> String {
     let growth = growth(all);
     let memory = memory(all);
     if !reached.is_empty() || growth.is_some() || !memory.is_empty() {
-        text += "\n| target | expected | met | |\n| --- | --- | --- | --- |\n";
+        text += "\n| target | expected | found | |\n| --- | --- | --- | --- |\n";
         text.extend(reached.into_iter().chain(growth).chain(memory));
     }
     text

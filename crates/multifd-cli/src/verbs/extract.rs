@@ -238,22 +238,22 @@ mod tests {
     fn stretches_cross_words_and_cover_the_block_to_its_last_byte() {
         let page = 4096;
         let words = [1 << 63 | 1, 0b11];
-        let met: Vec<Stretch> = stretches(&words, page, 130 * page + 5).collect();
+        let found: Vec<Stretch> = stretches(&words, page, 130 * page + 5).collect();
         let expected = [
             stretch(true, 0, page),
             stretch(false, page, 62 * page),
             stretch(true, 63 * page, 3 * page),
             stretch(false, 66 * page, 64 * page + 5),
         ];
-        assert_eq!(met, expected);
+        assert_eq!(found, expected);
     }
 
     #[test]
     fn full_block_is_one_stretch_and_an_empty_one_none() {
-        let met: Vec<Stretch> = stretches(&[u64::MAX; 2], 4096, 128 * 4096).collect();
-        assert_eq!(met, [stretch(true, 0, 128 * 4096)]);
-        let met: Vec<Stretch> = stretches(&[u64::MAX], 4096, 64 * 4096 + 7).collect();
-        assert_eq!(met, [stretch(true, 0, 64 * 4096), stretch(false, 64 * 4096, 7)]);
+        let found: Vec<Stretch> = stretches(&[u64::MAX; 2], 4096, 128 * 4096).collect();
+        assert_eq!(found, [stretch(true, 0, 128 * 4096)]);
+        let found: Vec<Stretch> = stretches(&[u64::MAX], 4096, 64 * 4096 + 7).collect();
+        assert_eq!(found, [stretch(true, 0, 64 * 4096), stretch(false, 64 * 4096, 7)]);
         assert_eq!(stretches(&[], 4096, 0).next(), None);
         assert_eq!(stretches(&[], 4096, 9).collect::<Vec<_>>(), [stretch(false, 0, 9)]);
     }

@@ -118,7 +118,7 @@ impl Program {
     pub(crate) fn listening(&self) -> String {
         let line = self.next_line();
         let address = line.strip_prefix("listening on ");
-        address.unwrap_or_else(|| panic!("expected the address it listens at, met {line:?}")).to_owned()
+        address.unwrap_or_else(|| panic!("expected the address it listens at, found {line:?}")).to_owned()
     }
 
     /// The next line of standard error.

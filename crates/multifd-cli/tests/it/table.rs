@@ -42,7 +42,7 @@ impl Range {
         let mut words: Vec<String> = text.split(',').map(|word| word.trim().to_owned()).collect();
         match words[0].split_once("..") {
             Some((least, most)) => {
-                let bound = |text: &str| text.parse().unwrap_or_else(|_| panic!("a bound, met {text:?}"));
+                let bound = |text: &str| text.parse().unwrap_or_else(|_| panic!("a bound, found {text:?}"));
                 let (least, most) = (bound(least), bound(most));
                 Self::Numbers(least, most, words.split_off(1))
             }
@@ -69,7 +69,7 @@ impl Range {
 /// The parameters that apply.
 pub(crate) fn parameters() -> Vec<Parameter> {
     let rows = rows("## Parameters that apply");
-    assert!(rows.len() > 8, "a table of parameters, met {rows:?}");
+    assert!(rows.len() > 8, "a table of parameters, found {rows:?}");
     rows.into_iter()
         .map(|row| {
             let [name, since, _unit, range, default, command_line, library, _remarks] =

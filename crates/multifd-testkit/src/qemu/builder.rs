@@ -91,7 +91,7 @@ impl VmBuilder {
         {
             let (need, have) = (guest.least_memory(), self.memory);
             return Err(Error::Unmet(format!(
-                "expected RAM of {need:#x} bytes for the guest, met {have:#x}"
+                "expected RAM of {need:#x} bytes for the guest, found {have:#x}"
             )));
         }
         let folder = tempfile::Builder::new()

@@ -63,7 +63,7 @@ impl Vm {
         match (place["host"].as_str(), place["port"].as_str()) {
             (Some(host), Some(port)) if host.contains(':') => Ok(format!("tcp:[{host}]:{port}")),
             (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
-            _ => Err(Error::Unmet(format!("expected a socket-address, met {answer}"))),
+            _ => Err(Error::Unmet(format!("expected a socket-address, found {answer}"))),
         }
     }
 
@@ -92,9 +92,9 @@ impl Vm {
         wait_for(&what, patience, || {
             last = self.query_migrate()?;
             match last["status"].as_str() {
-                Some(met) if states.contains(&met) => Ok(Some(last.clone())),
+                Some(found) if states.contains(&found) => Ok(Some(last.clone())),
                 Some("completed" | "failed" | "cancelled") => {
-                    Err(Error::Unmet(format!("expected {what}, met {last}")))
+                    Err(Error::Unmet(format!("expected {what}, found {last}")))
                 }
                 _ => Ok(None),
             }
@@ -128,7 +128,7 @@ impl Vm {
             let told = self.query_migrate()?;
             match told["status"].as_str() {
                 Some("completed") => Ok(Some(())),
-                Some("failed" | "cancelled") => Err(Error::Unmet(format!("expected {what}, met {told}"))),
+                Some("failed" | "cancelled") => Err(Error::Unmet(format!("expected {what}, found {told}"))),
                 _ => Ok((told["ram"]["dirty-sync-count"].as_u64() >= Some(passes)).then_some(())),
             }
         })

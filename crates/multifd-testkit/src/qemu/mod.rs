@@ -122,8 +122,8 @@ fn wait_for<T>(
 ) -> Result<T, Error> {
     let start = std::time::Instant::now();
     loop {
-        if let Some(met) = condition()? {
-            return Ok(met);
+        if let Some(found) = condition()? {
+            return Ok(found);
         }
         if start.elapsed() >= patience {
             return Err(Error::Unmet(format!("waited {:.1} s in vain for {what}", patience.as_secs_f64())));

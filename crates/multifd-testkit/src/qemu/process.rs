@@ -155,7 +155,7 @@ impl Vm {
             match report {
                 Report::Round(round) => last = Some(round),
                 Report::Bad(line) => {
-                    let text = format!("the guest on QEMU {} met a wrong word: {line}", self.series);
+                    let text = format!("the guest on QEMU {} found a wrong word: {line}", self.series);
                     return Err(Error::Unmet(text));
                 }
                 Report::Other(_) => {}

@@ -26,7 +26,7 @@ impl Qmp {
         let mut qmp = Self { stream, partial: Vec::new(), events: VecDeque::new() };
         let greeting = qmp.message(Instant::now() + ANSWER)?;
         if greeting.get("QMP").is_none() {
-            return Err(Error::Unmet(format!("expected a QMP greeting, met {greeting}")));
+            return Err(Error::Unmet(format!("expected a QMP greeting, found {greeting}")));
         }
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -55,7 +55,7 @@ impl Qmp {
             } else if let Some(value) = message.get_mut("return") {
                 return Ok(value.take());
             } else {
-                return Err(Error::Unmet(format!("{command}: expected an answer, met {message}")));
+                return Err(Error::Unmet(format!("{command}: expected an answer, found {message}")));
             }
         }
     }
@@ -83,7 +83,10 @@ impl Qmp {
             if let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.partial.drain(..=end).collect();
                 return serde_json::from_slice(&line).map_err(|cause| {
-                    Error::Unmet(format!("expected JSON, met {:?}: {cause}", String::from_utf8_lossy(&line)))
+                    Error::Unmet(format!(
+                        "expected JSON, found {:?}: {cause}",
+                        String::from_utf8_lossy(&line)
+                    ))
                 });
             }
             let left = deadline.saturating_duration_since(Instant::now());

@@ -71,7 +71,7 @@ fn run_on_with_a_changed_byte(guest: &Guest, address: u64) -> Vm {
     destination
 }
 
-fn met(vm: &mut Vm) -> String {
+fn found(vm: &mut Vm) -> String {
     let error = vm.wait_round(u32::MAX, PATIENCE).unwrap_err();
     let bad = vm.serial().unwrap().into_iter().find_map(|report| match report {
         Report::Bad(line) => Some(line),
@@ -86,7 +86,7 @@ fn changed_byte_in_the_working_set_is_met_by_the_guest() {
     let guest = Guest::new().working_set(256);
     let address = guest.working_set_range().end - 0x2ff8;
     let mut vm = run_on_with_a_changed_byte(&guest, address);
-    let line = met(&mut vm);
+    let line = found(&mut vm);
     assert!(line.starts_with(&format!("BAD addr={address:08x} want=")), "{line}");
 }
 
@@ -95,6 +95,6 @@ fn changed_byte_in_a_page_filled_once_is_met_by_the_guest() {
     let Some(_) = Qemu::v10_0() else { return };
     let guest = Guest::new().working_set(256);
     let address = guest.filled_range().start + 0x5004;
-    let line = met(&mut run_on_with_a_changed_byte(&guest, address));
+    let line = found(&mut run_on_with_a_changed_byte(&guest, address));
     assert!(line.starts_with(&format!("BAD addr={address:08x} want=")), "{line}");
 }

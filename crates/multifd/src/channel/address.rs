@@ -89,7 +89,7 @@ impl TcpOptions {
         let mut parsed = Self::default();
         let mut seen = Vec::new();
         for option in options {
-            let refused = |expected| Usage::AddressOption { expected, met: option.to_owned() };
+            let refused = |expected| Usage::AddressOption { expected, found: option.to_owned() };
             let (name, value) = option.split_once('=').unwrap_or((option, "on"));
             let switch = || match value {
                 "on" => Ok(true),
@@ -113,8 +113,8 @@ impl TcpOptions {
             seen.push(name);
         }
         if !parsed.uses_ipv4() && !parsed.uses_ipv6() {
-            let met = "ipv4=off,ipv6=off".into();
-            return Err(Usage::AddressOption { expected: "one of IPv4 and IPv6 to be left", met });
+            let found = "ipv4=off,ipv6=off".into();
+            return Err(Usage::AddressOption { expected: "one of IPv4 and IPv6 to be left", found });
         }
         Ok(parsed)
     }
@@ -248,7 +248,7 @@ mod tests {
         let refused = "tcp:host".parse::<Address>().expect_err("refused");
         assert_eq!(
             refused.to_string(),
-            r#"expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met "tcp:host""#
+            r#"expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, found "tcp:host""#
         );
     }
 
@@ -276,15 +276,15 @@ mod tests {
     #[test]
     fn option_that_cannot_be_is_refused_by_name() {
         for (options, told) in [
-            (",ipv4=off,ipv6=off", r#"expected one of IPv4 and IPv6 to be left, met "ipv4=off,ipv6=off""#),
-            (",ipv4=yes", r#"expected on or off, met "ipv4=yes""#),
+            (",ipv4=off,ipv6=off", r#"expected one of IPv4 and IPv6 to be left, found "ipv4=off,ipv6=off""#),
+            (",ipv4=yes", r#"expected on or off, found "ipv4=yes""#),
             (
                 ",to=4450",
-                r#"expected one of ipv4=on|off, ipv6=on|off, keep-alive=on|off, user-timeout=SECONDS, met "to=4450""#,
+                r#"expected one of ipv4=on|off, ipv6=on|off, keep-alive=on|off, user-timeout=SECONDS, found "to=4450""#,
             ),
-            (",ipv4=on,", r#"user-timeout=SECONDS, met """#),
-            (",ipv4=on,ipv4=off", r#"expected each option once, met "ipv4=off""#),
-            (",user-timeout=86401", r#"expected 0 to 86400 seconds, met "user-timeout=86401""#),
+            (",ipv4=on,", r#"user-timeout=SECONDS, found """#),
+            (",ipv4=on,ipv4=off", r#"expected each option once, found "ipv4=off""#),
+            (",user-timeout=86401", r#"expected 0 to 86400 seconds, found "user-timeout=86401""#),
             (",user-timeout=-1", "0 to 86400"),
         ] {
             let refused = families(options).expect_err(options);

@@ -111,8 +111,8 @@ fn kind(fd: RawFd, of: BorrowedFd<'_>) -> String {
     }
 }
 
-fn unfit(fd: RawFd, met: impl Into<String>, expected: &'static str) -> Usage {
-    Usage::Descriptor { fd, met: met.into(), expected }
+fn unfit(fd: RawFd, found: impl Into<String>, expected: &'static str) -> Usage {
+    Usage::Descriptor { fd, found: found.into(), expected }
 }
 
 /// Checks that a command's exit status is kept until it is read.

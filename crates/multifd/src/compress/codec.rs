@@ -39,7 +39,7 @@ pub struct Level {
 pub(crate) trait Encode: Send {
     /// The payload of a packet with these pages. They are compressed from a private copy: the guest writes to them
     /// meanwhile, and a compressor reads its input more than once.
-    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]>;
+    fn encode(&mut self, pages: &PacketPages<'_>) -> Result<&[u8]>;
 }
 
 /// Reads the payload of one channel's packets.
@@ -52,7 +52,7 @@ pub(crate) trait Decode: Send {
 
 /// The pages of a packet, wherever they are.
 #[cfg_attr(not(feature = "_codec"), expect(dead_code, reason = "no method reads them"))]
-pub(crate) enum Pages<'a> {
+pub(crate) enum PacketPages<'a> {
     /// In guest memory.
     Mapped(&'a RamBlock, &'a [PageIndex]),
     /// In a private buffer, one behind the other.
@@ -60,7 +60,7 @@ pub(crate) enum Pages<'a> {
 }
 
 #[cfg(feature = "_codec")]
-impl Pages<'_> {
+impl PacketPages<'_> {
     /// The number of pages.
     pub(crate) fn len(&self) -> usize {
         match self {

@@ -75,9 +75,13 @@ impl Method {
 
     /// The method that a packet with pages names.
     pub(crate) fn of(flags: Flags) -> Result<Self, Unsupported> {
-        let met = flags.masked(Flags::METHOD);
-        let known = Self::ALL.iter().find(|method| method.flags() == met);
-        known.copied().ok_or_else(|| Unsupported::Method { met, name: name_of(met), known: Self::names() })
+        let found = flags.masked(Flags::METHOD);
+        let known = Self::ALL.iter().find(|method| method.flags() == found);
+        known.copied().ok_or_else(|| Unsupported::Method {
+            found,
+            name: name_of(found),
+            known: Self::names(),
+        })
     }
 
     /// The bits that packets with pages carry.
@@ -90,7 +94,7 @@ impl Method {
         if flags.masked(Flags::METHOD) == self.flags() {
             Ok(())
         } else {
-            Err(Violation::Method { expected: self.as_str(), met: flags }.into())
+            Err(Violation::Method { expected: self.as_str(), found: flags }.into())
         }
     }
 
@@ -122,7 +126,7 @@ impl FromStr for Method {
 
     fn from_str(text: &str) -> Result<Self, Usage> {
         let known = Self::ALL.iter().find(|method| method.as_str() == text);
-        known.copied().ok_or_else(|| Usage::Method { met: text.to_owned(), known: Self::names() })
+        known.copied().ok_or_else(|| Usage::Method { found: text.to_owned(), known: Self::names() })
     }
 }
 

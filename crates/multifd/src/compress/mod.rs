@@ -25,6 +25,6 @@ mod zlib;
 mod zstd;
 
 pub use codec::Level;
-pub(crate) use codec::{Decode, Encode, Pages};
+pub(crate) use codec::{Decode, Encode, PacketPages};
 pub(crate) use levels::Levels;
 pub use method::Method;

@@ -1,10 +1,10 @@
 //! Payloads of a library that compresses a stream: each packet ends with a flush, and the stream never ends.
 
-use super::codec::{Encode, Pages, too_long};
+use super::codec::{Encode, PacketPages, too_long};
 use crate::{error::Result, wire::limits::PAYLOAD_BYTES};
 
 /// The compressor of one channel.
-pub(super) trait Stream: Send {
+pub(super) trait Compressor: Send {
     /// The method's name, for errors.
     const NAME: &'static str;
 
@@ -22,21 +22,21 @@ pub(super) struct Step {
     pub(super) flushed: bool,
 }
 
-/// Makes payloads by a [`Stream`].
+/// Makes payloads by a [`Compressor`].
 pub(super) struct Encoder<S> {
     stream: S,
     page: Vec<u8>,
     payload: Box<[u8]>,
 }
 
-impl<S: Stream> Encoder<S> {
+impl<S: Compressor> Encoder<S> {
     pub(super) fn new(stream: S) -> Self {
         Self { stream, page: Vec::new(), payload: vec![0; PAYLOAD_BYTES as usize].into() }
     }
 }
 
-impl<S: Stream> Encode for Encoder<S> {
-    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]> {
+impl<S: Compressor> Encode for Encoder<S> {
+    fn encode(&mut self, pages: &PacketPages<'_>) -> Result<&[u8]> {
         let mut made = 0;
         for at in 0..pages.len() {
             pages.copy(at, &mut self.page)?;

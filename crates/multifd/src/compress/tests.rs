@@ -39,9 +39,9 @@ fn guest_like(at: usize) -> u8 {
 
 fn decode(decoder: &mut dyn Decode, payload: &[u8], expected: usize) -> Result<Vec<u8>, Error> {
     let mut room = vec![0; expected + 1];
-    let met = decoder.decode(payload, &mut room)?;
-    if met != expected {
-        return Err(Malformed::Inflated { expected, met }.into());
+    let found = decoder.decode(payload, &mut room)?;
+    if found != expected {
+        return Err(Malformed::Inflated { expected, found }.into());
     }
     room.truncate(expected);
     Ok(room)
@@ -61,7 +61,7 @@ proptest! {
             let mut decoder = method.decoder().expect("made").expect("packs");
             for pages in &packets {
                 let pages: Vec<_> = pages.iter().copied().take(packet_pages(size)).map(PageIndex).collect();
-                let payload = encoder.encode(&Pages::Mapped(&block, &pages)).expect("packed").to_vec();
+                let payload = encoder.encode(&PacketPages::Mapped(&block, &pages)).expect("packed").to_vec();
                 prop_assert!(!payload.is_empty() && payload.len() <= PAYLOAD_BYTES as usize);
                 let expected: Vec<u8> = pages
                     .iter()
@@ -70,8 +70,8 @@ proptest! {
                         bytes[start..start + size.bytes()].iter().copied()
                     })
                     .collect();
-                let met = decode(&mut *decoder, &payload, expected.len()).expect("unpacked");
-                prop_assert!(met == expected, "{method}");
+                let found = decode(&mut *decoder, &payload, expected.len()).expect("unpacked");
+                prop_assert!(found == expected, "{method}");
             }
         }
     }
@@ -135,11 +135,11 @@ proptest! {
             let mut decoder = method.decoder().expect("made").expect("packs");
             for packet in pages.chunks(packet_pages(size) - 1) {
                 let bytes = packet.concat();
-                let payload = encoder.encode(&Pages::Private(&bytes, size)).expect("packed").to_vec();
+                let payload = encoder.encode(&PacketPages::Private(&bytes, size)).expect("packed").to_vec();
                 prop_assert!(payload.len() < bytes.len() + bytes.len() / 8 + 64);
                 prop_assert!(method.as_str() != "zlib" || payload.ends_with(&[0, 0, 0xff, 0xff]));
-                let met = decode(&mut *decoder, &payload, bytes.len()).expect("unpacked");
-                prop_assert!(met == bytes, "{method}");
+                let found = decode(&mut *decoder, &payload, bytes.len()).expect("unpacked");
+                prop_assert!(found == bytes, "{method}");
             }
         }
     }
@@ -152,7 +152,7 @@ fn left(method: Method, level: u8, kinds: &[u8]) -> usize {
         (0..1024).flat_map(|nth| page(kinds[nth % kinds.len()], nth as u64, PageSize::KIB_4)).collect();
     let packets = pages.chunks(PACKET_BYTES);
     let made: usize = packets
-        .map(|bytes| encoder.encode(&Pages::Private(bytes, PageSize::KIB_4)).expect("packed").len())
+        .map(|bytes| encoder.encode(&PacketPages::Private(bytes, PageSize::KIB_4)).expect("packed").len())
         .sum();
     made * 1000 / pages.len()
 }
@@ -184,7 +184,7 @@ fn text_behind_noise_still_leads_to_the_text_before() {
     let text: Vec<u8> = std::iter::repeat_with(|| random.u8(b'a'..=b'z')).take(4096).collect();
     let mut encoder = Method::Zlib.encoder(Levels::default()).expect("made").expect("packs");
     let mut length = |pages: &[&[u8]]| {
-        encoder.encode(&Pages::Private(&pages.concat(), PageSize::KIB_4)).expect("packed").len()
+        encoder.encode(&PacketPages::Private(&pages.concat(), PageSize::KIB_4)).expect("packed").len()
     };
     let first = length(&[&text]);
     length(&[&page(0, 2, PageSize::KIB_4)]);
@@ -206,7 +206,8 @@ fn a_packet_of_noise_stays_below_the_bound_at_every_level() {
         let levels = if method.as_str() == "zlib" { 0..=9 } else { 0..=20 };
         for level in levels {
             let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
-            let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
+            let payload =
+                encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
             assert!(payload.len() < PACKET_BYTES + PACKET_BYTES / 8, "{method} {level}: {}", payload.len());
             let mut decoder = method.decoder().expect("made").expect("packs");
             assert!(decode(&mut *decoder, &payload, PACKET_BYTES).expect("unpacked") == bytes);
@@ -221,10 +222,10 @@ fn only_the_first_payload_of_a_channel_has_the_formats_head() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         let head: &[u8] = if method.as_str() == "zlib" { &[0x78] } else { &[0x28, 0xb5, 0x2f, 0xfd] };
         assert!(
-            encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").starts_with(head),
+            encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").starts_with(head),
             "{method}"
         );
-        let second = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed");
+        let second = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed");
         assert!(!second.starts_with(head), "{method}");
         assert!(method.as_str() != "zlib" || second.ends_with(&[0, 0, 0xff, 0xff]));
     }
@@ -235,8 +236,8 @@ fn a_packet_alone_is_not_understood_without_those_before_it() {
     let (block, _) = block(PageSize::KIB_4, 128, guest_like);
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
-        encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed");
-        let second = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
+        encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed");
+        let second = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused = decode(&mut *decoder, &second, PACKET_BYTES).expect_err("refused");
         assert!(matches!(refused, Error::Malformed(Malformed::Compressed { .. })), "{method}: {refused}");
@@ -248,7 +249,7 @@ fn a_cut_payload_makes_too_little() {
     let (block, _) = block(PageSize::KIB_4, 128, guest_like);
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
-        let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
+        let payload = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused =
             decode(&mut *decoder, &payload[..payload.len() / 2], PACKET_BYTES).expect_err("refused");
@@ -265,7 +266,7 @@ fn a_bomb_is_refused_at_the_first_byte_too_many() {
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         // 512 KiB in a payload for one page.
-        let payload = encoder.encode(&Pages::Mapped(&block, &all_pages())).expect("packed").to_vec();
+        let payload = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
         assert_eq!(refused.to_string(), "the payload makes more than 4096 bytes, expected 4096", "{method}");

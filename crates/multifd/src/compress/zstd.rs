@@ -7,7 +7,7 @@ use zstd_safe::{
 use super::{
     codec::{Decode, Description, Level},
     noise,
-    stream::{Encoder, Step, Stream},
+    stream::{Compressor, Encoder, Step},
 };
 use crate::{
     error::{Error, Malformed, Result},
@@ -42,7 +42,7 @@ impl Plain {
     }
 }
 
-impl Stream for Plain {
+impl Compressor for Plain {
     const NAME: &'static str = METHOD.name;
 
     fn compress(&mut self, input: &[u8], room: &mut [u8], flush: bool) -> Result<Step> {

@@ -17,9 +17,7 @@ impl Error {
             Self::At(located) => located.error.fault(),
             Self::Other { fault, source, .. } => fault.unwrap_or_else(|| of_cause(&**source)),
             Self::OwnerUnknown(_) => Fault::OwnerUnknown,
-            Self::Panicked { call, .. } if call.starts_with("Guest::") => Fault::Guest,
-            Self::Panicked { call, .. } if call.starts_with("DirtyLog::") => Fault::DirtyLog,
-            Self::Panicked { .. } => Fault::Caller,
+            Self::Panicked { call, .. } => call.fault(),
             Self::NotResumed { error, .. } => error.fault(),
             Self::Cancelled => Fault::Cancelled,
         }
@@ -56,7 +54,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{error::Usage, wire::ChannelId};
+    use crate::{error::Usage, outcome::Callback, wire::ChannelId};
 
     #[test]
     fn a_fault_is_found_below_places_and_causes() {
@@ -71,8 +69,8 @@ mod tests {
             (Error::OwnerUnknown(Box::new(late)), Fault::OwnerUnknown),
             (Error::other("map the memory", "refused"), Fault::Caller),
             (Error::other("stop the guest", reset()).because(Fault::Guest), Fault::Guest),
-            (panicked("Guest::stop"), Fault::Guest),
-            (panicked("DirtyLog::take"), Fault::DirtyLog),
+            (panicked(Callback::GuestStop), Fault::Guest),
+            (panicked(Callback::DirtyLogTake), Fault::DirtyLog),
             (Usage::UsedTwice.into(), Fault::Caller),
             (Error::Cancelled, Fault::Cancelled),
         ] {

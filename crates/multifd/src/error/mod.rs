@@ -14,7 +14,7 @@ pub use chain::{Chain, chain};
 pub use usage::Usage;
 pub use violation::Violation;
 
-pub use crate::outcome::Fault;
+pub use crate::outcome::{Callback, Fault};
 
 use crate::{
     outcome::NotConverged,
@@ -103,11 +103,11 @@ pub enum Error {
         "it is not known whether the destination has the guest: find out before it goes on at the source"
     )]
     OwnerUnknown(#[source] Box<Error>),
-    /// A call of the embedder's panicked.
+    /// A callback of the embedder panicked.
     #[error("{call} panicked: {text}")]
     Panicked {
-        /// Which call: `Guest::stop`, `DirtyLog::take`.
-        call: &'static str,
+        /// Which call.
+        call: Callback,
         /// What the panic says.
         text: String,
     },
@@ -216,45 +216,45 @@ impl std::error::Error for Located {
 #[non_exhaustive]
 pub enum Malformed {
     /// The first four bytes are another number.
-    #[error("expected magic {expected:#010x}, met {met:#010x}")]
+    #[error("expected magic {expected:#010x}, found {found:#010x}")]
     Magic {
         /// The number that had to be there.
         expected: u32,
         /// The number that was there.
-        met: u32,
+        found: u32,
     },
     /// The version is not 1.
-    #[error("expected version {expected}, met {met}")]
+    #[error("expected version {expected}, found {found}")]
     Version {
         /// The version spoken here.
         expected: u32,
-        /// The version met.
-        met: u32,
+        /// The version found.
+        found: u32,
     },
     /// Fewer bytes than the head takes.
-    #[error("expected {expected} bytes, met {met}")]
+    #[error("expected {expected} bytes, found {found}")]
     Length {
         /// The bytes that the head takes.
         expected: usize,
         /// The bytes that were there.
-        met: usize,
+        found: usize,
     },
     /// `pages_alloc` is above what a packet holds.
     #[error(
-        "pages_alloc {met} is above the {most} pages of a packet: is the page size the same on both sides?"
+        "pages_alloc {found} is above the {most} pages of a packet: is the page size the same on both sides?"
     )]
     PagesAlloc {
         /// The most pages that a packet of this page size holds.
         most: u32,
-        /// The count met.
-        met: u32,
+        /// The count found.
+        found: u32,
     },
     /// More normal pages than `pages_alloc`.
     #[error("{normal} normal pages are more than pages_alloc {alloc}")]
     NormalPages {
         /// The field `pages_alloc`.
         alloc: u32,
-        /// The count met.
+        /// The count found.
         normal: u32,
     },
     /// More zero pages than are left of `pages_alloc`.
@@ -264,56 +264,56 @@ pub enum Malformed {
         alloc: u32,
         /// The count of normal pages.
         normal: u32,
-        /// The count met.
+        /// The count found.
         zero: u32,
     },
     /// The packet lists pages of a block without a name.
     #[error("the packet lists pages, but names no block")]
     NoBlockName,
     /// A device-state packet with a flag beside its own.
-    #[error("device-state packet: expected flags 0x40 alone, met {met}")]
+    #[error("device-state packet: expected flags 0x40 alone, found {found}")]
     DeviceStateFlags {
         /// All flags of the packet.
-        met: Flags,
+        found: Flags,
     },
     /// A device-state packet without a device.
     #[error("device-state packet: expected a device id of 1 to 255 bytes, ended by NUL")]
     DeviceId,
     /// A device-state packet without state, or with too much.
-    #[error("device-state packet: next_packet_size {met:#x} is not 0x1 to {most:#x}")]
+    #[error("device-state packet: next_packet_size {found:#x} is not 0x1 to {most:#x}")]
     DeviceStateSize {
         /// The most.
         most: u32,
         /// The field's value.
-        met: u32,
+        found: u32,
     },
     /// An offset inside a page.
     #[error("offset {offset} is no multiple of the page size {page_size}")]
     Unaligned {
-        /// The offset met.
+        /// The offset found.
         offset: BlockOffset,
         /// The page size of the migration.
         page_size: PageSize,
     },
     /// `next_packet_size` does not fit the pages listed.
-    #[error("next_packet_size {met} does not fit {pages} pages of {page_size}: expected {expected}")]
+    #[error("next_packet_size {found} does not fit {pages} pages of {page_size}: expected {expected}")]
     PayloadSize {
         /// The payload that the pages make.
         expected: u64,
         /// The field's value.
-        met: u32,
+        found: u32,
         /// Normal pages listed.
         pages: u32,
         /// The page size of the migration.
         page_size: PageSize,
     },
     /// `next_packet_size` of a packed payload is nothing, or more than any packet takes.
-    #[error("next_packet_size {met} of compressed pages: expected 1 to {most}")]
+    #[error("next_packet_size {found} of compressed pages: expected 1 to {most}")]
     CompressedSize {
         /// The greatest payload.
         most: u32,
         /// The field's value.
-        met: u32,
+        found: u32,
     },
     /// A payload that is not what its method makes.
     #[error("broken {method} data: {why}")]
@@ -324,12 +324,12 @@ pub enum Malformed {
         why: String,
     },
     /// A payload that holds more or less than the pages listed.
-    #[error("the payload makes {} bytes, expected {expected}", made(*.expected, *.met))]
+    #[error("the payload makes {} bytes, expected {expected}", made(*.expected, *.found))]
     Inflated {
         /// The bytes of the pages listed.
         expected: usize,
         /// The bytes made, one more than expected if there are more.
-        met: usize,
+        found: usize,
     },
 }
 
@@ -347,13 +347,13 @@ pub enum Unsupported {
     },
     /// Pages packed by a method that this build does not speak.
     #[error(
-        "packet of method {name} ({met}), which is not built in: set multifd-compression to {known} at the source"
+        "packet of method {name} ({found}), which is not built in: set multifd-compression to {known} at the source"
     )]
     Method {
         /// The methods that are built in: `none, zlib or zstd`.
         known: String,
         /// The method's bits.
-        met: Flags,
+        found: Flags,
         /// QEMU's name for it.
         name: &'static str,
     },
@@ -373,8 +373,8 @@ pub enum Unsupported {
     },
 }
 
-fn made(expected: usize, met: usize) -> String {
-    if met > expected { format!("more than {expected}") } else { met.to_string() }
+fn made(expected: usize, found: usize) -> String {
+    if found > expected { format!("more than {expected}") } else { found.to_string() }
 }
 
 fn seconds(limit: Duration) -> String {

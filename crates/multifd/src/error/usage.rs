@@ -13,7 +13,7 @@ pub enum Usage {
     #[error(transparent)]
     Ram(#[from] ram::Error),
     /// A number outside of its [range](crate::parameters).
-    #[error("expected {name} {least} to {most}, met {met}")]
+    #[error("expected {name} {least} to {most}, found {found}")]
     OutOfRange {
         /// The parameter.
         name: &'static str,
@@ -22,40 +22,40 @@ pub enum Usage {
         /// The greatest value.
         most: u64,
         /// The value given.
-        met: i128,
+        found: i128,
     },
     /// A way of zero pages that there is not.
-    #[error("expected zero-page-detection none, legacy or multifd, met {met:?}")]
+    #[error("expected zero-page-detection none, legacy or multifd, found {found:?}")]
     ZeroPageDetection {
         /// The name given.
-        met: String,
+        found: String,
     },
     /// Origins of channels in no form that is known.
-    #[error("expected channels-from main, any, or IP addresses with commas between them, found {met:?}")]
+    #[error("expected channels-from main, any, or IP addresses with commas between them, found {found:?}")]
     ChannelsFrom {
         /// The text given.
-        met: String,
+        found: String,
     },
     /// A method that this build does not speak.
-    #[error("expected multifd-compression {known}, met {met:?}")]
+    #[error("expected multifd-compression {known}, found {found:?}")]
     Method {
         /// The name given.
-        met: String,
+        found: String,
         /// Those that there are: `none, zlib or zstd`.
         known: String,
     },
     /// An address in no form that is known.
     #[error(
-        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, met {0:?}"
+        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, found {0:?}"
     )]
     Address(String),
     /// An option behind an address that is not known, or not so.
-    #[error("address option: expected {expected}, met {met:?}")]
+    #[error("address option: expected {expected}, found {found:?}")]
     AddressOption {
         /// What it can be.
         expected: &'static str,
         /// The option given.
-        met: String,
+        found: String,
     },
     /// The transport has one connection only, and more were asked for.
     #[error(
@@ -115,13 +115,13 @@ pub enum Usage {
     },
     /// An inherited descriptor that cannot carry a migration.
     #[error(
-        "fd:{fd} is {met}, expected {expected}: have the parent process pass one, or use tcp, unix or vsock"
+        "fd:{fd} is {found}, expected {expected}: have the parent process pass one, or use tcp, unix or vsock"
     )]
     Descriptor {
         /// The descriptor's number.
         fd: i32,
         /// What it is.
-        met: String,
+        found: String,
         /// What it must be.
         expected: &'static str,
     },
@@ -202,10 +202,10 @@ pub enum Usage {
     #[error("{0} is not there yet: set it up first")]
     TooEarly(&'static str),
     /// A migration was told to go on while it was not waiting to be.
-    #[error("the migration is {met}: it can be told to go on when it is pre-switchover")]
+    #[error("the migration is {found}: it can be told to go on when it is pre-switchover")]
     NotPaused {
         /// Its state.
-        met: Status,
+        found: Status,
     },
     /// A state that does not follow the present one.
     #[error("a migration that is {from} cannot become {to}")]

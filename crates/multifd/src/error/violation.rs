@@ -10,19 +10,19 @@ use crate::{
 #[non_exhaustive]
 pub enum Violation {
     /// The initial packet carries the UUID of another machine.
-    #[error("expected machine UUID {expected}, met {met}: give both sides the same UUID")]
+    #[error("expected machine UUID {expected}, found {found}: give both sides the same UUID")]
     ForeignUuid {
         /// The UUID of this side.
         expected: VmUuid,
-        /// The UUID met.
-        met: VmUuid,
+        /// The UUID found.
+        found: VmUuid,
     },
     /// The channel's id is not below the number of channels.
     #[error(
         "channel id {id} is not below the number of channels {channels}: set multifd-channels to the same number on both sides"
     )]
     ChannelId {
-        /// The id met.
+        /// The id found.
         id: ChannelId,
         /// The number of channels.
         channels: u16,
@@ -38,7 +38,7 @@ pub enum Violation {
     /// Two connections claim the same id.
     #[error("channel id {id} is already taken")]
     DuplicateChannel {
-        /// The id met twice.
+        /// The id found twice.
         id: ChannelId,
     },
     /// A channel had been admitted when main came from another host.
@@ -52,13 +52,13 @@ pub enum Violation {
     },
     /// The source opened another number of channels than this side expects.
     #[error(
-        "expected {expected} channels, {met} connected before the first sync: set multifd-channels to the same number on both sides"
+        "expected {expected} channels, {found} connected before the first sync: set multifd-channels to the same number on both sides"
     )]
     ChannelCount {
         /// The number of channels that this side was told.
         expected: u16,
         /// The number that came.
-        met: u16,
+        found: u16,
     },
     /// The source announced another number of channels than this side was given.
     #[error(
@@ -73,14 +73,14 @@ pub enum Violation {
     },
     /// The source announced more channels than have come.
     #[error(
-        "the source announced {announced} channels, but only {met} connected in time: check that whatever is between source \
+        "the source announced {announced} channels, but only {found} connected in time: check that whatever is between source \
          and destination (proxy, firewall) passes all connections"
     )]
     TooFewChannels {
         /// The number that the source announced.
         announced: u16,
         /// The number that came.
-        met: u16,
+        found: u16,
     },
     /// The ids of the channels leave a gap.
     #[error(
@@ -101,7 +101,7 @@ pub enum Violation {
     NoChannels,
     /// The source has numbered packets that no channel has brought.
     #[error(
-        "sync point {point}: {met} packets have come, but the source has numbered them up to {greatest}: packets went to a \
+        "sync point {point}: {found} packets have come, but the source has numbered them up to {greatest}: packets went to a \
          channel that has not connected; give its number of channels (multifd-channels) on this side, and check that whatever \
          is between source and destination (proxy, firewall) passes all connections"
     )]
@@ -111,7 +111,7 @@ pub enum Violation {
         /// The greatest number of a packet, which are counted from 0.
         greatest: u64,
         /// The packets that have come.
-        met: u64,
+        found: u64,
     },
     /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
     #[error(
@@ -122,13 +122,13 @@ pub enum Violation {
     /// A packet names a block that the source did not announce.
     #[error("unknown block {name:?}: the source has not announced it")]
     UnknownBlock {
-        /// The name met.
+        /// The name found.
         name: BlockName,
     },
     /// A page outside its block.
     #[error("offset {offset} outside block {name:?} ({used_length:#x})")]
     OutsideBlock {
-        /// The offset met.
+        /// The offset found.
         offset: BlockOffset,
         /// The block's name.
         name: BlockName,
@@ -136,22 +136,22 @@ pub enum Violation {
         used_length: u64,
     },
     /// A connection ended in the middle of something.
-    #[error("connection closed after {met} of {expected} bytes of {what}")]
+    #[error("connection closed after {found} of {expected} bytes of {what}")]
     Cut {
         /// What was being read.
         what: &'static str,
         /// Its length.
         expected: u64,
         /// The bytes that came.
-        met: u64,
+        found: u64,
     },
     /// A channel ended although main has another sync point.
-    #[error("connection closed before sync point {expected}, after {met}")]
+    #[error("connection closed before sync point {expected}, after {found}")]
     EndedEarly {
         /// The sync point that the main stream is at, from 1.
         expected: u64,
         /// The sync points that the channel has seen.
-        met: u64,
+        found: u64,
     },
     /// Pages after the sync point that ended the RAM.
     #[error("packet with {pages} pages after the last sync point")]
@@ -184,12 +184,12 @@ pub enum Violation {
     PagesBeforeBlocks,
     /// The packet's method is not the one that this side was told.
     #[error(
-        "expected method {expected}, met flags {met}: set multifd-compression to {expected} at the source"
+        "expected method {expected}, found flags {found}: set multifd-compression to {expected} at the source"
     )]
     Method {
         /// The method of this side.
         expected: &'static str,
         /// The flags of the packet.
-        met: Flags,
+        found: Flags,
     },
 }

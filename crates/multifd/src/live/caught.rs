@@ -2,15 +2,18 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    outcome::Callback,
+};
 
 /// Calls what is not ours.
-pub(super) fn caught<T>(call: &'static str, run: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(Some(call), &*panic))
+pub(super) fn caught<T>(call: Callback, run: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(call, &*panic))
 }
 
-pub(super) fn panicked(call: Option<&'static str>, panic: &(dyn std::any::Any + Send)) -> Error {
+pub(super) fn panicked(call: Callback, panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    Error::Panicked { call: call.unwrap_or("a part of this library"), text }
+    Error::Panicked { call, text }
 }

@@ -49,7 +49,7 @@ impl Control {
     pub fn proceed(&self) -> Result<()> {
         let mut at = self.gate.lock();
         if *at != At::Paused {
-            return Err(Usage::NotPaused { met: self.progress.status() }.into());
+            return Err(Usage::NotPaused { found: self.progress.status() }.into());
         }
         *at = At::Over;
         drop(at);

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     channel::Watch,
     error::{Error, Fault, Result, Usage},
-    outcome::{NotConverged, Percent, Status},
+    outcome::{Callback, NotConverged, Percent, Status},
     ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock},
     send::{Sender, Synced},
 };
@@ -47,8 +47,8 @@ pub(super) struct Driver<'a> {
     touched: Vec<Option<PageBitmap>>,
     page: Vec<u8>,
     stopped: &'a mut Stopped,
-    /// The name of the callback that is running.
-    calling: &'a Cell<Option<&'static str>>,
+    /// The callback that is running.
+    calling: &'a Cell<Callback>,
     /// The devices whose state the guest will give after it has been stopped.
     announced: Vec<DeviceInfo>,
     /// When the dirty bits were last taken.
@@ -63,7 +63,7 @@ impl<'a> Driver<'a> {
         log: &'a mut dyn DirtyLog,
         guest: &'a mut dyn Guest,
         stopped: &'a mut Stopped,
-        calling: &'a Cell<Option<&'static str>>,
+        calling: &'a Cell<Callback>,
     ) -> Self {
         let blocks = &plan.blocks;
         let pending = blocks.iter().map(|(_, block)| first_pass(block)).collect();
@@ -126,15 +126,15 @@ impl<'a> Driver<'a> {
         if options.auto_converge {
             self.throttle(Percent::NONE)?;
         }
-        let begun = self.call("DirtyLog::begin", |driver| driver.log.begin(blocks));
+        let begun = self.call(Callback::DirtyLogBegin, |driver| driver.log.begin(blocks));
         begun.map_err(|error| Error::other("begin to read the dirty log", error).because(Fault::DirtyLog))
     }
 
     /// Calls a callback of the embedder and records its name while it runs.
-    fn call<T>(&mut self, name: &'static str, run: impl FnOnce(&mut Self) -> T) -> T {
-        self.calling.set(Some(name));
+    fn call<T>(&mut self, callback: Callback, run: impl FnOnce(&mut Self) -> T) -> T {
+        self.calling.set(callback);
         let done = run(self);
-        self.calling.set(None);
+        self.calling.set(Callback::Library);
         done
     }
 
@@ -182,7 +182,7 @@ impl<'a> Driver<'a> {
     }
 
     fn throttle(&mut self, percent: Percent) -> Result<()> {
-        let done = self.call("Guest::throttle", |driver| driver.guest.throttle(percent));
+        let done = self.call(Callback::GuestThrottle, |driver| driver.guest.throttle(percent));
         let doing = format!("auto-converge: throttle the guest by {percent}");
         done.map_err(|error| Error::other(doing, error).because(Fault::Guest))
     }
@@ -207,10 +207,10 @@ impl<'a> Driver<'a> {
         let mut start = Instant::now();
         let precopy = self.main.bytes();
         progress.main_bytes(precopy, 0);
-        let state = self.call("Guest::run_state", |driver| driver.guest.run_state());
+        let state = self.call(Callback::GuestRunState, |driver| driver.guest.run_state());
         // Set before the stop: if `stop` panics, the guest may be in any state.
         *self.stopped = Stopped::From(state);
-        if let Err(error) = self.call("Guest::stop", |driver| driver.guest.stop()) {
+        if let Err(error) = self.call(Callback::GuestStop, |driver| driver.guest.stop()) {
             *self.stopped = Stopped::No;
             return Err(Error::other("stop the guest", error).because(Fault::Guest));
         }
@@ -254,7 +254,7 @@ impl<'a> Driver<'a> {
     }
 
     fn save(&mut self) -> Result<Vec<DeviceSection>> {
-        let saved = self.call("Guest::save", |driver| driver.guest.save());
+        let saved = self.call(Callback::GuestSave, |driver| driver.guest.save());
         let saved = saved
             .map_err(|error| Error::other("save the devices of the guest", error).because(Fault::Guest))?;
         check_saved(&self.announced, &saved)?;
@@ -275,7 +275,8 @@ impl<'a> Driver<'a> {
     }
 
     fn take(&mut self, (index, block): (BlockIndex, &RamBlock), into: &PageBitmap) -> Result<()> {
-        let taken = self.call("DirtyLog::take", |driver| driver.log.take(index, &mut DirtyPages::new(into)));
+        let taken =
+            self.call(Callback::DirtyLogTake, |driver| driver.log.take(index, &mut DirtyPages::new(into)));
         taken.map_err(|error| {
             let doing = format!("take the dirty bits of block {:?}", block.name());
             Error::other(doing, error).because(Fault::DirtyLog)

@@ -46,7 +46,7 @@ use pace::Pace;
 use plan::Plan;
 pub use progress::{MigrationInfo, Progress, RamInfo};
 
-pub use crate::outcome::{Bound, NotConverged, Percent, Remedy, Stall, Status};
+pub use crate::outcome::{Bound, Callback, NotConverged, Percent, Remedy, Stall, Status};
 
 use crate::{
     channel::{Connect, Stop},
@@ -155,7 +155,7 @@ impl Migration {
         guest: &mut dyn Guest,
     ) -> Result<MigrationInfo> {
         let mut sender = self.sender.take();
-        let (mut stopped, calling) = (Stopped::No, Cell::new(None));
+        let (mut stopped, calling) = (Stopped::No, Cell::new(Callback::Library));
         let mut driver = Driver::new(
             &self.plan,
             sender.as_mut(),
@@ -196,7 +196,7 @@ impl Migration {
         let first = self.plan.stop.fail(error.clone());
         let mut error = if unknown { error } else { first };
         if self.plan.progress.throttle().is_some() {
-            let freed = caught("throttle the guest", || guest.throttle(Percent::NONE));
+            let freed = caught(Callback::GuestThrottle, || guest.throttle(Percent::NONE));
             if let Err(error) =
                 freed.and_then(|freed| freed.map_err(|error| Error::io("throttle the guest", error)))
             {
@@ -205,12 +205,13 @@ impl Migration {
         }
         // The guest is resumed first: the rest of the clean-up does not write to its RAM.
         let resumes = stopped.resumes() && (!unknown || self.plan.options.resume_if_unknown);
-        if resumes && let Err(panicked) = caught("resume the guest", || guest.resume()) {
+        if resumes && let Err(panicked) = caught(Callback::GuestResume, || guest.resume()) {
             error = Error::NotResumed { error: Box::new(error), panicked: Box::new(panicked) };
         }
         drop(sender);
         for (index, block) in self.plan.blocks.iter() {
-            let put = caught("put dirty bits back", || log.put_back(index, &PageBitmap::full(block.pages())));
+            let put =
+                caught(Callback::DirtyLogPutBack, || log.put_back(index, &PageBitmap::full(block.pages())));
             if let Err(error) = put {
                 tracing::warn!(block = %block.name(), %error, "dirty bits are missing in the log");
             }

@@ -65,8 +65,8 @@ pub fn whoever_sees_the_pause_can_end_it() {
         let stop = stop.clone();
         thread::spawn(move || {
             if let Err(refused) = control.proceed() {
-                let met = Error::from(Usage::NotPaused { met: Status::Active });
-                assert_eq!(refused.to_string(), met.to_string());
+                let found = Error::from(Usage::NotPaused { found: Status::Active });
+                assert_eq!(refused.to_string(), found.to_string());
                 stop.cancel();
             }
         })

@@ -12,6 +12,7 @@ use crate::{
     channel::Stop,
     error::{Result, Usage},
     options::MigrateOptions,
+    outcome::Callback,
     ram::RamBlocks,
 };
 
@@ -27,9 +28,9 @@ pub(super) struct Plan {
 impl Plan {
     /// The devices of a guest, after the checks that depend only on the guest.
     pub(super) fn devices_of(&self, guest: &dyn Guest) -> Result<Vec<DeviceInfo>> {
-        let devices = caught("Guest::devices", || guest.devices())?;
+        let devices = caught(Callback::GuestDevices, || guest.devices())?;
         guest::check_distinct(&devices)?;
-        if self.options.auto_converge && !caught("Guest::can_throttle", || guest.can_throttle())? {
+        if self.options.auto_converge && !caught(Callback::GuestCanThrottle, || guest.can_throttle())? {
             return Err(Usage::NoThrottle.into());
         }
         Ok(devices)

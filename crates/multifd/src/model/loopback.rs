@@ -72,7 +72,7 @@ fn destination(
     for round in 1..=ROUNDS {
         assert_eq!(hear(&mut main)?, round);
         receiver.sync()?;
-        assert!(contents(&blocks).iter().all(|met| *met >= round));
+        assert!(contents(&blocks).iter().all(|found| *found >= round));
     }
     receiver.seal()?;
     assert_eq!(contents(&blocks), [ROUNDS; 2]);
@@ -84,7 +84,7 @@ fn hear(main: &mut memory::MemoryLink) -> Result<u8> {
     let mut byte = [0; 1];
     match main.recv(&mut [byte[..].as_mut().into()]) {
         Ok(1) => Ok(byte[0]),
-        Ok(_) => Err(Violation::Cut { what: "the main stream", expected: 1, met: 0 }.into()),
+        Ok(_) => Err(Violation::Cut { what: "the main stream", expected: 1, found: 0 }.into()),
         Err(error) => Err(Error::io("receive", error)),
     }
 }

@@ -63,7 +63,7 @@ impl FromStr for ChannelsFrom {
         match text {
             "main" => Ok(Self::MainHost),
             "any" => Ok(Self::Any),
-            _ => hosts().map(Self::Hosts).map_err(|_| Usage::ChannelsFrom { met: text.into() }),
+            _ => hosts().map(Self::Hosts).map_err(|_| Usage::ChannelsFrom { found: text.into() }),
         }
     }
 }

@@ -41,7 +41,7 @@ impl FromStr for ZeroPageDetection {
 
     fn from_str(text: &str) -> Result<Self, Usage> {
         let known = [Self::None, Self::Legacy, Self::Multifd].into_iter().find(|mode| mode.as_str() == text);
-        known.ok_or_else(|| Usage::ZeroPageDetection { met: text.to_owned() })
+        known.ok_or_else(|| Usage::ZeroPageDetection { found: text.to_owned() })
     }
 }
 
@@ -261,7 +261,7 @@ mod tests {
         assert_eq!(limit(Duration::from_secs(2000)), Ok(()));
         for above in [Duration::from_secs(2000) + Duration::from_nanos(1), Duration::MAX] {
             let refused = limit(above).expect_err("refused").to_string();
-            assert!(refused.starts_with("expected downtime-limit 0 to 2000000, met "), "{refused}");
+            assert!(refused.starts_with("expected downtime-limit 0 to 2000000, found "), "{refused}");
         }
     }
 
@@ -278,7 +278,7 @@ mod tests {
     #[test]
     fn mode_that_is_none_is_refused_with_those_that_are() {
         let refused = "off".parse::<ZeroPageDetection>().expect_err("refused").to_string();
-        assert_eq!(refused, r#"expected zero-page-detection none, legacy or multifd, met "off""#);
+        assert_eq!(refused, r#"expected zero-page-detection none, legacy or multifd, found "off""#);
         assert_eq!("multifd".parse(), Ok(ZeroPageDetection::Multifd));
     }
 }

@@ -36,12 +36,12 @@ impl Parameter {
     ///
     /// # Errors
     /// [`Usage::OutOfRange`], with the name.
-    pub fn check(&self, met: impl Into<i128>) -> Result<(), Usage> {
-        let (name, least, most, met) = (self.name, self.least, self.most, met.into());
-        if (i128::from(least)..=i128::from(most)).contains(&met) {
+    pub fn check(&self, found: impl Into<i128>) -> Result<(), Usage> {
+        let (name, least, most, found) = (self.name, self.least, self.most, found.into());
+        if (i128::from(least)..=i128::from(most)).contains(&found) {
             Ok(())
         } else {
-            Err(Usage::OutOfRange { name, least, most, met })
+            Err(Usage::OutOfRange { name, least, most, found })
         }
     }
 
@@ -99,9 +99,9 @@ mod tests {
         ] {
             let (least, most) = (i128::from(range.least), i128::from(range.most));
             assert_eq!((range.check(least), range.check(most)), (Ok(()), Ok(())));
-            for met in [least - 1, most + 1] {
-                let told = format!("expected {} {least} to {most}, met {met}", range.name);
-                assert_eq!(range.check(met).expect_err("refused").to_string(), told);
+            for found in [least - 1, most + 1] {
+                let told = format!("expected {} {least} to {most}, found {found}", range.name);
+                assert_eq!(range.check(found).expect_err("refused").to_string(), told);
             }
         }
     }

@@ -123,7 +123,7 @@ impl TryFrom<ReceiveSettings> for ReceiveOptions {
         let channels = match settings.multifd_channels {
             CountOrWord::Word(word) if word == AUTO => ChannelCount::Auto,
             CountOrWord::Word(word) => {
-                return Err(format!("expected multifd-channels 0 to 255, or auto, met {word:?}"));
+                return Err(format!("expected multifd-channels 0 to 255, or auto, found {word:?}"));
             }
             // 0 is multifd off.
             CountOrWord::Count(count) => {
@@ -279,12 +279,12 @@ impl<'de> Deserialize<'de> for Number {
                 f.write_str("a whole number")
             }
 
-            fn visit_u64<E>(self, met: u64) -> Result<Number, E> {
-                Ok(Number(met.into()))
+            fn visit_u64<E>(self, found: u64) -> Result<Number, E> {
+                Ok(Number(found.into()))
             }
 
-            fn visit_i64<E>(self, met: i64) -> Result<Number, E> {
-                Ok(Number(met.into()))
+            fn visit_i64<E>(self, found: i64) -> Result<Number, E> {
+                Ok(Number(found.into()))
             }
         }
         deserializer.deserialize_u64(Visitor)

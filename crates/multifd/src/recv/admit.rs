@@ -132,7 +132,7 @@ impl Shared {
         }
         let expected = *state.roster.uuid.get_or_insert(uuid);
         if uuid != expected {
-            return refused(Violation::ForeignUuid { expected, met: uuid }.into());
+            return refused(Violation::ForeignUuid { expected, found: uuid }.into());
         }
         let most = self.expected(state).most();
         if id.0 >= most {

@@ -19,12 +19,12 @@ use crate::{
 #[derive(Debug)]
 pub struct Arrived {
     blocks: Arc<RamBlocks>,
-    pages: Vec<Pages>,
+    pages: Vec<BlockPages>,
 }
 
 /// Of one block. Bits are set by the thread that has written the page; who asks has met that thread at a sync point.
 #[derive(Debug)]
-struct Pages {
+struct BlockPages {
     /// Pages that have come, zero ones too.
     come: PageBitmap,
     /// Pages whose memory may hold something else than zero; `None`: all of them.
@@ -44,7 +44,7 @@ pub enum MayMiss {
 
 impl Arrived {
     pub(super) fn new(blocks: Arc<RamBlocks>) -> Self {
-        let pages = |(_, block): (_, &RamBlock)| Pages {
+        let pages = |(_, block): (_, &RamBlock)| BlockPages {
             come: PageBitmap::new(block.pages()),
             may_hold: match block.memory() {
                 Memory::Mapped(_) => Some(block.may_hold()),
@@ -153,7 +153,7 @@ impl Arrived {
         Ok(())
     }
 
-    fn pages(&self, block: BlockIndex) -> &Pages {
+    fn pages(&self, block: BlockIndex) -> &BlockPages {
         self.pages.get(block.0).expect("there is one for each block")
     }
 

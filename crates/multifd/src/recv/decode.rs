@@ -89,26 +89,26 @@ impl Listed {
     }
 
     fn payload(&self, packet: &Packet<'_>) -> Result<usize, Malformed> {
-        let (pages, page_size, met) = (self.normal.len(), self.page_size, packet.payload_len);
+        let (pages, page_size, found) = (self.normal.len(), self.page_size, packet.payload_len);
         let plain = (pages * page_size.bytes()) as u64;
         let fits = match self.method {
-            Method::None => u64::from(met) == plain,
+            Method::None => u64::from(found) == plain,
             // Only compressed payloads have a length of their own: something for something, within the bound.
             #[cfg(feature = "_codec")]
-            _ if pages == 0 => met == 0,
+            _ if pages == 0 => found == 0,
             #[cfg(feature = "_codec")]
             _ => {
-                if !(1..=PAYLOAD_BYTES).contains(&met) {
-                    return Err(Malformed::CompressedSize { most: PAYLOAD_BYTES, met });
+                if !(1..=PAYLOAD_BYTES).contains(&found) {
+                    return Err(Malformed::CompressedSize { most: PAYLOAD_BYTES, found });
                 }
                 true
             }
         };
         if !fits {
             let pages = u32::try_from(pages).unwrap_or(u32::MAX);
-            return Err(Malformed::PayloadSize { expected: plain, met, pages, page_size });
+            return Err(Malformed::PayloadSize { expected: plain, found, pages, page_size });
         }
-        Ok(met as usize)
+        Ok(found as usize)
     }
 }
 
@@ -193,7 +193,7 @@ mod tests {
         );
         assert_eq!(
             refusal("pc.ram", 2, &[0], &[], 4096),
-            "expected method none, met flags 0x2: set multifd-compression to none at the source"
+            "expected method none, found flags 0x2: set multifd-compression to none, zlib or zstd at the source"
         );
         assert_eq!(
             refusal("pc.ram", 0, &[0, 1], &[], 4096),

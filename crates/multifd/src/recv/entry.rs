@@ -34,7 +34,7 @@ pub(super) struct Entry {
     pub(super) origin: Origin,
     /// Shuts its connection down; `None` when all is over.
     pub(super) wake: Option<Arc<dyn Wake>>,
-    /// SYNC packets met.
+    /// SYNC packets found.
     pub(super) reached: u64,
     /// Packets up to the SYNC met last, and the greatest of their numbers.
     pub(super) packets: u64,

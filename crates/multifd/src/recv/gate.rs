@@ -85,9 +85,9 @@ impl Shared {
                     continue;
                 }
                 if place.ended {
-                    let met = place.reached;
+                    let found = place.reached;
                     drop(state);
-                    let early = Error::from(Violation::EndedEarly { expected: point, met });
+                    let early = Error::from(Violation::EndedEarly { expected: point, found });
                     return Err(self.stop.fail(early.on_channel(id)));
                 }
                 missing = missing.or(Some(id));
@@ -214,14 +214,16 @@ impl Shared {
 
     /// Not all channels have come in time.
     fn count_error(&self, state: &State, missing: ChannelId) -> Error {
-        let met = state.roster.count();
+        let found = state.roster.count();
         let error = Error::from(match (self.options.channels, state.source.announced) {
-            (ChannelCount::Exact(expected), _) => Violation::ChannelCount { expected: expected.into(), met },
-            (ChannelCount::Auto, Some(announced)) => {
-                Violation::TooFewChannels { announced: announced.into(), met }
+            (ChannelCount::Exact(expected), _) => {
+                Violation::ChannelCount { expected: expected.into(), found }
             }
-            (ChannelCount::Auto, None) if met == 0 => Violation::NoChannels,
-            (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: met },
+            (ChannelCount::Auto, Some(announced)) => {
+                Violation::TooFewChannels { announced: announced.into(), found }
+            }
+            (ChannelCount::Auto, None) if found == 0 => Violation::NoChannels,
+            (ChannelCount::Auto, None) => Violation::ChannelMissing { missing, channels: found },
         });
         match state.roster.foreign {
             0 => error,

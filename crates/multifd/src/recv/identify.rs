@@ -150,8 +150,8 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refuse
     have = read_up_to(link, &mut first, have, end)
         .map_err(|error| Refused { error: failed(error), a_channel })?;
     if have < INITIAL_LEN {
-        let (expected, met) = (INITIAL_LEN as u64, have as u64);
-        let error = Violation::Cut { what: "the initial packet", expected, met }.into();
+        let (expected, found) = (INITIAL_LEN as u64, have as u64);
+        let error = Violation::Cut { what: "the initial packet", expected, found }.into();
         return Err(Refused { error, a_channel });
     }
     let initial = Initial::decode(&first).map_err(|error| Refused { error: error.into(), a_channel })?;

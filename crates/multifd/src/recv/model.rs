@@ -131,7 +131,7 @@ pub fn a_channel_that_has_ended_fails_the_sync_that_waits_for_it() {
     receiver.set_page_size(PAGE).expect("first time");
     receiver.sync().expect("both channels come");
     let error = receiver.sync().expect_err("one has ended");
-    assert!(matches!(error.kind(), Error::Violation(Violation::EndedEarly { expected: 2, met: 1 })));
+    assert!(matches!(error.kind(), Error::Violation(Violation::EndedEarly { expected: 2, found: 1 })));
     closing.join().expect("no panic");
     drop(receiver);
     drop(first);
@@ -276,7 +276,7 @@ pub fn no_page_is_written_behind_the_seal() {
     drop(channel);
     let finished = receiver.finish();
     match sealed {
-        Ok(met) => assert_eq!(content(&blocks), met),
+        Ok(found) => assert_eq!(content(&blocks), found),
         Err(error) => assert!(is_late(&error)),
     }
     if let Err(error) = finished {
@@ -304,7 +304,7 @@ pub fn the_seal_meets_the_mark() {
     let sealed = shared.seal().map(|()| page.load(Ordering::SeqCst));
     let filled = filling.join().expect("no panic");
     match sealed {
-        Ok(met) => assert_eq!(page.load(Ordering::SeqCst), met),
+        Ok(found) => assert_eq!(page.load(Ordering::SeqCst), found),
         // Not for nothing.
         Err(_) => assert!(filled || shared.is_sealed()),
     }

@@ -48,8 +48,8 @@ impl PacketReader {
         } else if self.is_empty() {
             Ok(None)
         } else {
-            let (expected, met) = (self.head.len() as u64, self.have as u64);
-            Err(Violation::Cut { what: "a packet head", expected, met }.into())
+            let (expected, found) = (self.head.len() as u64, self.have as u64);
+            Err(Violation::Cut { what: "a packet head", expected, found }.into())
         }
     }
 
@@ -80,8 +80,8 @@ impl PacketReader {
         };
         let received = received.map_err(|error| self.broken(error))?;
         if received < length {
-            let (expected, met) = (length as u64, received as u64);
-            return Err(Violation::Cut { what: "a packet's pages", expected, met }.into());
+            let (expected, found) = (length as u64, received as u64);
+            return Err(Violation::Cut { what: "a packet's pages", expected, found }.into());
         }
         self.have = received - length;
         Ok(())

@@ -76,9 +76,9 @@ impl Placer {
                 parts.push(PartMut::from(&mut *payload));
                 packets.payload(parts, listed.payload_len)?;
                 let pages = self.pages.get_mut(..=length).expect(BOUNDED);
-                let met = decoder.decode(payload, pages)?;
-                if met != length {
-                    return Err(Malformed::Inflated { expected: length, met }.into());
+                let found = decoder.decode(payload, pages)?;
+                if found != length {
+                    return Err(Malformed::Inflated { expected: length, found }.into());
                 }
             }
         }

@@ -54,8 +54,8 @@ impl Roster {
         let places = || self.channels.iter().flatten();
         let greatest = places().filter_map(|place| place.greatest).max()?;
         // Surplus SYNCs at the end come behind the last point.
-        let met = places().map(|place| place.packets).sum::<u64>();
-        (greatest >= met).then(|| Violation::MissingPackets { point, greatest, met }.into())
+        let found = places().map(|place| place.packets).sum::<u64>();
+        (greatest >= found).then(|| Violation::MissingPackets { point, greatest, found }.into())
     }
 
     /// How many have come, whether main has or not.

@@ -154,8 +154,8 @@ mod tests {
             }
             let sealed = shared.seal().map(|()| page.load(Ordering::Relaxed));
             filling.join().expect("no panic");
-            if let Ok(met) = sealed {
-                assert_eq!(page.load(Ordering::Relaxed), met, "a page was written behind the seal");
+            if let Ok(found) = sealed {
+                assert_eq!(page.load(Ordering::Relaxed), found, "a page was written behind the seal");
             }
         }
     }

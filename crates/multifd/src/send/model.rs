@@ -165,7 +165,7 @@ pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
     newer.join().expect("no panic").expect("running");
     // The next sync point follows.
     dispatch.sync(&stop).expect("running");
-    assert!(carried.lock().expect("whole").iter().all(|met| *met == (1, 1)));
+    assert!(carried.lock().expect("whole").iter().all(|found| *found == (1, 1)));
     assert!(stop.finish());
     first.join().expect("no panic");
     assert_eq!(second.join().expect("no panic"), 2);

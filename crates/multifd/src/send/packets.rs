@@ -19,7 +19,7 @@ use super::{
 use crate::{
     batch::Batch,
     channel::{Connect, Link, StallTimer, Watch, is_of_a_host, send_all, send_all_more},
-    compress::{Encode, Pages},
+    compress::{Encode, PacketPages},
     error::{Error, Result, Usage},
     options::SendOptions,
     ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock, truncated},
@@ -97,8 +97,8 @@ impl<'a> Packets<'a> {
         let payload = match &mut self.encoder {
             Some(encoder) if !normal.is_empty() => {
                 let pages = match read {
-                    Some(bytes) => Pages::Private(bytes, block.page_size()),
-                    None => Pages::Mapped(block, normal),
+                    Some(bytes) => PacketPages::Private(bytes, block.page_size()),
+                    None => PacketPages::Mapped(block, normal),
                 };
                 Some(encoder.encode(&pages)?)
             }

@@ -61,17 +61,17 @@ impl DeviceState {
     /// [`Malformed`] if a field is wrong, or the packet is a SYNC as well.
     pub fn decode(bytes: &[u8; DEVICE_STATE_LEN]) -> Result<Self, Error> {
         let layout = Layout::ref_from_bytes(bytes)
-            .map_err(|_| Malformed::Length { expected: DEVICE_STATE_LEN, met: bytes.len() })?;
+            .map_err(|_| Malformed::Length { expected: DEVICE_STATE_LEN, found: bytes.len() })?;
         check(layout.magic, layout.version)?;
         let flags = Flags(layout.flags.get());
         if flags != Flags::DEVICE_STATE {
-            return Err(Malformed::DeviceStateFlags { met: flags }.into());
+            return Err(Malformed::DeviceStateFlags { found: flags }.into());
         }
         let id = layout.id.iter().position(|byte| *byte == 0).filter(|end| *end > 0);
         let id = id.and_then(|end| layout.id.get(..end)).ok_or(Malformed::DeviceId)?;
         let payload_len = layout.next_packet_size.get();
         if !(1..=DEVICE_STATE_BYTES).contains(&payload_len) {
-            return Err(Malformed::DeviceStateSize { most: DEVICE_STATE_BYTES, met: payload_len }.into());
+            return Err(Malformed::DeviceStateSize { most: DEVICE_STATE_BYTES, found: payload_len }.into());
         }
         let device = DeviceId::new(id);
         Ok(Self { device, instance: layout.instance.get(), payload_len })
@@ -110,15 +110,15 @@ mod tests {
 
     #[test]
     fn a_head_with_a_wrong_field_is_refused() {
-        assert_eq!(with(0, &[0]).unwrap_err(), "expected magic 0x11223344, met 0x00223344");
-        assert_eq!(with(7, &[2]).unwrap_err(), "expected version 1, met 2");
+        assert_eq!(with(0, &[0]).unwrap_err(), "expected magic 0x11223344, found 0x00223344");
+        assert_eq!(with(7, &[2]).unwrap_err(), "expected version 1, found 2");
         assert_eq!(
             with(11, &[0x41]).unwrap_err(),
-            "device-state packet: expected flags 0x40 alone, met 0x41"
+            "device-state packet: expected flags 0x40 alone, found 0x41"
         );
         assert_eq!(
             with(11, &[0x42]).unwrap_err(),
-            "device-state packet: expected flags 0x40 alone, met 0x42"
+            "device-state packet: expected flags 0x40 alone, found 0x42"
         );
         assert!(with(12, &[0]).unwrap_err().contains("device id"));
         assert!(with(12, &[b'x'; 256]).unwrap_err().contains("device id"));

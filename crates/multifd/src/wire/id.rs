@@ -46,7 +46,7 @@ impl fmt::Debug for VmUuid {
 
 /// The text is not a UUID of the form `00112233-4455-6677-8899-aabbccddeeff`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected a UUID like 00112233-4455-6677-8899-aabbccddeeff, met {0:?}")]
+#[error("expected a UUID like 00112233-4455-6677-8899-aabbccddeeff, found {0:?}")]
 pub struct ParseUuidError(String);
 
 impl FromStr for VmUuid {

@@ -73,10 +73,10 @@ impl Initial {
 /// Refuses a wrong magic or version.
 pub(super) fn check(magic: U32, version: U32) -> Result<(), Malformed> {
     if magic.get() != MAGIC {
-        return Err(Malformed::Magic { expected: MAGIC, met: magic.get() });
+        return Err(Malformed::Magic { expected: MAGIC, found: magic.get() });
     }
     if version.get() != VERSION {
-        return Err(Malformed::Version { expected: VERSION, met: version.get() });
+        return Err(Malformed::Version { expected: VERSION, found: version.get() });
     }
     Ok(())
 }
@@ -115,10 +115,10 @@ mod tests {
         let mut bytes = GOLDEN;
         bytes[0] = 0x51;
         let refused = Initial::decode(&bytes).expect_err("refused");
-        assert_eq!(refused.to_string(), "expected magic 0x11223344, met 0x51223344");
+        assert_eq!(refused.to_string(), "expected magic 0x11223344, found 0x51223344");
         let mut bytes = GOLDEN;
         bytes[7] = 2;
-        assert_eq!(Initial::decode(&bytes), Err(Malformed::Version { expected: 1, met: 2 }));
+        assert_eq!(Initial::decode(&bytes), Err(Malformed::Version { expected: 1, found: 2 }));
     }
 
     #[test]

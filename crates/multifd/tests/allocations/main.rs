@@ -65,9 +65,13 @@ fn no_packet_and_no_page_costs_an_allocation() {
             passed.push(ALLOCATIONS.load(Ordering::SeqCst));
         });
         assert_eq!(kit::wrong_page(&destination), None);
-        let [first, last] = passed[..] else { panic!("two passes, met {passed:?}") };
+        let [first, last] = passed[..] else { panic!("two passes, found {passed:?}") };
         assert!(first > 0, "the allocator counts");
-        let met = last - first;
-        assert!(met <= PER_PASS, "{met} allocations in a pass over {} pages, method {method:?}", kit::PAGES);
+        let found = last - first;
+        assert!(
+            found <= PER_PASS,
+            "{found} allocations in a pass over {} pages, method {method:?}",
+            kit::PAGES
+        );
     }
 }

@@ -51,10 +51,10 @@ fn contents(page: u64) -> Vec<u8> {
 /// The first page that is not as [`ram`] has filled it.
 pub(crate) fn wrong_page(ram: &RamBlocks) -> Option<u64> {
     let block = ram.get(BlockIndex(0)).expect("there");
-    let mut met = vec![0; PAGE_SIZE.bytes()];
+    let mut found = vec![0; PAGE_SIZE.bytes()];
     (0..PAGES).find(|page| {
-        block.slice(PageIndex(*page), 1).expect("there").copy_to(&mut met);
-        met != contents(*page)
+        block.slice(PageIndex(*page), 1).expect("there").copy_to(&mut found);
+        found != contents(*page)
     })
 }
 

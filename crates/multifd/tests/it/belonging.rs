@@ -63,8 +63,8 @@ fn fewer_or_more_channels_than_were_announced_are_an_error_that_names_both_numbe
     receiver.expect_channels(3).expect("first time");
     let _first = channel(&connector, 1);
     let error = receiver.sync().expect_err("two are missing");
-    let expected = Violation::TooFewChannels { announced: 3, met: 1 };
-    assert!(matches!(error.kind(), Error::Violation(met) if *met == expected), "{error}");
+    let expected = Violation::TooFewChannels { announced: 3, found: 1 };
+    assert!(matches!(error.kind(), Error::Violation(found) if *found == expected), "{error}");
     assert!(
         error.to_string().starts_with("the source announced 3 channels, but only 1 connected"),
         "{error}"
@@ -93,7 +93,7 @@ fn fewer_or_more_channels_than_were_announced_are_an_error_that_names_both_numbe
             receiver.expect_channels(2).expect_err("one too many")
         };
         let expected = Violation::ChannelId { id: ChannelId(2), channels: 2 };
-        assert!(matches!(error.kind(), Error::Violation(met) if *met == expected), "{error}");
+        assert!(matches!(error.kind(), Error::Violation(found) if *found == expected), "{error}");
     }
 }
 
@@ -434,8 +434,8 @@ fn a_packet_that_no_channel_has_brought_fails_the_sync_point_where_numbers_are_e
             Ok(()) => assert!(!exact || comes),
             Err(error) => {
                 assert!(exact && !comes, "{error}");
-                let expected = Violation::MissingPackets { point: 2, greatest: 2, met: 2 };
-                assert!(matches!(error.kind(), Error::Violation(met) if *met == expected), "{error}");
+                let expected = Violation::MissingPackets { point: 2, greatest: 2, found: 2 };
+                assert!(matches!(error.kind(), Error::Violation(found) if *found == expected), "{error}");
             }
         }
         late.join().expect("no panic");

@@ -165,9 +165,9 @@ fn guest_that_never_fits_into_the_downtime_is_told_of_and_runs_on_after_the_last
     let (sent, progress, _) =
         migrate(options, &mut guest.clone(), &mut guest.clone(), |_, progress, _| progress);
     let error = sent.expect_err("given up");
-    let Error::NotConverged(met) = error.kind() else { panic!("{error:?}") };
-    assert_eq!(met.bound, Bound::Passes(5));
-    let stall = met.stall.as_ref().expect("a stall");
+    let Error::NotConverged(found) = error.kind() else { panic!("{error:?}") };
+    assert_eq!(found.bound, Bound::Passes(5));
+    let stall = found.stall.as_ref().expect("a stall");
     let advice = &stall.remedies[..];
     assert!(
         matches!(advice, [Remedy::Channels(2), Remedy::AutoConverge, Remedy::DowntimeLimit(_)]),
@@ -196,7 +196,7 @@ fn guest_that_may_stand_for_longer_after_all_is_stopped() {
     let (sent, (), difference) =
         migrate(options, &mut guest.clone(), &mut guest.clone(), |control, progress, _| {
             let refused = control.set_downtime_limit(Duration::from_secs(2001)).expect_err("refused");
-            assert_eq!(refused.to_string(), "expected downtime-limit 0 to 2000000, met 2001000");
+            assert_eq!(refused.to_string(), "expected downtime-limit 0 to 2000000, found 2001000");
             // It makes passes, and would for ever.
             while progress.info().stall.is_none() {
                 std::thread::sleep(Duration::from_millis(1));
@@ -221,7 +221,10 @@ fn time_that_is_over_ends_a_pass_that_stands() {
         .expect("options")
         .run(&mut main, &mut NeverDirty, &mut guest)
         .expect_err("given up");
-    assert!(matches!(error.kind(), Error::NotConverged(met) if met.bound == Bound::Time(limit)), "{error}");
+    assert!(
+        matches!(error.kind(), Error::NotConverged(found) if found.bound == Bound::Time(limit)),
+        "{error}"
+    );
     assert!(!guest.resumed, "it never stopped");
 }
 
@@ -274,7 +277,7 @@ fn migration_that_does_not_wait_cannot_be_told_to_go_on() {
     let migration = Migration::over_main(MigrateOptions::new(), source(), Stop::new()).expect("options");
     let control = migration.control();
     let early = control.proceed().expect_err("early");
-    assert!(matches!(early.kind(), Error::Usage(Usage::NotPaused { met: Status::None })), "{early}");
+    assert!(matches!(early.kind(), Error::Usage(Usage::NotPaused { found: Status::None })), "{early}");
     let (sent, waited, _) =
         migrate(MigrateOptions::new(), &mut NeverDirty, &mut StoppedGuest::default(), |control, _, _| {
             control.wait_pre_switchover()

@@ -126,7 +126,7 @@ fn options_and_blocks_that_cannot_be_are_refused() {
     let make = |options, blocks| Sender::new(options, blocks, Stop::new()).expect_err("refused").to_string();
     assert_eq!(
         make(SendOptions::new().channels(0), fresh(PageSize::KIB_4, RAM)),
-        "expected multifd-channels 1 to 255, met 0"
+        "expected multifd-channels 1 to 255, found 0"
     );
     assert_eq!(
         make(SendOptions::new(), fresh(PageSize::KIB_64, &[("rom", 4096)])),
@@ -270,7 +270,7 @@ fn too_few_channels_are_told_after_the_time_limit() {
     let _link = channel(&connector, 2);
     let error = receiver.sync().expect_err("two are missing");
     assert!(
-        matches!(error.kind(), Error::Violation(Violation::ChannelCount { expected: 3, met: 1 })),
+        matches!(error.kind(), Error::Violation(Violation::ChannelCount { expected: 3, found: 1 })),
         "{error}"
     );
 }

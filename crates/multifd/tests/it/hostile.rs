@@ -75,7 +75,7 @@ fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
             "version",
             patched(7, &[9]),
             |e| matches!(e, Error::Malformed(Malformed::Version { .. })),
-            "expected version 1, met 9",
+            "expected version 1, found 9",
         ),
         (
             "alloc",
@@ -187,9 +187,9 @@ fn a_packet_cut_anywhere_is_refused() {
     for length in [1, 63, 1343, 1344, 1345, 1344 + 4096, packet.len() - 1] {
         let (answer, blocks) = answer_to(&packet[..length]);
         let error = answer.expect_err("cut");
-        let (expected, met) = if length < 1344 { (1344, length) } else { (3 * 4096, length - 1344) };
-        let cut = matches!(error.kind(), Error::Violation(Violation::Cut { expected: e, met: m, .. })
-            if (*e, *m) == (expected, met as u64));
+        let (expected, found) = if length < 1344 { (1344, length) } else { (3 * 4096, length - 1344) };
+        let cut = matches!(error.kind(), Error::Violation(Violation::Cut { expected: e, found: m, .. })
+            if (*e, *m) == (expected, found as u64));
         assert!(cut, "{length}: {error}");
         let block = blocks.block(multifd::ram::BlockIndex(0)).expect("there");
         assert!(block.slice(PageIndex(6), 10).expect("there").is_zero(), "only listed pages change");

@@ -18,7 +18,7 @@ fn assert_reads_back<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Deb
 #[track_caller]
 fn assert_refused<T: DeserializeOwned + std::fmt::Debug>(text: &str, told: &str) {
     let refused = serde_json::from_str::<T>(text).expect_err(text).to_string();
-    assert!(refused.starts_with(told), "expected {told:?}, met {refused:?}");
+    assert!(refused.starts_with(told), "expected {told:?}, found {refused:?}");
 }
 
 #[test]
@@ -76,35 +76,35 @@ fn options_have_the_names_of_the_parameters() {
 
 #[test]
 fn value_outside_its_range_is_refused_with_the_name() {
-    for met in ["0", "256", "-1"] {
-        let text = format!(r#"{{"multifd-channels": {met}}}"#);
-        assert_refused::<SendOptions>(&text, &format!("expected multifd-channels 1 to 255, met {met}"));
+    for found in ["0", "256", "-1"] {
+        let text = format!(r#"{{"multifd-channels": {found}}}"#);
+        assert_refused::<SendOptions>(&text, &format!("expected multifd-channels 1 to 255, found {found}"));
     }
-    for met in ["10", "-1", "18446744073709551615"] {
-        let text = format!(r#"{{"multifd-zlib-level": {met}}}"#);
-        assert_refused::<SendOptions>(&text, &format!("expected multifd-zlib-level 0 to 9, met {met}"));
+    for found in ["10", "-1", "18446744073709551615"] {
+        let text = format!(r#"{{"multifd-zlib-level": {found}}}"#);
+        assert_refused::<SendOptions>(&text, &format!("expected multifd-zlib-level 0 to 9, found {found}"));
     }
-    let told = "expected multifd-zstd-level 0 to 20, met 21";
+    let told = "expected multifd-zstd-level 0 to 20, found 21";
     assert_refused::<SendOptions>(r#"{"multifd-zstd-level": 21}"#, told);
     assert_refused::<SendOptions>(r#"{"multifd-compression": "qpl"}"#, "expected multifd-compression none");
     assert_refused::<SendOptions>(r#"{"connect-timeout": -1}"#, "expected connect-timeout 0 to ");
     assert_refused::<SendOptions>(r#"{"uuid": "1"}"#, "uuid: ");
-    let told = "expected multifd-channels 0 to 255, met 256";
+    let told = "expected multifd-channels 0 to 255, found 256";
     assert_refused::<ReceiveOptions>(r#"{"multifd-channels": 256}"#, told);
     assert_refused::<ReceiveOptions>(
         r#"{"multifd-channels": "many"}"#,
         "expected multifd-channels 0 to 255, or auto",
     );
     assert_refused::<ReceiveOptions>(r#"{"multifd-compression": "x"}"#, "expected multifd-compression none");
-    let told = "expected downtime-limit 0 to 2000000, met 2000001";
+    let told = "expected downtime-limit 0 to 2000000, found 2000001";
     assert_refused::<MigrateOptions>(r#"{"downtime-limit": 2000001}"#, told);
     assert_refused::<MigrateOptions>(r#"{"max-bandwidth": -1}"#, "expected max-bandwidth 0 to ");
     let told = "expected avail-switchover-bandwidth 0 to ";
     assert_refused::<MigrateOptions>(r#"{"avail-switchover-bandwidth": -1}"#, told);
     assert_refused::<MigrateOptions>(r#"{"zero-page-detection": "x"}"#, "expected zero-page-detection none");
-    let told = "expected cpu-throttle-initial 1 to 99, met 300";
+    let told = "expected cpu-throttle-initial 1 to 99, found 300";
     assert_refused::<MigrateOptions>(r#"{"cpu-throttle-initial": 300}"#, told);
-    let told = "expected max-cpu-throttle 50 to 99, met 49";
+    let told = "expected max-cpu-throttle 50 to 99, found 49";
     assert_refused::<MigrateOptions>(r#"{"cpu-throttle-initial": 50, "max-cpu-throttle": 49}"#, told);
 }
 

@@ -231,8 +231,8 @@ fn our_own_certificate_and_list_must_be_good_now() {
     for role in ["server", "client"] {
         let hosts: &[&str] = if role == "server" { &["localhost"] } else { &[] };
         let refused = |why: &str| {
-            let met = told(role).expect("refused");
-            assert!(met.contains(why), "{role}: {met}");
+            let found = told(role).expect("refused");
+            assert!(found.contains(why), "{role}: {found}");
         };
         // Of the authority that was here before.
         refused(&format!("{role}-cert.pem: it is not of the authority in ca-cert.pem beside it"));
@@ -337,9 +337,9 @@ impl Listen for TapListener {
 fn records(bytes: &[u8], length: usize) -> usize {
     let (mut rest, mut count) = (bytes, 0);
     while let [_, _, _, high, low, behind @ ..] = rest {
-        let met = usize::from(u16::from_be_bytes([*high, *low]));
-        count += usize::from(rest[0] == 0x17 && met == length);
-        rest = behind.get(met..).unwrap_or_default();
+        let found = usize::from(u16::from_be_bytes([*high, *low]));
+        count += usize::from(rest[0] == 0x17 && found == length);
+        rest = behind.get(found..).unwrap_or_default();
     }
     count
 }
@@ -563,7 +563,7 @@ fn files_that_are_not_there_or_do_not_fit_are_named() {
     std::fs::remove_file(folder.path().join("ca-cert.pem")).expect("removed");
     refused("No such file");
     let error = ClientCredentials::load(folder.path(), "no host").expect_err("refused");
-    assert_eq!(error.to_string(), r#"tls-hostname: expected a host name or an IP address, met "no host""#);
+    assert_eq!(error.to_string(), r#"tls-hostname: expected a host name or an IP address, found "no host""#);
 }
 
 #[test]

@@ -9,13 +9,13 @@ use std::io::{self, Read};
 use multifd::ram::BlockName;
 
 use super::{SectionName, limits};
-use crate::error::{Error, Malformed, Place, Stream};
+use crate::error::{Error, Malformed, Place, StreamKind};
 
 /// A buffered, bounded reader of big-endian fields.
 #[derive(Debug)]
 pub struct Reader<R> {
     inner: R,
-    stream: Stream,
+    stream: StreamKind,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -30,12 +30,12 @@ impl<R: Read> Reader<R> {
     pub const CAPACITY: usize = 256 << 10;
 
     /// Creates a reader of `inner`, whose errors name `stream`.
-    pub fn new(inner: R, stream: Stream) -> Self {
+    pub fn new(inner: R, stream: StreamKind) -> Self {
         Self::with_capacity(inner, stream, Self::CAPACITY)
     }
 
     /// Creates a reader with a buffer of `capacity` bytes, at least 512.
-    pub fn with_capacity(inner: R, stream: Stream, capacity: usize) -> Self {
+    pub fn with_capacity(inner: R, stream: StreamKind, capacity: usize) -> Self {
         let buffer = vec![0; capacity.max(512)].into_boxed_slice();
         Self { inner, stream, buffer, start: 0, end: 0, position: 0, field: 0 }
     }
@@ -229,7 +229,7 @@ impl<R: Read> Reader<R> {
         let length = usize::from(self.u8(what)?);
         let bytes = self.lend(length, what)?;
         BlockName::new(bytes)
-            .ok_or_else(|| Malformed::Name { field: what, met: bytes.escape_ascii().to_string() }.at(at))
+            .ok_or_else(|| Malformed::Name { field: what, found: bytes.escape_ascii().to_string() }.at(at))
     }
 
     /// Takes a counted name of a section.
@@ -309,7 +309,7 @@ mod tests {
     #[test]
     fn fields_are_put_together_from_single_bytes() {
         let bytes = [1, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 4, 2, b'h', b'i'];
-        let mut r = Reader::new(Trickle(&bytes), Stream::Main);
+        let mut r = Reader::new(Trickle(&bytes), StreamKind::Main);
         assert_eq!(r.u8("a").unwrap(), 1);
         assert_eq!(r.u16("b").unwrap(), 2);
         assert_eq!(r.u32("c").unwrap(), 3);
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_field_cut_in_the_middle_names_the_field_and_the_end() {
-        let mut r = Reader::new(&[0_u8, 1, 2, 3, 4][..], Stream::Main);
+        let mut r = Reader::new(&[0_u8, 1, 2, 3, 4][..], StreamKind::Main);
         r.u16("head").unwrap();
         let error = r.u32("total").unwrap_err();
         assert_eq!(error.to_string(), "main stream: offset 0x5: stream ends where total was expected");
@@ -330,14 +330,14 @@ mod tests {
     #[test]
     fn a_slice_longer_than_the_buffer_is_refused() {
         let bytes = [0; 1024];
-        let mut r = Reader::with_capacity(&bytes[..], Stream::Main, 512);
+        let mut r = Reader::with_capacity(&bytes[..], StreamKind::Main, 512);
         assert!(r.lend(512, "page").is_ok());
         assert!(matches!(r.lend(513, "page"), Err(Error::Malformed { .. })));
     }
 
     #[test]
     fn bytes_above_their_bound_are_refused_before_they_are_read() {
-        let mut r = Reader::new(&[0_u8; 9][..], Stream::Main);
+        let mut r = Reader::new(&[0_u8; 9][..], StreamKind::Main);
         assert!(matches!(r.bytes(9, 8, "blob"), Err(Error::Malformed { .. })));
         assert_eq!(r.position(), 0);
         assert_eq!(r.bytes(8, 8, "blob").unwrap(), [0; 8]);
@@ -345,14 +345,14 @@ mod tests {
 
     #[test]
     fn an_announced_length_allocates_only_what_arrives() {
-        let mut r = Reader::new(&[7_u8; 3][..], Stream::Main);
+        let mut r = Reader::new(&[7_u8; 3][..], StreamKind::Main);
         assert!(matches!(r.bytes(1 << 40, 1 << 41, "blob"), Err(Error::Cut { .. })));
     }
 
     #[test]
     fn a_slice_taken_directly_uses_what_was_buffered_first() {
         let bytes: Vec<u8> = (0..=255).cycle().take(4096).collect();
-        let mut r = Reader::with_capacity(&bytes[..], Stream::Main, 512);
+        let mut r = Reader::with_capacity(&bytes[..], StreamKind::Main, 512);
         r.u8("first").unwrap();
         let mut page = vec![0; 4000];
         r.exact(&mut page, "page").unwrap();
@@ -363,7 +363,7 @@ mod tests {
     #[test]
     fn an_empty_name_and_one_with_a_nul_are_refused() {
         for bytes in [&[0_u8][..], &[2, b'a', 0][..]] {
-            let mut r = Reader::new(bytes, Stream::Main);
+            let mut r = Reader::new(bytes, StreamKind::Main);
             assert!(matches!(
                 r.block_name("idstr"),
                 Err(Error::Malformed { what: Malformed::Name { .. }, .. })

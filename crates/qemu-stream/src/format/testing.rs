@@ -3,11 +3,11 @@
 use std::io::Cursor;
 
 use super::*;
-use crate::error::{Error, Stream};
+use crate::error::{Error, StreamKind};
 
 /// A reader of bytes in memory.
 pub(crate) fn reader(bytes: &[u8]) -> Reader<&[u8]> {
-    Reader::with_capacity(bytes, Stream::Main, 128 << 10)
+    Reader::with_capacity(bytes, StreamKind::Main, 128 << 10)
 }
 
 /// The bytes of a dump: hex digits, and literal text in quotes.
@@ -33,8 +33,9 @@ pub(crate) fn assert_cut_is_refused<T: std::fmt::Debug>(
     whole: &[usize],
     decode: impl Fn(&mut Reader<Cursor<Vec<u8>>>) -> Result<T, Error>,
 ) {
-    let owned =
-        |length: usize| Reader::with_capacity(Cursor::new(bytes[..length].to_vec()), Stream::Main, 128 << 10);
+    let owned = |length: usize| {
+        Reader::with_capacity(Cursor::new(bytes[..length].to_vec()), StreamKind::Main, 128 << 10)
+    };
     let mut r = owned(bytes.len());
     decode(&mut r).unwrap();
     assert_eq!(r.position(), bytes.len() as u64);

@@ -14,7 +14,7 @@ use multifd::channel::CloseWatch;
 use super::events::Events;
 use crate::{
     connection::{Connection, is_late},
-    error::{Error, PeerMisbehaved, Place, Stream},
+    error::{Error, Place, StreamKind, Violation},
     format::Message,
 };
 
@@ -51,7 +51,7 @@ impl<C: Connection> Line<C> {
         tracing::debug!(?message, "return path");
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
-        let at = Place { stream: Stream::ReturnPath, offset: 0 };
+        let at = Place { stream: StreamKind::ReturnPath, offset: 0 };
         let connection = self.get_mut();
         let written = connection.write_all(&bytes).and_then(|()| connection.flush());
         written.map_err(|source| Error::Io { at, doing: "write", source })
@@ -67,8 +67,7 @@ impl<C: Connection> Line<C> {
     pub(super) fn still_there(&mut self) -> Result<(), Error> {
         self.watch = None;
         let at = self.here();
-        let more =
-            || PeerMisbehaved::Misplaced { record: "more", place: "behind the end of the stream" }.at(at);
+        let more = || Violation::Misplaced { record: "more", place: "behind the end of the stream" }.at(at);
         if !self.is_drained() {
             return Err(more());
         }

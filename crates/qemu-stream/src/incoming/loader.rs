@@ -17,7 +17,7 @@ use multifd::{
 
 use super::{destination::Destination, loaded::Loaded};
 use crate::{
-    error::PeerMisbehaved,
+    error::Violation,
     format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},
 };
 
@@ -181,7 +181,7 @@ where
             let found = configuration.map(|configuration| &configuration.machine);
             if found != Some(expected) {
                 let (expected, found) = (expected.clone(), found.cloned());
-                let refused = PeerMisbehaved::OtherMachine { expected, found };
+                let refused = Violation::OtherMachine { expected, found };
                 return Err(Error::other("this destination cannot take the machine", refused));
             }
         }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     connection::{Connection, Judge},
-    error::{CallerMistake, Error, PeerMisbehaved, Place, Stream},
+    error::{Error, Place, StreamKind, Usage, Violation},
     format::{
         BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, SectionId, SyncMode,
         VERDICT_MARK,
@@ -220,7 +220,7 @@ impl<C: Connection> Incoming<C> {
     /// the source has not forgotten its guest.
     pub fn finish(mut self, outcome: Outcome) -> Result<C, Error> {
         if outcome == Outcome::Loaded && !self.loaded {
-            return Err(CallerMistake::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
+            return Err(Usage::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
         }
         if outcome == Outcome::Loaded && self.return_path {
             self.line.still_there()?;
@@ -252,7 +252,7 @@ impl<C: Connection> Incoming<C> {
                 }
                 Ok(())
             }
-            Command::Ping(_) if !self.return_path => Err(PeerMisbehaved::PingWithoutReturnPath.at(at)),
+            Command::Ping(_) if !self.return_path => Err(Violation::PingWithoutReturnPath.at(at)),
             Command::Ping(value) => {
                 self.line.say(&Message::Pong(*value))?;
                 self.guest_stands |= *value == READY_PING && !before_ram;
@@ -263,7 +263,7 @@ impl<C: Connection> Incoming<C> {
             }
             Command::SwitchoverStart if before_ram => {
                 let (record, place) = ("SWITCHOVER_START", "before the start of ram");
-                Err(PeerMisbehaved::Misplaced { record, place }.at(at))
+                Err(Violation::Misplaced { record, place }.at(at))
             }
             Command::SwitchoverStart => {
                 known.switchover_start = true;
@@ -306,7 +306,7 @@ impl<C: Connection> Incoming<C> {
         tracing::debug!(devices = devices.sections().len(), bytes, "stream is complete");
         let Some((section, blocks)) = known.ram else {
             let (record, place) = ("end of the stream", "before the start of ram");
-            return Err(PeerMisbehaved::Misplaced { record, place }.at(self.line.here()));
+            return Err(Violation::Misplaced { record, place }.at(self.line.here()));
         };
         self.loaded = true;
         Ok(Loaded {
@@ -342,7 +342,7 @@ impl Known {
 /// What a source means that closes before it was told how it ended.
 fn closed() -> Judge {
     Box::new(|_, closed| {
-        let at = Place { stream: Stream::Main, offset: 0 };
+        let at = Place { stream: StreamKind::Main, offset: 0 };
         closed.then(|| Error::SourceGone { at }.while_doing("cannot receive the guest"))
     })
 }

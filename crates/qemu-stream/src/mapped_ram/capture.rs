@@ -24,7 +24,7 @@ use multifd::{
 use super::{Layout, MappedRamFile, Shape, Tail};
 use crate::{
     embedder::{check_devices, devices_of, list_of},
-    error::CallerMistake,
+    error::Usage,
     format::{BlockList, Configuration, DevicePart, SectionId, SyncMode},
 };
 
@@ -106,7 +106,7 @@ impl Capture {
     ///
     /// # Errors
     /// If the configuration is too old for such files or does not fit the blocks, or the file cannot be extended;
-    /// [`CallerMistake::FileSize`] as the cause if the process may not make a file so long.
+    /// [`Usage::FileSize`] as the cause if the process may not make a file so long.
     pub fn of_guest(
         file: File,
         configuration: Configuration,
@@ -115,7 +115,7 @@ impl Capture {
     ) -> Result<Self> {
         if !configuration.machine.has_footers() {
             let machine = configuration.machine;
-            let error = CallerMistake::Machine { machine, why: "has no configuration to say mapped-ram in" };
+            let error = Usage::Machine { machine, why: "has no configuration to say mapped-ram in" };
             return Err(Error::other("lay the file out", error));
         }
         let list = list_of(blocks).map_err(|error| Error::other("list the blocks", error))?;
@@ -319,9 +319,9 @@ impl Main for Capture {
 }
 
 /// Refuses a size that `RLIMIT_FSIZE` does not allow.
-fn within_limit(size: u64) -> Result<(), CallerMistake> {
+fn within_limit(size: u64) -> Result<(), Usage> {
     match file_size_limit() {
-        Some(limit) if size > limit => Err(CallerMistake::FileSize { limit, size }),
+        Some(limit) if size > limit => Err(Usage::FileSize { limit, size }),
         _ => Ok(()),
     }
 }

@@ -36,7 +36,7 @@ impl BlockHeader {
         let version = r.u32("version of a mapped-ram header")?;
         if version > VERSION {
             let block = entry.name.clone();
-            return Err(Unsupported::MappedRamVersion { block, met: version }.at(r.place()));
+            return Err(Unsupported::MappedRamVersion { block, found: version }.at(r.place()));
         }
         if version == 0 {
             let field = format!("block \"{}\": version of the mapped-ram header", entry.name);

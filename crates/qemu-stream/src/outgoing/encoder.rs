@@ -6,7 +6,7 @@
 use multifd::ram::{PageIndex, PageSize};
 
 use crate::{
-    error::CallerMistake,
+    error::Usage,
     format::{
         BlockIndex, BlockList, CurrentBlock, DevicePart, Event, Put, Record, Section, SectionHead, SectionId,
         SyncMark, encode_footer, encode_header,
@@ -45,7 +45,7 @@ impl Encoder {
     ///
     /// # Errors
     /// If there is no such page, or its bytes are not a page. Nothing is appended then.
-    pub(super) fn encode(&mut self, event: &Event<'_>, out: &mut Vec<u8>) -> Result<(), CallerMistake> {
+    pub(super) fn encode(&mut self, event: &Event<'_>, out: &mut Vec<u8>) -> Result<(), Usage> {
         match event {
             Event::Configuration(configuration) => {
                 self.ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
@@ -79,7 +79,7 @@ impl Encoder {
                 let bytes = delta.as_bytes();
                 let length = u16::try_from(bytes.len()).map_err(|_| {
                     let why = format!("{:#x} bytes do not fit a record", bytes.len());
-                    CallerMistake::Value { what: "delta", why }
+                    Usage::Value { what: "delta", why }
                 })?;
                 self.record(Record::Xbzrle(*block, *page, length), out)?;
                 out.put(bytes);
@@ -106,26 +106,26 @@ impl Encoder {
         block: BlockIndex,
         page: PageIndex,
         out: &mut Vec<u8>,
-    ) -> Result<(), CallerMistake> {
+    ) -> Result<(), Usage> {
         self.record(Record::Page(block, page), out)
     }
 
     /// Refuses bytes that are not a page.
-    pub(super) fn check_page(&self, bytes: &[u8]) -> Result<(), CallerMistake> {
+    pub(super) fn check_page(&self, bytes: &[u8]) -> Result<(), Usage> {
         let length = self.blocks.page_size().bytes();
         if bytes.len() == length {
             return Ok(());
         }
-        let why = format!("expected {length:#x} bytes, met {:#x}", bytes.len());
-        Err(CallerMistake::Value { what: "page", why })
+        let why = format!("expected {length:#x} bytes, found {:#x}", bytes.len());
+        Err(Usage::Value { what: "page", why })
     }
 
     /// What is to be written of the devices at the end of the stream: all that no event has brought before.
     ///
     /// # Errors
     /// If they are not the devices of this stream, as far as their lengths and footers show.
-    pub(super) fn rest<'p>(&self, devices: &'p DevicePart) -> Result<&'p [u8], CallerMistake> {
-        let refused = |why: &str| CallerMistake::Value { what: "devices", why: why.to_owned() };
+    pub(super) fn rest<'p>(&self, devices: &'p DevicePart) -> Result<&'p [u8], Usage> {
+        let refused = |why: &str| Usage::Value { what: "devices", why: why.to_owned() };
         if devices.early().len() != self.early {
             return Err(refused("have other sections before the end of ram than were written"));
         }
@@ -136,7 +136,7 @@ impl Encoder {
         rest.ok_or_else(|| refused("have fewer bytes than were written behind ram"))
     }
 
-    fn record(&mut self, record: Record, out: &mut Vec<u8>) -> Result<(), CallerMistake> {
+    fn record(&mut self, record: Record, out: &mut Vec<u8>) -> Result<(), Usage> {
         record.encode(&self.blocks, &mut self.current, out)
     }
 }

@@ -11,7 +11,7 @@ use std::{fmt, io::Write};
 
 use super::{encoder::Encoder, writer::Writer};
 use crate::{
-    error::{CallerMistake, Error},
+    error::{Error, Usage},
     format::{Event, SyncMark},
 };
 
@@ -67,7 +67,7 @@ impl<W: Write> EventWriter<W> {
     /// the pieces out.
     ///
     /// # Errors
-    /// [`CallerMistake`] if the event is out of order, the block list has no such page, or the devices are not those of this
+    /// [`Usage`] if the event is out of order, the block list has no such page, or the devices are not those of this
     /// stream: nothing is written then. If the connection breaks: then nothing more can be written.
     pub fn write(&mut self, event: &Event<'_>) -> Result<(), Error> {
         let next = self.stage.after(event).ok_or_else(|| self.out_of_order(event))?;
@@ -117,7 +117,7 @@ impl<W: Write> EventWriter<W> {
         self.writer.into_inner()
     }
 
-    fn out_of_order(&self, event: &Event<'_>) -> CallerMistake {
+    fn out_of_order(&self, event: &Event<'_>) -> Usage {
         let state = match self.stage {
             Stage::Header => "before the configuration",
             Stage::BeforeRam => "before the start of ram",
@@ -131,7 +131,7 @@ impl<W: Write> EventWriter<W> {
             Stage::Closed => "after the end of the stream",
             Stage::Broken => "after the connection broke",
         };
-        CallerMistake::OutOfOrder { call: event.name(), state }
+        Usage::OutOfOrder { call: event.name(), state }
     }
 }
 

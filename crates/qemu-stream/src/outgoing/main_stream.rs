@@ -16,7 +16,7 @@ use super::{Outgoing, writer::failed};
 use crate::{
     connection::Connection,
     embedder::{check_devices, devices_of, list_of},
-    error::CallerMistake,
+    error::Usage,
     format::{BlockIndex, BlockList, DevicePart},
 };
 
@@ -77,7 +77,7 @@ impl<C: Connection> MainStream<C> {
         self.outgoing
     }
 
-    fn list(&self, blocks: &RamBlocks) -> Result<BlockList, CallerMistake> {
+    fn list(&self, blocks: &RamBlocks) -> Result<BlockList, Usage> {
         match &self.captured {
             Some((list, _)) => Ok(list.clone()),
             None => list_of(blocks),
@@ -176,21 +176,21 @@ impl<C: Connection> Main for MainStream<C> {
 }
 
 /// Refuses a list that is not that of the blocks which are sent.
-fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<(), CallerMistake> {
+fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<(), Usage> {
     if list.entries().len() != blocks.len() {
         let why = format!("{} blocks are listed, {} are sent", list.entries().len(), blocks.len());
-        return Err(CallerMistake::Blocks(why));
+        return Err(Usage::Blocks(why));
     }
     for (entry, (_, block)) in list.entries().iter().zip(blocks.iter()) {
         if (&entry.name, entry.used_length) != (block.name(), block.used_length()) {
             let (name, length) = (block.name(), block.used_length());
-            return Err(CallerMistake::Blocks(format!(
+            return Err(Usage::Blocks(format!(
                 "\"{}\" with {:#x} bytes is listed where \"{name}\" with {length:#x} is sent",
                 entry.name, entry.used_length
             )));
         }
         if block.is_ignored() && !ignore_shared {
-            return Err(CallerMistake::Blocks(format!(
+            return Err(Usage::Blocks(format!(
                 "\"{}\" is ignored, but the configuration lacks x-ignore-shared: the destination would have zeros in it",
                 entry.name
             )));

@@ -36,7 +36,7 @@ pub use options::Options;
 
 use crate::{
     connection::Connection,
-    error::{CallerMistake, Error, Place, Stream},
+    error::{Error, Place, StreamKind, Usage},
     format::{BlockList, Command, DevicePart, Event, READY_PING, SyncMark, SyncMode},
 };
 use encoder::Encoder;
@@ -77,7 +77,7 @@ impl<C: Connection> Outgoing<C> {
     ///
     /// # Errors
     /// If the options contradict each other.
-    pub fn new(connection: C, options: Options) -> Result<Self, CallerMistake> {
+    pub fn new(connection: C, options: Options) -> Result<Self, Usage> {
         options.check()?;
         let (encoder, stage) = (Encoder::new(), Stage::New);
         let (writer, heard) = (Writer::new(connection), Heard::default());
@@ -97,7 +97,7 @@ impl<C: Connection> Outgoing<C> {
         if multifd != (channels > 0) {
             let state = if multifd { "on" } else { "off" };
             let why = format!("{channels}, but multifd is {state} in the options (sync_mode)");
-            return Err(CallerMistake::Value { what: "number of channels", why }.into());
+            return Err(Usage::Value { what: "number of channels", why }.into());
         }
         self.channels = channels;
         let configuration = Event::Configuration(self.options.configuration.as_ref());
@@ -121,7 +121,7 @@ impl<C: Connection> Outgoing<C> {
         let expected = self.options.page_size();
         if blocks.page_size() != expected {
             let why = format!("{}, but the configuration has {expected}", blocks.page_size());
-            return Err(CallerMistake::Value { what: "page size of the block list", why }.into());
+            return Err(Usage::Value { what: "page size of the block list", why }.into());
         }
         self.encoder.begin_ram(self.options.section, blocks, self.writer.buffer());
         self.end_body(Stage::Between)
@@ -187,7 +187,7 @@ impl<C: Connection> Outgoing<C> {
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<(), Error> {
         if self.options.sync_mode.is_some() {
-            return Err(CallerMistake::OutOfOrder { call: "page", state: "while multifd is on" }.into());
+            return Err(Usage::OutOfOrder { call: "page", state: "while multifd is on" }.into());
         }
         self.expect_pass("page")?;
         self.encoder.page_head(block, page, self.writer.buffer())?;
@@ -206,8 +206,8 @@ impl<C: Connection> Outgoing<C> {
     pub fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), Error> {
         let length = self.options.page_size().bytes();
         if bytes.len() != length {
-            let why = format!("expected {length:#x} bytes, met {:#x}", bytes.len());
-            return Err(CallerMistake::Value { what: "page", why }.into());
+            let why = format!("expected {length:#x} bytes, found {:#x}", bytes.len());
+            return Err(Usage::Value { what: "page", why }.into());
         }
         self.page_with(block, page, |into| into.copy_from_slice(bytes))
     }
@@ -250,11 +250,11 @@ impl<C: Connection> Outgoing<C> {
         devices.check_beside(self.options.section)?;
         if devices.has_footers() != self.options.has_footers() {
             let why = "have footers where the machine type has none, or none where it has".to_owned();
-            return Err(CallerMistake::Value { what: "devices", why }.into());
+            return Err(Usage::Value { what: "devices", why }.into());
         }
         if !self.early && !devices.early().is_empty() {
             let why = "have some that come before the end of ram, and were not sent there".to_owned();
-            return Err(CallerMistake::Value { what: "devices", why }.into());
+            return Err(Usage::Value { what: "devices", why }.into());
         }
         if self.options.return_path {
             let undecided = self.heard.is_undecided(self.writer.connection());
@@ -310,8 +310,9 @@ impl<C: Connection> Outgoing<C> {
             return None;
         }
         let judge = |bytes: &[u8], closed: bool| {
-            let closed =
-                || closed.then_some(Error::NoShut { at: Place { stream: Stream::ReturnPath, offset: 0 } });
+            let closed = || {
+                closed.then_some(Error::NoShut { at: Place { stream: StreamKind::ReturnPath, offset: 0 } })
+            };
             let error = failure_in(bytes).or_else(closed)?;
             Some(failed(error))
         };
@@ -338,14 +339,14 @@ impl<C: Connection> Outgoing<C> {
         self.writer.into_inner()
     }
 
-    fn check_synced(&self, synced: Option<Synced<'_>>) -> Result<(), CallerMistake> {
-        let met = synced.map_or(0, |synced| synced.channels());
+    fn check_synced(&self, synced: Option<Synced<'_>>) -> Result<(), Usage> {
+        let found = synced.map_or(0, |synced| synced.channels());
         let announced = self.channels;
-        if met == announced {
+        if found == announced {
             return Ok(());
         }
-        let why = format!("a SYNC has left on {met} channels, and {announced} were announced");
-        Err(CallerMistake::Value { what: "sync point", why })
+        let why = format!("a SYNC has left on {found} channels, and {announced} were announced");
+        Err(Usage::Value { what: "sync point", why })
     }
 
     /// Ends a body at a sync point, and the section with it.
@@ -404,7 +405,7 @@ impl<C: Connection> Outgoing<C> {
             Stage::Closed => "after the end of the stream",
             Stage::Broken => "after the connection broke",
         };
-        CallerMistake::OutOfOrder { call, state }.into()
+        Usage::OutOfOrder { call, state }.into()
     }
 }
 

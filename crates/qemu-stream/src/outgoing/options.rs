@@ -3,7 +3,7 @@
 use multifd::ram::PageSize;
 
 use crate::{
-    error::CallerMistake,
+    error::Usage,
     format::{Configuration, MachineType, SectionId, SyncMode},
 };
 
@@ -115,13 +115,12 @@ impl Options {
         self.footers
     }
 
-    pub(crate) fn check(&self) -> Result<(), CallerMistake> {
+    pub(crate) fn check(&self) -> Result<(), Usage> {
         match self.machine().filter(|machine| !machine.has_footers()) {
             None => Ok(()),
-            Some(machine) => Err(CallerMistake::Machine {
-                machine: machine.clone(),
-                why: "has no configuration; leave it out",
-            }),
+            Some(machine) => {
+                Err(Usage::Machine { machine: machine.clone(), why: "has no configuration; leave it out" })
+            }
         }
     }
 }

@@ -17,7 +17,7 @@ use multifd::{
 use super::writer::failed;
 use crate::{
     connection::{Connection, is_late},
-    error::{Error, PeerMisbehaved, Place, Stream, Unsupported},
+    error::{Error, Place, StreamKind, Unsupported, Violation},
     format::{Message, Reader, VERDICT_MARK},
 };
 
@@ -190,7 +190,7 @@ impl Heard {
 
     /// The next message that is here as a whole.
     fn next(&mut self) -> Result<Option<(Message, Place)>, Error> {
-        let mut r = Reader::with_capacity(Cursor::new(&self.bytes), Stream::ReturnPath, BUFFER);
+        let mut r = Reader::with_capacity(Cursor::new(&self.bytes), StreamKind::ReturnPath, BUFFER);
         r.jump(Cursor::new(&self.bytes), self.before);
         let read = Message::decode(&mut r);
         let (length, at) = (r.position() - self.before, self.place());
@@ -227,7 +227,7 @@ impl Heard {
     }
 
     fn place(&self) -> Place {
-        Place { stream: Stream::ReturnPath, offset: self.before }
+        Place { stream: StreamKind::ReturnPath, offset: self.before }
     }
 
     fn broken(&self, source: io::Error) -> Error {
@@ -250,7 +250,7 @@ pub(super) fn failure_in(bytes: &[u8]) -> Option<Error> {
 fn no_last_word(message: &Message, at: Place) -> Result<(), Error> {
     match message {
         Message::Pong(_) | Message::SwitchoverAck => Ok(()),
-        Message::Shut(0) => Err(PeerMisbehaved::EarlyShut.at(at)),
+        Message::Shut(0) => Err(Violation::EarlyShut.at(at)),
         other => Err(refusal(other, at)),
     }
 }

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use crate::{
     connection::Connection,
-    error::{Error, Place, Stream},
+    error::{Error, Place, StreamKind},
 };
 
 /// Gathers small fields and writes them in one call.
@@ -78,7 +78,7 @@ impl<C: Write> Writer<C> {
     }
 
     fn here(&self) -> Place {
-        Place { stream: Stream::Main, offset: self.written }
+        Place { stream: StreamKind::Main, offset: self.written }
     }
 }
 

@@ -103,7 +103,7 @@ enum Kind {
 
 impl Kind {
     fn of(error: &Error) -> Option<Self> {
-        use qemu_stream::{Error as Main, error::PeerMisbehaved};
+        use qemu_stream::{Error as Main, error::Violation};
         let of_io = |error: &io::Error| match error.kind() {
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected => {
                 Some(Self::Broken)
@@ -128,7 +128,7 @@ impl Kind {
                 Main::NoShut { .. } => Some(Self::NoShut),
                 Main::TimedOut { .. } => Some(Self::Silent),
                 Main::Unsupported { .. } => Some(Self::Capability),
-                Main::Peer { what: PeerMisbehaved::EarlyShut, .. } => Some(Self::Early),
+                Main::Violation { what: Violation::EarlyShut, .. } => Some(Self::Early),
                 Main::Io { source, .. } => of_io(source),
                 _ => None,
             },

@@ -96,19 +96,19 @@ pub(crate) fn rows() -> Vec<Row> {
         row(
             "a message that is none",
             says(&[0, 99, 0, 4, 0, 0, 0, 0]),
-            is(Kind::Malformed, &["return path: offset 0x8: type of a message: expected 1 to 7, met 0x63"]),
+            is(Kind::Malformed, &["return path: offset 0x8: type of a message: expected 1 to 7, found 0x63"]),
         ),
         row(
             "SHUT of a wrong length",
             says(&[0, 1, 0, 5, 0, 0, 0, 0, 0]),
-            is(Kind::Malformed, &["return path: offset 0x8: length of message 1: expected 4, met 0x5"]),
+            is(Kind::Malformed, &["return path: offset 0x8: length of message 1: expected 4, found 0x5"]),
         ),
         row(
             "a message of all ones",
             says(&[0xff; 64]),
             is(
                 Kind::Malformed,
-                &["return path: offset 0xa: length of a message: expected at most 0x200, met 0xffff"],
+                &["return path: offset 0xa: length of a message: expected at most 0x200, found 0xffff"],
             ),
         ),
         row(

@@ -184,9 +184,9 @@ fn every_bad_source_ends_in_its_error_and_leaves_nothing() {
             (Ok(()), None) => assert_whole(row.name, blocks.as_ref().expect("loaded")),
             (Err(error), Some((kind, texts))) => {
                 faults += 1;
-                let (met, text) = kind_and_text(error);
+                let (found, text) = kind_and_text(error);
                 println!("{}: {text}", row.name);
-                assert!(met.starts_with(kind), "{}: expected {kind}, met {met}: {text}", row.name);
+                assert!(found.starts_with(kind), "{}: expected {kind}, found {found}: {text}", row.name);
                 for words in *texts {
                     assert!(text.contains(words), "{}: expected {words:?} in {text:?}", row.name);
                 }

@@ -16,7 +16,7 @@ use multifd::{
 };
 use multifd_testkit::lacks;
 use qemu_stream::{
-    error::CallerMistake,
+    error::Usage,
     mapped_ram::{Capture, CaptureOptions, MappedRamFile},
 };
 
@@ -77,8 +77,8 @@ fn process_with_a_limit() {
     limit(8 << 20);
     let refused = begin(&path).expect_err("refused");
     let multifd::Error::Other { source, .. } = &refused else { panic!("{refused:?}") };
-    let mistake = source.downcast_ref::<CallerMistake>();
-    assert!(matches!(mistake, Some(CallerMistake::FileSize { limit: 0x80_0000, .. })), "{refused:?}");
+    let mistake = source.downcast_ref::<Usage>();
+    assert!(matches!(mistake, Some(Usage::FileSize { limit: 0x80_0000, .. })), "{refused:?}");
     assert!(
         chain(&refused)
             .to_string()

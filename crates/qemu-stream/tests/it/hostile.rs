@@ -4,7 +4,7 @@ use std::{error::Error as _, sync::OnceLock};
 
 use proptest::prelude::*;
 use qemu_stream::{
-    error::{Error, PeerMisbehaved, Unsupported},
+    error::{Error, Unsupported, Violation},
     format::{Command, PageSizes, Section, SectionHead, SectionId, SectionName, SyncMode},
     incoming::{Incoming, Outcome},
     outgoing::Options,
@@ -73,11 +73,11 @@ fn commands_beyond_precopy_are_refused_with_the_capability_to_switch_off() {
         let piece = encoded(&Section::Command(command));
         for mark in [RAM_START, PART, END] {
             let error = run(&with(&piece, mark)).err().unwrap();
-            let Error::Unsupported { what: Unsupported::Capability { what, capability: met }, .. } = error
+            let Error::Unsupported { what: Unsupported::Capability { what, capability: found }, .. } = error
             else {
                 panic!("{error}");
             };
-            assert_eq!(met, capability);
+            assert_eq!(found, capability);
             assert!(what.contains(name), "{what}");
         }
     }
@@ -114,7 +114,7 @@ fn what_breaks_the_order_is_refused() {
         ("a description before the end", with(b"\x06\0\0\0\0", PART)),
     ] {
         let error = run(&bytes).err().unwrap();
-        assert!(matches!(error, Error::Peer { .. }), "{case}: {error}");
+        assert!(matches!(error, Error::Violation { .. }), "{case}: {error}");
     }
 }
 
@@ -124,7 +124,7 @@ fn ping_without_a_return_path_is_refused() {
     let at = whole.windows(RAM_START.len()).position(|window| window == RAM_START).unwrap();
     whole.splice(at..at, encoded(&Section::Command(Command::Ping(1))));
     let error = run(&whole).err().unwrap();
-    assert!(matches!(error, Error::Peer { what: PeerMisbehaved::PingWithoutReturnPath, .. }), "{error}");
+    assert!(matches!(error, Error::Violation { what: Violation::PingWithoutReturnPath, .. }), "{error}");
 }
 
 #[test]
@@ -137,12 +137,12 @@ fn footers_are_there_everywhere_or_nowhere() {
         let mut bytes = whole.clone();
         bytes.drain(at..at + 5);
         let error = run(&bytes).err().unwrap();
-        let Error::Peer { what, .. } = error else { panic!("{error}") };
+        let Error::Violation { what, .. } = error else { panic!("{error}") };
         // Without the first one there are none, and the second has no place.
         assert!(if number == 0 {
-            matches!(what, PeerMisbehaved::Misplaced { record: "FOOTER", .. })
+            matches!(what, Violation::Misplaced { record: "FOOTER", .. })
         } else {
-            matches!(what, PeerMisbehaved::NoFooter { .. })
+            matches!(what, Violation::NoFooter { .. })
         });
     }
 }
@@ -160,7 +160,7 @@ fn a_mapped_ram_stream_over_a_connection_is_refused() {
 fn pages_in_the_first_section_of_ram_are_refused() {
     let bytes = with(b"\0\0\0\0\0\0\0\x02\x06pc.ram\0", b"\0\0\0\0\0\0\x02\0");
     let error = run(&bytes).err().unwrap();
-    assert!(matches!(error, Error::Peer { what: PeerMisbehaved::Misplaced { .. }, .. }), "{error}");
+    assert!(matches!(error, Error::Violation { what: Violation::Misplaced { .. }, .. }), "{error}");
 }
 
 /// A FLUSH is a sync point in legacy mode too.

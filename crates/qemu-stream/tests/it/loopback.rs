@@ -8,7 +8,7 @@ use multifd::{
     wire::VmUuid,
 };
 use qemu_stream::{
-    error::{CallerMistake, Error},
+    error::{Error, Usage},
     format::{BlockEntry, BlockList, Command, Configuration, MachineType, SectionId, SyncMode},
     incoming::{Incoming, Loaded, Outcome},
     outgoing::{Options, Outgoing},
@@ -137,7 +137,7 @@ fn only_the_exact_mark_announces_channels() {
 fn a_number_of_channels_that_contradicts_the_sync_mode_is_refused() {
     for (mode, channels) in [(None, 2), (Some(SyncMode::Round), 0)] {
         let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0")).sync_mode(mode)).unwrap();
-        assert!(matches!(out.begin(channels), Err(Error::Caller(CallerMistake::Value { .. }))));
+        assert!(matches!(out.begin(channels), Err(Error::Usage(Usage::Value { .. }))));
     }
 }
 
@@ -208,7 +208,7 @@ fn shared_ram_is_listed_with_its_address() {
 #[test]
 fn calls_out_of_order_are_refused_and_harmless() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
-    let out_of_order = |result| matches!(result, Err(Error::Caller(CallerMistake::OutOfOrder { .. })));
+    let out_of_order = |result| matches!(result, Err(Error::Usage(Usage::OutOfOrder { .. })));
     assert!(out_of_order(out.setup(blocks(), synced())));
     assert!(out_of_order(out.begin_part()));
     out.begin(2).unwrap();
@@ -228,9 +228,9 @@ fn calls_out_of_order_are_refused_and_harmless() {
     out.end_part(synced()).unwrap();
     assert!(out_of_order(out.begin_part()));
     let early = complete(&mut out, None).unwrap_err();
-    assert!(matches!(cause(&early), Error::Caller(CallerMistake::OutOfOrder { .. })));
+    assert!(matches!(cause(&early), Error::Usage(Usage::OutOfOrder { .. })));
     let other = out.devices(&devices_without_footers());
-    assert!(matches!(other, Err(Error::Caller(CallerMistake::Value { .. }))));
+    assert!(matches!(other, Err(Error::Usage(Usage::Value { .. }))));
     out.devices(&devices()).unwrap();
     assert!(out_of_order(out.devices(&devices())));
     let mut memory = Memory::default();
@@ -251,10 +251,10 @@ fn device_with_the_number_of_the_ram_section_is_refused() {
         out.end_part(synced()).unwrap();
         match (out.devices(&devices()), taken) {
             (Ok(()), None) => {}
-            (Err(Error::Caller(CallerMistake::SectionTaken { section, device })), Some(name)) => {
+            (Err(Error::Usage(Usage::SectionTaken { section, device })), Some(name)) => {
                 assert_eq!((section, device.as_bytes()), (ram, name.as_bytes()));
             }
-            (met, _) => panic!("{met:?}"),
+            (found, _) => panic!("{found:?}"),
         }
     }
 }
@@ -262,11 +262,11 @@ fn device_with_the_number_of_the_ram_section_is_refused() {
 #[test]
 fn options_that_contradict_the_machine_type_are_refused() {
     let old = Options::new(Configuration::new(MachineType::new("pc-i440fx-2.3").unwrap()));
-    assert!(matches!(Outgoing::new(Tape::default(), old), Err(CallerMistake::Machine { .. })));
+    assert!(matches!(Outgoing::new(Tape::default(), old), Err(Usage::Machine { .. })));
     let arm = Configuration { target_page_size: Some(PageSize::KIB_64), ..q35("10.0") };
     let mut out = Outgoing::new(Tape::default(), Options::new(arm)).unwrap();
     out.begin(2).unwrap();
-    assert!(matches!(out.setup(blocks(), synced()), Err(Error::Caller(CallerMistake::Value { .. }))));
+    assert!(matches!(out.setup(blocks(), synced()), Err(Error::Usage(Usage::Value { .. }))));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::{os::unix::fs::FileExt, time::Duration};
 use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 use qemu_stream::{
     Error,
-    error::{CallerMistake, Malformed, Stream, Unsupported},
+    error::{Malformed, StreamKind, Unsupported, Usage},
     format::{
         BlockEntry, BlockList, Configuration, DevicePart, EarlyPart, EndFinder, Reader, Section, SectionHead,
         SectionId, SectionName, SyncMode, encode_footer, limits,
@@ -39,7 +39,7 @@ fn early_section(body: &[u8]) -> Vec<u8> {
 
 /// Takes the section that stands at the beginning of `bytes`.
 fn take(bytes: &[u8], footers: bool) -> Result<EarlyPart, Error> {
-    let mut r = Reader::new(bytes, Stream::Main);
+    let mut r = Reader::new(bytes, StreamKind::Main);
     let mut early = EarlyPart::default();
     let Section::Full(head) = Section::decode(&mut r)? else { panic!("a device") };
     early.take(&mut r, &head, Some(SectionId(1)), footers).map(|()| early)
@@ -151,7 +151,7 @@ fn early_devices_must_be_sent_early() {
     out.begin_end().unwrap();
     out.end_part(synced()).unwrap();
     let refused = out.devices(&devices);
-    assert!(matches!(refused, Err(Error::Caller(CallerMistake::Value { .. }))));
+    assert!(matches!(refused, Err(Error::Usage(Usage::Value { .. }))));
 }
 
 /// The stream of a machine whose source sends no description, and what came of it.
@@ -334,7 +334,7 @@ fn a_block_that_does_not_travel_has_an_address_and_no_bitmap() {
     }
     // Without x-ignore-shared every block travels.
     let refused = Layout::of(&Shape { ignored: &[BlockIndex(0)], ..shape(Some(&q35("10.0"))) }, &blocks());
-    assert!(matches!(refused, Err(CallerMistake::Value { .. })));
+    assert!(matches!(refused, Err(Usage::Value { .. })));
     let file = kept(&shape(Some(&q35("10.0"))), &blocks(), &devices()).unwrap();
     let header = file.places()[0].bitmap_offset - 16;
     file.file().write_all_at(&[0; 8], header).unwrap();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use qemu_stream::{
-    error::{CallerMistake, Error},
+    error::{Error, Usage},
     format::Message,
     incoming::{Incoming, Outcome},
     outgoing::{Options, Outgoing},
@@ -100,7 +100,7 @@ fn loaded_cannot_be_said_before_it_is() {
     let mut incoming = Incoming::new(Tape::playing(&bytes));
     assert!(incoming.run(&mut Memory::default()).is_err());
     let refused = incoming.finish(Outcome::Loaded);
-    assert!(matches!(refused, Err(Error::Caller(CallerMistake::OutOfOrder { .. }))));
+    assert!(matches!(refused, Err(Error::Usage(Usage::OutOfOrder { .. }))));
 }
 
 #[test]
@@ -189,6 +189,6 @@ fn the_last_word_of_a_destination_explains_a_failed_write() {
         assert_eq!(matches!(error, Error::DestinationFailed { code: 1 }), explained, "{error}");
         // One that left without a word is told as such, with what to look for.
         assert_eq!(matches!(error, Error::NoShut { .. }), !explained, "{error}");
-        assert!(matches!(out.switchover(), Err(Error::Caller(_))));
+        assert!(matches!(out.switchover(), Err(Error::Usage(_))));
     }
 }

@@ -50,7 +50,7 @@ pub(crate) struct Destination {
 #[derive(Default)]
 pub(crate) struct Seen {
     /// A source has come.
-    pub(crate) met: AtomicBool,
+    pub(crate) found: AtomicBool,
     /// The source has ended, and its log may be read by others.
     pub(crate) ended: AtomicBool,
     /// The source has ended without its destination having the guest, and all its connections are closed.
@@ -92,7 +92,7 @@ impl Destination {
         let options = ArrivalOptions::new(expected).receive(receive);
         let stop = self.moments.destination.clone();
         let arrival = Arrival::listen(listener, options, &stop)?.accept()?;
-        self.seen.met.store(true, Ordering::SeqCst);
+        self.seen.found.store(true, Ordering::SeqCst);
         let former = Mutex::new(self.former.take());
         let pending = arrival.load(|_, list| {
             self.moments.pass(Moment::Make);

@@ -77,7 +77,7 @@ impl Life {
         })?;
         drop(connector);
         // It waits for a source, which will not come any more.
-        if source.result.is_err() && !seen.met.load(Ordering::SeqCst) {
+        if source.result.is_err() && !seen.found.load(Ordering::SeqCst) {
             moments.destination.cancel();
         }
         let arrived = arriving.join().map_err(|_| "the destination's thread panicked".to_owned())?;

@@ -189,7 +189,7 @@ impl DirtyLog for Unreadable {
 /// The first page in which two machines differ, and what the source's pattern tells of what is there.
 pub(crate) fn difference(seed: u64, source: &RamBlocks, destination: &RamBlocks) -> Option<String> {
     if source.len() != destination.len() {
-        return Some(format!("expected {} blocks, met {}", source.len(), destination.len()));
+        return Some(format!("expected {} blocks, found {}", source.len(), destination.len()));
     }
     for (index, block) in source.iter() {
         let Some(other) = destination.get(index).filter(|other| other.pages() == block.pages()) else {

@@ -132,7 +132,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
 fn tells(expected: Option<&str>, error: &Error) -> Result<(), String> {
     let told = chain(error).to_string();
     match expected {
-        Some(expected) if !told.contains(expected) => Err(format!("expected {expected:?}, met {told}")),
+        Some(expected) if !told.contains(expected) => Err(format!("expected {expected:?}, found {told}")),
         _ => Ok(()),
     }
 }

@@ -71,11 +71,11 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
     let fortunes =
         (Misfortune::new(plan.fault, Side::Source), Misfortune::new(plan.fault, Side::Destination));
     let (connector, listener) = network(plan, means, &fortunes);
-    let ((ended, ends), met) = (mpsc::channel(), Arc::new(AtomicBool::new(false)));
+    let ((ended, ends), found) = (mpsc::channel(), Arc::new(AtomicBool::new(false)));
     let receiving = {
-        let (plan, stop, ended, met) = (plan.clone(), stops.1.clone(), ended.clone(), met.clone());
+        let (plan, stop, ended, found) = (plan.clone(), stops.1.clone(), ended.clone(), found.clone());
         spawn("destination", move || {
-            let end = receive(&plan, limits, listener, &stop, &met);
+            let end = receive(&plan, limits, listener, &stop, &found);
             let _ = ended.send(Side::Destination);
             end
         })
@@ -106,7 +106,7 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
     // One that main has not come to waits for it, for as long as its operator likes.
     let (mut abandoned, left) = (false, Instant::now());
     if ends.recv_timeout(GRACE).is_err() {
-        abandoned = first == Side::Source && !met.load(Ordering::SeqCst);
+        abandoned = first == Side::Source && !found.load(Ordering::SeqCst);
         if abandoned {
             stops.1.cancel();
         }
@@ -206,7 +206,7 @@ fn receive(
     limits: Limits,
     listener: Box<dyn Listen>,
     stop: &Stop,
-    met: &AtomicBool,
+    found: &AtomicBool,
 ) -> DestinationEnd {
     let options = ReceiveOptions::new()
         .channels(if plan.told { ChannelCount::Exact(plan.channels) } else { ChannelCount::Auto })
@@ -223,7 +223,7 @@ fn receive(
         Ok(arrival) => arrival,
         Err(error) => return failed(error),
     };
-    met.store(true, Ordering::SeqCst);
+    found.store(true, Ordering::SeqCst);
     let pending = match arrival.load(|_, list| memory_of(plan, list)) {
         Ok(pending) => pending,
         Err(error) => return failed(error),

@@ -123,7 +123,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
 fn ram_size(asked: u64) -> Result<u64, Failure> {
     let whole =
         asked.checked_next_multiple_of(PageSize::KIB_4.bytes() as u64).filter(|size| *size <= MAX_RAM);
-    let refused = || Usage::OutOfRange { name: "size", least: 0, most: MAX_RAM, met: asked.into() };
+    let refused = || Usage::OutOfRange { name: "size", least: 0, most: MAX_RAM, found: asked.into() };
     Ok(whole.ok_or_else(|| Failure::Usage(refused().into()))?.max(MIN_RAM))
 }
 

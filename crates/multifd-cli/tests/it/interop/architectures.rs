@@ -305,7 +305,7 @@ fn entry(index: u32) -> Vec<u8> {
 
 fn has_entries(file: &std::path::Path) -> bool {
     let bytes = fs::read(file).expect("read");
-    [entry(0x18), entry(0x800)].iter().all(|entry| bytes.windows(entry.len()).any(|met| met == entry))
+    [entry(0x18), entry(0x800)].iter().all(|entry| bytes.windows(entry.len()).any(|found| found == entry))
 }
 
 /// There, back, and there again: the destination has the entries that the source's guest has made.

@@ -89,7 +89,7 @@ fn a_source_that_packs_otherwise_than_receive_was_told_is_refused_and_its_guest_
         let (receive, address) = Program::receive(&options, "tcp:127.0.0.1:0", &path(&folder, "machine"));
         fast(&mut from).unwrap();
         from.migrate(&address).unwrap();
-        let text = format!("expected method {told}, met flags ");
+        let text = format!("expected method {told}, found flags ");
         let remedy = format!("set multifd-compression to {told} at the source");
         receive.end().assert_failed(1, &["channel ", "packet ", &text, &remedy]);
         from.wait_migration("failed", multifd_testkit::qemu::PATIENCE).unwrap();

@@ -230,10 +230,10 @@ fn file_without_configuration_and_footers_is_loaded_by_10_0() {
 #[test]
 fn properties_of_the_source_are_kept_for_the_destination() {
     fn moves(qemu: &Qemu, machine_type: &str, properties: &[&str], told: &[(&str, Value)]) {
-        let met = Way::new(with_globals(qemu, machine_type, properties)).moves();
-        let met = met.unwrap_or_else(|error| panic!("{properties:?} on {machine_type}: {error}"));
+        let found = Way::new(with_globals(qemu, machine_type, properties)).moves();
+        let found = found.unwrap_or_else(|error| panic!("{properties:?} on {machine_type}: {error}"));
         for (key, value) in told {
-            assert_eq!(&met[*key], value, "{properties:?} on {machine_type}: {met}");
+            assert_eq!(&found[*key], value, "{properties:?} on {machine_type}: {found}");
         }
     }
     let Some([old, new]) = Qemu::both() else { return };

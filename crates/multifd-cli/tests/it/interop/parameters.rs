@@ -35,9 +35,9 @@ fn ranges_and_defaults(qemu: &Qemu, version: (u32, u32)) -> Result<(), Error> {
             Range::Text => (vec![json!("x")], Vec::new()),
         };
         if there {
-            let met = &defaults[name];
-            let met = met.as_str().map_or_else(|| met.to_string(), str::to_owned);
-            assert_eq!(met, row.default, "{name}");
+            let found = &defaults[name];
+            let found = found.as_str().map_or_else(|| found.to_string(), str::to_owned);
+            assert_eq!(found, row.default, "{name}");
         }
         for value in good {
             let answer = taken(vm.set_parameters(json!({ name: value })))?;
@@ -53,12 +53,12 @@ fn ranges_and_defaults(qemu: &Qemu, version: (u32, u32)) -> Result<(), Error> {
             }
         }
     }
-    let met = vm.execute("query-migrate-capabilities", json!({}))?;
-    let met = met.as_array().expect("a list");
+    let found = vm.execute("query-migrate-capabilities", json!({}))?;
+    let found = found.as_array().expect("a list");
     for row in table::rows("## Capabilities that apply") {
         let (major, minor) = row[1].split_once('.').expect("a version");
         let since: (u32, u32) = (major.parse().expect("a number"), minor.parse().expect("a number"));
-        let there = met.iter().any(|entry| entry["capability"] == row[0].trim_matches('`'));
+        let there = found.iter().any(|entry| entry["capability"] == row[0].trim_matches('`'));
         assert_eq!(there, since <= version, "{row:?}");
     }
     Ok(())
@@ -126,7 +126,7 @@ fn combinations(qemu: &Qemu, column: usize) -> Result<(), Error> {
         match together(&mut vm) {
             Ok(()) if expected => {}
             Err(error) if !expected && is_refusal(&error) => {}
-            met => wrong.push(format!("{:?} {}: {met:?}", row[0], row[column])),
+            found => wrong.push(format!("{:?} {}: {found:?}", row[0], row[column])),
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");

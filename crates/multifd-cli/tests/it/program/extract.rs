@@ -66,10 +66,10 @@ fn block_goes_to_standard_output_with_its_zeros() {
     let mut command = multifd(["inspect", "--extract", "pc.ram"]);
     let program = Program::start_with_output(command.arg(&file).arg("-"), writer);
     drop(command);
-    let mut met = Vec::new();
-    reader.read_to_end(&mut met).unwrap();
+    let mut found = Vec::new();
+    reader.read_to_end(&mut found).unwrap();
     program.done();
-    assert!(met == stored_memory(&file), "the RAM and nothing else");
+    assert!(found == stored_memory(&file), "the RAM and nothing else");
     assert_left(&folder, &["captured"]);
 }
 
@@ -173,13 +173,13 @@ fn file_that_is_cut_in_the_middle_is_an_error() {
     // It has begun, and cannot go on while nobody reads.
     reader.read_exact(&mut [0]).unwrap();
     fs::File::options().write(true).open(&file).unwrap().set_len(6 * MIB).unwrap();
-    let mut met = Vec::new();
-    reader.read_to_end(&mut met).unwrap();
+    let mut found = Vec::new();
+    reader.read_to_end(&mut found).unwrap();
     let told = [
         "cannot extract block pc.ram into standard output",
         "cannot copy the block at offset 0x",
         "made it shorter",
     ];
     program.end().assert_failed(1, &told);
-    assert!((met.len() as u64) < 16 * MIB, "{} bytes", met.len());
+    assert!((found.len() as u64) < 16 * MIB, "{} bytes", found.len());
 }

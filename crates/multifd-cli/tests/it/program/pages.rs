@@ -92,9 +92,9 @@ fn pages_of_every_size_go_from_file_to_file() {
             assert_eq!(received.configuration(), sent.configuration());
             assert_eq!(received.devices(), sent.devices());
             assert_eq!(received.sync_mode(), sent.sync_mode().filter(|_| channels != "0"));
-            let met = pages(&received);
-            assert!(met == pages(&sent), "{page_size}, {channels} channels");
-            assert_eq!(met[0].iter().flatten().count(), 89, "the bits set");
+            let found = pages(&received);
+            assert!(found == pages(&sent), "{page_size}, {channels} channels");
+            assert_eq!(found[0].iter().flatten().count(), 89, "the bits set");
         }
     }
 }

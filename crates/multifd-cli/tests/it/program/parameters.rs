@@ -195,7 +195,7 @@ fn combinations_end_as_the_table_says() {
     let receive = |flags: &[&str]| {
         run([&["receive"], flags, &["tcp:127.0.0.1:0", "no/such/folder/machine"]].concat()).code
     };
-    let met = |together: &str| match together {
+    let found = |together: &str| match together {
         "channels and a transport with one connection" => send(&[], [at[0], "fd:0"]),
         "a level without its method" => send(&["--multifd-zstd-level", "3"], at),
         "`zero-page-detection` multifd and multifd off" => {
@@ -224,6 +224,6 @@ fn combinations_end_as_the_table_says() {
     for row in rows {
         // Taken, it fails for want of a file.
         let expected = if row[3] == "taken" { 1 } else { 2 };
-        assert_eq!(met(&row[0]), Some(expected), "{row:?}");
+        assert_eq!(found(&row[0]), Some(expected), "{row:?}");
     }
 }

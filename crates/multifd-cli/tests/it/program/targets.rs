@@ -291,6 +291,6 @@ fn command_is_waited_for_though_the_parent_ignores_the_ends_of_children() {
 fn demo_of_more_memory_than_there_can_be_is_wrong_usage() {
     for size in ["18446744073709551615", "1P"] {
         let ended = run(["demo", "--size", size]);
-        ended.assert_failed(2, &["expected size 0 to 70368744177664, met "]);
+        ended.assert_failed(2, &["expected size 0 to 70368744177664, found "]);
     }
 }

@@ -81,7 +81,7 @@ fn sync_mode_that_is_none_is_refused_with_those_that_are() {
 
 #[test]
 fn method_that_is_none_of_ours_is_refused_with_those_that_are() {
-    let told = "expected multifd-compression none, zlib or zstd, met \"qpl\"";
+    let told = "expected multifd-compression none, zlib or zstd, found \"qpl\"";
     assert_usage(&["send", "--multifd-compression", "qpl", "machine", "tcp:127.0.0.1:1"], told);
     assert_usage(&["demo", "--multifd-compression", "qpl"], told);
     let told = told.to_owned() + ", or auto";

@@ -65,7 +65,7 @@ impl ClientCredentials {
     pub fn load(folder: &Path, name: &str) -> Result<Self, CredentialsError> {
         let refused = |file: &str, error: rustls::Error| CredentialsError::new(folder.join(file), error);
         let checked = ServerName::try_from(name.to_owned()).map_err(|_| CredentialsError {
-            what: format!("tls-hostname: expected a host name or an IP address, met {name:?}"),
+            what: format!("tls-hostname: expected a host name or an IP address, found {name:?}"),
             source: None,
         })?;
         let provider = Arc::new(ring::default_provider());

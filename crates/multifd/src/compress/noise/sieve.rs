@@ -18,12 +18,12 @@ pub(super) enum Stretch {
 pub(super) struct Sieve {
     stretches: Vec<Stretch>,
     /// How noise began that was met before, by a hash of it. Noise that comes again is a match.
-    met: Box<[u64; MEMORY]>,
+    found: Box<[u64; MEMORY]>,
 }
 
 impl Sieve {
     pub(super) fn new() -> Self {
-        Self { stretches: Vec::new(), met: Box::new([0; MEMORY]) }
+        Self { stretches: Vec::new(), found: Box::new([0; MEMORY]) }
     }
 
     /// What `bytes` are made of, in order, if they are noise and runs, and at least an eighth is noise: runs alone are no
@@ -72,7 +72,7 @@ impl Sieve {
     fn was_met(&mut self, piece: &[u8]) -> bool {
         let Some(head) = piece.first_chunk().copied().map(u64::from_be_bytes) else { return false };
         let hash = head.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - MEMORY.ilog2());
-        let place = &mut self.met[usize::try_from(hash).unwrap_or_default()];
+        let place = &mut self.found[usize::try_from(hash).unwrap_or_default()];
         std::mem::replace(place, head) == head
     }
 }

@@ -7,7 +7,7 @@ use super::{
     sieve::{Sieve, Stretch},
 };
 use crate::{
-    compress::codec::{Encode, Pages, too_long},
+    compress::codec::{Encode, PacketPages, too_long},
     error::{Error, Result},
 };
 
@@ -39,7 +39,7 @@ impl Encoder {
 }
 
 impl Encode for Encoder {
-    fn encode(&mut self, pages: &Pages<'_>) -> Result<&[u8]> {
+    fn encode(&mut self, pages: &PacketPages<'_>) -> Result<&[u8]> {
         self.blocks.clear();
         if !self.begun {
             self.blocks.head(&HEAD).ok_or_else(outgrown)?;

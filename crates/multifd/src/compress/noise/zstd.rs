@@ -22,7 +22,7 @@ use zstd_safe::{
 
 use super::sieve::{Sieve, Stretch};
 use crate::{
-    compress::stream::{Step, Stream},
+    compress::stream::{Compressor, Step},
     error::{Error, Result},
 };
 
@@ -62,7 +62,7 @@ impl Sifted {
     }
 }
 
-impl Stream for Sifted {
+impl Compressor for Sifted {
     const NAME: &'static str = "zstd";
 
     fn compress(&mut self, input: &[u8], room: &mut [u8], flush: bool) -> Result<Step> {

@@ -191,11 +191,11 @@ mod tests {
         let good = CpuThrottle::default();
         assert_eq!(good.check(), Ok(()));
         for (options, name) in [
-            (CpuThrottle { initial: 0, ..good }, "cpu-throttle-initial 1 to 99, met 0"),
-            (CpuThrottle { increment: 100, ..good }, "cpu-throttle-increment 1 to 99, met 100"),
-            (CpuThrottle { max: 100, ..good }, "max-cpu-throttle 1 to 99, met 100"),
-            (CpuThrottle { max: 19, ..good }, "max-cpu-throttle 20 to 99, met 19"),
-            (CpuThrottle { trigger: 101, ..good }, "throttle-trigger-threshold 1 to 100, met 101"),
+            (CpuThrottle { initial: 0, ..good }, "cpu-throttle-initial 1 to 99, found 0"),
+            (CpuThrottle { increment: 100, ..good }, "cpu-throttle-increment 1 to 99, found 100"),
+            (CpuThrottle { max: 100, ..good }, "max-cpu-throttle 1 to 99, found 100"),
+            (CpuThrottle { max: 19, ..good }, "max-cpu-throttle 20 to 99, found 19"),
+            (CpuThrottle { trigger: 101, ..good }, "throttle-trigger-threshold 1 to 100, found 101"),
         ] {
             assert_eq!(options.check().expect_err("refused").to_string(), format!("expected {name}"));
         }

@@ -73,7 +73,7 @@ impl<'a> Packet<'a> {
     /// for flags without a meaning here.
     pub fn decode(bytes: &'a [u8], page_size: PageSize) -> Result<Self, Error> {
         let expected = head_len(page_size);
-        let wrong_length = Malformed::Length { expected, met: bytes.len() };
+        let wrong_length = Malformed::Length { expected, found: bytes.len() };
         let (layout, offsets) = Layout::ref_from_prefix(bytes).map_err(|_| wrong_length.clone())?;
         let offsets = <[U64]>::ref_from_bytes(offsets).map_err(|_| wrong_length.clone())?;
         if bytes.len() != expected {
@@ -146,7 +146,7 @@ impl Layout {
         #[expect(clippy::cast_possible_truncation, reason = "at most 128")]
         let most = most as u32;
         if alloc > most {
-            return Err(Malformed::PagesAlloc { most, met: alloc });
+            return Err(Malformed::PagesAlloc { most, found: alloc });
         }
         if normal > alloc {
             return Err(Malformed::NormalPages { alloc, normal });

@@ -107,8 +107,8 @@ fn refusal(offset: usize, field: &[u8]) -> String {
 #[test]
 fn every_wrong_field_is_refused_with_its_reason() {
     let cases: [(usize, &[u8], &str); 11] = [
-        (0, &[0x51], "expected magic 0x11223344, met 0x51223344"),
-        (7, &[2], "expected version 1, met 2"),
+        (0, &[0x51], "expected magic 0x11223344, found 0x51223344"),
+        (7, &[2], "expected version 1, found 2"),
         (
             12,
             &[0, 0, 0, 129],
@@ -140,7 +140,7 @@ fn a_head_of_another_length_is_refused() {
     for length in [0, 319, 320, 1343, 1345, 1352] {
         let bytes = vec![0x11; length];
         let refused = Packet::decode(&bytes, FOUR).expect_err("refused");
-        assert_eq!(refused.to_string(), format!("expected 1344 bytes, met {length}"));
+        assert_eq!(refused.to_string(), format!("expected 1344 bytes, found {length}"));
     }
 }
 

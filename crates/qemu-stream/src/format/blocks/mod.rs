@@ -15,7 +15,7 @@ use multifd::ram::{
 };
 
 use super::{Put, Reader, limits};
-use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved};
+use crate::error::{Error, Malformed, Usage, Violation};
 
 /// The flag of the first record: the lengths of all blocks follow.
 pub(super) const MEM_SIZE: u64 = 0x4;
@@ -62,10 +62,10 @@ impl BlockList {
     /// # Errors
     /// If two have the same name, a length is not a whole number of pages, the last one is empty, or there are more or
     /// longer blocks than a list may have.
-    pub fn new(entries: Vec<BlockEntry>, page_size: PageSize) -> Result<Self, CallerMistake> {
-        let refused = |why: String| Err(CallerMistake::Blocks(why));
+    pub fn new(entries: Vec<BlockEntry>, page_size: PageSize) -> Result<Self, Usage> {
+        let refused = |why: String| Err(Usage::Blocks(why));
         if entries.len() > limits::BLOCKS {
-            return refused(format!("expected at most {}, met {}", limits::BLOCKS, entries.len()));
+            return refused(format!("expected at most {}, found {}", limits::BLOCKS, entries.len()));
         }
         if let Some(last) = entries.last().filter(|last| last.used_length == 0) {
             return refused(format!(
@@ -219,13 +219,13 @@ impl ListReader {
         let used_length = r.u64("used length of a block")?;
         if used_length % self.list.page_size.bytes() as u64 != 0 {
             let page_size = self.list.page_size.bytes() as u64;
-            return Err(PeerMisbehaved::PartialPage { block: name, page_size, met: used_length }.at(at));
+            return Err(Violation::PartialPage { block: name, page_size, found: used_length }.at(at));
         }
         if used_length > self.left {
-            return Err(PeerMisbehaved::BeyondTotal { block: name, left: self.left, met: used_length }.at(at));
+            return Err(Violation::BeyondTotal { block: name, left: self.left, found: used_length }.at(at));
         }
         if self.list.position(&name).is_some() {
-            return Err(PeerMisbehaved::BlockTwice(name).at(at));
+            return Err(Violation::BlockTwice(name).at(at));
         }
         let address = if self.ignore_shared { Some(r.u64("address of a block")?) } else { None };
         self.left -= used_length;

@@ -7,7 +7,7 @@ fn decoded(bytes: &[u8], ignore_shared: bool) -> Result<BlockList, Error> {
     BlockList::decode(&mut reader(bytes), PageSize::KIB_4, ignore_shared)
 }
 
-fn list(blocks: &[(&str, u64)]) -> Result<BlockList, CallerMistake> {
+fn list(blocks: &[(&str, u64)]) -> Result<BlockList, Usage> {
     let entries = blocks.iter().map(|(name, length)| BlockEntry::new(block_name(name), *length)).collect();
     BlockList::new(entries, PageSize::KIB_4)
 }
@@ -56,7 +56,7 @@ fn hostile_lists_are_refused() {
         ),
     ] {
         let error = decoded(&dump(bytes), false).unwrap_err();
-        assert!(matches!(error, Error::Malformed { .. } | Error::Peer { .. }), "{case}: {error}");
+        assert!(matches!(error, Error::Malformed { .. } | Error::Violation { .. }), "{case}: {error}");
     }
 }
 

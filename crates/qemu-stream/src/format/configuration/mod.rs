@@ -10,7 +10,7 @@ use std::io::Read;
 use multifd::{ram::PageSize, wire::VmUuid};
 
 use super::{MachineType, Put, Reader, SectionName, limits};
-use crate::error::{Error, Malformed, PeerMisbehaved, Unsupported};
+use crate::error::{Error, Malformed, Unsupported, Violation};
 
 const MAGIC: u32 = 0x5145_564d;
 const VERSION: u32 = 3;
@@ -120,7 +120,7 @@ impl Configuration {
             };
             if !first {
                 let (record, place) = ("second subsection of one name", "in the configuration");
-                return Err(PeerMisbehaved::Misplaced { record, place }.at(at));
+                return Err(Violation::Misplaced { record, place }.at(at));
             }
         }
         Ok(configuration)
@@ -139,8 +139,8 @@ impl Configuration {
                 known if known == IGNORE_SHARED.as_bytes() => self.ignore_shared = true,
                 known if known == MAPPED_RAM.as_bytes() => self.mapped_ram = true,
                 _ => {
-                    let met = name.to_string();
-                    return Err(Malformed::Name { field: "capability", met }.at(at));
+                    let found = name.to_string();
+                    return Err(Malformed::Name { field: "capability", found }.at(at));
                 }
             }
         }

@@ -88,7 +88,7 @@ fn other_magics_and_versions_are_refused() {
     let error = decoded(&dump("7f 45 4c 46 00 00 00 03")).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "main stream: offset 0x0: magic: expected 0x5145564d (\"QEVM\"), met 0x7f454c46"
+        "main stream: offset 0x0: magic: expected 0x5145564d (\"QEVM\"), found 0x7f454c46"
     );
     for version in [0, 2, 4] {
         let error = decoded(&[&b"QEVM\0\0\0"[..], &[version]].concat()).unwrap_err();
@@ -109,7 +109,7 @@ fn a_subsection_that_comes_twice_is_refused() {
     let mut bytes = encoded(Some(&Configuration { uuid: Some(uuid()), ..q35("10.0") }));
     let from = encoded(Some(&q35("10.0"))).len();
     bytes.extend_from_within(from..);
-    assert!(matches!(decoded(&bytes), Err(Error::Peer { .. })));
+    assert!(matches!(decoded(&bytes), Err(Error::Violation { .. })));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::Device;
 use crate::{
-    error::CallerMistake,
+    error::Usage,
     format::{SectionName, limits},
 };
 
@@ -167,12 +167,12 @@ fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::
 }
 
 /// The description of an embedder's devices, each with one field that contains its state.
-pub(super) fn describe(devices: &[Device], page_size: u32) -> Result<Vec<u8>, CallerMistake> {
-    let described: Result<Vec<_>, CallerMistake> = devices.iter().map(describe_one).collect();
+pub(super) fn describe(devices: &[Device], page_size: u32) -> Result<Vec<u8>, Usage> {
+    let described: Result<Vec<_>, Usage> = devices.iter().map(describe_one).collect();
     Ok(json!({ "page_size": page_size, "devices": described? }).to_string().into_bytes())
 }
 
-fn describe_one(device: &Device) -> Result<serde_json::Value, CallerMistake> {
+fn describe_one(device: &Device) -> Result<serde_json::Value, Usage> {
     let name = device.name.as_name();
     let text = BlockName::to_str(name).ok().filter(|text| text.is_ascii());
     let text = text.ok_or_else(|| not_ascii(&device.name))?;
@@ -185,6 +185,6 @@ fn describe_one(device: &Device) -> Result<serde_json::Value, CallerMistake> {
     }))
 }
 
-fn not_ascii(name: &SectionName) -> CallerMistake {
-    CallerMistake::Value { what: "device name", why: format!("expected ascii, met \"{name}\"") }
+fn not_ascii(name: &SectionName) -> Usage {
+    Usage::Value { what: "device name", why: format!("expected ascii, found \"{name}\"") }
 }

@@ -15,7 +15,7 @@ use std::{io::Read, ops::Range};
 
 use super::{DeviceSection, LiveSection, live::Piece};
 use crate::{
-    error::{Error, Malformed, PeerMisbehaved, Place, Unsupported},
+    error::{Error, Malformed, Place, Unsupported, Violation},
     format::{Reader, Section, SectionHead, SectionId, decode_footer, encode_footer, limits},
     refuse,
 };
@@ -78,8 +78,8 @@ impl EarlyPart {
             r.consume(ordinary);
             let devices = self.bytes.len() - self.in_pieces();
             if devices > limits::EARLY_PART {
-                let (max, met) = (limits::EARLY_PART as u64, devices as u64);
-                return Err(Malformed::too_long("devices sent before ram", max, met).at(at));
+                let (max, found) = (limits::EARLY_PART as u64, devices as u64);
+                return Err(Malformed::too_long("devices sent before ram", max, found).at(at));
             }
             if ordinary > 0 {
                 continue;
@@ -119,14 +119,14 @@ impl EarlyPart {
                     || self.live.iter().any(|other| other.id == live.id || other.name == live.name)
                 {
                     let place = "for a section or a number that was started before";
-                    return Err(PeerMisbehaved::Misplaced { record: "START", place }.at(at));
+                    return Err(Violation::Misplaced { record: "START", place }.at(at));
                 }
                 self.live.push(live);
                 self.piece(r, &Section::Start(head), Piece::Start, footers)?;
             }
             Section::Part(id) | Section::End(id) if id != ram => {
                 if !self.live.iter().any(|live| live.id == id) {
-                    return Err(PeerMisbehaved::UnknownSection { expected: ram, met: id }.at(at));
+                    return Err(Violation::UnknownSection { expected: ram, found: id }.at(at));
                 }
                 let piece = if matches!(section, Section::End(_)) { Piece::End } else { Piece::Part };
                 self.piece(r, &section, piece, footers)?;
@@ -157,15 +157,15 @@ impl EarlyPart {
         self.behind_ram = true;
         let Some(open) = self.live.iter().find(|live| !live.has_ended()) else { return Ok(None) };
         let at = r.here();
-        let met = Section::decode(r)?;
-        match met {
+        let found = Section::decode(r)?;
+        match found {
             Section::End(id) if self.live.iter().any(|live| live.id == id) => {
-                self.piece(r, &met, Piece::End, footers)?;
-                Ok(Some(met))
+                self.piece(r, &found, Piece::End, footers)?;
+                Ok(Some(found))
             }
             _ => {
-                let (name, id, met) = (open.name.clone(), open.id, met.name());
-                Err(PeerMisbehaved::Unfinished { name, id, met }.at(at))
+                let (name, id, found) = (open.name.clone(), open.id, found.name());
+                Err(Violation::Unfinished { name, id, found }.at(at))
             }
         }
     }

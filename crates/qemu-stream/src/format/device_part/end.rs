@@ -10,7 +10,7 @@
 
 use super::{Description, DevicePart, EarlyPart, Misfit, walk};
 use crate::{
-    error::{Malformed, PeerMisbehaved},
+    error::{Malformed, Violation},
     format::limits,
 };
 
@@ -30,7 +30,7 @@ pub struct EndFinder {
     scanned: usize,
     /// Places that look like the end and whose JSON has not arrived completely; in most cases there are none.
     candidates: Vec<Candidate>,
-    met: usize,
+    found: usize,
     parsed: u64,
     misfit: Option<Misfit>,
 }
@@ -45,7 +45,7 @@ impl EndFinder {
     /// Creates a finder for a stream whose sections have `footers`.
     pub fn new(footers: bool) -> Self {
         let early = EarlyPart::default();
-        Self { footers, early, scanned: 0, candidates: Vec::new(), met: 0, parsed: 0, misfit: None }
+        Self { footers, early, scanned: 0, candidates: Vec::new(), found: 0, parsed: 0, misfit: None }
     }
 
     /// Sets the sections that arrived before the end of RAM. Their devices are described first. `collected` begins with
@@ -67,14 +67,14 @@ impl EndFinder {
     ///
     /// # Errors
     /// If more places look like the end than any real device part has.
-    pub fn look(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, PeerMisbehaved> {
+    pub fn look(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
         self.scan(collected)?;
         let mut found = None;
         for Candidate { eof, end } in self.candidates.iter().copied().filter(|c| c.end == collected.len()) {
             let Some(json) = collected.get(eof + DevicePart::END_HEAD..end) else { continue };
             self.parsed += json.len() as u64;
             if self.parsed > limits::DESCRIPTIONS_PARSED {
-                return Err(PeerMisbehaved::TooManyEnds { max: self.met });
+                return Err(Violation::TooManyEnds { max: self.found });
             }
             let split =
                 Description::parse(json).map_err(|e| Misfit::Json(e.to_string())).and_then(|description| {
@@ -140,7 +140,7 @@ impl EndFinder {
     }
 
     /// Records the places that look like the end in the bytes since the last scan.
-    fn scan(&mut self, collected: &[u8]) -> Result<(), PeerMisbehaved> {
+    fn scan(&mut self, collected: &[u8]) -> Result<(), Violation> {
         while let Some(mark) = collected.get(self.scanned..self.scanned + MARK) {
             let eof = self.scanned;
             self.scanned += 1;
@@ -152,9 +152,9 @@ impl EndFinder {
             {
                 continue;
             }
-            self.met += 1;
-            if self.met > limits::ENDS {
-                return Err(PeerMisbehaved::TooManyEnds { max: limits::ENDS });
+            self.found += 1;
+            if self.found > limits::ENDS {
+                return Err(Violation::TooManyEnds { max: limits::ENDS });
             }
             let Some(end) = usize::try_from(length).ok().map(|length| eof + DevicePart::END_HEAD + length)
             else {

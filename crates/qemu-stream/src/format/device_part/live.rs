@@ -15,7 +15,7 @@
 use std::io::Read;
 
 use crate::{
-    error::{Error, Malformed, PeerMisbehaved, Unsupported},
+    error::{Error, Malformed, Unsupported, Violation},
     format::{Put, Reader, SectionHead, SectionId, SectionName, limits},
 };
 
@@ -81,7 +81,7 @@ impl LiveSection {
     ) -> Result<(), Error> {
         if self.ended {
             let (record, place) = ("PART or END", "behind the END of its section");
-            return Err(PeerMisbehaved::Misplaced { record, place }.at(r.here()));
+            return Err(Violation::Misplaced { record, place }.at(r.here()));
         }
         let from = out.len();
         let mut body = Body { r, out, end: from.saturating_add(left), of: &self.name };
@@ -110,9 +110,9 @@ impl<R: Read> Body<'_, R> {
         let from = self.out.len();
         if count > self.end.saturating_sub(from) {
             let max = limits::LIVE_PART as u64;
-            let met = max + (from + count).saturating_sub(self.end) as u64;
+            let found = max + (from + count).saturating_sub(self.end) as u64;
             let field = format!("pieces of sections beside ram, last of \"{}\"", self.of);
-            return Err(Malformed::too_long(field, max, met).at(self.r.here()));
+            return Err(Malformed::too_long(field, max, found).at(self.r.here()));
         }
         self.out.put(self.r.lend(count, what)?);
         Ok(self.out.get(from..).unwrap_or_default())
@@ -124,8 +124,8 @@ impl<R: Read> Body<'_, R> {
         Ok(array)
     }
 
-    fn unknown(&self, met: u64) -> Error {
-        Unsupported::LiveRecord { name: self.of.clone(), met }.at(self.r.place())
+    fn unknown(&self, found: u64) -> Error {
+        Unsupported::LiveRecord { name: self.of.clone(), found }.at(self.r.place())
     }
 }
 
@@ -280,6 +280,6 @@ mod tests {
         section.body(&mut reader(&body), Piece::End, &mut Vec::new(), 64).expect("read");
         assert!(section.has_ended());
         let error = section.body(&mut reader(&body), Piece::Part, &mut Vec::new(), 64).expect_err("ended");
-        assert!(matches!(error, Error::Peer { .. }), "{error}");
+        assert!(matches!(error, Error::Violation { .. }), "{error}");
     }
 }

@@ -29,7 +29,7 @@ pub use live::LiveSection;
 pub use misfit::Misfit;
 
 use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits, run_state};
-use crate::error::CallerMistake;
+use crate::error::Usage;
 
 /// One device section.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,8 +71,8 @@ impl DevicePart {
     ///
     /// # Errors
     /// If there are more or longer devices than a reader accepts.
-    pub fn build(devices: &[Device], page_size: u32, first_id: SectionId) -> Result<Self, CallerMistake> {
-        let refused = |why: String| CallerMistake::Value { what: "devices", why };
+    pub fn build(devices: &[Device], page_size: u32, first_id: SectionId) -> Result<Self, Usage> {
+        let refused = |why: String| Usage::Value { what: "devices", why };
         let size: usize = devices.iter().map(|device| device.state.len()).sum();
         if devices.len() > limits::DEVICES || size > limits::DEVICE_PART / 2 {
             return Err(refused(format!("{} with {size:#x} bytes are too many", devices.len())));
@@ -160,12 +160,12 @@ impl DevicePart {
     /// only by its number.
     ///
     /// # Errors
-    /// [`CallerMistake::SectionTaken`]. Devices without a description cannot be checked.
-    pub(crate) fn check_beside(&self, ram: SectionId) -> Result<(), CallerMistake> {
+    /// [`Usage::SectionTaken`]. Devices without a description cannot be checked.
+    pub(crate) fn check_beside(&self, ram: SectionId) -> Result<(), Usage> {
         let devices = self.sections.iter().map(|section| (section.id, &section.name));
         let live = self.live.iter().map(|section| (section.id, &section.name));
         match devices.chain(live).find(|(id, _)| *id == ram) {
-            Some((section, name)) => Err(CallerMistake::SectionTaken { section, device: name.clone() }),
+            Some((section, name)) => Err(Usage::SectionTaken { section, device: name.clone() }),
             None => Ok(()),
         }
     }

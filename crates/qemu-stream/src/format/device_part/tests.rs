@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    error::{Malformed, PeerMisbehaved},
+    error::{Malformed, Violation},
     format::testing::{dump, section_name},
 };
 
@@ -135,8 +135,8 @@ fn a_description_that_does_not_fit_says_where() {
         ("description: ", "".to_owned() + &"[".repeat(200_000)),
         ("bytes behind", String::new()),
     ] {
-        let met = misfit(&part(section, &json(&device))).to_string();
-        assert!(met.contains(expected), "{device:.80}: {met}");
+        let found = misfit(&part(section, &json(&device))).to_string();
+        assert!(found.contains(expected), "{device:.80}: {found}");
     }
 }
 
@@ -148,8 +148,8 @@ fn deeply_nested_subsections_are_refused_not_followed() {
     }
     device.push_str(&"}]".repeat(100_000));
     let json = format!(r#"{{"devices": [{device}}}]}}"#);
-    let met = misfit(&part("7e 00 00 00 00", &json)).to_string();
-    assert!(met.contains("recursion limit"), "{met}");
+    let found = misfit(&part("7e 00 00 00 00", &json)).to_string();
+    assert!(found.contains("recursion limit"), "{found}");
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn more_false_ends_than_allowed_are_refused() {
     assert_eq!(finder.look(&mut decoy.repeat(limits::ENDS)), Ok(None));
     let mut finder = EndFinder::new(true);
     let refused = finder.look(&mut decoy.repeat(limits::ENDS + 1));
-    assert!(matches!(refused, Err(PeerMisbehaved::TooManyEnds { .. })));
+    assert!(matches!(refused, Err(Violation::TooManyEnds { .. })));
 }
 
 /// All candidates end at the same byte, so each must be parsed there; together they exceed the bound.
@@ -197,7 +197,7 @@ fn parsing_in_search_of_the_end_is_bounded() {
     }
     bytes.resize(11 + length as usize, b' ');
     let refused = EndFinder::new(true).look(&mut bytes);
-    assert!(matches!(refused, Err(PeerMisbehaved::TooManyEnds { .. })));
+    assert!(matches!(refused, Err(Violation::TooManyEnds { .. })));
 }
 
 #[test]

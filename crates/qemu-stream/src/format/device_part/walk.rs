@@ -6,7 +6,7 @@ use super::{
     misfit::Misfit,
 };
 use crate::{
-    error::Stream,
+    error::StreamKind,
     format::{Reader, Section, SectionHead, decode_footer},
 };
 
@@ -65,7 +65,7 @@ fn take(
     let to = to.filter(|to| *to <= blob.len()).ok_or_else(beyond)?;
     at = to;
     if footers {
-        let mut r = Reader::with_capacity(blob.get(to..).unwrap_or_default(), Stream::Main, HEAD);
+        let mut r = Reader::with_capacity(blob.get(to..).unwrap_or_default(), StreamKind::Main, HEAD);
         decode_footer(head.id, &mut r).map_err(|_| Misfit::Footer {
             at: to,
             name: head.name.clone(),
@@ -80,7 +80,7 @@ fn take(
 
 /// The head of the FULL section at the beginning of `blob`, and its length.
 fn head_at(blob: &[u8]) -> Option<(SectionHead, usize)> {
-    let mut r = Reader::with_capacity(blob, Stream::Main, HEAD);
+    let mut r = Reader::with_capacity(blob, StreamKind::Main, HEAD);
     match Section::decode(&mut r).ok()? {
         Section::Full(head) => Some((head, usize::try_from(r.position()).ok()?)),
         _ => None,

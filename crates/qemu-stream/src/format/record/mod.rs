@@ -13,7 +13,7 @@ use std::io::Read;
 use multifd::ram::{BlockIndex, BlockOffset, PageIndex};
 
 use super::{BlockList, Put, Reader, blocks::MEM_SIZE};
-use crate::error::{CallerMistake, Error, Malformed, PeerMisbehaved, Unsupported};
+use crate::error::{Error, Malformed, Unsupported, Usage, Violation};
 
 const ZERO: u64 = 0x2;
 const PAGE: u64 = 0x8;
@@ -73,7 +73,7 @@ impl Record {
             ZERO | PAGE | XBZRLE => {}
             MEM_SIZE => {
                 let (record, place) = ("MEM_SIZE", "behind the block list");
-                return Err(PeerMisbehaved::Misplaced { record, place }.at(at));
+                return Err(Violation::Misplaced { record, place }.at(at));
             }
             HOOK => {
                 let (what, capability) = ("ram record HOOK (0x80)", "rdma-pin-all (and the rdma transport)");
@@ -121,17 +121,17 @@ impl Record {
         blocks: &BlockList,
         current: &mut CurrentBlock,
         out: &mut Vec<u8>,
-    ) -> Result<(), CallerMistake> {
+    ) -> Result<(), Usage> {
         let mut page_record = |kind: u64, block: BlockIndex, page: PageIndex| {
             let entry = blocks.entry(block).zip(blocks.offset_of(block, page));
-            let (entry, offset) = entry.ok_or(CallerMistake::NoSuchPage { block: block.0, page: page.0 })?;
+            let (entry, offset) = entry.ok_or(Usage::NoSuchPage { block: block.0, page: page.0 })?;
             if current.0.replace(block) == Some(block) {
                 out.put_u64(offset.0 | kind | CONTINUE);
             } else {
                 out.put_u64(offset.0 | kind);
                 out.put_name(&entry.name);
             }
-            Ok::<(), CallerMistake>(())
+            Ok::<(), Usage>(())
         };
         match *self {
             Self::Zero(block, page) => {
@@ -160,10 +160,10 @@ fn locate<R: Read>(
 ) -> Result<(BlockIndex, PageIndex), Error> {
     let at = r.place();
     let block = if continued {
-        current.0.ok_or_else(|| PeerMisbehaved::NoCurrentBlock.at(at))?
+        current.0.ok_or_else(|| Violation::NoCurrentBlock.at(at))?
     } else {
         let name = r.block_name("block of a ram record")?;
-        blocks.position(&name).ok_or_else(|| PeerMisbehaved::UnknownBlock(name).at(at))?
+        blocks.position(&name).ok_or_else(|| Violation::UnknownBlock(name).at(at))?
     };
     current.0 = Some(block);
     let page = blocks.page_size().page_at(offset);
@@ -171,8 +171,8 @@ fn locate<R: Read>(
         (Some(page), _) => Ok((block, page)),
         (None, entry) => {
             let block = entry.map(|entry| (entry.name.clone(), entry.used_length));
-            let (block, used_length) = block.ok_or_else(|| PeerMisbehaved::NoCurrentBlock.at(at))?;
-            Err(PeerMisbehaved::PageOutside { block, offset, used_length }.at(at))
+            let (block, used_length) = block.ok_or_else(|| Violation::NoCurrentBlock.at(at))?;
+            Err(Violation::PageOutside { block, offset, used_length }.at(at))
         }
     }
 }

@@ -64,7 +64,7 @@ fn a_second_record_of_a_block_continues_it() {
 #[test]
 fn continue_without_a_block_is_refused() {
     let error = decoded("00 00 00 00 00 00 10 22 00", None).unwrap_err();
-    assert!(matches!(error, Error::Peer { what: PeerMisbehaved::NoCurrentBlock, .. }), "{error}");
+    assert!(matches!(error, Error::Violation { what: Violation::NoCurrentBlock, .. }), "{error}");
     assert!(decoded("00 00 00 00 00 00 10 22 00", Some(0)).is_ok());
 }
 
@@ -102,7 +102,7 @@ fn records_that_mean_nothing_are_refused() {
         ("xbzrle longer than a page", "00 00 00 00 00 00 10 40 06 \"pc.ram\" 01 10 01"),
     ] {
         let error = decoded(bytes, None).unwrap_err();
-        assert!(matches!(error, Error::Malformed { .. } | Error::Peer { .. }), "{case}: {error}");
+        assert!(matches!(error, Error::Malformed { .. } | Error::Violation { .. }), "{case}: {error}");
     }
 }
 

@@ -10,7 +10,7 @@
 use std::io::Read;
 
 use super::{Command, Put, Reader, SectionName, section_id::SectionId};
-use crate::error::{Error, Malformed, PeerMisbehaved, Place};
+use crate::error::{Error, Malformed, Place, Violation};
 
 const EOF: u8 = 0x00;
 const START: u8 = 0x01;
@@ -100,7 +100,7 @@ impl Section {
     /// If the type is unknown or not allowed between sections, or the stream ends.
     pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Self, Error> {
         let kind = r.u8("a section")?;
-        let misplaced = |record| PeerMisbehaved::Misplaced { record, place: "between sections" };
+        let misplaced = |record| Violation::Misplaced { record, place: "between sections" };
         match kind {
             EOF => Ok(Self::Eof),
             START => SectionHead::decode(r).map(Self::Start),
@@ -173,11 +173,11 @@ pub fn encode_footer(id: SectionId, out: &mut Vec<u8>) {
 pub fn decode_footer<R: Read>(id: SectionId, r: &mut Reader<R>) -> Result<(), Error> {
     let kind = r.u8("a footer")?;
     if kind != FOOTER {
-        return Err(PeerMisbehaved::NoFooter { section: id, met: kind }.at(r.place()));
+        return Err(Violation::NoFooter { section: id, found: kind }.at(r.place()));
     }
-    let met = SectionId(r.u32("section id of a footer")?);
-    if met != id {
-        return Err(PeerMisbehaved::Footer { expected: id, met }.at(r.place()));
+    let found = SectionId(r.u32("section id of a footer")?);
+    if found != id {
+        return Err(Violation::Footer { expected: id, found }.at(r.place()));
     }
     Ok(())
 }

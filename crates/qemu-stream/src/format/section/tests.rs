@@ -35,7 +35,7 @@ fn heads_are_what_qemu_writes() {
 fn types_that_have_no_place_between_sections_are_refused() {
     for kind in [0x05, 0x07, 0x7e] {
         let error = Section::decode(&mut reader(&[kind, 0, 0, 0, 0])).unwrap_err();
-        assert!(matches!(error, Error::Peer { what: PeerMisbehaved::Misplaced { .. }, .. }), "{error}");
+        assert!(matches!(error, Error::Violation { what: Violation::Misplaced { .. }, .. }), "{error}");
     }
     for kind in [0x09, 0x7d, 0x7f, 0xff] {
         let error = Section::decode(&mut reader(&[kind, 0, 0, 0, 0])).unwrap_err();
@@ -51,11 +51,11 @@ fn a_footer_must_close_the_open_section() {
     assert_cut_is_refused(&bytes, &[], |r| decode_footer(SectionId(2), r));
     assert_eq!(
         decode_footer(SectionId(1), &mut reader(&bytes)).unwrap_err().to_string(),
-        "main stream: offset 0x1: footer: expected section 0x1, met 0x2"
+        "main stream: offset 0x1: footer: expected section 0x1, found 0x2"
     );
     assert_eq!(
         decode_footer(SectionId(1), &mut reader(&[2])).unwrap_err().to_string(),
-        "main stream: offset 0x0: section 0x1: expected a footer (0x7e), met 0x2"
+        "main stream: offset 0x0: section 0x1: expected a footer (0x7e), found 0x2"
     );
 }
 

@@ -34,8 +34,8 @@ impl Collected {
     pub(super) fn check_room(&self, count: usize, at: Place) -> Result<(), Error> {
         let devices = self.bytes.len() - self.ends;
         if count > limits::DEVICE_PART - devices {
-            let (max, met) = (limits::DEVICE_PART as u64, (devices + count) as u64);
-            return Err(Malformed::too_long("device part", max, met).at(at));
+            let (max, found) = (limits::DEVICE_PART as u64, (devices + count) as u64);
+            return Err(Malformed::too_long("device part", max, found).at(at));
         }
         Ok(())
     }

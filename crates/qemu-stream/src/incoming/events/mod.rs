@@ -17,7 +17,7 @@ mod ram;
 use std::{fmt, io::Read, mem};
 
 use crate::{
-    error::{CallerMistake, Error, PeerMisbehaved, Place, Stream, Unsupported},
+    error::{Error, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
         Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, SyncMark,
         SyncMode, decode_footer, decode_header, footer_follows,
@@ -139,7 +139,7 @@ impl<R> fmt::Debug for Events<R> {
 impl<R: Read> Events<R> {
     /// The events of the main stream that comes over `connection`.
     pub fn new(connection: R) -> Self {
-        let r = Reader::new(connection, Stream::Main);
+        let r = Reader::new(connection, StreamKind::Main);
         Self {
             r,
             state: State::Header,
@@ -165,7 +165,7 @@ impl<R: Read> Events<R> {
     ///
     /// # Errors
     /// If the stream is malformed, out of order, cut, or goes on with what cannot be read; if the connection fails;
-    /// [`CallerMistake::OutOfOrder`] behind the end or an error.
+    /// [`Usage::OutOfOrder`] behind the end or an error.
     #[expect(
         clippy::should_implement_trait,
         reason = "an event lends from the reader, an iterator's item cannot"
@@ -209,15 +209,15 @@ impl<R: Read> Events<R> {
             State::Unserved(error) => Err(*error),
             State::Finished => {
                 self.state = State::Finished;
-                Err(CallerMistake::OutOfOrder { call: "next", state: "after the end of the stream" }.into())
+                Err(Usage::OutOfOrder { call: "next", state: "after the end of the stream" }.into())
             }
-            State::Broken => Err(CallerMistake::OutOfOrder { call: "next", state: "after an error" }.into()),
+            State::Broken => Err(Usage::OutOfOrder { call: "next", state: "after an error" }.into()),
         }
     }
 
     /// Where the event begins that was given last. Of one without bytes of its own: where the stream is.
     pub fn place(&self) -> Place {
-        Place { stream: Stream::Main, offset: self.begin }
+        Place { stream: StreamKind::Main, offset: self.begin }
     }
 
     /// Where the event ends that was given last.
@@ -251,7 +251,7 @@ impl<R: Read> Events<R> {
     ///
     /// # Errors
     /// If a description [is expected](Self::suppress_vmdesc), if sections have no footers, or if what has come is no whole device
-    /// part; [`CallerMistake::OutOfOrder`] if the stream is not at its devices.
+    /// part; [`Usage::OutOfOrder`] if the stream is not at its devices.
     pub fn end_at_silence(&mut self) -> Result<(), Error> {
         match mem::replace(&mut self.state, State::Broken) {
             State::Devices(collected) => {
@@ -262,7 +262,7 @@ impl<R: Read> Events<R> {
             other => {
                 self.state = other;
                 let state = "before or after the devices";
-                Err(CallerMistake::OutOfOrder { call: "end_at_silence", state }.into())
+                Err(Usage::OutOfOrder { call: "end_at_silence", state }.into())
             }
         }
     }
@@ -335,7 +335,7 @@ impl<R: Read> Events<R> {
             Record::Zero(..) | Record::Page(..) | Record::Xbzrle(..) if part == Part::Start => {
                 self.state = State::Broken;
                 let (record, place) = ("page", "in the first section of ram");
-                Err(PeerMisbehaved::Misplaced { record, place }.at(self.r.place()))
+                Err(Violation::Misplaced { record, place }.at(self.r.place()))
             }
             Record::Zero(block, page) => Ok(Event::ZeroPage { block, page }),
             Record::Page(block, page) => {
@@ -470,11 +470,11 @@ impl<R: Read> Events<R> {
     fn misplaced(&self, section: Section, place: &'static str) -> Error {
         match section {
             Section::Start(head) if head.is_ram() => {
-                PeerMisbehaved::Misplaced { record: "second START of ram", place: "in one stream" }
+                Violation::Misplaced { record: "second START of ram", place: "in one stream" }
                     .at(self.place())
             }
             Section::Start(head) => refuse::iterative_section(&head, self.place()),
-            other => PeerMisbehaved::Misplaced { record: other.name(), place }.at(self.place()),
+            other => Violation::Misplaced { record: other.name(), place }.at(self.place()),
         }
     }
 }

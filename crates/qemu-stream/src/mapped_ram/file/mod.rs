@@ -17,7 +17,7 @@ use multifd::ram::{
 
 use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
 use crate::{
-    error::{CallerMistake, Error, Malformed, PeerMisbehaved, Place, Stream, Unsupported},
+    error::{Error, Malformed, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
         BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EarlyPart, EndFinder,
         ListReader, Reader, Record, Section, SectionId, SyncMode, decode_footer, decode_header,
@@ -47,7 +47,7 @@ impl MappedRamFile {
     pub fn open(file: File, offset: u64) -> Result<Self, Error> {
         let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
         let mut parser = Parser {
-            r: Reader::with_capacity(Cursor { file: &file, at: 0 }, Stream::File, BUFFER),
+            r: Reader::with_capacity(Cursor { file: &file, at: 0 }, StreamKind::File, BUFFER),
             file: &file,
             length,
             footers: true,
@@ -119,7 +119,7 @@ impl MappedRamFile {
     /// # Errors
     /// If there is no such block or the system cannot read.
     pub fn bitmap(&self, block: BlockIndex) -> Result<Vec<u64>, Error> {
-        let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
+        let place = self.place(block).ok_or(Usage::NoSuchPage { block: block.0, page: 0 })?;
         let mut words = Vec::new();
         if place.is_ignored() {
             words.resize(usize::try_from(place.bitmap_words()).unwrap_or_default(), 0);
@@ -272,7 +272,7 @@ impl Parser<'_> {
             Record::Xbzrle(..) => "XBZRLE",
             Record::MultifdFlush => "MULTIFD_FLUSH",
         };
-        Err(PeerMisbehaved::Misplaced { record, place: "in a mapped-ram file" }.at(at))
+        Err(Violation::Misplaced { record, place: "in a mapped-ram file" }.at(at))
     }
 
     /// Reads all parts up to the last; returns whether SWITCHOVER_START was among them.
@@ -280,9 +280,11 @@ impl Parser<'_> {
         let mut switchover_start = false;
         loop {
             let at = self.r.here();
-            let met = Section::decode(&mut self.r)?;
-            let Some(met) = self.early.offer(&mut self.r, met, at, section, self.footers)? else { continue };
-            match met {
+            let found = Section::decode(&mut self.r)?;
+            let Some(found) = self.early.offer(&mut self.r, found, at, section, self.footers)? else {
+                continue;
+            };
+            match found {
                 Section::Part(_) => self.eos(blocks, section)?,
                 Section::End(_) => {
                     self.eos(blocks, section)?;
@@ -326,14 +328,14 @@ fn place(
     ignore_shared: bool,
     at: Place,
 ) -> Result<BlockPlace, Error> {
-    let BlockHeader { page_size: met, bitmap_offset, pages_offset } = *header;
-    if met != page_size.bytes() as u64 {
+    let BlockHeader { page_size: found, bitmap_offset, pages_offset } = *header;
+    if found != page_size.bytes() as u64 {
         let field = format!("block \"{}\": page size of the mapped-ram header", entry.name);
-        return Err(Malformed::value(field, format!("{:#x}", page_size.bytes()), met).at(at));
+        return Err(Malformed::value(field, format!("{:#x}", page_size.bytes()), found).at(at));
     }
     let place = BlockPlace { bitmap_offset, pages_offset, used_length: entry.used_length, page_size };
     let refused = |name: &BlockName, what, offset, expected: String| {
-        Err(PeerMisbehaved::Placement { block: name.clone(), what, at: offset, expected }.at(at))
+        Err(Violation::Placement { block: name.clone(), what, at: offset, expected }.at(at))
     };
     // A block that is not sent has no bitmap.
     let ignored = ignore_shared && place.is_ignored();
@@ -367,7 +369,7 @@ fn place(
 }
 
 fn misplaced(section: &Section, place: &'static str, at: Place) -> Error {
-    PeerMisbehaved::Misplaced { record: section.name(), place }.at(at)
+    Violation::Misplaced { record: section.name(), place }.at(at)
 }
 
 fn word(bytes: &[u8]) -> u64 {
@@ -375,7 +377,7 @@ fn word(bytes: &[u8]) -> u64 {
 }
 
 fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
-    Error::Io { at: Place { stream: Stream::File, offset }, doing, source }
+    Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
 }
 
 /// Reads from a position of a file, without moving the file's own position.

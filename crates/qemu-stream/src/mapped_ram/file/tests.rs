@@ -134,7 +134,7 @@ fn places_outside_the_file_or_on_each_other_are_refused() {
         ("pages at the end of the world", HEADER + 20, u64::MAX << 12),
     ] {
         let error = changed(at, &value.to_be_bytes()).unwrap_err();
-        assert!(matches!(error, Error::Malformed { .. } | Error::Peer { .. }), "{field}: {error}");
+        assert!(matches!(error, Error::Malformed { .. } | Error::Violation { .. }), "{field}: {error}");
         assert!(error.to_string().contains("block \"pc.ram\""), "{field}: {error}");
     }
 }

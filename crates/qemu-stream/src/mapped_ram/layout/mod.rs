@@ -12,7 +12,7 @@ use multifd::ram::{
 
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
-    error::{CallerMistake, Error, Place, Stream},
+    error::{Error, Place, StreamKind, Usage},
     format::{
         BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section, SectionHead, SectionId,
         SyncMode, encode_footer, encode_header,
@@ -77,10 +77,10 @@ impl Layout {
         blocks: &BlockList,
         section: SectionId,
         offset: u64,
-    ) -> Result<Self, CallerMistake> {
+    ) -> Result<Self, Usage> {
         if !configuration.machine.has_footers() {
             let machine = configuration.machine.clone();
-            return Err(CallerMistake::Machine { machine, why: "has no configuration to say mapped-ram in" });
+            return Err(Usage::Machine { machine, why: "has no configuration to say mapped-ram in" });
         }
         let shape = Shape {
             configuration: Some(configuration),
@@ -97,22 +97,22 @@ impl Layout {
     ///
     /// # Errors
     /// If the offset leaves no room, page sizes differ, or a block is ignored and capability x-ignore-shared is off.
-    pub fn of(shape: &Shape<'_>, blocks: &BlockList) -> Result<Self, CallerMistake> {
+    pub fn of(shape: &Shape<'_>, blocks: &BlockList) -> Result<Self, Usage> {
         let &Shape { configuration, section, offset, footers, ignored, sync_mode } = shape;
         let page_size = blocks.page_size();
         let expected = configuration.map(Configuration::page_size).unwrap_or_default();
         if page_size != expected {
             let why = format!("{page_size}, but the configuration has {expected}");
-            return Err(CallerMistake::Value { what: "page size of the block list", why });
+            return Err(Usage::Value { what: "page size of the block list", why });
         }
         let ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
         if !ignore_shared && !ignored.is_empty() {
             let why = "some are left out, but the configuration lacks x-ignore-shared".to_owned();
-            return Err(CallerMistake::Value { what: "blocks", why });
+            return Err(Usage::Value { what: "blocks", why });
         }
         let configuration =
             configuration.map(|configuration| Configuration { mapped_ram: true, ..configuration.clone() });
-        let too_far = || CallerMistake::Value { what: "offset", why: format!("{offset:#x} is too far") };
+        let too_far = || Usage::Value { what: "offset", why: format!("{offset:#x} is too far") };
         let (mut head, mut places) = (Vec::new(), Vec::new());
         let mut piece = Vec::new();
         let mut at = offset;
@@ -192,9 +192,7 @@ impl Layout {
         let named = |(_, block): (BlockIndex, &RamBlock)| (block.name().clone(), block.used_length());
         let listed = self.blocks.entries().iter().map(|entry| (entry.name.clone(), entry.used_length));
         if !blocks.iter().map(named).eq(listed) {
-            return Err(
-                CallerMistake::Blocks("they are not those that the file was laid out for".into()).into()
-            );
+            return Err(Usage::Blocks("they are not those that the file was laid out for".into()).into());
         }
         let present = |index| blocks.get(index).map(|block| block.present_words().collect());
         self.write(file, tail, |index, _| present(index).unwrap_or_default())
@@ -229,10 +227,10 @@ impl Layout {
     }
 
     fn write_bitmap(&self, file: &File, block: BlockIndex, words: &[u64]) -> Result<(), Error> {
-        let place = self.place(block).ok_or(CallerMistake::NoSuchPage { block: block.0, page: 0 })?;
+        let place = self.place(block).ok_or(Usage::NoSuchPage { block: block.0, page: 0 })?;
         if words.len() as u64 != place.bitmap_words() {
-            let why = format!("expected {:#x} words, met {:#x}", place.bitmap_words(), words.len());
-            return Err(CallerMistake::Value { what: "bitmap", why }.into());
+            let why = format!("expected {:#x} words, found {:#x}", place.bitmap_words(), words.len());
+            return Err(Usage::Value { what: "bitmap", why }.into());
         }
         let mut at = place.bitmap_offset;
         let mut bytes = Vec::with_capacity(words.len().min(BITMAP_PIECE / WORD) * WORD);
@@ -248,11 +246,11 @@ impl Layout {
         Ok(())
     }
 
-    fn check_tail(&self, tail: &Tail<'_>) -> Result<(), CallerMistake> {
+    fn check_tail(&self, tail: &Tail<'_>) -> Result<(), Usage> {
         tail.devices.check_beside(self.section)?;
         if tail.devices.has_footers() != self.footers {
             let why = "have footers where the file has none, or none where it has".to_owned();
-            return Err(CallerMistake::Value { what: "devices", why });
+            return Err(Usage::Value { what: "devices", why });
         }
         Ok(())
     }
@@ -301,7 +299,7 @@ fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(
 }
 
 fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
-    Error::Io { at: Place { stream: Stream::File, offset }, doing, source }
+    Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
 }
 
 #[cfg(test)]

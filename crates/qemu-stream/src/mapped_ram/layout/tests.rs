@@ -38,7 +38,7 @@ fn blocks_that_the_file_was_not_laid_out_for_are_refused() {
     let own = layout("pc.ram").ram_blocks(&file, None).unwrap();
     assert!(layout("pc.ram").write_around(&file, &own, &tail(&devices())).is_ok());
     let refused = layout("pc.rom").write_around(&file, &own, &tail(&devices()));
-    assert!(matches!(refused, Err(Error::Caller(CallerMistake::Blocks(_)))), "{refused:?}");
+    assert!(matches!(refused, Err(Error::Usage(Usage::Blocks(_)))), "{refused:?}");
 }
 
 /// Captured from QEMU 10.0.2 with a guest of 96 MiB, its block list shortened to the first two.
@@ -102,7 +102,7 @@ fn a_page_size_that_differs_from_the_configuration_is_refused() {
 fn a_machine_without_configuration_is_refused() {
     let old = Configuration::new(MachineType::new("pc-i440fx-2.3").unwrap());
     let refused = Layout::new(&old, &blocks(&[("pc.ram", 0x10_0000)]), SectionId(1), 0);
-    assert!(matches!(refused, Err(CallerMistake::Machine { .. })));
+    assert!(matches!(refused, Err(Usage::Machine { .. })));
 }
 
 #[test]
@@ -122,8 +122,8 @@ fn device_with_the_number_of_the_ram_section_is_refused() {
     for (ram, refused) in [(SectionId(7), true), (SectionId(6), false)] {
         let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 0x1000)]), ram, 0).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let met = layout.write(&file, &tail(&devices), none);
-        assert_eq!(matches!(met, Err(Error::Caller(CallerMistake::SectionTaken { .. }))), refused, "{met:?}");
+        let found = layout.write(&file, &tail(&devices), none);
+        assert_eq!(matches!(found, Err(Error::Usage(Usage::SectionTaken { .. }))), refused, "{found:?}");
         assert_eq!(file.metadata().unwrap().len() == 0, refused);
     }
 }

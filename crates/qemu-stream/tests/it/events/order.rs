@@ -4,7 +4,7 @@ use std::io::{self, Read};
 
 use proptest::prelude::*;
 use qemu_stream::{
-    error::{CallerMistake, Error, Malformed, Unsupported},
+    error::{Error, Malformed, Unsupported, Usage},
     format::{BlockIndex, Command, PageSizes, Section, SectionId, SyncMode},
     incoming::{Event, Events},
     outgoing::Options,
@@ -15,7 +15,7 @@ use crate::kit::{all_options, q35, stream};
 
 #[test]
 fn every_step_of_a_stream_is_an_event_in_its_place() {
-    let (met, error) = names(&stream(Options::new(q35("10.0"))));
+    let (found, error) = names(&stream(Options::new(q35("10.0"))));
     assert!(error.is_none(), "{error:?}");
     let expected = [
         "pc-q35-10.0",
@@ -42,12 +42,12 @@ fn every_step_of_a_stream_is_an_event_in_its_place() {
         "devices",
         "3 devices",
     ];
-    assert_eq!(met, expected);
+    assert_eq!(found, expected);
 }
 
 #[test]
 fn an_old_source_has_its_sync_points_at_each_eos_and_no_footers() {
-    let (met, error) = names(&stream(Options::without_configuration().sync_mode(None).unconfirmed()));
+    let (found, error) = names(&stream(Options::without_configuration().sync_mode(None).unconfirmed()));
     assert!(error.is_none(), "{error:?}");
     let expected = [
         "no configuration",
@@ -72,7 +72,7 @@ fn an_old_source_has_its_sync_points_at_each_eos_and_no_footers() {
         "devices",
         "1 devices",
     ];
-    assert_eq!(met, expected);
+    assert_eq!(found, expected);
 }
 
 #[test]
@@ -116,8 +116,8 @@ fn every_command_is_an_event_and_only_what_cannot_be_read_behind_it_is_refused()
         let mut piece = Vec::new();
         Section::Command(command.clone()).encode(&mut piece);
         whole.splice(at..at, piece);
-        let (met, error) = names(&whole);
-        assert!(met.contains(&command.name().to_owned()), "{met:?}");
+        let (found, error) = names(&whole);
+        assert!(found.contains(&command.name().to_owned()), "{found:?}");
         assert_eq!(error.is_some(), refused, "{error:?}");
         if let Some(error) = error {
             assert!(
@@ -132,7 +132,7 @@ fn every_command_is_an_event_and_only_what_cannot_be_read_behind_it_is_refused()
 fn nothing_comes_behind_the_end_or_an_error() {
     let whole = stream(Options::new(q35("10.0")));
     let state = |error| match error {
-        Error::Caller(CallerMistake::OutOfOrder { call: "next", state }) => state,
+        Error::Usage(Usage::OutOfOrder { call: "next", state }) => state,
         other => panic!("{other}"),
     };
     let mut events = Events::new(&whole[..]);
@@ -141,7 +141,7 @@ fn nothing_comes_behind_the_end_or_an_error() {
     for _ in 0..2 {
         assert_eq!(state(events.next().unwrap_err()), "after the end of the stream");
     }
-    assert!(matches!(events.end_at_silence(), Err(Error::Caller(CallerMistake::OutOfOrder { .. }))));
+    assert!(matches!(events.end_at_silence(), Err(Error::Usage(Usage::OutOfOrder { .. }))));
     let mut events = Events::new(&whole[..whole.len() / 2]);
     while events.next().is_ok() {}
     for _ in 0..2 {
@@ -192,16 +192,16 @@ fn a_time_limit_loses_nothing_where_the_source_may_pause_nor_among_the_devices()
             [0].iter().chain(&pauses).zip(ends).map(|(from, to)| &whole[*from..to]).collect();
         let (expected, _) = names(&whole);
         let mut events = Events::new(Halting { pieces, late: true });
-        let (mut met, mut late) = (Vec::new(), 0);
-        while met.last() != expected.last() {
+        let (mut found, mut late) = (Vec::new(), 0);
+        while found.last() != expected.last() {
             match events.next() {
-                Ok(event) => met.push(name(&event)),
+                Ok(event) => found.push(name(&event)),
                 Err(Error::TimedOut { .. }) => late += 1,
                 Err(error) => panic!("{error}"),
             }
         }
-        met.dedup_by(|one, other| one == "devices" && other == "devices");
-        assert_eq!((met, late), (expected, pauses.len()));
+        found.dedup_by(|one, other| one == "devices" && other == "devices");
+        assert_eq!((found, late), (expected, pauses.len()));
     }
 }
 
@@ -259,10 +259,10 @@ fn a_stream_cut_at_any_byte_ends_in_an_error_and_the_same_events_before() {
         let whole = stream(options);
         let (all, _) = names(&whole);
         for length in (0..whole.len()).step_by(7) {
-            let (met, error) = names(&whole[..length]);
+            let (found, error) = names(&whole[..length]);
             if error.is_some() {
-                let count = met.len();
-                assert!(all.starts_with(&met), "cut at {length}: {count} events");
+                let count = found.len();
+                assert!(all.starts_with(&found), "cut at {length}: {count} events");
             }
         }
     }

@@ -10,7 +10,7 @@ use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 use proptest::prelude::*;
 use qemu_stream::{
     Error,
-    error::{CallerMistake, Stream},
+    error::{StreamKind, Usage},
     format::{
         BlockEntry, BlockList, Command, Configuration, DevicePart, EarlyPart, EndFinder, Reader, Section,
         SectionHead, SectionId, SectionName, encode_footer,
@@ -83,7 +83,7 @@ fn with_other_sections() -> DevicePart {
 
     let end_of_ram = b"\x03\0\0\0\x01";
     let bytes = [&before[..], end_of_ram, &behind].concat();
-    let mut r = Reader::new(&bytes[..], Stream::Main);
+    let mut r = Reader::new(&bytes[..], StreamKind::Main);
     let mut early = EarlyPart::default();
     loop {
         let at = r.here();
@@ -219,8 +219,8 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
     let wrong = |copy: &mut EventWriter<Vec<u8>>, event: &Event<'_>, state: &str| {
         let before = copy.bytes();
         match copy.write(event) {
-            Err(Error::Caller(CallerMistake::OutOfOrder { call, state: met })) => {
-                assert_eq!((call, met), (event.name(), state));
+            Err(Error::Usage(Usage::OutOfOrder { call, state: found })) => {
+                assert_eq!((call, found), (event.name(), state));
             }
             other => panic!("{other:?}"),
         }
@@ -247,7 +247,7 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
                     Event::Page { block: BlockIndex(0), page: PageIndex(0), bytes: &[0; 4095] },
                 ] {
                     let before = copy.bytes();
-                    assert!(matches!(copy.write(&event), Err(Error::Caller(_))));
+                    assert!(matches!(copy.write(&event), Err(Error::Usage(_))));
                     assert_eq!(copy.bytes(), before);
                 }
             }
@@ -258,7 +258,7 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
     wrong(&mut copy, &Event::SyncPoint(SyncMark::Flush), "behind the end of ram");
     // Devices of another stream.
     let refused = copy.write(&Event::End(Box::new(with_other_sections())));
-    assert!(matches!(refused, Err(Error::Caller(CallerMistake::Value { what: "devices", .. }))));
+    assert!(matches!(refused, Err(Error::Usage(Usage::Value { what: "devices", .. }))));
     copy.write(&Event::End(Box::new(devices()))).unwrap();
     wrong(&mut copy, &Event::EndOfRam, "after the end of the stream");
     assert_eq!(copy.into_inner(), bytes);

@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::{
-    Error, Fault,
+    Callback, Error, Fault,
     channel::{Address, Connect, Stop},
     error::Usage,
     live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState},
@@ -90,7 +90,10 @@ fn a_callback_that_panics_or_fails_leaves_the_guest_as_it_was() {
         arrived.expect_err("nothing whole has come");
         let error = left.expect_err("as told");
         if panics {
-            assert!(matches!(error.kind(), Error::Panicked { call: met, .. } if *met == call), "{error:?}");
+            assert!(
+                matches!(error.kind(), Error::Panicked { call: found, .. } if found.as_str() == call),
+                "{error:?}"
+            );
         }
         // One that fails to stop has not been stopped; of one that panics nobody knows.
         let stopped = call == "Guest::save" || (call == "Guest::stop" && panics);
@@ -108,7 +111,7 @@ fn a_callback_that_panics_or_fails_leaves_the_guest_as_it_was() {
             arrived.expect_err("nothing whole has come");
             let error = left.expect_err("as told");
             assert_eq!(
-                matches!(error.kind(), Error::Panicked { call: "DirtyLog::take", .. }),
+                matches!(error.kind(), Error::Panicked { call: Callback::DirtyLogTake, .. }),
                 panics,
                 "{error:?}"
             );
