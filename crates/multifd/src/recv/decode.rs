@@ -193,7 +193,7 @@ mod tests {
         );
         assert_eq!(
             refusal("pc.ram", 2, &[0], &[], 4096),
-            "expected method none, found flags 0x2: set multifd-compression to none, zlib or zstd at the source"
+            "expected method none, found flags 0x2: set multifd-compression to none at the source"
         );
         assert_eq!(
             refusal("pc.ram", 0, &[0, 1], &[], 4096),

@@ -290,7 +290,7 @@ fn patched() -> Vec<Row> {
             "a method that nobody speaks",
             head(11, &[0x20]),
             "",
-            &["channel 1: packet 1", "0x20", "set multifd-compression to none, zlib or zstd at the source"],
+            &["channel 1: packet 1", "0x20", "set multifd-compression to none"],
         ),
         (
             "SYNC of device state",
@@ -415,7 +415,7 @@ fn patched() -> Vec<Row> {
         (
             "ping without return path",
             deaf().before(Main, "start", 0, [(Main, Act::Send(b"\x08\0\x02\0\x04\0\0\0\x01".into()))]),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x18: command PING without a return path"],
         ),
         (
@@ -439,13 +439,13 @@ fn patched() -> Vec<Row> {
         (
             "a block of all ones",
             main("start", 32, &[0xff; 8]),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x3f: block \"pc.ram\": expected a used length in whole pages of"],
         ),
         (
             "a footer of another section",
             main("start", 75, &[9]),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x6e: footer: expected section 0x1, found 0x9"],
         ),
         (
@@ -463,7 +463,7 @@ fn patched() -> Vec<Row> {
         (
             "a part of another section",
             main("part", 4, &[9]),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x72: section 0x9 was never started; the ram section is 0x1"],
         ),
         (
@@ -646,7 +646,7 @@ fn out_of_step() -> Vec<Row> {
         (
             "switchover before ram",
             whole().before(Main, "start", 0, [(Main, Act::Send(b"\x08\0\x0b\0\0".into()))]),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x26: SWITCHOVER_START record has no place before the start of ram"],
         ),
         (
@@ -657,7 +657,7 @@ fn out_of_step() -> Vec<Row> {
                 0,
                 [(Main, Act::Send(b"\x02\0\0\0\x01\0\0\0\0\0\0\0\x02\x03moo\0".into()))],
             ),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x91: block \"moo\" is not in the block list"],
         ),
         (
@@ -668,7 +668,7 @@ fn out_of_step() -> Vec<Row> {
                 0,
                 [(Main, Act::Send(b"\x02\0\0\0\x01\0\0\0\0\0\x01\0\x02\x06pc.ram\0".into()))],
             ),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x91: page at 0x10000 outside block \"pc.ram\" (0x10000)"],
         ),
         (
@@ -685,7 +685,7 @@ fn out_of_step() -> Vec<Row> {
         (
             "CONTINUE without a block",
             whole().before(Main, "end", 0, [(Main, Act::Send(b"\x02\0\0\0\x01\0\0\0\0\0\0\0\x22\0".into()))]),
-            "Peer",
+            "Violation",
             &["main stream: offset 0x91: ram record: flag CONTINUE (0x20), but no record named a block"],
         ),
         (
