@@ -70,7 +70,9 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     assert!(once.starts_with(&twice));
     assert!(!ended || (ended_again && once == twice));
 
-    let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
+    // No channel will connect: a stream that asks for one is not waited for.
+    let options = ReceiveOptions::new().channels_timeout(Duration::from_millis(1));
+    let receiver = Receiver::new(options, Stop::new());
     let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
     let _ = incoming.run(&mut loader);

@@ -154,10 +154,7 @@ fn another_method_than_the_one_told_is_refused_and_one_that_is_not_built_in_is_n
         let (answer, blocks) = answer_to(method, Some(Method::None), |_| {});
         let error = answer.expect_err("refused");
         assert!(matches!(error.kind(), Error::Violation(Violation::Method { .. })), "{error}");
-        assert!(
-            error.to_string().ends_with("set multifd-compression to none at the source"),
-            "{error}"
-        );
+        assert!(error.to_string().ends_with("set multifd-compression to none at the source"), "{error}");
         assert!(untouched(&blocks));
         answer_to(method, Some(method), |_| {}).0.expect("taken");
         let (answer, _) = answer_to(method, None, |bytes| bytes[11] = 0x20);

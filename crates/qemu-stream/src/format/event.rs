@@ -1,13 +1,13 @@
-//! What a main stream consists of, as values: one for each step, in the order of the stream.
+//! The steps of a main stream as values, in the order of the stream.
 //!
 //! ```text
 //! Configuration ─ Command* ─ Blocks ─ SyncMode ─ SyncPoint ─ Eos ─ SectionEnd ─┬─ Pass ─ pages, SyncPoint ─ Eos ─ SectionEnd ─┐
 //!                 OtherSection*                                                └──── Command*, OtherSection* ◀────────────────┘
-//!                                           behind the last pass: EndOfRam ─ OtherSection* ─ Devices* ─ End
+//!                                           after the last pass: EndOfRam ─ OtherSection* ─ Devices* ─ End
 //! ```
 //!
-//! An event lends what is large: a page is not copied. [`incoming`](crate::incoming) reads events,
-//! [`outgoing`](crate::outgoing) writes them, and what was read is written again byte by byte as it was.
+//! An event borrows what is large: a page is not copied. [`incoming`](crate::incoming) reads events and
+//! [`outgoing`](crate::outgoing) writes them. An event that was read is written as the same bytes.
 
 use multifd::ram::PageIndex;
 
@@ -16,44 +16,45 @@ use super::{
 };
 use crate::error::{Error, Malformed, Place};
 
-/// One step of a main stream. Later versions may add events: a `match` needs an arm for those it does not know.
+/// One step of a main stream. Later versions may add events: a `match` needs an arm for unknown ones.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// The header, with the configuration of the machine; `None` from machine types up to 2.3. First, and once.
+    /// The header, with the configuration of the machine; `None` from machine types up to 2.3. The first event; occurs once.
     Configuration(Option<&'a Configuration>),
-    /// A command. Comes before RAM and between its sections.
+    /// A command. Occurs before RAM and between the sections of RAM.
     Command(&'a Command),
-    /// A section that is not RAM's and comes before the end of RAM or right behind it: a device that is sent early (FULL), or a
-    /// piece of a section that is sent in pieces (START, PART, END).
+    /// A section other than RAM, before the end of RAM or immediately after it: a device that is sent early (FULL), or a piece of
+    /// a section that is sent in pieces (START, PART, END).
     OtherSection {
         /// Its head.
         head: &'a Section,
-        /// All of it as it is in the stream: head, body, footer.
+        /// The whole section as in the stream: head, body, footer.
         bytes: &'a [u8],
     },
-    /// RAM begins: the head of its START, and the block list. Once, before all pages.
+    /// RAM begins: the head of its START, and the block list. Occurs once, before all pages.
     Blocks {
         /// The number of the RAM section.
         section: SectionId,
         /// The blocks.
         blocks: &'a BlockList,
     },
-    /// How the stream marks its sync points. Once, before the first one. Has no bytes of its own: the first mark shows it.
-    /// [`SyncMode::Round`] means that multifd is on at the source, [`SyncMode::Legacy`] leaves it open.
+    /// How the stream marks its sync points. Occurs once, before the first sync point. It has no bytes of its own: the first
+    /// mark shows the mode. [`SyncMode::Round`] means that multifd is on at the source; with [`SyncMode::Legacy`] it may be on
+    /// or off.
     SyncMode(SyncMode),
-    /// All channels have to reach their next SYNC before anything behind this is read.
+    /// All channels have to reach their next SYNC before the next event is read.
     SyncPoint(SyncMark),
-    /// The body of a section of RAM ends: of its START, or of a pass.
+    /// The body of a section of RAM ends: the body of START, or of a pass.
     Eos,
-    /// A section of RAM ends, behind its [`Eos`](Self::Eos). QEMU keeps a footer back until it has more to send.
+    /// A section of RAM ends, after its [`Eos`](Self::Eos). QEMU delays a footer until it has more to send.
     SectionEnd {
-        /// Whether it has a footer. It is the same for all sections of a stream.
+        /// Whether it has a footer: all sections of a stream have one, or none has.
         footer: bool,
     },
     /// A pass over RAM begins: a PART, or the END.
     Pass {
-        /// Whether it is the last one (END): the guest is stopped.
+        /// Whether it is the last pass (END): the guest is stopped.
         last: bool,
     },
     /// The page is zero.
@@ -69,10 +70,10 @@ pub enum Event<'a> {
         block: BlockIndex,
         /// The page in it.
         page: PageIndex,
-        /// As many bytes as a page has.
+        /// The contents: one page size of bytes.
         bytes: &'a [u8],
     },
-    /// What has changed in a page that came before.
+    /// The changes of a page that arrived before.
     Xbzrle {
         /// The block.
         block: BlockIndex,
@@ -83,16 +84,16 @@ pub enum Event<'a> {
     },
     /// The last section of RAM has ended. Has no bytes of its own.
     EndOfRam,
-    /// Bytes of the device part, in the pieces in which they arrive. Where one device ends and the next begins, and where the
-    /// stream ends, is not known before the description of all devices has come.
+    /// Bytes of the device part, as they arrive. The borders between devices, and the end of the stream, are unknown until the
+    /// description of all devices has arrived.
     Devices(&'a [u8]),
-    /// The stream is complete. The devices, split: what [`Devices`](Self::Devices) and [`OtherSection`](Self::OtherSection) have
-    /// brought, and nothing else. Last, and once.
+    /// The stream is complete. Contains the devices, split: the bytes of all [`Devices`](Self::Devices) and
+    /// [`OtherSection`](Self::OtherSection) events. The last event.
     End(Box<DevicePart>),
 }
 
 impl Event<'_> {
-    /// What it is, in a word or two, for messages.
+    /// A short name, for messages.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Configuration(_) => "configuration",
@@ -119,11 +120,11 @@ impl Event<'_> {
 pub enum SyncMark {
     /// By a MULTIFD_FLUSH record.
     Flush,
-    /// By the EOS of a section, which is the event that follows: [`SyncMode::Legacy`].
+    /// By the EOS of a section, which is the next event. Only in [`SyncMode::Legacy`].
     Eos,
 }
 
-/// The changes of a page, against contents that came before.
+/// The changes of a page, relative to its previous contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delta<'a> {
     bytes: &'a [u8],
@@ -135,20 +136,20 @@ impl<'a> Delta<'a> {
         Self { bytes, at }
     }
 
-    /// The changes as the stream encodes them.
+    /// The changes, encoded as in the stream.
     pub fn as_bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// Where in the stream they begin.
+    /// Where the changes begin in the stream.
     pub fn place(&self) -> Place {
         self.at
     }
 
-    /// Turns the last contents of the page into its new ones.
+    /// Changes the previous contents of the page into the new ones.
     ///
     /// # Errors
-    /// If the delta does not fit the page, which may then hold a part of it.
+    /// If the delta does not fit the page. The page may then be partly changed.
     pub fn apply(&self, page: &mut [u8]) -> Result<(), Error> {
         xbzrle::apply(self.bytes, page).map_err(|bad| Malformed::Delta(bad).at(self.at))
     }

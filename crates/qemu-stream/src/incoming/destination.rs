@@ -1,8 +1,8 @@
-//! What takes a machine in: the calls that a stream makes as it is read.
+//! The destination of a stream: the calls that the driver makes as it reads.
 //!
-//! Required are the calls without which data would be lost and nobody told: where pages go, what they were, when channels may
-//! go on. All others have a default that is right for a destination with nothing to say there, and so will later ones: a new
-//! event of the stream breaks no implementor. Who wants each event uses [`Events`](super::Events).
+//! A method is required if data would be lost without an error where an implementor forgets it: those that write and read pages,
+//! and the sync point of the channels. All others have a default, and later ones will have one, so a new event breaks no
+//! implementor. A program that wants every event uses [`Events`](super::Events).
 
 use multifd::ram::{BlockIndex, PageIndex};
 
@@ -11,23 +11,23 @@ use crate::{
     format::{BlockList, Configuration},
 };
 
-/// What takes a machine in. Calls come in the order of the stream; the first error ends the migration.
+/// Receives the contents of a stream. Calls are made in the order of the stream; the first error ends the migration.
 pub trait Destination {
-    /// What it fails with.
+    /// The error type.
     type Error: Into<Box<dyn std::error::Error + Send + Sync>>;
 
-    /// What both sides must agree on; `None` from machine types up to 2.3. Page size and UUID are in it.
-    /// A destination that cannot do without shared RAM refuses `ignore_shared` here. By default any machine is taken.
+    /// The configuration, with page size and UUID; `None` from machine types up to 2.3. A destination that needs shared RAM
+    /// refuses `ignore_shared` here. By default every machine is accepted.
     ///
     /// # Errors
-    /// If it does not agree.
+    /// If the configuration is not acceptable.
     fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<(), Self::Error> {
         let _ = configuration;
         Ok(())
     }
 
-    /// The source has this many channels, 0 if multifd is off. Comes before the blocks, and only from a source that
-    /// announces it: this library's, with a return path. A destination without channels has nothing to do.
+    /// The number of channels of the source, 0 if multifd is off. Called before the blocks, and only for a source that
+    /// announces it: one of this library, with a return path. By default nothing is done.
     ///
     /// # Errors
     /// If it expects another number.
@@ -36,8 +36,8 @@ pub trait Destination {
         Ok(())
     }
 
-    /// The source has multifd on: it marks its rounds as only such a source does. Comes before the first sync point, and not
-    /// from every source. A destination without channels refuses it; by default nothing is done.
+    /// The source has multifd on: its sync points are marked in round mode. Called before the first sync point, and not for
+    /// every source that has multifd on. A destination without channels refuses it. By default nothing is done.
     ///
     /// # Errors
     /// If it has no channels.
@@ -45,20 +45,20 @@ pub trait Destination {
         Ok(())
     }
 
-    /// The RAM blocks. Comes once, before all pages; channels may fill pages from here on.
+    /// The RAM blocks. Called once, before all pages. From here on channels may fill pages.
     ///
     /// # Errors
-    /// If it has not these blocks and cannot make them.
+    /// If it does not have these blocks and cannot create them.
     fn blocks(&mut self, blocks: &BlockList) -> Result<(), Self::Error>;
 
-    /// A channel sync: returns when every channel has come to its next SYNC, and lets them go on.
-    /// Nothing to do when no channel has connected: then multifd is off at the source.
+    /// A channel sync: returns when every channel has reached its next SYNC, and lets them continue.
+    /// Without channels nothing has to be done: then multifd is off at the source.
     ///
     /// # Errors
     /// If a channel has failed.
     fn sync(&mut self) -> Result<(), Self::Error>;
 
-    /// The page is zero now, whatever it was.
+    /// The page is zero now.
     ///
     /// # Errors
     /// If the page cannot be cleared.
@@ -70,22 +70,22 @@ pub trait Destination {
     /// If the page cannot be written.
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), Self::Error>;
 
-    /// Gives the page's contents, against which the source has encoded its new ones.
+    /// Reads the current contents of the page, to which the source has encoded changes.
     ///
     /// # Errors
     /// If the page cannot be read.
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<(), Self::Error>;
 
-    /// All of RAM is here; from now on no page may change. By default nothing is done, which is right without channels.
+    /// All of RAM has arrived; from now on no page may change. By default nothing is done, which is right without channels.
     ///
     /// # Errors
-    /// If a channel is still in the middle of something.
+    /// If a channel is still receiving.
     fn end_of_ram(&mut self) -> Result<(), Self::Error> {
         Ok(())
     }
 }
 
-/// The error of a destination that refuses what comes, `at` where the stream has got.
+/// The error of a destination that refuses `what`. `at` is the place in the stream.
 pub(super) fn refused(
     at: Place,
     what: &'static str,

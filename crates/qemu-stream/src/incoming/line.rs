@@ -1,7 +1,7 @@
-//! The connection to the source, which is never left without a last word.
+//! The connection to the source, which is never closed without SHUT.
 //!
-//! From OPEN_RETURN_PATH on the source waits to be told how it ended. What drops the connection before that is told has
-//! failed, and says so: a source that hears nothing cannot know whether its guest runs here.
+//! After OPEN_RETURN_PATH the source waits for SHUT. If the connection is dropped before, the migration has failed, and SHUT 1
+//! is sent: without it the source cannot know whether its guest runs here.
 
 use std::{
     io,
@@ -18,14 +18,14 @@ use crate::{
     format::Message,
 };
 
-/// The events of main, and the way back.
+/// The events of main, and the return path.
 #[derive(Debug)]
 pub(super) struct Line<C: Connection> {
-    /// Until it is given back.
+    /// `None` after the connection was returned.
     events: Option<Events<C>>,
     /// The source waits for SHUT.
     waited_for: bool,
-    /// Notices that the source closes.
+    /// Detects that the source closes the connection.
     watch: Option<CloseWatch>,
 }
 
@@ -40,7 +40,7 @@ impl<C: Connection> Line<C> {
         self.watch = watch;
     }
 
-    /// How long the reads to come wait.
+    /// Sets the time limit of the next reads.
     pub(super) fn limit(&mut self, limit: Option<Duration>) -> Result<(), Error> {
         let at = self.here();
         let set = self.get_mut().set_read_timeout(limit);
@@ -57,13 +57,13 @@ impl<C: Connection> Line<C> {
         written.map_err(|source| Error::Io { at, doing: "write", source })
     }
 
-    /// The last word, once: whether all is here. Nothing is said where nobody waits for it.
+    /// Sends SHUT, once, and only if the source waits for it.
     pub(super) fn shut(&mut self, code: u32) -> Result<(), Error> {
         self.watch = None;
         if std::mem::take(&mut self.waited_for) { self.say(&Message::Shut(code)) } else { Ok(()) }
     }
 
-    /// Refuses a source that waits for SHUT and has closed, or says more than it has to.
+    /// Refuses a source that has closed the connection instead of waiting for SHUT, or has sent more bytes.
     pub(super) fn still_there(&mut self) -> Result<(), Error> {
         self.watch = None;
         let at = self.here();
@@ -81,7 +81,7 @@ impl<C: Connection> Line<C> {
                 Ok(0) => return Err(Error::SourceGone { at }),
                 Ok(_) => return Err(more()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // What is there is for the connection alone.
+                // The bytes belong to the transport, such as a TLS record without contents.
                 Err(error) if is_late(&error) => break,
                 Err(_) => return Err(Error::SourceGone { at }),
             }
@@ -89,7 +89,7 @@ impl<C: Connection> Line<C> {
         Ok(())
     }
 
-    /// The connection, when all has been said.
+    /// The connection, after SHUT.
     pub(super) fn into_inner(mut self) -> Option<C> {
         self.events.take().map(Events::into_inner)
     }

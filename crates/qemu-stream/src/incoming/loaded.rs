@@ -1,10 +1,10 @@
-//! What a stream has brought, when it is complete.
+//! The contents of a complete stream other than RAM.
 
 use multifd::live::RunState;
 
 use crate::format::{BlockList, Configuration, DevicePart, DeviceSection, SectionId, SyncMode};
 
-/// What has been loaded, beside RAM.
+/// The contents of a complete stream other than RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loaded {
@@ -12,7 +12,7 @@ pub struct Loaded {
     pub configuration: Option<Configuration>,
     /// The RAM blocks.
     pub blocks: BlockList,
-    /// The RAM section's number, which the devices' sections have left free.
+    /// The number of the RAM section. No device has the same number.
     pub section: SectionId,
     /// How the ends of dirty rounds were marked. Legacy as well when multifd is off at the source.
     pub sync_mode: SyncMode,
@@ -29,7 +29,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Whether the guest ran at the source; `None` if the source does not say. A guest that was paused stays paused.
+    /// Whether the guest ran at the source; `None` if the source does not report it. A guest that was paused stays paused.
     pub fn run_state(&self) -> Option<RunState> {
         self.devices.run_state()
     }

@@ -8,8 +8,8 @@
 //!
 //! [`Incoming`] reads a whole pre-copy migration in the caller's thread and calls a [`Destination`] for what it reads. It owns
 //! the connection and one buffer, replies to the source and keeps its time limits. [`Events`] is the layer below: the stream
-//! event by event, for a program that acts in the middle of it. What cannot be taken is refused by name; nothing a peer sends
-//! makes either allocate, loop or index beyond `format/limits.rs`.
+//! event by event, for a program that acts in the middle of it. What is not supported is refused by name. Nothing that a peer
+//! sends makes them allocate, loop or index beyond `format/limits.rs`.
 
 #![warn(clippy::indexing_slicing)]
 

@@ -7,7 +7,7 @@
 //!           PONG, SHUT: Line
 //! ```
 //!
-//! What belongs to post-copy or COLO is refused by name, and so is a command out of place.
+//! Commands of post-copy and COLO are refused by name, as are commands that are out of order.
 
 use std::time::Duration;
 
@@ -28,16 +28,16 @@ use crate::{
     refuse,
 };
 
-/// How loading ended, for the source to know.
+/// The result of loading, which is reported to the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// All is here and durable: the source may forget the guest.
+    /// All data has arrived and is durable: the source may forget the guest.
     Loaded,
-    /// The guest must go on at the source.
+    /// The guest must continue at the source.
     Failed,
 }
 
-/// A precopy migration coming in.
+/// An incoming pre-copy migration.
 #[derive(Debug)]
 #[must_use]
 pub struct Incoming<C: Connection> {
@@ -46,14 +46,14 @@ pub struct Incoming<C: Connection> {
     silence: Duration,
     stall: Option<Duration>,
     return_path: bool,
-    /// The source has said that its guest stands.
+    /// The source has reported that its guest is stopped.
     guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
 }
 
 impl<C: Connection> Incoming<C> {
-    /// A migration whose main stream comes over `connection`.
+    /// A migration whose main stream arrives over `connection`.
     pub fn new(connection: C) -> Self {
         Self {
             line: Line::new(connection),
@@ -67,61 +67,61 @@ impl<C: Connection> Incoming<C> {
         }
     }
 
-    /// Has `stop` fail as soon as a source with a return path closes main, whatever this side waits for: channels that do not
-    /// move, say. By default that is found out when main is read next.
+    /// Makes `stop` fail as soon as a source with a return path closes main, even while this side waits for something else, such
+    /// as a channel. By default a closed connection is detected when main is read next.
     pub fn stopping(mut self, stop: &Stop) -> Self {
         self.stop = Some(stop.clone());
         self
     }
 
-    /// Says SWITCHOVER_ACK as soon as there is a return path. Needed if, and only if, the source has
-    /// capability switchover-ack on, which nothing in the stream tells. Off by default.
+    /// Sends SWITCHOVER_ACK as soon as there is a return path. Needed if, and only if, capability switchover-ack is on at the
+    /// source, which the stream does not show. Off by default.
     pub fn switchover_ack(mut self, on: bool) -> Self {
         self.switchover_ack = on;
         self
     }
 
-    /// Takes it that the source sends no description of its devices: machine option suppress-vmdesc, on for machine
-    /// types up to 2.2. Off by default. What tells the end then:
+    /// Expects no description of the devices (machine option suppress-vmdesc, on for machine types up to 2.2). Off by default.
+    /// The end of the stream is then found so:
     ///
     /// | sections have | no return path | return path |
     /// | --- | --- | --- |
-    /// | footers | the source closes behind one; also if this is off | [silence](Self::silence) behind one |
-    /// | no footers | the source closes: a source that dies there goes unnoticed | nothing: refused |
+    /// | footers | the source closes after one; also if this is off | [silence](Self::silence) after one |
+    /// | no footers | the source closes: a source that dies there is not detected | not at all: refused |
     pub fn suppress_vmdesc(mut self, on: bool) -> Self {
         self.line.set_suppress_vmdesc(on);
         self
     }
 
-    /// How long a source with a return path may be silent behind what looks like the end of its devices. Such a source
-    /// sends no description; it is refused, unless [that is expected](Self::suppress_vmdesc). Default 10 s.
+    /// Time limit for a source with a return path that is silent after what looks like the end of its devices. Such a source
+    /// sends no description; it is refused unless [that is expected](Self::suppress_vmdesc). Default 10 s.
     pub fn silence(mut self, limit: Duration) -> Self {
         self.silence = limit;
         self
     }
 
-    /// How long the source may be silent where something is due: before RAM's first section has ended, in the middle
-    /// of any section, and behind the end of RAM. Default 120 s; `None` is for ever, as QEMU waits. Between the
-    /// sections of RAM a source may be silent for as long as it likes: one that pauses before the switchover is; but a source
-    /// of this library has a limit there, too, from when its guest stands and all of its RAM has come. The footer of a section counts as what is between, for QEMU keeps it back that long.
+    /// Time limit for a silent source before the end of the first section of RAM, within any section, and after the end of RAM.
+    /// Default 120 s; `None` is no limit, as in QEMU. Between the sections of RAM, and before their footers, which QEMU delays,
+    /// a source may be silent without limit: one that pauses before the switchover is. A source of this library has the limit
+    /// there as well once its guest is stopped and all of its RAM has arrived.
     ///
-    /// A long section is silent on this connection while its pages come over channels. The connection that
-    /// [`Receiver::wait_main`](multifd::Receiver::wait_main) gives knows of them; with another one of your own, and
-    /// channels, say `None`.
+    /// During a long section this connection is silent while pages arrive over channels. The connection that
+    /// [`Receiver::wait_main`](multifd::Receiver::wait_main) returns takes them into account. With another connection and
+    /// channels, set `None`.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall = limit;
         self
     }
 
-    /// Reads the whole stream. Nothing is said to the source at the end: call
-    /// [`finish`](Self::finish) when what was loaded is durable, or has failed.
+    /// Reads the whole stream. The result is not reported to the source: call [`finish`](Self::finish) when the loaded data is
+    /// durable, or loading has failed.
     ///
     /// # Errors
-    /// If the stream is malformed, cut or uses what is not served, or the destination fails.
+    /// If the stream is malformed, cut or uses what is not supported, or the destination fails.
     pub fn run<D: Destination>(&mut self, destination: &mut D) -> Result<Loaded, Error> {
         self.line.limit(self.stall)?;
         let mut known = Known::default();
-        // The page that an XBZRLE delta is applied to; empty until one comes.
+        // The page that an XBZRLE delta is applied to; empty before the first one.
         let mut page_now = Vec::new();
         loop {
             self.wait_for_more()?;
@@ -194,12 +194,12 @@ impl<C: Connection> Incoming<C> {
         }
     }
 
-    /// Whether the source has opened the return path, so far.
+    /// Whether the source has opened the return path.
     pub fn has_return_path(&self) -> bool {
         self.return_path
     }
 
-    /// The connection. What has been read of it and what not is this driver's affair.
+    /// The connection. Reading from it loses bytes of the stream.
     pub fn connection(&mut self) -> &mut C {
         self.line.get_mut()
     }
@@ -209,15 +209,15 @@ impl<C: Connection> Incoming<C> {
         self.line.bytes()
     }
 
-    /// Tells the source how it ended, and gives the connection back. Without a return path nothing is
-    /// sent: such a source has gone its way already.
+    /// Reports the result to the source, and returns the connection. Without a return path nothing is sent: such a source does
+    /// not wait for a result.
     ///
-    /// Before it says that all is here, it looks at the connection once more: a source with a return path that has closed it
-    /// takes its guest back. An error means that the machine is not this side's: **do not run it**.
+    /// Before [`Outcome::Loaded`] is reported, the connection is checked once more: a source with a return path that has closed
+    /// it keeps its guest. **Warning:** after an error the guest must not run here.
     ///
     /// # Errors
-    /// If all is said to be loaded and it is not; [`Error::SourceGone`] if the source has closed; or SHUT cannot be sent: then
-    /// the source has not forgotten its guest.
+    /// If [`Outcome::Loaded`] is given and [`run`](Self::run) has not succeeded; [`Error::SourceGone`] if the source has closed the
+    /// connection; if SHUT cannot be sent: then the source keeps its guest.
     pub fn finish(mut self, outcome: Outcome) -> Result<C, Error> {
         if outcome == Outcome::Loaded && !self.loaded {
             return Err(Usage::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
@@ -230,7 +230,7 @@ impl<C: Connection> Incoming<C> {
         self.line.into_inner().ok_or(Error::Cut { at, expected: "a connection" })
     }
 
-    /// Does what a command asks for, or refuses it.
+    /// Executes a command, or refuses it.
     fn command<D: Destination>(
         &mut self,
         command: &Command,
@@ -276,13 +276,13 @@ impl<C: Connection> Incoming<C> {
     /// A source that announces its channels is one of this library.
     fn announced<D: Destination>(&mut self, channels: u8, destination: &mut D) -> Result<(), Error> {
         tracing::debug!(channels, "the source announces its channels");
-        // Such a source understands it: this side never closes without SHUT.
+        // Such a source understands this PONG: this side never closes the connection without SHUT.
         self.line.say(&Message::Pong(VERDICT_MARK))?;
         let taken = destination.channels(channels);
         taken.map_err(|e| refused(self.line.here(), "the number of channels", e))
     }
 
-    /// Waits for what comes next where the source may pause: without limit, unless the guest is known to stand meanwhile.
+    /// Waits for the next event where the source may pause: without limit, unless the guest is known to be stopped.
     fn wait_for_more(&mut self) -> Result<(), Error> {
         if self.line.may_pause() && !self.guest_stands && self.line.is_drained() && self.stall.is_some() {
             self.line.limit(None)?;
@@ -292,7 +292,7 @@ impl<C: Connection> Incoming<C> {
         Ok(())
     }
 
-    /// Limits the wait for the next event if silence is how the stream may end; says whether it is.
+    /// Sets the time limit of silence if the stream may have ended. Returns whether it may.
     fn limit_silence(&mut self) -> Result<bool, Error> {
         let may_have_ended = self.return_path && self.line.may_have_ended();
         if may_have_ended {
@@ -323,7 +323,7 @@ impl<C: Connection> Incoming<C> {
     }
 }
 
-/// What the events have brought that lasts.
+/// What earlier events have shown.
 #[derive(Default)]
 struct Known {
     configuration: Option<Configuration>,
@@ -339,7 +339,7 @@ impl Known {
     }
 }
 
-/// What a source means that closes before it was told how it ended.
+/// The error of a source that closes the connection before SHUT.
 fn closed() -> Judge {
     Box::new(|_, closed| {
         let at = Place { stream: StreamKind::Main, offset: 0 };
@@ -347,8 +347,8 @@ fn closed() -> Judge {
     })
 }
 
-/// How long channels go on when the source has closed main. A QEMU that is cancelled closes main first and its channels a moment
-/// later; where they are reset in between, some versions wait for them for ever (seen with 7.2.22 and 10.0.2).
+/// How long channels continue after the source has closed main. A QEMU that is cancelled closes main first and its channels a
+/// moment later. If the channels are reset in between, some versions wait for them without limit (seen with 7.2.22 and 10.0.2).
 pub(crate) const CHANNELS_END: Duration = Duration::from_secs(1);
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 pub(crate) const STALL: Duration = Duration::from_secs(120);

@@ -1,7 +1,7 @@
-//! Events as the bytes of a main stream: the twin of the reader in `incoming/events/`.
+//! Encodes events as the bytes of a main stream: the counterpart of `incoming/events/`.
 //!
-//! In comes an [`Event`], out go its bytes, onto the end of a buffer. It remembers what the format has to remember, and checks
-//! that a page exists; the order of events is its caller's.
+//! Appends the bytes of an [`Event`] to a buffer. It keeps the state that later records depend on, and checks that a page exists.
+//! The caller checks the order of events.
 
 use multifd::ram::{PageIndex, PageSize};
 
@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// What events before this one have set.
+/// The state that earlier events have set.
 #[derive(Debug)]
 pub(super) struct Encoder {
     ignore_shared: bool,
@@ -21,14 +21,14 @@ pub(super) struct Encoder {
     blocks: BlockList,
     current: CurrentBlock,
     footers: bool,
-    /// Bytes of other sections before the end of RAM.
+    /// The number of bytes of other sections before the end of RAM.
     early: usize,
-    /// Bytes since the end of RAM.
+    /// The number of bytes after the end of RAM; `None` before it.
     behind_ram: Option<usize>,
 }
 
 impl Encoder {
-    /// At the beginning of a stream.
+    /// The state at the beginning of a stream.
     pub(super) fn new() -> Self {
         Self {
             ignore_shared: false,
@@ -41,7 +41,7 @@ impl Encoder {
         }
     }
 
-    /// Appends an event. Of [`Event::End`] nothing: see [`rest`](Self::rest).
+    /// Appends an event. For [`Event::End`] nothing is appended: see [`rest`](Self::rest).
     ///
     /// # Errors
     /// If there is no such page, or its bytes are not a page. Nothing is appended then.
@@ -57,7 +57,7 @@ impl Encoder {
                 out.put(bytes);
             }
             Event::Blocks { section, blocks } => self.begin_ram(*section, (*blocks).clone(), out),
-            // The record that marks it is an event of its own, or what is around it shows it.
+            // These have no bytes of their own: the marks are other events.
             Event::SyncMode(_) | Event::SyncPoint(SyncMark::Eos) => {}
             Event::SyncPoint(SyncMark::Flush) => self.record(Record::MultifdFlush, out)?,
             Event::Eos => self.record(Record::Eos, out)?,
@@ -97,7 +97,7 @@ impl Encoder {
         (self.section, self.blocks) = (section, blocks);
     }
 
-    /// Appends a page's record, behind which its bytes have to come.
+    /// Appends the record of a page. The caller appends the contents.
     ///
     /// # Errors
     /// If there is no such page.
@@ -110,7 +110,7 @@ impl Encoder {
         self.record(Record::Page(block, page), out)
     }
 
-    /// Refuses bytes that are not a page.
+    /// Refuses contents that do not have the length of a page.
     pub(super) fn check_page(&self, bytes: &[u8]) -> Result<(), Usage> {
         let length = self.blocks.page_size().bytes();
         if bytes.len() == length {
@@ -120,10 +120,10 @@ impl Encoder {
         Err(Usage::Value { what: "page", why })
     }
 
-    /// What is to be written of the devices at the end of the stream: all that no event has brought before.
+    /// The bytes of the device part that no earlier event has contained.
     ///
     /// # Errors
-    /// If they are not the devices of this stream, as far as their lengths and footers show.
+    /// If lengths or footers show that these are not the devices of this stream.
     pub(super) fn rest<'p>(&self, devices: &'p DevicePart) -> Result<&'p [u8], Usage> {
         let refused = |why: &str| Usage::Value { what: "devices", why: why.to_owned() };
         if devices.early().len() != self.early {

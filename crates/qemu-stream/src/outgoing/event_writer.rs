@@ -1,11 +1,11 @@
-//! Writes a main stream event by event: what [`Events`](crate::incoming::Events) reads, byte by byte as it was.
+//! Writes a main stream event by event. An event that [`Events`](crate::incoming::Events) has read becomes the same bytes.
 //!
 //! ```text
 //! Events ─▶ Event ─▶ EventWriter ─▶ Encoder ─▶ buffer ─▶ connection
 //! ```
 //!
-//! It refuses events out of order. A page waits in the buffer until that is full; every other event leaves before the call
-//! returns, for the destination may have to act upon it before more comes.
+//! It refuses events that are out of order. Pages are buffered until the buffer is full. After any other event the buffer is
+//! written before the call returns, because the destination may have to act before more arrives.
 
 use std::{fmt, io::Write};
 
@@ -17,15 +17,15 @@ use crate::{
 
 /// Writes the [events](Event) of a main stream, in their order.
 ///
-/// This is the layer below [`Outgoing`](super::Outgoing), for a program that passes on what it reads. It does not read what the
-/// destination replies. See the example of [`Events`](crate::incoming::Events).
+/// This is the layer below [`Outgoing`](super::Outgoing), for a program that forwards the stream that it reads. It does not read
+/// the replies of the destination. See the example of [`Events`](crate::incoming::Events).
 pub struct EventWriter<W> {
     writer: Writer<W>,
     encoder: Encoder,
     stage: Stage,
 }
 
-/// How far the stream has got.
+/// The progress of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Header,
@@ -35,7 +35,7 @@ enum Stage {
     InPass {
         last: bool,
     },
-    /// Behind the EOS of a section of RAM.
+    /// After the EOS of a section of RAM.
     Footer {
         last: bool,
     },
@@ -49,26 +49,26 @@ enum Stage {
 
 impl<W> fmt::Debug for EventWriter<W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Without the pages and the state of devices, which are the guest's.
+        // Pages and device state belong to the guest and are not printed.
         f.debug_struct("EventWriter").field("stage", &self.stage).finish_non_exhaustive()
     }
 }
 
 impl<W: Write> EventWriter<W> {
-    /// A stream whose bytes go over `connection`.
+    /// Writes the stream to `connection`.
     pub fn new(connection: W) -> Self {
         Self { writer: Writer::new(connection), encoder: Encoder::new(), stage: Stage::Header }
     }
 
     /// Writes an event.
     ///
-    /// Pages may stay in the buffer until it is full or another kind of event follows: see [`flush`](Self::flush). Of the devices
-    /// in [`Event::End`] what no [`Event::Devices`] and no [`Event::OtherSection`] has brought is written, so a caller may leave
-    /// the pieces out.
+    /// Pages may stay in the buffer until it is full or another kind of event follows: see [`flush`](Self::flush). For
+    /// [`Event::End`] those bytes of the devices are written that no earlier event has contained, so a caller may omit all
+    /// [`Event::Devices`].
     ///
     /// # Errors
     /// [`Usage`] if the event is out of order, the block list has no such page, or the devices are not those of this
-    /// stream: nothing is written then. If the connection breaks: then nothing more can be written.
+    /// stream; nothing is written then. If the connection fails; then nothing more can be written.
     pub fn write(&mut self, event: &Event<'_>) -> Result<(), Error> {
         let next = self.stage.after(event).ok_or_else(|| self.out_of_order(event))?;
         let written = match event {
@@ -85,10 +85,10 @@ impl<W: Write> EventWriter<W> {
         written
     }
 
-    /// Writes what is in the buffer: pages of a pass that goes on later.
+    /// Writes the pages in the buffer. Call it before a pause within a pass.
     ///
     /// # Errors
-    /// If the connection breaks.
+    /// If the connection fails.
     pub fn flush(&mut self) -> Result<(), Error> {
         let written = self.writer.flush();
         if written.is_err() {
@@ -97,7 +97,7 @@ impl<W: Write> EventWriter<W> {
         written
     }
 
-    /// Bytes written and waiting to be.
+    /// The number of bytes written, including those in the buffer.
     pub fn bytes(&self) -> u64 {
         self.writer.bytes()
     }
@@ -107,12 +107,12 @@ impl<W: Write> EventWriter<W> {
         self.writer.connection_ref()
     }
 
-    /// The connection, to read replies from. What is written to it stands in the stream.
+    /// The connection, to read replies. Writing to it damages the stream.
     pub fn get_mut(&mut self) -> &mut W {
         self.writer.connection()
     }
 
-    /// The connection. Pages that wait in the buffer are lost.
+    /// The connection. Pages in the buffer are lost.
     pub fn into_inner(self) -> W {
         self.writer.into_inner()
     }
@@ -136,7 +136,7 @@ impl<W: Write> EventWriter<W> {
 }
 
 impl Stage {
-    /// The stage behind this event; `None` if it is out of order.
+    /// The stage after this event; `None` if the event is out of order.
     fn after(self, event: &Event<'_>) -> Option<Self> {
         match (self, event) {
             (Self::Header, Event::Configuration(_)) => Some(Self::BeforeRam),
@@ -161,7 +161,7 @@ impl Stage {
     }
 }
 
-/// Whether nobody has to act upon an event before the next one comes.
+/// Whether the destination does not have to act before the next event.
 fn may_wait(event: &Event<'_>) -> bool {
     matches!(
         event,

@@ -1,36 +1,36 @@
 //! Collects the device part until its end is found.
 //!
-//! The description shows it. Where none comes, the part ends where a source without return path closes; behind a source with
-//! one only silence follows, which counts if the caller says that no description comes.
+//! The description shows the end. Without one, the part ends where a source without return path closes the connection. A source
+//! with a return path becomes silent instead; the caller decides whether silence is the end.
 
 use crate::{
     error::{Error, Malformed, Place, Unsupported},
     format::{DevicePart, EarlyPart, EndFinder, limits},
 };
 
-/// The bytes behind the end of RAM, so far.
+/// The bytes after the end of RAM that have arrived.
 pub(super) struct Collected {
     finder: EndFinder,
     bytes: Vec<u8>,
-    /// Of these, last pieces of sections that were sent before the end of RAM.
+    /// The length of the last pieces of live sections, which are the first of `bytes`.
     ends: usize,
     footers: bool,
 }
 
 impl Collected {
-    /// Behind the last pieces of `early`.
+    /// Starts after the last pieces of `early`.
     pub(super) fn new(early: EarlyPart, footers: bool) -> Self {
         let finder = EndFinder::new(footers).early(early);
         let bytes = finder.ends().to_vec();
         Self { finder, ends: bytes.len(), bytes, footers }
     }
 
-    /// Whether the bytes end as a device part without a description does.
+    /// Whether the bytes may be a complete device part without a description.
     pub(super) fn may_have_ended(&self) -> bool {
         self.finder.may_have_ended(&self.bytes)
     }
 
-    /// Refuses so many bytes more, at `at`.
+    /// Refuses `count` more bytes if the part would be too long. `at` is their place, for the error.
     pub(super) fn check_room(&self, count: usize, at: Place) -> Result<(), Error> {
         let devices = self.bytes.len() - self.ends;
         if count > limits::DEVICE_PART - devices {
@@ -40,14 +40,14 @@ impl Collected {
         Ok(())
     }
 
-    /// Takes bytes that have come at `at`; the whole part if they are its last.
+    /// Appends the bytes that arrived at `at`. Returns the whole part if it is complete.
     pub(super) fn take(&mut self, bytes: &[u8], at: Place) -> Result<Option<DevicePart>, Error> {
         self.bytes.extend_from_slice(bytes);
         self.finder.look(&mut self.bytes).map_err(|what| what.at(at))
     }
 
-    /// The part of a source that has closed at `at`. A source with a return path that closes has not waited for its answer: it is
-    /// gone. Without footers, most places where a stream may be cut look like its end.
+    /// The part of a source that closed the connection at `at`. A source with a return path waits for a reply before it closes: if
+    /// it closes here, it has failed. Without footers the end cannot be distinguished from most cuts.
     pub(super) fn closed(
         self,
         at: Place,
@@ -60,7 +60,7 @@ impl Collected {
         self.finder.without_description(self.bytes).map_err(|what| what.at(at))
     }
 
-    /// The part of a source that sends nothing more, at `at`.
+    /// The part of a source that is silent since `at`.
     pub(super) fn silent(self, at: Place, suppress_vmdesc: bool) -> Result<DevicePart, Error> {
         if suppress_vmdesc && self.footers {
             return self.finder.without_description(self.bytes).map_err(|what| what.at(at));

@@ -1,15 +1,13 @@
 //! The main stream, event by event.
 //!
 //! ```text
-//! Header ─ BeforeRam ─┬─ Body ─ Footer ─┬─ Between ─┐      RamDone ─ BehindRam ─ Devices ─ Complete ─ Finished
-//!                     │    ▲            └───────────┼─▶ ▲
-//!                     │    └────────────────────────┘   │  any error: Broken
-//!                     └── START        PART, END        └── behind END
+//! Header ─▶ BeforeRam ─ START ─▶ Body ─ EOS ─▶ Footer ─▶ Between ─ PART or END ─▶ Body …
+//!                                                 └─ after END ─▶ RamDone ─▶ BehindRam ─▶ Devices ─▶ Complete ─▶ Finished
 //! ```
 //!
-//! In comes anything that can be read, out goes an [`Event`] for each call of [`Events::next`]. Here is the order of the stream
-//! and nothing else: no connection back, no clock, no memory of a guest. What a peer sends makes nothing allocate, loop or index
-//! beyond `format/limits.rs`; a page is lent from the reader's buffer.
+//! Reads from any [`Read`] and returns an [`Event`] for each call of [`Events::next`]. It knows the order of the stream and
+//! nothing else: it sends no replies, has no clock and does not access guest memory. Nothing that a peer sends makes it allocate,
+//! loop or index beyond `format/limits.rs`. A page is borrowed from the reader's buffer.
 
 mod devices;
 mod ram;
@@ -29,12 +27,12 @@ use ram::{Part, Ram};
 
 /// Reads a main stream as [events](Event), one for each call of [`next`](Self::next).
 ///
-/// This is the layer below [`Incoming`](super::Incoming), for a program that acts in the middle of a stream: one that looks
-/// into it, passes it on, or keeps it in another form. It replies to nobody, and does not know what its caller serves: every
-/// command is an event. It refuses what it cannot read, and what is out of order.
+/// This is the layer below [`Incoming`](super::Incoming), for a program that acts in the middle of a stream: it inspects the
+/// stream, forwards it, or stores it in another form. `Events` sends no replies. Every command is an event, also those that
+/// [`Incoming`](super::Incoming) refuses. It refuses what it cannot read and what is out of order.
 ///
-/// It waits as long as the connection does. A read timeout of the connection is [`Error::TimedOut`]. Where the source may
-/// pause ([`may_pause`](Self::may_pause)) and while devices come nothing is lost by one, and `next` can be called again; after
+/// It has no time limit of its own. If a read of the connection times out, `next` returns [`Error::TimedOut`]. Where the source
+/// may pause ([`may_pause`](Self::may_pause)) and among the devices nothing is lost then, and `next` can be called again. After
 /// any other error it cannot.
 ///
 /// # Example
@@ -72,7 +70,7 @@ use ram::{Part, Ram};
 /// let mut copy = EventWriter::new(Vec::new());
 /// loop {
 ///     let event = events.next()?;
-///     copy.write(&event)?; // what was read can be written again
+///     copy.write(&event)?; // writes the same bytes
 ///     match event {
 ///         Event::Blocks { blocks, .. } => println!("{} bytes of RAM", blocks.total()),
 ///         Event::Pass { .. } => passes += 1,
@@ -92,38 +90,38 @@ use ram::{Part, Ram};
 pub struct Events<R> {
     r: Reader<R>,
     state: State,
-    /// Where the event begins that was given last.
+    /// The offset at which the last event begins.
     begin: u64,
     configuration: Option<Configuration>,
     ram: Ram,
     early: EarlyPart,
-    /// What was read last of these, for an event to lend.
+    /// The last section head and the last command, which events borrow.
     head: Option<Section>,
     command: Option<Command>,
     return_path: bool,
     suppress_vmdesc: bool,
 }
 
-/// What comes next. It is taken out while an event is read, so that an error leaves [`State::Broken`].
+/// What comes next. An error leaves [`State::Broken`].
 enum State {
     Header,
     BeforeRam,
     /// In the body of a section of RAM.
     Body(Part),
-    /// At the sync point of the FLUSH that has shown the sync mode, which was read.
+    /// The FLUSH that showed the sync mode was read; its sync point is the next event.
     SyncAtFlush(Part),
-    /// At the sync point of the EOS that has shown the sync mode, which was read.
+    /// The EOS that showed the sync mode was read; its sync point is the next event.
     SyncAtEos(Part),
-    /// At an EOS that was read.
+    /// An EOS was read and its sync point returned; the EOS is the next event.
     Eos(Part),
-    /// At the end of a section of RAM.
+    /// After the EOS of a section of RAM.
     Footer(Part),
     Between,
     RamDone,
     BehindRam,
     Devices(Box<Collected>),
     Complete(Box<DevicePart>),
-    /// What follows cannot be read.
+    /// The content after a command cannot be read.
     Unserved(Box<Error>),
     Finished,
     Broken,
@@ -131,13 +129,13 @@ enum State {
 
 impl<R> fmt::Debug for Events<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Without the pages and the state of devices, which are the guest's.
+        // Pages and device state belong to the guest and are not printed.
         f.debug_struct("Events").field("begin", &self.begin).finish_non_exhaustive()
     }
 }
 
 impl<R: Read> Events<R> {
-    /// The events of the main stream that comes over `connection`.
+    /// Reads the main stream that arrives over `connection`.
     pub fn new(connection: R) -> Self {
         let r = Reader::new(connection, StreamKind::Main);
         Self {
@@ -164,8 +162,8 @@ impl<R: Read> Events<R> {
     /// The next event. The last one is [`Event::End`].
     ///
     /// # Errors
-    /// If the stream is malformed, out of order, cut, or goes on with what cannot be read; if the connection fails;
-    /// [`Usage::OutOfOrder`] behind the end or an error.
+    /// If the stream is malformed, out of order, cut, or continues with what cannot be read; if the connection fails;
+    /// [`Usage::OutOfOrder`] after the end or an error.
     #[expect(
         clippy::should_implement_trait,
         reason = "an event lends from the reader, an iterator's item cannot"
@@ -215,12 +213,12 @@ impl<R: Read> Events<R> {
         }
     }
 
-    /// Where the event begins that was given last. Of one without bytes of its own: where the stream is.
+    /// Where the last event begins. For an event without bytes of its own: the current place.
     pub fn place(&self) -> Place {
         Place { stream: StreamKind::Main, offset: self.begin }
     }
 
-    /// Where the event ends that was given last.
+    /// Where the last event ends.
     pub fn here(&self) -> Place {
         self.r.here()
     }
@@ -230,8 +228,8 @@ impl<R: Read> Events<R> {
         self.r.position()
     }
 
-    /// Whether the source may pause before the next event for as long as it likes: between the sections of RAM, and before a
-    /// footer that QEMU keeps back. Everywhere else the next event is due.
+    /// Whether the source may pause here without limit: between the sections of RAM, and before a footer that QEMU delays.
+    /// Everywhere else the next event has to arrive without a pause.
     pub fn may_pause(&self) -> bool {
         match self.state {
             State::Between | State::Footer(Part::Start) => true,
@@ -240,18 +238,19 @@ impl<R: Read> Events<R> {
         }
     }
 
-    /// Whether what has come of the devices may be all, without a description. A source with a return path does not close
-    /// then, and sends nothing more: only a time limit ends the wait, and [`end_at_silence`](Self::end_at_silence).
+    /// Whether the devices may be complete without a description. A source with a return path sends nothing more then, and does
+    /// not close the connection. The caller has to set a time limit, and call [`end_at_silence`](Self::end_at_silence) when it
+    /// expires.
     pub fn may_have_ended(&self) -> bool {
         matches!(&self.state, State::Devices(collected) if collected.may_have_ended())
     }
 
-    /// Ends the stream here, since the source [may have ended it](Self::may_have_ended) and is silent: the next event is
+    /// Ends the stream here, because it [may have ended](Self::may_have_ended) and the source is silent. The next event is
     /// [`Event::End`].
     ///
     /// # Errors
-    /// If a description [is expected](Self::suppress_vmdesc), if sections have no footers, or if what has come is no whole device
-    /// part; [`Usage::OutOfOrder`] if the stream is not at its devices.
+    /// If a description [is expected](Self::suppress_vmdesc), if sections have no footers, or if the device part is incomplete;
+    /// [`Usage::OutOfOrder`] if the stream has not reached the devices.
     pub fn end_at_silence(&mut self) -> Result<(), Error> {
         match mem::replace(&mut self.state, State::Broken) {
             State::Devices(collected) => {
@@ -267,17 +266,17 @@ impl<R: Read> Events<R> {
         }
     }
 
-    /// What the events are read from.
+    /// The connection.
     pub fn get_ref(&self) -> &R {
         self.r.get_ref()
     }
 
-    /// What the events are read from, to reply or to set a time limit. Reading from it loses bytes.
+    /// The connection, to reply or to set a time limit. Reading from it loses bytes of the stream.
     pub fn get_mut(&mut self) -> &mut R {
         self.r.get_mut()
     }
 
-    /// What the events were read from. Bytes that were read ahead are lost; behind [`Event::End`] there are none.
+    /// The connection. Bytes that were read ahead are lost; after [`Event::End`] nothing is lost.
     pub fn into_inner(self) -> R {
         self.r.into_inner()
     }
@@ -292,7 +291,7 @@ impl<R: Read> Events<R> {
         self.r.is_drained()
     }
 
-    /// Waits until something has come, or the end.
+    /// Waits until bytes or the end of the stream have arrived.
     pub(super) fn wait(&mut self) -> Result<(), Error> {
         self.r.peek().map(drop)
     }
@@ -327,7 +326,7 @@ impl<R: Read> Events<R> {
         }
     }
 
-    /// A record of a section of RAM. There are millions of them: what is there stays where it is but for an error or an end.
+    /// A record of a section of RAM. There are millions of them, so the state is only written when it changes.
     fn record(&mut self, part: Part) -> Result<Event<'_>, Error> {
         let Ram { blocks, current, mode, .. } = &mut self.ram;
         let record = Record::decode(&mut self.r, blocks, current);
@@ -397,13 +396,13 @@ impl<R: Read> Events<R> {
         }
     }
 
-    /// Behind some commands stands what is not read here.
+    /// After some commands follows content that is not supported.
     fn command(&mut self, command: Command, next: State) -> Event<'_> {
         self.return_path |= command == Command::OpenReturnPath;
         self.state = match &command {
-            // A piece of stream with devices that nothing describes.
+            // The package contains devices without a description.
             Command::Packaged(_) |
-            // The block list may have page sizes in it, which nothing announces.
+            // Entries of the block list may contain a page size, and nothing announces which ones do.
             Command::PostcopyAdvise(Some(_)) => {
                 State::Unserved(Box::new(refuse::command(&command, self.place())))
             }
@@ -412,8 +411,8 @@ impl<R: Read> Events<R> {
         Event::Command(self.command.insert(command))
     }
 
-    /// The end of a section of RAM, which the first time shows whether there are footers: that is not what the machine type says,
-    /// since a property of the source may differ.
+    /// The end of a section of RAM. The first one shows whether there are footers. The machine type does not decide that: it is
+    /// also a property of the source.
     fn footer(&mut self, part: Part) -> Result<Event<'_>, Error> {
         let footer = match self.ram.footers {
             Some(known) => known,
@@ -427,7 +426,7 @@ impl<R: Read> Events<R> {
         Ok(Event::SectionEnd { footer })
     }
 
-    /// Behind RAM come the last pieces of other sections, then devices.
+    /// After RAM follow the last pieces of live sections, then the devices.
     fn behind_ram(&mut self) -> Result<Event<'_>, Error> {
         let footers = self.ram.footers == Some(true);
         let from = self.early.ends().len();

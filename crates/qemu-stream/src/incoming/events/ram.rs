@@ -1,4 +1,4 @@
-//! What a reader has to remember of the RAM section.
+//! The state of the RAM section that later records depend on.
 
 use std::io::Read;
 
@@ -13,11 +13,11 @@ use crate::{
 pub(super) struct Ram {
     pub(super) section: SectionId,
     pub(super) blocks: BlockList,
-    /// Known since the first section of RAM has ended.
+    /// `None` before the end of the first section of RAM.
     pub(super) footers: Option<bool>,
     pub(super) current: CurrentBlock,
-    /// Known since the first mark of a sync point. Nothing names it but this: a FLUSH before the EOS of START is there in
-    /// round mode only.
+    /// `None` before the first mark of a sync point. Only this mark shows the mode: a FLUSH before the EOS of START exists only in
+    /// round mode.
     pub(super) mode: Option<SyncMode>,
 }
 
@@ -36,7 +36,7 @@ impl Ram {
         Self { section, blocks, footers: None, current: CurrentBlock::default(), mode: None }
     }
 
-    /// The block list behind the head of START, which stands at `at`.
+    /// Reads the block list after the head of START. `at` is the place of the head.
     pub(super) fn begin<R: Read>(
         r: &mut Reader<R>,
         head: &SectionHead,
