@@ -11,7 +11,7 @@ use parse_size::Config;
 
 use crate::file_address::FileAddress;
 
-/// How a source packs pages.
+/// The compression options of a source.
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct CompressionArgs {
     /// Compression method: none, zlib or zstd; must equal the multifd-compression of the destination

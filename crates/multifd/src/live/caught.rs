@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, Result};
 
-/// Calls what is not ours.
+/// Calls a callback of the embedder.
 pub(super) fn caught<T>(call: &'static str, run: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(Some(call), &*panic))
 }
