@@ -118,7 +118,7 @@ fn changed(library: &str, changes: &[String]) -> String {
     )
 }
 
-/// Those that others build on.
+/// The libraries for embedders.
 const LIBRARIES: [&str; 3] = ["guest-ram", "multifd", "qemu-stream"];
 /// The supported format of the JSON: `format_version` of the compiler that `rust-version` names.
 const FORMAT: u64 = 57;
