@@ -9,7 +9,7 @@ use crate::{Failure, workspace_root};
 pub(crate) struct Source {
     /// Its path relative to the workspace root, with `/` between the parts.
     pub(crate) path: String,
-    /// What it holds.
+    /// Its text.
     pub(crate) text: String,
 }
 

@@ -1,4 +1,4 @@
-//! What the log of the page table costs: to switch it on, to take it, and each first write to a page.
+//! Measures the cost of the page-table log: switching it on, taking it, and each first write to a page.
 //!
 //! `cargo run --release -p guest-ram --features pagemap --example pagemap_cost [MiB]`
 
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
     };
-    // Twice: huge pages of the kernel's making are split once, by the first log's writes.
+    // Written twice: the writes of the first log split transparent huge pages once.
     write(1);
     let mut out = format!("{mib} MiB, {pages} pages\n");
     let timed = |out: &mut String, what: &str, run: &mut dyn FnMut() -> io::Result<u64>| {

@@ -1,4 +1,4 @@
-//! How fast zero pages are found, beside how fast this machine reads and copies memory.
+//! Measures how fast zero pages are found, compared with reading and copying memory on this machine.
 //!
 //! `cargo run --release -p guest-ram --example zero_test [MiB]`
 
@@ -11,7 +11,7 @@ fn main() -> io::Result<()> {
     let (bytes, page) = (mib << 20, 4096);
     let (ram, copy) = (Mapping::anonymous(bytes)?, Mapping::anonymous(bytes)?);
     let mut buffer = vec![0; page];
-    // Written once, so that every page is in memory and none is the system's one zero page.
+    // Written once, so that every page is in memory and none is the system's shared zero page.
     for mapping in [&ram, &copy] {
         each(mapping, page, |at| {
             if let Some(slice) = mapping.slice(at, page) {
@@ -51,7 +51,7 @@ fn main() -> io::Result<()> {
     io::Write::write_all(&mut io::stdout(), out.as_bytes())
 }
 
-/// Does something for each page; says how fast, in GB/s.
+/// Calls `visit` for each page; returns the speed in GB/s.
 fn each(mapping: &Mapping, page: usize, mut visit: impl FnMut(u64)) -> f64 {
     let start = Instant::now();
     (0..mapping.len()).step_by(page).for_each(&mut visit);

@@ -1,4 +1,4 @@
-//! A RAM block: a name, a used length, a page size and the memory behind it.
+//! A RAM block: a name, a used length, a page size and its memory.
 
 use std::{io, os::unix::fs::FileExt, sync::Arc};
 

@@ -65,7 +65,7 @@ impl Who {
 /// Where a case's file lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Beside the results.
+    /// In the folder of the results.
     Disk,
     /// In `/dev/shm`.
     Memory,
@@ -146,7 +146,7 @@ const CAPTURE_MEMORY: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile];
 const RESTORE: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile];
 const DEMO: &[Who] = &[Who::Demo(50), Who::Demo(200), Who::Demo(800)];
 
-/// What is compared.
+/// What a target compares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Quantity {
     /// RAM per second; more is better.

@@ -38,7 +38,7 @@ impl Samples {
         Some(Spread { median, least, most })
     }
 
-    /// Bytes of RAM a second.
+    /// Bytes of RAM per second.
     pub(crate) fn speed(&self) -> Option<Spread> {
         self.spread(|sample| Some(sample.bytes as f64 / sample.seconds))
     }

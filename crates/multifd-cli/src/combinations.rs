@@ -16,7 +16,7 @@ use crate::{
     output::outcome::{Failure, While},
 };
 
-/// Refuses what `receive` cannot do.
+/// Refuses what `receive` does not support.
 pub(crate) fn of_receive(args: &ReceiveArgs) -> Result<(), Failure> {
     let refused = |usage: Usage| Failure::Usage(usage.into());
     args.listen.check_listen().map_err(refused)?;

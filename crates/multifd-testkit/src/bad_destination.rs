@@ -35,7 +35,7 @@ pub enum Reads {
 /// What happens to a connection after the reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
-    /// It is closed in order.
+    /// It is closed normally.
     Close,
     /// It is reset.
     Reset,
@@ -45,7 +45,7 @@ pub enum Then {
     Hold,
 }
 
-/// Which connections it takes.
+/// Which connections it accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accepts {
     /// All.
@@ -59,7 +59,7 @@ pub enum Accepts {
 /// What a destination does.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Which connections it takes.
+    /// Which connections it accepts.
     pub accepts: Accepts,
     /// The size of every connection's receive buffer in bytes, as the system rounds it; `None` is the system's default.
     pub receive_buffer: Option<usize>,
@@ -67,7 +67,7 @@ pub struct Plan {
     pub main: Reads,
     /// What is sent on main after the reads.
     pub says: Vec<u8>,
-    /// What becomes of main.
+    /// What happens to main then.
     pub then: Then,
     /// The same of every channel.
     pub channels: (Reads, Then),

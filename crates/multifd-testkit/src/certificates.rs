@@ -29,7 +29,7 @@ pub struct Subject<'a> {
     pub name: &'a str,
     /// Host names and IP addresses for which it is valid.
     pub hosts: &'a [&'a str],
-    /// Whether its time is over.
+    /// Whether its time has passed.
     pub expired: bool,
 }
 

@@ -124,7 +124,7 @@ impl Pattern {
             .try_for_each(|(page, bytes)| self.check(Origin { block, page, generation }, bytes))
     }
 
-    /// Recognises the contents of `page` from the word at byte `at` on.
+    /// Recognises the contents of `page` from byte `at` on.
     fn recognise(&self, page: &[u8], at: usize) -> Found {
         if page[at..].iter().all(|byte| *byte == 0) {
             return Found::Zeroes;
@@ -148,7 +148,7 @@ impl Pattern {
         mix(id ^ self.seed)
     }
 
-    /// The origin of the word at `index` of a page. The id leaves twelve bits zero, which distinguishes foreign words.
+    /// The origin of word number `index` of a page. The id leaves twelve bits zero, which distinguishes foreign words.
     fn origin(&self, word: u64, index: usize) -> Option<Origin> {
         let id = unmix(word.wrapping_sub((index as u64).wrapping_mul(STEP))) ^ self.seed;
         let small = |shift: u32| (id >> shift & SMALL_MASK) as u16;

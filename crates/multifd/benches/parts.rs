@@ -1,7 +1,7 @@
-//! Parts of the engine alone: `cargo xtask bench --micro`, or with a name only those that hold it.
+//! Measures parts of the engine: `cargo xtask bench --micro`, or with a name only those whose names contain it.
 //!
-//! The sending side is measured over links that take everything at once, so what is left is the engine's own: batches
-//! filled, handed over, their neighbours put together, heads written.
+//! The sending side is measured over links that accept everything at once. What remains is the engine's own work:
+//! filling batches, handing them over, combining adjacent pages, writing heads.
 
 use std::{hint::black_box, io, sync::Arc, time::Duration};
 
@@ -46,7 +46,7 @@ fn dirty_walk(c: &mut Criterion) {
     group.finish();
 }
 
-/// Pages that are zero, and pages whose first byte is not, out of the caches and out of memory.
+/// Pages that are zero, and pages whose first byte is not, in the caches and in memory.
 fn zero_test(c: &mut Criterion) {
     let mut group = c.benchmark_group("zero test");
     for (place, pages) in [("cache", PACKET), ("memory", 1 << 16)] {
@@ -88,7 +88,7 @@ fn heads(c: &mut Criterion) {
     group.finish();
 }
 
-/// A batch from the collector through a channel and back, its pages neighbours or not.
+/// A batch from the collector through a channel and back, with adjacent and scattered pages.
 fn hand_over(c: &mut Criterion) {
     let mut group = c.benchmark_group("hand-over of a packet");
     for (name, stride) in [("neighbours, one vector", 1), ("every second page, 128 vectors", 2)] {

@@ -1,4 +1,4 @@
-//! One session over TCP on this machine against its cipher alone, in turns; prints the medians.
+//! One session over TCP on this machine compared with its cipher alone, in turns; prints the medians.
 //!
 //! `cargo run --release -p multifd --features tls --example tls_rate`
 

@@ -11,7 +11,7 @@ use crate::{
 /// What is known about a page before it is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Its bytes travel.
+    /// Its bytes are sent.
     Normal,
     Zero,
     /// Unknown: the channel that carries the batch checks it.

@@ -317,7 +317,7 @@ impl fmt::Display for NotConverged {
     }
 }
 
-/// Bytes a second, for people.
+/// Bytes per second, as text for people.
 struct Rate(u64);
 
 impl fmt::Display for Rate {

@@ -1,11 +1,11 @@
-//! What blocks must be so that their pages can be sent.
+//! Checks that the pages of blocks can be sent.
 
 use crate::{
     error::{Result, Usage},
     ram::{Memory, RamBlock, RamBlocks},
 };
 
-/// The wire carries whole pages only.
+/// Refuses blocks that end inside a page: the wire carries only whole pages.
 ///
 /// # Errors
 /// [`Usage::PartialPage`] for the first block that ends inside a page.
@@ -19,10 +19,10 @@ pub(crate) fn check_whole_pages(blocks: &RamBlocks) -> Result<()> {
     Ok(())
 }
 
-/// To look at memory that may shrink, or to copy it, may end the process.
+/// Refuses memory that may shrink: reading or copying it may end the process.
 ///
 /// # Errors
-/// [`Usage::MayShrink`] for the first block that is sent and is such.
+/// [`Usage::MayShrink`] for the first such block that is sent.
 pub(crate) fn check_may_be_copied(blocks: &RamBlocks) -> Result<()> {
     let may_shrink = |block: &RamBlock| {
         !block.is_ignored() && matches!(block.memory(), Memory::Mapped(mapping) if mapping.may_shrink())

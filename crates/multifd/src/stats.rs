@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::wire::ChannelId;
 
-/// What one channel has carried.
+/// The counters of one channel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChannelStats {
     /// The channel.
     pub id: ChannelId,
     /// The number of packets, including SYNC packets, excluding the initial packet.
     pub packets: u64,
-    /// Pages whose bytes travelled.
+    /// Pages whose bytes were sent.
     pub normal: u64,
     /// Pages that were listed as zero.
     pub zero: u64,

@@ -245,7 +245,7 @@ impl Pending {
         self.receiver.arrived().expect("the blocks were announced")
     }
 
-    /// What each channel has brought.
+    /// The counters of each channel.
     pub fn channels(&self) -> Vec<ChannelStats> {
         self.receiver.stats()
     }
@@ -265,7 +265,7 @@ impl Pending {
         self.incoming.bytes()
     }
 
-    /// Checks a source without return path, which has given up its guest already: reads what the connection itself can
+    /// Checks a source without return path, which has dropped its guest already: reads what the connection itself can
     /// still report. For an `exec:` address, this is the exit status of the ended command. With a return path it does
     /// nothing.
     ///

@@ -75,12 +75,12 @@ enum Wanted {
 #[derive(Clone, Copy)]
 struct Device {
     size: u64,
-    /// Bytes a second.
+    /// Bytes per second.
     rate: u64,
     batches: u64,
 }
 
-/// How a machine does.
+/// The state of a machine.
 pub(crate) struct Health {
     pub(crate) batches: u64,
     pub(crate) wrong: Option<String>,
@@ -185,7 +185,7 @@ impl Machine {
         self.shared.want(Wanted::Run);
     }
 
-    /// How it does.
+    /// The state of the machine.
     pub(crate) fn health(&self) -> Health {
         let state = self.shared.lock();
         Health { batches: state.device.batches, wrong: state.wrong.clone(), times: state.times }

@@ -1,6 +1,6 @@
-//! The kernel's logs of what two vCPUs write.
+//! The kernel's logs of the writes of two vCPUs.
 //!
-//! UNSAFETY: memory slots are set to mappings that the blocks keep until the machine is gone.
+//! UNSAFETY: memory slots are set to mappings that the blocks keep until the machine is dropped.
 #![expect(unsafe_code, reason = "a virtual machine's memory")]
 
 use std::{
@@ -19,7 +19,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use super::{Forgetful, MILLION, follow, value, word};
 use crate::kit;
 
-/// Writes ebx to the first word of edx pages from edi on, then tells by an OUT.
+/// Writes ebx to the first word of edx pages from edi on, then exits with an OUT.
 const PROGRAM: [u8; 17] = [
     0x89, 0x1f, // mov [edi], ebx
     0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 4096
@@ -29,7 +29,7 @@ const PROGRAM: [u8; 17] = [
     0xf4, 0xf4, 0xf4, 0xf4, // hlt
 ];
 
-/// Guest-physical addresses: the program, and what the vCPUs write, in pages.
+/// Guest-physical addresses in pages: the program, and the pages that the vCPUs write.
 const CODE: u64 = 0xc000_0000;
 const AREAS: [(u64, BlockIndex, u64, u64); 3] = [
     (0, BlockIndex(0), 0, 2048),
@@ -48,7 +48,7 @@ struct Machine {
     _code: Mapping,
 }
 
-/// A machine whose blocks lie in three slots; with rings of so many entries, if told. `None` where there is no KVM.
+/// A machine whose blocks lie in three slots; with rings of `ring` entries, if given. `None` if there is no KVM.
 fn machine(ring: Option<u32>) -> Option<Machine> {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
@@ -126,7 +126,7 @@ fn vcpu(vm: &VmFd, id: u64) -> VcpuFd {
 }
 
 impl Machine {
-    /// Has the vCPUs write every page.
+    /// Makes the vCPUs write every page.
     fn write(&self, round: u64) {
         thread::scope(|scope| {
             scope.spawn(|| self.fill(0, &AREAS[..1], round));
@@ -207,8 +207,8 @@ fn a_million_writes_of_vcpus_are_found_with_manual_protection() {
     follow(&mut log, &machine.blocks, MILLION, |round| machine.write(round)).assert_whole();
 }
 
-/// The rings are far smaller than a round, so the vCPUs' threads drain them as well. The vCPUs leave the guest so often that
-/// no kernel can miss a ring that is full.
+/// The rings are far smaller than a round, so the vCPUs' threads drain them as well. The vCPUs leave the guest so often
+/// that no kernel can miss a full ring.
 #[test]
 fn a_million_writes_of_vcpus_are_found_in_their_rings() {
     let Some(mut machine) = machine(Some(1024)) else { return };
@@ -217,7 +217,7 @@ fn a_million_writes_of_vcpus_are_found_in_their_rings() {
     follow(&mut log, &machine.blocks, MILLION, |round| machine.write(round)).assert_whole();
 }
 
-/// Kernels that emulate the guest's instructions have been seen to let a vCPU overwrite its ring.
+/// Kernels that emulate the guest's instructions were observed to let a vCPU overwrite its ring.
 #[test]
 fn ring_that_runs_over_is_noticed_and_fails_the_take() {
     let Some(machine) = machine(Some(1024)) else { return };
@@ -240,7 +240,7 @@ fn ring_error(error: &io::Error) -> KvmRingError {
     *inner.unwrap_or_else(|| panic!("{error}"))
 }
 
-/// Its writes used to be in no log: there was no way to give its ring.
+/// Regression: its writes were in no log, because its ring could not be added.
 #[test]
 fn writes_of_a_vcpu_that_was_plugged_in_are_found_when_its_ring_is_added() {
     let Some(mut machine) = machine(Some(8192)) else { return };
@@ -255,7 +255,7 @@ fn writes_of_a_vcpu_that_was_plugged_in_are_found_when_its_ring_is_added() {
     machine.fill(2, &AREAS[2..], 5);
     assert_eq!(taken(&mut log, &machine.blocks), [0, 101]);
 
-    // One that has run before it is added is found as well.
+    // A vCPU that has run before it is added is found as well.
     let late = vcpu(&machine.vm, 9);
     let regs = kvm_regs { rip: CODE, rflags: 2, rbx: 1, rdi: AREAS[1].0, rdx: 50, ..Default::default() };
     late.set_regs(&regs).expect("registers");
@@ -269,7 +269,7 @@ fn writes_of_a_vcpu_that_was_plugged_in_are_found_when_its_ring_is_added() {
     assert_eq!(ring_error(&twice), KvmRingError::Twice { vcpu: 9 });
 }
 
-/// A ring mapped longer than it is was the end of the process, and a shorter one was read at wrong places.
+/// Regression: a ring mapped too long ended the process, and one mapped too short was read at wrong positions.
 #[test]
 fn ring_size_of_another_machine_is_refused() {
     let Some(machine) = machine(Some(1024)) else { return };

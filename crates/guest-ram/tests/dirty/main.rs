@@ -1,8 +1,8 @@
-//! A dirty log finds every write.
+//! Tests that a dirty log finds every write.
 //!
-//! Rounds of writes, in each every page once, while the log is taken again and again and each page that it names is
-//! copied. When a round's writes are over, the log is taken once more; then every copy must be what the page holds. So
-//! each of a million writes is looked at by itself: one that the log loses leaves one old copy.
+//! In each round, every page is written once, while the log is taken again and again and each reported page is copied.
+//! After a round's writes, the log is taken once more; then every copy must equal its page. So each of a million writes
+//! is checked by itself: a lost write leaves one old copy.
 
 #[cfg(all(test, feature = "vm-memory"))]
 mod atomic_bitmap;
@@ -26,9 +26,9 @@ use guest_ram::{
 /// How it went.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// Writes, each to a page of its own in its round.
+    /// The number of writes, each to a different page in its round.
     pub(crate) writes: u64,
-    /// Pages whose copy was old at the end of a round.
+    /// The number of pages whose copy was old at the end of a round.
     pub(crate) lost: u64,
     /// Takes during the writes.
     takes: u64,
@@ -37,8 +37,8 @@ pub(crate) struct Found {
 }
 
 impl Found {
-    /// Nothing was lost, and the log was under load: many pages were found while others were being written. How many is
-    /// up to the system, which may let one side run alone for a while.
+    /// Asserts that nothing was lost, and that the log was under load: many pages were found while others were written.
+    /// The system decides how many, because it may let one side run alone for a while.
     pub(crate) fn assert_whole(&self) {
         assert_eq!(self.lost, 0, "{self:?}");
         assert!(self.takes > 100, "the log was hardly asked: {self:?}");
@@ -48,7 +48,7 @@ impl Found {
 
 /// The value of a page's first word in a round.
 pub(crate) fn word(round: u64) -> [u8; 8] {
-    // Lowest byte first, as a processor writes it that tests have a guest for.
+    // Lowest byte first, as the processors that tests have a guest for write it.
     value(round).swap_bytes().to_be_bytes()
 }
 
@@ -57,7 +57,7 @@ pub(crate) fn value(round: u64) -> u64 {
     round + 1
 }
 
-/// Runs rounds until `writes` have been done, at least. `write` is to write [`word`] to the first bytes of every page.
+/// Runs rounds until at least `writes` writes are done. `write` must write [`word`] to the first bytes of every page.
 pub(crate) fn follow(
     log: &mut dyn DirtyLog,
     blocks: &RamBlocks,
@@ -69,7 +69,7 @@ pub(crate) fn follow(
         blocks.iter().map(|(_, block)| vec![[0; 8]; usize::try_from(block.pages()).expect("few")]).collect();
     let pending: Vec<PageBitmap> = blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
     let mut found = Found { writes: 0, lost: 0, takes: 0, early: 0 };
-    // What the log has from before the first write.
+    // Bits from before the first write.
     take(log, blocks, &pending, &mut copies);
     for round in 0..writes.div_ceil(pages) {
         let done = AtomicBool::new(false);
@@ -90,7 +90,7 @@ pub(crate) fn follow(
     found
 }
 
-/// Takes the log and copies the pages it names; says how many.
+/// Takes the log and copies the pages it reports; returns their number.
 fn take(
     log: &mut dyn DirtyLog,
     blocks: &RamBlocks,
@@ -120,7 +120,7 @@ fn first_word(block: &RamBlock, page: PageIndex) -> [u8; 8] {
     word
 }
 
-/// A log that keeps one bit for itself: the `which`th that it takes.
+/// A log that loses one bit: number `which` of those that it takes.
 pub(crate) struct Forgetful<L> {
     pub(crate) log: L,
     pub(crate) which: AtomicU64,
@@ -150,14 +150,14 @@ impl<L: DirtyLog> DirtyLog for Forgetful<L> {
     }
 }
 
-/// Writes of a round by two threads, each page by one of them: what a write is, `write` says.
+/// Writes a round with two threads, each page by one of them, through `write`.
 pub(crate) fn by_two_threads(blocks: &RamBlocks, write: impl Fn(BlockIndex, PageIndex) + Sync) {
     thread::scope(|scope| {
         for half in 0..2 {
             let write = &write;
             scope.spawn(move || {
                 for (index, block) in blocks.iter() {
-                    // A stride without a common factor goes everywhere once, and not in order.
+                    // A stride without a common factor reaches every page once, not in order.
                     let count = block.pages();
                     for at in (half..count).step_by(2) {
                         write(index, PageIndex(at * 7919 % count));

@@ -1,4 +1,4 @@
-//! Bitmaps that the writers mark, alone and merged.
+//! Bitmaps that writers mark, alone and merged.
 
 use std::sync::Arc;
 

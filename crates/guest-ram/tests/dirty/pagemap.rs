@@ -1,6 +1,6 @@
-//! The kernel's logs of a process's own memory: nobody marks, and every write is found.
+//! The kernel's logs of a process's own memory: no writer marks, and every write is found.
 //!
-//! UNSAFETY: memory is mapped anew where a block has it, which no writer touches meanwhile.
+//! UNSAFETY: memory is mapped again over a block's, which no writer touches meanwhile.
 #![expect(unsafe_code, reason = "memory is mapped anew")]
 
 use std::{
@@ -25,7 +25,7 @@ use rustix::{
 use super::{Forgetful, MILLION, by_two_threads, first_word, follow, word};
 use crate::kit;
 
-/// A log of `blocks`, where the kernel has that.
+/// A log of `blocks`; `None` if the kernel does not support it.
 fn log(blocks: &Arc<RamBlocks>) -> Option<PagemapLog> {
     match PagemapLog::start(blocks.clone()) {
         Ok(log) => Some(log),
@@ -80,7 +80,7 @@ fn a_million_writes_to_private_memory_are_found_though_nobody_marks() {
     }
 }
 
-/// Which the kernel may have in huge pages, then, and takes apart.
+/// Memory that the kernel may then have in huge pages, which it splits.
 #[test]
 fn a_million_writes_to_memory_that_was_written_before_are_found() {
     let blocks = private();
@@ -144,7 +144,7 @@ fn one_write_lost_behind_the_page_table_is_noticed() {
     assert_eq!(found.lost, 1, "{found:?}");
 }
 
-/// A device in another process, or one that holds pages by address: here a second mapping of the same memory.
+/// A device in another process, or one that writes by physical address: here a second mapping of the same memory.
 #[test]
 fn writes_past_the_page_table_are_found_if_they_are_marked_in_a_merged_log() {
     let file = memfd(MemfdFlags::empty(), 4096 << 12);
@@ -168,7 +168,7 @@ fn writes_past_the_page_table_are_found_if_they_are_marked_in_a_merged_log() {
     found.assert_whole();
 }
 
-/// The kernel writes into protected memory without asking anybody, and it is noted.
+/// The kernel itself writes into protected memory, and the log contains it.
 #[test]
 fn what_a_system_call_writes_is_found() {
     let blocks = private();
@@ -176,7 +176,7 @@ fn what_a_system_call_writes_is_found() {
     let file = tempfile::tempfile().expect("a file");
     file.write_all_at(&[7; 3 << 12], 0).expect("written");
     let target = blocks.block(BlockIndex(0)).expect("there").slice(PageIndex(10), 3).expect("there");
-    // SAFETY: the slice is writable and as long as told; nobody else looks at it.
+    // SAFETY: the slice is writable and as long as passed; nobody else accesses it.
     let read =
         unsafe { libc::pread(std::os::fd::AsRawFd::as_raw_fd(&file), target.as_ptr().cast(), 3 << 12, 0) };
     assert_eq!(read, 3 << 12, "{}", io::Error::last_os_error());
@@ -250,7 +250,7 @@ fn a_log_that_was_dropped_is_off_and_the_next_begins_anew() {
     }
 }
 
-/// The second one would share the bit of a host page with what stands before it.
+/// The second one would share the bit of a host page with the memory before it.
 #[test]
 fn block_that_starts_inside_a_host_page_is_refused_by_name_and_no_other_stays_protected() {
     let memory = Mapping::anonymous(3 << 12).expect("memory");
@@ -279,7 +279,7 @@ fn block_that_starts_inside_a_host_page_is_refused_by_name_and_no_other_stays_pr
 
 #[test]
 fn memory_that_cannot_be_protected_is_refused_by_the_block_s_name() {
-    /// What `mmap` knows as `MAP_DROPPABLE`: memory that the system may take back (Linux 6.11).
+    /// `mmap`'s `MAP_DROPPABLE`: memory that the system may reclaim (Linux 6.11).
     const DROPPABLE: u32 = 0x08;
     let flags = MapFlags::from_bits_retain(DROPPABLE);
     // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
@@ -302,7 +302,8 @@ fn memory_mapped_anew_under_the_log_fails_the_take_by_name_and_counts_as_written
     let Some(mut log) = log(&blocks) else { return };
     let pages = blocks.block(BlockIndex(1)).expect("there").slice(PageIndex(50), 2).expect("there");
     let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-    // SAFETY: the range is the block's, nobody is using it, and what is there now is as good to read and to write.
+    // SAFETY: the range is the block's, nobody is using it, and what is mapped now is as readable and writable as
+    // before.
     unsafe { mmap_anonymous(pages.as_ptr().cast(), pages.len(), ProtFlags::READ | ProtFlags::WRITE, flags) }
         .expect("mapped anew");
     let into = PageBitmap::new(101);
@@ -316,14 +317,14 @@ fn memory_mapped_anew_under_the_log_fails_the_take_by_name_and_counts_as_written
     assert_eq!(taken(&mut log, &blocks, 0), [1], "the others are as they were");
 }
 
-/// The system lets nobody but root handle faults of the kernel by default; this log does not ask for that.
+/// By default only root may handle faults of the kernel; this log does not need that.
 #[test]
 fn a_process_without_privileges_finds_its_writes() {
     if !rustix::process::geteuid().is_root() {
-        // The other tests have shown it.
+        // The other tests cover this case.
         return;
     }
-    // By this name the program is found whatever folders may not be entered.
+    // This name finds the program even if its folders are not accessible.
     let mut child = Command::new("/proc/self/exe");
     let names = [
         "pagemap::a_million_writes_to_private_memory_are_found_though_nobody_marks",
@@ -342,8 +343,8 @@ fn a_process_without_privileges_finds_its_writes() {
 const NONE: [u64; 0] = [];
 const NOBODY: u32 = 65_534;
 
-/// Where the kernel has such bits, every write is found, with the writers held for each take; where it has not, it
-/// says so.
+/// If the kernel has such bits, every write is found, with the writers paused for each take. If not, the log is
+/// refused.
 #[test]
 fn soft_dirty_bits_find_a_million_writes_or_are_refused() {
     let blocks = private();

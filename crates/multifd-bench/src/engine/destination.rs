@@ -27,19 +27,19 @@ pub(crate) struct DestinationArgs {
     /// The folder with certificates, for TLS
     #[arg(long)]
     tls: Option<PathBuf>,
-    /// What the block of RAM must hold
+    /// Expected contents of the block of RAM
     #[arg(long, value_enum)]
     contents: Option<Contents>,
-    /// By sockets alone, over so many
+    /// Receive with sockets only, over this number of connections
     #[arg(long)]
     raw: Option<u8>,
-    /// Out of this mapped-ram file, when it is told to
+    /// Load this mapped-ram file on command
     #[arg(long)]
     file: Option<PathBuf>,
-    /// By so many channels, out of a file
+    /// Number of channels for loading a file
     #[arg(long, default_value_t = 4)]
     channels: u8,
-    /// Bytes of RAM that come by sockets alone
+    /// Bytes of RAM to receive with sockets only
     #[arg(long, default_value_t = 1 << 30)]
     ram: u64,
     /// Where to listen

@@ -3,7 +3,7 @@
 //! This was tried for the engine and was slower, so it lives here: see `docs/develop/performance.md`.
 //!
 //! UNSAFETY: the system is given the address of guest memory. It takes references to the pages, so they outlive the
-//! call whatever becomes of the mapping; nobody writes to this memory meanwhile.
+//! call even if the mapping is removed; nothing writes to this memory in the meantime.
 #![expect(unsafe_code, reason = "the safe crates take slices, and guest memory is none")]
 
 use std::{

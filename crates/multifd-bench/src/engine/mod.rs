@@ -40,7 +40,7 @@ pub(crate) struct Go {
 /// How a file is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct IntoFile {
-    /// Past the page cache.
+    /// With direct I/O.
     pub(crate) direct_io: bool,
     /// Whether the file must be on the disk at the end.
     pub(crate) synced: bool,

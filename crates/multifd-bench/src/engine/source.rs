@@ -39,7 +39,7 @@ pub(crate) struct SourceArgs {
     /// Bytes of RAM
     #[arg(long, default_value_t = 1 << 30)]
     ram: u64,
-    /// What RAM holds
+    /// Contents of RAM
     #[arg(long, value_enum, default_value_t = Contents::Nonzero)]
     contents: Contents,
     /// By sockets alone

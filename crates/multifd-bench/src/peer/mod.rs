@@ -35,7 +35,7 @@ pub(crate) struct Setting {
     pub(crate) cold: bool,
 }
 
-/// What one round took.
+/// The cost of one round.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sample {
     pub(crate) seconds: f64,

@@ -230,6 +230,6 @@ impl Destination for QemuDestination {
     }
 }
 
-/// At a time.
+/// Bytes read or written at once.
 const PIECE: usize = 1 << 20;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);

@@ -176,7 +176,7 @@ pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Bytes a second.
+/// Bytes per second.
 pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes")]
     {

@@ -31,7 +31,7 @@ pub(super) fn credentials(args: &ReceiveArgs) -> Result<Option<ServerCredentials
     credentials.map(Some).map_err(|error| While::new("cannot set TLS up", error))
 }
 
-/// What takes connections from `listener`.
+/// The listener that wraps `listener`.
 pub(super) fn listen(credentials: Option<ServerCredentials>, listener: Listener) -> Box<dyn Listen> {
     match credentials {
         Some(credentials) => Box::new(TlsListener::new(Box::new(listener), credentials)),

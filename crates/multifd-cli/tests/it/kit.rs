@@ -1,7 +1,7 @@
-//! The program as a child process, and machines for it to talk to.
+//! The program as a child process, and machines as its peers.
 //!
-//! Every wait has an end, and every process is killed when its handle is dropped: a test that fails leaves
-//! nothing running, and neither does a run that is killed.
+//! Every wait has a limit, and every process is killed when its handle is dropped: a test that fails leaves nothing
+//! running, and neither does a run that is killed.
 
 use std::{
     ffi::OsStr,
@@ -40,7 +40,7 @@ pub(crate) struct Program {
 /// The program, ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// `None` if a signal has killed it.
+    /// The exit code; `None` if a signal has killed it.
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
@@ -53,7 +53,7 @@ pub(crate) fn multifd<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -
     command
 }
 
-/// The program with these arguments, started where `script` has changed something for it: the limits of a shell, the
+/// The program with these arguments, started after `script` has changed its environment: the limits of a shell, the
 /// mounts of a namespace.
 pub(crate) fn multifd_in(launcher: &[&str], script: &str, arguments: &[&str]) -> Command {
     let shell = ["sh", "-c", &format!("{script} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_multifd")];
@@ -74,12 +74,12 @@ pub(crate) fn feed(options: &[&str], file: &Path, address: &str) -> Program {
 }
 
 impl Program {
-    /// Starts it, and collects what it says. Takes the command: nothing is left in it.
+    /// Starts it, and collects its output. The command's contents are moved out.
     pub(crate) fn start(command: &mut Command) -> Self {
         Self::start_with_output(command, Stdio::piped())
     }
 
-    /// Starts it with its standard output elsewhere.
+    /// Starts it with a different standard output.
     pub(crate) fn start_with_output(command: &mut Command, output: impl Into<Stdio>) -> Self {
         command.stdout(output).stderr(Stdio::piped());
         let mut child = child::spawn(command).expect("the program");
@@ -97,7 +97,7 @@ impl Program {
             let mut text = String::new();
             let mut start = 0;
             while err.read_line(&mut text).expect("standard error is text") > 0 {
-                // Nobody may be listening any more.
+                // The receiver may have been dropped.
                 let _ = line.send(text[start..].trim_end_matches('\n').to_owned());
                 start = text.len();
             }
@@ -106,7 +106,7 @@ impl Program {
         Self { child, stdout: Some(stdout), stderr: Some(stderr), lines }
     }
 
-    /// `multifd receive OPTIONS LISTEN FILE`, and where it listens.
+    /// `multifd receive OPTIONS LISTEN FILE`, and its address.
     pub(crate) fn receive(options: &[&str], listen: &str, file: &Path) -> (Self, String) {
         let mut command = multifd(["receive"]);
         let program = Self::start(command.args(options).arg(listen).arg(file));
@@ -135,7 +135,7 @@ impl Program {
         rustix::process::kill_process(self.pid(), signal).expect("the program is there");
     }
 
-    /// Lets it write files of no more than `bytes`.
+    /// Limits the size of its files to `bytes`.
     pub(crate) fn limit_file_size(&self, bytes: u64) {
         let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
         rustix::process::prlimit(Some(self.pid()), Resource::Fsize, limit).expect("limit the program");
@@ -154,7 +154,7 @@ impl Program {
                 return self.ended(status);
             }
             if start.elapsed() >= patience {
-                // What it says is known only when it is gone.
+                // Its output is complete only after its end.
                 self.child.kill().expect("kill the program");
                 let status = self.child.wait().expect("wait for the program");
                 panic!("the program did not end within {patience:?}: {:?}", self.ended(status));
@@ -180,7 +180,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // Gone already in most cases; then there is nothing to end.
+        // In most cases it has ended already; then there is nothing to end.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -193,7 +193,7 @@ impl Ended {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
-    /// Asserts that it failed, and that standard error tells all of this.
+    /// Asserts that it failed, and that standard error contains all of these texts.
     #[track_caller]
     pub(crate) fn assert_failed(&self, code: i32, told: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:?}");
@@ -204,7 +204,7 @@ impl Ended {
     }
 }
 
-/// A folder of the test's own.
+/// A folder for this test.
 pub(crate) fn folder() -> TempDir {
     tempfile::Builder::new().prefix("multifd-it-").tempdir().expect("a temporary folder")
 }
@@ -218,7 +218,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// The folder holds this and nothing else.
+/// Asserts that the folder contains exactly this.
 #[track_caller]
 pub(crate) fn assert_left(folder: &TempDir, expected: &[&str]) {
     assert_eq!(names(folder.path()), expected);
@@ -251,12 +251,12 @@ pub(crate) fn source(builder: VmBuilder) -> Result<Vm, Error> {
     Ok(vm)
 }
 
-/// Sets a source up for many passes: what its guest rewrites takes longer than the downtime allowed.
+/// Sets a source up for many passes: sending what its guest rewrites takes longer than the downtime limit.
 pub(crate) fn slow(source: &mut Vm) -> Result<(), Error> {
     source.set_parameters(json!({ "max-bandwidth": 20_000_000, "downtime-limit": 20 }))
 }
 
-/// Lets it come to an end.
+/// Lets it complete.
 pub(crate) fn fast(source: &mut Vm) -> Result<(), Error> {
     source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))
 }
@@ -272,18 +272,18 @@ pub(crate) fn migrate_live(source: &mut Vm, address: &str, passes: u64) -> Resul
     Ok(told)
 }
 
-/// Migrates in one go.
+/// Migrates in one pass.
 pub(crate) fn migrate(source: &mut Vm, address: &str) -> Result<Value, Error> {
     fast(source)?;
     source.migrate(address)?;
     source.wait_migration("completed", PATIENCE)
 }
 
-/// A source goes: running, in at least so many passes, or stopped. Says what was in its memory when it was stopped.
+/// Migrates a source: running, in at least `passes` passes, or stopped. Returns its memory at the stop.
 pub(crate) fn leave(source: &mut Vm, address: &str, passes: Option<u64>) -> Result<Vec<u8>, Error> {
     if let Some(passes) = passes {
         migrate_live(source, address, passes)?;
-        // It stands since the switchover.
+        // It is stopped since the switchover.
         return memory(source);
     }
     source.stop()?;
@@ -302,7 +302,7 @@ pub(crate) fn file_uri_at(path: &Path, offset: u64) -> String {
     format!("file:{},offset={offset:#x}", path.display())
 }
 
-/// Waits until a guest that was running when it left has checked all it brought to `destination`.
+/// Waits until a guest that was running when it left has checked all of its memory at `destination`.
 pub(crate) fn runs_on(source: &Vm, destination: &mut Vm) -> Result<(), Error> {
     let at = source.round()?.unwrap_or_default();
     destination.wait_run_state("running", PATIENCE)?;
@@ -329,7 +329,7 @@ pub(crate) fn memory(vm: &mut Vm) -> Result<Vec<u8>, Error> {
     vm.pmemsave(0, MEMORY)
 }
 
-/// The first page where two memories differ, the places left out where a processor does not see RAM.
+/// The first page in which two memories differ, except where a processor does not see RAM.
 pub(crate) fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
     assert_eq!(one.len(), other.len());
     let pages = one.chunks(PAGE).zip(other.chunks(PAGE)).enumerate();
@@ -354,7 +354,7 @@ pub(crate) fn stored_block(file: &Path, name: &str) -> Vec<u8> {
     stored_block_at(file, 0, name)
 }
 
-/// The same: pages that are not present are zero.
+/// The same; pages that are not present are zero.
 fn stored_block_at(file: &Path, offset: u64, name: &str) -> Vec<u8> {
     let file = MappedRamFile::open(File::open(file).expect("the file"), offset).expect("a whole file");
     let (index, entry) =
@@ -371,7 +371,7 @@ fn stored_block_at(file: &Path, offset: u64, name: &str) -> Vec<u8> {
     memory
 }
 
-/// Makes a file of a machine without QEMU: one block of this many bytes, every page of it present and different.
+/// Makes a file of a machine without QEMU: one block of this many bytes, every page present and different.
 pub(crate) fn captured(folder: &TempDir, bytes: u64) -> PathBuf {
     let path = path(folder, "captured");
     let file = File::create_new(&path).expect("a new file");

@@ -1,4 +1,4 @@
-//! The program as its users meet it: a process, started with arguments, at either end of real migrations.
+//! The program as users run it: a process, started with arguments, at either end of real migrations.
 
 #[cfg(test)]
 mod interop;

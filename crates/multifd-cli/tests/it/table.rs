@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-/// A row of the table of parameters that apply.
+/// A row of the table of supported parameters.
 #[derive(Debug)]
 pub(crate) struct Parameter {
     pub(crate) name: String,
@@ -14,7 +14,7 @@ pub(crate) struct Parameter {
     pub(crate) library: Vec<Place>,
 }
 
-/// A verb or a struct where a parameter is.
+/// A verb or a struct that has a parameter.
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) name: String,
@@ -25,7 +25,7 @@ pub(crate) struct Place {
 /// The values a parameter takes.
 #[derive(Clone, Debug)]
 pub(crate) enum Range {
-    /// Whole numbers, both ends included, and words beside.
+    /// Whole numbers, both ends included, and words in addition.
     Numbers(u64, u64, Vec<String>),
     Words(Vec<String>),
     Text,
@@ -50,7 +50,7 @@ impl Range {
         }
     }
 
-    /// Values that are taken, and values that are not.
+    /// Values that are accepted, and values that are not.
     pub(crate) fn samples(&self) -> (Vec<String>, Vec<String>) {
         match self {
             Self::Numbers(least, most, words) => {
@@ -98,7 +98,7 @@ pub(crate) fn rows(heading: &str) -> Vec<Vec<String>> {
     table.skip(2).map(cells).collect()
 }
 
-/// Places as `VERB DEFAULT (RANGE)`, with `;` between; a default that is not QEMU's stands in brackets.
+/// Places as `VERB DEFAULT (RANGE)`, separated by `;`. A default that is not QEMU's is written in brackets.
 fn places(text: &str, range: &Range) -> Vec<Place> {
     let places = text.split(';').map(str::trim).filter(|place| !place.is_empty());
     places

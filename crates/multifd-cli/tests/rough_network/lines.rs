@@ -1,4 +1,4 @@
-//! What a line does, and what becomes of a migration over it.
+//! Lines with different faults, and the result of a migration over each.
 
 use std::{
     path::PathBuf,
@@ -15,14 +15,14 @@ use tempfile::TempDir;
 use crate::kit::{Ended, Program, assert_left, captured, folder, multifd_in, path, stored_memory};
 
 const MIB: u64 = 1 << 20;
-/// For a good end, however busy this machine is.
+/// The time limit of a successful end, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(200);
-/// A host that has gone is noticed after 120 s at most, one that does nothing after 150 s, a busy machine considered.
+/// A lost host is noticed after at most 120 s, an inactive one after 150 s; with a margin for a busy machine.
 const NOTICED: Duration = Duration::from_secs(180);
-/// A line that is slow enough to be pulled in the middle.
+/// A line that is slow enough to be disconnected in the middle.
 const SLOW: u64 = 50_000_000;
 
-/// A machine in a file at near, and both programs under way.
+/// A machine in a file at near, and both programs running.
 struct Move {
     network: Network,
     folder: TempDir,
@@ -33,7 +33,7 @@ struct Move {
 }
 
 impl Move {
-    /// `None` where there are no two hosts.
+    /// `None` if two hosts cannot be created.
     fn start(line: &Line, bytes: u64, tls: bool) -> Option<Self> {
         let network = Network::new(line)?;
         let folder = folder();
@@ -59,7 +59,7 @@ impl Move {
         Some(Self { network, folder, from, to, send, receive })
     }
 
-    /// Both end well, and the file is the same. Says what the line has done.
+    /// Asserts that both succeed and that the file is the same. Returns what the line has done.
     fn arrives(self) -> [Carried; 2] {
         let start = Instant::now();
         let sent = self.send.end_within(PATIENCE);
@@ -71,7 +71,7 @@ impl Move {
         carried
     }
 
-    /// Waits until it is in the middle, and pulls the line.
+    /// Waits until it is in the middle, and disconnects the line.
     fn pulled(self) -> Self {
         assert!(self.network.wait_carried(4 * MIB, PATIENCE), "{:?}", self.network.carried());
         self.network.pull();
@@ -85,7 +85,7 @@ fn start(launcher: &[String], arguments: &[String]) -> Program {
     Program::start(&mut multifd_in(&launcher, "true", &arguments))
 }
 
-/// Plain and encrypted, and the line has done something to both directions. Says how long each took.
+/// Plain and encrypted; the line must have affected both directions. Returns the duration of each.
 fn arrives_over(line: &Line, bytes: u64, did: fn(&Carried) -> u64) -> Option<[Duration; 2]> {
     let took = |tls| {
         let start = Instant::now();
@@ -149,7 +149,7 @@ fn ram_is_equal_when_the_line_was_pulled_for_1_s() {
     }
 }
 
-/// What either end says when the line was cut for long: nothing from the other host, or what that has left undone.
+/// What either end prints when the line was disconnected for long: no answer from the other host, or the pending step.
 const GONE: [&str; 7] = [
     "the host has not answered for ",
     "Connection timed out",
@@ -160,14 +160,14 @@ const GONE: [&str; 7] = [
     "stream ends where ",
 ];
 
-/// It has failed, for want of the other side, and says so.
+/// Asserts that it has failed because of the other side, and says so.
 #[track_caller]
 fn assert_gone(ended: &Ended, told: &str) {
     ended.assert_failed(1, &[told, "because: "]);
     assert!(GONE.iter().any(|words| ended.stderr.contains(words)), "expected one of {GONE:?}: {ended:?}");
 }
 
-/// Ends both, and says how, and how long after the line was pulled.
+/// Ends both. Returns their results and the time since the line was disconnected.
 fn ends_of(send: Program, receive: Program, pulled: Instant) -> [Ended; 2] {
     let end = |program: Program| {
         let ended = program.end_within(NOTICED.saturating_sub(pulled.elapsed()));
@@ -185,8 +185,8 @@ fn ends_of(send: Program, receive: Program, pulled: Instant) -> [Ended; 2] {
     })
 }
 
-/// The programs give a host up that has not answered for 90 s. Where the system cannot bound the time between two tries of
-/// TCP, these come later than that.
+/// The programs fail if a host has not answered for 90 s. If the system cannot bound the interval between two attempts
+/// of TCP, these come later than that.
 fn pulled_for_a_minute(tls: bool) {
     let line = Line { rate: Some(SLOW), ..Line::default() };
     let Some(moving) = Move::start(&line, 32 * MIB, tls) else { return };

@@ -1,11 +1,11 @@
-//! `multifd send` to `multifd receive` from host to host, over a line that is rough: what arrives is what was sent, or both
-//! say in time why it has not.
+//! `multifd send` to `multifd receive` from host to host, over an unreliable line: the file arrives unchanged, or both
+//! print in time why it did not.
 //!
 //! ```text
 //!   near: multifd send ══ 1 + 4 TCP connections, plain or TLS, through the kernel's TUN devices ══ far: multifd receive
 //! ```
 //!
-//! What needs two hosts is skipped, and listed, where this machine does not let us have them.
+//! Tests that need two hosts are skipped and listed if this machine cannot create them.
 
 #[cfg(test)]
 #[expect(dead_code, reason = "a part of what the program's other tests need")]

@@ -1,11 +1,11 @@
-//! Runs the models of the engine; they stand beside the code, in `model.rs` of its folders.
+//! Runs the models of the engine, which are next to the code, in `model.rs` of its folders.
 //!
-//! The schedules are drawn from a fixed seed, so a failure comes again; how often each model is run is what takes one
+//! The schedules are drawn from a fixed seed, so a failure is reproducible. Each model runs so often that it takes one
 //! to a few seconds.
 
 #![cfg(test)]
 
-/// A test for each model: its name, and under how many schedules it is run.
+/// A test for each model: its name, and the number of schedules.
 macro_rules! models {
     ($folder:ident: $($name:ident $times:literal,)*) => {
         mod $folder {
@@ -62,7 +62,7 @@ models! { recv:
     a_sync_whose_channel_sends_nothing_gives_up 4_000,
 }
 
-/// Small enough for every schedule there is.
+/// Small enough for every possible schedule.
 #[test]
 fn the_seal_meets_the_mark_in_every_order() {
     let schedules = multifd_models::model::exhaust(multifd_models::model::recv::the_seal_meets_the_mark);

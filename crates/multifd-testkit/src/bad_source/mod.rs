@@ -22,7 +22,7 @@ pub enum On {
     Main,
     /// The channel at this position in the script. This is its id unless the script changes it.
     Channel(u8),
-    /// Anybody else.
+    /// A foreign connection.
     Stranger(u16),
 }
 
@@ -48,9 +48,9 @@ pub enum Act {
 pub struct Step {
     /// `connect`, `initial`, `header`, `commands`, `start`, `pages`, `sync`, `part`, `end`, `devices`, `shut`, `close`.
     pub name: &'static str,
-    /// Where it is done.
+    /// The connection on which it is done.
     pub on: On,
-    /// What is done.
+    /// The action.
     pub act: Act,
 }
 
@@ -71,7 +71,7 @@ impl Default for Shape {
     }
 }
 
-/// A row of steps.
+/// A sequence of steps.
 #[derive(Clone, Debug)]
 pub struct Script {
     /// The steps, in the order in which they are done.

@@ -60,7 +60,7 @@ impl Network {
         &self.near
     }
 
-    /// The other one.
+    /// The other host.
     pub fn far(&self) -> &Host {
         &self.far
     }
@@ -70,7 +70,7 @@ impl Network {
         self.relay.plug(false);
     }
 
-    /// Plugs it in again.
+    /// Connects it again.
     pub fn plug(&self) {
         self.relay.plug(true);
     }
@@ -156,5 +156,5 @@ fn ip(arguments: &str) -> io::Result<()> {
 const NEAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const FAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const DEVICE: &str = "rough";
-/// That of an Ethernet.
+/// The MTU of an Ethernet.
 const MTU: usize = 1500;

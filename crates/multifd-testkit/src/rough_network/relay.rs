@@ -75,7 +75,7 @@ struct Shared {
     plugged: AtomicBool,
     carried: Mutex<[Carried; 2]>,
     changed: Condvar,
-    /// Readable when all is over.
+    /// Readable at the end.
     end: OwnedFd,
 }
 

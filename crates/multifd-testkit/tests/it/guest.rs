@@ -43,7 +43,7 @@ fn stopped_guest_holds_what_it_was_told_to_write() {
     assert!(untouched.iter().all(|byte| *byte == 0));
 }
 
-/// Saves a guest that stands still to a file, changes one byte of it there, and lets it run on from the file.
+/// Saves a stopped guest to a file, changes one byte of it there, and resumes it from the file.
 fn run_on_with_a_changed_byte(guest: &Guest, address: u64) -> Vm {
     let qemu = Qemu::v10_0().unwrap();
     let mut source = qemu.vm().guest(guest).start().unwrap();
@@ -55,7 +55,7 @@ fn run_on_with_a_changed_byte(guest: &Guest, address: u64) -> Vm {
     source.wait_migration("completed", PATIENCE).unwrap();
 
     let mut bytes = fs::read(&path).unwrap();
-    // The block's entry: name, used length, and 20 bytes into its header where its pages are.
+    // The block's entry: name and used length; the position of its pages is 20 bytes into its header.
     let name = b"\x06pc.ram";
     let entry = bytes.windows(name.len()).position(|window| window == name).unwrap();
     let field = &bytes[entry + name.len() + 8 + 20..][..8];

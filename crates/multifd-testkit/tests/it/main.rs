@@ -1,4 +1,4 @@
-//! The kit's own promises, kept with real QEMUs: what it tells about migrations can be believed, and it leaves nothing.
+//! Tests of the kit itself with real QEMUs: what it reports about migrations is right, and it leaves nothing behind.
 
 #[cfg(test)]
 mod guest;

@@ -1,16 +1,16 @@
-//! A guest moves from one QEMU to another and finds its memory as it left it: so the kit tells no lies about
-//! migrations that are known to work.
+//! A guest moves from one QEMU to another and finds its memory unchanged: the kit reports success for migrations that
+//! are known to work.
 
 use multifd_testkit::guest::Guest;
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
 use serde_json::{Value, json};
 
-/// Moves a running guest and lets it go on; says what the source told of it.
+/// Moves a running guest and continues it; returns what the source reported.
 fn live(from: &Qemu, to: &Qemu, channels: u8, listen: &str) -> Result<Value, Error> {
     live_in_passes(from, to, channels, listen, 2)
 }
 
-/// The same, in at least so many passes.
+/// The same, in at least `passes` passes.
 fn live_in_passes(from: &Qemu, to: &Qemu, channels: u8, listen: &str, passes: u64) -> Result<Value, Error> {
     let guest = Guest::new();
     let vm = |qemu: &Qemu| qemu.vm().machine(&from.machine()).guest(&guest);
@@ -20,7 +20,7 @@ fn live_in_passes(from: &Qemu, to: &Qemu, channels: u8, listen: &str, passes: u6
         vm.set_multifd_channels(channels)?;
     }
     if passes > 2 {
-        // What the guest rewrites in a pass takes longer than the downtime allowed.
+        // Sending what the guest rewrites in a pass takes longer than the downtime limit.
         source.set_parameters(json!({ "max-bandwidth": 60_000_000, "downtime-limit": 50 }))?;
     } else {
         source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
@@ -35,7 +35,7 @@ fn live_in_passes(from: &Qemu, to: &Qemu, channels: u8, listen: &str, passes: u6
     destination.wait_migration("completed", PATIENCE)?;
 
     let at = source.round()?.unwrap_or_default();
-    // More rounds than it takes to look at every filled page once.
+    // More rounds than needed to check every filled page once.
     destination.wait_round(at + 40, PATIENCE)?;
     Ok(told)
 }

@@ -1,4 +1,4 @@
-//! A run that is killed leaves no process behind. The run is this binary again, doing one thing.
+//! A killed test run leaves no process behind. The run is this test binary, started again with one task.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -16,7 +16,7 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
-/// Starts a run that starts something, and says what; the descriptor stands for that process.
+/// Starts a run that starts a process, and returns the run and a descriptor of that process.
 fn run(what: &str) -> (Child, OwnedFd) {
     let mut run = Command::new(std::env::current_exe().expect("this program"))
         .args(["--exact", "orphans::run_that_is_killed", "--include-ignored", "--nocapture"])
@@ -54,7 +54,7 @@ fn qemu_ends_with_the_run_that_is_killed() {
     }
 }
 
-/// The run's process, not a test of its own: those above start it.
+/// The process of the run, not a separate test: the tests above start it.
 #[test]
 #[ignore = "the other process of a test"]
 fn run_that_is_killed() {
@@ -67,7 +67,7 @@ fn run_that_is_killed() {
                 child::spawn(shell.stdin(Stdio::piped()).stdout(Stdio::piped())).expect("started")
             };
             let mut shell = thread::spawn(start).join().expect("no panic");
-            // It has outlived the thread that asked for it, and would outlive everything.
+            // It has outlived the thread that started it, and would outlive everything.
             shell.stdin.take().expect("piped").write_all(b"there\n").expect("taken");
             let mut line = String::new();
             BufReader::new(shell.stdout.take().expect("piped")).read_line(&mut line).expect("given back");
@@ -78,7 +78,7 @@ fn run_that_is_killed() {
         Ok("qemu") => {
             let start = || Qemu::v10_0().expect("a QEMU").vm().start().expect("started");
             let mut vm = thread::spawn(start).join().expect("no panic");
-            // So has this, as its monitor proves.
+            // The QEMU has outlived it, too, as its monitor proves.
             vm.run_state().expect("told");
             started(vm.pid());
             thread::park();

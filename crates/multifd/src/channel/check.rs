@@ -24,7 +24,7 @@ use super::Address;
 use crate::error::Usage;
 
 impl Address {
-    /// Refuses an address to which no connection is possible, whatever the other end does. It does not change what the
+    /// Refuses an address to which no connection is possible, regardless of the other end. It does not change what the
     /// address names.
     ///
     /// # Errors

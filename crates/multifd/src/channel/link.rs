@@ -133,7 +133,7 @@ pub trait Connect: Send + Sync {
     }
 }
 
-/// Takes connections from sources.
+/// Accepts connections from sources.
 pub trait Listen: Send {
     /// Waits for the next connection, for the migration of `context`; `None` if the [waker](Listen::waker) ended the
     /// wait.

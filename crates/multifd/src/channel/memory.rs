@@ -293,7 +293,7 @@ impl Connect for MemoryConnector {
     }
 }
 
-/// Takes connections from a [`MemoryConnector`].
+/// Accepts connections from a [`MemoryConnector`].
 pub struct MemoryListener {
     meeting: Arc<Meeting>,
 }

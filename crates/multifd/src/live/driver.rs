@@ -175,7 +175,7 @@ impl<'a> Driver<'a> {
             ?step,
             "migration_iteration"
         );
-        // Once: it may last.
+        // Logged once, because a stall may last.
         if let Some(stall) = stall.as_ref().filter(|_| !told) {
             tracing::warn!("the migration {stall}");
         }

@@ -13,7 +13,7 @@ use crate::{
 /// A pass over RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// The guest runs meanwhile.
+    /// The guest runs during the pass.
     Live,
     /// The guest has stopped; no page remains afterwards.
     Final,

@@ -45,7 +45,7 @@ pub struct MigrationInfo {
     pub ram: RamInfo,
     /// Whether the guest ran before it was stopped; `None` before it is stopped.
     pub guest_was: Option<RunState>,
-    /// What each channel has carried.
+    /// The counters of each channel.
     pub channels: Vec<ChannelStats>,
 }
 
@@ -150,7 +150,7 @@ pub(super) struct PassRate {
 }
 
 impl PassRate {
-    /// Bytes a second.
+    /// Bytes per second.
     pub(super) fn bandwidth(&self) -> f64 {
         self.bytes as f64 / self.time.as_secs_f64().max(1e-9)
     }

@@ -15,10 +15,10 @@ use crate::{
 const PAGE: PageSize = PageSize::KIB_4;
 const CHANNELS: u8 = 2;
 const ROUNDS: u8 = 2;
-/// Less than a packet: whoever sends waits for who receives.
+/// Less than a packet, so that the sender must wait for the receiver.
 const ROOM: usize = 1 << 11;
 
-/// Two, so that there are batches for both channels.
+/// Two blocks, so that there are batches for both channels.
 fn two_blocks() -> Arc<RamBlocks> {
     let block = |name| {
         let length = PAGE.bytes() as u64;
@@ -57,7 +57,7 @@ fn source(mut main: memory::MemoryLink, connector: memory::MemoryConnector, stop
     sender.finish().map(drop)
 }
 
-/// The destination, which knows how many channels come, or learns it.
+/// The destination, which is given the number of channels or detects it.
 fn destination(
     mut main: memory::MemoryLink,
     listener: memory::MemoryListener,
@@ -89,7 +89,7 @@ fn hear(main: &mut memory::MemoryLink) -> Result<u8> {
     }
 }
 
-/// Both sides, with what stops them.
+/// Both sides, with their stops.
 struct Sides {
     source: Thread<Result<()>>,
     destination: Thread<Result<()>>,
@@ -120,7 +120,7 @@ pub fn what_the_source_has_synced_the_destination_has() {
     both(ChannelCount::Exact(CHANNELS));
 }
 
-/// Nobody says how many channels there are.
+/// The number of channels is not configured.
 pub fn the_destination_learns_the_number_of_channels() {
     both(ChannelCount::Auto);
 }

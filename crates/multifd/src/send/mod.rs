@@ -191,7 +191,7 @@ impl Sender {
         &self.blocks
     }
 
-    /// What stops it.
+    /// The stop of the migration.
     pub fn stop(&self) -> &Stop {
         &self.stop
     }

@@ -1,8 +1,8 @@
-//! What threads meet at: locks, conditions, flags, the clock, and the threads themselves.
+//! The synchronisation types of the threads: locks, conditions, flags, the clock, and the threads themselves.
 //!
-//! These are the standard library's. The package `multifd-models` compiles the same sources with `cfg(shuttle)`, and
-//! then they are those of a model checker, which decides at each of them who goes on; see `docs/develop/concurrency.md`. What
-//! orders nothing, such as counters, is the standard library's there, too.
+//! They are the standard library's. The package `multifd-models` compiles the same sources with `cfg(shuttle)`. Then
+//! they are those of a model checker, which chooses the next thread at each of them; see `docs/develop/concurrency.md`.
+//! Types that order nothing, such as counters, are the standard library's there, too.
 
 #[cfg(shuttle)]
 pub(crate) mod model;

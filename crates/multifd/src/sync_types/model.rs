@@ -1,10 +1,10 @@
 //! The model checker's side of [`sync_types`](super): its primitives, with a clock that the checker moves.
 //!
-//! The checker runs the threads of a model one at a time and decides at every lock, wait, notification and atomic who
-//! is next. That by itself knows no time: a wait with a limit never ends by it. So a lost notification is met as a
-//! deadlock, and not hidden by the limit. A model that says [`let_time_run`] has the limit of each such wait kept by
-//! a thread of its own: whenever the checker chooses it, that time has come. The clock then stands at the end of the
-//! limit, and everybody who waits on that condition is woken.
+//! The checker runs the threads of a model one at a time. At every lock, wait, notification and atomic it chooses the
+//! next thread. By default no time passes, so a wait with a limit never ends by the limit. A lost notification is then
+//! found as a deadlock and not hidden by the limit. After a model has called [`let_time_run`], each such wait has a
+//! separate thread for its limit: when the checker chooses this thread, the limit has passed. The clock is then set to
+//! the end of the limit, and all threads that wait on that condition are woken.
 
 use std::{
     cell::Cell,
@@ -29,12 +29,12 @@ pub(crate) use shuttle::{
 };
 
 thread_local! {
-    // All threads of a model are one of the system, and are told apart by the checker only.
+    // All threads of a model are the same thread for the system; only the checker distinguishes them.
     static NOW: Cell<Duration> = const { Cell::new(START) };
     static TIME_RUNS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `model` so many times under schedules drawn from a fixed seed: half of them at random, half with few, badly
+/// Runs `model` `times` times under schedules drawn from a fixed seed: half of them random, half with a few badly
 /// chosen interruptions.
 ///
 /// # Panics
@@ -44,7 +44,7 @@ pub fn explore(times: usize, model: fn()) {
     check(PctScheduler::new_from_seed(SEED, INTERRUPTIONS, times - times / 2), model);
 }
 
-/// Runs `model` under each schedule there is; says how many there were.
+/// Runs `model` under every possible schedule. Returns their number.
 ///
 /// # Panics
 /// As [`explore`].
@@ -56,7 +56,7 @@ fn check(scheduler: impl Scheduler + 'static, model: fn()) -> usize {
     let mut config = Config::new();
     // A channel's thread has a packet's vectors on its stack.
     config.stack_size = 256 << 10;
-    // Of an atomic that is not sequentially consistent: said in docs/develop/concurrency.md.
+    // The warning is about atomics that are not sequentially consistent; docs/develop/concurrency.md explains them.
     config.silence_warnings = true;
     Runner::new(scheduler, config).run(move || {
         NOW.set(START);
@@ -65,12 +65,12 @@ fn check(scheduler: impl Scheduler + 'static, model: fn()) -> usize {
     })
 }
 
-/// From now on a wait with a limit may end by it.
+/// From now on a wait with a limit may end by its limit.
 pub(crate) fn let_time_run() {
     TIME_RUNS.set(true);
 }
 
-/// As the standard library's, read from the model's clock.
+/// Like the standard library's, with the time of the model's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Instant(Duration);
 
@@ -104,7 +104,7 @@ impl Add<Duration> for Instant {
     }
 }
 
-/// A lock of the checker's, which a condition's clock can take, too.
+/// A lock of the checker. The clock of a condition can take it, too.
 #[derive(Debug, Default)]
 pub(crate) struct Mutex<T>(Arc<checked::Mutex<T>>);
 
@@ -145,7 +145,7 @@ impl<T> DerefMut for MutexGuard<'_, T> {
     }
 }
 
-/// A condition of the checker's, whose waits may have a limit.
+/// A condition of the checker, whose waits may have a limit.
 #[derive(Debug, Default)]
 pub(crate) struct Condvar(Arc<checked::Condvar>);
 
@@ -172,7 +172,8 @@ impl Condvar {
             self.end_later(guard.mutex.clone(), over.clone(), limit);
         }
         let outcome = self.wait(guard);
-        // Only now: who has been notified, but has not got the lock yet, may find that its time is up as well.
+        // Only now: a thread that was notified but does not have the lock yet may find that its limit has passed as
+        // well.
         let in_time = !over.swap(true, Ordering::Relaxed);
         match outcome {
             Ok(guard) => Ok((guard, !in_time)),
@@ -202,7 +203,7 @@ impl Condvar {
     }
 }
 
-/// The standard library's, at which the checker may choose somebody else. Nobody initialises one for long.
+/// The standard library's, with a point at which the checker may switch threads. Its initialisation is always short.
 #[derive(Debug)]
 pub(crate) struct OnceLock<T> {
     value: std::sync::OnceLock<T>,
@@ -236,7 +237,7 @@ impl<T> From<T> for OnceLock<T> {
     }
 }
 
-/// As the standard library's.
+/// Like the standard library's.
 #[derive(Debug, Default)]
 pub(crate) struct Builder(thread::Builder);
 
@@ -285,5 +286,5 @@ impl<T> JoinHandle<T> {
 /// Far from the clock's ends.
 const START: Duration = Duration::from_secs(1 << 20);
 const SEED: u64 = 0x1122_3344_0001;
-/// Most errors between threads need no more.
+/// Most concurrency errors need no more.
 const INTERRUPTIONS: usize = 3;

@@ -15,11 +15,11 @@ impl Flags {
     pub const ZLIB: Self = Self(0x02);
     /// Pages compressed by zstd, one frame per channel.
     pub const ZSTD: Self = Self(0x04);
-    /// Pages packed by Intel's IAA.
+    /// Pages compressed by Intel's IAA.
     pub const QPL: Self = Self(0x08);
-    /// Pages packed by Kunpeng's accelerator.
+    /// Pages compressed by Kunpeng's accelerator.
     pub const UADK: Self = Self(0x10);
-    /// Pages packed by Intel's QAT.
+    /// Pages compressed by Intel's QAT.
     pub const QATZIP: Self = Self(0x20);
     /// The packet carries device state and has a different layout.
     pub const DEVICE_STATE: Self = Self(0x40);

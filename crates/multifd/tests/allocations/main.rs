@@ -1,8 +1,8 @@
-//! No channel allocates for a packet, and no pass for a page: counted over a whole pass, by the allocator.
+//! Tests that no channel allocates for a packet, and no pass for a page: the allocator counts over a whole pass.
 //!
-//! A program of its own with one test, so that nobody else allocates meanwhile.
+//! It is a separate program with one test, so that nothing else allocates in the meantime.
 //!
-//! UNSAFETY: an allocator is an unsafe trait; this one counts and has the system's do the work.
+//! UNSAFETY: an allocator is an unsafe trait; this one counts and calls the system's.
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
 #[cfg(test)]
@@ -16,25 +16,25 @@ use std::{
 
 struct Counting;
 
-/// Sequentially consistent: read behind the answer of a destination, whose threads have counted before it.
+/// Sequentially consistent: it is read after the reply of a destination, whose threads have counted before it.
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
-// SAFETY: every call is handed on to the system's allocator as it came, and its answer as it comes.
+// SAFETY: every call is forwarded to the system's allocator unchanged, and so is its result.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: the caller's promise, handed on.
+        // SAFETY: the caller's promise is passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: the caller's promise, handed on.
+        // SAFETY: the caller's promise is passed on.
         unsafe { System.realloc(ptr, layout, new_size) }
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, handed on.
+        // SAFETY: the caller's promise is passed on.
         unsafe { System.dealloc(ptr, layout) }
     }
 }
@@ -42,8 +42,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// An eighth of its packets. What is allocated has nothing to do with them: a pass adds its channels' counters up, and the
-/// acceptor goes back to its wait whenever it gets to it.
+/// An eighth of its packets. The remaining allocations do not depend on packets: a pass sums its channels' counters,
+/// and the acceptor returns to its wait at some point.
 #[cfg(test)]
 const PER_PASS: u64 = 32;
 

@@ -1,4 +1,4 @@
-//! RAM into a file and out of it, by the channels of a sender that connects to nobody.
+//! RAM into a file and out of it, with the channels of a sender that does not connect.
 
 use std::{fs::File, sync::Arc};
 
@@ -10,7 +10,7 @@ use multifd::{
 
 use crate::kit::{CHANNELS, PAGE_SIZE, PAGES};
 
-/// The block of the kit in a file, nothing of it present.
+/// The block of the kit in a file, with no page present.
 pub(crate) fn in_file(file: &File) -> Arc<RamBlocks> {
     let length = PAGES * PAGE_SIZE.bytes() as u64;
     file.set_len(length).expect("sized");

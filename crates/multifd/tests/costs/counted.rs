@@ -1,4 +1,4 @@
-//! Links that count what the engine asks of them.
+//! Links that count the engine's calls.
 
 use std::{
     io,
@@ -12,7 +12,7 @@ use multifd::{
     ram::{BlockIndex, PageIndex, Part, PartMut, RamBlocks},
 };
 
-/// What one connection was asked for in one direction, or several in all.
+/// The calls on one connection in one direction, or the sum of several.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Count {
     pub(crate) calls: u64,
@@ -24,14 +24,14 @@ pub(crate) struct Count {
     pub(crate) elsewhere: u64,
 }
 
-/// A side's counts, a connection each in the order in which they were opened.
+/// The counts of one side, one per connection in the order in which they were opened.
 pub(crate) struct Counts {
     ram: Range<usize>,
     links: Mutex<Vec<Count>>,
 }
 
 impl Counts {
-    /// Of a side with this RAM.
+    /// The counts of a side with this RAM.
     pub(crate) fn of(blocks: &RamBlocks) -> Arc<Self> {
         let block = blocks.get(BlockIndex(0)).expect("there");
         let slice = block.slice(PageIndex(0), block.pages()).expect("mapped");
@@ -76,10 +76,10 @@ struct CountedLink {
     inner: Box<dyn Link>,
     counts: Arc<Counts>,
     number: usize,
-    /// Bytes that the last call to send did not take.
+    /// The number of bytes that the last call to send did not accept.
     unsent: usize,
-    /// Bytes that the last call to receive asked for and did not get. A call for as many asks for them again, and is counted
-    /// with it: how often that happens is the system's doing.
+    /// The number of bytes that the last call to receive asked for and did not get. A call for the same number asks for
+    /// them again, and is counted with it: how often that happens depends on the system.
     left: usize,
 }
 
@@ -169,7 +169,7 @@ impl Connect for CountedConnector {
     }
 }
 
-/// Takes connections that count what they receive.
+/// Accepts connections that count what they receive.
 pub(crate) struct CountedListener {
     inner: Box<dyn Listen>,
     counts: Arc<Counts>,

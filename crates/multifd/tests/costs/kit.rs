@@ -1,7 +1,7 @@
-//! Twice all of RAM over real sockets of this machine, in one process.
+//! Sends all of RAM twice over real sockets of this machine, in one process.
 //!
-//! The log has every page dirty once more when the first pass is over, and the destination answers at every sync point. So
-//! between the two answers of the passes each thread is running, each buffer is there, and RAM moves once.
+//! The log reports every page dirty once more after the first pass, and the destination answers at every sync point. So
+//! between the two answers of the passes each thread is running, each buffer exists, and RAM moves once.
 
 use std::{
     io::{Read, Write},
@@ -31,7 +31,7 @@ pub(crate) const CHANNELS: u8 = 4;
 /// How often RAM moves.
 pub(crate) const PASSES: u64 = 2;
 
-/// One block of RAM; each page of the source's holds its number and the complement, again and again.
+/// One block of RAM; each page of the source's contains its number and the complement, repeatedly.
 pub(crate) fn ram(filled: bool) -> Arc<RamBlocks> {
     let length = PAGES * PAGE_SIZE.bytes() as u64;
     let memory = Memory::Mapped(Mapping::anonymous(length).expect("memory"));
@@ -48,7 +48,7 @@ fn contents(page: u64) -> Vec<u8> {
     words.repeat(PAGE_SIZE.bytes() / words.len())
 }
 
-/// The first page that is not as [`ram`] has filled it.
+/// The first page that differs from the contents of [`ram`].
 pub(crate) fn wrong_page(ram: &RamBlocks) -> Option<u64> {
     let block = ram.get(BlockIndex(0)).expect("there");
     let mut found = vec![0; PAGE_SIZE.bytes()];
@@ -58,7 +58,7 @@ pub(crate) fn wrong_page(ram: &RamBlocks) -> Option<u64> {
     })
 }
 
-/// Listens on this machine, and knows the way there.
+/// A listener on this machine, and a connector to it.
 pub(crate) fn ends() -> (Arc<dyn Connect>, Box<dyn Listen>) {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("a listener");
     let address: Address = listener.local_address().clone();
@@ -178,7 +178,7 @@ impl<F: FnMut(Pass)> Main for Answered<F> {
     }
 }
 
-/// Has every page dirty again when it is asked the second time, behind the first pass.
+/// Reports every page dirty again at the second take, after the first pass.
 struct AllAgain(u32);
 
 impl DirtyLog for AllAgain {

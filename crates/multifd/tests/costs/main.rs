@@ -1,8 +1,8 @@
-//! What a gibibyte costs, counted and not timed: calls, vectors, bytes that are no pages.
+//! The cost of a gibibyte, counted and not timed: calls, vectors, bytes that are not pages.
 //!
-//! Counts do not depend on how busy a machine is, so a cost that grows by accident is found on any. How many calls it takes
-//! to receive does depend on how much is there when one is made; so that is counted as if all were there, and what the
-//! system is really asked for has a bound that is wide, and far below one call a page.
+//! Counts do not depend on the load of a machine, so an accidental increase is found on any machine. The number of
+//! calls to receive depends on how many bytes have arrived at each call. So it is counted as if all had arrived, and
+//! the number of real calls has a wide bound, which is far below one call per page.
 
 #[cfg(test)]
 mod copied;
@@ -27,7 +27,7 @@ mod tests {
     /// Of 512 KiB.
     const PACKET_PAGES: u64 = 128;
     const PACKETS: u64 = PASSES * PAGES / PACKET_PAGES;
-    /// At the set-up, behind each pass and at the end of RAM, on each channel.
+    /// At the set-up, after each pass and at the end of RAM, on each channel.
     const SYNCS: u64 = (2 + PASSES) * CHANNELS as u64;
     const INITIAL: u64 = 64;
     const PAYLOAD: u64 = PASSES * PAGES * PAGE_SIZE.bytes() as u64;
@@ -48,13 +48,13 @@ mod tests {
         let sent = sent.channels();
         // The initial packet, each packet, each SYNC.
         assert_eq!(sent.calls, channels + PACKETS + SYNCS, "calls to send");
-        // Neighbours are one vector, behind the head.
+        // Adjacent pages are one vector, after the head.
         assert_eq!(sent.vectors, channels + 2 * PACKETS + SYNCS, "vectors to send");
         assert_eq!(sent.in_place, PAYLOAD, "bytes sent from where they are");
         assert_eq!(sent.elsewhere, channels * INITIAL + heads, "bytes sent from buffers");
 
         let received = received.channels();
-        // Each packet's pages with the next head; a head that follows no pages; the end, which is no byte.
+        // Each packet's pages with the next head; a head after which no pages follow; the end, which has no byte.
         let lone = received.calls - PACKETS;
         assert!(lone <= channels * (2 + 1 + 1) + SYNCS, "{lone} calls to receive that brought no page");
         assert!(received.vectors <= 2 * PACKETS + lone, "{} vectors to receive", received.vectors);
@@ -62,7 +62,7 @@ mod tests {
         assert_eq!(received.elsewhere, channels * INITIAL + heads, "bytes received into buffers");
     }
 
-    /// Also what `strace` is told to look at.
+    /// `strace` runs this test, too.
     #[test]
     fn ram_moves_twice_over_real_sockets() {
         let (source, destination) = (ram(true), ram(false));
@@ -70,7 +70,7 @@ mod tests {
         assert_eq!(wrong_page(&destination), None);
     }
 
-    /// Also what `strace` is told to look at.
+    /// `strace` runs this test, too.
     #[test]
     fn ram_is_copied_into_a_file_and_back() {
         let (source, restored) = (ram(true), ram(false));
@@ -80,7 +80,7 @@ mod tests {
         assert_eq!(wrong_page(&restored), None);
     }
 
-    /// A stretch of 8 MiB is one call, where it begins with one; in a file in memory, five more that have it made of huge
+    /// A stretch of 8 MiB is one call, if it begins at a boundary; in a file in memory, five more calls make huge
     /// pages.
     #[test]
     fn copy_into_a_file_and_back_costs_a_handful_of_calls_for_each_8_mib() {
@@ -109,7 +109,7 @@ mod tests {
         assert!(all <= PASSES * PAGES / 2, "{all} calls for {} pages\n{text}", PASSES * PAGES);
     }
 
-    /// What a test of this file asks of the system: a summary, and its counts by name.
+    /// The system calls of a test in this file: a summary, and the counts by name.
     fn traced(test: &str) -> Option<(String, BTreeMap<String, u64>)> {
         let folder = tempfile::tempdir().expect("a folder");
         let summary = folder.path().join("calls");

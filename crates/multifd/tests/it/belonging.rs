@@ -1,4 +1,4 @@
-//! Which channels belong to a migration: how many are expected, where they come from, and whose place is free.
+//! Which channels belong to a migration: how many are expected, where they come from, and which ids are free.
 
 use std::{
     io::{Read, Write},
@@ -78,7 +78,7 @@ fn fewer_or_more_channels_than_were_announced_are_an_error_that_names_both_numbe
         }
         let _links = [0, 1, 2].map(|id| channel(&connector, id));
         let error = if known_before {
-            // It may say what it is when the two are through.
+            // It may send its identity when both are done.
             let _ = receiver.sync();
             loop {
                 match receiver.stop().error() {
@@ -130,7 +130,7 @@ fn connect(from: Ipv4Addr, to: SocketAddr) -> TcpStream {
     socket.into()
 }
 
-/// A connection that says it is channel `id`.
+/// A connection that identifies itself as channel `id`.
 fn begin(from: Ipv4Addr, to: SocketAddr, id: u8) -> TcpStream {
     let mut link = connect(from, to);
     link.write_all(&Initial { uuid: VmUuid::NIL, id: ChannelId(id) }.encode()).expect("sent");
@@ -164,7 +164,7 @@ fn wait_channels(receiver: &Receiver, channels: u16) {
     }
 }
 
-/// A good source of two channels, with a page on each; ends the migration well.
+/// A correct source of two channels, with a page on each; ends the migration normally.
 fn migrate(receiver: Receiver, to: SocketAddr) {
     let mut main = connect(HERE, to);
     main.write_all(b"QEVM").expect("sent");
@@ -184,7 +184,7 @@ fn migrate(receiver: Receiver, to: SocketAddr) {
     assert_eq!([0, 1, 2].map(|page| first_byte(&blocks, page)), [0xaa, 0xaa, 0]);
 }
 
-/// The next source failed: `channel id 1 is already taken`.
+/// Regression: the next source failed with `channel id 1 is already taken`.
 #[test]
 fn a_source_that_dies_before_its_first_byte_leaves_its_places_free() {
     for (channels, reset, synced) in [
@@ -195,7 +195,7 @@ fn a_source_that_dies_before_its_first_byte_leaves_its_places_free() {
     ] {
         let (receiver, to) = over_tcp(ReceiveOptions::new().channels(channels));
         let main = connect(HERE, to);
-        // Of another machine, which is forgotten with it.
+        // A channel of another machine; its UUID is forgotten with it.
         let uuid = "00112233-4455-6677-8899-aabbccddeeff".parse().expect("a UUID");
         let links = [0, 1].map(|id| {
             let mut link = connect(HERE, to);
@@ -218,7 +218,7 @@ fn a_source_that_dies_before_its_first_byte_leaves_its_places_free() {
     }
 }
 
-/// It was taken for a channel of the migration, and its page for the guest's.
+/// Regression: it was accepted as a channel of the migration, and its page overwrote the guest's.
 #[test]
 fn a_channel_from_another_host_than_main_is_dropped_and_its_id_stays_free() {
     for early in [true, false] {
@@ -236,7 +236,7 @@ fn a_channel_from_another_host_than_main_is_dropped_and_its_id_stays_free() {
             wait_channels(&receiver, 1);
             stranger
         } else {
-            // Main, and nothing else of this source.
+            // Main, and nothing else from this source.
             strange()
         };
         migrate(receiver, to);
@@ -297,7 +297,7 @@ fn a_channel_that_was_admitted_before_main_came_from_another_host_fails_the_migr
     );
 }
 
-/// With `stall_timeout` off nothing ended this wait.
+/// Regression: with `stall_timeout` off nothing ended this wait.
 #[test]
 fn channels_without_main_have_a_limit_always() {
     let options = ReceiveOptions::new().stall_timeout(None).greeting_timeout(SHORT).channels_timeout(SHORT);
@@ -326,7 +326,7 @@ fn a_channel_may_take_the_place_of_one_that_has_ended_without_a_packet() {
     receiver.sync().expect("it is here");
 }
 
-/// Loses a wake while nobody waits.
+/// A listener that loses a wake while nobody waits.
 struct Forgetful {
     listener: memory::MemoryListener,
     waits: Arc<AtomicBool>,
@@ -357,14 +357,14 @@ impl Listen for Forgetful {
     }
 }
 
-/// Main waited for such a listener without limit.
+/// Regression: main waited for such a listener without limit.
 #[test]
 fn a_listener_that_loses_a_wake_fails_the_first_sync_point() {
     let (_connector, listener) = memory::network(1 << 16);
     let waits = Arc::new(AtomicBool::new(false));
     let mut receiver = Receiver::new(ReceiveOptions::new().channels_timeout(4 * SHORT), Stop::new());
     receiver.listen(Box::new(Forgetful { listener, waits: waits.clone() })).expect("listening");
-    // For the stop, so that the acceptor ends.
+    // Reacts to the stop, so that the acceptor ends.
     let hears = spawn("hears", {
         let stop = receiver.stop().clone();
         move || {
@@ -418,7 +418,7 @@ fn a_packet_that_no_channel_has_brought_fails_the_sync_point_where_numbers_are_e
         if exact {
             receiver.expect_exact_packet_nums();
         }
-        // Number 1 went to the other channel.
+        // The other channel got number 1.
         let mut first = channel(&connector, 0);
         receiver.sync().expect("nothing is missing");
         number(&mut first, 2);

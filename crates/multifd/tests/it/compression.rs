@@ -1,4 +1,4 @@
-//! Packed pages from end to end: whole machines arrive, and what is broken on the way is refused with its place.
+//! Compressed pages from end to end: whole machines arrive, and damaged packets are refused with their position.
 
 use std::{fs::File, sync::Arc, time::Duration};
 
@@ -134,7 +134,7 @@ fn what_is_broken_on_the_way_is_refused_with_channel_and_packet_and_touches_noth
 fn a_bit_flipped_anywhere_in_a_payload_never_panics_or_writes_beside_the_pages() {
     for method in packed() {
         for at in (1344_usize..1344 + 400).step_by(7) {
-            // A bit of data rather than of structure may go unnoticed: there is no checksum.
+            // A changed bit of data rather than of structure may go unnoticed, because there is no checksum.
             static AT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
             AT.store(at, std::sync::atomic::Ordering::Relaxed);
             let (answer, _) = answer_to(method, None, |bytes| {
@@ -167,7 +167,7 @@ fn another_method_than_the_one_told_is_refused_and_one_that_is_not_built_in_is_n
     }
 }
 
-/// What the destination says when channels 0 and 1 send these packet heads, one after the other.
+/// The destination's result when channels 0 and 1 send these packet heads, one after the other.
 fn answer_to_heads(heads: &[(u8, Vec<u8>)]) -> Result<()> {
     let (connector, listener) = memory::network(1 << 16);
     let options = ReceiveOptions::new().channels(multifd::ChannelCount::Exact(2));
@@ -184,9 +184,9 @@ fn answer_to_heads(heads: &[(u8, Vec<u8>)]) -> Result<()> {
     for (channel, head) in heads {
         let link = &mut links[usize::from(*channel)];
         assert_eq!(link.send(&[head[..].into()]).expect("sent"), head.len());
-        // Main waits for the other channel as well, so what follows comes after this packet.
+        // Main waits for the other channel as well, so what follows arrives after this packet.
         for link in &mut links {
-            // A destination that has refused the packet may have hung up already.
+            // A destination that has refused the packet may have closed the connection already.
             let _ = link.send(&[buffer.sync(0).into()]);
         }
         receiver.sync()?;
@@ -256,7 +256,7 @@ fn in_memfd(memfd: &File) -> RamBlock {
     RamBlock::new(name("ram"), 4096, PageSize::KIB_4, Memory::Mapped(mapping)).expect("a block")
 }
 
-/// Such pages ended the process when they were packed after the cut.
+/// Regression: compressing such pages after the truncation ended the process.
 #[test]
 fn memory_that_may_be_cut_shorter_is_not_packed() {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;

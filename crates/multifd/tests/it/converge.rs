@@ -1,4 +1,4 @@
-//! Guests that write too fast: held back, told of, given up on; and migrations that wait to be told to go on.
+//! Guests that write too fast: throttled, reported, given up; and migrations that pause before the switchover.
 
 use std::{
     io,
@@ -22,13 +22,13 @@ use crate::kit::{StoppedGuest, TestMain, difference, fresh, receive, spawn, writ
 const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 const PAGES: u64 = 256;
 
-/// A guest that writes to all of its pages between two bitmap syncs, unless it is held back or stopped; and its log.
+/// A guest that writes to all of its pages between two bitmap syncs, unless it is throttled or stopped; and its log.
 #[derive(Clone, Default)]
 struct Busy(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    /// It is quiet from this share on.
+    /// From this share on it writes nothing.
     quiet_at: Option<Percent>,
     told: Vec<u8>,
     stopped: bool,
@@ -95,7 +95,7 @@ impl Guest for Busy {
     }
 }
 
-/// Migrates over two channels in memory; `meanwhile` runs beside it.
+/// Migrates over two channels in memory; `meanwhile` runs at the same time.
 fn migrate<T: Send + 'static>(
     options: MigrateOptions,
     log: &mut dyn DirtyLog,
@@ -206,7 +206,7 @@ fn guest_that_may_stand_for_longer_after_all_is_stopped() {
     assert_eq!((sent.expect("sent").status, difference), (Status::Completed, None));
 }
 
-/// A pass that no destination takes in has no end at which to look at the clock.
+/// A pass that no destination reads has no end at which the clock could be checked.
 #[test]
 fn time_that_is_over_ends_a_pass_that_stands() {
     let (connector, _listener) = memory::network(1 << 12);

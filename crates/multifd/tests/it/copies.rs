@@ -1,4 +1,4 @@
-//! RAM straight between memory and a file, by the channels of a sender that connects to nobody.
+//! RAM directly between memory and a file, with the channels of a sender that does not connect.
 
 use std::{
     fs::{File, OpenOptions},
@@ -30,10 +30,10 @@ use crate::kit::{StoppedGuest, difference, fresh, name, write};
 
 const PAGE: u64 = 4096;
 const RAM: &[(&str, u64)] = &[("pc.ram", 20 << 20), ("pc.rom", 3 * PAGE)];
-/// Where the first block begins in its file: a huge page of the file is not one of memory.
+/// The position of the first block in its file: a huge page of the file is not aligned with one of memory.
 const OFFSET: u64 = 1 << 20;
 
-/// A main stream of zero pages alone, which are cleared in the target.
+/// A main stream that only has zero pages, which are cleared in the target.
 struct Quiet<'a>(&'a RamBlocks);
 
 impl Main for Quiet<'_> {
@@ -85,7 +85,7 @@ impl Main for Quiet<'_> {
     }
 }
 
-/// [`RAM`] in a file from `offset` on, nothing of it present.
+/// [`RAM`] in a file from `offset` on, with no page present.
 fn in_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     let direct = direct.then(|| Arc::new(DirectFile::of(file).expect("direct I/O")));
     let mut at = offset;
@@ -96,7 +96,7 @@ fn in_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
         RamBlock::new(name(text), *length, PageSize::KIB_4, memory).expect("a block")
     });
     let blocks = Arc::new(RamBlocks::new(blocks.collect()).expect("distinct"));
-    // One that was opened for reading is left as it is.
+    // A file that was opened for reading is not changed.
     let _ = file.set_len(at);
     blocks
 }
@@ -129,7 +129,7 @@ fn fill(blocks: &RamBlocks) {
     }
 }
 
-/// The files there are: on a disk, or what the temporary folder is on; in memory.
+/// The available kinds of files: on a disk, or in the temporary folder; in memory.
 fn files() -> Vec<File> {
     let folders = [env!("CARGO_MANIFEST_DIR").into(), std::env::temp_dir(), "/dev/shm".into()];
     folders.iter().filter_map(|folder: &std::path::PathBuf| tempfile::tempfile_in(folder).ok()).collect()
@@ -148,7 +148,7 @@ fn ram_goes_into_a_file_and_comes_back_equal() {
             let pages = RAM.iter().map(|(_, length)| length / PAGE).sum::<u64>();
             let ram = info.expect("captured").ram;
             assert_eq!(ram.normal + ram.duplicate, pages);
-            // Memory that may hold anything is made what the file says; that of page 3 is zero.
+            // Memory with any contents gets the contents of the file; page 3 is zero.
             let target = fresh(PageSize::KIB_4, RAM);
             for _ in 0..2 {
                 write(&target, 0, 3, 9);
@@ -186,16 +186,16 @@ fn zero_pages_leave_holes_and_lose_their_bits() {
     let present: Vec<u32> =
         stored.iter().map(|(_, block)| block.present_words().map(u64::count_ones).sum::<u32>()).collect();
     assert_eq!(present, [1, 1]);
-    // In blocks of 512 bytes, those of the file system's own included.
+    // In blocks of 512 bytes, including those of the file system itself.
     assert!(file.metadata().expect("its size").blocks() < (1 << 20) / 512, "holes");
 
-    // A page that is zero in a later pass is zero in the file, whatever stands there.
+    // A page that is zero in a later pass is zero in the file, regardless of its bytes there.
     source.block(BlockIndex(0)).expect("there").clear(PageIndex(7));
     copy_plainly(&source, &stored).expect("captured once more");
     assert!(!stored.block(BlockIndex(0)).expect("there").is_present(PageIndex(7)));
 }
 
-/// A page written behind the one before it: the log tells, and the last version is what the file has.
+/// A page written after the one before it: the log reports it, and the file has the last version.
 #[test]
 fn guest_that_writes_meanwhile_is_captured_as_it_was_when_it_stopped() {
     struct Busy {
@@ -252,7 +252,7 @@ fn guest_that_writes_meanwhile_is_captured_as_it_was_when_it_stopped() {
     let mut sender =
         Sender::new(SendOptions::new().channels(4), source.clone(), stop.clone()).expect("a sender");
     sender.set_up_into(stored.clone()).expect("set up");
-    // It is slow enough for a second pass at the least.
+    // It is slow enough for at least a second pass.
     let options = MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)
         .max_bandwidth(Some(200 << 20))
@@ -343,7 +343,7 @@ fn file_that_is_cut_is_an_error_that_names_block_and_offset() {
     assert!(cause.starts_with("the file ends there"), "{cause}");
 }
 
-/// Guest memory that is a file, and was cut: an error of the call that reads it, not a signal.
+/// Guest memory that is a file, and was truncated: an error of the call that reads it, not a signal.
 #[test]
 fn memory_that_is_cut_is_an_error_that_names_block_and_offset() {
     let memory = tempfile::tempfile().expect("a file");

@@ -1,7 +1,7 @@
-//! Two hosts, one of which goes away: two network namespaces and a cable between them.
+//! Two hosts, one of which is lost: two network namespaces and a cable between them.
 //!
 //! ```text
-//! near 10.9.0.1 ══ a pair of virtual interfaces ══ far 10.9.0.2, whose end is pulled
+//! near 10.9.0.1 ══ a pair of virtual interfaces ══ far 10.9.0.2, whose end is disconnected
 //! ```
 
 use std::{
@@ -19,14 +19,14 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::kit::context;
 
-/// The namespaces, removed in the end.
+/// The namespaces, removed at the end.
 struct Hosts {
     near: String,
     far: String,
 }
 
 impl Hosts {
-    /// `None` where there is no leave to make them; the test is skipped then.
+    /// `None` without the permission to create them; the test is then skipped.
     fn new(test: &str) -> Option<Self> {
         let name = |end: &str| format!("multifd-{}-{test}-{end}", std::process::id());
         let hosts = Self { near: name("near"), far: name("far") };
@@ -53,7 +53,7 @@ impl Hosts {
         ip(&format!("-n {} link set cable down", self.far)).expect("the cable is there");
     }
 
-    /// A connection from near to far, given up after 3 s of silence.
+    /// A connection from near to far that fails after 3 s without an answer.
     fn connection(&self) -> (Stream, Stream) {
         let listener = inside(&self.far, || Listener::bind(&address("tcp:10.9.0.2:0,user-timeout=3")));
         let mut listener = listener.expect("bound");
@@ -67,7 +67,7 @@ impl Hosts {
 impl Drop for Hosts {
     fn drop(&mut self) {
         for name in [&self.near, &self.far] {
-            // It may never have come about.
+            // It may not have been created.
             let _ = ip(&format!("netns del {name}"));
         }
     }
@@ -82,7 +82,7 @@ fn ip(arguments: &str) -> Result<(), String> {
     Err(format!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim()))
 }
 
-/// Does it in a namespace: the sockets made there stay there.
+/// Runs `what` in a namespace: the sockets made there belong to it.
 fn inside<T: Send + 'static>(name: &str, what: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = File::open(format!("/run/netns/{name}")).expect("the namespace");
     let thread = spawn(move || {
@@ -96,7 +96,7 @@ fn address(text: &str) -> Address {
     text.parse().expect(text)
 }
 
-/// The error that a wait ends with, and how long it took.
+/// The error of a wait, and its duration.
 fn fails(wait: impl FnOnce() -> std::io::Result<()>) -> (std::io::Error, Duration) {
     let start = Instant::now();
     let error = wait().expect_err("the host is gone");
@@ -125,7 +125,7 @@ fn host_that_goes_while_data_are_under_way_is_noticed_by_the_sender() {
     assert_noticed((error, time));
 }
 
-/// The last bytes are in the system's hands, and the answer is waited for.
+/// The last bytes have been passed to the system, and the test waits for the answer.
 #[test]
 #[ignore = "slow: waits for time-outs of the network"]
 fn host_that_goes_with_the_last_bytes_is_noticed_by_whoever_waits_for_the_answer() {
@@ -145,7 +145,7 @@ fn host_that_goes_while_nothing_is_under_way_is_noticed_by_the_receiver() {
     assert_noticed(fails(|| far.read(&mut [0]).map(drop)));
 }
 
-/// `TCP_USER_TIMEOUT` fails this one: the window is shut, and every probe of it is answered.
+/// `TCP_USER_TIMEOUT` would fail this test: the window is closed, and every probe of it is answered.
 #[test]
 #[ignore = "slow: waits for time-outs of the network"]
 fn host_that_answers_and_takes_nothing_in_is_waited_for_until_it_goes() {
@@ -158,7 +158,7 @@ fn host_that_answers_and_takes_nothing_in_is_waited_for_until_it_goes() {
     });
     std::thread::sleep(Duration::from_secs(12));
     assert!(!full.is_finished(), "four times the time set, and the peer is alive");
-    // It takes a little in, so the connection still carries bytes.
+    // It reads a little, so the connection still carries bytes.
     far.read_exact(&mut [0; 1 << 20]).expect("received");
     std::thread::sleep(Duration::from_secs(1));
     hosts.pull();

@@ -1,4 +1,4 @@
-//! The engine in a process of its own: memory comes by descriptor, dirty bits over the same socket.
+//! The engine in a separate process: memory is passed by descriptor, dirty bits over the same socket.
 
 use std::{
     fs::File,
@@ -44,7 +44,7 @@ fn blocks_of(memory: &OwnedFd) -> Arc<RamBlocks> {
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }
 
-/// The monitor: memory, a writer, and the bits of what that has written.
+/// The monitor: memory, a writer, and the dirty bits of its writes.
 #[test]
 fn memory_handed_over_by_descriptor_is_migrated_live_by_another_process() {
     let memory = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("a memfd");
@@ -82,7 +82,7 @@ fn memory_handed_over_by_descriptor_is_migrated_live_by_another_process() {
         let mut bits = log.reader().expect("alone");
         let served = serve(&mut socket, &mut bits, || running.store(false, Ordering::Release));
         running.store(false, Ordering::Release);
-        // The engine is told that all stands only when it does.
+        // The engine is informed only when everything is stopped.
         served.and_then(|()| {
             assert!(writer.join().expect("no panic") > 2, "the guest was busy");
             socket.write_all(b"s")?;
@@ -96,7 +96,7 @@ fn memory_handed_over_by_descriptor_is_migrated_live_by_another_process() {
     assert_eq!(difference(&source, &destination), None);
 }
 
-/// Starts the engine. Its end of the socket is open nowhere else then, so the talk ends with it.
+/// Starts the engine. Only the engine then has its end of the socket open, so the communication ends with it.
 fn start(socket: UnixStream, address: &str) -> Child {
     let mut engine = Command::new(std::env::current_exe().expect("this program"));
     engine.args(["--exact", "descriptors::engine", "--include-ignored", "--nocapture"]);
@@ -104,7 +104,7 @@ fn start(socket: UnixStream, address: &str) -> Child {
     engine.spawn().expect("started")
 }
 
-/// Gives dirty bits until the engine wants the guest stopped, or has done.
+/// Sends dirty bits until the engine wants the guest stopped, or has finished.
 fn serve(socket: &mut UnixStream, log: &mut DirtyReader, stop: impl FnOnce()) -> io::Result<()> {
     let mut asked = [0];
     while socket.read(&mut asked)? == 1 {
@@ -131,7 +131,7 @@ fn pass(socket: &UnixStream, memory: &OwnedFd) {
     sendmsg(socket, &[IoSlice::new(b"M")], &mut control, SendFlags::empty()).expect("sent");
 }
 
-/// The engine's process, not a test of its own: the test above starts it.
+/// The engine's process, not a separate test: the test above starts it.
 #[test]
 #[ignore = "the other process of a test"]
 fn engine() {
@@ -197,7 +197,7 @@ impl Guest for Beside {
     fn resume(&mut self) {}
 }
 
-/// A file of huge pages is mapped and unmapped in whole ones, whatever the block's length.
+/// A file of huge pages is mapped and unmapped in whole huge pages, whatever the block's length.
 #[test]
 fn a_block_that_ends_inside_a_huge_page_is_mapped_and_migrated() {
     let memory = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB).expect("a memfd");

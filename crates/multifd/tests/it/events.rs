@@ -1,4 +1,4 @@
-//! The life of every channel and packet is told under QEMU's event names.
+//! The log contains an event for every channel and packet, with QEMU's event names.
 
 use std::{
     collections::BTreeMap,
@@ -49,7 +49,7 @@ impl Subscriber for Counts {
     fn exit(&self, _span: &Id) {}
 }
 
-/// Other tests of this process run meanwhile, so an event is counted at least as often as it happens here.
+/// Other tests of this process run at the same time, so an event is counted at least as often as it happens here.
 #[test]
 fn every_channel_and_packet_is_told_of() {
     let counts = Counts::default();

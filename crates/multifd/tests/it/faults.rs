@@ -1,4 +1,4 @@
-//! Connections break, peers fall silent, callers change their mind: every wait ends, and the first cause is told.
+//! Connections break, peers become silent, callers cancel: every wait ends, and the first cause is reported.
 
 use std::{
     io,
@@ -30,7 +30,7 @@ use crate::kit::{StoppedGuest, TIMEOUT, TestMain, context, follow, fresh, name, 
 
 const RAM: &[(&str, u64)] = &[("pc.ram", 1 << 20)];
 
-/// Connects to nothing from the n-th connection on.
+/// A connector whose connections fail from the n-th on.
 struct FailsFrom(usize, AtomicUsize, memory::MemoryConnector);
 
 impl Connect for FailsFrom {
@@ -82,7 +82,7 @@ fn a_peer_that_reads_nothing_holds_up_no_cancel() {
     canceller.join().expect("no panic");
 }
 
-/// They were dropped, and the sender said that all was well.
+/// Regression: they were dropped, and the sender reported success.
 #[test]
 fn a_sender_with_pages_that_no_sync_has_followed_does_not_end_well() {
     for pages in [1, 300] {
@@ -140,7 +140,7 @@ fn options_and_blocks_that_cannot_be_are_refused() {
     assert!(sender.queue(BlockIndex(1), PageIndex(0)).is_err());
 }
 
-/// A destination that dies at a moment of its choosing, and a log that is asked what came back.
+/// A destination that fails at a chosen moment, and a log that records what was put back.
 struct Watched {
     bits: DirtyReader,
     put_back: u64,
@@ -193,7 +193,7 @@ fn a_destination_that_fails_at_the_end_leaves_the_guest_running_and_every_page_d
     destination.join().expect("no panic");
 }
 
-/// A guest that cancels the migration when it is told to stop.
+/// A guest that cancels the migration in `stop`.
 struct Cancels(Stop, bool);
 
 impl Guest for Cancels {
@@ -292,7 +292,8 @@ fn a_silent_stranger_holds_up_nobody_for_longer_than_its_limit() {
     assert_eq!(receiver.channels(), 0);
 }
 
-/// The time limit held for each byte, so that a peer that sent one now and then had hundreds of them.
+/// Regression: the time limit applied to each byte, so a peer that sent one byte from time to time had hundreds of
+/// limits.
 #[test]
 fn a_peer_that_drips_gains_no_time_by_it() {
     let (connector, listener) = memory::network(1 << 16);
@@ -311,8 +312,8 @@ fn a_peer_that_drips_gains_no_time_by_it() {
     dripper.join().expect("no panic");
 }
 
-/// Of a source with more channels than were expected the last one was not waited for: when it was slow to say what it is, the
-/// migration ended well without its pages.
+/// Regression: if a source had more channels than expected, the last one was not waited for. When it was slow to send
+/// its identity, the migration ended successfully without its pages.
 #[test]
 fn a_channel_too_many_that_is_slow_to_say_so_is_met_all_the_same() {
     let (connector, listener) = memory::network(1 << 16);
@@ -332,7 +333,7 @@ fn a_channel_too_many_that_is_slow_to_say_so_is_met_all_the_same() {
     saying.join().expect("no panic");
 }
 
-/// A connection that has not said what it is was not woken at a good end, which waited for its time limit.
+/// Regression: a connection without an identity was not woken at a normal end, which waited for its time limit.
 #[test]
 fn a_silent_stranger_does_not_hold_up_the_end() {
     let (connector, listener) = memory::network(1 << 16);
@@ -373,7 +374,7 @@ fn main_that_breaks_off_is_an_error_and_ends_all_threads() {
     assert_eq!(error.to_string(), "read main");
 }
 
-/// A link that panics where it should send or receive.
+/// A link that panics in send or receive.
 struct Panics(Box<dyn Link>);
 
 impl Link for Panics {
@@ -430,7 +431,7 @@ impl Connect for PanickingConnector {
     }
 }
 
-/// A thread that panicked left whoever waited for it waiting for ever.
+/// Regression: other threads waited without limit for a thread that panicked.
 #[test]
 fn a_thread_that_panics_fails_the_migration() {
     let (connector, _listener) = memory::network(1 << 16);
@@ -445,7 +446,7 @@ fn a_thread_that_panics_fails_the_migration() {
     assert_eq!(error.to_string(), "a channel's thread panicked");
 }
 
-/// Tells that it is being woken, and holds up those behind it.
+/// Reports that it is being woken, and delays the wakers after it.
 struct Slow {
     told: mpsc::Sender<()>,
     go_on: Mutex<mpsc::Receiver<()>>,
@@ -458,7 +459,7 @@ impl Wake for Slow {
     }
 }
 
-/// Tells when the acceptor has come back to it after a wake, or has let go of it.
+/// Reports when the acceptor waits on it again after a wake, or has dropped it.
 struct Telling {
     listener: memory::MemoryListener,
     told: mpsc::Sender<()>,
@@ -491,8 +492,8 @@ impl Drop for Telling {
     }
 }
 
-/// A stop was waking those registered so far when a listener was registered. The acceptor was woken, found its receiver not
-/// told yet, and waited on, never to be woken again; whoever joined it waited, too.
+/// Regression: a listener was registered while a stop woke the registered wakers. The acceptor was woken, did not find
+/// its receiver stopped yet, and waited again without ever being woken. Threads that joined it waited, too.
 #[test]
 fn a_listener_that_comes_while_the_stop_wakes_the_others_ends_as_well() {
     let (told, hears) = mpsc::channel();

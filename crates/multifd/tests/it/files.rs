@@ -1,4 +1,4 @@
-//! RAM that lives in files, at either end.
+//! RAM in files, at either end.
 
 use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::kit::{StoppedGuest, fresh, migrate, name};
 
 const LENGTH: u64 = 4 << 20;
 
-/// A block in a file from `offset` on, every page of it different; page 5 is not present, and garbage in the file.
+/// A block in a file from `offset` on, with different pages; page 5 is not present, with garbage in the file.
 fn in_a_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     let page_size = PageSize::KIB_4;
     for page in 0..LENGTH / 4096 {
@@ -29,7 +29,7 @@ fn in_a_file(file: &Arc<File>, offset: u64, direct: bool) -> Arc<RamBlocks> {
     Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("one"))
 }
 
-/// What a block in a file holds.
+/// The contents of a block in a file.
 fn loaded(blocks: &RamBlocks) -> Vec<u8> {
     let block = blocks.block(BlockIndex(0)).expect("there");
     let mut bytes = vec![0; usize::try_from(LENGTH).expect("small")];
@@ -67,7 +67,7 @@ fn pages_go_from_file_to_file_past_the_page_cache_and_through_it() {
                 "offset {offset}, {detection:?}, direct {from}, {to}"
             );
             let block = destination.block(BlockIndex(0)).expect("there");
-            // With none, a page that is known to be zero travels as zeros.
+            // With none, a page that is known to be zero is sent as zeros.
             assert_eq!(block.is_present(PageIndex(5)), detection == none);
             assert!(block.is_present(PageIndex(6)));
         }
@@ -89,7 +89,7 @@ fn pages_go_from_a_file_into_memory() {
     assert!(bytes == loaded(&source), "equal RAM");
 }
 
-/// The file is cut: an error of the read that meets it, not a signal.
+/// The file is truncated: this is an error of the read that reaches the end, not a signal.
 #[test]
 fn file_that_is_cut_is_an_error() {
     for direct in [false, true] {

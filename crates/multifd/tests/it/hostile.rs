@@ -1,4 +1,4 @@
-//! A source that lies: every lie is refused with its place, and no byte outside a page it may write has changed.
+//! A hostile source: every violation is refused with its position, and only bytes inside allowed pages have changed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,7 +40,7 @@ fn untouched(blocks: &RamBlocks) -> bool {
     blocks.iter().all(|(_, block)| block.slice(PageIndex(0), block.pages()).expect("whole").is_zero())
 }
 
-/// What main is told when a channel sends these bytes after its initial packet.
+/// The result of main when a channel sends these bytes after its initial packet.
 fn answer_to(bytes: &[u8]) -> (Result<()>, Arc<RamBlocks>) {
     let (receiver, connector, blocks) = destination(ReceiveOptions::new().method(Some(Method::None)));
     let mut link = open(&connector, VmUuid::NIL, 0);
@@ -123,7 +123,7 @@ fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
     }
 }
 
-/// Its head is shorter than others, and less than another's length may follow it: nothing is waited for in vain.
+/// Its head is shorter than others, and less than another's length may follow it: no bytes are waited for in vain.
 #[test]
 fn a_device_state_packet_is_refused_by_name_while_its_channel_stays_open() {
     let mut packet = vec![0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40];
@@ -163,7 +163,7 @@ fn a_device_state_packet_cut_or_malformed_is_refused() {
     assert!(matches!(error.kind(), Error::Malformed(Malformed::DeviceStateFlags { .. })), "{error}");
 }
 
-/// Such a state belongs behind RAM, where other errors of a channel only go to the log.
+/// Such a state belongs after RAM, where other errors of a channel only go to the log.
 #[test]
 fn a_device_state_packet_after_the_end_of_ram_fails_the_migration() {
     let mut packet = vec![0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40, b'd'];
@@ -261,7 +261,7 @@ fn a_channel_that_comes_when_ram_has_moved_is_refused() {
     }
     let _late = open(&connector, VmUuid::NIL, 1);
     put(&mut *first, buffer.sync(0));
-    // Nobody waits for a newcomer at this point; the next one can only end by its refusal.
+    // Nothing waits for a new channel at this point; only its refusal can end the next sync point.
     let error = receiver.sync().and_then(|()| receiver.sync()).expect_err("late");
     assert!(matches!(error.kind(), Error::Violation(Violation::LateChannel { .. })), "{error}");
 }
@@ -282,7 +282,7 @@ fn no_page_is_written_after_the_end_of_ram() {
     assert!(untouched(&blocks));
 }
 
-/// Sources of 9.1 and 9.2 send one more SYNC on every channel at the end, which main knows nothing of.
+/// Sources of 9.1 and 9.2 send one more SYNC on every channel at the end, without a record on main.
 #[test]
 fn a_surplus_sync_at_the_end_is_taken() {
     let (receiver, connector, _) = destination(ReceiveOptions::new());
@@ -296,7 +296,7 @@ fn a_surplus_sync_at_the_end_is_taken() {
     assert_eq!(receiver.finish().expect("a good end")[0].packets, 2);
 }
 
-/// A gap was looked for at the first sync point only: a channel that was still on its way then was forgotten.
+/// Regression: a gap was checked at the first sync point only, so a channel that connected later was forgotten.
 #[test]
 fn a_gap_that_opens_after_the_first_sync_point_is_seen() {
     let (receiver, connector, _) =

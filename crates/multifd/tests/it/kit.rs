@@ -1,4 +1,4 @@
-//! Two ends and a main stream between them: one byte a sync point, an answer at the end.
+//! Two ends and a main stream between them: one byte per sync point, an answer at the end.
 
 use std::{
     io::{Read, Write},
@@ -19,7 +19,7 @@ use multifd::{
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What a connection is made with that belongs to no migration.
+/// The context of a connection that belongs to no migration.
 pub(crate) fn context() -> Context {
     Context::new(&Stop::new()).connect_timeout(TIMEOUT)
 }
@@ -37,7 +37,7 @@ pub(crate) fn fresh(page_size: PageSize, blocks: &[(&str, u64)]) -> Arc<RamBlock
     Arc::new(RamBlocks::new(made.collect()).expect("distinct"))
 }
 
-/// Fills a page with words that tell block, page and version.
+/// Fills a page with words that contain block, page and version.
 pub(crate) fn write(blocks: &RamBlocks, block: usize, page: u64, version: u64) {
     let of = blocks.block(BlockIndex(block)).expect("there");
     let word = (block as u64) << 56 | page << 16 | version;
@@ -196,7 +196,7 @@ pub(crate) fn follow(receiver: Receiver, blocks: &Arc<RamBlocks>) -> Result<Vec<
     receiver.finish()
 }
 
-/// A guest that nobody needs to stop.
+/// A guest that need not be stopped.
 #[derive(Default)]
 pub(crate) struct StoppedGuest {
     pub(crate) resumed: bool,
@@ -220,7 +220,7 @@ impl Guest for StoppedGuest {
     }
 }
 
-/// What both sides of a migration ended with.
+/// The results of both sides of a migration.
 pub(crate) struct Outcome {
     pub(crate) sent: Result<MigrationInfo>,
     pub(crate) received: Result<Vec<ChannelStats>>,
@@ -246,7 +246,7 @@ pub(crate) fn migrate(
     )
 }
 
-/// The same, with more to choose.
+/// The same, with more options.
 pub(crate) fn migrate_with(
     source: &Arc<RamBlocks>,
     destination: &Arc<RamBlocks>,
@@ -261,7 +261,7 @@ pub(crate) fn migrate_with(
     migrate_over(ends, source, destination, multifd.then_some(send), options, log, guest)
 }
 
-/// What opens connections, and what takes them.
+/// A connector and a listener.
 pub(crate) type Ends = (Arc<dyn Connect>, Box<dyn Listen>);
 
 /// The same, over connections of the caller's choice.

@@ -1,4 +1,4 @@
-//! What goes in at one end comes out at the other.
+//! The destination receives what the source sends.
 
 use std::{
     io,
@@ -35,7 +35,7 @@ pub(crate) fn filled(page_size: PageSize) -> Arc<RamBlocks> {
     blocks
 }
 
-/// Both sides share its memory: a page of it, even a zero one, would be written into what the source still uses.
+/// Both sides share its memory: a page of it, even a zero one, would be written into memory that the source still uses.
 #[test]
 fn no_page_of_a_block_that_is_ignored_is_sent() {
     const LIST: &[(&str, u64)] = &[("sent", 1 << 20), ("shared", 1 << 20)];
@@ -171,7 +171,7 @@ fn the_last_page_of_terabytes_arrives() {
     assert_eq!(arrived, [0, 1]);
 }
 
-/// Counts what crosses a connection, whatever the engine says that it was.
+/// Counts the bytes on a connection, independently of the engine's own counters.
 struct Counting(Box<dyn Link>, Arc<AtomicU64>);
 
 impl Link for Counting {
@@ -265,7 +265,7 @@ impl Writers {
         let threads = (0..2).map(|thread| {
             let (blocks, log, run, version) = (blocks.clone(), log.clone(), run.clone(), version.clone());
             spawn("writer", move || {
-                // A page belongs to one writer, so that its content is one version and no mixture.
+                // A page belongs to one writer, so that its contents are one version and not a mixture.
                 while run.load(Ordering::Relaxed) {
                     for page in (0..pages).filter(|page| page % 2 == thread) {
                         write(&blocks, 0, page, version.fetch_add(1, Ordering::Relaxed) & 0xffff);
@@ -306,7 +306,7 @@ fn a_guest_that_keeps_writing_arrives_as_it_was_when_it_stopped() {
         let bits = DirtyBitmaps::new(&source);
         let mut log = bits.reader().expect("alone");
         let mut writers = Writers::start(&source, &bits, 600, Duration::from_micros(200));
-        // So short that it takes passes; the writers pause, so that one pass will find little.
+        // So short that several passes are needed; the writers pause, so that one pass finds little.
         let options = MigrateOptions::new().downtime_limit(Duration::from_millis(2));
         let outcome = migrate(&source, &destination, channels, options, &mut log, &mut writers);
         let sent = outcome.sent.expect("sent");
@@ -326,7 +326,7 @@ fn max_bandwidth_is_kept_while_the_guest_runs() {
     let options = MigrateOptions::new().max_bandwidth(Some(4 << 20));
     let outcome = migrate(&source, &destination, 2, options, &mut NeverDirty, &mut StoppedGuest::default());
     let sent = outcome.sent.expect("sent");
-    // 2 MiB at 4 MiB/s take half a second, less what the first and last slice of time allow.
+    // 2 MiB at 4 MiB/s take half a second, minus what the first and last time slice allow.
     assert!(sent.total_time >= Duration::from_millis(350), "{:?}", sent.total_time);
     outcome.received.expect("received");
     assert_eq!(difference(&source, &destination), None);

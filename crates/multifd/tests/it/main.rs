@@ -1,4 +1,4 @@
-//! The promises of the engine, both ends together over links in memory.
+//! Tests of the engine with both ends over links in memory.
 
 #[cfg(test)]
 mod belonging;

@@ -1,4 +1,4 @@
-//! A process whose threads know of no dirty log migrates while they write.
+//! A process migrates while its threads write without knowing of a dirty log.
 
 use std::{
     io,
@@ -13,7 +13,7 @@ use multifd::{
 
 use crate::kit;
 
-/// Threads that know of no log write to memory while it is migrated.
+/// Threads that know no log write to memory while it is migrated.
 #[test]
 fn a_process_that_keeps_writing_arrives_as_it_was_when_it_stopped() {
     let fresh = || kit::fresh(PageSize::KIB_4, &[("a", 4096 << 12), ("b", 101 << 12)]);

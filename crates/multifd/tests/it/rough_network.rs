@@ -1,5 +1,5 @@
-//! A running guest moves from host to host over a line that is rough: pages are sent again and again, and the newest version
-//! of each is what arrives.
+//! A running guest moves from host to host over an unreliable line: pages are sent repeatedly, and the newest version
+//! of each arrives.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,7 +16,7 @@ use crate::{
     loopback::{BLOCKS, Writers, filled},
 };
 
-/// Both directions have seen something of what the line does.
+/// The line has affected both directions.
 fn arrives_over(line: &Line, channels: u8, did: fn(&Carried) -> u64) {
     let Some(network) = Network::new(line) else { return };
     let listen: Address = format!("tcp:{}:0", network.far().address()).parse().expect("an address");
@@ -26,7 +26,7 @@ fn arrives_over(line: &Line, channels: u8, did: fn(&Carried) -> u64) {
     let bits = DirtyBitmaps::new(&source);
     let mut log = bits.reader().expect("alone");
     let mut writers = Writers::start(&source, &bits, 100, Duration::from_millis(1));
-    // All that the writers write takes longer over most of these lines.
+    // Sending everything that the writers write takes longer over most of these lines.
     let options = MigrateOptions::new().downtime_limit(Duration::from_millis(100));
     let send = Some(SendOptions::new().channels(channels));
     let outcome = network

@@ -1,4 +1,4 @@
-//! The options as data: what is written reads back, what cannot be is refused by name.
+//! The options as data: written options are read back, and invalid ones are refused by name.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! A process in which a write to a closed connection would be a signal, and the signal the end: an embedder that is no Rust
-//! program. One that ignores the ends of its children, and one that waits for all of them. The process is this binary again.
+//! Processes with unusual signal settings: one in which a write to a closed connection raises a signal that ends it, as
+//! in an embedder that is not a Rust program; one that ignores the ends of its children; one that waits for all of
+//! them. The process is this test binary, started again.
 //!
 //! UNSAFETY: signals get their default or are ignored, which runs no code of ours.
 #![expect(unsafe_code, reason = "sets what is done with signals")]
@@ -24,7 +25,8 @@ fn connection_that_is_closed_is_an_error_and_no_signal() {
     in_a_process("signals::process_that_a_signal_would_end");
 }
 
-/// A command that had got everything and had ended well counted as failed, and the guest ran at both ends.
+/// Regression: a command that had received everything and had succeeded counted as failed, and the guest ran at both
+/// ends.
 #[test]
 fn command_is_not_started_where_its_end_would_not_be_known() {
     in_a_process("signals::process_that_ignores_the_ends_of_its_children");
@@ -51,13 +53,13 @@ fn connect(address: &str) -> Stream {
 fn fails(mut stream: Stream) -> io::Error {
     loop {
         if let Err(error) = stream.write_all(&[0; 1 << 16]) {
-            // The next one is of a connection that is known to be closed.
+            // The next write goes to a connection that is known to be closed.
             return stream.write_all(&[0]).expect_err(&error.to_string());
         }
     }
 }
 
-/// Not a test of its own: the one above starts it.
+/// Not a separate test: the one above starts it.
 #[test]
 #[ignore = "the other process of a test"]
 fn process_that_a_signal_would_end() {
@@ -77,7 +79,7 @@ fn process_that_a_signal_would_end() {
     let listener = UnixListener::bind(&path).expect("bound");
     let stream = connect(&format!("unix:{}", path.display()));
     let (mut peer, _) = listener.accept().expect("accepted");
-    // Nothing is left unread in its socket, so it is closed in order.
+    // No bytes are left unread in its socket, so it is closed normally.
     peer.set_nonblocking(true).expect("set");
     assert!(peer.read(&mut [0]).is_err());
     drop(peer);
@@ -87,7 +89,7 @@ fn process_that_a_signal_would_end() {
     assert!(error.to_string().contains('3'), "{error}");
 }
 
-/// Not a test of its own.
+/// Not a separate test.
 #[test]
 #[ignore = "the other process of a test"]
 fn process_that_ignores_the_ends_of_its_children() {
@@ -106,7 +108,7 @@ fn process_that_ignores_the_ends_of_its_children() {
     assert!(Listener::bind(&command).map(drop).expect_err("refused").to_string().contains("SIGCHLD"));
 }
 
-/// Not a test of its own. Whether the system tells the status all the same depends on its version.
+/// Not a separate test. Whether the system still reports the status depends on its version.
 #[test]
 #[ignore = "the other process of a test"]
 fn process_that_reaps_all_children() {

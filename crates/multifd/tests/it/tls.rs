@@ -1,4 +1,4 @@
-//! Sessions on every connection: whole machines arrive, and who may not come does not.
+//! Sessions on every connection: whole machines arrive, and peers that are not allowed are refused.
 
 use std::{
     io,
@@ -80,7 +80,7 @@ fn a_guest_that_keeps_writing_arrives_over_sessions() {
     assert_eq!(difference(&source, &destination), None);
 }
 
-/// Both ends of one connection: what the source's handshake says, then what its peer's first read says.
+/// Both ends of one connection: the result of the source's handshake, then the result of its peer's first read.
 fn meet((connector, mut listener): Ends) -> (Result<(), String>, Result<usize, String>) {
     let told = |error: io::Error| error.to_string();
     let destination = spawn("destination", move || {
@@ -91,7 +91,7 @@ fn meet((connector, mut listener): Ends) -> (Result<(), String>, Result<usize, S
     });
     let source = connector.connect(&crate::kit::context()).and_then(|mut link| {
         link.send(&[Part::from(&b"Q"[..])])?;
-        // In TLS 1.3 a source learns that it is refused when it next reads.
+        // In TLS 1.3 a source notices its refusal at its next read.
         link.set_recv_timeout(Some(TIMEOUT))?;
         let mut byte = [0];
         link.recv(&mut [PartMut::from(&mut byte[..])]).map(drop)
@@ -124,7 +124,7 @@ fn both_ends_of_one_authority_meet() {
     assert_eq!((sent, received), (Ok(()), Ok(1)));
 }
 
-/// The handshake's limit stayed on the connection: a source gave up if SHUT did not come within it.
+/// Regression: the handshake's limit stayed on the connection, and a source failed if SHUT did not arrive within it.
 #[test]
 fn a_read_after_the_handshake_waits_longer_than_the_handshake_might() {
     let folder = folder();
@@ -179,7 +179,7 @@ fn a_source_of_another_authority_or_without_certificate_is_refused() {
         "give the source client-cert.pem and client-key.pem",
     );
 
-    // It trusts both, its own certificate is of the other.
+    // It trusts both authorities; its own certificate is signed by the other one.
     let other = Authority::new("another").expect("an authority");
     let ca = client.path().join("ca-cert.pem");
     let one = std::fs::read_to_string(&ca).expect("read");
@@ -191,7 +191,7 @@ fn a_source_of_another_authority_or_without_certificate_is_refused() {
     assert_refused(stranger, "TLS alert UnknownCA", "does not know its authority");
 }
 
-/// Within the handshake, and the other way round is another subject.
+/// The refusal is part of the handshake. A name in the other order is a different subject.
 #[test]
 fn a_source_that_is_not_in_the_list_is_refused_by_its_name() {
     let folder = folder();
@@ -212,7 +212,7 @@ fn a_certificate_that_was_taken_back_is_refused() {
     assert_refused(ends(folder.path(), folder.path(), "localhost", &[]), "Revoked", "CertificateRevoked");
 }
 
-/// Found out when they are read, and not by the peer.
+/// This is detected when the files are read, not by the peer.
 #[test]
 fn our_own_certificate_and_list_must_be_good_now() {
     let folder = folder();
@@ -234,7 +234,7 @@ fn our_own_certificate_and_list_must_be_good_now() {
             let found = told(role).expect("refused");
             assert!(found.contains(why), "{role}: {found}");
         };
-        // Of the authority that was here before.
+        // Signed by the authority that was here before.
         refused(&format!("{role}-cert.pem: it is not of the authority in ca-cert.pem beside it"));
         authority.sign(path, role, &subject(role, hosts, true)).expect("signed");
         refused(&format!("{role}-cert.pem: it is not valid any more"));
@@ -246,7 +246,7 @@ fn our_own_certificate_and_list_must_be_good_now() {
     }
 }
 
-/// A connection that keeps what it sends.
+/// A connection that records what it sends.
 struct Tapped(Box<dyn Link>, Arc<Mutex<Vec<u8>>>);
 
 impl Link for Tapped {
@@ -333,7 +333,7 @@ impl Listen for TapListener {
     }
 }
 
-/// The records of a direction that hold this many bytes: in TLS 1.3 the length is all that can be seen of them.
+/// The number of records of this length in one direction: in TLS 1.3 only the length is visible.
 fn records(bytes: &[u8], length: usize) -> usize {
     let (mut rest, mut count) = (bytes, 0);
     while let [_, _, _, high, low, behind @ ..] = rest {
@@ -344,7 +344,8 @@ fn records(bytes: &[u8], length: usize) -> usize {
     count
 }
 
-/// A change of keys: message type, three bytes of length, one of content, the record's type, the cipher's tag.
+/// The length of a change of keys: message type, three bytes of length, one of content, the record's type, the cipher's
+/// tag.
 const KEY_UPDATE: usize = 5 + 1 + 16;
 /// A closing alert.
 const ALERT: usize = 2 + 1 + 16;
@@ -378,7 +379,7 @@ fn keys_change_in_both_directions_and_nothing_is_lost() {
     assert!(received == expected, "what was sent came back");
     stream.close_write().expect("closed");
     destination.join().expect("no panic");
-    // 512 records each, in calls of eight, and the answer to each of the other side's changes that is due by then.
+    // 512 records each, in calls of eight, and the answers to the other side's changes so far.
     let changes = tap.0.each_ref().map(|sent| records(&sent.lock().expect("whole"), KEY_UPDATE));
     assert!(changes[0] >= 30 && changes[1] >= 10, "{changes:?}");
     let alerts = tap.0.each_ref().map(|sent| records(&sent.lock().expect("whole"), ALERT));
@@ -404,7 +405,7 @@ fn a_machine_arrives_whole_though_keys_change_all_the_time() {
     assert_eq!(difference(&source, &destination), None);
 }
 
-/// A destination that speaks nothing newer: its session ends before its keys are worn out, and says why.
+/// A destination that supports only TLS 1.2: its session ends before its keys are worn out, with the reason.
 #[test]
 fn tls_1_2_ends_where_keys_would_have_to_change() {
     let folder = folder();
@@ -437,7 +438,7 @@ fn tls_1_2_ends_where_keys_would_have_to_change() {
     assert!(received.as_ref().map_or(true, |received| *received == 96 * (16 << 10)), "{received:?}");
 }
 
-/// What the destination says when a packet of the source is changed on its way.
+/// The destination's result when a packet of the source is changed in transit.
 fn changed(method: Method, change: fn(&mut Vec<u8>)) -> String {
     let folder = folder();
     let (connector, listener) = memory::network(1 << 22);
@@ -457,7 +458,7 @@ fn changed(method: Method, change: fn(&mut Vec<u8>)) -> String {
     format!("{error}{}", cause.unwrap_or_default())
 }
 
-/// What a record begins with that is not of the handshake, nor goes before one.
+/// The first byte of a record of application data: it is neither part of the handshake nor sent before it.
 const DATA: u8 = 0x17;
 
 #[test]
@@ -510,7 +511,7 @@ fn a_handshake_that_dribbles_or_stands_still_ends_at_its_limit() {
     receiver.listen(Box::new(TlsListener::new(Box::new(listener), server))).expect("listening");
     let mut link = connector.connect(&crate::kit::context()).expect("connected");
     let start = Instant::now();
-    // The head of a record that announces more than ever comes.
+    // The head of a record that announces more bytes than ever arrive.
     let hello = [0x16, 0x03, 0x01, 0x02, 0x00];
     for byte in hello.iter().chain([&0; 400]) {
         if link.send(&[Part::from(&[*byte][..])]).is_err() {
@@ -575,8 +576,8 @@ fn debug_text_of_credentials_leaves_out_certificates_and_keys() {
     assert_eq!(format!("{server:?}"), "ServerCredentials { .. }");
 }
 
-/// More than 64 GiB through one session have broken others; keys are changed before 256 GiB. `cargo test --release` shows
-/// the rate with `--nocapture`.
+/// More than 64 GiB through one session have broken other implementations; keys are changed before 256 GiB. `cargo test
+/// --release` shows the rate with `--nocapture`.
 #[test]
 #[ignore = "slow: moves 300 GiB"]
 fn three_hundred_gib_pass_one_session() {
@@ -595,7 +596,7 @@ fn three_hundred_gib_pass_one_session() {
             match link.recv(&mut [PartMut::from(&mut *buffer)]).expect("received") {
                 0 => return received,
                 some => {
-                    // Every byte tells its place in the stream, modulo a chunk.
+                    // Every byte contains its position in the stream, modulo a chunk.
                     let at = usize::try_from(received % 251).expect("small");
                     assert_eq!(usize::from(buffer[0]), at, "at {received}");
                     received += some as u64;
@@ -605,7 +606,7 @@ fn three_hundred_gib_pass_one_session() {
     });
     let connector = TlsConnector::new(Arc::new(address), client);
     let mut link = connector.connect(&crate::kit::context()).expect("connected");
-    // 251 does not divide a chunk: two periods, sent from where the stream is.
+    // 251 does not divide a chunk: two periods, sent from the present position in the stream.
     let pattern: Vec<u8> = (0..=250).cycle().take(CHUNK + 251).collect();
     let (start, mut sent) = (Instant::now(), 0_u64);
     while sent < CHUNKS * CHUNK as u64 {

@@ -1,4 +1,4 @@
-//! Addresses as they are: sockets of each family, virtual sockets, commands.
+//! Real addresses: sockets of each family, virtual sockets, commands.
 
 use std::{
     fs,
@@ -135,7 +135,7 @@ fn output_that_ends_well_is_no_error() {
     stream.finish().expect("exit status 0");
 }
 
-/// Says its number, then what the test is about.
+/// A command that prints its process number, then does what the test needs.
 fn numbered(then: &str) -> (Stream, String) {
     let mut stream = start(&format!("echo $$; {then}"));
     let mut number = String::new();
@@ -176,7 +176,7 @@ fn stop_ends_a_command_and_whoever_waits_for_it() {
             stop.cancel();
         });
         let start = Instant::now();
-        // Whether it is an error or the end of the stream depends on who is first.
+        // Whether it is an error or the end of the stream depends on which happens first.
         let _ = wait(&mut stream);
         drop((stream, watch));
         assert!(start.elapsed() < TIMEOUT && !fs::exists(&process).expect("asked"));
@@ -216,7 +216,7 @@ fn command_is_the_one_connection_of_a_listener() {
     woken.join().expect("no panic");
 }
 
-/// A stranger is dropped and the next one waited for, unless there can be no next one.
+/// A foreign connection is dropped and the next one waited for, unless there can be no next one.
 #[test]
 fn only_connection_that_is_no_main_ends_the_migration() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -238,7 +238,7 @@ fn only_connection_that_is_no_main_ends_the_migration() {
     }
 }
 
-/// A command may have far to go before it says anything.
+/// A command may need a long time before it sends anything.
 #[test]
 fn only_connection_is_given_more_time_than_a_stranger() {
     let options = ReceiveOptions::new().greeting_timeout(Duration::from_millis(50));
@@ -306,7 +306,7 @@ fn listener_at_a_virtual_socket_says_its_port() {
     assert_eq!(taken.kind(), ErrorKind::AddrInUse);
 }
 
-/// There is no such machine; the system says so, or nobody does.
+/// There is no such machine; the system reports that, or there is no reply.
 #[test]
 fn connect_to_an_absent_context_id_fails_in_its_time() {
     if !vsock() {
@@ -328,7 +328,7 @@ fn connect_to_an_absent_context_id_fails_in_its_time() {
     connecting.join().expect("no panic").expect_err("stopped");
 }
 
-/// Where the system carries virtual sockets to itself, a byte goes over many.
+/// If the system supports virtual sockets to itself, a byte goes over many.
 #[test]
 fn virtual_sockets_carry_many_connections() {
     if !vsock() {
@@ -350,9 +350,9 @@ fn virtual_sockets_carry_many_connections() {
     }
 }
 
-/// Found by the soak: a destination that read on to the end after its stop had shut main down closed without a reset, and
-/// with no room announced. The source's system went on asking for room until the other had forgotten the connection, a
-/// minute later, and so long its guest was not told that it stays.
+/// Regression, found by the soak test: a destination that continued to read to the end after its stop had shut main
+/// down closed without a reset, and announced no room. The source's system asked for room until the other system had
+/// forgotten the connection a minute later. Only then was the source informed that its guest stays.
 #[test]
 fn a_source_whose_bytes_fill_the_network_hears_at_once_that_its_destination_has_stopped() {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("listening");
@@ -376,7 +376,7 @@ fn a_source_whose_bytes_fill_the_network_hears_at_once_that_its_destination_has_
         }
     });
     let mut main = receiver.wait_main().expect("main");
-    // Until the network takes no more.
+    // Until the network accepts no more.
     let mut before = u64::MAX;
     while std::mem::replace(&mut before, sent.load(Ordering::SeqCst)) != sent.load(Ordering::SeqCst) {
         sleep(Duration::from_millis(300));
@@ -388,6 +388,6 @@ fn a_source_whose_bytes_fill_the_network_hears_at_once_that_its_destination_has_
     drop(receiver);
     let (kind, heard) = source.join().expect("no panic");
     assert!(matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{kind:?}");
-    // The system's minute, with as much to spare as a busy machine takes.
+    // Half of the system's minute, with a margin for a busy machine.
     assert!(heard.saturating_duration_since(stopped) < Duration::from_secs(30));
 }

@@ -1,4 +1,4 @@
-//! Pages that the system reads where they are, over real TCP.
+//! Pages that the system sends directly from memory, over real TCP.
 
 use std::{
     net::TcpListener,
@@ -46,14 +46,14 @@ fn a_stopped_machine_arrives_whole_and_copies_are_counted() {
             outcome.received.expect("received");
             assert_eq!(difference(&source, &destination), None, "{channels} channels, {detection:?}");
             let ram = outcome.sent.expect("sent").ram;
-            // From a machine to itself the system always copies. Not every channel need carry a page before a sync.
+            // On one machine the system always copies. Not every channel carries a page before a sync.
             let missed = ram.dirty_sync_missed_zero_copy;
             assert!((1..=ram.dirty_sync_count * u64::from(channels)).contains(&missed), "{ram:?}");
         }
     }
 }
 
-/// Notices come as messages of another protocol there.
+/// There, notices are messages of a different protocol.
 #[test]
 fn a_stopped_machine_arrives_whole_over_ipv6() {
     if TcpListener::bind("[::1]:0").is_err() {
@@ -78,7 +78,7 @@ fn without_it_nothing_is_missed() {
     assert_eq!(outcome.sent.expect("sent").ram.dirty_sync_missed_zero_copy, 0);
 }
 
-/// What is read late may be newer than what was queued, and never older.
+/// A page that is read late may be newer than when it was queued, but never older.
 #[test]
 fn a_guest_that_rewrites_pages_under_way_arrives_as_it_was_when_it_stopped() {
     for channels in [1, 4] {
@@ -124,7 +124,7 @@ fn it_is_refused_where_pages_are_copied_anyway() {
     }
 }
 
-/// The destination takes nothing in, so the system is never through.
+/// The destination reads nothing, so the system never completes the sends.
 #[test]
 fn a_stop_ends_the_wait_for_what_is_under_way() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
@@ -150,7 +150,7 @@ fn a_stop_ends_the_wait_for_what_is_under_way() {
     drop(peers);
 }
 
-/// A peer that dies with bytes under way.
+/// A peer that ends with bytes in flight.
 #[test]
 fn a_connection_that_breaks_ends_the_wait_for_what_is_under_way() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
@@ -163,7 +163,7 @@ fn a_connection_that_breaks_ends_the_wait_for_what_is_under_way() {
     let peer = listener.accept().expect("accepted");
     let died = spawn("die", move || {
         sleep(Duration::from_millis(200));
-        // With bytes unread in its socket: a reset.
+        // It ends with unread bytes in its socket, which causes a reset.
         drop(peer);
     });
     let queued = (0..64 << 8).try_for_each(|page| sender.queue(BlockIndex(0), PageIndex(page)));

@@ -1,4 +1,4 @@
-//! Zero pages: who looks for them, how they travel, and what they leave untouched.
+//! Zero pages: which side detects them, how they are sent, and what they leave untouched.
 
 use std::{fs::File, os::unix::fs::FileExt, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::kit::{StoppedGuest, context, difference, fresh, migrate, migrate_with
 const MODES: [ZeroPageDetection; 3] =
     [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd];
 
-/// A machine goes to `destination`, whole.
+/// A machine moves to `destination`, complete.
 fn moves(
     source: &Arc<RamBlocks>,
     destination: &Arc<RamBlocks>,
@@ -35,8 +35,8 @@ fn on_channels(info: &MigrationInfo) -> u64 {
     info.channels.iter().map(|channel| channel.zero).sum()
 }
 
-/// Pages of a block's memory that the system has given out, but for 2 MiB at both ends, where a huge page of a
-/// neighbour may reach in.
+/// The number of pages of a block's memory that the system has allocated, except for 2 MiB at both ends, which may
+/// share a huge page with adjacent memory.
 fn populated(block: &RamBlock) -> usize {
     let memory = block.slice(PageIndex(512), block.pages() - 1024).expect("mapped");
     let page = PageSize::KIB_4.bytes();
@@ -47,11 +47,11 @@ fn populated(block: &RamBlock) -> usize {
     entries.chunks_exact(ENTRY).filter(|entry| entry[ENTRY - 1] & 0x80 != 0).count()
 }
 
-/// Bytes of a page's entry in `/proc/self/pagemap`, in host order: the top bit says that there is memory.
+/// The length of a page's entry in `/proc/self/pagemap`, in host order: the top bit says that there is memory.
 const ENTRY: usize = 8;
 const _: () = assert!(cfg!(target_endian = "little"), "the last byte is the top one");
 
-/// A kernel before 6.7 does not tell what was touched, so all is looked at, and read into being.
+/// A kernel before 6.7 does not report touched pages, so all pages are read, which allocates them.
 #[test]
 fn source_memory_that_nobody_has_touched_stays_untouched() {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("told");
@@ -115,7 +115,7 @@ fn each_mode_sends_zero_pages_its_own_way() {
     }
 }
 
-/// Eight pages of junk of which a bitmap says that only the odd ones hold something: what a mapped-ram file is.
+/// Eight pages of garbage with a bitmap by which only the odd ones are present, as in a mapped-ram file.
 fn with_junk() -> Arc<RamBlocks> {
     let file = tempfile::tempfile().expect("a file");
     file.set_len(8 * 4096).and_then(|()| file.write_all_at(&[9; 7 * 4096], 0)).expect("written");
@@ -157,7 +157,7 @@ fn pages_known_to_be_zero_arrive_as_zero_in_every_mode_whatever_their_memory_has
                         let zero = page % 2 == 0 || page == 7;
                         assert_eq!(bytes == [0; 4096], zero, "page {page}, {mode:?}, {channels}, {method}");
                     }
-                    // Page 7 is there and zero, but a file that somebody may cut shorter is not looked at.
+                    // Page 7 is present and zero, but a file that another process may truncate is not read.
                     let expected = if mode == ZeroPageDetection::None { 0 } else { 4 };
                     assert_eq!(sent.ram.duplicate, expected, "{mode:?}, {channels}, {look}");
                 }
@@ -176,7 +176,7 @@ fn zero_entries_alone_carry_the_method_and_no_payload() {
         sender.set_up(Arc::new(connector)).expect("set up");
         let mut link = listener.accept(&context()).expect("accepted").expect("a connection");
         link.set_recv_timeout(Some(Duration::from_secs(20))).expect("set");
-        // One that is looked at on its way, one that is known before.
+        // One page that is checked by the channel, one that is known before.
         sender.queue_unknown_run(BlockIndex(0), PageIndex(3), 1).expect("queued");
         sender.queue_zero_run(BlockIndex(0), PageIndex(5), 1).expect("queued");
         sender.sync().expect("synced");
@@ -194,7 +194,7 @@ fn zero_entries_alone_carry_the_method_and_no_payload() {
             _ => 0,
         };
         assert_eq!(packet.flags.0, bits, "{method}");
-        // The SYNC comes next: nothing stood between.
+        // The SYNC follows directly.
         let sync = Packet::decode(second, PageSize::KIB_4).expect("a packet");
         assert!(sync.is_sync() && !sync.lists_pages() && sync.flags.0 == 1, "{method}");
     }

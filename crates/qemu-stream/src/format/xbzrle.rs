@@ -9,7 +9,7 @@
 pub struct BadDelta {
     /// What is wrong.
     pub what: &'static str,
-    /// Where in the delta.
+    /// The position in the delta.
     pub at: usize,
 }
 

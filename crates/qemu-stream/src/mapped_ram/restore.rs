@@ -51,7 +51,7 @@ impl<'a> Restore<'a> {
     /// order. Returns the counters of each channel. The devices are [the file's](MappedRamFile::devices). `stop` cannot
     /// be used again.
     ///
-    /// Pages that the file does not have are made zero, whatever the memory contained. Pages that the page table does
+    /// Pages that the file does not have are made zero, also in memory with other contents. Pages that the page table does
     /// not have are zero and stay untouched. Blocks that were left out of the file are not changed.
     ///
     /// **Warning:** nothing may change the file or write to the memory in the meantime.

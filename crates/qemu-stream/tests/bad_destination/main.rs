@@ -1,7 +1,7 @@
-//! Destinations that misbehave, over real sockets, and how a source ends: with the first cause, in time, its guest running
-//! and every page dirty again, no thread and no descriptor left.
+//! Destinations that misbehave, over real sockets, and how a source ends: with the first cause, in time, with its guest
+//! running and every page dirty again, with no thread and no descriptor left.
 //!
-//! One test and a process of its own, since it counts the threads and descriptors of the process.
+//! It is one test in a separate process, because it counts the threads and descriptors of the process.
 
 mod rows;
 
@@ -31,13 +31,13 @@ use qemu_stream::{
 };
 
 const LIMIT: Duration = Duration::from_millis(600);
-/// How long the guest may stand.
+/// How long the guest may be stopped.
 const SWITCHOVER: Duration = Duration::from_secs(3);
 const SOON: Duration = Duration::from_secs(10);
-/// More than the sockets between two ends take in.
+/// More than the sockets between two ends can buffer.
 const RAM: u64 = 64 << 20;
 
-/// A guest that only notes what is done to it.
+/// A guest that only records the calls.
 #[derive(Debug, Default)]
 struct Noted {
     stopped: bool,
@@ -75,14 +75,14 @@ struct Row {
     channels: u8,
     /// How long the source waits for SHUT.
     end: Duration,
-    /// How it ends: well, or with an error of this kind and these words.
+    /// How it ends: successfully, or with an error of this kind and these words.
     ends: Option<(Kind, &'static [&'static str])>,
 }
 
-/// What an error is, beside its text.
+/// The kind of an error, in addition to its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// The main stream: what the destination has said on the return path, or has not.
+    /// The main stream: what the destination has sent on the return path, or has not sent.
     Failed(u32),
     Malformed,
     Cut,
@@ -90,13 +90,13 @@ enum Kind {
     Silent,
     Capability,
     Early,
-    /// The system, about a connection: it is broken, or takes nothing, or does not come about.
+    /// The system reported an error of a connection: it is broken, accepts nothing, or cannot be established.
     Broken,
     TakesNothing,
     Refused,
-    /// The guest stood for too long.
+    /// The guest was stopped for too long.
     NotReady,
-    /// Nobody can know who has the guest: it stands.
+    /// The owner of the guest is unknown: it stays stopped.
     UnknownSilent,
     UnknownBroken,
 }
@@ -188,8 +188,8 @@ fn send(row: &Row, destination: &BadDestination, stop: &Stop) -> Ended {
     Ended { result, status: progress.status(), guest, dirty, took: start.elapsed() }
 }
 
-/// The guest has not moved: it runs here, or stands where nobody can know whether it runs there, and all its pages are to be
-/// sent by whoever sends next.
+/// The guest has not moved: it runs here, or is stopped because nobody can know whether it runs there. All its pages
+/// are dirty for the next migration.
 fn assert_stays(row: &str, ended: &Ended, pages: u64) {
     let unknown = matches!(ended.result, Err(Error::OwnerUnknown(_)));
     assert_eq!(ended.guest.stopped, ended.guest.resumed || unknown, "{row}: the guest runs on");
@@ -234,8 +234,8 @@ fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
     println!("{cancels} cancels, longest until all was joined: {longest:?}");
 }
 
-/// Whatever the source is at when it is cancelled, it ends soon, and moves to the next destination with another number of
-/// channels. Says how many cancels came in time, and how long the slowest took to end.
+/// A source that is cancelled at any moment ends soon, and then moves to the next destination with a different number
+/// of channels. Returns how many cancels came in time, and how long the slowest took to end.
 fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
     let stuck = Plan { channels: (Reads::Bytes(64), Then::Hold), ..Plan::default() };
     let (mut longest, mut cancels) = (Duration::ZERO, 0);
@@ -265,7 +265,7 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
             if let Err(error) = &ended.result {
                 cancels += 1;
                 assert!(error.is_cancelled() || matches!(error, Error::OwnerUnknown(_)), "{}", chain(error));
-                // One that had not begun yet has taken no bits.
+                // A migration that has not begun yet has taken no bits.
                 let begun = ended.status == Status::Cancelled || ended.guest.stopped;
                 assert_stays("cancel", &ended, if begun { RAM / 4096 } else { 0 });
             }

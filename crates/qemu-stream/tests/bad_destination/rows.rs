@@ -1,4 +1,4 @@
-//! The table: what a destination does, and how the source ends.
+//! The table: the behaviour of a destination, and how the source ends.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ pub(crate) fn rows() -> Vec<Row> {
     let four = |row: Row| Row { channels: 4, ..row };
     let well = None;
     let pong = [0, 2, 0, 4, 0, 0, 0, 1];
-    // Of a megabyte in two channels main is 300 bytes or so in all; the devices come behind 150.
+    // Of a megabyte over two channels, main is about 300 bytes in all; the devices begin after 150.
     vec![
         row("all is well", good(), well),
         row("channels held open at the end", channels(Reads::All, Then::Hold), well),
@@ -201,7 +201,7 @@ pub(crate) fn rows() -> Vec<Row> {
             odd(0, Reads::Bytes(1 << 20), Then::Reset),
             is(Kind::Broken, &["channel 0: send packet ", "to 127.0.0.1:", "its own log"]),
         )),
-        // The others take nothing either until its sockets are full, then carry the rest; then all wait for its SYNC.
+        // The others also read nothing until its sockets are full, then carry the rest; then all wait for its SYNC.
         four(row(
             "one channel of four that is not read",
             full(2, Then::Hold),
@@ -212,7 +212,7 @@ pub(crate) fn rows() -> Vec<Row> {
             full(2, Then::ResetAfter(LIMIT + LIMIT / 3)),
             is(Kind::Broken, &["channel 2: send packet ", "to 127.0.0.1:", "its own log"]),
         )),
-        // It is noticed at once, whatever the channels do.
+        // It is noticed at once, regardless of the channels.
         row(
             "main reset while the SYNC of a channel is waited for",
             Plan {

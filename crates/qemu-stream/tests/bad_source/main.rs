@@ -1,7 +1,7 @@
 //! Sources that misbehave, over real sockets, and how a destination ends: with the first cause, in time, with nothing
-//! written that may not be, no thread and no descriptor left.
+//! written outside the allowed pages, with no thread and no descriptor left.
 //!
-//! One test and a process of its own, since it counts the threads and descriptors of the process.
+//! It is one test in a separate process, because it counts the threads and descriptors of the process.
 
 use std::{
     sync::Arc,
@@ -28,17 +28,17 @@ mod rows;
 
 use On::Main;
 
-/// What limits are set to, so that those who wait need not wait long.
+/// The value of time limits, so that waits are short.
 const LIMIT: Duration = Duration::from_millis(400);
-/// Of standing still: longer than all that this side waits for before.
+/// The stall timeout: longer than all other waits of this side.
 const STALL: Duration = Duration::from_millis(1800);
-/// Of the first bytes: a script may do much between a connect and these.
+/// The time limit of the first bytes: a script may do much between a connect and these.
 const GREETING: Duration = Duration::from_millis(1000);
-/// From the fault to the end, on a machine that does other things as well.
+/// From the fault to the end, on a machine with other load.
 const SOON: Duration = Duration::from_secs(10);
 
-/// A script, how many channels its destination expects, and how it ends: well, or with an error of this kind whose chain
-/// tells all this.
+/// A script, the number of channels that its destination expects, and how it ends: successfully, or with an error of
+/// this kind whose chain contains all of these texts.
 struct Row {
     name: &'static str,
     script: Script,
@@ -46,7 +46,7 @@ struct Row {
     ends: Option<(&'static str, &'static [&'static str])>,
 }
 
-/// What the source's script has its guest's memory be at the end, and at any time before.
+/// Whether the guest's memory may have this byte there, at the end or at any time before, according to the script.
 fn may_hold(block: usize, at: usize, byte: u8) -> bool {
     let page = (at / PAGE) as u64;
     byte == 0 || block == 0 && [1, 2].iter().any(|version| page_of(page, *version)[at % PAGE] == byte)
@@ -55,7 +55,7 @@ fn may_hold(block: usize, at: usize, byte: u8) -> bool {
 const GUARD: u8 = 0xa5;
 const BEHIND: usize = 16 * PAGE;
 
-/// Blocks in memory that goes on behind them.
+/// Blocks in memory that extends beyond them.
 fn guarded(list: &BlockList) -> multifd::Result<RamBlocks> {
     let block = |entry: &qemu_stream::format::BlockEntry| -> multifd::Result<RamBlock> {
         let mapping = Mapping::anonymous(entry.used_length + BEHIND as u64)
@@ -90,14 +90,14 @@ fn assert_whole(row: &str, blocks: &RamBlocks) {
     }
 }
 
-/// What a destination has come to.
+/// The result of a destination.
 struct Ended {
     result: Result<(), Error>,
     blocks: Option<Arc<RamBlocks>>,
     took: Duration,
 }
 
-/// Takes a migration in, as a program would.
+/// Receives a migration, as a program would.
 fn take_in(mut receiver: Receiver, stop: &Stop) -> (Result<(), Error>, Option<Arc<RamBlocks>>) {
     let main = match receiver.wait_main() {
         Ok(main) => main,
@@ -145,7 +145,7 @@ fn run(row: &Row) -> Ended {
     });
     let mut heard = row.script.play(&target).expect("a destination that does not hang");
     let played = Instant::now();
-    // Those that never send anything are not missed: whoever waits for main waits on.
+    // A source that never sends anything is not missed: the wait for main has no limit.
     if !row.script.steps.iter().any(|step| step.on == Main) {
         thread::sleep(2 * LIMIT);
         assert!(!destination.is_finished(), "{}: main may come late", row.name);
@@ -163,7 +163,7 @@ fn run(row: &Row) -> Ended {
     Ended { result, blocks, took: ended.saturating_duration_since(played) }
 }
 
-/// The kind of the error that was first, and the text with its causes.
+/// The kind of the first error, and its text with causes.
 fn kind_and_text(error: &Error) -> (String, String) {
     let kind = match error.kind() {
         Error::Other { source, .. } => {

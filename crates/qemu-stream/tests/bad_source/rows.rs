@@ -1,4 +1,4 @@
-//! The table: what a source does wrong, and what its destination says.
+//! The table: the fault of a source, and the error of its destination.
 
 use multifd::ChannelCount;
 use multifd_testkit::bad_source::{Act, HEAD, On, PAGE, Script, Shape, packet, sync};
@@ -14,7 +14,7 @@ fn legacy() -> Script {
     Script::whole(Shape { round: false, ..Shape::default() })
 }
 
-/// What a later step must not come before: the destination has got here.
+/// Steps that make sure that the destination has got here before a later step.
 fn arrived() -> [(On, Act); 2] {
     let ping = b"\x08\0\x02\0\x04\0\0\0\x63".to_vec();
     [(Main, Act::Send(ping)), (Main, Act::Hear(vec![0, 2, 0, 4, 0, 0, 0, 0x63]))]
@@ -28,7 +28,7 @@ pub(super) fn rows() -> Vec<Row> {
     [harmless(), connections(), patched(), cut(), out_of_step()].into_iter().flatten().collect()
 }
 
-/// What is no fault, or the network's.
+/// Cases without a fault, or with a fault of the network.
 fn harmless() -> Vec<Row> {
     let mut rows = Vec::new();
     let mut row = |name, script| rows.push(Row { name, script, channels: ChannelCount::Auto, ends: None });
@@ -73,7 +73,7 @@ fn faults(rows: Vec<(&'static str, Script, &'static str, &'static [&'static str]
     rows.into_iter().map(row).collect()
 }
 
-/// Connections that are missing, too many, late, or somebody else's.
+/// Connections that are missing, too many, late, or foreign.
 fn connections() -> Vec<Row> {
     let exactly = |count, name, script, kind, texts| Row {
         name,
@@ -90,7 +90,7 @@ fn connections() -> Vec<Row> {
         initial[24] = 2;
         [(Channel(2), Act::Connect), (Channel(2), Act::Send(initial))]
     };
-    // Waited for in vain: main is shut as soon as the fault is met.
+    // A wait that never succeeds: main is shut down as soon as the fault is detected.
     let hangs_up = (Main, Act::Hear(vec![0xff; 9]));
     let mut rows = vec![
         exactly(
@@ -200,7 +200,7 @@ fn connections() -> Vec<Row> {
         ),
         (
             "a stranger with a page",
-            // The others have been heard by then.
+            // The others have arrived by then.
             whole().before(Main, "part", 0, arrived()).before(Main, "part", 0, late),
             "Violation(ForeignUuid",
             &["connection from", "expected machine UUID"],
@@ -475,10 +475,10 @@ fn patched() -> Vec<Row> {
     ])
 }
 
-/// Ends and silences in the middle of something.
+/// Ends and silences in the middle of an item.
 fn cut() -> Vec<Row> {
     let pages = |keep, act| whole().cut(Channel(1), "pages", 0, keep, act);
-    // What is reset before it has been read is as if it had never been.
+    // Bytes that are reset before they were read are lost, as if they were never sent.
     let reset =
         |on, name, n, keep| whole().before(on, name, n, arrived()).cut(on, name, n, keep, Some(Act::Reset));
     let main = |name, keep, act| whole().cut(Main, name, 0, keep, act);
@@ -606,7 +606,7 @@ fn cut() -> Vec<Row> {
 
 /// SYNCs and sync points that do not match, pages in the wrong place.
 fn out_of_step() -> Vec<Row> {
-    // In one piece: what comes later is nobody's any more.
+    // In one piece: nobody reads what arrives later.
     let more = {
         let mut script = deaf();
         let at = script.find(Main, "devices", 0);

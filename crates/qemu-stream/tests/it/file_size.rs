@@ -1,5 +1,5 @@
-//! A monitor that may not make its file as long as its machine, and has done nothing about `SIGXFSZ`: the limit is told, and
-//! the monitor lives. The process is this binary again.
+//! A monitor whose limit of file size is below the size of its machine, and which has not changed `SIGXFSZ`: the limit
+//! is reported, and the monitor survives. The process is this test binary, started again.
 
 use std::{
     fs::{self, File},
@@ -22,7 +22,7 @@ use qemu_stream::{
 
 use crate::snapshots::{Stopped, configuration, filled};
 
-/// A capture used to end the monitor: the signal's default does, and the library left it at that.
+/// Regression: a capture ended the monitor, because the library kept the signal's default action.
 #[test]
 fn file_that_may_not_grow_fails_the_capture_and_the_monitor_lives() {
     let program = std::env::current_exe().expect("this program");
@@ -46,7 +46,7 @@ fn begin(path: &Path) -> multifd::Result<Capture> {
     Capture::of_guest(file, configuration(), &filled(), &CaptureOptions::new())
 }
 
-/// The capture over so many channels; none is over main.
+/// Runs the capture over this number of channels; 0 means over main.
 fn run(mut capture: Capture, channels: u8) -> multifd::Result<MigrationInfo> {
     let (blocks, stop) = (filled(), Stop::new());
     let sender = (channels > 0).then(|| {
@@ -62,7 +62,7 @@ fn run(mut capture: Capture, channels: u8) -> multifd::Result<MigrationInfo> {
     migration?.run(&mut capture, &mut NeverDirty, &mut Stopped::default())
 }
 
-/// Not a test of its own: the one above starts it.
+/// Not a separate test: the one above starts it.
 #[test]
 #[ignore = "the other process of a test"]
 fn process_with_a_limit() {
@@ -72,7 +72,7 @@ fn process_with_a_limit() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("machine");
 
-    // Known beforehand: nothing is done to the file.
+    // Detected beforehand: the file is not changed.
     fs::write(&path, "an older machine").expect("written");
     limit(8 << 20);
     let refused = begin(&path).expect_err("refused");
@@ -95,7 +95,7 @@ fn process_with_a_limit() {
         assert!(chain(&failed).to_string().contains("File too large"), "{failed:?}");
     }
 
-    // Devices, which come behind everything else.
+    // Devices, which come after everything else.
     limit(64 << 20);
     let mut capture = begin(&path).expect("laid out");
     let end = fs::metadata(&path).expect("there").len();

@@ -1,4 +1,4 @@
-//! Streams made to hurt: cut everywhere, changed everywhere, with what has no place in them.
+//! Hostile streams: cut everywhere, changed everywhere, with items in the wrong place.
 
 use std::{error::Error as _, sync::OnceLock};
 
@@ -17,7 +17,7 @@ fn run(bytes: &[u8]) -> Result<Memory, Error> {
     Incoming::new(Tape::playing(bytes)).run(&mut memory).map(|_| memory)
 }
 
-/// A whole stream with `piece` put in before the first occurrence of `mark`.
+/// A whole stream with `piece` inserted before the first occurrence of `mark`.
 fn with(piece: &[u8], mark: &[u8]) -> Vec<u8> {
     let whole = stream(Options::new(q35("10.0")));
     let at = whole.windows(mark.len()).position(|window| window == mark).unwrap();
@@ -43,7 +43,7 @@ fn a_stream_cut_at_any_byte_is_refused() {
     for options in all_options() {
         let whole = stream(options);
         let eof = whole.windows(3).rposition(|window| window == b"\0\x06\0").unwrap();
-        // Up to its EOF, a stream with footers is one whose source leaves the description out.
+        // A stream with footers that ends after its EOF is one whose source omits the description.
         let closes = !whole.windows(5).any(|window| window == b"\x08\0\x01\0\0");
         let lacks_nothing = |length| closes && length == eof + 1 && whole[eof - 5] == 0x7e;
         for length in (0..whole.len()).filter(|length| !lacks_nothing(*length)) {
@@ -181,7 +181,7 @@ fn an_xbzrle_delta_changes_the_page_that_came_before() {
     whole.splice(at..at, delta.iter().copied());
     let memory = run(&whole).unwrap();
     assert_eq!(memory.pages[&(0, 4)][..6], [7, 7, 9, 9, 7, 7]);
-    // One byte less than the delta says.
+    // One byte less than the length of the delta.
     whole[at + 12] = 0x03;
     assert!(matches!(run(&whole), Err(Error::Malformed { .. })));
 }

@@ -1,4 +1,4 @@
-//! A destination that remembers, a connection that is a tape, and machines to send.
+//! A destination that records calls, a connection that plays a recording, and machines to send.
 
 use std::{
     collections::BTreeMap,
@@ -73,7 +73,7 @@ impl Connection for Tape {
     }
 }
 
-/// Remembers what it was told; fails at the call named.
+/// Records the calls; fails at the named call.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     pub(crate) pages: BTreeMap<(usize, u64), Vec<u8>>,
@@ -169,12 +169,12 @@ pub(crate) fn devices_without_footers() -> DevicePart {
     EndFinder::new(false).look(&mut bytes).unwrap().unwrap()
 }
 
-/// The devices that go with such options.
+/// The devices that fit such options.
 pub(crate) fn devices_of(options: &Options) -> DevicePart {
     if options.machine().is_some() { devices() } else { devices_without_footers() }
 }
 
-/// What a stream of two channels asks for at a sync point. There are no channels beside these streams.
+/// The proof of a sync point that a stream of two channels needs. These streams have no real channels.
 pub(crate) fn synced() -> Option<Synced<'static>> {
     Some(Synced::asserted(2))
 }
@@ -199,7 +199,7 @@ pub(crate) fn send<C: Connection>(out: &mut Outgoing<C>, multifd: bool) -> Resul
     out.devices(&devices)
 }
 
-/// Waits for the destination's word.
+/// Waits for the destination's reply.
 pub(crate) fn complete<C: Connection>(
     out: &mut Outgoing<C>,
     end: Option<Duration>,
@@ -210,7 +210,7 @@ pub(crate) fn complete<C: Connection>(
     }
 }
 
-/// What this library says of it.
+/// The error of this library within it.
 pub(crate) fn cause(error: &multifd::Error) -> &Error {
     let multifd::Error::Other { source, .. } = error.kind() else { panic!("{error}") };
     source.downcast_ref().expect("an error of the stream")

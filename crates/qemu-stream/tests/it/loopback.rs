@@ -1,4 +1,4 @@
-//! What one driver writes the other reads.
+//! One driver reads what the other writes.
 
 use std::{thread, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::kit::{
     q35, send, stream, synced,
 };
 
-/// Sends with `options` from a thread of its own; both ends must agree that all is well.
+/// Sends with `options` from a separate thread; both ends must succeed.
 fn migrate(options: Options) -> (Loaded, Memory) {
     let (source, destination) = pair();
     let multifd = options != options.clone().sync_mode(None);
@@ -45,7 +45,7 @@ fn a_machine_arrives_in_every_way_to_write_it() {
         assert_eq!(loaded.section, SectionId(1));
         assert_eq!(memory.pages[&(0, 3)], [0; 4096]);
         assert_eq!(memory.pages[&(1, 0)], [0; 4096]);
-        // Setup, one pass, the last pass: in both modes each is one sync point.
+        // Set-up, one pass, the last pass: in both modes each has one sync point.
         assert_eq!(memory.syncs(), 3, "{options:?}");
         assert_eq!(memory.calls.last(), Some(&"end_of_ram"));
     }
@@ -98,7 +98,7 @@ fn the_stream_is_what_qemu_writes() {
         &uuid.0,
         b"\x08\0\x01\0\0",
         b"\x08\0\x02\0\x04\0\0\0\x01",
-        // QEMU does not write this one, which announces two channels.
+        // QEMU does not write this command, which announces two channels.
         b"\x08\0\x02\0\x04mfd\x02",
         b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04",
         b"\0\0\0\0\x06\0\0\x04\x06pc.ram\0\0\0\0\x06\0\0\0",
@@ -141,7 +141,7 @@ fn a_number_of_channels_that_contradicts_the_sync_mode_is_refused() {
     }
 }
 
-/// The destination's channels stand still until the record of a sync point arrives.
+/// The destination's channels wait until the record of a sync point arrives.
 #[test]
 fn nothing_is_kept_back_at_a_sync_point() {
     let mut out = Outgoing::new(Tape::default(), Options::new(q35("10.0"))).unwrap();
@@ -158,7 +158,7 @@ fn nothing_is_kept_back_at_a_sync_point() {
     assert!(ends_with_footer(out));
 }
 
-/// A destination waits at the record for as many channels as were announced.
+/// A destination waits at the record for the announced number of channels.
 #[test]
 fn a_sync_point_without_its_syncs_is_refused() {
     let refused = |result: Result<(), Error>| {
@@ -238,7 +238,7 @@ fn calls_out_of_order_are_refused_and_harmless() {
     assert!(Incoming::new(Tape::playing(&output)).run(&mut memory).is_ok());
 }
 
-/// A destination finds the section of a piece by its number, and took the device's for RAM's.
+/// Regression: a destination finds the section of a piece by its number, and used the device's for RAM's.
 #[test]
 fn device_with_the_number_of_the_ram_section_is_refused() {
     for (ram, taken) in [(SectionId(1), None), (SectionId(3), Some("vcpu")), (SectionId(2), Some("timer"))] {

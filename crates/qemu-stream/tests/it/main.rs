@@ -1,4 +1,4 @@
-//! The two drivers against each other and against streams made to hurt.
+//! Tests of the two drivers together, and with hostile streams.
 
 #[cfg(test)]
 mod events;

@@ -1,5 +1,5 @@
-//! Sources that are old, or told to leave something out: no configuration, no footers, no description, devices
-//! before the end of RAM, pages of 16 and 64 KiB.
+//! Sources that are old, or configured to omit something: no configuration, no footers, no description, devices before
+//! the end of RAM, pages of 16 and 64 KiB.
 
 use std::{os::unix::fs::FileExt, time::Duration};
 
@@ -37,7 +37,7 @@ fn early_section(body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Takes the section that stands at the beginning of `bytes`.
+/// Reads the section at the beginning of `bytes`.
 fn take(bytes: &[u8], footers: bool) -> Result<EarlyPart, Error> {
     let mut r = Reader::new(bytes, StreamKind::Main);
     let mut early = EarlyPart::default();
@@ -45,7 +45,7 @@ fn take(bytes: &[u8], footers: bool) -> Result<EarlyPart, Error> {
     early.take(&mut r, &head, Some(SectionId(1)), footers).map(|()| early)
 }
 
-/// One early device with this body, said to have `length` bytes, and one behind RAM.
+/// One early device with this body, described with `length` bytes, and one after RAM.
 fn with_early(body: &[u8], length: usize) -> Result<Option<DevicePart>, Error> {
     let early = take(&[&early_section(body), PART].concat(), true)?;
     let json = format!(
@@ -95,7 +95,7 @@ fn a_device_before_the_end_of_ram_is_kept_in_its_place() {
     }
 }
 
-/// As a source might have it that sends such devices even before RAM begins.
+/// As from a source that sends such devices even before RAM begins.
 #[test]
 fn a_device_before_the_start_of_ram_is_taken_too() {
     let devices = with_early(b"\x01\x02", 2).unwrap().unwrap();
@@ -114,7 +114,7 @@ fn an_early_device_that_the_description_does_not_fit_is_refused() {
     for length in [0, 1, 3, 7, 1 << 40] {
         assert_eq!(with_early(b"\x01\x02", length).unwrap(), None, "{length}");
     }
-    // A body that looks like its own end, and a part of ram behind it: the description tells.
+    // A body that looks like its own end, with a part of ram after it: the description reveals it.
     let trap = [&b"\x7e\0\0\0\x09"[..], PART].concat();
     assert_eq!(with_early(&trap, trap.len()).unwrap(), None);
 }
@@ -154,7 +154,7 @@ fn early_devices_must_be_sent_early() {
     assert!(matches!(refused, Err(Error::Usage(Usage::Value { .. }))));
 }
 
-/// The stream of a machine whose source sends no description, and what came of it.
+/// The stream of a machine whose source sends no description, and its result.
 fn without_description(options: Options) -> Vec<u8> {
     let mut bytes = stream(options);
     let json = bytes.windows(3).rposition(|window| window == b"\0\x06\0").unwrap();
@@ -162,7 +162,7 @@ fn without_description(options: Options) -> Vec<u8> {
     bytes
 }
 
-/// Takes it that no description comes.
+/// Receives with the option that no description is expected.
 fn received_opaque(bytes: &[u8]) -> Result<Loaded, Error> {
     Incoming::new(Tape::playing(bytes)).suppress_vmdesc(true).run(&mut Memory::default())
 }
@@ -180,7 +180,7 @@ fn devices_without_a_description_end_where_the_source_closes() {
         // And can be sent again.
         let again = received_opaque(&sent(&loaded.devices, options).unwrap()).unwrap();
         assert_eq!(again.devices, loaded.devices);
-        // With footers nobody needs to be told.
+        // With footers, the option is not needed.
         assert_eq!(received(&bytes).is_ok(), loaded.footers);
     }
 }
@@ -191,7 +191,7 @@ fn devices_without_a_description_that_are_cut_are_refused() {
     for cut in 1..bytes.len() - 100 {
         assert!(received(&bytes[..bytes.len() - cut]).is_err(), "{cut} bytes less");
     }
-    // A footer of a section that never began is none.
+    // A footer of a section that never began does not count.
     let mut forged = bytes.clone();
     let at = forged.len() - 2;
     forged[at] ^= 1;
@@ -207,7 +207,7 @@ fn a_description_that_never_comes_fails_a_source_with_a_return_path() {
     assert!(matches!(error, Error::Unsupported { what: Unsupported::NoDescription { .. }, .. }), "{error}");
     assert!(error.to_string().contains("suppress-vmdesc"), "{error}");
     incoming.finish(Outcome::Failed).unwrap();
-    // Had it closed, it would have left before it was told to.
+    // If the connection ends here, the source has closed it before it got the confirmation.
     let error = received(&without_description(Options::new(q35("10.0")))).unwrap_err();
     assert!(matches!(error, Error::Malformed { what: Malformed::NoDescription { .. }, .. }), "{error}");
 }

@@ -1,4 +1,4 @@
-//! How a migration ends: what the destination says, and what the source makes of it.
+//! The end of a migration: the destination's messages, and the source's result.
 
 use std::{
     io::{Read, Write},
@@ -15,7 +15,7 @@ use qemu_stream::{
 
 use crate::kit::{Memory, Tape, cause, complete, pair, q35, send, stream};
 
-/// A source that has sent everything, and what it makes of `answer` and the connection's end.
+/// The result of a source that has sent everything, for `answer` and the connection's end.
 fn complete_with(answer: &[u8]) -> Result<(), multifd::Error> {
     let tape = Tape::playing(answer);
     let mut out = Outgoing::new(tape, Options::new(q35("10.0"))).unwrap();
@@ -23,7 +23,7 @@ fn complete_with(answer: &[u8]) -> Result<(), multifd::Error> {
     complete(&mut out, None)
 }
 
-/// What a destination of ours says unasked to a source of ours: it never closes without SHUT.
+/// The message that a destination of this library sends first: it never closes without SHUT.
 const VERDICT: Message = Message::Pong(0x6d66_6501);
 
 fn said(messages: &[Message]) -> Vec<u8> {
@@ -120,7 +120,7 @@ fn a_destination_that_says_nothing_is_left_at_the_deadline() {
     reader.join().unwrap().unwrap();
 }
 
-/// A byte now and then must not put the deadline off.
+/// A byte from time to time must not postpone the deadline.
 #[test]
 fn a_destination_that_dribbles_is_left_at_the_deadline() {
     let (source, mut destination) = pair();
@@ -151,7 +151,7 @@ fn a_wait_for_shut_ends_when_the_connection_is_shut_down() {
     drop(destination);
 }
 
-/// The system only says that the connection broke; the destination has said why it left.
+/// The system only reports that the connection broke; the destination has sent the reason.
 #[test]
 fn the_last_word_of_a_destination_explains_a_failed_write() {
     struct Broken(Tape);
@@ -187,7 +187,7 @@ fn the_last_word_of_a_destination_explains_a_failed_write() {
         let mut out = Outgoing::new(Broken(Tape::playing(&answer)), Options::new(q35("10.0"))).unwrap();
         let error = send(&mut out, true).unwrap_err();
         assert_eq!(matches!(error, Error::DestinationFailed { code: 1 }), explained, "{error}");
-        // One that left without a word is told as such, with what to look for.
+        // A close without a message is reported as such, with a hint.
         assert_eq!(matches!(error, Error::NoShut { .. }), !explained, "{error}");
         assert!(matches!(out.switchover(), Err(Error::Usage(_))));
     }

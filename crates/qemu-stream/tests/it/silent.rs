@@ -1,5 +1,5 @@
-//! A destination that accepts connections and reads nothing: whoever goes through the front door gives up after its
-//! `stall_timeout`, whatever carries main and however many channels there are.
+//! A destination that accepts connections and reads nothing: a source of the public entry point fails after its
+//! `stall_timeout`, for every kind of main connection and every number of channels.
 
 use std::{
     sync::{Arc, Mutex},
@@ -66,8 +66,8 @@ fn a_destination_that_reads_nothing_is_given_up() {
     }
 }
 
-/// Accepts connections, reads the first byte of each, which takes the handshake where there is one, and then nothing more
-/// until the end.
+/// Accepts connections, reads the first byte of each, which includes the TLS handshake, and then nothing more until the
+/// end.
 fn accept_and_hold(mut listener: Box<dyn Listen>, stop: &Stop) {
     let (links, context) = (Mutex::new(Vec::new()), Context::new(stop));
     thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Machines straight between memory and a file.
+//! Machines directly between memory and a file.
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -27,7 +27,7 @@ fn memory() -> Arc<RamBlocks> {
     Arc::new(RamBlocks::new(RAM.iter().map(block).collect()).expect("distinct"))
 }
 
-/// Every fifth page is left alone.
+/// Every fifth page is not written.
 pub(crate) fn filled() -> Arc<RamBlocks> {
     let blocks = memory();
     for (index, block) in blocks.iter() {
@@ -50,7 +50,7 @@ fn bytes(blocks: &RamBlocks) -> Vec<u8> {
     all
 }
 
-/// Has one device, and notes whether it was let go on.
+/// A guest with one device, which records whether it was resumed.
 #[derive(Default)]
 pub(crate) struct Stopped(bool);
 
@@ -76,7 +76,7 @@ pub(crate) fn configuration() -> Configuration {
     Configuration::new(MachineType::new("my-vmm-1").expect("a name"))
 }
 
-/// The capture of these blocks over so many channels; none is over main.
+/// Runs the capture of these blocks over this number of channels; 0 means over main.
 fn run(
     mut capture: Capture,
     blocks: &Arc<RamBlocks>,
@@ -101,7 +101,7 @@ fn run(
     info
 }
 
-/// What a capture of these blocks leaves.
+/// The file after a capture of these blocks.
 fn captured(source: &Arc<RamBlocks>) -> MappedRamFile {
     let file = tempfile::tempfile().expect("a file");
     let read = file.try_clone().expect("a descriptor");
@@ -149,7 +149,7 @@ fn machine_of_a_file_is_captured_again_as_it_came() {
     let source = filled();
     let machine = captured(&source);
 
-    // In another order than the file's.
+    // In a different order than in the file.
     let mut blocks: Vec<RamBlock> =
         Arc::into_inner(restored(&machine, 2)).expect("ours").into_iter().collect();
     blocks.reverse();
@@ -169,7 +169,7 @@ fn machine_of_a_file_is_captured_again_as_it_came() {
     }
 }
 
-/// A capture over an older one that does not come to its end leaves neither.
+/// An interrupted capture over an older one leaves neither machine.
 #[test]
 fn file_of_a_capture_that_was_broken_off_is_no_machine() {
     let (source, file) = (filled(), tempfile::tempfile().expect("a file"));
@@ -206,7 +206,7 @@ fn restore_into_other_blocks_and_one_that_is_cancelled_are_errors() {
     stop.cancel();
     assert!(Restore::new(&machine).run(&memory(), &stop).expect_err("cancelled").is_cancelled());
 
-    // Cut between the look at it and the restore: the bitmaps are there, and a page is not.
+    // Truncated between the check and the restore: the bitmaps exist, and a page does not.
     let place = machine.place(BlockIndex(1)).expect("there");
     machine.file().set_len(place.pages_offset + 0x1000).expect("cut");
     let told = Restore::new(&machine).run(&memory(), &Stop::new()).expect_err("cut");

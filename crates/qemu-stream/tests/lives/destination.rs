@@ -1,4 +1,4 @@
-//! The destination of a hop, in a thread of its own, as a host would have it.
+//! The destination of a hop, in a separate thread, as a host would have it.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -42,11 +42,11 @@ pub(crate) struct Destination {
     pub(crate) moments: Moments,
     pub(crate) seen: Arc<Seen>,
     pub(crate) former: Option<RamBlocks>,
-    /// The source's, for one who would read them as well.
+    /// The source's dirty bits, for a second reader.
     pub(crate) marks: DirtyBitmaps,
 }
 
-/// What the two sides' threads know of each other, which two hosts would not.
+/// State shared by the threads of the two sides, which two hosts would not share.
 #[derive(Default)]
 pub(crate) struct Seen {
     /// A source has come.
@@ -62,7 +62,7 @@ pub(crate) struct Seen {
 pub(crate) struct Arrived {
     /// The machine, if its guest was taken over.
     pub(crate) machine: Option<Machine>,
-    /// The source had gone before the guest was taken over.
+    /// The source had ended before the guest was taken over.
     pub(crate) too_late: bool,
     pub(crate) why_not: String,
 }
@@ -102,7 +102,7 @@ impl Destination {
         drop(former);
         self.moments.pass(Moment::Pending);
         if hop.until_left {
-            // Not a moment later: whoever notices that the source has gone must not have time for it.
+            // The confirmation follows at once: nothing may have time to notice the end of the source before it.
             let most = Instant::now() + Duration::from_millis(200);
             while !self.seen.left.load(Ordering::SeqCst) && Instant::now() < most {
                 thread::yield_now();
@@ -138,7 +138,7 @@ impl Destination {
         };
         let confirmed = pending.confirm();
         if let Ok(confirmed) = &confirmed {
-            // From here on it is ours, and runs at once if it ran.
+            // From here on the guest is ours, and runs at once if it ran before.
             let blocks = confirmed.blocks().clone();
             let mut machine = Machine::new(self.host, blocks, count, self.load, self.world.clone());
             machine.state = confirmed.run_state();
@@ -158,7 +158,7 @@ impl Destination {
         confirmed
     }
 
-    /// Somebody who would read the source's log while its migration does.
+    /// Tries to read the source's log during its migration.
     fn read_too(&self) {
         if self.hop.trouble.log != Log::ReadByTwo {
             return;
@@ -174,7 +174,7 @@ impl Destination {
         }
     }
 
-    /// The blocks, in another order than announced.
+    /// The blocks, in a different order than announced.
     fn make(&self, list: &BlockList, former: Option<RamBlocks>) -> Result<RamBlocks> {
         let mut random = Rng::with_seed(self.seed);
         let refusal = self.hop.trouble.destination;
@@ -221,5 +221,5 @@ impl Destination {
     }
 }
 
-/// Far above what a machine that is busy with other things takes.
+/// Far above the time that a machine with other load needs.
 pub(crate) const STALL: Duration = Duration::from_secs(30);

@@ -1,7 +1,7 @@
-//! A guest and a log that go wrong where the plan says so, and what is done at certain moments.
+//! A guest and a log that fail where the plan says so, and actions at certain moments.
 //!
-//! Each call is counted; the one that the plan names gives an error or panics. On the way the moments are passed at which
-//! somebody cancels, or a destination closes its connections.
+//! Each call is counted; the call in the plan returns an error or panics. The moments are reported at which the plan
+//! cancels, or a destination closes its connections.
 
 use std::{
     collections::BTreeMap,
@@ -36,7 +36,7 @@ impl Moments {
         Self { action: trouble.action, source: Stop::new(), destination: Stop::new(), taken }
     }
 
-    /// Does what is to be done at this moment, if anything.
+    /// Does the action of this moment, if there is one.
     pub(crate) fn pass(&self, moment: Moment) {
         if self.action.is_some_and(|(_, at)| at == moment) {
             self.act();
@@ -53,7 +53,7 @@ impl Moments {
     }
 }
 
-/// What goes wrong in the calls of one migration.
+/// The faults in the calls of one migration.
 pub(crate) struct Faults {
     pub(crate) trouble: Trouble,
     pub(crate) moments: Moments,
@@ -65,7 +65,7 @@ impl Faults {
         Self { trouble: trouble.clone(), moments: moments.clone(), calls: Mutex::default() }
     }
 
-    /// Counts a call, and makes it `done` unless it is the one that goes wrong.
+    /// Counts a call, and runs `done` unless it is the call that fails.
     fn call<T>(&self, call: Call, done: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let nth = {
             let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
@@ -121,7 +121,7 @@ impl Guest for FaultyGuest<'_> {
     }
 
     fn run_state(&mut self) -> RunState {
-        // Its operator is faster than the migration.
+        // Its operator acts before the migration does.
         if self.random.u8(..10) == 0 {
             self.machine.state = match self.machine.state {
                 RunState::Running => RunState::Paused,
@@ -187,12 +187,12 @@ pub(crate) struct FaultyLog<'a> {
     pub(crate) marks: DirtyBitmaps,
     pub(crate) world: Arc<World>,
     pub(crate) random: Rng,
-    /// Takes since the guest was stopped.
+    /// The number of takes since the guest was stopped.
     pub(crate) late: u32,
 }
 
 impl FaultyLog<'_> {
-    /// A device that has not been stopped writes, and marks.
+    /// Simulates a device that was not stopped: it writes and marks.
     fn write_late(&mut self, block: BlockIndex) {
         let stopped =
             self.faults.calls.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&Call::Save);
@@ -227,5 +227,5 @@ impl DirtyLog for FaultyLog<'_> {
     }
 }
 
-/// What the errors and panics say that are made here.
+/// The text of the errors and panics that are made here.
 pub(crate) const ON_PURPOSE: &str = "on purpose, by the soak";

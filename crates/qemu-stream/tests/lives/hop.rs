@@ -1,4 +1,4 @@
-//! A hop: the source in this thread, its destination in another, and the judge of who has the guest.
+//! A hop: the source in this thread, its destination in another, and the check of the guest's owner.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -30,22 +30,22 @@ use crate::{
     trouble::{Action, Call, Fault, Log, Moment, Trouble},
 };
 
-/// How a hop or a capture ended that ended as it should.
+/// A correct end of a hop or a capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Outcome {
     /// At the destination, or in the file.
     Done,
-    /// The guest is where it was, as it was.
+    /// The guest stayed where it was, unchanged.
     Stayed,
-    /// The source did not know, and the destination said.
+    /// The source did not know the owner, and the destination did.
     Unknown,
 }
 
 impl Life {
-    /// Migrates, and judges.
+    /// Migrates, and checks the result.
     ///
     /// # Errors
-    /// What may not be.
+    /// What is not allowed to happen.
     pub(crate) fn hop(&mut self, hop: &Hop, seed: u64, means: &Means) -> Result<Outcome, String> {
         let mut random = Rng::with_seed(seed);
         let closes = matches!(hop.trouble.action, Some((Action::Close, _)));
@@ -108,7 +108,7 @@ impl Life {
         Source::new(self.machine.blocks.clone(), options, &moments.source).expect("options that fit")
     }
 
-    /// Who has the guest, and whether it is as it was.
+    /// Checks who has the guest, and whether it is unchanged.
     fn judge(
         &mut self,
         hop: &Hop,
@@ -155,7 +155,7 @@ impl Life {
                         Ok(Outcome::Unknown)
                     }
                     (None, unknown) => {
-                        // The destination was asked, and has not got it.
+                        // The destination was asked, and does not have it.
                         self.machine.as_wanted();
                         Ok(if unknown { Outcome::Unknown } else { Outcome::Stayed })
                     }
@@ -164,7 +164,7 @@ impl Life {
         }
     }
 
-    /// The destination's machine is the one from here on.
+    /// Uses the destination's machine from here on.
     fn moves_to(&mut self, machine: Machine, was: RunState) -> Result<(), String> {
         if self.machine.is_running() {
             return Err("the guest runs at a source whose destination has it".into());
@@ -178,7 +178,7 @@ impl Life {
         Ok(())
     }
 
-    /// Whether a guest whose migration has failed is as it was.
+    /// Checks that a guest whose migration has failed is unchanged.
     pub(crate) fn stays(
         &mut self,
         trouble: &Trouble,
@@ -218,7 +218,7 @@ impl Life {
         Ok(())
     }
 
-    /// One attempt of `run` to move the machine, with its log, and all that goes wrong in it.
+    /// One attempt of `run` to move the machine, with its log and all faults.
     pub(crate) fn attempt(
         &mut self,
         trouble: &Trouble,
@@ -262,7 +262,7 @@ impl Life {
         Ok(Attempt { result, canceller })
     }
 
-    /// Blocks that look like the machine's, over other memory.
+    /// Blocks that look like the machine's, with different memory.
     fn other_blocks(&self) -> Arc<RamBlocks> {
         let blocks = self.machine.blocks.iter().map(|(_, block)| {
             let mut pool = self.world.pool();
@@ -272,7 +272,7 @@ impl Life {
     }
 }
 
-/// Whether an error that can only be of a call that went wrong says so.
+/// Checks that an error that only a failing call can cause names it.
 pub(crate) fn first_cause(trouble: &Trouble, error: &Error) -> Result<(), String> {
     let text = chain(error).to_string();
     match trouble.fault {
@@ -282,14 +282,14 @@ pub(crate) fn first_cause(trouble: &Trouble, error: &Error) -> Result<(), String
     }
 }
 
-/// What came of an attempt.
+/// The result of an attempt.
 pub(crate) struct Attempt {
     pub(crate) result: multifd::Result<MigrationInfo>,
     canceller: Option<thread::JoinHandle<()>>,
 }
 
 impl Attempt {
-    /// Its result, when nobody does anything to it any more.
+    /// The result, after everything that acts on it has ended.
     pub(crate) fn join(self) -> multifd::Result<MigrationInfo> {
         if let Some(canceller) = self.canceller {
             canceller.join().expect("it does not panic");
@@ -298,7 +298,7 @@ impl Attempt {
     }
 }
 
-/// Goes on with a migration that has paused. If nothing else is done to it, devices finish their requests first.
+/// Continues a migration that has paused. Without other trouble, devices finish their requests first.
 fn operator(
     control: Control,
     life: &Life,

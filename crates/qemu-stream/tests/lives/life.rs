@@ -1,7 +1,7 @@
-//! A life: a machine, what its memory must hold, and one step after the other.
+//! A life: a machine, the expected contents of its memory, and one step after the other.
 //!
-//! After each step one machine has the guest: its memory is the shadow's, byte by byte, its device has counted every write,
-//! it runs or is paused as its operator wants, and nothing else of the step is left in this process.
+//! After each step one machine has the guest: its memory equals the shadow's byte by byte, its device has counted every
+//! write, it runs or is paused as its operator wants, and nothing else of the step is left in this process.
 
 use std::{sync::Arc, thread, time::Duration};
 
@@ -60,10 +60,10 @@ impl Life {
         self.hosts
     }
 
-    /// Makes a step. What it was counted as, and how it ended.
+    /// Makes a step. Returns its kind and its outcome.
     ///
     /// # Errors
-    /// What may not be.
+    /// What is not allowed to happen.
     pub(crate) fn step(&mut self, step: &Step, means: &Means) -> Result<Vec<(String, Outcome)>, String> {
         let mut random = Rng::with_seed(step.seed);
         let mut made = Vec::new();
@@ -95,7 +95,7 @@ impl Life {
             Do::Hop(hop) => {
                 let outcome = self.hop(hop, step.seed, means)?;
                 made.push((format!("hop, {}", hop.kind()), outcome));
-                // Whoever has failed can move at once.
+                // After a failure, the machine can move at once.
                 if outcome == Outcome::Stayed && random.bool() {
                     self.check().map_err(|text| format!("before it is tried again: {text}"))?;
                     let again = self.hop(&hop.without_trouble(), !step.seed, means);
@@ -116,10 +116,10 @@ impl Life {
         Ok(made)
     }
 
-    /// Ends the life, and looks what is left of it.
+    /// Ends the life, and checks what is left of it.
     ///
     /// # Errors
-    /// What may not be.
+    /// What is not allowed to happen.
     pub(crate) fn end(self) -> Result<(), String> {
         let (world, before) = (self.world.clone(), self.before);
         drop(self);
@@ -129,7 +129,7 @@ impl Life {
         left_behind(before)
     }
 
-    /// Whether the machine is what it has to be, and nothing else is left in the process.
+    /// Checks that the machine is as expected, and that nothing else is left in the process.
     fn check(&mut self) -> Result<(), String> {
         let runs = self.machine.is_running();
         if runs != (self.machine.state == RunState::Running) {
@@ -157,7 +157,7 @@ impl Life {
         Ok(())
     }
 
-    /// Writes to pages, while the guest stands.
+    /// Writes to pages, while the guest is stopped.
     fn write(&mut self, pages: u64, random: &mut Rng) {
         let machine = &self.machine;
         let most = random.u8(..4);
@@ -174,7 +174,7 @@ impl Life {
         }
     }
 
-    /// The machine with other blocks: those that it keeps are the same as before.
+    /// Gives the machine other blocks. Those that it keeps are the same as before.
     fn rebuild(&mut self, change: impl FnOnce(&mut Self, &mut Vec<RamBlock>)) -> Result<(), String> {
         self.machine.halt();
         let nothing = Arc::new(RamBlocks::default());
@@ -215,7 +215,7 @@ fn new_block(world: &World, page_size: PageSize, number: u64, pages: u64, kind: 
     world.pool().block(&name, length, page_size, false, kind)
 }
 
-/// What is left in the process of something that has ended: a thread that was joined goes a moment later.
+/// Checks that nothing of an ended step is left in the process. A joined thread disappears a moment later.
 fn left_behind(before: (usize, usize)) -> Result<(), String> {
     let mut now = in_use();
     for _ in 0..200 {

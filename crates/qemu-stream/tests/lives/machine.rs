@@ -1,7 +1,7 @@
-//! A machine at one host: its blocks for as long as it lives there, its guest's threads, its one device.
+//! A machine at one host: its blocks for its time there, its guest's threads, its one device.
 //!
-//! Threads write pages of their own and keep a list of what they wrote, which the shadow follows when they have been joined.
-//! Whoever starts a guest enters its host into the [`World`], which notices when two run.
+//! Each thread writes its own pages and keeps a list of its writes, which the shadow applies after the threads were
+//! joined. A guest that starts is registered with its host in the [`World`], which notices when two run.
 
 use std::{
     collections::BTreeSet,
@@ -28,7 +28,7 @@ use crate::{
     shadow::{Shadow, What, Write, contents},
 };
 
-/// What all hosts of one life share.
+/// The state that all hosts of one life share.
 #[derive(Debug, Default)]
 pub(crate) struct World {
     shadow: Mutex<Shadow>,
@@ -46,7 +46,7 @@ impl World {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes what no engine may do.
+    /// Records an error of the engine.
     pub(crate) fn wrong(&self, text: String) {
         self.wrong.lock().unwrap_or_else(PoisonError::into_inner).push(text);
     }
@@ -67,7 +67,7 @@ impl World {
         }
     }
 
-    /// Writes as a device does, while no thread of the guest runs: the shadow follows at once.
+    /// Writes like a device, while no thread of the guest runs: the shadow applies it at once.
     pub(crate) fn write(&self, blocks: &RamBlocks, marks: &DirtyBitmaps, write: Write) {
         let block = blocks.block(BlockIndex(write.block)).expect("a block of the machine");
         perform(block, write.page, write.what);
@@ -76,13 +76,13 @@ impl World {
     }
 }
 
-/// How a guest behaves, wherever it runs.
+/// The behaviour of a guest, on every host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
     pub(crate) writers: u64,
-    /// Writes of each thread until it rests, so that every migration comes to an end.
+    /// The number of writes of each thread until it rests, so that every migration ends.
     pub(crate) budget: u64,
-    /// Whether nobody marks what the threads write: the page table has it.
+    /// Whether nobody marks what the threads write, because the page-table log finds it.
     pub(crate) pagemap: bool,
     pub(crate) seed: u64,
 }
@@ -90,11 +90,11 @@ pub(crate) struct Load {
 pub(crate) struct Machine {
     pub(crate) host: u64,
     pub(crate) blocks: Arc<RamBlocks>,
-    /// Marked by all that write; with a log of the page table, by devices and balloon alone.
+    /// Marked by all writers; with a page-table log, only by devices and the balloon.
     pub(crate) marks: DirtyBitmaps,
     /// What its operator wants.
     pub(crate) state: RunState,
-    /// How far it is held back.
+    /// The present throttle.
     pub(crate) throttled: Percent,
     load: Load,
     world: Arc<World>,
@@ -106,7 +106,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// A machine that stands.
+    /// A stopped machine.
     pub(crate) fn new(host: u64, blocks: Arc<RamBlocks>, count: u64, load: Load, world: Arc<World>) -> Self {
         let (marks, count) = (DirtyBitmaps::new(&blocks), Arc::new(AtomicU64::new(count)));
         let (state, throttled, running, runs) = (RunState::Paused, Percent::NONE, false, 0);
@@ -126,7 +126,7 @@ impl Machine {
         self.count.load(Ordering::SeqCst)
     }
 
-    /// Lets the guest run, unless it does.
+    /// Starts the guest, unless it runs already.
     pub(crate) fn run(&mut self) {
         if std::mem::replace(&mut self.running, true) {
             return;
@@ -150,7 +150,7 @@ impl Machine {
         }
     }
 
-    /// Stops it between two writes; the shadow follows.
+    /// Stops it between two writes; the shadow applies them.
     pub(crate) fn halt(&mut self) {
         self.power.cancel();
         for vcpu in self.vcpus.drain(..) {
@@ -175,7 +175,7 @@ impl Machine {
         }
     }
 
-    /// The dirty log for one migration of these blocks, which are the machine's own or not.
+    /// The dirty log for one migration of these blocks, which may or may not be the machine's own.
     ///
     /// # Errors
     /// If there is none.
@@ -261,7 +261,7 @@ impl Vcpu {
                 continue;
             }
             perform(ram, page, write.what);
-            // The page table does not take a discarded page for a written one.
+            // For the page table, a discarded page is not a written one.
             if !self.load.pagemap || write.what == What::Discard {
                 self.marks.mark(BlockIndex(block), PageIndex(page));
             }
@@ -284,7 +284,7 @@ pub(crate) fn random_write(random: &mut Rng, blocks: &RamBlocks, block: usize) -
     Write { block, page: random.u64(..pages), what }
 }
 
-/// The counter that devices have arrived with, if all is as it was saved.
+/// The counter in the devices that have arrived, if it is as saved.
 pub(crate) fn count_in(devices: &DevicePart) -> Option<u64> {
     let (_, counter) = devices.find(COUNTER, 0)?;
     let count = u64::from_be_bytes(counter.try_into().ok()?);
@@ -292,7 +292,7 @@ pub(crate) fn count_in(devices: &DevicePart) -> Option<u64> {
     (section.version == 3 && state == disk(count)).then_some(count)
 }
 
-/// The state of a device with more to say: it follows from the counter.
+/// The larger state of a second device, computed from the counter.
 fn disk(count: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(count);
     let most = 1 << random.u32(0..=MOST_OF_DISK.ilog2());

@@ -1,16 +1,16 @@
-//! Lives of machines, each another: they run, hop from host to host, are captured and restored, with faults in many steps;
-//! after each step one host has the guest, whole.
+//! Lives of machines, all different: they run, hop from host to host, are captured and restored, with faults in many
+//! steps. After each step one host has the complete guest.
 //!
 //! ```text
-//! seed ─▶ plan ─▶ machine and shadow ─▶ step ─▶ judged ─▶ step ─▶ judged …
+//! seed ─▶ plan ─▶ machine and shadow ─▶ step ─▶ checked ─▶ step ─▶ checked …
 //!                                        ├ hop: source ══ destination
 //!                                        ├ capture ─▶ file ─▶ restore
 //!                                        └ writes, pauses, blocks plugged and unplugged
 //! ```
 //!
-//! One test and a process of its own, since it counts the threads and descriptors of the process. By default it makes
-//! [`LIVES`] from one seed on; `cargo xtask soak --lives` goes on for as long as it is told. What is done follows from the
-//! seed; when exactly threads meet does not, so a failure that needs a certain moment may take several tries to repeat.
+//! It is one test in a separate process, because it counts the threads and descriptors of the process. By default it
+//! makes [`LIVES`] lives from one seed on; `cargo xtask soak --lives` runs for the given time. The seed determines the
+//! steps but not the timing of threads, so a failure that needs a certain timing may take several attempts to repeat.
 
 use std::{
     collections::BTreeMap,
@@ -122,7 +122,7 @@ fn live(
     life.end().map_err(|text| ("its end".to_owned(), text))
 }
 
-/// What ends the process when a step hangs: nobody else could.
+/// Ends the process when a step hangs, which nothing else could.
 struct Watch(Arc<Mutex<(Instant, String)>>);
 
 impl Watch {
@@ -134,7 +134,7 @@ impl Watch {
                 thread::sleep(Duration::from_secs(1));
                 let (since, step) = watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 if since.elapsed() > HANG {
-                    // Not by a macro: what a test prints is shown at its end, and this one has none.
+                    // Not with a macro: a test's output is shown at its end, and this test has no end.
                     let seconds = HANG.as_secs();
                     let _ = writeln!(stderr(), "WRONG: {step}: hangs for {seconds} s\n{}", standing());
                     std::process::abort();
@@ -150,7 +150,7 @@ impl Watch {
     }
 }
 
-/// The threads of this process and where each stands.
+/// The threads of this process and their positions.
 fn standing() -> String {
     let mut text = String::new();
     for task in fs::read_dir("/proc/self/task").expect("the process's own").flatten() {
@@ -160,7 +160,7 @@ fn standing() -> String {
     text
 }
 
-/// Panics that are made here are not told of.
+/// Hides the output of panics that are made here.
 fn expect_panics() {
     let told = panic::take_hook();
     panic::set_hook(Box::new(move |panic| {
@@ -174,10 +174,10 @@ fn expect_panics() {
     }));
 }
 
-/// Of a run that is not told how long to go on.
+/// The default number of lives.
 const LIVES: u64 = 24;
 const STEPS: u64 = 10;
-/// No step takes as long, on a machine that is busy with other things.
+/// No step takes as long, on a machine with other load.
 const HANG: Duration = Duration::from_secs(60);
 /// Failures until a run ends.
 const ENOUGH: usize = 5;

@@ -1,4 +1,4 @@
-//! Memory of the machines of one life: new, or used before by another.
+//! Memory of the machines of one life: new, or used before by another machine.
 //!
 //! UNSAFETY: memory is kept here for longer than any block on it lives, and pages are given back to the system.
 #![expect(unsafe_code, reason = "memory is used again, and discarded as a balloon does")]
@@ -35,7 +35,7 @@ impl Piece {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Private,
-    /// The same, and the engine is told that untouched pages are zero.
+    /// Like the one above, and declared to be zero where untouched.
     ZeroIfAbsent,
     /// A memfd.
     Shared,
@@ -48,7 +48,7 @@ impl Kind {
 }
 
 impl Pool {
-    /// A block, on memory that was used before if there is any and that is asked for.
+    /// A block, on used memory if that is requested and available.
     pub(crate) fn block(
         &mut self,
         name: &BlockName,
@@ -63,7 +63,7 @@ impl Pool {
             let shared = kind == Kind::Shared;
             let memory = if shared { memfd(length) } else { Mapping::anonymous(length).expect("memory") };
             let piece = Piece { memory: Arc::new(memory), shared };
-            // So that a long life does not keep all that it ever had.
+            // So that a long life does not keep all memory that it ever had.
             if self.0.len() >= MOST_KEPT
                 && let Some(at) = self.0.iter().position(Piece::is_free)
             {
@@ -77,7 +77,7 @@ impl Pool {
         // SAFETY: the memory is kept with the mapping, and no reference to it is ever made.
         let mapping = unsafe { Mapping::from_raw(base, slice.len(), memory) };
         let mapping = if kind == Kind::ZeroIfAbsent && !shared {
-            // SAFETY: it is private anonymous memory, and no page is filled in by anybody else.
+            // SAFETY: it is private anonymous memory, and nobody else fills in its pages.
             unsafe { mapping.assume_absent_is_zero() }
         } else {
             mapping
@@ -85,7 +85,7 @@ impl Pool {
         RamBlock::new(name.clone(), length, page_size, Memory::Mapped(mapping)).expect("a block")
     }
 
-    /// How many pieces of memory something still uses.
+    /// The number of pieces of memory that are still in use.
     pub(crate) fn in_use(&self) -> usize {
         self.0.iter().filter(|piece| !piece.is_free()).count()
     }
@@ -109,10 +109,10 @@ pub(crate) fn perform(block: &RamBlock, page: u64, what: What) {
         What::Zero => slice.clear(),
         What::Discard => {
             let discard = |how| {
-                // SAFETY: these pages are this block's alone, and read as zero afterwards, which is what is meant.
+                // SAFETY: only this block uses these pages, and they read as zero afterwards, as intended.
                 unsafe { madvise(slice.as_ptr().cast(), slice.len(), how) }
             };
-            // Of shared memory that is to make a hole, and of other memory refused.
+            // For shared memory this makes a hole; for other memory it is refused.
             discard(Advice::LinuxRemove).or_else(|_| discard(Advice::LinuxDontNeed)).expect("discarded");
         }
     }

@@ -1,4 +1,4 @@
-//! Connections between two hosts of one process, which a destination can close without a word.
+//! Connections between two hosts of one process, which a destination can close without a message.
 
 use std::{
     io,
@@ -23,25 +23,25 @@ pub(crate) struct Means {
     pub(crate) folder: tempfile::TempDir,
 }
 
-/// The two ends of a network, and what shuts down all connections that the destination has taken.
+/// The two ends of a network, and the wakers of all connections that the destination has accepted.
 pub(crate) struct Network {
     pub(crate) connector: Arc<dyn Connect>,
     pub(crate) listener: Box<dyn Listen>,
     pub(crate) taken: Taken,
 }
 
-/// The connections that a destination has taken.
+/// The connections that a destination has accepted.
 #[derive(Clone, Default)]
 pub(crate) struct Taken(Arc<Mutex<Vec<Arc<dyn Wake>>>>);
 
 impl Taken {
-    /// Closes them without a word.
+    /// Closes them without a message.
     pub(crate) fn close(&self) {
         let wakers = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         wakers.iter().for_each(|waker| waker.wake());
     }
 
-    /// Leaves them to their owners: until then what could close them keeps them open.
+    /// Leaves them to their owners: until then, the wakers keep them open.
     pub(crate) fn forget(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -52,7 +52,8 @@ impl Taken {
     }
 }
 
-/// A new network. The destination's connections are noted if `closes`, which keeps them open until they are forgotten.
+/// Creates a network. With `closes`, the destination's connections are recorded, which keeps them open until they are
+/// forgotten.
 pub(crate) fn network(transport: Transport, tls: bool, closes: bool, means: &Means) -> Network {
     let (connector, listener): (Arc<dyn Connect>, Box<dyn Listen>) = match transport {
         Transport::Memory => {
@@ -82,7 +83,7 @@ fn unix(folder: &Path) -> String {
     format!("unix:{}", folder.join(format!("socket{number}")).display())
 }
 
-/// Notes the connections that it takes.
+/// Records the connections that it accepts.
 struct Noting {
     inner: Box<dyn Listen>,
     taken: Taken,

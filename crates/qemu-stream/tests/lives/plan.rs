@@ -1,4 +1,4 @@
-//! What a life is like, step by step: everything follows from its seed.
+//! The plan of a life, step by step: its seed determines everything.
 
 use fastrand::Rng;
 use multifd::{Method, live::ZeroPageDetection, ram::PageSize};
@@ -13,14 +13,14 @@ use crate::{
 pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) page_size: PageSize,
-    /// Pages of each block at birth.
+    /// The number of pages of each block at the beginning.
     pub(crate) blocks: Vec<u64>,
     pub(crate) load: Load,
     pub(crate) runs: bool,
     pub(crate) steps: Vec<Step>,
 }
 
-/// One step, and the seed of what is left to chance in it.
+/// One step, and the seed of its random decisions.
 #[derive(Clone, Debug)]
 pub(crate) struct Step {
     pub(crate) seed: u64,
@@ -29,17 +29,17 @@ pub(crate) struct Step {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Do {
-    /// The guest is left alone for so many microseconds.
+    /// Nothing happens for this number of microseconds.
     Wait(u64),
-    /// So many pages are written from outside the guest.
+    /// This number of pages is written from outside the guest.
     Write(u64),
     Hop(Box<Hop>),
     Capture(Box<Capture>),
     Restore(Restore),
-    /// A block of so many pages is plugged in.
+    /// A block with this number of pages is plugged in.
     Plug(u64),
     Unplug,
-    /// The operator pauses the guest, or lets it go on.
+    /// The operator pauses the guest, or resumes it.
     Pause(bool),
 }
 
@@ -58,20 +58,20 @@ pub(crate) struct Hop {
     pub(crate) pauses: bool,
     /// Bytes a second.
     pub(crate) max_bandwidth: Option<u64>,
-    /// In microseconds; none if it may not strike.
+    /// In microseconds; `None` if it must not have an effect.
     pub(crate) max_total_time: Option<u64>,
     pub(crate) switchover_timeout: Option<u64>,
-    /// Whether the destination waits for the source's channels to end.
+    /// Whether the destination waits until the source's channels have ended.
     pub(crate) takes_leave: bool,
     pub(crate) memory: Place,
-    /// Milliseconds for which the destination holds what it has got, before its word.
+    /// Milliseconds for which the destination waits before its reply.
     pub(crate) hold: u64,
-    /// Whether it holds it until the source has gone, and then gives its word at once.
+    /// Whether it waits until the source has ended, and then replies at once.
     pub(crate) until_left: bool,
-    /// How long the source waits for the word, in milliseconds.
+    /// How long the source waits for the reply, in milliseconds.
     pub(crate) end_timeout: u64,
     pub(crate) verdict_timeout: u64,
-    /// Only where its destination cannot have the guest.
+    /// Only if its destination cannot have the guest.
     pub(crate) resumes_if_unknown: bool,
     pub(crate) trouble: Trouble,
 }
@@ -83,13 +83,13 @@ pub(crate) enum Transport {
     Memory,
 }
 
-/// What a machine's memory at its next host is.
+/// The memory of a machine on its next host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     New,
-    /// Memory that any machine or failed try of this life has left.
+    /// Memory that any machine or failed attempt of this life has left.
     Used,
-    /// The very blocks of a former host, if it has the same.
+    /// The same blocks as on a former host, if it has the same.
     Former,
 }
 
@@ -102,7 +102,7 @@ pub(crate) struct Capture {
     pub(crate) offset: u64,
     pub(crate) direct: bool,
     pub(crate) pauses: bool,
-    /// Of a destination's there is nothing.
+    /// There is no trouble of a destination.
     pub(crate) trouble: Trouble,
 }
 
@@ -110,12 +110,12 @@ pub(crate) struct Capture {
 pub(crate) struct Restore {
     pub(crate) channels: u8,
     pub(crate) direct: bool,
-    /// Into the machine that has run on, if it has the same blocks.
+    /// Into the machine that has continued, if it has the same blocks.
     pub(crate) in_place: bool,
     pub(crate) memory: Place,
-    /// A first try is cancelled after so many microseconds.
+    /// A first attempt is cancelled after this number of microseconds.
     pub(crate) cancelled: Option<u64>,
-    /// How the machine is captured before, if it never was.
+    /// How the machine is captured first, if it never was.
     pub(crate) capture: Box<Capture>,
 }
 
@@ -198,7 +198,7 @@ fn hop(random: &mut Rng) -> Hop {
 }
 
 impl Hop {
-    /// The same once more, with nothing done to it, by another number of channels.
+    /// The same step again, without trouble and with another number of channels.
     pub(crate) fn without_trouble(&self) -> Self {
         let channels = if self.channels > 3 { 0 } else { self.channels + 2 };
         let method = if channels == 0 { Method::None } else { self.method };
@@ -219,7 +219,7 @@ impl Hop {
         }
     }
 
-    /// A word or two, to count by.
+    /// A short name for the statistics.
     pub(crate) fn kind(&self) -> String {
         match (self.trouble.is_none(), self.max_total_time, self.switchover_timeout) {
             (true, Some(_), _) => "max-total-time".into(),
@@ -239,7 +239,7 @@ impl Hop {
 fn capture(random: &mut Rng) -> Capture {
     let trouble = if random.u8(..8) < 5 { Trouble::default() } else { Trouble::any(random, false) };
     let pauses = matches!(trouble.action, Some((_, Moment::PreSwitchover)));
-    // Nobody is there to hold it back.
+    // A capture does not throttle, so this fault would never happen.
     let throttles = trouble.fault.is_some_and(|fault| fault.call == Call::Throttle);
     let trouble = if throttles { Trouble { fault: None, ..trouble } } else { trouble };
     Capture {

@@ -1,14 +1,14 @@
-//! The shadow of a machine's memory: a plain copy that follows every write of its guest.
+//! The shadow of a machine's memory: a plain copy to which every write of its guest is applied.
 //!
-//! In come the writes, with the contents they are made of; out goes the first byte in which real memory differs. The machine
-//! owns real memory, the life owns the shadow, and no code is shared between the two but [`contents`].
+//! The input is the writes, with the tags of their contents. The output is the first byte in which real memory differs.
+//! The machine owns real memory, the life owns the shadow, and only [`contents`] is shared code.
 
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
 use multifd::ram::{PageIndex, RamBlocks};
 
-/// What a write does to its page.
+/// The effect of a write on its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum What {
     /// The whole page has the contents of this tag.
@@ -17,7 +17,7 @@ pub(crate) enum What {
     Patch(u64),
     /// Zeros are written.
     Zero,
-    /// The page is given back to the system, as a balloon does, and is zero.
+    /// The page is given back to the system, as a balloon does, and is zero afterwards.
     Discard,
 }
 
@@ -29,17 +29,17 @@ pub(crate) struct Write {
     pub(crate) what: What,
 }
 
-/// What memory must hold.
+/// The expected contents of memory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Shadow {
     pub(crate) page: usize,
     pub(crate) blocks: BTreeMap<String, Vec<u8>>,
-    /// The device's counter: how many pages the guest has written.
+    /// The device's counter: the number of pages that the guest has written.
     pub(crate) count: u64,
 }
 
 impl Shadow {
-    /// Follows a write to the block of this name.
+    /// Applies a write to the block with this name.
     pub(crate) fn apply(&mut self, name: &str, page: u64, what: What) {
         let start = usize::try_from(page).expect("a small block") * self.page;
         let block = self.blocks.get_mut(name).expect("a block of the machine");
@@ -91,7 +91,7 @@ fn described(name: &str, page: u64, expected: &[u8], found: &[u8]) -> String {
     )
 }
 
-/// The contents of a tag: noise, one word again and again, zeros but for one byte, or noise and then zeros.
+/// The contents of a tag: noise, one word repeated, zeros except for one byte, or noise and then zeros.
 pub(crate) fn contents(tag: u64, page: &mut [u8]) {
     let half = page.len() / 2;
     match tag % 4 {
@@ -112,7 +112,7 @@ pub(crate) fn contents(tag: u64, page: &mut [u8]) {
     }
 }
 
-/// Where a page is patched: often at one of its ends.
+/// The offset of a patch in a page: often at one of its ends.
 pub(crate) fn patch_offset(tag: u64, page: usize) -> usize {
     if page <= 8 {
         return 0;

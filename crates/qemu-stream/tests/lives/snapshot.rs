@@ -1,4 +1,4 @@
-//! A machine into a file, and out of it again.
+//! Captures a machine into a file, and restores it.
 
 use std::{fs::File, io::Write as _, os::unix::fs::FileExt, sync::Arc, thread, time::Duration};
 
@@ -24,7 +24,7 @@ use crate::{
     trouble::Moment,
 };
 
-/// A machine in a file, and what it was.
+/// A machine in a file, and its former state.
 pub(crate) struct Snapshot {
     file: File,
     offset: u64,
@@ -33,10 +33,10 @@ pub(crate) struct Snapshot {
 }
 
 impl Life {
-    /// Captures the machine, and judges.
+    /// Captures the machine, and checks the result.
     ///
     /// # Errors
-    /// What may not be.
+    /// What is not allowed to happen.
     pub(crate) fn capture(&mut self, plan: &Capture, seed: u64) -> Result<Outcome, String> {
         let mut random = Rng::with_seed(seed);
         let mut file = tempfile::tempfile().expect("a file");
@@ -111,7 +111,7 @@ impl Life {
                     return Err(format!("the capture failed without a cause: {}", chain(&error)));
                 }
                 let status = progress.status();
-                // Nobody but a file could have it.
+                // Only a file could have it.
                 if matches!(error.kind(), multifd::Error::OwnerUnknown(_)) {
                     return Err(format!("nobody knows whether a file has the guest: {}", chain(&error)));
                 }
@@ -132,10 +132,10 @@ impl Life {
         }
     }
 
-    /// Takes the machine back to what it was when it was captured.
+    /// Takes the machine back to its state at the capture.
     ///
     /// # Errors
-    /// What may not be.
+    /// What is not allowed to happen.
     pub(crate) fn restore(&mut self, plan: &Restore, seed: u64) -> Result<Outcome, String> {
         if self.snapshot.is_none() {
             self.capture(&plan.capture, seed)?;

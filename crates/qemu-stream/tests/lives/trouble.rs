@@ -1,14 +1,14 @@
-//! What is done to a migration or a capture, from the seed of its step.
+//! The trouble of a migration or a capture, from the seed of its step.
 
 use fastrand::Rng;
 
 use crate::plan::pick;
 
-/// All that is done to one migration or capture.
+/// All trouble of one migration or capture.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Trouble {
     pub(crate) action: Option<(Action, Moment)>,
-    /// In a call of the source's.
+    /// In a call of the source.
     pub(crate) fault: Option<Fault>,
     pub(crate) devices: Devices,
     pub(crate) log: Log,
@@ -19,7 +19,7 @@ pub(crate) struct Trouble {
 pub(crate) enum Action {
     CancelSource,
     CancelDestination,
-    /// The destination's connections close without a word.
+    /// The destination's connections close without a message.
     Close,
 }
 
@@ -27,7 +27,7 @@ pub(crate) enum Action {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
     BeforeConnecting,
-    /// So many microseconds after the beginning.
+    /// This number of microseconds after the beginning.
     After(u64),
     /// The destination makes its blocks.
     Make,
@@ -38,16 +38,16 @@ pub(crate) enum Moment {
     Save,
     /// The destination has everything.
     Pending,
-    /// So many microseconds after it begins to take the guest over.
+    /// This number of microseconds after it begins to take the guest over.
     Confirm(u64),
     Confirmed,
 }
 
-/// A call that goes wrong.
+/// A call that fails.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fault {
     pub(crate) call: Call,
-    /// Which of its calls, from 0.
+    /// The index of the call, from 0.
     pub(crate) nth: u32,
     pub(crate) how: How,
 }
@@ -69,11 +69,11 @@ pub(crate) enum Call {
 pub(crate) enum How {
     Error,
     Panic,
-    /// It panics when it has done what it should.
+    /// It panics after it has done its work.
     PanicAfter,
 }
 
-/// What the source says of its devices.
+/// The source's description of its devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Devices {
     #[default]
@@ -85,19 +85,19 @@ pub(crate) enum Devices {
     LongerThanAnnounced,
 }
 
-/// The log that the source gives.
+/// The source's dirty log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Log {
     #[default]
     Right,
     OfOtherBlocks,
-    /// Somebody else tries to read it meanwhile.
+    /// A second reader tries to read it at the same time.
     ReadByTwo,
     /// A device writes when this many takes have been made with the guest stopped.
     WrittenLate(u32),
 }
 
-/// Why the destination does not take the guest.
+/// Why the destination refuses the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     WrongMachine,
@@ -112,7 +112,7 @@ pub(crate) enum Refusal {
 }
 
 impl Trouble {
-    /// Mostly one thing, sometimes two. A capture has no destination.
+    /// Mostly one kind of trouble, sometimes two. A capture has no destination.
     pub(crate) fn any(random: &mut Rng, destination: bool) -> Self {
         let mut trouble = Self::default();
         for _ in 0..random.u8(1..10) / 8 + 1 {
@@ -136,7 +136,7 @@ impl Trouble {
                 _ => trouble.destination = destination.then(|| pick(random, &REFUSALS)),
             }
         }
-        // What is called when something has failed.
+        // These calls are made only after a failure.
         if destination
             && trouble.fault.is_some_and(|fault| matches!(fault.call, Call::Resume | Call::PutBack))
         {
@@ -153,12 +153,12 @@ impl Trouble {
             && matches!(self.log, Log::Right | Log::ReadByTwo)
     }
 
-    /// Whether nothing is done but that a call goes wrong.
+    /// Whether the only trouble is a call that fails.
     pub(crate) fn is_fault_alone(&self) -> bool {
         self.fault.is_some() && Self { fault: None, ..self.clone() }.is_none()
     }
 
-    /// Whether it may not go well.
+    /// Whether it must not succeed.
     pub(crate) fn must_fail(&self) -> bool {
         let action = match self.action {
             Some((Action::CancelSource, at)) => !matches!(
@@ -188,12 +188,12 @@ impl Trouble {
             || self.log == Log::OfOtherBlocks
     }
 
-    /// Whether the source may say that it was cancelled.
+    /// Whether the source may report that it was cancelled.
     pub(crate) fn cancels_source(&self) -> bool {
         matches!(self.action, Some((Action::CancelSource, _)))
     }
 
-    /// One word, to count by.
+    /// A short name for the statistics.
     pub(crate) fn kind(&self) -> String {
         if let Some((action, at)) = self.action {
             let at = format!("{at:?}");
@@ -238,7 +238,7 @@ fn action(random: &mut Rng, destination: bool) -> (Action, Moment) {
     let at_the_end =
         [Moment::Make, Moment::Pending, Moment::Confirm(late), Moment::Confirm(0), Moment::Confirmed];
     let moment = if random.bool() { pick(random, &moments) } else { pick(random, &at_the_end) };
-    // Nothing is there to be closed.
+    // There is nothing to be closed.
     let moment = match (action, moment) {
         (Action::Close, Moment::BeforeConnecting) => Moment::Make,
         _ => moment,

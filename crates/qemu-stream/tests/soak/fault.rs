@@ -1,7 +1,7 @@
-//! Connections to which something happens.
+//! Connections with faults.
 //!
-//! The real connection stays below: what is done to it is done with its own means, so that the engine meets what the system
-//! says to that. Only [`Mishap::Swallow`] and [`Mishap::Hold`] stand for a network or a program that is not there.
+//! The faults use the means of the real connection below, so that the engine gets the real errors of the system. Only
+//! [`Mishap::Swallow`] and [`Mishap::Hold`] simulate a network or a program.
 
 use std::{
     io,
@@ -20,7 +20,7 @@ use multifd::{
 
 use crate::plan::{Direction, Fault, Mishap, Side};
 
-/// What happens to the connections of one side, and when it did.
+/// The fault of the connections of one side, and when it happened.
 #[derive(Debug)]
 pub(crate) struct Misfortune {
     fault: Fault,
@@ -59,7 +59,7 @@ impl Misfortune {
 pub(crate) struct UnluckyConnector {
     pub(crate) inner: Arc<dyn Connect>,
     pub(crate) fortune: Arc<Misfortune>,
-    /// Strangers stay until the migration is over.
+    /// Foreign connections stay open until the migration is over.
     pub(crate) strangers: Mutex<Vec<Box<dyn Link>>>,
 }
 
@@ -130,7 +130,7 @@ struct Unlucky {
     timeout: Option<Duration>,
 }
 
-/// Where a reader that stands still can be woken.
+/// Wakes a reader that is held.
 #[derive(Default)]
 struct Hold {
     woken: Mutex<bool>,
@@ -145,7 +145,7 @@ impl Wake for Hold {
 }
 
 impl Hold {
-    /// Whether somebody wakes it in time.
+    /// Waits; returns whether it was woken in time.
     fn wait(&self, limit: Option<Duration>) -> bool {
         let woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
         let limit = limit.unwrap_or(Duration::MAX);
@@ -155,7 +155,7 @@ impl Hold {
 }
 
 impl Unlucky {
-    /// How many bytes may still pass before it strikes.
+    /// The number of bytes that may still pass before the fault.
     fn before(&self) -> usize {
         usize::try_from(self.after.saturating_sub(self.moved)).unwrap_or(usize::MAX)
     }
@@ -207,13 +207,13 @@ impl Unlucky {
         }
     }
 
-    /// Notes bytes that went slowly; after some it goes on as before.
+    /// Counts bytes that were slowed down; after some the connection is normal again.
     fn slowed(&mut self, bytes: usize) {
         self.slow += bytes as u64;
         self.after = if self.slow > MOST_SLOWLY { u64::MAX } else { self.moved };
     }
 
-    /// Receives up to `len` bytes by way of a buffer.
+    /// Receives up to `len` bytes through a buffer.
     fn recv_piece(&mut self, parts: &mut [PartMut<'_>], len: usize, change: u8) -> io::Result<usize> {
         let mut buffer = vec![0; len];
         let received = self.link.recv(&mut [PartMut::from(&mut buffer[..])])?;
@@ -259,7 +259,7 @@ impl Link for Unlucky {
                 self.link.recv(parts)
             }
             Mishap::Hold => {
-                // A pipe in memory tells nobody but its reader that the other end has gone.
+                // A pipe in memory reports a closed end only to its reader.
                 let alone = self.link.peer_signal()?.is_none().then_some(UNTOLD);
                 let limit = self.timeout.into_iter().chain(alone).min();
                 if self.hold.wait(limit) || (limit == alone && limit.is_some()) {

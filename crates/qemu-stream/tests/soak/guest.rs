@@ -1,4 +1,4 @@
-//! The guest: memory whose pages tell where they belong, and threads that rewrite it at a rate.
+//! The guest: memory whose pages contain their position, and threads that rewrite it at a rate.
 
 use std::{
     io,
@@ -31,7 +31,7 @@ pub(crate) struct SoakGuest {
     pub(crate) resumed: bool,
     seed: u64,
     load: Load,
-    /// Pages written in all: its device's state.
+    /// The total number of pages written: its device's state.
     written: Arc<AtomicU64>,
     power: Stop,
     threads: Vec<JoinHandle<()>>,
@@ -99,7 +99,7 @@ impl Guest for SoakGuest {
             return Err(io::Error::other(STAYS_UP));
         }
         self.stopped = true;
-        // Its vCPUs run on until they have heard of it.
+        // Its vCPUs continue for a while before they notice.
         thread::sleep(TICK * u32::try_from(self.seed % 4).unwrap_or_default());
         self.halt();
         Ok(())
@@ -161,7 +161,7 @@ fn write(seed: u64, blocks: &RamBlocks, index: BlockIndex, page: PageIndex, gene
     slice.copy_from(&bytes);
 }
 
-/// A log that can be read for a while.
+/// A log that fails after some takes.
 pub(crate) struct Unreadable {
     pub(crate) log: DirtyReader,
     pub(crate) left: Option<u32>,
@@ -186,7 +186,7 @@ impl DirtyLog for Unreadable {
     }
 }
 
-/// The first page in which two machines differ, and what the source's pattern tells of what is there.
+/// The first page in which two machines differ, and its recognised contents.
 pub(crate) fn difference(seed: u64, source: &RamBlocks, destination: &RamBlocks) -> Option<String> {
     if source.len() != destination.len() {
         return Some(format!("expected {} blocks, found {}", source.len(), destination.len()));

@@ -1,12 +1,12 @@
-//! Migrations without end, each another, with faults in most: every one ends with the guest whole at one side, and with
-//! nothing left of it in the process.
+//! Many different migrations, most of them with faults. Each ends with the complete guest at one side, and leaves
+//! nothing in the process.
 //!
 //! ```text
-//! seed ─▶ plan ─▶ guest ─▶ migrate: source ══ connections to which something happens ══ destination ─▶ judged
+//! seed ─▶ plan ─▶ guest ─▶ migrate: source ══ connections with faults ══ destination ─▶ checked
 //! ```
 //!
-//! One test and a process of its own, since it counts the threads and descriptors of the process. By default it makes
-//! [`MIGRATIONS`] from one seed on; `cargo xtask soak` goes on for as long as it is told.
+//! It is one test in a separate process, because it counts the threads and descriptors of the process. By default it
+//! makes [`MIGRATIONS`] migrations from one seed on; `cargo xtask soak` runs for the given time.
 
 use std::{
     collections::BTreeMap,
@@ -32,21 +32,21 @@ use guest::{SoakGuest, difference};
 use migrate::{Ends, HANG, Means};
 use plan::{Fault, Plan, Side};
 
-/// How a migration ended that ended as it should.
+/// A correct end of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Verdict {
-    /// At the destination, which holds what the source held.
+    /// At the destination, whose memory equals the source's.
     Arrived,
-    /// The guest runs on at the source, which has said why.
+    /// The guest continues on the source, which has reported the reason.
     Stayed,
-    /// The connection broke when the destination decided: the source has not heard how, says so, and its guest stands still.
-    /// No protocol of messages can exclude it.
+    /// The connection broke at the moment of the destination's decision. The source does not know the result, reports
+    /// that, and its guest stays stopped. No protocol of messages can exclude this.
     Untold,
-    /// A bit was another, and nothing in the format tells.
+    /// A bit was changed, and the format has no way to detect it.
     Unnoticed,
 }
 
-/// What came of all faults of one kind.
+/// The results of all faults of one kind.
 #[derive(Default)]
 struct Tally {
     verdicts: BTreeMap<Verdict, u32>,
@@ -59,7 +59,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
     let struck = ends.took.is_some();
     match (&source.result, &destination.result) {
         (Ok(()), received) => {
-            // Of connections that are opened at once, none may have been the one to be refused.
+            // If several connections are opened at once, the one to be refused may not have been among them.
             if plan.must_fail() && (struck || !matches!(plan.fault, Fault::Refused(_))) {
                 return Err("completed, though it cannot be".into());
             }
@@ -128,7 +128,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
     }
 }
 
-/// Whether an error says what it has to.
+/// Checks that an error contains the expected text.
 fn tells(expected: Option<&str>, error: &Error) -> Result<(), String> {
     let told = chain(error).to_string();
     match expected {
@@ -137,7 +137,7 @@ fn tells(expected: Option<&str>, error: &Error) -> Result<(), String> {
     }
 }
 
-/// What is left in the process of something that has ended: a thread that was joined goes a moment later.
+/// What is left in the process after a migration. A joined thread disappears a moment later.
 fn left_behind(before: (usize, usize)) -> Option<String> {
     let mut now = in_use();
     for _ in 0..100 {
@@ -150,7 +150,7 @@ fn left_behind(before: (usize, usize)) -> Option<String> {
     Some(format!("threads and descriptors: {before:?} before, {now:?} afterwards"))
 }
 
-/// The threads of this process and where each stands, of a migration that hangs.
+/// The threads of this process and their positions, for a migration that hangs.
 fn standing() -> String {
     let mut text = String::new();
     for task in fs::read_dir("/proc/self/task").expect("the process's own").flatten() {
@@ -160,7 +160,7 @@ fn standing() -> String {
     text
 }
 
-/// Migrates by `plan` and judges; the guest, if it can go on.
+/// Migrates by `plan` and checks the result; returns the guest, if it can continue.
 fn soak(
     plan: &Plan,
     means: &Means,
@@ -180,7 +180,7 @@ fn soak(
     }
     let tally = tally.entry(plan.fault.kind()).or_default();
     *tally.verdicts.entry(verdict).or_default() += 1;
-    // What only makes a migration slow does not end it.
+    // A fault that only makes a migration slow does not end it.
     if verdict == Verdict::Stayed {
         tally.longest = tally.longest.max(ends.took.unwrap_or_default());
     }
@@ -208,7 +208,7 @@ fn every_migration_ends_with_its_guest_whole_at_one_side() {
         let guest = SoakGuest::boot(&plan);
         let mut outcome = soak(&plan, &means, guest, &mut tally);
         migrations += 1;
-        // Whoever has failed can move all the same, to the next destination.
+        // After a failure, the guest can move to the next destination.
         if let (Ok(guest), 0) = (&outcome, seed % 2)
             && (guest.resumed || !guest.stopped)
         {
@@ -245,8 +245,8 @@ fn every_migration_ends_with_its_guest_whole_at_one_side() {
     );
 }
 
-/// From a fault to the end of both sides, on a machine that does other things as well: far below any limit that may not
-/// strike, and above those that may.
+/// From a fault to the end of both sides, on a machine with other load: far below limits that must not have an effect,
+/// and above those that may.
 const SOON: Duration = Duration::from_secs(20);
-/// Of a run that is not told how long to go on.
+/// The default number of migrations.
 const MIGRATIONS: u64 = 64;

@@ -1,4 +1,4 @@
-//! One migration, both its sides in this process, as a VMM would run them.
+//! One migration, with both sides in this process, as a VMM would run them.
 
 use std::{
     fs::File,
@@ -33,7 +33,7 @@ use crate::{
     plan::{DOES_NOT_FIT, Fault, ODD, Plan, Side, Transport},
 };
 
-/// What a source has come to.
+/// The result of a source.
 pub(crate) struct SourceEnd {
     pub(crate) result: Result<()>,
     pub(crate) status: Status,
@@ -41,9 +41,9 @@ pub(crate) struct SourceEnd {
     pub(crate) guest: SoakGuest,
 }
 
-/// What a destination has come to.
+/// The result of a destination.
 pub(crate) struct DestinationEnd {
-    /// Whether it has everything, and could say so.
+    /// Whether it has everything, and could report it.
     pub(crate) result: Result<()>,
     pub(crate) blocks: Option<Arc<RamBlocks>>,
     pub(crate) device: Option<Vec<u8>>,
@@ -52,9 +52,9 @@ pub(crate) struct DestinationEnd {
 pub(crate) struct Ends {
     pub(crate) source: SourceEnd,
     pub(crate) destination: DestinationEnd,
-    /// Whether the destination waited on for main when the source had ended, and had to be cancelled.
+    /// Whether the destination still waited for main after the source had ended, and had to be cancelled.
     pub(crate) abandoned: bool,
-    /// From the fault to the end of both, if it struck.
+    /// From the fault to the end of both, if it happened.
     pub(crate) took: Option<Duration>,
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
             (guest.stopped, guest.resumed) = (false, false);
             guest.stays_up = plan.fault == Fault::GuestStaysUp;
             let end = send(&plan, limits, connector, &stop, guest);
-            // The connections of a process that has gone are closed, and whoever waits for it sees that.
+            // The connections of an ended process are closed, which its peer notices.
             if end.result.is_err() {
                 stop.cancel();
             }
@@ -103,7 +103,7 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
         }
     }
     let first = ends.recv_timeout(HANG).ok()?;
-    // One that main has not come to waits for it, for as long as its operator likes.
+    // A destination without main waits for it without limit.
     let (mut abandoned, left) = (false, Instant::now());
     if ends.recv_timeout(GRACE).is_err() {
         abandoned = first == Side::Source && !found.load(Ordering::SeqCst);
@@ -118,7 +118,7 @@ pub(crate) fn migrate(plan: &Plan, means: &Means, mut guest: SoakGuest) -> Optio
     Some(Ends { source: sending.join().ok()?, destination: receiving.join().ok()?, abandoned, took })
 }
 
-/// How long each wait may last.
+/// The time limits of each wait.
 #[derive(Clone, Copy)]
 struct Limits {
     stall: Duration,
@@ -128,9 +128,9 @@ struct Limits {
 
 impl Limits {
     fn of(plan: &Plan) -> Self {
-        // Where nothing is waited for in vain, no limit may strike on a machine that is busy with other things.
+        // If no wait is in vain, no limit may have an effect on a machine with other load.
         let stall = if plan.waits() { Duration::from_millis(800) } else { Duration::from_secs(60) };
-        // A stranger that says nothing is waited for.
+        // A foreign connection that sends nothing is waited for.
         let greeting = if matches!(plan.fault, Fault::Stranger(..)) { Duration::from_secs(3) } else { stall };
         Self { stall, connect: stall, greeting }
     }
@@ -183,7 +183,7 @@ fn send(
     let target_page_size = (plan.page_size.bytes() != 4096).then_some(plan.page_size);
     let machine = MachineType::new(plan.machine).expect("a name");
     let configuration = Configuration { target_page_size, ..Configuration::new(machine) };
-    // A destination that gives up meanwhile has the time to say so.
+    // A destination that fails in the meantime has time to report it.
     let mut options = SourceOptions::new(configuration)
         .channels(plan.channels)
         .send(SendOptions::new().method(plan.method))
@@ -233,7 +233,7 @@ fn receive(
     let result = if plan.fault == Fault::LoadFails {
         Err(pending.refuse(Error::other("the devices were not loaded", ODD)))
     } else {
-        // Whatever befalls the connections from here on, the guest has moved.
+        // Whatever happens to the connections from here on, the guest has moved.
         pending.confirm().map(|confirmed| drop(confirmed.finish()))
     };
     DestinationEnd { result, blocks, device }
@@ -272,7 +272,7 @@ fn spawn<T: Send + 'static>(name: &str, run: impl FnOnce() -> T + Send + 'static
     thread::Builder::new().name(name.into()).spawn(run).expect("a thread")
 }
 
-/// After the source's end, until it is looked whether the destination has met it at all.
+/// From the source's end until the check whether the destination has noticed the source at all.
 const GRACE: Duration = Duration::from_secs(1);
-/// Longer than all that a side may wait for, on a machine that is busy with other things.
+/// Longer than all waits of a side, on a machine with other load.
 pub(crate) const HANG: Duration = Duration::from_secs(180);

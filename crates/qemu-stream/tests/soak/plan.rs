@@ -1,4 +1,4 @@
-//! What one migration of the soak is like: everything follows from its seed.
+//! The plan of one migration of the soak test: its seed determines everything.
 
 use std::{ops::Range, time::Duration};
 
@@ -14,17 +14,17 @@ pub(crate) struct Plan {
     pub(crate) page_size: PageSize,
     /// Pages of each block.
     pub(crate) blocks: Vec<u64>,
-    /// Of 8 pages, how many are left zero.
+    /// The number of zero pages out of 8.
     pub(crate) zero_eighths: u64,
     /// 0 is multifd off.
     pub(crate) channels: u8,
     pub(crate) method: Method,
-    /// Whether the destination is told the number of channels and the method.
+    /// Whether the number of channels and the method are configured at the destination.
     pub(crate) told: bool,
     pub(crate) machine: &'static str,
     pub(crate) detection: ZeroPageDetection,
     pub(crate) return_path: bool,
-    /// Whether the destination's blocks lie in a file.
+    /// Whether the destination's blocks are in a file.
     pub(crate) in_file: bool,
     pub(crate) max_bandwidth: Option<u64>,
     pub(crate) downtime_limit: Duration,
@@ -43,39 +43,39 @@ pub(crate) enum Transport {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
     pub(crate) writers: u64,
-    /// Pages a second, of each writer.
+    /// Pages per second of each writer.
     pub(crate) rate: u64,
-    /// Pages that each writes before it rests, so that every migration comes to an end.
+    /// The number of pages that each writes before it rests, so that every migration ends.
     pub(crate) budget: u64,
 }
 
-/// What is done to the migration.
+/// The fault of the migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     None,
-    /// Somebody cancels.
+    /// A cancel.
     Cancel(Side, Duration),
     /// Something befalls a connection.
     Link {
         side: Side,
-        /// In the order in which this side has them: the source's first is main.
+        /// Its index in the order of this side: the source's first is main.
         connection: usize,
         direction: Direction,
         /// Bytes that pass before.
         after: u64,
         what: Mishap,
     },
-    /// A connection does not come about.
+    /// A connection that cannot be established.
     Refused(usize),
-    /// Before a connection is opened, a stranger comes, and says this much.
+    /// Before a connection is opened, a foreign one is opened and sends these bytes.
     Stranger(usize, &'static [u8]),
     /// The guest cannot be stopped.
     GuestStaysUp,
-    /// The dirty log cannot be read, this many times later.
+    /// The dirty log cannot be read after this number of takes.
     LogUnreadable(u32),
-    /// The destination does not take the machine.
+    /// The destination refuses the machine.
     BlocksRefused,
-    /// The destination has everything and says that it has failed.
+    /// The destination has everything and reports that it has failed.
     LoadFails,
 }
 
@@ -97,9 +97,9 @@ pub(crate) enum Mishap {
     Cut,
     /// Nothing more can be sent.
     HalfClose,
-    /// What is sent does not arrive, and nobody is told.
+    /// Sent bytes do not arrive, without a notification.
     Swallow,
-    /// Nothing more is received, as by a program that stands still.
+    /// Nothing more is received, as by a program that hangs.
     Hold,
     /// One bit is another.
     Flip(u8),
@@ -134,7 +134,7 @@ impl Plan {
         let blocks = blocks(&mut random, page_size);
         let bytes = blocks.iter().sum::<u64>() * page_size.bytes() as u64;
         let fault = fault(&mut random, usize::from(channels), bytes);
-        // Where nothing comes back the source cannot know how its destination fares.
+        // Without a return path, the source cannot know the state of its destination.
         let return_path = !matches!(fault, Fault::None | Fault::GuestStaysUp | Fault::LogUnreadable(_))
             || random.u8(..4) > 0;
         Self {
@@ -164,18 +164,18 @@ impl Plan {
         }
     }
 
-    /// Whether nothing that was done to it may keep the migration from its end.
+    /// Whether the fault must not prevent the migration from completing.
     pub(crate) fn must_arrive(&self) -> bool {
         match self.fault {
             Fault::None | Fault::Link { what: Mishap::Slow, .. } => true,
-            // A connection from the source's host that breaks off may have been a channel, if nobody knows their number.
-            // So does one that begins as a channel does.
+            // An interrupted connection from the source's host may have been a channel, if their number is unknown. The
+            // same applies to one that begins like a channel.
             Fault::Stranger(connection, says) => (connection == 0 || self.told) && !says.starts_with(MAGIC),
             _ => false,
         }
     }
 
-    /// Whether what is broken may be something that is only waited for.
+    /// Whether the broken connection may be one for which a side only waits.
     pub(crate) fn waits(&self) -> bool {
         matches!(self.fault, Fault::Link { what: Mishap::Swallow | Mishap::Hold | Mishap::Flip(_), .. })
     }
@@ -185,14 +185,14 @@ impl Plan {
         !self.tls && matches!(self.fault, Fault::Link { what: Mishap::Flip(_), .. })
     }
 
-    /// Whether that byte may be of the destination's last word, so that the source takes a failure for a success.
+    /// Whether that byte may be in the destination's last message, so that the source reads a failure as a success.
     pub(crate) fn may_hear_wrong(&self) -> bool {
         let back = |side, direction| (side == Side::Source) == (direction == Direction::Received);
         self.may_differ()
             && matches!(self.fault, Fault::Link { side, direction, .. } if back(side, direction))
     }
 
-    /// Whether the destination's last word may not reach the source.
+    /// Whether the destination's last message may not reach the source.
     pub(crate) fn may_be_untold(&self) -> bool {
         let back = |side, direction| (side == Side::Source) == (direction == Direction::Received);
         self.return_path
@@ -200,7 +200,7 @@ impl Plan {
                 if back(side, direction) || what == Mishap::Cut)
     }
 
-    /// Whether what was done to it may never be survived.
+    /// Whether the migration must fail.
     pub(crate) fn must_fail(&self) -> bool {
         matches!(
             self.fault,
@@ -208,12 +208,12 @@ impl Plan {
         )
     }
 
-    /// Whether a failure has no cause before it is noted that something was done.
+    /// Whether a failure is allowed only after the fault has happened.
     pub(crate) fn needs_a_strike(&self) -> bool {
         matches!(self.fault, Fault::Link { .. } | Fault::Refused(_) | Fault::Stranger(..)) && !self.waits()
     }
 
-    /// What the source's error has to tell.
+    /// The text that the source's error must contain.
     pub(crate) fn source_tells(&self) -> Option<&'static str> {
         match self.fault {
             Fault::Refused(_) => Some("connection refused"),
@@ -223,7 +223,7 @@ impl Plan {
         }
     }
 
-    /// What the destination's error has to tell.
+    /// The text that the destination's error must contain.
     pub(crate) fn destination_tells(&self) -> Option<&'static str> {
         match self.fault {
             Fault::BlocksRefused => Some(DOES_NOT_FIT),
@@ -234,7 +234,7 @@ impl Plan {
 }
 
 impl Fault {
-    /// One word, to count by.
+    /// A short name for the statistics.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::None => "none",
@@ -276,7 +276,7 @@ fn fault(random: &mut Rng, channels: usize, bytes: u64) -> Fault {
     }
 }
 
-/// What befalls a connection, mostly before it has carried all that it would.
+/// The fault of a connection, mostly before it has carried all its bytes.
 fn mishap(random: &mut Rng, side: Side, connection: usize, channels: usize, bytes: u64) -> Fault {
     let what = match random.u8(..13) {
         0..4 => Mishap::Cut,
@@ -291,7 +291,7 @@ fn mishap(random: &mut Rng, side: Side, connection: usize, channels: usize, byte
     let direction = match what {
         Mishap::HalfClose | Mishap::Swallow => Direction::Sent,
         Mishap::Hold => Direction::Received,
-        // Only on main does something come back.
+        // Only main carries bytes back.
         _ if connection == 0 && random.u8(..4) == 0 => back,
         _ => towards,
     };
@@ -312,19 +312,20 @@ fn blocks(random: &mut Rng, page_size: PageSize) -> Vec<u64> {
         .collect()
 }
 
-/// A number whose size is as often small as large.
+/// A number that is small as often as large.
 fn power_of_two(random: &mut Rng, bits: Range<u32>) -> u64 {
     let least = 1 << random.u32(bits);
     random.u64(least..2 * least)
 }
 
-/// What the errors say that are made here.
+/// The text of the errors that are made here.
 pub(crate) const STAYS_UP: &str = "a vCPU does not answer";
 pub(crate) const UNREADABLE: &str = "the log cannot be read";
 pub(crate) const DOES_NOT_FIT: &str = "it does not fit";
 pub(crate) const ODD: &str = "they are odd";
 
 const MAGIC: &[u8] = b"\x11\x22\x33\x44";
-/// What strangers say: nothing, another protocol, a part of an initial packet, one of another version.
+/// The bytes of foreign connections: nothing, another protocol, a part of an initial packet, an initial packet of
+/// another version.
 const STRANGE: [&[u8]; 4] =
     [b"", b"GET / HTTP/1.0\r\n\r\n", b"\x11\x22\x33\x44\0\0", b"\x11\x22\x33\x44\0\0\0\x02"];

@@ -1,4 +1,4 @@
-//! The program's processes, and how they are asked.
+//! The program's processes, and commands to them.
 
 use std::{
     fs::{self, OpenOptions},
@@ -10,7 +10,7 @@ use std::{
 
 use tempfile::TempDir;
 
-/// A folder for control sockets; `None` where there is no KVM.
+/// A folder for control sockets; `None` if there is no KVM.
 pub(crate) fn folder() -> Option<TempDir> {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         multifd_testkit::skip(&format!("/dev/kvm cannot be opened: {error}"));
@@ -19,7 +19,7 @@ pub(crate) fn folder() -> Option<TempDir> {
     Some(tempfile::tempdir().expect("a folder"))
 }
 
-/// A machine in a process of its own, which is killed in the end.
+/// A machine in a separate process, which is killed at the end.
 pub(crate) struct Machine {
     child: Child,
     out: BufReader<ChildStdout>,
@@ -27,12 +27,12 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// A guest of 64 MiB that runs.
+    /// A running guest of 64 MiB.
     pub(crate) fn run(folder: &TempDir, name: &str) -> Self {
         Self::run_at(folder, name, "40MB")
     }
 
-    /// One that rewrites so many bytes a second.
+    /// A guest that rewrites `rate` bytes per second.
     pub(crate) fn run_at(folder: &TempDir, name: &str, rate: &str) -> Self {
         let mut machine = Self::start(folder, name, &["run", "--size", "64MiB", "--rate", rate]);
         assert!(machine.line().starts_with("running"));
@@ -67,12 +67,12 @@ impl Machine {
         line.trim_end().to_owned()
     }
 
-    /// Has it migrate; the client's process.
+    /// Starts its migration; returns the client's process.
     pub(crate) fn migrate(&self, address: &str, max_bandwidth: &str) -> Child {
         self.migrate_with(address, &["--max-bandwidth", max_bandwidth])
     }
 
-    /// The same, as the flags say.
+    /// Starts its migration with `flags`.
     pub(crate) fn migrate_with(&self, address: &str, flags: &[&str]) -> Child {
         let mut client = program();
         client.arg("migrate").args(flags).args([address, "--control"]).arg(&self.control);
@@ -83,12 +83,12 @@ impl Machine {
         program().args(["ask", question, "--control"]).arg(&self.control).output().expect("asked")
     }
 
-    /// How many batches its guest has done; fails if that has found anything wrong.
+    /// The number of batches of its guest; fails if the guest has found an error.
     pub(crate) fn batches(&self) -> u64 {
         number(&self.ask("status"), "batches")
     }
 
-    /// Its guest runs, and every byte of its memory is right.
+    /// Asserts that its guest runs, and that every byte of its memory is right.
     pub(crate) fn assert_well(&self) {
         let before = self.batches();
         let deadline = Instant::now() + TIMEOUT;
@@ -100,7 +100,7 @@ impl Machine {
         assert!(number(&verified, "of") > 60 << 20);
     }
 
-    /// Waits until so many bytes of it are in memory.
+    /// Waits until `bytes` bytes of it are in memory.
     pub(crate) fn wait_resident(&self, bytes: u64) {
         let deadline = Instant::now() + TIMEOUT;
         loop {
@@ -110,11 +110,11 @@ impl Machine {
             if resident.and_then(|kib| kib.parse::<u64>().ok()).expect("resident memory") << 10 > bytes {
                 return;
             }
-            assert!(Instant::now() < deadline, "no memory came");
+            assert!(Instant::now() < deadline, "no memory arrived");
         }
     }
 
-    /// Its end, if it has come by itself.
+    /// Waits for its end; returns whether it ended by itself.
     pub(crate) fn wait(mut self) -> bool {
         self.child.wait().expect("waited for").success()
     }
@@ -132,7 +132,7 @@ impl Drop for Machine {
     }
 }
 
-/// The number of a name in an answer.
+/// The number after a name in an answer.
 pub(crate) fn number(output: &Output, name: &str) -> u64 {
     let text = String::from_utf8_lossy(&output.stdout);
     let value = text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));

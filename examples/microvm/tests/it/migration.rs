@@ -1,10 +1,10 @@
-//! A guest that checks itself goes on where it was, whatever happens to its migration.
+//! A guest that checks itself continues where it was, whatever happens to its migration.
 
 use std::process::Child;
 
 use crate::kit::{Machine, folder, number, program};
 
-/// Moves a machine; says what it had counted when it left, after it is well at the other side.
+/// Moves a machine; returns its count when it left, after checking it at the other side.
 fn hop(source: Machine, destination: &Machine, address: &str) -> u64 {
     let report = source.migrate(address, "0").wait_with_output().expect("waited for");
     assert!(report.status.success(), "{report:?}");
@@ -36,7 +36,7 @@ fn a_cancelled_migration_leaves_the_guest_running_and_the_next_one_succeeds() {
     let Some(folder) = folder() else { return };
     let source = Machine::run(&folder, "source");
     let (destination, address) = Machine::incoming(&folder, "cancelled");
-    // Two seconds at least for what it is to send.
+    // At least two seconds for the amount it must send.
     let mut client = source.migrate(&address, "20MB");
     destination.wait_resident(16 << 20);
     client.kill().expect("killed");
@@ -73,7 +73,7 @@ fn a_destination_that_is_not_there_is_told_and_the_guest_runs_on() {
     source.assert_well();
 }
 
-/// With a limit that no busy machine misses: how long it takes is no matter of a test.
+/// With a limit that even a busy machine does not exceed: the duration is not tested.
 #[test]
 fn the_demo_finds_no_wrong_byte() {
     let Some(_folder) = folder() else { return };
@@ -83,7 +83,7 @@ fn the_demo_finds_no_wrong_byte() {
     assert!(demo.status.success() && said.contains("\n0 wrong bytes of 66060288\n"), "{demo:?}");
 }
 
-/// It rewrites all of its memory while a pass goes out, and is never stopped unless it is held back.
+/// It rewrites all of its memory during a pass, and is never stopped unless it is throttled.
 #[test]
 fn a_guest_that_writes_faster_than_is_sent_moves_when_it_is_held_back() {
     let Some(folder) = folder() else { return };

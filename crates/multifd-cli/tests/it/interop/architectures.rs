@@ -1,6 +1,6 @@
-//! Guests of other architectures: machines that have never run, their RAM filled with a pattern.
+//! Guests of other architectures: machines that have never run, with RAM filled with a pattern.
 //!
-//! The destination is started without the pattern. What it has then has come through the file.
+//! The destination is started without the pattern. Everything it has then came through the file.
 
 use std::{
     fs,
@@ -50,10 +50,10 @@ const S390X: Board = Board {
     base: 0,
     memory: 64 << 20,
 };
-/// The last machine type whose storage attributes do not travel.
+/// The last machine type whose storage attributes are not sent.
 const S390X_2_9: Board =
     Board { machine: "s390-ccw-virtio-2.9", options: &["-action", "panic=pause"], ..S390X };
-/// A big-endian guest of 32 bits, with a firmware that runs for ever.
+/// A big-endian guest of 32 bits, with a firmware that never ends.
 const POWER_MAC: Board = Board {
     program: "qemu-system-ppc64",
     machine: "g3beige",
@@ -76,7 +76,7 @@ impl Board {
         qemu.vm().machine(self.machine).memory(self.memory).args(self.options.iter().copied()).paused()
     }
 
-    /// A machine that has never run and whose RAM holds the pattern.
+    /// A machine that has never run and whose RAM contains the pattern.
     fn filled(&self, qemu: &Qemu) -> Result<Vm, Error> {
         let folder = folder();
         let file = path(&folder, "pattern");
@@ -112,11 +112,11 @@ fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
     one.chunks(PAGE).zip(other.chunks(PAGE)).position(|(a, b)| a != b)
 }
 
-/// The machine in the destination has all of it, and starts.
+/// Asserts that the machine in the destination has all of it, and starts.
 fn is_there_and_starts(board: &Board, to: &mut Vm, before: &[u8]) -> Result<(), Error> {
     assert_eq!(first_difference(before, &board.ram(to)?), None, "page, source and destination");
     to.cont()?;
-    // A firmware without anything to boot may end at once.
+    // A firmware that finds nothing to boot may end at once.
     to.wait_event("RESUME", PATIENCE).map(drop)
 }
 
@@ -186,7 +186,7 @@ fn big_endian_s390x_machine_of_2_9_moves_over_channels_10_0() {
     there_and_back(Qemu::v10_0(), &S390X_2_9, 2).unwrap();
 }
 
-/// We write, QEMU loads by itself.
+/// We write, QEMU loads the file itself.
 fn ours_is_loaded(qemu: Option<Qemu>, board: &Board) -> Result<(), Error> {
     let Some(qemu) = qemu.and_then(|qemu| qemu.emulator(board.program)) else { return Ok(()) };
     let folder = folder();
@@ -244,7 +244,7 @@ fn file_of_a_riscv64_machine_of_10_0_is_sent() {
     theirs_is_sent(Qemu::v10_0(), &RISCV64).unwrap();
 }
 
-/// Its storage attributes come in pieces beside RAM.
+/// Its storage attributes are sent in pieces, in a section other than RAM.
 #[test]
 fn big_endian_s390x_machine_moves_over_channels_10_0() {
     there_and_back(Qemu::v10_0(), &S390X, 2).unwrap();
@@ -262,7 +262,7 @@ fn big_endian_ppc64_machine_moves_with_multifd_off_10_0() {
     there_and_back(Qemu::v10_0(), &PPC64, 0).unwrap();
 }
 
-/// The file keeps the pieces where QEMU's own would have them.
+/// The file has the pieces where QEMU's own would have them.
 #[test]
 fn our_files_of_machines_with_pieces_beside_ram_are_loaded_by_10_0() {
     for board in [&S390X, &PPC64] {
@@ -277,8 +277,8 @@ fn files_of_machines_with_pieces_beside_ram_of_10_0_are_sent() {
     }
 }
 
-/// A firmware that asks the hypervisor for two entries of the hash table, near its beginning and further on, and stands
-/// still: `li r3, H_ENTER; li r4, 0; li r5, index; li r6, valid; li r7, memory's attributes; sc 1`.
+/// A firmware that asks the hypervisor for two entries of the hash table, near its beginning and further on, and then
+/// stops: `li r3, H_ENTER; li r4, 0; li r5, index; li r6, valid; li r7, memory's attributes; sc 1`.
 fn firmware() -> Vec<u8> {
     const CODE: [u32; 10] = [
         0x3860_0008,
@@ -296,7 +296,7 @@ fn firmware() -> Vec<u8> {
     std::iter::repeat_n(0, 0x100).chain(code).collect()
 }
 
-/// Index, one valid entry, none invalid, the entry: as they stand in a piece of the table.
+/// Index, one valid entry, no invalid one, the entry: as in a piece of the table.
 fn entry(index: u32) -> Vec<u8> {
     let words = [0_u32, 1, 0, 0x10];
     let head = index.to_be_bytes().into_iter().chain([0, 1, 0, 0]);

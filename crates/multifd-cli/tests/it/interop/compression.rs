@@ -1,4 +1,4 @@
-//! Packed pages, with real QEMUs at both ends, for each method and sync mode.
+//! Compressed pages, with real QEMUs at both ends, for each method and sync mode.
 
 use multifd_testkit::qemu::{Error, Qemu, Vm};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! Files written and read past the page cache, by us and by QEMU 10.0, whichever comes first.
+//! Files written and read with direct I/O, by us and by QEMU 10.0, in either order.
 
 use std::{
     fs::{self, File},
@@ -14,8 +14,8 @@ use crate::kit::{
     send, source, stored_memory,
 };
 
-/// A stopped guest is captured past the page cache. What is captured through it is the same: to the last byte when it
-/// comes from that file, up to the devices, some of which tell the time, when it comes from the guest restored.
+/// A stopped guest is captured with direct I/O. A capture through the page cache is the same: to the last byte when it
+/// is of that file; except for the devices, some of which contain the time, when it is of the restored guest.
 fn direct_and_cached_captures_are_equal(qemu: &Qemu) -> Result<(), Error> {
     let folder = folder();
     let (direct, cached, again) = (path(&folder, "direct"), path(&folder, "cached"), path(&folder, "again"));
@@ -66,7 +66,7 @@ fn stopped_10_0_is_captured_the_same_past_the_page_cache_and_through_it() {
     direct_and_cached_captures_are_equal(&qemu).unwrap();
 }
 
-/// A machine of 10.0 that reads or writes files past the page cache.
+/// A machine of 10.0 that reads or writes files with direct I/O.
 fn directly(vm: &mut Vm) -> Result<(), Error> {
     vm.set_capabilities(&[("mapped-ram", true)])?;
     vm.set_multifd_channels(2)?;

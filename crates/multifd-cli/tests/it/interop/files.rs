@@ -1,4 +1,4 @@
-//! The file is QEMU's own: what we write QEMU 10.0 loads by itself, what it writes we send.
+//! The file has QEMU's format: QEMU 10.0 loads what we write, and we send what it writes.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use crate::kit::{
     run, runs_on, send, source, stored_memory, stored_memory_at,
 };
 
-/// A machine of 10.0 that reads or writes files with fixed places, over so many channels; 0 is none.
+/// A machine of 10.0 that reads or writes files with fixed places, over this number of channels; 0 is none.
 fn for_files(vm: &mut Vm, channels: u8) -> Result<(), Error> {
     vm.set_capabilities(&[("mapped-ram", true)])?;
     vm.set_multifd_channels(channels)
@@ -149,7 +149,7 @@ fn machine_behind_an_offset_is_loaded_by_10_0_and_sent_by_us() {
         let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &at(&ours));
         migrate(&mut from, &address)?;
         receive.done();
-        // It has to run once more before it may leave once more.
+        // It must run again before it can migrate again.
         let mut middle = machine(qemu, &machine_type).incoming().start()?;
         for_files(&mut middle, 2)?;
         middle.migrate_incoming(&at(&ours).display().to_string())?;

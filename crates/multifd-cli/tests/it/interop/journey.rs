@@ -1,7 +1,7 @@
-//! The way of a guest: source → `receive` → file → `send` → destination.
+//! The path of a guest: source → `receive` → file → `send` → destination.
 //!
-//! A guest's memory when it was stopped is compared with the file; that of one that left stopped with the destination's,
-//! too. Then, as a running one does at once, it runs on and checks all of it.
+//! A guest's memory at its stop is compared with the file; the memory of a guest that was stopped before is also
+//! compared with the destination's. Then the guest runs, as a running one does at once, and checks all of its memory.
 
 use std::path::Path;
 
@@ -17,37 +17,37 @@ use crate::kit::{
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 
-/// What differs from one guest's way to another's.
+/// The parameters of a guest's path.
 #[derive(Debug, Clone)]
 pub(super) struct Journey {
     /// The source and the destination, and the type of each one's machine.
     pub(super) ends: [(Qemu, &'static str); 2],
     /// 0 with multifd off.
     pub(super) channels: u8,
-    /// Migrated while it runs, in four passes at least.
+    /// Migrated while it runs, in at least four passes.
     pub(super) live: bool,
-    /// A source's capability, and what `send` asks for.
+    /// The source's capability, and the option of `send`.
     pub(super) return_path: bool,
     pub(super) tls: bool,
-    /// More of what QEMU's credentials are told.
+    /// Further options of QEMU's credentials.
     pub(super) tls_more: &'static str,
     /// At both sources.
     pub(super) zero_copy: bool,
     pub(super) method: &'static str,
-    /// The source's `zero-page-detection`, where it has one.
+    /// The source's `zero-page-detection`, if it has this parameter.
     pub(super) zero_there: Option<&'static str>,
     /// The same of `send`.
     pub(super) zero_back: &'static str,
 }
 
-/// What the program has said of it.
+/// The reports of the program about it.
 pub(super) struct Reports {
     pub(super) received: Value,
     pub(super) sent: Value,
 }
 
 impl Journey {
-    /// A stopped guest's, between two machines of a type.
+    /// The path of a stopped guest, between two machines of a type.
     pub(super) fn new(qemu: &Qemu, machine: &'static str) -> Self {
         Self {
             ends: [(qemu.clone(), machine), (qemu.clone(), machine)],
@@ -91,9 +91,9 @@ impl Journey {
         Ok(Reports { received, sent })
     }
 
-    /// How zero pages leave `send` in this mode.
+    /// How zero pages are sent by `send` in this mode.
     pub(super) fn mode_back<'a>(&self, mode: &'a str) -> &'a str {
-        // The file of a source that did not look for them has every page, and `send` does not look either.
+        // The file of a source that did not detect them has every page, and `send` does not detect them either.
         if self.zero_there == Some("none") { "none" } else { mode }
     }
 
@@ -109,7 +109,7 @@ impl Journey {
         if self.tls { vm.set_parameters(json!({ "tls-creds": "tls0" })) } else { Ok(()) }
     }
 
-    /// What can be learned from the stream is told to some and learned by others.
+    /// Parameters that the stream contains are configured in some tests and detected in others.
     fn receive_options<'a>(&self, certificates: &'a Path) -> Vec<&'a str> {
         let mut options = vec!["--json"];
         if self.channels == 4 {
@@ -147,14 +147,14 @@ pub(super) fn with_tls(builder: VmBuilder, folder: &Path, endpoint: &str) -> VmB
     with_tls_and(builder, folder, endpoint, "")
 }
 
-/// The same, with more to say of them.
+/// The same, with further options.
 pub(super) fn with_tls_and(builder: VmBuilder, folder: &Path, endpoint: &str, more: &str) -> VmBuilder {
     let folder = folder.display();
     let object = format!("tls-creds-x509,id=tls0,dir={folder},endpoint={endpoint},verify-peer=on{more}");
     builder.arg("-object").arg(object)
 }
 
-/// What a side has counted: zero pages in all, and those of them that went over channels.
+/// The counts of a side: zero pages in all, and those of them that went over channels.
 fn zeros(report: &Value) -> (u64, u64) {
     let count = |name: &str| report["ram"][name].as_u64().expect("a number");
     let listed = report["channels"].as_array().expect("channels");
@@ -162,7 +162,7 @@ fn zeros(report: &Value) -> (u64, u64) {
     (count("duplicate"), pages.saturating_sub(count("normal")))
 }
 
-/// Zero pages went as `mode` has it.
+/// Asserts that zero pages were sent according to `mode`.
 #[track_caller]
 pub(super) fn assert_mode(report: &Value, mode: &str) {
     let (zero, on_channels) = zeros(report);

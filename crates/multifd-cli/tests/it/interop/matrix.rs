@@ -1,4 +1,4 @@
-//! A guest's way for every pair of QEMU and machine type, number of channels, with and without return path, running
+//! A guest's path for every pair of QEMU and machine type, number of channels, with and without return path, running
 //! and stopped; then for every method, with and without TLS, in every zero-page mode.
 
 use multifd_testkit::qemu::Qemu;
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::journey::{Journey, assert_mode};
 
-/// Every channel has carried its share, and the sum is right.
+/// Asserts that every channel has carried its share, and that the sum is right.
 fn assert_channels(report: &Value, channels: u8) {
     let listed = report["channels"].as_array().expect("channels");
     let ids: Vec<u64> = listed.iter().filter_map(|channel| channel["id"].as_u64()).collect();
@@ -27,7 +27,7 @@ fn over(qemu: Option<Qemu>, machine: &'static str, live: bool, channels: u8, ret
 /// without return path.
 fn every_way(qemu: Option<Qemu>, machine: &'static str, method: &'static str, tls: bool) {
     let Some(qemu) = qemu else { return };
-    // What a 7.2 does with zero pages is not to be chosen, and of ours it takes what it does itself.
+    // The zero-page mode of a 7.2 cannot be chosen, and from us it accepts only its own.
     let modes: &[_] = if qemu.series() == "7.2" {
         &[(None, "legacy"), (None, "none")]
     } else {

@@ -1,5 +1,5 @@
-//! Sources that are old, or that were told to be odd: each goes into a file and on to a destination that was told
-//! the same, running or stopped.
+//! Sources that are old, or with unusual options: each goes into a file and on to a destination with the same options,
+//! running or stopped.
 
 use std::{
     fs::{self, File},
@@ -19,12 +19,12 @@ use crate::kit::{
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const OLD: &str = "pc-q35-7.2";
 const NEW: &str = "pc-q35-10.0";
-/// The last one without configuration and footers.
+/// The last type without configuration and footers.
 const OLDEST: &str = "pc-i440fx-2.3";
-/// The last one that does not describe its devices either.
+/// The last type that does not describe its devices either.
 const SILENT: &str = "pc-i440fx-2.2";
 
-/// One way to move.
+/// A path between two machines.
 struct Way<'a> {
     from: VmBuilder,
     to: VmBuilder,
@@ -32,12 +32,12 @@ struct Way<'a> {
     /// Capabilities of both sides.
     capabilities: &'a [(&'a str, bool)],
     return_path: bool,
-    /// Told to `receive`.
+    /// Options of `receive`.
     receive: &'a [&'a str],
 }
 
 impl Way<'_> {
-    /// A machine that moves to one of the same kind, over two channels, with a return path.
+    /// Between two machines of the same kind, over two channels, with a return path.
     fn new(both: VmBuilder) -> Self {
         Way { from: both.clone(), to: both, channels: 2, capabilities: &[], return_path: true, receive: &[] }
     }
@@ -71,7 +71,7 @@ impl Way<'_> {
         Ok(to)
     }
 
-    /// A running guest goes there and runs on; what `inspect` tells of the file between.
+    /// A running guest moves and continues; returns the output of `inspect` for the file in between.
     fn moves(&self) -> Result<Value, Error> {
         let folder = folder();
         let file = path(&folder, "machine");
@@ -85,7 +85,7 @@ impl Way<'_> {
 fn inspected(file: &Path) -> Value {
     let ended = run([Path::new("inspect"), Path::new("--json"), file]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    // The table is made of the same.
+    // The table has the same source.
     assert_eq!(run([Path::new("inspect"), file]).code, Some(0));
     ended.json()
 }
@@ -118,7 +118,7 @@ fn stopped_guest_of_machine_type_2_3_keeps_its_memory() {
     fn moves(qemu: &Qemu) -> Result<(), Error> {
         let folder = folder();
         let file = path(&folder, "machine");
-        // Such a machine's stream does not say that the guest was stopped.
+        // Such a machine's stream does not contain that the guest was stopped.
         let way = Way { to: machine(qemu, OLDEST).paused(), ..Way::new(machine(qemu, OLDEST)) };
         let mut from = way.start_source()?;
         from.stop()?;
@@ -154,7 +154,7 @@ fn machine_type_2_2_that_describes_its_devices_moves_with_a_return_path() {
     assert_eq!(told["described"], json!(true), "{told}");
 }
 
-/// The guest has left its source for good, as it has no return path: all the more must this be said.
+/// Without a return path the guest has left its source for good, so this must be reported.
 #[test]
 fn machine_type_2_2_is_refused_unasked() {
     let Some(qemu) = Qemu::v7_2() else { return };
@@ -207,7 +207,7 @@ fn devices_that_are_not_described_are_refused_with_a_return_path() {
     refused(&new, "pc-q35-10.0,suppress-vmdesc=on").unwrap();
 }
 
-/// What a QEMU of 9.0, which has both such machine types and such files, makes of ours.
+/// How a QEMU of 9.0 or later, which has both such machine types and such files, loads our file.
 #[test]
 fn file_without_configuration_and_footers_is_loaded_by_10_0() {
     fn loads(old: &Qemu, new: &Qemu) -> Result<(), Error> {
@@ -226,7 +226,7 @@ fn file_without_configuration_and_footers_is_loaded_by_10_0() {
     loads(&old, &new).unwrap();
 }
 
-/// The properties of the migration that show on the wire, each told to both sides and to nobody between.
+/// The properties of the migration that affect the wire, each set on both sides but not in between.
 #[test]
 fn properties_of_the_source_are_kept_for_the_destination() {
     fn moves(qemu: &Qemu, machine_type: &str, properties: &[&str], told: &[(&str, Value)]) {
@@ -249,7 +249,7 @@ fn properties_of_the_source_are_kept_for_the_destination() {
     moves(&new, NEW, &["store-global-state=off"], &[]);
 }
 
-/// A machine type without a version tells nothing, so the file must.
+/// A machine type without a version has no default, so the file must contain the mode.
 #[test]
 fn machine_type_without_a_version_moves() {
     let Some([old, new]) = Qemu::both() else { return };
@@ -276,7 +276,7 @@ fn of_many_blocks(qemu: &Qemu, machine_type: &str, device_memory: &str) -> VmBui
     vm.args(args.iter().flat_map(|arg| arg.split(' ')))
 }
 
-/// Where the memory device's memory is seen.
+/// The address of the memory device's memory.
 const PLUGGED: u64 = 4 << 30;
 const PLUGGED_LENGTH: u64 = 128 << 20;
 
@@ -284,7 +284,7 @@ const PLUGGED_LENGTH: u64 = 128 << 20;
 fn many_blocks(qemu: &Qemu, machine_type: &str, live: bool) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");
-    // Nothing in the guest writes there, so it comes with contents.
+    // The guest does not write there, so it is filled from a file.
     let contents = path(&folder, "contents");
     let pages = 0..PLUGGED_LENGTH / 4096;
     let plugged: Vec<u8> =
@@ -359,7 +359,7 @@ fn every_block_of_a_stopped_guest_arrives_10_0() {
     many_blocks(&qemu, NEW, false).unwrap();
 }
 
-/// A machine whose memory can grow. It has its device's state sent before RAM from machine type 8.0 on.
+/// A machine whose memory can grow. From machine type 8.0 on, its device's state is sent before RAM.
 fn growing(qemu: &Qemu, machine_type: &str, requested: &str) -> VmBuilder {
     machine(qemu, machine_type)
         .args(["-m", "40M,maxmem=1G", "-object", "memory-backend-ram,id=more,size=128M", "-device"])
@@ -472,7 +472,7 @@ fn shared_memory_stays(qemu: &Qemu, machine_type: &str, channels: u8, live: bool
         assert!(block["address"].is_u64(), "{told}");
         assert!(block["ignored"] == json!(false) || block["pages-present"] == json!(0), "{told}");
     }
-    // Nothing of 40 MiB of RAM is in the file, though its guest has filled 10 of them.
+    // None of 40 MiB of RAM is in the file, although its guest has filled 10 of them.
     let taken =
         std::os::unix::fs::MetadataExt::blocks(&File::open(&file).expect("there").metadata().expect("told"));
     assert!(taken * 512 < 4 << 20, "{taken} blocks");
@@ -520,7 +520,7 @@ fn x_ignore_shared_without_shared_memory_leaves_nothing_out() {
     }
 }
 
-/// The destination compares what the configuration lists with its own capabilities.
+/// The destination compares the capabilities in the configuration with its own.
 #[test]
 fn destination_that_does_not_share_refuses() {
     let Some(qemu) = Qemu::v10_0() else { return };
@@ -539,7 +539,7 @@ fn destination_that_does_not_share_refuses() {
     ended.assert_failed(1, &["its own log"]);
 }
 
-/// What is shown of it here is true of the QEMU that is tested: should a later one save such machines, this tells.
+/// This test shows a property of the QEMU that is tested: if a later one saves such machines, the test fails.
 #[test]
 fn qemu_itself_cannot_keep_shared_memory_out_of_a_file() {
     let Some(qemu) = Qemu::v10_0() else { return };

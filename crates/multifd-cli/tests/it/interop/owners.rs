@@ -1,4 +1,4 @@
-//! A QEMU that takes its guest back at the last moment: nothing may then say, or act as if, the guest were elsewhere too.
+//! A QEMU that takes its guest back at the last moment: nothing may report, or act as if, the guest were elsewhere too.
 
 use std::{
     fs::{self, File},
@@ -24,15 +24,15 @@ use crate::kit::{
     Program, assert_left, fast, first_difference, folder, machine, memory, migrate, path, runs_on, source,
 };
 
-/// A relay to `target` that holds back the last bytes of the first connection until its source closes it; gives its address,
-/// and how many bytes of main have come.
+/// A relay to `target` that delays the last bytes of the first connection until its source closes it. Returns its
+/// address, and the number of bytes of main that have arrived.
 fn holding_back(target: &str) -> (String, Arc<AtomicU64>) {
     let target = target.strip_prefix("tcp:").expect("TCP").to_owned();
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = format!("tcp:{}", listener.local_addr().expect("bound"));
     let came = Arc::new(AtomicU64::new(0));
     let main = came.clone();
-    // Ends with its listener, which is the process's.
+    // Ends with its listener, which lives as long as the process.
     thread::spawn(move || {
         for (number, near) in listener.incoming().flatten().enumerate() {
             let Ok(far) = TcpStream::connect(&target) else { return };
@@ -45,7 +45,7 @@ fn holding_back(target: &str) -> (String, Arc<AtomicU64>) {
     (address, came)
 }
 
-/// Copies, the last `held` bytes when `from` has closed.
+/// Copies; the last `held` bytes are sent after `from` has closed.
 fn carry(mut from: &TcpStream, mut to: &TcpStream, held: usize, came: Option<&AtomicU64>) {
     let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
     while let Ok(some @ 1..) = from.read(&mut buffer) {
@@ -63,7 +63,7 @@ fn carry(mut from: &TcpStream, mut to: &TcpStream, held: usize, came: Option<&At
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// Waits until the guest has stopped and nothing more comes over main.
+/// Waits until the guest has stopped and nothing more arrives over main.
 fn wait_until_all_is_sent(came: &AtomicU64) {
     let end = Instant::now() + PATIENCE;
     let mut last = (0, Instant::now());
@@ -77,7 +77,7 @@ fn wait_until_all_is_sent(came: &AtomicU64) {
     }
 }
 
-/// The stream is whole, and the source has closed before it could be told so: its guest is there.
+/// The stream is complete, and the source has closed before it could be informed: it has its guest.
 fn cancelled_when_all_is_sent(qemu: &Qemu) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");
@@ -99,7 +99,7 @@ fn cancelled_when_all_is_sent(qemu: &Qemu) -> Result<(), Error> {
     let ended = receive.end();
     ended.assert_failed(3, &["the source did not get the confirmation", "must not run twice"]);
     assert_eq!(ended.json()["source-told"], json!(false), "{ended:?}");
-    // What it has kept is whole, and says so to whoever asks.
+    // The file is complete, and `inspect` shows that.
     assert_left(&folder, &["machine"]);
     assert!(fs::metadata(&file).is_ok_and(|kept| kept.len() > 0));
     Ok(())
@@ -117,13 +117,14 @@ fn qemu_10_0_takes_its_guest_back_when_all_is_sent() {
     cancelled_when_all_is_sent(&qemu).unwrap();
 }
 
-/// Less than the description of the devices, which is last and only looked at when the stream has ended.
+/// Less than the description of the devices, which is last and only read when the stream has ended.
 const HELD: usize = 64;
-/// Between two messages of a source that stands.
+/// The time between two messages of a stopped source.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// Before its devices leave, a source of ours asks whether the destination has all of RAM: by a PING that no QEMU sends, between
-/// the last pass and the end of RAM. QEMU answers it when it has read everything before it, and goes on.
+/// Before it sends its devices, a source of this library asks whether the destination has all of RAM: with a PING that
+/// no QEMU sends, between the last pass and the end of RAM. QEMU answers it when it has read everything before it, and
+/// continues.
 fn answers_in_between(qemu: &Qemu) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");

@@ -1,11 +1,11 @@
-//! `docs/use/parameters.md` against real QEMUs: their ranges, defaults and refusals, by the monitor.
+//! `docs/use/parameters.md` checked against real QEMUs: their ranges, defaults and refusals, through the monitor.
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 use serde_json::json;
 
 use crate::table::{self, Range, parameters};
 
-/// Whether QEMU took it. An answer that is no refusal is a failure of the test.
+/// Whether QEMU accepted it. An answer other than a refusal is a failure of the test.
 fn taken(answer: Result<(), Error>) -> Result<bool, Error> {
     match answer {
         Ok(()) => Ok(true),
@@ -22,7 +22,7 @@ fn ranges_and_defaults(qemu: &Qemu, version: (u32, u32)) -> Result<(), Error> {
         let there = row.since <= version;
         assert_eq!(defaults.get(name).is_some(), there, "{name}");
         let (good, bad) = match &row.range {
-            // 2^64 is no integer of JSON's here, and QEMU takes -1 for 2^64 - 1.
+            // 2^64 is not an integer in JSON here, and QEMU reads -1 as 2^64 - 1.
             Range::Numbers(least, u64::MAX, _) => {
                 (vec![json!(least), json!(u64::MAX)], vec![json!(2f64.powi(64))])
             }
@@ -64,19 +64,19 @@ fn ranges_and_defaults(qemu: &Qemu, version: (u32, u32)) -> Result<(), Error> {
     Ok(())
 }
 
-/// It said no, or gave up a migration that it had said yes to.
+/// Whether it refused, or failed a migration that it had accepted.
 fn is_refusal(error: &Error) -> bool {
     error.refusal().is_some() || error.to_string().contains(r#""status":"failed""#)
 }
 
-/// Sets two things on a machine that knows both.
+/// Sets two parameters on a machine that has both.
 type Together = fn(&mut Vm) -> Result<(), Error>;
 
 const COMBINATIONS: [(&str, Together); 13] = [
     ("channels and a transport with one connection", |vm| {
         vm.set_capabilities(&[("multifd", true)])?;
         vm.migrate("exec:cat > /dev/null")?;
-        // 7.2 says no when it comes to open the channels.
+        // 7.2 refuses when it opens the channels.
         vm.wait_migration("completed", PATIENCE).map(drop)
     }),
     ("a level without its method", |vm| vm.set_parameters(json!({ "multifd-zstd-level": 3 }))),
@@ -120,7 +120,7 @@ fn combinations(qemu: &Qemu, column: usize) -> Result<(), Error> {
     let mut wrong = Vec::new();
     for row in rows {
         let (_, together) = COMBINATIONS.iter().find(|(name, _)| *name == row[0]).expect(&row[0]);
-        // A machine of its own: what one has set must not refuse the next.
+        // A separate machine: a setting must not cause the refusal of the next one.
         let mut vm = qemu.vm().paused().start()?;
         let expected = row[column] == "taken";
         match together(&mut vm) {

@@ -1,4 +1,4 @@
-//! Peers that differ: in version, in number of channels, in the way they are reached, in what they were told.
+//! Peers that differ: in version, in number of channels, in transport, in options.
 
 use std::{path::Path, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::kit::{
     path, run, runs_on, send, source, stored_memory,
 };
 
-/// Has a running guest received from `from` over `channels`, in many passes.
+/// Receives a running guest from `from` over `channels`, in many passes.
 fn capture(from: &mut Vm, channels: u8, options: &[&str], listen: &str, file: &Path) -> Result<Ended, Error> {
     from.set_multifd_channels(channels)?;
     let (receive, address) = Program::receive(&[&["--json"], options].concat(), listen, file);
@@ -18,7 +18,7 @@ fn capture(from: &mut Vm, channels: u8, options: &[&str], listen: &str, file: &P
     Ok(receive.done())
 }
 
-/// Sends it on to a machine that is to be started.
+/// Sends it on to a machine that is started here.
 fn restore(to: VmBuilder, channels: u8, options: &[&str], listen: &str, file: &Path) -> Result<Vm, Error> {
     let mut to = to.incoming().start()?;
     to.set_multifd_channels(channels)?;
@@ -27,7 +27,7 @@ fn restore(to: VmBuilder, channels: u8, options: &[&str], listen: &str, file: &P
     Ok(to)
 }
 
-/// A running guest goes from one to the other.
+/// A running guest moves from one to the other.
 fn moves(from: VmBuilder, to: VmBuilder, channels: (u8, u8), listen: (&str, &str)) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");
@@ -64,7 +64,7 @@ fn guest_of_10_0_on_machine_7_2_runs_on_in_7_2() {
     moves(machine(&new, OLD), machine(&old, OLD), (8, 2), (LOCAL, LOCAL)).unwrap();
 }
 
-/// A stopped guest, whose memory is compared on its way.
+/// A stopped guest, whose memory is compared on its path.
 fn moves_at_rest(from: VmBuilder, to: VmBuilder, channels: u8) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");
@@ -106,7 +106,7 @@ fn stopped_guest_moves_with_multifd_off_10_0() {
     moves_at_rest(machine(&qemu, NEW), machine(&qemu, NEW), 0).unwrap();
 }
 
-/// With xbzrle a page that changes again travels as what has changed in it.
+/// With xbzrle, a page that changes again is sent as a difference.
 #[test]
 fn pages_that_come_as_differences_are_put_together() {
     fn moves(qemu: &Qemu) -> Result<(), Error> {
@@ -219,7 +219,7 @@ fn inspected(file: &Path) -> Value {
     ended.json()
 }
 
-/// A machine with a UUID goes from `from` to `to` without a word about it.
+/// A machine with a UUID moves from `from` to `to` without options for it.
 fn with_uuid(from: VmBuilder, to: VmBuilder, validate: bool) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");
@@ -272,7 +272,7 @@ fn our_file_with_a_uuid_is_loaded_by_10_0() {
     loads(&qemu).unwrap();
 }
 
-/// QEMU's own file does not name the UUID, so the caller must.
+/// QEMU's own file does not contain the UUID, so the caller must pass it.
 #[test]
 fn uuid_of_qemus_own_file_is_taken_from_the_command_line() {
     fn sends(qemu: &Qemu) -> Result<(), Error> {
@@ -289,7 +289,7 @@ fn uuid_of_qemus_own_file_is_taken_from_the_command_line() {
     sends(&qemu).unwrap();
 }
 
-/// The destination refuses the channels: 7.2 stays up, 10.0 ends.
+/// The destination refuses the channels: 7.2 continues to run, 10.0 ends.
 fn wrong_uuid_is_refused(qemu: &Qemu, machine_type: &str) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");
@@ -304,7 +304,7 @@ fn wrong_uuid_is_refused(qemu: &Qemu, machine_type: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// The file names the machine's UUID, the destination is another machine.
+/// The file contains the machine's UUID, and the destination is a different machine.
 #[test]
 fn uuid_of_another_machine_fails_at_once() {
     fn fails(qemu: &Qemu) -> Result<(), Error> {

@@ -1,5 +1,5 @@
-//! What a source may be told to do that we do not serve: an error that says what was met and which capability to
-//! switch off, and a guest that runs on.
+//! Options of a source that we do not support: an error that says what was found and which capability to switch off,
+//! and a guest that continues.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 
 use crate::kit::{Program, assert_left, fast, folder, machine, path, source};
 
-/// What the source is told on top.
+/// An additional option of the source.
 type Setting = fn(&mut Vm) -> Result<(), Error>;
 
 fn refused(qemu: &Qemu, channels: u8, setting: Setting, told: &[&str]) -> Result<(), Error> {

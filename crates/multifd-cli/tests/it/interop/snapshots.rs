@@ -1,5 +1,5 @@
-//! A machine of QEMU's through this process's memory: out of the file that a QEMU wrote, into one that a QEMU loads, with
-//! no connection on the way.
+//! A QEMU machine through this process's memory: from a file that a QEMU wrote, into one that a QEMU loads, without a
+//! connection in between.
 
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -54,7 +54,7 @@ fn through_memory(from: &Path, to: &Path) {
     migration.run(&mut capture, &mut NeverDirty, &mut AtRest).unwrap();
 }
 
-/// QEMU 10.0 loads it over so many channels, and its guest checks all of its memory.
+/// QEMU 10.0 loads it over this number of channels, and its guest checks all of its memory.
 fn loads(
     file: &Path,
     machine_type: &str,
@@ -98,7 +98,7 @@ fn machine_of_10_0_on_machine_7_2_goes_through_memory_without_channels_of_qemu()
     file_of_10_0_goes_through_memory("pc-q35-7.2", 0).unwrap();
 }
 
-/// QEMU 7.2 writes no such files, so it is received.
+/// QEMU 7.2 does not write such files, so it is received.
 #[test]
 fn machine_of_7_2_goes_through_memory_and_is_loaded_by_10_0() {
     fn through(qemu: &Qemu) -> Result<(), Error> {

@@ -1,4 +1,4 @@
-//! Sessions with real QEMUs, both ways, and what is refused by either side.
+//! Sessions with real QEMUs, in both directions, and refusals by either side.
 
 use std::{
     net::TcpListener,
@@ -73,7 +73,7 @@ fn guests_move_over_tls_1_2() {
     });
 }
 
-/// A source that may not come: it fails, its guest runs on, and `receive` says why and goes on waiting.
+/// A source that is not allowed: it fails, its guest continues, and `receive` prints the reason and continues to wait.
 fn source_is_dropped(
     qemu: &Qemu,
     theirs: &Path,
@@ -140,7 +140,7 @@ fn source_without_tls_and_source_with_tls_are_told_apart() {
     });
 }
 
-/// What `send` says to a destination that it does not take, or that does not take it.
+/// The output of `send` for a destination that it refuses, or that refuses it.
 fn send_is_refused(
     qemu: &Qemu,
     theirs: &Path,
@@ -188,7 +188,7 @@ fn destination_that_wants_a_certificate_gets_none_and_send_says_so() {
     });
 }
 
-/// Signed by the authority of a folder that both ends use, and not valid any more.
+/// Signed by the authority of a folder that both ends use, and expired.
 fn expired(role: &str) -> TempDir {
     let folder = folder();
     write_both(folder.path()).unwrap();
@@ -201,7 +201,7 @@ fn expired(role: &str) -> TempDir {
     folder
 }
 
-/// QEMU looks at its own certificate as we do, unless it is told not to.
+/// QEMU checks its own certificate as we do, unless this is switched off.
 const UNCHECKED: &str = ",sanity-check=off";
 
 #[test]
@@ -238,7 +238,7 @@ fn source_whose_time_is_over_is_dropped_with_the_reason() {
     });
 }
 
-/// A destination that admits one subject only.
+/// A destination that allows only one subject.
 fn admitting(qemu: &Qemu, folder: &Path, subject: &str) -> Result<(Vm, String), Error> {
     let list = format!("authz-simple,id=authz0,identity={}", subject.replace(',', ",,"));
     let builder = with_tls(machine(qemu, &qemu.machine()), folder, "server").arg("-object").arg(list);
@@ -249,7 +249,7 @@ fn admitting(qemu: &Qemu, folder: &Path, subject: &str) -> Result<(Vm, String), 
     Ok((to, address))
 }
 
-/// The subject in the certificate's order, as it is here.
+/// The subject in the certificate's order, as in this project.
 #[test]
 fn destination_admits_us_by_the_subject_that_we_go_by_and_by_no_other() {
     both(|qemu| {
@@ -272,7 +272,7 @@ fn destination_admits_us_by_the_subject_that_we_go_by_and_by_no_other() {
     });
 }
 
-/// Takes plain connections, and takes what they bring on over TLS with keys that change early.
+/// Accepts plain connections, and forwards their bytes over TLS with keys that change early.
 fn relay(credentials: ClientCredentials, to: &str, connections: usize) -> (String, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp:{}", listener.local_addr().unwrap());
@@ -295,7 +295,7 @@ fn relay(credentials: ClientCredentials, to: &str, connections: usize) -> (Strin
     (address, relay)
 }
 
-/// A few times for each channel: gnutls takes eight changes a second.
+/// A few times for each channel: gnutls accepts eight changes a second.
 #[test]
 fn destination_takes_new_keys() {
     both(|qemu| {
@@ -318,7 +318,7 @@ fn destination_takes_new_keys() {
         let credentials = ClientCredentials::load(tls.path(), "127.0.0.1").unwrap();
         let credentials = credentials.rekey_after(u64::try_from(pages / 4).unwrap());
         let (address, relay) = relay(credentials, &address, 3);
-        // All pages as they are, so that there is something to carry; one direction is all that is relayed.
+        // All pages are sent as bytes, so that there is something to carry. The relay forwards only one direction.
         let options = ["--zero-page-detection", "none", "--return-path", "off"];
         feed(&options, &file, &address).done();
         relay.join().unwrap();

@@ -1,4 +1,4 @@
-//! The one connection of a command, towards real QEMUs and from them.
+//! The single connection of a command, to real QEMUs and from them.
 
 use std::path::Path;
 
@@ -89,7 +89,7 @@ fn commands_carry_the_return_path_both_ways_10_0() {
     with_return_path(&qemu).unwrap();
 }
 
-/// The options are QEMU's, so each end understands what the other says of itself.
+/// The options are QEMU's, so each end accepts the other's address.
 #[test]
 fn addresses_with_options_are_understood_by_both() {
     fn moves(qemu: &Qemu) -> Result<(), Error> {

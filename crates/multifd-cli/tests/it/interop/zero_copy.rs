@@ -1,10 +1,10 @@
-//! Pages that either source's system reads where they are, from and to real QEMUs.
+//! Zero-copy sends from either source's system, from and to real QEMUs.
 
 use multifd_testkit::qemu::Qemu;
 
 use super::journey::Journey;
 
-/// From a machine to itself the system always copies, and every source says so.
+/// On one machine the system always copies, and every source reports that.
 fn moves(qemu: &Qemu, machine: &'static str, live: bool) {
     let journey = Journey { live, zero_copy: true, zero_back: "none", ..Journey::new(qemu, machine) };
     let sent = journey.take().unwrap().sent;
@@ -12,7 +12,8 @@ fn moves(qemu: &Qemu, machine: &'static str, live: bool) {
     assert!(missed.as_u64().is_some_and(|missed| missed > 0), "{sent}");
 }
 
-/// Not a running one: a 7.2 sends its SYNC before the system is through, so an older page may come later.
+/// Not a running one: a 7.2 sends its SYNC before the system has completed its sends, so an older page may arrive
+/// later.
 #[test]
 fn stopped_guest_of_7_2_moves_without_copies() {
     let Some(qemu) = Qemu::v7_2() else { return };

@@ -7,7 +7,7 @@ use super::journey::{Journey, assert_mode};
 const OLD: &str = "pc-q35-7.2";
 const NEW: &str = "pc-q35-10.0";
 
-/// A guest leaves with its source in one mode and goes on with `send` in another, which is `expected`.
+/// A guest leaves with its source in one mode and continues with `send` in another, which is `expected`.
 fn moves(journey: Journey, (there, back): (Option<&'static str>, &'static str), expected: &str) {
     let journey = Journey { zero_there: there, zero_back: back, ..journey };
     let reports = journey.take().unwrap();

@@ -1,5 +1,5 @@
-//! `multifd receive` of a migration that does not come to its end: why is told, nothing is left, and the guest runs on
-//! where it was.
+//! `multifd receive` of an interrupted migration: the reason is printed, nothing is left, and the guest continues where
+//! it was.
 
 use std::{fs, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::kit::{
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
-/// What an error may take to show that needs no waiting for a peer.
+/// The time limit of an error that does not depend on a peer.
 const SOON: Duration = Duration::from_secs(8);
 
 fn interrupted_while_it_listens(signal: Signal) {
@@ -55,7 +55,7 @@ fn interrupt_leaves_no_socket_behind() {
     assert_left(&folder, &[]);
 }
 
-/// A source in the middle of a migration that does not come to an end.
+/// A source in the middle of a migration that does not complete.
 fn in_the_middle(qemu: &Qemu, folder: &TempDir, options: &[&str]) -> Result<(Vm, Program), Error> {
     let mut from = source(machine(qemu, &qemu.machine()))?;
     from.set_capabilities(&[("return-path", true)])?;
@@ -67,7 +67,7 @@ fn in_the_middle(qemu: &Qemu, folder: &TempDir, options: &[&str]) -> Result<(Vm,
     Ok((from, receive))
 }
 
-/// The guest has not noticed that it did not leave.
+/// Asserts that the guest was not disturbed.
 fn runs_on_here(from: &mut Vm) -> Result<(), Error> {
     from.wait_run_state("running", PATIENCE)?;
     let at = from.round()?.unwrap_or_default();
@@ -124,7 +124,7 @@ fn source_that_cancels_leaves_nothing_and_its_guest_runs_on_10_0() {
     cancelled_at_the_source(&qemu).unwrap();
 }
 
-/// A guest that has been sent away once may be sent again.
+/// A guest that was sent once may be sent again.
 #[test]
 fn source_moves_at_the_second_attempt() {
     fn moves(qemu: &Qemu) -> Result<(), Error> {
@@ -155,7 +155,7 @@ fn source_that_dies_leaves_nothing() {
     dies(&qemu).unwrap();
 }
 
-/// A source of 2 channels, or of none, and a number that is another.
+/// A source of 2 channels, or of none, and a different number.
 fn wrong_number(channels: u8, expected: &str, told: &[&str]) -> Result<(), Error> {
     let Some(qemu) = Qemu::v10_0() else { return Ok(()) };
     let folder = folder();
@@ -192,7 +192,7 @@ fn no_channels_where_some_are_expected_are_an_error() {
     wrong_number(0, "2", &["expected 2 channels, 0 connected", "multifd-channels"]).unwrap();
 }
 
-/// Receives from a source that is sent to its end, and fails for want of room.
+/// Receives from a source that sends everything, and fails because there is no space.
 fn without_room(bytes: u64, room: impl FnOnce(u64) -> u64) -> (Ended, TempDir) {
     let folder = folder();
     let from = captured(&folder, bytes);

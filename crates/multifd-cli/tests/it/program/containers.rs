@@ -1,4 +1,4 @@
-//! A machine behind an offset of a file, `file:PATH,offset=N`: what stands before it is kept.
+//! A machine after an offset of a file, `file:PATH,offset=N`: the data before it is kept.
 
 use std::{
     ffi::OsStr,
@@ -20,7 +20,7 @@ const MIB: u64 = 1 << 20;
 /// On no border of anything.
 const OFFSET: u64 = 5001;
 
-/// A file with something in it.
+/// A file with some data.
 fn container(folder: &TempDir, bytes: u64) -> PathBuf {
     let path = path(folder, "container");
     fs::write(&path, head(bytes)).unwrap();
@@ -31,12 +31,12 @@ fn head(bytes: u64) -> Vec<u8> {
     (0..bytes).map(|byte| (byte % 251) as u8 + 1).collect()
 }
 
-/// `multifd receive` into the container behind the offset.
+/// `multifd receive` into the container, after the offset.
 fn receive(options: &[&str], container: &Path) -> (Program, String) {
     Program::receive(options, LOCAL, Path::new(&file_uri_at(container, OFFSET)))
 }
 
-/// Moves a machine into the container; the machine's own file.
+/// Moves a machine into the container; returns the machine's own file.
 fn moved(folder: &TempDir, options: &[&str], container: &Path) -> (PathBuf, Ended) {
     let from = captured(folder, 4 * MIB);
     let (receive, address) = receive(options, container);
@@ -44,7 +44,7 @@ fn moved(folder: &TempDir, options: &[&str], container: &Path) -> (PathBuf, Ende
     (from, receive.done())
 }
 
-/// What it holds before the offset.
+/// The data before the offset.
 fn kept(container: &Path) -> Vec<u8> {
     fs::read(container).unwrap()[..usize::try_from(OFFSET).unwrap()].to_vec()
 }
@@ -60,7 +60,7 @@ fn machine_is_kept_behind_the_offset_and_the_head_before_it() {
     assert_eq!(fs::metadata(&container).unwrap().permissions().mode() & 0o777, 0o600);
     assert_left(&folder, &["captured", "container"]);
 
-    // On it goes, and its RAM comes out as it went in.
+    // It is sent on, and its RAM arrives unchanged.
     let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "again"));
     feed(&[], Path::new(&file_uri_at(&container, OFFSET)), &address).done();
     receive.done();
@@ -73,7 +73,7 @@ fn machine_is_kept_behind_the_offset_and_the_head_before_it() {
     assert_eq!(told["blocks"][0]["pages"], 1024);
 }
 
-/// Its pages lie on borders that direct I/O takes, wherever the stream begins.
+/// Its pages begin at boundaries that suit direct I/O, wherever the stream begins.
 #[test]
 fn container_is_the_same_to_the_byte_past_the_page_cache_and_through_it() {
     let folder = folder();

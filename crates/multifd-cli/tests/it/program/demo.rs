@@ -49,7 +49,7 @@ fn ram_is_equal_after_a_demo_over_255_channels() {
 #[test]
 fn ram_is_equal_after_a_demo_with_every_method() {
     for options in [["zlib", "--multifd-zlib-level", "6"], ["zstd", "--multifd-zstd-level", "0"]] {
-        // No more than what an unoptimised build can pack meanwhile.
+        // No more than an unoptimised build can compress in this time.
         let report =
             demo(&[&["--size", "32M", "--dirty-rate", "2M", "--multifd-compression"], &options[..]].concat());
         assert_whole(&report, 4, 32 << 20);
@@ -70,7 +70,7 @@ fn ram_is_equal_in_every_mode_of_zero_pages() {
     }
 }
 
-/// Far more than any machine writes.
+/// Far more than any machine can write.
 #[test]
 fn ram_is_equal_when_the_guest_writes_without_a_pause() {
     assert_whole(&demo(&["--size", "16M", "--dirty-rate", "1T"]), 4, 16 << 20);
@@ -98,14 +98,14 @@ fn text_tells_what_matters() {
 #[test]
 fn interrupt_ends_it() {
     let mut command = multifd(["demo", "--size", "512M", "--dirty-rate", "1T"]);
-    // The first line of the log is the first sign that it is under way.
+    // The first line of the log is the first sign that it is running.
     let program = Program::start(command.env("MULTIFD_LOG", "debug"));
     program.next_line();
     program.signal(Signal::INT);
     program.end_within(Duration::from_secs(8)).assert_failed(130, &["interrupted"]);
 }
 
-/// It writes twice as fast as the limit lets it go, so what the passes measure would never let it stop.
+/// It writes twice as fast as the limit allows to send, so the bandwidth measured in passes would never let it stop.
 #[test]
 fn guest_held_back_is_stopped_by_what_the_switchover_has_for_bandwidth() {
     let ended = run([
@@ -125,8 +125,8 @@ fn guest_held_back_is_stopped_by_what_the_switchover_has_for_bandwidth() {
     assert!(told["total-time"].as_u64() >= Some(500), "held back: {told}");
 }
 
-/// All of its memory is written to while a pass goes out, and only at a few per cent of its speed does the guest write
-/// less than is sent.
+/// All of its memory is written to during a pass, and only at a few per cent of its speed does the guest write less
+/// than is sent.
 const BUSY: [&str; 5] =
     ["--size=16M", "--dirty-rate=400M", "--max-bandwidth=20M", "--multifd-channels=2", "--json"];
 
@@ -150,7 +150,7 @@ fn guest_that_writes_faster_than_is_sent_gets_told_what_would_help() {
 #[test]
 fn guest_that_writes_faster_than_is_sent_converges_when_it_is_held_back() {
     let flags = ["demo", "--auto-converge", "--cpu-throttle-initial=80", "--cpu-throttle-increment=19"];
-    // Far more than it takes: a hang would be told as what it is.
+    // Far more than needed: a hang would be reported as one.
     let ended = run([&flags[..], &["--max-total-time=120"], &BUSY].concat());
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let told = ended.json();

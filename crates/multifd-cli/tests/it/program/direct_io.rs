@@ -1,4 +1,4 @@
-//! `--direct-io`: the same bytes, past the page cache where that can be.
+//! `--direct-io`: the same bytes, with direct I/O if possible.
 
 use std::{
     fs::{self, File},
@@ -29,14 +29,15 @@ fn capture(options: &[&str], from: &Path, to: &Path) -> Ended {
     receive.done()
 }
 
-/// How many of a file's pages of RAM are in the page cache; `None` where that is the disk.
+/// The number of a file's pages of RAM that are in the page cache; `None` if the file system is in memory.
 fn resident(file: &Path) -> Option<usize> {
     const TMPFS: i64 = 0x0102_1994;
     let file = MappedRamFile::open(File::open(file).unwrap(), 0).unwrap();
     if fstatfs(file.file()).unwrap().f_type == TMPFS {
         return None;
     }
-    // A look at a page that is not there may have the system read it and those behind it; now it reads that one alone.
+    // Reading a page that is absent from the cache may make the system read the pages after it, too. This limits it to
+    // one page.
     fadvise(file.file(), 0, None, Advice::Random).unwrap();
     let place = file.place(BlockIndex(0)).unwrap();
     let pages = (0..place.pages()).map(|page| place.pages_offset + page * 4096);
@@ -98,7 +99,7 @@ fn packed_pages_of_a_file_are_read_past_the_page_cache() {
     }
 }
 
-/// A file whose pages begin at the border of a page and of nothing more, as others may write it.
+/// A file whose pages begin at the boundary of a page and of nothing larger, as others may write it.
 fn page_aligned(folder: &TempDir, bytes: u64) -> PathBuf {
     let from = captured(folder, bytes);
     let place = *MappedRamFile::open(File::open(&from).unwrap(), 0).unwrap().place(BlockIndex(0)).unwrap();
@@ -127,7 +128,7 @@ fn file_of_others_that_is_aligned_to_pages_alone_is_sent() {
     assert!(stored_memory(&file) == stored_memory(&from), "equal RAM");
 }
 
-/// ramfs has no disk to go to directly.
+/// ramfs has no disk for direct I/O.
 #[test]
 fn file_system_without_direct_io_is_told_once_and_the_page_cache_used() {
     let folder = folder();

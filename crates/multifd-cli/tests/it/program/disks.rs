@@ -1,4 +1,4 @@
-//! Disks that are full, and folders that nobody may write: why is told, and nothing is left.
+//! Disks that are full, and folders that are not writable: the reason is printed, and nothing is left.
 
 use std::{
     fs,
@@ -13,13 +13,13 @@ use crate::kit::{Ended, Program, assert_left, captured, feed, folder, multifd_in
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
-/// What an error may take to show that needs no waiting for a peer.
+/// The time limit of an error that does not depend on a peer.
 const SOON: Duration = Duration::from_secs(8);
-/// A file system with less room than a machine takes.
+/// A file system with less space than a machine needs.
 const SMALL: &str = "-t tmpfs -o size=8M none";
 
-/// The program with a file system of its own, mounted with these words, and then a script. `None` where nobody may do
-/// that but the superuser.
+/// The program with its own file system, mounted with these words, and then a script. `None` if only the superuser may
+/// do that.
 pub(super) fn mounted(words: &str, mount: &Path, arguments: &[&str], then: &str) -> Option<Command> {
     let namespace = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--kill-child"];
     let allowed = Command::new(namespace[0]).args(&namespace[1..]).arg("true").stderr(Stdio::null()).status();
@@ -31,7 +31,7 @@ pub(super) fn mounted(words: &str, mount: &Path, arguments: &[&str], then: &str)
     Some(multifd_in(&namespace, &script, arguments))
 }
 
-/// Receives `from` into the small file system, and says how that ended and what was left there.
+/// Receives `from` into the small file system, and returns the result and what was left there.
 fn without_room(from: &Path, target: &str, receive: &[&str], send: &[&str]) -> Option<(Ended, String)> {
     let folder = folder();
     let (mount, list) = (path(&folder, "mount"), path(&folder, "list"));
@@ -65,7 +65,7 @@ fn full_disk_is_an_error_that_names_file_block_and_offset() {
                 &[][..],
                 &["--multifd-channels", "0"],
                 &["--multifd-channels", "7", "--direct-io"],
-                // The source is told by the connection's end alone, as long as it has something to send.
+                // While the source has something to send, it is informed only by the connection's end.
                 &["--return-path", "off"],
                 &["--return-path", "off", "--multifd-channels", "0"],
             ] {
@@ -133,7 +133,7 @@ fn file_system_that_is_read_only_is_an_error_before_anything_is_done() {
     }
 }
 
-/// Nothing is written to it, past the page cache or through it.
+/// Nothing is written to it, with direct I/O or without.
 #[test]
 fn file_on_a_read_only_file_system_is_sent_and_extracted() {
     let (disk, folder) = (folder(), folder());

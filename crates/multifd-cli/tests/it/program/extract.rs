@@ -1,4 +1,4 @@
-//! `multifd inspect --extract`: the RAM of one block, alone.
+//! `multifd inspect --extract`: the RAM of one block.
 
 use std::{
     fs,
@@ -25,7 +25,7 @@ fn extract(options: &[&str], block: &str, file: &Path, out: &Path) -> Ended {
     Program::start(command.args(options).arg(file).arg(out)).end()
 }
 
-/// A machine of which only the first MiB of each four is present; garbage stands in the place of the rest.
+/// A machine of which only the first MiB of each four is present; there is garbage instead of the rest.
 fn sparse(folder: &TempDir, bytes: u64) -> PathBuf {
     let path = captured(folder, bytes);
     let file = fs::File::options().read(true).write(true).open(&path).unwrap();
@@ -49,7 +49,7 @@ fn extracted_block_is_its_ram_with_holes_and_its_owners_alone() {
     assert_left(&folder, &["captured", "out"]);
 }
 
-/// No system copies between file systems by itself in all cases.
+/// Not every system copies between file systems itself.
 #[test]
 fn block_is_extracted_into_another_file_system() {
     let (here, there) = (folder(), tempfile::tempdir_in("/dev/shm").unwrap());
@@ -102,7 +102,7 @@ fn unknown_block_is_an_error_that_names_those_there_are() {
     assert_left(&folder, &["captured"]);
 }
 
-/// Zeros were written in its stead, as if the guest had no other memory.
+/// Regression: zeros were written instead, as if the guest had no other memory.
 #[test]
 fn block_whose_memory_is_shared_is_refused_with_the_reason() {
     let folder = folder();
@@ -170,7 +170,7 @@ fn file_that_is_cut_in_the_middle_is_an_error() {
     let mut command = multifd(["inspect", "--extract", "pc.ram"]);
     let program = Program::start_with_output(command.arg(&file).arg("-"), writer);
     drop(command);
-    // It has begun, and cannot go on while nobody reads.
+    // It has begun, and cannot continue while nobody reads.
     reader.read_exact(&mut [0]).unwrap();
     fs::File::options().write(true).open(&file).unwrap().set_len(6 * MIB).unwrap();
     let mut found = Vec::new();

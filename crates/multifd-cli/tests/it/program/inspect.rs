@@ -46,7 +46,7 @@ fn json_is_one_object_on_one_line() {
     assert_eq!(told, expected);
 }
 
-/// The same stopped guest as we keep it and as QEMU does: the same blocks, the same devices.
+/// The same stopped guest in our file and in QEMU's: the same blocks, the same devices.
 #[test]
 fn our_file_and_qemus_own_hold_the_same() {
     fn files(qemu: &Qemu) -> Result<(Value, Value), Error> {
@@ -58,7 +58,7 @@ fn our_file_and_qemus_own_hold_the_same() {
         let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &ours);
         migrate(&mut from, &address)?;
         receive.done();
-        // It has to run once more before it may leave once more.
+        // It must run again before it can migrate again.
         from.cont()?;
         from.stop()?;
         from.set_capabilities(&[("mapped-ram", true)])?;
@@ -66,7 +66,7 @@ fn our_file_and_qemus_own_hold_the_same() {
         let inspected = |file: &Path| {
             let mut told = run([Path::new("inspect"), Path::new("--json"), file]).json();
             let present = told["present"].take();
-            // QEMU's does not know it.
+            // QEMU's file does not contain it.
             told.as_object_mut().expect("an object").remove("sync-mode");
             assert!(present.as_u64() > Some(8 << 20), "{present} in {}", file.display());
             for block in told["blocks"].as_array_mut().expect("blocks") {
@@ -112,7 +112,7 @@ fn full_standard_output_is_told() {
     Program::start_with_output(&mut command, full).end().assert_failed(1, &["multifd: "]);
 }
 
-/// As `| head -0` has it.
+/// As with `| head -0`.
 #[test]
 fn closed_standard_output_is_no_panic() {
     let folder = folder();

@@ -1,4 +1,4 @@
-//! A process that may not open as many files as it has channels: the limit is told, and nothing is left.
+//! A process that may not open as many files as it has channels: the limit is reported, and nothing is left.
 
 use rustix::process::Signal;
 
@@ -6,7 +6,7 @@ use crate::kit::{Program, assert_left, captured, feed, folder, multifd_in, path}
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
-/// More than the program has open beside its channels, and less than it needs for 16 of them.
+/// More than the program has open besides its channels, and less than it needs for 16 of them.
 const LIMITS: [u32; 3] = [16, 18, 20];
 
 fn told(limit: u32) -> [String; 3] {
@@ -48,14 +48,14 @@ fn send_without_descriptors_for_its_channels_names_the_limit() {
         let told =
             [&["because: channel ", "connect to tcp:127.0.0.1:"][..], &told.each_ref().map(String::as_str)];
         sent.assert_failed(1, &told.concat());
-        // It may not even have heard that a migration has begun, and waits for one.
+        // It may not have noticed that a migration has begun, and waits for one.
         receive.signal(Signal::INT);
         assert!(matches!(receive.end().code, Some(1 | 130)));
         assert_left(&folder, &["captured"]);
     }
 }
 
-/// It needs none for what it does not do.
+/// It needs no descriptors for what it does not do.
 #[test]
 fn as_many_channels_as_there_are_descriptors_for_are_enough() {
     let folder = folder();

@@ -1,5 +1,5 @@
-//! What the command line promises: results on standard output, talk on standard error, exit codes, nothing left
-//! half-made.
+//! Tests of the command line: results on standard output, messages on standard error, exit codes, no incomplete files
+//! left.
 
 mod broken_off;
 mod containers;

@@ -1,4 +1,4 @@
-//! Pages of every size: a file is sent to ourselves and arrives as it was.
+//! Pages of every size: a file that we send to ourselves arrives unchanged.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -16,7 +16,7 @@ use crate::kit::{Program, feed, folder, path};
 /// Pages of the first block; every third is absent.
 const PAGES: u64 = 133;
 
-/// A machine with pages of this size in two blocks, whose source was told to sync as its type does not.
+/// A machine with pages of this size in two blocks, whose source was set to a sync mode other than that of its type.
 fn write(at: &Path, page_size: PageSize) {
     let arm = Configuration {
         target_page_size: Some(page_size).filter(|size| *size != PageSize::KIB_4),

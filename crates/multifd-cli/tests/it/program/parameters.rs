@@ -1,4 +1,4 @@
-//! `docs/use/parameters.md` against the command line and the library's options.
+//! `docs/use/parameters.md` checked against the command line and the library's options.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::{
     table::{Parameter, Place, parameters, rows},
 };
 
-/// Whether a verb takes this value: then it comes as far as its help.
+/// Whether a verb accepts this value: then it prints its help.
 fn judged(verb: &str, name: &str, value: &str) -> bool {
     let ended = run([verb, &format!("--{name}={value}"), "--help"]);
     match ended.code {
@@ -38,7 +38,7 @@ fn command_line_takes_and_refuses_what_the_table_says() {
     }
 }
 
-/// The part of a verb's help that tells of one flag.
+/// The part of a verb's help about one flag.
 fn help_of(help: &str, name: &str) -> String {
     let mut lines = help.lines().skip_while(|line| !line.trim_start().starts_with(&format!("--{name} ")));
     let first = lines.next().unwrap_or_default().to_owned();
@@ -105,7 +105,7 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
     }
 }
 
-/// The options of this name, from data and back.
+/// The options with this name, converted from data and back.
 fn options(name: &str, settings: Value) -> Result<Value, String> {
     fn through<T: serde::de::DeserializeOwned + serde::Serialize>(settings: Value) -> Result<Value, String> {
         let options: T = serde_json::from_value(settings).map_err(|error| error.to_string())?;
@@ -119,7 +119,7 @@ fn options(name: &str, settings: Value) -> Result<Value, String> {
     }
 }
 
-/// A number where it can be one.
+/// A number if possible.
 fn value(text: &str) -> Value {
     let number = text.parse::<u64>().map(Value::from).or_else(|_| text.parse::<i64>().map(Value::from));
     number.unwrap_or_else(|_| text.into())
@@ -138,7 +138,7 @@ fn library_has_ranges_and_defaults_of_the_table() {
             }
             for text in refused {
                 let error = options(&place, json!({ name.as_str(): value(&text) })).expect_err(&text);
-                // What no 64 bits hold is no number to begin with.
+                // What exceeds 64 bits is not a number at all.
                 assert!(error.contains(&name) || text.len() > 19, "{place}: {error}");
             }
         }
@@ -170,7 +170,7 @@ fn every_field_that_is_a_parameter_is_in_the_table() {
     }
 }
 
-/// A default or a range that is QEMU's stands without brackets, any other in brackets.
+/// A default or a range that is QEMU's is written without brackets, any other in brackets.
 #[test]
 fn brackets_stand_where_qemu_differs() {
     for row in rows("## Parameters that apply") {
@@ -222,7 +222,7 @@ fn combinations_end_as_the_table_says() {
     let rows = rows("## Combinations");
     assert_eq!(rows.len(), 13, "{rows:?}");
     for row in rows {
-        // Taken, it fails for want of a file.
+        // If the values are accepted, it fails because there is no file.
         let expected = if row[3] == "taken" { 1 } else { 2 };
         assert_eq!(found(&row[0]), Some(expected), "{row:?}");
     }

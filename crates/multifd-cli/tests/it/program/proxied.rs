@@ -1,4 +1,4 @@
-//! Channels that come late, from elsewhere, or not at all: a file arrives whole or not.
+//! Channels that connect late, from elsewhere, or not at all: a file arrives complete or not at all.
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
@@ -9,7 +9,7 @@ use crate::kit::{Ended, Program, assert_left, captured, feed, folder, path, run,
 const MIB: u64 = 1 << 20;
 const LOCAL: &str = "tcp:127.0.0.1:0";
 
-/// Sends `from` through a proxy that connects channels onwards after these delays.
+/// Sends `from` through a proxy that connects channels to the destination after these delays.
 fn through(delays: &[u64], options: &[&str], send: &[&str], from: &Path, file: &Path) -> (Ended, Ended) {
     let (receive, address) = Program::receive(options, LOCAL, file);
     let target: SocketAddr = address.strip_prefix("tcp:").expect("its form").parse().expect("an address");
@@ -19,8 +19,8 @@ fn through(delays: &[u64], options: &[&str], send: &[&str], from: &Path, file: &
     (sent, receive.end())
 }
 
-/// A proxy answers the connect itself. Main's bytes came before it had connected the channels onwards, so the destination
-/// counted none, or some: their pages were lost, and both sides ended well, in 14 of 20 runs.
+/// Regression: a proxy accepts the connect itself. Main's bytes arrived before it had connected the channels, so the
+/// destination counted no or few channels. Pages were lost, and both sides reported success, in 14 of 20 runs.
 #[test]
 fn behind_a_proxy_that_connects_onwards_late_no_page_is_lost() {
     let folder = folder();
@@ -35,7 +35,7 @@ fn behind_a_proxy_that_connects_onwards_late_no_page_is_lost() {
     }
 }
 
-/// As a source before this version, and QEMU: it has no return path to announce its channels on.
+/// Like a source before this version, and QEMU: without a return path it cannot announce its channels.
 #[test]
 fn behind_a_proxy_a_source_that_announces_nothing_loses_no_page_either() {
     let folder = folder();

@@ -1,4 +1,4 @@
-//! `multifd receive`: what it says, what it keeps, and what it refuses at once.
+//! `multifd receive`: its output, the file, and what it refuses at once.
 
 use std::{
     fs,
@@ -23,7 +23,7 @@ use crate::kit::{
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
-/// What an error may take to show that needs no waiting for a peer.
+/// The time limit of an error that does not depend on a peer.
 const SOON: Duration = Duration::from_secs(8);
 
 #[test]
@@ -80,7 +80,7 @@ fn json_is_one_object_on_one_line_named_as_in_query_migrate() {
     assert_eq!(ram["page-size"], json!(4096));
     assert_eq!(ram["remaining"], json!(0));
     assert!(ram["mbps"].is_f64() && ram["pages-per-second"].is_u64(), "{received}");
-    // What one end has sent is what the other has received.
+    // The other end has received what one end has sent.
     assert_eq!(received["channels"], sent["channels"]);
     for field in ["multifd-bytes", "transferred"] {
         assert_eq!(ram[field], sent["ram"][field], "{field}: {received} {sent}");
@@ -160,20 +160,20 @@ fn folder_that_may_not_be_written_is_an_error() {
     let folder = folder();
     let file = path(&folder, "machine");
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o500)).unwrap();
-    // The superuser may write there; nobody may in this one.
+    // The superuser may write there; nobody may write in this folder.
     let file = if rustix::process::geteuid().is_root() { "/proc/machine".into() } else { file };
     let ended = run([Path::new("receive"), Path::new(LOCAL), &file]);
     ended.assert_failed(1, &["cannot create", &file.display().to_string(), "because: "]);
     assert_left(&folder, &[]);
 }
 
-/// One that cannot be opened cannot be synced: that used to be found out when the machine had come.
+/// Regression: a folder that cannot be opened cannot be synced. This was detected only after the machine had arrived.
 #[test]
 fn folder_that_may_not_be_read_is_an_error_at_once() {
     let folder = folder();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o300)).unwrap();
     let file = path(&folder, "machine").display().to_string();
-    // The superuser may read everything, unless that is taken away.
+    // The superuser may read everything, unless this right is removed.
     let launcher = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"];
     let launcher = if rustix::process::geteuid().is_root() { &launcher[..] } else { &[] };
     let ended = Program::start(&mut multifd_in(launcher, "true", &["receive", LOCAL, &file])).end();
@@ -187,7 +187,7 @@ fn folder_that_may_not_be_read_is_an_error_at_once() {
 fn folder_in_place_of_the_file_is_an_error() {
     let folder = folder();
     let ended = run([Path::new("receive"), Path::new("--force"), Path::new(LOCAL), folder.path()]);
-    // At once, not when the machine has come.
+    // At once, not after the machine has arrived.
     ended.assert_failed(1, &["cannot create", &folder.path().display().to_string()]);
     assert_left(&folder, &[]);
 }
@@ -235,7 +235,7 @@ fn listening_socket_is_inherited() {
     let address = format!("tcp:{}", listener.local_addr().unwrap());
     let mut command = multifd(["receive", "fd:0"]);
     let receive = Program::start(command.arg(&file).stdin(as_stdin(listener)));
-    // A command keeps what it was given for the next process it may start.
+    // A command keeps its descriptors for the next process it may start.
     drop(command);
     assert_eq!(receive.listening(), "fd:0");
     feed(&[], &from, &address).done();
@@ -267,7 +267,7 @@ fn connection_of_a_source_without_channels_is_inherited() {
     moves(&qemu).unwrap();
 }
 
-/// The machine is kept; only the report is lost, and that is told.
+/// The file is complete; only the report is lost, and that is printed.
 #[test]
 fn full_standard_output_is_told() {
     let folder = folder();
@@ -313,7 +313,7 @@ fn command_is_received_from_and_its_failure_leaves_no_file() {
     assert_eq!(stored_memory(&kept), stored_memory(&from));
 }
 
-/// A channel that was lost takes its pages with it, and they never come: the balloon of a guest looks the same.
+/// The pages of a lost channel never arrive. The balloon of a guest looks the same.
 #[test]
 fn pages_that_never_come_are_refused_or_kept_as_zero_as_is_told() {
     for (options, code) in [(&[][..], 1), (&["--missing-pages", "zero"], 0)] {
@@ -327,7 +327,7 @@ fn pages_that_never_come_are_refused_or_kept_as_zero_as_is_told() {
         if code == 0 {
             assert_eq!(ended.code, Some(0), "{ended:?}");
             let pages = stored_block(&file, "pc.ram");
-            // 3 came later, over the other channel.
+            // 3 arrived later, over the other channel.
             let absent: Vec<usize> =
                 (0..16).filter(|page| pages[page * 4096..][..4096].iter().all(|byte| *byte == 0)).collect();
             assert_eq!(absent, [1, 5, 7, 9, 11, 13, 15]);

@@ -1,4 +1,4 @@
-//! What `SECURITY.md` promises of the program and no other test shows.
+//! Promises of `SECURITY.md` about the program that no other test covers.
 
 use std::{fs, net::TcpStream};
 
@@ -20,7 +20,7 @@ fn receive_listens_at_the_address_typed_and_at_no_other() {
     TcpStream::connect(("127.0.0.1", port)).expect("it listens here");
 }
 
-/// At the most talkative, on both sides: no line of a private key is in it.
+/// With the most detailed logs, on both sides: they contain no line of a private key.
 #[test]
 fn logs_hold_no_private_key() {
     let folder = folder();

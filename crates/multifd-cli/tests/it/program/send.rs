@@ -1,4 +1,4 @@
-//! `multifd send`, and how it ends.
+//! `multifd send`, and its results.
 
 use std::{
     fs,
@@ -114,8 +114,8 @@ fn interrupt_in_the_middle_ends_both() {
     assert_left(&folder, &["captured"]);
 }
 
-/// Pages were read from the file's mapping to see whether they are zero, to pack and to encrypt them: where the file
-/// had ended by then, that was a signal which killed the program without a word. Sent from where it is mapped, it was
+/// Regression: pages were read from the file's mapping to detect zeros, to compress and to encrypt. If the file had
+/// been truncated by then, a signal killed the program without a message. A send directly from the mapping failed with
 /// a bad address.
 fn cut_in_the_middle(receive: &[&str], send: &[&str]) {
     for length in [2 * MIB, 2 * MIB + 100] {
@@ -127,7 +127,7 @@ fn cut_to(length: u64, receive: &[&str], send: &[&str]) {
     let folder = folder();
     let (from, file) = (captured(&folder, 64 * MIB), path(&folder, "machine"));
     let (receive, address) = Program::receive(receive, LOCAL, &file);
-    // Packed, 64 MiB of counters are little: it must be far from its end when the file is cut.
+    // Counters compress well: 64 MiB become little. It must be far from its end when the file is truncated.
     let sending = feed(&[&["--max-bandwidth", "1M"], send].concat(), &from, &address);
     sending.next_line();
     fs::File::options().write(true).open(&from).unwrap().set_len(length).unwrap();
@@ -171,8 +171,8 @@ fn file_that_is_cut_in_the_middle_is_an_error_past_the_page_cache() {
 
 const READ: &str = "read block \"pc.ram\" at offset 0x";
 
-/// What is mapped reads as zeros from the end of the file to the end of the page: where that page was the last one,
-/// nothing failed, and a broken machine was said to be sent.
+/// Regression: a mapping reads as zeros from the end of the file to the end of the page. If that page was the last one,
+/// nothing failed, and a broken machine was reported as sent.
 fn changed_in_the_middle(change: impl Fn(&fs::File, u64)) {
     for options in [&[][..], &["--multifd-channels", "0"]] {
         let folder = folder();
@@ -205,7 +205,7 @@ fn file_that_is_written_to_meanwhile_is_an_error() {
     changed_in_the_middle(|file, end| file.write_all_at(b"x", end - 100).unwrap());
 }
 
-/// A destination that takes connections and reads nothing.
+/// A destination that accepts connections and reads nothing.
 #[test]
 fn interrupt_ends_it_when_the_destination_stands_still() {
     let folder = folder();
@@ -262,7 +262,7 @@ fn more_channels_than_the_destination_has_are_an_error_10_0() {
     too_many(&qemu).unwrap();
 }
 
-/// The destination waits for the others without a word, and so do we until somebody ends it.
+/// The destination waits for the others silently, and so do we until a user ends it.
 #[test]
 fn interrupt_ends_it_when_the_destination_waits_for_more_channels() {
     let Some(qemu) = Qemu::v10_0() else { return };

@@ -1,4 +1,4 @@
-//! Peers that are alive and do nothing: the program ends, and says what to look at.
+//! Peers that are alive and do nothing: the program ends, and prints what to check.
 
 use std::{
     net::TcpListener,
@@ -22,7 +22,7 @@ const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
 const SOON: Duration = Duration::from_secs(12);
 
-/// A listener that nobody looks after: its system takes connections, and then bytes until it is full.
+/// A listener without a program that accepts: its system accepts connections, and then bytes until it is full.
 #[test]
 fn destination_that_takes_nothing_is_given_up() {
     let folder = folder();
@@ -36,7 +36,7 @@ fn destination_that_takes_nothing_is_given_up() {
     }
 }
 
-/// Its queue has room for one connection, which is there already.
+/// Its queue has room for one connection, which is taken already.
 #[test]
 fn destination_that_takes_no_connection_is_given_up() {
     let folder = folder();
@@ -81,7 +81,7 @@ fn source_that_stops_within_a_section_is_given_up_and_nothing_is_left() {
     drop(heard);
 }
 
-/// It would wait for the others for ever, and so would `send`.
+/// It would wait for the others without limit, and so would `send`.
 #[test]
 fn qemu_that_expects_more_channels_is_given_up() {
     fn given_up(qemu: &Qemu) -> Result<(), Error> {
@@ -90,7 +90,7 @@ fn qemu_that_expects_more_channels_is_given_up() {
         let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
         to.set_multifd_channels(4)?;
         let address = to.migrate_incoming(LOCAL)?;
-        // Whether its few pages fit into what the system keeps of two connections decides which limit it meets.
+        // Whether its few pages fit into the system's buffers of two connections decides which limit applies.
         let limits = ["--multifd-channels", "2", "--end-timeout", "1", "--stall-timeout", "1"];
         let ended = feed(&limits, &from, &address).end_within(SOON);
         ended.assert_failed(1, &["because: ", "multifd-channels"]);
@@ -101,7 +101,7 @@ fn qemu_that_expects_more_channels_is_given_up() {
     }
 }
 
-/// A source that pauses before the switchover says nothing for as long as its user likes.
+/// A source that pauses before the switchover sends nothing for as long as its user wants.
 #[test]
 fn source_that_pauses_between_passes_is_waited_for() {
     fn waited_for(qemu: &Qemu) -> Result<(), Error> {
@@ -125,8 +125,8 @@ fn source_that_pauses_between_passes_is_waited_for() {
     }
 }
 
-/// From one destination that is left to another, over 16 channels, and on to a QEMU that takes over from one that was
-/// left as well.
+/// From one destination that is cancelled to another, over 16 channels, and on to a QEMU that replaces one that was
+/// cancelled as well.
 fn second_attempt(qemu: &Qemu) -> Result<(), Error> {
     let folder = folder();
     let file = path(&folder, "machine");

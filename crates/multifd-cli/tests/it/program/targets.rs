@@ -1,5 +1,4 @@
-//! Files that cannot be written or read, and descriptors that carry nothing: refused before anything is listened at or
-//! connected to.
+//! Files that cannot be written or read, and descriptors that cannot be used: refused before listening or connecting.
 
 use std::{
     ffi::OsStr,
@@ -27,14 +26,14 @@ use crate::kit::{
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
 const MIB: u64 = 1 << 20;
-/// What an error may take to show that needs no waiting for a peer.
+/// The time limit of an error that does not depend on a peer.
 const SOON: Duration = Duration::from_secs(8);
 
 fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Ended {
     Program::start(&mut multifd(arguments)).end_within(SOON)
 }
 
-/// It was refused before anybody could have begun a migration.
+/// Asserts that it was refused before a migration could begin.
 #[track_caller]
 fn assert_refused(ended: &Ended, code: i32, told: &[&str]) {
     ended.assert_failed(code, told);
@@ -49,8 +48,8 @@ fn assert_receive_refused(options: &[&str], target: &Path, code: i32, told: &[&s
     assert_refused(&ended, code, told);
 }
 
-/// `receive ADDRESS newdir/` took the whole migration in, failed at the rename, and left the guest nowhere if its source had
-/// no return path.
+/// Regression: `receive ADDRESS newdir/` received the whole migration, failed at the rename, and lost the guest if its
+/// source had no return path.
 #[test]
 fn path_that_only_a_folder_can_have_is_wrong_usage() {
     let folder = folder();
@@ -70,7 +69,7 @@ fn path_that_only_a_folder_can_have_is_wrong_usage() {
     assert_left(&folder, &["captured"]);
 }
 
-/// Everything that a path can lead to beside a regular file, with its name.
+/// Every kind of file besides a regular one, with its name.
 fn oddities(folder: &TempDir) -> Vec<(PathBuf, &'static str)> {
     let (inner, fifo) = (path(folder, "folder"), path(folder, "fifo"));
     fs::create_dir(&inner).unwrap();
@@ -104,14 +103,14 @@ fn target_that_is_no_regular_file_is_refused_with_what_it_is() {
     assert_left(&folder, &["captured", "fifo", "folder", "socket"]);
 }
 
-/// A FIFO was waited for without end.
+/// Regression: a FIFO was waited for without limit.
 #[test]
 fn source_file_that_is_no_regular_file_is_refused_with_what_it_is() {
     let folder = folder();
     for (target, kind) in oddities(&folder) {
         let target = target.display().to_string();
         let told = ["cannot read", kind, "expected a regular file"];
-        // Nobody listens there, which would be told if it were tried.
+        // Nothing listens there; an attempt to connect would be reported.
         for words in [&["send", &target, "tcp:127.0.0.1:1"][..], &["inspect", &target]] {
             let ended = run(words);
             ended.assert_failed(1, &told);
@@ -136,7 +135,7 @@ fn folder_that_is_none_is_named() {
     assert_left(&folder, &["file"]);
 }
 
-/// The temporary name is longer than the file's own, and was too long where the file's own was not.
+/// Regression: the temporary name is longer than the file's own, and was too long although the file's own was not.
 #[test]
 fn longest_name_is_taken_and_a_longer_one_refused() {
     let folder = folder();
@@ -169,7 +168,7 @@ fn offset_that_leaves_no_room_is_refused() {
     assert_left(&folder, &[]);
 }
 
-/// Such a file cannot be replaced: that used to be found out at the rename.
+/// Regression: such a file cannot be replaced. This was detected only at the rename.
 #[test]
 fn file_that_is_mounted_on_its_own_is_refused() {
     let folder = folder();
@@ -217,7 +216,7 @@ fn file_of_another_user_in_a_sticky_folder_is_refused() {
     assert_left(&folder, &["machine"]);
 }
 
-/// The socket would stand where the file is to get its name.
+/// The socket would be at the file's path when the file is to get its name.
 #[test]
 fn socket_in_the_place_of_the_file_is_wrong_usage() {
     let folder = folder();
@@ -272,7 +271,7 @@ fn channels_over_one_inherited_connection_are_refused_before_anything_is_said() 
     assert_left(&folder, &[]);
 }
 
-/// A shell that ignores the signal passes that on, and a command that had succeeded counted as failed.
+/// Regression: a shell that ignores the signal passes that on, and a command that had succeeded counted as failed.
 #[test]
 fn command_is_waited_for_though_the_parent_ignores_the_ends_of_children() {
     let folder = folder();

@@ -98,7 +98,7 @@ fn level_beyond_the_range_is_refused_with_the_range() {
     }
 }
 
-/// As in QEMU it is a parameter, which waits for its method.
+/// As in QEMU it is a parameter, which has no effect before its method is set.
 #[test]
 fn level_without_its_method_is_taken() {
     let ended = run(["send", "--multifd-zstd-level", "3", "no/such/machine", "tcp:127.0.0.1:1"]);

@@ -1,10 +1,10 @@
-//! `--zero-copy-send` and the memory that it may lock.
+//! `--zero-copy-send` and the limit of locked memory.
 
 use serde_json::json;
 
 use crate::kit::{Program, multifd_in, run};
 
-/// Without the right to lock what it likes.
+/// Without the privilege to lock memory without limit.
 const BOUND: [&str; 3] = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"];
 
 fn demo(script: &str, options: &[&str]) -> Program {

@@ -18,9 +18,9 @@ pub(in crate::live) struct Round {
     pub(in crate::live) time: Duration,
     /// Bytes that left on all connections.
     pub(in crate::live) bytes: u64,
-    /// Pages whose bytes left.
+    /// Pages whose bytes were sent.
     pub(in crate::live) normal: u64,
-    /// Zero pages that left.
+    /// Zero pages that were sent.
     pub(in crate::live) zero: u64,
     /// Pages to be sent next: the pages that the guest wrote in this round.
     pub(in crate::live) dirty: u64,
@@ -146,7 +146,7 @@ impl Estimate {
 /// The number of dirty pages as a function of time.
 #[derive(Clone, Copy, Debug)]
 struct Curve {
-    /// Pages a second at first.
+    /// Pages per second at first.
     rate: f64,
     /// The number of pages that the guest writes to.
     set: f64,

@@ -59,7 +59,7 @@ struct Model {
     /// The share of pages that are zero in the first pass.
     zero: f64,
     sets: [Set; 2],
-    /// Bytes a second.
+    /// Bytes per second.
     bandwidth: f64,
     latency: f64,
     /// How much guest and link fluctuate.

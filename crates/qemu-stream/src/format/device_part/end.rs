@@ -28,7 +28,7 @@ pub struct EndFinder {
     footers: bool,
     early: EarlyPart,
     scanned: usize,
-    /// Places that look like the end and whose JSON has not arrived completely; in most cases there are none.
+    /// Places that look like the end and whose JSON has not arrived completely; in most cases the list is empty.
     candidates: Vec<Candidate>,
     found: usize,
     parsed: u64,

@@ -40,7 +40,7 @@ pub enum Misfit {
     /// More sections follow than are described.
     #[error("{left:#x} bytes behind the last described device")]
     Left {
-        /// How many.
+        /// The number of bytes.
         left: usize,
     },
 }

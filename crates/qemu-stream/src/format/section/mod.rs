@@ -43,7 +43,7 @@ pub enum Section {
     Eof,
     /// The first section of a part that is sent in pieces.
     Start(SectionHead),
-    /// One more piece.
+    /// A further piece.
     Part(SectionId),
     /// The last piece.
     End(SectionId),

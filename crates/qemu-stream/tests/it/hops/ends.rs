@@ -1,4 +1,4 @@
-//! Who has the guest when a migration ends badly, or late.
+//! The owner of the guest when a migration fails, or succeeds late.
 
 use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -63,7 +63,7 @@ impl DirtyLog for Odd {
     fn put_back(&mut self, _: BlockIndex, _: &PageBitmap) {}
 }
 
-/// The guest stood for ever, no bits were put back, and the status stayed `device`.
+/// Regression: the guest stayed stopped, no bits were put back, and the status stayed `device`.
 #[test]
 fn a_callback_that_panics_or_fails_leaves_the_guest_as_it_was() {
     for (call, panics, paused) in [
@@ -95,13 +95,13 @@ fn a_callback_that_panics_or_fails_leaves_the_guest_as_it_was() {
                 "{error:?}"
             );
         }
-        // One that fails to stop has not been stopped; of one that panics nobody knows.
+        // A guest that fails to stop was not stopped; of one that panics it is unknown.
         let stopped = call == "Guest::save" || (call == "Guest::stop" && panics);
         assert_eq!(guest.resumes, u32::from(stopped && !paused), "{call}, panics {panics}, paused {paused}");
         let dirty: u64 = (0..3).map(|block| bits.count(BlockIndex(block))).sum();
         assert_eq!(dirty, 136, "{call}: all pages are dirty again");
     }
-    // Of three blocks: before the first pass, behind it, behind the stop, behind the last pass.
+    // Of three blocks: before the first pass, after it, after the stop, after the last pass.
     for odd in 1..=12 {
         for panics in [true, false] {
             let source = blocks(&RAM);
@@ -123,7 +123,7 @@ fn a_callback_that_panics_or_fails_leaves_the_guest_as_it_was() {
     }
 }
 
-/// Something between the two that passes bytes on until it is cut.
+/// A relay that forwards bytes until it is cut.
 struct Between(Arc<Mutex<Vec<TcpStream>>>);
 
 impl Between {
@@ -156,8 +156,8 @@ impl Between {
     }
 }
 
-/// The network is cut when everything has been sent and the destination has said nothing yet: the source cannot know, and the
-/// guest stays stopped unless the embedder has chosen otherwise.
+/// The network is cut when everything has been sent and the destination has not replied yet. The source cannot know the
+/// owner, and the guest stays stopped unless the embedder has chosen otherwise.
 #[test]
 fn where_nobody_can_know_the_guest_stays_stopped_until_the_embedder_decides() {
     for resumes in [false, true] {
@@ -171,7 +171,7 @@ fn where_nobody_can_know_the_guest_stays_stopped_until_the_embedder_decides() {
                 Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
             let pending = arrival.load(as_announced)?;
             between.cut();
-            // Its end is there in a moment.
+            // The end of its connection arrives within this time.
             thread::sleep(Duration::from_millis(100));
             taken(pending)
         });
@@ -186,8 +186,8 @@ fn where_nobody_can_know_the_guest_stays_stopped_until_the_embedder_decides() {
     }
 }
 
-/// The source is cancelled while the destination restores: the guest goes on at the source, and the destination does not get
-/// it.
+/// The source is cancelled while the destination restores: the guest continues on the source, and the destination does
+/// not get it.
 #[test]
 fn a_cancel_while_the_destination_restores_takes_the_guest_back() {
     for channels in [0, 3] {
@@ -213,7 +213,7 @@ fn a_cancel_while_the_destination_restores_takes_the_guest_back() {
     }
 }
 
-/// What is written after the stop is in no pass.
+/// A write after the stop is in no pass.
 #[test]
 fn memory_that_is_written_behind_the_last_pass_fails_the_migration() {
     let source = blocks(&RAM);
@@ -224,7 +224,7 @@ fn memory_that_is_written_behind_the_last_pass_fails_the_migration() {
         }
         fn take(&mut self, block: BlockIndex, into: &mut DirtyPages<'_>) -> std::io::Result<()> {
             self.0 += 1;
-            // Of three blocks: the first of those behind the last pass.
+            // Of three blocks: the first after the last pass.
             if (block, self.0) == (BlockIndex(0), 10) {
                 into.add(PageIndex(5));
             }
@@ -241,11 +241,11 @@ fn memory_that_is_written_behind_the_last_pass_fails_the_migration() {
     assert_eq!((guest.stops, guest.resumes), (1, 1));
 }
 
-/// A destination that loads nothing more when the guest has stopped: the guest stood for as long as 600 s.
+/// Regression: if a destination loaded nothing more after the guest had stopped, the guest was stopped for up to 600 s.
 #[test]
 fn the_blackout_has_a_bound() {
     let (listener, address) = listening();
-    // It takes connections and bytes, and says nothing.
+    // It accepts connections and bytes, and sends nothing.
     let silent = thread::spawn(move || {
         let mut receiver = multifd::Receiver::new(multifd::ReceiveOptions::new(), Stop::new());
         receiver.listen(Box::new(listener)).expect("listening");
@@ -269,7 +269,7 @@ fn the_blackout_has_a_bound() {
     silent.join().expect("no panic");
 }
 
-/// What a destination would refuse is refused while the guest runs, before anything is connected.
+/// Devices that a destination would refuse are refused while the guest runs, before anything is connected.
 #[test]
 fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
     struct Devices(Vec<DeviceInfo>);

@@ -33,7 +33,7 @@ pub(crate) fn listening() -> (Listener, Address) {
     (listener, address)
 }
 
-/// A guest of one page's worth of state, which does what it is told.
+/// A guest with one page of state, which follows its settings.
 #[derive(Default)]
 pub(crate) struct Told {
     pub(super) paused: bool,
@@ -85,7 +85,7 @@ pub(super) fn departure(
 
 pub(super) type Made = Result<RamBlocks, Error>;
 
-/// A hop of `source`, whose destination makes its blocks by `make` and does with them what `then` says.
+/// Migrates `source` to a destination that makes its blocks with `make` and then calls `then`.
 pub(super) fn hop<T: Send + 'static>(
     source: &Arc<RamBlocks>,
     channels: u8,
@@ -123,7 +123,7 @@ pub(super) fn fill(blocks: &RamBlocks) {
     }
 }
 
-/// The first block of `here` that differs from the one of its name in `there`.
+/// The first block of `here` that differs from the block of the same name in `there`.
 pub(super) fn difference(here: &RamBlocks, there: &RamBlocks) -> Option<String> {
     let bytes = |block: &RamBlock| {
         let slice = block.slice(PageIndex(0), block.pages()).expect("mapped");

@@ -1,4 +1,5 @@
-//! A machine's whole life: it arrives, runs, leaves again, goes into a file and comes out of it, by the manual's own code.
+//! A machine's whole life: it arrives, runs, leaves again, goes into a file and is restored from it, with the guide's
+//! own code.
 
 mod ends;
 pub(crate) mod kit;
@@ -17,8 +18,8 @@ use qemu_stream::format::{BlockList, Configuration};
 use crate::{arrive::arrive, leave::leave, machine::Machine, snapshot};
 use kit::{RAM, Told, block, blocks, difference, fill, hop, listening, taken};
 
-/// The second hop sent pages as zero that were zero when the machine arrived, whatever its guest had written since: the
-/// bookkeeping of an arrival lasted as long as the blocks.
+/// Regression: the second hop sent pages as zero that were zero when the machine arrived, regardless of later writes.
+/// The record of an arrival existed as long as the blocks.
 #[test]
 fn the_manuals_machine_hops_ten_times_over_the_network_and_through_files_in_turns() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -26,7 +27,7 @@ fn the_manuals_machine_hops_ten_times_over_the_network_and_through_files_in_turn
     let mut machine = Machine::new(blocks(&[("ram", 2048)]), 0);
     machine.run();
     for hop in 0..10 {
-        // Long enough to come to pages that were zero so far.
+        // Long enough to reach pages that were zero so far.
         thread::sleep(Duration::from_millis(5));
         let before = if hop % 2 == 0 {
             let (listener, address) = listening();
@@ -49,8 +50,8 @@ fn the_manuals_machine_hops_ten_times_over_the_network_and_through_files_in_turn
     }
 }
 
-/// Pages of main were placed by the position of their block: in another order half of them were wrong, and both sides said
-/// that all was well.
+/// Regression: pages of main were placed by the position of their block. In a different order half of them were wrong,
+/// and both sides reported success.
 #[test]
 fn blocks_are_matched_by_name_in_any_order_over_channels_and_over_main() {
     for channels in [0, 1, 4] {
@@ -124,7 +125,7 @@ fn blocks_that_are_not_those_announced_are_refused_by_name_and_the_guest_goes_on
     }
 }
 
-/// A destination that has been promised pages which never come does not take the guest.
+/// A destination for which announced pages never arrive does not take the guest.
 #[test]
 fn ram_with_holes_is_refused() {
     let receiver = multifd::Receiver::new(multifd::ReceiveOptions::new(), Stop::new());
