@@ -194,9 +194,7 @@ const PROGRAM: &str = "crates/multifd-cli/src/";
 const NOT_YET_PLAIN: &[&str] = &[
     "crates/multifd/src/compress",
     "crates/multifd/src/error",
-    "crates/multifd/src/options.rs",
     "crates/multifd/src/recv",
-    "crates/multifd/src/settings.rs",
     "crates/qemu-stream/src/error.rs",
     "crates/qemu-stream/src/incoming",
     "crates/qemu-stream/src/outgoing",

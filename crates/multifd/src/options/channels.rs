@@ -27,15 +27,15 @@ impl ChannelCount {
     }
 }
 
-/// Where the connections that a destination takes for channels may come from. A connection from elsewhere is dropped with a
-/// warning, whatever it says.
+/// From where a destination accepts channels. A connection from elsewhere is dropped with a warning, whether it begins like
+/// a channel or not.
 ///
 /// As text: `main`, `any`, or IP addresses with commas between them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChannelsFrom {
     /// From where the main connection comes: the same IP address, vsock context or, for a unix socket, process. What cannot
-    /// be told apart is taken: a link without a [host](crate::channel::Link::host), guests behind one proxy. Default.
+    /// be distinguished is accepted: a link without a [host](crate::channel::Link::host), guests behind one proxy. Default.
     #[default]
     MainHost,
     /// From anywhere: for a source whose channels take another way than main.

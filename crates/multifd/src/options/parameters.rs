@@ -71,7 +71,7 @@ pub const MAX_CPU_THROTTLE: Parameter = Parameter::new("max-cpu-throttle", 1, 99
 pub const THROTTLE_TRIGGER_THRESHOLD: Parameter = Parameter::new("throttle-trigger-threshold", 1, 100, 50);
 /// How long it may take to connect, TLS handshake included, in milliseconds.
 pub const CONNECT_TIMEOUT: Parameter = Parameter::time("connect-timeout", 30_000);
-/// How long the other side may do nothing, on any connection, while something is due, in milliseconds; 0 is no limit.
+/// How long the other side may do nothing, on any connection, while something is expected of it, in milliseconds; 0 is no limit.
 ///
 /// The default is longer than a switch or router takes to reconfigure its links, and than
 /// [`TcpOptions`](crate::channel::TcpOptions) gives a host that does not answer, so that the more exact error comes first.
@@ -80,7 +80,7 @@ pub const STALL_TIMEOUT: Parameter = Parameter::time("stall-timeout", 120_000);
 pub const GREETING_TIMEOUT: Parameter = Parameter::time("greeting-timeout", 10_000);
 /// How long one of the first two sync points waits for channels that are on their way, in milliseconds.
 pub const CHANNELS_TIMEOUT: Parameter = Parameter::time("channels-timeout", 10_000);
-/// How long a source may take to close its channels after everything has come, in milliseconds.
+/// How long a source may take to close its channels after everything has arrived, in milliseconds.
 pub const DRAIN_TIMEOUT: Parameter = Parameter::time("drain-timeout", 5_000);
 
 #[cfg(test)]

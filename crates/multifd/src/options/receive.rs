@@ -92,16 +92,15 @@ impl ReceiveOptions {
         self
     }
 
-    /// How long, after everything has come, the source may take to close its channels. Default 5 s; then they are
-    /// closed from here.
+    /// How long the source may take to close its channels after everything has arrived. Default 5 s; then this side closes
+    /// them.
     pub fn drain_timeout(mut self, limit: Duration) -> Self {
         self.drain_timeout = limit;
         self
     }
 
-    /// How long the source may send nothing, on any connection, while a channel or main stands at a sync point and waits
-    /// for the others. Default 120 s; `None` is for ever, as QEMU waits. Between sync points a source may be silent for as
-    /// long as it likes.
+    /// How long the source may send nothing, on any connection, while a channel or main waits at a sync point for the
+    /// others. Default 120 s; `None` is without limit, as in QEMU. Between sync points a source may be silent without limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
         self

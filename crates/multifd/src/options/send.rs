@@ -96,16 +96,16 @@ impl SendOptions {
         self
     }
 
-    /// How long the destination may take nothing in, on any connection, while a channel has something for it. Default 120
-    /// s; `None` is for ever, as QEMU waits. A destination that is slow, however slow, is not given up.
+    /// How long the destination may accept no data, on any connection, while a channel has data for it. Default 120 s;
+    /// `None` is without limit, as in QEMU. A destination that is slow never reaches the limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
         self
     }
 
-    /// `zero-copy-send`: has the network card read pages where they are. Default off. It needs plain TCP, pages that are
-    /// not packed, and leave to lock memory: 4 MiB a channel (`RLIMIT_MEMLOCK`). It saves a copy where the card and the
-    /// way to it can, and costs where they cannot: [`missed_zero_copy`](crate::ChannelStats::missed_zero_copy) tells.
+    /// `zero-copy-send`: the network card reads pages where they are. Default off. It needs plain TCP, no compression, and
+    /// permission to lock memory: 4 MiB per channel (`RLIMIT_MEMLOCK`). It saves a copy if the card and its driver support
+    /// it, and costs time if they do not: see [`missed_zero_copy`](crate::ChannelStats::missed_zero_copy).
     pub fn zero_copy_send(mut self, on: bool) -> Self {
         self.zero_copy_send = on;
         self

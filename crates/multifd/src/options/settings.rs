@@ -26,7 +26,7 @@ pub(crate) struct SendSettings {
     connect_timeout: Number,
     stall_timeout: Number,
     zero_copy_send: bool,
-    /// The level of each method, and whatever is unknown.
+    /// The level of each method, and all unknown fields.
     #[serde(flatten)]
     levels: BTreeMap<String, Number>,
 }

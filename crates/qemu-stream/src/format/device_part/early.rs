@@ -148,7 +148,7 @@ impl EarlyPart {
     /// Takes the last piece of one live section, and returns its head; `None` if all have ended.
     ///
     /// # Errors
-    /// If something else stands there, or it is malformed.
+    /// If there is something else, or it is malformed.
     pub(crate) fn last_piece<R: Read>(
         &mut self,
         r: &mut Reader<R>,
