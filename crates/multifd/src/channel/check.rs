@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use super::Address;
-use crate::error::Usage;
+use crate::error::{UntrustedText, Usage};
 
 impl Address {
     /// Refuses an address to which no connection is possible, regardless of the other end. It does not change what the
@@ -106,7 +106,7 @@ fn kind(fd: RawFd, of: BorrowedFd<'_>) -> String {
         _ => "no socket",
     };
     match std::fs::read_link(format!("/proc/self/fd/{fd}")) {
-        Ok(name) => format!("{kind} ({})", name.display()),
+        Ok(name) => format!("{kind} ({})", UntrustedText::from_bytes(name.as_os_str().as_encoded_bytes())),
         Err(_) => kind.to_owned(),
     }
 }

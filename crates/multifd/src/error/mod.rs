@@ -5,12 +5,14 @@
 
 mod chain;
 mod fault;
+mod untrusted;
 mod usage;
 mod violation;
 
 use std::{fmt, io, sync::Arc, time::Duration};
 
 pub use chain::{Chain, chain};
+pub use untrusted::{Printable, UntrustedText, is_executed};
 pub use usage::Usage;
 pub use violation::Violation;
 

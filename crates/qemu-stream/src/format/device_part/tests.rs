@@ -61,6 +61,20 @@ fn sections_are_split_as_described() {
     assert_eq!(part.blob(), dump(SECTIONS));
 }
 
+/// A description that could clear the screen or imitate a message.
+#[test]
+fn names_from_a_description_are_escaped_in_errors() {
+    for json in [
+        r#"{"devices": [{"name": "x\u001b]0;owned\u0007\u202e\nmultifd: received ok", "instance_id": 1}]}"#,
+        "{\"devices\": [{\"name\": \"\u{9b}2J\", \"instance_id\": 1}]}",
+        "{\"devices\": \"\u{9b}2J\u{202e}\"}",
+    ] {
+        let text = misfit(&part(SECTIONS, json)).to_string();
+        assert!(!text.contains(multifd::error::is_executed), "{text:?}");
+        assert!(text.contains("2J") || text.contains(r"\u{1b}]0;owned\u{7}"), "{text}");
+    }
+}
+
 #[test]
 fn a_cut_part_has_no_end_at_any_byte() {
     let bytes = part(SECTIONS, JSON);
