@@ -2,12 +2,12 @@
 
 use std::{error::Error, fmt};
 
-/// An error and the causes behind it, from the first on. Shown, it is their texts with `: ` between them; as an iterator it
-/// gives them one by one.
+/// An error and its causes, the error first. `Display` writes all texts with `: ` between them; the iterator returns the
+/// errors one by one.
 #[derive(Clone, Debug)]
 pub struct Chain<'a>(Option<&'a (dyn Error + 'static)>);
 
-/// The chain of `error`, whatever kind of error it is.
+/// The chain of `error`, which may be of any type.
 pub fn chain<'a>(error: &'a (dyn Error + 'static)) -> Chain<'a> {
     Chain(Some(error))
 }

@@ -305,7 +305,7 @@ fn channels_without_main_have_a_limit_always() {
     let _links = [0, 1].map(|id| begin(HERE, to, id));
     let error = receiver.wait_main().expect_err("main never comes");
     assert!(matches!(error.kind(), Error::Stalled { .. }), "{error}");
-    let expected = "2 channels have connected, but no main connection, and nothing has moved on any connection for 200 ms: ";
+    let expected = "2 channels have connected, but no main connection, and nothing was transferred on any connection for 200 ms: ";
     assert!(error.to_string().starts_with(expected), "{error}");
 }
 

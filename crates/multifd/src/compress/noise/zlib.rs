@@ -1,4 +1,4 @@
-//! zlib whose blocks of noise and runs are written here, and not by the library.
+//! zlib whose blocks of noise and runs are written here instead of by the library.
 
 use flate2::{Compress, Compression, FlushCompress};
 
@@ -11,8 +11,8 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Pages of noise and runs become blocks of our own; all others go through the library. It looks for matches in each byte
-/// of noise, and at level 1 spends more bits on it than it has.
+/// Writes pages of noise and runs as blocks of its own, and passes all others to the library. The library would look for
+/// matches at each byte of noise, and at level 1 would make the noise longer.
 pub(in crate::compress) struct Encoder {
     packer: Packer,
     sieve: Sieve,
@@ -62,7 +62,7 @@ impl Encode for Encoder {
     }
 }
 
-/// A page as it was found to be.
+/// The result of the sieve for a page.
 fn write(blocks: &mut Blocks, stretches: &[Stretch], page: &[u8]) -> Option<()> {
     let mut rest = page;
     for stretch in stretches {
@@ -81,15 +81,15 @@ fn write(blocks: &mut Blocks, stretches: &[Stretch], page: &[u8]) -> Option<()> 
     Some(())
 }
 
-/// The library, which must know what a match may lead to.
+/// The library, which must know the bytes that a match may refer to.
 struct Packer {
-    /// Blocks alone: nobody is ever told the checksum of a stream that never ends, so none is made.
+    /// Writes blocks without a header and checksum: the stream never ends, so its checksum is never needed.
     stream: Compress,
-    /// It has taken bytes since it last ended at a whole byte.
+    /// Bytes were passed to it since it last ended at a byte boundary.
     open: bool,
-    /// What became blocks of our own since it last took a page,
+    /// The bytes that were written without the library since it last got a page. Not complete if `outrun`.
     missed: Vec<u8>,
-    /// if that is not a window or more: then no match leads to what it knows.
+    /// A window or more was written without the library, so no match can refer to the bytes that it knows.
     outrun: bool,
 }
 
@@ -106,7 +106,7 @@ impl Packer {
         self.run(page, FlushCompress::None, blocks)
     }
 
-    /// Ends at a whole byte.
+    /// Ends at a byte boundary.
     fn close(&mut self, blocks: &mut Blocks) -> Result<()> {
         if self.open {
             self.open = false;
@@ -144,7 +144,7 @@ const DOING: &str = "compress a page with zlib";
 const HEAD: [u8; 2] = [0x78, 0x01];
 const WINDOW: usize = 32 << 10;
 
-/// Within one packet, so it fits.
+/// The number is within one packet, so it fits.
 fn length(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

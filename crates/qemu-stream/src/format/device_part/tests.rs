@@ -133,7 +133,7 @@ fn a_description_that_does_not_fit_says_where() {
         ("description: ", r#"{"name": "d", "fields": [{"size": -1}]}"#.to_owned()),
         ("description: ", r#"{"name": 3}"#.to_owned()),
         ("description: ", "".to_owned() + &"[".repeat(200_000)),
-        ("bytes behind", String::new()),
+        ("bytes after", String::new()),
     ] {
         let found = misfit(&part(section, &json(&device))).to_string();
         assert!(found.contains(expected), "{device:.80}: {found}");

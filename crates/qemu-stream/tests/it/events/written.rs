@@ -234,7 +234,7 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
         match &event {
             Event::Configuration(_) => wrong(&mut copy, &event, "before the start of ram"),
             Event::Blocks { .. } => wrong(&mut copy, &page(), "in the first section of ram"),
-            Event::Eos => wrong(&mut copy, &event, "behind the end of records"),
+            Event::Eos => wrong(&mut copy, &event, "after the end of records"),
             Event::SectionEnd { .. } => wrong(&mut copy, &Event::EndOfRam, {
                 in_pass += 1;
                 if in_pass < 3 { "between two passes" } else { break }
@@ -255,7 +255,7 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
         }
     }
     copy.write(&Event::EndOfRam).unwrap();
-    wrong(&mut copy, &Event::SyncPoint(SyncMark::Flush), "behind the end of ram");
+    wrong(&mut copy, &Event::SyncPoint(SyncMark::Flush), "after the end of ram");
     // Devices of another stream.
     let refused = copy.write(&Event::End(Box::new(with_other_sections())));
     assert!(matches!(refused, Err(Error::Usage(Usage::Value { what: "devices", .. }))));

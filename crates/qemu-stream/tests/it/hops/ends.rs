@@ -293,7 +293,7 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
     let nowhere: Arc<dyn Connect> = Arc::new("tcp:127.0.0.1:1".parse::<Address>().expect("an address"));
     let cpu = |bytes| DeviceInfo::new("cpu", bytes);
     for (devices, why) in [
-        (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 is there twice"),
+        (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 exists twice"),
         (vec![DeviceInfo::new("", 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("x".repeat(256), 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("globalstate", 1)], "run state"),
