@@ -158,8 +158,8 @@ fn what_to_check(stream: StreamKind) -> &'static str {
     match stream {
         StreamKind::ReturnPath => {
             "the destination makes no progress, or waits for something that this side does not send: more channels \
-             (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round); make sure that the \
-             guest does not run there before it continues here"
+             (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round); make sure \
+             that the guest does not run there before it continues here"
         }
         _ => {
             "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there"
@@ -500,8 +500,8 @@ pub enum Usage {
     },
     /// The file would be longer than the file size limit of this process.
     #[error(
-        "the file needs at least {size:#x} bytes, but this process may only write files of {limit:#x} bytes (RLIMIT_FSIZE, `ulimit -f`): \
-         raise the limit"
+        "the file needs at least {size:#x} bytes, but this process may only write files of {limit:#x} bytes (RLIMIT_FSIZE, \
+         `ulimit -f`): raise the limit"
     )]
     FileSize {
         /// The limit of the process, in bytes.

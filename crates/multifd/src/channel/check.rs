@@ -183,7 +183,7 @@ mod tests {
             (File::open("/").expect("open").into(), "a folder (/)"),
             (tempfile::tempfile().expect("a file").into(), "a regular file ("),
             (pipe.into(), "a pipe (pipe:["),
-            (path, "opened as a path alone"),
+            (path, "opened only as a path"),
             (UdpSocket::bind("127.0.0.1:0").expect("bound").into(), "a datagram socket"),
             (OwnedFd::from(fresh), "a stream socket that is n"),
         ] {

@@ -351,7 +351,7 @@ impl RecvCounters {
     }
 }
 
-const NO_MAIN: &str = "the source may have ended before the migration began, or its main connection goes to another address; start \
-     the source again, and this destination too if it has ended";
+const NO_MAIN: &str = "the source may have ended before the migration began, or its main connection goes to another \
+                       address; start the source again, and this destination too if it has ended";
 
 const _: () = assert!(limits::CHANNELS == u8::MAX);

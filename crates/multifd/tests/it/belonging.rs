@@ -269,7 +269,7 @@ fn where_channels_may_come_from_can_be_chosen() {
             Err(error) => {
                 assert!(!admitted, "{from}: {error}");
                 let text = error.to_string();
-                assert!(text.starts_with("1 connections like channels from other hosts"), "{text}");
+                assert!(text.starts_with("1 connections of channels from other hosts"), "{text}");
                 assert!(text.contains("expected 1 channels, 0 connected"), "{text}");
             }
         }

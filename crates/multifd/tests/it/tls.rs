@@ -176,7 +176,7 @@ fn a_source_of_another_authority_or_without_certificate_is_refused() {
     assert_refused(
         nobody,
         "TLS alert CertificateRequired",
-        "give the source client-cert.pem and client-key.pem",
+        "the source needs client-cert.pem and client-key.pem in tls-creds",
     );
 
     // It trusts both authorities; its own certificate is signed by the other one.
@@ -437,7 +437,7 @@ fn tls_1_2_ends_where_keys_would_have_to_change() {
         Stream::new(connector.connect(&crate::kit::context()).expect("connected"), &crate::kit::context());
     stream.write_all(&vec![7; 96 * (16 << 10)]).expect("keys are good for this");
     let error = stream.write_all(&vec![7; 128 << 10]).expect_err("keys are worn out");
-    let told = "TLS 1.2 cannot change keys, and those of this connection have served for 96 records";
+    let told = "TLS 1.2 cannot change keys, and 96 records were sent with the keys of this connection";
     assert!(error.to_string().starts_with(told), "{error}");
     drop(stream);
     let received = destination.join().expect("no panic");
@@ -501,7 +501,7 @@ fn whoever_does_not_speak_tls_is_told_of_it_on_both_sides() {
         (Arc::new(TlsConnector::new(Arc::new(connector), client)), Box::new(listener));
     let (sent, _) = meet(plain_destination);
     let told = sent.expect_err("refused");
-    assert!(told.contains("the other side closed during the TLS handshake"), "{told}");
+    assert!(told.contains("the other side closed the connection during the TLS handshake"), "{told}");
 }
 
 #[test]

@@ -264,7 +264,7 @@ fn destination_admits_us_by_the_subject_that_we_go_by_and_by_no_other() {
         from.migrate(&address).unwrap();
         receive.done();
         let (_to, address) = admitting(qemu, tls.path(), "CN=source,O=Test").unwrap();
-        let told = ["client-cert.pem", "its own log says why"];
+        let told = ["client-cert.pem", "its own log has the reason"];
         feed(&["--tls-creds", creds], &file, &address).end().assert_failed(1, &told);
         let (mut to, address) = admitting(qemu, tls.path(), "O=Test,CN=source").unwrap();
         feed(&["--tls-creds", creds], &file, &address).done();

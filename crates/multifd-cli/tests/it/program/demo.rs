@@ -164,7 +164,10 @@ fn time_that_is_over_ends_a_demo() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     let told = ended.json();
     let text = told["error-desc"].as_str().expect("an error");
-    assert!(text.starts_with("not complete after 2.0 s (max-total-time), so the guest runs on"), "{text}");
+    assert!(
+        text.starts_with("not complete after 2.0 s (max-total-time), so the guest continues at the source"),
+        "{text}"
+    );
 }
 
 /// A demo that waits before its switchover, and its standard input.

@@ -14,7 +14,7 @@ fn told(limit: u32) -> [String; 3] {
         format!(
             "because: no descriptors are left: the limit of open files (RLIMIT_NOFILE, `ulimit -n`) is {limit}; "
         ),
-        "raise it, or use fewer channels (multifd-channels)".into(),
+        "raise the limit, or use fewer channels (multifd-channels)".into(),
         "Too many open files".into(),
     ]
 }
