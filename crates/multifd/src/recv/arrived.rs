@@ -26,7 +26,7 @@ pub struct Arrived {
 #[derive(Debug)]
 struct BlockPages {
     /// Pages that have arrived, including zero pages.
-    come: PageBitmap,
+    arrived: PageBitmap,
     /// Pages whose memory may contain anything other than zero; `None`: all of them.
     may_hold: Option<PageBitmap>,
 }
@@ -45,7 +45,7 @@ pub enum MayMiss {
 impl Arrived {
     pub(super) fn new(blocks: Arc<RamBlocks>) -> Self {
         let pages = |(_, block): (_, &RamBlock)| BlockPages {
-            come: PageBitmap::new(block.pages()),
+            arrived: PageBitmap::new(block.pages()),
             may_hold: match block.memory() {
                 Memory::Mapped(_) => Some(block.may_hold()),
                 Memory::MappedRam(_) => None,
@@ -62,12 +62,12 @@ impl Arrived {
 
     /// The number of pages of a block that have arrived, each counted once; 0 if there is no such block.
     pub fn count(&self, block: BlockIndex) -> u64 {
-        self.pages.get(block.0).map_or(0, |pages| pages.come.count())
+        self.pages.get(block.0).map_or(0, |pages| pages.arrived.count())
     }
 
     /// Whether no page of a block has arrived, not even a zero page. Meaningful when all of RAM has arrived.
     pub fn is_untouched(&self, block: BlockIndex) -> bool {
-        self.pages.get(block.0).is_none_or(|pages| pages.come.words().all(|word| word == 0))
+        self.pages.get(block.0).is_none_or(|pages| pages.arrived.words().all(|word| word == 0))
     }
 
     /// Writes pages that did not arrive over a channel, beginning with page `first`.
@@ -121,24 +121,24 @@ impl Arrived {
         self.check_any()?;
         let (mut first, mut missing) = (None, 0);
         for (index, block) in self.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
-            let come = self.count(index);
-            if come == block.pages() {
+            let arrived = self.count(index);
+            if arrived == block.pages() {
                 continue;
             }
             match may_miss(block) {
-                MayMiss::Whole if come == 0 => {}
+                MayMiss::Whole if arrived == 0 => {}
                 MayMiss::Pages => {
                     let missing = self.clear_missing(index, block);
                     tracing::debug!(block = %block.name(), missing, "pages that the source omitted are zero");
                 }
                 MayMiss::Whole | MayMiss::Nothing => {
-                    missing += block.pages() - come;
+                    missing += block.pages() - arrived;
                     first.get_or_insert((index, block));
                 }
             }
         }
         let Some((index, block)) = first else { return Ok(()) };
-        let page = self.pages(index).come.clear_runs().next().map(|(page, _)| page);
+        let page = self.pages(index).arrived.clear_runs().next().map(|(page, _)| page);
         let offset = page.and_then(|page| block.offset_of(page)).unwrap_or_default();
         Err(Violation::PagesMissing { missing, name: block.name().clone(), offset }.into())
     }
@@ -160,7 +160,7 @@ impl Arrived {
     /// Clears every page of a block that has not arrived. Returns their number.
     fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> u64 {
         let mut missing = 0;
-        for (first, count) in self.pages(index).come.clear_runs() {
+        for (first, count) in self.pages(index).arrived.clear_runs() {
             missing += count;
             self.clear_run(block, index, first, count);
         }
@@ -170,7 +170,7 @@ impl Arrived {
     /// Records that pages were written, beginning with page `first`.
     pub(super) fn note(&self, block: BlockIndex, first: PageIndex, count: u64) {
         let pages = self.pages(block);
-        pages.come.set_run(first, count);
+        pages.arrived.set_run(first, count);
         if let Some(may_hold) = &pages.may_hold {
             may_hold.set_run(first, count);
         }
@@ -179,7 +179,7 @@ impl Arrived {
     /// Clears pages, beginning with page `first`.
     pub(super) fn clear_run(&self, of: &RamBlock, block: BlockIndex, first: PageIndex, count: u64) {
         let pages = self.pages(block);
-        pages.come.set_run(first, count);
+        pages.arrived.set_run(first, count);
         for page in (first.0..first.0 + count).map(PageIndex) {
             if pages.may_hold.as_ref().is_none_or(|may_hold| may_hold.clear(page)) {
                 of.clear(page);
@@ -262,7 +262,7 @@ mod tests {
         arrived(&[0]).check_complete(|_| MayMiss::Nothing).expect("there is no page");
     }
 
-    /// Memory that another machine has used: what does not come must not show through.
+    /// Memory that another machine has used: contents of pages that do not arrive must not remain.
     #[test]
     fn pages_that_need_not_come_are_zero() {
         let before = arrived(&[8 * 4096]);

@@ -155,7 +155,7 @@ impl Receiver {
                 self.shared.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            if state.roster.come() == 0 {
+            if state.roster.connected() == 0 {
                 begun = None;
                 state = self.shared.wait(state);
                 continue;
@@ -167,7 +167,8 @@ impl Receiver {
                 .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
             let left = self.shared.context.stall_timer.left_of(limit, begun);
             if left.is_zero() {
-                let what = format!("{} channels have connected, but no main connection", state.roster.come());
+                let what =
+                    format!("{} channels have connected, but no main connection", state.roster.connected());
                 drop(state);
                 return Err(self.shared.stop.fail(Error::Stalled { what, limit, hint: NO_MAIN }));
             }
@@ -266,7 +267,7 @@ impl Receiver {
 
     /// The number of channels that have connected so far.
     pub fn channels(&self) -> u16 {
-        self.shared.lock().roster.come()
+        self.shared.lock().roster.connected()
     }
 
     /// The UUID in the channels' initial packets: nil for a machine without one, `None` before main and a channel have

@@ -205,7 +205,7 @@ pub fn a_source_that_dies_before_main_leaves_its_places_free() {
     let dying = thread::spawn(move || drop((first, second)));
     let shared = receiver.shared.clone();
     let mut state = shared.lock();
-    while state.roster.come() > 0 || !state.roster.unidentified.is_empty() {
+    while state.roster.connected() > 0 || !state.roster.unidentified.is_empty() {
         state = shared.wait(state);
     }
     drop(state);

@@ -59,7 +59,7 @@ impl Roster {
     }
 
     /// The number of channels that have connected, also before main.
-    pub(super) fn come(&self) -> u16 {
+    pub(super) fn connected(&self) -> u16 {
         self.count().saturating_add(u16::try_from(self.waiting.len()).unwrap_or(u16::MAX))
     }
 

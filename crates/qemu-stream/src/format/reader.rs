@@ -100,7 +100,7 @@ impl<R: Read> Reader<R> {
     ///
     /// # Errors
     /// If the system cannot read.
-    pub fn look(&mut self, count: usize) -> Result<Option<&[u8]>, Error> {
+    pub fn peek_bytes(&mut self, count: usize) -> Result<Option<&[u8]>, Error> {
         if count > self.buffer.len() {
             return Ok(None);
         }

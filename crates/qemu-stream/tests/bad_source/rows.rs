@@ -278,7 +278,7 @@ fn patched() -> Vec<Row> {
             "a flag in another byte",
             head(8, &[1]),
             "Unsupported(Flags",
-            &["channel 1: packet 1: packet flags 0x1000000 hold 0x1000000, which this version does not"],
+            &["channel 1: packet 1: packet flags 0x1000000 include 0x1000000, which this version does not"],
         ),
         (
             "zlib where none came before",

@@ -27,7 +27,7 @@ impl Encoder {
             packer: Packer {
                 stream: Compress::new(Compression::new(level.into()), false),
                 open: false,
-                missed: Vec::new(),
+                skipped: Vec::new(),
                 outrun: false,
             },
             sieve: Sieve::new(),
@@ -50,7 +50,7 @@ impl Encode for Encoder {
             if let Some(stretches) = self.sieve.sift(&self.page) {
                 self.packer.close(&mut self.blocks)?;
                 write(&mut self.blocks, stretches, &self.page).ok_or_else(outgrown)?;
-                self.packer.miss(&self.page);
+                self.packer.skip(&self.page);
             } else {
                 self.blocks.finish().ok_or_else(outgrown)?;
                 self.packer.pack(&self.page, &mut self.blocks)?;
@@ -88,7 +88,7 @@ struct Packer {
     /// Bytes were passed to it since it last ended at a byte boundary.
     open: bool,
     /// The bytes that were written without the library since it last got a page. Not complete if `outrun`.
-    missed: Vec<u8>,
+    skipped: Vec<u8>,
     /// A window or more was written without the library, so no match can refer to the bytes that it knows.
     outrun: bool,
 }
@@ -97,11 +97,11 @@ impl Packer {
     fn pack(&mut self, page: &[u8], blocks: &mut Blocks) -> Result<()> {
         if self.outrun {
             self.stream.reset();
-        } else if !self.missed.is_empty() {
-            self.stream.set_dictionary(&self.missed).map_err(|error| Error::other(DOING, error))?;
+        } else if !self.skipped.is_empty() {
+            self.stream.set_dictionary(&self.skipped).map_err(|error| Error::other(DOING, error))?;
         }
         self.outrun = false;
-        self.missed.clear();
+        self.skipped.clear();
         self.open = true;
         self.run(page, FlushCompress::None, blocks)
     }
@@ -115,10 +115,10 @@ impl Packer {
         Ok(())
     }
 
-    fn miss(&mut self, page: &[u8]) {
-        self.outrun |= self.missed.len() + page.len() >= WINDOW;
+    fn skip(&mut self, page: &[u8]) {
+        self.outrun |= self.skipped.len() + page.len() >= WINDOW;
         if !self.outrun {
-            self.missed.extend(page);
+            self.skipped.extend(page);
         }
     }
 

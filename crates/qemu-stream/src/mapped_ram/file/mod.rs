@@ -307,7 +307,7 @@ impl Parser<'_> {
         let rest = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
         let mut finder = EndFinder::new(self.footers).early(std::mem::take(&mut self.early));
         let mut bytes = [finder.ends(), &rest].concat();
-        if let Some(part) = finder.look(&mut bytes).map_err(|what| what.at(at))? {
+        if let Some(part) = finder.find(&mut bytes).map_err(|what| what.at(at))? {
             return Ok(part);
         }
         if !complete.unwrap_or(self.footers) {

@@ -98,7 +98,7 @@ fn with_other_sections() -> DevicePart {
     behind.extend(b"\x04\0\0\0\x05\x01d\0\0\0\0\0\0\0\x01\xaa\xaa\x7e\0\0\0\x05\0\x06");
     behind.extend(u32::try_from(json.len()).unwrap().to_be_bytes());
     behind.extend(json.bytes());
-    EndFinder::new(true).early(early).look(&mut behind).unwrap().unwrap()
+    EndFinder::new(true).early(early).find(&mut behind).unwrap().unwrap()
 }
 
 /// The stream of a machine with these devices.

@@ -297,7 +297,7 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
         (vec![DeviceInfo::new("", 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("x".repeat(256), 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("globalstate", 1)], "run state"),
-        (vec![cpu(200 << 20)], "a destination takes 0x8000000"),
+        (vec![cpu(200 << 20)], "a destination accepts at most 0x8000000"),
     ] {
         let leaving = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());
         let error = leaving.migrate(&nowhere, &mut NeverDirty, &mut Devices(devices)).expect_err("refused");
