@@ -41,7 +41,7 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
                 Ok(report) => (Ok(report), false),
                 Err(error) => (Err(error), true),
             },
-            _ => (Err(format!("what is {line:?}?").into()), true),
+            _ => (Err(format!("unknown request {line:?}").into()), true),
         };
         let answer =
             answer.map_or_else(|error| format!("error: {}", chain(&*error)), |text| format!("ok {text}"));
@@ -111,7 +111,7 @@ pub(crate) fn ask(socket: &Path, line: &str) -> Result<String, Failure> {
     BufReader::new(&stream).read_line(&mut answer)?;
     match answer.trim_end().strip_prefix("ok") {
         Some(answer) => Ok(answer.trim_start().to_owned()),
-        None if answer.is_empty() => Err("the machine has gone".into()),
+        None if answer.is_empty() => Err("the process of the machine has ended".into()),
         None => Err(answer.trim_end().into()),
     }
 }

@@ -138,7 +138,7 @@ impl Machine {
         let device = numbers("report", 3)?;
         let device = Device { size: device[0], rate: device[1], batches: device[2] };
         if device.size != total(&memory) {
-            return Err("the device has another idea of the memory's size".into());
+            return Err("the saved memory size of the device differs from the size of the memory".into());
         }
         let cpu = body("vcpu", size_of::<kvm_regs>() + size_of::<kvm_sregs>())?;
         let (regs, sregs) = cpu.split_at(size_of::<kvm_regs>());
@@ -407,10 +407,10 @@ impl Vcpu {
             }
             Ok(VcpuExit::IoOut(guest::WRONG, data)) => {
                 let at = u32::read_from_bytes(data).map_err(|_| "an address of four bytes")?;
-                Err(format!("the guest found its memory wrong near {at:#x}").into())
+                Err(format!("the guest found wrong bytes in its memory near {at:#x}").into())
             }
             Err(error) if error.errno() == INTERRUPTED => Ok(false),
-            other => Err(format!("the guest left for a reason that is not known: {other:?}").into()),
+            other => Err(format!("the vCPU exited for an unknown reason: {other:?}").into()),
         }
     }
 }

@@ -7,12 +7,12 @@ use std::{
 
 use super::untrusted::Escape;
 
-/// An error and the causes behind it, from the first on. Shown, it is their texts with `: ` between them, escaped as
-/// [`Printable`](super::Printable) is; as an iterator it gives them one by one.
+/// An error and its causes, the error first. `Display` writes all texts with `: ` between them, escaped as
+/// [`Printable`](super::Printable) is; the iterator returns the errors one by one.
 #[derive(Clone, Debug)]
 pub struct Chain<'a>(Option<&'a (dyn Error + 'static)>);
 
-/// The chain of `error`, whatever kind of error it is.
+/// The chain of `error`, which may be of any type.
 pub fn chain<'a>(error: &'a (dyn Error + 'static)) -> Chain<'a> {
     Chain(Some(error))
 }

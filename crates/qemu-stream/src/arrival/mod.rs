@@ -144,7 +144,7 @@ impl Arrival {
 
 /// The source has announced the machine. It waits, and its guest runs there. When dropped, it informs the source to keep
 /// the guest.
-#[must_use = "dropped, the guest stays at the source"]
+#[must_use = "if it is dropped, the guest stays at the source"]
 pub struct Announced {
     // The order of the fields matters: the source is informed of the failure before its connections end.
     incoming: Incoming<Stream>,

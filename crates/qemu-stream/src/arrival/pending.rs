@@ -18,7 +18,7 @@ use crate::{
 
 /// RAM and devices have arrived; the source still owns the guest. When dropped, it informs the source to keep the
 /// guest.
-#[must_use = "dropped, the guest stays at the source"]
+#[must_use = "if it is dropped, the guest stays at the source"]
 pub struct Pending {
     // The order of the fields matters: the source is informed of the failure before its connections end.
     pub(super) incoming: Incoming<Stream>,
@@ -170,7 +170,7 @@ impl Confirmed {
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
                 Ok(())
             }
-            Err(error) => Err(Error::io("the connection broke after the confirmation was sent", error)),
+            Err(error) => Err(Error::io("the connection failed after the confirmation was sent", error)),
         }
     }
 
@@ -180,7 +180,7 @@ impl Confirmed {
     pub fn finish(self) -> Vec<ChannelStats> {
         let counters = self.receiver.counters();
         let stats = self.receiver.finish().unwrap_or_else(|error| {
-            tracing::debug!(%error, "the channels did not end in order");
+            tracing::debug!(%error, "the channels did not end cleanly");
             counters.stats()
         });
         drop(self.main);

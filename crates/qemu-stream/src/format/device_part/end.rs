@@ -67,7 +67,7 @@ impl EndFinder {
     ///
     /// # Errors
     /// If more places look like the end than any real device part has.
-    pub fn look(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
+    pub fn find(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
         self.scan(collected)?;
         let mut found = None;
         for Candidate { eof, end } in self.candidates.iter().copied().filter(|c| c.end == collected.len()) {

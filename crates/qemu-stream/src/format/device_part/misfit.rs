@@ -40,7 +40,7 @@ pub enum Misfit {
         name: SectionName,
     },
     /// More sections follow than are described.
-    #[error("{left:#x} bytes behind the last described device")]
+    #[error("{left:#x} bytes after the last described device")]
     Left {
         /// The number of bytes.
         left: usize,

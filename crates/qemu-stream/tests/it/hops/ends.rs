@@ -319,11 +319,11 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
     let nowhere: Address = "tcp:127.0.0.1:1".parse().expect("an address");
     let cpu = |bytes| DeviceInfo::new("cpu", bytes);
     for (devices, why) in [
-        (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 is there twice"),
+        (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 exists twice"),
         (vec![DeviceInfo::new("", 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("x".repeat(256), 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("globalstate", 1)], "run state"),
-        (vec![cpu(200 << 20)], "a destination takes 0x8000000"),
+        (vec![cpu(200 << 20)], "a destination accepts at most 0x8000000"),
     ] {
         let leaving = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());
         let error =
