@@ -15,7 +15,7 @@ use super::{
     stall_timer::{Activity, StallTimer},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, Usage},
     sync_types::{AtomicBool, Condvar, Instant, Mutex, MutexGuard, panicking},
 };
 
@@ -29,12 +29,16 @@ pub trait Wake: Send + Sync {
     fn wake(&self);
 }
 
-/// Stops one side of a migration, exactly once. Clones are the same stop.
+/// Stops one side of one migration, exactly once. Clones are the same stop. A second migration needs a stop of its own and
+/// is refused with this one ([`Usage::StopTaken`]): a shared stop would cancel both, and after the first migration has
+/// ended it has no effect.
 #[derive(Clone, Default)]
 pub struct Stop(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
+    /// A migration has this stop; only whether it was set before matters.
+    taken: AtomicBool,
     /// Set after the cause; pairs with the acquire in `is_stopped`, which avoids the lock on hot paths.
     stopped: AtomicBool,
     state: Mutex<State>,
@@ -62,6 +66,14 @@ impl Stop {
     /// Creates a stop that has not happened.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Takes the stop for a migration. A stop that was cancelled before can be taken: it ends that migration.
+    ///
+    /// # Errors
+    /// [`Usage::StopTaken`] the second time.
+    pub(crate) fn take(&self) -> Result<()> {
+        if self.0.taken.swap(true, Ordering::Relaxed) { Err(Usage::StopTaken.into()) } else { Ok(()) }
     }
 
     /// Stops with an error, unless the migration was stopped before. Returns the error to report: the first one.

@@ -198,6 +198,12 @@ pub enum Usage {
     /// The memory of the block cannot be written.
     #[error("block {0:?} is mapped for reading only and cannot receive pages")]
     ReadOnly(BlockName),
+    /// A stop was given to a second migration.
+    #[error(
+        "this stop belongs to another migration, running or ended: create a Stop for each migration, and cancel each by its \
+         own"
+    )]
+    StopTaken,
     /// A sender or receiver was used for a second migration.
     #[error("this sender or receiver was used before: create a new one for each migration")]
     UsedTwice,

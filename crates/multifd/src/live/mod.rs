@@ -89,6 +89,7 @@ impl Migration {
     pub fn over_main(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         sendable::check_whole_pages(&blocks)?;
         sendable::check_may_be_copied(&blocks)?;
+        stop.take()?;
         Self::made(options, blocks, stop, None)
     }
 

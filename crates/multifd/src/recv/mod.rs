@@ -54,6 +54,7 @@ pub struct Receiver {
     shared: Arc<Shared>,
     /// Wakes all waits at the stop, as long as the receiver lives.
     watches: Vec<Watch>,
+    stop_taken: Result<()>,
 }
 
 impl std::fmt::Debug for Receiver {
@@ -66,8 +67,12 @@ impl std::fmt::Debug for Receiver {
 }
 
 impl Receiver {
-    /// A receiver without connections. `stop` ends it together with the other parts of the migration.
+    /// A receiver without connections. `stop` ends it together with the other parts of the migration. If `stop` belongs to
+    /// another migration, [`listen`](Receiver::listen) and [`wait_main`](Receiver::wait_main) fail.
     pub fn new(options: ReceiveOptions, stop: Stop) -> Self {
+        let stop_taken = stop.take();
+        // The other migration must not end with this receiver.
+        let stop = if stop_taken.is_ok() { stop } else { Stop::new() };
         let most = usize::from(options.channels.most());
         let uuid = options.uuid;
         let method = options.method.map_or_else(OnceLock::new, OnceLock::from);
@@ -86,15 +91,16 @@ impl Receiver {
         });
         // First, so that a thread that is woken later finds the state stopped.
         let watches = vec![stop.watch(Arc::new(WakeState(shared.clone())))];
-        Self { shared, watches }
+        Self { shared, watches, stop_taken }
     }
 
     /// Accepts connections from `listener` in a thread of its own, until the migration is over.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the listener accepts one connection only and
-    /// channels are expected; the system's error if the thread cannot be started.
+    /// [`Usage::UsedTwice`] the second time; [`Usage::StopTaken`]; [`Usage::SingleConnection`] if the listener accepts one
+    /// connection only and channels are expected; the system's error if the thread cannot be started.
     pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
+        self.stop_taken.clone()?;
         if let (true, ChannelCount::Exact(1..)) = (listener.is_single(), self.shared.options.channels) {
             return Err(Usage::SingleConnection(listener.address()).into());
         }
@@ -138,8 +144,9 @@ impl Receiver {
     ///
     /// # Errors
     /// [`Error::Stalled`] if main does not connect in time; the error that stopped the migration; [`Usage::UsedTwice`] the
-    /// second time.
+    /// second time; [`Usage::StopTaken`].
     pub fn wait_main(&self) -> Result<Stream> {
+        self.stop_taken.clone()?;
         let mut state = self.shared.lock();
         let mut begun = None;
         loop {
