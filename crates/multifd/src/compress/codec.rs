@@ -1,5 +1,6 @@
 //! What a compression method implements, and what is to be said of it.
 
+use super::DecoderMemory;
 use crate::{
     error::Result,
     parameters::Parameter,
@@ -19,7 +20,8 @@ pub(crate) struct Description {
     /// fails if the library behind the method refuses, for want of memory for example.
     pub(crate) encoder: fn(level: u8) -> Made<dyn Encode>,
     /// Makes the decoder of one channel; `None` if the pages themselves are the payload.
-    pub(crate) decoder: fn() -> Made<dyn Decode>,
+    /// What it takes in proportion to the source's choice is reserved of `memory`.
+    pub(crate) decoder: fn(memory: &DecoderMemory) -> Made<dyn Decode>,
 }
 
 /// A codec, if the method has one.

@@ -9,14 +9,15 @@ use arrayvec::ArrayVec;
 use super::{arrived::Arrived, decode::Listed, packet_reader::PacketReader};
 use crate::{
     batch::neighbours,
-    compress::Decode,
+    compress::{Decode, DecoderMemory},
     error::{Error, Malformed, Result},
     ram::{AlignedBuffer, BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
     wire::limits::{PACKET_BYTES, PAYLOAD_BYTES},
 };
 
-#[derive(Default)]
 pub(super) struct Placer {
+    /// Of all channels.
+    memory: DecoderMemory,
     /// Made when the first packet with pages says that it is needed, and kept: a channel is one stream.
     decoder: Option<Box<dyn Decode>>,
     /// A packet's payload as it came, with a method that compresses.
@@ -26,6 +27,10 @@ pub(super) struct Placer {
 }
 
 impl Placer {
+    pub(super) fn new(memory: DecoderMemory) -> Self {
+        Self { memory, decoder: None, payload: Box::default(), pages: AlignedBuffer::default() }
+    }
+
     /// Receives the packet's payload and writes its pages.
     pub(super) fn place(
         &mut self,
@@ -49,7 +54,7 @@ impl Placer {
     fn normal(&mut self, packets: &mut PacketReader, listed: &Listed, block: &RamBlock) -> Result<()> {
         let mut parts: ArrayVec<PartMut<'_>, MAX_PARTS> = ArrayVec::new();
         if self.decoder.is_none()
-            && let Some(decoder) = listed.method.decoder()?
+            && let Some(decoder) = listed.method.decoder(&self.memory)?
         {
             self.decoder = Some(decoder);
             self.payload = vec![0; PAYLOAD_BYTES as usize].into();
