@@ -4,6 +4,7 @@
 //! there is libFuzzer's limit of one allocation, which it can keep to with the address sanitizer alone.
 
 use std::{
+    fs::File,
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering},
 };
@@ -22,6 +23,14 @@ pub fn bounded(input: &[u8], target: impl FnOnce(&[u8])) {
         "{} bytes of input had {taken} bytes allocated",
         input.len()
     );
+}
+
+/// An empty file in memory, which may become longer than on most disks.
+///
+/// # Panics
+/// If the system has none.
+pub fn file() -> File {
+    rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory").into()
 }
 
 /// A target, and the fuzzer's entry to it.

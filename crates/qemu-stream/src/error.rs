@@ -248,6 +248,18 @@ pub enum Malformed {
         /// Why the nearest candidate did not fit.
         last: Option<Misfit>,
     },
+    /// A file has no description that fits, and no devices that end with the file.
+    #[error(
+        "device part: no end in the last {length:#x} bytes of the file{}; the file is incomplete, or it was saved without a \
+         description (machine option suppress-vmdesc) and bytes other than zeros follow the machine: cut them off",
+        last.as_ref().map(|m| format!(" (nearest: {m})")).unwrap_or_default()
+    )]
+    NoEndInFile {
+        /// Bytes after the RAM section.
+        length: u64,
+        /// Why the nearest candidate did not fit.
+        last: Option<Misfit>,
+    },
 }
 
 /// Well-formed bytes where the rules do not allow them.
