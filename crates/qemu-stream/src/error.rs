@@ -280,6 +280,16 @@ pub enum Violation {
     /// Two entries of the list have one name.
     #[error("block \"{0}\" is listed twice")]
     BlockTwice(BlockName),
+    /// Two sections of devices have one name and one instance.
+    #[error(
+        "device \"{name}\" instance {instance} is sent twice: it is not known which of its two states is right"
+    )]
+    DeviceTwice {
+        /// The name.
+        name: SectionName,
+        /// The instance.
+        instance: u32,
+    },
     /// A page does not lie in its block.
     #[error("page at {offset} outside block \"{block}\" ({used_length:#x})")]
     PageOutside {

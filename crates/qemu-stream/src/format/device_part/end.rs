@@ -8,7 +8,7 @@
 //! If the source does not close after its last byte, only this shape shows the end. A guest that plants a complete,
 //! fitting description of a part of its own devices in device data can truncate its own state; it cannot harm others.
 
-use super::{Description, DevicePart, DeviceSection, EarlyPart, Misfit, walk};
+use super::{Description, DevicePart, DeviceSection, EarlyPart, Misfit, check_distinct, walk};
 use crate::{
     error::{Malformed, Violation},
     format::limits,
@@ -112,7 +112,10 @@ impl EndFinder {
                     walk::split(&self.early, blob, &description, self.footers)
                 });
             match split {
-                Ok(sections) => return Ok(Some((*candidate, sections))),
+                Ok(sections) => {
+                    check_distinct(&sections)?;
+                    return Ok(Some((*candidate, sections)));
+                }
                 Err(misfit) => self.misfit = Some(misfit),
             }
         }
