@@ -65,7 +65,9 @@ multifd_fuzz::target!(|bytes: &[u8]| {
         blocks
     })
     .left_out(LeftOut::Pages);
-    let Ok(loaded) = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true).run(&mut loader) else { return };
+    let Ok(loaded) = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true).run(&mut loader) else {
+        return;
+    };
     let Ok(blocks) = loader.finish(&loaded) else { return };
     let Some(layout) = layout.into_inner() else { return };
     // A walk over the words of terabytes takes longer than a fuzzer has patience.
@@ -74,7 +76,8 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     }
     let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
     if layout.write_around(&file, &blocks, &tail).is_ok() {
-        let read = MappedRamFile::open(file.try_clone().expect("the same file"), 0).expect("what was written is read");
+        let read = MappedRamFile::open(file.try_clone().expect("the same file"), 0)
+            .expect("what was written is read");
         for (index, _) in read.blocks().iter() {
             let _ = read.bitmap(index);
         }

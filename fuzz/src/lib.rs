@@ -4,8 +4,8 @@
 //! there is libFuzzer's limit of one allocation, which it can keep to with the address sanitizer alone.
 
 use std::{
-    fs::File,
     alloc::{GlobalAlloc, Layout, System},
+    fs::File,
     sync::atomic::{AtomicUsize, Ordering},
 };
 

@@ -14,11 +14,12 @@
 
 mod part;
 mod take;
-
-use std::sync::atomic::Ordering;
+mod tree;
 
 use part::{GROUP_WORDS, Group, LEAF_WORDS, Part, Piece, View};
 pub use take::TakenWords;
+pub(crate) use tree::mask;
+use tree::{Tree, WORD, word_of};
 
 use crate::PageIndex;
 
@@ -31,37 +32,29 @@ use crate::PageIndex;
 /// needs at most 2 KiB when its bit differs from its neighbours', and all pages together at most 1.2 bits per page.
 #[derive(Debug)]
 pub struct PageBitmap {
-    groups: Box<[Part<Group>]>,
-    pages: u64,
+    tree: Tree,
 }
-
-const WORD: u64 = u64::BITS as u64;
 
 impl PageBitmap {
     /// Creates a bitmap of `pages` bits, all clear.
     pub fn new(pages: u64) -> Self {
-        Self::uniform(pages, false)
+        Self { tree: Tree::uniform(pages, false) }
     }
 
     /// Creates a bitmap of `pages` bits, all set.
     pub fn full(pages: u64) -> Self {
-        Self::uniform(pages, true)
-    }
-
-    fn uniform(pages: u64, full: bool) -> Self {
-        let groups = word_count(pages).div_ceil(GROUP_WORDS);
-        Self { groups: (0..groups).map(|_| Part::uniform(full)).collect(), pages }
+        Self { tree: Tree::uniform(pages, true) }
     }
 
     /// The number of pages.
     #[inline]
     pub fn pages(&self) -> u64 {
-        self.pages
+        self.tree.pages
     }
 
     /// The words, least significant bit first. Bits beyond the last page are clear.
     pub fn words(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
-        (0..word_count(self.pages)).map(|word| self.word_at(word))
+        (0..self.tree.words()).map(|word| self.tree.word_at(word))
     }
 
     /// Sets the bits that are set in `words`, from the first page on. Bits beyond the last page are ignored.
@@ -71,21 +64,21 @@ impl PageBitmap {
 
     /// Like [`merge`](Self::merge), from word number `word` on.
     pub fn merge_at(&self, word: usize, words: impl IntoIterator<Item = u64>) {
-        for (index, theirs) in (word..word_count(self.pages)).zip(words) {
+        for (index, theirs) in (word..self.tree.words()).zip(words) {
             if theirs != 0 {
-                self.set_word(index, theirs);
+                self.tree.set_word(index, theirs);
             }
         }
     }
 
     /// Sets every bit.
     pub fn fill(&self) {
-        self.groups.iter().for_each(Part::fill);
+        self.tree.groups.iter().for_each(Part::fill);
     }
 
     /// Clears every bit.
     pub fn forget(&self) {
-        self.groups.iter().for_each(Part::forget);
+        self.tree.groups.iter().for_each(Part::forget);
     }
 
     /// Sets the bit of `page` and returns whether it was set before.
@@ -95,7 +88,7 @@ impl PageBitmap {
     #[inline]
     pub fn set(&self, page: PageIndex) -> bool {
         let (word, bit) = self.place(page);
-        self.set_word(word, bit) & bit != 0
+        self.tree.set_word(word, bit) & bit != 0
     }
 
     /// Sets the bits of `count` pages from `first` on.
@@ -106,8 +99,12 @@ impl PageBitmap {
         for span in self.spans(first, count) {
             match span {
                 Span::Group(group) => group.fill(),
-                Span::Leaf(group, word) => _ = group.make_unless_set().map(|group| group.leaf(word).fill()),
-                Span::Word(word, bits) => _ = self.set_word(word, bits),
+                Span::Leaf(group, word) => {
+                    if let Some(group) = group.make_unless_set() {
+                        group.leaf(word).fill();
+                    }
+                }
+                Span::Word(word, bits) => _ = self.tree.set_word(word, bits),
             }
         }
     }
@@ -121,9 +118,11 @@ impl PageBitmap {
             match span {
                 Span::Group(group) => group.forget(),
                 Span::Leaf(group, word) => {
-                    _ = group.make_unless_clear().map(|group| group.leaf(word).forget())
+                    if let Some(group) = group.make_unless_clear() {
+                        group.leaf(word).forget();
+                    }
                 }
-                Span::Word(word, bits) => _ = self.clear_word(word, bits),
+                Span::Word(word, bits) => _ = self.tree.clear_word(word, bits),
             }
         }
     }
@@ -135,15 +134,15 @@ impl PageBitmap {
     #[inline]
     pub fn clear(&self, page: PageIndex) -> bool {
         let (word, bit) = self.place(page);
-        self.clear_word(word, bit) & bit != 0
+        self.tree.clear_word(word, bit) & bit != 0
     }
 
     /// Whether the bit of `page` is set; `false` if there is no such page.
     #[inline]
     pub fn contains(&self, page: PageIndex) -> bool {
-        page.0 < self.pages && {
+        page.0 < self.tree.pages && {
             let (word, bit) = self.place(page);
-            self.word_at(word) & bit != 0
+            self.tree.word_at(word) & bit != 0
         }
     }
 
@@ -162,14 +161,14 @@ impl PageBitmap {
     /// # Panics
     /// If `into` has a different length.
     pub fn take(&self, into: &Self) {
-        assert_eq!(self.pages, into.pages, "bits move between bitmaps of one block");
-        for (at, (from, target)) in self.groups.iter().zip(&into.groups).enumerate() {
+        assert_eq!(self.tree.pages, into.tree.pages, "bits move between bitmaps of one block");
+        for (at, (from, target)) in self.tree.groups.iter().zip(&into.tree.groups).enumerate() {
             match from.take() {
                 View::Clear => {}
                 View::Set => target.fill(),
                 View::Made(group) => group.take(
                     |word| target.make().leaf(word).fill(),
-                    |word, bits| _ = into.set_word(at * GROUP_WORDS + word, bits),
+                    |word, bits| _ = into.tree.set_word(at * GROUP_WORDS + word, bits),
                 ),
             }
         }
@@ -178,16 +177,12 @@ impl PageBitmap {
     /// The bits of word number `word`; 0 if there is no such word.
     #[inline]
     pub fn word_at(&self, word: usize) -> u64 {
-        match self.groups.get(word / GROUP_WORDS).map(Part::view) {
-            None | Some(View::Clear) => 0,
-            Some(View::Set) => mask(self.pages, word),
-            Some(View::Made(group)) => group.word_at(word % GROUP_WORDS) & mask(self.pages, word),
-        }
+        self.tree.word_at(word)
     }
 
     /// The words that have any bit, in order: each word's number and its bits. Parts that are all clear cost no time.
     pub fn set_words(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
-        self.pieces().flat_map(|piece| piece.words).filter_map(|word| match self.word_at(word) {
+        self.pieces().flat_map(|piece| piece.words).filter_map(|word| match self.tree.word_at(word) {
             0 => None,
             bits => Some((word, bits)),
         })
@@ -196,7 +191,7 @@ impl PageBitmap {
     /// Takes the bits of all words that have any, in order: each word's number and its bits. Bits that are set meanwhile
     /// in a word that was passed stay. Bits of words that the iterator has not returned when it is dropped stay, too.
     pub fn take_words(&self) -> TakenWords<'_> {
-        TakenWords::new(self)
+        TakenWords::new(&self.tree)
     }
 
     /// The pages whose bits are set, as runs of adjacent pages: first page and count. The iterator loads one word at a
@@ -212,10 +207,11 @@ impl PageBitmap {
         self.all_pieces().flat_map(|piece| {
             let whole = piece.is_clear.then(|| {
                 let (first, end) = (piece.words.start as u64 * WORD, piece.words.end as u64 * WORD);
-                (PageIndex(first), end.min(self.pages) - first)
+                (PageIndex(first), end.min(self.tree.pages) - first)
             });
             let words = if piece.is_clear { 0..0 } else { piece.words };
-            let single = words.flat_map(|word| runs(word, !self.word_at(word) & mask(self.pages, word)));
+            let single =
+                words.flat_map(|word| runs(word, !self.tree.word_at(word) & mask(self.tree.pages, word)));
             whole.into_iter().chain(single)
         })
     }
@@ -226,51 +222,32 @@ impl PageBitmap {
     }
 
     fn all_pieces(&self) -> impl Iterator<Item = Piece> + '_ {
-        let end = word_count(self.pages);
-        self.groups.iter().enumerate().flat_map(move |(at, part)| {
+        let end = self.tree.words();
+        self.tree.groups.iter().enumerate().flat_map(move |(at, part)| {
             let start = at * GROUP_WORDS;
             part::pieces(part, start..(start + GROUP_WORDS).min(end))
         })
     }
 
     fn place(&self, page: PageIndex) -> (usize, u64) {
-        assert!(page.0 < self.pages, "page {page} of {}", self.pages);
+        assert!(page.0 < self.tree.pages, "page {page} of {}", self.tree.pages);
         (word_of(page.0), 1 << (page.0 % WORD))
-    }
-
-    /// Sets `bits` of a word. Returns the word's bits before, of those in `bits` at least.
-    #[inline]
-    fn set_word(&self, word: usize, bits: u64) -> u64 {
-        let bits = bits & mask(self.pages, word);
-        let leaf = match self.groups.get(word / GROUP_WORDS).filter(|_| bits != 0) {
-            None => return 0,
-            Some(group) => group.make_unless_set().and_then(|group| group.leaf(word).make_unless_set()),
-        };
-        leaf.map_or(bits, |leaf| leaf.word(word).fetch_or(bits, Ordering::AcqRel))
-    }
-
-    /// Clears `bits` of a word. Returns the word's bits before, of those in `bits` at least.
-    #[inline]
-    fn clear_word(&self, word: usize, bits: u64) -> u64 {
-        let group = self.groups.get(word / GROUP_WORDS).and_then(Part::make_unless_clear);
-        let leaf = group.and_then(|group| group.leaf(word).make_unless_clear());
-        leaf.map_or(0, |leaf| leaf.word(word).fetch_and(!bits, Ordering::AcqRel))
     }
 
     /// The parts of a run, as large as possible.
     fn spans(&self, first: PageIndex, count: u64) -> impl Iterator<Item = Span<'_>> {
-        let end = first.0.checked_add(count).filter(|end| *end <= self.pages);
-        let end = end.unwrap_or_else(|| panic!("{count} pages from {first} of {}", self.pages));
+        let end = first.0.checked_add(count).filter(|end| *end <= self.tree.pages);
+        let end = end.unwrap_or_else(|| panic!("{count} pages from {first} of {}", self.tree.pages));
         let mut at = first.0;
         std::iter::from_fn(move || {
             if at >= end {
                 return None;
             }
             let word = word_of(at);
-            let group = &self.groups[word / GROUP_WORDS];
+            let group = &self.tree.groups[word / GROUP_WORDS];
             // The last part may have fewer pages than it has bits.
             let whole = |words: usize| {
-                let pages = (words as u64 * WORD).min(self.pages - at);
+                let pages = (words as u64 * WORD).min(self.tree.pages - at);
                 (at.is_multiple_of(words as u64 * WORD) && end - at >= pages).then_some(pages)
             };
             let (span, pages) = if let Some(pages) = whole(GROUP_WORDS) {
@@ -295,21 +272,6 @@ enum Span<'a> {
     Leaf(&'a Part<Group>, usize),
     /// These bits of a word.
     Word(usize, u64),
-}
-
-fn word_count(pages: u64) -> usize {
-    usize::try_from(pages.div_ceil(WORD)).expect("the number of words fits the address space")
-}
-
-fn word_of(page: u64) -> usize {
-    usize::try_from(page / WORD).expect("the number of words fits the address space")
-}
-
-/// A mask of the bits of word number `index` that belong to pages, in a bitmap of `pages` pages.
-#[inline]
-pub(crate) fn mask(pages: u64, index: usize) -> u64 {
-    let behind = (index as u64 + 1).saturating_mul(WORD).saturating_sub(pages);
-    if behind < WORD { u64::MAX >> behind } else { 0 }
 }
 
 /// The pages whose bits are set in [word](PageBitmap::words) number `word`, as runs of adjacent pages: first page and

@@ -212,7 +212,7 @@ pub(super) struct Leaf {
 }
 
 impl Leaf {
-    /// The word of the bitmap, which is in this leaf.
+    /// A word of the bitmap, which is in this leaf.
     #[inline]
     pub(super) fn word(&self, word: usize) -> &AtomicU64 {
         &self.words[word % LEAF_WORDS]

@@ -3,15 +3,14 @@
 use std::{ops::Range, sync::atomic::Ordering};
 
 use super::{
-    GROUP_WORDS, LEAF_WORDS, PageBitmap, mask,
-    part::{Leaf, View},
-    word_count,
+    part::{GROUP_WORDS, LEAF_WORDS, Leaf, View},
+    tree::{Tree, mask},
 };
 
-/// The words of a [`PageBitmap`] that have any bit, taken one by one: the result of [`PageBitmap::take_words`].
+/// The words of a [`PageBitmap`](super::PageBitmap) that have any bit, taken one by one: the result of [`take_words`](super::PageBitmap::take_words).
 #[derive(Debug)]
 pub struct TakenWords<'a> {
-    bitmap: &'a PageBitmap,
+    tree: &'a Tree,
     /// Words whose bits were taken and not returned yet: all of them were set.
     held: Range<usize>,
     /// The leaf in which the walk is, and the words of it that are ahead.
@@ -21,14 +20,14 @@ pub struct TakenWords<'a> {
 }
 
 impl<'a> TakenWords<'a> {
-    pub(super) fn new(bitmap: &'a PageBitmap) -> Self {
-        Self { bitmap, held: 0..0, leaf: None, next: 0 }
+    pub(super) fn new(tree: &'a Tree) -> Self {
+        Self { tree, held: 0..0, leaf: None, next: 0 }
     }
 
     /// Goes to the next leaf, or takes the next part that is all set. `None` at the end.
     fn advance(&mut self) -> Option<()> {
-        let (start, end) = (self.next, word_count(self.bitmap.pages));
-        let group = self.bitmap.groups.get(start / GROUP_WORDS)?;
+        let (start, end) = (self.next, self.tree.words());
+        let group = self.tree.groups.get(start / GROUP_WORDS)?;
         let words = |length: usize| start..(start + length).min(end);
         // Within a group, only a part that is made has a next leaf.
         let view = if start.is_multiple_of(GROUP_WORDS) { group.take() } else { View::Made(group.make()) };
@@ -58,7 +57,7 @@ impl Iterator for TakenWords<'_> {
     fn next(&mut self) -> Option<(usize, u64)> {
         loop {
             if let Some(word) = self.held.next() {
-                return Some((word, mask(self.bitmap.pages, word)));
+                return Some((word, mask(self.tree.pages, word)));
             }
             if let Some((leaf, words)) = &mut self.leaf {
                 for word in words.by_ref() {
@@ -66,7 +65,7 @@ impl Iterator for TakenWords<'_> {
                     if bits.load(Ordering::Relaxed) == 0 {
                         continue;
                     }
-                    match bits.swap(0, Ordering::AcqRel) & mask(self.bitmap.pages, word) {
+                    match bits.swap(0, Ordering::AcqRel) & mask(self.tree.pages, word) {
                         0 => {}
                         bits => return Some((word, bits)),
                     }
@@ -81,7 +80,7 @@ impl Iterator for TakenWords<'_> {
 impl Drop for TakenWords<'_> {
     fn drop(&mut self) {
         for word in self.held.by_ref() {
-            self.bitmap.set_word(word, u64::MAX);
+            self.tree.set_word(word, u64::MAX);
         }
     }
 }

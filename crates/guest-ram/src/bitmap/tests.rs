@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::atomic::{AtomicBool, AtomicU64},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use proptest::prelude::*;
@@ -130,7 +130,7 @@ fn words_that_a_walk_has_not_returned_stay() {
 /// The same bits, but with memory for each.
 fn made_full(pages: u64) -> PageBitmap {
     let bitmap = PageBitmap::new(pages);
-    bitmap.merge(std::iter::repeat_n(u64::MAX, word_count(pages)));
+    bitmap.merge(std::iter::repeat_n(u64::MAX, PageBitmap::new(pages).words().len()));
     bitmap
 }
 
@@ -139,7 +139,7 @@ const PAGES: u64 = (2 * GROUP_WORDS as u64 + 3 * LEAF_WORDS as u64 + 5) * WORD +
 
 /// Whether no bit of the bitmap, and no part of it, has memory of its own.
 fn is_unmade(bitmap: &PageBitmap) -> bool {
-    bitmap.groups.iter().all(|group| !matches!(group.view(), View::Made(_)))
+    bitmap.tree.groups.iter().all(|group| !matches!(group.view(), View::Made(_)))
 }
 
 #[test]
@@ -147,10 +147,10 @@ fn a_bitmap_of_terabytes_has_memory_only_for_bits_that_differ_from_their_neighbo
     // 64 TiB of pages of 4 KiB.
     let pages = 1 << 34;
     let bitmap = PageBitmap::new(pages);
-    assert!(size_of_val(&*bitmap.groups) <= 4 << 20, "{}", size_of_val(&*bitmap.groups));
+    assert!(size_of_val(&*bitmap.tree.groups) <= 4 << 20, "{}", size_of_val(&*bitmap.tree.groups));
     bitmap.set(PageIndex(pages - 1));
     bitmap.set_run(PageIndex(1 << 20), 1 << 30);
-    let made = bitmap.groups.iter().filter(|group| matches!(group.view(), View::Made(_))).count();
+    let made = bitmap.tree.groups.iter().filter(|group| matches!(group.view(), View::Made(_))).count();
     assert_eq!(made, 1, "only the part of the last page");
     assert_eq!(bitmap.count(), (1 << 30) + 1);
     bitmap.clear_run(PageIndex(0), pages);
@@ -168,7 +168,7 @@ fn a_bitmap_of_terabytes_has_memory_only_for_bits_that_differ_from_their_neighbo
             .count(),
         _ => 0,
     };
-    assert_eq!(bitmap.groups.iter().map(leaves).sum::<usize>(), 2, "those of the two single pages");
+    assert_eq!(bitmap.tree.groups.iter().map(leaves).sum::<usize>(), 2, "those of the two single pages");
 }
 
 #[test]

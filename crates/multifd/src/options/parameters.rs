@@ -78,8 +78,8 @@ pub const CONNECT_TIMEOUT: Parameter = Parameter::time("connect-timeout", 30_000
 pub const STALL_TIMEOUT: Parameter = Parameter::time("stall-timeout", 120_000);
 /// The memory that the decompression of all channels of a destination may take for zstd windows, in bytes; 0 is no limit.
 ///
-/// A window is 512 KiB at zstd's level 1, 8 MiB at level 19 and 32 MiB at level 20: the default is enough for 255 channels up
-/// to level 12, for 64 channels at level 19, and for 16 channels at level 20.
+/// A window is at most 2 MiB up to level 8, 4 MiB up to level 16, 8 MiB up to level 19 and 32 MiB at level 20: the default is
+/// enough for 255, 128, 64 and 16 channels.
 pub const DECOMPRESSION_MEMORY: Parameter = Parameter::new("decompression-memory", 0, u64::MAX, 512 << 20);
 /// How long a new connection may take to say what it is, in milliseconds.
 pub const GREETING_TIMEOUT: Parameter = Parameter::time("greeting-timeout", 10_000);

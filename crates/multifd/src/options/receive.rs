@@ -83,7 +83,7 @@ impl ReceiveOptions {
     }
 
     /// The memory in bytes that the decompression of all channels together may take for zstd windows, which are as large as
-    /// the source's level asks for. Default 512 MiB: 16 channels at level 20, 64 at level 19. A source that needs more is
+    /// the source's level asks for. Default 512 MiB: 255 channels up to level 8, 128 up to level 16, 64 up to level 19, 16 at level 20. A source that needs more is
     /// refused with [`Unsupported::DecoderMemory`](crate::error::Unsupported::DecoderMemory). `None` is without limit: up to
     /// 255 windows of 32 MiB.
     pub fn decompression_memory(mut self, bytes: Option<u64>) -> Self {

@@ -93,7 +93,7 @@ fn stream() -> Vec<u8> {
     bytes
 }
 
-/// An eighth of what is accepted, because a walk over its words takes a second without optimization.
+/// An eighth of what is accepted, because a walk over all words takes its time.
 const RAM: u64 = limits::RAM_TOTAL / 8;
 const PAGE: PageIndex = PageIndex(0x1234_5678);
 

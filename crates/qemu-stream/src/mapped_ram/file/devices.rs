@@ -11,10 +11,10 @@
 
 use std::{
     fs::File,
+    io,
     os::unix::fs::{FileExt, MetadataExt},
 };
 
-use super::io_error;
 use crate::{
     error::{Error, Malformed, Place, StreamKind},
     format::{DevicePart, EarlyPart, EndFinder, limits},
@@ -140,6 +140,10 @@ impl Devices<'_> {
     fn place(&self) -> Place {
         Place { stream: StreamKind::File, offset: self.at }
     }
+}
+
+fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
+    Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
 }
 
 /// Bytes that are read between two searches for the end.

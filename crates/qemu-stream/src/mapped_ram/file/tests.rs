@@ -132,7 +132,7 @@ fn without_note(offset: u64) -> (File, u64) {
     (file, length)
 }
 
-/// QEMU 10.0 loads a file whatever follows the machine in it: one zero, noise, another description.
+/// QEMU 10.0 loads a file with any bytes after the machine: one zero, noise, another description.
 #[test]
 fn bytes_behind_the_machine_are_ignored_and_counted() {
     for has_note in [true, false] {

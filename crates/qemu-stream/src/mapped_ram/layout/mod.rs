@@ -253,8 +253,7 @@ impl Layout {
         let mut bytes = Vec::with_capacity(BITMAP_PIECE);
         while words.len() > 0 {
             let start = bytes.len();
-            // The only little-endian field in either format.
-            words.by_ref().take(HOLE / WORD).for_each(|word| bytes.extend(word.to_le_bytes()));
+            words.by_ref().take(HOLE / WORD).for_each(|word| bytes.extend(encode(word)));
             let is_zero = bytes.iter().skip(start).all(|byte| *byte == 0);
             let skipped = if is_hole && is_zero { bytes.len() - start } else { 0 };
             bytes.truncate(bytes.len() - skipped);
@@ -296,6 +295,11 @@ impl Layout {
             .map_err(|source| io_error(source, end, "cut the file"))?;
         Ok(end)
     }
+}
+
+#[expect(clippy::little_endian_bytes, reason = "the only little-endian field in either format")]
+fn encode(word: u64) -> [u8; WORD] {
+    word.to_le_bytes()
 }
 
 /// Makes a part of the file a hole, which reads as zeros. `false` if the file system cannot do it.
