@@ -254,6 +254,17 @@ impl RamBlock {
         }
     }
 
+    /// Like [`clear`](Self::clear), for `count` pages from `first` on.
+    ///
+    /// # Panics
+    /// If the block has no such pages.
+    pub fn clear_run(&self, first: PageIndex, count: u64) {
+        match &self.memory {
+            Memory::MappedRam(places) => places.present.clear_run(first, count),
+            Memory::Mapped(_) => (first.0..first.0 + count).map(PageIndex).for_each(|page| self.clear(page)),
+        }
+    }
+
     /// Whether a page is zero. The page is read to find out. If the guest writes at the same time, the answer may be
     /// wrong; this is harmless, because the page is then dirty again. A page in a file is not read: its [present
     /// bit](RamBlock::is_present) decides. A page in a mapping that [may shrink](Mapping::may_shrink) is not read

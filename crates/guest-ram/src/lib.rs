@@ -25,7 +25,7 @@ mod name;
 mod page;
 mod places;
 
-pub use bitmap::{PageBitmap, runs};
+pub use bitmap::{PageBitmap, TakenWords, runs};
 pub use block::{BlockIndex, Memory, RamBlock};
 pub use blocks::RamBlocks;
 #[cfg(feature = "vm-memory")]

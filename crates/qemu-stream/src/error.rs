@@ -257,6 +257,18 @@ pub enum Malformed {
         /// Why the nearest candidate did not fit.
         last: Option<Misfit>,
     },
+    /// A file has no description that fits, and no devices that end with the file.
+    #[error(
+        "device part: no end in the last {length:#x} bytes of the file{}; the file is incomplete, or it was saved without a \
+         description (machine option suppress-vmdesc) and bytes other than zeros follow the machine: cut them off",
+        last.as_ref().map(|m| format!(" (nearest: {m})")).unwrap_or_default()
+    )]
+    NoEndInFile {
+        /// Bytes after the RAM section.
+        length: u64,
+        /// Why the nearest candidate did not fit.
+        last: Option<Misfit>,
+    },
 }
 
 /// Well-formed bytes where the rules do not allow them.
@@ -277,6 +289,16 @@ pub enum Violation {
     /// Two entries of the list have the same name.
     #[error("block \"{0}\" is listed twice")]
     BlockTwice(BlockName),
+    /// Two sections of devices have one name and one instance.
+    #[error(
+        "device \"{name}\" instance {instance} is sent twice: it is not known which of its two states is right"
+    )]
+    DeviceTwice {
+        /// The name.
+        name: SectionName,
+        /// The instance.
+        instance: u32,
+    },
     /// A page is outside its block.
     #[error("page at {offset} outside block \"{block}\" ({used_length:#x})")]
     PageOutside {

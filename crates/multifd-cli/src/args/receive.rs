@@ -4,10 +4,13 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum};
 use multifd::{
-    ChannelCount, ChannelsFrom, Method, channel::Address, error::Usage, parameters::STALL_TIMEOUT,
+    ChannelCount, ChannelsFrom, Method,
+    channel::Address,
+    error::Usage,
+    parameters::{DECOMPRESSION_MEMORY, STALL_TIMEOUT},
 };
 
-use super::shared::{OutputArgs, default_seconds, file_address, seconds};
+use super::shared::{OutputArgs, default_seconds, file_address, seconds, size};
 use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
@@ -22,6 +25,10 @@ pub(crate) struct ReceiveArgs {
     /// Compression method that the source must use: none, zlib or zstd; auto: the method that the packets name
     #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
     pub(crate) multifd_compression: MethodChoice,
+    /// Memory in bytes that the decompression of all channels may use for zstd windows, for example 512M or 1G; 0 = no
+    /// limit
+    #[arg(long, value_name = "SIZE", default_value_t = DECOMPRESSION_MEMORY.default, value_parser = size)]
+    decompression_memory: u64,
     #[command(flatten)]
     pub(crate) tls: ReceiveTlsArgs,
     /// Send SWITCHOVER_ACK; required if the source has capability switchover-ack on
@@ -54,6 +61,11 @@ pub(crate) struct ReceiveArgs {
 }
 
 impl ReceiveArgs {
+    /// Bytes; `None` is no limit.
+    pub(crate) fn decompression_memory(&self) -> Option<u64> {
+        Some(self.decompression_memory).filter(|bytes| *bytes > 0)
+    }
+
     /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         seconds(self.stall_timeout)

@@ -63,7 +63,8 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let receive = ReceiveOptions::new()
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())
-        .method(args.multifd_compression.0);
+        .method(args.multifd_compression.0)
+        .decompression_memory(args.decompression_memory());
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(match args.missing_pages {

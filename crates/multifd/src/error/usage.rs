@@ -162,7 +162,7 @@ pub enum Usage {
         instance: u32,
     },
     /// The state of a device does not match what the guest has announced.
-    #[error("device {name:?} instance {instance}: {why}")]
+    #[error("device {name:?} instance {instance}: {why}; the guest stays at the source")]
     DeviceState {
         /// The device's name.
         name: String,

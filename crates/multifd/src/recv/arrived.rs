@@ -67,7 +67,7 @@ impl Arrived {
 
     /// Whether no page of a block has arrived, not even a zero page. Meaningful when all of RAM has arrived.
     pub fn is_untouched(&self, block: BlockIndex) -> bool {
-        self.pages.get(block.0).is_none_or(|pages| pages.arrived.words().all(|word| word == 0))
+        self.pages.get(block.0).is_none_or(|pages| pages.arrived.is_empty())
     }
 
     /// Writes pages that did not arrive over a channel, beginning with page `first`.
@@ -180,8 +180,9 @@ impl Arrived {
     pub(super) fn clear_run(&self, of: &RamBlock, block: BlockIndex, first: PageIndex, count: u64) {
         let pages = self.pages(block);
         pages.arrived.set_run(first, count);
+        let Some(may_hold) = &pages.may_hold else { return of.clear_run(first, count) };
         for page in (first.0..first.0 + count).map(PageIndex) {
-            if pages.may_hold.as_ref().is_none_or(|may_hold| may_hold.clear(page)) {
+            if may_hold.clear(page) {
                 of.clear(page);
             }
         }

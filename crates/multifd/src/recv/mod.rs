@@ -36,6 +36,7 @@ use shared::{Shared, State, WakeState};
 
 use crate::{
     channel::{Context, Link, Listen, Stop, Stream, Watch},
+    compress::DecoderMemory,
     error::{Error, Result, Usage},
     options::{ChannelCount, ReceiveOptions},
     ram::{self, Memory, PageSize, RamBlocks},
@@ -78,6 +79,7 @@ impl Receiver {
         let method = options.method.map_or_else(OnceLock::new, OnceLock::from);
         let shared = Arc::new(Shared {
             context: Context::new(&stop).stall_timeout(options.stall_timeout),
+            decoder_memory: DecoderMemory::new(options.decompression_memory),
             options,
             stop: stop.clone(),
             page_size: OnceLock::new(),

@@ -8,7 +8,7 @@ use std::{
 use super::{arrived::Arrived, roster::Roster};
 use crate::{
     channel::{Context, Stop, Stream, Wake, Watch, deadline},
-    compress::Method,
+    compress::{DecoderMemory, Method},
     error::{Error, Result, Violation},
     options::ReceiveOptions,
     ram::PageSize,
@@ -30,6 +30,8 @@ pub(super) struct Shared {
     pub(super) arrived: OnceLock<Arrived>,
     /// Set by the options, or by the first packet with pages of any channel.
     pub(super) method: OnceLock<Method>,
+    /// The memory of the decoders of all channels.
+    pub(super) decoder_memory: DecoderMemory,
     /// Set by main when no page may be written any more. Used together with `filling`, see [`Shared::seal`].
     pub(super) sealed: AtomicBool,
     /// Each is set by its channel while the channel writes pages.

@@ -58,7 +58,7 @@ fn consume(
     let counters = shared.counters.get(usize::from(id.0)).expect(ADMITTED);
     counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
-    let mut placer = Placer::default();
+    let mut placer = Placer::new(shared.decoder_memory.clone());
     let mut greatest = 0;
     while let Some(head) = reader.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));

@@ -11,8 +11,9 @@ pub const PAYLOAD_BYTES: u32 = 1 << 20;
 /// The greatest number of bytes of a device's state in one packet.
 pub const DEVICE_STATE_BYTES: u32 = 64 << 20;
 
-/// The greatest window of a zstd frame, as a power of two: 128 MiB, zstd's own limit. Level 20 uses 32 MiB.
-pub const ZSTD_WINDOW_LOG: u32 = 27;
+/// The greatest window of a zstd frame, as a power of two: 32 MiB, which level 20 uses, QEMU's highest. A decoder takes
+/// this much memory as soon as a frame asks for it.
+pub const ZSTD_WINDOW_LOG: u32 = 25;
 
 /// The greatest number of channels of a migration.
 pub const CHANNELS: u8 = 255;

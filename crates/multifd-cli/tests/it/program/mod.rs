@@ -9,6 +9,7 @@ mod disks;
 mod extract;
 mod inspect;
 mod limits;
+mod memory;
 mod pages;
 mod parameters;
 mod proxied;
