@@ -1,5 +1,6 @@
 //! Guest memory in this process: mappings, slices of them, and their state in the page table.
 
+mod copy;
 mod mapping;
 mod part;
 #[cfg(feature = "vm-memory")]
