@@ -18,8 +18,9 @@ use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspa
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::{
     live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
-    ram::{PageSize, RamBlocks, blocks_of},
+    ram::{AtomicBitmapLog, KvmDirtyLog, MergedLog, PageSize, RamBlocks, blocks_of},
 };
+use qemu_stream::format::{InvalidMachineType, MachineType};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -30,11 +31,11 @@ use crate::{
 
 /// A virtual machine of this process.
 pub(crate) struct Machine {
-    pub(crate) memory: Memory,
+    memory: Memory,
     /// The memory as RAM blocks. They exist for the machine's whole life, for any number of migrations.
     pub(crate) blocks: Arc<RamBlocks>,
-    pub(crate) region: kvm_userspace_memory_region,
-    pub(crate) vm: Arc<VmFd>,
+    region: kvm_userspace_memory_region,
+    vm: Arc<VmFd>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -100,6 +101,19 @@ impl Machine {
         cpu.1 = vcpu.get_sregs()?;
         protected_mode(&mut cpu.1);
         Self::new((memory, blocks), (kvm, vm, vcpu), Device { size, rate, batches: 0 }, 0, cpu)
+    }
+
+    /// The machine's type, which source and destination compare.
+    pub(crate) fn machine_type() -> Result<MachineType, InvalidMachineType> {
+        MachineType::new("multifd-microvm")
+    }
+
+    /// The pages that are written: by the vCPU, logged by the kernel, and by the device, which goes through `vm-memory`.
+    pub(crate) fn dirty_log(&self) -> io::Result<MergedLog<'_>> {
+        // SAFETY: this is the machine's one slot, which nobody sets while the machine is borrowed.
+        let vcpus = unsafe { KvmDirtyLog::start(&self.vm, vec![self.region], &self.blocks) }?;
+        let devices = AtomicBitmapLog::new(&self.memory, &self.blocks)?;
+        Ok(MergedLog::new().with("the vCPU", vcpus).with("the device", devices))
     }
 
     /// Restores a machine from its memory and its sections.

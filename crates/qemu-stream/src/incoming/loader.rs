@@ -94,6 +94,12 @@ where
         self
     }
 
+    /// For a machine whose configuration was read by another loader of the same receiver.
+    pub(crate) fn configured(mut self, configuration: Option<Configuration>) -> Self {
+        self.configuration = configuration;
+        self
+    }
+
     /// The pages that came over main so far.
     pub fn main_pages(&self) -> MainPages {
         self.pages
