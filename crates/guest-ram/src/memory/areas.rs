@@ -41,8 +41,7 @@ impl Areas {
     /// # Errors
     /// If the system does not list them.
     pub(crate) fn with_flags(wanted: &[Range<u64>]) -> io::Result<Self> {
-        let areas = Self::parse(BufReader::new(File::open("/proc/self/smaps")?), wanted)?;
-        Ok(areas)
+        Self::parse(BufReader::new(File::open("/proc/self/smaps")?), wanted)
     }
 
     /// Reads the areas with addresses in `wanted`, without their flags.
@@ -153,7 +152,7 @@ VmFlags: rd wr mr mw me um sd
 
     #[test]
     fn areas_and_gaps_cover_a_range_in_order_with_rights_and_flags() {
-        let areas = Areas::parse(LIST.as_bytes(), &[0x2000..0xc000]).expect("parsed");
+        let areas = Areas::parse(LIST.as_bytes(), std::slice::from_ref(&(0x2000..0xc000))).expect("parsed");
         let parts: Vec<_> = areas
             .parts(&(0x2000..0xc000))
             .into_iter()
@@ -189,7 +188,8 @@ VmFlags: rd wr mr mw me um sd
         let mapping = crate::Mapping::anonymous(64 << 10).expect("memory");
         let start = mapping.slice(0, 0).expect("inside").as_ptr().addr() as u64;
         let range = start..start + (64 << 10);
-        for areas in [Areas::with_flags(&[range.clone()]), Areas::without_flags(&[range.clone()])] {
+        let wanted = std::slice::from_ref(&range);
+        for areas in [Areas::with_flags(wanted), Areas::without_flags(wanted)] {
             let areas = areas.expect("listed");
             let parts = areas.parts(&range);
             assert_eq!(parts.len(), 1, "{parts:?}");
