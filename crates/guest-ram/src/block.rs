@@ -304,7 +304,7 @@ impl RamBlock {
         if is_asked { self.addresses() } else { None }
     }
 
-    /// The addresses of mapped pages; `None` if there are none.
+    /// The addresses of mapped pages; `None` if it has no such pages.
     pub(crate) fn addresses(&self) -> Option<Range<u64>> {
         let Memory::Mapped(_) = &self.memory else { return None };
         let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;

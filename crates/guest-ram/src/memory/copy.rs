@@ -14,7 +14,7 @@
 //! The parts of I/O vectors may be private memory, too; for that the same access is as good.
 //!
 //! Rejected: `std::ptr::copy_nonoverlapping`, as the crate `vm-memory` uses for more than a word, and volatile accesses.
-//! Both are races by the rules, whatever the processor does. `rep movsb` was tried as well: with the wrong distance
+//! Both are races by the rules, although processors do not mind. `rep movsb` was tried as well: with the wrong distance
 //! between the two ranges it takes ten times as long on some processors. `examples/zero_test.rs` measures this.
 //!
 //! UNSAFETY: this file reads and writes through raw pointers, and contains assembly that does.

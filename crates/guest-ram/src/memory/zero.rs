@@ -10,7 +10,7 @@
 //!
 //! The input is a pointer and a length that the caller has checked to lie inside a mapping. The answer is valid for the
 //! moment at which each byte was read. The guest may write at the same time, and no Rust reference is made. An ordinary
-//! or volatile load would then be a data race by Rust's rules. So there are none: words and vectors are read inside
+//! or volatile load would then be a data race by Rust's rules. So they are not used: words and vectors are read inside
 //! `asm!`, which the compiler must treat like relaxed atomic loads of single bytes, as in [`copy`](super::copy); the
 //! remaining bytes, and all bytes in an interpreter, are such loads. An answer that misses the newest byte does no
 //! harm: the write has set the page's dirty bit again.
