@@ -69,9 +69,7 @@ impl<'a> Restore<'a> {
         let source =
             self.machine.ram_blocks(|_, _| direct.clone().map_or(ReadPath::Cached, ReadPath::Direct))?;
         let source = Arc::new(source);
-        let options = SendOptions::new().channels(self.channels);
-        let mut sender = Sender::new(options, source.clone(), stop.clone())?;
-        sender.set_up_into(blocks.clone())?;
+        // Before there is a sender, whose drop would cancel everything and hide the reason.
         let touched = blocks.touched();
         blocks.refuse_inaccessible(&blocks.inaccessible(Access::ReadWrite), |index, page| {
             let target = blocks.get(index).filter(|target| !target.is_ignored());
@@ -82,6 +80,9 @@ impl<'a> Restore<'a> {
                     && (of_file.is_present(page) || may_hold.is_none_or(|pages| pages.contains(page)))
             })
         })?;
+        let options = SendOptions::new().channels(self.channels);
+        let mut sender = Sender::new(options, source.clone(), stop.clone())?;
+        sender.set_up_into(blocks.clone())?;
         for (index, block) in source.iter().filter(|(_, block)| !block.is_ignored()) {
             let target = blocks.find(block.name().as_bytes());
             let may_hold = target.and_then(|at| touched.get(at.0)).map(|touched| match touched {

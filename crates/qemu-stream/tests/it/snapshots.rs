@@ -176,7 +176,9 @@ fn sparse_shared_memory_is_as_sparse_after_its_capture_and_its_restore() {
         let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
         let file = File::from(file);
         file.set_len(12 << 20).expect("sized");
-        let mapping = Mapping::of_file(&file, 0, 12 << 20, Access::ReadWrite).expect("mapped");
+        // Over main, pages are copied, which is refused for a file that may be truncated.
+        let mapping =
+            Mapping::of_file(&file, 0, 12 << 20, Access::ReadWrite).expect("mapped").never_shrinks();
         let (name, length) = (BlockName::new("ram").expect("a name"), mapping.len());
         let block = RamBlock::new(name, length, PageSize::KIB_4, Memory::Mapped(mapping)).expect("a block");
         (file, Arc::new(RamBlocks::new(vec![block]).expect("one")))
