@@ -344,6 +344,13 @@ impl RamBlock {
         runs.filter(|(_, count)| *count > 0).collect()
     }
 
+    /// The error that `count` pages from `first` on may not be accessed.
+    pub fn inaccessible(&self, first: PageIndex, count: u64) -> Error {
+        let offset = self.offset_of(first).unwrap_or(BlockOffset(u64::MAX));
+        let len = count.saturating_mul(self.page_size.bytes() as u64);
+        Error::Inaccessible { name: self.name.clone(), offset, len }
+    }
+
     /// Explains why the system could not access `count` pages from `first` on (`EFAULT`): they may not be accessed, or
     /// the file of the mapping is too short. Returns `error` unchanged if neither is so.
     pub fn explain_fault(&self, first: PageIndex, count: u64, error: io::Error) -> io::Error {
@@ -353,7 +360,7 @@ impl RamBlock {
         let hole = holes.into_iter().find(|(at, count)| at.0 < end && first.0 < at.0 + count);
         match hole {
             Some((at, count)) => {
-                let refused = Error::inaccessible(self, at, count);
+                let refused = self.inaccessible(at, count);
                 io::Error::new(io::ErrorKind::PermissionDenied, refused)
             }
             None if self.is_of_a_file() => truncated(),

@@ -148,7 +148,7 @@ impl RamBlocks {
             let (block, end) = (self.block(hole.block)?, hole.first.0.saturating_add(hole.count));
             let page = (hole.first.0..end).map(PageIndex).find(|page| needed(hole.block, *page));
             if let Some(page) = page {
-                return Err(Error::inaccessible(block, page, end - page.0));
+                return Err(block.inaccessible(page, end - page.0));
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! The errors that the caller's input causes.
 
-use crate::{BlockName, BlockOffset, PageIndex, PageSize, RamBlock};
+use crate::{BlockName, BlockOffset, PageSize};
 
 /// Why blocks, memory or a dirty log cannot be made as requested. Errors of the system are
 /// [`io::Error`](std::io::Error)s; where a function returns one of those, this error may be [inside
@@ -88,13 +88,4 @@ pub enum Error {
         /// The number of bytes.
         len: u64,
     },
-}
-
-impl Error {
-    /// The error that `count` pages of a block from `first` on may not be accessed.
-    pub fn inaccessible(block: &RamBlock, first: PageIndex, count: u64) -> Self {
-        let offset = block.offset_of(first).unwrap_or(BlockOffset(u64::MAX));
-        let len = count.saturating_mul(block.page_size().bytes() as u64);
-        Self::Inaccessible { name: block.name().clone(), offset, len }
-    }
 }

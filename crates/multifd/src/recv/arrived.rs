@@ -9,7 +9,7 @@ use std::{io, sync::Arc};
 
 use crate::{
     error::{Error, Result, Usage, Violation},
-    ram::{self, Access, BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    ram::{Access, BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
 };
 
 /// The blocks that a migration fills, and which of their pages have come.
@@ -211,7 +211,7 @@ impl Arrived {
     /// Refuses pages that this process may not access: a copy to or from there would end it.
     ///
     /// # Errors
-    /// [`Inaccessible`](ram::Error::Inaccessible), for the first run of such pages.
+    /// [`Inaccessible`](crate::ram::Error::Inaccessible), for the first run of such pages.
     pub(super) fn check_access(
         &self,
         of: &RamBlock,
@@ -223,7 +223,7 @@ impl Arrived {
         let closed = self.pages(block).closed.iter();
         match closed.into_iter().find(|(at, count)| at.0 < end && first.0 < at.0 + count) {
             None => Ok(()),
-            Some((at, count)) => Err(ram::Error::inaccessible(of, *at, *count).into()),
+            Some((at, count)) => Err(of.inaccessible(*at, *count).into()),
         }
     }
 }
