@@ -18,6 +18,7 @@ pub(crate) mod converge;
 mod deadline;
 mod driver;
 mod guest;
+mod known;
 mod main_stream;
 #[cfg(shuttle)]
 pub mod model;

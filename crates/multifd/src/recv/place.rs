@@ -39,13 +39,16 @@ impl Placer {
     ) -> Result<()> {
         let block = arrived.blocks().block(listed.block)?;
         if !listed.normal.is_empty() {
+            for (first, count) in neighbours(listed.normal.iter().copied()) {
+                arrived.check_access(block, listed.block, first, count)?;
+            }
             self.normal(packets, listed, block)?;
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 arrived.note(listed.block, first, count);
             }
         }
         for (first, count) in neighbours(listed.zero.iter().copied()) {
-            arrived.clear_run(block, listed.block, first, count);
+            arrived.clear_run(block, listed.block, first, count)?;
         }
         Ok(())
     }

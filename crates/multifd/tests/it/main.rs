@@ -34,6 +34,8 @@ mod rough_network;
 #[cfg(all(test, feature = "serde"))]
 mod settings;
 #[cfg(test)]
+mod shared_memory;
+#[cfg(test)]
 mod signals;
 #[cfg(all(test, feature = "tls"))]
 mod tls;
