@@ -136,7 +136,8 @@ pub trait Connect: Send + Sync {
 /// Accepts connections from sources.
 pub trait Listen: Send {
     /// Waits for the next connection, for the migration of `context`; `None` if the [waker](Listen::waker) ended the
-    /// wait.
+    /// wait. A wake takes precedence over connections that are waiting: hosts that connect again and again must not prevent
+    /// the end of the wait.
     ///
     /// # Errors
     /// If the system refuses, for example because no descriptors are left.

@@ -128,20 +128,24 @@ impl Listener {
 
 impl Listen for Listener {
     fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        if let Kind::Connection(Some(_)) = self.kind {
+            return self.accept_waiting(context);
+        }
         loop {
-            if let Some(link) = self.accept_waiting(context)? {
-                return Ok(Some(link));
-            }
             let mut fds = vec![PollFd::new(self.woken.fd(), PollFlags::IN)];
             // If there is no socket, the one connection was returned: there is nothing more to wait for.
             fds.extend(self.socket.as_ref().map(|socket| PollFd::new(socket, PollFlags::IN)));
             match poll(&mut fds, None) {
+                // First, because hosts that connect again and again may keep the queue full.
                 Ok(_) if !fds[0].revents().is_empty() => {
                     self.woken.drain();
                     return Ok(None);
                 }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
+            }
+            if let Some(link) = self.accept_waiting(context)? {
+                return Ok(Some(link));
             }
         }
     }
@@ -217,9 +221,9 @@ impl SocketFile {
     }
 }
 
-/// All channels of the largest migration may be waiting at once. With a full queue, a source would believe that it is
-/// connected when it is not.
-const BACKLOG: i32 = 512;
+/// All channels of the largest migration may be waiting at once, after hundreds of foreign connections. With a full queue, a
+/// source would believe that it is connected when it is not.
+const BACKLOG: i32 = 1024;
 
 fn listen_tcp(host: &str, port: u16, options: &TcpOptions) -> io::Result<Socket> {
     let every = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
@@ -259,6 +263,18 @@ fn listen_unix(path: &Path) -> io::Result<Socket> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Regression: a host that connected again and again kept the queue full, and no sync point was passed.
+    #[test]
+    fn wake_is_reported_before_connections_that_wait() {
+        let mut listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let Address::Tcp { port, .. } = *listener.local_address() else { unreachable!("bound above") };
+        let _waiting = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
+        listener.waker().wake();
+        let context = Context::new(&crate::channel::Stop::new());
+        assert!(listener.accept(&context).expect("woken").is_none());
+        assert!(listener.accept(&context).expect("no wake").is_some(), "the connection has waited");
+    }
 
     /// Regression: a listener that ended removed the path, even after another listener had taken it over.
     #[test]

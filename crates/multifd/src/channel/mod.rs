@@ -42,6 +42,7 @@ pub(crate) use alive::is_of_a_host;
 pub(crate) use clock::deadline;
 pub use close_watch::{CloseWatch, PeerSignal};
 pub use context::Context;
+pub(crate) use descriptors::are_none_left;
 pub use exit_status::ExitStatusUnknown;
 pub use host::Host;
 pub use link::{Connect, Link, Listen, ZeroCopy};

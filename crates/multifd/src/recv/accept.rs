@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::{identify::identify_in_thread, shared::Shared};
 use crate::{
-    channel::{Listen, deadline},
+    channel::{Listen, are_none_left, deadline},
     error::{Error, Result},
     sync_types::Instant,
 };
 
 /// More connections than a listener's queue holds: no crowd keeps main waiting.
-const DRAIN_MOST: usize = 512;
+const DRAIN_MOST: usize = 1024;
 
 /// The acceptor's thread: takes connections until the migration is over.
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
@@ -31,6 +31,8 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
                     break;
                 }
             }
+            // Connections that say nothing may hold the descriptors that the source needs.
+            Err(error) if are_none_left(&error) && shared.close_silent() => {}
             Err(error) => {
                 shared.stop.fail(Error::io(format!("accept a connection at {}", listener.address()), error));
                 break;

@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     ram::PageSize,
-    wire::{ChannelId, Initial, limits},
+    wire::{ChannelId, Initial},
 };
 
 /// What came of the channels that waited for main.
@@ -30,7 +30,7 @@ pub(super) struct Opened {
 
 impl Shared {
     /// Whether a connection from `origin` may be a channel of this migration.
-    fn may_belong(&self, state: &State, origin: &Origin) -> bool {
+    pub(super) fn may_belong(&self, state: &State, origin: &Origin) -> bool {
         let main = state.roster.main.as_ref().and_then(|main| main.host);
         self.options.channels_from.admits(origin.host, main)
     }
@@ -89,11 +89,8 @@ impl Shared {
         let beyond = self.is_beyond(&state, &newcomer);
         let joined = if state.roster.single || state.roster.opened && !beyond {
             self.admit(&mut state, newcomer)
-        } else if state.roster.waiting.len() >= limits::GREETINGS {
-            tracing::warn!(peer = newcomer.origin.peer, "a channel too many before main is dropped");
-            Ok(false)
         } else {
-            // They come from anywhere and at any time: an id may be there twice until main tells which is which.
+            // As many as `enlist` leaves open. They come from anywhere and at any time: an id may be there twice until main tells which is which.
             state.roster.waiting.push(newcomer);
             Ok(true)
         };
@@ -218,10 +215,7 @@ impl Shared {
             return;
         }
         // Main may be about to say how many there are: the first sync point asks.
-        if state.roster.lost.len() == limits::GREETINGS {
-            state.roster.lost.remove(0);
-        }
-        state.roster.lost.push(origin);
+        state.roster.lose(origin);
     }
 
     /// The first of the connections lost that is missed, where nothing tells how many channels there are.

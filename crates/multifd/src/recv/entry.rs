@@ -22,6 +22,24 @@ impl Origin {
     }
 }
 
+/// A connection that has not said yet what it is.
+pub(super) struct Unidentified {
+    pub(super) origin: Origin,
+    /// Shuts it down.
+    pub(super) wake: Arc<dyn Wake>,
+    pub(super) stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// It can be closed to make room for another one.
+    Silent,
+    /// It has said what it is, and is about to be taken in or dropped.
+    Identified,
+    /// It was closed to make room; its thread is about to end.
+    Closed,
+}
+
 /// A connection that begins as a channel does.
 pub(super) struct Newcomer {
     pub(super) origin: Origin,

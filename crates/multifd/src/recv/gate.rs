@@ -204,11 +204,10 @@ impl Shared {
 
     /// Whether a connection that has not said yet what it is may be a channel.
     fn has_unheard(&self, state: &State) -> bool {
+        let mut unheard = state.roster.unidentified.iter().map(|entry| &entry.origin);
         match self.expected(state) {
-            ChannelCount::Exact(_) => {
-                state.roster.unidentified.iter().any(|origin| self.may_be_missed(state, origin))
-            }
-            ChannelCount::Auto => !state.roster.unidentified.is_empty(),
+            ChannelCount::Exact(_) => unheard.any(|origin| self.may_be_missed(state, origin)),
+            ChannelCount::Auto => unheard.any(|origin| self.may_belong(state, origin)),
         }
     }
 

@@ -15,6 +15,7 @@
 mod accept;
 mod admit;
 mod arrived;
+mod crowd;
 mod decode;
 mod entry;
 mod gate;
