@@ -106,10 +106,12 @@ pub(crate) fn other_kind(found: &Metadata) -> Option<&'static str> {
 
 /// Opens a regular file for reading. A FIFO or a device is not opened, because that would wait for a writer or consume
 /// its data.
-fn open_regular(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let refuse = |found: &Metadata| match other_kind(found) {
         Some(kind) => {
-            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {kind}, expected a regular file")))
+            let remedy = if found.is_dir() { "name a file in it" } else { "copy its data into a file first" };
+            let why = format!("it is {kind}, expected a regular file: {remedy}");
+            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
         }
         None => Ok(()),
     };

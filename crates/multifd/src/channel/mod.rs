@@ -21,6 +21,7 @@ mod descriptors;
 mod event_fd;
 mod exec;
 mod exit_status;
+mod file_kind;
 mod host;
 mod link;
 mod listen;

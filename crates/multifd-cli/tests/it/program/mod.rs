@@ -8,6 +8,7 @@ mod demo;
 mod direct_io;
 mod disks;
 mod extract;
+mod files;
 mod inspect;
 mod limits;
 mod pages;
