@@ -37,6 +37,7 @@ mod stop;
 mod stream;
 #[cfg(feature = "tls")]
 pub mod tls;
+mod unix_socket;
 
 pub use address::{Address, TcpOptions};
 pub(crate) use alive::is_of_a_host;
