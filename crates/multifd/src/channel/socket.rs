@@ -88,7 +88,7 @@ impl SocketLink {
             watched = Watched::set_up(&socket, options)?;
         }
         if local {
-            let share = LOCAL_BUFFERS / usize::from(context.channels);
+            let share = LOCAL_BUFFERS / usize::from(context.channels.get());
             socket.set_send_buffer_size(share.max(LOCAL_BUFFER))?;
         }
         let link = Self {

@@ -44,11 +44,14 @@ pub enum Usage {
         /// Those that there are: `none, zlib or zstd`.
         known: String,
     },
-    /// An address in no form that is known.
-    #[error(
-        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, found {0:?}"
-    )]
-    Address(String),
+    /// An address in no form that is known, or with a part that cannot be.
+    #[error("address {found:?}: {why}")]
+    Address {
+        /// The text given, or the address as text.
+        found: String,
+        /// What is wrong, and what is expected.
+        why: String,
+    },
     /// An option behind an address that is not known, or not so.
     #[error("address option: expected {expected}, found {found:?}")]
     AddressOption {

@@ -38,7 +38,7 @@ use shared::{Shared, State, WakeState};
 use crate::{
     channel::{Context, Link, Listen, Stop, Stream, Watch},
     error::{Error, Result, Usage},
-    options::{ChannelCount, ReceiveOptions},
+    options::{ChannelCount, ChannelsFrom, ReceiveOptions},
     ram::{self, Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     sync_types::{AtomicBool, Builder, Condvar, Instant, Mutex, OnceLock},
@@ -94,8 +94,12 @@ impl Receiver {
     ///
     /// # Errors
     /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the listener takes one connection only and
-    /// channels are expected; the system's error if it refuses the thread.
+    /// channels are expected; [`Usage::ChannelsFrom`] if they may come from an empty list of hosts; the system's error if it
+    /// refuses the thread.
     pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
+        if self.shared.options.channels_from == ChannelsFrom::Hosts(Vec::new()) {
+            return Err(Usage::ChannelsFrom { found: String::new() }.into());
+        }
         if let (true, ChannelCount::Exact(1..)) = (listener.is_single(), self.shared.options.channels) {
             return Err(Usage::SingleConnection(listener.address()).into());
         }
