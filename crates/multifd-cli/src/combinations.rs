@@ -46,10 +46,13 @@ fn same_place(one: &Path, other: &Path) -> bool {
 ///
 /// # Errors
 /// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`], [`Usage::ZeroCopy`], [`Usage::Descriptor`],
-/// [`Usage::ChildrenIgnored`].
+/// [`Usage::WithoutChannels`], [`Usage::ChildrenIgnored`].
 pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
     if args.address.is_single() && args.multifd_channels > 0 {
         return Err(Usage::SingleConnection(args.address.to_string()));
+    }
+    if args.multifd_channels == 0 && args.compression.packs() {
+        return Err(Usage::WithoutChannels("multifd-compression"));
     }
     let copied = [
         (args.multifd_channels == 0, "with multifd-channels 0"),

@@ -71,6 +71,9 @@ pub enum Usage {
     /// `zero-copy-send` where pages are copied anyway.
     #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
     ZeroCopy(&'static str),
+    /// An option for channels, in a migration without channels.
+    #[error("{0} has no effect with multifd-channels 0: switch it off, or use channels")]
+    WithoutChannels(&'static str),
     /// An option for connections, where there are none.
     #[error(
         "{0} is for connections: between memory and a file pages are copied as they are, so switch it off"
