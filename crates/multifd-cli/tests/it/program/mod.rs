@@ -18,6 +18,7 @@ mod receive;
 mod security;
 mod send;
 mod stalls;
+mod streams;
 mod targets;
 mod usage;
 mod zero_copy;
