@@ -2,10 +2,11 @@
 #![no_main]
 
 use multifd::wire::{INITIAL_LEN, Initial};
+use multifd_fuzz::shown;
 
 multifd_fuzz::target!(|bytes: &[u8]| {
     let Some(bytes) = bytes.first_chunk::<INITIAL_LEN>() else { return };
-    if let Ok(initial) = Initial::decode(bytes) {
+    if let Some(initial) = shown(Initial::decode(bytes)) {
         assert_eq!(Initial::decode(&initial.encode()), Ok(initial));
     }
 });

@@ -14,6 +14,7 @@ use multifd::{
     ReceiveOptions, Receiver,
     channel::{Stop, Wake},
 };
+use multifd_fuzz::shown;
 use qemu_stream::{
     Connection,
     incoming::{Event, Events, Expected, Incoming, Loader},
@@ -55,7 +56,7 @@ impl Connection for Source<'_> {
 fn written(bytes: &[u8]) -> (Vec<u8>, bool) {
     let mut events = Events::new(bytes).suppress_vmdesc(true);
     let (mut copy, mut ended) = (EventWriter::new(Vec::new()), false);
-    while let Ok(event) = events.next() {
+    while let Some(event) = shown(events.next()) {
         copy.write(&event).expect("what was read is in order");
         ended = matches!(event, Event::End(_));
     }
@@ -75,5 +76,5 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     let receiver = Receiver::new(options, Stop::new());
     let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
-    let _ = incoming.run(&mut loader);
+    shown(incoming.run(&mut loader));
 });

@@ -12,6 +12,7 @@ use multifd::{
     ReceiveOptions, Receiver,
     channel::{Connect, Context, Link, Stop, memory},
 };
+use multifd_fuzz::shown;
 use qemu_stream::incoming::{Expected, Incoming, Loader};
 
 const MAIN: u8 = 3;
@@ -34,7 +35,7 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     let Ok(main) = receiver.wait_main() else { return };
     let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(LIMIT));
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
-    let _ = incoming.run(&mut loader);
+    shown(incoming.run(&mut loader));
     stop.cancel();
 });
 

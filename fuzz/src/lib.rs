@@ -5,8 +5,11 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    error::Error,
     sync::atomic::{AtomicUsize, Ordering},
 };
+
+use multifd::error::{chain, is_executed};
 
 /// Runs a target on an input.
 ///
@@ -22,6 +25,22 @@ pub fn bounded(input: &[u8], target: impl FnOnce(&[u8])) {
         "{} bytes of input had {taken} bytes allocated",
         input.len()
     );
+}
+
+/// The value, or `None` after a check of the error: what somebody else chose may not reach a terminal as it came.
+///
+/// # Panics
+/// If the text of the error or of a cause has a character that a terminal executes.
+pub fn shown<T, E: Error + 'static>(result: Result<T, E>) -> Option<T> {
+    let error = match result {
+        Ok(value) => return Some(value),
+        Err(error) => error,
+    };
+    for cause in chain(&error) {
+        let text = cause.to_string();
+        assert!(!text.contains(is_executed), "{text:?}");
+    }
+    None
 }
 
 /// A target, and the fuzzer's entry to it.

@@ -112,8 +112,8 @@ fn changes(written: &str, shown: &str) -> Vec<String> {
 
 fn changed(library: &str, changes: &[String]) -> String {
     format!(
-        "the public API of {library} is not what crates/{library}/api.txt says:\n{}\nIf that is meant: cargo xtask api --bless, \
-         and CHANGELOG.md",
+        "the public API of {library} differs from crates/{library}/api.txt:\n{}\nIf this is intended, run `cargo xtask \
+         api --bless` and add a line to CHANGELOG.md",
         changes.join("\n")
     )
 }

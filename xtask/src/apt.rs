@@ -76,7 +76,7 @@ impl Apt {
             .collect();
         if names.is_empty() {
             return Err(
-                format!("apt-get names no file to download for {packages:?} of {suite}:\n{listing}").into()
+                format!("apt-get lists no file to download for {packages:?} of {suite}:\n{listing}").into()
             );
         }
         run(install("--download-only").stdout(Stdio::null()))?;
@@ -87,7 +87,7 @@ impl Apt {
                 let path = archives.join(name);
                 if !path.is_file() {
                     return Err(
-                        format!("apt-get reports success, but {} is not there", path.display()).into()
+                        format!("apt-get reports success, but {} does not exist", path.display()).into()
                     );
                 }
                 Ok(Package { name: name.to_owned(), path })

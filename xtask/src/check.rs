@@ -27,10 +27,10 @@ pub(crate) fn run() -> Result<(), Failure> {
     step("file lengths", length::check)?;
     step("plain words", words::check)?;
     step("module files", modules::check)?;
-    step("dependencies point one way (sources)", arrows::check)?;
-    step("no circles of imports", arrows::circles::check)?;
+    step("dependencies of modules", arrows::check)?;
+    step("no import cycles", arrows::circles::check)?;
     let metadata = step("lock file", deps::metadata)?;
-    step("dependencies point one way (packages)", || deps::check(&metadata))?;
+    step("dependencies of packages", || deps::check(&metadata))?;
     step("licences", || licences::check(&metadata))?;
     step("advisories", advisories::check)?;
     step("cargo deny", deny::check)?;

@@ -35,14 +35,17 @@ pub(crate) fn check(metadata: &Metadata) -> Result<(), Failure> {
     for line in tree.lines() {
         let name = line.split_ascii_whitespace().next().unwrap_or_default();
         if HEAVY.contains(&name) {
-            complaints.push(format!("multifd depends on {name} by default: its default features stay lean"));
+            complaints.push(format!(
+                "multifd depends on {name} by default: its default features must not include it"
+            ));
         }
     }
     let tree =
         output(cargo().args(["tree", "-p", "multifd-cli", "-e", "normal", "--prefix", "none", "--locked"]))?;
     for name in tree.lines().filter_map(|line| line.split_ascii_whitespace().next()) {
         if MONITORS.contains(&name) {
-            complaints.push(format!("multifd-cli depends on {name}: the program runs no virtual machines"));
+            complaints
+                .push(format!("multifd-cli depends on {name}: the program does not run virtual machines"));
         }
     }
     if complaints.is_empty() { Ok(()) } else { Err(complaints.join("\n").into()) }
@@ -53,19 +56,19 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
     match (package, dependency) {
         ("multifd-bench", "multifd-testkit") => None,
         (_, "multifd-testkit") if kind != DependencyKind::Development => {
-            Some("the test kit is for tests only")
+            Some("only tests may depend on the test kit")
         }
-        (_, "multifd-models") => Some("nothing knows the models"),
+        (_, "multifd-models") => Some("no package may depend on the models"),
         (package, "shuttle") if package != "multifd-models" => {
-            Some("the model checker is for the models only")
+            Some("only the models may depend on the model checker")
         }
-        (_, "multifd-cli") => Some("nothing knows the program"),
-        (_, "microvm") => Some("nothing knows the example"),
-        (_, "multifd-bench") => Some("nothing knows what measures it"),
-        ("multifd", "qemu-stream") => Some("the engine knows nothing of the main stream"),
-        ("guest-ram", "multifd" | "qemu-stream") => Some("guest RAM knows nothing of migrations"),
+        (_, "multifd-cli") => Some("no package may depend on the program"),
+        (_, "microvm") => Some("no package may depend on the example"),
+        (_, "multifd-bench") => Some("no package may depend on the benchmark"),
+        ("multifd", "qemu-stream") => Some("the engine must not depend on the main stream"),
+        ("guest-ram", "multifd" | "qemu-stream") => Some("guest RAM must not depend on migrations"),
         ("multifd-testkit", "guest-ram" | "multifd" | "qemu-stream") => {
-            Some("the kit tests these, so it must not believe what they say")
+            Some("the test kit tests these crates, so it must not depend on them")
         }
         _ => None,
     }

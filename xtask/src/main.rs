@@ -18,7 +18,7 @@
 //! Each task is a sequence of named, timed steps. The first failure ends the task with a text that says what was
 //! expected and what was found. Messages go to standard error, results to standard output.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program prints its results")]
 
 mod advisories;
 mod api;
@@ -124,25 +124,25 @@ fn in_ci() -> bool {
 
 const USAGE: &str = "usage: cargo xtask <task>
   check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths,
-                  plain words in what users read
-  api [--bless]   compare what the libraries show with crates/*/api.txt; with --bless, write it there
-  publish-check   package the libraries and build them from their packages
+                  plain words in texts
+  api [--bless]   compare the libraries' public API with crates/*/api.txt; --bless updates these files
+  publish-check   package the libraries, and build each from its package
   test [--all] [-- ARGS]
-                  fetch the QEMUs, then run the tests, with --all also those marked slow; ARGS go to `cargo test`
-  qemu            fetch the QEMUs the interop tests talk to, under target/qemu
+                  fetch the QEMUs, then run the tests; --all also runs those marked slow; ARGS are passed to `cargo test`
+  qemu            fetch the QEMUs for the interop tests into target/qemu
   fuzz [--seconds N] [TARGET]...
-                  run the fuzz targets, or those named, for N seconds each (default 60)
+                  run all fuzz targets, or the named ones, for N seconds each (default 60)
   soak [--minutes N] [--seed S] [--migrations N]
-                  migrate in random ways, with faults in most, for N minutes, default 10; a seed names each
+                  random migrations, most of them with faults, for N minutes (default 10); --seed S --migrations 1 repeats one
   soak --lives [--minutes N | --lives-count N] [--steps N] [--seed S]
-                  live whole lives of machines that hop, are captured and restored, with faults in most steps, for N
-                  minutes or N lives, of 10 steps by default; a seed names each life
+                  lives of machines that migrate, are captured and restored, with faults in most steps, for N minutes or
+                  N lives, each of N steps (default 10); --seed S --lives-count 1 repeats one
   bench [--rounds N] [--ram MIB] [--list] [CASE]...
-                  measure the engine against QEMU and iperf3, in turns; all cases unless some are named
+                  measure the engine against QEMU and iperf3, in turns; all cases, or the named ones
   bench --micro [NAME]
-                  measure parts of the engine alone
+                  measure single parts of the engine
   sanitize [TOOL]...
-                  run the libraries' tests under address, thread, miri, valgrind, or those that the toolchain allows";
+                  run the libraries' tests under address, thread, miri or valgrind; by default under each that is available";
 
 /// For each fuzz target.
 const SECONDS: u32 = 60;

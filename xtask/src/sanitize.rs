@@ -62,7 +62,7 @@ pub(crate) fn run_tools(named: &[String]) -> Result<(), Failure> {
         eprintln!("SKIPPED {tool}");
     }
     if ran.is_empty() {
-        return Err("none of the tools could be run".into());
+        return Err("no tool could be run".into());
     }
     println!("nothing reported by {}; {} skipped", ran.join(", "), skipped.len());
     Ok(())

@@ -71,7 +71,7 @@ pub(crate) fn run(slow: bool, args: &[String]) -> Result<(), Failure> {
         skipped.iter().for_each(|line| eprintln!("  {line}"));
     }
     if sum.ignored > 0 {
-        eprintln!("\n{} slow tests were left out; `cargo xtask test --all` runs them", sum.ignored);
+        eprintln!("\n{} slow tests were not run; `cargo xtask test --all` runs them", sum.ignored);
     }
     // The test runner counts a test that skips itself as passed.
     let passed = sum.passed.saturating_sub(skipped.len());

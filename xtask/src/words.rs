@@ -1,9 +1,9 @@
 //! Plain words in what users and developers read: the Markdown pages for people, the doc comments of the sources in
-//! `crates`, which include the guide and the help texts, and the messages of the program. `xtask/words.txt` has the words
-//! that are not plain, each with a replacement.
+//! `crates`, which include the guide and the help texts, and the messages of the program, the libraries, the benchmark, the
+//! examples and xtask. `xtask/words.txt` has the words that are not plain, each with a replacement.
 //!
 //! The check reads the text, not the language. In Markdown and in doc comments, code is skipped: fences, lines indented
-//! by four spaces, and text between backticks. In the program's sources, string literals count as well, up to the tests.
+//! by four spaces, and text between backticks. In the sources with messages, all string literals count, except in tests.
 
 use std::{collections::BTreeSet, fs};
 
@@ -26,7 +26,7 @@ pub(crate) fn check() -> Result<(), Failure> {
         complaints.extend(found(&list, &page.path, &prose(page.text.lines().zip(1..))));
     }
     for source in sources::all()? {
-        if source.path.starts_with(PROGRAM) {
+        if has_checked_messages(&source.path) {
             complaints.extend(found(&list, &source.path, &messages(&source.text)));
         }
         if has_checked_docs(&source.path) {
@@ -113,9 +113,13 @@ fn tokens(text: &str) -> impl Iterator<Item = &str> {
 
 /// Whether the doc comments of a source are checked.
 fn has_checked_docs(path: &str) -> bool {
-    let is_in =
-        |listed: &str| path.strip_prefix(listed).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    path.starts_with("crates/") && path.contains("/src/") && !NOT_YET_PLAIN.iter().any(|listed| is_in(listed))
+    path.starts_with("crates/") && path.contains("/src/")
+}
+
+/// Whether the string literals of a source are checked. Those of a file that contains only tests or models are not.
+fn has_checked_messages(path: &str) -> bool {
+    let is_for_tests = path.ends_with("/tests.rs") || path.contains("/tests/") || path.ends_with("/model.rs");
+    MESSAGES.iter().any(|listed| path.starts_with(listed)) && !is_for_tests && path != OWN
 }
 
 /// The lines of all doc comments.
@@ -142,16 +146,15 @@ fn prose<'a>(lines: impl Iterator<Item = (&'a str, usize)>) -> Vec<Piece<'a>> {
     pieces
 }
 
-/// String literals of a source up to its tests.
+/// String literals of a source up to its module of tests.
 fn messages(text: &str) -> Vec<Piece<'_>> {
-    let end = text.find("#[cfg(test)]").unwrap_or(text.len());
+    let end = text.find("#[cfg(test)]\nmod tests").unwrap_or(text.len());
     let (mut rest, mut line, mut pieces) = (&text[..end], 1, Vec::new());
     while let Some(first) = rest.chars().next() {
         let taken = if rest.starts_with("//") {
             rest.find('\n').unwrap_or(rest.len())
-        } else if first == '"' {
-            let length = string_length(rest);
-            let inner = rest[..length].trim_matches('"');
+        } else if let Some(length) = literal_length(rest) {
+            let inner = rest[..length].trim_matches(['r', '#', '"']);
             pieces.extend(inner.lines().zip(line..).flat_map(|(part, at)| literal(part, at)));
             length
         } else if first == '\'' {
@@ -165,6 +168,15 @@ fn messages(text: &str) -> Vec<Piece<'_>> {
         rest = &rest[taken..];
     }
     pieces
+}
+
+/// The length of the string literal at the beginning of `text`, if there is one.
+fn literal_length(text: &str) -> Option<usize> {
+    let Some(raw) = text.strip_prefix('r') else { return text.starts_with('"').then(|| string_length(text)) };
+    let signs = raw.len() - raw.trim_start_matches('#').len();
+    let inner = raw[signs..].strip_prefix('"')?;
+    let end = format!("\"{}", &raw[..signs]);
+    Some(inner.find(&end).map_or(text.len(), |at| text.len() - inner.len() + at + end.len()))
 }
 
 /// A line of a literal without the names in `{}` and the sign that continues it.
@@ -188,17 +200,18 @@ const PAGES: [&str; 6] = [
 ];
 /// Folders with pages for people.
 const FOLDERS: [&str; 4] = ["docs/decisions", "docs/develop", "docs/embed", "docs/use"];
-/// The sources whose messages users read.
-const PROGRAM: &str = "crates/multifd-cli/src/";
-/// Folders and files whose doc comments are not checked yet, because they still have such words.
-const NOT_YET_PLAIN: &[&str] = &[
-    "crates/multifd/src/compress",
-    "crates/multifd/src/error",
-    "crates/multifd/src/recv",
-    "crates/qemu-stream/src/error.rs",
-    "crates/qemu-stream/src/incoming",
-    "crates/qemu-stream/src/outgoing",
+/// Folders of the sources whose messages users or developers read.
+const MESSAGES: [&str; 7] = [
+    "crates/guest-ram/src/",
+    "crates/multifd-bench/src/",
+    "crates/multifd-cli/src/",
+    "crates/multifd/src/",
+    "crates/qemu-stream/src/",
+    "examples/",
+    "xtask/src/",
 ];
+/// The source of this check, whose tests have such words.
+const OWN: &str = "xtask/src/words.rs";
 
 #[cfg(test)]
 mod tests {
@@ -242,21 +255,39 @@ mod tests {
     }
 
     #[test]
-    fn doc_comments_are_checked_in_the_crates_alone_and_not_in_what_is_listed() {
+    fn doc_comments_are_checked_in_the_sources_of_the_crates_alone() {
         assert!(has_checked_docs("crates/multifd/src/send/mod.rs"));
         assert!(!has_checked_docs("crates/multifd/tests/it/main.rs"));
         assert!(!has_checked_docs("xtask/src/main.rs"));
-        for path in NOT_YET_PLAIN {
-            assert!(!has_checked_docs(path), "{path}");
-            assert!(has_checked_docs(&format!("{path}_more/mod.rs")), "{path}");
-        }
     }
 
     #[test]
     fn literals_are_read_without_their_names_and_tests_are_not_read() {
-        let source =
-            "/// told\nfn f() { g('\"', \"a {told} \\\n  told {b}\"); } // told\n#[cfg(test)]\n\"told\"";
+        let source = "/// told\nfn f() { g('\"', \"a {told} \\\n  told {b}\"); } // told\n#[cfg(test)]\nmod tests { \"told\" }";
         assert_eq!(complaints(&messages(source)), ["x:3: \"told\": write reported"]);
+    }
+
+    #[test]
+    fn raw_literals_are_read_up_to_their_end() {
+        let source = "f(r#\"a \"quote\", \"told\"#, r\"told\\\");\nr(\"told\")";
+        let lines: Vec<_> = complaints(&messages(source)).iter().map(|text| text[..4].to_owned()).collect();
+        assert_eq!(lines, ["x:1:", "x:1:", "x:2:"]);
+    }
+
+    #[test]
+    fn literals_after_a_function_for_tests_are_read() {
+        let source = "#[cfg(test)]\nfn f() {}\nfn g() { \"told\" }";
+        assert_eq!(complaints(&messages(source)), ["x:3: \"told\": write reported"]);
+    }
+
+    #[test]
+    fn messages_of_the_libraries_are_checked_and_those_of_their_tests_are_not() {
+        assert!(has_checked_messages("crates/multifd/src/error/mod.rs"));
+        assert!(has_checked_messages("examples/microvm/src/main.rs"));
+        assert!(!has_checked_messages("crates/multifd/tests/it/main.rs"));
+        assert!(!has_checked_messages("crates/multifd/src/compress/tests.rs"));
+        assert!(!has_checked_messages("crates/multifd-testkit/src/guest.rs"));
+        assert!(!has_checked_messages(OWN));
     }
 
     #[test]

@@ -48,14 +48,14 @@ pub enum Error {
     },
     /// A merged dirty log of no logs.
     #[error(
-        "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for one that does not run"
+        "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for a guest that does not run"
     )]
     NoLogs,
     /// Two blocks have bytes in common.
     #[error("blocks {0:?} and {1:?} share bytes: each needs memory of its own")]
     SharedBytes(BlockName, BlockName),
     /// Two parts of one migration were made for different blocks.
-    #[error("made for other blocks than the migration's: {why}")]
+    #[error("created for other blocks than those of the migration: {why}")]
     NotTheseBlocks {
         /// The first difference.
         why: String,
@@ -64,7 +64,7 @@ pub enum Error {
     #[error("there is no RAM block number {0}")]
     NoSuchBlock(usize),
     /// The block's memory is mapped without read permission.
-    #[error("block {0:?} is mapped without the right to read, so its pages cannot be sent")]
+    #[error("block {0:?} is mapped without read permission, so its pages cannot be sent")]
     Unreadable(BlockName),
     /// No dirty log can be made from the bitmaps of the block's memory.
     #[error("block {name:?}: the dirty bitmap does not fit: {why}")]

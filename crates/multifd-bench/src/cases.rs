@@ -48,7 +48,7 @@ impl Who {
             Self::EngineToQemu => "us → QEMU".into(),
             Self::Iperf => "iperf3".into(),
             Self::Raw => "sockets alone".into(),
-            Self::Lent => "sockets alone, pages lent".into(),
+            Self::Lent => "sockets only, pages in place".into(),
             Self::Copy => "one copy in memory".into(),
             Self::QemuFile => "QEMU, file:".into(),
             Self::QemuFileSynced => "QEMU, file: and fsync".into(),
@@ -101,7 +101,12 @@ pub(crate) fn all(ram: u64, cold: bool) -> Vec<Case> {
     }
     cases.push(case("limits", "every page is noise", plain, LIMITS));
     let of = |contents, factor| Setting { contents, ram: factor * ram, ..plain };
-    cases.push(case("zero", "RAM that nobody has touched, eightfold", of(Contents::Untouched, 8), BOTH));
+    cases.push(case(
+        "zero",
+        "RAM that was never written, eight times the size",
+        of(Contents::Untouched, 8),
+        BOTH,
+    ));
     cases.push(case("zeroed", "every page was written, with zeros", of(Contents::Zeroed, 2), BOTH));
     cases.push(case("mixed", "2 MiB of noise, 2 MiB of zeros", of(Contents::Mixed, 1), SPARSE));
     cases.push(case("scattered", "every second page is zero", of(Contents::Scattered, 1), SPARSE));
@@ -120,11 +125,11 @@ pub(crate) fn all(ram: u64, cold: bool) -> Vec<Case> {
         cases.push(Case { way, ..case(name, "a guest out of a mapped-ram file", plain, RESTORE) });
     }
     for (name, gib) in [("memory-1", 1), ("memory-4", 4), ("memory-8", 8)] {
-        let about = "memory beyond so many GiB of RAM; every page is noise";
+        let about = "memory used in addition to the guest's RAM; every page is noise";
         let setting = Setting { ram: gib << 30, ..plain };
         cases.push(Case { rounds: Some(2), ..case(name, about, setting, &[Who::Engine]) });
     }
-    cases.push(case("demo", "a guest that writes meanwhile", plain, DEMO));
+    cases.push(case("demo", "a guest that writes during the migration", plain, DEMO));
     cases
 }
 

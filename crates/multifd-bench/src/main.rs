@@ -8,7 +8,7 @@
 //!
 //! Messages go to standard error, the table to standard output.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program that talks to a person")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program prints its results")]
 
 mod cases;
 mod contents;

@@ -145,7 +145,7 @@ impl Means<'_> {
         let text = fs::read_to_string("/proc/meminfo")?;
         let line =
             text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
-        let available = line.ok_or("the system does not tell MemAvailable")?.parse::<u64>()? << 10;
+        let available = line.ok_or("/proc/meminfo has no MemAvailable")?.parse::<u64>()? << 10;
         let touched =
             if case.setting.contents == crate::contents::Contents::Untouched { 0 } else { case.setting.ram };
         let needed = 2 * touched + (1 << 30);

@@ -298,15 +298,15 @@ impl fmt::Display for NotConverged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parameter = match self.bound {
             Bound::Passes(passes) => {
-                write!(f, "not done after {passes} passes")?;
+                write!(f, "not complete after {passes} passes")?;
                 "max-passes"
             }
             Bound::Time(time) => {
-                write!(f, "not done after {:.1} s", time.as_secs_f64())?;
+                write!(f, "not complete after {:.1} s", time.as_secs_f64())?;
                 "max-total-time"
             }
         };
-        write!(f, " ({parameter}), so the guest runs on at the source: ")?;
+        write!(f, " ({parameter}), so the guest continues at the source: ")?;
         match (&self.stall, self.expected_remaining_time) {
             (Some(stall), _) => stall.fmt(f),
             (None, Some(time)) => {
@@ -368,8 +368,8 @@ mod tests {
             NotConverged { bound: Bound::Passes(30), stall: Some(stall(&[])), expected_remaining_time: None };
         assert_eq!(
             passes.to_string(),
-            "not done after 30 passes (max-passes), so the guest runs on at the source: will not converge: dirty 900 \
-             MB/s, sending 400 MB/s"
+            "not complete after 30 passes (max-passes), so the guest continues at the source: will not converge: dirty \
+             900 MB/s, sending 400 MB/s"
         );
         let time = NotConverged {
             bound: Bound::Time(Duration::from_secs(60)),
@@ -378,7 +378,7 @@ mod tests {
         };
         assert_eq!(
             time.to_string(),
-            "not done after 60.0 s (max-total-time), so the guest runs on at the source: about 12.3 s more were \
+            "not complete after 60.0 s (max-total-time), so the guest continues at the source: about 12.3 s more were \
              expected; raise max-total-time"
         );
         let unknown = NotConverged { expected_remaining_time: None, ..time };

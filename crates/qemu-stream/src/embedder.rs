@@ -57,7 +57,10 @@ pub(crate) fn check_devices(
     let rest = devices_of(empty, RunState::Running, page_size, ram)?.as_bytes().len() as u64;
     let (found, most) = (most.saturating_add(rest), limits::DEVICE_PART as u64 / 2);
     if found > most {
-        let why = format!("up to {found:#x} bytes with what is around them, a destination takes {most:#x}");
+        let why = format!(
+            "up to {found:#x} bytes with their heads and description, but a destination accepts at most \
+                           {most:#x}"
+        );
         return Err(Usage::Value { what: "state of all devices", why });
     }
     Ok(())

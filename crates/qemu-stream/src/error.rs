@@ -1,7 +1,7 @@
 //! What can go wrong, sorted by who is at fault.
 //!
-//! Every error that bytes caused says where: the stream, and the offset in it at which the field
-//! begins. Causes from below are in `source()`, not in the text.
+//! An error that bytes caused names the stream, and the offset in it at which the field begins. The cause of an error is in
+//! `source()`, not in its text.
 
 use std::{borrow::Cow, fmt, io};
 
@@ -16,7 +16,7 @@ use crate::format::{InvalidMachineType, MachineType, Misfit, SectionId, SectionN
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Bytes that mean nothing in the format.
+    /// Bytes that are not valid in the format.
     #[error("{at}: {what}")]
     Malformed {
         /// Where the field begins.
@@ -24,23 +24,23 @@ pub enum Error {
         /// What is wrong with it.
         what: Malformed,
     },
-    /// The stream ends in the middle.
-    #[error("{at}: stream ends where {expected} was expected")]
+    /// The stream ends before it is complete.
+    #[error("{}; {at}: stream ends where {expected} was expected", cause_of_end(at.stream))]
     Cut {
         /// Where the stream ends.
         at: Place,
-        /// What should have come.
+        /// What was expected there.
         expected: &'static str,
     },
     /// Well-formed bytes where the rules do not allow them.
     #[error("{at}: {what}")]
     Violation {
-        /// Where they stand.
+        /// Where they are.
         at: Place,
         /// Which rule was broken.
         what: Violation,
     },
-    /// The peer uses what this library does not speak.
+    /// The peer uses something that this library does not support.
     #[error("{at}: {what}")]
     Unsupported {
         /// Where it is used.
@@ -48,76 +48,75 @@ pub enum Error {
         /// What it is, and what to switch off.
         what: Unsupported,
     },
-    /// The destination says that it failed; the guest can go on at the source.
+    /// The destination reports that it failed; the guest can continue at the source.
     #[error(
-        "the destination reported failure (SHUT {code}); its own log has the reason; the guest can go on at the source"
+        "the destination reported failure (SHUT {code}); its own log has the reason; the guest can continue at the source"
     )]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
         code: u32,
     },
-    /// The destination left without SHUT; the guest can go on at the source.
+    /// The destination closed the connection without SHUT; the guest can continue at the source.
     #[error(
-        "{at}: the destination closed the connection without SHUT; the guest can go on at the source; its own log has \
+        "the destination closed the connection without SHUT ({at}); the guest can continue at the source; its own log has \
              the reason: channel count, method, UUID and machine type must be the same on both sides"
     )]
     NoShut {
-        /// How far the return path got.
+        /// How far the return path was read.
         at: Place,
     },
-    /// The connection ended without SHUT, though this destination has said that it never leaves without: the network or
-    /// whatever stands between has ended it, and its word may have been on the way.
+    /// The connection ended without SHUT, although this destination has announced that it always sends SHUT: the network or
+    /// its process was interrupted, and SHUT may have been lost.
     #[error(
-        "{at}: the connection ended before the destination's SHUT, which this destination always sends; the network, a proxy \
-             or the end of its process has cut it off: look at the destination whether the guest runs there"
+        "the connection ended before the destination's SHUT, which this destination always sends ({at}): the network, a proxy \
+             or the end of its process has interrupted it; check whether the guest runs at the destination"
     )]
     CutBeforeShut {
-        /// How far the return path got.
+        /// How far the return path was read.
         at: Place,
     },
-    /// The source has closed the main connection, although it waits to be told how it ended: it takes its guest back.
+    /// The source has closed the main connection instead of waiting for the result: it resumes its guest.
     #[error(
-        "{at}: the source closed the connection before it was told that all is here (cancelled, or its process ended); its guest \
-         may run on there and must not run here"
+        "the source closed the connection (cancelled, or its process ended) before it was informed that all data has arrived \
+          ({at}); its guest may run there and must not run here"
     )]
     SourceGone {
-        /// How far the stream got.
+        /// How far the stream was read.
         at: Place,
     },
-    /// Nothing came in time, on this connection or on any other of its side.
-    #[error("{at}: nothing came in time where {expected} was expected; {}", where_to_look(at.stream))]
+    /// Nothing arrived in time, on this connection or on any other of its side.
+    #[error("{at}: nothing arrived in time where {expected} was expected; {}", what_to_check(at.stream))]
     TimedOut {
-        /// How far the stream got.
+        /// How far the stream was read.
         at: Place,
-        /// What should have come.
+        /// What was expected there.
         expected: &'static str,
     },
-    /// The caller asked for what cannot be done.
+    /// The caller asked for something that is not possible.
     #[error("{0}")]
     Usage(#[from] Usage),
     /// The implementation of [`Destination`](crate::incoming::Destination) failed.
-    #[error("{at}: destination could not take {what}")]
+    #[error("{at}: the destination cannot accept {what}")]
     Destination {
-        /// How far the stream got.
+        /// How far the stream was read.
         at: Place,
-        /// What it was asked to take.
+        /// What it did not accept.
         what: &'static str,
-        /// Its own error.
+        /// Its error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The system refused to read or write.
+    /// The system reported an error of a read or write.
     #[error("{at}: cannot {doing}")]
     Io {
-        /// How far the stream got.
+        /// How far the stream was read or written.
         at: Place,
-        /// What was tried.
+        /// The action that failed.
         doing: &'static str,
         /// The system's error.
         source: io::Error,
     },
 }
 
-/// What to do about a peer that is alive and silent.
 impl Error {
     /// Who or what is at fault.
     pub fn fault(&self) -> Fault {
@@ -138,22 +137,32 @@ impl Error {
         }
     }
 
-    /// The same error as one of the engine, met while `doing` something.
+    /// The same error as one of the engine. `doing` is the action that failed.
     pub(crate) fn while_doing(self, doing: &'static str) -> multifd::Error {
         let fault = self.fault();
         multifd::Error::other(doing, self).because(fault)
     }
 }
 
-fn where_to_look(stream: StreamKind) -> &'static str {
+/// Why a stream has ended too early.
+fn cause_of_end(stream: StreamKind) -> &'static str {
+    match stream {
+        StreamKind::Main => "the source closed the connection (cancelled, or its process ended)",
+        StreamKind::ReturnPath => "the destination closed the connection (it failed, or its process ended)",
+        StreamKind::File => "the file is incomplete",
+    }
+}
+
+/// What to check if the peer of a connection is silent.
+fn what_to_check(stream: StreamKind) -> &'static str {
     match stream {
         StreamKind::ReturnPath => {
-            "the destination stands still, or waits for what this side does not send: more channels (multifd-channels), \
-             or the other sync mode (machine types up to 8.0 take legacy, later ones round); make sure that the guest does \
-             not run there before it goes on here"
+            "the destination makes no progress, or waits for something that this side does not send: more channels \
+             (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round); make sure \
+             that the guest does not run there before it continues here"
         }
         _ => {
-            "the source stands still, or its network does; its guest is there, look at its query-migrate and its log"
+            "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there"
         }
     }
 }
@@ -177,7 +186,7 @@ impl fmt::Display for Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StreamKind {
-    /// The main stream, source to destination.
+    /// The main stream, from source to destination.
     Main,
     /// The messages from destination to source.
     ReturnPath,
@@ -195,31 +204,31 @@ impl fmt::Display for StreamKind {
     }
 }
 
-/// Bytes that mean nothing in the format.
+/// Bytes that are not valid in the format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Malformed {
-    /// A field holds what it must not hold.
+    /// A field has a value that is not allowed.
     #[error("{field}: expected {expected}, found {found:#x}")]
     Value {
         /// The field.
         field: Cow<'static, str>,
-        /// What it may hold.
+        /// The allowed values.
         expected: Cow<'static, str>,
-        /// What it holds.
+        /// The value found.
         found: u64,
     },
-    /// A length or count above its bound.
+    /// A length or count is greater than its bound.
     #[error("{field}: expected at most {max:#x}, found {found:#x}")]
     TooLong {
         /// The field.
         field: Cow<'static, str>,
         /// The bound.
         max: u64,
-        /// What was met.
+        /// The value found.
         found: u64,
     },
-    /// A name is empty, holds a NUL or is not printable where it must be.
+    /// A name is empty, contains a NUL, or is not printable where it must be.
     #[error("{field}: expected a name of 1 to 255 bytes without NUL, found \"{found}\"")]
     Name {
         /// Which name.
@@ -227,7 +236,7 @@ pub enum Malformed {
         /// The bytes, escaped.
         found: String,
     },
-    /// A RAM record with flags that make no record.
+    /// The flags of a RAM record are not those of one known kind.
     #[error("ram record: expected one known kind, found flags {flags:#x}")]
     RecordFlags {
         /// The flags.
@@ -236,10 +245,10 @@ pub enum Malformed {
     /// An XBZRLE delta does not fit its page.
     #[error("xbzrle record: {0}")]
     Delta(BadDelta),
-    /// The stream ended without a description that fits.
+    /// The stream ended without a description that matches the devices.
     #[error(
         "device part: ends after {length:#x} bytes without a description that fits{}; \
-         the stream is incomplete, or its source leaves the description out (machine option suppress-vmdesc)",
+         the stream is incomplete, or its source omits the description (machine option suppress-vmdesc)",
         last.as_ref().map(|m| format!(" (nearest: {m})")).unwrap_or_default()
     )]
     NoDescription {
@@ -257,18 +266,18 @@ pub enum Violation {
     /// A record or message names a block that is not in the list.
     #[error("block \"{0}\" is not in the block list")]
     UnknownBlock(BlockName),
-    /// The source's machine has another type than this side's.
+    /// The machine type of the source is not the one of this side.
     #[error("the source has machine type {}, this side has {expected}", found.as_ref().map_or("none".into(), ToString::to_string))]
     OtherMachine {
-        /// The type that this side takes.
+        /// The machine type of this side.
         expected: MachineType,
-        /// The source's; `None` from machine types up to 2.3, which do not name theirs.
+        /// The machine type of the source; `None` from machine types up to 2.3, which do not send it.
         found: Option<MachineType>,
     },
-    /// Two entries of the list have one name.
+    /// Two entries of the list have the same name.
     #[error("block \"{0}\" is listed twice")]
     BlockTwice(BlockName),
-    /// A page does not lie in its block.
+    /// A page is outside its block.
     #[error("page at {offset} outside block \"{block}\" ({used_length:#x})")]
     PageOutside {
         /// The block.
@@ -288,59 +297,59 @@ pub enum Violation {
         /// The used length.
         found: u64,
     },
-    /// The blocks are longer than the total that was announced.
+    /// The lengths of the blocks are together more than the announced total.
     #[error("block \"{block}\": length {found:#x} is more than the {left:#x} left of the total")]
     BeyondTotal {
         /// The block.
         block: BlockName,
-        /// What is left of the total.
+        /// The rest of the total, in bytes.
         left: u64,
-        /// The block's used length.
+        /// The block's used length in bytes.
         found: u64,
     },
-    /// A record continues a block, and there was none before it.
+    /// A record continues a block, and no record before it named one.
     #[error("ram record: flag CONTINUE (0x20), but no record named a block before")]
     NoCurrentBlock,
-    /// A record stands where it has no place.
-    #[error("{record} record has no place {place}")]
+    /// A record is not allowed at its place.
+    #[error("{record} is not allowed {place}")]
     Misplaced {
         /// The record or section.
         record: &'static str,
-        /// Where it stands.
+        /// Where it is.
         place: &'static str,
     },
-    /// The footer closes another section.
+    /// The footer names another section.
     #[error("footer: expected section {expected}, found {found}")]
     Footer {
-        /// The section that is open.
+        /// The current section.
         expected: SectionId,
-        /// The section the footer names.
+        /// The section that the footer names.
         found: SectionId,
     },
-    /// A section that is not the RAM section.
+    /// A section that is neither the RAM section nor another one that was started.
     #[error("section {found} was never started; the ram section is {expected}")]
     UnknownSection {
         /// The RAM section.
         expected: SectionId,
-        /// The section named.
+        /// The section found.
         found: SectionId,
     },
-    /// A section that was sent in pieces has no last one.
-    #[error("section \"{name}\" ({id}): expected its END behind that of ram, found {found}")]
+    /// The last piece of a section that was sent in pieces is missing.
+    #[error("section \"{name}\" ({id}): expected its END after that of ram, found {found}")]
     Unfinished {
         /// Its name.
         name: SectionName,
         /// Its number.
         id: SectionId,
-        /// What stands there.
+        /// What was found instead.
         found: &'static str,
     },
     /// The footer is missing.
     #[error("section {section}: expected a footer (0x7e), found {found:#x}")]
     NoFooter {
-        /// The section that is open.
+        /// The current section.
         section: SectionId,
-        /// The byte in its place.
+        /// The byte found instead.
         found: u8,
     },
     /// PING before OPEN_RETURN_PATH.
@@ -348,23 +357,23 @@ pub enum Violation {
     PingWithoutReturnPath,
     /// SHUT 0 from a destination that cannot have the guest yet.
     #[error(
-        "destination says SHUT 0, all is well, before it has been sent the devices; it is not believed, and the guest can go \
-         on at the source: make sure that it does not run there"
+        "the destination reported success (SHUT 0) before the devices were sent to it, which cannot be true; the guest can \
+         continue at the source: make sure that it does not run at the destination"
     )]
     EarlyShut,
-    /// Parts of a mapped-ram file lie on each other or outside the file.
+    /// Parts of a mapped-ram file overlap, or are outside the file.
     #[error("block \"{block}\": {what} at {at:#x}, expected {expected}")]
     Placement {
         /// The block.
         block: BlockName,
         /// Its bitmap or its pages.
         what: &'static str,
-        /// Where it is said to lie.
+        /// The offset in the file.
         at: u64,
-        /// Where it may lie.
+        /// The allowed offsets.
         expected: String,
     },
-    /// More candidates for the end than any real device part has.
+    /// More places look like the end of the device part than in any real one.
     #[error("device part: more than {max} places look like its end")]
     TooManyEnds {
         /// The bound.
@@ -372,30 +381,30 @@ pub enum Violation {
     },
 }
 
-/// What the peer uses and this library does not speak.
+/// Something of the peer that this library does not support.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// The stream has another version.
+    /// Another version of the stream.
     #[error("stream version {0}: expected 3")]
     Version(u32),
-    /// A subsection of the configuration whose length nobody can know.
+    /// A subsection of the configuration whose length is unknown.
     #[error("configuration subsection \"{0}\" is unknown and cannot be skipped")]
     Subsection(SectionName),
-    /// A page size that is no size from 4 to 64 KiB.
+    /// A page size that is not between 4 and 64 KiB.
     #[error("target page bits {0}: expected 12 to 16")]
     PageBits(u32),
-    /// A section that cannot be skipped, because it has no length.
+    /// A section that cannot be skipped, because its length is unknown.
     #[error("section \"{name}\" cannot be skipped{}", remedy.map(|r| format!("; {r}")).unwrap_or_default())]
     Section {
         /// Its name.
         name: SectionName,
-        /// What to do about it.
+        /// What to do about it, if known.
         remedy: Option<&'static str>,
     },
-    /// A record of a section sent in pieces that nobody here has ever seen, so that its length is not known.
+    /// An unknown record of a section that is sent in pieces. Its length is unknown, too.
     #[error(
-        "section \"{name}\": record {found:#x} is not known, so its end cannot be found; the guest can go on at the source"
+        "section \"{name}\": record {found:#x} is not known, so its end cannot be found; the guest can continue at the source"
     )]
     LiveRecord {
         /// The section.
@@ -412,28 +421,28 @@ pub enum Unsupported {
         /// The device.
         name: SectionName,
     },
-    /// A source with a return path whose description does not come.
+    /// A source with a return path does not send a description.
     #[error(
-        "device part: no description behind {length:#x} bytes that look complete, and with a return path nothing \
-             else tells the end: switch the machine's option suppress-vmdesc off at the source, or its capability \
+        "device part: no description after {length:#x} bytes that look complete, and with a return path nothing \
+             else shows the end: switch the machine's option suppress-vmdesc off at the source, or its capability \
              return-path"
     )]
     NoDescription {
         /// Bytes after the RAM section.
         length: u64,
     },
-    /// Something that a capability of the source has brought.
-    #[error("{what} is not served: switch capability {capability} off at the source")]
+    /// Something that is only sent with a capability that is not supported.
+    #[error("{what} is not supported: switch capability {capability} off at the source")]
     Capability {
-        /// What was met.
+        /// What was found.
         what: &'static str,
         /// The capability to switch off.
         capability: &'static str,
     },
-    /// Something that a capability must bring and has not.
+    /// Something is missing that is only sent with a capability.
     #[error("{what}: capability {capability} was off when it was written")]
     NeedsCapability {
-        /// What was met.
+        /// What was found.
         what: &'static str,
         /// The capability that should have been on.
         capability: &'static str,
@@ -453,17 +462,17 @@ pub enum Unsupported {
 #[non_exhaustive]
 pub enum Usage {
     /// Calls in the wrong order.
-    #[error("{call} has no place {state}")]
+    #[error("{call} is not allowed {state}")]
     OutOfOrder {
         /// The call.
         call: &'static str,
-        /// Where the stream is.
+        /// The state of the stream.
         state: &'static str,
     },
     /// A block list that cannot be written.
     #[error("block list: {0}")]
     Blocks(String),
-    /// A page that is not in its block.
+    /// A page that does not exist in its block.
     #[error("page {page} is not in block {block}")]
     NoSuchPage {
         /// Number of the block in the list.
@@ -471,9 +480,9 @@ pub enum Usage {
         /// The page.
         page: u64,
     },
-    /// A device has the number of the RAM section.
+    /// A device has the same section number as RAM.
     #[error(
-        "device {device:?} has section number {section}, which is that of ram: number the devices from another one on"
+        "device {device:?} has section number {section}, which is that of ram: begin the numbers of the devices with another one"
     )]
     SectionTaken {
         /// The number.
@@ -484,31 +493,31 @@ pub enum Usage {
     /// A name, machine type or device that cannot be written.
     #[error("{what}: {why}")]
     Value {
-        /// What was given.
+        /// What cannot be written.
         what: &'static str,
-        /// Why it cannot be used.
+        /// The reason.
         why: String,
     },
-    /// A file that would be longer than this process may make one.
+    /// The file would be longer than the file size limit of this process.
     #[error(
-        "the file takes {size:#x} bytes and more, and the limit of a file's size (RLIMIT_FSIZE, `ulimit -f`) is {limit:#x}: \
-         raise the limit"
+        "the file needs at least {size:#x} bytes, but this process may only write files of {limit:#x} bytes (RLIMIT_FSIZE, \
+         `ulimit -f`): raise the limit"
     )]
     FileSize {
         /// The limit of the process, in bytes.
         limit: u64,
-        /// The bytes up to the devices, which come behind.
+        /// The bytes that the file needs before the devices.
         size: u64,
     },
-    /// A name that no machine type can have.
+    /// A name that is not a valid machine type.
     #[error(transparent)]
     MachineType(#[from] InvalidMachineType),
-    /// The machine type does not go with what was asked.
+    /// The machine type does not allow what was requested.
     #[error("machine type {machine}: {why}")]
     Machine {
         /// The machine type.
         machine: MachineType,
-        /// What does not go with it.
+        /// What it does not allow.
         why: &'static str,
     },
 }

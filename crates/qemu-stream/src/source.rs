@@ -177,19 +177,19 @@ impl Source {
     /// [`Migration::run`]. [`Error::fault`] is the cause.
     pub fn migrate(
         mut self,
-        connector: &Arc<dyn Connect>,
+        connector: impl Connect + 'static,
         log: &mut dyn DirtyLog,
         guest: &mut dyn Guest,
     ) -> Result<MigrationInfo> {
         let stop = self.migration.stop().clone();
-        let prepared = self.prepare(connector, guest, &stop);
+        let prepared = self.prepare(Arc::new(connector), guest, &stop);
         let mut main = prepared.map_err(|error| stop.fail(error))?;
         self.migration.run(&mut main, log, guest)
     }
 
     fn prepare(
         &mut self,
-        connector: &Arc<dyn Connect>,
+        connector: Arc<dyn Connect>,
         guest: &dyn Guest,
         stop: &Stop,
     ) -> Result<MainStream<Stream>> {
@@ -206,7 +206,7 @@ impl Source {
         let link = link.map_err(|error| Error::io(format!("connect to {target}"), error))?;
         let outgoing = Outgoing::new(Stream::new(link, &context), stream).map_err(unsendable)?;
         if self.channels {
-            self.migration.set_up(connector.clone())?;
+            self.migration.set_up(connector)?;
         }
         let main = match self.options.captured.take() {
             Some((blocks, devices)) => MainStream::of_capture(outgoing, blocks, devices, stop),

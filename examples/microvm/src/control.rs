@@ -16,13 +16,13 @@ use std::{
     time::Duration,
 };
 
-use multifd::channel::Stop;
-
-use crate::{
-    Failure,
-    machine::Machine,
-    source::{self, Wish},
+use multifd::{
+    channel::{Address, Stop},
+    live::{MigrateOptions, ZeroPageDetection},
 };
+use qemu_stream::{format::Configuration, source::SourceOptions};
+
+use crate::{Failure, machine::Machine, source};
 
 /// Serves one client after the other, until the machine has migrated or gets the command to quit.
 pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Failure> {
@@ -41,7 +41,7 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
                 Ok(report) => (Ok(report), false),
                 Err(error) => (Err(error), true),
             },
-            _ => (Err(format!("what is {line:?}?").into()), true),
+            _ => (Err(format!("unknown request {line:?}").into()), true),
         };
         let answer =
             answer.map_or_else(|error| format!("error: {}", chain(&*error)), |text| format!("ok {text}"));
@@ -67,13 +67,14 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
     let [address, channels, downtime, bandwidth, auto_converge] = words else {
         return Err("expected an address, three numbers, and true or false".into());
     };
-    let wish = Wish {
-        address: address.parse()?,
-        channels: channels.parse()?,
-        downtime_limit: Duration::from_millis(downtime.parse()?),
-        max_bandwidth: bandwidth.parse()?,
-        auto_converge: auto_converge.parse()?,
-    };
+    let passes = MigrateOptions::new()
+        .downtime_limit(Duration::from_millis(downtime.parse()?))
+        .max_bandwidth(Some(bandwidth.parse()?))
+        .auto_converge(auto_converge.parse()?)
+        .zero_page_detection(ZeroPageDetection::Multifd);
+    let configuration = Configuration::new(Machine::machine_type()?);
+    let options = SourceOptions::new(configuration).channels(channels.parse()?).migrate(passes);
+    let address: Address = address.parse()?;
     let stop = Stop::new();
     let info = thread::scope(|scope| {
         scope.spawn(|| {
@@ -81,7 +82,7 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
             let _ = (&*client).read(&mut [0]);
             stop.cancel();
         });
-        let migrated = source::migrate(machine, &wish, &stop);
+        let migrated = source::migrate(machine, address, options, &stop);
         let _ = client.shutdown(Shutdown::Read);
         migrated
     })?;
@@ -110,7 +111,7 @@ pub(crate) fn ask(socket: &Path, line: &str) -> Result<String, Failure> {
     BufReader::new(&stream).read_line(&mut answer)?;
     match answer.trim_end().strip_prefix("ok") {
         Some(answer) => Ok(answer.trim_start().to_owned()),
-        None if answer.is_empty() => Err("the machine has gone".into()),
+        None if answer.is_empty() => Err("the process of the machine has ended".into()),
         None => Err(answer.trim_end().into()),
     }
 }

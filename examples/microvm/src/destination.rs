@@ -1,47 +1,28 @@
 //! The destination: receives a machine and continues it.
 
 use multifd::{
-    Error,
     channel::{Listener, Stop},
     live::RunState,
 };
-use qemu_stream::{
-    arrival::{Arrival, ArrivalOptions},
-    format::MachineType,
-    incoming::Expected,
-};
+use qemu_stream::arrival::{Arrival, ArrivalOptions};
 
 use crate::{
     Failure,
     machine::{self, Machine},
-    source::MACHINE,
 };
 
 /// Receives one machine. Its guest runs as soon as the source has the confirmation that everything has arrived.
-pub(crate) fn receive(listener: Listener, stop: &Stop) -> Result<Machine, Failure> {
-    // 1. A source of the same kind: main, and any number of channels.
-    let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
-    let arrival = Arrival::listen(Box::new(listener), options, stop)?.accept()?;
+pub(crate) fn receive(listener: Listener, options: ArrivalOptions, stop: &Stop) -> Result<Machine, Failure> {
+    // 1. A source has announced the size of its memory. After an error from here on, the source keeps the guest.
+    let announced = Arrival::listen(listener, options, stop)?.accept()?.announced()?;
+    let memory = machine::memory(announced.list().total())?;
 
-    // 2. Memory, after the source has sent its size.
-    let mut memory = None;
-    let pending = arrival.load(|_, list| {
-        let made = machine::memory(list.total());
-        let made = made.map_err(|error| Error::other("make the guest's memory", error))?;
-        Ok(machine::blocks(memory.insert(made))?)
-    })?;
-
-    // 3. Devices. A device that cannot be restored is refused now, while the guest can still continue on the source.
+    // 2. RAM and devices. A device that cannot be restored is an error here.
+    let pending = announced.load(machine::blocks(&memory)?)?;
     let section = |name: &str| Some(pending.device(name, 0)?.1.to_vec());
-    let restored = memory
-        .ok_or_else(|| Failure::from("no memory arrived"))
-        .and_then(|memory| Machine::restore(memory, pending.blocks().clone(), section));
-    let machine = match restored {
-        Ok(machine) => machine,
-        Err(error) => return Err(pending.refuse(Error::other("restore the machine", error)).into()),
-    };
+    let machine = Machine::restore(memory, pending.blocks().clone(), section)?;
 
-    // 4. The confirmation that the guest is ours. If the source does not get it, the guest must not run here.
+    // 3. The confirmation that the guest is ours. If the source does not get it, the guest must not run here.
     let confirmed = pending.confirm()?;
     if confirmed.run_state() == RunState::Running {
         machine.run();

@@ -18,8 +18,9 @@ use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspa
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::{
     live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
-    ram::{PageSize, RamBlocks, blocks_of},
+    ram::{AtomicBitmapLog, KvmDirtyLog, MergedLog, PageSize, RamBlocks, blocks_of},
 };
+use qemu_stream::format::{InvalidMachineType, MachineType};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -30,11 +31,11 @@ use crate::{
 
 /// A virtual machine of this process.
 pub(crate) struct Machine {
-    pub(crate) memory: Memory,
+    memory: Memory,
     /// The memory as RAM blocks. They exist for the machine's whole life, for any number of migrations.
     pub(crate) blocks: Arc<RamBlocks>,
-    pub(crate) region: kvm_userspace_memory_region,
-    pub(crate) vm: Arc<VmFd>,
+    region: kvm_userspace_memory_region,
+    vm: Arc<VmFd>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -102,6 +103,19 @@ impl Machine {
         Self::new((memory, blocks), (kvm, vm, vcpu), Device { size, rate, batches: 0 }, 0, cpu)
     }
 
+    /// The machine's type, which source and destination compare.
+    pub(crate) fn machine_type() -> Result<MachineType, InvalidMachineType> {
+        MachineType::new("multifd-microvm")
+    }
+
+    /// The pages that are written: by the vCPU, logged by the kernel, and by the device, which goes through `vm-memory`.
+    pub(crate) fn dirty_log(&self) -> io::Result<MergedLog<'_>> {
+        // SAFETY: this is the machine's one slot, which nobody sets while the machine is borrowed.
+        let vcpus = unsafe { KvmDirtyLog::start(&self.vm, vec![self.region], &self.blocks) }?;
+        let devices = AtomicBitmapLog::new(&self.memory, &self.blocks)?;
+        Ok(MergedLog::new().with("the vCPU", vcpus).with("the device", devices))
+    }
+
     /// Restores a machine from its memory and its sections.
     pub(crate) fn restore(
         memory: Memory,
@@ -124,7 +138,7 @@ impl Machine {
         let device = numbers("report", 3)?;
         let device = Device { size: device[0], rate: device[1], batches: device[2] };
         if device.size != total(&memory) {
-            return Err("the device has another idea of the memory's size".into());
+            return Err("the saved memory size of the device differs from the size of the memory".into());
         }
         let cpu = body("vcpu", size_of::<kvm_regs>() + size_of::<kvm_sregs>())?;
         let (regs, sregs) = cpu.split_at(size_of::<kvm_regs>());
@@ -393,10 +407,10 @@ impl Vcpu {
             }
             Ok(VcpuExit::IoOut(guest::WRONG, data)) => {
                 let at = u32::read_from_bytes(data).map_err(|_| "an address of four bytes")?;
-                Err(format!("the guest found its memory wrong near {at:#x}").into())
+                Err(format!("the guest found wrong bytes in its memory near {at:#x}").into())
             }
             Err(error) if error.errno() == INTERRUPTED => Ok(false),
-            other => Err(format!("the guest left for a reason that is not known: {other:?}").into()),
+            other => Err(format!("the vCPU exited for an unknown reason: {other:?}").into()),
         }
     }
 }

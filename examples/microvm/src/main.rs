@@ -22,6 +22,7 @@ use std::{io::Write, os::unix::net::UnixListener, path::PathBuf, process::ExitCo
 
 use clap::{Parser, Subcommand};
 use multifd::channel::{Address, Listener, Stop};
+use qemu_stream::{arrival::ArrivalOptions, incoming::Expected};
 
 use crate::machine::Machine;
 
@@ -142,7 +143,8 @@ fn run(verb: Verb) -> Result<(), Failure> {
             let control = Socket::bind(control.control)?;
             let listener = Listener::bind(&address)?;
             tell(&format!("listening at {}", listener.local_address()));
-            let machine = destination::receive(listener, &Stop::new())?;
+            let options = ArrivalOptions::new(Expected::Type(Machine::machine_type()?));
+            let machine = destination::receive(listener, options, &Stop::new())?;
             control.serve(&machine)
         }
         Verb::Migrate { control, how, address } => {

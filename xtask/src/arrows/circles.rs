@@ -86,7 +86,7 @@ fn reached_from<'a>(arrows: &'a Arrows, file: &str) -> BTreeSet<&'a str> {
 }
 
 fn text(files: &BTreeSet<String>, arrows: &Arrows) -> String {
-    let mut text = format!("circle of {} files", files.len());
+    let mut text = format!("import cycle of {} files", files.len());
     for file in files {
         let targets = arrows.get(file).into_iter().flatten();
         for (target, names) in targets.filter(|(target, _)| files.contains(*target)) {
@@ -105,7 +105,8 @@ fn complaints(circles: &[Circle], allowed: &[&[&str]]) -> Vec<String> {
     let new = circles.iter().filter(|circle| !is_allowed(circle, allowed)).map(|circle| circle.text.clone());
     let is_in_one = |file: &str| circles.iter().any(|circle| circle.files.contains(file));
     let gone = allowed.iter().flat_map(|listed| listed.iter()).filter(|file| !is_in_one(file));
-    let gone = gone.map(|file| format!("{file}: is in no circle: take it from ALLOWED in arrows/circles.rs"));
+    let gone = gone
+        .map(|file| format!("{file}: is in no import cycle: remove it from ALLOWED in arrows/circles.rs"));
     new.chain(gone).collect()
 }
 

@@ -23,37 +23,37 @@ const RULES: [Rule; 7] = [
     Rule {
         folder: "crates/multifd/src/wire",
         forbidden: &["batch", "channel", "compress", "live", "options", "recv", "send", "stats"],
-        why: "packets are pure bytes and know none of the stages that use them",
+        why: "`wire` must not depend on the stages that use it",
     },
     Rule {
         folder: "crates/guest-ram/src",
         forbidden: &["multifd", "qemu_stream", "multifd_cli"],
-        why: "guest RAM knows nothing of migrations",
+        why: "guest RAM must not depend on migrations",
     },
     Rule {
         folder: "crates/multifd/src/send",
         forbidden: &["live", "recv"],
-        why: "the channels out know neither the passes that feed them nor the other direction",
+        why: "the sending side must depend neither on the passes nor on the receiving side",
     },
     Rule {
         folder: "crates/multifd/src/recv",
         forbidden: &["live", "send"],
-        why: "the channels in know nothing of the source",
+        why: "the receiving side must not depend on the source",
     },
     Rule {
         folder: "crates/multifd/src",
         forbidden: &["qemu_stream", "multifd_cli"],
-        why: "the engine knows neither the main stream nor the program",
+        why: "the engine must depend neither on the main stream nor on the program",
     },
     Rule {
         folder: "crates/qemu-stream/src/format",
         forbidden: &["incoming", "outgoing", "mapped_ram"],
-        why: "the stream's bytes know none of the drivers that read and write them",
+        why: "`format` must not depend on the drivers that read and write it",
     },
     Rule {
         folder: "crates/qemu-stream/src",
         forbidden: &["multifd_cli"],
-        why: "no library knows the program",
+        why: "a library must not depend on the program",
     },
 ];
 

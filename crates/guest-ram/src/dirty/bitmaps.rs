@@ -120,7 +120,10 @@ mod tests {
         reader.begin(&one).expect("these");
         for wrong in [other, blocks(&["b", "a"]), blocks(&["a"])] {
             let refused = reader.begin(&wrong).expect_err("refused").to_string();
-            assert!(refused.starts_with("made for other blocks than the migration's: "), "{refused}");
+            assert!(
+                refused.starts_with("created for other blocks than those of the migration: "),
+                "{refused}"
+            );
         }
     }
 }

@@ -29,7 +29,8 @@ impl Drop for SoleReader {
 }
 
 fn busy() -> io::Error {
-    let why = "the dirty log is being read already, by another migration or capture: each would miss what the other takes";
+    let why = "another migration or capture is reading the dirty log: each of them would miss the bits that the other one \
+               takes";
     io::Error::new(io::ErrorKind::ResourceBusy, why)
 }
 

@@ -60,14 +60,17 @@ impl<B: RegionBitmap> AtomicBitmapLog<B> {
                 .iter()
                 .map(GuestRegionMmap::get_mmap)
                 .find(|region| start == Some(region.as_ptr()))
-                .ok_or_else(|| refused("no region begins where its memory does"))?;
+                .ok_or_else(|| refused("no memory region begins at the address of the block"))?;
             if region.size() as u64 != block.used_length() {
-                return Err(refused("the region of its memory has another length"));
+                return Err(refused("its memory region has a different length"));
             }
-            let bits = region.bitmap().bits().ok_or_else(|| refused("its region has none"))?;
+            let bits =
+                region.bitmap().bits().ok_or_else(|| refused("its memory region has no dirty bitmap"))?;
             let size = bytes_of_a_bit(bits).filter(|_| bits.byte_size() >= region.size());
             let size = size.ok_or_else(|| {
-                refused("expected one of pages that are a power of two and cover the region")
+                refused(
+                    "expected bits for pages whose size is a power of two, and which cover the memory region",
+                )
             })?;
             Ok((region, CoarseBits { start: BlockOffset(0), size }))
         });

@@ -59,7 +59,7 @@ impl Transfer {
             }
             (Memory::MappedRam(_), Memory::Mapped(mapping)) => {
                 if !mapping.is_writable() {
-                    return Err("the target is mapped for reading".into());
+                    return Err("the target is mapped for reading only".into());
                 }
                 let base = mapping.slice(0, 0).map_or(0, |slice| slice.as_ptr().addr());
                 (base as u64, None)

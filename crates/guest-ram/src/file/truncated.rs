@@ -6,7 +6,7 @@ use std::io;
 pub fn truncated() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
-        "the file ends there: it has been cut shorter since it was opened, and a whole one is needed",
+        "the file ends there: it was made shorter after it was opened; use a complete file",
     )
 }
 

@@ -238,7 +238,7 @@ fn a_log_that_was_dropped_is_off_and_the_next_begins_anew() {
         write(&blocks, BlockIndex(0), PageIndex(3), round);
         let second = PagemapLog::start(blocks.clone()).expect_err("one at a time");
         assert_eq!(second.kind(), ErrorKind::ResourceBusy);
-        assert_eq!(second.to_string(), r#"block "a": its memory is watched by another userfaultfd"#);
+        assert_eq!(second.to_string(), r#"block "a": another userfaultfd watches its memory"#);
         assert_eq!(taken(&mut log, &blocks, 0), [3], "the first is as it was");
         let back = PageBitmap::new(101);
         back.set_run(PageIndex(7), 2);

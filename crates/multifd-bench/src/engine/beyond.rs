@@ -9,7 +9,7 @@ pub(super) fn peak_beyond(blocks: &RamBlocks) -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let peak =
         status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
-    let kib: u64 = peak.ok_or_else(|| io::Error::other("the system does not tell VmHWM"))?;
+    let kib: u64 = peak.ok_or_else(|| io::Error::other("/proc/self/status has no VmHWM"))?;
     let ram = blocks.iter().map(|(_, block)| resident(block)).sum::<io::Result<u64>>()?;
     Ok((kib << 10).saturating_sub(ram))
 }

@@ -10,7 +10,7 @@ use crate::{
 
 /// The first page with wrong contents.
 pub(super) fn wrong(blocks: &RamBlocks, contents: Contents) -> Result<Option<u64>> {
-    let index = blocks.find(RAM.as_bytes()).ok_or("no block of RAM")?;
+    let index = blocks.find(RAM.as_bytes()).ok_or("there is no RAM block")?;
     let block = blocks.block(index)?;
     let mut page = [0; PAGE];
     for index in 0..block.pages() {

@@ -4,7 +4,7 @@
 //!
 //! UNSAFETY: the system is given the address of guest memory. It takes references to the pages, so they outlive the
 //! call even if the mapping is removed; nothing writes to this memory in the meantime.
-#![expect(unsafe_code, reason = "the safe crates take slices, and guest memory is none")]
+#![expect(unsafe_code, reason = "the safe crates need slices, which guest memory must not be")]
 
 use std::{
     io::{self, PipeReader, PipeWriter, Write},

@@ -131,7 +131,7 @@ fn receive_from(mut link: Box<dyn Link>, block: &RamBlock, contents: Contents) -
         let runs = runs(block, contents, u64::from_be_bytes(*number))?;
         let mut parts: Vec<_> = runs.into_iter().map(PartMut::from).collect();
         if !all(&mut *link, &mut parts)? {
-            return Err("it ends within a packet".into());
+            return Err("the stream ends within a packet".into());
         }
     }
 }

@@ -129,6 +129,6 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
     let send = SendOptions::new().method(method).level(method, 1);
     let options = options.channels(go.channels).send(send).migrate(one_pass());
     let source = Source::new(blocks.clone(), options, &stop)?;
-    let info = source.migrate(&connector, &mut NeverDirty, &mut Stopped)?;
+    let info = source.migrate(connector, &mut NeverDirty, &mut Stopped)?;
     Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
 }

@@ -53,7 +53,7 @@ impl Peer for Iperf {
             // The server is not listening yet, or has just ended the round before.
             std::thread::sleep(Duration::from_millis(50));
         }
-        Err("iperf3 does not answer".into())
+        Err("iperf3 accepts no connection".into())
     }
 }
 

@@ -180,7 +180,7 @@ impl Source for QemuSource<'_> {
         completed(vm)?;
         let told: Value = vm.query_migrate()?;
         let transferred = told["ram"]["transferred"].as_u64();
-        Ok((transferred.ok_or("QEMU does not tell what it transferred")?, None))
+        Ok((transferred.ok_or("QEMU does not report the transferred bytes")?, None))
     }
 
     fn pid(&self) -> u32 {

@@ -77,7 +77,7 @@ pub(super) fn draw(all: &[Measured]) -> Result<Option<String>> {
 /// Space above the highest round, for the legend.
 const ROOM: f64 = 1.5;
 
-#[expect(clippy::cast_precision_loss, reason = "a handful of peers")]
+#[expect(clippy::cast_precision_loss, reason = "there are few peers")]
 fn beside(points: Vec<Point>, at: usize) -> Vec<Point> {
     points
         .into_iter()

@@ -148,9 +148,7 @@ fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) 
 /// The likely cause at the other end, printed before the details of the stream.
 fn likely(error: &Error) -> &'static str {
     match error.fault() {
-        Fault::Connection => {
-            ": the source closed the connection (cancelled, or its process ended), or the network failed"
-        }
+        Fault::Connection => ": the connection to the source ended early",
         Fault::Stalled => ": the source sends no data",
         Fault::Protocol => ": the stream from the source is invalid, incomplete or not supported",
         _ => "",

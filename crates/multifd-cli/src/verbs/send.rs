@@ -52,7 +52,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         let progress = progress.clone();
         Display::start("send", args.output.quiet || args.output.json, move || Look::of(&progress))
     };
-    let sent = source.migrate(&connector, &mut NeverDirty, &mut at_rest);
+    let sent = source.migrate(connector, &mut NeverDirty, &mut at_rest);
     drop(display);
     match sent {
         Ok(info) => {

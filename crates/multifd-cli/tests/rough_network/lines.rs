@@ -153,10 +153,10 @@ fn ram_is_equal_when_the_line_was_pulled_for_1_s() {
 const GONE: [&str; 7] = [
     "the host has not answered for ",
     "Connection timed out",
-    "the other side has taken nothing for ",
-    "nothing came in time",
-    "nothing has moved on any connection for ",
-    "connection closed",
+    "the other side has accepted no data for ",
+    "nothing arrived in time",
+    "nothing was transferred on any connection for ",
+    "the source closed the ",
     "stream ends where ",
 ];
 

@@ -121,7 +121,7 @@ impl TcpOptions {
         }
         if !parsed.uses_ipv4() && !parsed.uses_ipv6() {
             let found = "ipv4=off,ipv6=off".into();
-            return Err(Usage::AddressOption { expected: "one of IPv4 and IPv6 to be left", found });
+            return Err(Usage::AddressOption { expected: "at least one of IPv4 and IPv6 to be on", found });
         }
         Ok(parsed)
     }
@@ -449,7 +449,10 @@ mod tests {
     #[test]
     fn option_that_cannot_be_is_refused_by_name() {
         for (options, told) in [
-            (",ipv4=off,ipv6=off", r#"expected one of IPv4 and IPv6 to be left, found "ipv4=off,ipv6=off""#),
+            (
+                ",ipv4=off,ipv6=off",
+                r#"expected at least one of IPv4 and IPv6 to be on, found "ipv4=off,ipv6=off""#,
+            ),
             (",ipv4=yes", r#"expected on or off, found "ipv4=yes""#),
             (
                 ",to=4450",

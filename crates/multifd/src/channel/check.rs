@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use super::Address;
-use crate::error::Usage;
+use crate::error::{UntrustedText, Usage};
 
 impl Address {
     /// Refuses an address to which no connection is possible, regardless of the other end. It does not change what the
@@ -88,7 +88,7 @@ fn of_socket(fd: RawFd, expected: &'static str) -> Result<State, Usage> {
     let Ok(flags) = fcntl_getfl(socket) else { return Err(unfit(fd, "not open in this process", expected)) };
     let other = || unfit(fd, kind(fd, socket), expected);
     if flags.contains(OFlags::PATH) {
-        return Err(unfit(fd, "opened as a path alone (O_PATH)", expected));
+        return Err(unfit(fd, "opened only as a path (O_PATH)", expected));
     }
     match socket_type(socket).map_err(|_| other())? {
         SocketType::STREAM => {}
@@ -113,7 +113,7 @@ fn kind(fd: RawFd, of: BorrowedFd<'_>) -> String {
         _ => "no socket",
     };
     match std::fs::read_link(format!("/proc/self/fd/{fd}")) {
-        Ok(name) => format!("{kind} ({})", name.display()),
+        Ok(name) => format!("{kind} ({})", UntrustedText::from_bytes(name.as_os_str().as_encoded_bytes())),
         Err(_) => kind.to_owned(),
     }
 }
@@ -132,7 +132,7 @@ pub(super) fn children_are_waited_for() -> Result<(), Usage> {
     let asked = unsafe { libc::sigaction(libc::SIGCHLD, std::ptr::null(), set.as_mut_ptr()) };
     if asked != 0 {
         // This is checked again when the command has ended.
-        tracing::debug!(error = %io::Error::last_os_error(), "what is done with SIGCHLD is not known");
+        tracing::debug!(error = %io::Error::last_os_error(), "the action of SIGCHLD cannot be read");
         return Ok(());
     }
     // SAFETY: the call has succeeded, so it has written all of it.
@@ -190,7 +190,7 @@ mod tests {
             (File::open("/").expect("open").into(), "a folder (/)"),
             (tempfile::tempfile().expect("a file").into(), "a regular file ("),
             (pipe.into(), "a pipe (pipe:["),
-            (path, "opened as a path alone"),
+            (path, "opened only as a path"),
             (UdpSocket::bind("127.0.0.1:0").expect("bound").into(), "a datagram socket"),
             (OwnedFd::from(fresh), "a stream socket that is n"),
         ] {

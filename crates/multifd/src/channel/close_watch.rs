@@ -36,7 +36,7 @@ pub struct PeerSignal {
 }
 
 /// Watches a connection until dropped.
-#[must_use = "dropped, it watches no longer"]
+#[must_use = "the watch ends when it is dropped"]
 pub struct CloseWatch {
     end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,

@@ -45,12 +45,13 @@ impl fmt::Display for NoneLeft {
                 let limit = limit.map_or_else(|| "without bound".into(), |limit| limit.to_string());
                 write!(
                     f,
-                    "no descriptors are left: the limit of open files (RLIMIT_NOFILE, `ulimit -n`) is {limit}, and every \
-                     channel takes one, and another one while it connects; raise it, or use fewer channels (multifd-channels)"
+                    "no descriptors are left: the limit of open files (RLIMIT_NOFILE, `ulimit -n`) is {limit}; every \
+                     channel needs one, and a second one while it connects; raise the limit, or use fewer channels \
+                     (multifd-channels)"
                 )
             }
             Whose::System => f.write_str(
-                "the system has no descriptors left (sysctl fs.file-max): end what holds so many, or raise it",
+                "the system has no descriptors left (sysctl fs.file-max): end programs that use many, or raise this limit",
             ),
         }
     }

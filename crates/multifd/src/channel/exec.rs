@@ -153,7 +153,10 @@ impl Link for ExecLink {
             Some(status) => Err(ended(status)),
             None => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("the command has not ended within {} s of its input", END_LIMIT.as_secs()),
+                format!(
+                    "the command did not end within {} s after the end of its input",
+                    END_LIMIT.as_secs()
+                ),
             )),
         }
     }

@@ -34,8 +34,8 @@ impl fmt::Display for ExitStatusUnknown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(
             "the command has ended, but its exit status is unknown: this process ignores SIGCHLD, or another part of it \
-             reaps all children (waitpid with -1); have SIGCHLD at its default action and each part wait for its own \
-             children. The destination may have the guest: look there before the guest runs on here",
+             reaps all children (waitpid with -1); set SIGCHLD to its default action, and let each part wait for its own \
+             children only. The destination may have the guest: check it before the guest continues here",
         )
     }
 }

@@ -133,6 +133,20 @@ pub trait Connect: Send + Sync {
     }
 }
 
+impl<C: Connect + ?Sized> Connect for Arc<C> {
+    fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
+        (**self).connect(context)
+    }
+
+    fn target(&self) -> String {
+        (**self).target()
+    }
+
+    fn is_single(&self) -> bool {
+        (**self).is_single()
+    }
+}
+
 /// Accepts connections from sources.
 pub trait Listen: Send {
     /// Waits for the next connection, for the migration of `context`; `None` if the [waker](Listen::waker) ended the
@@ -158,6 +172,28 @@ pub trait Listen: Send {
     /// Whether it accepts only one connection, so that there are no channels.
     fn is_single(&self) -> bool {
         false
+    }
+}
+
+impl<L: Listen + ?Sized> Listen for Box<L> {
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        (**self).accept(context)
+    }
+
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        (**self).accept_waiting(context)
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        (**self).waker()
+    }
+
+    fn address(&self) -> String {
+        (**self).address()
+    }
+
+    fn is_single(&self) -> bool {
+        (**self).is_single()
     }
 }
 

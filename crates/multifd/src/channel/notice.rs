@@ -64,7 +64,10 @@ impl Notice {
             // SAFETY: as for the first header.
             header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
         }
-        Err(io::Error::new(io::ErrorKind::InvalidData, "the socket's error queue holds something unknown"))
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the socket's error queue contains an unknown message",
+        ))
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
     mem::MaybeUninit,
     net::Shutdown,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -29,6 +30,7 @@ use super::{
     stall_timer,
 };
 use crate::{
+    error::UntrustedText,
     ram::{Part, PartMut},
     sync_types::Instant,
 };
@@ -329,7 +331,8 @@ pub(super) fn describe(address: &SockAddr) -> String {
     if let Some((cid, port)) = address.as_vsock_address() {
         return format!("vsock:{cid}:{port}");
     }
-    address.as_pathname().map_or_else(|| "a local process".into(), |path| path.display().to_string())
+    let shown = |path: &Path| UntrustedText::from_bytes(path.as_os_str().as_encoded_bytes()).to_string();
+    address.as_pathname().map_or_else(|| "a local process".into(), shown)
 }
 
 /// The host at the other end of `socket`.

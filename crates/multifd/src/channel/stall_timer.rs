@@ -93,7 +93,7 @@ impl StallTimer {
     pub fn check_send(&self, begun: Instant) -> io::Result<()> {
         match (self.left(begun), self.limit) {
             (Some(Duration::ZERO), Some(limit)) => {
-                let text = format!("the other side has taken nothing for {} s", limit.as_secs_f64());
+                let text = format!("the other side has accepted no data for {} s", limit.as_secs_f64());
                 Err(io::Error::new(io::ErrorKind::TimedOut, text))
             }
             _ => Ok(()),

@@ -204,7 +204,7 @@ impl fmt::Debug for Stop {
 }
 
 /// Keeps a watcher registered with a [`Stop`] until dropped.
-#[must_use = "dropped, the watcher is no longer woken"]
+#[must_use = "when it is dropped, the watcher is not woken any more"]
 pub struct Watch {
     stop: Stop,
     id: u64,
@@ -242,7 +242,7 @@ impl Drop for Alarm<'_> {
 }
 
 /// Why a thread may have panicked.
-const PANICKED: &str = "a bug in this library, or in a link that it was given";
+const PANICKED: &str = "a bug in this library, or in a link of the caller";
 
 struct OnFailure {
     stop: Stop,

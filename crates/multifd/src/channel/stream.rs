@@ -63,7 +63,7 @@ impl Stream {
             signal.map(|signal| CloseWatch::start(signal, stop.clone(), grace, judge)).transpose()
         });
         watch.unwrap_or_else(|error| {
-            tracing::warn!(peer = self.peer(), %error, "its closing is noticed late");
+            tracing::warn!(peer = self.peer(), %error, "a close by the peer will be noticed late");
             None
         })
     }

@@ -1,4 +1,4 @@
-//! What a compression method implements, and what is to be said of it.
+//! The interface of a compression method, and its description.
 
 use crate::{
     error::Result,
@@ -7,55 +7,56 @@ use crate::{
     wire::Flags,
 };
 
-/// A method: all that the rest of the engine, a command line or a settings file needs to know of it.
+/// The description of a method. The rest of the engine, a command line and a settings file take everything about the method
+/// from it.
 pub(crate) struct Description {
-    /// QEMU's name for it.
+    /// QEMU's name of the method.
     pub(crate) name: &'static str,
-    /// The bits that packets with pages carry.
+    /// The flags of its packets with pages.
     pub(crate) flags: Flags,
-    /// How hard it tries, if that can be chosen.
+    /// The compression level, if the method has one.
     pub(crate) level: Option<Level>,
-    /// Makes the encoder of one channel, of a level within its range; `None` if the pages themselves are the payload. It
-    /// fails if the library behind the method refuses, for want of memory for example.
+    /// Creates the encoder of one channel with a level within its range; `None` if the pages themselves are the payload. It
+    /// fails if the library fails, for example because there is no memory.
     pub(crate) encoder: fn(level: u8) -> Made<dyn Encode>,
-    /// Makes the decoder of one channel; `None` if the pages themselves are the payload.
+    /// Creates the decoder of one channel; `None` if the pages themselves are the payload.
     pub(crate) decoder: fn() -> Made<dyn Decode>,
 }
 
 /// A codec, if the method has one.
 pub(crate) type Made<T> = Result<Option<Box<T>>>;
 
-/// How hard a method tries.
+/// The level of a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Level {
-    /// `multifd-NAME-level`: its range and default.
+    /// The parameter `multifd-NAME-level`: its range and default.
     pub parameter: Parameter,
-    /// What its values mean: `0 (stored) to 9 (smallest)`.
+    /// The meaning of its values: `0 (stored) to 9 (smallest)`.
     pub meaning: &'static str,
 }
 
-/// Makes the payload of one channel's packets.
+/// Creates the payloads of one channel's packets.
 pub(crate) trait Encode: Send {
-    /// The payload of a packet with these pages. They are compressed from a private copy: the guest writes to them
-    /// meanwhile, and a compressor reads its input more than once.
+    /// Returns the payload of a packet with these pages. The pages are compressed from a private copy, because the guest
+    /// may write to them at the same time, and a compressor reads its input more than once.
     fn encode(&mut self, pages: &PacketPages<'_>) -> Result<&[u8]>;
 }
 
-/// Reads the payload of one channel's packets.
+/// Decompresses the payloads of one channel's packets.
 pub(crate) trait Decode: Send {
-    /// Fills `pages`, all pages of a packet in order, from its payload. `pages` has room for one byte more than the
-    /// packet may make, so that a surplus is found and not left inside the codec for the next packet. Returns how many
-    /// bytes were made, with all of the payload used.
+    /// Fills `pages`, all pages of a packet in order, from its payload. `pages` is one byte longer than the packet's pages,
+    /// so that a surplus is found and does not stay in the codec for the next packet. Returns the number of bytes written,
+    /// after the whole payload was used.
     fn decode(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<usize>;
 }
 
-/// The pages of a packet, wherever they are.
+/// The pages of a packet.
 #[cfg_attr(not(feature = "_codec"), expect(dead_code, reason = "no method reads them"))]
 pub(crate) enum PacketPages<'a> {
     /// In guest memory.
     Mapped(&'a RamBlock, &'a [PageIndex]),
-    /// In a private buffer, one behind the other.
+    /// In a private buffer, one after the other.
     Private(&'a [u8], PageSize),
 }
 
@@ -69,10 +70,10 @@ impl PacketPages<'_> {
         }
     }
 
-    /// Copies page number `at` among them into `page`, which gets the length of a page.
+    /// Copies page number `at` into `page`, which is resized to the length of a page.
     ///
     /// # Panics
-    /// If there is none.
+    /// If there is no page of this number.
     pub(crate) fn copy(&self, at: usize, page: &mut Vec<u8>) -> Result<()> {
         match self {
             Self::Mapped(block, pages) => {
@@ -88,7 +89,7 @@ impl PacketPages<'_> {
     }
 }
 
-/// A payload that exceeds its bound, which no page makes that a method is given.
+/// The error for a compressed page that is longer than the longest payload. No page causes it.
 #[cfg(feature = "_codec")]
 pub(super) fn too_long(method: &str) -> crate::Error {
     crate::Error::other(format!("compress a page with {method}"), "the result exceeds the largest payload")

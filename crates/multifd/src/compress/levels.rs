@@ -1,9 +1,9 @@
-//! How hard each method tries.
+//! The compression level of each method.
 
 use super::Method;
 use crate::error::{Result, Usage};
 
-/// A level for each method; only that of the method in use matters.
+/// A level for each method. Only the level of the method in use has an effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Levels([u8; Method::ALL.len()]);
 
@@ -19,7 +19,7 @@ impl Default for Levels {
 }
 
 impl Levels {
-    /// Chooses a level; nothing is chosen for a method that has none.
+    /// Sets the level. Does nothing for a method without levels.
     pub(crate) fn set(&mut self, method: Method, level: u8) {
         if method.level().is_some() {
             *self.place(method) = level;
@@ -31,7 +31,7 @@ impl Levels {
     }
 
     /// # Errors
-    /// If a level is outside of its range.
+    /// If the level is outside its range.
     pub(crate) fn check(self) -> Result<(), Usage> {
         let leveled = Method::ALL.iter().filter_map(|method| Some((method.level()?, self.of(*method))));
         leveled.into_iter().try_for_each(|(level, chosen)| level.parameter.check(chosen))

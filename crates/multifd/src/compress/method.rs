@@ -1,4 +1,4 @@
-//! The methods that this build speaks, as a table.
+//! The table of the methods that this build supports.
 
 use std::{fmt, str::FromStr};
 
@@ -18,18 +18,18 @@ use crate::{
 
 macro_rules! methods {
     ($( $(#[doc = $doc:literal])* $(#[cfg($cfg:meta)])? $name:ident = $description:expr; )+) => {
-        /// `multifd-compression`: what both sides agree on, checked with every packet.
+        /// `multifd-compression`. Both sides have to use the same method; the destination checks it for every packet.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Method {
-            /// Pages travel as they are.
+            /// Pages are sent uncompressed.
             #[default]
             None,
             $( $(#[doc = $doc])* $(#[cfg($cfg)])? $name, )+
         }
 
         impl Method {
-            /// The methods that this build speaks.
+            /// The methods that this build supports.
             pub const ALL: &[Self] = &[Self::None, $( $(#[cfg($cfg)])? Self::$name, )+];
 
             fn description(self) -> &'static Description {
@@ -46,18 +46,18 @@ methods! {
     /// One zlib stream per channel. QEMU has it since 5.0.
     #[cfg(feature = "zlib")]
     Zlib = zlib::METHOD;
-    /// One zstd frame per channel. QEMU has it since 5.0, if it is built with it.
+    /// One zstd frame per channel. QEMU has it since 5.0, if QEMU was built with zstd.
     #[cfg(feature = "zstd")]
     Zstd = zstd::METHOD;
 }
 
 impl Method {
-    /// QEMU's name for it.
+    /// QEMU's name of the method.
     pub fn as_str(self) -> &'static str {
         self.description().name
     }
 
-    /// The methods that this build speaks, for a text: `none, zlib or zstd`.
+    /// The methods that this build supports, for a text: `none, zlib or zstd`.
     pub fn names() -> String {
         let last = Self::ALL.len() - 1;
         let names = Self::ALL.iter().enumerate().map(|(at, method)| match at {
@@ -68,12 +68,12 @@ impl Method {
         names.collect()
     }
 
-    /// How hard it tries, if that can be chosen: QEMU's `multifd-zlib-level`, `multifd-zstd-level`.
+    /// The compression level, if the method has one: QEMU's `multifd-zlib-level`, `multifd-zstd-level`.
     pub fn level(self) -> Option<Level> {
         self.description().level
     }
 
-    /// The method that a packet with pages names.
+    /// The method that the flags of a packet with pages name.
     pub(crate) fn of(flags: Flags) -> Result<Self, Unsupported> {
         let found = flags.masked(Flags::METHOD);
         let known = Self::ALL.iter().find(|method| method.flags() == found);
@@ -84,12 +84,12 @@ impl Method {
         })
     }
 
-    /// The bits that packets with pages carry.
+    /// The flags of packets with pages.
     pub(crate) fn flags(self) -> Flags {
         self.description().flags
     }
 
-    /// Refuses a packet with pages that names another method.
+    /// Refuses a packet with pages whose flags name another method.
     pub(crate) fn check(self, flags: Flags) -> Result<()> {
         if flags.masked(Flags::METHOD) == self.flags() {
             Ok(())
@@ -98,15 +98,15 @@ impl Method {
         }
     }
 
-    /// What makes payloads; `None` if the pages themselves are the payload.
+    /// Creates the encoder; `None` if the pages themselves are the payload.
     ///
     /// # Errors
-    /// If the library behind the method refuses, for want of memory for example.
+    /// If the library fails, for example because there is no memory.
     pub(crate) fn encoder(self, levels: Levels) -> Result<Option<Box<dyn Encode>>> {
         (self.description().encoder)(levels.of(self))
     }
 
-    /// What reads payloads; `None` if the pages themselves are the payload.
+    /// Creates the decoder; `None` if the pages themselves are the payload.
     ///
     /// # Errors
     /// As [`encoder`](Self::encoder).
@@ -130,7 +130,7 @@ impl FromStr for Method {
     }
 }
 
-/// QEMU's name of a method that this build does not speak.
+/// QEMU's name of a method that this build does not support.
 fn name_of(flags: Flags) -> &'static str {
     match flags {
         Flags::ZLIB => "zlib",

@@ -1,12 +1,12 @@
-//! The method: how pages become payload and payload becomes pages.
+//! The compression methods: pages become a payload, and a payload becomes pages.
 //!
 //! ```text
 //! pages ─copy─▶ Encode ─▶ payload ═══ channel ═══▶ payload ─▶ Decode ─▶ pages
 //! ```
 //!
-//! A channel owns its codec for the whole migration: what one packet held makes the next one smaller, and only a
-//! channel's first payload begins as its format does. With [`Method::None`] there is none. Each method is described in
-//! a file of its own, by its `METHOD`; `send` and `recv` know none by name.
+//! A channel owns its codec for the whole migration: the contents of earlier packets make later ones smaller, and only the
+//! first payload of a channel has the header of its format. [`Method::None`] has no codec. Each method is described in a
+//! file of its own, by its `METHOD`; `send` and `recv` do not name any method.
 
 mod codec;
 mod levels;

@@ -1,4 +1,4 @@
-//! Pages travel as they are: they leave guest memory and arrive in it without passing through a buffer.
+//! No compression: pages are sent from guest memory and received into it without a buffer between.
 
 use super::codec::Description;
 use crate::wire::Flags;

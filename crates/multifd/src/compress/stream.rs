@@ -1,4 +1,4 @@
-//! Payloads of a library that compresses a stream: each packet ends with a flush, and the stream never ends.
+//! Payloads of a library that compresses a stream. Each packet ends with a flush; the stream never ends.
 
 use super::codec::{Encode, PacketPages, too_long};
 use crate::{error::Result, wire::limits::PAYLOAD_BYTES};
@@ -8,21 +8,21 @@ pub(super) trait Compressor: Send {
     /// The method's name, for errors.
     const NAME: &'static str;
 
-    /// Compresses bytes of `input` into `room`. With `flush`, it gives out all that it holds back.
+    /// Compresses bytes of `input` into `room`. With `flush`, it writes all bytes that it has buffered.
     fn compress(&mut self, input: &[u8], room: &mut [u8], flush: bool) -> Result<Step>;
 }
 
-/// What a call to the compressor has done.
+/// The result of a call of the compressor.
 pub(super) struct Step {
-    /// Bytes of the input.
+    /// The number of input bytes that were used.
     pub(super) used: usize,
-    /// Bytes of the output.
+    /// The number of output bytes that were written.
     pub(super) made: usize,
-    /// Nothing is held back any more.
+    /// No bytes are buffered any more.
     pub(super) flushed: bool,
 }
 
-/// Makes payloads by a [`Compressor`].
+/// Creates payloads with a [`Compressor`].
 pub(super) struct Encoder<S> {
     stream: S,
     page: Vec<u8>,

@@ -269,7 +269,11 @@ fn a_bomb_is_refused_at_the_first_byte_too_many() {
         let payload = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
         let mut decoder = method.decoder().expect("made").expect("packs");
         let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
-        assert_eq!(refused.to_string(), "the payload makes more than 4096 bytes, expected 4096", "{method}");
+        assert_eq!(
+            refused.to_string(),
+            "the payload decompresses to more than 4096 bytes, expected 4096",
+            "{method}"
+        );
     }
 }
 
@@ -296,7 +300,7 @@ fn refusal(method: Method, payload: &[u8]) -> String {
 fn a_zlib_stream_with_a_preset_dictionary_or_of_gzip_or_raw_deflate_is_refused() {
     let empty_block = [0x00, 0x00, 0x00, 0xff, 0xff];
     for (head, why) in [
-        (&[0x78, 0xbb, 0, 0, 0, 1][..], "broken zlib data: it wants a dictionary"),
+        (&[0x78, 0xbb, 0, 0, 0, 1][..], "broken zlib data: it needs a dictionary"),
         (&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3], "broken zlib data: incorrect header check"),
         (&[], "broken zlib data: unknown compression method"),
     ] {
@@ -340,14 +344,14 @@ fn a_zstd_frame_that_ends_or_asks_for_too_large_a_window_is_refused() {
     let most = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 17 << 3, 0x00, 0x00, 0x00];
     let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
     let refused = decode(&mut *decoder, &most, 4096).expect_err("nothing in it");
-    assert_eq!(refused.to_string(), "the payload makes 0 bytes, expected 4096");
+    assert_eq!(refused.to_string(), "the payload decompresses to 0 bytes, expected 4096");
 }
 
 #[test]
 fn what_is_not_built_in_is_named() {
     assert_eq!(
         Method::of(Flags::QPL | Flags::SYNC).expect_err("refused").to_string().split(':').next(),
-        Some("packet of method qpl (0x8), which is not built in")
+        Some("packet of method qpl (0x8), which this build does not support")
     );
     for method in Method::ALL {
         assert_eq!(method.as_str().parse::<Method>().expect("known"), *method);

@@ -1,4 +1,4 @@
-//! zlib: one stream per channel (RFC 1950), a sync flush at the end of each packet, never an end of the stream.
+//! zlib: one stream per channel (RFC 1950). Each packet ends with a sync flush; the stream never ends.
 
 use flate2::{Compress, Compression, Decompress, DecompressError, FlushCompress, FlushDecompress, Status};
 
@@ -22,7 +22,7 @@ pub(super) const METHOD: Description = Description {
     }),
     encoder: |level| {
         Ok(Some(match level {
-            // Nothing is made smaller.
+            // Level 0 does not compress, so the sieve saves nothing.
             0 => Box::new(Encoder::new(Plain::new(level))),
             _ => Box::new(noise::zlib::Encoder::new(level)),
         }))
@@ -30,7 +30,7 @@ pub(super) const METHOD: Description = Description {
     decoder: || Ok(Some(Box::new(Decoder(Decompress::new(true))))),
 };
 
-/// The library alone.
+/// The library without a sieve.
 struct Plain(Compress);
 
 impl Plain {
@@ -48,7 +48,7 @@ impl Compressor for Plain {
         let outcome = self.0.compress(input, room, flush);
         outcome.map_err(|error| Error::other("compress a page with zlib", error))?;
         let (used, made) = (length(self.0.total_in() - taken), length(self.0.total_out() - given));
-        // A room that is full may have been too small for all of it.
+        // If the room is full, bytes may still be buffered.
         Ok(Step { used, made, flushed: made < room.len() })
     }
 }
@@ -70,11 +70,11 @@ impl Decode for Decoder {
                 return Err(malformed("the stream ends").into());
             }
             if made == pages.len() {
-                // More than there may be, whatever is left.
+                // The payload is longer than its pages, so the rest does not matter.
                 break;
             }
             if input == 0 && output == 0 {
-                return Err(malformed("it leads nowhere").into());
+                return Err(malformed("it makes no progress").into());
             }
         }
         Ok(made)
@@ -83,7 +83,7 @@ impl Decode for Decoder {
 
 fn why(error: &DecompressError) -> &str {
     let otherwise =
-        if error.needs_dictionary().is_some() { "it wants a dictionary" } else { "it is corrupt" };
+        if error.needs_dictionary().is_some() { "it needs a dictionary" } else { "it is corrupt" };
     error.message().unwrap_or(otherwise)
 }
 
@@ -91,7 +91,7 @@ fn malformed(why: &str) -> Malformed {
     Malformed::Compressed { method: METHOD.name, why: why.into() }
 }
 
-/// Within one packet, so it fits.
+/// The number is within one packet, so it fits.
 fn length(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

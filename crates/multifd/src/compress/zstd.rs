@@ -1,4 +1,4 @@
-//! zstd: one frame per channel (RFC 8878), a flush at the end of each packet, never an end of the frame.
+//! zstd: one frame per channel (RFC 8878). Each packet ends with a flush; the frame never ends.
 
 use zstd_safe::{
     CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer, get_error_name, zstd_sys::ZSTD_EndDirective,
@@ -31,7 +31,7 @@ pub(super) const METHOD: Description = Description {
     decoder: || Ok(Some(Box::new(Decoder::new()?))),
 };
 
-/// The library alone.
+/// The library without a sieve.
 struct Plain(CCtx<'static>);
 
 impl Plain {
@@ -76,12 +76,12 @@ impl Decode for Decoder {
             if left == 0 {
                 return Err(malformed("the frame ends").into());
             }
-            // A full room is more than there may be, whatever is left; with room, nothing is held back.
+            // If the output is full, the payload is longer than its pages. If it is not full, nothing is buffered.
             if output.pos() == output.capacity() || input.pos() == payload.len() {
                 return Ok(output.pos());
             }
             if (input.pos(), output.pos()) == before {
-                return Err(malformed("it leads nowhere").into());
+                return Err(malformed("it makes no progress").into());
             }
         }
     }

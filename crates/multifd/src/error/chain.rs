@@ -1,13 +1,18 @@
 //! An error with its causes, for people to read: the one place that prints a chain.
 
-use std::{error::Error, fmt};
+use std::{
+    error::Error,
+    fmt::{self, Write},
+};
 
-/// An error and the causes behind it, from the first on. Shown, it is their texts with `: ` between them; as an iterator it
-/// gives them one by one.
+use super::untrusted::Escape;
+
+/// An error and its causes, the error first. `Display` writes all texts with `: ` between them, escaped as
+/// [`Printable`](super::Printable) is; the iterator returns the errors one by one.
 #[derive(Clone, Debug)]
 pub struct Chain<'a>(Option<&'a (dyn Error + 'static)>);
 
-/// The chain of `error`, whatever kind of error it is.
+/// The chain of `error`, which may be of any type.
 pub fn chain<'a>(error: &'a (dyn Error + 'static)) -> Chain<'a> {
     Chain(Some(error))
 }
@@ -26,7 +31,7 @@ impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, error) in self.clone().enumerate() {
             let between = if at == 0 { "" } else { ": " };
-            write!(f, "{between}{error}")?;
+            write!(Escape(f), "{between}{error}")?;
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Fault {
     cause.downcast_ref::<io::Error>().map_or(Fault::Caller, of_system)
 }
 
-/// What an error of the system says of a connection.
+/// Who is at fault for an error that the system reports about a connection.
 fn of_system(error: &io::Error) -> Fault {
     match error.kind() {
         ErrorKind::TimedOut => Fault::Stalled,

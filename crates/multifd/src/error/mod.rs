@@ -1,16 +1,19 @@
 //! What can go wrong, sorted by who is at fault.
 //!
-//! A text says what was expected and what was met, the place is in front of it, the cause behind it in
-//! [`source`](std::error::Error::source): `channel 3: packet 17: offset 0x7f000 outside block "pc.ram" (0x40000)`.
+//! Each text says what was expected and what was found. The place is before the text. The cause is in
+//! [`source`](std::error::Error::source) and not in the text. Example: `channel 3: packet 17: offset 0x7f000 outside block
+//! "pc.ram" (0x40000)`.
 
 mod chain;
 mod fault;
+mod untrusted;
 mod usage;
 mod violation;
 
 use std::{fmt, io, sync::Arc, time::Duration};
 
 pub use chain::{Chain, chain};
+pub use untrusted::{Printable, UntrustedText, is_executed};
 pub use usage::Usage;
 pub use violation::Violation;
 
@@ -27,49 +30,49 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a migration, or a call on it, failed.
 ///
-/// Cheap to clone: the first error stops everything and is then reported by every call that it ends.
+/// Cheap to clone: the first error stops everything, and every call that it ends returns it.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The bytes that a peer sent are no valid packet.
+    /// The bytes that a peer sent are not a valid packet.
     #[error(transparent)]
     Malformed(#[from] Malformed),
     /// The peer sent valid bytes that break the protocol's rules.
     #[error(transparent)]
     Violation(#[from] Violation),
-    /// The peer uses something that this library does not speak.
+    /// The peer uses something that this library does not support.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
-    /// The caller asked for something that cannot be.
+    /// The caller asked for something that is not possible.
     #[error(transparent)]
     Usage(#[from] Usage),
-    /// The operating system refused, or a connection broke.
+    /// The operating system reported an error, or a connection failed.
     #[error("{doing}")]
     Io {
-        /// What was being done, and to what.
+        /// The action that failed, and its object.
         doing: String,
-        /// What the system said.
+        /// The error of the system.
         source: Arc<io::Error>,
     },
-    /// A peer did not do in time what it had to do.
+    /// A peer did not act within a time limit.
     #[error("{what} within {}", seconds(*.limit))]
     TimedOut {
         /// What did not happen.
         what: String,
-        /// How long it was waited for.
+        /// The time limit.
         limit: Duration,
     },
-    /// Nothing moved on any connection for so long, although something was due.
-    #[error("{what}, and nothing has moved on any connection for {}: {hint}", seconds(*.limit))]
+    /// Something was expected from the peer, and nothing was transferred on any connection within the time limit.
+    #[error("{what}, and nothing was transferred on any connection for {}: {hint}", seconds(*.limit))]
     Stalled {
-        /// What is due.
+        /// What was expected.
         what: String,
-        /// How long it was waited for.
+        /// The time limit.
         limit: Duration,
-        /// Where to look.
+        /// What the user can check.
         hint: &'static str,
     },
-    /// The guest could not be stopped within `max-passes` or `max-total-time`, and runs on at the source.
+    /// The guest could not be stopped within `max-passes` or `max-total-time`. It continues at the source.
     #[error(transparent)]
     NotConverged(Box<NotConverged>),
     /// An error that belongs to one place: a channel, a packet, a connection.
@@ -78,46 +81,46 @@ pub enum Error {
     /// Another part of the migration failed: the main stream, the guest, the caller.
     #[error("{doing}")]
     Other {
-        /// What was being done.
+        /// The action that failed.
         doing: String,
-        /// Who or what is at fault, where that is known.
+        /// Who or what is at fault, if this is known.
         fault: Option<Fault>,
-        /// Why it failed.
+        /// The cause.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
-    /// The guest stood for as long as `switchover-timeout` allows, and the destination did not get ready to run it. It goes
-    /// on at the source.
+    /// The guest was stopped for as long as `switchover-timeout` allows, and the destination was not ready to run it. The
+    /// guest continues at the source.
     #[error(
-        "the guest stood for {} and the destination has not got all of it: it is silent, or its network is slow; the guest \
-         goes on at the source",
+        "the destination was not ready within {} after the guest was stopped (switchover-timeout): it is silent, or its \
+         network is slow; the guest continues at the source",
         seconds(*.limit)
     )]
     SwitchoverTimeout {
-        /// How long the guest may stand.
+        /// The time limit.
         limit: Duration,
     },
-    /// Everything was sent, and nobody at the source can know whether the destination has the guest. The guest stays stopped
-    /// at the source, unless `resume_if_unknown` says otherwise: find out whether it runs at the destination, then resume it
-    /// here or drop it.
+    /// Everything was sent, and the source cannot know whether the destination has the guest. The guest stays stopped at
+    /// the source, unless `resume_if_unknown` is on: check whether the guest runs at the destination, then resume it or
+    /// discard it at the source.
     #[error(
-        "it is not known whether the destination has the guest: find out before it goes on at the source"
+        "it is not known whether the destination has the guest: check the destination before the guest continues at the source"
     )]
     OwnerUnknown(#[source] Box<Error>),
     /// A callback of the embedder panicked.
     #[error("{call} panicked: {text}")]
     Panicked {
-        /// Which call.
+        /// Which callback.
         call: Callback,
-        /// What the panic says.
+        /// The message of the panic.
         text: String,
     },
-    /// The migration failed, and the guest could not be made to go on: it stands.
-    #[error("{error}; and the guest stands here: {panicked}")]
+    /// The migration failed, and the guest could not be resumed: it is stopped at the source.
+    #[error("{error}; the guest could not be resumed and is stopped at the source: {panicked}")]
     NotResumed {
         /// Why the migration failed.
         #[source]
         error: Box<Error>,
-        /// Why the guest stands.
+        /// Why the guest could not be resumed.
         panicked: Box<Error>,
     },
     /// The migration was cancelled.
@@ -126,12 +129,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// An error of the system, met while `doing` something.
+    /// An error of the system. `doing` is the action that failed.
     pub fn io(doing: impl Into<String>, source: io::Error) -> Self {
         Self::Io { doing: doing.into(), source: Arc::new(source) }
     }
 
-    /// An error of a part that this crate knows nothing of, met while `doing` something.
+    /// An error of a part that this crate does not know. `doing` is the action that failed.
     pub fn other(
         doing: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -139,7 +142,8 @@ impl Error {
         Self::Other { doing: doing.into(), fault: None, source: Arc::from(source.into()) }
     }
 
-    /// The same [other](Self::other) error, with what is known of who is at fault. Any other kind of error says so itself.
+    /// The same error with its [fault](Self::fault), if it is an [other](Self::other) error. All other kinds of errors have
+    /// a fault of their own.
     #[must_use]
     pub fn because(self, because: Fault) -> Self {
         match self {
@@ -148,19 +152,19 @@ impl Error {
         }
     }
 
-    /// The same error, told to have happened at `place`.
+    /// The same error with `place` before its text.
     #[must_use]
     pub fn at(self, place: impl ToString) -> Self {
         Located { place: place.to_string(), error: Box::new(self) }.into()
     }
 
-    /// The same error, told to have happened on channel `id`.
+    /// The same error with the place `channel ID`.
     #[must_use]
     pub fn on_channel(self, id: ChannelId) -> Self {
         self.at(format_args!("channel {id}"))
     }
 
-    /// The error without the places around it: what to match on.
+    /// The error without its places, to match on.
     pub fn kind(&self) -> &Self {
         match self {
             Self::At(located) => located.error.kind(),
@@ -168,7 +172,7 @@ impl Error {
         }
     }
 
-    /// Whether the migration ended because somebody asked for it.
+    /// Whether the migration was cancelled.
     pub fn is_cancelled(&self) -> bool {
         matches!(self.kind(), Self::Cancelled)
     }
@@ -180,7 +184,7 @@ impl From<ram::Error> for Error {
     }
 }
 
-/// An error and its place. It shows as `place: error`, and its cause is the error's cause.
+/// An error and its place. The text is `place: error`; the cause is the cause of the error.
 #[derive(Clone, Debug)]
 pub struct Located {
     place: String,
@@ -188,12 +192,12 @@ pub struct Located {
 }
 
 impl Located {
-    /// Where: `channel 3`, `packet 17`, `connection from 127.0.0.1:4711`.
+    /// The place: `channel 3`, `packet 17`, `connection from 127.0.0.1:4711`.
     pub fn place(&self) -> &str {
         &self.place
     }
 
-    /// What went wrong there.
+    /// The error at this place.
     pub fn error(&self) -> &Error {
         &self.error
     }
@@ -211,154 +215,154 @@ impl std::error::Error for Located {
     }
 }
 
-/// Bytes that are no valid initial packet or packet head.
+/// Bytes that are not a valid initial packet or packet head.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Malformed {
-    /// The first four bytes are another number.
+    /// The first four bytes are not the magic number.
     #[error("expected magic {expected:#010x}, found {found:#010x}")]
     Magic {
-        /// The number that had to be there.
+        /// The magic number.
         expected: u32,
-        /// The number that was there.
+        /// The number found.
         found: u32,
     },
     /// The version is not 1.
     #[error("expected version {expected}, found {found}")]
     Version {
-        /// The version spoken here.
+        /// The supported version.
         expected: u32,
         /// The version found.
         found: u32,
     },
-    /// Fewer bytes than the head takes.
+    /// There are fewer bytes than the head needs.
     #[error("expected {expected} bytes, found {found}")]
     Length {
-        /// The bytes that the head takes.
+        /// The length of the head in bytes.
         expected: usize,
-        /// The bytes that were there.
+        /// The number of bytes found.
         found: usize,
     },
-    /// `pages_alloc` is above what a packet holds.
+    /// `pages_alloc` is greater than the number of pages that a packet can have.
     #[error(
         "pages_alloc {found} is above the {most} pages of a packet: is the page size the same on both sides?"
     )]
     PagesAlloc {
-        /// The most pages that a packet of this page size holds.
+        /// The greatest number of pages of a packet with this page size.
         most: u32,
-        /// The count found.
+        /// The value of the field.
         found: u32,
     },
-    /// More normal pages than `pages_alloc`.
+    /// There are more normal pages than `pages_alloc`.
     #[error("{normal} normal pages are more than pages_alloc {alloc}")]
     NormalPages {
         /// The field `pages_alloc`.
         alloc: u32,
-        /// The count found.
+        /// The number of normal pages.
         normal: u32,
     },
-    /// More zero pages than are left of `pages_alloc`.
-    #[error("{zero} zero pages beside {normal} normal ones are more than pages_alloc {alloc}")]
+    /// Normal and zero pages together are more than `pages_alloc`.
+    #[error("{normal} normal and {zero} zero pages are more than pages_alloc {alloc}")]
     ZeroPages {
         /// The field `pages_alloc`.
         alloc: u32,
-        /// The count of normal pages.
+        /// The number of normal pages.
         normal: u32,
-        /// The count found.
+        /// The number of zero pages.
         zero: u32,
     },
-    /// The packet lists pages of a block without a name.
+    /// The packet lists pages, and the name of their block is empty.
     #[error("the packet lists pages, but names no block")]
     NoBlockName,
-    /// A device-state packet with a flag beside its own.
+    /// A device-state packet has another flag set.
     #[error("device-state packet: expected flags 0x40 alone, found {found}")]
     DeviceStateFlags {
         /// All flags of the packet.
         found: Flags,
     },
-    /// A device-state packet without a device.
+    /// A device-state packet has no valid device id.
     #[error("device-state packet: expected a device id of 1 to 255 bytes, ended by NUL")]
     DeviceId,
-    /// A device-state packet without state, or with too much.
+    /// A device-state packet has no state, or too much.
     #[error("device-state packet: next_packet_size {found:#x} is not 0x1 to {most:#x}")]
     DeviceStateSize {
-        /// The most.
+        /// The greatest value.
         most: u32,
         /// The field's value.
         found: u32,
     },
-    /// An offset inside a page.
-    #[error("offset {offset} is no multiple of the page size {page_size}")]
+    /// An offset is not the beginning of a page.
+    #[error("offset {offset} is not a multiple of the page size {page_size}")]
     Unaligned {
         /// The offset found.
         offset: BlockOffset,
         /// The page size of the migration.
         page_size: PageSize,
     },
-    /// `next_packet_size` does not fit the pages listed.
+    /// `next_packet_size` does not match the pages in the list.
     #[error("next_packet_size {found} does not fit {pages} pages of {page_size}: expected {expected}")]
     PayloadSize {
-        /// The payload that the pages make.
+        /// The length of the payload for these pages, in bytes.
         expected: u64,
         /// The field's value.
         found: u32,
-        /// Normal pages listed.
+        /// The number of normal pages in the list.
         pages: u32,
         /// The page size of the migration.
         page_size: PageSize,
     },
-    /// `next_packet_size` of a packed payload is nothing, or more than any packet takes.
+    /// `next_packet_size` of a compressed payload is 0, or greater than the longest payload.
     #[error("next_packet_size {found} of compressed pages: expected 1 to {most}")]
     CompressedSize {
-        /// The greatest payload.
+        /// The length of the longest payload, in bytes.
         most: u32,
         /// The field's value.
         found: u32,
     },
-    /// A payload that is not what its method makes.
+    /// The decompressor refused the payload.
     #[error("broken {method} data: {why}")]
     Compressed {
         /// The method.
         method: &'static str,
-        /// What the decompressor says.
+        /// The error of the decompressor.
         why: String,
     },
-    /// A payload that holds more or less than the pages listed.
-    #[error("the payload makes {} bytes, expected {expected}", made(*.expected, *.found))]
+    /// The decompressed payload is longer or shorter than the pages in the list.
+    #[error("the payload decompresses to {} bytes, expected {expected}", made(*.expected, *.found))]
     Inflated {
-        /// The bytes of the pages listed.
+        /// The length of the pages in the list, in bytes.
         expected: usize,
-        /// The bytes made, one more than expected if there are more.
+        /// The decompressed length in bytes; `expected + 1` if it is longer.
         found: usize,
     },
 }
 
-/// Something valid that this library does not speak.
+/// Something valid that this library does not support.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// A flag without a meaning here.
-    #[error("packet flags {flags} hold {unknown}, which this version does not know")]
+    /// A flag that this library does not support.
+    #[error("packet flags {flags} include {unknown}, which this version does not support")]
     Flags {
         /// All flags of the packet.
         flags: Flags,
-        /// Those without a meaning here.
+        /// The flags that are not supported.
         unknown: Flags,
     },
-    /// Pages packed by a method that this build does not speak.
+    /// The pages are compressed by a method that this build does not support.
     #[error(
-        "packet of method {name} ({found}), which is not built in: set multifd-compression to {known} at the source"
+        "packet of method {name} ({found}), which this build does not support: set multifd-compression to {known} at the source"
     )]
     Method {
-        /// The methods that are built in: `none, zlib or zstd`.
+        /// The methods that this build supports: `none, zlib or zstd`.
         known: String,
-        /// The method's bits.
+        /// The bits of the method.
         found: Flags,
-        /// QEMU's name for it.
+        /// QEMU's name of the method.
         name: &'static str,
     },
-    /// The peer speaks TLS on a connection that is plain here.
-    #[error("the source speaks TLS: give tls-creds on this side too, or clear it at the source")]
+    /// The peer uses TLS, and this side does not.
+    #[error("the source uses TLS: set tls-creds on this side too, or clear it at the source")]
     Tls,
     /// A device-state packet.
     #[error(
@@ -368,7 +372,7 @@ pub enum Unsupported {
     DeviceState {
         /// The device.
         device: DeviceId,
-        /// Which of several of that name.
+        /// The number of the device among those with this name.
         instance: u32,
     },
 }

@@ -1,15 +1,15 @@
-//! Calls that cannot be, as the embedder or the program made them.
+//! Invalid calls and options of the embedder or the program.
 
 use crate::{
     outcome::Status,
     ram::{self, BlockName, PageSize},
 };
 
-/// A call that cannot be.
+/// An invalid call or option.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Usage {
-    /// Blocks, memory or a file that cannot be used so.
+    /// Blocks, memory or a file that cannot be used in this way.
     #[error(transparent)]
     Ram(#[from] ram::Error),
     /// A number outside of its [range](crate::parameters).
@@ -24,27 +24,27 @@ pub enum Usage {
         /// The value given.
         found: i128,
     },
-    /// A way of zero pages that there is not.
+    /// An unknown method for the detection of zero pages.
     #[error("expected zero-page-detection none, legacy or multifd, found {found:?}")]
     ZeroPageDetection {
         /// The name given.
         found: String,
     },
-    /// Origins of channels in no form that is known.
+    /// An invalid value of `channels-from`.
     #[error("expected channels-from main, any, or IP addresses with commas between them, found {found:?}")]
     ChannelsFrom {
         /// The text given.
         found: String,
     },
-    /// A method that this build does not speak.
+    /// A compression method that this build does not support.
     #[error("expected multifd-compression {known}, found {found:?}")]
     Method {
         /// The name given.
         found: String,
-        /// Those that there are: `none, zlib or zstd`.
+        /// The methods that this build supports: `none, zlib or zstd`.
         known: String,
     },
-    /// An address in no form that is known, or with a part that cannot be.
+    /// An invalid address.
     #[error("address {found:?}: {why}")]
     Address {
         /// The text given, or the address as text.
@@ -52,51 +52,53 @@ pub enum Usage {
         /// What is wrong, and what is expected.
         why: String,
     },
-    /// An option behind an address that is not known, or not so.
+    /// An option of an address that is unknown, or has an invalid value.
     #[error("address option: expected {expected}, found {found:?}")]
     AddressOption {
-        /// What it can be.
+        /// What is allowed.
         expected: &'static str,
         /// The option given.
         found: String,
     },
-    /// The transport has one connection only, and more were asked for.
+    /// The transport has a single connection, and channels were requested.
     #[error(
         "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
     )]
     SingleConnection(String),
-    /// The sender is to end with pages that no sync point has followed.
-    #[error("pages were queued after the last sync and may not have left: call sync before finish")]
+    /// The sender was finished, and there are pages that no sync point has followed.
+    #[error("pages were queued after the last sync and may not have been sent: call sync before finish")]
     Unsynced,
-    /// `zero-copy-send` where pages are copied anyway.
-    #[error("zero-copy-send cannot be used {0}: pages would be copied all the same, so switch it off")]
+    /// `zero-copy-send` is on where pages are always copied.
+    #[error("zero-copy-send cannot be used {0}, because pages are always copied there: switch it off")]
     ZeroCopy(&'static str),
     /// An option for channels, in a migration without channels.
     #[error("{0} has no effect with multifd-channels 0: switch it off, or use channels")]
     WithoutChannels(&'static str),
-    /// An option for connections, where there are none.
-    #[error(
-        "{0} is for connections: between memory and a file pages are copied as they are, so switch it off"
-    )]
+    /// An option for connections is on where there are no connections.
+    #[error("{0} can only be used with connections, not between memory and a file: switch it off")]
     ForConnections(&'static str),
-    /// Blocks that cannot be copied into blocks of their names.
+    /// A block that cannot be copied into the block of the same name.
     #[error("block {name:?} cannot be copied: {why}")]
     OtherBlocks {
         /// The block's name.
         name: BlockName,
-        /// What is in the way.
+        /// The reason.
         why: String,
     },
-    /// TLS to an address that names no host, and no name given.
-    #[error("{0} has no host name to hold the certificate of tls-creds against: give tls-hostname")]
+    /// TLS to an address without a host name, and `tls-hostname` is not set.
+    #[error("{0} has no host name to compare with the certificate (tls-creds): set tls-hostname")]
     NoTlsHostname(String),
-    /// The source has announced a block, and this side has made none of that name.
-    #[error("block {0:?} is announced by the source and missing here")]
+    /// The source has announced a block that does not exist on this side.
+    #[error(
+        "block {0:?} is announced by the source and does not exist on this side: use the same machine on both sides"
+    )]
     BlockMissing(BlockName),
-    /// This side has made a block that the source has not announced.
-    #[error("block {0:?} is not announced by the source: nothing would ever be written to it")]
+    /// This side has a block that the source has not announced.
+    #[error(
+        "block {0:?} exists on this side and is not announced by the source: use the same machine on both sides"
+    )]
     BlockSurplus(BlockName),
-    /// A block of another length than the source has announced.
+    /// The length of a block differs from the one that the source has announced.
     #[error("block {name:?}: the source announces {announced:#x} bytes, this side has {found:#x}")]
     BlockLength {
         /// The block's name.
@@ -106,22 +108,22 @@ pub enum Usage {
         /// The length here, in bytes.
         found: u64,
     },
-    /// A block that is left out because its memory is shared, where the other side does not leave it out.
+    /// A block is ignored because its memory is shared, but the other side expects its pages.
     #[error(
         "block {0:?} is ignored as shared memory, but the configuration lacks x-ignore-shared: its pages would be lost"
     )]
     NotShared(BlockName),
-    /// Bytes that are no whole pages of the block.
-    #[error("block {name:?}: {length:#x} bytes are no whole pages")]
+    /// The bytes are not whole pages of the block.
+    #[error("block {name:?}: {length:#x} bytes are not whole pages")]
     NotWholePages {
         /// The block's name.
         name: BlockName,
-        /// The bytes given.
+        /// The number of bytes.
         length: usize,
     },
-    /// An inherited descriptor that cannot carry a migration.
+    /// An inherited descriptor that cannot be used for a migration.
     #[error(
-        "fd:{fd} is {found}, expected {expected}: have the parent process pass one, or use tcp, unix or vsock"
+        "fd:{fd} is {found}, expected {expected}: let the parent process pass one, or use tcp, unix or vsock"
     )]
     Descriptor {
         /// The descriptor's number.
@@ -131,22 +133,23 @@ pub enum Usage {
         /// What it must be.
         expected: &'static str,
     },
-    /// A command is to be started in a process that ignores `SIGCHLD`, so that its exit status would not be known.
+    /// A command cannot be started in a process that ignores `SIGCHLD`, because its exit status would be lost.
     #[error(
-        "exec: cannot be used while this process ignores SIGCHLD (SIG_IGN, or SA_NOCLDWAIT): whether the command succeeded \
-         could not be known, and its success would count as a failure; set SIGCHLD to its default action before"
+        "exec: cannot be used while this process ignores SIGCHLD (SIG_IGN, or SA_NOCLDWAIT), because the exit status of the \
+         command would be lost and its success would count as a failure: set SIGCHLD to its default action before"
     )]
     ChildrenIgnored,
-    /// Pages are to be packed, or to go over main, in memory that somebody may take away.
+    /// Pages of this block are to be compressed or sent over main, and the file that holds them may become shorter
+    /// meanwhile.
     #[error(
-        "block {0:?} is a mapping of a file that may be cut shorter, and to pack its pages, or to send them over main, would \
-         end this process by SIGBUS then: seal the memfd against it (F_SEAL_SHRINK), or send over channels with \
+        "block {0:?} is a mapping of a file that may be made shorter; then SIGBUS would end this process while it compresses \
+         the block's pages or sends them over main: seal the memfd (F_SEAL_SHRINK), or send over channels with \
          multifd-compression none"
     )]
     MayShrink(BlockName),
-    /// The block ends inside a page, and the wire carries whole pages only.
+    /// The block does not end at a page boundary, and only whole pages can be sent.
     #[error(
-        "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, whose bytes cannot be sent"
+        "block {name:?}: {used_length:#x} bytes end inside a page of {page_size}, and only whole pages can be sent"
     )]
     PartialPage {
         /// The block's name.
@@ -156,36 +159,36 @@ pub enum Usage {
         /// The page size of the migration.
         page_size: PageSize,
     },
-    /// Two devices of one name and instance.
-    #[error("device {name:?} instance {instance} is there twice")]
+    /// Two devices have the same name and instance.
+    #[error("device {name:?} instance {instance} exists twice")]
     DeviceTwice {
         /// The device's name.
         name: String,
         /// Its instance.
         instance: u32,
     },
-    /// The state of a device that is not what the guest has announced.
+    /// The state of a device does not match what the guest has announced.
     #[error("device {name:?} instance {instance}: {why}")]
     DeviceState {
         /// The device's name.
         name: String,
         /// Its instance.
         instance: u32,
-        /// What is wrong with it.
+        /// What does not match.
         why: String,
     },
-    /// `auto-converge` for a guest that cannot be held back.
+    /// `auto-converge` is on, and the guest cannot be throttled.
     #[error("auto-converge needs a guest that can be throttled (Guest::throttle): switch auto-converge off")]
     NoThrottle,
     /// Guest memory was written after the guest had been stopped.
     #[error(
         "block {name:?}: {pages} pages were written after the guest was stopped: Guest::stop must wait for processors, \
-         devices and requests under way"
+         | devices and running requests"
     )]
     WrittenAfterStop {
         /// The block's name.
         name: BlockName,
-        /// How many of its pages.
+        /// The number of pages that were written.
         pages: u64,
     },
     /// A page that the block does not have.
@@ -198,27 +201,27 @@ pub enum Usage {
         /// The pages of the block.
         pages: u64,
     },
-    /// The block's memory cannot be received into.
-    #[error("block {0:?} is mapped for reading and cannot be received into")]
+    /// The memory of the block cannot be written.
+    #[error("block {0:?} is mapped for reading only and cannot receive pages")]
     ReadOnly(BlockName),
-    /// A sender or receiver was set up for the second time.
-    #[error("this end of the migration was set up before: make a new one for each migration")]
+    /// A sender or receiver was used for a second migration.
+    #[error("this sender or receiver was used before: create a new one for each migration")]
     UsedTwice,
-    /// A call that needs what has not been set up yet.
-    #[error("{0} is not there yet: set it up first")]
+    /// A call that needs something that is not set yet.
+    #[error("{0} is not available yet: set it first")]
     TooEarly(&'static str),
-    /// A migration was told to go on while it was not waiting to be.
-    #[error("the migration is {found}: it can be told to go on when it is pre-switchover")]
+    /// A migration cannot be continued, because it does not wait for that.
+    #[error("the migration is {found}: it can only be continued when it is pre-switchover")]
     NotPaused {
-        /// Its state.
+        /// The state of the migration.
         found: Status,
     },
-    /// A state that does not follow the present one.
+    /// A state that cannot follow the current one.
     #[error("a migration that is {from} cannot become {to}")]
     IllegalTransition {
-        /// The present state.
+        /// The current state.
         from: Status,
-        /// The state asked for.
+        /// The requested state.
         to: Status,
     },
 }

@@ -9,7 +9,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Violation {
-    /// The initial packet carries the UUID of another machine.
+    /// The initial packet contains the UUID of another machine.
     #[error("expected machine UUID {expected}, found {found}: give both sides the same UUID")]
     ForeignUuid {
         /// The UUID of this side.
@@ -27,7 +27,7 @@ pub enum Violation {
         /// The number of channels.
         channels: u16,
     },
-    /// A channel connected when RAM had been moving for a while.
+    /// A channel connected after the second sync point.
     #[error("channel {id} connected after sync point {point}: its pages may be outdated")]
     LateChannel {
         /// The channel's id.
@@ -35,97 +35,96 @@ pub enum Violation {
         /// The sync point that the main stream has passed, from 1.
         point: u64,
     },
-    /// Two connections claim the same id.
+    /// Two connections have the same channel id.
     #[error("channel id {id} is already taken")]
     DuplicateChannel {
         /// The id found twice.
         id: ChannelId,
     },
-    /// A channel had been admitted when main came from another host.
+    /// Main came from another host than a channel that had been accepted before.
     #[error(
-        "channel {id} comes from another host than main: it may be a stranger; if the source sends so, choose where channels \
-         may come from (channels-from)"
+        "channel {id} comes from another host than main and may not belong to this migration: if it does, set channels-from"
     )]
     ForeignChannel {
         /// The channel's id.
         id: ChannelId,
     },
-    /// The source opened another number of channels than this side expects.
+    /// The number of channels of the source differs from the one that is configured on this side.
     #[error(
         "expected {expected} channels, {found} connected before the first sync: set multifd-channels to the same number on both sides"
     )]
     ChannelCount {
-        /// The number of channels that this side was told.
+        /// The number of channels that is configured on this side.
         expected: u16,
-        /// The number that came.
+        /// The number of channels that connected.
         found: u16,
     },
-    /// The source announced another number of channels than this side was given.
+    /// The number of channels that the source announced differs from the one that is configured on this side.
     #[error(
         "the source announced {announced} channels, but multifd-channels is {expected} on this side: set it to {announced}, \
          or leave it out"
     )]
     AnnouncedChannels {
-        /// The number of channels that this side was given.
+        /// The number of channels that is configured on this side.
         expected: u8,
         /// The number that the source announced.
         announced: u8,
     },
-    /// The source announced more channels than have come.
+    /// Fewer channels connected than the source announced.
     #[error(
-        "the source announced {announced} channels, but only {found} connected in time: check that whatever is between source \
-         and destination (proxy, firewall) passes all connections"
+        "the source announced {announced} channels, but only {found} connected in time: check that all devices between source \
+         and destination (proxy, firewall) let all connections pass"
     )]
     TooFewChannels {
         /// The number that the source announced.
         announced: u16,
-        /// The number that came.
+        /// The number of channels that connected.
         found: u16,
     },
-    /// The ids of the channels leave a gap.
+    /// The ids of the channels are not consecutive.
     #[error(
-        "channel {missing} is missing: {channels} channels are here, and ids from 0 on were expected; its connection may have \
-         failed at the source"
+        "channel {missing} is missing: {channels} channels are connected, and their ids have to be consecutive from 0 on; the \
+         connection of channel {missing} may have failed at the source"
     )]
     ChannelMissing {
-        /// The first id that is not there.
+        /// The first id that is missing.
         missing: ChannelId,
-        /// How many channels are there.
+        /// The number of channels that are connected.
         channels: u16,
     },
-    /// The source has channels, none of which has come.
+    /// The source has multifd on, but no channel connected.
     #[error(
-        "the source has multifd on, but no channel connected in time: check that whatever is between source and destination \
-         (proxy, firewall) passes all connections"
+        "the source has multifd on, but no channel connected in time: check that all devices between source and destination \
+         (proxy, firewall) let all connections pass"
     )]
     NoChannels,
-    /// The source has numbered packets that no channel has brought.
+    /// The source has numbered more packets than the channels have delivered.
     #[error(
-        "sync point {point}: {found} packets have come, but the source has numbered them up to {greatest}: packets went to a \
-         channel that has not connected; give its number of channels (multifd-channels) on this side, and check that whatever \
-         is between source and destination (proxy, firewall) passes all connections"
+        "sync point {point}: {found} packets have arrived, but the source has numbered them up to {greatest}: some packets \
+         were sent on a channel that did not connect; set multifd-channels on this side to the source's number, and check \
+         that all devices between source and destination (proxy, firewall) let all connections pass"
     )]
     MissingPackets {
         /// The sync point that the main stream is at, from 1.
         point: u64,
-        /// The greatest number of a packet, which are counted from 0.
+        /// The greatest packet number. Packets are counted from 0.
         greatest: u64,
-        /// The packets that have come.
+        /// The number of packets that have arrived.
         found: u64,
     },
-    /// A connection from the source's host that was dropped because it did not say, or not well, what it is.
+    /// A connection from the source's host was dropped, because its first bytes were missing or invalid.
     #[error(
-        "it did not say what it is and was dropped, but may have been a channel, whose pages would be missing: give the \
-         number of channels (multifd-channels) on this side"
+        "its first bytes were missing or invalid, so it was dropped, but it may have been a channel, whose pages would be \
+         missing: set the number of channels (multifd-channels) on this side"
     )]
     LostConnection,
-    /// A packet names a block that the source did not announce.
+    /// A packet names a block that the source has not announced.
     #[error("unknown block {name:?}: the source has not announced it")]
     UnknownBlock {
         /// The name found.
         name: BlockName,
     },
-    /// A page outside its block.
+    /// A page is outside its block.
     #[error("offset {offset} outside block {name:?} ({used_length:#x})")]
     OutsideBlock {
         /// The offset found.
@@ -135,54 +134,58 @@ pub enum Violation {
         /// The block's used length in bytes.
         used_length: u64,
     },
-    /// A connection ended in the middle of something.
-    #[error("connection closed after {found} of {expected} bytes of {what}")]
+    /// The source closed a connection before all expected bytes had arrived.
+    #[error(
+        "the source closed the connection (cancelled, or its process ended) after {found} of {expected} bytes of {what}"
+    )]
     Cut {
-        /// What was being read.
+        /// What was being received.
         what: &'static str,
-        /// Its length.
+        /// Its length in bytes.
         expected: u64,
-        /// The bytes that came.
+        /// The number of bytes that arrived.
         found: u64,
     },
-    /// A channel ended although main has another sync point.
-    #[error("connection closed before sync point {expected}, after {found}")]
+    /// The source closed a channel before the sync point that main has reached.
+    #[error(
+        "the source closed the channel (cancelled, or its process ended) before sync point {expected}, after sync point {found}"
+    )]
     EndedEarly {
         /// The sync point that the main stream is at, from 1.
         expected: u64,
-        /// The sync points that the channel has seen.
+        /// The number of sync points that the channel has reached.
         found: u64,
     },
-    /// Pages after the sync point that ended the RAM.
+    /// Pages arrived after the last sync point.
     #[error("packet with {pages} pages after the last sync point")]
     PagesAfterEnd {
-        /// Pages listed.
+        /// The number of pages in the list.
         pages: u32,
     },
-    /// The end of RAM, and not every page has come.
+    /// RAM has ended, and some pages have not arrived.
     #[error(
-        "{missing} {} of RAM never came, the first in block {name:?} at offset {offset}: a channel may have been lost on its \
-         way, or the source leaves pages out (free-page hints of virtio-balloon: missing-pages zero takes them for zero); the machine \
-         would not be whole",
+        "{missing} {} of RAM did not arrive, the first in block {name:?} at offset {offset}, so the machine would not be \
+         complete: the network may have lost a channel, or the source omits pages (free-page hints of virtio-balloon: \
+         missing-pages zero replaces them by zeros)",
         if *.missing == 1 { "page" } else { "pages" }
     )]
     PagesMissing {
-        /// Pages that have come neither as bytes nor as zero, in all blocks.
+        /// The number of pages of all blocks that arrived neither as bytes nor as zero.
         missing: u64,
-        /// The first block that is not whole.
+        /// The first block that is not complete.
         name: BlockName,
-        /// Its first page that is missing.
+        /// The offset of its first missing page.
         offset: BlockOffset,
     },
-    /// The end of RAM, and no page at all has come.
+    /// RAM has ended, and no page has arrived.
     #[error(
-        "RAM ended and not one page of it has come: the channels were lost on their way, or the source sent nothing"
+        "RAM ended and not one page has arrived: the network lost the channels, or the source sent nothing"
     )]
     NoPages,
-    /// A packet with pages before the source announced its blocks.
+    /// A packet with pages arrived before the source announced its blocks.
     #[error("packet with pages before the source announced its RAM blocks")]
     PagesBeforeBlocks,
-    /// The packet's method is not the one that this side was told.
+    /// The method of the packet differs from the one that is configured on this side.
     #[error(
         "expected method {expected}, found flags {found}: set multifd-compression to {expected} at the source"
     )]

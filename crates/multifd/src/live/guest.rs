@@ -154,10 +154,14 @@ pub(super) fn check_saved(announced: &[DeviceInfo], saved: &[DeviceSection]) -> 
         let length = section.data.len() as u64;
         if length > device.most_bytes {
             let most = device.most_bytes;
-            return refused(name, instance, format!("{length:#x} bytes, announced were at most {most:#x}"));
+            return refused(
+                name,
+                instance,
+                format!("expected at most {most:#x} bytes, as announced, found {length:#x}"),
+            );
         }
         if saved[..at].iter().any(|other| (&other.name, other.instance_id) == (name, instance)) {
-            return refused(name, instance, "it was given twice".into());
+            return refused(name, instance, "it was saved twice".into());
         }
     }
     let missing = announced.iter().find(|device| {
@@ -167,9 +171,11 @@ pub(super) fn check_saved(announced: &[DeviceInfo], saved: &[DeviceSection]) -> 
     });
     match missing {
         None => Ok(()),
-        Some(device) => {
-            refused(&device.name, device.instance_id, "it was announced and not given by Guest::save".into())
-        }
+        Some(device) => refused(
+            &device.name,
+            device.instance_id,
+            "it was announced, but Guest::save did not save it".into(),
+        ),
     }
 }
 
@@ -186,7 +192,7 @@ mod tests {
         let cpu = DeviceInfo::new("cpu", 10);
         assert!(check_distinct(&[cpu.clone(), cpu.clone().instance(1)]).is_ok());
         let refused = check_distinct(&[cpu.clone(), cpu]).expect_err("refused").to_string();
-        assert_eq!(refused, r#"device "cpu" instance 0 is there twice"#);
+        assert_eq!(refused, r#"device "cpu" instance 0 exists twice"#);
     }
 
     #[test]
@@ -196,15 +202,18 @@ mod tests {
             |saved: &[DeviceSection]| check_saved(&announced, saved).map_err(|error| error.to_string());
         assert_eq!(check(&[section("nic", 0, 20), section("cpu", 0, 0)]), Ok(()));
         for (saved, why) in [
-            (vec![section("cpu", 0, 1)], r#"device "nic" instance 0: it was announced and not given"#),
+            (
+                vec![section("cpu", 0, 1)],
+                r#"device "nic" instance 0: it was announced, but Guest::save did not save it"#,
+            ),
             (
                 vec![section("cpu", 0, 11)],
-                r#"device "cpu" instance 0: 0xb bytes, announced were at most 0xa"#,
+                r#"device "cpu" instance 0: expected at most 0xa bytes, as announced, found 0xb"#,
             ),
             (vec![section("cpu", 1, 1)], r#"device "cpu" instance 1: it was not announced"#),
             (
                 vec![section("cpu", 0, 1), section("cpu", 0, 1)],
-                r#"device "cpu" instance 0: it was given twice"#,
+                r#"device "cpu" instance 0: it was saved twice"#,
             ),
         ] {
             let refused = check(&saved).expect_err("refused");

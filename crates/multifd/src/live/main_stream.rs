@@ -34,7 +34,7 @@ pub enum Verdict {
 ///
 /// Calls come in this order: `expect`, `begin`, `setup`, then for each pass `begin_pass`, pages, `end_pass`; before the
 /// final pass `switchover`, after it `ready`, `end_ram`, `devices` and `complete`. `setup`, `end_pass` and `end_ram`
-/// are sync points: their argument shows that a SYNC has left on every channel; it is `None` without channels.
+/// are sync points: their argument shows that a SYNC was sent on every channel; it is `None` without channels.
 ///
 /// **Warning:** the bytes that mark a sync point on main must leave before the call returns. If they stay in a buffer,
 /// the destination's channels wait, and when their buffers are full the source waits too, until a limit of either side

@@ -1,4 +1,5 @@
-//! The acceptor: it takes connections until the migration is over, and all that are waiting when main asks.
+//! The acceptor: it accepts connections until the migration is over. When main asks for it, it first accepts all that are
+//! waiting.
 
 use std::sync::Arc;
 
@@ -9,19 +10,19 @@ use crate::{
     sync_types::Instant,
 };
 
-/// More connections than a listener's queue holds: no crowd keeps main waiting.
+/// The limit is not less than a listener's queue, so that many incoming connections do not delay main.
 const DRAIN_MOST: usize = 1024;
 
-/// The acceptor's thread: takes connections until the migration is over.
+/// The acceptor's thread: accepts connections until the migration is over.
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
     let _alarm = shared.stop.alarm("the acceptor's thread");
     loop {
-        // One for each connection: it counts from when it has said what it is.
+        // Each connection has its own context. It counts for the stall timer when the connection is identified.
         let context = shared.context.of_stranger();
         match listener.accept(&context) {
             Ok(Some(link)) => identify_in_thread(shared, link, context),
             Ok(None) => {
-                // What is waiting now was there when main asked.
+                // A connection that is waiting now may have been waiting when main asked.
                 for _ in 0..DRAIN_MOST {
                     let context = shared.context.of_stranger();
                     let Ok(Some(link)) = listener.accept_waiting(&context) else { break };
@@ -43,14 +44,15 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
 }
 
 impl Shared {
-    /// Has the acceptor take every connection that is waiting now, and waits until it has.
+    /// Makes the acceptor accept every connection that is waiting now, and waits until it has done so.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] if it does not come back: a listener that loses a wake waits for the next connection. The error
+    /// [`Error::TimedOut`] if the listener does not return: one that loses a wake waits for the next connection. The error
     /// that stopped the migration.
     pub(super) fn drain_listener(&self) -> Result<()> {
         let mut state = self.lock();
-        // Without one, or with one that the stop has ended: what it has not taken must not count as absent.
+        // There is no acceptor, or the stop has ended it. In the latter case channels it did not accept must not count as
+        // missing.
         let Some(waker) = state.acceptor.waker.clone() else {
             drop(state);
             return self.stop.check();
@@ -76,13 +78,13 @@ impl Shared {
         self.stop.check()
     }
 
-    /// The acceptor has taken what was waiting; says whether it is to end.
+    /// Records that the acceptor has accepted what was waiting. Returns whether it has to end.
     fn drained(&self) -> bool {
         let mut state = self.lock();
         state.acceptor.drains_done = state.acceptor.drains_asked;
         self.changed.notify_all();
-        // Not `state.life.stopped`: a listener that is registered while the stop wakes the others is woken before that is set,
-        // and then no more.
+        // `state.life.stopped` is not enough: a listener that is registered while the stop wakes the others is woken before
+        // it is set, and not again.
         self.stop.is_stopped()
     }
 }

@@ -1,9 +1,9 @@
-//! Who belongs to the migration: main, and the channels that come from its host.
+//! Decides which connections belong to the migration: main, and the channels that come from its host.
 //!
-//! A channel that comes before main belongs to no migration yet: its connection may be left over from a source that has
-//! died, or come from a stranger. It waits (`Roster::waiting`), and its id stays free. When main comes, or when the caller
-//! says what main has said, the channels that are here are admitted, and those from another host are dropped. Nothing
-//! of a channel is read before it is admitted but its initial packet and the fixed part of its first head.
+//! A channel that connects before main does not belong to a migration yet: it may be left over from a source that has
+//! ended, or it may come from an unrelated program. It waits (`Roster::waiting`), and its id stays free. When main
+//! connects, or when the caller reports what main contains, the waiting channels are admitted, and those from another host
+//! are dropped. Before a channel is admitted, only its initial packet and the fixed part of its first head are read.
 
 use std::{io, sync::Arc};
 
@@ -19,11 +19,11 @@ use crate::{
     wire::{ChannelId, Initial},
 };
 
-/// What came of the channels that waited for main.
+/// The result for the channels that waited for main.
 #[must_use]
 #[derive(Default)]
 pub(super) struct Opened {
-    /// Connections to shut down, without the lock.
+    /// Connections to shut down after the lock is released.
     strangers: Vec<Arc<dyn Wake>>,
     error: Option<Error>,
 }
@@ -35,13 +35,14 @@ impl Shared {
         self.options.channels_from.admits(origin.host, main)
     }
 
-    /// The same, of one that has not said what it is: main comes first, so what came before it is none.
+    /// Whether an unidentified connection may be a channel of this migration. Main connects first, so an earlier connection
+    /// is not.
     pub(super) fn may_be_missed(&self, state: &State, origin: &Origin) -> bool {
         let behind_main = state.roster.main.as_ref().is_some_and(|main| origin.number > main.number);
         behind_main && self.may_belong(state, origin)
     }
 
-    /// Main has come, or has said something: channels are admitted from now on.
+    /// Main has connected, or the caller has reported what it contains: channels are admitted from now on.
     pub(super) fn open(&self, state: &mut State) -> Opened {
         state.roster.opened = true;
         let mut opened = Opened::default();
@@ -61,7 +62,7 @@ impl Shared {
         opened
     }
 
-    /// Carries out what came of [`open`](Self::open).
+    /// Completes [`open`](Self::open) after the lock is released.
     pub(super) fn finish_opening(&self, opened: Opened) -> Result<()> {
         for stranger in opened.strangers {
             stranger.wake();
@@ -69,7 +70,8 @@ impl Shared {
         opened.error.map_or(Ok(()), |error| Err(self.stop.fail(error)))
     }
 
-    /// Main has come from here. A channel from elsewhere that was admitted before may have brought pages by now.
+    /// Main has connected from `origin`. A channel from another host that was admitted before is an error, because it may
+    /// have written pages.
     pub(super) fn main_from(&self, state: &mut State, origin: Origin) -> Opened {
         state.roster.main = Some(origin);
         let places = (0..=u8::MAX).map(ChannelId).zip(&state.roster.channels);
@@ -83,14 +85,15 @@ impl Shared {
         Opened { error: error.or(opened.error), ..opened }
     }
 
-    /// Takes a channel in, or fails the migration if it cannot; `false` if it is dropped.
+    /// Registers a channel, or fails the migration if it is invalid. Returns `false` if the channel is dropped.
     pub(super) fn register(&self, newcomer: Newcomer) -> bool {
         let mut state = self.lock();
         let beyond = self.is_beyond(&state, &newcomer);
         let joined = if state.roster.single || state.roster.opened && !beyond {
             self.admit(&mut state, newcomer)
         } else {
-            // As many as `enlist` leaves open. They come from anywhere and at any time: an id may be there twice until main tells which is which.
+            // `enlist` limits their number. Several waiting channels may have the same id until main connects and shows
+            // which ones belong to it.
             state.roster.waiting.push(newcomer);
             Ok(true)
         };
@@ -101,8 +104,9 @@ impl Shared {
         })
     }
 
-    /// Whether its id is not below the number of channels given here, while the source may still announce its own: an error
-    /// that names both is better than one that names an id.
+    /// Whether the channel's id is too great for the number of channels on this side, while the source may still announce
+    /// its own number. If so, the channel waits, because an error that names both numbers is better than one that names an
+    /// id.
     fn is_beyond(&self, state: &State, newcomer: &Newcomer) -> bool {
         let undecided =
             state.source.announced.is_none() && state.gate.released == 0 && !state.gate.main_waits;
@@ -120,7 +124,7 @@ impl Shared {
                 main,
                 channel = id.0,
                 "a connection that begins like a channel comes from another host than main and is dropped: if it is a \
-                 channel of this migration, see channels-from"
+                 | channel of this migration, set channels-from"
             );
             return Ok(false);
         }
@@ -140,7 +144,7 @@ impl Shared {
             return refused(Violation::DuplicateChannel { id }.into());
         }
         if state.gate.released > 1 || state.life.sealed {
-            // Pages of this channel may be older than what other channels have brought since.
+            // Pages of this channel may be older than pages that other channels have written since.
             return refused(Violation::LateChannel { id, point: state.gate.released }.into());
         }
         *state.roster.slot(id) = Some(Entry::new(origin, wake));
@@ -149,13 +153,13 @@ impl Shared {
         Ok(true)
     }
 
-    /// Waits until channel `id`, whose connection is `number`, is admitted and main has told the page size. `None` if
-    /// neither will be: the migration is over, or the connection is a stranger's.
+    /// Waits until channel `id` on connection `number` is admitted and the page size is known. `None` if this will not
+    /// happen: the migration is over, or the connection does not belong to it.
     pub(super) fn wait_admitted(&self, id: ChannelId, number: u64) -> Option<PageSize> {
         let mut state = self.lock();
         loop {
             let admitted = state.roster.place(id, number).is_some();
-            // Also when all is over: one that was admitted reads on to its end.
+            // Also after the migration is over: an admitted channel is read to its end.
             if let (true, Some(page_size)) = (admitted, self.page_size.get()) {
                 return Some(*page_size);
             }
@@ -171,9 +175,9 @@ impl Shared {
         self.lock().roster.place(id, number).is_some()
     }
 
-    /// The connection of channel `id` has ended, after so many packets. Where nothing has come over it, its place is free
-    /// for another one, until the first sync point. Nobody waits for that, unless it was left over from a source that has
-    /// died: a source does not try again.
+    /// The connection of channel `id` has ended after this number of packets. Before the first sync point, the id of a
+    /// channel without packets is free again if the channel is older than main, because it is left over from an earlier
+    /// source. Otherwise the id stays taken: a source does not connect a second time.
     pub(super) fn ended(&self, id: ChannelId, number: u64, packets: u64) {
         let mut state = self.lock();
         let main = state.roster.main.as_ref().map(|main| main.number);
@@ -181,7 +185,7 @@ impl Shared {
         if let Some(place) = state.roster.place(id, number) {
             place.ended = true;
             place.void = packets == 0;
-            // Older than main: of a source before this one.
+            // Older than main: it is left over from an earlier source.
             if place.is_void() && main.is_some_and(|main| number < main) && state.gate.released == 0 {
                 *state.roster.slot(id) = None;
                 if state.roster.count() == 0 {
@@ -193,7 +197,8 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Whether an error of channel `id`, before its first packet, is the end of a connection that another source has left.
+    /// Whether an error of channel `id` before its first packet only means that a connection of an earlier source has
+    /// ended.
     pub(super) fn is_left_over(&self, id: ChannelId, number: u64, error: &Error) -> bool {
         let mut state = self.lock();
         let older = state.roster.main.as_ref().is_some_and(|main| number < main.number);
@@ -201,8 +206,8 @@ impl Shared {
         state.roster.place(id, number).is_none() || older && broken && state.gate.released == 0
     }
 
-    /// A connection is dropped that has not said what it is. While it is not known how many channels there are, it may
-    /// have been one.
+    /// Records that an unidentified connection is dropped. While the number of channels is unknown, it may have been a
+    /// channel.
     pub(super) fn note_lost(&self, origin: Origin) {
         let mut state = self.lock();
         if !matches!(self.expected(&state), ChannelCount::Auto) {
@@ -214,11 +219,11 @@ impl Shared {
             lost.map(|error| self.stop.fail(error));
             return;
         }
-        // Main may be about to say how many there are: the first sync point asks.
+        // Main may announce the number of channels later: the first sync point checks it.
         state.roster.lose(origin);
     }
 
-    /// The first of the connections lost that is missed, where nothing tells how many channels there are.
+    /// The error for the first dropped connection that may have been a channel, while the number of channels is unknown.
     pub(super) fn missed(&self, state: &State) -> Option<Error> {
         if !matches!(self.expected(state), ChannelCount::Auto) {
             return None;
@@ -231,8 +236,8 @@ fn lost(origin: &Origin) -> Error {
     Error::from(Violation::LostConnection).at(format_args!("connection from {}", origin.peer))
 }
 
-/// Whether an error says that a connection may have been lost without its source knowing. One that was closed is known to
-/// the source to have failed, and so is a handshake.
+/// Whether, after this error, a connection may have been lost without its source noticing it. The source notices a closed
+/// connection and a failed handshake.
 pub(super) fn is_unnoticed(error: &Error) -> bool {
     match error.kind() {
         Error::TimedOut { .. } | Error::Malformed(_) | Error::Unsupported(_) => true,

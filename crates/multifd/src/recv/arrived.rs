@@ -1,9 +1,9 @@
-//! Which pages have come, of one migration.
+//! Which pages have arrived in a migration.
 //!
-//! It is made when the blocks are known and ends with the migration: blocks last longer, and nothing of their arrival
-//! stays with them. Two questions are answered from it. *Must a zero page be written?* Not if the page table had no page
-//! there when the migration began and nothing has come since. *Is RAM complete?* Every page of every block has to come once,
-//! as bytes or as zero.
+//! It is created when the blocks are known and dropped with the migration; the blocks outlive it and keep no record of
+//! arrived pages. It answers two questions. *Must a zero page be written?* No, if the page table had no page there when the
+//! migration began and no page has arrived since. *Is RAM complete?* It is if every page of every block has arrived at
+//! least once, as bytes or as zero.
 
 use std::{io, sync::Arc};
 
@@ -12,40 +12,40 @@ use crate::{
     ram::{BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
 };
 
-/// The blocks that a migration fills, and which of their pages have come.
+/// The blocks that a migration fills, and which of their pages have arrived.
 ///
-/// **Warning:** from the moment the blocks are [set](crate::Receiver::set_blocks) until all of RAM is here nobody else may
-/// write to their memory. What is written meanwhile may stay where the source says that a page is zero.
+/// **Warning:** from the call of [`set_blocks`](crate::Receiver::set_blocks) until all of RAM has arrived nothing else may
+/// write to the blocks' memory. Data written in this time may remain in pages that are zero at the source.
 #[derive(Debug)]
 pub struct Arrived {
     blocks: Arc<RamBlocks>,
     pages: Vec<BlockPages>,
 }
 
-/// Of one block. Bits are set by the thread that has written the page; who asks has met that thread at a sync point.
+/// The state of one block. The thread that has written a page sets its bits; a reader is ordered after it by a sync point.
 #[derive(Debug)]
 struct BlockPages {
-    /// Pages that have come, zero ones too.
-    come: PageBitmap,
-    /// Pages whose memory may hold something else than zero; `None`: all of them.
+    /// Pages that have arrived, including zero pages.
+    arrived: PageBitmap,
+    /// Pages whose memory may contain anything other than zero; `None`: all of them.
     may_hold: Option<PageBitmap>,
 }
 
-/// What need not come of a block.
+/// Which pages of a block may be missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MayMiss {
-    /// Nothing: every page has to come.
+    /// No page may be missing.
     Nothing,
-    /// The block as a whole, because its memory is shared; if one page comes, all have to.
+    /// All or none may be missing, because the memory of the block is shared.
     Whole,
-    /// Any page: what the guest has not in use, or is not plugged in.
+    /// Any page may be missing: the guest does not use it, or it is not plugged in.
     Pages,
 }
 
 impl Arrived {
     pub(super) fn new(blocks: Arc<RamBlocks>) -> Self {
         let pages = |(_, block): (_, &RamBlock)| BlockPages {
-            come: PageBitmap::new(block.pages()),
+            arrived: PageBitmap::new(block.pages()),
             may_hold: match block.memory() {
                 Memory::Mapped(_) => Some(block.may_hold()),
                 Memory::MappedRam(_) => None,
@@ -60,20 +60,20 @@ impl Arrived {
         &self.blocks
     }
 
-    /// How many pages of a block have come, each counted once; 0 if there is no such block.
+    /// The number of pages of a block that have arrived, each counted once; 0 if there is no such block.
     pub fn count(&self, block: BlockIndex) -> u64 {
-        self.pages.get(block.0).map_or(0, |pages| pages.come.count())
+        self.pages.get(block.0).map_or(0, |pages| pages.arrived.count())
     }
 
-    /// Whether no page of a block has come, not even a zero one. To be asked when all of RAM is here.
+    /// Whether no page of a block has arrived, not even a zero page. Meaningful when all of RAM has arrived.
     pub fn is_untouched(&self, block: BlockIndex) -> bool {
-        self.pages.get(block.0).is_none_or(|pages| pages.come.words().all(|word| word == 0))
+        self.pages.get(block.0).is_none_or(|pages| pages.arrived.words().all(|word| word == 0))
     }
 
-    /// Writes pages that came over another way than the channels, from `first` on.
+    /// Writes pages that did not arrive over a channel, beginning with page `first`.
     ///
     /// # Errors
-    /// If there are no such pages, `bytes` are no whole pages, or a file cannot be written.
+    /// If there are no such pages, `bytes` are not whole pages, or a file cannot be written.
     pub fn store(&self, block: BlockIndex, first: PageIndex, bytes: &[u8]) -> Result<()> {
         let of = self.blocks.block(block)?;
         let size = of.page_size().bytes();
@@ -87,7 +87,7 @@ impl Arrived {
         Ok(())
     }
 
-    /// Makes a page zero that came over another way than the channels.
+    /// Clears a page for which a zero page arrived, but not over a channel.
     ///
     /// # Errors
     /// If there is no such page.
@@ -98,10 +98,10 @@ impl Arrived {
         Ok(())
     }
 
-    /// Reads a page as it is now.
+    /// Reads the current contents of a page.
     ///
     /// # Errors
-    /// If there is no such page, `into` is not a page long, or a file cannot be read.
+    /// If there is no such page, `into` has not the length of a page, or a file cannot be read.
     pub fn load(&self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
         let of = self.blocks.block(block)?;
         check(of, page, 1)?;
@@ -111,39 +111,39 @@ impl Arrived {
         of.load(page, into).map_err(|error| broken("read", of, page, error))
     }
 
-    /// Checks, when all of RAM is here, that every page of every block has come, but for what `may_miss` allows of a block,
-    /// and for blocks that are ignored. Pages that need not come are made zero.
+    /// Checks, when all of RAM has arrived, that no page is missing, except in ignored blocks and those that `may_miss`
+    /// allows for a block. Pages that may be missing are cleared.
     ///
     /// # Errors
-    /// [`Violation::PagesMissing`], with the first block that is not whole and the number of pages missing in all;
-    /// [`Violation::NoPages`] if nothing at all has come, not even a zero page, where something could.
+    /// [`Violation::PagesMissing`], with the first incomplete block and the number of missing pages in all blocks;
+    /// [`Violation::NoPages`] if no page has arrived, not even a zero page, although there are pages to send.
     pub fn check_complete(&self, may_miss: impl Fn(&RamBlock) -> MayMiss) -> Result<()> {
         self.check_any()?;
         let (mut first, mut missing) = (None, 0);
         for (index, block) in self.blocks.iter().filter(|(_, block)| !block.is_ignored()) {
-            let come = self.count(index);
-            if come == block.pages() {
+            let arrived = self.count(index);
+            if arrived == block.pages() {
                 continue;
             }
             match may_miss(block) {
-                MayMiss::Whole if come == 0 => {}
+                MayMiss::Whole if arrived == 0 => {}
                 MayMiss::Pages => {
                     let missing = self.clear_missing(index, block);
-                    tracing::debug!(block = %block.name(), missing, "pages that the source left out are zero");
+                    tracing::debug!(block = %block.name(), missing, "pages that the source omitted are zero");
                 }
                 MayMiss::Whole | MayMiss::Nothing => {
-                    missing += block.pages() - come;
+                    missing += block.pages() - arrived;
                     first.get_or_insert((index, block));
                 }
             }
         }
         let Some((index, block)) = first else { return Ok(()) };
-        let page = self.pages(index).come.clear_runs().next().map(|(page, _)| page);
+        let page = self.pages(index).arrived.clear_runs().next().map(|(page, _)| page);
         let offset = page.and_then(|page| block.offset_of(page)).unwrap_or_default();
         Err(Violation::PagesMissing { missing, name: block.name().clone(), offset }.into())
     }
 
-    /// Checks that anything has come at all, be it zero, if there is a page that could.
+    /// Checks that at least one page has arrived, if there are pages to send.
     fn check_any(&self) -> Result<()> {
         let mut due =
             self.blocks.iter().filter(|(_, block)| !block.is_ignored() && block.pages() > 0).peekable();
@@ -157,29 +157,29 @@ impl Arrived {
         self.pages.get(block.0).expect("there is one for each block")
     }
 
-    /// Makes every page of a block zero that has not come; says how many those are.
+    /// Clears every page of a block that has not arrived. Returns their number.
     fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> u64 {
         let mut missing = 0;
-        for (first, count) in self.pages(index).come.clear_runs() {
+        for (first, count) in self.pages(index).arrived.clear_runs() {
             missing += count;
             self.clear_run(block, index, first, count);
         }
         missing
     }
 
-    /// Pages from `first` on have been written.
+    /// Records that pages were written, beginning with page `first`.
     pub(super) fn note(&self, block: BlockIndex, first: PageIndex, count: u64) {
         let pages = self.pages(block);
-        pages.come.set_run(first, count);
+        pages.arrived.set_run(first, count);
         if let Some(may_hold) = &pages.may_hold {
             may_hold.set_run(first, count);
         }
     }
 
-    /// Pages from `first` on are zero, whatever they were.
+    /// Clears pages, beginning with page `first`.
     pub(super) fn clear_run(&self, of: &RamBlock, block: BlockIndex, first: PageIndex, count: u64) {
         let pages = self.pages(block);
-        pages.come.set_run(first, count);
+        pages.arrived.set_run(first, count);
         for page in (first.0..first.0 + count).map(PageIndex) {
             if pages.may_hold.as_ref().is_none_or(|may_hold| may_hold.clear(page)) {
                 of.clear(page);
@@ -243,7 +243,7 @@ mod tests {
         }
         let error = whole(&arrived).expect_err("incomplete").to_string();
         assert!(
-            error.starts_with(r#"1 page of RAM never came, the first in block "b1" at offset 0x42000"#),
+            error.starts_with(r#"1 page of RAM did not arrive, the first in block "b1" at offset 0x42000"#),
             "{error}"
         );
         arrived.store(BlockIndex(1), PageIndex(66), &[1; 4096]).expect("stored");
@@ -257,12 +257,12 @@ mod tests {
     fn ram_of_which_nothing_came_is_refused_whatever_may_miss() {
         for may_miss in [MayMiss::Nothing, MayMiss::Whole, MayMiss::Pages] {
             let error = arrived(&[4096]).check_complete(|_| may_miss).expect_err("nothing").to_string();
-            assert!(error.starts_with("RAM ended and not one page of it has come"), "{error}");
+            assert!(error.starts_with("RAM ended and not one page has arrived"), "{error}");
         }
         arrived(&[0]).check_complete(|_| MayMiss::Nothing).expect("there is no page");
     }
 
-    /// Memory that another machine has used: what does not come must not show through.
+    /// Memory that another machine has used: contents of pages that do not arrive must not remain.
     #[test]
     fn pages_that_need_not_come_are_zero() {
         let before = arrived(&[8 * 4096]);

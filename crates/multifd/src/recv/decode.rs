@@ -1,7 +1,7 @@
-//! A packet's head becomes a block and pages that it has.
+//! Decodes the head of a packet: its block and its pages.
 //!
-//! In come the bytes of a head, out goes what the channel may write: every page listed here lies inside a block
-//! that the source has announced. The lists are the channel's and are used again for every packet.
+//! Input is the bytes of a head. Output is the pages that the channel may write: each of them lies inside a block that the
+//! source has announced. The lists belong to the channel and are reused for every packet.
 
 #[cfg(feature = "_codec")]
 use crate::wire::limits::PAYLOAD_BYTES;
@@ -13,12 +13,12 @@ use crate::{
     wire::{Packet, Pages, limits::packet_pages},
 };
 
-/// What one packet lists.
+/// The contents of one packet's head.
 pub(super) struct Listed {
     pub(super) packet_num: u64,
     pub(super) sync: bool,
     pub(super) payload_len: usize,
-    /// How the payload was made.
+    /// How the payload is compressed.
     pub(super) method: Method,
     pub(super) block: BlockIndex,
     pub(super) normal: Vec<PageIndex>,
@@ -45,8 +45,8 @@ impl Listed {
         !self.normal.is_empty() || !self.zero.is_empty()
     }
 
-    /// Reads a head. `blocks` is what the source has announced so far; `method` is what the migration's first packet
-    /// with pages named, if it was not told before.
+    /// Decodes a head. `blocks` are the blocks that the source has announced so far; `method` is the configured method, or
+    /// that of the migration's first packet with pages.
     pub(super) fn decode(
         &mut self,
         head: &[u8],
@@ -78,7 +78,7 @@ impl Listed {
         Ok(())
     }
 
-    /// The packet's block. Most packets are of the same block as the one before.
+    /// The packet's block. Most packets have the same block as the one before.
     fn find<'b>(&mut self, packet: &Packet<'_>, blocks: &'b RamBlocks) -> Result<&'b RamBlock> {
         let last = blocks.get(self.block).filter(|block| block.name().as_bytes() == packet.block);
         if let Some(block) = last {
@@ -93,7 +93,7 @@ impl Listed {
         let plain = (pages * page_size.bytes()) as u64;
         let fits = match self.method {
             Method::None => u64::from(found) == plain,
-            // Only compressed payloads have a length of their own: something for something, within the bound.
+            // Only a compressed payload has a length of its own, which has a lower and an upper bound.
             #[cfg(feature = "_codec")]
             _ if pages == 0 => found == 0,
             #[cfg(feature = "_codec")]
@@ -112,7 +112,7 @@ impl Listed {
     }
 }
 
-/// Takes over the pages, each of which must be one of the block's.
+/// Copies the list of pages and checks that the block has each of them.
 fn inside(block: &RamBlock, pages: Pages<'_>, listed: &mut Vec<PageIndex>) -> Result<(), Violation> {
     for page in pages {
         if page.0 >= block.pages() {

@@ -1,4 +1,4 @@
-//! What is known of one connection, and of one channel.
+//! The state of one connection and of one channel.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::{
 pub(super) struct Origin {
     pub(super) peer: String,
     pub(super) host: Option<Host>,
-    /// Counted from 1 in the order in which connections were accepted. A source opens main before it opens channels.
+    /// The number of the connection, counted from 1 in the order of acceptance. A source opens main before its channels.
     pub(super) number: u64,
 }
 
@@ -22,7 +22,7 @@ impl Origin {
     }
 }
 
-/// A connection that has not said yet what it is.
+/// A connection that is not identified yet.
 pub(super) struct Unidentified {
     pub(super) origin: Origin,
     /// Shuts it down.
@@ -34,32 +34,32 @@ pub(super) struct Unidentified {
 pub(super) enum Stage {
     /// It can be closed to make room for another one.
     Silent,
-    /// It has said what it is, and is about to be taken in or dropped.
+    /// It is identified, and is about to be accepted or dropped.
     Identified,
     /// It was closed to make room; its thread is about to end.
     Closed,
 }
 
-/// A connection that begins as a channel does.
+/// A connection that has sent the initial packet of a channel.
 pub(super) struct Newcomer {
     pub(super) origin: Origin,
     pub(super) initial: Initial,
     pub(super) wake: Arc<dyn Wake>,
 }
 
-/// What main knows of a channel.
+/// The state of a channel.
 pub(super) struct Entry {
     pub(super) origin: Origin,
-    /// Shuts its connection down; `None` when all is over.
+    /// Shuts the connection down; `None` when the migration is over.
     pub(super) wake: Option<Arc<dyn Wake>>,
-    /// SYNC packets found.
+    /// The number of SYNC packets received.
     pub(super) reached: u64,
-    /// Packets up to the SYNC met last, and the greatest of their numbers.
+    /// The number of packets up to the last SYNC, and the greatest packet number among them.
     pub(super) packets: u64,
     pub(super) greatest: Option<u64>,
-    /// Its connection has ended, or its thread has.
+    /// The connection or its thread has ended.
     pub(super) ended: bool,
-    /// It has ended without a single packet.
+    /// It has ended without a packet.
     pub(super) void: bool,
 }
 
@@ -68,7 +68,7 @@ impl Entry {
         Self { origin, wake: Some(wake), reached: 0, packets: 0, greatest: None, ended: false, void: false }
     }
 
-    /// Whether nothing came and nothing will.
+    /// Whether no packet arrived before the connection ended.
     pub(super) fn is_void(&self) -> bool {
         self.ended && self.void
     }

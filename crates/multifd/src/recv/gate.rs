@@ -1,8 +1,8 @@
-//! Where main and the channels meet: the channel sync on the destination's side.
+//! The channel sync on the destination's side: main and the channels wait for each other.
 //!
-//! A channel that has met its k-th SYNC stands here until main has come to sync point k; main stands until every
-//! channel has. So pages sent after a sync point are never placed before those sent ahead of it, whichever
-//! channels they take. A channel that has ended can no longer come, and fails the wait at once.
+//! A channel that has received its k-th SYNC waits here until main has reached sync point k; main waits until every channel
+//! has received its k-th SYNC. So pages sent after a sync point are never written before pages sent ahead of it, on any
+//! channel. A channel that has ended fails main's wait at once, because its SYNC can no longer arrive.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use crate::{
 };
 
 impl Shared {
-    /// A channel has met a SYNC: it stands until main has come to the same point. Surplus ones at the end of a
-    /// migration are let through.
+    /// A channel has received a SYNC: it waits until main has reached the same sync point. Additional SYNCs at the end of a
+    /// migration do not wait.
     ///
-    /// Up to it the channel has brought so many packets, whose greatest number this is.
+    /// `packets` is the number of packets up to this SYNC, and `greatest` their greatest packet number.
     pub(super) fn reach(&self, id: ChannelId, packets: u64, greatest: u64) -> Result<()> {
         let mut state = self.lock();
         let Some(place) = state.roster.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
@@ -37,11 +37,11 @@ impl Shared {
             && !state.life.stopped
         {
             state = if state.gate.main_waits {
-                // It knows better what for.
+                // Main has the time limit, because it knows the missing channel.
                 self.wait(state)
             } else {
                 self.wait_moving(state, begun, |stalled| {
-                    stalled.where_due(format!("main has not come to sync point {reached}")).on_channel(id)
+                    stalled.pending(format!("main has not reached sync point {reached}")).on_channel(id)
                 })?
             };
         }
@@ -49,9 +49,9 @@ impl Shared {
         self.stop.check()
     }
 
-    /// Main has come to its next sync point: it stands until every channel has.
+    /// Main has reached its next sync point: it waits until every channel has received its SYNC.
     pub(super) fn sync(&self) -> Result<()> {
-        // A channel that comes after the second point is refused, so there is nothing to wait for any more.
+        // A channel that connects after the second point is refused, so it is not waited for.
         let (may_grow, opened) = {
             let mut state = self.lock();
             state.gate.main_waits = true;
@@ -64,7 +64,7 @@ impl Shared {
         let mut state = self.lock();
         let point = state.gate.released + 1;
         if may_grow {
-            state = self.settle(state)?;
+            state = self.wait_for_channels(state)?;
         }
         let begun = Instant::now();
         let end = deadline(self.options.channels_timeout);
@@ -73,9 +73,9 @@ impl Shared {
                 drop(state);
                 return self.stop.check();
             }
-            // One that was here may have been left over from another source, and have ended.
+            // A channel may have been left over from an earlier source, and have ended.
             if may_grow && self.missing(&state).is_some() {
-                state = self.settle(state)?;
+                state = self.wait_for_channels(state)?;
                 continue;
             }
             let mut missing = None;
@@ -97,7 +97,7 @@ impl Shared {
                 let Some(error) = state.roster.missing_packets(point).filter(|_| exact) else { break };
                 let left = end.saturating_duration_since(Instant::now());
                 if may_grow && !left.is_zero() {
-                    // They went to a channel that is still on its way.
+                    // They were sent on a channel that has not connected yet.
                     state = self.wait_timeout(state, left);
                     continue;
                 }
@@ -105,8 +105,8 @@ impl Shared {
                 return Err(self.stop.fail(error));
             };
             state = self.wait_moving(state, begun, |stalled| {
-                let what = format!("no SYNC packet has come for sync point {point}");
-                stalled.where_due(what).on_channel(missing)
+                let what = format!("no SYNC packet has arrived for sync point {point}");
+                stalled.pending(what).on_channel(missing)
             })?;
         }
         state.gate.released = point;
@@ -143,7 +143,7 @@ impl Shared {
         }
     }
 
-    /// How many channels there are to be, as far as that is known.
+    /// The expected number of channels, as far as it is known.
     pub(super) fn expected(&self, state: &State) -> ChannelCount {
         match (self.options.channels, state.source.announced) {
             (ChannelCount::Auto, Some(announced)) => ChannelCount::Exact(announced),
@@ -151,7 +151,7 @@ impl Shared {
         }
     }
 
-    /// Waits for a change, in a wait that began at `begun`, but no longer than the source may stand still.
+    /// Waits for a change, in a wait that began at `begun`, but no longer than the stall timeout.
     pub(super) fn wait_moving<'a>(
         &'a self,
         state: Guard<'a>,
@@ -166,11 +166,11 @@ impl Shared {
         Err(self.stop.fail(stalled(Stalled(self.options.stall_timeout.unwrap_or_default()))))
     }
 
-    /// Before the first sync points: waits for the channels that belong to this migration. A source has connected
-    /// them all before it can come here, but the network may deliver main's bytes first. A connection that has not
-    /// said yet what it is may be one of them; where their number is known and complete, one more, if it comes from
-    /// where main does.
-    fn settle<'a>(&'a self, mut state: Guard<'a>) -> Result<Guard<'a>> {
+    /// Waits before the first sync points for the channels that belong to this migration. A source connects all channels
+    /// before it sends a sync point, but the network may deliver main's bytes first. An unidentified connection may be one
+    /// of these channels. If all expected channels are connected, an unidentified connection from main's host may be an
+    /// additional one, which is an error.
+    fn wait_for_channels<'a>(&'a self, mut state: Guard<'a>) -> Result<Guard<'a>> {
         let end = deadline(self.options.channels_timeout);
         loop {
             if state.life.stopped {
@@ -184,7 +184,7 @@ impl Shared {
             }
             let missing = self.missing(&state);
             let left = end.saturating_duration_since(Instant::now());
-            if missing.is_none() && (!self.has_unheard(&state) || left.is_zero()) {
+            if missing.is_none() && (!self.has_unidentified(&state) || left.is_zero()) {
                 tracing::debug!(channels = state.roster.count(), "multifd_recv_all_channels");
                 return Ok(state);
             }
@@ -197,21 +197,21 @@ impl Shared {
         }
     }
 
-    /// The first channel that belongs to this migration and is not here.
+    /// The first channel of this migration that is missing.
     fn missing(&self, state: &State) -> Option<ChannelId> {
         state.roster.missing(self.expected(state), state.source.has_channels)
     }
 
-    /// Whether a connection that has not said yet what it is may be a channel.
-    fn has_unheard(&self, state: &State) -> bool {
-        let mut unheard = state.roster.unidentified.iter().map(|entry| &entry.origin);
+    /// Whether an unidentified connection may be a channel.
+    fn has_unidentified(&self, state: &State) -> bool {
+        let mut unidentified = state.roster.unidentified.iter().map(|entry| &entry.origin);
         match self.expected(state) {
-            ChannelCount::Exact(_) => unheard.any(|origin| self.may_be_missed(state, origin)),
-            ChannelCount::Auto => unheard.any(|origin| self.may_belong(state, origin)),
+            ChannelCount::Exact(_) => unidentified.any(|origin| self.may_be_missed(state, origin)),
+            ChannelCount::Auto => unidentified.any(|origin| self.may_belong(state, origin)),
         }
     }
 
-    /// Not all channels have come in time.
+    /// The error if not all channels have connected in time.
     fn count_error(&self, state: &State, missing: ChannelId) -> Error {
         let found = state.roster.count();
         let error = Error::from(match (self.options.channels, state.source.announced) {
@@ -227,21 +227,20 @@ impl Shared {
         match state.roster.foreign {
             0 => error,
             foreign => error.at(format_args!(
-                "{foreign} connections like channels from other hosts than main were dropped (see channels-from)"
+                "{foreign} connections of channels from other hosts than main were dropped (see channels-from)"
             )),
         }
     }
 }
 
-/// A source that has stood still for so long.
+/// A source without progress for this time.
 pub(super) struct Stalled(Duration);
 
 impl Stalled {
-    /// While this was due.
-    pub(super) fn where_due(self, what: impl Into<String>) -> Error {
-        Error::Stalled { what: what.into(), limit: self.0, hint: STANDS_STILL }
+    /// The error; `what` is what was pending.
+    pub(super) fn pending(self, what: impl Into<String>) -> Error {
+        Error::Stalled { what: what.into(), limit: self.0, hint: NO_PROGRESS }
     }
 }
 
-const STANDS_STILL: &str =
-    "the source stands still, or its network does; its guest is there, look at its query-migrate and its log";
+const NO_PROGRESS: &str = "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there";

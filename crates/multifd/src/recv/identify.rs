@@ -1,11 +1,11 @@
-//! Connections come in, in any order; each says what it is, then it is main or a channel.
+//! Identifies incoming connections, in any order: each is main or a channel.
 //!
-//! Nothing but the first bytes tells the two apart: main begins with its file's magic, a channel with its
-//! initial packet. Each connection is asked by a thread of its own with a time limit, so a silent one holds up
-//! nobody; the thread of a channel then goes on as the channel's. A connection that is neither is a stranger: it is
-//! reported and dropped, and the migration goes on; unless it is the only one there can be, as with a command, or
-//! cannot be told from a channel whose pages would be missing: one that begins like a channel, or, while it is not known how
-//! many channels there are, one from main's host that came behind main.
+//! Only the first bytes differ: main begins with the magic of its stream, a channel with its initial packet. Each
+//! connection is read by a thread of its own with a time limit, so a silent one does not delay others; the thread of a
+//! channel then becomes the channel's thread. A connection that is neither main nor a channel is reported and dropped, and
+//! the migration continues. The migration fails instead if this connection is the only possible one, as with a command, or
+//! if it may have been a channel whose pages would be missing: it began like a channel, or the number of channels is not
+//! known and it comes from main's host and connected after main.
 
 use std::{io, sync::Arc};
 
@@ -28,7 +28,7 @@ const MAIN_MAGIC: [u8; 4] = *b"QEVM";
 /// The first bytes of a handshake record of TLS.
 const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
-/// Gives a new connection, which was made with `context`, a thread that finds out what it is.
+/// Creates a thread that identifies the new connection `link`, which was created with `context`.
 pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, context: Context) {
     let Some((number, open)) = shared.enlist(&*link) else { return };
     let origin = Origin::new(&*link, number);
@@ -60,20 +60,21 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
     let _alarm = shared.stop.alarm("a channel's thread");
     let peer = link.peer();
     let wake: Arc<dyn Wake> = link.waker();
-    // While it has not said what it is, any end of the migration is its end.
+    // Until the connection is identified, the end of the migration shuts it down.
     let greeting = shared.stop.watch(wake.clone());
     let first = read_first_bytes(shared, &mut *link);
     if !shared.lock().keep(number) {
         tracing::debug!(peer, "a silent connection was closed to make room for another one");
         shared.note_lost(Origin::new(&*link, number));
-        // Only now: main must not pass a sync point in between.
+        // Not earlier: main must not pass a sync point in between.
         shared.identified(number);
         return;
     }
     match first {
         Ok(Kind::Main(seen)) => {
             let origin = Origin::new(&*link, number);
-            // Its waits end, and it can still be told that this side has failed.
+            // From here on waits for the stop end without a shutdown, so that this side can still report its failure to the
+            // peer.
             let watch = shared.stop.watch_failure(link.recv_waker());
             drop(greeting);
             context.stall_timer.identified();
@@ -84,13 +85,13 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
             let id = initial.id;
             let _watch = shared.stop.watch_failure(wake.clone());
             let welcome = shared.register(Newcomer { origin: Origin::new(&*link, number), initial, wake });
-            // Only now: main must not pass a sync point in between.
+            // Not earlier: main must not pass a sync point in between.
             shared.identified(number);
             if !welcome {
                 return;
             }
             drop(greeting);
-            // A name is for whoever looks at the threads; without it they are called as before.
+            // The name is only shown by tools such as top. Without it the thread keeps its old name.
             let name = std::ffi::CString::new(format!("multifdrecv_{id}")).unwrap_or_default();
             let _ = rustix::thread::set_name(&name);
             tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
@@ -105,7 +106,7 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
             if admit::is_unnoticed(&error) {
                 shared.note_lost(Origin::new(&*link, number));
             }
-            // Only now: main must not pass a sync point in between.
+            // Not earlier: main must not pass a sync point in between.
             shared.identified(number);
             let cause =
                 std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
@@ -117,10 +118,10 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
     }
 }
 
-/// A connection that is not taken in.
+/// A connection that is dropped.
 struct Refused {
     error: Error,
-    /// It has begun as a channel does.
+    /// It began like a channel.
     a_channel: bool,
 }
 
@@ -131,17 +132,17 @@ impl From<Error> for Refused {
 }
 
 enum Kind {
-    /// The main stream, with the bytes read so far.
+    /// Main, with the bytes read so far.
     Main(Vec<u8>),
     Channel(Initial),
 }
 
 fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refused> {
     let limit = shared.options.greeting_timeout;
-    // The only connection there is holds up nobody, and may have far to go before it says anything.
+    // If it is the only connection, it delays no others, and may need a long time before it sends its first bytes.
     let (peer, end) = (link.peer(), (!shared.lock().roster.single).then(|| deadline(limit)));
     let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not say what it is"), limit },
+        io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not identify itself"), limit },
         _ => Error::io(format!("receive the first bytes of {peer}"), error),
     };
     let mut magic = [0; MAIN_MAGIC.len()];
@@ -168,7 +169,8 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refuse
     Ok(Kind::Channel(initial))
 }
 
-/// Fills `buffer`, of which `have` bytes are there, until `end` if there is one; says how many are there then. However
+/// Reads until `buffer` is full, or until `end`, if there is one. `have` bytes are in it already. Returns how many bytes
+/// are in it then. A peer that sends few bytes at a time does not extend the time limit.
 /// few bytes a peer sends at a time, it gains no time by it.
 fn read_up_to(
     link: &mut dyn Link,
@@ -193,7 +195,7 @@ fn read_up_to(
 }
 
 impl Shared {
-    /// A connection has said what it is, or will never.
+    /// The connection is identified, or never will be.
     fn identified(&self, number: u64) {
         let mut state = self.lock();
         let at = state.roster.unidentified.iter().position(|entry| entry.origin.number == number);
@@ -213,7 +215,7 @@ impl Shared {
         }
         let opened = self.main_from(&mut state, origin);
         drop(state);
-        // Before main is handed over: whoever has it may count on the channels that are here.
+        // Before the caller gets main: it may rely on the channels that are connected.
         let _ = self.finish_opening(opened);
         let mut state = self.lock();
         state.main.stream = Some(main);

@@ -7,8 +7,8 @@
 //!                       └▶ main stream ─▶ the caller ── sync() ──────────────────────┘
 //! ```
 //!
-//! Nothing that a peer says is believed before it has met its bound. This module knows nothing of the main stream but
-//! its first four bytes, by which it is told from a channel.
+//! Every value from a peer is checked against a bound before it is used. This module knows only the first four bytes of the
+//! main stream, which distinguish main from a channel.
 
 #![warn(clippy::indexing_slicing)]
 
@@ -47,13 +47,13 @@ use crate::{
 
 /// Receives pages over N channels: the data plane of one incoming migration.
 ///
-/// It is given connections by a [listener](Receiver::listen) or [one by one](Receiver::add), hands the main one to
-/// the caller, and is told by the caller what the main stream says: [page size](Receiver::set_page_size),
-/// [blocks](Receiver::set_blocks), [sync points](Receiver::sync), the [end of RAM](Receiver::seal). Dropped before
-/// [`finish`](Receiver::finish), it cancels the migration and joins its threads.
+/// It gets connections from a [listener](Receiver::listen) or [one by one](Receiver::add), and returns the main connection
+/// to the caller. The caller reports what the main stream contains: [page size](Receiver::set_page_size),
+/// [blocks](Receiver::set_blocks), [sync points](Receiver::sync), the [end of RAM](Receiver::seal). A receiver that is
+/// dropped before [`finish`](Receiver::finish) cancels the migration and joins its threads.
 pub struct Receiver {
     shared: Arc<Shared>,
-    /// Has all waits woken at the stop, for as long as the receiver lives.
+    /// Wakes all waits at the stop, as long as the receiver lives.
     watches: Vec<Watch>,
 }
 
@@ -67,7 +67,7 @@ impl std::fmt::Debug for Receiver {
 }
 
 impl Receiver {
-    /// A receiver without connections. `stop` ends it together with the rest of the migration.
+    /// A receiver without connections. `stop` ends it together with the other parts of the migration.
     pub fn new(options: ReceiveOptions, stop: Stop) -> Self {
         let most = usize::from(options.channels.most());
         let uuid = options.uuid;
@@ -85,15 +85,15 @@ impl Receiver {
             state: Mutex::new(State { roster: Roster { uuid, ..Roster::default() }, ..State::default() }),
             changed: Condvar::new(),
         });
-        // First, so that whoever is woken later finds the state stopped.
+        // First, so that a thread that is woken later finds the state stopped.
         let watches = vec![stop.watch(Arc::new(WakeState(shared.clone())))];
         Self { shared, watches }
     }
 
-    /// Takes connections from `listener` in a thread of its own, until the migration is over.
+    /// Accepts connections from `listener` in a thread of its own, until the migration is over.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the listener takes one connection only and
+    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the listener accepts one connection only and
     /// channels are expected; [`Usage::ChannelsFrom`] if they may come from an empty list of hosts; the system's error if it
     /// refuses the thread.
     pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
@@ -126,23 +126,24 @@ impl Receiver {
         Ok(())
     }
 
-    /// What a connection is made with that the caller accepts and [adds](Receiver::add).
+    /// The context for connections that the caller accepts and [adds](Receiver::add).
     pub fn context(&self) -> Context {
         self.shared.context.clone()
     }
 
-    /// Takes in one connection, main or channel, that the caller has accepted and made with this receiver's
+    /// Adds one connection, main or channel, that the caller has accepted and created with this receiver's
     /// [context](Receiver::context).
     pub fn add(&self, link: Box<dyn Link>) {
         identify::identify_in_thread(&self.shared, link, self.context());
     }
 
-    /// Waits for the main connection, without limit: a destination may wait for its source for days. Only while a channel
-    /// is here is main due: then it waits for `stall_timeout`, or without one for `greeting_timeout` and
-    /// `channels_timeout`.
+    /// Waits for the main connection. Without a channel it waits without limit, because a destination may wait for its
+    /// source for days. When a channel has connected, main is expected within `stall_timeout`; if this is off, within
+    /// `greeting_timeout` and `channels_timeout` together.
     ///
     /// # Errors
-    /// [`Error::Stalled`] if main does not come then; the error that stopped the migration; [`Usage::UsedTwice`] the second time.
+    /// [`Error::Stalled`] if main does not connect in time; the error that stopped the migration; [`Usage::UsedTwice`] the
+    /// second time.
     pub fn wait_main(&self) -> Result<Stream> {
         let mut state = self.shared.lock();
         let mut begun = None;
@@ -159,7 +160,7 @@ impl Receiver {
                 self.shared.stop.check()?;
                 return Err(Error::Cancelled);
             }
-            if state.roster.come() == 0 {
+            if state.roster.connected() == 0 {
                 begun = None;
                 state = self.shared.wait(state);
                 continue;
@@ -171,7 +172,8 @@ impl Receiver {
                 .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
             let left = self.shared.context.stall_timer.left_of(limit, begun);
             if left.is_zero() {
-                let what = format!("{} channels have connected, but no main connection", state.roster.come());
+                let what =
+                    format!("{} channels have connected, but no main connection", state.roster.connected());
                 drop(state);
                 return Err(self.shared.stop.fail(Error::Stalled { what, limit, hint: NO_MAIN }));
             }
@@ -179,10 +181,10 @@ impl Receiver {
         }
     }
 
-    /// Tells the page size that the main stream's configuration names. Channels stand until they know it.
+    /// Sets the page size from the main stream's configuration. Channels wait for it.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] if another one was set before.
+    /// [`Usage::UsedTwice`] if a different one was set before.
     pub fn set_page_size(&self, page_size: PageSize) -> Result<()> {
         let mut state = self.shared.lock();
         if *self.shared.page_size.get_or_init(|| page_size) != page_size {
@@ -193,29 +195,31 @@ impl Receiver {
         self.shared.finish_opening(opened)
     }
 
-    /// Tells that the source has announced its number of channels, 0 if multifd is off. From then on
-    /// [`ChannelCount::Auto`] means this number. Call it before the first sync point.
+    /// Sets the number of channels that the source has announced, 0 if multifd is off. From then on [`ChannelCount::Auto`]
+    /// means this number. Call it before the first sync point.
     ///
     /// # Errors
-    /// [`Violation::AnnouncedChannels`](crate::error::Violation::AnnouncedChannels) if the options have [another number](ChannelCount::Exact),
-    /// [`Violation::ChannelId`](crate::error::Violation::ChannelId) if a channel beyond it has come, [`Usage::UsedTwice`] if another number was announced before.
+    /// [`Violation::AnnouncedChannels`](crate::error::Violation::AnnouncedChannels) if the options have [another
+    /// number](ChannelCount::Exact), [`Violation::ChannelId`](crate::error::Violation::ChannelId) if a channel with a
+    /// greater id has connected,
+    /// [`Usage::UsedTwice`] if another number was announced before.
     pub fn expect_channels(&self, channels: u8) -> Result<()> {
         self.shared.expect_channels(channels)
     }
 
-    /// Tells that the source has at least one channel, because its main stream says so: a MULTIFD_FLUSH before the end of
-    /// START. Where the number is not known, the first sync points then wait for a channel.
+    /// Reports that the source has at least one channel, because its main stream shows it: a MULTIFD_FLUSH before the end
+    /// of START. If the number of channels is unknown, the first sync points then wait for a channel.
     pub fn expect_any_channels(&self) {
         self.shared.lock().source.has_channels = true;
     }
 
-    /// Tells that the source numbers its packets from 0 on without gaps, over all channels: QEMU 9.0 and later, and a
-    /// source that announces its channels. Each sync point then looks whether all packets have come.
+    /// Reports that the source numbers its packets from 0 on without gaps, over all channels: QEMU 9.0 and later, and a
+    /// source that announces its channels. Each sync point then checks that all packets have arrived.
     pub fn expect_exact_packet_nums(&self) {
         self.shared.lock().source.numbers_are_exact = true;
     }
 
-    /// Tells the blocks that the source has announced. Pages are written to these and nowhere else.
+    /// Sets the blocks that the source has announced. Pages are only written to these.
     ///
     /// # Errors
     /// [`Usage::UsedTwice`] the second time, [`Usage::ReadOnly`] if one is mapped for reading, [`MixedPageSizes`](ram::Error::MixedPageSizes) if they do not have the page size set.
@@ -224,7 +228,7 @@ impl Receiver {
         if let Some((_, block)) = blocks.iter().find(|(_, block)| read_only(block.memory())) {
             return Err(Usage::ReadOnly(block.name().clone()).into());
         }
-        // Channels look at the page size with the lock held: one that goes on because of this call finds the blocks, too.
+        // Channels read the page size with the lock held: one that continues because of this call finds the blocks, too.
         let mut state = self.shared.lock();
         if !blocks.is_empty() {
             let expected = *self.shared.page_size.get_or_init(|| blocks.page_size());
@@ -239,18 +243,21 @@ impl Receiver {
         self.shared.finish_opening(opened)
     }
 
-    /// Main has come to its next sync point: waits until every channel has, then lets them all go on. The first
-    /// one also waits until all channels are here.
+    /// Main has reached its next sync point: waits until every channel has, then lets them all continue. The first sync
+    /// points also wait until all channels are connected.
     ///
     /// # Errors
-    /// [`Violation::EndedEarly`](crate::error::Violation::EndedEarly) if a channel can no longer come, [`Violation::ChannelCount`](crate::error::Violation::ChannelCount),
-    /// [`Violation::TooFewChannels`](crate::error::Violation::TooFewChannels) or [`Violation::NoChannels`](crate::error::Violation::NoChannels) if there are fewer than expected,
-    /// [`Violation::MissingPackets`](crate::error::Violation::MissingPackets) if some have not come over any channel, or the error that stopped the migration.
+    /// [`Violation::EndedEarly`](crate::error::Violation::EndedEarly) if a channel has ended before this point,
+    /// [`Violation::ChannelCount`](crate::error::Violation::ChannelCount),
+    /// [`Violation::TooFewChannels`](crate::error::Violation::TooFewChannels) or
+    /// [`Violation::NoChannels`](crate::error::Violation::NoChannels) if there are fewer channels than expected,
+    /// [`Violation::MissingPackets`](crate::error::Violation::MissingPackets) if packets have not arrived, or the error
+    /// that stopped the migration.
     pub fn sync(&self) -> Result<()> {
         self.shared.sync()
     }
 
-    /// Main has come to the end of RAM: from now on no page is written.
+    /// Main has reached the end of RAM: from now on no page is written.
     ///
     /// # Errors
     /// [`Violation::PagesAfterEnd`](crate::error::Violation::PagesAfterEnd) if a channel is still receiving pages, or the error that stopped the migration.
@@ -258,38 +265,39 @@ impl Receiver {
         self.shared.seal()
     }
 
-    /// The blocks and which of their pages have come; `None` before [`set_blocks`](Receiver::set_blocks).
+    /// The blocks and which of their pages have arrived; `None` before [`set_blocks`](Receiver::set_blocks).
     pub fn arrived(&self) -> Option<&Arrived> {
         self.shared.arrived.get()
     }
 
-    /// How many channels have come so far.
+    /// The number of channels that have connected so far.
     pub fn channels(&self) -> u16 {
-        self.shared.lock().roster.come()
+        self.shared.lock().roster.connected()
     }
 
-    /// The UUID that the channels name: nil for a machine without one, `None` if no channel has come, or main has not.
+    /// The UUID in the channels' initial packets: nil for a machine without one, `None` before main and a channel have
+    /// connected.
     pub fn uuid(&self) -> Option<VmUuid> {
         self.shared.lock().roster.uuid
     }
 
-    /// What stops it.
+    /// The stop of the migration.
     pub fn stop(&self) -> &Stop {
         &self.shared.stop
     }
 
-    /// What each channel has brought so far.
+    /// The counters of each channel.
     pub fn stats(&self) -> Vec<ChannelStats> {
         self.shared.stats()
     }
 
-    /// The same counters for another thread to read, a progress display say.
+    /// The same counters, for another thread, for example a progress display.
     pub fn counters(&self) -> RecvCounters {
         RecvCounters(self.shared.clone())
     }
 
-    /// Ends well: the source has been told that everything is here. Waits a little for it to close its channels,
-    /// closes what is left, and joins all threads.
+    /// Ends a successful migration, after the source was informed of the success. Waits for `drain_timeout` until the
+    /// source has closed its channels, closes the others, and joins all threads.
     ///
     /// # Errors
     /// The error that stopped the migration before.
@@ -302,19 +310,19 @@ impl Receiver {
         Ok(self.shared.stats())
     }
 
-    /// Fails the migration because the source has closed main, when it has closed its channels as well, or after `limit`:
-    /// channels that are reset before the source closes them can hang a QEMU. Returns the error to report, which is `error`
-    /// unless the migration had failed or was cancelled before.
+    /// Fails the migration because the source has closed main. This waits until the source has closed its channels as well,
+    /// for `limit` at most: channels that are reset before the source closes them can hang a QEMU. Returns the error to
+    /// report: `error`, unless the migration had failed or was cancelled before.
     pub fn fail_with_source(&self, error: Error, limit: Duration) -> Error {
         self.shared.stop.expect(error.clone());
-        // Channels that stand at a sync point read on to their end.
+        // Channels that wait at a sync point are read to their end.
         self.shared.lock().life.source_closed = true;
         self.shared.changed.notify_all();
         drop(self.shared.wait_ended(limit));
         self.shared.stop.fail(error)
     }
 
-    /// Joins all threads, cancelling the migration if it has not ended. Harmless when called again.
+    /// Joins all threads, and cancels the migration if it has not ended. A second call does nothing.
     pub fn clean_up(&mut self) {
         self.shared.stop.cancel();
         self.shared.join();
@@ -338,18 +346,18 @@ impl std::fmt::Debug for RecvCounters {
 }
 
 impl RecvCounters {
-    /// What each channel has brought so far.
+    /// The counters of each channel.
     pub fn stats(&self) -> Vec<ChannelStats> {
         self.0.stats()
     }
 
-    /// Sync points that the migration has passed.
+    /// The number of sync points that the migration has passed.
     pub fn sync_points(&self) -> u64 {
         self.0.lock().gate.released
     }
 }
 
-const NO_MAIN: &str = "the source may have ended before it began, or main goes elsewhere; start the source again, and this \
-                       destination too if it has ended";
+const NO_MAIN: &str = "the source may have ended before the migration began, or its main connection goes to another \
+                       address; start the source again, and this destination too if it has ended";
 
 const _: () = assert!(limits::CHANNELS == u8::MAX);

@@ -1,8 +1,8 @@
-//! Models of the receiving side: main, the acceptor and the channels where they meet.
+//! Models of the receiving side: main, the acceptor and the channels wait for each other.
 //!
 //! Each is run under many schedules by the package `multifd-models`; see `docs/develop/concurrency.md`. The receiver is the
-//! real one, with all its threads, and so are the packets; the connections are in memory. A source's bytes are there
-//! before the receiver looks, as far ahead as a source can be, unless the model says otherwise.
+//! real one, with all its threads, and so are the packets; the connections are in memory. Unless the model says otherwise,
+//! a source's bytes have arrived before the receiver reads, as many as a source can send ahead.
 
 use std::{
     io::Read,
@@ -24,14 +24,14 @@ use crate::{
 };
 
 const PAGE: PageSize = PageSize::KIB_4;
-/// Whatever a model's source sends.
+/// Any bytes that a model's source sends.
 const ROOM: usize = 1 << 16;
 
 /// The source's end of a channel.
 struct Channel(Box<dyn Link>);
 
 impl Channel {
-    /// With the end that the receiver is given.
+    /// Creates it with the end for the receiver.
     fn new(id: u8) -> (Self, Box<dyn Link>) {
         let context = Context::new(&Stop::new());
         let (near, far) = memory::pair(ROOM, &context, &context);
@@ -58,7 +58,7 @@ impl Channel {
         self.send(&[content; PAGE.bytes()]);
     }
 
-    /// After a stop nobody takes it any more.
+    /// After a stop nothing accepts it any more.
     fn send(&mut self, mut bytes: &[u8]) {
         while let (false, Ok(sent)) = (bytes.is_empty(), self.0.send(&[bytes.into()])) {
             bytes = &bytes[sent..];
@@ -77,7 +77,7 @@ fn one_block() -> Arc<RamBlocks> {
     Arc::new(RamBlocks::new(vec![block]).expect("distinct"))
 }
 
-/// What the page was filled with.
+/// The byte that the page is filled with.
 fn content(blocks: &RamBlocks) -> u8 {
     let mut page = vec![0; PAGE.bytes()];
     let block = blocks.block(BlockIndex(0)).expect("there");
@@ -90,7 +90,7 @@ fn receiver(channels: ChannelCount) -> Receiver {
     Receiver::new(ReceiveOptions::new().channels(channels), Stop::new())
 }
 
-/// Both channels are as far ahead as can be: nothing but the sync points keeps the page's versions in order.
+/// Both channels are as far ahead as possible, so only the sync points keep the page's versions in order.
 pub fn an_older_page_is_never_placed_over_a_newer_one() {
     let blocks = one_block();
     let receiver = receiver(ChannelCount::Exact(2));
@@ -118,7 +118,7 @@ pub fn an_older_page_is_never_placed_over_a_newer_one() {
     assert_eq!(content(&blocks), 3);
 }
 
-/// One channel stands at the second point; the other has closed before it.
+/// One channel waits at the second point; the other has closed before it.
 pub fn a_channel_that_has_ended_fails_the_sync_that_waits_for_it() {
     let receiver = receiver(ChannelCount::Exact(2));
     let [(mut first, a), (mut second, b)] = [0, 1].map(Channel::new);
@@ -137,7 +137,7 @@ pub fn a_channel_that_has_ended_fails_the_sync_that_waits_for_it() {
     drop(first);
 }
 
-/// A source whose number of channels nobody knows: main's first record comes behind the connections.
+/// A source whose number of channels is unknown: main's first record arrives after the connections.
 fn connecting_source(connector: memory::MemoryConnector) -> thread::JoinHandle<Option<Vec<Channel>>> {
     thread::spawn(move || {
         // Refused, or cut: the receiver has been stopped.
@@ -164,7 +164,7 @@ fn first_record(receiver: &Receiver) -> Result<()> {
     receiver.set_page_size(PAGE)
 }
 
-/// The listener, the greetings and main, at once.
+/// The listener, the identification of connections and main at the same time.
 pub fn main_counts_every_channel_that_was_connected_before_its_first_record() {
     let mut receiver = receiver(ChannelCount::Auto);
     let (connector, listener) = memory::network(ROOM);
@@ -178,7 +178,7 @@ pub fn main_counts_every_channel_that_was_connected_before_its_first_record() {
     receiver.finish().expect("a good end");
 }
 
-/// The same, and a cancel at any time.
+/// The same with a cancel at any time.
 pub fn a_cancel_ends_acceptor_greetings_main_and_channels() {
     let mut receiver = receiver(ChannelCount::Auto);
     let (connector, listener) = memory::network(ROOM);
@@ -196,7 +196,7 @@ pub fn a_cancel_ends_acceptor_greetings_main_and_channels() {
     drop(source.join().expect("no panic"));
 }
 
-/// A source that dies before main has said anything, at any time, and then another one.
+/// A source that ends before main has sent anything, at any time, and then another source.
 pub fn a_source_that_dies_before_main_leaves_its_places_free() {
     let receiver = receiver(ChannelCount::Auto);
     let [(first, a), (second, b)] = [0, 1].map(Channel::new);
@@ -205,7 +205,7 @@ pub fn a_source_that_dies_before_main_leaves_its_places_free() {
     let dying = thread::spawn(move || drop((first, second)));
     let shared = receiver.shared.clone();
     let mut state = shared.lock();
-    while state.roster.come() > 0 || !state.roster.unidentified.is_empty() {
+    while state.roster.connected() > 0 || !state.roster.unidentified.is_empty() {
         state = shared.wait(state);
     }
     drop(state);
@@ -229,7 +229,7 @@ pub fn a_source_that_dies_before_main_leaves_its_places_free() {
     receiver.finish().expect("a good end");
 }
 
-/// Channel 1 brings an old version of the page, channel 0 a new one after the second point.
+/// Channel 1 sends an old version of the page, channel 0 a new one after the second point.
 pub fn a_channel_that_comes_late_is_counted_or_fails_the_migration() {
     let blocks = one_block();
     let receiver = Arc::new(receiver(ChannelCount::Auto));
@@ -261,7 +261,7 @@ pub fn a_channel_that_comes_late_is_counted_or_fails_the_migration() {
     }
 }
 
-/// A packet comes after the end, at any time.
+/// A packet arrives after the end, at any time.
 pub fn no_page_is_written_behind_the_seal() {
     let blocks = one_block();
     let receiver = receiver(ChannelCount::Exact(1));
@@ -288,7 +288,7 @@ fn is_late(error: &Error) -> bool {
     matches!(error.kind(), Error::Violation(Violation::PagesAfterEnd { .. }))
 }
 
-/// Nothing but the seal and a channel's mark, in every order there is.
+/// Only the seal and a channel's mark, in every possible order.
 pub fn the_seal_meets_the_mark() {
     let receiver = receiver(ChannelCount::Exact(1));
     let shared = receiver.shared.clone();
@@ -305,12 +305,13 @@ pub fn the_seal_meets_the_mark() {
     let filled = filling.join().expect("no panic");
     match sealed {
         Ok(found) => assert_eq!(page.load(Ordering::SeqCst), found),
-        // Not for nothing.
+        // Otherwise the model would test nothing.
         Err(_) => assert!(filled || shared.is_sealed()),
     }
 }
 
-/// The source closes its channels some time after the last sync point, one of them behind a surplus SYNC. No time passes,
+/// The source closes its channels some time after the last sync point, one of them after an additional SYNC. No time
+/// passes, so each close must be noticed.
 /// so each close must be noticed.
 pub fn the_end_waits_for_every_channel_to_close() {
     let receiver = receiver(ChannelCount::Exact(2));
@@ -329,7 +330,7 @@ pub fn the_end_waits_for_every_channel_to_close() {
     }
 }
 
-/// With time running the end comes all the same.
+/// With a running clock the migration ends as well.
 pub fn channels_that_a_source_leaves_open_are_closed_from_here() {
     let_time_run();
     let receiver = receiver(ChannelCount::Exact(1));
@@ -343,7 +344,7 @@ pub fn channels_that_a_source_leaves_open_are_closed_from_here() {
     drop(channel);
 }
 
-/// Somebody who waits for the stop, without limit.
+/// A thread that waits for the stop, without limit.
 #[derive(Default)]
 struct Stopped {
     stopped: Mutex<bool>,
@@ -357,7 +358,7 @@ impl Wake for Stopped {
     }
 }
 
-/// With time running, whoever waits for somebody who does not come gives up, and everybody else is woken.
+/// With a running clock, a wait for a peer that does not act fails, and all other waits are woken.
 pub fn a_channel_that_main_never_joins_at_a_sync_point_gives_up() {
     let_time_run();
     let receiver = receiver(ChannelCount::Exact(1));
@@ -376,7 +377,7 @@ pub fn a_channel_that_main_never_joins_at_a_sync_point_gives_up() {
     assert!(matches!(error.kind(), Error::Stalled { .. }));
 }
 
-/// Whose time it was comes first: main's for all channels, somebody's at a sync point, or a connection's to say what it is.
+/// The wait that expired first: main's for all channels, one at a sync point, or that for a connection's first bytes.
 fn has_run_out(error: &Error) -> bool {
     matches!(
         error.kind(),
@@ -384,7 +385,7 @@ fn has_run_out(error: &Error) -> bool {
     )
 }
 
-/// Two are expected, one comes, and it stands at its SYNC.
+/// Two channels are expected, one connects, and it waits at its SYNC.
 pub fn a_sync_without_all_its_channels_gives_up() {
     let_time_run();
     let receiver = receiver(ChannelCount::Exact(2));
@@ -398,7 +399,7 @@ pub fn a_sync_without_all_its_channels_gives_up() {
     drop(channel);
 }
 
-/// The channel is there, and sends nothing.
+/// The channel is connected, and sends nothing.
 pub fn a_sync_whose_channel_sends_nothing_gives_up() {
     let_time_run();
     let receiver = receiver(ChannelCount::Exact(1));

@@ -1,5 +1,5 @@
-//! A channel's connection as packets: their heads and payloads. The pages of a packet and the head of the next one arrive
-//! in one call: pages where they belong, the head in the reader's buffer.
+//! Reads packets from a channel's connection: heads and payloads. The pages of a packet and the head of the next one are
+//! received in one call: pages where they belong, the head into the reader's buffer.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use crate::{
     wire::{COMMON_LEN, DEVICE_STATE_LEN, DeviceState},
 };
 
-/// The connection, and what has come of the next head.
+/// A connection, and the bytes of the next head that have arrived.
 pub(super) struct PacketReader {
     link: Box<dyn Link>,
     head: Box<[u8]>,
@@ -20,20 +20,20 @@ pub(super) struct PacketReader {
 }
 
 impl PacketReader {
-    /// Over `link`, with room for what all heads have in common.
+    /// A reader of `link`, with space for the part that all heads have in common.
     pub(super) fn new(link: Box<dyn Link>) -> Self {
         Self { link, head: vec![0; COMMON_LEN].into(), have: 0 }
     }
 
-    /// Whether nothing of a head is there.
+    /// Whether no byte of the next head has arrived.
     pub(super) fn is_empty(&self) -> bool {
         self.have == 0
     }
 
-    /// Completes a head and takes it. `None` if the peer has closed at a packet's border.
+    /// Completes a head and returns it. `None` if the peer has closed the connection between two packets.
     pub(super) fn head(&mut self) -> Result<Option<&[u8]>> {
         let begun = self.at_least(COMMON_LEN)?;
-        // The head of a device-state packet is shorter: waiting for more of it could be for ever.
+        // The head of a device-state packet is shorter: a wait for more of it might never end.
         if begun
             && self.head.first_chunk().is_some_and(DeviceState::is_begun_by)
             && self.at_least(DEVICE_STATE_LEN)?
@@ -53,14 +53,14 @@ impl PacketReader {
         }
     }
 
-    /// Makes room for whole heads.
+    /// Makes space for whole heads.
     pub(super) fn lengthen(&mut self, head_len: usize) {
         let mut head = std::mem::take(&mut self.head).into_vec();
         head.resize(head_len, 0);
         self.head = head.into();
     }
 
-    /// Receives until so many bytes of the head are there. `false` if the peer closes before.
+    /// Receives until `length` bytes of the head have arrived. `false` if the peer closes the connection before.
     pub(super) fn at_least(&mut self, bytes: usize) -> Result<bool> {
         if self.have < bytes {
             let room = self.head.get_mut(self.have..).expect("a head does not exceed its room");
@@ -71,7 +71,7 @@ impl PacketReader {
         Ok(self.have >= bytes)
     }
 
-    /// Receives `length` bytes of payload into `parts`, and as much of the next head as is there.
+    /// Receives `length` bytes of payload into `parts`, and those bytes of the next head that have arrived.
     pub(super) fn payload(&mut self, parts: ArrayVec<PartMut<'_>, MAX_PARTS>, length: usize) -> Result<()> {
         let received = {
             let mut parts = parts;

@@ -1,8 +1,7 @@
-//! Pages go where they belong.
+//! Writes received pages to guest memory or to a file.
 //!
-//! Into mapped memory they are received in place, neighbours as one vector. Into a file, and with a method that
-//! compresses, they pass through one buffer of the channel's. A zero page is cleared only if it may hold
-//! something else.
+//! Into mapped memory, pages are received in place, adjacent ones as one vector. Into a file, and with compression, they
+//! are copied through one buffer of the channel. A zero page is cleared only if it may contain anything other than zero.
 
 use arrayvec::ArrayVec;
 
@@ -17,11 +16,11 @@ use crate::{
 
 #[derive(Default)]
 pub(super) struct Placer {
-    /// Made when the first packet with pages says that it is needed, and kept: a channel is one stream.
+    /// The decoder, created at the first packet with pages and kept, because the payloads of a channel are one stream.
     decoder: Option<Box<dyn Decode>>,
-    /// A packet's payload as it came, with a method that compresses.
+    /// A packet's compressed payload.
     payload: Box<[u8]>,
-    /// A packet's pages on their way to where they cannot be received; made when first needed.
+    /// A packet's pages, if these cannot be received in place; created when first needed.
     pages: AlignedBuffer,
 }
 
@@ -61,7 +60,7 @@ impl Placer {
             return packets.payload(parts, listed.payload_len);
         }
         if self.pages.is_empty() {
-            // Room for one byte more than a packet may make.
+            // One byte longer than the pages of a packet.
             self.pages = AlignedBuffer::new(PACKET_BYTES + 1);
         }
         let length = listed.normal.len() * block.page_size().bytes();

@@ -1,4 +1,4 @@
-//! The connections of a migration, as far as main knows them.
+//! The connections of a migration.
 
 use super::entry::{Entry, Newcomer, Origin, Unidentified};
 use crate::{
@@ -10,34 +10,34 @@ use crate::{
 /// The connections of the migration.
 #[derive(Default)]
 pub(super) struct Roster {
-    /// Channels that belong to the migration, by id.
+    /// The channels that belong to the migration, by id.
     pub(super) channels: Vec<Option<Entry>>,
-    /// Channels that came before main, and wait to be admitted.
+    /// Channels that connected before main, and wait to be admitted.
     pub(super) waiting: Vec<Newcomer>,
-    /// Main has come, or the caller has said what it says: channels are admitted.
+    /// Main has connected, or the caller has reported what it contains: channels are admitted.
     pub(super) opened: bool,
-    /// Where main comes from, once it has come.
+    /// The origin of main, after it has connected.
     pub(super) main: Option<Origin>,
     /// The UUID of this side, or of the first channel.
     pub(super) uuid: Option<VmUuid>,
-    /// Connections accepted so far.
+    /// The number of connections accepted so far.
     pub(super) accepted: u64,
     /// Connections whose threads have not ended: unidentified ones and channels.
     pub(super) open: usize,
     /// Connections that were closed to make room for others.
     pub(super) surplus: u64,
-    /// Connections that have not said yet what they are.
+    /// Connections that are not identified yet.
     pub(super) unidentified: Vec<Unidentified>,
-    /// Connections that were dropped because they came from another host than main.
+    /// The number of connections that were dropped because they came from another host than main.
     pub(super) foreign: u64,
-    /// Connections that were dropped before the first sync point without having said what they are.
+    /// Connections that were dropped before the first sync point without being identified.
     pub(super) lost: Vec<Origin>,
-    /// There is one connection only: what becomes of it becomes of the migration.
+    /// There is only one connection: if it fails, the migration fails.
     pub(super) single: bool,
 }
 
 impl Roster {
-    /// The place of channel `id`, taken or not.
+    /// The place of channel `id`, which may be empty.
     pub(super) fn slot(&mut self, id: ChannelId) -> &mut Option<Entry> {
         let slot = usize::from(id.0);
         if self.channels.len() <= slot {
@@ -46,28 +46,28 @@ impl Roster {
         self.channels.get_mut(slot).expect("there are enough now")
     }
 
-    /// How many channels are here.
+    /// The number of channels that are connected.
     pub(super) fn count(&self) -> u16 {
         let count = self.channels.iter().flatten().filter(|place| !place.is_void()).count();
         u16::try_from(count).unwrap_or(u16::MAX)
     }
 
-    /// With all channels at their SYNC for `point`, of a source whose packet numbers have no gaps: whether packets were
-    /// numbered that have come over none of them.
+    /// The error if packets have numbers up to `greatest` and not all have arrived. Requires a source whose packet numbers
+    /// have no gaps, and that all channels have received their SYNC for `point`.
     pub(super) fn missing_packets(&self, point: u64) -> Option<Error> {
         let places = || self.channels.iter().flatten();
         let greatest = places().filter_map(|place| place.greatest).max()?;
-        // Surplus SYNCs at the end come behind the last point.
+        // Additional SYNCs at the end arrive after the last point.
         let found = places().map(|place| place.packets).sum::<u64>();
         (greatest >= found).then(|| Violation::MissingPackets { point, greatest, found }.into())
     }
 
-    /// How many have come, whether main has or not.
-    pub(super) fn come(&self) -> u16 {
+    /// The number of channels that have connected, also before main.
+    pub(super) fn connected(&self) -> u16 {
         self.count().saturating_add(u16::try_from(self.waiting.len()).unwrap_or(u16::MAX))
     }
 
-    /// The first channel that belongs to this migration and is not here, as far as that is known.
+    /// The first channel of this migration that is missing, as far as this is known.
     pub(super) fn missing(&self, expected: ChannelCount, has_channels: bool) -> Option<ChannelId> {
         let end = match expected {
             ChannelCount::Exact(count) => usize::from(count),
@@ -80,7 +80,7 @@ impl Roster {
         u8::try_from(gap).ok().map(ChannelId)
     }
 
-    /// The place of channel `id`, if it is that of connection `number`.
+    /// The entry of channel `id`, if its connection is `number`.
     pub(super) fn place(&mut self, id: ChannelId, number: u64) -> Option<&mut Entry> {
         let place = self.channels.get_mut(usize::from(id.0))?.as_mut()?;
         Some(place).filter(|place| place.origin.number == number)

@@ -1,4 +1,4 @@
-//! What main, the acceptor and the channels' threads of a receiver share, and its end.
+//! The state that main, the acceptor and the channels' threads of a receiver share, and the end of the receiver.
 
 use std::{
     sync::{Arc, PoisonError, atomic::Ordering},
@@ -17,31 +17,31 @@ use crate::{
     wire::ChannelId,
 };
 
-/// What main, the acceptor and the channels' threads share.
+/// The state that main, the acceptor and the channels' threads share.
 pub(super) struct Shared {
-    /// Never changes.
+    /// Never changed.
     pub(super) options: ReceiveOptions,
-    /// Locked within; see `docs/develop/concurrency.md`.
+    /// Has its own lock; see `docs/develop/concurrency.md`.
     pub(super) stop: Stop,
-    /// Of this side's connections.
+    /// The context of this side's connections.
     pub(super) context: Context,
     /// Set once, by main.
     pub(super) page_size: OnceLock<PageSize>,
     pub(super) arrived: OnceLock<Arrived>,
     /// Set by the options, or by the first packet with pages of any channel.
     pub(super) method: OnceLock<Method>,
-    /// Set by main when no page may be written any more; with `filling`, see [`Shared::seal`].
+    /// Set by main when no page may be written any more. Used together with `filling`, see [`Shared::seal`].
     pub(super) sealed: AtomicBool,
-    /// Each set by its channel while it writes pages.
+    /// Each is set by its channel while the channel writes pages.
     pub(super) filling: Box<[AtomicBool]>,
-    /// Each written by its channel only.
+    /// Each is written by its channel only.
     pub(super) counters: Box<[ChannelCounters]>,
     pub(super) state: Mutex<State>,
     /// Notified at every change of the state.
     pub(super) changed: Condvar,
 }
 
-/// What changes, under one lock.
+/// The part of the state that changes, under one lock.
 #[derive(Default)]
 pub(super) struct State {
     pub(super) roster: Roster,
@@ -52,12 +52,12 @@ pub(super) struct State {
     pub(super) life: Life,
 }
 
-/// What the source has said of itself.
+/// What the source has reported about itself.
 #[derive(Default)]
 pub(super) struct Source {
     /// The number of channels that it announced on main.
     pub(super) announced: Option<u8>,
-    /// It is known to have channels.
+    /// Its main stream has shown that it has channels.
     pub(super) has_channels: bool,
     /// Its packet numbers are known to have no gaps.
     pub(super) numbers_are_exact: bool,
@@ -68,11 +68,11 @@ pub(super) struct Source {
 pub(super) struct Gate {
     /// Sync points that main has passed.
     pub(super) released: u64,
-    /// Main waits at the next one, and supervises the channels that it waits for. It does so to the end if that fails.
+    /// Main waits at the next sync point, and supervises the channels that it waits for. Stays set if the wait fails.
     pub(super) main_waits: bool,
 }
 
-/// The main connection, between its arrival and the caller who takes it.
+/// The main connection, until the caller takes it.
 #[derive(Default)]
 pub(super) struct Main {
     pub(super) stream: Option<Stream>,
@@ -80,24 +80,24 @@ pub(super) struct Main {
     pub(super) watch: Option<Watch>,
 }
 
-/// The thread that takes connections, and how often it was asked to take all that are waiting.
+/// The thread that accepts connections, and the number of requests to accept all that are waiting.
 #[derive(Default)]
 pub(super) struct Acceptor {
-    /// What wakes it, while there is one.
+    /// Wakes the acceptor, while there is one.
     pub(super) waker: Option<Arc<dyn Wake>>,
     pub(super) drains_asked: u64,
     pub(super) drains_done: u64,
 }
 
-/// How far the migration has got towards its end.
+/// The progress of the migration towards its end.
 #[derive(Default)]
 pub(super) struct Life {
-    /// Everything has come: a copy of `Shared::sealed` under the lock.
+    /// All of RAM has arrived: a copy of `Shared::sealed` under the lock.
     pub(super) sealed: bool,
     /// The source has closed main: the migration is about to fail.
     pub(super) source_closed: bool,
     pub(super) stopped: bool,
-    /// Of connections and channels; those that have ended are removed now and then.
+    /// The threads of connections and channels. Those that have ended are removed from time to time.
     pub(super) threads: Vec<JoinHandle<()>>,
 }
 
@@ -120,8 +120,8 @@ impl Shared {
         self.sealed.load(Ordering::SeqCst)
     }
 
-    /// Sequentially consistent, as is a channel's mark: a channel that begins to write either sees the seal and
-    /// does not, or is seen here.
+    /// Sequentially consistent, as is a channel's mark: either a channel that begins to write sees the seal and does not
+    /// write, or the seal sees the channel's mark.
     pub(super) fn seal(&self) -> Result<()> {
         self.stop.check()?;
         self.sealed.store(true, Ordering::SeqCst);
@@ -135,7 +135,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Waits until the source has closed every channel, for `limit` at the most.
+    /// Waits until the source has closed every channel, for `limit` at most.
     pub(super) fn wait_ended(&self, limit: Duration) -> Guard<'_> {
         let end = deadline(limit);
         let mut state = self.lock();
@@ -150,7 +150,7 @@ impl Shared {
         state
     }
 
-    /// Waits until the source has closed every channel, and closes those that it leaves open.
+    /// Waits until the source has closed every channel, and closes the remaining ones after the time limit.
     pub(super) fn drain_channels(&self) {
         let state = self.wait_ended(self.options.drain_timeout);
         let wakers: Vec<_> =
@@ -161,14 +161,14 @@ impl Shared {
         }
     }
 
-    /// Keeps a thread to be joined, and lets go of those that have ended.
+    /// Keeps a thread in order to join it, and drops those that have ended.
     pub(super) fn keep(&self, thread: JoinHandle<()>) {
         let mut state = self.lock();
         state.life.threads.retain(|thread| !thread.is_finished());
         state.life.threads.push(thread);
     }
 
-    /// Joins all threads and lets go of all connections, whoever still looks at the counters.
+    /// Joins all threads and closes all connections, even if another thread still reads the counters.
     pub(super) fn join(&self) {
         loop {
             let Some(thread) = self.lock().life.threads.pop() else { break };

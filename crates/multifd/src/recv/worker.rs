@@ -1,7 +1,7 @@
-//! A channel's thread: heads and payloads come off the connection, one packet after the other.
+//! A channel's thread: it receives heads and payloads, one packet after the other.
 //!
-//! It owns its connection and its buffers. The pages of a packet and the head of the next one arrive in one call:
-//! pages where they belong, the head in the channel's buffer.
+//! It owns its connection and its buffers. The pages of a packet and the head of the next one are received in one call:
+//! pages where they belong, the head into the channel's buffer.
 
 use std::sync::atomic::Ordering;
 
@@ -13,23 +13,23 @@ use crate::{
     wire::{COMMON_LEN, ChannelId, INITIAL_LEN, head_len},
 };
 
-/// The life of a channel after its initial packet, on connection `number`. An error ends the whole migration, unless
-/// everything has come, or the channel does not belong to it.
+/// Runs a channel after its initial packet, on connection `number`. An error fails the whole migration, unless all of RAM
+/// has arrived, or the channel does not belong to the migration.
 pub(super) fn run(id: ChannelId, number: u64, shared: &Shared, link: Box<dyn Link>) {
     tracing::debug!(channel = id.0, "multifd_recv_thread_start");
     let mut packets = 0;
     if let Err(error) = consume(id, number, shared, link, &mut packets) {
-        // Pages after the end may be newer than what is kept: that is no way to take leave.
-        // Nor is a device whose state comes here.
+        // Pages after the end may be newer than the received ones, so this is not an ordinary end of a channel.
+        // The same applies to device state that arrives here.
         let lost = matches!(
             error.kind(),
             Error::Violation(Violation::PagesAfterEnd { .. })
                 | Error::Unsupported(Unsupported::DeviceState { .. })
         );
         if packets == 0 && shared.is_left_over(id, number, &error) {
-            tracing::warn!(channel = id.0, %error, "a channel that no main connection goes with has ended");
+            tracing::warn!(channel = id.0, %error, "a channel without a main connection has ended");
         } else if shared.is_sealed() && !lost {
-            tracing::debug!(channel = id.0, %error, "an error after everything has come");
+            tracing::debug!(channel = id.0, %error, "a channel failed after all of RAM has arrived");
         } else {
             tracing::debug!(channel = id.0, %error, "multifd_recv_terminate_threads");
             shared.stop.fail(error.on_channel(id));
@@ -46,8 +46,8 @@ fn consume(
     link: Box<dyn Link>,
     packets: &mut u64,
 ) -> Result<()> {
-    // The page size comes from main, which may never come: whatever it is, this much is a part of the head, so an end
-    // is noticed meanwhile.
+    // The page size is known after main has connected, which may never happen. This part of the head does not depend on it,
+    // so an end of the connection is noticed before.
     let mut reader = PacketReader::new(link);
     if !reader.at_least(COMMON_LEN)? && (reader.is_empty() || !shared.is_admitted(id, number)) {
         return Ok(());
@@ -90,10 +90,10 @@ fn consume(
     Ok(())
 }
 
-/// `admit` has refused every id that is not below the number of channels.
+/// `admit` refuses every id that is not less than the number of channels.
 const ADMITTED: &str = "there is one for each channel";
 
-/// Marks a channel as writing to guest memory, for as long as it lives.
+/// Marks a channel as writing to guest memory, as long as the mark lives.
 pub(super) struct Filling<'a>(&'a AtomicBool);
 
 impl<'a> Filling<'a> {

@@ -9,7 +9,7 @@ use crate::{
     ram::{BlockIndex, PageIndex},
 };
 
-/// Proof that one SYNC has left on every channel, after all pages queued so far. [`Sender::sync`] returns it, and the
+/// Proof that one SYNC was sent on every channel, after all pages queued so far. [`Sender::sync`] returns it, and the
 /// record of a sync point on main [needs it](crate::live::Main::end_pass) before it leaves. A destination waits at that
 /// record until the SYNC of each channel has arrived.
 ///

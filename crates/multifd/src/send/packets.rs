@@ -226,10 +226,12 @@ fn hint(error: &io::Error) -> &'static str {
             ": the destination closed the connection; its own log has the reason: channel count, method, UUID and machine type \
              must be the same on both sides"
         }
-        io::ErrorKind::TimedOut if is_of_a_host(error) => ": its host is down, or the network between",
+        io::ErrorKind::TimedOut if is_of_a_host(error) => {
+            ": its host does not answer, or the network is interrupted"
+        }
         io::ErrorKind::TimedOut => {
-            ": its program stands still, or waits for what this side does not send: more channels (multifd-channels), or \
-             the other sync mode (machine types up to 8.0 take legacy, later ones round)"
+            ": its program makes no progress, or waits for something that this side does not send: more channels \
+             (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round)"
         }
         _ => "",
     }

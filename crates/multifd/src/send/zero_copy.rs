@@ -165,8 +165,8 @@ fn too_little() -> io::Error {
     let limit = getrlimit(Resource::Memlock).current;
     let limit = limit.map_or_else(|| "without bound".into(), |bytes| format!("{} KiB", bytes >> 10));
     let text = format!(
-        "the system locks no memory for zero-copy-send: the limit of locked memory (RLIMIT_MEMLOCK, `ulimit -l`) is \
-         {limit}, a packet takes up to {} KiB and a channel 4 MiB; raise it, or switch zero-copy-send off",
+        "zero-copy-send cannot lock enough memory: the limit of locked memory (RLIMIT_MEMLOCK, `ulimit -l`) is {limit}; a \
+         packet needs up to {} KiB and a channel 4 MiB; raise the limit, or switch zero-copy-send off",
         PACKET >> 10
     );
     io::Error::new(io::ErrorKind::OutOfMemory, text)

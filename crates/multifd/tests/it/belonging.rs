@@ -269,7 +269,7 @@ fn where_channels_may_come_from_can_be_chosen() {
             Err(error) => {
                 assert!(!admitted, "{from}: {error}");
                 let text = error.to_string();
-                assert!(text.starts_with("1 connections like channels from other hosts"), "{text}");
+                assert!(text.starts_with("1 connections of channels from other hosts"), "{text}");
                 assert!(text.contains("expected 1 channels, 0 connected"), "{text}");
             }
         }
@@ -309,7 +309,7 @@ fn channels_without_main_have_a_limit_always() {
     let _links = [0, 1].map(|id| begin(HERE, to, id));
     let error = receiver.wait_main().expect_err("main never comes");
     assert!(matches!(error.kind(), Error::Stalled { .. }), "{error}");
-    let expected = "2 channels have connected, but no main connection, and nothing has moved on any connection for 200 ms: ";
+    let expected = "2 channels have connected, but no main connection, and nothing was transferred on any connection for 200 ms: ";
     assert!(error.to_string().starts_with(expected), "{error}");
 }
 

@@ -92,19 +92,19 @@ fn what_is_broken_on_the_way_is_refused_with_channel_and_packet_and_touches_noth
             "a packet cut short",
             |bytes| bytes.truncate(bytes.len() - 10),
             |error| matches!(error, Error::Violation(Violation::Cut { .. })),
-            "channel 0: packet 0: connection closed after ",
+            "channel 0: packet 0: the source closed the connection (cancelled, or its process ended) after ",
         ),
         (
             "fewer bytes than pages",
             |bytes| bytes[19] += 1,
             |error| matches!(error, Error::Malformed(Malformed::Inflated { .. })),
-            "channel 0: packet 0: the payload makes 262144 bytes, expected 266240",
+            "channel 0: packet 0: the payload decompresses to 262144 bytes, expected 266240",
         ),
         (
             "a bomb",
             |bytes| bytes[19] -= 1,
             |error| matches!(error, Error::Malformed(Malformed::Inflated { .. })),
-            "channel 0: packet 0: the payload makes more than 258048 bytes, expected 258048",
+            "channel 0: packet 0: the payload decompresses to more than 258048 bytes, expected 258048",
         ),
         (
             "a payload of nothing",
@@ -161,7 +161,7 @@ fn another_method_than_the_one_told_is_refused_and_one_that_is_not_built_in_is_n
         let error = answer.expect_err("refused");
         assert!(matches!(error.kind(), Error::Unsupported(Unsupported::Method { .. })), "{error}");
         assert!(
-            error.to_string().contains("packet of method qatzip (0x20), which is not built in"),
+            error.to_string().contains("packet of method qatzip (0x20), which this build does not support"),
             "{error}"
         );
     }

@@ -174,11 +174,9 @@ fn guest_that_never_fits_into_the_downtime_is_told_of_and_runs_on_after_the_last
         "{advice:?}"
     );
     let text = error.to_string();
-    assert!(
-        text.starts_with(
-            "not done after 5 passes (max-passes), so the guest runs on at the source: will not "
-        )
-    );
+    assert!(text.starts_with(
+        "not complete after 5 passes (max-passes), so the guest continues at the source: will not "
+    ));
     let info = progress.info();
     assert_eq!((info.status, info.stall.as_ref()), (Status::Failed, Some(stall)));
     // Before the first pass, and after each of the five.
@@ -267,7 +265,7 @@ fn cancel_ends_the_wait_before_the_switchover_and_the_guest_runs_on() {
     let late = control.proceed().expect_err("over");
     assert_eq!(
         late.to_string(),
-        "the migration is cancelled: it can be told to go on when it is pre-switchover"
+        "the migration is cancelled: it can only be continued when it is pre-switchover"
     );
     assert!(!control.wait_pre_switchover());
 }

@@ -275,11 +275,11 @@ fn what_cannot_be_copied_is_refused() {
     let (ram, file) = (fresh(PageSize::KIB_4, RAM), Arc::new(tempfile::tempfile().expect("a file")));
     let stored = in_file(&file, OFFSET, false);
     let told = refused(SendOptions::new().zero_copy_send(true), &ram, &stored);
-    assert!(told.starts_with("zero-copy-send is for connections"), "{told}");
+    assert!(told.starts_with("zero-copy-send can only be used with connections"), "{told}");
     #[cfg(feature = "zlib")]
     {
         let told = refused(SendOptions::new().method(multifd::Method::Zlib), &ram, &stored);
-        assert!(told.starts_with("multifd-compression is for connections"), "{told}");
+        assert!(told.starts_with("multifd-compression can only be used with connections"), "{told}");
     }
     let plain = SendOptions::new;
     let others = fresh(PageSize::KIB_4, &[("pc.ram", 20 << 20)]);
@@ -306,7 +306,7 @@ fn what_cannot_be_copied_is_refused() {
     };
     let read_only = Arc::new(RamBlocks::new(vec![block]).expect("one"));
     let told = refused(plain(), &only(&file), &read_only);
-    assert!(told.contains("the target is mapped for reading"), "{told}");
+    assert!(told.contains("the target is mapped for reading only"), "{told}");
 
     let mut sender = Sender::new(plain(), ram.clone(), Stop::new()).expect("a sender");
     sender.set_up_into(stored.clone()).expect("set up");

@@ -130,7 +130,7 @@ fn options_and_blocks_that_cannot_be_are_refused() {
     );
     assert_eq!(
         make(SendOptions::new(), fresh(PageSize::KIB_64, &[("rom", 4096)])),
-        r#"block "rom": 0x1000 bytes end inside a page of 64 KiB, whose bytes cannot be sent"#
+        r#"block "rom": 0x1000 bytes end inside a page of 64 KiB, and only whole pages can be sent"#
     );
     let (connector, _listener) = memory::network(1 << 16);
     let mut sender = Sender::new(SendOptions::new(), fresh(PageSize::KIB_4, RAM), Stop::new()).expect("made");
@@ -256,7 +256,10 @@ fn a_channel_that_ends_early_fails_the_wait_at_once() {
     drop(channel(&connector, 1));
     let start = Instant::now();
     let error = receiver.sync().expect_err("it cannot come");
-    assert_eq!(error.to_string(), "channel 1: connection closed before sync point 1, after 0");
+    assert_eq!(
+        error.to_string(),
+        "channel 1: the source closed the channel (cancelled, or its process ended) before sync point 1, after sync point 0"
+    );
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
@@ -359,7 +362,7 @@ fn memory_mapped_for_reading_is_refused_by_a_receiver() {
     let receiver = Receiver::new(ReceiveOptions::new(), Stop::new());
     let blocks = Arc::new(RamBlocks::new(vec![block]).expect("one"));
     let refused = receiver.set_blocks(blocks).expect_err("refused");
-    assert_eq!(refused.to_string(), r#"block "rom" is mapped for reading and cannot be received into"#);
+    assert_eq!(refused.to_string(), r#"block "rom" is mapped for reading only and cannot receive pages"#);
 }
 
 #[test]

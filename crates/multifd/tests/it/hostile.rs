@@ -105,7 +105,7 @@ fn every_bad_packet_is_refused_with_its_place_and_touches_nothing() {
             "unaligned",
             patched(327, &[1]),
             |e| matches!(e, Error::Malformed(Malformed::Unaligned { .. })),
-            "offset 0x1001 is no multiple",
+            "offset 0x1001 is not a multiple",
         ),
         (
             "method",
@@ -247,7 +247,7 @@ fn channels_that_do_not_belong_are_refused() {
         destination(ReceiveOptions::new().channels_timeout(Duration::from_millis(50)));
     let _links = [open(&connector, ours, 0), open(&connector, ours, 2)];
     let error = receiver.sync().expect_err("a gap");
-    assert!(error.to_string().starts_with("channel 1 is missing: 2 channels are here"), "{error}");
+    assert!(error.to_string().starts_with("channel 1 is missing: 2 channels are connected"), "{error}");
 }
 
 #[test]
@@ -308,5 +308,5 @@ fn a_gap_that_opens_after_the_first_sync_point_is_seen() {
     let _third = open(&connector, VmUuid::NIL, 2);
     put(&mut *first, buffer.sync(0));
     let error = receiver.sync().expect_err("a gap").to_string();
-    assert!(error.starts_with("channel 1 is missing: 2 channels are here"), "{error}");
+    assert!(error.starts_with("channel 1 is missing: 2 channels are connected"), "{error}");
 }

@@ -150,8 +150,8 @@ fn a_destination_of_another_authority_is_refused() {
     let (ours, theirs) = (folder(), folder());
     assert_refused(
         ends(ours.path(), theirs.path(), "localhost", &[]),
-        "our ca-cert.pem does not know its authority",
-        "its ca-cert.pem does not know the authority of our certificate",
+        "our ca-cert.pem does not contain its authority",
+        "its ca-cert.pem does not contain the authority of our certificate",
     );
 }
 
@@ -160,7 +160,7 @@ fn a_destination_of_another_name_is_refused() {
     let folder = folder();
     assert_refused(
         ends(folder.path(), folder.path(), "elsewhere.example", &[]),
-        "give the name in its certificate's subjectAltName as tls-hostname",
+        "set tls-hostname to the name in its certificate's subjectAltName",
         "TLS alert",
     );
 }
@@ -176,7 +176,7 @@ fn a_source_of_another_authority_or_without_certificate_is_refused() {
     assert_refused(
         nobody,
         "TLS alert CertificateRequired",
-        "give the source client-cert.pem and client-key.pem",
+        "the source needs client-cert.pem and client-key.pem in tls-creds",
     );
 
     // It trusts both authorities; its own certificate is signed by the other one.
@@ -188,7 +188,7 @@ fn a_source_of_another_authority_or_without_certificate_is_refused() {
     std::fs::write(&ca, one + &another).expect("written");
     other.sign(client.path(), "client", &subject("source", &[], false)).expect("signed");
     let stranger = ends(client.path(), server.path(), "localhost", &[]);
-    assert_refused(stranger, "TLS alert UnknownCA", "does not know its authority");
+    assert_refused(stranger, "TLS alert UnknownCA", "does not contain its authority");
 }
 
 /// The refusal is part of the handshake. A name in the other order is a different subject.
@@ -197,7 +197,11 @@ fn a_source_that_is_not_in_the_list_is_refused_by_its_name() {
     let folder = folder();
     let ends = ends(folder.path(), folder.path(), "localhost", &["O=Test,CN=somebody", "CN=source,O=Test"]);
     let told = r#"the source's subject "O=Test,CN=source" is not in the list of tls-authz"#;
-    assert_refused(ends, "TLS alert AccessDenied: does its tls-authz list our certificate's subject?", told);
+    assert_refused(
+        ends,
+        "TLS alert AccessDenied: check that its tls-authz lists our certificate's subject",
+        told,
+    );
 }
 
 #[test]
@@ -235,9 +239,11 @@ fn our_own_certificate_and_list_must_be_good_now() {
             assert!(found.contains(why), "{role}: {found}");
         };
         // Signed by the authority that was here before.
-        refused(&format!("{role}-cert.pem: it is not of the authority in ca-cert.pem beside it"));
+        refused(&format!(
+            "{role}-cert.pem: it was not issued by the authority in the ca-cert.pem of its folder"
+        ));
         authority.sign(path, role, &subject(role, hosts, true)).expect("signed");
-        refused(&format!("{role}-cert.pem: it is not valid any more"));
+        refused(&format!("{role}-cert.pem: it has expired"));
         authority.sign(path, role, &subject(role, hosts, false)).expect("signed");
         assert_eq!(told(role), None);
         authority.take_back(path, "nobody", true).expect("written");
@@ -431,7 +437,7 @@ fn tls_1_2_ends_where_keys_would_have_to_change() {
         Stream::new(connector.connect(&crate::kit::context()).expect("connected"), &crate::kit::context());
     stream.write_all(&vec![7; 96 * (16 << 10)]).expect("keys are good for this");
     let error = stream.write_all(&vec![7; 128 << 10]).expect_err("keys are worn out");
-    let told = "TLS 1.2 cannot change keys, and those of this connection have served for 96 records";
+    let told = "TLS 1.2 cannot change keys, and 96 records were sent with the keys of this connection";
     assert!(error.to_string().starts_with(told), "{error}");
     drop(stream);
     let received = destination.join().expect("no panic");
@@ -487,7 +493,7 @@ fn whoever_does_not_speak_tls_is_told_of_it_on_both_sides() {
     let plain_source: Ends = (Arc::new(connector), Box::new(TlsListener::new(Box::new(listener), server)));
     let (_, received) = meet(plain_source);
     let told = received.expect_err("refused");
-    assert!(told.contains("does the other side speak TLS, is its tls-creds set?"), "{told}");
+    assert!(told.contains("check that the other side uses TLS (tls-creds)"), "{told}");
 
     let client = ClientCredentials::load(folder.path(), "localhost").expect("credentials");
     let (connector, listener) = memory::network(1 << 16);
@@ -495,7 +501,7 @@ fn whoever_does_not_speak_tls_is_told_of_it_on_both_sides() {
         (Arc::new(TlsConnector::new(Arc::new(connector), client)), Box::new(listener));
     let (sent, _) = meet(plain_destination);
     let told = sent.expect_err("refused");
-    assert!(told.contains("the other side closed during the TLS handshake"), "{told}");
+    assert!(told.contains("the other side closed the connection during the TLS handshake"), "{told}");
 }
 
 #[test]
@@ -560,7 +566,7 @@ fn files_that_are_not_there_or_do_not_fit_are_named() {
     std::fs::remove_file(&key).expect("removed");
     refused("No such file");
     std::fs::write(folder.path().join("server-cert.pem"), "nothing").expect("written");
-    refused("server-cert.pem: it holds no certificate");
+    refused("server-cert.pem: it contains no certificate");
     std::fs::remove_file(folder.path().join("ca-cert.pem")).expect("removed");
     refused("No such file");
     let error = ClientCredentials::load(folder.path(), "no host").expect_err("refused");

@@ -19,6 +19,12 @@ pub struct MachineType(String);
 #[error("machine type: expected 1 to 255 printable bytes, found \"{}\"", .0.escape_default())]
 pub struct InvalidMachineType(String);
 
+impl From<InvalidMachineType> for multifd::Error {
+    fn from(error: InvalidMachineType) -> Self {
+        Self::other("cannot name the machine", error)
+    }
+}
+
 impl MachineType {
     /// Creates a machine type with this name.
     ///

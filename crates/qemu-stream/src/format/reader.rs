@@ -100,7 +100,7 @@ impl<R: Read> Reader<R> {
     ///
     /// # Errors
     /// If the system cannot read.
-    pub fn look(&mut self, count: usize) -> Result<Option<&[u8]>, Error> {
+    pub fn peek_bytes(&mut self, count: usize) -> Result<Option<&[u8]>, Error> {
         if count > self.buffer.len() {
             return Ok(None);
         }
@@ -324,7 +324,10 @@ mod tests {
         let mut r = Reader::new(&[0_u8, 1, 2, 3, 4][..], StreamKind::Main);
         r.u16("head").unwrap();
         let error = r.u32("total").unwrap_err();
-        assert_eq!(error.to_string(), "main stream: offset 0x5: stream ends where total was expected");
+        assert_eq!(
+            error.to_string(),
+            "the source closed the connection (cancelled, or its process ended); main stream: offset 0x5: stream ends where total was expected"
+        );
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub fn apply(delta: &[u8], page: &mut [u8]) -> Result<(), BadDelta> {
         if length == 0 {
             return Err(BadDelta { what: "empty run", at });
         }
-        let from = delta.get(at..at + length).ok_or(BadDelta { what: "run cut short", at })?;
+        let from = delta.get(at..at + length).ok_or(BadDelta { what: "run is incomplete", at })?;
         let into = page.get_mut(to..to + length).ok_or(BadDelta { what: "run beyond the page", at })?;
         into.copy_from_slice(from);
         at += length;
@@ -38,7 +38,7 @@ pub fn apply(delta: &[u8], page: &mut [u8]) -> Result<(), BadDelta> {
 /// Both numbers are below 2^14, and so are the callers' sums of them within a page and a `u16` of delta.
 fn count(delta: &[u8], at: &mut usize) -> Result<usize, BadDelta> {
     let mut next = || {
-        let byte = delta.get(*at).copied().ok_or(BadDelta { what: "count cut short", at: *at })?;
+        let byte = delta.get(*at).copied().ok_or(BadDelta { what: "count is incomplete", at: *at })?;
         *at += 1;
         Ok(usize::from(byte))
     };
@@ -113,9 +113,9 @@ mod tests {
     #[test]
     fn cut_and_empty_runs_are_refused() {
         let mut page = [0; 4096];
-        assert_eq!(apply(&[0, 3, 1, 2], &mut page).unwrap_err().what, "run cut short");
-        assert_eq!(apply(&[0], &mut page).unwrap_err().what, "count cut short");
-        assert_eq!(apply(&[0, 0x81], &mut page).unwrap_err().what, "count cut short");
+        assert_eq!(apply(&[0, 3, 1, 2], &mut page).unwrap_err().what, "run is incomplete");
+        assert_eq!(apply(&[0], &mut page).unwrap_err().what, "count is incomplete");
+        assert_eq!(apply(&[0, 0x81], &mut page).unwrap_err().what, "count is incomplete");
         assert_eq!(apply(&[0, 0], &mut page).unwrap_err().what, "empty run");
         assert_eq!(apply(&[0x80, 0x80, 1], &mut page).unwrap_err().what, "count of three bytes");
     }

@@ -40,8 +40,9 @@
 //! # What a hostile peer can do
 //!
 //! Every length, count, offset and name is checked before it is used. Every wait has a limit or ends with the
-//! [`Stop`](multifd::channel::Stop). The closure decides how much memory a source may request: compare the list with the
-//! machine that you expect. You have to check the device bytes. Anyone who can connect can be the source, unless you use
+//! [`Stop`](multifd::channel::Stop). You decide how much memory a source may request: compare the list
+//! with the machine that you expect, in the closure of [`Arrival::load`], or after [`Arrival::announced`], which returns the
+//! list and waits for your blocks. You have to check the device bytes. Anyone who can connect can be the source, unless you use
 //! `multifd::channel::tls` (feature `tls`).
 //!
 //! # Number of channels
@@ -49,6 +50,8 @@
 //! By default the number is detected. If packets can get lost between the hosts, set the number:
 //! [`ChannelCount::Exact`](multifd::ChannelCount::Exact).
 //!
+//! [`Arrival::announced`]: crate::arrival::Arrival::announced
+//! [`Arrival::load`]: crate::arrival::Arrival::load
 //! [`Confirmed::finish`]: crate::arrival::Confirmed::finish
 //! [`Confirmed::run_state`]: crate::arrival::Confirmed::run_state
 //! [`Pending::confirm`]: crate::arrival::Pending::confirm

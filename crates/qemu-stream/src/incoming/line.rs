@@ -67,11 +67,12 @@ impl<C: Connection> Line<C> {
     pub(super) fn still_there(&mut self) -> Result<(), Error> {
         self.watch = None;
         let at = self.here();
-        let more = || Violation::Misplaced { record: "more", place: "behind the end of the stream" }.at(at);
+        let more =
+            || Violation::Misplaced { record: "more data", place: "after the end of the stream" }.at(at);
         if !self.is_drained() {
             return Err(more());
         }
-        let io = |source| Error::Io { at, doing: "look whether the source is still there", source };
+        let io = |source| Error::Io { at, doing: "check whether the source is still connected", source };
         let connection = self.get_mut();
         while connection.is_readable().map_err(io)? {
             connection.set_read_timeout(Some(GLANCE)).map_err(io)?;
@@ -114,7 +115,7 @@ impl<C: Connection> Drop for Line<C> {
         if self.events.is_some()
             && let Err(error) = self.shut(1)
         {
-            tracing::debug!(%error, "the source could not be told that its destination has failed");
+            tracing::debug!(%error, "the failure could not be reported to the source");
         }
     }
 }

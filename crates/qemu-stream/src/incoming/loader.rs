@@ -1,7 +1,7 @@
-//! The engine's receiver as the destination of a main stream.
+//! Connects the engine's receiver with the main stream, as its destination.
 //!
-//! Main's records become calls on a [`Receiver`]: the page size before the first packet, the blocks before the first
-//! page, every sync point, the end of RAM. What the blocks are made of is the caller's: memory, or a file.
+//! The records of main become calls of a [`Receiver`]: the page size before the first packet, the blocks before the first
+//! page, every sync point, the end of RAM. The caller provides the blocks, in memory or in a file.
 //!
 //! ```text
 //! announced: names, lengths ─▶ make ─▶ blocks, in any order ─ by name and length ─▶ pages ─▶ finish: is RAM complete?
@@ -21,37 +21,37 @@ use crate::{
     format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},
 };
 
-/// Which machines a destination takes.
+/// Which machines a destination accepts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// Any: one that only keeps the machine, as a capture does.
+    /// Any machine: for a destination that only stores it, such as a capture.
     AnyMachine,
-    /// Machines of this type, compared byte by byte with what the source's configuration names.
+    /// Machines of this type. The name is compared byte by byte with the one in the source's configuration.
     Type(MachineType),
 }
 
-/// What a source may leave out of RAM. In every case RAM that has brought no page at all is refused.
+/// What a source may omit from RAM. RAM without any page is always refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LeftOut {
-    /// The blocks that this side has [ignored](multifd::ram::RamBlock::ignored), because it shares their memory with the
-    /// source, and nothing else.
+    /// Only blocks that are [ignored](multifd::ram::RamBlock::ignored) on this side, because it shares their memory with
+    /// the source.
     #[default]
     Ignored,
-    /// With capability `x-ignore-shared` also any other block of which no page at all has come.
+    /// With capability `x-ignore-shared` also any other block without a single page.
     SharedBlocks,
-    /// Any page: a source that follows free-page hints of virtio-balloon does not send what its guest has not in use. Such
-    /// pages are made zero. **Warning:** a page that was lost on its way looks the same.
+    /// Any page: a source that uses free-page hints of virtio-balloon does not send pages that its guest does not use. Such
+    /// pages are cleared. **Warning:** a page that the network lost looks the same.
     Pages,
 }
 
-/// Takes a machine in through a [`Receiver`].
+/// Receives a machine with a [`Receiver`].
 pub struct Loader<'a, F> {
     receiver: &'a Receiver,
     make: F,
     expected: Expected,
     left_out: LeftOut,
     configuration: Option<Configuration>,
-    /// For each block of the source's list the one that was made for it.
+    /// For each block of the source's list, the block that was made for it.
     order: Vec<BlockIndex>,
     pages: MainPages,
 }
@@ -66,12 +66,12 @@ impl<F> std::fmt::Debug for Loader<'_, F> {
     }
 }
 
-/// Pages that came over main: all pages of a source with multifd off, zero pages of many others.
+/// Pages that arrived over main: all pages of a source with multifd off, zero pages of many others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MainPages {
-    /// Pages whose bytes came.
+    /// Pages with contents.
     pub normal: u64,
-    /// Pages that are zero.
+    /// Zero pages.
     pub zero: u64,
 }
 
@@ -79,33 +79,39 @@ impl<'a, F> Loader<'a, F>
 where
     F: FnMut(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
 {
-    /// A loader of an `expected` machine whose blocks are made by `make`, once the source has announced them. It may refuse
-    /// the machine. The blocks it gives are matched with the list by name, in any order: each entry needs one of its length,
-    /// and there may be no other.
+    /// A loader of an `expected` machine. `make` makes its blocks when the source has announced them, or refuses the
+    /// machine. Its blocks are matched with the announced ones by name, in any order: each announced block needs one of its
+    /// length, and there must be no others.
     pub fn new(receiver: &'a Receiver, expected: Expected, make: F) -> Self {
         let (left_out, pages) = (LeftOut::default(), MainPages::default());
         Self { receiver, make, expected, left_out, configuration: None, order: Vec::new(), pages }
     }
 
-    /// What the source may leave out. Default: [`LeftOut::Ignored`].
+    /// What the source may omit. Default: [`LeftOut::Ignored`].
     #[must_use]
     pub fn left_out(mut self, left_out: LeftOut) -> Self {
         self.left_out = left_out;
         self
     }
 
-    /// The pages that came over main so far.
+    /// For a machine whose configuration was read by another loader of the same receiver.
+    pub(crate) fn configured(mut self, configuration: Option<Configuration>) -> Self {
+        self.configuration = configuration;
+        self
+    }
+
+    /// The pages that have arrived over main so far.
     pub fn main_pages(&self) -> MainPages {
         self.pages
     }
 
-    /// The blocks, when all of the stream is here: checks that every page of RAM has come. Memory of a virtio-mem device
-    /// that is not plugged in does not come; its block is told by the device's name. It is zero here.
+    /// Returns the blocks after the whole stream has arrived, and checks that every page of RAM has. Memory of a virtio-mem
+    /// device that is not plugged in is not sent and is zero here; its block is recognised by the name of the device.
     ///
     /// # Errors
-    /// [`Violation::PagesMissing`](multifd::error::Violation::PagesMissing) if one has not that may not be left out;
-    /// [`Violation::NoPages`](multifd::error::Violation::NoPages) if nothing has come; [`Usage::TooEarly`] if no blocks were
-    /// announced.
+    /// [`Violation::PagesMissing`](multifd::error::Violation::PagesMissing) if a page is missing that must not be omitted;
+    /// [`Violation::NoPages`](multifd::error::Violation::NoPages) if no page has arrived; [`Usage::TooEarly`] if no blocks
+    /// were announced.
     pub fn finish(self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
         let arrived = self.arrived()?;
         arrived.check_complete(|block| match self.left_out {
@@ -145,10 +151,10 @@ fn is_pluggable(block: &RamBlock, devices: &DevicePart) -> bool {
     })
 }
 
-/// In the names of such a device's sections.
+/// The end of the names of such a device's sections.
 const VIRTIO_MEM: &[u8] = b"/virtio-mem";
 
-/// Finds for each announced block the one that was made for it.
+/// Finds the block that was made for each announced block.
 fn matched(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<Vec<BlockIndex>, Usage> {
     let find = |(_, entry): (_, &crate::format::BlockEntry)| {
         let name = || entry.name.clone();
@@ -182,7 +188,7 @@ where
             if found != Some(expected) {
                 let (expected, found) = (expected.clone(), found.cloned());
                 let refused = Violation::OtherMachine { expected, found };
-                return Err(Error::other("this destination cannot take the machine", refused));
+                return Err(Error::other("this destination cannot accept the machine", refused));
             }
         }
         self.configuration = configuration.cloned();

@@ -9,7 +9,7 @@
 //!
 //! Commands of post-copy and COLO are refused by name, as are commands that are out of order.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 use multifd::channel::Stop;
 
@@ -50,6 +50,7 @@ pub struct Incoming<C: Connection> {
     guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
+    known: Known,
 }
 
 impl<C: Connection> Incoming<C> {
@@ -64,6 +65,7 @@ impl<C: Connection> Incoming<C> {
             guest_stands: false,
             loaded: false,
             stop: None,
+            known: Known::default(),
         }
     }
 
@@ -113,14 +115,44 @@ impl<C: Connection> Incoming<C> {
         self
     }
 
+    /// Reads until the RAM blocks are announced. [`run`](Self::run) continues there. The destination receives everything
+    /// before the blocks; they themselves are passed to it by `run`. The source waits in the meantime.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn announced<D: Destination>(
+        &mut self,
+        destination: &mut D,
+    ) -> Result<(Option<&Configuration>, &BlockList), Error> {
+        if self.known.ram.is_none() {
+            self.read(destination)?;
+        }
+        let Some((_, blocks)) = &self.known.ram else {
+            return Err(self.misplaced("end of the stream", "before the start of ram"));
+        };
+        Ok((self.known.configuration.as_ref(), blocks))
+    }
+
     /// Reads the whole stream. The result is not reported to the source: call [`finish`](Self::finish) when the loaded data is
     /// durable, or loading has failed.
     ///
     /// # Errors
     /// If the stream is malformed, cut or uses what is not supported, or the destination fails.
     pub fn run<D: Destination>(&mut self, destination: &mut D) -> Result<Loaded, Error> {
+        self.announced(destination)?;
+        if let Some((_, blocks)) = &self.known.ram {
+            let taken = destination.blocks(blocks);
+            taken.map_err(|e| refused(self.line.here(), "the ram blocks", e))?;
+        }
+        match self.read(destination)? {
+            Some(devices) => self.complete(devices),
+            None => Err(self.misplaced("start of ram", "after the start of ram")),
+        }
+    }
+
+    /// Executes the events up to the block list, with `None`, or up to the end of the stream, with the devices.
+    fn read<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
         self.line.limit(self.stall)?;
-        let mut known = Known::default();
         // The page that an XBZRLE delta is applied to; empty before the first one.
         let mut page_now = Vec::new();
         loop {
@@ -136,24 +168,23 @@ impl<C: Connection> Incoming<C> {
             };
             match event {
                 Event::Configuration(configuration) => {
-                    known.configuration = configuration.cloned();
+                    self.known.configuration = configuration.cloned();
                     let taken = destination.configuration(configuration);
                     taken.map_err(|e| refused(self.line.here(), "the configuration", e))?;
                 }
                 Event::Command(command) => {
                     let command = command.clone();
-                    self.command(&command, &mut known, destination)?;
+                    self.command(&command, destination)?;
                 }
                 Event::Blocks { section, blocks } => {
                     let (count, total) = (blocks.entries().len(), blocks.total());
                     tracing::debug!(blocks = count, total, "ram section starts");
-                    known.ram = Some((section, blocks.clone()));
-                    let taken = destination.blocks(blocks);
-                    taken.map_err(|e| refused(self.line.here(), "the ram blocks", e))?;
+                    self.known.ram = Some((section, blocks.clone()));
+                    return Ok(None);
                 }
                 Event::SyncMode(mode) => {
                     tracing::debug!(?mode, "sync mode recognised");
-                    known.sync_mode = Some(mode);
+                    self.known.sync_mode = Some(mode);
                     if mode == SyncMode::Round {
                         let taken = destination.multifd();
                         taken.map_err(|e| refused(self.line.here(), "multifd", e))?;
@@ -171,14 +202,14 @@ impl<C: Connection> Incoming<C> {
                     taken.map_err(|e| refused(self.line.here(), "a page", e))?;
                 }
                 Event::Xbzrle { block, page, delta } => {
-                    page_now.resize(known.page_size(), 0);
+                    page_now.resize(self.known.page_size(), 0);
                     let read = destination.read_page(block, page, &mut page_now);
                     read.map_err(|e| refused(delta.place(), "a page to be changed", e))?;
                     delta.apply(&mut page_now)?;
                     let taken = destination.page(block, page, &page_now);
                     taken.map_err(|e| refused(self.line.here(), "a page", e))?;
                 }
-                Event::SectionEnd { footer } => known.footers = footer,
+                Event::SectionEnd { footer } => self.known.footers = footer,
                 Event::EndOfRam => {
                     let taken = destination.end_of_ram();
                     taken.map_err(|e| refused(self.line.here(), "the end of ram", e))?;
@@ -189,7 +220,7 @@ impl<C: Connection> Incoming<C> {
                     }
                 }
                 Event::OtherSection { .. } | Event::Pass { .. } | Event::Eos => {}
-                Event::End(devices) => return self.complete(known, *devices),
+                Event::End(devices) => return Ok(Some(*devices)),
             }
         }
     }
@@ -231,14 +262,9 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// Executes a command, or refuses it.
-    fn command<D: Destination>(
-        &mut self,
-        command: &Command,
-        known: &mut Known,
-        destination: &mut D,
-    ) -> Result<(), Error> {
+    fn command<D: Destination>(&mut self, command: &Command, destination: &mut D) -> Result<(), Error> {
         let at = self.line.place();
-        let before_ram = known.ram.is_none();
+        let before_ram = self.known.ram.is_none();
         match command {
             Command::OpenReturnPath => {
                 self.return_path = true;
@@ -257,7 +283,7 @@ impl<C: Connection> Incoming<C> {
                 self.line.say(&Message::Pong(*value))?;
                 self.guest_stands |= *value == READY_PING && !before_ram;
                 match command.announced_channels().filter(|_| before_ram) {
-                    Some(channels) => self.announced(channels, destination),
+                    Some(channels) => self.announced_channels(channels, destination),
                     None => Ok(()),
                 }
             }
@@ -266,7 +292,7 @@ impl<C: Connection> Incoming<C> {
                 Err(Violation::Misplaced { record, place }.at(at))
             }
             Command::SwitchoverStart => {
-                known.switchover_start = true;
+                self.known.switchover_start = true;
                 Ok(())
             }
             other => Err(refuse::command(other, at)),
@@ -274,7 +300,7 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// A source that announces its channels is one of this library.
-    fn announced<D: Destination>(&mut self, channels: u8, destination: &mut D) -> Result<(), Error> {
+    fn announced_channels<D: Destination>(&mut self, channels: u8, destination: &mut D) -> Result<(), Error> {
         tracing::debug!(channels, "the source announces its channels");
         // Such a source understands this PONG: this side never closes the connection without SHUT.
         self.line.say(&Message::Pong(VERDICT_MARK))?;
@@ -301,12 +327,16 @@ impl<C: Connection> Incoming<C> {
         Ok(may_have_ended)
     }
 
-    fn complete(&mut self, known: Known, devices: DevicePart) -> Result<Loaded, Error> {
+    fn misplaced(&self, record: &'static str, place: &'static str) -> Error {
+        Violation::Misplaced { record, place }.at(self.line.here())
+    }
+
+    fn complete(&mut self, devices: DevicePart) -> Result<Loaded, Error> {
+        let known = mem::take(&mut self.known);
         let bytes = self.line.bytes();
         tracing::debug!(devices = devices.sections().len(), bytes, "stream is complete");
         let Some((section, blocks)) = known.ram else {
-            let (record, place) = ("end of the stream", "before the start of ram");
-            return Err(Violation::Misplaced { record, place }.at(self.line.here()));
+            return Err(self.misplaced("end of the stream", "before the start of ram"));
         };
         self.loaded = true;
         Ok(Loaded {
@@ -324,7 +354,7 @@ impl<C: Connection> Incoming<C> {
 }
 
 /// What earlier events have shown.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Known {
     configuration: Option<Configuration>,
     ram: Option<(SectionId, BlockList)>,

@@ -115,8 +115,11 @@ impl Capture {
     ) -> Result<Self> {
         if !configuration.machine.has_footers() {
             let machine = configuration.machine;
-            let error = Usage::Machine { machine, why: "has no configuration to say mapped-ram in" };
-            return Err(Error::other("lay the file out", error));
+            let error = Usage::Machine {
+                machine,
+                why: "has no configuration, so it cannot have capability mapped-ram",
+            };
+            return Err(Error::other("create the layout of the file", error));
         }
         let list = list_of(blocks).map_err(|error| Error::other("list the blocks", error))?;
         let ignored = blocks.iter().filter(|(_, block)| block.is_ignored()).map(|(index, _)| index).collect();
@@ -162,7 +165,7 @@ impl Capture {
         let layout = machine.layout(offset)?;
         let end = layout.tail_offset();
         // Checked before anything in the file is lost.
-        within_limit(end).map_err(|error| Error::other("lay the file out", error))?;
+        within_limit(end).map_err(|error| Error::other("create the layout of the file", error))?;
         // This comes first: an older machine in the file must not be mistaken for a complete one.
         with_file_size_errors(|| file.set_len(offset).and_then(|()| file.set_len(end)))
             .map_err(|error| Error::io(format!("extend the file to {end:#x} bytes"), error))?;
@@ -196,7 +199,7 @@ impl Capture {
         let written = layout.write_around(&self.file, &self.blocks, &tail);
         let end = written.map_err(|error| Error::other("complete the file", error))?;
         if self.durable {
-            self.file.sync_all().map_err(|error| Error::io("bring the file to the disk", error))?;
+            self.file.sync_all().map_err(|error| Error::io("write the file to the disk", error))?;
         }
         Ok(end)
     }
@@ -212,7 +215,7 @@ impl Machine {
             ignored: &self.ignored,
             sync_mode: self.sync_mode,
         };
-        Layout::of(&shape, &self.list).map_err(|error| Error::other("lay the file out", error))
+        Layout::of(&shape, &self.list).map_err(|error| Error::other("create the layout of the file", error))
     }
 }
 
@@ -238,7 +241,7 @@ impl Main for Capture {
         let order: Option<Vec<_>> = blocks.iter().map(find).collect();
         let order = order.filter(|order| order.len() == self.blocks.len());
         self.order =
-            order.ok_or_else(|| Error::other("find the blocks", "the file was laid out for others"))?;
+            order.ok_or_else(|| Error::other("find the blocks", "the file was created for other blocks"))?;
         Ok(())
     }
 
@@ -297,7 +300,7 @@ impl Main for Capture {
             }
             Err(error) => {
                 if let Err(error) = self.file.set_len(self.offset) {
-                    tracing::warn!(%error, "what is left of the file could not be cut");
+                    tracing::warn!(%error, "the incomplete file could not be truncated");
                 }
                 Verdict::Refused(error)
             }

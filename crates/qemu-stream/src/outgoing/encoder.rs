@@ -130,10 +130,10 @@ impl Encoder {
             return Err(refused("have other sections before the end of ram than were written"));
         }
         if devices.has_footers() != self.footers {
-            return Err(refused("have footers where ram has none, or none where it has"));
+            return Err(refused("have footers and ram has none, or have none and ram has them"));
         }
         let rest = devices.as_bytes().get(self.behind_ram.unwrap_or_default()..);
-        rest.ok_or_else(|| refused("have fewer bytes than were written behind ram"))
+        rest.ok_or_else(|| refused("have fewer bytes than were written after the end of ram"))
     }
 
     fn record(&mut self, record: Record, out: &mut Vec<u8>) -> Result<(), Usage> {

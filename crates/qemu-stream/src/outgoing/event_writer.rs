@@ -123,13 +123,13 @@ impl<W: Write> EventWriter<W> {
             Stage::BeforeRam => "before the start of ram",
             Stage::Start => "in the first section of ram",
             Stage::InPass { .. } => "within a pass",
-            Stage::Footer { .. } => "behind the end of records",
+            Stage::Footer { .. } => "after the end of records",
             Stage::Between => "between two passes",
-            Stage::RamDone => "behind the last section of ram",
-            Stage::BehindRam => "behind the end of ram",
+            Stage::RamDone => "after the last section of ram",
+            Stage::BehindRam => "after the end of ram",
             Stage::Devices => "among the devices",
             Stage::Closed => "after the end of the stream",
-            Stage::Broken => "after the connection broke",
+            Stage::Broken => "after the connection failed",
         };
         Usage::OutOfOrder { call: event.name(), state }
     }

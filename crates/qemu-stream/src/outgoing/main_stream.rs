@@ -1,7 +1,7 @@
-//! QEMU's main stream as the engine's passes see it.
+//! Connects QEMU's main stream with the engine's passes.
 //!
-//! A [`MainStream`] turns the calls of a [`Migration`](multifd::live::Migration) into those of an [`Outgoing`]. The
-//! devices are what the guest has saved, or a captured machine's, which travel as they came.
+//! A [`MainStream`] turns the calls of a [`Migration`](multifd::live::Migration) into those of an [`Outgoing`]. The devices
+//! come from the guest, or unchanged from a captured machine.
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,7 +27,7 @@ pub struct MainStream<C> {
     end_timeout: Option<Duration>,
     verdict_timeout: Duration,
     stop: Stop,
-    /// While the guest runs.
+    /// Present while the guest runs.
     watch: Option<CloseWatch>,
 }
 
@@ -42,8 +42,8 @@ impl<C> std::fmt::Debug for MainStream<C> {
 }
 
 impl<C: Connection> MainStream<C> {
-    /// The stream of a running machine, whose block list is the engine's and whose devices come from its guest. `stop` is the
-    /// migration's: it fails as soon as the destination says that it has failed, or closes.
+    /// The stream of a running machine. The engine provides its block list, and its guest the devices. `stop` is the stop
+    /// of the migration: it fails as soon as the destination reports a failure, or closes the connection.
     pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
         let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
         Self { outgoing, captured: None, end_timeout, verdict_timeout, stop, watch: None }
@@ -54,25 +54,25 @@ impl<C: Connection> MainStream<C> {
         Self { captured: Some((blocks, devices)), ..Self::of_guest(outgoing, stop) }
     }
 
-    /// How long the destination may take, when it has got everything, to say that it has. Default 600 s; `None` is for
-    /// ever, as QEMU waits. It may be writing a file to a slow disk. If it has said nothing by then,
-    /// [nobody here knows](multifd::Error::OwnerUnknown) whether it has the guest.
+    /// The time limit for the destination to confirm that it has the guest, after everything was sent. The destination may
+    /// need this time to write a file to a slow disk. Default 600 s; `None` is no limit, as in QEMU. After the time limit
+    /// [it is not known](multifd::Error::OwnerUnknown) whether the destination has the guest.
     #[must_use]
     pub fn end_timeout(mut self, limit: Option<Duration>) -> Self {
         self.end_timeout = limit;
         self
     }
 
-    /// How long the destination may take to say whether it has the guest, when the migration is cancelled after everything
-    /// has been sent. Default 10 s. If it has said nothing by then, nobody here knows, as with
-    /// [`end_timeout`](Self::end_timeout).
+    /// The time limit for the destination to report whether it has the guest, if the migration is cancelled after
+    /// everything was sent. Default 10 s. After the time limit it is not known whether the destination has the guest, as
+    /// with [`end_timeout`](Self::end_timeout).
     #[must_use]
     pub fn verdict_timeout(mut self, limit: Duration) -> Self {
         self.verdict_timeout = limit;
         self
     }
 
-    /// The stream behind it.
+    /// The stream that it writes to.
     pub fn into_inner(self) -> Outgoing<C> {
         self.outgoing
     }
@@ -101,8 +101,8 @@ impl<C: Connection> Main for MainStream<C> {
     }
 
     /// # Errors
-    /// If the stream breaks; if a captured machine has other blocks than these, or one is ignored and the configuration lacks
-    /// `x-ignore-shared`: the destination would have zeros in it.
+    /// If the stream fails; if a captured machine has other blocks than these, or one is ignored and the configuration
+    /// lacks `x-ignore-shared`: it would contain zeros at the destination.
     fn setup(&mut self, blocks: &RamBlocks, synced: Option<Synced<'_>>) -> Result<()> {
         let list = self.list(blocks).map_err(failed)?;
         check_list(&list, blocks, self.outgoing.options().ignore_shared()).map_err(failed)?;
@@ -133,9 +133,9 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.switchover().map_err(failed)
     }
 
-    /// Nothing is asked for a captured machine: no guest stands meanwhile.
+    // For a captured machine it is not asked, because no guest is stopped meanwhile.
     fn ready(&mut self) -> Result<()> {
-        // It looks at what is about to be read.
+        // The watch would read the reply that `ready` waits for.
         self.watch = None;
         if self.captured.is_some() {
             return Ok(());
@@ -175,7 +175,7 @@ impl<C: Connection> Main for MainStream<C> {
     }
 }
 
-/// Refuses a list that is not that of the blocks which are sent.
+/// Refuses a block list that differs from the blocks that are sent.
 fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<(), Usage> {
     if list.entries().len() != blocks.len() {
         let why = format!("{} blocks are listed, {} are sent", list.entries().len(), blocks.len());
@@ -191,7 +191,7 @@ fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Resu
         }
         if block.is_ignored() && !ignore_shared {
             return Err(Usage::Blocks(format!(
-                "\"{}\" is ignored, but the configuration lacks x-ignore-shared: the destination would have zeros in it",
+                "\"{}\" is ignored, but the configuration lacks x-ignore-shared: it would contain zeros at the destination",
                 entry.name
             )));
         }

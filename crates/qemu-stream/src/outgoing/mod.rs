@@ -5,11 +5,11 @@
 //!                └──────────◀──────────────────────┘                                     wait for SHUT ──┘
 //! ```
 //!
-//! [`Outgoing`] writes what it is told, in the caller's thread, and refuses calls out of order. It owns
-//! the connection and a buffer. [`EventWriter`] is the layer below: it writes what [`incoming`](crate::incoming) reads, event by
-//! event; both share the encoder. What marks a sync point leaves before the call returns: the
-//! destination's channels stand still until it arrives, and keeping it back while channels fill would
-//! be a deadlock. Between sync points only a full buffer is written.
+//! [`Outgoing`] writes in the caller's thread, and refuses calls out of order. It owns the connection and a buffer.
+//! [`EventWriter`] is the layer below: it writes what [`incoming`](crate::incoming) reads, event by event; both share the
+//! encoder. The mark of a sync point is written before the call returns: the destination's channels wait until it arrives,
+//! so keeping it in the buffer while channels are full would be a deadlock. Between sync points only a full buffer is
+//! written.
 
 #![warn(clippy::indexing_slicing)]
 
@@ -40,13 +40,13 @@ use crate::{
     format::{BlockList, Command, DevicePart, Event, READY_PING, SyncMark, SyncMode},
 };
 use encoder::Encoder;
-use return_path::{EndLimits, Heard, failure_in};
+use return_path::{EndLimits, Replies, failure_in};
 use writer::{Writer, failed};
 
-/// A precopy migration going out.
+/// An outgoing pre-copy migration.
 ///
-/// Each of [`setup`](Self::setup) and [`end_part`](Self::end_part) is a sync point, and asks for the word that a SYNC
-/// has left on every channel.
+/// Each of [`setup`](Self::setup) and [`end_part`](Self::end_part) is a sync point. It needs a [`Synced`], which proves
+/// that a SYNC was sent on every channel.
 #[derive(Debug)]
 #[must_use]
 pub struct Outgoing<C> {
@@ -56,10 +56,10 @@ pub struct Outgoing<C> {
     channels: u8,
     stage: Stage,
     early: bool,
-    heard: Heard,
+    replies: Replies,
 }
 
-/// How far the stream has got.
+/// The progress of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     New,
@@ -80,17 +80,17 @@ impl<C: Connection> Outgoing<C> {
     pub fn new(connection: C, options: Options) -> Result<Self, Usage> {
         options.check()?;
         let (encoder, stage) = (Encoder::new(), Stage::New);
-        let (writer, heard) = (Writer::new(connection), Heard::default());
-        Ok(Self { writer, options, encoder, channels: 0, stage, early: false, heard })
+        let (writer, replies) = (Writer::new(connection), Replies::default());
+        Ok(Self { writer, options, encoder, channels: 0, stage, early: false, replies })
     }
 
-    /// Writes header and configuration, opens the return path, and announces the number of channels there: 0 if multifd
-    /// is off. Without a return path nothing can be announced. Every peer is served if this is called when the connection
-    /// stands and before the channels connect.
+    /// Writes header and configuration, opens the return path, and announces the number of channels there: 0 if multifd is
+    /// off. Without a return path nothing is announced. Call this when the connection is established and before the
+    /// channels connect: this order works with every peer.
     ///
     /// # Errors
     /// If there are channels and the options have no [sync mode](Options::sync_mode), or the reverse; if the connection
-    /// breaks.
+    /// fails.
     pub fn begin(&mut self, channels: u8) -> Result<(), Error> {
         self.expect("begin", Stage::New)?;
         let multifd = self.options.sync_mode.is_some();
@@ -105,7 +105,7 @@ impl<C: Connection> Outgoing<C> {
         if self.options.return_path {
             self.put(&Event::Command(&Command::OpenReturnPath))?;
             self.put(&Event::Command(&Command::Ping(FIRST_PING)))?;
-            // Behind the one that every source sends, so that what looks at the first bytes sees what it knows.
+            // After the PING that every source sends, so that a program that reads the first bytes finds the usual ones.
             self.put(&Event::Command(&Command::announce_channels(channels)))?;
         }
         self.leave(Stage::Begun)
@@ -114,7 +114,8 @@ impl<C: Connection> Outgoing<C> {
     /// Announces the blocks. A sync point.
     ///
     /// # Errors
-    /// If `synced` is not of as many channels as were [announced](Self::begin), or is missing; if the connection breaks.
+    /// If `synced` is missing, or is for another number of channels than was [announced](Self::begin); if the connection
+    /// fails.
     pub fn setup(&mut self, blocks: BlockList, synced: Option<Synced<'_>>) -> Result<(), Error> {
         self.expect("setup", Stage::Begun)?;
         self.check_synced(synced)?;
@@ -127,11 +128,11 @@ impl<C: Connection> Outgoing<C> {
         self.end_body(Stage::Between)
     }
 
-    /// Writes what is to come before the end of RAM, devices and pieces of live sections, if there are any: behind
-    /// [`setup`](Self::setup), before the first pass.
+    /// Writes sections that precede the end of RAM, devices and pieces of live sections, if there are any. Call it after
+    /// [`setup`](Self::setup) and before the first pass.
     ///
     /// # Errors
-    /// If the call is out of order, a device has the RAM section's number, or the connection breaks.
+    /// If the call is out of order, a device has the RAM section's number, or the connection fails.
     pub fn early(&mut self, devices: &DevicePart) -> Result<(), Error> {
         self.expect("early", Stage::Between)?;
         devices.check_beside(self.options.section)?;
@@ -140,7 +141,7 @@ impl<C: Connection> Outgoing<C> {
             return Ok(());
         }
         let written = self.writer.flush().and_then(|()| self.writer.write_through(devices.early()));
-        self.settle(written, Stage::Between)
+        self.finish_write(written, Stage::Between)
     }
 
     /// A pass over RAM begins while the guest runs.
@@ -168,18 +169,18 @@ impl<C: Connection> Outgoing<C> {
     /// A page that is zero. It must not go over a channel in the same pass.
     ///
     /// # Errors
-    /// If there is no such page, no pass has begun, or the connection breaks.
+    /// If there is no such page, no pass has begun, or the connection fails.
     pub fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<(), Error> {
         self.expect_pass("zero_page")?;
         self.put(&Event::ZeroPage { block, page })?;
         self.spill()
     }
 
-    /// A page and its contents, when multifd is off. `fill` writes them straight into the stream's
-    /// buffer; they may change meanwhile if the page is sent again.
+    /// A page and its contents, when multifd is off. `fill` writes them directly into the stream's buffer. They may change
+    /// meanwhile if the page is sent again.
     ///
     /// # Errors
-    /// If there is no such page, no pass has begun, multifd is on, or the connection breaks.
+    /// If there is no such page, no pass has begun, multifd is on, or the connection fails.
     pub fn page_with(
         &mut self,
         block: BlockIndex,
@@ -202,7 +203,7 @@ impl<C: Connection> Outgoing<C> {
     /// A page and its contents, when multifd is off.
     ///
     /// # Errors
-    /// As [`page_with`](Self::page_with), or if `bytes` are not a page.
+    /// As for [`page_with`](Self::page_with), or if `bytes` has not the length of a page.
     pub fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), Error> {
         let length = self.options.page_size().bytes();
         if bytes.len() != length {
@@ -215,8 +216,8 @@ impl<C: Connection> Outgoing<C> {
     /// The pass is over. A sync point.
     ///
     /// # Errors
-    /// If no pass has begun, `synced` is not of as many channels as were [announced](Self::begin) or is missing, or the
-    /// connection breaks.
+    /// If no pass has begun, `synced` is missing or is for another number of channels than was [announced](Self::begin), or
+    /// the connection fails.
     pub fn end_part(&mut self, synced: Option<Synced<'_>>) -> Result<(), Error> {
         let next = match self.stage {
             Stage::InPart => Stage::Between,
@@ -227,11 +228,11 @@ impl<C: Connection> Outgoing<C> {
         self.end_body(next)
     }
 
-    /// The guest has stopped: says so to machine types that want to know. Comes before
+    /// The guest has stopped: writes SWITCHOVER_START if the options have it on. Call it before
     /// [`begin_end`](Self::begin_end).
     ///
     /// # Errors
-    /// If the call is out of order or the connection breaks.
+    /// If the call is out of order or the connection fails.
     pub fn switchover(&mut self) -> Result<(), Error> {
         self.expect("switchover", Stage::Between)?;
         if self.options.switchover_start {
@@ -240,35 +241,38 @@ impl<C: Connection> Outgoing<C> {
         self.leave(Stage::Between)
     }
 
-    /// Writes the devices and ends the stream, unless the destination has given its last word already.
+    /// Writes the devices and ends the stream, unless the destination has already reported its result.
     ///
     /// # Errors
-    /// If RAM is not done, the devices have footers and the machine type has not (or the reverse), one of them has the RAM
-    /// section's number, the connection breaks, or the destination has said that it failed, or, which cannot be, that it has everything.
+    /// If RAM is not complete, only one of devices and machine type has footers, a device has the RAM section's number, the
+    /// connection fails, or the destination has reported a result. A success is an error too, because it cannot be true
+    /// before the devices are sent.
     pub fn devices(&mut self, devices: &DevicePart) -> Result<(), Error> {
         self.expect("devices", Stage::RamDone)?;
         devices.check_beside(self.options.section)?;
         if devices.has_footers() != self.options.has_footers() {
-            let why = "have footers where the machine type has none, or none where it has".to_owned();
+            let why =
+                "have footers and the machine type has none, or have none and the machine type has them"
+                    .to_owned();
             return Err(Usage::Value { what: "devices", why }.into());
         }
         if !self.early && !devices.early().is_empty() {
-            let why = "have some that come before the end of ram, and were not sent there".to_owned();
+            let why = "have sections before the end of ram that were not written there".to_owned();
             return Err(Usage::Value { what: "devices", why }.into());
         }
         if self.options.return_path {
-            let undecided = self.heard.is_undecided(self.writer.connection());
-            self.settle(undecided, Stage::RamDone)?;
+            let undecided = self.replies.is_undecided(self.writer.connection());
+            self.finish_write(undecided, Stage::RamDone)?;
         }
         let written = self.writer.flush().and_then(|()| self.writer.write_through(devices.as_bytes()));
-        self.settle(written, Stage::Closed)
+        self.finish_write(written, Stage::Closed)
     }
 
-    /// Asks the destination whether it has come as far as this, between two passes, and waits until it says so: it has all
-    /// of RAM up to here. Without a return path it cannot be asked, and nothing is done.
+    /// Asks the destination, between two passes, whether it has all of RAM so far, and waits for its reply. Without a
+    /// return path it cannot be asked, and nothing is done.
     ///
     /// # Errors
-    /// If the call is out of order, the destination has failed, or the connection breaks.
+    /// If the call is out of order, the destination has failed, or the connection fails.
     pub fn ready(&mut self) -> Result<(), Error> {
         self.expect("ready", Stage::Between)?;
         if !self.options.return_path {
@@ -276,19 +280,19 @@ impl<C: Connection> Outgoing<C> {
         }
         self.put(&Event::Command(&Command::Ping(READY_PING)))?;
         self.leave(Stage::Between)?;
-        let answered = self.heard.wait_for_pong(self.writer.connection(), READY_PING);
+        let answered = self.replies.wait_for_pong(self.writer.connection(), READY_PING);
         if answered.is_err() {
             self.stage = Stage::Broken;
         }
         answered
     }
 
-    /// Waits for the destination's word whether it has the guest, for `end` at the most; `None` waits as long as QEMU does:
-    /// for ever. If `stop` has failed, or fails meanwhile, it is `cancelled` that is waited at the most: whoever has stopped
-    /// has closed the [sending side](Connection::write_waker), which a destination answers.
+    /// Waits until the destination reports whether it has the guest, for `end` at most; `None` waits without limit, as QEMU
+    /// does. If `stop` has failed, or fails meanwhile, it waits for `cancelled` at most: the [sending
+    /// side](Connection::write_waker) is closed then, and a destination replies to that.
     ///
-    /// Without a return path there is no word to wait for, only what the connection itself knows: of a command, its exit
-    /// status. Any other connection took all bytes, which counts as success, as it does for QEMU.
+    /// Without a return path the destination sends no result, and only the connection's own result counts: for a command,
+    /// its exit status. Any other connection has accepted all bytes, which counts as success, as in QEMU.
     pub fn complete(&mut self, stop: &Stop, end: Option<Duration>, cancelled: Duration) -> Verdict {
         if let Err(error) = self.expect("complete", Stage::Closed) {
             return Verdict::Refused(failed(error));
@@ -299,12 +303,12 @@ impl<C: Connection> Outgoing<C> {
                 Err(error) => Verdict::Refused(failed(error)),
             };
         }
-        self.heard.wait_for_verdict(self.writer.connection(), stop, EndLimits { end, cancelled })
+        self.replies.wait_for_verdict(self.writer.connection(), stop, EndLimits { end, cancelled })
     }
 
-    /// Has `stop` fail as soon as the destination says that it has failed, or closes, whatever this side waits for, until the
-    /// guard is dropped, which must be before [`ready`](Self::ready). `None` without a return path, or where the connection
-    /// cannot tell.
+    /// Makes `stop` fail as soon as the destination reports a failure or closes the connection, even while this side waits
+    /// for something else. It ends when the guard is dropped, which must be before [`ready`](Self::ready). `None` without a
+    /// return path, or if the connection cannot detect it.
     pub fn watch(&self, stop: &Stop) -> Option<CloseWatch> {
         if !self.options.return_path {
             return None;
@@ -324,17 +328,17 @@ impl<C: Connection> Outgoing<C> {
         self.writer.connection_ref()
     }
 
-    /// Bytes written and waiting to be.
+    /// The number of bytes written, including those in the buffer.
     pub fn bytes(&self) -> u64 {
         self.writer.bytes()
     }
 
-    /// What it was made with.
+    /// The options of this migration.
     pub fn options(&self) -> &Options {
         &self.options
     }
 
-    /// The connection, to close it when all is over.
+    /// The connection, to close it when the migration is over.
     pub fn into_inner(self) -> C {
         self.writer.into_inner()
     }
@@ -345,11 +349,11 @@ impl<C: Connection> Outgoing<C> {
         if found == announced {
             return Ok(());
         }
-        let why = format!("a SYNC has left on {found} channels, and {announced} were announced");
+        let why = format!("a SYNC was sent on {found} channels, and {announced} were announced");
         Err(Usage::Value { what: "sync point", why })
     }
 
-    /// Ends a body at a sync point, and the section with it.
+    /// Ends the records of a section with a sync point, and then the section.
     fn end_body(&mut self, next: Stage) -> Result<(), Error> {
         if self.options.sync_mode == Some(SyncMode::Round) {
             self.put(&Event::SyncPoint(SyncMark::Flush))?;
@@ -373,20 +377,21 @@ impl<C: Connection> Outgoing<C> {
     /// Writes the buffer if it is full.
     fn spill(&mut self) -> Result<(), Error> {
         let written = self.writer.spill();
-        self.settle(written, self.stage)
+        self.finish_write(written, self.stage)
     }
 
-    /// Writes the buffer: nothing may be kept back here.
+    /// Writes the buffer, so that nothing stays in it.
     fn leave(&mut self, next: Stage) -> Result<(), Error> {
         let written = self.writer.flush();
-        self.settle(written, next)
+        self.finish_write(written, next)
     }
 
-    /// After a failed write, asks the destination for its last word: it says more than the system.
-    fn settle(&mut self, written: Result<(), Error>, next: Stage) -> Result<(), Error> {
+    /// Sets the next stage. After a failed write the destination's last message is the error, if there is one: it is more
+    /// precise than the system's error.
+    fn finish_write(&mut self, written: Result<(), Error>, next: Stage) -> Result<(), Error> {
         self.stage = if written.is_ok() { next } else { Stage::Broken };
         written.map_err(|error| match self.options.return_path {
-            true => self.heard.last_word(self.writer.connection()).unwrap_or(error),
+            true => self.replies.last_word(self.writer.connection()).unwrap_or(error),
             false => error,
         })
     }
@@ -403,11 +408,11 @@ impl<C: Connection> Outgoing<C> {
             Stage::InPart | Stage::InEnd => "within a pass",
             Stage::RamDone => "after the last pass",
             Stage::Closed => "after the end of the stream",
-            Stage::Broken => "after the connection broke",
+            Stage::Broken => "after the connection failed",
         };
         Usage::OutOfOrder { call, state }.into()
     }
 }
 
-/// The value of the PING behind OPEN_RETURN_PATH, as QEMU has it.
+/// The value of the PING after OPEN_RETURN_PATH, the same as QEMU's.
 const FIRST_PING: u32 = 1;

@@ -1,4 +1,4 @@
-//! What a migration going out is made with.
+//! The options of an outgoing migration.
 
 use multifd::ram::PageSize;
 
@@ -7,7 +7,7 @@ use crate::{
     format::{Configuration, MachineType, SectionId, SyncMode},
 };
 
-/// How the stream is to be written. The defaults follow the machine type, as QEMU does.
+/// How the stream is written. The defaults follow the machine type, as in QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct Options {
@@ -20,9 +20,9 @@ pub struct Options {
 }
 
 impl Options {
-    /// The options of a machine of this configuration: multifd on, with the sync mode of its type
-    /// (round if the type has no version), a return path, SWITCHOVER_START where the type has it. A
-    /// configuration of a file loses its mapped-ram: over a connection pages have no places.
+    /// The options of a machine with this configuration: multifd on, with the sync mode of the machine type (round if the
+    /// type has no version); a return path; SWITCHOVER_START if the type has it. The capability mapped-ram of a file's
+    /// configuration is removed, because pages have no fixed places in a connection.
     pub fn new(configuration: Configuration) -> Self {
         let machine = &configuration.machine;
         Self {
@@ -47,14 +47,14 @@ impl Options {
         }
     }
 
-    /// The sync mode; `None` if multifd is off. It must be the destination's: a wrong one is refused
-    /// by it at best, and hangs it at worst.
+    /// Sets the sync mode; `None` if multifd is off. It must be that of the destination. A destination refuses a wrong one,
+    /// or waits without limit.
     pub fn sync_mode(mut self, mode: Option<SyncMode>) -> Self {
         self.sync_mode = mode;
         self
     }
 
-    /// With channels the sync mode that was chosen, or the machine type's; without, none.
+    /// With channels, the sync mode that was set, or that of the machine type; without channels, none.
     pub(crate) fn multifd(mut self, on: bool) -> Self {
         let machine = self.configuration.as_ref().map(|configuration| &configuration.machine);
         let round =
@@ -68,11 +68,11 @@ impl Options {
         self.sync_mode
     }
 
-    /// Does without the return path: the destination is not asked whether it has the guest, and the last byte that the
-    /// connection takes counts as success.
+    /// Switches the return path off: the destination is not asked whether it has the guest, and the migration succeeds when
+    /// the connection has accepted the last byte.
     ///
-    /// **Warning:** a destination that fails at the end goes unnoticed, and the guest is lost. Only for a command
-    /// (`exec:`), whose exit status tells, and for destinations that cannot answer.
+    /// **Warning:** if a destination fails at the end, this is not detected, and the guest is lost. Use it only for a
+    /// command (`exec:`), whose exit status shows the result, and for destinations that cannot reply.
     pub fn unconfirmed(mut self) -> Self {
         self.return_path = false;
         self
@@ -84,15 +84,15 @@ impl Options {
         self
     }
 
-    /// The RAM section's number; 1 by default. It must differ from the devices' numbers, so a replayed
-    /// machine keeps the number it was captured with.
+    /// The number of the RAM section; default 1. It must differ from the devices' numbers, so a replayed machine keeps the
+    /// number that it was captured with.
     pub fn section(mut self, id: SectionId) -> Self {
         self.section = id;
         self
     }
 
-    /// Whether sections have footers, as the destination must expect it: it refuses both a missing and a needless
-    /// one. By default as the machine type has it.
+    /// Whether sections have footers. The destination must expect the same: it refuses a missing footer and an unexpected
+    /// one. By default as in the machine type.
     pub fn footers(mut self, on: bool) -> Self {
         self.footers = on;
         self

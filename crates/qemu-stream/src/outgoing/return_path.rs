@@ -1,8 +1,8 @@
-//! What the destination says to the source.
+//! The messages from the destination to the source.
 //!
-//! Nothing is taken from it before the guest has stopped: a destination says little until then. Twice something is waited
-//! for: that it has all of RAM, and whether it has the guest. A last word that comes before it can be true is no good news,
-//! whatever it says.
+//! They are evaluated after the guest has stopped, because a destination sends few before. The source waits twice: until
+//! the destination has all of RAM, and until it reports whether it has the guest. A result that arrives too early to be
+//! true is an error, even a success.
 
 use std::{
     io::{self, Cursor, Read},
@@ -21,28 +21,28 @@ use crate::{
     format::{Message, Reader, VERDICT_MARK},
 };
 
-/// What the destination has said.
+/// The messages of the destination.
 #[derive(Debug, Default)]
-pub(super) struct Heard {
-    /// Bytes that were not acted upon yet.
+pub(super) struct Replies {
+    /// Bytes that were not evaluated yet.
     bytes: Vec<u8>,
-    /// Bytes of the return path before them.
+    /// The number of bytes of the return path before them.
     before: u64,
-    /// The destination has said that it never closes without SHUT.
+    /// The destination has announced that it never closes the connection without SHUT.
     always_speaks: bool,
 }
 
-/// How long the end of a migration is waited for.
+/// The time limits for the end of a migration.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EndLimits {
-    /// For a destination that has everything; `None` is for ever.
+    /// For a destination that has received everything; `None` is no limit.
     pub(super) end: Option<Duration>,
-    /// For one whose source has been cancelled meanwhile.
+    /// The same after the source was cancelled.
     pub(super) cancelled: Duration,
 }
 
-impl Heard {
-    /// Waits until the destination has answered the PING of this value.
+impl Replies {
+    /// Waits until the destination has replied to the PING with this value.
     pub(super) fn wait_for_pong<C: Connection>(
         &mut self,
         connection: &mut C,
@@ -61,7 +61,7 @@ impl Heard {
         }
     }
 
-    /// Waits for SHUT, when everything has been sent.
+    /// Waits for SHUT after everything was sent.
     pub(super) fn wait_for_verdict<C: Connection>(
         &mut self,
         connection: &mut C,
@@ -69,7 +69,8 @@ impl Heard {
         limits: EndLimits,
     ) -> Verdict {
         let verdict = self.verdict(connection, stop, limits);
-        // Whoever has the connection next has no deadline of ours; one that is gone needs none.
+        // The next user of the connection must not inherit the time limit. An error does not matter: the connection has
+        // ended then.
         let _ = connection.set_read_timeout(None);
         verdict
     }
@@ -82,7 +83,7 @@ impl Heard {
             loop {
                 match self.next() {
                     Ok(None) => break,
-                    // In precopy neither is waited for.
+                    // Pre-copy waits for neither of them.
                     Ok(Some((Message::Pong(_) | Message::SwitchoverAck, _))) => {}
                     Ok(Some((Message::Shut(code), at))) => {
                         return self.after(LastWord::Shut(code), refusal(&Message::Shut(code), at));
@@ -92,7 +93,7 @@ impl Heard {
                 }
             }
             if !cancelled && stop.error().is_some() {
-                // The sending side is closed by now, so the destination knows that its word is wanted.
+                // The sending side is closed by now, so the destination knows that a reply is expected.
                 cancelled = true;
                 let soon = Instant::now() + limits.cancelled;
                 end = Some(end.map_or(soon, |end| end.min(soon)));
@@ -101,10 +102,10 @@ impl Heard {
             if left.is_some_and(|left| left.is_zero()) {
                 return self.after(LastWord::Nothing, late(self.place()));
             }
-            // The stop ends no read here: it is looked at now and then.
-            let look = (limits.cancelled / LOOKS).max(GLANCE);
+            // The stop does not interrupt a read here, so it is checked at intervals.
+            let interval = (limits.cancelled / CHECKS).max(GLANCE);
             let read = connection
-                .set_read_timeout(Some(left.map_or(look, |left| left.min(look))))
+                .set_read_timeout(Some(left.map_or(interval, |left| left.min(interval))))
                 .and_then(|()| self.read_more(connection));
             match read {
                 Ok(0) => {
@@ -115,7 +116,8 @@ impl Heard {
                 }
                 Ok(_) => {}
                 Err(error) if is_late(&error) => {}
-                // A TLS alert, sealed as all that it says: it refuses, and has not said SHUT 0 before.
+                // A TLS alert, which is authenticated like all data: the destination refuses, and has not sent SHUT 0
+                // before.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     return self.after(LastWord::Nonsense, self.broken(error));
                 }
@@ -124,7 +126,7 @@ impl Heard {
         }
     }
 
-    /// Who has the guest after this word, and why if it is not the destination.
+    /// The owner of the guest after this last word, with the error if it is not the destination.
     fn after(&self, word: LastWord, why: Error) -> Verdict {
         match word.owner(self.always_speaks) {
             Owner::Destination => Verdict::Taken,
@@ -133,8 +135,8 @@ impl Heard {
         }
     }
 
-    /// Why the destination has closed, if it has said so. Waits no longer than a moment: after a failed
-    /// write either the message is there or it never will be.
+    /// Why the destination has closed the connection, if it has sent that. Waits only for a moment: after a failed write
+    /// the message has either arrived or never will.
     pub(super) fn last_word<C: Connection>(&mut self, connection: &mut C) -> Option<Error> {
         let end = Instant::now() + MOMENT;
         let word = loop {
@@ -159,10 +161,10 @@ impl Heard {
         word
     }
 
-    /// Looks, without waiting, whether the destination has given its last word.
+    /// Checks, without waiting, that the destination has not reported a result.
     ///
     /// # Errors
-    /// If it has, whatever it says: there is more to come that it needs.
+    /// If it has reported a result, even a success: it does not have all data yet.
     pub(super) fn is_undecided<C: Connection>(&mut self, connection: &mut C) -> Result<(), Error> {
         let closed = self.take_in(connection);
         while let Some((message, at)) = self.next()? {
@@ -171,7 +173,7 @@ impl Heard {
         if closed { Err(Error::NoShut { at: self.place() }) } else { Ok(()) }
     }
 
-    /// Takes in what is there; says whether the destination has closed.
+    /// Reads the bytes that have arrived. Returns whether the destination has closed the connection.
     fn take_in<C: Connection>(&mut self, connection: &mut C) -> bool {
         let mut closed = false;
         while !closed && self.bytes.len() < BUFFER && connection.is_readable().is_ok_and(|readable| readable)
@@ -180,7 +182,8 @@ impl Heard {
             match read {
                 Ok(0) => closed = true,
                 Ok(_) => {}
-                // What is there is for the connection alone; or it has broken, and the next write tells of it.
+                // The bytes that have arrived only concern the transport, or the connection has failed and the next write
+                // reports it.
                 Err(_) => break,
             }
         }
@@ -188,7 +191,7 @@ impl Heard {
         closed
     }
 
-    /// The next message that is here as a whole.
+    /// The next message that has arrived completely.
     fn next(&mut self) -> Result<Option<(Message, Place)>, Error> {
         let mut r = Reader::with_capacity(Cursor::new(&self.bytes), StreamKind::ReturnPath, BUFFER);
         r.jump(Cursor::new(&self.bytes), self.before);
@@ -208,18 +211,21 @@ impl Heard {
         }
     }
 
-    /// Reads what is there, or waits for the first byte; says how many came.
+    /// Reads the bytes that have arrived, or waits for the first one. Returns their number.
     fn read_more<C: Read>(&mut self, connection: &mut C) -> io::Result<usize> {
         let mut bytes = [0; BUFFER];
         loop {
             match connection.read(&mut bytes) {
                 Ok(some) => {
-                    let read = bytes.get(..some).ok_or_else(|| io::Error::other("a read gave too much"))?;
+                    let read = bytes
+                        .get(..some)
+                        .ok_or_else(|| io::Error::other("a read returned more than its buffer"))?;
                     self.bytes.extend(read);
                     return Ok(some);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // It closed without reading all that we sent; it said no more than one that closes in order.
+                // The destination closed the connection before it had read everything, which means no more than an orderly
+                // close.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(0),
                 Err(error) => return Err(error),
             }
@@ -235,10 +241,10 @@ impl Heard {
     }
 }
 
-/// The first last word among bytes that the destination has sent: why it has failed.
+/// The failure that the destination has reported in these bytes, if any.
 pub(super) fn failure_in(bytes: &[u8]) -> Option<Error> {
-    let mut heard = Heard { bytes: bytes.to_vec(), ..Heard::default() };
-    while let Ok(Some((message, _))) = heard.next() {
+    let mut replies = Replies { bytes: bytes.to_vec(), ..Replies::default() };
+    while let Ok(Some((message, _))) = replies.next() {
         if let Message::Shut(code @ 1..) = message {
             return Some(Error::DestinationFailed { code });
         }
@@ -246,7 +252,7 @@ pub(super) fn failure_in(bytes: &[u8]) -> Option<Error> {
     None
 }
 
-/// Takes what a destination may say before it has everything.
+/// Accepts the messages that a destination may send before it has everything.
 fn no_last_word(message: &Message, at: Place) -> Result<(), Error> {
     match message {
         Message::Pong(_) | Message::SwitchoverAck => Ok(()),
@@ -255,7 +261,7 @@ fn no_last_word(message: &Message, at: Place) -> Result<(), Error> {
     }
 }
 
-/// What a message means that ends the migration.
+/// The error for a message that ends the migration.
 fn refusal(message: &Message, at: Place) -> Error {
     match message {
         Message::Shut(code) => Error::DestinationFailed { code: *code },
@@ -266,10 +272,10 @@ fn refusal(message: &Message, at: Place) -> Error {
     }
 }
 
-/// Enough for the longest message.
+/// Space for the longest message.
 const BUFFER: usize = 1 << 10;
 const MOMENT: Duration = Duration::from_millis(200);
-/// The guest stands meanwhile.
+/// The guest is stopped during this time.
 const GLANCE: Duration = Duration::from_millis(1);
-/// How often a wait looks within its limit.
-const LOOKS: u32 = 8;
+/// The number of checks within a time limit.
+const CHECKS: u32 = 8;

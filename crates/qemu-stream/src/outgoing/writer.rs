@@ -1,4 +1,4 @@
-//! The buffer before the connection.
+//! Buffers the main stream before the connection.
 
 use std::io::Write;
 
@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Place, StreamKind},
 };
 
-/// Gathers small fields and writes them in one call.
+/// Collects small fields and writes them in one call.
 #[derive(Debug)]
 pub(super) struct Writer<C> {
     connection: C,
@@ -16,10 +16,10 @@ pub(super) struct Writer<C> {
 }
 
 impl<C: Connection> Writer<C> {
-    /// Takes leave of a destination that says nothing.
+    /// Ends the connection to a destination that sends no result.
     pub(super) fn finish(&mut self) -> Result<(), Error> {
         let finished = self.connection.finish();
-        finished.map_err(|source| Error::Io { at: self.here(), doing: "end the connection in order", source })
+        finished.map_err(|source| Error::Io { at: self.here(), doing: "end the connection", source })
     }
 }
 
@@ -28,7 +28,7 @@ impl<C: Write> Writer<C> {
         Self { connection, buffer: Vec::with_capacity(FULL + FULL / 2), written: 0 }
     }
 
-    /// Where fields are appended.
+    /// The buffer, to which fields are appended.
     pub(super) fn buffer(&mut self) -> &mut Vec<u8> {
         &mut self.buffer
     }
@@ -54,14 +54,14 @@ impl<C: Write> Writer<C> {
         if self.buffer.len() < FULL { Ok(()) } else { self.write() }
     }
 
-    /// Writes the buffer and whatever the connection keeps.
+    /// Writes the buffer, and flushes the connection.
     pub(super) fn flush(&mut self) -> Result<(), Error> {
         self.write()?;
         let flushed = self.connection.flush();
         flushed.map_err(|source| Error::Io { at: self.here(), doing: "write", source })
     }
 
-    /// Writes bytes that are long and in one place already, past the buffer, which must be empty.
+    /// Writes long contiguous bytes without copying them into the buffer, which must be empty.
     pub(super) fn write_through(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let written = self.connection.write_all(bytes).and_then(|()| self.connection.flush());
         written.map_err(|source| Error::Io { at: self.here(), doing: "write", source })?;
@@ -82,10 +82,10 @@ impl<C: Write> Writer<C> {
     }
 }
 
-/// Bytes that are written at once, at least, between two sync points.
+/// The minimum length of a write between two sync points, in bytes.
 const FULL: usize = 256 << 10;
 
-/// An error of main as the engine tells it.
+/// An error of main as an error of the engine.
 pub(super) fn failed(error: impl Into<Error>) -> multifd::Error {
     error.into().while_doing("the main stream failed")
 }

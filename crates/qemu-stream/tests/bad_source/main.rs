@@ -117,7 +117,7 @@ fn take_in(mut receiver: Receiver, stop: &Stop) -> (Result<(), Error>, Option<Ar
             Err(error)
         }
         Ok(()) => told
-            .map_err(|error| stop.fail(Error::other("the source could not be told", error)))
+            .map_err(|error| stop.fail(Error::other("the confirmation could not be sent", error)))
             .and_then(|_main| receiver.finish().map(drop)),
     };
     (result, blocks)

@@ -150,7 +150,7 @@ fn connections() -> Vec<Row> {
             "a packet number ahead of all packets",
             whole().patch(Channel(1), "pages", 0, 24, &[0xff; 8]),
             "Violation(MissingPackets",
-            &["sync point 2", "packets went to a channel that has not connected"],
+            &["sync point 2", "some packets were sent on a channel that did not connect"],
         ),
         ("no main", whole().without(Main), "Cancelled", &["cancelled"]),
         (
@@ -172,7 +172,7 @@ fn connections() -> Vec<Row> {
             "a gap in the ids",
             id(whole(), 2),
             "Violation(ChannelMissing",
-            &["channel 1 is missing: 2 channels are here, and ids from 0 on were expected; its"],
+            &["channel 1 is missing: 2 channels are connected, and their ids have to be consecutive from 0 on; the"],
         ),
         (
             "a channel of another machine",
@@ -190,7 +190,7 @@ fn connections() -> Vec<Row> {
             "a channel that sends no SYNC",
             whole().before(Main, "start", 0, late_id),
             "Stalled",
-            &["channel 2: no SYNC packet has come for sync point 1", "the source stands still"],
+            &["channel 2: no SYNC packet has arrived for sync point 1", "the source or its network is stalled"],
         ),
         (
             "main that never says what it is",
@@ -211,20 +211,20 @@ fn connections() -> Vec<Row> {
             "Violation(LostConnection",
             &[
                 "connection from",
-                "it did not say what it is and was dropped, but may have been a channel, whose pages",
+                "its first bytes were missing or invalid, so it was dropped, but it may have been a channel, whose pages",
             ],
         ),
         (
             "a channel that stops within its initial packet",
             whole().cut(Channel(1), "initial", 0, 63, None),
             "TimedOut",
-            &["connection from", "did not say what it is within 1 s"],
+            &["connection from", "did not identify itself within 1 s"],
         ),
         (
             "a channel that closes within its initial packet",
             whole().cut(Channel(1), "initial", 0, 63, Some(Act::Close)),
             "Violation(Cut",
-            &["connection from", "connection closed after 63 of 64 bytes of the initial packet"],
+            &["connection from", "the source closed the connection (cancelled", "ended) after 63 of 64 bytes of the initial packet"],
         ),
         (
             "initial magic",
@@ -244,7 +244,7 @@ fn connections() -> Vec<Row> {
             "Violation(LostConnection",
             &[
                 "connection from",
-                "it did not say what it is and was dropped, but may have been a channel, whose pages",
+                "its first bytes were missing or invalid, so it was dropped, but it may have been a channel, whose pages",
             ],
         ),
     ]));
@@ -272,13 +272,13 @@ fn patched() -> Vec<Row> {
             "unknown flag",
             head(11, &[0x80]),
             "Unsupported(Flags",
-            &["channel 1: packet 1: packet flags 0x80 hold 0x80, which this version does not know"],
+            &["channel 1: packet 1: packet flags 0x80 include 0x80, which this version does not support"],
         ),
         (
             "a flag in another byte",
             head(8, &[1]),
             "Unsupported(Flags",
-            &["channel 1: packet 1: packet flags 0x1000000 hold 0x1000000, which this version does not"],
+            &["channel 1: packet 1: packet flags 0x1000000 include 0x1000000, which this version does not"],
         ),
         (
             "zlib where none came before",
@@ -326,13 +326,13 @@ fn patched() -> Vec<Row> {
             "more zero pages than are left",
             head(32, &[0, 0, 0, 121]),
             "Malformed(ZeroPages",
-            &["channel 1: packet 1: 121 zero pages beside 8 normal ones are more than pages_alloc 128"],
+            &["channel 1: packet 1: 8 normal and 121 zero pages are more than pages_alloc 128"],
         ),
         (
             "zero pages of all ones",
             head(32, &[0xff; 4]),
             "Malformed(ZeroPages",
-            &["channel 1: packet 1: 4294967295 zero pages beside 8 normal ones are more than"],
+            &["channel 1: packet 1: 8 normal and 4294967295 zero pages are more than"],
         ),
         (
             "payload too short",
@@ -380,7 +380,7 @@ fn patched() -> Vec<Row> {
             "an offset within a page",
             head(320, &[0, 0, 0, 0, 0, 0, 0x10, 1]),
             "Malformed(Unaligned",
-            &["channel 1: packet 1: offset 0x1001 is no multiple of the page size 4 KiB"],
+            &["channel 1: packet 1: offset 0x1001 is not a multiple of the page size 4 KiB"],
         ),
         (
             "main version",
@@ -452,7 +452,7 @@ fn patched() -> Vec<Row> {
             "an unknown record",
             main("part", 11, &[1]),
             "Unsupported",
-            &["main stream: offset 0x77: ram record COMPRESS_PAGE (0x100) is not served: switch"],
+            &["main stream: offset 0x77: ram record COMPRESS_PAGE (0x100) is not supported: switch"],
         ),
         (
             "an unknown section",
@@ -470,7 +470,7 @@ fn patched() -> Vec<Row> {
             "a description that fits nothing",
             main("devices", 30, &[0x55; 16]),
             "TimedOut",
-            &["main stream: offset 0x199: nothing came in time where more was expected"],
+            &["main stream: offset 0x199: nothing arrived in time where more was expected"],
         ),
     ])
 }
@@ -487,20 +487,29 @@ fn cut() -> Vec<Row> {
             "a head cut by a close",
             pages(HEAD - 1, Some(Act::Close)),
             "Violation(Cut",
-            &["channel 1: packet 1: connection closed after 1343 of 1344 bytes of a packet head"],
+            &[
+                "channel 1: packet 1: the source closed the connection (cancelled",
+                "ended) after 1343 of 1344 bytes of a packet head",
+            ],
         ),
         ("a head cut by a reset", reset(Channel(1), "pages", 0, HEAD - 1), "", &["from 127.0.0.1"]),
         (
             "a head that stalls",
             pages(700, None),
             "Stalled",
-            &["channel 1: no SYNC packet has come for sync point 2", "the source stands still"],
+            &[
+                "channel 1: no SYNC packet has arrived for sync point 2",
+                "the source or its network is stalled",
+            ],
         ),
         (
             "a payload cut by a close",
             pages(HEAD + 3 * PAGE + 5, Some(Act::Close)),
             "Violation(Cut",
-            &["channel 1: packet 1: connection closed after 12293 of 32768 bytes of a packet's pages"],
+            &[
+                "channel 1: packet 1: the source closed the connection (cancelled",
+                "ended) after 12293 of 32768 bytes of a packet's pages",
+            ],
         ),
         (
             "a payload cut by a reset",
@@ -512,13 +521,19 @@ fn cut() -> Vec<Row> {
             "a payload that stalls",
             pages(HEAD + 3 * PAGE + 5, None),
             "Stalled",
-            &["channel 1: no SYNC packet has come for sync point 2", "the source stands still"],
+            &[
+                "channel 1: no SYNC packet has arrived for sync point 2",
+                "the source or its network is stalled",
+            ],
         ),
         (
             "a channel that closes early",
             pages(0, Some(Act::Close)),
             "Violation(EndedEarly",
-            &["channel 1: connection closed before sync point 2, after 1"],
+            &[
+                "channel 1: the source closed the channel (cancelled",
+                "ended) before sync point 2, after sync point 1",
+            ],
         ),
         ("a channel that is reset early", reset(Channel(1), "pages", 0, 0), "", &["from 127.0.0.1"]),
         (
@@ -532,15 +547,20 @@ fn cut() -> Vec<Row> {
             "a header that stalls",
             main("header", 7, None),
             "TimedOut",
-            &["main stream: offset 0x4: nothing came in time where more was expected"],
+            &["main stream: offset 0x4: nothing arrived in time where more was expected"],
         ),
         (
             "a configuration that stalls",
             main("header", 20, None),
             "TimedOut",
-            &["main stream: offset 0x14: nothing came in time where machine type was expected"],
+            &["main stream: offset 0x14: nothing arrived in time where machine type was expected"],
         ),
-        ("a block list that stalls", main("start", 40, None), "", &["nothing has moved on any connection"]),
+        (
+            "a block list that stalls",
+            main("start", 40, None),
+            "",
+            &["nothing was transferred on any connection"],
+        ),
         (
             "a block list cut by a close",
             main("start", 40, Some(Act::Close)),
@@ -555,7 +575,7 @@ fn cut() -> Vec<Row> {
                 alone.before(Main, "end", 0, asks).cut(Main, "end", 0, 0, None)
             },
             "TimedOut",
-            &["nothing came in time where more was expected", "the source stands still"],
+            &["nothing arrived in time where more was expected", "the source or its network is stalled"],
         ),
         (
             "main closes between sections",
@@ -587,19 +607,19 @@ fn cut() -> Vec<Row> {
             "main stalls in a device",
             main("devices", 20, None),
             "TimedOut",
-            &["main stream: offset 0xd3: nothing came in time where more was expected"],
+            &["main stream: offset 0xd3: nothing arrived in time where more was expected"],
         ),
         (
             "main stalls in the description",
             main("devices", 80, None),
             "TimedOut",
-            &["main stream: offset 0x10f: nothing came in time where more was expected"],
+            &["main stream: offset 0x10f: nothing arrived in time where more was expected"],
         ),
         (
             "main stalls behind the end of ram",
             main("devices", 0, None),
             "TimedOut",
-            &["main stream: offset 0xbf: nothing came in time where more was expected"],
+            &["main stream: offset 0xbf: nothing arrived in time where more was expected"],
         ),
     ])
 }
@@ -621,7 +641,10 @@ fn out_of_step() -> Vec<Row> {
             "a SYNC missing on a channel",
             whole().drop(Channel(1), "sync", 1),
             "Stalled",
-            &["channel 1: no SYNC packet has come for sync point 3", "the source stands still"],
+            &[
+                "channel 1: no SYNC packet has arrived for sync point 3",
+                "the source or its network is stalled",
+            ],
         ),
         ("a SYNC missing at the set-up", whole().drop(Channel(0), "sync", 0), "", &["channel "]),
         ("no SYNC at all", whole_without_syncs(), "", &["channel "]),
@@ -629,13 +652,16 @@ fn out_of_step() -> Vec<Row> {
             "legacy, a SYNC missing",
             legacy().drop(Channel(1), "sync", 2),
             "Stalled",
-            &["channel 1: no SYNC packet has come for sync point 3", "the source stands still"],
+            &[
+                "channel 1: no SYNC packet has arrived for sync point 3",
+                "the source or its network is stalled",
+            ],
         ),
         (
             "a SYNC doubled, and main stands",
             whole().before(Main, "part", 0, [(Channel(1), Act::Send(sync()))]).cut(Main, "end", 0, 3, None),
             "Stalled",
-            &["main has not come to sync point 3", "the source stands still"],
+            &["main has not reached sync point 3", "the source or its network is stalled"],
         ),
         (
             "pages before the blocks",
@@ -647,7 +673,7 @@ fn out_of_step() -> Vec<Row> {
             "switchover before ram",
             whole().before(Main, "start", 0, [(Main, Act::Send(b"\x08\0\x0b\0\0".into()))]),
             "Violation",
-            &["main stream: offset 0x26: SWITCHOVER_START record has no place before the start of ram"],
+            &["main stream: offset 0x26: SWITCHOVER_START is not allowed before the start of ram"],
         ),
         (
             "a page over main of a block that is none",

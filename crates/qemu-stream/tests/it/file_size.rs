@@ -82,7 +82,7 @@ fn process_with_a_limit() {
     assert!(
         chain(&refused)
             .to_string()
-            .contains("limit of a file's size (RLIMIT_FSIZE, `ulimit -f`) is 0x800000")
+            .contains("may only write files of 0x800000 bytes (RLIMIT_FSIZE, `ulimit -f`)")
     );
     assert_eq!(fs::read(&path).expect("read"), b"an older machine");
 

@@ -166,7 +166,7 @@ pub(crate) fn devices_without_footers() -> DevicePart {
     let mut bytes = b"\x04\0\0\0\x05\x01d\0\0\0\0\0\0\0\x01\xaa\xaa\0\x06\0\0\0".to_vec();
     bytes.push(u8::try_from(json.len()).unwrap());
     bytes.extend(json);
-    EndFinder::new(false).look(&mut bytes).unwrap().unwrap()
+    EndFinder::new(false).find(&mut bytes).unwrap().unwrap()
 }
 
 /// The devices that fit such options.

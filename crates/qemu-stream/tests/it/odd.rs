@@ -56,7 +56,7 @@ fn with_early(body: &[u8], length: usize) -> Result<Option<DevicePart>, Error> {
     bytes.extend(u32::try_from(json.len()).unwrap().to_be_bytes());
     bytes.extend(json.bytes());
     let bytes_before = bytes.clone();
-    let found = EndFinder::new(true).early(early).look(&mut bytes).unwrap();
+    let found = EndFinder::new(true).early(early).find(&mut bytes).unwrap();
     assert!(found.is_none() || found.as_ref().unwrap().as_bytes() == bytes_before);
     Ok(found)
 }

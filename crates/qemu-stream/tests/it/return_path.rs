@@ -47,7 +47,7 @@ fn a_destination_that_failed_leaves_the_guest_at_the_source() {
 fn a_destination_that_leaves_without_shut_leaves_the_guest_at_the_source() {
     let error = complete_with(&said(&[Message::Pong(1)])).unwrap_err();
     assert!(matches!(cause(&error), Error::NoShut { .. }));
-    assert!(cause(&error).to_string().contains("the guest can go on at the source"), "{error}");
+    assert!(cause(&error).to_string().contains("the guest can continue at the source"), "{error}");
     let cut = complete_with(&[0, 1, 0]).unwrap_err();
     assert!(matches!(cause(&cut), Error::NoShut { .. }));
 }

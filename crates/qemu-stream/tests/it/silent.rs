@@ -57,7 +57,7 @@ fn a_destination_that_reads_nothing_is_given_up() {
             .stall_timeout(Some(Duration::from_secs(1)));
         let (mut guest, begun) = (Told::default(), Instant::now());
         let leaving = Source::new(source, options, &Stop::new()).expect("options");
-        let error = leaving.migrate(&connector, &mut NeverDirty, &mut guest).expect_err("given up");
+        let error = leaving.migrate(connector, &mut NeverDirty, &mut guest).expect_err("given up");
         let case = format!("TLS {tls}, {channels} channels: {error:?}");
         assert_eq!(error.fault(), Fault::Stalled, "{case}");
         assert!(begun.elapsed() < Duration::from_secs(8), "{:?}, {case}", begun.elapsed());

@@ -70,7 +70,7 @@ impl Life {
         let progress = leaving.progress();
         let operator = hop.pauses.then(|| operator(leaving.control(), self, hop, &moments, random.u64(..)));
         let source = self.attempt(&hop.trouble, &moments, &mut random, |log, guest| {
-            let result = leaving.migrate(&connector, log, guest);
+            let result = leaving.migrate(connector.clone(), log, guest);
             seen.ended.store(true, Ordering::SeqCst);
             seen.left.store(result.is_err(), Ordering::SeqCst);
             result

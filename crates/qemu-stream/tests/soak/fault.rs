@@ -260,7 +260,7 @@ impl Link for Unlucky {
             }
             Mishap::Hold => {
                 // A pipe in memory reports a closed end only to its reader.
-                let alone = self.link.peer_signal()?.is_none().then_some(UNTOLD);
+                let alone = self.link.peer_signal()?.is_none().then_some(UNREPORTED);
                 let limit = self.timeout.into_iter().chain(alone).min();
                 if self.hold.wait(limit) || (limit == alone && limit.is_some()) {
                     self.link.recv(parts)
@@ -347,5 +347,5 @@ fn first(parts: &[Part<'_>], len: usize) -> Vec<u8> {
 
 const STEP: Duration = Duration::from_micros(200);
 const PIECE: usize = 1 << 10;
-const UNTOLD: Duration = Duration::from_secs(4);
+const UNREPORTED: Duration = Duration::from_secs(4);
 const MOST_SLOWLY: u64 = 1 << 18;

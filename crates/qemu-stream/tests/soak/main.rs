@@ -41,7 +41,7 @@ enum Verdict {
     Stayed,
     /// The connection broke at the moment of the destination's decision. The source does not know the result, reports
     /// that, and its guest stays stopped. No protocol of messages can exclude this.
-    Untold,
+    OwnerUnknown,
     /// A bit was changed, and the format has no way to detect it.
     Unnoticed,
 }
@@ -94,11 +94,11 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
             }
             tells(plan.source_tells(), error)?;
             let unknown = matches!(error.kind(), Error::OwnerUnknown(_));
-            if unknown && !(plan.may_be_untold() && source.guest.stopped && !source.guest.resumed) {
+            if unknown && !(plan.owner_may_be_unknown() && source.guest.stopped && !source.guest.resumed) {
                 return Err(format!("not known who has the guest: {}", chain(error)));
             }
             if !unknown && source.guest.stopped != source.guest.resumed {
-                return Err(format!("the guest stands still at the source: {}", chain(error)));
+                return Err(format!("the guest is stopped at the source: {}", chain(error)));
             }
             let begun = matches!(source.status, Status::Failed | Status::Cancelled);
             if !begun && source.status != Status::None {
@@ -112,7 +112,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
                 return Err(format!("not the first cause at the source: {}", chain(error)));
             }
             match received {
-                Ok(()) if unknown => Ok(Verdict::Untold),
+                Ok(()) if unknown => Ok(Verdict::OwnerUnknown),
                 Ok(()) => Err(format!("the guest runs at both sides: {}", chain(error))),
                 Err(error) => {
                     let cancelled =
@@ -121,7 +121,7 @@ fn judge(plan: &Plan, ends: &Ends) -> Result<Verdict, String> {
                         return Err(format!("not the first cause at the destination: {}", chain(error)));
                     }
                     tells(plan.destination_tells(), error)?;
-                    Ok(if unknown { Verdict::Untold } else { Verdict::Stayed })
+                    Ok(if unknown { Verdict::OwnerUnknown } else { Verdict::Stayed })
                 }
             }
         }
@@ -231,12 +231,12 @@ fn every_migration_ends_with_its_guest_whole_at_one_side() {
         }
     }
     println!("{migrations} migrations from seed {first} on in {} s", start.elapsed().as_secs());
-    println!("{:<28} {:>7} {:>7} {:>7} {:>9}  longest", "fault", "arrived", "stayed", "untold", "unnoticed");
+    println!("{:<28} {:>7} {:>7} {:>7} {:>9}  longest", "fault", "arrived", "stayed", "unknown", "unnoticed");
     for (kind, tally) in &tally {
         let of = |verdict| tally.verdicts.get(&verdict).copied().unwrap_or_default();
         let (arrived, stayed) = (of(Verdict::Arrived), of(Verdict::Stayed));
-        let (untold, unnoticed) = (of(Verdict::Untold), of(Verdict::Unnoticed));
-        println!("{kind:<28} {arrived:>7} {stayed:>7} {untold:>7} {unnoticed:>9}  {:.2?}", tally.longest);
+        let (unknown, unnoticed) = (of(Verdict::OwnerUnknown), of(Verdict::Unnoticed));
+        println!("{kind:<28} {arrived:>7} {stayed:>7} {unknown:>7} {unnoticed:>9}  {:.2?}", tally.longest);
     }
     assert!(migrations > 0, "nothing was tried");
     assert!(

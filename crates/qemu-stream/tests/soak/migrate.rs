@@ -196,7 +196,7 @@ fn send(
     }
     let source = Source::new(blocks.clone(), options, stop).expect("options that fit");
     let progress = source.progress();
-    let result = source.migrate(&connector, &mut log, &mut guest).map(drop);
+    let result = source.migrate(connector, &mut log, &mut guest).map(drop);
     let dirty = (0..blocks.len()).map(|block| guest.log.count(BlockIndex(block))).sum();
     SourceEnd { result, status: progress.status(), dirty, guest }
 }

@@ -193,7 +193,7 @@ impl Plan {
     }
 
     /// Whether the destination's last message may not reach the source.
-    pub(crate) fn may_be_untold(&self) -> bool {
+    pub(crate) fn owner_may_be_unknown(&self) -> bool {
         let back = |side, direction| (side == Side::Source) == (direction == Direction::Received);
         self.return_path
             && matches!(self.fault, Fault::Link { side, connection: 0, direction, what, .. }
@@ -243,13 +243,13 @@ impl Fault {
             Self::Link { what, .. } => match what {
                 Mishap::Cut => "connection cut",
                 Mishap::HalfClose => "connection half closed",
-                Mishap::Swallow => "bytes swallowed",
-                Mishap::Hold => "reader stands still",
+                Mishap::Swallow => "bytes lost",
+                Mishap::Hold => "reader stops",
                 Mishap::Flip(_) => "bit flipped",
                 Mishap::Slow => "slow connection",
             },
             Self::Refused(_) => "connection refused",
-            Self::Stranger(..) => "stranger",
+            Self::Stranger(..) => "unrelated connection",
             Self::GuestStaysUp => "guest cannot be stopped",
             Self::LogUnreadable(_) => "dirty log unreadable",
             Self::BlocksRefused => "machine refused",

@@ -49,16 +49,17 @@ impl fmt::Display for KvmRingError {
         match self {
             Self::RanOver { vcpu, rings } => write!(
                 f,
-                "the dirty ring of vCPU {vcpu} (of {rings} with rings) ran over, so writes are lost: the kernel did not stop \
-                 the vCPU in time; use larger rings, or the bitmap and no rings"
+                "the dirty ring of vCPU {vcpu} (of {rings} with rings) overflowed, so writes are lost: the kernel did not \
+                 stop the vCPU in time; use larger rings, or the bitmap and no rings"
             ),
             Self::Twice { vcpu } => {
-                write!(f, "the dirty ring of vCPU {vcpu} was given before: each is read once")
+                write!(f, "the dirty ring of vCPU {vcpu} was passed twice: pass each ring once")
             }
             Self::Size { vcpu, entries } => write!(
                 f,
-                "expected a dirty ring of {entries} entries for vCPU {vcpu}, as was enabled, and it has another or none: \
-                 vCPU and ring size are of two machines, or the machine had vCPUs before its rings were enabled"
+                "expected vCPU {vcpu} to have the dirty ring of {entries} entries that was enabled, but it has a \
+                 different one or none: vCPU and ring size belong to two machines, or the machine had vCPUs before its \
+                 rings were enabled"
             ),
         }
     }

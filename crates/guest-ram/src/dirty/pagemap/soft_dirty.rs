@@ -94,7 +94,9 @@ impl<W: FnMut(&mut dyn FnMut())> SoftDirtyLog<W> {
                 bits.clear()
             });
         });
-        swept.unwrap_or_else(|| Err(io::Error::other("the writers were not made to stand still")))
+        swept.unwrap_or_else(|| {
+            Err(io::Error::other("the writers could not be stopped while the soft-dirty bits were read"))
+        })
     }
 }
 
@@ -187,7 +189,7 @@ impl Bits {
         if before || !self.has(own, SOFT_DIRTY)? {
             let why = "the kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)";
             let found =
-                if before { "clearing them does nothing" } else { "a page that was written has none" };
+                if before { "clearing them does nothing" } else { "a written page has no soft-dirty bit" };
             return Err(Refused::with_kind(io::ErrorKind::Unsupported, why, io::Error::other(found)));
         }
         for (_, block) in blocks.iter() {

@@ -145,7 +145,7 @@ impl DirtyLog for PagemapLog {
             held.fill();
             match self.blocks.block(block) {
                 Ok(block) => {
-                    Refused::named(block, "what was written cannot be read from the page table", error)
+                    Refused::named(block, "the written pages cannot be read from the page table", error)
                 }
                 Err(_) => error,
             }
@@ -170,7 +170,7 @@ impl Drop for PagemapLog {
 
 fn unwatched(block: &RamBlock, error: io::Error) -> io::Error {
     let why = match error.kind() {
-        io::ErrorKind::ResourceBusy => "its memory is watched by another userfaultfd",
+        io::ErrorKind::ResourceBusy => "another userfaultfd watches its memory",
         _ => "its memory cannot be protected against writing",
     };
     Refused::named(block, why, error)

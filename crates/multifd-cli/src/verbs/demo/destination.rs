@@ -25,9 +25,8 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     reply(&listener.local_address().to_string())?;
     let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
-    let arrival = Arrival::listen(Box::new(listener), options, &stop)
-        .and_then(Listening::accept)
-        .map_err(Failure::of)?;
+    let arrival =
+        Arrival::listen(listener, options, &stop).and_then(Listening::accept).map_err(Failure::of)?;
     let pending = arrival.load(|_, list| list.in_new_memory());
     let pending = pending.map_err(Failure::of)?;
     let state = pending.device(guest::DEVICE, 0).and_then(|(_, body)| body.try_into().ok());

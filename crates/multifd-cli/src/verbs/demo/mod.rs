@@ -22,7 +22,7 @@ use guest::DemoGuest;
 use indicatif::BinaryBytes;
 use multifd::{
     Error, SendOptions,
-    channel::{Address, Connect, Stop},
+    channel::{Address, Stop},
     error::Usage,
     live::{MigrateOptions, Progress, ZeroPageDetection},
     ram::{BlockName, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
@@ -79,9 +79,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
         let progress = progress.clone();
         Display::start("demo", args.json, move || look(&progress))
     };
-    let connector: Arc<dyn Connect> = Arc::new(address);
     let mut log = guest.dirty_log()?;
-    let sent = source.migrate(&connector, &mut log, &mut guest);
+    let sent = source.migrate(address, &mut log, &mut guest);
     drop(display);
     let info = match sent {
         Ok(info) => info,
@@ -135,7 +134,7 @@ fn source(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Sourc
         .avail_switchover_bandwidth(Some(args.avail_switchover_bandwidth))
         .downtime_limit(args.downtime_limit);
     let send = SendOptions::new().channels(args.multifd_channels).zero_copy_send(args.zero_copy_send);
-    let machine = MachineType::new(MACHINE).map_err(|error| Error::other("name the machine", error))?;
+    let machine = MachineType::new(MACHINE)?;
     let options = SourceOptions::new(Configuration::new(machine))
         .send(args.compression.apply(send))
         .migrate(args.converge.apply(migrate));

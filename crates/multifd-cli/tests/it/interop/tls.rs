@@ -111,7 +111,7 @@ fn both(test: impl Fn(&Qemu)) {
 fn source_of_another_authority_is_dropped_with_the_reason() {
     both(|qemu| {
         let (theirs, ours) = (certificates(), certificates());
-        let told = "our ca-cert.pem does not know its authority";
+        let told = "our ca-cert.pem does not contain its authority";
         source_is_dropped(qemu, theirs.path(), ours.path(), &[], told).unwrap();
     });
 }
@@ -136,7 +136,7 @@ fn source_without_tls_and_source_with_tls_are_told_apart() {
         from.migrate(&address).unwrap();
         from.wait_migration("failed", PATIENCE).unwrap();
         let line = receive.next_line();
-        assert!(line.contains("the source speaks TLS: give tls-creds on this side too"), "{line}");
+        assert!(line.contains("the source uses TLS: set tls-creds on this side too"), "{line}");
     });
 }
 
@@ -164,7 +164,7 @@ fn send_is_refused(
 fn destination_of_another_authority_is_refused() {
     both(|qemu| {
         let (theirs, ours) = (certificates(), certificates());
-        let told = ["our ca-cert.pem does not know its authority"];
+        let told = ["our ca-cert.pem does not contain its authority"];
         send_is_refused(qemu, theirs.path(), ours.path(), &[], &told).unwrap();
     });
 }
@@ -264,7 +264,7 @@ fn destination_admits_us_by_the_subject_that_we_go_by_and_by_no_other() {
         from.migrate(&address).unwrap();
         receive.done();
         let (_to, address) = admitting(qemu, tls.path(), "CN=source,O=Test").unwrap();
-        let told = ["client-cert.pem", "its own log says why"];
+        let told = ["client-cert.pem", "its own log has the reason"];
         feed(&["--tls-creds", creds], &file, &address).end().assert_failed(1, &told);
         let (mut to, address) = admitting(qemu, tls.path(), "O=Test,CN=source").unwrap();
         feed(&["--tls-creds", creds], &file, &address).done();

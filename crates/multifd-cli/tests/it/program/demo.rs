@@ -137,8 +137,7 @@ fn guest_that_writes_faster_than_is_sent_gets_told_what_would_help() {
     let told = ended.json();
     assert_eq!(told["status"], "failed", "{told}");
     let text = told["error-desc"].as_str().expect("an error");
-    let begin =
-        "not done after 4 passes (max-passes), so the guest runs on at the source: will not converge: dirty ";
+    let begin = "not complete after 4 passes (max-passes), so the guest continues at the source: will not converge: dirty ";
     assert!(text.starts_with(begin), "{text}");
     let advice = "; raise max-bandwidth (now 21 MB/s), switch auto-converge on, or allow 0.";
     assert!(text.contains(advice) && text.ends_with(" s of downtime (downtime-limit)"), "{text}");
@@ -165,7 +164,10 @@ fn time_that_is_over_ends_a_demo() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     let told = ended.json();
     let text = told["error-desc"].as_str().expect("an error");
-    assert!(text.starts_with("not done after 2.0 s (max-total-time), so the guest runs on"), "{text}");
+    assert!(
+        text.starts_with("not complete after 2.0 s (max-total-time), so the guest continues at the source"),
+        "{text}"
+    );
 }
 
 /// A demo that waits before its switchover, and its standard input.

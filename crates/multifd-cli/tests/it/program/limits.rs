@@ -12,9 +12,9 @@ const LIMITS: [u32; 3] = [16, 18, 20];
 fn told(limit: u32) -> [String; 3] {
     [
         format!(
-            "because: no descriptors are left: the limit of open files (RLIMIT_NOFILE, `ulimit -n`) is {limit}, "
+            "because: no descriptors are left: the limit of open files (RLIMIT_NOFILE, `ulimit -n`) is {limit}; "
         ),
-        "raise it, or use fewer channels (multifd-channels)".into(),
+        "raise the limit, or use fewer channels (multifd-channels)".into(),
         "Too many open files".into(),
     ]
 }

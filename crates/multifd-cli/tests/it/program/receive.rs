@@ -332,7 +332,7 @@ fn pages_that_never_come_are_refused_or_kept_as_zero_as_is_told() {
                 (0..16).filter(|page| pages[page * 4096..][..4096].iter().all(|byte| *byte == 0)).collect();
             assert_eq!(absent, [1, 5, 7, 9, 11, 13, 15]);
         } else {
-            ended.assert_failed(code, &["7 pages of RAM never came", "\"pc.ram\" at offset 0x1000"]);
+            ended.assert_failed(code, &["7 pages of RAM did not arrive", "\"pc.ram\" at offset 0x1000"]);
             assert_left(&folder, &[]);
         }
     }

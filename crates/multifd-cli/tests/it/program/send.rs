@@ -131,7 +131,7 @@ fn cut_to(length: u64, receive: &[&str], send: &[&str]) {
     let sending = feed(&[&["--max-bandwidth", "1M"], send].concat(), &from, &address);
     sending.next_line();
     fs::File::options().write(true).open(&from).unwrap().set_len(length).unwrap();
-    let told = [&format!("the migration of {} to {address} failed", from.display()), READ, "cut shorter"];
+    let told = [&format!("the migration of {} to {address} failed", from.display()), READ, "made shorter"];
     sending.end_within(PATIENCE).assert_failed(1, &told);
     receive.end_within(SOON).assert_failed(1, &["because: "]);
     assert_left(&folder, &["captured"]);

@@ -32,7 +32,7 @@ fn destination_that_takes_nothing_is_given_up() {
     for channels in ["2", "0"] {
         let options = ["--stall-timeout", "1", "--multifd-channels", channels];
         let ended = feed(&options, &from, &address).end_within(SOON);
-        ended.assert_failed(1, &["because: ", "the other side has taken nothing for 1 s"]);
+        ended.assert_failed(1, &["because: ", "the other side has accepted no data for 1 s"]);
     }
 }
 
@@ -56,7 +56,8 @@ fn destination_that_says_nothing_is_given_up() {
     let destination = BadDestination::start(Plan { says: Vec::new(), ..Plan::default() }).unwrap();
     let address = format!("tcp:{}", destination.address());
     let ended = feed(&["--end-timeout", "1"], &from, &address).end_within(SOON);
-    ended.assert_failed(1, &["because: return path: offset 0x0: nothing came in time", "multifd-channels"]);
+    ended
+        .assert_failed(1, &["because: return path: offset 0x0: nothing arrived in time", "multifd-channels"]);
 }
 
 #[test]
@@ -76,7 +77,7 @@ fn source_that_stops_within_a_section_is_given_up_and_nothing_is_left() {
     let target = Target::Tcp(address.strip_prefix("tcp:").unwrap().parse().unwrap());
     let heard = Script::whole(Shape::default()).cut(On::Main, "devices", 0, 20, None).play(&target).unwrap();
     let ended = receive.end_within(SOON);
-    ended.assert_failed(1, &["the migration from 127.0.0.1:", "nothing came in time", "query-migrate"]);
+    ended.assert_failed(1, &["the migration from 127.0.0.1:", "nothing arrived in time", "query-migrate"]);
     assert_left(&folder, &[]);
     drop(heard);
 }

@@ -156,7 +156,7 @@ fn method_without_channels_is_refused() {
 
 #[test]
 fn tls_to_an_address_without_a_host_is_refused_without_a_name() {
-    let told = "has no host name to hold the certificate of tls-creds against: give tls-hostname";
+    let told = "has no host name to compare with the certificate (tls-creds): set tls-hostname";
     for address in ["unix:/no/such/socket", "tcp::1"] {
         assert_usage(&["send", "--tls-creds", "no/such/folder", "machine", address], told);
     }

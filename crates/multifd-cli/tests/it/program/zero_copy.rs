@@ -16,7 +16,7 @@ fn demo(script: &str, options: &[&str]) -> Program {
 fn too_low_a_limit_is_named() {
     let ended = demo("ulimit -l 64", &["--size", "16M"]).end();
     let told =
-        ["(RLIMIT_MEMLOCK, `ulimit -l`) is 64 KiB", "a packet takes up to 520 KiB", "zero-copy-send off"];
+        ["(RLIMIT_MEMLOCK, `ulimit -l`) is 64 KiB", "a packet needs up to 520 KiB", "zero-copy-send off"];
     ended.assert_failed(1, &told);
 }
 

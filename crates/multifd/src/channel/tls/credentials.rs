@@ -168,13 +168,13 @@ impl CredentialsError {
         use CertificateError as Certificate;
         let why = match &error {
             rustls::Error::InvalidCertificate(why) => match why {
-                Certificate::Expired | Certificate::ExpiredContext { .. } => "it is not valid any more",
+                Certificate::Expired | Certificate::ExpiredContext { .. } => "it has expired",
                 Certificate::NotValidYet | Certificate::NotValidYetContext { .. } => "it is not valid yet",
                 Certificate::UnknownIssuer | Certificate::BadSignature => {
-                    "it is not of the authority in ca-cert.pem beside it"
+                    "it was not issued by the authority in the ca-cert.pem of its folder"
                 }
                 Certificate::InvalidPurpose | Certificate::InvalidPurposeContext { .. } => {
-                    "its extendedKeyUsage is for the other side"
+                    "its extendedKeyUsage does not allow this side"
                 }
                 _ => return Self::new(file, error),
             },
@@ -217,7 +217,7 @@ fn revocations(folder: &Path) -> Result<Vec<CertificateRevocationListDer<'static
             CertificateList::from_der(list).map_err(|error| CredentialsError::new(path.clone(), error))?;
         let next = read.tbs_cert_list.next_update.map(|next| next.to_unix_duration());
         if next.is_some_and(|next| next.as_secs() < UnixTime::now().as_secs()) {
-            let late = "it is out of date: fetch the authority's newer one, or remove it";
+            let late = "it is out of date: get a newer one from the authority, or remove it";
             return Err(CredentialsError::new(path, io::Error::new(io::ErrorKind::InvalidData, late)));
         }
     }
@@ -240,7 +240,7 @@ fn certificates(folder: &Path, name: &str) -> Result<Vec<CertificateDer<'static>
     let bytes = read(&path)?;
     match CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>() {
         Ok(found) if found.is_empty() => {
-            let none = io::Error::new(io::ErrorKind::InvalidData, "it holds no certificate");
+            let none = io::Error::new(io::ErrorKind::InvalidData, "it contains no certificate");
             Err(CredentialsError::new(path, none))
         }
         Ok(found) => Ok(found),

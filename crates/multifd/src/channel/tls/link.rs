@@ -123,8 +123,8 @@ impl TlsLink {
         if self.spent.saturating_add(records) > limit {
             if self.session.protocol_version() != Some(ProtocolVersion::TLSv1_3) {
                 let why = format!(
-                    "TLS 1.2 cannot change keys, and those of this connection have served for {} records: let both \
-                     sides speak TLS 1.3, or use more channels",
+                    "TLS 1.2 cannot change keys, and {} records were sent with the keys of this connection: use TLS 1.3 \
+                     on both sides, or more channels",
                     self.spent
                 );
                 return Err(io::Error::new(io::ErrorKind::InvalidData, Refused { why }));
@@ -205,7 +205,8 @@ impl TlsLink {
         while !self.received.ended {
             match self.receive(Some(end)) {
                 Ok(()) if self.session_closed() => {
-                    let why = "the other side has closed the session: does its tls-authz list our certificate's subject?";
+                    let why = "the other side has closed the session: check that its tls-authz lists our certificate's \
+                               subject";
                     return io::Error::new(error.kind(), Refused { why: why.into() });
                 }
                 Ok(()) => {}
@@ -214,7 +215,8 @@ impl TlsLink {
             }
         }
         let why = format!(
-            "{error}: it may refuse our client-cert.pem, or miss one in the folder of tls-creds; its own log says why"
+            "{error}: it may have refused our client-cert.pem, or require one in the folder of tls-creds; its own log has \
+             the reason"
         );
         io::Error::new(error.kind(), Refused { why })
     }
@@ -392,25 +394,27 @@ impl std::error::Error for Refused {}
 fn explained(error: TlsError) -> io::Error {
     use AlertDescription as Alert;
     let hint = match &error {
-        TlsError::InvalidMessage(_) => ": does the other side speak TLS, is its tls-creds set?",
-        TlsError::NoCertificatesPresented => ": give the source client-cert.pem and client-key.pem",
+        TlsError::InvalidMessage(_) => ": check that the other side uses TLS (tls-creds)",
+        TlsError::NoCertificatesPresented => {
+            ": the source needs client-cert.pem and client-key.pem in tls-creds"
+        }
         TlsError::AlertReceived(alert) => match alert {
             Alert::UnknownCA | Alert::DecryptError => {
-                ": its ca-cert.pem does not know the authority of our certificate"
+                ": its ca-cert.pem does not contain the authority of our certificate"
             }
-            Alert::BadCertificate | Alert::CertificateUnknown => ": it does not take our certificate",
+            Alert::BadCertificate | Alert::CertificateUnknown => ": it does not accept our certificate",
             Alert::CertificateExpired => ": our certificate is not valid at this time",
-            Alert::AccessDenied => ": does its tls-authz list our certificate's subject?",
+            Alert::AccessDenied => ": check that its tls-authz lists our certificate's subject",
             Alert::CertificateRequired | Alert::HandshakeFailure => {
-                ": it may want a certificate; put client-cert.pem and client-key.pem into the folder of tls-creds"
+                ": it may require a certificate: put client-cert.pem and client-key.pem into the folder of tls-creds"
             }
             _ => "",
         },
         TlsError::InvalidCertificate(
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-        ) => ": give the name in its certificate's subjectAltName as tls-hostname",
+        ) => ": set tls-hostname to the name in its certificate's subjectAltName",
         TlsError::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
-            ": our ca-cert.pem does not know its authority"
+            ": our ca-cert.pem does not contain its authority"
         }
         _ => "",
     };
@@ -430,7 +434,7 @@ fn explained(error: TlsError) -> io::Error {
 }
 
 const CLOSED: &str =
-    "the other side closed during the TLS handshake: does it speak TLS, is its tls-creds set?";
+    "the other side closed the connection during the TLS handshake: check that it uses TLS (tls-creds)";
 /// Seven records per call. The system sends 64 KiB at a time. Four or eight records, each with its head and tag, end
 /// just after that, and the receiver is woken for the rest: half the speed.
 const PLAIN: usize = 7 * RECORD;

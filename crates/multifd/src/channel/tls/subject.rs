@@ -16,6 +16,8 @@ use x509_cert::{
     name::Name,
 };
 
+use crate::error::UntrustedText;
+
 thread_local! {
     /// Why this thread's handshake fails. TLS itself only has a code for the reason.
     static DENIED: Cell<Option<String>> = const { Cell::new(None) };
@@ -51,7 +53,10 @@ impl ClientCertVerifier for Listed {
                 if self.authz.contains(&subject) {
                     return Ok(verified);
                 }
-                format!("the source's subject {subject:?} is not in the list of tls-authz")
+                format!(
+                    "the source's subject {:?} is not in the list of tls-authz",
+                    UntrustedText::from(subject)
+                )
             }
             Err(error) => format!("the subject of the source's certificate cannot be read: {error}"),
         };

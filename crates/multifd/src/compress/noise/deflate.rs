@@ -1,16 +1,16 @@
-//! Blocks of deflate (RFC 1951) for what the library is not asked to pack: noise as it is, a run as one match after the
-//! other with the byte before.
+//! Writes blocks of deflate (RFC 1951) without the library: noise is stored, and a run becomes matches with the byte
+//! before.
 
 use crate::wire::limits::PAYLOAD_BYTES;
 
-/// A payload of whole blocks, some from here and some from the library.
+/// A payload that consists of whole blocks. Some are written here, and some by the library.
 pub(super) struct Blocks {
     payload: Box<[u8]>,
     made: usize,
-    /// Those that fill no byte yet, the first one lowest.
+    /// The bits that do not fill a byte yet, the first one lowest.
     bits: u64,
     held: u32,
-    /// The last block is from here.
+    /// The last block was written here.
     ours: bool,
 }
 
@@ -19,17 +19,17 @@ impl Blocks {
         Self { payload: vec![0; PAYLOAD_BYTES as usize].into(), made: 0, bits: 0, held: 0, ours: false }
     }
 
-    /// Begins the next payload, behind one that was [finished](Self::finish).
+    /// Begins the next payload, after one that was [finished](Self::finish).
     pub(super) fn clear(&mut self) {
         self.made = 0;
     }
 
-    /// Adds bytes of the stream's head.
+    /// Appends bytes of the stream's header.
     pub(super) fn head(&mut self, bytes: &[u8]) -> Option<()> {
         bytes.iter().try_for_each(|byte| self.put((*byte).into(), 8))
     }
 
-    /// Adds bytes as they are. `None` here and below: the payload has no room.
+    /// Appends a stored block. This and the other functions return `None` if the payload is full.
     pub(super) fn stored(&mut self, bytes: &[u8]) -> Option<()> {
         for bytes in bytes.chunks(usize::from(u16::MAX)) {
             let length = bytes.len() as u64;
@@ -44,7 +44,7 @@ impl Blocks {
         Some(())
     }
 
-    /// Adds a byte so many times, at least four.
+    /// Appends a run: `length` times the same byte, at least four.
     pub(super) fn run(&mut self, byte: u8, length: usize) -> Option<()> {
         self.put(FIXED_CODES, 3)?;
         match byte {
@@ -53,7 +53,7 @@ impl Blocks {
         }
         let mut left = length - 1;
         while left > 0 {
-            // No rest that is shorter than a match.
+            // The remainder must not be shorter than a match.
             let length = match left {
                 ..=258 => left,
                 259 | 260 => 255,
@@ -68,11 +68,11 @@ impl Blocks {
         Some(())
     }
 
-    /// The length of a match, 3 to 258.
+    /// Appends the length of a match, 3 to 258.
     fn length(&mut self, length: usize) -> Option<()> {
         let over = u32::try_from(length).ok()? - 3;
         let extra = if over < 8 { 0 } else { over.ilog2() - 2 };
-        // Symbols count from 257 on; the last one is for the greatest length alone.
+        // Symbols begin at 257; the last one is only for the greatest length.
         let symbol = if length == 258 { 285 } else { 257 + 4 * extra + (over >> extra) };
         match symbol {
             ..280 => self.code(symbol - 256, 7)?,
@@ -84,7 +84,7 @@ impl Blocks {
         self.put(u64::from(over) & ((1 << extra) - 1), extra)
     }
 
-    /// Ends with a whole byte, by an empty stored block, unless the last block is the library's: those end so.
+    /// Ends at a byte boundary with an empty stored block. Blocks of the library end at a byte boundary already.
     pub(super) fn finish(&mut self) -> Option<()> {
         if self.ours {
             self.stored_nothing()?;
@@ -100,13 +100,13 @@ impl Blocks {
         self.put(0xffff, 16)
     }
 
-    /// Where the library writes to. What is from here has to be [finished](Self::finish).
+    /// The rest of the payload, for the library. Blocks that were written here have to be [finished](Self::finish) before.
     pub(super) fn room(&mut self) -> &mut [u8] {
         debug_assert!(!self.ours && self.held == 0, "a block is open");
         &mut self.payload[self.made..]
     }
 
-    /// The library has written so many bytes.
+    /// The library has written this number of bytes.
     pub(super) fn add(&mut self, made: usize) {
         self.made += made;
     }
@@ -115,7 +115,7 @@ impl Blocks {
         &self.payload[..self.made]
     }
 
-    /// A code of these bits: the first one highest, unlike all else.
+    /// Appends a Huffman code. Its highest bit is first, unlike all other fields.
     fn code(&mut self, code: u32, bits: u32) -> Option<()> {
         self.put(u64::from(code.reverse_bits() >> (u32::BITS - bits)), bits)
     }
@@ -137,7 +137,7 @@ impl Blocks {
     }
 }
 
-/// Kinds of a block that is not the last.
+/// Types of a block that is not the last.
 const STORED: u64 = 0b000;
 const FIXED_CODES: u64 = 0b010;
 const END_OF_BLOCK: u32 = 0;
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_no_room_is_told() {
+    fn bytes_that_do_not_fit_are_refused() {
         let mut blocks = Blocks::new();
         assert_eq!(blocks.stored(&vec![1; PAYLOAD_BYTES as usize]), None);
         let mut blocks = Blocks::new();

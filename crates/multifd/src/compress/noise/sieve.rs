@@ -1,23 +1,23 @@
-//! Noise and runs, told from all else.
+//! Distinguishes noise and runs from all other data.
 //!
-//! A compressor looks for matches in noise byte by byte and finds none, and walks a run of one byte in small steps. What
-//! is nothing but noise and long runs is known by a look at samples, at a fraction of the cost, and each method has a
-//! short way to write it. What has anything else in it is the compressor's, and costs one look at its beginning.
+//! A compressor looks for matches in noise byte by byte and finds none, and it processes a run of one byte in small steps.
+//! Samples show at a fraction of this cost whether data consist only of noise and long runs, and each method has a fast way
+//! to write these. All other data are for the compressor; sampling their beginning is the only extra cost.
 //!
-//! A wrong answer costs bytes and nothing else: the stretches always are the bytes they were found in.
+//! A wrong answer only costs bytes: the stretches always contain the original bytes.
 
-/// Bytes of one kind, one behind the other.
+/// Consecutive bytes of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stretch {
-    /// So many bytes that do not compress.
+    /// This number of bytes that do not compress.
     Noise(usize),
-    /// So many times the same byte.
+    /// This number of equal bytes.
     Run(usize),
 }
 
 pub(super) struct Sieve {
     stretches: Vec<Stretch>,
-    /// How noise began that was met before, by a hash of it. Noise that comes again is a match.
+    /// The first bytes of earlier noise, indexed by their hash. Noise that is repeated is a match for the compressor.
     found: Box<[u64; MEMORY]>,
 }
 
@@ -26,7 +26,8 @@ impl Sieve {
         Self { stretches: Vec::new(), found: Box::new([0; MEMORY]) }
     }
 
-    /// What `bytes` are made of, in order, if they are noise and runs, and at least an eighth is noise: runs alone are no
+    /// The stretches of `bytes`, in order, if these consist of noise and runs, and at least an eighth is noise. Without
+    /// noise the compressor is fast.
     /// work to anybody.
     pub(super) fn sift(&mut self, bytes: &[u8]) -> Option<&[Stretch]> {
         self.stretches.clear();
@@ -51,7 +52,7 @@ impl Sieve {
                     return None;
                 }
                 let distinct = distinct(piece);
-                if distinct < FEWEST || self.was_met(piece) {
+                if distinct < FEWEST || self.is_repeated(piece) {
                     return None;
                 }
                 judged += 1;
@@ -63,13 +64,13 @@ impl Sieve {
                 _ => self.stretches.push(Stretch::Noise(piece.len())),
             }
         }
-        // The more pieces, the nearer is their mean to what noise has.
+        // The more pieces there are, the closer their mean is to the expected value for noise.
         let noisy = distinct_bytes + (EXPECTED - FEWEST) * judged.isqrt() >= EXPECTED * judged;
         (noisy && noise * 8 >= bytes.len()).then_some(&self.stretches)
     }
 
-    /// Whether a piece began so before, not too long ago.
-    fn was_met(&mut self, piece: &[u8]) -> bool {
+    /// Whether a recent piece began with the same bytes.
+    fn is_repeated(&mut self, piece: &[u8]) -> bool {
         let Some(head) = piece.first_chunk().copied().map(u64::from_be_bytes) else { return false };
         let hash = head.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - MEMORY.ilog2());
         let place = &mut self.found[usize::try_from(hash).unwrap_or_default()];
@@ -77,7 +78,7 @@ impl Sieve {
     }
 }
 
-/// How often the first byte is repeated, itself included; may be 0 if it is not at least eight times.
+/// How often the first byte is repeated, including itself. May be 0 if it occurs fewer than eight times.
 fn run(bytes: &[u8]) -> usize {
     let Some(head) = bytes.first_chunk::<8>() else { return 0 };
     let byte = head[0];
@@ -90,8 +91,8 @@ fn run(bytes: &[u8]) -> usize {
     whole + bytes[whole..].iter().take_while(|next| **next == byte).count()
 }
 
-/// How many bytes come before a run, not more than a piece, and at least one. A run is met if it fills eight bytes where a
-/// stride begins.
+/// The number of bytes before the next run, at least one and at most a piece. A run is found if it fills the first eight
+/// bytes of a stride.
 fn before_run(bytes: &[u8]) -> usize {
     let piece = &bytes[..bytes.len().min(PIECE)];
     let strides = piece.as_chunks::<STRIDE>().0.iter().enumerate();
@@ -102,8 +103,8 @@ fn before_run(bytes: &[u8]) -> usize {
     starts.find(|start| *start > 0 && run(&bytes[*start..]) >= RUN).unwrap_or(piece.len())
 }
 
-/// Whether few of the first bytes are equal, which rules out most of what compresses before a sample is taken: of 32 bytes
-/// of noise two are, of text a dozen.
+/// Whether few of the first bytes are equal. This excludes most compressible data before a sample is taken: among 32 bytes
+/// of noise two are equal, in text a dozen.
 fn begins_noisy(piece: &[u8]) -> bool {
     let mut seen = [0_u64; 4];
     for byte in &piece[..STRIDE] {
@@ -112,8 +113,8 @@ fn begins_noisy(piece: &[u8]) -> bool {
     seen.iter().map(|seen| seen.count_ones()).sum::<u32>() > 23
 }
 
-/// How many values a sample of [`SAMPLE`] bytes has. It is taken in parts, each at another place in its eighth of the
-/// piece: every byte of a record has its turn.
+/// The number of different values in a sample of [`SAMPLE`] bytes. The sample has eight parts, each at a different position
+/// in its eighth of the piece, so that each byte of a repeated record is sampled.
 fn distinct(piece: &[u8]) -> usize {
     let mut seen = [0_u8; 256];
     let eighth = piece.len() / 8;
@@ -123,7 +124,7 @@ fn distinct(piece: &[u8]) -> usize {
             seen[usize::from(*byte)] = 1;
         }
     }
-    // In sums of bytes, sixteen at once: each is 16 at the most.
+    // Sixteen sums are computed at once. Each is 16 at most.
     let mut sums = [0_u8; 16];
     for row in seen.as_chunks::<16>().0 {
         for (sum, seen) in sums.iter_mut().zip(row) {
@@ -133,19 +134,19 @@ fn distinct(piece: &[u8]) -> usize {
     sums.iter().map(|sum| usize::from(*sum)).sum()
 }
 
-/// The shortest run that is one.
+/// The length of the shortest run.
 const RUN: usize = 64;
 /// Bytes compared at once.
 const STRIDE: usize = 32;
-/// What is judged by one sample, at the most.
+/// The greatest length that is judged by one sample.
 const PIECE: usize = 4096;
-/// Bytes of a sample. Shorter pieces are not judged.
+/// The length of a sample. Shorter pieces are not judged.
 const SAMPLE: usize = 256;
-/// How many values a sample of noise has: 256 × (1 − (255 ÷ 256)^256). The standard deviation is 5.
+/// The number of different values in a sample of noise: 256 × (1 − (255 ÷ 256)^256). The standard deviation is 5.
 const EXPECTED: usize = 162;
-/// Below this no sample is noise. Bytes that could be made smaller by a twentieth have 144.
+/// A sample with fewer different values is not noise. Data that could be compressed by a twentieth have 144.
 const FEWEST: usize = 145;
-/// How many beginnings are remembered: those of 8 MiB of noise.
+/// The number of remembered beginnings: those of 8 MiB of noise.
 const MEMORY: usize = 2048;
 
 #[cfg(test)]

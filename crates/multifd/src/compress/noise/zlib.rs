@@ -1,4 +1,4 @@
-//! zlib whose blocks of noise and runs are written here, and not by the library.
+//! zlib whose blocks of noise and runs are written here instead of by the library.
 
 use flate2::{Compress, Compression, FlushCompress};
 
@@ -11,8 +11,8 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Pages of noise and runs become blocks of our own; all others go through the library. It looks for matches in each byte
-/// of noise, and at level 1 spends more bits on it than it has.
+/// Writes pages of noise and runs as blocks of its own, and passes all others to the library. The library would look for
+/// matches at each byte of noise, and at level 1 would make the noise longer.
 pub(in crate::compress) struct Encoder {
     packer: Packer,
     sieve: Sieve,
@@ -27,7 +27,7 @@ impl Encoder {
             packer: Packer {
                 stream: Compress::new(Compression::new(level.into()), false),
                 open: false,
-                missed: Vec::new(),
+                skipped: Vec::new(),
                 outrun: false,
             },
             sieve: Sieve::new(),
@@ -50,7 +50,7 @@ impl Encode for Encoder {
             if let Some(stretches) = self.sieve.sift(&self.page) {
                 self.packer.close(&mut self.blocks)?;
                 write(&mut self.blocks, stretches, &self.page).ok_or_else(outgrown)?;
-                self.packer.miss(&self.page);
+                self.packer.skip(&self.page);
             } else {
                 self.blocks.finish().ok_or_else(outgrown)?;
                 self.packer.pack(&self.page, &mut self.blocks)?;
@@ -62,7 +62,7 @@ impl Encode for Encoder {
     }
 }
 
-/// A page as it was found to be.
+/// The result of the sieve for a page.
 fn write(blocks: &mut Blocks, stretches: &[Stretch], page: &[u8]) -> Option<()> {
     let mut rest = page;
     for stretch in stretches {
@@ -81,15 +81,15 @@ fn write(blocks: &mut Blocks, stretches: &[Stretch], page: &[u8]) -> Option<()> 
     Some(())
 }
 
-/// The library, which must know what a match may lead to.
+/// The library, which must know the bytes that a match may refer to.
 struct Packer {
-    /// Blocks alone: nobody is ever told the checksum of a stream that never ends, so none is made.
+    /// Writes blocks without a header and checksum: the stream never ends, so its checksum is never needed.
     stream: Compress,
-    /// It has taken bytes since it last ended at a whole byte.
+    /// Bytes were passed to it since it last ended at a byte boundary.
     open: bool,
-    /// What became blocks of our own since it last took a page,
-    missed: Vec<u8>,
-    /// if that is not a window or more: then no match leads to what it knows.
+    /// The bytes that were written without the library since it last got a page. Not complete if `outrun`.
+    skipped: Vec<u8>,
+    /// A window or more was written without the library, so no match can refer to the bytes that it knows.
     outrun: bool,
 }
 
@@ -97,16 +97,16 @@ impl Packer {
     fn pack(&mut self, page: &[u8], blocks: &mut Blocks) -> Result<()> {
         if self.outrun {
             self.stream.reset();
-        } else if !self.missed.is_empty() {
-            self.stream.set_dictionary(&self.missed).map_err(|error| Error::other(DOING, error))?;
+        } else if !self.skipped.is_empty() {
+            self.stream.set_dictionary(&self.skipped).map_err(|error| Error::other(DOING, error))?;
         }
         self.outrun = false;
-        self.missed.clear();
+        self.skipped.clear();
         self.open = true;
         self.run(page, FlushCompress::None, blocks)
     }
 
-    /// Ends at a whole byte.
+    /// Ends at a byte boundary.
     fn close(&mut self, blocks: &mut Blocks) -> Result<()> {
         if self.open {
             self.open = false;
@@ -115,10 +115,10 @@ impl Packer {
         Ok(())
     }
 
-    fn miss(&mut self, page: &[u8]) {
-        self.outrun |= self.missed.len() + page.len() >= WINDOW;
+    fn skip(&mut self, page: &[u8]) {
+        self.outrun |= self.skipped.len() + page.len() >= WINDOW;
         if !self.outrun {
-            self.missed.extend(page);
+            self.skipped.extend(page);
         }
     }
 
@@ -144,7 +144,7 @@ const DOING: &str = "compress a page with zlib";
 const HEAD: [u8; 2] = [0x78, 0x01];
 const WINDOW: usize = 32 << 10;
 
-/// Within one packet, so it fits.
+/// The number is within one packet, so it fits.
 fn length(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

@@ -1,7 +1,7 @@
-//! zstd whose blocks of noise and runs are found here, and not by the library.
+//! zstd whose blocks of noise and runs are found here instead of by the library.
 //!
-//! UNSAFETY: the library's safe bindings do not know sequence producers, so its compressor is called directly. It is
-//! given pointers to buffers that outlive the call, and one to a sieve that outlives it.
+//! UNSAFETY: the library's safe bindings do not include sequence producers, so its compressor is called directly. It gets
+//! pointers to buffers that outlive the call, and a pointer to a sieve that outlives the compressor.
 #![expect(unsafe_code, reason = "the library's safe bindings do not know sequence producers")]
 
 use std::{
@@ -26,32 +26,32 @@ use crate::{
     error::{Error, Result},
 };
 
-/// The greatest level whose window, 2 MiB at most, is well within what a [`Sieve`] remembers.
+/// The greatest level whose window (2 MiB at most) is much shorter than what a [`Sieve`] remembers.
 pub(in crate::compress) const MOST_LEVEL: u8 = 4;
 
-/// The library's compressor, which asks a sieve about each block before it looks for matches itself.
+/// The library's compressor. It passes each block to a sieve before it looks for matches itself.
 pub(in crate::compress) struct Sifted {
     context: NonNull<ZSTD_CCtx>,
-    /// Owned; reached by the library alone.
+    /// Owned. Only the library accesses it.
     sieve: NonNull<Sieve>,
 }
 
-// SAFETY: both pointers are owned, and what they point to knows nothing of threads.
+// SAFETY: both pointers are owned, and their targets do not depend on a thread.
 unsafe impl Send for Sifted {}
 
 impl Sifted {
     /// A compressor of a level that is at most [`MOST_LEVEL`].
     pub(in crate::compress) fn new(level: u8) -> Result<Self> {
-        // SAFETY: there is nothing to uphold.
+        // SAFETY: the function has no preconditions.
         let context = unsafe { ZSTD_createCCtx() };
         let context = NonNull::new(context).ok_or_else(no_memory)?;
         let mut stream = Self { context, sieve: NonNull::from(Box::leak(Box::new(Sieve::new()))) };
         stream.set(ZSTD_cParameter::ZSTD_c_compressionLevel, level.into())?;
-        // What the sieve leaves alone is the library's.
+        // The library compresses the blocks that the sieve refuses.
         stream.set(ENABLE_SEQ_PRODUCER_FALLBACK, 1)?;
         let sieve = stream.sieve.as_ptr().cast();
-        // SAFETY: the context is alive, and the sieve lives as long as it, see `drop`. `produce` is a producer of sequences
-        // whose state is a sieve.
+        // SAFETY: the context is alive, and the sieve lives as long as the context, see `drop`. `produce` is a sequence
+        // producer whose state is a sieve.
         unsafe { ZSTD_registerSequenceProducer(stream.context.as_ptr(), sieve, Some(produce)) };
         Ok(stream)
     }
@@ -80,14 +80,15 @@ impl Compressor for Sifted {
 
 impl Drop for Sifted {
     fn drop(&mut self) {
-        // SAFETY: it was made by `ZSTD_createCCtx` and is not used again.
+        // SAFETY: it was created by `ZSTD_createCCtx` and is not used again.
         unsafe { ZSTD_freeCCtx(self.context.as_ptr()) };
-        // SAFETY: it is the box that `new` has leaked; the context that knew it is gone.
+        // SAFETY: it is the box that `new` leaked, and the context that referred to it is freed.
         drop(unsafe { Box::from_raw(self.sieve.as_ptr()) });
     }
 }
 
-/// What the library calls for each block: the sequences of a block of noise and runs, or the word that it is none.
+/// The library calls it for each block. Returns the number of sequences if the block is noise and runs, otherwise
+/// [`NOT_MINE`].
 unsafe extern "C" fn produce(
     sieve: *mut c_void,
     sequences: *mut ZSTD_Sequence,
@@ -99,12 +100,11 @@ unsafe extern "C" fn produce(
     _: c_int,
     _: usize,
 ) -> usize {
-    // SAFETY: it is the state that was registered, a sieve, and the one reference to it: a context serves one call at a
-    // time.
+    // SAFETY: it is the registered state, a sieve. This is its only reference, because a context serves one call at a time.
     let sieve = unsafe { &mut *sieve.cast::<Sieve>() };
-    // SAFETY: the library says that so many bytes of the block can be read.
+    // SAFETY: the library guarantees that `length` bytes of the block can be read.
     let block = unsafe { slice::from_raw_parts(block.cast::<u8>(), length) };
-    // SAFETY: the library says that there is room for so many sequences; nothing is said about what is there now.
+    // SAFETY: the library guarantees space for `room` sequences; they may be uninitialised.
     let places = unsafe { slice::from_raw_parts_mut(sequences.cast::<MaybeUninit<ZSTD_Sequence>>(), room) };
     let Some(stretches) = sieve.sift(block) else { return NOT_MINE };
     let mut places = places.iter_mut();
@@ -117,7 +117,7 @@ unsafe extern "C" fn produce(
     for stretch in stretches {
         match *stretch {
             Stretch::Noise(length) => literals += length,
-            // A byte, and a match with the byte before.
+            // One literal, and a match with the byte before.
             Stretch::Run(length) => {
                 if !put(sequence(literals + 1, 1, length - 1)) {
                     return NOT_MINE;
@@ -134,9 +134,9 @@ fn sequence(literals: usize, offset: u32, length: usize) -> ZSTD_Sequence {
     ZSTD_Sequence { offset, litLength: within_a_block(literals), matchLength: within_a_block(length), rep: 0 }
 }
 
-/// What a call to the library has given back.
+/// Converts the library's return code.
 fn checked(code: usize) -> Result<usize> {
-    // SAFETY: it looks at the number alone.
+    // SAFETY: the function only reads the number.
     if unsafe { ZSTD_isError(code) } == 0 { Ok(code) } else { Err(refused(code)) }
 }
 
@@ -148,7 +148,7 @@ fn no_memory() -> Error {
     Error::io("use zstd", std::io::ErrorKind::OutOfMemory.into())
 }
 
-/// What a producer says that has made no sequences: more than there is room for.
+/// The result of a producer that did not produce sequences: more than there is space for.
 const NOT_MINE: usize = usize::MAX;
-/// `ZSTD_c_enableSeqProducerFallback`; the bindings know its number.
+/// `ZSTD_c_enableSeqProducerFallback`. The bindings only have its number.
 const ENABLE_SEQ_PRODUCER_FALLBACK: ZSTD_cParameter = ZSTD_cParameter::ZSTD_c_experimentalParam17;

@@ -116,11 +116,11 @@ fn every_wrong_field_is_refused_with_its_reason() {
         ),
         (12, &[0, 0, 0, 9], "10 normal pages are more than pages_alloc 9"),
         (16, &[0, 0, 0, 129], "129 normal pages are more than pages_alloc 128"),
-        (16, &[0, 0, 0, 11], "118 zero pages beside 11 normal ones are more than pages_alloc 128"),
-        (32, &[0xff; 4], "4294967295 zero pages beside 10 normal ones are more than pages_alloc 128"),
+        (16, &[0, 0, 0, 11], "11 normal and 118 zero pages are more than pages_alloc 128"),
+        (32, &[0xff; 4], "10 normal and 4294967295 zero pages are more than pages_alloc 128"),
         (64, &[0], "the packet lists pages, but names no block"),
-        (326, &[0x02, 0x00], "offset 0x200 is no multiple of the page size 4 KiB"),
-        (11, &[0x80], "packet flags 0x80 hold 0x80, which this version does not know"),
+        (326, &[0x02, 0x00], "offset 0x200 is not a multiple of the page size 4 KiB"),
+        (11, &[0x80], "packet flags 0x80 include 0x80, which this version does not support"),
         (11, &[0x40], "device-state packet: expected a device id of 1 to 255 bytes, ended by NUL"),
     ];
     for (offset, field, text) in cases {

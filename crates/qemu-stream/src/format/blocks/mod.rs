@@ -69,7 +69,7 @@ impl BlockList {
         }
         if let Some(last) = entries.last().filter(|last| last.used_length == 0) {
             return refused(format!(
-                "\"{}\" is empty and last, where no reader would find it; list it earlier or leave it out",
+                "\"{}\" is empty and the last one, where a destination does not read it: list it earlier, or omit it",
                 last.name
             ));
         }
@@ -83,7 +83,7 @@ impl BlockList {
                 return refused(format!("expected at most {:#x} bytes in all", limits::RAM_TOTAL));
             }
             if list.position(&entry.name).is_some() {
-                return refused(format!("\"{}\" is there twice", entry.name));
+                return refused(format!("\"{}\" exists twice", entry.name));
             }
             list.push(entry);
         }

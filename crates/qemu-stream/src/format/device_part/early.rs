@@ -84,7 +84,7 @@ impl EarlyPart {
             if ordinary > 0 {
                 continue;
             }
-            if r.look(HEAD)?.is_some_and(|bytes| bytes == footer) && self.follows_footer(r, ram)? {
+            if r.peek_bytes(HEAD)?.is_some_and(|bytes| bytes == footer) && self.follows_footer(r, ram)? {
                 break;
             }
             self.bytes.push(FOOTER);
@@ -221,7 +221,7 @@ impl EarlyPart {
 
     /// Whether the data after the next footer may follow a device before the end of RAM.
     fn follows_footer<R: Read>(&self, r: &mut Reader<R>, ram: Option<SectionId>) -> Result<bool, Error> {
-        let Some(&[kind, a, b, c, d]) = r.look(2 * HEAD)?.and_then(|bytes| bytes.get(HEAD..)) else {
+        let Some(&[kind, a, b, c, d]) = r.peek_bytes(2 * HEAD)?.and_then(|bytes| bytes.get(HEAD..)) else {
             return Ok(false);
         };
         let id = SectionId(u32::from_be_bytes([a, b, c, d]));
@@ -231,8 +231,8 @@ impl EarlyPart {
             COMMAND => Ok(a == 0 && (1..=11).contains(&b)),
             START | FULL => {
                 let length =
-                    r.look(2 * HEAD + 1)?.and_then(|bytes| bytes.last().copied()).unwrap_or_default();
-                let name = r.look(2 * HEAD + 1 + usize::from(length))?;
+                    r.peek_bytes(2 * HEAD + 1)?.and_then(|bytes| bytes.last().copied()).unwrap_or_default();
+                let name = r.peek_bytes(2 * HEAD + 1 + usize::from(length))?;
                 let name = name.and_then(|bytes| bytes.get(2 * HEAD + 1..)).unwrap_or_default();
                 Ok(!name.is_empty() && name.iter().all(|byte| (b' '..=b'~').contains(byte)))
             }

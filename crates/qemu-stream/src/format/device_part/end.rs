@@ -67,7 +67,7 @@ impl EndFinder {
     ///
     /// # Errors
     /// If more places look like the end than any real device part has.
-    pub fn look(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
+    pub fn find(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
         self.scan(collected)?;
         let mut found = None;
         for Candidate { eof, end } in self.candidates.iter().copied().filter(|c| c.end == collected.len()) {
@@ -76,11 +76,12 @@ impl EndFinder {
             if self.parsed > limits::DESCRIPTIONS_PARSED {
                 return Err(Violation::TooManyEnds { max: self.found });
             }
-            let split =
-                Description::parse(json).map_err(|e| Misfit::Json(e.to_string())).and_then(|description| {
+            let split = Description::parse(json).map_err(|e| Misfit::Json(e.to_string().into())).and_then(
+                |description| {
                     let blob = collected.get(..eof).unwrap_or_default();
                     walk::split(&self.early, blob, &description, self.footers)
-                });
+                },
+            );
             match split {
                 Ok(sections) => {
                     found = Some((eof, sections));

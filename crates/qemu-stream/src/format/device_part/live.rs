@@ -80,7 +80,7 @@ impl LiveSection {
         left: usize,
     ) -> Result<(), Error> {
         if self.ended {
-            let (record, place) = ("PART or END", "behind the END of its section");
+            let (record, place) = ("PART or END", "after the END of its section");
             return Err(Violation::Misplaced { record, place }.at(r.here()));
         }
         let from = out.len();

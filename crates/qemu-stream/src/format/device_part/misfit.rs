@@ -1,5 +1,7 @@
 //! Why a description of devices does not fit.
 
+use multifd::error::UntrustedText;
+
 use crate::format::name::SectionName;
 
 /// Why a description does not fit the sections before it.
@@ -8,14 +10,14 @@ use crate::format::name::SectionName;
 pub enum Misfit {
     /// It is not JSON, or not of the expected shape.
     #[error("description: {0}")]
-    Json(String),
+    Json(UntrustedText),
     /// There is a different section at the described place.
     #[error("at {at:#x}: expected section of device \"{name}\" instance {instance}")]
     Device {
         /// Where in the device part.
         at: usize,
         /// The device described.
-        name: String,
+        name: UntrustedText,
         /// Its instance.
         instance: i64,
     },
@@ -38,7 +40,7 @@ pub enum Misfit {
         name: SectionName,
     },
     /// More sections follow than are described.
-    #[error("{left:#x} bytes behind the last described device")]
+    #[error("{left:#x} bytes after the last described device")]
     Left {
         /// The number of bytes.
         left: usize,

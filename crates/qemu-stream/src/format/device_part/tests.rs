@@ -16,12 +16,12 @@ fn part(sections: &str, json: &str) -> Vec<u8> {
 }
 
 fn found(bytes: &[u8]) -> Option<DevicePart> {
-    EndFinder::new(true).look(&mut bytes.to_vec()).unwrap()
+    EndFinder::new(true).find(&mut bytes.to_vec()).unwrap()
 }
 
 fn misfit(bytes: &[u8]) -> Misfit {
     let mut finder = EndFinder::new(true);
-    assert_eq!(finder.look(&mut bytes.to_vec()).unwrap(), None);
+    assert_eq!(finder.find(&mut bytes.to_vec()).unwrap(), None);
     match finder.missing(bytes.len()) {
         Malformed::NoDescription { last: Some(misfit), .. } => misfit,
         other => panic!("no candidate was tried: {other}"),
@@ -61,12 +61,26 @@ fn sections_are_split_as_described() {
     assert_eq!(part.blob(), dump(SECTIONS));
 }
 
+/// A description that could clear the screen or imitate a message.
+#[test]
+fn names_from_a_description_are_escaped_in_errors() {
+    for json in [
+        r#"{"devices": [{"name": "x\u001b]0;owned\u0007\u202e\nmultifd: received ok", "instance_id": 1}]}"#,
+        "{\"devices\": [{\"name\": \"\u{9b}2J\", \"instance_id\": 1}]}",
+        "{\"devices\": \"\u{9b}2J\u{202e}\"}",
+    ] {
+        let text = misfit(&part(SECTIONS, json)).to_string();
+        assert!(!text.contains(multifd::error::is_executed), "{text:?}");
+        assert!(text.contains("2J") || text.contains(r"\u{1b}]0;owned\u{7}"), "{text}");
+    }
+}
+
 #[test]
 fn a_cut_part_has_no_end_at_any_byte() {
     let bytes = part(SECTIONS, JSON);
     for length in 0..bytes.len() {
         let mut finder = EndFinder::new(true);
-        assert_eq!(finder.look(&mut bytes[..length].to_vec()).unwrap(), None, "cut at {length}");
+        assert_eq!(finder.find(&mut bytes[..length].to_vec()).unwrap(), None, "cut at {length}");
     }
 }
 
@@ -77,7 +91,7 @@ fn the_end_is_found_in_a_part_that_arrives_byte_by_byte() {
     let mut collected = Vec::new();
     for (i, byte) in bytes.iter().enumerate() {
         collected.push(*byte);
-        assert_eq!(finder.look(&mut collected).unwrap().is_some(), i + 1 == bytes.len());
+        assert_eq!(finder.find(&mut collected).unwrap().is_some(), i + 1 == bytes.len());
     }
 }
 
@@ -104,7 +118,7 @@ fn a_false_end_in_device_data_is_passed_over() {
     let mut collected = Vec::new();
     for (i, byte) in bytes.iter().enumerate() {
         collected.push(*byte);
-        assert_eq!(finder.look(&mut collected).unwrap().is_some(), i + 1 == bytes.len());
+        assert_eq!(finder.find(&mut collected).unwrap().is_some(), i + 1 == bytes.len());
     }
 }
 
@@ -133,7 +147,7 @@ fn a_description_that_does_not_fit_says_where() {
         ("description: ", r#"{"name": "d", "fields": [{"size": -1}]}"#.to_owned()),
         ("description: ", r#"{"name": 3}"#.to_owned()),
         ("description: ", "".to_owned() + &"[".repeat(200_000)),
-        ("bytes behind", String::new()),
+        ("bytes after", String::new()),
     ] {
         let found = misfit(&part(section, &json(&device))).to_string();
         assert!(found.contains(expected), "{device:.80}: {found}");
@@ -169,7 +183,7 @@ fn a_description_longer_than_allowed_is_no_candidate() {
         bytes.push(b'{');
         bytes.resize(11 + length as usize, b' ');
         let mut finder = EndFinder::new(true);
-        assert_eq!(finder.look(&mut bytes).unwrap(), None);
+        assert_eq!(finder.find(&mut bytes).unwrap(), None);
         let missing = finder.missing(bytes.len());
         assert_eq!(matches!(missing, Malformed::NoDescription { last: Some(_), .. }), candidates == 1);
     }
@@ -179,9 +193,9 @@ fn a_description_longer_than_allowed_is_no_candidate() {
 fn more_false_ends_than_allowed_are_refused() {
     let decoy = dump("7e 00 00 00 00 00 06 00 00 ff ff \"{\"");
     let mut finder = EndFinder::new(true);
-    assert_eq!(finder.look(&mut decoy.repeat(limits::ENDS)), Ok(None));
+    assert_eq!(finder.find(&mut decoy.repeat(limits::ENDS)), Ok(None));
     let mut finder = EndFinder::new(true);
-    let refused = finder.look(&mut decoy.repeat(limits::ENDS + 1));
+    let refused = finder.find(&mut decoy.repeat(limits::ENDS + 1));
     assert!(matches!(refused, Err(Violation::TooManyEnds { .. })));
 }
 
@@ -196,7 +210,7 @@ fn parsing_in_search_of_the_end_is_bounded() {
         bytes.push(b'{');
     }
     bytes.resize(11 + length as usize, b' ');
-    let refused = EndFinder::new(true).look(&mut bytes);
+    let refused = EndFinder::new(true).find(&mut bytes);
     assert!(matches!(refused, Err(Violation::TooManyEnds { .. })));
 }
 
@@ -206,7 +220,7 @@ fn a_part_of_2_3_has_no_footers() {
     let json = r#"{"devices": [{"name": "d", "instance_id": 0, "fields": [{"size": 2}]}]}"#;
     let mut bytes = part(sections, json);
     assert_eq!(found(&bytes), None);
-    let found = EndFinder::new(false).look(&mut bytes).unwrap().unwrap();
+    let found = EndFinder::new(false).find(&mut bytes).unwrap().unwrap();
     assert_eq!(found.sections().len(), 1);
 }
 
@@ -244,7 +258,7 @@ proptest! {
         let mut found = None;
         for piece in built.as_bytes().chunks(step) {
             collected.extend(piece);
-            found = finder.look(&mut collected).unwrap();
+            found = finder.find(&mut collected).unwrap();
         }
         prop_assert_eq!(found, Some(built));
     }
@@ -253,6 +267,6 @@ proptest! {
     fn random_bytes_never_panic(noise in proptest::collection::vec(any::<u8>(), 0..600), json in "\\PC{0,100}") {
         let mut bytes = noise;
         bytes.extend(part("7e 00 00 00 00", &format!("{{{json}")));
-        let _ = EndFinder::new(true).look(&mut bytes);
+        let _ = EndFinder::new(true).find(&mut bytes);
     }
 }

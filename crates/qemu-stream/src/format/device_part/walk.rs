@@ -50,7 +50,7 @@ fn take(
     early: bool,
     sections: &mut Vec<DeviceSection>,
 ) -> Result<usize, Misfit> {
-    let other = || Misfit::Device { at, name: entry.name.clone(), instance: entry.instance };
+    let other = || Misfit::Device { at, name: entry.name.clone().into(), instance: entry.instance };
     let (head, length) = blob.get(at..).and_then(head_at).ok_or_else(other)?;
     // JSON shows an instance above 2^31 as a negative number: both mean the same 32 bits.
     if head.name.as_bytes() != entry.name.as_bytes()

@@ -72,7 +72,7 @@ impl Record {
             }
             ZERO | PAGE | XBZRLE => {}
             MEM_SIZE => {
-                let (record, place) = ("MEM_SIZE", "behind the block list");
+                let (record, place) = ("MEM_SIZE", "after the block list");
                 return Err(Violation::Misplaced { record, place }.at(at));
             }
             HOOK => {

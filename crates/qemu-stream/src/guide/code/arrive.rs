@@ -21,7 +21,7 @@ pub fn arrive(
 ) -> Result<Machine, Box<dyn StdError + Send + Sync>> {
     // 1. Wait for a source. Machines of other types are refused.
     let expected = Expected::Type(MachineType::new("my-vmm-1")?);
-    let arrival = Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), stop)?.accept()?;
+    let arrival = Arrival::listen(listener, ArrivalOptions::new(expected), stop)?.accept()?;
 
     // 2. RAM. The source announces the blocks. We choose their memory, or refuse them. They belong to the machine for its
     //    whole life.

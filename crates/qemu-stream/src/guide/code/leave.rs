@@ -1,8 +1,8 @@
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use multifd::{
     Error, Result,
-    channel::{Address, Connect, Stop},
+    channel::{Address, Stop},
     live::{MigrateOptions, MigrationInfo},
 };
 use qemu_stream::{
@@ -15,9 +15,7 @@ use crate::machine::Machine;
 /// Migrates the machine to `address`. If that fails, or `stop` cancels it, the guest is here as it was before.
 pub fn leave(machine: &mut Machine, address: &Address, stop: &Stop) -> Result<MigrationInfo> {
     // 1. Options. The destination compares the machine type with its own.
-    let machine_type =
-        MachineType::new("my-vmm-1").map_err(|error| Error::other("name the machine", error))?;
-    let options = SourceOptions::new(Configuration::new(machine_type))
+    let options = SourceOptions::new(Configuration::new(MachineType::new("my-vmm-1")?))
         .channels(4)
         .migrate(MigrateOptions::new().downtime_limit(Duration::from_millis(300)));
 
@@ -30,6 +28,5 @@ pub fn leave(machine: &mut Machine, address: &Address, stop: &Stop) -> Result<Mi
     let mut log = log.map_err(|error| Error::io("read what the guest writes", error))?;
 
     // 4. Connections, passes, switchover, devices, and the confirmation of the destination.
-    let connector: Arc<dyn Connect> = Arc::new(address.clone());
-    source.migrate(&connector, &mut log, machine)
+    source.migrate(address.clone(), &mut log, machine)
 }

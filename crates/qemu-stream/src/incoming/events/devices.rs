@@ -43,7 +43,7 @@ impl Collected {
     /// Appends the bytes that arrived at `at`. Returns the whole part if it is complete.
     pub(super) fn take(&mut self, bytes: &[u8], at: Place) -> Result<Option<DevicePart>, Error> {
         self.bytes.extend_from_slice(bytes);
-        self.finder.look(&mut self.bytes).map_err(|what| what.at(at))
+        self.finder.find(&mut self.bytes).map_err(|what| what.at(at))
     }
 
     /// The part of a source that closed the connection at `at`. A source with a return path waits for a reply before it closes: if

@@ -307,7 +307,7 @@ impl Parser<'_> {
         let rest = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
         let mut finder = EndFinder::new(self.footers).early(std::mem::take(&mut self.early));
         let mut bytes = [finder.ends(), &rest].concat();
-        if let Some(part) = finder.look(&mut bytes).map_err(|what| what.at(at))? {
+        if let Some(part) = finder.find(&mut bytes).map_err(|what| what.at(at))? {
             return Ok(part);
         }
         if !complete.unwrap_or(self.footers) {
@@ -340,12 +340,7 @@ fn place(
     // A block that is not sent has no bitmap.
     let ignored = ignore_shared && place.is_ignored();
     if bitmap_offset < header_end && !ignored {
-        return refused(
-            &entry.name,
-            "bitmap",
-            bitmap_offset,
-            format!("behind its header at {header_end:#x}"),
-        );
+        return refused(&entry.name, "bitmap", bitmap_offset, format!("after its header at {header_end:#x}"));
     }
     let bitmap_end = match bitmap_offset.checked_add(place.bitmap_length()) {
         _ if ignored => header_end,
@@ -357,7 +352,7 @@ fn place(
         return refused(&entry.name, "pages", pages_offset, expected);
     }
     if pages_offset < bitmap_end {
-        let expected = format!("behind the bitmap's end at {bitmap_end:#x}");
+        let expected = format!("after the bitmap's end at {bitmap_end:#x}");
         return refused(&entry.name, "pages", pages_offset, expected);
     }
     match pages_offset.checked_add(entry.used_length) {

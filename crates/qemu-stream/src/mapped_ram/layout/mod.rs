@@ -80,7 +80,10 @@ impl Layout {
     ) -> Result<Self, Usage> {
         if !configuration.machine.has_footers() {
             let machine = configuration.machine.clone();
-            return Err(Usage::Machine { machine, why: "has no configuration to say mapped-ram in" });
+            return Err(Usage::Machine {
+                machine,
+                why: "has no configuration, so it cannot have capability mapped-ram",
+            });
         }
         let shape = Shape {
             configuration: Some(configuration),
@@ -107,7 +110,7 @@ impl Layout {
         }
         let ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
         if !ignore_shared && !ignored.is_empty() {
-            let why = "some are left out, but the configuration lacks x-ignore-shared".to_owned();
+            let why = "some are ignored, but the configuration lacks x-ignore-shared".to_owned();
             return Err(Usage::Value { what: "blocks", why });
         }
         let configuration =
@@ -192,7 +195,7 @@ impl Layout {
         let named = |(_, block): (BlockIndex, &RamBlock)| (block.name().clone(), block.used_length());
         let listed = self.blocks.entries().iter().map(|entry| (entry.name.clone(), entry.used_length));
         if !blocks.iter().map(named).eq(listed) {
-            return Err(Usage::Blocks("they are not those that the file was laid out for".into()).into());
+            return Err(Usage::Blocks("they differ from those that the file was created for".into()).into());
         }
         let present = |index| blocks.get(index).map(|block| block.present_words().collect());
         self.write(file, tail, |index, _| present(index).unwrap_or_default())
@@ -249,7 +252,7 @@ impl Layout {
     fn check_tail(&self, tail: &Tail<'_>) -> Result<(), Usage> {
         tail.devices.check_beside(self.section)?;
         if tail.devices.has_footers() != self.footers {
-            let why = "have footers where the file has none, or none where it has".to_owned();
+            let why = "have footers and the file has none, or have none and the file has them".to_owned();
             return Err(Usage::Value { what: "devices", why });
         }
         Ok(())
@@ -272,7 +275,7 @@ impl Layout {
             write_at(file, &note.encode(), at, "write the note")?;
         }
         with_file_size_errors(|| file.set_len(end))
-            .map_err(|source| io_error(source, end, "cut the file"))?;
+            .map_err(|source| io_error(source, end, "truncate the file"))?;
         Ok(end)
     }
 }

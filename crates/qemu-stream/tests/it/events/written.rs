@@ -98,7 +98,7 @@ fn with_other_sections() -> DevicePart {
     behind.extend(b"\x04\0\0\0\x05\x01d\0\0\0\0\0\0\0\x01\xaa\xaa\x7e\0\0\0\x05\0\x06");
     behind.extend(u32::try_from(json.len()).unwrap().to_be_bytes());
     behind.extend(json.bytes());
-    EndFinder::new(true).early(early).look(&mut behind).unwrap().unwrap()
+    EndFinder::new(true).early(early).find(&mut behind).unwrap().unwrap()
 }
 
 /// The stream of a machine with these devices.
@@ -234,7 +234,7 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
         match &event {
             Event::Configuration(_) => wrong(&mut copy, &event, "before the start of ram"),
             Event::Blocks { .. } => wrong(&mut copy, &page(), "in the first section of ram"),
-            Event::Eos => wrong(&mut copy, &event, "behind the end of records"),
+            Event::Eos => wrong(&mut copy, &event, "after the end of records"),
             Event::SectionEnd { .. } => wrong(&mut copy, &Event::EndOfRam, {
                 in_pass += 1;
                 if in_pass < 3 { "between two passes" } else { break }
@@ -255,7 +255,7 @@ fn an_event_out_of_order_is_refused_and_leaves_no_byte() {
         }
     }
     copy.write(&Event::EndOfRam).unwrap();
-    wrong(&mut copy, &Event::SyncPoint(SyncMark::Flush), "behind the end of ram");
+    wrong(&mut copy, &Event::SyncPoint(SyncMark::Flush), "after the end of ram");
     // Devices of another stream.
     let refused = copy.write(&Event::End(Box::new(with_other_sections())));
     assert!(matches!(refused, Err(Error::Usage(Usage::Value { what: "devices", .. }))));

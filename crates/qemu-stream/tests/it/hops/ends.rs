@@ -9,7 +9,7 @@ use std::{
 
 use multifd::{
     Callback, Error, Fault,
-    channel::{Address, Connect, Stop},
+    channel::{Address, Stop},
     error::Usage,
     live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState},
     ram::{BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, NeverDirty, PageBitmap, PageIndex, RamBlocks},
@@ -20,7 +20,7 @@ use qemu_stream::{
     incoming::Expected,
 };
 
-use super::kit::{RAM, Told, as_announced, blocks, departure, hop, listening, taken};
+use super::kit::{RAM, Told, as_announced, block, blocks, departure, hop, listening, taken};
 
 #[test]
 fn a_paused_guest_stays_paused_on_whichever_side_it_ends_up() {
@@ -38,6 +38,37 @@ fn a_paused_guest_stays_paused_on_whichever_side_it_ends_up() {
         let was = if paused { RunState::Paused } else { RunState::Running };
         assert_eq!(left.expect("left").guest_was, Some(was));
         assert_eq!(arrived.expect("arrived").1, was);
+    }
+}
+
+/// Between the announcement and `load` nobody has decided yet: a drop, a refusal and blocks that do not match leave the
+/// guest at the source.
+#[test]
+fn a_machine_that_was_only_announced_stays_at_the_source() {
+    for (channels, end) in [0, 3].into_iter().flat_map(|channels| (0..3).map(move |end| (channels, end))) {
+        let source = blocks(&RAM);
+        let (listener, address) = listening();
+        let arriving = thread::spawn(move || {
+            let options = ArrivalOptions::new(Expected::Type(MachineType::new("told-1").expect("a name")));
+            let arrival = Arrival::listen(listener, options, &Stop::new())?.accept()?;
+            let announced = arrival.announced()?;
+            assert_eq!(announced.list().entries().len(), RAM.len());
+            assert_eq!(announced.configuration().expect("sent").machine.as_str(), "told-1");
+            match end {
+                0 => {
+                    drop(announced);
+                    Ok(())
+                }
+                1 => Err(announced.refuse(Error::other("refuse", "as told"))),
+                _ => announced.load(RamBlocks::new(vec![block("another", 4)])?).map(drop),
+            }
+        });
+        let mut guest = Told::default();
+        let leaving = departure(&source, channels, MigrateOptions::new(), &Stop::new());
+        let error = leaving.migrate(address, &mut NeverDirty, &mut guest).expect_err("not taken");
+        assert_eq!(error.fault(), Fault::Peer, "{channels} channels, {end}: {error:?}");
+        assert_eq!(guest.stops, guest.resumes, "{channels} channels, {end}");
+        assert_eq!(arriving.join().expect("no panic").is_ok(), end == 0);
     }
 }
 
@@ -167,18 +198,15 @@ fn where_nobody_can_know_the_guest_stays_stopped_until_the_embedder_decides() {
         let (between, address) = Between::start(target);
         let arriving = thread::spawn(move || {
             let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-            let arrival =
-                Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
+            let arrival = Arrival::listen(listener, ArrivalOptions::new(expected), &Stop::new())?.accept()?;
             let pending = arrival.load(as_announced)?;
             between.cut();
             // The end of its connection arrives within this time.
             thread::sleep(Duration::from_millis(100));
             taken(pending)
         });
-        let connector: Arc<dyn Connect> = Arc::new(address);
         let (mut guest, options) = (Told::default(), MigrateOptions::new().resume_if_unknown(resumes));
-        let left =
-            departure(&source, 2, options, &Stop::new()).migrate(&connector, &mut NeverDirty, &mut guest);
+        let left = departure(&source, 2, options, &Stop::new()).migrate(address, &mut NeverDirty, &mut guest);
         let error = left.expect_err("cut");
         assert!(matches!(error, Error::OwnerUnknown(_)), "{error:?}");
         assert_eq!((guest.stops, guest.resumes), (1, u32::from(resumes)));
@@ -197,16 +225,15 @@ fn a_cancel_while_the_destination_restores_takes_the_guest_back() {
         let cancelled = stop.clone();
         let arriving = thread::spawn(move || {
             let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-            let arrival =
-                Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
+            let arrival = Arrival::listen(listener, ArrivalOptions::new(expected), &Stop::new())?.accept()?;
             let pending = arrival.load(as_announced)?;
             cancelled.cancel();
             thread::sleep(Duration::from_millis(50));
             taken(pending)
         });
-        let (connector, mut guest): (Arc<dyn Connect>, _) = (Arc::new(address), Told::default());
+        let mut guest = Told::default();
         let leaving = departure(&source, channels, MigrateOptions::new(), &stop);
-        let error = leaving.migrate(&connector, &mut NeverDirty, &mut guest).expect_err("cancelled");
+        let error = leaving.migrate(address, &mut NeverDirty, &mut guest).expect_err("cancelled");
         assert!(error.is_cancelled(), "{error:?}");
         assert_eq!((guest.stops, guest.resumes), (1, 1));
         arriving.join().expect("no panic").expect_err("taken back");
@@ -258,10 +285,9 @@ fn the_blackout_has_a_bound() {
         .downtime_limit(Duration::from_millis(50))
         .switchover_timeout(Some(Duration::from_millis(500)));
     let mut guest = Told::default();
-    let connector: Arc<dyn Connect> = Arc::new(address);
     let begun = std::time::Instant::now();
     let error = departure(&source, 0, options, &Stop::new())
-        .migrate(&connector, &mut NeverDirty, &mut guest)
+        .migrate(address, &mut NeverDirty, &mut guest)
         .expect_err("given up");
     assert!(matches!(error.kind(), Error::SwitchoverTimeout { .. }), "{error:?}");
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
@@ -290,17 +316,18 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
             unreachable!("it runs")
         }
     }
-    let nowhere: Arc<dyn Connect> = Arc::new("tcp:127.0.0.1:1".parse::<Address>().expect("an address"));
+    let nowhere: Address = "tcp:127.0.0.1:1".parse().expect("an address");
     let cpu = |bytes| DeviceInfo::new("cpu", bytes);
     for (devices, why) in [
-        (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 is there twice"),
+        (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 exists twice"),
         (vec![DeviceInfo::new("", 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("x".repeat(256), 1)], "1 to 255 bytes"),
         (vec![DeviceInfo::new("globalstate", 1)], "run state"),
-        (vec![cpu(200 << 20)], "a destination takes 0x8000000"),
+        (vec![cpu(200 << 20)], "a destination accepts at most 0x8000000"),
     ] {
         let leaving = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());
-        let error = leaving.migrate(&nowhere, &mut NeverDirty, &mut Devices(devices)).expect_err("refused");
+        let error =
+            leaving.migrate(nowhere.clone(), &mut NeverDirty, &mut Devices(devices)).expect_err("refused");
         let told = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
         let told: String = told.map(|error| format!("{error}: ")).collect();
         assert!(told.contains(why), "{told}");

@@ -4,7 +4,7 @@ use std::{sync::Arc, thread};
 
 use multifd::{
     Error,
-    channel::{Address, Connect, Listener, Stop},
+    channel::{Address, Listener, Stop},
     live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState},
     ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
@@ -98,12 +98,10 @@ pub(super) fn hop<T: Send + 'static>(
     let (listener, address) = listening();
     let arriving = thread::spawn(move || {
         let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
-        let arrival =
-            Arrival::listen(Box::new(listener), ArrivalOptions::new(expected), &Stop::new())?.accept()?;
+        let arrival = Arrival::listen(listener, ArrivalOptions::new(expected), &Stop::new())?.accept()?;
         arrival.load(make).and_then(then)
     });
-    let connector: Arc<dyn Connect> = Arc::new(address);
-    let left = departure(source, channels, migrate, &Stop::new()).migrate(&connector, log, guest);
+    let left = departure(source, channels, migrate, &Stop::new()).migrate(address, log, guest);
     (left, arriving.join().expect("no panic"))
 }
 

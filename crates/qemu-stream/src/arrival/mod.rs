@@ -1,0 +1,225 @@
+//! Receives a machine: from a listener to a guest that may run. Each step is a type.
+//!
+//! ```text
+//! Listening ─ accept ─▶ Arrival ─ announced ─▶ Announced ─ load(blocks) ─▶ Pending ─ confirm ─▶ Confirmed
+//!                       a source               configuration             RAM and devices      the guest
+//!                       is here                and block list            are here             is ours
+//! ```
+//!
+//! After any failure before [`Pending::confirm`] has returned (an error, a panic, a drop), the source keeps the guest
+//! and is informed. After it the guest is only ours.
+
+mod options;
+mod pending;
+
+pub use self::{
+    options::ArrivalOptions,
+    pending::{Confirmed, Pending},
+};
+
+use multifd::{
+    Error, Fault, Receiver, RecvCounters, Result,
+    channel::{Listen, Stop, Stream},
+    error::Usage,
+    ram::RamBlocks,
+};
+
+use crate::{
+    format::{BlockList, Configuration},
+    incoming::{CHANNELS_END, Incoming, Loader},
+};
+
+/// A destination that listens; no source has connected yet.
+pub struct Listening {
+    receiver: Receiver,
+    options: ArrivalOptions,
+}
+
+impl std::fmt::Debug for Listening {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Listening").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Listening {
+    /// Waits for a source, without limit: a destination may wait for days.
+    ///
+    /// # Errors
+    /// If it is stopped, or the listener fails.
+    pub fn accept(self) -> Result<Arrival> {
+        let Self { receiver, options } = self;
+        let main = receiver.wait_main()?;
+        let peer = main.peer();
+        let incoming = Incoming::new(main)
+            .stopping(receiver.stop())
+            .stall_timeout(options.stall_timeout)
+            .silence(options.silence)
+            .switchover_ack(options.switchover_ack)
+            .suppress_vmdesc(options.suppress_vmdesc);
+        Ok(Arrival { incoming, receiver, options, peer })
+    }
+}
+
+/// A source has connected; nothing was read from it yet.
+pub struct Arrival {
+    // The order of the fields matters: the source is informed of the failure before its connections end.
+    incoming: Incoming<Stream>,
+    receiver: Receiver,
+    options: ArrivalOptions,
+    peer: String,
+}
+
+impl std::fmt::Debug for Arrival {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arrival")
+            .field("peer", &self.peer)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Arrival {
+    /// Listens for connections on `listener`. `stop` ends the wait for a source, and everything after it.
+    ///
+    /// # Errors
+    /// If `listener` accepts only one connection and channels are expected; if the system cannot start a thread.
+    pub fn listen(
+        listener: impl Listen + 'static,
+        options: ArrivalOptions,
+        stop: &Stop,
+    ) -> Result<Listening> {
+        let receive = options.receive.clone().stall_timeout(options.stall_timeout);
+        let mut receiver = Receiver::new(receive, stop.clone());
+        receiver.listen(Box::new(listener))?;
+        Ok(Listening { receiver, options })
+    }
+
+    /// The source, for messages.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// The counters of the channels, for another thread to read.
+    pub fn counters(&self) -> RecvCounters {
+        self.receiver.counters()
+    }
+
+    /// Waits until the source has announced its configuration and its block list.
+    ///
+    /// # Errors
+    /// The first error of the source or its connection; a machine that is not [`Expected`]. The source was informed, and
+    /// its guest continues there.
+    pub fn announced(self) -> Result<Announced> {
+        let Self { mut incoming, receiver, options, peer } = self;
+        let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::TooEarly("the blocks").into());
+        let announced = {
+            let mut loader = Loader::new(&receiver, options.expected.clone(), make);
+            let read = incoming.announced(&mut loader);
+            read.map(|(configuration, list)| (configuration.cloned(), list.clone()))
+        };
+        match announced {
+            Ok((configuration, list)) => {
+                Ok(Announced { incoming, receiver, options, peer, configuration, list })
+            }
+            Err(error) => Err(failed(incoming, &receiver, error.while_doing(RECEIVING))),
+        }
+    }
+
+    /// Does [`announced`](Self::announced) and [`Announced::load`] in one call: `make` returns the machine's blocks, or
+    /// refuses the machine.
+    ///
+    /// # Errors
+    /// As these; and that of `make`.
+    pub fn load(
+        self,
+        make: impl FnOnce(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
+    ) -> Result<Pending> {
+        let announced = self.announced()?;
+        match make(announced.configuration(), announced.list()) {
+            Ok(blocks) => announced.load(blocks),
+            Err(error) => Err(announced.refuse(error)),
+        }
+    }
+}
+
+/// The source has announced the machine. It waits, and its guest runs there. When dropped, it informs the source to keep
+/// the guest.
+#[must_use = "if it is dropped, the guest stays at the source"]
+pub struct Announced {
+    // The order of the fields matters: the source is informed of the failure before its connections end.
+    incoming: Incoming<Stream>,
+    receiver: Receiver,
+    options: ArrivalOptions,
+    peer: String,
+    configuration: Option<Configuration>,
+    list: BlockList,
+}
+
+impl std::fmt::Debug for Announced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Announced")
+            .field("peer", &self.peer)
+            .field("configuration", &self.configuration)
+            .field("list", &self.list)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Announced {
+    /// The machine's configuration. `None` for QEMU's machine types up to 2.3, which do not send it.
+    pub fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// The names and lengths of the machine's blocks.
+    pub fn list(&self) -> &BlockList {
+        &self.list
+    }
+
+    /// Receives RAM and devices. The machine's blocks are matched with the announced ones by name; each must have the
+    /// announced length.
+    ///
+    /// # Errors
+    /// The first error: of the source, of a connection, of blocks that do not match, or of incomplete RAM. The source
+    /// was informed, and its guest continues there.
+    pub fn load(self, blocks: RamBlocks) -> Result<Pending> {
+        let Self { mut incoming, receiver, options, configuration, .. } = self;
+        let mut made = Some(blocks);
+        let make =
+            |_: Option<&Configuration>, _: &BlockList| made.take().ok_or_else(|| Usage::UsedTwice.into());
+        let loaded = {
+            let loader = Loader::new(&receiver, options.expected, make).configured(configuration);
+            let mut loader = loader.left_out(options.left_out);
+            let read = incoming.run(&mut loader).map_err(|error| error.while_doing(RECEIVING));
+            read.and_then(|loaded| {
+                let main_pages = loader.main_pages();
+                let blocks = loader.finish(&loaded)?;
+                Ok((loaded, blocks, main_pages))
+            })
+        };
+        match loaded {
+            Ok((loaded, blocks, main_pages)) => {
+                Ok(Pending { incoming, receiver, loaded, blocks, main_pages })
+            }
+            Err(error) => Err(failed(incoming, &receiver, error)),
+        }
+    }
+
+    /// Informs the source that its guest continues there, because of `error`. Returns `error`.
+    pub fn refuse(self, error: Error) -> Error {
+        let Self { incoming, receiver, .. } = self;
+        failed(incoming, &receiver, error)
+    }
+}
+
+/// Ends an arrival before everything has arrived. Returns the error that the migration failed with.
+fn failed(incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> Error {
+    // Dropped first, because a stop shuts connections down.
+    drop(incoming);
+    match error.fault() {
+        Fault::Connection => receiver.fail_with_source(error, CHANNELS_END),
+        _ => receiver.stop().fail(error),
+    }
+}
+
+const RECEIVING: &str = "cannot receive the guest";

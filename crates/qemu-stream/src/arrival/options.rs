@@ -1,0 +1,72 @@
+//! The options of a destination.
+
+use std::time::Duration;
+
+use multifd::ReceiveOptions;
+
+use crate::incoming::{Expected, LeftOut, SILENCE, STALL};
+
+/// The options of a destination.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct ArrivalOptions {
+    pub(super) expected: Expected,
+    pub(super) left_out: LeftOut,
+    pub(super) receive: ReceiveOptions,
+    pub(super) stall_timeout: Option<Duration>,
+    pub(super) silence: Duration,
+    pub(super) switchover_ack: bool,
+    pub(super) suppress_vmdesc: bool,
+}
+
+impl ArrivalOptions {
+    /// Accepts an `expected` machine, over as many channels as the source has.
+    pub fn new(expected: Expected) -> Self {
+        Self {
+            expected,
+            left_out: LeftOut::default(),
+            receive: ReceiveOptions::new(),
+            stall_timeout: Some(STALL),
+            silence: SILENCE,
+            switchover_ack: false,
+            suppress_vmdesc: false,
+        }
+    }
+
+    /// What the source may leave out of RAM. Default: [`LeftOut::Ignored`].
+    pub fn left_out(mut self, left_out: LeftOut) -> Self {
+        self.left_out = left_out;
+        self
+    }
+
+    /// How the channels are received. `stall_timeout` in `options` is replaced by the one set here.
+    pub fn receive(mut self, options: ReceiveOptions) -> Self {
+        self.receive = options;
+        self
+    }
+
+    /// How long the source may send nothing, on any connection, while something is expected: see
+    /// [`Incoming::stall_timeout`](crate::incoming::Incoming::stall_timeout). Default 120 s; `None` is no limit.
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.stall_timeout = limit;
+        self
+    }
+
+    /// See [`Incoming::silence`](crate::incoming::Incoming::silence). Default 10 s.
+    pub fn silence(mut self, limit: Duration) -> Self {
+        self.silence = limit;
+        self
+    }
+
+    /// See [`Incoming::switchover_ack`](crate::incoming::Incoming::switchover_ack). Default off.
+    pub fn switchover_ack(mut self, on: bool) -> Self {
+        self.switchover_ack = on;
+        self
+    }
+
+    /// See [`Incoming::suppress_vmdesc`](crate::incoming::Incoming::suppress_vmdesc). Default off.
+    pub fn suppress_vmdesc(mut self, on: bool) -> Self {
+        self.suppress_vmdesc = on;
+        self
+    }
+}
