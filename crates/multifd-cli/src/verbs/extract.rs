@@ -49,10 +49,14 @@ pub(crate) fn run(
     if out == Path::new("-") {
         // Nothing would be left behind, so an interrupt may end the process.
         let mut out = io::stdout().lock();
-        return stretches(&present, page_size, place.used_length)
+        let written = stretches(&present, page_size, place.used_length)
             .try_for_each(|stretch| block.write(&stretch, &mut out))
-            .and_then(|()| Ok(out.flush()?))
-            .map_err(failed);
+            .and_then(|()| Ok(out.flush()?));
+        return match written {
+            // The reader has closed it (`| head`), so nobody wants the rest.
+            Err(error) if is_closed(&*error) => Ok(()),
+            written => written.map_err(failed),
+        };
     }
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
@@ -163,6 +167,12 @@ impl Block<'_> {
         self.file.read_exact_at(buffer, self.at + at)?;
         Ok(buffer)
     }
+}
+
+/// Whether an error, or its cause, is that nobody reads what was written.
+fn is_closed(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = multifd::error::chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// The error, and its position in the block.

@@ -25,6 +25,7 @@ use crate::{
     combinations,
     direct_io::DirectIo,
     interrupt,
+    listen_address::ListenAddress,
     output::{
         display::Display,
         outcome::{Failure, While, print, say},
@@ -49,16 +50,20 @@ struct Received {
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
-    combinations::of_receive(args)?;
+    let listen = args.listen.open()?;
+    combinations::of_receive(args, &listen.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
     let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let capture = Capture::create(&args.file, args.force, &direct_io)?;
-    let listener = Listener::bind(&args.listen)
+    let listener = Listener::bind(&listen.address)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
-    let address = listener.local_address().clone();
+    let address = match &args.listen {
+        ListenAddress::Address(_) => listener.local_address().to_string(),
+        ListenAddress::StandardInput => args.listen.to_string(),
+    };
     let listener = tls::listen(credentials, listener);
     let receive = ReceiveOptions::new()
         .channels(args.multifd_channels)
@@ -77,6 +82,9 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .suppress_vmdesc(args.suppress_vmdesc);
     let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
     say(&format!("listening on {address}"));
+    if !args.output.quiet {
+        args.listen.note_unread_pipe();
+    }
     let start = Instant::now();
     let arrival = listening.accept().map_err(|error| failed(args, None, start, error))?;
     let start = Instant::now();

@@ -45,10 +45,13 @@ pub enum Usage {
         known: String,
     },
     /// An invalid address.
-    #[error(
-        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, found {0:?}"
-    )]
-    Address(String),
+    #[error("address {found:?}: {why}")]
+    Address {
+        /// The text given, or the address as text.
+        found: String,
+        /// What is wrong, and what is expected.
+        why: String,
+    },
     /// An option of an address that is unknown, or has an invalid value.
     #[error("address option: expected {expected}, found {found:?}")]
     AddressOption {
@@ -68,6 +71,9 @@ pub enum Usage {
     /// `zero-copy-send` is on where pages are always copied.
     #[error("zero-copy-send cannot be used {0}, because pages are always copied there: switch it off")]
     ZeroCopy(&'static str),
+    /// An option for channels, in a migration without channels.
+    #[error("{0} has no effect with multifd-channels 0: switch it off, or use channels")]
+    WithoutChannels(&'static str),
     /// An option for connections is on where there are no connections.
     #[error("{0} can only be used with connections, not between memory and a file: switch it off")]
     ForConnections(&'static str),

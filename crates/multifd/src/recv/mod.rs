@@ -15,6 +15,7 @@
 mod accept;
 mod admit;
 mod arrived;
+mod crowd;
 mod decode;
 mod entry;
 mod gate;
@@ -38,7 +39,7 @@ use crate::{
     channel::{Context, Link, Listen, Stop, Stream, Watch},
     compress::DecoderMemory,
     error::{Error, Result, Usage},
-    options::{ChannelCount, ReceiveOptions},
+    options::{ChannelCount, ChannelsFrom, ReceiveOptions},
     ram::{self, Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     sync_types::{AtomicBool, Builder, Condvar, Instant, Mutex, OnceLock},
@@ -100,9 +101,13 @@ impl Receiver {
     ///
     /// # Errors
     /// [`Usage::UsedTwice`] the second time; [`Usage::StopTaken`]; [`Usage::SingleConnection`] if the listener accepts one
-    /// connection only and channels are expected; the system's error if the thread cannot be started.
+    /// connection only and channels are expected; [`Usage::ChannelsFrom`] if they may come from an empty list of hosts; the
+    /// system's error if the thread cannot be started.
     pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
         self.stop_taken.clone()?;
+        if self.shared.options.channels_from == ChannelsFrom::Hosts(Vec::new()) {
+            return Err(Usage::ChannelsFrom { found: String::new() }.into());
+        }
         if let (true, ChannelCount::Exact(1..)) = (listener.is_single(), self.shared.options.channels) {
             return Err(Usage::SingleConnection(listener.address()).into());
         }

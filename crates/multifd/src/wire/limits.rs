@@ -18,9 +18,16 @@ pub const ZSTD_WINDOW_LOG: u32 = 25;
 /// The greatest number of channels of a migration.
 pub const CHANNELS: u8 = 255;
 
-/// The greatest number of connections that wait for their first bytes at once: every channel, main, and some foreign
-/// connections.
+/// The greatest number of connections of one host that wait at once, for their first bytes or for main: every channel,
+/// main, and some foreign connections.
 pub const GREETINGS: usize = CHANNELS as usize + 1 + 64;
+
+/// The same, of all hosts: a foreign host leaves room for a source with every channel.
+pub const OUTSIDE: usize = 2 * (CHANNELS as usize + 1);
+
+/// The greatest number of connections that are open at once, with all channels, and some that are being closed. A process
+/// may have 1024 descriptors by default.
+pub const CONNECTIONS: usize = OUTSIDE + CHANNELS as usize + 1 + 64;
 
 /// The greatest number of pages of the smallest size in a packet.
 pub const MAX_PACKET_PAGES: usize = packet_pages(PageSize::KIB_4);

@@ -12,6 +12,8 @@ mod converge;
 #[cfg(test)]
 mod copies;
 #[cfg(test)]
+mod crowd;
+#[cfg(test)]
 mod dead_peers;
 #[cfg(test)]
 mod descriptors;

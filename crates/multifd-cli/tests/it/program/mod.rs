@@ -3,10 +3,12 @@
 
 mod broken_off;
 mod containers;
+mod crowd;
 mod demo;
 mod direct_io;
 mod disks;
 mod extract;
+mod files;
 mod inspect;
 mod limits;
 mod memory;
@@ -17,6 +19,7 @@ mod receive;
 mod security;
 mod send;
 mod stalls;
+mod streams;
 mod targets;
 mod usage;
 mod zero_copy;

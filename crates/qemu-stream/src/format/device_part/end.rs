@@ -106,8 +106,8 @@ impl EndFinder {
             if self.parsed > limits::DESCRIPTIONS_PARSED {
                 return Err(Violation::TooManyEnds { max: self.found });
             }
-            let split =
-                Description::parse(json).map_err(|e| Misfit::Json(e.to_string().into())).and_then(|description| {
+            let split = Description::parse(json).map_err(|e| Misfit::Json(e.to_string().into())).and_then(
+                |description| {
                     let blob = collected.get(..candidate.eof).unwrap_or_default();
                     walk::split(&self.early, blob, &description, self.footers)
                 },
