@@ -11,7 +11,7 @@
 //! | | tmpfs, memfd | hugetlbfs | ext4 |
 //! |---|---|---|---|
 //! | `SEEK_DATA` | right: also for pages written through a mapping, swapped out, or allocated and never written | says that everything is data | right, and allocated blocks count as data |
-//! | `mincore` | misses pages that are swapped out | only this process's page table: misses what others wrote | says what is cached |
+//! | `mincore` | what is in memory, not what exists | only this process's page table: misses what others wrote | says what is cached |
 //! | `pread` of a hole | allocates nothing | allocates nothing | allocates nothing |
 //!
 //! Other file systems are not asked: some answer from a server that does not have the written pages yet.

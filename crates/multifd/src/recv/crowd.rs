@@ -109,7 +109,7 @@ impl Shared {
         Some((number, Open(self.clone())))
     }
 
-    /// Closes silent connections because the process has no descriptors or threads left. `false` if there are none: then the
+    /// Closes silent connections because the process has no descriptors or threads left. `false` if no connection is silent: then the
     /// migration itself needs more. A connection that has just been accepted gets some time before it counts as silent.
     pub(super) fn close_silent(&self) -> bool {
         let end = deadline(SPEAKS_WITHIN);

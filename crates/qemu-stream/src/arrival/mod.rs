@@ -107,7 +107,7 @@ impl Arrival {
     /// Waits until the source has announced its configuration and its block list.
     ///
     /// # Errors
-    /// The first error of the source or its connection; a machine that is not [`Expected`]. The source was informed, and
+    /// The first error of the source or its connection; a machine that is not [`Expected`](crate::incoming::Expected). The source was informed, and
     /// its guest continues there.
     pub fn announced(self) -> Result<Announced> {
         let Self { mut incoming, receiver, options, peer } = self;
