@@ -354,11 +354,6 @@ impl RecvCounters {
         self.0.stats()
     }
 
-    /// The number of sync points that the migration has passed.
-    pub fn sync_points(&self) -> u64 {
-        self.0.lock().gate.released
-    }
-
     /// How often the pages on the channels began again: the number of passes after the first one, as the channels show them.
     /// Passes of very few pages may be missed.
     pub fn restarts(&self) -> u64 {

@@ -11,6 +11,7 @@ mod inspect;
 mod limits;
 mod pages;
 mod parameters;
+mod progress;
 mod proxied;
 mod receive;
 mod security;
