@@ -6,7 +6,7 @@
 use std::{
     error::Error,
     ffi::{OsStr, OsString},
-    fs::{self, File, Metadata},
+    fs::{self, File, Metadata, OpenOptions},
     io::{self, Read},
     os::unix::{
         ffi::OsStrExt,
@@ -136,7 +136,10 @@ impl NewFile {
 /// Creates a new file in `path`, which is `folder`. Its name is `.NAME.` and a random part.
 fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFile, Cause> {
     let unusable = |error| While::new(format!("cannot create a file in folder {}", path.display()), error);
-    let plain = tempfile::Builder::new().prefix(".").tempfile_in(path).map_err(unusable)?;
+    // Made with our own `open`: the errors of `tempfile_in` contain the temporary name, which a user does not know.
+    let create =
+        |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    let plain = tempfile::Builder::new().prefix(".").make_in(path, create).map_err(unusable)?;
     let random = plain.path().file_name().unwrap_or_default().to_owned();
     let longest = fstatvfs(folder).map_or(0, |found| found.f_namemax);
     let longest = usize::try_from(longest).ok().filter(|most| *most > 0).unwrap_or(NAME_MAX).min(NAME_MAX);

@@ -119,7 +119,9 @@ impl Stop {
     /// **Warning:** do not call it from a signal handler. It takes locks and allocates, so it may wait for the same
     /// thread that was interrupted. Use a thread that waits for the signal.
     pub fn cancel(&self) {
-        self.fail(Error::Cancelled);
+        if self.stop(Cause::Failed(Error::Cancelled)).1 {
+            tracing::debug!(error = %Error::Cancelled, "the migration stops");
+        }
     }
 
     /// Ends the migration normally: waits end, and connections stay open for their owners to close. Returns `false` if

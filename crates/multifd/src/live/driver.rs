@@ -192,8 +192,14 @@ impl<'a> Driver<'a> {
             sender.wait_connected()?;
         }
         self.main.setup(blocks, synced(&mut self.sender)?)?;
+        self.count_main();
         progress.set_up();
         Ok(())
+    }
+
+    /// Records what main has written, for the progress and for the report of a failure.
+    pub(super) fn count_main(&self) {
+        self.plan.progress.main_bytes(self.main.bytes());
     }
 
     /// Stops the guest and hands it over. `watch` shuts main down if the migration fails.
@@ -201,8 +207,8 @@ impl<'a> Driver<'a> {
         let Plan { options, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         let mut start = Instant::now();
-        let precopy = self.main.bytes();
-        progress.main_bytes(precopy, 0);
+        self.count_main();
+        progress.guest_stops();
         let state = self.call(Callback::GuestRunState, |driver| driver.guest.run_state());
         // Set before the stop: if `stop` panics, the guest may be in any state.
         *self.stopped = Stopped::From(state);
@@ -238,7 +244,7 @@ impl<'a> Driver<'a> {
         self.main.devices(devices, state)?;
         drop(deadline);
         let verdict = self.main.complete(stop);
-        progress.main_bytes(precopy, self.main.bytes().saturating_sub(precopy));
+        self.count_main();
         match verdict {
             Verdict::Taken => {
                 progress.downtime(start.elapsed());
@@ -318,9 +324,7 @@ impl<'a> Driver<'a> {
             walk.block(index, block, pending)?;
         }
         self.main.end_pass(pass, synced(&mut self.sender)?)?;
-        if pass == Pass::Live {
-            progress.main_bytes(self.main.bytes(), 0);
-        }
+        self.count_main();
         let after = progress.sent();
         let pages = after.normal + after.zero - before.normal - before.zero;
         progress.passed(&PassRate { bytes: after.bytes - before.bytes, pages, time: start.elapsed() });

@@ -119,7 +119,9 @@ impl Walk<'_> {
                 Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
             })?;
             self.main.page(index, page, self.page)?;
+            self.progress.main_bytes(self.main.bytes());
         }
+        self.progress.main_bytes(self.main.bytes());
         Ok(())
     }
 }

@@ -27,9 +27,16 @@ mod packet_reader;
 mod place;
 mod roster;
 mod shared;
+mod walk;
 mod worker;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 pub use arrived::{Arrived, MayMiss};
 use roster::Roster;
@@ -87,6 +94,7 @@ impl Receiver {
             arrived: OnceLock::new(),
             method,
             sealed: AtomicBool::new(false),
+            restarts: AtomicU64::new(0),
             filling: std::iter::repeat_with(AtomicBool::default).take(most).collect(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(most).collect(),
             state: Mutex::new(State { roster: Roster { uuid, ..Roster::default() }, ..State::default() }),
@@ -360,9 +368,10 @@ impl RecvCounters {
         self.0.stats()
     }
 
-    /// The number of sync points that the migration has passed.
-    pub fn sync_points(&self) -> u64 {
-        self.0.lock().gate.released
+    /// How often the pages on the channels began again: the number of passes after the first one, as the channels show them.
+    /// Passes of very few pages may be missed.
+    pub fn restarts(&self) -> u64 {
+        self.0.restarts.load(Ordering::Relaxed)
     }
 }
 

@@ -1,7 +1,10 @@
 //! The state that main, the acceptor and the channels' threads of a receiver share, and the end of the receiver.
 
 use std::{
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -38,6 +41,8 @@ pub(super) struct Shared {
     pub(super) filling: Box<[AtomicBool]>,
     /// Each is written by its channel only.
     pub(super) counters: Box<[ChannelCounters]>,
+    /// How often the pages of a channel began again: the greatest number of all channels. Relaxed: it orders nothing.
+    pub(super) restarts: AtomicU64,
     pub(super) state: Mutex<State>,
     /// Notified at every change of the state.
     pub(super) changed: Condvar,

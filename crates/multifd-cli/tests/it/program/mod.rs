@@ -14,6 +14,7 @@ mod limits;
 mod memory;
 mod pages;
 mod parameters;
+mod progress;
 mod proxied;
 mod receive;
 mod security;
