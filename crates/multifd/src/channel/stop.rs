@@ -90,23 +90,6 @@ impl Stop {
     pub(crate) fn expect(&self, error: Error) {
         let mut state = self.lock();
         state.expected.get_or_insert(error);
-        self.0.changed.notify_all();
-    }
-
-    /// Like [`fail`](Self::fail), but first waits up to `limit` for the cause: a peer that fails closes all connections, and
-    /// only main reports why.
-    pub(crate) fn fail_as_consequence(&self, error: Error, limit: Duration) -> Error {
-        let end = deadline(limit);
-        let mut state = self.lock();
-        while state.cause.is_none() && state.expected.is_none() {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            state = self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        drop(state);
-        self.fail(error)
     }
 
     #[cfg(test)]

@@ -3,17 +3,11 @@
 //! Its carrier handles a batch: [`packets`](super::packets) sends it over a connection, [`copies`](super::copies)
 //! copies it into other blocks.
 
-use std::time::Duration;
-
 use super::{
     dispatch::{Dispatch, Job},
     shared::Shared,
 };
-use crate::{
-    batch::Batch,
-    error::{Fault, Result},
-    wire::ChannelId,
-};
+use crate::{batch::Batch, error::Result, wire::ChannelId};
 
 /// How a channel carries batches.
 pub(super) trait Carrier {
@@ -32,10 +26,7 @@ pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce
     let _alarm = shared.stop.alarm("a channel's thread");
     if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
-        match error.fault() {
-            Fault::Connection => shared.stop.fail_as_consequence(error.on_channel(id), CAUSE),
-            _ => shared.stop.fail(error.on_channel(id)),
-        };
+        shared.stop.fail(error.on_channel(id));
     }
     tracing::debug!(channel = id.0, "multifd_send_thread_end");
 }
@@ -59,6 +50,3 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
         }
     }
 }
-
-/// How long a lost channel waits for main to report why the destination has failed.
-const CAUSE: Duration = Duration::from_millis(500);

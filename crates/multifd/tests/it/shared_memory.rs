@@ -325,5 +325,5 @@ fn fault_of_a_system_call_is_explained_by_what_is_mapped_there() {
     assert_eq!(explained(&blocks, 990).raw_os_error(), fault().raw_os_error());
     let file = memfd(MemfdFlags::empty()).expect("a memfd");
     let blocks = shared(&file, false).expect("mapped");
-    assert!(explained(&blocks, 5).to_string().contains("cut shorter"));
+    assert!(explained(&blocks, 5).to_string().contains("made shorter"));
 }

@@ -72,7 +72,7 @@ fn is_refusal(error: &Error) -> bool {
 /// Sets two parameters on a machine that has both.
 type Together = fn(&mut Vm) -> Result<(), Error>;
 
-const COMBINATIONS: [(&str, Together); 13] = [
+const COMBINATIONS: [(&str, Together); 14] = [
     ("channels and a transport with one connection", |vm| {
         vm.set_capabilities(&[("multifd", true)])?;
         vm.migrate("exec:cat > /dev/null")?;
@@ -102,6 +102,11 @@ const COMBINATIONS: [(&str, Together); 13] = [
     ("`max-cpu-throttle` below `cpu-throttle-initial`", |vm| {
         vm.set_parameters(json!({ "cpu-throttle-initial": 50 }))?;
         vm.set_parameters(json!({ "max-cpu-throttle": 49 }))
+    }),
+    ("a method of `multifd-compression` without multifd", |vm| {
+        vm.set_parameters(json!({ "multifd-compression": "zlib" }))?;
+        vm.migrate("exec:cat > /dev/null")?;
+        vm.wait_migration("completed", PATIENCE).map(drop)
     }),
     ("`zero-copy-send` without multifd", |vm| vm.set_capabilities(&[("zero-copy-send", true)])),
     ("`zero-copy-send` and compression", |vm| {
