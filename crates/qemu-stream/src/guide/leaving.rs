@@ -32,7 +32,7 @@
 //!     # let destination = std::thread::spawn(move || arrive::arrive(listener, &Stop::new(), 1));
 //!     let memory = Memory::Mapped(Mapping::anonymous(1 << 20)?);
 //!     let block = RamBlock::new(BlockName::new("ram").ok_or("a name")?, 1 << 20, PageSize::KIB_4, memory)?;
-//!     let mut machine = Machine::new(Arc::new(RamBlocks::new(vec![block])?), 0);
+//!     let mut machine = Machine::new(std::sync::Arc::new(RamBlocks::new(vec![block])?), 0);
 //!     machine.run();
 //!
 //!     let info = leave(&mut machine, &address, &Stop::new())?;
