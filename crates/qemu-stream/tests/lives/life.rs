@@ -121,12 +121,13 @@ impl Life {
     /// # Errors
     /// What is not allowed to happen.
     pub(crate) fn end(self) -> Result<(), String> {
-        let (world, before) = (self.world.clone(), self.before);
+        let (world, (threads, descriptors)) = (self.world.clone(), self.before);
         drop(self);
         if world.pool().in_use() > 0 {
             return Err(format!("{} pieces of memory are still in use", world.pool().in_use()));
         }
-        left_behind(before)
+        let files = world.pool().files();
+        left_behind((threads, descriptors + files))
     }
 
     /// Checks that the machine is as expected, and that nothing else is left in the process.
@@ -152,7 +153,8 @@ impl Life {
         }
         drop(shadow);
         let (threads, descriptors) = self.before;
-        left_behind((threads, descriptors + usize::from(self.snapshot.is_some())))?;
+        let files = self.world.pool().files() + usize::from(self.snapshot.is_some());
+        left_behind((threads, descriptors + files))?;
         self.machine.as_wanted();
         Ok(())
     }

@@ -85,6 +85,11 @@ impl Pool {
         RamBlock::new(name.clone(), length, page_size, Memory::Mapped(mapping)).expect("a block")
     }
 
+    /// The number of pieces that are mapped files. A mapping keeps its file open, to ask which pages exist.
+    pub(crate) fn files(&self) -> usize {
+        self.0.iter().filter(|piece| piece.shared).count()
+    }
+
     /// The number of pieces of memory that are still in use.
     pub(crate) fn in_use(&self) -> usize {
         self.0.iter().filter(|piece| !piece.is_free()).count()
