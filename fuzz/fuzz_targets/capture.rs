@@ -1,54 +1,15 @@
 //! The main stream of a source with multifd off, into a mapped-ram file of any announced length, which is read again.
 #![no_main]
 
-use std::{
-    cell::RefCell,
-    io::{Cursor, Read, Write},
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::RefCell, sync::Arc, time::Duration};
 
-use multifd::{
-    Error, ReceiveOptions, Receiver,
-    channel::{Stop, Wake},
-};
+use multifd::{Error, ReceiveOptions, Receiver, channel::Stop};
+use multifd_fuzz::Source;
 use qemu_stream::{
-    Connection,
     format::SectionId,
     incoming::{Expected, Incoming, LeftOut, Loader},
     mapped_ram::{Layout, MappedRamFile, Shape, Tail},
 };
-
-/// Gives the input, takes whatever is answered.
-struct Source<'a>(Cursor<&'a [u8]>);
-
-impl Read for Source<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-impl Write for Source<'_> {
-    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
-        Ok(buffer.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Nothing here waits for a peer.
-impl Connection for Source<'_> {
-    fn waker(&self) -> Option<Arc<dyn Wake>> {
-        None
-    }
-    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
-        None
-    }
-    fn set_read_timeout(&mut self, _: Option<Duration>) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 multifd_fuzz::target!(|bytes: &[u8]| {
     let options = ReceiveOptions::new().channels_timeout(Duration::from_millis(1));
@@ -65,7 +26,7 @@ multifd_fuzz::target!(|bytes: &[u8]| {
         blocks
     })
     .left_out(LeftOut::Pages);
-    let Ok(loaded) = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true).run(&mut loader) else {
+    let Ok(loaded) = Incoming::new(Source::new(bytes)).suppress_vmdesc(true).run(&mut loader) else {
         return;
     };
     let Ok(blocks) = loader.finish(&loaded) else { return };

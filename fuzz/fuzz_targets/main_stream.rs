@@ -4,53 +4,14 @@
 
 mod machine;
 
-use std::{
-    io::{Cursor, Read, Write},
-    sync::Arc,
-    time::Duration,
-};
+use std::time::Duration;
 
-use multifd::{
-    ReceiveOptions, Receiver,
-    channel::{Stop, Wake},
-};
-use multifd_fuzz::shown;
+use multifd::{ReceiveOptions, Receiver, channel::Stop};
+use multifd_fuzz::{Source, shown};
 use qemu_stream::{
-    Connection,
     incoming::{Event, Events, Expected, Incoming, Loader},
     outgoing::EventWriter,
 };
-
-/// Gives the input, takes whatever is answered.
-struct Source<'a>(Cursor<&'a [u8]>);
-
-impl Read for Source<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-impl Write for Source<'_> {
-    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
-        Ok(buffer.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Nothing here waits for a peer.
-impl Connection for Source<'_> {
-    fn waker(&self) -> Option<Arc<dyn Wake>> {
-        None
-    }
-    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
-        None
-    }
-    fn set_read_timeout(&mut self, _: Option<Duration>) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 /// Reads events up to the end or an error and writes them; what was written, and whether it came to its end.
 fn written(bytes: &[u8]) -> (Vec<u8>, bool) {
@@ -74,7 +35,7 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     // No channel will connect: a stream that asks for one is not waited for.
     let options = ReceiveOptions::new().channels_timeout(Duration::from_millis(1));
     let receiver = Receiver::new(options, Stop::new());
-    let mut incoming = Incoming::new(Source(Cursor::new(bytes))).suppress_vmdesc(true);
+    let mut incoming = Incoming::new(Source::new(bytes)).suppress_vmdesc(true);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
     shown(incoming.run(&mut loader));
 });

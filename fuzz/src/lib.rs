@@ -7,10 +7,19 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     error::Error,
     fs::File,
-    sync::atomic::{AtomicUsize, Ordering},
+    io::{self, Cursor, Read, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
-use multifd::error::{chain, is_executed};
+use multifd::{
+    channel::Wake,
+    error::{chain, is_executed},
+};
+use qemu_stream::Connection;
 
 /// Runs a target on an input.
 ///
@@ -50,6 +59,43 @@ pub fn shown<T, E: Error + 'static>(result: Result<T, E>) -> Option<T> {
 /// If the system has none.
 pub fn file() -> File {
     rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory").into()
+}
+
+/// Gives the input, takes whatever is answered.
+pub struct Source<'a>(Cursor<&'a [u8]>);
+
+impl<'a> Source<'a> {
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self(Cursor::new(bytes))
+    }
+}
+
+impl Read for Source<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl Write for Source<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        Ok(buffer.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Nothing here waits for a peer.
+impl Connection for Source<'_> {
+    fn waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+    fn write_waker(&self) -> Option<Arc<dyn Wake>> {
+        None
+    }
+    fn set_read_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A target, and the fuzzer's entry to it.

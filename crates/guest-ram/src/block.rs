@@ -310,25 +310,25 @@ impl RamBlock {
     /// The addresses of which the system must be asked what is mapped there, before it is known who knows the touched
     /// pages. `None` if nothing needs to be asked.
     pub(crate) fn questioned(&self) -> Option<Range<u64>> {
+        let is_asked = |(mapping, _): &(&Mapping, _)| !mapping.is_absent_zero() && !self.ignored;
+        self.mapped().filter(is_asked).map(|(_, memory)| residency::addresses(&memory))
+    }
+
+    /// The mapping and the memory of its pages; `None` if there are none.
+    fn mapped(&self) -> Option<(&Mapping, GuestSlice<'_>)> {
         let Memory::Mapped(mapping) = &self.memory else { return None };
-        let is_asked = !mapping.is_absent_zero() && !self.ignored;
-        if is_asked { self.addresses() } else { None }
+        let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
+        Some((mapping, memory))
     }
 
     /// The addresses of mapped pages; `None` if it has no such pages.
     pub(crate) fn addresses(&self) -> Option<Range<u64>> {
-        let Memory::Mapped(_) = &self.memory else { return None };
-        let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
-        Some(residency::addresses(&memory))
+        self.mapped().map(|(_, memory)| residency::addresses(&memory))
     }
 
     /// The [touched](RamBlock::touched) pages, with what the system has answered.
     pub(crate) fn touched_among(&self, areas: Option<&Areas>) -> Option<PageBitmap> {
-        let Memory::Mapped(mapping) = &self.memory else { return None };
-        if self.ignored {
-            return None;
-        }
-        let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
+        let (mapping, memory) = self.mapped().filter(|_| !self.ignored)?;
         let touched = residency::touched(&memory, mapping, self.page_size, areas).inspect_err(|error| {
             tracing::debug!(block = %self.name, %error, "touched pages cannot be queried: pages are read instead");
         });
@@ -337,13 +337,10 @@ impl RamBlock {
 
     /// The runs of pages of which the system does not let this process access a part: first page and count.
     pub(crate) fn inaccessible_among(&self, access: Access, areas: &Areas) -> Vec<(PageIndex, u64)> {
-        let (Some(range), Memory::Mapped(mapping)) = (self.addresses(), &self.memory) else {
-            return Vec::new();
-        };
+        let Some((mapping, memory)) = self.mapped() else { return Vec::new() };
         let writes = access == Access::ReadWrite && mapping.is_writable();
-        let (start, page) = (self.slice(PageIndex(0), 0), self.page_size.bytes() as u64);
-        let start = start.map_or(range.start, |slice| slice.as_ptr().addr() as u64);
-        let closed = areas.parts(&range).into_iter().filter(|(_, area)| match area {
+        let (start, page) = (memory.as_ptr().addr() as u64, self.page_size.bytes() as u64);
+        let closed = areas.parts(&residency::addresses(&memory)).into_iter().filter(|(_, area)| match area {
             Some(area) => !area.readable || writes && !area.writable,
             None => true,
         });

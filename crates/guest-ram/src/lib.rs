@@ -37,8 +37,8 @@ pub use dirty::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog
 pub use dirty::{PagemapLog, SoftDirtyLog};
 pub use error::Error;
 pub use file::{
-    AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, truncated,
-    with_file_size_errors,
+    AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,
+    open_regular, truncated, with_file_size_errors,
 };
 pub use identity::Identity;
 pub use memory::{Access, GuestSlice, MAX_PARTS, Mapping, Part, PartMut, advance, advance_mut};

@@ -6,15 +6,13 @@
 use std::{
     ffi::OsString,
     fmt,
-    fs::{File, Metadata},
+    fs::File,
     io,
-    os::unix::{
-        ffi::{OsStrExt, OsStringExt},
-        fs::{FileTypeExt, OpenOptionsExt},
-    },
+    os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
 };
 
+use multifd::ram;
 use parse_size::Config;
 use qemu_stream::mapped_ram::MappedRamFile;
 
@@ -102,36 +100,12 @@ pub(crate) fn file_path(text: OsString) -> Result<PathBuf, String> {
     Err(format!("expected the path of a file, {why}"))
 }
 
-/// The kind of what was found, if it is not a regular file.
-pub(crate) fn other_kind(found: &Metadata) -> Option<&'static str> {
-    let kind = found.file_type();
-    [
-        (kind.is_dir(), "a folder"),
-        (kind.is_fifo(), "a FIFO"),
-        (kind.is_socket(), "a socket"),
-        (kind.is_char_device(), "a character device"),
-        (kind.is_block_device(), "a block device"),
-    ]
-    .into_iter()
-    .find_map(|(is, name)| is.then_some(name))
-}
-
 /// Opens a regular file for reading. A FIFO or a device is not opened, because that would wait for a writer or consume
 /// its data.
 pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
-    let refuse = |found: &Metadata| match other_kind(found) {
-        Some(kind) => {
-            let remedy = if found.is_dir() { "name a file in it" } else { "copy its data into a file first" };
-            let why = format!("it is {kind}, expected a regular file: {remedy}");
-            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
-        }
-        None => Ok(()),
-    };
-    refuse(&path.metadata()?)?;
-    // There may be a different file by now.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    refuse(&file.metadata()?)?;
-    Ok(file)
+    ram::open_regular(path, |found| {
+        if found.is_dir() { ": name a file in it" } else { ": copy its data into a file first" }
+    })
 }
 
 /// The kind of address that a text is, if it is one.

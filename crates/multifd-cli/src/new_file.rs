@@ -15,6 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use multifd::ram::kind_of_file;
 use rustix::{
     fs::{AtFlags, CWD, StatxAttributes, StatxFlags, fstatvfs, statx},
     io::Errno,
@@ -23,11 +24,7 @@ use rustix::{
 };
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{
-    file_address::{open_regular, other_kind},
-    identity::Identity,
-    output::outcome::While,
-};
+use crate::{file_address::open_regular, identity::Identity, output::outcome::While};
 
 /// A file that contains nothing valid yet.
 pub(crate) struct NewFile {
@@ -169,7 +166,8 @@ fn beginning(name: &OsStr, most: usize) -> &OsStr {
 /// Refuses to lose data at the target's path.
 fn check(found: &Metadata, keep: u64, force: bool) -> io::Result<()> {
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
-    if let Some(kind) = other_kind(found) {
+    if !found.is_file() {
+        let kind = kind_of_file(found);
         return refused(format!(
             "it exists and is not a regular file: it is {kind}; use the path of a new file"
         ));

@@ -108,9 +108,9 @@ impl TcpOptions {
                 "ipv6" => parsed.ipv6 = Some(switch()?),
                 "keep-alive" => parsed.keep_alive = switch()?,
                 "user-timeout" => {
-                    let seconds = number(value, USER_TIMEOUT_MOST.into());
+                    let seconds = number(value, USER_TIMEOUT_MOST);
                     let seconds = seconds.map_err(|_| refused("0 to 86400 seconds"))?;
-                    parsed.user_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
+                    parsed.user_timeout = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
                 }
                 _ => return Err(refused(KNOWN)),
             }
@@ -155,10 +155,9 @@ impl FromStr for Address {
             Some(("unix", rest)) => Ok(Self::Unix(rest.into())),
             Some(("vsock", rest)) => Self::parse_vsock(rest),
             Some(("exec", rest)) => Ok(Self::Exec(rest.to_owned())),
-            Some(("fd", rest)) => match number(rest, FD_MOST) {
-                Ok(fd) => Ok(Self::Fd(i32::try_from(fd).unwrap_or(i32::MAX))),
-                Err(why) => Err(Why::Text(format!("the descriptor {why}"))),
-            },
+            Some(("fd", rest)) => number(rest, RawFd::MAX)
+                .map(Self::Fd)
+                .map_err(|why| Why::Text(format!("the descriptor {why}"))),
             _ => Err(Why::Text(match Self::from_str(&format!("tcp:{text}")) {
                 Ok(meant) => format!("{FORMS}; did you mean {meant}?"),
                 Err(_) => FORMS.to_owned(),
@@ -209,21 +208,20 @@ impl Address {
         if port.is_empty() {
             return Err(NO_PORT.to_owned().into());
         }
-        let port = number(port, u16::MAX.into()).map_err(|why| format!("port {why}"))?;
+        let port = number(port, u16::MAX).map_err(|why| format!("port {why}"))?;
         let options = TcpOptions::parse(parts).map_err(Why::Option)?;
-        Ok(Self::Tcp { host: host.to_owned(), port: u16::try_from(port).unwrap_or(u16::MAX), options })
+        Ok(Self::Tcp { host: host.to_owned(), port, options })
     }
 
     fn parse_vsock(rest: &str) -> Result<Self, Why> {
         let missing = || "port missing: expected vsock:CID:PORT".to_owned();
         let (cid, port) = rest.split_once(':').filter(|(_, port)| !port.is_empty()).ok_or_else(missing)?;
         let cid = match cid {
-            "" => Self::CID_ANY.into(),
-            cid => number(cid, u32::MAX.into()).map_err(|why| format!("context id {why}"))?,
+            "" => Self::CID_ANY,
+            cid => number(cid, u32::MAX).map_err(|why| format!("context id {why}"))?,
         };
-        let port = number(port, u32::MAX.into()).map_err(|why| format!("port {why}"))?;
-        let fitting = |number| u32::try_from(number).unwrap_or(u32::MAX);
-        Ok(Self::Vsock { cid: fitting(cid), port: fitting(port) })
+        let port = number(port, u32::MAX).map_err(|why| format!("port {why}"))?;
+        Ok(Self::Vsock { cid, port })
     }
 
     /// Why there can be no such address: what the parser would refuse, in a value that was made without it.
@@ -257,7 +255,7 @@ impl TcpOptions {
         let seconds = Duration::from_secs(1)..=Duration::from_secs(USER_TIMEOUT_MOST.into());
         let timeout = self.user_timeout.filter(|timeout| !seconds.contains(timeout));
         match timeout {
-            _ if no_family => Some("expected one of IPv4 and IPv6 to be left".to_owned()),
+            _ if no_family => Some("expected at least one of IPv4 and IPv6 to be on".to_owned()),
             Some(found) => Some(format!("expected a user-timeout of 1 s to 86400 s, found {found:?}")),
             None => None,
         }
@@ -286,7 +284,7 @@ impl fmt::Display for Address {
 }
 
 /// Parses digits only, no sign and no space, up to `most`; or says what is wrong.
-fn number(text: &str, most: u64) -> Result<u64, String> {
+fn number<T: FromStr + PartialOrd + fmt::Display>(text: &str, most: T) -> Result<T, String> {
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(format!("{text:?} is not a number"));
     }
@@ -301,8 +299,6 @@ const USER_TIMEOUT: Duration = Duration::from_secs(90);
 const USER_TIMEOUT_MOST: u32 = 24 * 60 * 60;
 /// The bytes of a path in the address of a unix socket, without the NUL after it.
 const PATH_MOST: usize = 107;
-/// The greatest number of a descriptor.
-const FD_MOST: u64 = 0x7fff_ffff;
 const FORMS: &str = "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N";
 const NO_PORT: &str = "port missing: expected tcp:HOST:PORT";
 const BRACKETS: &str = "an IPv6 address needs brackets: tcp:[::1]:PORT";

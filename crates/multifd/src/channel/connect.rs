@@ -21,10 +21,9 @@ use super::{
     descriptors::explained,
     event_fd::EventFd,
     exec::ExecLink,
-    file_kind::kind_of,
     socket::{SocketLink, inherited},
 };
-use crate::sync_types::Instant;
+use crate::{ram::kind_of_file, sync_types::Instant};
 
 impl Connect for Address {
     fn connect(&self, context: &Context) -> io::Result<Box<dyn Link>> {
@@ -73,7 +72,7 @@ impl Address {
 fn at_path(path: &Path, error: io::Error) -> io::Error {
     let why = match path.metadata() {
         Ok(found) if !found.file_type().is_socket() => {
-            format!("it is {}, expected a socket", kind_of(&found))
+            format!("it is {}, expected a socket", kind_of_file(&found))
         }
         Ok(_) if error.kind() == io::ErrorKind::ConnectionRefused => {
             "no process listens at this socket: start the destination first".to_owned()

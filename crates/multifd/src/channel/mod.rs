@@ -21,7 +21,6 @@ mod descriptors;
 mod event_fd;
 mod exec;
 mod exit_status;
-mod file_kind;
 mod host;
 mod link;
 mod listen;

@@ -1,9 +1,10 @@
 //! The file of a unix socket: taken only from a socket at which nobody listens, for its owner alone, and removed at the end.
 //!
 //! A path can be in use: a process listens there, and would wait without limit if its socket were removed. So the system is
-//! asked first whether a process has the socket at the path. Two processes may find the same dead socket at once, and the slower one must not remove the
-//! new socket of the faster one. So the check, the removal and the new socket are made while the folder is locked. The lock
-//! is released by the system if the process ends. Other programs do not take it; for them the window is a few microseconds.
+//! asked first whether a process has the socket at the path. Two processes may find the same dead socket at once, and the
+//! slower one must not remove the new socket of the faster one. So the check, the removal and the new socket are made while
+//! the folder is locked. The lock is released by the system if the process ends. Other programs do not take it; for them the
+//! window is a few microseconds.
 
 use std::{
     fs::{self, Permissions},
@@ -23,7 +24,7 @@ use rustix::{
 };
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::file_kind::kind_of;
+use crate::ram::kind_of_file;
 
 /// Listens at `path`.
 ///
@@ -62,8 +63,10 @@ fn remove_dead(path: &Path) -> io::Result<()> {
         found => found?,
     };
     if !found.file_type().is_socket() {
-        let why =
-            format!("it exists and is {}, not a socket: remove it, or use another path", kind_of(&found));
+        let why = format!(
+            "it exists and is {}, not a socket: remove it, or use another path",
+            kind_of_file(&found)
+        );
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
     }
     if !is_dead(path)? {

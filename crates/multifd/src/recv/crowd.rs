@@ -73,9 +73,9 @@ impl Drop for Open {
 }
 
 impl Shared {
-    /// Lists a new connection and returns its number, closing another one if there are too many. `None` if the migration is
-    /// over, or if closed connections do not end.
-    pub(super) fn enlist(self: &Arc<Self>, link: &dyn Link) -> Option<(u64, Open)> {
+    /// Lists a new connection, closing another one if there are too many. `None` if the migration is over, or if closed
+    /// connections do not end.
+    pub(super) fn enlist(self: &Arc<Self>, link: &dyn Link) -> Option<(Origin, Open)> {
         let (mut origin, wake) = (Origin::new(link, 0), link.waker());
         let end = deadline(ENDS_WITHIN);
         let mut state = self.lock();
@@ -103,14 +103,15 @@ impl Shared {
         }
         state.roster.open += 1;
         state.roster.accepted += 1;
-        let number = state.roster.accepted;
-        origin.number = number;
-        state.roster.unidentified.push(Unidentified { origin, wake, stage: Stage::Silent });
-        Some((number, Open(self.clone())))
+        origin.number = state.roster.accepted;
+        let entry = Unidentified { origin: origin.clone(), wake, stage: Stage::Silent };
+        state.roster.unidentified.push(entry);
+        Some((origin, Open(self.clone())))
     }
 
-    /// Closes silent connections because the process has no descriptors or threads left. `false` if no connection is silent: then the
-    /// migration itself needs more. A connection that has just been accepted gets some time before it counts as silent.
+    /// Closes silent connections because the process has no descriptors or threads left. `false` if no connection is silent:
+    /// then the migration itself needs more. A connection that has just been accepted gets some time before it counts as
+    /// silent.
     pub(super) fn close_silent(&self) -> bool {
         let end = deadline(SPEAKS_WITHIN);
         let mut state = self.lock();

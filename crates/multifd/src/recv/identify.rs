@@ -30,20 +30,19 @@ const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
 /// Creates a thread that identifies the new connection `link`, which was created with `context`.
 pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, context: Context) {
-    let Some((number, open)) = shared.enlist(&*link) else { return };
-    let origin = Origin::new(&*link, number);
+    let Some((origin, open)) = shared.enlist(&*link) else { return };
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
-        let shared = shared.clone();
+        let (shared, origin) = (shared.clone(), origin.clone());
         move || {
             // Dropped after the link.
             let _open = open;
-            identify(&shared, link, &context, number);
+            identify(&shared, link, &context, origin);
         }
     });
     match thread {
         Ok(thread) => shared.keep(thread),
         Err(error) => {
-            let peer = origin.peer.clone();
+            let (peer, number) = (origin.peer.clone(), origin.number);
             shared.note_lost(origin);
             shared.identified(number);
             // Connections that say nothing may have all threads that this process may start.
@@ -56,23 +55,22 @@ pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, cont
     }
 }
 
-fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, number: u64) {
+fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, origin: Origin) {
     let _alarm = shared.stop.alarm("a channel's thread");
-    let peer = link.peer();
+    let (peer, number) = (origin.peer.clone(), origin.number);
     let wake: Arc<dyn Wake> = link.waker();
     // Until the connection is identified, the end of the migration shuts it down.
     let greeting = shared.stop.watch(wake.clone());
     let first = read_first_bytes(shared, &mut *link);
     if !shared.lock().keep(number) {
         tracing::debug!(peer, "a silent connection was closed to make room for another one");
-        shared.note_lost(Origin::new(&*link, number));
+        shared.note_lost(origin);
         // Not earlier: main must not pass a sync point in between.
         shared.identified(number);
         return;
     }
     match first {
         Ok(Kind::Main(seen)) => {
-            let origin = Origin::new(&*link, number);
             // From here on waits for the stop end without a shutdown, so that this side can still report its failure to the
             // peer.
             let watch = shared.stop.watch_failure(link.recv_waker());
@@ -84,7 +82,7 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
         Ok(Kind::Channel(initial)) => {
             let id = initial.id;
             let _watch = shared.stop.watch_failure(wake.clone());
-            let welcome = shared.register(Newcomer { origin: Origin::new(&*link, number), initial, wake });
+            let welcome = shared.register(Newcomer { origin, initial, wake });
             // Not earlier: main must not pass a sync point in between.
             shared.identified(number);
             if !welcome {
@@ -104,7 +102,7 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
         }
         Err(Refused { error, .. }) => {
             if admit::is_unnoticed(&error) {
-                shared.note_lost(Origin::new(&*link, number));
+                shared.note_lost(origin);
             }
             // Not earlier: main must not pass a sync point in between.
             shared.identified(number);

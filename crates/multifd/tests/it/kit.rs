@@ -14,7 +14,10 @@ use multifd::{
         DeviceInfo, DeviceSection, Guest, Main, MigrateOptions, Migration, MigrationInfo, Pass, RunState,
         Verdict,
     },
-    ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
+    ram::{
+        BlockIndex, BlockName, DirtyLog, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock,
+        RamBlocks,
+    },
 };
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
@@ -244,6 +247,16 @@ pub(crate) fn migrate(
         log,
         guest,
     )
+}
+
+/// The same, with a guest that is stopped and writes nothing.
+pub(crate) fn migrate_stopped(
+    source: &Arc<RamBlocks>,
+    destination: &Arc<RamBlocks>,
+    channels: u8,
+    options: MigrateOptions,
+) -> Outcome {
+    migrate(source, destination, channels, options, &mut NeverDirty, &mut StoppedGuest::default())
 }
 
 /// The same, with more options.

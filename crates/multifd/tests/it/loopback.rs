@@ -19,7 +19,9 @@ use multifd::{
     wire::head_len,
 };
 
-use crate::kit::{StoppedGuest, TestMain, difference, fresh, migrate, receive, spawn, write};
+use crate::kit::{
+    StoppedGuest, TestMain, difference, fresh, migrate, migrate_stopped, receive, spawn, write,
+};
 
 /// Blocks of every kind: large, small, empty, with holes.
 pub(crate) const BLOCKS: &[(&str, u64)] =
@@ -69,14 +71,7 @@ fn a_stopped_machine_arrives_whole_over_any_number_of_channels() {
         for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
             let (source, destination) = (filled(PageSize::KIB_4), fresh(PageSize::KIB_4, BLOCKS));
             let options = MigrateOptions::new().zero_page_detection(detection);
-            let outcome = migrate(
-                &source,
-                &destination,
-                channels,
-                options,
-                &mut NeverDirty,
-                &mut StoppedGuest::default(),
-            );
+            let outcome = migrate_stopped(&source, &destination, channels, options);
             let (sent, received) = (outcome.sent.expect("sent"), outcome.received.expect("received"));
             assert_eq!(difference(&source, &destination), None, "{channels} channels, {detection:?}");
             assert_eq!(sent.status, Status::Completed);

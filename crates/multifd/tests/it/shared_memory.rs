@@ -11,6 +11,7 @@ use std::{
 
 use multifd::{
     Error, SendOptions,
+    error::chain,
     live::{MigrateOptions, ZeroPageDetection},
     ram::{
         self, Access, BlockIndex, DirtyLog, DirtyPages, Mapping, Memory, NeverDirty, PageBitmap, PageIndex,
@@ -22,7 +23,7 @@ use rustix::{
     mm::{Advice, MprotectFlags, madvise, mprotect},
 };
 
-use crate::kit::{StoppedGuest, difference, fresh, migrate, migrate_with, name, write};
+use crate::kit::{StoppedGuest, difference, fresh, migrate, migrate_stopped, migrate_with, name, write};
 
 const PAGES: u64 = 16 << 10;
 const LENGTH: u64 = PAGES << 12;
@@ -199,14 +200,7 @@ fn unplugged_memory_is_sent_as_zero_and_never_accessed_at_either_end() {
                 close(&source, 1000, 600, MprotectFlags::empty());
                 close(&destination, 1000, 600, MprotectFlags::empty());
                 let options = MigrateOptions::new().zero_page_detection(detection);
-                let outcome = migrate(
-                    &source,
-                    &destination,
-                    channels,
-                    options,
-                    &mut NeverDirty,
-                    &mut StoppedGuest::default(),
-                );
+                let outcome = migrate_stopped(&source, &destination, channels, options);
                 let sent = outcome.sent.unwrap_or_else(|error| panic!("{what}: {error}"));
                 outcome.received.expect("received");
                 assert_eq!(sent.ram.normal, 1, "{what}");
@@ -220,13 +214,7 @@ fn unplugged_memory_is_sent_as_zero_and_never_accessed_at_either_end() {
 }
 
 fn refused(error: &Error, offset: u64, len: u64) {
-    let mut chain: Vec<String> = vec![error.to_string()];
-    let mut at: &dyn std::error::Error = error;
-    while let Some(source) = at.source() {
-        chain.push(source.to_string());
-        at = source;
-    }
-    let text = chain.join(": ");
+    let text = chain(error).to_string();
     let expected = format!(r#"block "ram": {len:#x} bytes from offset {offset:#x} on are mapped without"#);
     assert!(text.contains(&expected) && text.contains("PROT_NONE"), "{text}");
 }
@@ -241,14 +229,7 @@ fn memory_without_access_that_may_hold_something_is_refused_with_block_and_offse
                 close(&source, 1000, 600, MprotectFlags::empty());
                 let destination = fresh(PageSize::KIB_4, &[("ram", LENGTH)]);
                 let options = MigrateOptions::new().zero_page_detection(detection);
-                let outcome = migrate(
-                    &source,
-                    &destination,
-                    channels,
-                    options,
-                    &mut NeverDirty,
-                    &mut StoppedGuest::default(),
-                );
+                let outcome = migrate_stopped(&source, &destination, channels, options);
                 let error = outcome.sent.expect_err(what);
                 if detection == ZeroPageDetection::None {
                     refused(&error, 1000 << 12, 600 << 12);

@@ -19,8 +19,6 @@ pub use self::{
     progress::ArrivalProgress,
 };
 
-use std::sync::Arc;
-
 use multifd::{
     Error, Fault, Receiver, RecvCounters, Result,
     channel::{Listen, Stop, Stream},
@@ -30,7 +28,7 @@ use multifd::{
 
 use crate::{
     format::{BlockList, Configuration},
-    incoming::{CHANNELS_END, Incoming, Loader, MainCounts, Passes},
+    incoming::{CHANNELS_END, Incoming, Loader, LoaderState},
 };
 
 /// A destination that listens; no source has connected yet.
@@ -53,15 +51,18 @@ impl Listening {
     pub fn accept(self) -> Result<Arrival> {
         let Self { receiver, options } = self;
         let main = receiver.wait_main()?;
-        let (peer, counts) = (main.peer(), Arc::<MainCounts>::default());
+        let peer = main.peer();
+        let state = LoaderState::new(options.expected)
+            .left_out(options.left_out)
+            .without_switchover_ack(!options.switchover_ack);
         let incoming = Incoming::new(main)
             .stopping(receiver.stop())
-            .counted(counts.clone())
+            .counted(state.counts().clone())
             .stall_timeout(options.stall_timeout)
             .silence(options.silence)
             .switchover_ack(options.switchover_ack)
             .suppress_vmdesc(options.suppress_vmdesc);
-        Ok(Arrival { incoming, receiver, options, peer, counts })
+        Ok(Arrival { incoming, receiver, state, peer })
     }
 }
 
@@ -70,16 +71,15 @@ pub struct Arrival {
     // The order of the fields matters: the source is informed of the failure before its connections end.
     incoming: Incoming<Stream>,
     receiver: Receiver,
-    options: ArrivalOptions,
+    state: LoaderState,
     peer: String,
-    counts: Arc<MainCounts>,
 }
 
 impl std::fmt::Debug for Arrival {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Arrival")
             .field("peer", &self.peer)
-            .field("options", &self.options)
+            .field("state", &self.state)
             .finish_non_exhaustive()
     }
 }
@@ -112,7 +112,7 @@ impl Arrival {
 
     /// The numbers of this arrival, for another thread to read.
     pub fn progress(&self) -> ArrivalProgress {
-        ArrivalProgress { channels: self.receiver.counters(), main: self.counts.clone() }
+        ArrivalProgress { channels: self.receiver.counters(), main: self.state.counts().clone() }
     }
 
     /// Waits until the source has announced its configuration and its block list.
@@ -121,17 +121,13 @@ impl Arrival {
     /// The first error of the source or its connection; a machine that is not
     /// [`Expected`](crate::incoming::Expected). The source was informed, and its guest continues there.
     pub fn announced(self) -> Result<Announced> {
-        let Self { mut incoming, receiver, options, peer, counts } = self;
+        let Self { mut incoming, receiver, state, peer } = self;
         let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::TooEarly("the blocks").into());
-        let announced = {
-            let mut loader = Loader::new(&receiver, options.expected.clone(), make);
-            let read = incoming.announced(&mut loader);
-            read.map(|(configuration, list)| (configuration.cloned(), list.clone(), loader.into_passes()))
-        };
+        let mut loader = Loader::resumed(&receiver, state, make);
+        let announced = incoming.announced(&mut loader).map(|(_, list)| list.clone());
+        let state = loader.into_state();
         match announced {
-            Ok((configuration, list, passes)) => {
-                Ok(Announced { incoming, receiver, options, peer, configuration, list, passes, counts })
-            }
+            Ok(list) => Ok(Announced { incoming, receiver, state, peer, list }),
             Err(error) => Err(failed(incoming, &receiver, error.while_doing(RECEIVING))),
         }
     }
@@ -160,19 +156,16 @@ pub struct Announced {
     // The order of the fields matters: the source is informed of the failure before its connections end.
     incoming: Incoming<Stream>,
     receiver: Receiver,
-    options: ArrivalOptions,
+    state: LoaderState,
     peer: String,
-    configuration: Option<Configuration>,
     list: BlockList,
-    passes: Passes,
-    counts: Arc<MainCounts>,
 }
 
 impl std::fmt::Debug for Announced {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Announced")
             .field("peer", &self.peer)
-            .field("configuration", &self.configuration)
+            .field("configuration", &self.configuration())
             .field("list", &self.list)
             .finish_non_exhaustive()
     }
@@ -181,7 +174,7 @@ impl std::fmt::Debug for Announced {
 impl Announced {
     /// The machine's configuration. `None` for QEMU's machine types up to 2.3, which do not send it.
     pub fn configuration(&self) -> Option<&Configuration> {
-        self.configuration.as_ref()
+        self.state.configuration()
     }
 
     /// The names and lengths of the machine's blocks.
@@ -196,14 +189,12 @@ impl Announced {
     /// The first error: of the source, of a connection, of blocks that do not match, or of incomplete RAM. The source
     /// was informed, and its guest continues there.
     pub fn load(self, blocks: RamBlocks) -> Result<Pending> {
-        let Self { mut incoming, receiver, options, configuration, passes, counts, .. } = self;
+        let Self { mut incoming, receiver, state, .. } = self;
         let mut made = Some(blocks);
         let make =
             |_: Option<&Configuration>, _: &BlockList| made.take().ok_or_else(|| Usage::UsedTwice.into());
         let loaded = {
-            let loader = Loader::new(&receiver, options.expected, make).configured(configuration, passes);
-            let loader = loader.counted(counts).without_switchover_ack(!options.switchover_ack);
-            let mut loader = loader.left_out(options.left_out);
+            let mut loader = Loader::resumed(&receiver, state, make);
             let read = incoming.run(&mut loader).map_err(|error| error.while_doing(RECEIVING));
             read.and_then(|loaded| {
                 let main_pages = loader.main_pages();

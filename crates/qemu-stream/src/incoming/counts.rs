@@ -29,9 +29,14 @@ impl MainCounts {
         self.bytes.store(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn set_pages(&self, pages: MainPages) {
-        self.normal.store(pages.normal, Ordering::Relaxed);
-        self.zero.store(pages.zero, Ordering::Relaxed);
+    /// Counts a page with contents.
+    pub(super) fn add_normal(&self) {
+        add_one(&self.normal);
+    }
+
+    /// Counts a zero page.
+    pub(super) fn add_zero(&self) {
+        add_one(&self.zero);
     }
 
     pub(super) fn set_ram(&self, total: u64, page_size: u64) {
@@ -60,4 +65,9 @@ impl MainCounts {
     pub(crate) fn pass(&self) -> Option<u64> {
         Some(self.pass.load(Ordering::Relaxed)).filter(|pass| *pass > 0)
     }
+}
+
+/// Adds 1. Only one thread writes, so a load and a store are enough.
+fn add_one(count: &AtomicU64) {
+    count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }

@@ -53,12 +53,17 @@ pub enum LeftOut {
 pub struct Loader<'a, F> {
     receiver: &'a Receiver,
     make: F,
+    state: LoaderState,
+}
+
+/// What a loader knows. It outlives its loader where the blocks are made between two calls.
+#[derive(Debug)]
+pub(crate) struct LoaderState {
     expected: Expected,
     left_out: LeftOut,
     configuration: Option<Configuration>,
     /// For each block of the source's list, the block that was made for it.
     order: Vec<BlockIndex>,
-    pages: MainPages,
     passes: Passes,
     idle: Idle,
     begun: Instant,
@@ -67,13 +72,49 @@ pub struct Loader<'a, F> {
     counts: Arc<MainCounts>,
 }
 
+impl LoaderState {
+    pub(crate) fn new(expected: Expected) -> Self {
+        Self {
+            expected,
+            left_out: LeftOut::default(),
+            configuration: None,
+            order: Vec::new(),
+            passes: Passes::default(),
+            idle: Idle::default(),
+            begun: Instant::now(),
+            ack_may_be_missing: false,
+            counts: Arc::default(),
+        }
+    }
+
+    pub(crate) fn left_out(mut self, left_out: LeftOut) -> Self {
+        self.left_out = left_out;
+        self
+    }
+
+    /// Logs a hint, once, if the source seems to wait for SWITCHOVER_ACK, which was not sent.
+    pub(crate) fn without_switchover_ack(mut self, missing: bool) -> Self {
+        self.ack_may_be_missing = missing;
+        self
+    }
+
+    pub(crate) fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// The numbers of main.
+    pub(crate) fn counts(&self) -> &Arc<MainCounts> {
+        &self.counts
+    }
+
+    fn ignores_shared(&self) -> bool {
+        self.configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared)
+    }
+}
+
 impl<F> std::fmt::Debug for Loader<'_, F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Loader")
-            .field("expected", &self.expected)
-            .field("left_out", &self.left_out)
-            .field("pages", &self.pages)
-            .finish_non_exhaustive()
+        f.debug_struct("Loader").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
@@ -85,66 +126,39 @@ where
     /// machine. Its blocks are matched with the announced ones by name, in any order: each announced block needs one of its
     /// length, and there must be no others.
     pub fn new(receiver: &'a Receiver, expected: Expected, make: F) -> Self {
-        Self {
-            receiver,
-            make,
-            expected,
-            left_out: LeftOut::default(),
-            configuration: None,
-            order: Vec::new(),
-            pages: MainPages::default(),
-            passes: Passes::default(),
-            idle: Idle::default(),
-            begun: Instant::now(),
-            ack_may_be_missing: false,
-            counts: Arc::default(),
-        }
+        Self::resumed(receiver, LoaderState::new(expected), make)
+    }
+
+    /// A loader that continues with the state of an earlier one of the same receiver.
+    pub(crate) fn resumed(receiver: &'a Receiver, state: LoaderState, make: F) -> Self {
+        Self { receiver, make, state }
+    }
+
+    pub(crate) fn into_state(self) -> LoaderState {
+        self.state
     }
 
     /// What the source may omit. Default: [`LeftOut::Ignored`].
     #[must_use]
     pub fn left_out(mut self, left_out: LeftOut) -> Self {
-        self.left_out = left_out;
-        self
-    }
-
-    /// For a machine whose configuration was read by another loader of the same receiver.
-    pub(crate) fn configured(mut self, configuration: Option<Configuration>, passes: Passes) -> Self {
-        (self.configuration, self.passes) = (configuration, passes);
-        self
-    }
-
-    /// What it knows about passes, for the next loader of the same receiver.
-    pub(crate) fn into_passes(self) -> Passes {
-        self.passes
-    }
-
-    /// Keeps its numbers in `counts`.
-    pub(crate) fn counted(mut self, counts: Arc<MainCounts>) -> Self {
-        self.counts = counts;
-        self
-    }
-
-    /// Logs a hint, once, if the source seems to wait for SWITCHOVER_ACK, which was not sent.
-    pub(crate) fn without_switchover_ack(mut self, missing: bool) -> Self {
-        self.ack_may_be_missing = missing;
+        self.state = self.state.left_out(left_out);
         self
     }
 
     /// The pages that have arrived so far, on all connections.
     fn all_pages(&self) -> u64 {
-        let channels = self.receiver.stats();
+        let (channels, main) = (self.receiver.stats(), self.main_pages());
         let on_channels: u64 = channels.iter().map(|channel| channel.normal + channel.zero).sum();
-        on_channels + self.pages.normal + self.pages.zero
+        on_channels + main.normal + main.zero
     }
 
     fn show_pass(&self) {
-        self.counts.set_pass(self.passes.pass(self.receiver.counters().restarts()));
+        self.state.counts.set_pass(self.state.passes.pass(self.receiver.counters().restarts()));
     }
 
     /// The pages that have arrived over main so far.
     pub fn main_pages(&self) -> MainPages {
-        self.pages
+        self.state.counts.pages()
     }
 
     /// Returns the blocks after the whole stream has arrived, and checks that every page of RAM has. Memory of a virtio-mem
@@ -156,31 +170,22 @@ where
     /// were announced.
     pub fn finish(self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
         let arrived = self.arrived()?;
-        arrived.check_complete(|block| match self.left_out {
+        arrived.check_complete(|block| match self.state.left_out {
             LeftOut::Pages => MayMiss::Pages,
             _ if is_pluggable(block, &loaded.devices) => MayMiss::Pages,
-            LeftOut::SharedBlocks if self.ignores_shared() => MayMiss::Whole,
+            LeftOut::SharedBlocks if self.state.ignores_shared() => MayMiss::Whole,
             LeftOut::SharedBlocks | LeftOut::Ignored => MayMiss::Nothing,
         })?;
         Ok(arrived.blocks().clone())
-    }
-
-    fn ignores_shared(&self) -> bool {
-        self.configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared)
     }
 
     fn arrived(&self) -> Result<&'a Arrived> {
         self.receiver.arrived().ok_or_else(|| Usage::TooEarly("the block list").into())
     }
 
-    fn count(&mut self, block: BlockIndex, page: PageIndex) {
-        self.counts.set_pages(self.pages);
-        self.passes.page(block, page);
-    }
-
     /// The block that was made for this one of the list.
     fn block(&self, block: BlockIndex) -> Result<BlockIndex> {
-        self.order.get(block.0).copied().ok_or_else(|| ram::Error::NoSuchBlock(block.0).into())
+        self.state.order.get(block.0).copied().ok_or_else(|| ram::Error::NoSuchBlock(block.0).into())
     }
 }
 
@@ -230,7 +235,7 @@ where
     type Error = Error;
 
     fn configuration(&mut self, configuration: Option<&Configuration>) -> Result<()> {
-        if let Expected::Type(expected) = &self.expected {
+        if let Expected::Type(expected) = &self.state.expected {
             let found = configuration.map(|configuration| &configuration.machine);
             if found != Some(expected) {
                 let (expected, found) = (expected.clone(), found.cloned());
@@ -238,7 +243,7 @@ where
                 return Err(Error::other("this destination cannot accept the machine", refused));
             }
         }
-        self.configuration = configuration.cloned();
+        self.state.configuration = configuration.cloned();
         if configuration.is_some_and(|configuration| configuration.machine.has_exact_packet_nums()) {
             self.receiver.expect_exact_packet_nums();
         }
@@ -248,7 +253,7 @@ where
     fn channels(&mut self, channels: u8) -> Result<()> {
         self.receiver.expect_channels(channels)?;
         self.receiver.expect_exact_packet_nums();
-        self.passes.announced();
+        self.state.passes.announced();
         Ok(())
     }
 
@@ -258,19 +263,22 @@ where
     }
 
     fn blocks(&mut self, list: &BlockList) -> Result<()> {
-        let blocks = (self.make)(self.configuration.as_ref(), list)?;
-        self.order = matched(list, &blocks, self.ignores_shared())?;
-        self.counts.set_ram(list.total(), list.page_size().bytes() as u64);
+        let blocks = (self.make)(self.state.configuration(), list)?;
+        self.state.order = matched(list, &blocks, self.state.ignores_shared())?;
+        self.state.counts.set_ram(list.total(), list.page_size().bytes() as u64);
         self.receiver.set_blocks(Arc::new(blocks))
     }
 
     fn section(&mut self, _last: bool) -> Result<()> {
-        self.passes.section();
+        self.state.passes.section();
         self.show_pass();
         // A source of this library does not wait for it.
-        let may_wait = self.ack_may_be_missing && !self.passes.are_announced();
-        if may_wait && self.idle.section(self.all_pages(), self.begun.elapsed()) {
-            tracing::warn!("{}", passes::HINT);
+        let may_wait = self.state.ack_may_be_missing && !self.state.passes.are_announced();
+        if may_wait {
+            let (pages, now) = (self.all_pages(), self.state.begun.elapsed());
+            if self.state.idle.section(pages, now) {
+                tracing::warn!("{}", passes::HINT);
+            }
         }
         Ok(())
     }
@@ -283,15 +291,15 @@ where
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
         self.arrived()?.clear(self.block(block)?, page)?;
-        self.pages.zero += 1;
-        self.count(block, page);
+        self.state.counts.add_zero();
+        self.state.passes.page(block, page);
         Ok(())
     }
 
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
         self.arrived()?.store(self.block(block)?, page, bytes)?;
-        self.pages.normal += 1;
-        self.count(block, page);
+        self.state.counts.add_normal();
+        self.state.passes.page(block, page);
         Ok(())
     }
 

@@ -28,7 +28,7 @@ pub use counts::MainPages;
 pub use destination::Destination;
 pub use events::Events;
 pub use loaded::Loaded;
+pub(crate) use loader::LoaderState;
 pub use loader::{Expected, LeftOut, Loader};
-pub(crate) use passes::Passes;
 pub(crate) use precopy::{CHANNELS_END, SILENCE, STALL};
 pub use precopy::{Incoming, Outcome};

@@ -51,7 +51,7 @@ pub struct Incoming<C: Connection> {
     guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
-    counts: Option<Arc<MainCounts>>,
+    counts: Arc<MainCounts>,
     known: Known,
 }
 
@@ -67,7 +67,7 @@ impl<C: Connection> Incoming<C> {
             guest_stands: false,
             loaded: false,
             stop: None,
-            counts: None,
+            counts: Arc::default(),
             known: Known::default(),
         }
     }
@@ -81,7 +81,7 @@ impl<C: Connection> Incoming<C> {
 
     /// Keeps the number of bytes in `counts`.
     pub(crate) fn counted(mut self, counts: Arc<MainCounts>) -> Self {
-        self.counts = Some(counts);
+        self.counts = counts;
         self
     }
 
@@ -337,9 +337,7 @@ impl<C: Connection> Incoming<C> {
 
     /// Records the bytes of main so far.
     fn count(&self) {
-        if let Some(counts) = &self.counts {
-            counts.set_bytes(self.line.bytes());
-        }
+        self.counts.set_bytes(self.line.bytes());
     }
 
     /// Sets the time limit of silence if the stream may have ended. Returns whether it may.

@@ -26,7 +26,7 @@ use rustls::{
 use x509_cert::{crl::CertificateList, der::Decode};
 
 use super::subject::Listed;
-use crate::channel::file_kind::open_regular;
+use crate::ram::open_regular;
 
 /// What a source presents and requires.
 #[derive(Clone)]
@@ -270,7 +270,7 @@ fn is_there(path: &Path) -> Result<bool, CredentialsError> {
 /// Reads a file of bounded size.
 fn read(path: &Path) -> Result<Vec<u8>, CredentialsError> {
     let mut bytes = Vec::new();
-    let read = open_regular(path).and_then(|file| file.take(FILE_MOST + 1).read_to_end(&mut bytes));
+    let read = open_regular(path, |_| "").and_then(|file| file.take(FILE_MOST + 1).read_to_end(&mut bytes));
     let read = read.and_then(|read| match read as u64 {
         0..=FILE_MOST => Ok(()),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is larger than 16 MiB")),

@@ -352,8 +352,7 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
         let leaving = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());
         let error =
             leaving.migrate(nowhere.clone(), &mut NeverDirty, &mut Devices(devices)).expect_err("refused");
-        let told = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-        let told: String = told.map(|error| format!("{error}: ")).collect();
+        let told = multifd::error::chain(&error).to_string();
         assert!(told.contains(why), "{told}");
     }
 }

@@ -117,8 +117,8 @@ fn blocks_that_are_not_those_announced_are_refused_by_name_and_the_guest_goes_on
             let options = MigrateOptions::new();
             let (left, arrived) = hop(&source, channels, options, &mut NeverDirty, &mut guest, make, taken);
             let error = arrived.expect_err("refused");
-            let told = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-            assert!(told.map(ToString::to_string).any(|text| text == expected.to_string()), "{error:?}");
+            let mut causes = multifd::error::chain(&error);
+            assert!(causes.any(|cause| cause.to_string() == expected.to_string()), "{error:?}");
             left.expect_err("refused");
             assert_eq!(guest.stops, guest.resumes);
         }
