@@ -135,7 +135,7 @@ mod tests {
         ]);
         assert_eq!(
             found,
-            "circle of 2 files\n     src/a.rs uses B, Other of src/b.rs\n     src/b.rs uses A of src/a.rs"
+            "import cycle of 2 files\n     src/a.rs uses B, Other of src/b.rs\n     src/b.rs uses A of src/a.rs"
         );
     }
 
@@ -148,7 +148,7 @@ mod tests {
             ("src/c.rs", "pub struct C; impl C { fn c(self) -> crate::a::A { crate::d::D } }"),
             ("src/d.rs", "pub struct D;"),
         ]);
-        assert!(found.starts_with("circle of 3 files\n     src/a.rs uses b of src/b.rs"), "{found}");
+        assert!(found.starts_with("import cycle of 3 files\n     src/a.rs uses b of src/b.rs"), "{found}");
         assert!(found.ends_with("src/c.rs uses A of src/a.rs"), "{found}");
     }
 
@@ -172,7 +172,9 @@ mod tests {
             ("src/live/status.rs", "pub struct Status; fn f() -> crate::error::Usage {}"),
         ]);
         assert!(
-            found.starts_with("circle of 2 files\n     src/error/usage.rs uses Status of src/live/status.rs"),
+            found.starts_with(
+                "import cycle of 2 files\n     src/error/usage.rs uses Status of src/live/status.rs"
+            ),
             "{found}"
         );
         assert!(found.ends_with("src/live/status.rs uses Usage of src/error/usage.rs"), "{found}");
@@ -222,11 +224,11 @@ mod tests {
             ("src/a.rs", "use crate::b::B; pub struct A;"),
             ("src/b.rs", "use crate::a::A; pub struct B;"),
         ]);
-        assert!(complaints(&circles, &[]).concat().starts_with("circle of 2 files"));
-        assert!(complaints(&circles, &[&["src/a.rs"]]).concat().starts_with("circle of 2 files"));
+        assert!(complaints(&circles, &[]).concat().starts_with("import cycle of 2 files"));
+        assert!(complaints(&circles, &[&["src/a.rs"]]).concat().starts_with("import cycle of 2 files"));
         assert!(complaints(&circles, &[&["src/a.rs", "src/b.rs"]]).is_empty());
         let found = complaints(&circles, &[&["src/a.rs", "src/b.rs", "src/c.rs"]]).concat();
-        assert!(found.starts_with("src/c.rs: is in no circle"), "{found}");
+        assert!(found.starts_with("src/c.rs: is in no import cycle"), "{found}");
     }
 
     #[test]

@@ -33,7 +33,7 @@ use crate::{
 /// let blocks = Arc::new(RamBlocks::new(vec![RamBlock::new(name, 1 << 20, PageSize::KIB_4, memory)?])?);
 ///
 /// // For one migration: logging is on from here until the drop.
-/// let threads: Box<dyn DirtyLog> = match PagemapLog::start(blocks.clone()) {
+/// let threads: Box<dyn DirtyLog + Send> = match PagemapLog::start(blocks.clone()) {
 ///     Ok(log) => Box::new(log),
 ///     // An older kernel. Writers must be paused while `sweep` runs; this example has none.
 ///     Err(old) if old.kind() == std::io::ErrorKind::Unsupported => {
