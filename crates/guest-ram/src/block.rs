@@ -314,7 +314,7 @@ impl RamBlock {
         self.mapped().filter(is_asked).map(|(_, memory)| residency::addresses(&memory))
     }
 
-    /// The mapping and the memory of its pages; `None` if there are none.
+    /// The mapping and the memory of its pages; `None` without such pages.
     fn mapped(&self) -> Option<(&Mapping, GuestSlice<'_>)> {
         let Memory::Mapped(mapping) = &self.memory else { return None };
         let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
