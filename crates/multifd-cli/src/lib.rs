@@ -20,6 +20,7 @@ mod identity;
 mod interrupt;
 mod new_file;
 mod output;
+mod remedy;
 mod verbs;
 
 use std::{ffi::OsString, process::ExitCode};

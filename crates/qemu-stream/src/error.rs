@@ -10,7 +10,9 @@ use multifd::{
     ram::{BlockName, BlockOffset},
 };
 
-use crate::format::{InvalidMachineType, MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
+use crate::format::{
+    InvalidMachineType, MachineType, Misfit, OtherFormat, SectionId, SectionName, xbzrle::BadDelta,
+};
 
 /// Why a stream or a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -385,6 +387,9 @@ pub enum Violation {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
+    /// The first bytes are those of another format.
+    #[error("expected a stream of QEMU, found {0}")]
+    OtherFormat(OtherFormat),
     /// Another version of the stream.
     #[error("stream version {0}: expected 3")]
     Version(u32),

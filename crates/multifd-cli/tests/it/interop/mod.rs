@@ -4,6 +4,7 @@ mod architectures;
 mod compression;
 mod direct_io;
 mod files;
+mod foreign;
 mod journey;
 mod matrix;
 mod odd;
