@@ -2,6 +2,7 @@
 
 mod architectures;
 mod compression;
+mod differing;
 mod direct_io;
 mod files;
 mod foreign;
