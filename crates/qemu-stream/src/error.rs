@@ -168,8 +168,8 @@ impl fmt::Display for Reached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Nothing => {
-                "it had not replied yet; likely causes, the likeliest first: another machine type, another UUID, TLS on one side \
-                 only, multifd on one side only"
+                "it had not replied yet; likely causes, the likeliest first: another machine type, TLS on one side only, another \
+                 UUID, multifd on one side only"
             }
             Self::Configuration => {
                 "it had accepted the machine type; likely causes, the likeliest first: another RAM size or other memory devices, \
@@ -477,6 +477,14 @@ pub enum Unsupported {
     /// Something that is only sent with a capability that is not supported.
     #[error("{what} is not supported: switch capability {capability} off at the source")]
     Capability {
+        /// What was found.
+        what: &'static str,
+        /// The capability to switch off.
+        capability: &'static str,
+    },
+    /// The same, sent by the destination.
+    #[error("{what} is not supported: switch capability {capability} off at the destination")]
+    DestinationCapability {
         /// What was found.
         what: &'static str,
         /// The capability to switch off.
