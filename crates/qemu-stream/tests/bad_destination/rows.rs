@@ -113,7 +113,7 @@ pub(crate) fn rows() -> Vec<Row> {
         ),
         row(
             "a TLS alert",
-            says(&[0x15, 3, 3, 0, 2, 2, 10]),
+            early(&[0x15, 3, 3, 0, 2, 2, 10], Then::Hold),
             is(Kind::Capability, &["the destination uses TLS: set tls-creds on this side too"]),
         ),
         row(
