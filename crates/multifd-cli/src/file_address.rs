@@ -56,7 +56,8 @@ impl FileAddress {
     /// Opens the machine at this address for reading.
     pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
         let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
-        MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(remedy::of(error, self)))
+        MappedRamFile::open(file, self.offset)
+            .map_err(|error| self.unreadable(remedy::of(error, (&self.path, self.offset))))
     }
 
     /// The error of a machine that cannot be read.

@@ -3,7 +3,11 @@
 //! An error that bytes caused names the stream, and the offset in it at which the field begins. The cause of an error is in
 //! `source()`, not in its text.
 
+mod reached;
+
 use std::{borrow::Cow, fmt, io};
+
+pub use reached::Reached;
 
 use multifd::{
     Fault,
@@ -147,39 +151,6 @@ impl Error {
     pub(crate) fn while_doing(self, doing: &'static str) -> multifd::Error {
         let fault = self.fault();
         multifd::Error::other(doing, self).because(fault)
-    }
-}
-
-/// How far a destination has come with a migration, as its replies show. The text names the likely causes of a failure there,
-/// the likeliest first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Reached {
-    /// It has not replied.
-    #[default]
-    Nothing,
-    /// It has accepted the configuration.
-    Configuration,
-    /// It has all of RAM.
-    Ram,
-}
-
-impl fmt::Display for Reached {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Nothing => {
-                "it had not replied yet; likely causes, the likeliest first: another machine type, TLS on one side only, another \
-                 UUID, multifd on one side only"
-            }
-            Self::Configuration => {
-                "it had accepted the machine type; likely causes, the likeliest first: another RAM size or other memory devices, \
-                 another multifd-compression, another multifd-channels"
-            }
-            Self::Ram => {
-                "it had all of RAM; likely causes, the likeliest first: other devices or other options of a device, another \
-                 number of CPUs, a disk that it cannot open"
-            }
-        })
     }
 }
 
