@@ -18,7 +18,7 @@ use std::{
 use parse_size::Config;
 use qemu_stream::mapped_ram::MappedRamFile;
 
-use crate::output::outcome::While;
+use crate::{output::outcome::While, remedy};
 
 /// The place of a machine: a file, and the position in it at which its stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl FileAddress {
     /// Opens the machine at this address for reading.
     pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
         let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
-        MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(error))
+        MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(remedy::of(error, self)))
     }
 
     /// The error of a machine that cannot be read.

@@ -10,7 +10,9 @@ use multifd::{
     ram::{BlockName, BlockOffset},
 };
 
-use crate::format::{InvalidMachineType, MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
+use crate::format::{
+    InvalidMachineType, MachineType, Misfit, OtherFormat, SectionId, SectionName, xbzrle::BadDelta,
+};
 
 /// Why a stream or a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -48,22 +50,26 @@ pub enum Error {
         /// What it is, and what to switch off.
         what: Unsupported,
     },
-    /// The destination reports that it failed; the guest can continue at the source.
+    /// The destination reports that it failed, so it does not have the guest.
     #[error(
-        "the destination reported failure (SHUT {code}); its own log has the reason; the guest can continue at the source"
+        "the destination reported failure (SHUT {code}), so it does not have the guest; its own log has the reason; {reached}"
     )]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
         code: u32,
+        /// How far the destination had come.
+        reached: Reached,
     },
-    /// The destination closed the connection without SHUT; the guest can continue at the source.
+    /// The destination closed the connection without SHUT, so it does not have the guest.
     #[error(
-        "the destination closed the connection without SHUT ({at}); the guest can continue at the source; its own log has \
-             the reason: channel count, method, UUID and machine type must be the same on both sides"
+        "the destination closed the connection without SHUT ({at}), so it does not have the guest; its own log has the reason; \
+             {reached}"
     )]
     NoShut {
         /// How far the return path was read.
         at: Place,
+        /// How far the destination had come.
+        reached: Reached,
     },
     /// The connection ended without SHUT, although this destination has announced that it always sends SHUT: the network or
     /// its process was interrupted, and SHUT may have been lost.
@@ -144,6 +150,39 @@ impl Error {
     }
 }
 
+/// How far a destination has come with a migration, as its replies show. The text names the likely causes of a failure there,
+/// the likeliest first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Reached {
+    /// It has not replied.
+    #[default]
+    Nothing,
+    /// It has accepted the configuration.
+    Configuration,
+    /// It has all of RAM.
+    Ram,
+}
+
+impl fmt::Display for Reached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => {
+                "it had not replied yet; likely causes, the likeliest first: another machine type, another UUID, TLS on one side \
+                 only, multifd on one side only"
+            }
+            Self::Configuration => {
+                "it had accepted the machine type; likely causes, the likeliest first: another RAM size or other memory devices, \
+                 another multifd-compression, another multifd-channels"
+            }
+            Self::Ram => {
+                "it had all of RAM; likely causes, the likeliest first: other devices or other options of a device, another \
+                 number of CPUs, a disk that it cannot open"
+            }
+        })
+    }
+}
+
 /// Why a stream has ended too early.
 fn cause_of_end(stream: StreamKind) -> &'static str {
     match stream {
@@ -159,7 +198,7 @@ fn what_to_check(stream: StreamKind) -> &'static str {
         StreamKind::ReturnPath => {
             "the destination makes no progress, or waits for something that this side does not send: more channels \
              (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round); make sure \
-             that the guest does not run there before it continues here"
+             that the guest does not run there before it runs anywhere else"
         }
         _ => {
             "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there"
@@ -379,8 +418,8 @@ pub enum Violation {
     PingWithoutReturnPath,
     /// SHUT 0 from a destination that cannot have the guest yet.
     #[error(
-        "the destination reported success (SHUT 0) before the devices were sent to it, which cannot be true; the guest can \
-         continue at the source: make sure that it does not run at the destination"
+        "the destination reported success (SHUT 0) before the devices were sent to it, which cannot be true: make sure \
+         that the guest does not run there before it runs anywhere else"
     )]
     EarlyShut,
     /// Parts of a mapped-ram file overlap, or are outside the file.
@@ -407,6 +446,9 @@ pub enum Violation {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
+    /// The first bytes are those of another format.
+    #[error("expected a stream of QEMU, found {0}")]
+    OtherFormat(OtherFormat),
     /// Another version of the stream.
     #[error("stream version {0}: expected 3")]
     Version(u32),
@@ -425,9 +467,7 @@ pub enum Unsupported {
         remedy: Option<&'static str>,
     },
     /// An unknown record of a section that is sent in pieces. Its length is unknown, too.
-    #[error(
-        "section \"{name}\": record {found:#x} is not known, so its end cannot be found; the guest can continue at the source"
-    )]
+    #[error("section \"{name}\": record {found:#x} is not known, so its end cannot be found")]
     LiveRecord {
         /// The section.
         name: SectionName,
@@ -453,6 +493,9 @@ pub enum Unsupported {
         /// Bytes after the RAM section.
         length: u64,
     },
+    /// The destination replied with TLS, and this side does not use it.
+    #[error("the destination uses TLS: set tls-creds on this side too, or clear it at the destination")]
+    TlsAtDestination,
     /// Something that is only sent with a capability that is not supported.
     #[error("{what} is not supported: switch capability {capability} off at the source")]
     Capability {

@@ -133,13 +133,11 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.switchover().map_err(failed)
     }
 
-    // For a captured machine it is not asked, because no guest is stopped meanwhile.
+    // A captured machine is asked about as well: a destination whose channels have failed never has all of RAM, and the devices
+    // are not sent to it.
     fn ready(&mut self) -> Result<()> {
         // The watch would read the reply that `ready` waits for.
         self.watch = None;
-        if self.captured.is_some() {
-            return Ok(());
-        }
         self.outgoing.ready().map_err(failed)
     }
 

@@ -36,7 +36,7 @@ pub use options::Options;
 
 use crate::{
     connection::Connection,
-    error::{Error, Place, StreamKind, Usage},
+    error::{Error, Usage},
     format::{BlockList, Command, DevicePart, Event, READY_PING, SyncMark, SyncMode},
 };
 use encoder::Encoder;
@@ -313,13 +313,7 @@ impl<C: Connection> Outgoing<C> {
         if !self.options.return_path {
             return None;
         }
-        let judge = |bytes: &[u8], closed: bool| {
-            let closed = || {
-                closed.then_some(Error::NoShut { at: Place { stream: StreamKind::ReturnPath, offset: 0 } })
-            };
-            let error = failure_in(bytes).or_else(closed)?;
-            Some(failed(error))
-        };
+        let judge = |bytes: &[u8], closed: bool| failure_in(bytes, closed).map(failed);
         self.writer.connection_ref().watch_peer(stop, Duration::ZERO, Box::new(judge))
     }
 
