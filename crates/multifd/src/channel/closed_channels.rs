@@ -1,7 +1,7 @@
 //! Notices at once that the peer has closed a channel, while the channel's thread waits for something else.
 //!
 //! One thread watches the descriptors of all channels of a sender. It consumes no bytes. A QEMU destination whose channel has
-//! failed shuts all channels down, reports nothing on main, and goes on waiting there: without the watch the source would wait
+//! failed shuts all channels down, reports nothing on main, and continues to wait there: without the watch the source would wait
 //! until a time limit expires. A destination also closes its channels after success, just before its SHUT, so the watch ends
 //! when all of RAM has been sent.
 
