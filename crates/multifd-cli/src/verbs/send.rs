@@ -87,7 +87,10 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
 /// The consequence for the guest if the destination does not have it: it stays in the file.
 fn not_taken(error: &Error) -> &'static str {
     match error.fault() {
-        Fault::Peer | Fault::Connection => "; the destination does not have the guest, the file is unchanged",
+        _ if matches!(error.kind(), Error::OwnerUnknown(_)) => "",
+        Fault::Peer | Fault::Connection | Fault::Protocol | Fault::Stalled => {
+            "; the destination does not have the guest, the file is unchanged"
+        }
         _ => "",
     }
 }

@@ -24,10 +24,7 @@ mod shared;
 mod worker;
 mod zero_copy;
 
-use std::{
-    sync::{Arc, atomic::AtomicU64},
-    time::Duration,
-};
+use std::sync::{Arc, atomic::AtomicU64};
 
 pub use collect::Synced;
 use copies::{Copies, Targets};
@@ -224,7 +221,7 @@ impl Sender {
     pub(crate) fn fail_when_closed(&mut self) -> Result<()> {
         let stop = self.stop.clone();
         let closed =
-            ClosedChannels::start(GRACE, move |id| drop(stop.fail(packets::closed().on_channel(id))));
+            ClosedChannels::start(worker::GRACE, move |id| drop(stop.fail(packets::closed().on_channel(id))));
         self.closed = Some(closed.map_err(|error| Error::io("watch the channels", error))?);
         Ok(())
     }
@@ -303,9 +300,6 @@ impl SendCounters {
         (0..=u8::MAX).map(ChannelId).zip(counters).map(|(id, counters)| counters.snapshot(id)).collect()
     }
 }
-
-/// The time that main has to report why the destination fails, before a closed channel is the error.
-const GRACE: Duration = Duration::from_millis(500);
 
 struct WakeDispatch(Arc<Shared>);
 

@@ -33,12 +33,15 @@ pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce
     if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
         match error.fault() {
-            Fault::Connection => shared.stop.fail_as_consequence(error.on_channel(id), CAUSE),
+            Fault::Connection => shared.stop.fail_as_consequence(error.on_channel(id), GRACE),
             _ => shared.stop.fail(error.on_channel(id)),
         };
     }
     tracing::debug!(channel = id.0, "multifd_send_thread_end");
 }
+
+/// The time that main has to report why the destination fails, before a closed channel is the error.
+pub(super) const GRACE: Duration = Duration::from_millis(500);
 
 /// Carries out the jobs of `dispatch` for a connected channel, until the end.
 pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()> {
@@ -59,6 +62,3 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
         }
     }
 }
-
-/// How long a lost channel waits for main to report why the destination has failed.
-const CAUSE: Duration = Duration::from_millis(500);

@@ -66,6 +66,14 @@ pub enum Unsupported {
         /// The capability to switch off.
         capability: &'static str,
     },
+    /// The same, sent by the destination.
+    #[error("{what} is not supported: switch capability {capability} off at the destination")]
+    DestinationCapability {
+        /// What was found.
+        what: &'static str,
+        /// The capability to switch off.
+        capability: &'static str,
+    },
     /// Something is missing that is only sent with a capability.
     #[error("{what}: capability {capability} was off when it was written")]
     NeedsCapability {

@@ -255,7 +255,7 @@ impl Replies {
             Message::Shut(code) => self.destination_failed(*code),
             _ => {
                 let (what, capability) = ("a postcopy message on the return path", "postcopy-ram");
-                Unsupported::Capability { what, capability }.at(at)
+                Unsupported::DestinationCapability { what, capability }.at(at)
             }
         }
     }

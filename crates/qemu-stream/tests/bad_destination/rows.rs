@@ -112,9 +112,14 @@ pub(crate) fn rows() -> Vec<Row> {
             ),
         ),
         row(
+            "a TLS alert",
+            says(&[0x15, 3, 3, 0, 2, 2, 10]),
+            is(Kind::Capability, &["the destination uses TLS: set tls-creds on this side too"]),
+        ),
+        row(
             "a postcopy message",
             says(&[0, 4, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-            is(Kind::Capability, &["switch capability postcopy-ram off at the source"]),
+            is(Kind::Capability, &["switch capability postcopy-ram off at the destination"]),
         ),
         row(
             "half a SHUT, then nothing",
