@@ -16,9 +16,8 @@ use std::{
 };
 
 use parse_size::Config;
-use qemu_stream::mapped_ram::MappedRamFile;
 
-use crate::{output::outcome::While, remedy};
+use crate::output::outcome::While;
 
 /// The place of a machine: a file, and the position in it at which its stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,12 +62,6 @@ impl FileAddress {
     /// The position at which the stream begins, in bytes.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
-    }
-
-    /// Opens the machine at this address for reading.
-    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
-        let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
-        MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(remedy::of(error, self)))
     }
 
     /// The error of a machine that cannot be read.

@@ -9,19 +9,31 @@ use qemu_stream::{
     Error as StreamError,
     error::Unsupported,
     format::{Compressor, LibvirtStorage, OtherFormat},
+    mapped_ram::MappedRamFile,
 };
 
-use crate::file_address::FileAddress;
+use crate::{
+    file_address::{FileAddress, open_regular},
+    output::outcome::While,
+};
+
+impl FileAddress {
+    /// Opens the machine at this address for reading.
+    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
+        let file = open_regular(self.path()).map_err(|error| self.unreadable(error))?;
+        MappedRamFile::open(file, self.offset()).map_err(|error| self.unreadable(of(error, self)))
+    }
+}
 
 /// An error of a file, and what to do about it.
 #[derive(Debug)]
-pub(crate) struct Remedied {
+struct Remedied {
     error: StreamError,
     remedy: Option<String>,
 }
 
 /// Adds to the error of the file at `address` the command that makes a file that can be read.
-pub(crate) fn of(error: StreamError, address: &FileAddress) -> Remedied {
+fn of(error: StreamError, address: &FileAddress) -> Remedied {
     let remedy = match &error {
         StreamError::Unsupported { what, .. } => command(what, address),
         _ => None,
