@@ -6,6 +6,7 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     error::Error,
+    fs::File,
     sync::atomic::{AtomicUsize, Ordering},
 };
 
@@ -41,6 +42,14 @@ pub fn shown<T, E: Error + 'static>(result: Result<T, E>) -> Option<T> {
         assert!(!text.contains(is_executed), "{text:?}");
     }
     None
+}
+
+/// An empty file in memory, which may become longer than on most disks.
+///
+/// # Panics
+/// If the system has none.
+pub fn file() -> File {
+    rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory").into()
 }
 
 /// A target, and the fuzzer's entry to it.

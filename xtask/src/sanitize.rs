@@ -3,7 +3,7 @@
 //! ```text
 //! address   AddressSanitizer, with its search for leaks
 //! thread    ThreadSanitizer, with a standard library built for it; it would report a normal one
-//! miri      two atomics used by two threads, interpreted with delayed stores
+//! miri      two atomics used by two threads, interpreted with delayed stores; copies of guest memory that race
 //! valgrind  memcheck, on the tests of the loopback as the stable compiler builds them
 //! ```
 //!
@@ -112,6 +112,13 @@ fn miri() -> Result<(), Failure> {
         .args(["miri", "test", "-p", "multifd", "--lib", "--target-dir"])
         .arg(workspace_root().join("target/sanitize/miri"))
         .args(["--", "do_not_miss_each_other"]);
+    run(&mut command)?;
+    let mut command = nightly("cargo");
+    command
+        .env("MIRIFLAGS", "-Zmiri-many-seeds=0..8")
+        .args(["miri", "test", "-p", "guest-ram", "--lib", "--target-dir"])
+        .arg(workspace_root().join("target/sanitize/miri"))
+        .args(["--", "do_not_race", "looked_at_without_harm"]);
     run(&mut command)
 }
 

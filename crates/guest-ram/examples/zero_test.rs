@@ -1,10 +1,11 @@
-//! Measures how fast zero pages are found, compared with reading and copying memory on this machine.
+//! Measures how fast zero pages are found, compared with reading and copying memory on this machine, and copies out of
+//! guest memory, which may race, compared with copies of private memory, which may not.
 //!
 //! `cargo run --release -p guest-ram --example zero_test [MiB]`
 
 use std::{io, time::Instant};
 
-use guest_ram::Mapping;
+use guest_ram::{AlignedBuffer, Mapping};
 
 fn main() -> io::Result<()> {
     let mib = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(1024_u64);
@@ -48,7 +49,42 @@ fn main() -> io::Result<()> {
         best[3],
         best[0] / best[1]
     );
-    io::Write::write_all(&mut io::stdout(), out.as_bytes())
+    io::Write::write_all(&mut io::stdout(), out.as_bytes())?;
+    for len in [64, 4096, 16 << 10, 64 << 10, 8 << 20] {
+        let (guest, private) = copies(&ram, len);
+        let ratio = guest / private;
+        let line = format!(
+            "copy of {len:>7} bytes  {guest:6.2} GB/s, private {private:6.2} GB/s, ratio {ratio:.2}\n"
+        );
+        io::Write::write_all(&mut io::stdout(), line.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The speed of copies of `len` bytes between guest memory and a buffer, in and out, and of the same copies between two
+/// buffers: best of several short rounds each, in turns, in GB/s.
+fn copies(ram: &Mapping, len: usize) -> (f64, f64) {
+    let (mut buffer, mut other) = (AlignedBuffer::new(len), AlignedBuffer::new(len));
+    let times = (32 << 20) / len;
+    let speed = |start: Instant| 2.0 * (times * len) as f64 / start.elapsed().as_secs_f64() / 1e9;
+    let (mut guest, mut private) = (0.0_f64, 0.0_f64);
+    for _ in 0..40 {
+        let start = Instant::now();
+        for _ in 0..times {
+            if let Some(slice) = std::hint::black_box(ram).slice(0, len) {
+                slice.copy_to(std::hint::black_box(&mut *buffer));
+                slice.copy_from(std::hint::black_box(&buffer));
+            }
+        }
+        guest = guest.max(speed(start));
+        let start = Instant::now();
+        for _ in 0..times {
+            std::hint::black_box(&mut *buffer).copy_from_slice(std::hint::black_box(&other));
+            std::hint::black_box(&mut *other).copy_from_slice(std::hint::black_box(&buffer));
+        }
+        private = private.max(speed(start));
+    }
+    (guest, private)
 }
 
 /// Calls `visit` for each page; returns the speed in GB/s.

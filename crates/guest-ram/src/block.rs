@@ -1,12 +1,12 @@
 //! A RAM block: a name, a used length, a page size and its memory.
 
-use std::{io, os::unix::fs::FileExt, sync::Arc};
+use std::{io, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
 use crate::{
-    BlockName, BlockOffset, DirectFile, Error, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize, Places,
-    bitmap,
-    file::{explained, size_limit},
-    memory::residency,
+    Access, BlockName, BlockOffset, DirectFile, Error, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize,
+    Places, bitmap,
+    file::{explained, size_limit, truncated},
+    memory::{areas::Areas, residency},
 };
 
 /// The position of a block in its [`RamBlocks`](crate::RamBlocks), from 0.
@@ -254,6 +254,17 @@ impl RamBlock {
         }
     }
 
+    /// Like [`clear`](Self::clear), for `count` pages from `first` on.
+    ///
+    /// # Panics
+    /// If the block has no such pages.
+    pub fn clear_run(&self, first: PageIndex, count: u64) {
+        match &self.memory {
+            Memory::MappedRam(places) => places.present.clear_run(first, count),
+            Memory::Mapped(_) => (first.0..first.0 + count).map(PageIndex).for_each(|page| self.clear(page)),
+        }
+    }
+
     /// Whether a page is zero. The page is read to find out. If the guest writes at the same time, the answer may be
     /// wrong; this is harmless, because the page is then dirty again. A page in a file is not read: its [present
     /// bit](RamBlock::is_present) decides. A page in a mapping that [may shrink](Mapping::may_shrink) is not read
@@ -266,9 +277,8 @@ impl RamBlock {
         }
     }
 
-    /// The pages that may be nonzero now. For a mapped-ram file: the pages in the file. For mapped memory: the pages in
-    /// the page table, if [absent pages are zero](Mapping::anonymous) and the kernel can list them (Linux 6.7),
-    /// otherwise all pages.
+    /// The pages that may be nonzero now. For a mapped-ram file: the pages in the file. For mapped memory: the
+    /// [touched](RamBlock::touched) pages if they are known, otherwise all pages.
     pub fn may_hold(&self) -> PageBitmap {
         self.touched().unwrap_or_else(|| {
             let bits = PageBitmap::new(self.pages);
@@ -277,19 +287,103 @@ impl RamBlock {
         })
     }
 
-    /// The pages that may be nonzero according to the page table. `None` if the page table cannot answer this: it
-    /// requires memory in which [absent pages are zero](Mapping::assume_absent_is_zero), and a kernel that can list
-    /// pages.
+    /// The pages of mapped memory that may be nonzero, found without reading them; all others are zero. `None` if nothing
+    /// is known of any page, for blocks in a mapped-ram file, and for [ignored](RamBlock::ignored) blocks.
+    ///
+    /// | Memory | Who is asked | Requires |
+    /// |---|---|---|
+    /// | [`Mapping::anonymous`], or [declared](Mapping::assume_absent_is_zero) | the page table | Linux 6.7 |
+    /// | private and anonymous, which `/proc/self/smaps` proves | the page table | Linux 6.7 |
+    /// | a mapping of [its file](Mapping::of_file), shared or private | the file; for a private mapping the page table, too | memfd, tmpfs, ext4 or hugetlbfs |
+    /// | filled by a `userfaultfd`, of another file, or mapped over | nobody: these pages may be nonzero | |
+    ///
+    /// The answer holds for the moment of the call. Use it only for pages whose dirty bits were taken before: a page that
+    /// is written after that is dirty again. Without a dirty log, nothing may write to the memory until its pages have
+    /// been sent.
+    ///
+    /// For several blocks, [`RamBlocks::touched`](crate::RamBlocks::touched) is faster.
     pub fn touched(&self) -> Option<PageBitmap> {
+        let areas = self.questioned().and_then(|range| residency::areas_of(&[range]));
+        self.touched_among(areas.as_ref())
+    }
+
+    /// The addresses of which the system must be asked what is mapped there, before it is known who knows the touched
+    /// pages. `None` if nothing needs to be asked.
+    pub(crate) fn questioned(&self) -> Option<Range<u64>> {
         let Memory::Mapped(mapping) = &self.memory else { return None };
-        if !mapping.is_absent_zero() || self.ignored {
+        let is_asked = !mapping.is_absent_zero() && !self.ignored;
+        if is_asked { self.addresses() } else { None }
+    }
+
+    /// The addresses of mapped pages; `None` if it has no such pages.
+    pub(crate) fn addresses(&self) -> Option<Range<u64>> {
+        let Memory::Mapped(_) = &self.memory else { return None };
+        let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
+        Some(residency::addresses(&memory))
+    }
+
+    /// The [touched](RamBlock::touched) pages, with what the system has answered.
+    pub(crate) fn touched_among(&self, areas: Option<&Areas>) -> Option<PageBitmap> {
+        let Memory::Mapped(mapping) = &self.memory else { return None };
+        if self.ignored {
             return None;
         }
         let memory = self.slice(PageIndex(0), self.pages).filter(|memory| memory.len() > 0)?;
-        let touched = residency::touched(&memory, self.page_size).inspect_err(|error| {
-            tracing::debug!(block = %self.name, %error, "the page table cannot be queried: pages are read instead");
+        let touched = residency::touched(&memory, mapping, self.page_size, areas).inspect_err(|error| {
+            tracing::debug!(block = %self.name, %error, "touched pages cannot be queried: pages are read instead");
         });
-        touched.ok()
+        touched.ok().flatten()
+    }
+
+    /// The runs of pages of which the system does not let this process access a part: first page and count.
+    pub(crate) fn inaccessible_among(&self, access: Access, areas: &Areas) -> Vec<(PageIndex, u64)> {
+        let (Some(range), Memory::Mapped(mapping)) = (self.addresses(), &self.memory) else {
+            return Vec::new();
+        };
+        let writes = access == Access::ReadWrite && mapping.is_writable();
+        let (start, page) = (self.slice(PageIndex(0), 0), self.page_size.bytes() as u64);
+        let start = start.map_or(range.start, |slice| slice.as_ptr().addr() as u64);
+        let closed = areas.parts(&range).into_iter().filter(|(_, area)| match area {
+            Some(area) => !area.readable || writes && !area.writable,
+            None => true,
+        });
+        let runs = closed.map(|(part, _)| {
+            let first = part.start.saturating_sub(start) / page;
+            let end = part.end.saturating_sub(start).div_ceil(page).min(self.pages);
+            (PageIndex(first), end.saturating_sub(first))
+        });
+        runs.filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// The error that `count` pages from `first` on may not be accessed.
+    pub fn inaccessible(&self, first: PageIndex, count: u64) -> Error {
+        let offset = self.offset_of(first).unwrap_or(BlockOffset(u64::MAX));
+        let len = count.saturating_mul(self.page_size.bytes() as u64);
+        Error::Inaccessible { name: self.name.clone(), offset, len }
+    }
+
+    /// Explains why the system could not access `count` pages from `first` on (`EFAULT`): they may not be accessed, or
+    /// the file of the mapping is too short. Returns `error` unchanged if neither is so.
+    pub fn explain_fault(&self, first: PageIndex, count: u64, error: io::Error) -> io::Error {
+        let areas = self.addresses().and_then(|range| Areas::without_flags(&[range]).ok());
+        let holes = areas.map(|areas| self.inaccessible_among(Access::Read, &areas)).unwrap_or_default();
+        let end = first.0.saturating_add(count);
+        let hole = holes.into_iter().find(|(at, count)| at.0 < end && first.0 < at.0 + count);
+        match hole {
+            Some((at, count)) => {
+                let refused = self.inaccessible(at, count);
+                io::Error::new(io::ErrorKind::PermissionDenied, refused)
+            }
+            None if self.is_of_a_file() => truncated(),
+            None => error,
+        }
+    }
+
+    fn is_of_a_file(&self) -> bool {
+        match &self.memory {
+            Memory::Mapped(mapping) => mapping.may_shrink() || mapping.backing().is_some(),
+            Memory::MappedRam(_) => true,
+        }
     }
 
     /// The location of the block's bytes: 0 for this process's memory or an identifier of the file, then start and end.

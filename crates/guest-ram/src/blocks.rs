@@ -5,7 +5,10 @@
 
 use std::collections::HashMap;
 
-use crate::{BlockIndex, BlockName, Error, PageSize, RamBlock};
+use crate::{
+    Access, BlockIndex, BlockName, Error, PageBitmap, PageIndex, PageSize, RamBlock,
+    memory::{areas::Areas, residency},
+};
 
 /// All RAM blocks of a machine, in the order in which the source lists them.
 #[derive(Debug, Default)]
@@ -91,6 +94,64 @@ impl RamBlocks {
     /// The sum of the used lengths of all blocks, in bytes: `total` in the RAM statistics.
     pub fn total(&self) -> u64 {
         self.blocks.iter().map(RamBlock::used_length).sum()
+    }
+}
+
+/// A run of pages of a block that this process may not access, although they belong to the block's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inaccessible {
+    /// The block.
+    pub block: BlockIndex,
+    /// The first page.
+    pub first: PageIndex,
+    /// The number of pages, at least 1.
+    pub count: u64,
+}
+
+impl RamBlocks {
+    /// The [touched](RamBlock::touched) pages of each block, in order. The system is asked once for all blocks.
+    pub fn touched(&self) -> Vec<Option<PageBitmap>> {
+        let questioned: Vec<_> = self.blocks.iter().filter_map(RamBlock::questioned).collect();
+        let areas = if questioned.is_empty() { None } else { residency::areas_of(&questioned) };
+        self.blocks.iter().map(|block| block.touched_among(areas.as_ref())).collect()
+    }
+
+    /// The pages of mapped memory that this process may not access now: nothing is mapped there, or without the right to
+    /// read (`PROT_NONE`), or to write if `access` says so and the mapping is not read-only. A page counts if this is so
+    /// for a part of it. An access by a copy would end the process by `SIGSEGV`, one by a system call fails with `EFAULT`.
+    ///
+    /// A virtual machine has such pages where memory is not plugged in (virtio-mem). They are zero if they are not
+    /// [touched](RamBlock::touched), and are then sent as zero pages and never accessed. **Warning:** access rights must not
+    /// be removed during a pass of a migration, because a page may be read between the check and the end of the pass.
+    ///
+    /// The list is empty if the system does not say what is mapped (`/proc/self/maps`).
+    pub fn inaccessible(&self, access: Access) -> Vec<Inaccessible> {
+        let addresses: Vec<_> = self.blocks.iter().filter_map(RamBlock::addresses).collect();
+        let Ok(areas) = Areas::without_flags(&addresses) else { return Vec::new() };
+        let runs = self.iter().flat_map(|(block, of)| {
+            let runs = of.inaccessible_among(access, &areas).into_iter();
+            runs.map(move |(first, count)| Inaccessible { block, first, count })
+        });
+        runs.collect()
+    }
+
+    /// Refuses the first page of `holes` that is `needed`.
+    ///
+    /// # Errors
+    /// [`Error::Inaccessible`], from that page to the end of its hole.
+    pub fn refuse_inaccessible(
+        &self,
+        holes: &[Inaccessible],
+        needed: impl Fn(BlockIndex, PageIndex) -> bool,
+    ) -> Result<(), Error> {
+        for hole in holes {
+            let (block, end) = (self.block(hole.block)?, hole.first.0.saturating_add(hole.count));
+            let page = (hole.first.0..end).map(PageIndex).find(|page| needed(hole.block, *page));
+            if let Some(page) = page {
+                return Err(block.inaccessible(page, end - page.0));
+            }
+        }
+        Ok(())
     }
 }
 

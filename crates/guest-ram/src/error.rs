@@ -1,6 +1,6 @@
 //! The errors that the caller's input causes.
 
-use crate::{BlockName, PageSize};
+use crate::{BlockName, BlockOffset, PageSize};
 
 /// Why blocks, memory or a dirty log cannot be made as requested. Errors of the system are
 /// [`io::Error`](std::io::Error)s; where a function returns one of those, this error may be [inside
@@ -73,5 +73,19 @@ pub enum Error {
         name: BlockName,
         /// The reason.
         why: &'static str,
+    },
+    /// A part of the block's memory may not be accessed, and may be nonzero.
+    #[error(
+        "block {name:?}: {len:#x} bytes from offset {offset} on are mapped without the right to access them \
+         (PROT_NONE), as memory that the guest has unplugged: map them with the right, or discard what they contain \
+         (MADV_DONTNEED; FALLOC_FL_PUNCH_HOLE if it is a file), so that they count as zero"
+    )]
+    Inaccessible {
+        /// The block's name.
+        name: BlockName,
+        /// The offset of the first byte in the block.
+        offset: BlockOffset,
+        /// The number of bytes.
+        len: u64,
     },
 }

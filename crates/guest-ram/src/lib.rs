@@ -25,9 +25,9 @@ mod name;
 mod page;
 mod places;
 
-pub use bitmap::{PageBitmap, runs};
+pub use bitmap::{PageBitmap, TakenWords, runs};
 pub use block::{BlockIndex, Memory, RamBlock};
-pub use blocks::RamBlocks;
+pub use blocks::{Inaccessible, RamBlocks};
 #[cfg(feature = "vm-memory")]
 pub use dirty::{AtomicBitmapLog, RegionBitmap};
 pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, MergedLog, NeverDirty};

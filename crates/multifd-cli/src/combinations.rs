@@ -17,13 +17,19 @@ use crate::{
 };
 
 /// Refuses what `receive` does not support.
-pub(crate) fn of_receive(args: &ReceiveArgs) -> Result<(), Failure> {
+pub(crate) fn of_receive(args: &ReceiveArgs, listen: &Address) -> Result<(), Failure> {
     let refused = |usage: Usage| Failure::Usage(usage.into());
-    args.listen.check_listen().map_err(refused)?;
-    if let (Address::Exec(_), ChannelCount::Exact(1..)) = (&args.listen, args.multifd_channels) {
+    listen.check_listen().map_err(|usage| match (listen, &usage) {
+        (Address::Fd(fd), Usage::Descriptor { .. }) => {
+            let instead = if *fd == 0 { "- as the address".to_owned() } else { format!("'exec:cat <&{fd}'") };
+            Failure::Usage(format!("{usage}; use {instead} to receive from a pipe or a file").into())
+        }
+        _ => refused(usage),
+    })?;
+    if let (Address::Exec(_), ChannelCount::Exact(1..)) = (listen, args.multifd_channels) {
         return Err(refused(Usage::SingleConnection(args.listen.to_string())));
     }
-    match &args.listen {
+    match listen {
         // The socket would be at the file's path when the file is to get its name.
         Address::Unix(socket) if same_place(socket, args.file.path()) => {
             let why = "the socket and the file to write have the same path; use different paths";
@@ -46,10 +52,13 @@ fn same_place(one: &Path, other: &Path) -> bool {
 ///
 /// # Errors
 /// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`], [`Usage::ZeroCopy`], [`Usage::Descriptor`],
-/// [`Usage::ChildrenIgnored`].
+/// [`Usage::WithoutChannels`], [`Usage::ChildrenIgnored`].
 pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
     if args.address.is_single() && args.multifd_channels > 0 {
         return Err(Usage::SingleConnection(args.address.to_string()));
+    }
+    if args.multifd_channels == 0 && args.compression.packs() {
+        return Err(Usage::WithoutChannels("multifd-compression"));
     }
     let copied = [
         (args.multifd_channels == 0, "with multifd-channels 0"),

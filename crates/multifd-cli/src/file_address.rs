@@ -16,9 +16,8 @@ use std::{
 };
 
 use parse_size::Config;
-use qemu_stream::mapped_ram::MappedRamFile;
 
-use crate::{output::outcome::While, remedy};
+use crate::output::outcome::While;
 
 /// The place of a machine: a file, and the position in it at which its stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +27,14 @@ pub(crate) struct FileAddress {
 }
 
 impl FileAddress {
-    /// Parses `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:` is written `./file:…`.
+    /// Parses `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:`, or like an address, is written `./file:…`.
     pub(crate) fn parse(text: OsString) -> Result<Self, String> {
+        if let Some(kind) = kind_of_address(&text.to_string_lossy()) {
+            return Err(format!(
+                "expected the path of a file, found an address: did you swap the file and the address? A file of this name \
+                 is written ./{kind}:..."
+            ));
+        }
         let Some(rest) = text.as_bytes().strip_prefix(b"file:") else {
             return Ok(Self { path: file_path(text)?, offset: 0 });
         };
@@ -41,6 +46,12 @@ impl FileAddress {
         if path.is_empty() {
             return Err("expected file:PATH or file:PATH,offset=N, found no path".into());
         }
+        if let Some(option) = option_behind(path) {
+            return Err(format!(
+                "expected file:PATH or file:PATH,offset=N, found the option {option:?}; if it belongs to the path, leave out \
+                 file:"
+            ));
+        }
         Ok(Self { path: file_path(OsString::from_vec(path.to_owned()))?, offset })
     }
 
@@ -51,13 +62,6 @@ impl FileAddress {
     /// The position at which the stream begins, in bytes.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
-    }
-
-    /// Opens the machine at this address for reading.
-    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
-        let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
-        MappedRamFile::open(file, self.offset)
-            .map_err(|error| self.unreadable(remedy::of(error, (&self.path, self.offset))))
     }
 
     /// The error of a machine that cannot be read.
@@ -107,10 +111,12 @@ pub(crate) fn other_kind(found: &Metadata) -> Option<&'static str> {
 
 /// Opens a regular file for reading. A FIFO or a device is not opened, because that would wait for a writer or consume
 /// its data.
-fn open_regular(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let refuse = |found: &Metadata| match other_kind(found) {
         Some(kind) => {
-            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {kind}, expected a regular file")))
+            let remedy = if found.is_dir() { "name a file in it" } else { "copy its data into a file first" };
+            let why = format!("it is {kind}, expected a regular file: {remedy}");
+            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
         }
         None => Ok(()),
     };
@@ -119,6 +125,22 @@ fn open_regular(path: &Path) -> io::Result<File> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     refuse(&file.metadata()?)?;
     Ok(file)
+}
+
+/// The kind of address that a text is, if it is one.
+pub(crate) fn kind_of_address(text: &str) -> Option<&'static str> {
+    let (kind, _) = text.split_once(':')?;
+    ["tcp", "unix", "vsock", "exec", "fd"].into_iter().find(|known| *known == kind)
+}
+
+/// What looks like an option at the end of a path: `,ofset=1`, `,offset`.
+fn option_behind(path: &[u8]) -> Option<String> {
+    let at = path.iter().rposition(|byte| *byte == b',')?;
+    let option = path.get(at + 1..)?;
+    let name = option.split(|byte| *byte == b'=').next().unwrap_or_default();
+    let is_name = !name.is_empty() && name.iter().all(|byte| byte.is_ascii_alphabetic() || *byte == b'-');
+    let looks = is_name && (option.contains(&b'=') || name == b"offset");
+    looks.then(|| String::from_utf8_lossy(option).into_owned())
 }
 
 const OFFSET: &[u8] = b",offset=";
@@ -160,7 +182,13 @@ mod tests {
             ("vm,offset=7", "vm,offset=7", 0),
             ("./file:vm", "./file:vm", 0),
             ("file:vm.ram", "vm.ram", 0),
-            ("file:/a,b.ram,foo=bar", "/a,b.ram,foo=bar", 0),
+            ("file:/a,b.ram", "/a,b.ram", 0),
+            ("/a,b.ram,foo=bar", "/a,b.ram,foo=bar", 0),
+            ("file:/a=b,c.ram", "/a=b,c.ram", 0),
+            ("file:/a,1=b", "/a,1=b", 0),
+            ("./tcp:host:1", "./tcp:host:1", 0),
+            ("tcp", "tcp", 0),
+            ("tape:1", "tape:1", 0),
             ("file:/a,b,offset=0x1000", "/a,b", 0x1000),
             ("file:vm,offset=4096", "vm", 4096),
             ("file:vm,offset=4K", "vm", 4096),
@@ -169,6 +197,30 @@ mod tests {
             ("file:vm,offset=010", "vm", 10),
         ] {
             assert_eq!(parse(text), Ok((path.to_owned(), offset)), "{text}");
+        }
+    }
+
+    /// Regression: the option became a part of the path, and the machine was written to a file of that name.
+    #[test]
+    fn option_that_is_misspelt_is_refused_with_the_one_that_is() {
+        for (text, option) in [
+            ("file:vm,ofset=1", "ofset=1"),
+            ("file:vm,Offset=1", "Offset=1"),
+            ("file:vm,offset", "offset"),
+            ("file:/a,b.ram,foo=bar", "foo=bar"),
+            ("file:vm,foo=1,offset=2", "foo=1"),
+            ("file:vm,direct-io=on", "direct-io=on"),
+        ] {
+            let refused = parse(text).expect_err(text);
+            assert!(refused.contains(&format!("offset=N, found the option {option:?}")), "{refused}");
+        }
+    }
+
+    #[test]
+    fn address_in_place_of_a_file_is_refused() {
+        for text in ["tcp:127.0.0.1:1", "unix:/run/x", "fd:3", "exec:cat", "vsock:1:2"] {
+            let refused = parse(text).expect_err(text);
+            assert!(refused.contains("did you swap the file and the address?"), "{refused}");
         }
     }
 

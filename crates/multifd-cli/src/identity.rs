@@ -9,6 +9,8 @@ pub(crate) struct Identity {
     inode: u64,
     length: u64,
     modified: (i64, i64),
+    /// The time of the last change of the file or its metadata. A program can set the other time, but not this one.
+    changed: (i64, i64),
 }
 
 impl Identity {
@@ -18,6 +20,7 @@ impl Identity {
             inode: found.ino(),
             length: found.len(),
             modified: (found.mtime(), found.mtime_nsec()),
+            changed: (found.ctime(), found.ctime_nsec()),
         }
     }
 }

@@ -18,6 +18,7 @@ mod direct_io;
 mod file_address;
 mod identity;
 mod interrupt;
+mod listen_address;
 mod new_file;
 mod output;
 mod remedy;

@@ -6,9 +6,12 @@
 use std::{
     error::Error,
     ffi::{OsStr, OsString},
-    fs::{self, File, Metadata},
+    fs::{self, File, Metadata, OpenOptions},
     io::{self, Read},
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -20,7 +23,11 @@ use rustix::{
 };
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{file_address::other_kind, identity::Identity, output::outcome::While};
+use crate::{
+    file_address::{open_regular, other_kind},
+    identity::Identity,
+    output::outcome::While,
+};
 
 /// A file that contains nothing valid yet.
 pub(crate) struct NewFile {
@@ -59,7 +66,9 @@ impl NewFile {
         };
         let path = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let unusable = |error| While::new(format!("cannot open folder {}", path.display()), error);
-        let folder = File::open(path).map_err(unusable)?;
+        // A folder and nothing else: to open a FIFO would wait for a writer.
+        let folder =
+            File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(unusable)?;
         if let Some(found) = &found {
             check(found, keep, force)?;
             replaceable(target, found, &folder.metadata()?)?;
@@ -68,7 +77,7 @@ impl NewFile {
         let mut temporary = named_beside(path, name, &folder)?;
         let replaces = match found {
             Some(_) if keep > 0 => {
-                let container = File::open(target)?;
+                let container = open_regular(target)?;
                 let identity = Identity::of(&container.metadata()?);
                 io::copy(&mut container.take(keep), temporary.as_file_mut())?;
                 Replaces::This(identity)
@@ -127,7 +136,10 @@ impl NewFile {
 /// Creates a new file in `path`, which is `folder`. Its name is `.NAME.` and a random part.
 fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFile, Cause> {
     let unusable = |error| While::new(format!("cannot create a file in folder {}", path.display()), error);
-    let plain = tempfile::Builder::new().prefix(".").tempfile_in(path).map_err(unusable)?;
+    // Made with our own `open`: the errors of `tempfile_in` contain the temporary name, which a user does not know.
+    let create =
+        |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    let plain = tempfile::Builder::new().prefix(".").make_in(path, create).map_err(unusable)?;
     let random = plain.path().file_name().unwrap_or_default().to_owned();
     let longest = fstatvfs(folder).map_or(0, |found| found.f_namemax);
     let longest = usize::try_from(longest).ok().filter(|most| *most > 0).unwrap_or(NAME_MAX).min(NAME_MAX);
@@ -158,7 +170,9 @@ fn beginning(name: &OsStr, most: usize) -> &OsStr {
 fn check(found: &Metadata, keep: u64, force: bool) -> io::Result<()> {
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
     if let Some(kind) = other_kind(found) {
-        return refused(format!("it exists and is not a regular file: it is {kind}"));
+        return refused(format!(
+            "it exists and is not a regular file: it is {kind}; use the path of a new file"
+        ));
     }
     if !force && keep == 0 {
         return refused("it exists; use --force to replace it".into());

@@ -2,29 +2,40 @@
 //!
 //! The libraries report what a file is. They know no path and no program, so the command is added here.
 
-use std::{error::Error, fmt, path::Path};
+use std::{error::Error, fmt};
 
 use multifd::error::Printable;
 use qemu_stream::{
     Error as StreamError,
     error::Unsupported,
     format::{Compressor, LibvirtStorage, OtherFormat},
+    mapped_ram::MappedRamFile,
 };
 
-/// The path of a file, and the offset at which its stream begins.
-type At<'a> = (&'a Path, u64);
+use crate::{
+    file_address::{FileAddress, open_regular},
+    output::outcome::While,
+};
+
+impl FileAddress {
+    /// Opens the machine at this address for reading.
+    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
+        let file = open_regular(self.path()).map_err(|error| self.unreadable(error))?;
+        MappedRamFile::open(file, self.offset()).map_err(|error| self.unreadable(of(error, self)))
+    }
+}
 
 /// An error of a file, and what to do about it.
 #[derive(Debug)]
-pub(crate) struct Remedied {
+struct Remedied {
     error: StreamError,
     remedy: Option<String>,
 }
 
-/// Adds to the error of the file `at` the command that makes a file that can be read.
-pub(crate) fn of(error: StreamError, at: At<'_>) -> Remedied {
+/// Adds to the error of the file at `address` the command that makes a file that can be read.
+fn of(error: StreamError, address: &FileAddress) -> Remedied {
     let remedy = match &error {
-        StreamError::Unsupported { what, .. } => command(what, at),
+        StreamError::Unsupported { what, .. } => command(what, address),
         _ => None,
     };
     Remedied { error, remedy }
@@ -46,23 +57,26 @@ impl Error for Remedied {
     }
 }
 
-fn command(what: &Unsupported, (path, offset): At<'_>) -> Option<String> {
+fn command(what: &Unsupported, address: &FileAddress) -> Option<String> {
+    let offset = address.offset();
     Some(match what {
-        Unsupported::NeedsCapability { capability: "mapped-ram", .. } => convert(&[bytes_of(path, offset)]),
+        Unsupported::NeedsCapability { capability: "mapped-ram", .. } => {
+            convert(&[bytes_of(address, offset)])
+        }
         Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, stream_at: Some(before) }) => {
-            let stream = bytes_of(path, offset + before);
+            let stream = bytes_of(address, offset + before);
             match storage {
                 LibvirtStorage::Raw => convert(&[stream]),
                 LibvirtStorage::Compressed(by) => convert(&[stream, decompress(*by)]),
                 LibvirtStorage::Sparse => {
-                    let file = format!("file:{},offset={}", path.display(), offset + before);
+                    let file = format!("file:{},offset={}", address.path().display(), offset + before);
                     format!("read its stream as it is, with {} as the file", quoted(&file))
                 }
                 _ => return None,
             }
         }
         Unsupported::OtherFormat(OtherFormat::Compressed(by)) => {
-            convert(&[bytes_of(path, offset), decompress(*by)])
+            convert(&[bytes_of(address, offset), decompress(*by)])
         }
         _ => return None,
     })
@@ -75,8 +89,8 @@ fn convert(pipe: &[String]) -> String {
 }
 
 /// A command that writes the file from this offset on.
-fn bytes_of(path: &Path, offset: u64) -> String {
-    let path = quoted(&path.display().to_string());
+fn bytes_of(address: &FileAddress, offset: u64) -> String {
+    let path = quoted(&address.path().display().to_string());
     // A path may begin like an option.
     let path = if path.starts_with('-') { format!("./{path}") } else { path };
     match offset {
@@ -115,43 +129,45 @@ fn in_double_quotes(word: &str) -> String {
 mod tests {
     use super::*;
 
+    fn address(text: &str) -> FileAddress {
+        FileAddress::parse(text.into()).expect("an address")
+    }
+
     fn of_libvirt(storage: LibvirtStorage) -> Unsupported {
         Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, stream_at: Some(100) })
     }
 
     #[test]
     fn command_names_the_path_the_offset_and_the_decompressor() {
-        let told = |what, file, offset| command(&what, (Path::new(file), offset)).expect("a remedy");
+        let told = |what, file| command(&what, &address(file)).expect("a remedy");
         let stream = Unsupported::NeedsCapability { what: "a stream", capability: "mapped-ram" };
-        for (what, file, offset, end) in [
-            (stream.clone(), "vm", 0, r#"multifd receive "exec:cat vm" NEW"#),
-            (stream.clone(), "-vm", 8, r#"multifd receive "exec:tail -c +9 ./-vm" NEW"#),
-            (of_libvirt(LibvirtStorage::Raw), "vm", 0, r#""exec:tail -c +101 vm" NEW"#),
-            (of_libvirt(LibvirtStorage::Raw), "vm", 4096, r#""exec:tail -c +4197 vm" NEW"#),
+        for (what, file, end) in [
+            (stream.clone(), "vm", r#"multifd receive "exec:cat vm" NEW"#),
+            (stream.clone(), "file:-vm,offset=8", r#"multifd receive "exec:tail -c +9 ./-vm" NEW"#),
+            (of_libvirt(LibvirtStorage::Raw), "vm", r#""exec:tail -c +101 vm" NEW"#),
+            (of_libvirt(LibvirtStorage::Raw), "file:vm,offset=4096", r#""exec:tail -c +4197 vm" NEW"#),
             (
                 of_libvirt(LibvirtStorage::Compressed(Compressor::Zstd)),
                 "vm",
-                0,
                 r#""exec:tail -c +101 vm | zstd -dc" NEW"#,
             ),
-            (of_libvirt(LibvirtStorage::Sparse), "vm", 0, "with file:vm,offset=100 as the file"),
+            (of_libvirt(LibvirtStorage::Sparse), "vm", "with file:vm,offset=100 as the file"),
             (
                 Unsupported::OtherFormat(OtherFormat::Compressed(Compressor::Gzip)),
                 "vm.gz",
-                0,
                 r#""exec:cat vm.gz | gzip -dc" NEW"#,
             ),
         ] {
-            assert!(told(what.clone(), file, offset).ends_with(end), "{}", told(what, file, offset));
+            assert!(told(what.clone(), file).ends_with(end), "{}", told(what, file));
         }
-        assert_eq!(command(&of_libvirt(LibvirtStorage::Unknown(9)), (Path::new("vm"), 0)), None);
-        assert_eq!(command(&Unsupported::Version(9), (Path::new("vm"), 0)), None);
+        assert_eq!(command(&of_libvirt(LibvirtStorage::Unknown(9)), &address("vm")), None);
+        assert_eq!(command(&Unsupported::Version(9), &address("vm")), None);
     }
 
     #[test]
     fn shell_reads_the_path_as_it_is() {
         for name in ["a b", "it's", "$HOME", "a\"b", "`id`", "a\\b", "a;b"] {
-            let command = in_double_quotes(&bytes_of(Path::new(name), 0));
+            let command = in_double_quotes(&bytes_of(&address(name), 0));
             // Once for the user's shell, once for that of exec:.
             let output = std::process::Command::new("sh")
                 .args(["-c", &format!("printf %s {command} | sed 's/^cat/printf %s/' | sh")])

@@ -8,6 +8,7 @@
 //! bad_source
 //!           a source that misbehaves on demand, over real sockets
 //! child     processes that end with the run that started them, even if it is killed
+//! crowd     hosts that keep hundreds of silent connections open
 //! proxy     a TCP proxy that connects to its target late
 //! rough_network
 //!           two hosts, and a line between them that loses, delays and reorders packets
@@ -24,6 +25,7 @@ pub mod bad_destination;
 pub mod bad_source;
 pub mod certificates;
 pub mod child;
+pub mod crowd;
 pub mod guest;
 mod in_use;
 mod number;

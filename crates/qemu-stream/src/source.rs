@@ -153,6 +153,7 @@ impl Source {
             let send = send.connect_timeout(options.connect_timeout).stall_timeout(options.stall_timeout);
             Migration::new(migrate, Sender::new(send, blocks, stop.clone())?)?
         } else {
+            options.send.check_without_channels()?;
             Migration::over_main(migrate, blocks, stop.clone())?
         };
         options.stream.check().map_err(unsendable)?;

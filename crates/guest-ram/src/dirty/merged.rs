@@ -19,9 +19,22 @@ use crate::{BlockIndex, Error, PageBitmap, RamBlocks};
 /// Each write must be in at least one of the logs; it may be in several. Without any log a take fails with
 /// [`Error::NoLogs`], because every write would be lost. For a machine that does not run, use
 /// [`NeverDirty`](super::NeverDirty).
+///
+/// It can be moved to another thread, because each of its logs can be.
+///
+/// ```compile_fail,E0277
+/// # use guest_ram::{MergedLog, NeverDirty, DirtyLog, DirtyPages, BlockIndex, RamBlocks, PageBitmap};
+/// struct OfOneThread(std::rc::Rc<()>); // not `Send`
+/// # impl DirtyLog for OfOneThread {
+/// #     fn begin(&mut self, _: &RamBlocks) -> std::io::Result<()> { Ok(()) }
+/// #     fn take(&mut self, _: BlockIndex, _: &mut DirtyPages<'_>) -> std::io::Result<()> { Ok(()) }
+/// #     fn put_back(&mut self, _: BlockIndex, _: &PageBitmap) {}
+/// # }
+/// let log = MergedLog::new().with("devices", OfOneThread(std::rc::Rc::new(())));
+/// ```
 #[derive(Default)]
 pub struct MergedLog<'a> {
-    logs: Vec<(&'static str, Box<dyn DirtyLog + 'a>)>,
+    logs: Vec<(&'static str, Box<dyn DirtyLog + Send + 'a>)>,
 }
 
 impl<'a> MergedLog<'a> {
@@ -32,7 +45,7 @@ impl<'a> MergedLog<'a> {
 
     /// Adds `log`. Errors of this log contain `name`.
     #[must_use]
-    pub fn with(mut self, name: &'static str, log: impl DirtyLog + 'a) -> Self {
+    pub fn with(mut self, name: &'static str, log: impl DirtyLog + Send + 'a) -> Self {
         self.logs.push((name, Box::new(log)));
         self
     }
@@ -107,6 +120,31 @@ mod tests {
     };
 
     const BLOCK: BlockIndex = BlockIndex(0);
+
+    /// Compiles only if each of these can be moved to the thread that migrates.
+    const _: () = {
+        const fn movable<T: Send>() {}
+        movable::<MergedLog<'_>>();
+        movable::<crate::DirtyReader>();
+        movable::<NeverDirty>();
+        #[cfg(feature = "kvm")]
+        movable::<crate::KvmDirtyLog<'_>>();
+        #[cfg(feature = "pagemap")]
+        movable::<crate::PagemapLog>();
+        #[cfg(feature = "pagemap")]
+        movable::<crate::SoftDirtyLog<()>>();
+        #[cfg(feature = "vm-memory")]
+        movable::<crate::AtomicBitmapLog>();
+    };
+
+    #[test]
+    fn merged_log_is_used_by_another_thread_than_the_one_that_made_it() {
+        let devices = DirtyBitmaps::new(&blocks());
+        devices.mark(BLOCK, PageIndex(4));
+        let mut merged = MergedLog::new().with("devices", devices.reader().expect("alone"));
+        let found = std::thread::spawn(move || taken(&mut merged)).join().expect("joined");
+        assert_eq!(found, 0b1_0000);
+    }
 
     fn blocks() -> RamBlocks {
         let memory = Memory::Mapped(Mapping::anonymous(16 * 4096).expect("memory"));

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use super::{
     DirectFile,
     huge::{HUGE, HugeFile},
-    truncated::{explained, truncated},
+    truncated::explained,
 };
 use crate::{BlockOffset, GuestSlice, Memory, PageIndex, Places, RamBlock};
 
@@ -110,8 +110,8 @@ impl Transfer {
                 }
                 let written = all((file, direct.as_deref()), slice, offset + start, write_at);
                 written.map_err(|error| match Errno::from_io_error(&error) {
-                    // Guest memory that is mapped from a file, and the file was truncated.
-                    Some(Errno::FAULT) => TransferError::Read(truncated()),
+                    // Guest memory that is mapped from a truncated file, or may not be accessed.
+                    Some(Errno::FAULT) => TransferError::Read(source.explain_fault(first, count, error)),
                     _ => TransferError::Write(error),
                 })?;
             }
@@ -119,7 +119,7 @@ impl Transfer {
                 let slice = target.slice(first, count).expect("pages of the block");
                 let read = all((file, direct.as_deref()), slice, offset + start, read_at);
                 read.map_err(|error| match Errno::from_io_error(&error) {
-                    Some(Errno::FAULT) => TransferError::Write(error),
+                    Some(Errno::FAULT) => TransferError::Write(target.explain_fault(first, count, error)),
                     _ => TransferError::Read(explained(error)),
                 })?;
             }

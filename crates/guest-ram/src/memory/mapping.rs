@@ -11,7 +11,7 @@ use rustix::{
     mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
 };
 
-use super::GuestSlice;
+use super::{GuestSlice, backing::Backing};
 use crate::Error;
 
 /// The access mode of a mapping of a file.
@@ -30,7 +30,11 @@ pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
+    /// Whether somebody vouches for it that a page that is absent from the page table is zero. Otherwise the system is
+    /// asked what is mapped there.
     absent_is_zero: bool,
+    /// The file of which this may be a mapping, if it can be asked what it contains.
+    backing: Option<Backing>,
     may_shrink: bool,
     owner: Owner,
 }
@@ -71,15 +75,18 @@ impl Mapping {
                 std::ptr::null_mut(),
                 len,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
+                // An interpreter knows no others.
+                if cfg!(miri) { MapFlags::PRIVATE } else { MapFlags::PRIVATE | MapFlags::NORESERVE },
             )
         }?;
-        // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel without huge
-        // pages refuses it, which only costs speed.
-        let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
+        if !cfg!(miri) {
+            // SAFETY: the range was mapped just now and this advice does not change its contents. A kernel without huge
+            // pages refuses it, which only costs speed.
+            let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
+        }
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let owner = Owner::Mapped(len);
-        Ok(Self { base, len, writable: true, absent_is_zero: true, may_shrink: false, owner })
+        Ok(Self { base, len, writable: true, absent_is_zero: true, backing: None, may_shrink: false, owner })
     }
 
     /// Maps `len` bytes of `file` from `offset` on, shared with the file. The file may be a memfd or a file of huge
@@ -88,10 +95,14 @@ impl Mapping {
     ///
     /// If the file is truncated while it is mapped, system calls on the lost part fail with `EFAULT`; the copies of
     /// [`GuestSlice`] would raise `SIGBUS` there. So pages of a file that others can access are moved by system calls
-    /// only and never read by the engine: zero pages are sent like any others, and such memory is not compressed and
+    /// only and never read by the engine: zero pages that are no holes are sent like any others, and such memory is not compressed and
     /// not sent over main. A memfd that is sealed against shrinking (`F_SEAL_SHRINK`) cannot be truncated.
     /// [`may_shrink`](Self::may_shrink) returns whether the file may become shorter; call
     /// [`never_shrinks`](Self::never_shrinks) to declare that it never will.
+    ///
+    /// Holes of the file are zero and are not read, because a read of a hole allocates memory in the file for good. The
+    /// file is asked for them if it is a memfd or on tmpfs, ext4 or hugetlbfs; for this it is opened again through
+    /// `/proc`. See [`RamBlock::touched`](crate::RamBlock::touched).
     ///
     /// # Errors
     /// If `offset` is not a multiple of the size of the file's pages, or the system refuses the mapping;
@@ -114,7 +125,8 @@ impl Mapping {
         let base = unsafe { mmap(std::ptr::null_mut(), whole, protection, MapFlags::SHARED, file, offset) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let (writable, owner) = (access == Access::ReadWrite, Owner::Mapped(whole));
-        let mapping = Self { base, len, writable, absent_is_zero: false, may_shrink, owner };
+        let backing = Backing::of(file);
+        let mapping = Self { base, len, writable, absent_is_zero: false, backing, may_shrink, owner };
         // Checked after the mapping is made: a writable mapping extends a file of huge pages to the needed length.
         within(file, offset, len as u64)?;
         Ok(mapping)
@@ -125,10 +137,21 @@ impl Mapping {
     /// # Safety
     /// `base .. base + len` must stay mapped, readable and writable until the mapping is dropped (dropping `keep` may
     /// unmap it), and no Rust reference to any of it may be alive while the mapping is. If it is not writable, the
-    /// mapping must be made [`read_only`](Self::read_only) before it is used.
+    /// mapping must be made [`read_only`](Self::read_only) before it is used. Parts that nothing may access (`PROT_NONE`,
+    /// as for memory that the guest has unplugged) are allowed if no access to them is made, and if they do not change
+    /// during a migration: the blocks [list them](crate::RamBlocks::inaccessible).
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
         let owner = Owner::Foreign { _keep: Box::new(keep) };
-        Self { base, len, writable: true, absent_is_zero: false, may_shrink: false, owner }
+        Self { base, len, writable: true, absent_is_zero: false, backing: None, may_shrink: false, owner }
+    }
+
+    /// Names the file of which all or parts of this memory are a mapping, for memory [from raw parts](Self::from_raw).
+    /// The file is then asked for its holes, as with [`of_file`](Self::of_file). A wrong file does no harm: the system is
+    /// asked whether it is the one that is mapped. The file may be closed afterwards.
+    #[must_use]
+    pub fn with_file(mut self, file: &File) -> Self {
+        self.backing = Backing::of(file);
+        self
     }
 
     /// Forbids receiving into the mapping: for memory that is mapped without write permission.
@@ -141,6 +164,11 @@ impl Mapping {
     /// Declares that a page that is absent from the page table is zero. On Linux 6.7 or later, pages that the guest has
     /// never touched are then found through the page table and not read. For a guest that uses a part of its RAM this
     /// is most of the first pass. [`anonymous`](Self::anonymous) memory has this property from the beginning.
+    ///
+    /// This is seldom necessary: without it, the system is asked whether the memory is private and anonymous and no
+    /// `userfaultfd` fills it ([`RamBlock::touched`](crate::RamBlock::touched)). The declaration saves this question,
+    /// which costs about 40 ms per GiB of touched memory in pages of 4 KiB, once per migration, and works without
+    /// `/proc/self/smaps`.
     ///
     /// # Safety
     /// **Warning:** if the declaration is false, guest memory is lost without an error. As long as the mapping exists,
@@ -176,10 +204,14 @@ impl Mapping {
         self.absent_is_zero
     }
 
+    pub(crate) fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
+    }
+
     fn empty() -> Self {
         let owner = Owner::Foreign { _keep: Box::new(()) };
         let base = NonNull::dangling();
-        Self { base, len: 0, writable: true, absent_is_zero: false, may_shrink: false, owner }
+        Self { base, len: 0, writable: true, absent_is_zero: false, backing: None, may_shrink: false, owner }
     }
 
     /// The length in bytes.

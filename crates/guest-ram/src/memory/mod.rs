@@ -1,5 +1,8 @@
 //! Guest memory in this process: mappings, slices of them, and their state in the page table.
 
+pub(crate) mod areas;
+mod backing;
+mod copy;
 mod mapping;
 mod part;
 #[cfg(feature = "vm-memory")]

@@ -8,7 +8,7 @@
 
 use std::marker::PhantomData;
 
-use super::GuestSlice;
+use super::{GuestSlice, copy};
 
 /// The greatest number of parts of one call: the pages of a packet without adjacent ones, a head before, a head after.
 pub const MAX_PARTS: usize = 130;
@@ -82,7 +82,7 @@ impl Part<'_> {
         let len = buffer.len().min(self.0.iov_len);
         // SAFETY: the part is readable for `iov_len` bytes while it is borrowed, the buffer is as long as
         // `len`, and a private buffer overlaps neither guest memory nor a shared slice.
-        unsafe { std::ptr::copy_nonoverlapping(self.0.iov_base.cast(), buffer.as_mut_ptr(), len) };
+        unsafe { copy::read(self.0.iov_base.cast_const().cast(), buffer.as_mut_ptr(), len) };
         len
     }
 }
@@ -104,7 +104,7 @@ impl PartMut<'_> {
         let len = buffer.len().min(self.0.iov_len);
         // SAFETY: the part is writable for `iov_len` bytes while it is borrowed, the buffer is as long as
         // `len`, and nothing that is borrowed mutably overlaps it.
-        unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), self.0.iov_base.cast(), len) };
+        unsafe { copy::write(buffer.as_ptr(), self.0.iov_base.cast(), len) };
         len
     }
 }
@@ -117,7 +117,7 @@ impl PartMut<'_> {
         // SAFETY: `offset` is at most the part's length, so the pointer stays inside what it borrows.
         let at = unsafe { self.0.iov_base.cast::<u8>().add(offset) };
         // SAFETY: as in `copy_from`, for the `len` bytes from `offset` on, which the part has.
-        unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), at, len) };
+        unsafe { copy::write(buffer.as_ptr(), at, len) };
         len
     }
 }

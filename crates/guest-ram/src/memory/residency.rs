@@ -1,12 +1,15 @@
-//! Queries this process's page table (`PAGEMAP_SCAN`, Linux 6.7).
+//! Finds the pages of mapped memory that may be nonzero, without reading them.
 //!
 //! ```text
-//! Mapping ─ addresses ─▶ scan ─ ranges of present pages ─▶ touched: PageBitmap
-//!                                                                 no bit: zero, not read
+//! Mapping ─ addresses ─▶ areas ─┬─ private memory ─▶ scan of the page table ─┐
+//!                               ├─ mapping of its file ─▶ data of the file ──┼─▶ touched: PageBitmap
+//!                               └─ anything else ─▶ all pages ───────────────┘       no bit: zero, not read
 //! ```
 //!
-//! Private memory that was never touched has no page and is zero. Reading it would make the system allocate a page,
-//! with one fault each. The page table answers for terabytes at once.
+//! Memory that was never touched is zero. Reading it would make the system allocate a page, with one fault each: in a
+//! shared mapping for good. Page table (`PAGEMAP_SCAN`, Linux 6.7) and file answer for terabytes at once. What is mapped
+//! at an address is not assumed but looked up, unless the mapping vouches for it: another part may have been mapped over
+//! it, or a `userfaultfd` may fill it.
 //!
 //! UNSAFETY: an ioctl is given pointers to a structure and to a buffer that outlive the call. The addresses that it
 //! queries are only looked up.
@@ -17,25 +20,73 @@ use std::{ffi::c_void, fs::File, io, ops::Range, os::fd::AsFd};
 use linux_raw_sys::general::{PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region, pm_scan_arg};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-use super::GuestSlice;
+use super::{GuestSlice, Mapping, areas::Areas};
 use crate::{PageBitmap, PageSize, dirty::mark};
 
-/// Pages of `memory` that may be nonzero. Pages that are absent there must be zero.
+/// The addresses of all pages of the system with bytes of `memory`.
+pub(crate) fn addresses(memory: &GuestSlice<'_>) -> Range<u64> {
+    let start = memory.as_ptr().addr() as u64;
+    let page = rustix::param::page_size() as u64;
+    start - start % page..(start + memory.len() as u64).next_multiple_of(page)
+}
+
+/// Pages of `memory`, a part of `mapping`, that may be nonzero; all others are zero. `None` if that is known of none.
+/// `areas` are those of the memory, if the system lists them.
 ///
 /// The answer holds for the moment of the call: later writes must be covered by a dirty log that was on before.
 ///
 /// # Errors
 /// If the kernel cannot answer.
-pub(crate) fn touched(memory: &GuestSlice<'_>, page_size: PageSize) -> io::Result<PageBitmap> {
-    let start = memory.as_ptr().addr() as u64;
-    let page = rustix::param::page_size() as u64;
-    let range = start - start % page..(start + memory.len() as u64).next_multiple_of(page);
+pub(crate) fn touched(
+    memory: &GuestSlice<'_>,
+    mapping: &Mapping,
+    page_size: PageSize,
+    areas: Option<&Areas>,
+) -> io::Result<Option<PageBitmap>> {
+    let (start, range) = (memory.as_ptr().addr() as u64, addresses(memory));
     let touched = PageBitmap::new(page_size.whole_pages_in(memory.len() as u64));
     let found = |run: Range<u64>| {
         mark(&touched, page_size, run.start.saturating_sub(start)..run.end.saturating_sub(start));
     };
-    Regions::new(REGIONS).scan(&File::open(PAGEMAP)?, &range, &TOUCHED, found)?;
-    Ok(touched)
+    if mapping.is_absent_zero() {
+        in_page_table(&range, found)?;
+        return Ok(Some(touched));
+    }
+    let Some(areas) = areas else { return Ok(None) };
+    let mut is_known = false;
+    for (part, area) in areas.parts(&range) {
+        match (area, mapping.backing()) {
+            (Some(area), _) if area.is_private_memory() && !area.filled => {
+                in_page_table(&part, found)?;
+                is_known = true;
+            }
+            (Some(area), Some(file)) if file.is_of(area) && !area.filled => {
+                let at = part.start - area.range.start + area.offset;
+                let to_address = |offset: u64| offset - at + part.start;
+                let in_file = at..at + (part.end - part.start);
+                file.data(&in_file, |data| found(to_address(data.start)..to_address(data.end)))?;
+                // Pages that were written here are only here.
+                if !area.shared {
+                    in_page_table(&part, found)?;
+                }
+                is_known = true;
+            }
+            _ => found(part),
+        }
+    }
+    Ok(is_known.then_some(touched))
+}
+
+/// What is mapped at these addresses; `None` if the system does not say.
+pub(crate) fn areas_of(addresses: &[Range<u64>]) -> Option<Areas> {
+    let areas = Areas::with_flags(addresses).inspect_err(|error| {
+        tracing::debug!(%error, "the areas of memory cannot be queried: pages are read instead");
+    });
+    areas.ok()
+}
+
+fn in_page_table(range: &Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<()> {
+    Regions::new(REGIONS).scan(&File::open(PAGEMAP)?, range, &TOUCHED, found)
 }
 
 /// Selects pages that have memory of their own, in RAM or in swap. The shared page of zeros does not count.
@@ -197,11 +248,143 @@ mod tests {
         assert!(touched.contains(PageIndex(5)) && touched.count() <= 512, "{} pages", touched.count());
     }
 
+    fn memfd(pages: u64) -> File {
+        let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
+        let file = File::from(file);
+        file.set_len(pages << 12).expect("sized");
+        file
+    }
+
+    fn pages(touched: &PageBitmap) -> Vec<u64> {
+        (0..touched.pages()).filter(|page| touched.contains(PageIndex(*page))).collect()
+    }
+
+    fn allocated(file: &File) -> u64 {
+        std::os::unix::fs::MetadataExt::blocks(&file.metadata().expect("known")) / 8
+    }
+
+    /// Regression: every page of a sparse memfd was read, which made the system allocate all of them.
     #[test]
-    fn memory_whose_absent_pages_may_hold_something_is_not_asked_for() {
-        let file = tempfile::tempfile().expect("a file");
-        file.set_len(1 << 20).expect("sized");
-        let shared = Mapping::of_file(&file, 0, 1 << 20, Access::ReadWrite).expect("mapped");
-        assert!(block(shared, PageSize::KIB_4).touched().is_none());
+    #[cfg_attr(miri, ignore = "the file is the kernel's")]
+    fn holes_of_a_shared_file_are_untouched_wherever_the_mapping_begins_and_who_wrote_the_pages() {
+        let file = memfd(64);
+        let other = Mapping::of_file(&file, 0, 64 << 12, Access::ReadWrite).expect("mapped");
+        other.slice(20 << 12, 1).expect("inside").copy_from(&[1]);
+        for (first, expected) in [(0, vec![20, 33]), (16, vec![4, 17]), (21, vec![12])] {
+            let memory = Mapping::of_file(&file, first << 12, (64 - first) << 12, Access::ReadWrite);
+            let block = block(memory.expect("mapped"), PageSize::KIB_4);
+            write(&block, 33 - first);
+            assert_eq!(pages(&block.touched().expect("known")), expected);
+            assert_eq!(block.may_hold().count(), expected.len() as u64);
+            assert_eq!(allocated(&file), 2);
+        }
+        let coarse = block(other, PageSize::KIB_16);
+        assert_eq!(pages(&coarse.touched().expect("known")), [5, 8]);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "the file is the kernel's")]
+    fn page_written_in_a_private_mapping_of_a_file_is_touched_and_so_is_every_page_of_the_file() {
+        use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+        let file = memfd(16);
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 10], 9 << 12).expect("written");
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the kernel chooses a range that nothing else uses.
+        let base = unsafe { mmap(std::ptr::null_mut(), 16 << 12, rights, MapFlags::PRIVATE, &file, 0) };
+        let base = std::ptr::NonNull::new(base.expect("mapped").cast()).expect("not null");
+        // SAFETY: it stays mapped until the end of the test.
+        let memory = unsafe { Mapping::from_raw(base, 16 << 12, ()) };
+        let unnamed = block(memory, PageSize::KIB_4);
+        assert!(unnamed.touched().is_none(), "nobody has said which file it is");
+        // SAFETY: as above.
+        let memory = unsafe { Mapping::from_raw(base, 16 << 12, ()) }.with_file(&file);
+        let named = block(memory, PageSize::KIB_4);
+        write(&named, 3);
+        // The scan needs Linux 6.7.
+        if let Some(touched) = named.touched() {
+            assert_eq!(pages(&touched), [3, 9]);
+        }
+        // SAFETY: as above.
+        let memory = unsafe { Mapping::from_raw(base, 16 << 12, ()) }.with_file(&memfd(16));
+        assert!(block(memory, PageSize::KIB_4).touched().is_none(), "it is another file");
+        drop((unnamed, named));
+        // SAFETY: the range is ours, and its mappings are dropped.
+        unsafe { munmap(base.as_ptr().cast(), 16 << 12) }.expect("unmapped");
+    }
+
+    /// Regression: memory that the embedder has mapped was read whole unless it declared by an unsafe call what it is.
+    #[test]
+    #[cfg_attr(miri, ignore = "the page table is the kernel's")]
+    fn private_memory_of_the_embedder_is_known_unless_something_fills_it() {
+        let ours = std::sync::Arc::new(Mapping::anonymous(64 << 12).expect("memory"));
+        let all = ours.slice(0, 64 << 12).expect("inside");
+        let base = std::ptr::NonNull::new(all.as_ptr()).expect("not null");
+        // SAFETY: no huge pages, so that one page is one page; the contents do not change.
+        unsafe { rustix::mm::madvise(all.as_ptr().cast(), all.len(), rustix::mm::Advice::LinuxNoHugepage) }
+            .expect("advised");
+        // SAFETY: the mapping is kept alive, and no reference to its memory is made.
+        let foreign = || unsafe { Mapping::from_raw(base, 64 << 12, ours.clone()) };
+        let seen = block(foreign(), PageSize::KIB_4);
+        write(&seen, 5);
+        let Some(touched) = touched_or_old(&seen) else { return };
+        assert_eq!(pages(&touched), [5]);
+        // A device's memory, or any other file, mapped over a part of it.
+        let (flags, rights) =
+            (rustix::mm::MapFlags::SHARED | rustix::mm::MapFlags::FIXED, rustix::mm::ProtFlags::READ);
+        let at = all.after(8 << 12).as_ptr().cast();
+        // SAFETY: the range lies within our own mapping, whose bytes nobody needs.
+        unsafe { rustix::mm::mmap(at, 2 << 12, rights, flags, memfd(2), 0) }.expect("mapped");
+        assert_eq!(pages(&seen.touched().expect("known")), [5, 8, 9]);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "the page table is the kernel's")]
+    fn memory_whose_missing_pages_a_userfaultfd_fills_counts_as_touched() {
+        use linux_raw_sys::general::{
+            UFFD_API, UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_range, uffdio_register,
+        };
+
+        // SAFETY: a call without pointers; 1 asks for faults of user space only, which needs no privilege.
+        let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) };
+        if descriptor < 0 {
+            multifd_testkit::lacks("the right to make a userfaultfd");
+            return;
+        }
+        let descriptor = i32::try_from(descriptor).expect("a descriptor");
+        let memory = std::sync::Arc::new(Mapping::anonymous(16 << 12).expect("memory"));
+        let all = memory.slice(0, 16 << 12).expect("inside");
+        let mut api = uffdio_api { api: UFFD_API.into(), features: 0, ioctls: 0 };
+        // SAFETY: the structure is the one that this call takes.
+        assert_eq!(unsafe { libc::ioctl(descriptor, UFFDIO_API, &raw mut api) }, 0);
+        let range = uffdio_range { start: all.as_ptr().addr() as u64, len: all.len() as u64 };
+        let mode = UFFDIO_REGISTER_MODE_MISSING.into();
+        let mut register = uffdio_register { range, mode, ioctls: 0 };
+        // SAFETY: the structure is the one that this call takes, and the range is ours.
+        assert_eq!(unsafe { libc::ioctl(descriptor, UFFDIO_REGISTER, &raw mut register) }, 0);
+        let base = std::ptr::NonNull::new(all.as_ptr()).expect("not null");
+        // SAFETY: the mapping is kept alive, and no reference to its memory is made.
+        let foreign = unsafe { Mapping::from_raw(base, 16 << 12, memory.clone()) };
+        let block = block(foreign, PageSize::KIB_4);
+        assert!(block.touched().is_none());
+        assert_eq!(block.may_hold().count(), 16);
+        // SAFETY: the descriptor is ours.
+        unsafe { libc::close(descriptor) };
+        assert_eq!(touched_or_old(&block).map_or(0, |touched| touched.count()), 0);
+    }
+
+    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+    const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "the page table is the kernel's")]
+    fn shared_memory_without_a_file_to_ask_counts_as_touched() {
+        let file = memfd(16);
+        let mapped =
+            std::sync::Arc::new(Mapping::of_file(&file, 0, 16 << 12, Access::ReadWrite).expect("mapped"));
+        let base = mapped.slice(0, 0).and_then(|slice| std::ptr::NonNull::new(slice.as_ptr()));
+        // SAFETY: the mapping is kept alive, and no reference to its memory is made.
+        let foreign = unsafe { Mapping::from_raw(base.expect("not null"), 16 << 12, mapped.clone()) };
+        assert!(block(foreign, PageSize::KIB_4).touched().is_none());
     }
 }

@@ -2,13 +2,13 @@
 //!
 //! UNSAFETY: this file copies between guest memory and private buffers. A slice is a pointer and a length that lie
 //! inside the mapping they borrow. A guest, a device thread or another channel may write there at any time, so no Rust
-//! reference is ever made. Bytes that are read may be torn; callers decide from bytes they have copied, or send the
+//! reference is ever made, and no access is one that may not race ([`copy`]). Bytes that are read may be torn; callers decide from bytes they have copied, or send the
 //! page again.
 #![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
 
 use std::{fmt, marker::PhantomData, ptr::NonNull};
 
-use super::zero;
+use super::{copy, zero};
 
 /// A part of a [`Mapping`](crate::Mapping): a pointer and a length, never a reference.
 #[derive(Clone, Copy)]
@@ -75,7 +75,8 @@ impl<'a> GuestSlice<'a> {
         Self { len: self.len.min(count), ..self }
     }
 
-    /// Copies the bytes into a private buffer.
+    /// Copies the bytes into a private buffer. Other threads may copy into and out of the same memory at the same time:
+    /// each byte is then the old or the new one, in any mixture.
     ///
     /// # Panics
     /// If `buffer` has a different length.
@@ -83,10 +84,11 @@ impl<'a> GuestSlice<'a> {
         assert_eq!(buffer.len(), self.len, "a copy has the length of its source");
         // SAFETY: both are valid for `len` bytes (the slice lies inside its mapping, the lengths are equal),
         // and a private buffer cannot overlap guest memory, to which no reference exists.
-        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr(), buffer.as_mut_ptr(), self.len) };
+        unsafe { copy::read(self.ptr.as_ptr(), buffer.as_mut_ptr(), self.len) };
     }
 
-    /// Copies a private buffer into the memory.
+    /// Copies a private buffer into the memory. Other threads may access it at the same time, as in
+    /// [`copy_to`](Self::copy_to).
     ///
     /// # Panics
     /// If `buffer` has a different length, or the memory is mapped for reading only.
@@ -94,7 +96,7 @@ impl<'a> GuestSlice<'a> {
         assert!(self.writable, "memory mapped for reading is not written to");
         assert_eq!(buffer.len(), self.len, "a copy has the length of its target");
         // SAFETY: as in `copy_to`; that the mapping is writable is checked above.
-        unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr(), self.ptr.as_ptr(), self.len) };
+        unsafe { copy::write(buffer.as_ptr(), self.ptr.as_ptr(), self.len) };
     }
 
     /// Writes zeros.
@@ -104,7 +106,7 @@ impl<'a> GuestSlice<'a> {
     pub fn clear(&self) {
         assert!(self.writable, "memory mapped for reading is not written to");
         // SAFETY: the slice lies inside its mapping, which is writable.
-        unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.len) };
+        unsafe { copy::clear(self.ptr.as_ptr(), self.len) };
     }
 
     /// Whether every byte is zero at the moment it is read.

@@ -14,7 +14,7 @@ use multifd::{
         Address, Connect, Stop,
         tls::{ClientCredentials, TlsConnector},
     },
-    ram::{BlockName, Mapping, Memory, NeverDirty, PageBitmap, PageIndex, PageSize, RamBlock, RamBlocks},
+    ram::{BlockName, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
     format::{Configuration, MachineType},
@@ -99,8 +99,7 @@ fn load(file: &MappedRamFile) -> Result<RamBlocks> {
     for ((index, entry), place) in file.blocks().iter().zip(file.places()) {
         let memory = Memory::Mapped(Mapping::anonymous(entry.used_length)?);
         let block = RamBlock::new(entry.name.clone(), entry.used_length, place.page_size, memory)?;
-        let present = PageBitmap::new(place.pages());
-        present.merge(file.bitmap(index)?);
+        let present = file.bitmap(index)?;
         let mut page = vec![0; place.page_size.bytes()];
         for index in (0..place.pages()).map(PageIndex).filter(|page| present.contains(*page)) {
             let at = place.page_offset(index).ok_or("a page of the file")?;

@@ -18,6 +18,11 @@ impl CompressionArgs {
         self.method != Method::None
     }
 
+    /// The name of the method.
+    pub(crate) fn name(&self) -> &'static str {
+        self.method.as_str()
+    }
+
     pub(crate) fn apply(&self, options: SendOptions) -> SendOptions {
         let options = options.method(self.method);
         self.levels.iter().fold(options, |options, (method, level)| options.level(*method, *level))

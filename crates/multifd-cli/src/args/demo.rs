@@ -14,12 +14,12 @@ use multifd::{
 
 use super::{
     compression::CompressionArgs,
-    shared::{ZeroPagesArg, size, small_default, within},
+    shared::{ZeroPagesArg, milliseconds, rate, seconds, size, small_default},
 };
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DemoArgs {
-    /// Size of the guest's memory in bytes, for example 512M or 4G
+    /// Size of the guest's memory in bytes, for example 512M or 4G (M = 1024 K)
     #[arg(long, default_value = "1G", value_parser = size)]
     pub(crate) size: u64,
     /// Number of channels, 1 to 255
@@ -30,19 +30,19 @@ pub(crate) struct DemoArgs {
     /// How zero pages are found and sent
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) zero_page_detection: ZeroPagesArg,
-    /// Limit in bytes per second over all connections while the guest runs, for example 100M; 0 = no limit
-    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    /// Limit in bytes per second over all connections while the guest runs, for example 100M (M = 1024 K); 0 = no limit
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = rate)]
     pub(crate) max_bandwidth: u64,
     /// Assumed bandwidth in bytes per second after the guest is stopped; 0 = as measured
-    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = rate)]
     pub(crate) avail_switchover_bandwidth: u64,
-    /// Longest planned downtime of the guest in milliseconds
-    #[arg(long, value_name = "MS", default_value_t = DOWNTIME_LIMIT.default, value_parser = within(DOWNTIME_LIMIT))]
-    pub(crate) downtime_limit: u64,
+    /// Longest planned downtime of the guest, in milliseconds or with a unit (2s)
+    #[arg(long, value_name = "TIME", default_value = DOWNTIME_LIMIT.default.to_string(), value_parser = milliseconds(DOWNTIME_LIMIT))]
+    pub(crate) downtime_limit: Duration,
     #[command(flatten)]
     pub(crate) converge: ConvergeArgs,
     /// Rate in bytes per second at which the guest writes to its memory
-    #[arg(long, value_name = "RATE", default_value = "200M", value_parser = size)]
+    #[arg(long, value_name = "RATE", default_value = "200M", value_parser = rate)]
     pub(crate) dirty_rate: u64,
     /// Send pages without copying them; on one machine the kernel copies anyway
     #[arg(long)]
@@ -79,9 +79,9 @@ pub(crate) struct ConvergeArgs {
     /// Fail after this number of passes with the guest running; 0 = no limit
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_passes: u64,
-    /// Fail if the guest is not stopped after this time in seconds; 0 = no limit
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
-    max_total_time: u64,
+    /// Fail if the guest is not stopped after this time, in seconds or with a unit (500ms, 2m); 0 = no limit
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = seconds)]
+    max_total_time: Duration,
 }
 
 impl ConvergeArgs {
@@ -95,7 +95,7 @@ impl ConvergeArgs {
             .throttle_trigger_threshold(self.throttle_trigger_threshold)
             .pause_before_switchover(self.pause_before_switchover)
             .max_passes(Some(self.max_passes))
-            .max_total_time(Some(Duration::from_secs(self.max_total_time)))
+            .max_total_time(Some(self.max_total_time))
     }
 }
 

@@ -16,6 +16,7 @@ pub(crate) use self::{
     inspect::InspectArgs,
     receive::{MissingPagesArg, ReceiveArgs},
     send::{ReturnPathArg, SendArgs, SyncModeArg},
+    shared::listen_address,
 };
 
 /// Live migration of virtual machines over many connections, in QEMU's format

@@ -4,16 +4,18 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args as ClapArgs, ValueEnum};
 use multifd::{
-    ChannelCount, ChannelsFrom, Method, channel::Address, error::Usage, parameters::STALL_TIMEOUT,
+    ChannelCount, ChannelsFrom, Method,
+    error::Usage,
+    parameters::{DECOMPRESSION_MEMORY, STALL_TIMEOUT},
 };
 
-use super::shared::{OutputArgs, default_seconds, file_address, seconds};
-use crate::file_address::FileAddress;
+use super::shared::{OutputArgs, default_seconds, file_address, limit, seconds, size};
+use crate::{file_address::FileAddress, listen_address::ListenAddress};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ReceiveArgs {
     /// Number of channels that the source opens, 0 to 255; auto = detected
-    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
+    #[arg(long, alias = "channels", value_name = "N|auto", default_value = "auto", value_parser = channel_count)]
     pub(crate) multifd_channels: ChannelCount,
     /// Hosts that channels may connect from: main (the host of the main connection), any, or a comma-separated list
     /// of IP addresses. Other connections are dropped with a warning
@@ -22,6 +24,10 @@ pub(crate) struct ReceiveArgs {
     /// Compression method that the source must use: none, zlib or zstd; auto: the method that the packets name
     #[arg(long, value_name = "METHOD|auto", default_value = "auto", value_parser = method_or_auto)]
     pub(crate) multifd_compression: MethodChoice,
+    /// Memory in bytes that the decompression of all channels may use for zstd windows, for example 512M or 1G; 0 = no
+    /// limit
+    #[arg(long, value_name = "SIZE", default_value_t = DECOMPRESSION_MEMORY.default, value_parser = size)]
+    decompression_memory: u64,
     #[command(flatten)]
     pub(crate) tls: ReceiveTlsArgs,
     /// Send SWITCHOVER_ACK; required if the source has capability switchover-ack on
@@ -33,9 +39,10 @@ pub(crate) struct ReceiveArgs {
     /// Action if a page of RAM never arrived. WARNING: zero loses guest memory if the page was lost in transit
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) missing_pages: MissingPagesArg,
-    /// Time limit in seconds for a source that sends nothing while data is expected; 0 = no limit
-    #[arg(long, value_name = "SECONDS", default_value_t = default_seconds(STALL_TIMEOUT))]
-    stall_timeout: u64,
+    /// Time limit for a source that sends nothing while data is expected, in seconds or with a unit (500ms, 2m); 0 = no
+    /// limit
+    #[arg(long, value_name = "TIME", default_value = default_seconds(STALL_TIMEOUT), value_parser = seconds)]
+    stall_timeout: Duration,
     /// Write pages from channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]
     pub(crate) direct_io: bool,
@@ -45,18 +52,24 @@ pub(crate) struct ReceiveArgs {
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Address to listen at: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS],
-    /// unix:PATH, vsock:CID:PORT, fd:N, or exec:COMMAND (reads from the output of the command, without channels).
-    /// Port 0 = a free port
-    pub(crate) listen: Address,
+    /// unix:PATH, vsock:CID:PORT, fd:N, exec:COMMAND (reads from the output of the command, without channels), or - (reads
+    /// from standard input, without channels). Port 0 = a free port
+    #[arg(value_parser = ListenAddress::parse)]
+    pub(crate) listen: ListenAddress,
     /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
 }
 
 impl ReceiveArgs {
+    /// Bytes; `None` is no limit.
+    pub(crate) fn decompression_memory(&self) -> Option<u64> {
+        Some(self.decompression_memory).filter(|bytes| *bytes > 0)
+    }
+
     /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
-        seconds(self.stall_timeout)
+        limit(self.stall_timeout)
     }
 }
 

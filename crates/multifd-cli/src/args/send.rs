@@ -12,19 +12,22 @@ use multifd::{
 
 use super::{
     compression::CompressionArgs,
-    shared::{OutputArgs, ZeroPagesArg, default_seconds, file_address, seconds, size, small_default},
+    shared::{
+        OutputArgs, ZeroPagesArg, default_seconds, destination_address, file_address, limit, rate, seconds,
+        small_default,
+    },
 };
 use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {
     /// Number of channels; must equal the multifd-channels of the destination; 0 = the destination has multifd off
-    #[arg(long, value_name = "N", default_value_t = small_default(MULTIFD_CHANNELS))]
+    #[arg(long, alias = "channels", value_name = "N", default_value_t = small_default(MULTIFD_CHANNELS))]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
-    /// Limit in bytes per second over all connections, for example 100M; 0 = no limit
-    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    /// Limit in bytes per second over all connections, for example 100M (M = 1024 K); 0 = no limit
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = rate)]
     pub(crate) max_bandwidth: u64,
     /// How zero pages are sent
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
@@ -35,15 +38,15 @@ pub(crate) struct SendArgs {
     /// How the end of a pass is marked in the stream
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) sync_mode: SyncModeArg,
-    /// Connect timeout in seconds, TLS handshake included; 0 = system default
-    #[arg(long, value_name = "SECONDS", default_value_t = default_seconds(CONNECT_TIMEOUT))]
-    connect_timeout: u64,
-    /// Time limit in seconds for a destination that accepts no data; 0 = no limit
-    #[arg(long, value_name = "SECONDS", default_value_t = default_seconds(STALL_TIMEOUT))]
-    stall_timeout: u64,
-    /// Time limit in seconds for the final confirmation of the destination; 0 = no limit
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    end_timeout: u64,
+    /// Connect timeout, TLS handshake included, in seconds or with a unit (500ms, 2m); 0 = system default
+    #[arg(long, value_name = "TIME", default_value = default_seconds(CONNECT_TIMEOUT), value_parser = seconds)]
+    connect_timeout: Duration,
+    /// Time limit for a destination that accepts no data, in seconds or with a unit (500ms, 2m); 0 = no limit
+    #[arg(long, value_name = "TIME", default_value = default_seconds(STALL_TIMEOUT), value_parser = seconds)]
+    stall_timeout: Duration,
+    /// Time limit for the final confirmation of the destination, in seconds or with a unit (500ms, 2m); 0 = no limit
+    #[arg(long, value_name = "TIME", default_value = "600", value_parser = seconds)]
+    end_timeout: Duration,
     #[command(flatten)]
     pub(crate) tls: SendTlsArgs,
     /// UUID of the machine; must equal the UUID of the destination (default: the UUID in FILE)
@@ -62,22 +65,23 @@ pub(crate) struct SendArgs {
     pub(crate) file: FileAddress,
     /// Address of the destination: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or
     /// exec:COMMAND (writes to the input of the command, without channels)
+    #[arg(value_parser = destination_address)]
     pub(crate) address: Address,
 }
 
 impl SendArgs {
     pub(crate) fn connect_timeout(&self) -> Duration {
-        seconds(self.connect_timeout).unwrap_or(Duration::MAX)
+        limit(self.connect_timeout).unwrap_or(Duration::MAX)
     }
 
     /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
-        seconds(self.stall_timeout)
+        limit(self.stall_timeout)
     }
 
     /// `None` is no limit.
     pub(crate) fn end_timeout(&self) -> Option<Duration> {
-        seconds(self.end_timeout)
+        limit(self.end_timeout)
     }
 }
 

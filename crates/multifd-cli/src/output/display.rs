@@ -42,11 +42,15 @@ impl Display {
             // Nothing is ever sent: the wait ends when the other end is dropped.
             while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                 let look = look();
-                let text = meter.text(&look);
+                let (text, hint) = meter.text(&look);
+                if let Some(hint) = hint {
+                    let show = || say(&format!("{verb}: {hint}"));
+                    bar.as_ref().map_or_else(show, |bar| bar.suspend(show));
+                }
                 match &bar {
                     Some(bar) => {
-                        if bounded.replace(look.total > 0) != Some(look.total > 0) {
-                            bar.set_style(style(look.total > 0));
+                        if bounded.replace(look.is_bounded()) != Some(look.is_bounded()) {
+                            bar.set_style(style(look.is_bounded()));
                         }
                         bar.set_length(look.total);
                         bar.set_position(look.done.min(look.total));

@@ -1,7 +1,9 @@
 //! The end of the program: the exit code, and the chain of causes on standard error.
 
 use std::{
+    env,
     error::Error,
+    ffi::OsStr,
     io::{self, IsTerminal, Write},
     process::ExitCode,
 };
@@ -72,10 +74,17 @@ pub(crate) fn trace(quiet: bool) {
     let chosen = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_from_env("MULTIFD_LOG").unwrap_or_else(|_| unasked()))
         .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal() && !no_color(env::var_os("NO_COLOR").as_deref()))
+        // A failed write of a line would be reported on standard error, and a panic if that is closed.
+        .log_internal_errors(false)
         .try_init();
     // Another call in this process has set up logging already.
     drop(chosen);
+}
+
+/// Whether the environment variable `NO_COLOR` asks for output without colours: if it is set to any text.
+fn no_color(variable: Option<&OsStr>) -> bool {
+    variable.is_some_and(|text| !text.is_empty())
 }
 
 /// Prints why it failed, and returns the process's exit code.
@@ -111,12 +120,26 @@ pub(crate) fn say(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// Prints a line of result.
+/// Prints a line of result. If the reader of standard output has closed it (`| head`), nobody wants it.
+///
+/// # Errors
+/// If standard output is full.
+pub(crate) fn print(line: &str) -> Result<(), While> {
+    match write_line(line) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed.map_err(|error| While::new("cannot write to standard output", error)),
+    }
+}
+
+/// Prints a line that another process waits for.
 ///
 /// # Errors
 /// If standard output is closed or full.
-pub(crate) fn print(line: &str) -> Result<(), While> {
+pub(crate) fn reply(line: &str) -> Result<(), While> {
+    write_line(line).map_err(|error| While::new("cannot write to standard output", error))
+}
+
+fn write_line(line: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let printed = writeln!(out, "{line}").and_then(|()| out.flush());
-    printed.map_err(|error| While::new("cannot write to standard output", error))
+    writeln!(out, "{line}").and_then(|()| out.flush())
 }

@@ -13,7 +13,7 @@ use std::{
     path::Path,
 };
 
-use multifd::channel::Stop;
+use multifd::{channel::Stop, ram::PageBitmap};
 use qemu_stream::{format::BlockEntry, mapped_ram::MappedRamFile};
 use rustix::{fs::copy_file_range, io::Errno};
 
@@ -38,7 +38,7 @@ pub(crate) fn run(
         let doing = format!("cannot extract block {} of {address}", name.display());
         return Err(While::new(doing, Shared).into());
     }
-    let words = file.bitmap(index).map_err(|error| address.unreadable(error))?;
+    let present = file.bitmap(index).map_err(|error| address.unreadable(error))?;
     let whereto = if out == Path::new("-") { "standard output".into() } else { out.display().to_string() };
     let failed = |error: Cause| {
         Failure::from(While::new(format!("cannot extract block {} into {whereto}", name.display()), error))
@@ -49,10 +49,14 @@ pub(crate) fn run(
     if out == Path::new("-") {
         // Nothing would be left behind, so an interrupt may end the process.
         let mut out = io::stdout().lock();
-        return stretches(&words, page_size, place.used_length)
+        let written = stretches(&present, page_size, place.used_length)
             .try_for_each(|stretch| block.write(&stretch, &mut out))
-            .and_then(|()| Ok(out.flush()?))
-            .map_err(failed);
+            .and_then(|()| Ok(out.flush()?));
+        return match written {
+            // The reader has closed it (`| head`), so nobody wants the rest.
+            Err(error) if is_closed(&*error) => Ok(()),
+            written => written.map_err(failed),
+        };
     }
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
@@ -61,7 +65,7 @@ pub(crate) fn run(
     // This makes the holes, and gives the file the exact length of the block.
     target.set_len(place.used_length).map_err(|error| failed(error.into()))?;
     let mut shares = true;
-    for stretch in stretches(&words, page_size, place.used_length).filter(|stretch| stretch.present) {
+    for stretch in stretches(&present, page_size, place.used_length).filter(|stretch| stretch.present) {
         let copied = block.copy(&stretch, target, &mut shares);
         stop.check().map_err(Failure::of)?;
         copied.map_err(failed)?;
@@ -165,6 +169,12 @@ impl Block<'_> {
     }
 }
 
+/// Whether an error, or its cause, is that nobody reads what was written.
+fn is_closed(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = multifd::error::chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
 /// The error, and its position in the block.
 fn broken(at: u64, error: io::Error) -> Cause {
     let error = match error.kind() {
@@ -185,42 +195,30 @@ struct Stretch {
 }
 
 /// The whole block in order, with alternating present and absent stretches. Bytes after the last whole page are absent.
-fn stretches(words: &[u64], page_size: u64, used_length: u64) -> impl Iterator<Item = Stretch> + '_ {
+fn stretches(present: &PageBitmap, page_size: u64, used_length: u64) -> impl Iterator<Item = Stretch> + '_ {
+    let mut runs = present.set_runs().map(|(first, count)| (first.0, first.0 + count)).peekable();
     let mut start = 0;
     std::iter::from_fn(move || {
         if start >= used_length {
             return None;
         }
-        let first = start / page_size;
-        let present = bit(words, first);
-        let end = change(words, first).map_or(used_length, |page| page * page_size).min(used_length);
-        let stretch = Stretch { present, start, length: end - start };
+        let page = start / page_size;
+        let run = runs.next_if(|(first, _)| *first == page);
+        let end = match run {
+            Some((_, mut end)) => {
+                while let Some((_, further)) = runs.next_if(|(first, _)| *first == end) {
+                    end = further;
+                }
+                end * page_size
+            }
+            None => runs.peek().map_or(used_length, |(first, _)| first * page_size),
+        };
+        let stretch = Stretch { present: run.is_some(), start, length: end - start };
         start = end;
         Some(stretch)
     })
 }
 
-fn bit(words: &[u64], page: u64) -> bool {
-    let word = usize::try_from(page / WORD).ok().and_then(|index| words.get(index));
-    word.is_some_and(|word| word >> (page % WORD) & 1 == 1)
-}
-
-/// The next page after `page` that is of the other kind; `None` if all following ones are absent like `page`.
-fn change(words: &[u64], page: u64) -> Option<u64> {
-    let flip = if bit(words, page) { u64::MAX } else { 0 };
-    let index = usize::try_from(page / WORD).ok()?;
-    let (head, rest) = words.get(index..)?.split_first()?;
-    let head = (head ^ flip) & u64::MAX << (page % WORD);
-    let differing = std::iter::once(head).chain(rest.iter().map(|word| word ^ flip));
-    let found = differing.enumerate().find(|(_, word)| *word != 0);
-    match found {
-        Some((at, word)) => Some((index + at) as u64 * WORD + u64::from(word.trailing_zeros())),
-        // There is nothing after the last word.
-        None => (flip != 0).then_some(words.len() as u64 * WORD),
-    }
-}
-
-const WORD: u64 = u64::BITS as u64;
 /// Bytes that the system moves in one call; the stop is checked in between.
 const SHARED: usize = 64 << 20;
 /// Bytes that are read and written at once.
@@ -234,11 +232,17 @@ mod tests {
         Stretch { present, start, length }
     }
 
+    fn bitmap(pages: u64, words: &[u64]) -> PageBitmap {
+        let present = PageBitmap::new(pages);
+        present.merge(words.iter().copied());
+        present
+    }
+
     #[test]
     fn stretches_cross_words_and_cover_the_block_to_its_last_byte() {
         let page = 4096;
         let words = [1 << 63 | 1, 0b11];
-        let found: Vec<Stretch> = stretches(&words, page, 130 * page + 5).collect();
+        let found: Vec<Stretch> = stretches(&bitmap(130, &words), page, 130 * page + 5).collect();
         let expected = [
             stretch(true, 0, page),
             stretch(false, page, 62 * page),
@@ -250,23 +254,23 @@ mod tests {
 
     #[test]
     fn full_block_is_one_stretch_and_an_empty_one_none() {
-        let found: Vec<Stretch> = stretches(&[u64::MAX; 2], 4096, 128 * 4096).collect();
+        let found: Vec<Stretch> = stretches(&PageBitmap::full(128), 4096, 128 * 4096).collect();
         assert_eq!(found, [stretch(true, 0, 128 * 4096)]);
-        let found: Vec<Stretch> = stretches(&[u64::MAX], 4096, 64 * 4096 + 7).collect();
+        let found: Vec<Stretch> = stretches(&bitmap(64, &[u64::MAX]), 4096, 64 * 4096 + 7).collect();
         assert_eq!(found, [stretch(true, 0, 64 * 4096), stretch(false, 64 * 4096, 7)]);
-        assert_eq!(stretches(&[], 4096, 0).next(), None);
-        assert_eq!(stretches(&[], 4096, 9).collect::<Vec<_>>(), [stretch(false, 0, 9)]);
+        assert_eq!(stretches(&PageBitmap::new(0), 4096, 0).next(), None);
+        assert_eq!(stretches(&PageBitmap::new(0), 4096, 9).collect::<Vec<_>>(), [stretch(false, 0, 9)]);
     }
 
     #[test]
     fn stretches_are_what_the_bits_say() {
         let words = [0x0123_4567_89ab_cdef, u64::MAX, 0, 0xf000_0000_0000_000f];
-        let mut pages = Vec::new();
-        for stretch in stretches(&words, 1, 256) {
+        let (mut pages, present) = (Vec::new(), bitmap(256, &words));
+        for stretch in stretches(&present, 1, 256) {
             assert_eq!(stretch.start, pages.len() as u64, "in order, nothing left out");
             pages.extend((0..stretch.length).map(|_| stretch.present));
         }
-        let expected: Vec<bool> = (0..256).map(|page| bit(&words, page)).collect();
+        let expected: Vec<bool> = (0..256).map(|page| words[page / 64] >> (page % 64) & 1 == 1).collect();
         assert_eq!(pages, expected);
     }
 }

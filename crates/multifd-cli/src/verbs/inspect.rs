@@ -27,6 +27,7 @@ struct Contents {
     devices: Vec<Device>,
     total: u64,
     present: u64,
+    trailing_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -70,7 +71,7 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
     let configuration = file.configuration();
     let mut blocks = Vec::new();
     for ((index, entry), place) in file.blocks().iter().zip(file.places()) {
-        let present = file.bitmap(index)?.iter().map(|word| u64::from(word.count_ones())).sum();
+        let present = file.bitmap(index)?.count();
         blocks.push(Block {
             name: entry.name.to_string(),
             used_length: entry.used_length,
@@ -107,6 +108,7 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
         }),
         switchover_start: file.switchover_start(),
         described: file.devices().description().is_some(),
+        trailing_bytes: file.trailing_bytes(),
         total: file.blocks().total(),
         present: blocks.iter().map(|block| block.pages_present * page_size as u64).sum(),
         blocks,
@@ -144,6 +146,12 @@ impl Contents {
             let instance = format!("{:#x}", device.instance_id);
             format!("{:<40} {instance:>14} {:>10} {:>10}", device.name, device.version, device.size)
         }));
+        if self.trailing_bytes > 0 {
+            lines.push(format!(
+                "\nWARNING: {} bytes after the end of the machine are ignored, as QEMU does",
+                self.trailing_bytes
+            ));
+        }
         lines.join("\n")
     }
 }

@@ -3,18 +3,19 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use indicatif::BinaryBytes;
 use multifd::{
-    ChannelStats, Error, Fault, ReceiveOptions, RecvCounters,
+    ChannelStats, Error, Fault, ReceiveOptions,
     channel::{Listener, Stop},
     ram::BlockName,
 };
 use qemu_stream::{
-    arrival::{Arrival, ArrivalOptions},
+    arrival::{Arrival, ArrivalOptions, ArrivalProgress},
     incoming::{Expected, LeftOut, MainPages},
 };
 
@@ -25,45 +26,74 @@ use crate::{
     combinations,
     direct_io::DirectIo,
     interrupt,
+    listen_address::ListenAddress,
     output::{
         display::Display,
         outcome::{Failure, While, print, say},
         progress::Look,
-        report::{Channel, Ram, Report, millis},
+        report::{Channel, Ram, Report, millis, rate},
     },
 };
 
-/// The report about a received guest.
+/// What arrived.
 struct Received {
-    /// Bytes of RAM.
-    total: u64,
-    page_size: u64,
+    numbers: Numbers,
     return_path: bool,
     /// Shared blocks, whose memory was not sent.
     ignored: Vec<BlockName>,
-    channels: Vec<ChannelStats>,
-    main_bytes: u64,
-    main_pages: MainPages,
     /// Why the source, which waits for it, did not get the confirmation.
     untold: Option<Error>,
 }
 
+/// How much arrived.
+struct Numbers {
+    /// Bytes of RAM; 0 if the source has not announced them.
+    total: u64,
+    page_size: u64,
+    channels: Vec<ChannelStats>,
+    main_bytes: u64,
+    main_pages: MainPages,
+}
+
+impl Numbers {
+    /// What has arrived so far.
+    fn of(progress: &ArrivalProgress) -> Self {
+        let (total, page_size) = progress.ram().unwrap_or_default();
+        let (channels, main_bytes, main_pages) =
+            (progress.channels(), progress.main_bytes(), progress.main_pages());
+        Self { total, page_size, channels, main_bytes, main_pages }
+    }
+
+    fn on_channels(&self, count: fn(&ChannelStats) -> u64) -> u64 {
+        self.channels.iter().map(count).sum()
+    }
+
+    fn transferred(&self) -> u64 {
+        self.on_channels(|channel| channel.bytes) + self.main_bytes
+    }
+}
+
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
-    combinations::of_receive(args)?;
+    let listen = args.listen.open()?;
+    combinations::of_receive(args, &listen.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
     let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let capture = Capture::create(&args.file, args.force, &direct_io)?;
-    let listener = Listener::bind(&args.listen)
+    let listener = Listener::bind(&listen.address)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
-    let address = listener.local_address().clone();
+    let address = match &args.listen {
+        ListenAddress::Address(_) => listener.local_address().to_string(),
+        ListenAddress::StandardInput => args.listen.to_string(),
+    };
     let listener = tls::listen(credentials, listener);
     let receive = ReceiveOptions::new()
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())
-        .method(args.multifd_compression.0);
+        .method(args.multifd_compression.0)
+        .decompression_memory(args.decompression_memory());
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(match args.missing_pages {
@@ -76,23 +106,26 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .suppress_vmdesc(args.suppress_vmdesc);
     let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
     say(&format!("listening on {address}"));
+    if !args.output.quiet {
+        args.listen.note_unread_pipe();
+    }
     let start = Instant::now();
     let arrival = listening.accept().map_err(|error| failed(args, None, start, error))?;
     let start = Instant::now();
-    let total = Arc::new(AtomicU64::new(0));
+    let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
     let display = {
-        let (counters, total) = (arrival.counters(), total.clone());
-        Display::start("receive", args.output.quiet || args.output.json, move || look(&counters, &total))
+        let (progress, completing) = (progress.clone(), completing.clone());
+        Display::start("receive", args.output.quiet || args.output.json, move || look(&progress, &completing))
     };
     let peer = arrival.peer().to_owned();
-    let received = take_in(arrival, capture, &total, &stop);
+    let received = take_in(arrival, capture, &progress, &completing, &stop);
     drop(display);
     match received {
         Ok(received) => {
-            if received.main_pages.normal > 0 {
+            if received.numbers.main_pages.normal > 0 {
                 direct_io.without_channels();
             }
-            let report = report(&received, start);
+            let report = completed(&received, start.elapsed());
             if args.output.json {
                 print(&report.json())?;
             } else if !args.output.quiet {
@@ -107,7 +140,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
                 }
             }
         }
-        Err(error) => Err(failed(args, Some(&peer), start, error)),
+        Err(error) => Err(failed(args, Some((&peer, &progress)), start, error)),
     }
 }
 
@@ -122,9 +155,18 @@ fn ignored(received: &Received) {
 }
 
 /// Reports a migration that failed, in the requested form.
-fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) -> Failure {
+fn failed(
+    args: &ReceiveArgs,
+    source: Option<(&str, &ArrivalProgress)>,
+    start: Instant,
+    error: Error,
+) -> Failure {
     if args.output.json {
-        let report = Report { total_time: millis(start.elapsed()), ..Report::default() };
+        let time = start.elapsed();
+        let report = match source {
+            Some((_, progress)) => report(&Numbers::of(progress), time),
+            None => Report { total_time: millis(time), ..Report::default() },
+        };
         if let Err(full) = print(&report.failed(&error).json()) {
             tracing::error!(error = %full, "cannot print the report");
         }
@@ -132,7 +174,7 @@ fn failed(args: &ReceiveArgs, peer: Option<&str>, start: Instant, error: Error) 
     if error.is_cancelled() {
         return Failure::Interrupted;
     }
-    let from = peer.map_or_else(String::new, |peer| format!(" from {peer}"));
+    let from = source.map_or_else(String::new, |(peer, _)| format!(" from {peer}"));
     let what = format!("the migration{from} into {} failed{}", args.file, likely(&error));
     While::new(what, error).into()
 }
@@ -148,11 +190,16 @@ fn likely(error: &Error) -> &'static str {
 }
 
 /// Receives the whole migration, stores it, and informs the source.
-fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -> Result<Received, Error> {
-    let mut pending = arrival.load(|configuration, list| {
-        total.store(list.total(), Ordering::Relaxed);
-        capture.blocks(configuration, list)
-    })?;
+fn take_in(
+    arrival: Arrival,
+    capture: Capture,
+    progress: &ArrivalProgress,
+    completing: &AtomicBool,
+    stop: &Stop,
+) -> Result<Received, Error> {
+    let mut pending = arrival.load(|configuration, list| capture.blocks(configuration, list))?;
+    // Relaxed: it orders nothing.
+    completing.store(true, Ordering::Relaxed);
     let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
         let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
         let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
@@ -164,19 +211,15 @@ fn take_in(arrival: Arrival, capture: Capture, total: &AtomicU64, stop: &Stop) -
     };
     // The file has its name by now and stays on every path from here on: it may be the only copy.
     let mut received = Received {
-        total: pending.loaded().blocks.total(),
-        page_size: pending.blocks().page_size().bytes() as u64,
+        numbers: Numbers::of(progress),
         return_path: pending.loaded().return_path,
         ignored,
-        channels: pending.channels(),
-        main_bytes: pending.main_bytes(),
-        main_pages: pending.main_pages(),
         untold: None,
     };
     match pending.confirm() {
         Ok(mut confirmed) => {
             received.untold = confirmed.wait_closed(SOURCE_CLOSES).err();
-            received.channels = confirmed.finish();
+            received.numbers.channels = confirmed.finish();
         }
         Err(error) => received.untold = Some(error),
     }
@@ -188,34 +231,31 @@ const UNTOLD: &str = "the source did not get the confirmation (it was cancelled,
 /// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
 
-fn look(counters: &RecvCounters, total: &AtomicU64) -> Look {
-    let channels = counters.stats();
-    let transferred = channels.iter().map(|channel| channel.bytes).sum();
+fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
+    let transferred = Numbers::of(progress).transferred();
+    let mut note = format!("{} received", BinaryBytes(transferred));
+    if let Some((total, _)) = progress.ram() {
+        note += &format!(", the guest has {}", BinaryBytes(total));
+    }
     Look {
-        done: 0,
-        total: 0,
+        stage: completing
+            .load(Ordering::Relaxed)
+            .then_some("all data was received; the file is being completed"),
         transferred,
-        pass: counters.sync_points(),
-        to_go: None,
-        note: format!(
-            "{} received, the guest has {}",
-            indicatif::BinaryBytes(transferred),
-            indicatif::BinaryBytes(total.load(Ordering::Relaxed))
-        ),
+        pass: progress.pass().unwrap_or(0),
+        note,
+        check: "check query-migrate at the source",
+        ..Look::default()
     }
 }
 
-fn report(received: &Received, start: Instant) -> Report {
-    let Received { total, page_size, return_path, channels, main_bytes, main_pages, untold, .. } = received;
-    let time = start.elapsed();
-    let multifd_bytes: u64 = channels.iter().map(|channel| channel.bytes).sum();
-    let normal = channels.iter().map(|channel| channel.normal).sum::<u64>() + main_pages.normal;
-    let zero = channels.iter().map(|channel| channel.zero).sum::<u64>() + main_pages.zero;
-    let seconds = time.as_secs_f64().max(1e-9);
-    let transferred = multifd_bytes + main_bytes;
+/// What has arrived in `time`, of a migration that has not ended.
+fn report(numbers: &Numbers, time: Duration) -> Report {
+    let Numbers { total, page_size, channels, main_bytes, main_pages } = numbers;
+    let normal = numbers.on_channels(|channel| channel.normal) + main_pages.normal;
+    let zero = numbers.on_channels(|channel| channel.zero) + main_pages.zero;
+    let transferred = numbers.transferred();
     Report {
-        status: "completed",
-        source_told: return_path.then_some(untold.is_none()),
         total_time: millis(time),
         ram: Ram {
             total: *total,
@@ -224,13 +264,21 @@ fn report(received: &Received, start: Instant) -> Report {
             normal,
             normal_bytes: normal * page_size,
             page_size: *page_size,
-            mbps: transferred as f64 * 8.0 / 1e6 / seconds,
-            pages_per_second: crate::output::report::rate(normal + zero, time),
-            multifd_bytes,
+            mbps: transferred as f64 * 8.0 / 1e6 / time.as_secs_f64().max(1e-9),
+            pages_per_second: rate(normal + zero, time),
+            multifd_bytes: numbers.on_channels(|channel| channel.bytes),
             precopy_bytes: *main_bytes,
             ..Ram::default()
         },
         channels: channels.iter().map(Channel::from).collect(),
         ..Report::default()
     }
+}
+
+fn completed(received: &Received, time: Duration) -> Report {
+    let mut report = report(&received.numbers, time);
+    report.status = "completed";
+    report.source_told = received.return_path.then_some(received.untold.is_none());
+    report.ram.remaining = Some(0);
+    report
 }

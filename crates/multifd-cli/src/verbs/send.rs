@@ -49,8 +49,11 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
     let progress = source.progress();
     let display = {
-        let progress = progress.clone();
-        Display::start("send", args.output.quiet || args.output.json, move || Look::of(&progress))
+        let (progress, hint) = (progress.clone(), compare(args, &file));
+        Display::start("send", args.output.quiet || args.output.json, move || Look {
+            hint: Some(hint.clone()),
+            ..Look::of(&progress)
+        })
     };
     let sent = source.migrate(connector, &mut NeverDirty, &mut at_rest);
     drop(display);
@@ -90,6 +93,23 @@ fn not_taken(error: &Error) -> &'static str {
         }
         _ => "",
     }
+}
+
+/// What both sides must have in common for the destination to accept data.
+fn compare(args: &SendArgs, file: &MappedRamFile) -> String {
+    let channels = match args.multifd_channels {
+        0 => "multifd off".to_owned(),
+        channels => format!("multifd-channels {channels}"),
+    };
+    let compression = args.compression.name();
+    let tls = if args.tls.encrypts() { "on" } else { "off" };
+    let machine = file
+        .configuration()
+        .map_or("a type without a name in the stream".to_owned(), |known| known.machine.to_string());
+    format!(
+        "the destination accepts no data. Compare the settings of both sides; here: {channels}, multifd-compression \
+         {compression}, TLS {tls}, machine type {machine}"
+    )
 }
 
 /// How zero pages are sent so that every possible destination of this machine understands them.

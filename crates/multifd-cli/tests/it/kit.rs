@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::ram::{BlockName, PageSize};
+use multifd::ram::{BlockName, PageIndex, PageSize};
 use multifd_testkit::{
     child,
     guest::Guest,
@@ -35,6 +35,7 @@ pub(crate) struct Program {
     stdout: Option<JoinHandle<String>>,
     stderr: Option<JoinHandle<String>>,
     lines: Receiver<String>,
+    peak: u64,
 }
 
 /// The program, ended.
@@ -44,6 +45,8 @@ pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
+    /// The most memory that it had resident, in KiB, as seen every few milliseconds.
+    pub(crate) peak: u64,
 }
 
 /// The program with these arguments, to be started.
@@ -103,7 +106,7 @@ impl Program {
             }
             text
         });
-        Self { child, stdout: Some(stdout), stderr: Some(stderr), lines }
+        Self { child, stdout: Some(stdout), stderr: Some(stderr), lines, peak: 0 }
     }
 
     /// `multifd receive OPTIONS LISTEN FILE`, and its address.
@@ -150,6 +153,7 @@ impl Program {
     pub(crate) fn end_within(mut self, patience: Duration) -> Ended {
         let start = Instant::now();
         loop {
+            self.peak = self.peak.max(self.resident().unwrap_or_default());
             if let Some(status) = self.child.try_wait().expect("wait for the program") {
                 return self.ended(status);
             }
@@ -163,6 +167,13 @@ impl Program {
         }
     }
 
+    /// The most memory that it had resident until now, in KiB; `None` if it has ended.
+    fn resident(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().trim_end_matches(" kB").parse().ok()
+    }
+
     /// Waits for success.
     pub(crate) fn done(self) -> Ended {
         let ended = self.end();
@@ -174,7 +185,12 @@ impl Program {
         let text = |thread: &mut Option<JoinHandle<String>>| {
             thread.take().expect("taken once").join().expect("the output is text")
         };
-        Ended { code: status.code(), stdout: text(&mut self.stdout), stderr: text(&mut self.stderr) }
+        Ended {
+            code: status.code(),
+            stdout: text(&mut self.stdout),
+            stderr: text(&mut self.stderr),
+            peak: self.peak,
+        }
     }
 }
 
@@ -363,7 +379,7 @@ fn stored_block_at(file: &Path, offset: u64, name: &str) -> Vec<u8> {
     let present = file.bitmap(index).expect("its bitmap");
     let mut memory = vec![0; usize::try_from(entry.used_length).expect("small")];
     for (page, bytes) in memory.chunks_mut(PAGE).enumerate() {
-        if present[page / 64] >> (page % 64) & 1 == 1 {
+        if present.contains(PageIndex(page as u64)) {
             let at = place.pages_offset + (page * PAGE) as u64;
             file.file().read_exact_at(bytes, at).expect("a page");
         }

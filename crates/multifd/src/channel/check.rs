@@ -28,9 +28,10 @@ impl Address {
     /// address names.
     ///
     /// # Errors
-    /// [`Usage::Descriptor`] if an inherited descriptor is not a connected stream socket, [`Usage::ChildrenIgnored`] if
-    /// the exit status of a command could not be known.
+    /// [`Usage::Address`] if the value is one that the parser would refuse, [`Usage::Descriptor`] if an inherited descriptor
+    /// is not a connected stream socket, [`Usage::ChildrenIgnored`] if the exit status of a command could not be known.
     pub fn check_connect(&self) -> Result<(), Usage> {
+        self.check_value()?;
         match self {
             Self::Fd(fd) => match of_socket(*fd, CONNECTED)? {
                 State::Connected => Ok(()),
@@ -47,6 +48,7 @@ impl Address {
     /// # Errors
     /// As [`check_connect`](Self::check_connect); a descriptor may also be a listening stream socket.
     pub fn check_listen(&self) -> Result<(), Usage> {
+        self.check_value()?;
         match self {
             Self::Fd(fd) => match of_socket(*fd, EITHER)? {
                 State::Connected | State::Listening => Ok(()),
@@ -57,6 +59,13 @@ impl Address {
             Self::Exec(_) => children_are_waited_for(),
             Self::Tcp { .. } | Self::Unix(_) | Self::Vsock { .. } => Ok(()),
         }
+    }
+}
+
+impl Address {
+    fn check_value(&self) -> Result<(), Usage> {
+        let refused = |why| Usage::Address { found: self.to_string(), why };
+        self.why_impossible().map_or(Ok(()), |why| Err(refused(why)))
     }
 }
 
@@ -73,10 +82,8 @@ enum State {
 }
 
 fn of_socket(fd: RawFd, expected: &'static str) -> Result<State, Usage> {
-    if fd < 0 {
-        return Err(unfit(fd, "no descriptor", expected));
-    }
-    // SAFETY: the number is borrowed to query what it is, and nothing is done to it; if it is not open the calls fail.
+    // SAFETY: `check_value` has refused negative numbers. The number is borrowed to query what it is, and nothing is done
+    // to it; if it is not open the calls fail.
     let socket = unsafe { BorrowedFd::borrow_raw(fd) };
     let Ok(flags) = fcntl_getfl(socket) else { return Err(unfit(fd, "not open in this process", expected)) };
     let other = || unfit(fd, kind(fd, socket), expected);

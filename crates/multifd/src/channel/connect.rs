@@ -3,6 +3,8 @@
 use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
+    os::unix::fs::FileTypeExt,
+    path::Path,
     time::Duration,
 };
 
@@ -19,6 +21,7 @@ use super::{
     descriptors::explained,
     event_fd::EventFd,
     exec::ExecLink,
+    file_kind::kind_of,
     socket::{SocketLink, inherited},
 };
 use crate::sync_types::Instant;
@@ -50,7 +53,8 @@ impl Address {
             }
             Self::Unix(path) => {
                 let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-                connect_one(&socket, &SockAddr::unix(path)?, stop, deadline)?;
+                let connected = connect_one(&socket, &SockAddr::unix(path)?, stop, deadline);
+                connected.map_err(|error| at_path(path, error))?;
                 socket
             }
             Self::Vsock { cid, port } => {
@@ -63,6 +67,20 @@ impl Address {
         };
         Ok(Box::new(SocketLink::new(socket, context)?))
     }
+}
+
+/// Explains why there is no connection to the socket at `path`.
+fn at_path(path: &Path, error: io::Error) -> io::Error {
+    let why = match path.metadata() {
+        Ok(found) if !found.file_type().is_socket() => {
+            format!("it is {}, expected a socket", kind_of(&found))
+        }
+        Ok(_) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            "no process listens at this socket: start the destination first".to_owned()
+        }
+        _ => return error,
+    };
+    io::Error::new(error.kind(), why)
 }
 
 impl TcpOptions {

@@ -1,6 +1,6 @@
 //! The context of a connection: the migration that it belongs to.
 
-use std::time::Duration;
+use std::{num::NonZeroU8, time::Duration};
 
 use super::{StallTimer, Stop};
 use crate::parameters::CONNECT_TIMEOUT;
@@ -17,16 +17,16 @@ pub struct Context {
     /// The stall timer. The connection calls [`StallTimer::moved`] when bytes have moved, and fails a send with
     /// [`TimedOut`](std::io::ErrorKind::TimedOut) when [`StallTimer::check_send`] does. No limit by default.
     pub stall_timer: StallTimer,
-    /// The number of connections of this kind in the migration, at least 1. Each gets its share of what all use, such
+    /// The number of connections of this kind in the migration. Each gets its share of what all use, such
     /// as caches. Default 1.
-    pub channels: u8,
+    pub channels: NonZeroU8,
 }
 
 impl Context {
     /// Creates a context of the migration that `stop` ends.
     pub fn new(stop: &Stop) -> Self {
         let (connect_timeout, stall_timer) = (CONNECT_TIMEOUT.default_time(), stop.stall_timer(None));
-        Self { stop: stop.clone(), connect_timeout, stall_timer, channels: 1 }
+        Self { stop: stop.clone(), connect_timeout, stall_timer, channels: NonZeroU8::MIN }
     }
 
     /// Sets [`connect_timeout`](Self::connect_timeout).
@@ -47,7 +47,7 @@ impl Context {
     /// Sets [`channels`](Self::channels); 0 is treated as 1.
     #[must_use]
     pub fn channels(mut self, channels: u8) -> Self {
-        self.channels = channels.max(1);
+        self.channels = NonZeroU8::new(channels).unwrap_or(NonZeroU8::MIN);
         self
     }
 

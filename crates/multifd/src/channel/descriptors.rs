@@ -20,6 +20,11 @@ pub(super) fn explained(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), NoneLeft { whose, cause: error })
 }
 
+/// Whether the process or the system has no descriptors left.
+pub(crate) fn are_none_left(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<NoneLeft>())
+}
+
 #[derive(Debug)]
 struct NoneLeft {
     whose: Whose,
@@ -70,6 +75,7 @@ mod tests {
         let cause = error.get_ref().and_then(|inner| inner.source()).map(ToString::to_string);
         assert_eq!(cause, Some(io::Error::from(Errno::MFILE).to_string()));
         assert!(explained(Errno::NFILE.into()).to_string().contains("fs.file-max"));
+        assert!(are_none_left(&error) && !are_none_left(&explained(Errno::CONNREFUSED.into())));
     }
 
     #[test]

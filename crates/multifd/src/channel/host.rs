@@ -11,7 +11,12 @@ pub enum Host {
     /// A context id of vsock.
     Vsock(u32),
     /// The process that opened the connection, for a unix socket.
-    Process(u32),
+    Process {
+        /// Its number.
+        pid: u32,
+        /// The number of its user.
+        uid: u32,
+    },
 }
 
 impl Host {

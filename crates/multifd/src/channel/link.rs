@@ -150,7 +150,8 @@ impl<C: Connect + ?Sized> Connect for Arc<C> {
 /// Accepts connections from sources.
 pub trait Listen: Send {
     /// Waits for the next connection, for the migration of `context`; `None` if the [waker](Listen::waker) ended the
-    /// wait.
+    /// wait. A wake takes precedence over connections that are waiting: hosts that connect again and again must not prevent
+    /// the end of the wait.
     ///
     /// # Errors
     /// If the system refuses, for example because no descriptors are left.

@@ -3,8 +3,6 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
-    os::unix::fs::{FileTypeExt, MetadataExt},
-    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -21,6 +19,7 @@ use super::{
     event_fd::EventFd,
     exec::{ExecLink, Started},
     socket::{SocketLink, inherited},
+    unix_socket::{self, SocketFile},
 };
 
 /// A listening socket, or the one connection of a command or an inherited descriptor.
@@ -63,10 +62,12 @@ impl Ready {
 }
 
 impl Listener {
-    /// Listens on `address`. A leftover unix socket at the path is replaced, as QEMU does.
+    /// Listens on `address`. A unix socket at the path is replaced if nobody listens at it. The new one is accessible to its
+    /// owner only (mode 0600), independent of the umask.
     ///
     /// # Errors
-    /// If the system refuses the address.
+    /// If the system refuses the address. [`AddrInUse`](io::ErrorKind::AddrInUse) if another process listens at the path of
+    /// a unix socket, [`AlreadyExists`](io::ErrorKind::AlreadyExists) if the path names anything but a socket.
     pub fn bind(address: &Address) -> io::Result<Self> {
         Self::open(address).map_err(explained)
     }
@@ -81,8 +82,8 @@ impl Listener {
                 (listen_tcp(host, *port, given)?, listening)
             }
             Address::Unix(path) => {
-                let socket = listen_unix(path)?;
-                (socket, Kind::Listening { remove: SocketFile::at(path) })
+                let (socket, file) = unix_socket::listen(path, BACKLOG)?;
+                (socket, Kind::Listening { remove: Some(file) })
             }
             Address::Vsock { cid, port } => {
                 let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
@@ -128,20 +129,24 @@ impl Listener {
 
 impl Listen for Listener {
     fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        if let Kind::Connection(Some(_)) = self.kind {
+            return self.accept_waiting(context);
+        }
         loop {
-            if let Some(link) = self.accept_waiting(context)? {
-                return Ok(Some(link));
-            }
             let mut fds = vec![PollFd::new(self.woken.fd(), PollFlags::IN)];
             // If there is no socket, the one connection was returned: there is nothing more to wait for.
             fds.extend(self.socket.as_ref().map(|socket| PollFd::new(socket, PollFlags::IN)));
             match poll(&mut fds, None) {
+                // First, because hosts that connect again and again may keep the queue full.
                 Ok(_) if !fds[0].revents().is_empty() => {
                     self.woken.drain();
                     return Ok(None);
                 }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
+            }
+            if let Some(link) = self.accept_waiting(context)? {
+                return Ok(Some(link));
             }
         }
     }
@@ -189,37 +194,9 @@ impl Drop for Listener {
     }
 }
 
-/// The file of a unix socket that was bound here.
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode. The socket keeps the inode in use, so no other file has its number while the socket is open.
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    /// `None` if the file has been removed already.
-    fn at(path: &Path) -> Option<Self> {
-        let path = std::path::absolute(path).ok()?;
-        let identity = Self::identity(&path)?;
-        Some(Self { path, identity })
-    }
-
-    /// Removes the file, unless it is another file by now: a later listener has taken over the path.
-    fn remove(&self) {
-        if Self::identity(&self.path) == Some(self.identity) {
-            // If it is gone by now, the goal is reached.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-
-    fn identity(path: &Path) -> Option<(u64, u64)> {
-        std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
-    }
-}
-
-/// All channels of the largest migration may be waiting at once. With a full queue, a source would believe that it is
-/// connected when it is not.
-const BACKLOG: i32 = 512;
+/// All channels of the largest migration may be waiting at once, after hundreds of foreign connections. With a full queue, a
+/// source would believe that it is connected when it is not.
+const BACKLOG: i32 = 1024;
 
 fn listen_tcp(host: &str, port: u16, options: &TcpOptions) -> io::Result<Socket> {
     let every = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
@@ -246,19 +223,21 @@ fn listen_tcp(host: &str, port: u16, options: &TcpOptions) -> io::Result<Socket>
     Err(last)
 }
 
-fn listen_unix(path: &Path) -> io::Result<Socket> {
-    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-        std::fs::remove_file(path)?;
-    }
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.bind(&SockAddr::unix(path)?)?;
-    socket.listen(BACKLOG)?;
-    Ok(socket)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Regression: a host that connected again and again kept the queue full, and no sync point was passed.
+    #[test]
+    fn wake_is_reported_before_connections_that_wait() {
+        let mut listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let Address::Tcp { port, .. } = *listener.local_address() else { unreachable!("bound above") };
+        let _waiting = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
+        listener.waker().wake();
+        let context = Context::new(&crate::channel::Stop::new());
+        assert!(listener.accept(&context).expect("woken").is_none());
+        assert!(listener.accept(&context).expect("no wake").is_some(), "the connection has waited");
+    }
 
     /// Regression: a listener that ended removed the path, even after another listener had taken it over.
     #[test]
@@ -267,6 +246,7 @@ mod tests {
         let path = folder.path().join("socket");
         let address = Address::Unix(path.clone());
         let first = Listener::bind(&address).expect("bound");
+        std::fs::remove_file(&path).expect("removed, as by a QEMU that takes the path");
         let second = Listener::bind(&address).expect("bound in its place");
         drop(first);
         assert!(path.exists(), "the second one's socket");

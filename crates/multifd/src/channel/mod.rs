@@ -22,6 +22,7 @@ mod descriptors;
 mod event_fd;
 mod exec;
 mod exit_status;
+mod file_kind;
 mod host;
 mod link;
 mod listen;
@@ -37,6 +38,7 @@ mod stop;
 mod stream;
 #[cfg(feature = "tls")]
 pub mod tls;
+mod unix_socket;
 
 pub use address::{Address, TcpOptions};
 pub(crate) use alive::is_of_a_host;
@@ -44,6 +46,7 @@ pub(crate) use clock::deadline;
 pub use close_watch::{CloseWatch, PeerSignal};
 pub(crate) use closed_channels::{ClosedChannels, WatchedChannels};
 pub use context::Context;
+pub(crate) use descriptors::are_none_left;
 pub use exit_status::ExitStatusUnknown;
 pub use host::Host;
 pub use link::{Connect, Link, Listen, ZeroCopy};

@@ -90,7 +90,7 @@ impl SocketLink {
             watched = Watched::set_up(&socket, options)?;
         }
         if local {
-            let share = LOCAL_BUFFERS / usize::from(context.channels);
+            let share = LOCAL_BUFFERS / usize::from(context.channels.get());
             socket.set_send_buffer_size(share.max(LOCAL_BUFFER))?;
         }
         let link = Self {
@@ -343,11 +343,11 @@ fn host_of(socket: &Socket, address: &SockAddr) -> Option<Host> {
     if let Some((cid, _)) = address.as_vsock_address() {
         return Some(Host::Vsock(cid));
     }
-    address.is_unix().then(|| process_of(socket)).flatten().map(Host::Process)
+    if address.is_unix() { process_of(socket) } else { None }
 }
 
 /// The process at the other end of a unix socket; `None` if it is in a process namespace that is not visible here.
-fn process_of(socket: &Socket) -> Option<u32> {
+fn process_of(socket: &Socket) -> Option<Host> {
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = libc::socklen_t::try_from(size_of_val(&peer)).ok()?;
     // SAFETY: the system writes at most `length` bytes to `peer`, which is as long and exists until the call has ended.
@@ -360,7 +360,8 @@ fn process_of(socket: &Socket) -> Option<u32> {
             &raw mut length,
         )
     };
-    u32::try_from(peer.pid).ok().filter(|pid| got == 0 && *pid > 0)
+    let pid = u32::try_from(peer.pid).ok().filter(|pid| got == 0 && *pid > 0)?;
+    Some(Host::Process { pid, uid: peer.uid })
 }
 
 fn message(parts: *const libc::iovec, count: usize) -> libc::msghdr {
@@ -393,7 +394,10 @@ mod tests {
     fn the_host_of_a_socket_is_its_address_or_its_process() {
         let (one, _other) = UnixStream::pair().expect("a pair");
         let unix = SocketLink::new(Socket::from(one), &context()).expect("a link");
-        assert_eq!(unix.host(), Some(Host::Process(std::process::id())));
+        assert_eq!(
+            unix.host(),
+            Some(Host::Process { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() })
+        );
         for listen in ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
             let Ok(listener) = TcpListener::bind(listen) else {
                 assert!(listen.contains("::"), "IPv4 is there");

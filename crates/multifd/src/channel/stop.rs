@@ -15,7 +15,7 @@ use super::{
     stall_timer::{Activity, StallTimer},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, Usage},
     sync_types::{AtomicBool, Condvar, Instant, Mutex, MutexGuard, panicking},
 };
 
@@ -29,12 +29,16 @@ pub trait Wake: Send + Sync {
     fn wake(&self);
 }
 
-/// Stops one side of a migration, exactly once. Clones are the same stop.
+/// Stops one side of one migration, exactly once. Clones are the same stop. A second migration needs a stop of its own and
+/// is refused with this one ([`Usage::StopTaken`]): a shared stop would cancel both, and after the first migration has
+/// ended it has no effect.
 #[derive(Clone, Default)]
 pub struct Stop(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
+    /// A migration has this stop; only whether it was set before matters.
+    taken: AtomicBool,
     /// Set after the cause; pairs with the acquire in `is_stopped`, which avoids the lock on hot paths.
     stopped: AtomicBool,
     state: Mutex<State>,
@@ -64,6 +68,14 @@ impl Stop {
         Self::default()
     }
 
+    /// Takes the stop for a migration. A stop that was cancelled before can be taken: it ends that migration.
+    ///
+    /// # Errors
+    /// [`Usage::StopTaken`] the second time.
+    pub(crate) fn take(&self) -> Result<()> {
+        if self.0.taken.swap(true, Ordering::Relaxed) { Err(Usage::StopTaken.into()) } else { Ok(()) }
+    }
+
     /// Stops with an error, unless the migration was stopped before. Returns the error to report: the first one.
     pub fn fail(&self, error: Error) -> Error {
         let (cause, stops) = self.stop(Cause::Failed(error.clone()));
@@ -78,6 +90,23 @@ impl Stop {
     pub(crate) fn expect(&self, error: Error) {
         let mut state = self.lock();
         state.expected.get_or_insert(error);
+        self.0.changed.notify_all();
+    }
+
+    /// Like [`fail`](Self::fail), but first waits up to `limit` for the cause: a peer that fails closes all connections, and
+    /// only main reports why.
+    pub(crate) fn fail_as_consequence(&self, error: Error, limit: Duration) -> Error {
+        let end = deadline(limit);
+        let mut state = self.lock();
+        while state.cause.is_none() && state.expected.is_none() {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.fail(error)
     }
 
     #[cfg(test)]
@@ -90,7 +119,9 @@ impl Stop {
     /// **Warning:** do not call it from a signal handler. It takes locks and allocates, so it may wait for the same
     /// thread that was interrupted. Use a thread that waits for the signal.
     pub fn cancel(&self) {
-        self.fail(Error::Cancelled);
+        if self.stop(Cause::Failed(Error::Cancelled)).1 {
+            tracing::debug!(error = %Error::Cancelled, "the migration stops");
+        }
     }
 
     /// Ends the migration normally: waits end, and connections stay open for their owners to close. Returns `false` if

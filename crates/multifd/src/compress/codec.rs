@@ -1,5 +1,6 @@
 //! The interface of a compression method, and its description.
 
+use super::DecoderMemory;
 use crate::{
     error::Result,
     parameters::Parameter,
@@ -19,8 +20,9 @@ pub(crate) struct Description {
     /// Creates the encoder of one channel with a level within its range; `None` if the pages themselves are the payload. It
     /// fails if the library fails, for example because there is no memory.
     pub(crate) encoder: fn(level: u8) -> Made<dyn Encode>,
-    /// Creates the decoder of one channel; `None` if the pages themselves are the payload.
-    pub(crate) decoder: fn() -> Made<dyn Decode>,
+    /// Creates the decoder of one channel; `None` if the pages themselves are the payload. It reserves the part of `memory`
+    /// whose size depends on the source's settings.
+    pub(crate) decoder: fn(memory: &DecoderMemory) -> Made<dyn Decode>,
 }
 
 /// A codec, if the method has one.

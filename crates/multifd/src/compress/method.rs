@@ -7,7 +7,7 @@ use super::zlib;
 #[cfg(feature = "zstd")]
 use super::zstd;
 use super::{
-    Decode, Encode, Levels,
+    Decode, DecoderMemory, Encode, Levels,
     codec::{Description, Level},
     none,
 };
@@ -110,8 +110,8 @@ impl Method {
     ///
     /// # Errors
     /// As [`encoder`](Self::encoder).
-    pub(crate) fn decoder(self) -> Result<Option<Box<dyn Decode>>> {
-        (self.description().decoder)()
+    pub(crate) fn decoder(self, memory: &DecoderMemory) -> Result<Option<Box<dyn Decode>>> {
+        (self.description().decoder)(memory)
     }
 }
 

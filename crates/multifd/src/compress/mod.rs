@@ -10,6 +10,7 @@
 
 mod codec;
 mod levels;
+mod memory;
 mod method;
 #[cfg(feature = "_codec")]
 mod noise;
@@ -27,4 +28,5 @@ mod zstd;
 pub use codec::Level;
 pub(crate) use codec::{Decode, Encode, PacketPages};
 pub(crate) use levels::Levels;
+pub(crate) use memory::DecoderMemory;
 pub use method::Method;

@@ -4,4 +4,4 @@ use super::codec::Description;
 use crate::wire::Flags;
 
 pub(super) const METHOD: Description =
-    Description { name: "none", flags: Flags(0), level: None, encoder: |_| Ok(None), decoder: || Ok(None) };
+    Description { name: "none", flags: Flags(0), level: None, encoder: |_| Ok(None), decoder: |_| Ok(None) };

@@ -58,7 +58,7 @@ proptest! {
         for method in packed() {
             let (block, bytes) = block(size, 64, |at| if at % 3 == 0 { noise(at) } else { 7 });
             let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
-            let mut decoder = method.decoder().expect("made").expect("packs");
+            let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
             for pages in &packets {
                 let pages: Vec<_> = pages.iter().copied().take(packet_pages(size)).map(PageIndex).collect();
                 let payload = encoder.encode(&PacketPages::Mapped(&block, &pages)).expect("packed").to_vec();
@@ -132,7 +132,7 @@ proptest! {
             .collect();
         for method in packed() {
             let mut encoder = method.encoder(at_level(method, level)).expect("made").expect("packs");
-            let mut decoder = method.decoder().expect("made").expect("packs");
+            let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
             for packet in pages.chunks(packet_pages(size) - 1) {
                 let bytes = packet.concat();
                 let payload = encoder.encode(&PacketPages::Private(&bytes, size)).expect("packed").to_vec();
@@ -209,7 +209,7 @@ fn a_packet_of_noise_stays_below_the_bound_at_every_level() {
             let payload =
                 encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
             assert!(payload.len() < PACKET_BYTES + PACKET_BYTES / 8, "{method} {level}: {}", payload.len());
-            let mut decoder = method.decoder().expect("made").expect("packs");
+            let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
             assert!(decode(&mut *decoder, &payload, PACKET_BYTES).expect("unpacked") == bytes);
         }
     }
@@ -238,7 +238,7 @@ fn a_packet_alone_is_not_understood_without_those_before_it() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed");
         let second = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
-        let mut decoder = method.decoder().expect("made").expect("packs");
+        let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
         let refused = decode(&mut *decoder, &second, PACKET_BYTES).expect_err("refused");
         assert!(matches!(refused, Error::Malformed(Malformed::Compressed { .. })), "{method}: {refused}");
     }
@@ -250,7 +250,7 @@ fn a_cut_payload_makes_too_little() {
     for method in packed() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         let payload = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
-        let mut decoder = method.decoder().expect("made").expect("packs");
+        let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
         let refused =
             decode(&mut *decoder, &payload[..payload.len() / 2], PACKET_BYTES).expect_err("refused");
         assert!(
@@ -267,7 +267,7 @@ fn a_bomb_is_refused_at_the_first_byte_too_many() {
         let mut encoder = method.encoder(Levels::default()).expect("made").expect("packs");
         // 512 KiB in a payload for one page.
         let payload = encoder.encode(&PacketPages::Mapped(&block, &all_pages())).expect("packed").to_vec();
-        let mut decoder = method.decoder().expect("made").expect("packs");
+        let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
         let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
         assert_eq!(
             refused.to_string(),
@@ -284,14 +284,14 @@ fn a_zlib_stream_that_ends_is_refused() {
     let mut payload = vec![0; 1000];
     stream.compress(&[5; 4096], &mut payload, flate2::FlushCompress::Finish).expect("packed");
     payload.truncate(usize::try_from(stream.total_out()).expect("small"));
-    let mut decoder = Method::Zlib.decoder().expect("made").expect("packs");
+    let mut decoder = Method::Zlib.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
     let refused = decode(&mut *decoder, &payload, 4096).expect_err("refused");
     assert_eq!(refused.to_string(), "broken zlib data: the stream ends");
 }
 
 /// What a fresh decoder of `method` says to `payload` for one page.
 fn refusal(method: Method, payload: &[u8]) -> String {
-    let mut decoder = method.decoder().expect("made").expect("packs");
+    let mut decoder = method.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
     decode(&mut *decoder, payload, 4096).expect_err("refused").to_string()
 }
 
@@ -318,7 +318,7 @@ fn a_zstd_skippable_frame_a_second_frame_and_a_dictionary_are_refused() {
     let skippable = [0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4];
     assert_eq!(
         refusal(Method::Zstd, &[&skippable[..], &second].concat()),
-        "broken zstd data: the frame ends"
+        "broken zstd data: it does not begin with the head of a frame"
     );
     // An empty frame, then a whole one.
     let empty = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x48, 0x01, 0x00, 0x00];
@@ -332,17 +332,17 @@ fn a_zstd_skippable_frame_a_second_frame_and_a_dictionary_are_refused() {
 fn a_zstd_frame_that_ends_or_asks_for_too_large_a_window_is_refused() {
     let mut payload = vec![0; 1000];
     let length = zstd_safe::compress(&mut payload[..], &[5; 4096], 1).expect("packed");
-    let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
+    let mut decoder = Method::Zstd.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
     let refused = decode(&mut *decoder, &payload[..length], 4096).expect_err("refused");
     assert_eq!(refused.to_string(), "broken zstd data: the frame ends");
-    // Magic, a head with a window of 2^28 bytes, an empty block.
-    let wide = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 18 << 3, 0x01, 0x00, 0x00];
-    let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
+    // Magic, a head with a window of 2^26 bytes, an empty block.
+    let wide = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 16 << 3, 0x01, 0x00, 0x00];
+    let mut decoder = Method::Zstd.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
     let refused = decode(&mut *decoder, &wide, 4096).expect_err("refused");
-    assert!(refused.to_string().starts_with("broken zstd data: frame requires too much memory"), "{refused}");
-    // A window of 2^27 is the largest.
-    let most = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 17 << 3, 0x00, 0x00, 0x00];
-    let mut decoder = Method::Zstd.decoder().expect("made").expect("packs");
+    assert!(refused.to_string().starts_with("the source's zstd frame needs a window of 64 MiB"), "{refused}");
+    // A window of 2^25 is the largest.
+    let most = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 15 << 3, 0x00, 0x00, 0x00];
+    let mut decoder = Method::Zstd.decoder(&DecoderMemory::new(None)).expect("made").expect("packs");
     let refused = decode(&mut *decoder, &most, 4096).expect_err("nothing in it");
     assert_eq!(refused.to_string(), "the payload decompresses to 0 bytes, expected 4096");
 }

@@ -27,7 +27,7 @@ pub(super) const METHOD: Description = Description {
             _ => Box::new(noise::zlib::Encoder::new(level)),
         }))
     },
-    decoder: || Ok(Some(Box::new(Decoder(Decompress::new(true))))),
+    decoder: |_| Ok(Some(Box::new(Decoder(Decompress::new(true))))),
 };
 
 /// The library without a sieve.

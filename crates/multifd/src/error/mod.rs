@@ -361,6 +361,35 @@ pub enum Unsupported {
         /// QEMU's name of the method.
         name: &'static str,
     },
+    /// A zstd frame with a window that no level of QEMU needs.
+    #[error(
+        "the source's zstd frame needs a window of {}, expected at most {}, which is what multifd-zstd-level 20 \
+         needs: set multifd-zstd-level to 20 or less at the source",
+        size(*found),
+        size(*most)
+    )]
+    ZstdWindow {
+        /// The greatest window in bytes.
+        most: u64,
+        /// The window that the frame asks for.
+        found: u64,
+    },
+    /// The channels' decompression needs more memory than this side allows.
+    #[error(
+        "decompression of all channels needs {} ({} for this channel), but decompression-memory is {} on this side: increase \
+         it, or decrease multifd-zstd-level or multifd-channels at the source",
+        size(*needed),
+        size(*window),
+        size(*limit)
+    )]
+    DecoderMemory {
+        /// The limit in bytes, for all channels together.
+        limit: u64,
+        /// What the channels need, this one included.
+        needed: u64,
+        /// What this channel needs.
+        window: u64,
+    },
     /// The peer uses TLS, and this side does not.
     #[error("the source uses TLS: set tls-creds on this side too, or clear it at the source")]
     Tls,
@@ -375,6 +404,16 @@ pub enum Unsupported {
         /// The number of the device among those with this name.
         instance: u32,
     },
+}
+
+/// `32 MiB`, or `5 bytes`.
+fn size(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    if bytes > 0 && bytes.is_multiple_of(MIB) {
+        format!("{} MiB", bytes / MIB)
+    } else {
+        format!("{bytes} bytes")
+    }
 }
 
 fn made(expected: usize, found: usize) -> String {

@@ -45,10 +45,13 @@ pub enum Usage {
         known: String,
     },
     /// An invalid address.
-    #[error(
-        "expected an address like tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:N, found {0:?}"
-    )]
-    Address(String),
+    #[error("address {found:?}: {why}")]
+    Address {
+        /// The text given, or the address as text.
+        found: String,
+        /// What is wrong, and what is expected.
+        why: String,
+    },
     /// An option of an address that is unknown, or has an invalid value.
     #[error("address option: expected {expected}, found {found:?}")]
     AddressOption {
@@ -68,6 +71,9 @@ pub enum Usage {
     /// `zero-copy-send` is on where pages are always copied.
     #[error("zero-copy-send cannot be used {0}, because pages are always copied there: switch it off")]
     ZeroCopy(&'static str),
+    /// An option for channels, in a migration without channels.
+    #[error("{0} has no effect with multifd-channels 0: switch it off, or use channels")]
+    WithoutChannels(&'static str),
     /// An option for connections is on where there are no connections.
     #[error("{0} can only be used with connections, not between memory and a file: switch it off")]
     ForConnections(&'static str),
@@ -162,7 +168,7 @@ pub enum Usage {
         instance: u32,
     },
     /// The state of a device does not match what the guest has announced.
-    #[error("device {name:?} instance {instance}: {why}")]
+    #[error("device {name:?} instance {instance}: {why}; the guest stays at the source")]
     DeviceState {
         /// The device's name.
         name: String,
@@ -198,6 +204,12 @@ pub enum Usage {
     /// The memory of the block cannot be written.
     #[error("block {0:?} is mapped for reading only and cannot receive pages")]
     ReadOnly(BlockName),
+    /// A stop was given to a second migration.
+    #[error(
+        "this stop belongs to another migration, running or ended: create a Stop for each migration, and cancel each by its \
+         own"
+    )]
+    StopTaken,
     /// A sender or receiver was used for a second migration.
     #[error("this sender or receiver was used before: create a new one for each migration")]
     UsedTwice,

@@ -34,7 +34,7 @@ impl Deadline {
         let thread = Builder::new().name("multifddeadline".into()).spawn({
             let (done, stop) = (done.clone(), stop.clone());
             move || {
-                if done.pause(left).is_ok() {
+                if done.pause(left).is_ok() && !done.is_stopped() {
                     stop.fail(late());
                 }
             }
@@ -46,7 +46,7 @@ impl Deadline {
 
 impl Drop for Deadline {
     fn drop(&mut self) {
-        self.done.cancel();
+        self.done.finish();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

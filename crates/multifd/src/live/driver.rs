@@ -3,10 +3,11 @@
 use std::{cell::Cell, time::Instant};
 
 use super::{
-    DeviceInfo, DeviceSection, Guest, Main, Pace, Pass, Plan, RunState, Verdict, ZeroPageDetection,
+    DeviceInfo, DeviceSection, Guest, Main, Pace, Pass, Plan, RunState, Verdict,
     converge::{Converge, Judgement, Round, Step},
     deadline::Deadline,
     guest::check_saved,
+    known,
     pass::Walk,
     progress::PassRate,
 };
@@ -43,8 +44,8 @@ pub(super) struct Driver<'a> {
     guest: &'a mut dyn Guest,
     /// Pages to send, one bitmap for each block.
     pending: Vec<PageBitmap>,
-    /// For the first pass; empty afterwards.
-    touched: Vec<Option<PageBitmap>>,
+    /// Whether no pass has begun yet.
+    is_first: bool,
     page: Vec<u8>,
     stopped: &'a mut Stopped,
     /// The callback that is running.
@@ -67,9 +68,9 @@ impl<'a> Driver<'a> {
     ) -> Self {
         let blocks = &plan.blocks;
         let pending = blocks.iter().map(|(_, block)| first_pass(block)).collect();
-        let (touched, announced, synced) = (Vec::new(), Vec::new(), Instant::now());
+        let (is_first, announced, synced) = (true, Vec::new(), Instant::now());
         let page = vec![0; blocks.page_size().bytes()];
-        Self { plan, sender, main, log, guest, pending, touched, page, stopped, calling, announced, synced }
+        Self { plan, sender, main, log, guest, pending, is_first, page, stopped, calling, announced, synced }
     }
 
     pub(super) fn drive(&mut self) -> Result<()> {
@@ -87,13 +88,8 @@ impl<'a> Driver<'a> {
         let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
         let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
         self.bitmap_sync(None)?;
-        if options.look_for_zero_pages && options.zero_page_detection != ZeroPageDetection::None {
-            // After the bitmap sync: a page that is touched later has its dirty bit set.
-            self.touched = blocks.iter().map(|(_, block)| block.touched()).collect();
-        }
         loop {
             let round = self.round(&mut pace)?;
-            self.touched.clear();
             if let Some(limit) = gate.downtime_limit() {
                 converge.set_downtime_limit(limit);
             }
@@ -196,8 +192,14 @@ impl<'a> Driver<'a> {
             sender.wait_connected()?;
         }
         self.main.setup(blocks, synced(&mut self.sender)?)?;
+        self.count_main();
         progress.set_up();
         Ok(())
+    }
+
+    /// Records what main has written, for the progress and for the report of a failure.
+    pub(super) fn count_main(&self) {
+        self.plan.progress.main_bytes(self.main.bytes());
     }
 
     /// Stops the guest and hands it over. `watch` shuts main down if the migration fails.
@@ -205,8 +207,8 @@ impl<'a> Driver<'a> {
         let Plan { options, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         let mut start = Instant::now();
-        let precopy = self.main.bytes();
-        progress.main_bytes(precopy, 0);
+        self.count_main();
+        progress.guest_stops();
         let state = self.call(Callback::GuestRunState, |driver| driver.guest.run_state());
         // Set before the stop: if `stop` panics, the guest may be in any state.
         *self.stopped = Stopped::From(state);
@@ -245,7 +247,7 @@ impl<'a> Driver<'a> {
         self.main.devices(devices, state)?;
         drop(deadline);
         let verdict = self.main.complete(stop);
-        progress.main_bytes(precopy, self.main.bytes().saturating_sub(precopy));
+        self.count_main();
         match verdict {
             Verdict::Taken => {
                 progress.downtime(start.elapsed());
@@ -307,13 +309,15 @@ impl<'a> Driver<'a> {
     fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<()> {
         let Plan { options, blocks, stop, progress, .. } = self.plan;
         let (start, before) = (Instant::now(), progress.sent());
+        let is_first = std::mem::replace(&mut self.is_first, false);
+        let touched = known::before_pass(blocks, &self.pending, options.zero_page_detection, is_first)?;
         self.main.begin_pass(pass)?;
         let mut walk = Walk {
             sender: self.sender.as_deref_mut(),
             main: self.main,
             detection: options.zero_page_detection,
             look: options.look_for_zero_pages,
-            touched: &self.touched,
+            touched: &touched,
             pace,
             progress,
             stop,
@@ -323,9 +327,7 @@ impl<'a> Driver<'a> {
             walk.block(index, block, pending)?;
         }
         self.main.end_pass(pass, synced(&mut self.sender)?)?;
-        if pass == Pass::Live {
-            progress.main_bytes(self.main.bytes(), 0);
-        }
+        self.count_main();
         let after = progress.sent();
         let pages = after.normal + after.zero - before.normal - before.zero;
         progress.passed(&PassRate { bytes: after.bytes - before.bytes, pages, time: start.elapsed() });

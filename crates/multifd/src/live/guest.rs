@@ -50,7 +50,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// As in its [section](DeviceSection::instance_id).
     pub instance_id: u32,
-    /// The greatest size of its state in bytes.
+    /// The greatest size of its state in bytes. All devices together may have 128 MiB in the format of QEMU. A state that
+    /// turns out to be larger than announced fails the migration after the guest was stopped; the guest stays here.
     pub most_bytes: u64,
 }
 
@@ -73,8 +74,9 @@ impl DeviceInfo {
 /// A panic in one of these calls ends the migration like an error.
 pub trait Guest {
     /// The devices that [`save`](Guest::save) will give, each with the greatest size of its state. Called before
-    /// anything is sent: names that are duplicate or cannot be sent, and more state than a destination accepts, are
-    /// refused then.
+    /// anything is sent, with the guest running. Refused then: two devices with the same name and instance, a name that is
+    /// not 1 to 255 bytes long or contains a NUL, more than 65,536 devices, and more state than a destination accepts. In the
+    /// format of QEMU (the crate `qemu-stream`) that is 128 MiB for all devices together.
     fn devices(&self) -> Vec<DeviceInfo>;
 
     /// Whether the guest runs or is paused. Called right before [`stop`](Guest::stop), on the same thread. The result

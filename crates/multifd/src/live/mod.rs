@@ -18,6 +18,7 @@ pub(crate) mod converge;
 mod deadline;
 mod driver;
 mod guest;
+mod known;
 mod main_stream;
 #[cfg(shuttle)]
 pub mod model;
@@ -89,6 +90,7 @@ impl Migration {
     pub fn over_main(options: MigrateOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         sendable::check_whole_pages(&blocks)?;
         sendable::check_may_be_copied(&blocks)?;
+        stop.take()?;
         Self::made(options, blocks, stop, None)
     }
 
@@ -99,7 +101,9 @@ impl Migration {
         sender: Option<Sender>,
     ) -> Result<Self> {
         options.check()?;
-        let progress = Progress::new(blocks.total(), blocks.page_size());
+        let sent = blocks.iter().filter(|(_, block)| !block.is_ignored());
+        let pages = sent.map(|(_, block)| block.pages()).sum();
+        let progress = Progress::new(blocks.total(), blocks.page_size(), pages);
         Ok(Self { plan: Plan { options, blocks, stop, progress, gate: Gate::default() }, sender })
     }
 
@@ -168,7 +172,11 @@ impl Migration {
         );
         // After a panic, the state is used only for an orderly end: for the guest, and for bits that are put back in
         // any case.
-        let driven = catch_unwind(AssertUnwindSafe(|| driver.drive()));
+        let driven = catch_unwind(AssertUnwindSafe(|| {
+            let driven = driver.drive();
+            driver.count_main();
+            driven
+        }));
         let driven = driven.unwrap_or_else(|panic| Err(panicked(calling.get(), &*panic)));
         if let Err(error) = driven {
             return Err(self.go_back(error, sender, stopped, log, guest));

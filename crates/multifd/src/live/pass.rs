@@ -29,8 +29,7 @@ pub(super) struct Walk<'a> {
 impl Walk<'_> {
     /// Takes all bits out of `pending` and sends their pages.
     pub(super) fn block(&mut self, index: BlockIndex, block: &RamBlock, pending: &PageBitmap) -> Result<()> {
-        let mut at = 0;
-        while let Some((word, bits)) = pending.take_word(at) {
+        for (word, bits) in pending.take_words() {
             self.stop.check()?;
             let zero = bits & self.known_zero(index, block, word);
             for (first, count) in runs(word, zero) {
@@ -40,7 +39,6 @@ impl Walk<'_> {
                 self.rest(index, block, first, count)?;
             }
             self.progress.walked(u64::from(bits.count_ones()));
-            at = word + 1;
         }
         Ok(())
     }
@@ -121,7 +119,9 @@ impl Walk<'_> {
                 Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
             })?;
             self.main.page(index, page, self.page)?;
+            self.progress.main_bytes(self.main.bytes());
         }
+        self.progress.main_bytes(self.main.bytes());
         Ok(())
     }
 }

@@ -55,7 +55,7 @@ pub struct MigrationInfo {
 pub struct RamInfo {
     /// `total`: the used lengths of all blocks.
     pub total: u64,
-    /// `remaining`: dirty pages not sent yet.
+    /// `remaining`: dirty pages not sent yet. Before the first pass: all pages that it will send.
     pub remaining: u64,
     /// `transferred`: all bytes on all connections.
     pub transferred: u64,
@@ -106,6 +106,8 @@ struct Inner {
     /// Zero pages over main. The channels' counters have the pages over channels.
     main_duplicate: AtomicU64,
     main_normal: AtomicU64,
+    /// Bytes on main so far.
+    main_bytes: AtomicU64,
     /// What changes once a pass.
     passes: Mutex<Passes>,
 }
@@ -130,8 +132,8 @@ struct Passes {
     dirty_pages_rate: u64,
     pages_per_second: u64,
     mbps: f64,
-    precopy_bytes: u64,
-    downtime_bytes: u64,
+    /// Bytes on main when the guest was stopped.
+    precopy_bytes: Option<u64>,
 }
 
 /// Pages and bytes on all connections.
@@ -157,15 +159,17 @@ impl PassRate {
 }
 
 impl Progress {
-    pub(super) fn new(total: u64, page_size: PageSize) -> Self {
+    /// A migration of `total` bytes of RAM, of which the first pass sends `pages` pages.
+    pub(super) fn new(total: u64, page_size: PageSize, pages: u64) -> Self {
         Self(Arc::new(Inner {
             status: StatusCell::default(),
             page_size,
             total,
             start: Instant::now(),
-            remaining_pages: AtomicU64::new(0),
+            remaining_pages: AtomicU64::new(pages),
             main_duplicate: AtomicU64::new(0),
             main_normal: AtomicU64::new(0),
+            main_bytes: AtomicU64::new(0),
             passes: Mutex::default(),
         }))
     }
@@ -181,6 +185,8 @@ impl Progress {
         let normal = inner.main_normal.load(Ordering::Relaxed) + on_channels(|channel| channel.normal);
         let duplicate = inner.main_duplicate.load(Ordering::Relaxed) + on_channels(|channel| channel.zero);
         let multifd_bytes = on_channels(|channel| channel.bytes);
+        let main_bytes = inner.main_bytes.load(Ordering::Relaxed);
+        let precopy_bytes = passes.precopy_bytes.unwrap_or(main_bytes);
         MigrationInfo {
             status: inner.status.load(),
             total_time: passes.total_time.unwrap_or_else(|| inner.start.elapsed()),
@@ -193,7 +199,7 @@ impl Progress {
             ram: RamInfo {
                 total: inner.total,
                 remaining: inner.remaining_pages.load(Ordering::Relaxed) * page_size,
-                transferred: multifd_bytes + passes.precopy_bytes + passes.downtime_bytes,
+                transferred: multifd_bytes + main_bytes,
                 duplicate,
                 normal,
                 normal_bytes: normal * page_size,
@@ -204,8 +210,8 @@ impl Progress {
                 dirty_pages_rate: passes.dirty_pages_rate,
                 pages_per_second: passes.pages_per_second,
                 multifd_bytes,
-                precopy_bytes: passes.precopy_bytes,
-                downtime_bytes: passes.downtime_bytes,
+                precopy_bytes,
+                downtime_bytes: main_bytes.saturating_sub(precopy_bytes),
             },
             guest_was: passes.guest_was,
             channels,
@@ -311,8 +317,15 @@ impl Progress {
         NotConverged { bound: Bound::Time(limit), stall, expected_remaining_time }
     }
 
-    pub(super) fn main_bytes(&self, precopy: u64, downtime: u64) {
-        self.passes(|passes| (passes.precopy_bytes, passes.downtime_bytes) = (precopy, downtime));
+    /// Records the number of bytes on main so far.
+    pub(super) fn main_bytes(&self, bytes: u64) {
+        self.0.main_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Records that the guest is about to be stopped: later bytes on main belong to the downtime.
+    pub(super) fn guest_stops(&self) {
+        let bytes = self.0.main_bytes.load(Ordering::Relaxed);
+        self.passes(|passes| passes.precopy_bytes = Some(bytes));
     }
 
     pub(super) fn guest_was(&self, state: RunState) {
@@ -354,9 +367,30 @@ mod tests {
     use super::*;
     use crate::live::converge::Step;
 
+    /// A report of a migration that failed before its first pass said that nothing remained.
+    #[test]
+    fn all_pages_remain_before_the_first_pass() {
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 90);
+        assert_eq!(progress.info().ram.remaining, 90 * 4096);
+    }
+
+    #[test]
+    fn bytes_on_main_are_counted_while_a_pass_runs_and_split_at_the_stop() {
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 100);
+        let counted = || {
+            let ram = progress.info().ram;
+            (ram.transferred, ram.precopy_bytes, ram.downtime_bytes)
+        };
+        progress.main_bytes(70);
+        assert_eq!(counted(), (70, 70, 0));
+        progress.guest_stops();
+        progress.main_bytes(100);
+        assert_eq!(counted(), (100, 70, 30));
+    }
+
     #[test]
     fn remaining_time_is_that_of_the_first_pass_until_there_is_more_to_go_by() {
-        let progress = Progress::new(100 * 4096, PageSize::KIB_4);
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 100);
         let expected = || progress.info().expected_remaining_time;
         for status in [Status::Setup, Status::Active] {
             progress.advance(status).expect("legal");

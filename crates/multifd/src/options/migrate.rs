@@ -9,7 +9,9 @@ use crate::{error::Usage, live::converge::CpuThrottle};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ZeroPageDetection {
     /// Zero pages are not detected. They are sent like any other page, including pages that are
-    /// [known](crate::ram::RamBlock::is_present) to be zero.
+    /// [known](crate::ram::RamBlock::is_present) to be zero. So all memory is read, which makes the system allocate
+    /// [untouched](crate::ram::RamBlock::touched) pages of a memfd or of huge pages, and memory without access rights
+    /// (`PROT_NONE`) is refused.
     None,
     /// The migration's thread detects them, and they go over main, which every destination understands.
     #[default]
@@ -130,8 +132,9 @@ impl MigrateOptions {
     }
 
     /// Whether pages that may be nonzero are checked for zeros, unless `zero-page-detection` is none. Default true. If
-    /// false, only pages that are [known](crate::ram::RamBlock::is_present) to be zero count as zero. Use this for a
-    /// mapping of a file that another process may truncate, where reading would raise `SIGBUS`.
+    /// false, only pages that are known to be zero without reading them count as zero: pages that a mapped-ram file [does
+    /// not have](crate::ram::RamBlock::is_present), and memory that was [never touched](crate::ram::RamBlock::touched).
+    /// This saves the time of the check if few of the guest's pages are zero.
     pub fn look_for_zero_pages(mut self, look: bool) -> Self {
         self.look_for_zero_pages = look;
         self

@@ -76,6 +76,11 @@ pub const CONNECT_TIMEOUT: Parameter = Parameter::time("connect-timeout", 30_000
 /// The default is longer than a switch or router takes to reconfigure its links, and than
 /// [`TcpOptions`](crate::channel::TcpOptions) gives a host that does not answer, so that the more exact error comes first.
 pub const STALL_TIMEOUT: Parameter = Parameter::time("stall-timeout", 120_000);
+/// The memory that the decompression of all channels of a destination may take for zstd windows, in bytes; 0 is no limit.
+///
+/// A window is at most 2 MiB up to level 8, 4 MiB up to level 16, 8 MiB up to level 19 and 32 MiB at level 20: the default is
+/// enough for 255, 128, 64 and 16 channels.
+pub const DECOMPRESSION_MEMORY: Parameter = Parameter::new("decompression-memory", 0, u64::MAX, 512 << 20);
 /// How long a new connection may take to say what it is, in milliseconds.
 pub const GREETING_TIMEOUT: Parameter = Parameter::time("greeting-timeout", 10_000);
 /// How long one of the first two sync points waits for channels that are on their way, in milliseconds.

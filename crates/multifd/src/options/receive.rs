@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     ChannelCount, ChannelsFrom,
-    parameters::{CHANNELS_TIMEOUT, DRAIN_TIMEOUT, GREETING_TIMEOUT, STALL_TIMEOUT},
+    parameters::{CHANNELS_TIMEOUT, DECOMPRESSION_MEMORY, DRAIN_TIMEOUT, GREETING_TIMEOUT, STALL_TIMEOUT},
 };
 use crate::{compress::Method, wire::VmUuid};
 
@@ -27,6 +27,7 @@ pub struct ReceiveOptions {
     pub(crate) channels_from: ChannelsFrom,
     pub(crate) uuid: Option<VmUuid>,
     pub(crate) method: Option<Method>,
+    pub(crate) decompression_memory: Option<u64>,
     pub(crate) greeting_timeout: Duration,
     pub(crate) channels_timeout: Duration,
     pub(crate) drain_timeout: Duration,
@@ -40,6 +41,7 @@ impl Default for ReceiveOptions {
             channels_from: ChannelsFrom::MainHost,
             uuid: None,
             method: None,
+            decompression_memory: Some(DECOMPRESSION_MEMORY.default),
             greeting_timeout: GREETING_TIMEOUT.default_time(),
             channels_timeout: CHANNELS_TIMEOUT.default_time(),
             drain_timeout: DRAIN_TIMEOUT.default_time(),
@@ -77,6 +79,15 @@ impl ReceiveOptions {
     /// ([`Method::ALL`]). A method given here is the only one taken.
     pub fn method(mut self, method: Option<Method>) -> Self {
         self.method = method;
+        self
+    }
+
+    /// The memory in bytes that the decompression of all channels together may take for zstd windows, which are as large as
+    /// the source's level asks for. Default 512 MiB: 255 channels up to level 8, 128 up to level 16, 64 up to level 19, 16 at level 20. A source that needs more is
+    /// refused with [`Unsupported::DecoderMemory`](crate::error::Unsupported::DecoderMemory). `None` is without limit: up to
+    /// 255 windows of 32 MiB.
+    pub fn decompression_memory(mut self, bytes: Option<u64>) -> Self {
+        self.decompression_memory = bytes;
         self
     }
 

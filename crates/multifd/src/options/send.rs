@@ -111,6 +111,20 @@ impl SendOptions {
         self
     }
 
+    /// Refuses options that have no effect in a migration without channels.
+    ///
+    /// # Errors
+    /// [`Usage::WithoutChannels`], [`Usage::ZeroCopy`].
+    pub fn check_without_channels(&self) -> Result<(), Usage> {
+        if self.method != Method::None {
+            return Err(Usage::WithoutChannels("multifd-compression"));
+        }
+        if self.zero_copy_send {
+            return Err(Usage::ZeroCopy("with multifd-channels 0"));
+        }
+        Ok(())
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         if self.zero_copy_send && self.method != Method::None {
             return Err(Usage::ZeroCopy("with multifd-compression").into());

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::{identify::identify_in_thread, shared::Shared};
 use crate::{
-    channel::{Listen, deadline},
+    channel::{Listen, are_none_left, deadline},
     error::{Error, Result},
     sync_types::Instant,
 };
 
-/// The limit is greater than a listener's queue, so that many incoming connections do not delay main.
-const DRAIN_MOST: usize = 512;
+/// The limit is not less than a listener's queue, so that many incoming connections do not delay main.
+const DRAIN_MOST: usize = 1024;
 
 /// The acceptor's thread: accepts connections until the migration is over.
 pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
@@ -32,6 +32,8 @@ pub(super) fn run(shared: &Arc<Shared>, mut listener: Box<dyn Listen>) {
                     break;
                 }
             }
+            // Connections that say nothing may hold the descriptors that the source needs.
+            Err(error) if are_none_left(&error) && shared.close_silent() => {}
             Err(error) => {
                 shared.stop.fail(Error::io(format!("accept a connection at {}", listener.address()), error));
                 break;

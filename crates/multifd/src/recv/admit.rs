@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result, Usage, Violation},
     options::ChannelCount,
     ram::PageSize,
-    wire::{ChannelId, Initial, limits},
+    wire::{ChannelId, Initial},
 };
 
 /// The result for the channels that waited for main.
@@ -30,7 +30,7 @@ pub(super) struct Opened {
 
 impl Shared {
     /// Whether a connection from `origin` may be a channel of this migration.
-    fn may_belong(&self, state: &State, origin: &Origin) -> bool {
+    pub(super) fn may_belong(&self, state: &State, origin: &Origin) -> bool {
         let main = state.roster.main.as_ref().and_then(|main| main.host);
         self.options.channels_from.admits(origin.host, main)
     }
@@ -91,11 +91,9 @@ impl Shared {
         let beyond = self.is_beyond(&state, &newcomer);
         let joined = if state.roster.single || state.roster.opened && !beyond {
             self.admit(&mut state, newcomer)
-        } else if state.roster.waiting.len() >= limits::GREETINGS {
-            tracing::warn!(peer = newcomer.origin.peer, "a channel too many before main is dropped");
-            Ok(false)
         } else {
-            // Several waiting channels may have the same id until main connects and shows which ones belong to it.
+            // `enlist` limits their number. Several waiting channels may have the same id until main connects and shows
+            // which ones belong to it.
             state.roster.waiting.push(newcomer);
             Ok(true)
         };
@@ -222,10 +220,7 @@ impl Shared {
             return;
         }
         // Main may announce the number of channels later: the first sync point checks it.
-        if state.roster.lost.len() == limits::GREETINGS {
-            state.roster.lost.remove(0);
-        }
-        state.roster.lost.push(origin);
+        state.roster.lose(origin);
     }
 
     /// The error for the first dropped connection that may have been a channel, while the number of channels is unknown.

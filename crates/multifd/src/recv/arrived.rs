@@ -9,7 +9,7 @@ use std::{io, sync::Arc};
 
 use crate::{
     error::{Error, Result, Usage, Violation},
-    ram::{BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    ram::{Access, BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
 };
 
 /// The blocks that a migration fills, and which of their pages have arrived.
@@ -29,6 +29,8 @@ struct BlockPages {
     arrived: PageBitmap,
     /// Pages whose memory may contain anything other than zero; `None`: all of them.
     may_hold: Option<PageBitmap>,
+    /// Runs of pages that this process may not access, first page and count. Mostly empty.
+    closed: Vec<(PageIndex, u64)>,
 }
 
 /// Which pages of a block may be missing.
@@ -44,14 +46,19 @@ pub enum MayMiss {
 
 impl Arrived {
     pub(super) fn new(blocks: Arc<RamBlocks>) -> Self {
-        let pages = |(_, block): (_, &RamBlock)| BlockPages {
-            arrived: PageBitmap::new(block.pages()),
-            may_hold: match block.memory() {
-                Memory::Mapped(_) => Some(block.may_hold()),
+        let mut touched = blocks.touched().into_iter();
+        let holes = blocks.inaccessible(Access::ReadWrite);
+        let pages = blocks.iter().map(|(index, block)| {
+            let touched = touched.next().flatten();
+            let may_hold = match block.memory() {
+                Memory::Mapped(_) => Some(touched.unwrap_or_else(|| PageBitmap::full(block.pages()))),
                 Memory::MappedRam(_) => None,
-            },
-        };
-        let pages = blocks.iter().map(pages).collect();
+            };
+            let closed = holes.iter().filter(|hole| hole.block == index);
+            let closed = closed.map(|hole| (hole.first, hole.count)).collect();
+            BlockPages { arrived: PageBitmap::new(block.pages()), may_hold, closed }
+        });
+        let pages = pages.collect();
         Self { blocks, pages }
     }
 
@@ -67,13 +74,14 @@ impl Arrived {
 
     /// Whether no page of a block has arrived, not even a zero page. Meaningful when all of RAM has arrived.
     pub fn is_untouched(&self, block: BlockIndex) -> bool {
-        self.pages.get(block.0).is_none_or(|pages| pages.arrived.words().all(|word| word == 0))
+        self.pages.get(block.0).is_none_or(|pages| pages.arrived.is_empty())
     }
 
     /// Writes pages that did not arrive over a channel, beginning with page `first`.
     ///
     /// # Errors
-    /// If there are no such pages, `bytes` are not whole pages, or a file cannot be written.
+    /// If there are no such pages, `bytes` are not whole pages, a file cannot be written, or this process may not access
+    /// the memory.
     pub fn store(&self, block: BlockIndex, first: PageIndex, bytes: &[u8]) -> Result<()> {
         let of = self.blocks.block(block)?;
         let size = of.page_size().bytes();
@@ -82,6 +90,7 @@ impl Arrived {
         }
         let count = (bytes.len() / size) as u64;
         check(of, first, count)?;
+        self.check_access(of, block, first, count)?;
         of.store(first, bytes).map_err(|error| broken("write", of, first, error))?;
         self.note(block, first, count);
         Ok(())
@@ -90,24 +99,25 @@ impl Arrived {
     /// Clears a page for which a zero page arrived, but not over a channel.
     ///
     /// # Errors
-    /// If there is no such page.
+    /// If there is no such page, or it may hold something and this process may not access it.
     pub fn clear(&self, block: BlockIndex, page: PageIndex) -> Result<()> {
         let of = self.blocks.block(block)?;
         check(of, page, 1)?;
-        self.clear_run(of, block, page, 1);
-        Ok(())
+        self.clear_run(of, block, page, 1)
     }
 
     /// Reads the current contents of a page.
     ///
     /// # Errors
-    /// If there is no such page, `into` has not the length of a page, or a file cannot be read.
+    /// If there is no such page, `into` has not the length of a page, a file cannot be read, or this process may not access
+    /// the memory.
     pub fn load(&self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
         let of = self.blocks.block(block)?;
         check(of, page, 1)?;
         if into.len() != of.page_size().bytes() {
             return Err(Usage::NotWholePages { name: of.name().clone(), length: into.len() }.into());
         }
+        self.check_access(of, block, page, 1)?;
         of.load(page, into).map_err(|error| broken("read", of, page, error))
     }
 
@@ -128,7 +138,7 @@ impl Arrived {
             match may_miss(block) {
                 MayMiss::Whole if arrived == 0 => {}
                 MayMiss::Pages => {
-                    let missing = self.clear_missing(index, block);
+                    let missing = self.clear_missing(index, block)?;
                     tracing::debug!(block = %block.name(), missing, "pages that the source omitted are zero");
                 }
                 MayMiss::Whole | MayMiss::Nothing => {
@@ -158,13 +168,13 @@ impl Arrived {
     }
 
     /// Clears every page of a block that has not arrived. Returns their number.
-    fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> u64 {
+    fn clear_missing(&self, index: BlockIndex, block: &RamBlock) -> Result<u64> {
         let mut missing = 0;
         for (first, count) in self.pages(index).arrived.clear_runs() {
             missing += count;
-            self.clear_run(block, index, first, count);
+            self.clear_run(block, index, first, count)?;
         }
-        missing
+        Ok(missing)
     }
 
     /// Records that pages were written, beginning with page `first`.
@@ -177,13 +187,48 @@ impl Arrived {
     }
 
     /// Clears pages, beginning with page `first`.
-    pub(super) fn clear_run(&self, of: &RamBlock, block: BlockIndex, first: PageIndex, count: u64) {
+    ///
+    /// # Errors
+    /// If a page may contain something and this process may not access it.
+    pub(super) fn clear_run(
+        &self,
+        of: &RamBlock,
+        block: BlockIndex,
+        first: PageIndex,
+        count: u64,
+    ) -> Result<()> {
         let pages = self.pages(block);
-        pages.arrived.set_run(first, count);
+        let Some(may_hold) = &pages.may_hold else {
+            of.clear_run(first, count);
+            pages.arrived.set_run(first, count);
+            return Ok(());
+        };
         for page in (first.0..first.0 + count).map(PageIndex) {
-            if pages.may_hold.as_ref().is_none_or(|may_hold| may_hold.clear(page)) {
+            if may_hold.clear(page) {
+                self.check_access(of, block, page, 1)?;
                 of.clear(page);
             }
+        }
+        pages.arrived.set_run(first, count);
+        Ok(())
+    }
+
+    /// Refuses pages that this process may not access: a copy to or from there would end it.
+    ///
+    /// # Errors
+    /// [`Inaccessible`](crate::ram::Error::Inaccessible), for the first run of such pages.
+    pub(super) fn check_access(
+        &self,
+        of: &RamBlock,
+        block: BlockIndex,
+        first: PageIndex,
+        count: u64,
+    ) -> Result<()> {
+        let end = first.0.saturating_add(count);
+        let closed = self.pages(block).closed.iter();
+        match closed.into_iter().find(|(at, count)| at.0 < end && first.0 < at.0 + count) {
+            None => Ok(()),
+            Some((at, count)) => Err(of.inaccessible(*at, *count).into()),
         }
     }
 }

@@ -22,6 +22,24 @@ impl Origin {
     }
 }
 
+/// A connection that is not identified yet.
+pub(super) struct Unidentified {
+    pub(super) origin: Origin,
+    /// Shuts it down.
+    pub(super) wake: Arc<dyn Wake>,
+    pub(super) stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// It can be closed to make room for another one.
+    Silent,
+    /// It is identified, and is about to be accepted or dropped.
+    Identified,
+    /// It was closed to make room; its thread is about to end.
+    Closed,
+}
+
 /// A connection that has sent the initial packet of a channel.
 pub(super) struct Newcomer {
     pub(super) origin: Origin,

@@ -204,11 +204,10 @@ impl Shared {
 
     /// Whether an unidentified connection may be a channel.
     fn has_unidentified(&self, state: &State) -> bool {
+        let mut unidentified = state.roster.unidentified.iter().map(|entry| &entry.origin);
         match self.expected(state) {
-            ChannelCount::Exact(_) => {
-                state.roster.unidentified.iter().any(|origin| self.may_be_missed(state, origin))
-            }
-            ChannelCount::Auto => !state.roster.unidentified.is_empty(),
+            ChannelCount::Exact(_) => unidentified.any(|origin| self.may_be_missed(state, origin)),
+            ChannelCount::Auto => unidentified.any(|origin| self.may_belong(state, origin)),
         }
     }
 

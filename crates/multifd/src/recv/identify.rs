@@ -12,7 +12,7 @@ use std::{io, sync::Arc};
 use super::{
     admit,
     entry::{Newcomer, Origin},
-    shared::{Shared, State},
+    shared::Shared,
     worker,
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     error::{Error, Result, Unsupported, Violation},
     ram::PartMut,
     sync_types::{Builder, Instant},
-    wire::{INITIAL_LEN, Initial, limits},
+    wire::{INITIAL_LEN, Initial},
 };
 
 /// The first bytes of a main stream.
@@ -30,27 +30,28 @@ const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
 /// Creates a thread that identifies the new connection `link`, which was created with `context`.
 pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, context: Context) {
-    let peer = link.peer();
-    let number;
-    {
-        let mut state = shared.lock();
-        if state.life.stopped || state.roster.unidentified.len() >= limits::GREETINGS {
-            tracing::warn!(peer, "too many unidentified connections: one is dropped");
-            return;
-        }
-        state.roster.accepted += 1;
-        number = state.roster.accepted;
-        state.roster.unidentified.push(Origin::new(&*link, number));
-    }
+    let Some((number, open)) = shared.enlist(&*link) else { return };
+    let origin = Origin::new(&*link, number);
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let shared = shared.clone();
-        move || identify(&shared, link, &context, number)
+        move || {
+            // Dropped after the link.
+            let _open = open;
+            identify(&shared, link, &context, number);
+        }
     });
     match thread {
         Ok(thread) => shared.keep(thread),
         Err(error) => {
-            shared.identified(number, |_| {});
-            shared.stop.fail(Error::io("start a thread for a connection", error));
+            let peer = origin.peer.clone();
+            shared.note_lost(origin);
+            shared.identified(number);
+            // Connections that say nothing may have all threads that this process may start.
+            if shared.close_silent() {
+                tracing::warn!(peer, %error, "a connection is dropped, because no thread can be started for it");
+            } else {
+                shared.stop.fail(Error::io("start a thread for a connection", error));
+            }
         }
     }
 }
@@ -61,7 +62,15 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
     let wake: Arc<dyn Wake> = link.waker();
     // Until the connection is identified, the end of the migration shuts it down.
     let greeting = shared.stop.watch(wake.clone());
-    match read_first_bytes(shared, &mut *link) {
+    let first = read_first_bytes(shared, &mut *link);
+    if !shared.lock().keep(number) {
+        tracing::debug!(peer, "a silent connection was closed to make room for another one");
+        shared.note_lost(Origin::new(&*link, number));
+        // Not earlier: main must not pass a sync point in between.
+        shared.identified(number);
+        return;
+    }
+    match first {
         Ok(Kind::Main(seen)) => {
             let origin = Origin::new(&*link, number);
             // From here on waits for the stop end without a shutdown, so that this side can still report its failure to the
@@ -70,14 +79,14 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
             drop(greeting);
             context.stall_timer.identified();
             shared.main_has_come(origin, Stream::resumed(link, context, seen), watch);
-            shared.identified(number, |_| {});
+            shared.identified(number);
         }
         Ok(Kind::Channel(initial)) => {
             let id = initial.id;
             let _watch = shared.stop.watch_failure(wake.clone());
             let welcome = shared.register(Newcomer { origin: Origin::new(&*link, number), initial, wake });
             // Not earlier: main must not pass a sync point in between.
-            shared.identified(number, |_| {});
+            shared.identified(number);
             if !welcome {
                 return;
             }
@@ -91,14 +100,14 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, nu
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().roster.single => {
             shared.stop.fail(error.at(format_args!("connection from {peer}")));
-            shared.identified(number, |_| {});
+            shared.identified(number);
         }
         Err(Refused { error, .. }) => {
             if admit::is_unnoticed(&error) {
                 shared.note_lost(Origin::new(&*link, number));
             }
             // Not earlier: main must not pass a sync point in between.
-            shared.identified(number, |_| {});
+            shared.identified(number);
             let cause =
                 std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
             tracing::warn!(
@@ -187,11 +196,14 @@ fn read_up_to(
 
 impl Shared {
     /// The connection is identified, or never will be.
-    fn identified(&self, number: u64, then: impl FnOnce(&mut State)) {
+    fn identified(&self, number: u64) {
         let mut state = self.lock();
-        state.roster.unidentified.retain(|origin| origin.number != number);
-        then(&mut state);
+        let at = state.roster.unidentified.iter().position(|entry| entry.origin.number == number);
+        let entry = at.map(|at| state.roster.unidentified.remove(at));
         self.changed.notify_all();
+        drop(state);
+        // The last owner of the connection closes it.
+        drop(entry);
     }
 
     /// The connection from `origin` is main.

@@ -15,6 +15,7 @@
 mod accept;
 mod admit;
 mod arrived;
+mod crowd;
 mod decode;
 mod entry;
 mod gate;
@@ -26,9 +27,16 @@ mod packet_reader;
 mod place;
 mod roster;
 mod shared;
+mod walk;
 mod worker;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 pub use arrived::{Arrived, MayMiss};
 use roster::Roster;
@@ -36,8 +44,9 @@ use shared::{Shared, State, WakeState};
 
 use crate::{
     channel::{Context, Link, Listen, Stop, Stream, Watch},
+    compress::DecoderMemory,
     error::{Error, Result, Usage},
-    options::{ChannelCount, ReceiveOptions},
+    options::{ChannelCount, ChannelsFrom, ReceiveOptions},
     ram::{self, Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     sync_types::{AtomicBool, Builder, Condvar, Instant, Mutex, OnceLock},
@@ -54,6 +63,7 @@ pub struct Receiver {
     shared: Arc<Shared>,
     /// Wakes all waits at the stop, as long as the receiver lives.
     watches: Vec<Watch>,
+    stop_taken: Result<()>,
 }
 
 impl std::fmt::Debug for Receiver {
@@ -66,19 +76,25 @@ impl std::fmt::Debug for Receiver {
 }
 
 impl Receiver {
-    /// A receiver without connections. `stop` ends it together with the other parts of the migration.
+    /// A receiver without connections. `stop` ends it together with the other parts of the migration. If `stop` belongs to
+    /// another migration, [`listen`](Receiver::listen) and [`wait_main`](Receiver::wait_main) fail.
     pub fn new(options: ReceiveOptions, stop: Stop) -> Self {
+        let stop_taken = stop.take();
+        // The other migration must not end with this receiver.
+        let stop = if stop_taken.is_ok() { stop } else { Stop::new() };
         let most = usize::from(options.channels.most());
         let uuid = options.uuid;
         let method = options.method.map_or_else(OnceLock::new, OnceLock::from);
         let shared = Arc::new(Shared {
             context: Context::new(&stop).stall_timeout(options.stall_timeout),
+            decoder_memory: DecoderMemory::new(options.decompression_memory),
             options,
             stop: stop.clone(),
             page_size: OnceLock::new(),
             arrived: OnceLock::new(),
             method,
             sealed: AtomicBool::new(false),
+            restarts: AtomicU64::new(0),
             filling: std::iter::repeat_with(AtomicBool::default).take(most).collect(),
             counters: std::iter::repeat_with(ChannelCounters::default).take(most).collect(),
             state: Mutex::new(State { roster: Roster { uuid, ..Roster::default() }, ..State::default() }),
@@ -86,15 +102,20 @@ impl Receiver {
         });
         // First, so that a thread that is woken later finds the state stopped.
         let watches = vec![stop.watch(Arc::new(WakeState(shared.clone())))];
-        Self { shared, watches }
+        Self { shared, watches, stop_taken }
     }
 
     /// Accepts connections from `listener` in a thread of its own, until the migration is over.
     ///
     /// # Errors
-    /// [`Usage::UsedTwice`] the second time; [`Usage::SingleConnection`] if the listener accepts one connection only and
-    /// channels are expected; the system's error if the thread cannot be started.
+    /// [`Usage::UsedTwice`] the second time; [`Usage::StopTaken`]; [`Usage::SingleConnection`] if the listener accepts one
+    /// connection only and channels are expected; [`Usage::ChannelsFrom`] if they may come from an empty list of hosts; the
+    /// system's error if the thread cannot be started.
     pub fn listen(&mut self, listener: Box<dyn Listen>) -> Result<()> {
+        self.stop_taken.clone()?;
+        if self.shared.options.channels_from == ChannelsFrom::Hosts(Vec::new()) {
+            return Err(Usage::ChannelsFrom { found: String::new() }.into());
+        }
         if let (true, ChannelCount::Exact(1..)) = (listener.is_single(), self.shared.options.channels) {
             return Err(Usage::SingleConnection(listener.address()).into());
         }
@@ -138,8 +159,9 @@ impl Receiver {
     ///
     /// # Errors
     /// [`Error::Stalled`] if main does not connect in time; the error that stopped the migration; [`Usage::UsedTwice`] the
-    /// second time.
+    /// second time; [`Usage::StopTaken`].
     pub fn wait_main(&self) -> Result<Stream> {
+        self.stop_taken.clone()?;
         let mut state = self.shared.lock();
         let mut begun = None;
         loop {
@@ -346,9 +368,10 @@ impl RecvCounters {
         self.0.stats()
     }
 
-    /// The number of sync points that the migration has passed.
-    pub fn sync_points(&self) -> u64 {
-        self.0.lock().gate.released
+    /// How often the pages on the channels began again: the number of passes after the first one, as the channels show them.
+    /// Passes of very few pages may be missed.
+    pub fn restarts(&self) -> u64 {
+        self.0.restarts.load(Ordering::Relaxed)
     }
 }
 

@@ -8,14 +8,15 @@ use arrayvec::ArrayVec;
 use super::{arrived::Arrived, decode::Listed, packet_reader::PacketReader};
 use crate::{
     batch::neighbours,
-    compress::Decode,
+    compress::{Decode, DecoderMemory},
     error::{Error, Malformed, Result},
     ram::{AlignedBuffer, BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
     wire::limits::{PACKET_BYTES, PAYLOAD_BYTES},
 };
 
-#[derive(Default)]
 pub(super) struct Placer {
+    /// Of all channels.
+    memory: DecoderMemory,
     /// The decoder, created at the first packet with pages and kept, because the payloads of a channel are one stream.
     decoder: Option<Box<dyn Decode>>,
     /// A packet's compressed payload.
@@ -25,6 +26,10 @@ pub(super) struct Placer {
 }
 
 impl Placer {
+    pub(super) fn new(memory: DecoderMemory) -> Self {
+        Self { memory, decoder: None, payload: Box::default(), pages: AlignedBuffer::default() }
+    }
+
     /// Receives the packet's payload and writes its pages.
     pub(super) fn place(
         &mut self,
@@ -34,13 +39,16 @@ impl Placer {
     ) -> Result<()> {
         let block = arrived.blocks().block(listed.block)?;
         if !listed.normal.is_empty() {
+            for (first, count) in neighbours(listed.normal.iter().copied()) {
+                arrived.check_access(block, listed.block, first, count)?;
+            }
             self.normal(packets, listed, block)?;
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 arrived.note(listed.block, first, count);
             }
         }
         for (first, count) in neighbours(listed.zero.iter().copied()) {
-            arrived.clear_run(block, listed.block, first, count);
+            arrived.clear_run(block, listed.block, first, count)?;
         }
         Ok(())
     }
@@ -48,7 +56,7 @@ impl Placer {
     fn normal(&mut self, packets: &mut PacketReader, listed: &Listed, block: &RamBlock) -> Result<()> {
         let mut parts: ArrayVec<PartMut<'_>, MAX_PARTS> = ArrayVec::new();
         if self.decoder.is_none()
-            && let Some(decoder) = listed.method.decoder()?
+            && let Some(decoder) = listed.method.decoder(&self.memory)?
         {
             self.decoder = Some(decoder);
             self.payload = vec![0; PAYLOAD_BYTES as usize].into();

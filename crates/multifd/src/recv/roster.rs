@@ -1,10 +1,10 @@
 //! The connections of a migration.
 
-use super::entry::{Entry, Newcomer, Origin};
+use super::entry::{Entry, Newcomer, Origin, Unidentified};
 use crate::{
     error::{Error, Violation},
     options::ChannelCount,
-    wire::{ChannelId, VmUuid},
+    wire::{ChannelId, VmUuid, limits},
 };
 
 /// The connections of the migration.
@@ -22,8 +22,12 @@ pub(super) struct Roster {
     pub(super) uuid: Option<VmUuid>,
     /// The number of connections accepted so far.
     pub(super) accepted: u64,
+    /// Connections whose threads have not ended: unidentified ones and channels.
+    pub(super) open: usize,
+    /// Connections that were closed to make room for others.
+    pub(super) surplus: u64,
     /// Connections that are not identified yet.
-    pub(super) unidentified: Vec<Origin>,
+    pub(super) unidentified: Vec<Unidentified>,
     /// The number of connections that were dropped because they came from another host than main.
     pub(super) foreign: u64,
     /// Connections that were dropped before the first sync point without being identified.
@@ -80,6 +84,14 @@ impl Roster {
     pub(super) fn place(&mut self, id: ChannelId, number: u64) -> Option<&mut Entry> {
         let place = self.channels.get_mut(usize::from(id.0))?.as_mut()?;
         Some(place).filter(|place| place.origin.number == number)
+    }
+
+    /// A connection was dropped that may have been a channel.
+    pub(super) fn lose(&mut self, origin: Origin) {
+        if self.lost.len() == limits::GREETINGS {
+            self.lost.remove(0);
+        }
+        self.lost.push(origin);
     }
 
     pub(super) fn is_waiting(&self, number: u64) -> bool {

@@ -1,14 +1,17 @@
 //! The state that main, the acceptor and the channels' threads of a receiver share, and the end of the receiver.
 
 use std::{
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use super::{arrived::Arrived, roster::Roster};
 use crate::{
     channel::{Context, Stop, Stream, Wake, Watch, deadline},
-    compress::Method,
+    compress::{DecoderMemory, Method},
     error::{Error, Result, Violation},
     options::ReceiveOptions,
     ram::PageSize,
@@ -30,12 +33,16 @@ pub(super) struct Shared {
     pub(super) arrived: OnceLock<Arrived>,
     /// Set by the options, or by the first packet with pages of any channel.
     pub(super) method: OnceLock<Method>,
+    /// The memory of the decoders of all channels.
+    pub(super) decoder_memory: DecoderMemory,
     /// Set by main when no page may be written any more. Used together with `filling`, see [`Shared::seal`].
     pub(super) sealed: AtomicBool,
     /// Each is set by its channel while the channel writes pages.
     pub(super) filling: Box<[AtomicBool]>,
     /// Each is written by its channel only.
     pub(super) counters: Box<[ChannelCounters]>,
+    /// How often the pages of a channel began again: the greatest number of all channels. Relaxed: it orders nothing.
+    pub(super) restarts: AtomicU64,
     pub(super) state: Mutex<State>,
     /// Notified at every change of the state.
     pub(super) changed: Condvar,

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{decode::Listed, packet_reader::PacketReader, place::Placer, shared::Shared};
+use super::{decode::Listed, packet_reader::PacketReader, place::Placer, shared::Shared, walk::Walk};
 use crate::{
     channel::Link,
     error::{Error, Result, Unsupported, Violation},
@@ -58,7 +58,7 @@ fn consume(
     let counters = shared.counters.get(usize::from(id.0)).expect(ADMITTED);
     counters.add_bytes(INITIAL_LEN as u64);
     let mut listed = Listed::new(page_size);
-    let mut placer = Placer::default();
+    let (mut placer, mut walk) = (Placer::new(shared.decoder_memory.clone()), Walk::default());
     let mut greatest = 0;
     while let Some(head) = reader.head().map_err(|error| error.at(format_args!("packet {packets}")))? {
         let in_packet = |error: Error| error.at(format_args!("packet {packets}"));
@@ -77,6 +77,8 @@ fn consume(
         if let Some(arrived) = arrived.filter(|_| listed.has_pages()) {
             let _filling = Filling::begin(id, shared, &listed).map_err(in_packet)?;
             placer.place(&mut reader, &listed, arrived).map_err(in_packet)?;
+            let restarts = walk.packet(listed.block, listed.normal.iter().chain(&listed.zero).copied());
+            shared.restarts.fetch_max(restarts, Ordering::Relaxed);
         }
         let bytes = (head_len + listed.payload_len) as u64;
         counters.add_packet(listed.normal.len(), listed.zero.len(), bytes);

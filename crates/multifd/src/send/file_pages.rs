@@ -40,3 +40,14 @@ pub(super) fn unread(block: &RamBlock, first: PageIndex, error: std::io::Error) 
     let offset = block.offset_of(first).map_or(u64::MAX, |offset| offset.0);
     Error::io(format!("read block {:?} at offset {offset:#x}", block.name()), error)
 }
+
+/// The error that the system could not read some of these pages in their memory.
+pub(super) fn fault(block: &RamBlock, pages: &[PageIndex], error: std::io::Error) -> Error {
+    let is_hole = |(first, count): &(PageIndex, u64)| {
+        let fault = block.explain_fault(*first, *count, std::io::ErrorKind::Other.into());
+        fault.kind() == std::io::ErrorKind::PermissionDenied
+    };
+    let run = neighbours(pages.iter().copied()).find(is_hole);
+    let (first, count) = run.unwrap_or((pages.first().copied().unwrap_or_default(), 1));
+    unread(block, first, block.explain_fault(first, count, error))
+}

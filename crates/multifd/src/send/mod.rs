@@ -71,11 +71,12 @@ impl Sender {
     /// Creates a sender for `blocks`, not connected yet. `stop` ends it together with the rest of the migration.
     ///
     /// # Errors
-    /// [`Usage`] if the options contradict each other, or a block ends inside a page: the wire carries whole pages, so
+    /// [`Usage`] if the options contradict each other, `stop` belongs to another migration, or a block ends inside a page: the wire carries whole pages, so
     /// its last bytes would be lost.
     pub fn new(options: SendOptions, blocks: Arc<RamBlocks>, stop: Stop) -> Result<Self> {
         options.check()?;
         sendable::check_whole_pages(&blocks)?;
+        stop.take()?;
         let hand = Batch::new(blocks.page_size());
         Ok(Self {
             options,

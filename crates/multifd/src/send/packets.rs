@@ -11,7 +11,7 @@ use arrayvec::ArrayVec;
 use rustix::io::Errno;
 
 use super::{
-    file_pages::{FilePages, unread},
+    file_pages::{FilePages, fault},
     shared::Shared,
     worker::Carrier,
     zero_copy::{self, InFlight},
@@ -24,7 +24,7 @@ use crate::{
     compress::{Encode, PacketPages},
     error::{Error, Result, Usage},
     options::SendOptions,
-    ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock, truncated},
+    ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock},
     stats::ChannelCounters,
     wire::{ChannelId, HeadBuffer, Initial},
 };
@@ -151,11 +151,12 @@ impl<'a> Packets<'a> {
             }
         };
         let read_in_place = payload.is_none();
-        sent.map_err(|error| match normal.first() {
-            Some(first) if read_in_place && Errno::from_io_error(&error) == Some(Errno::FAULT) => {
-                unread(block, *first, truncated()).at(format_args!("packet {packet_num}"))
+        sent.map_err(|error| {
+            if read_in_place && Errno::from_io_error(&error) == Some(Errno::FAULT) {
+                fault(block, normal, error).at(format_args!("packet {packet_num}"))
+            } else {
+                self.broken(format_args!("send packet {packet_num}"), error)
             }
-            _ => self.broken(format_args!("send packet {packet_num}"), error),
         })?;
         self.counters.add_packet(normal.len(), zero.len(), bytes as u64);
         self.stall_timer.moved();

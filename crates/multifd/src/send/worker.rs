@@ -3,7 +3,7 @@
 //! Its carrier handles a batch: [`packets`](super::packets) sends it over a connection, [`copies`](super::copies)
 //! copies it into other blocks.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use super::{
     dispatch::{Dispatch, Job},
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    error::{Error, Result},
+    error::{Fault, Result},
     wire::ChannelId,
 };
 
@@ -32,18 +32,12 @@ pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce
     let _alarm = shared.stop.alarm("a channel's thread");
     if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
-        if is_closed_by_peer(&error) {
-            // Main may be told the reason. If it is, that is the first error and this one is not reported.
-            let _ = shared.stop.pause(GRACE);
-        }
-        shared.stop.fail(error.on_channel(id));
+        match error.fault() {
+            Fault::Connection => shared.stop.fail_as_consequence(error.on_channel(id), GRACE),
+            _ => shared.stop.fail(error.on_channel(id)),
+        };
     }
     tracing::debug!(channel = id.0, "multifd_send_thread_end");
-}
-
-fn is_closed_by_peer(error: &Error) -> bool {
-    matches!(error.kind(), Error::Io { source, .. }
-        if matches!(source.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe))
 }
 
 /// The time that main has to report why the destination fails, before a closed channel is the error.

@@ -274,6 +274,10 @@ fn where_channels_may_come_from_can_be_chosen() {
             }
         }
     }
+    let nowhere = ReceiveOptions::new().channels_from(ChannelsFrom::Hosts(Vec::new()));
+    let (_connector, listener) = memory::network(1 << 16);
+    let refused = Receiver::new(nowhere, Stop::new()).listen(Box::new(listener)).expect_err("nowhere");
+    assert!(matches!(refused, Error::Usage(Usage::ChannelsFrom { .. })), "{refused}");
     for text in ["", "host", "127.0.0.1,", "main,127.0.0.1"] {
         let refused = text.parse::<ChannelsFrom>();
         assert!(matches!(refused, Err(Usage::ChannelsFrom { .. })), "{text:?}");

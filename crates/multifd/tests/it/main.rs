@@ -12,6 +12,8 @@ mod converge;
 #[cfg(test)]
 mod copies;
 #[cfg(test)]
+mod crowd;
+#[cfg(test)]
 mod dead_peers;
 #[cfg(test)]
 mod descriptors;
@@ -33,6 +35,8 @@ mod process;
 mod rough_network;
 #[cfg(all(test, feature = "serde"))]
 mod settings;
+#[cfg(test)]
+mod shared_memory;
 #[cfg(test)]
 mod signals;
 #[cfg(all(test, feature = "tls"))]

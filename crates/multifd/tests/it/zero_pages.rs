@@ -64,15 +64,17 @@ fn source_memory_that_nobody_has_touched_stays_untouched() {
             write(&source, 0, 0, 7);
             let options = MigrateOptions::new().zero_page_detection(mode).look_for_zero_pages(look);
             let sent = moves(&source, &destination, 3, options);
-            let expected = if look && tells { 0 } else { 3072 };
+            let expected = if tells { 0 } else { 3072 };
             let block = source.get(BlockIndex(0)).expect("there");
             assert_eq!(populated(block), expected, "{mode:?}, look {look}");
-            let normal = if look { 1 } else { 4096 };
-            assert_eq!(
-                (sent.ram.normal, sent.ram.duplicate),
-                (normal, 4096 - normal),
-                "{mode:?}, look {look}"
-            );
+            // What is known without reading counts, whether pages are read or not. The page may be in a huge page.
+            let most = match (look, tells) {
+                (true, _) => 1,
+                (false, true) => 512,
+                (false, false) => 4096,
+            };
+            assert!((1..=most).contains(&sent.ram.normal), "{mode:?}, look {look}: {}", sent.ram.normal);
+            assert_eq!(sent.ram.normal + sent.ram.duplicate, 4096, "{mode:?}, look {look}");
             assert_eq!(difference(&source, &destination), None);
         }
     }

@@ -11,11 +11,15 @@
 
 mod options;
 mod pending;
+mod progress;
 
 pub use self::{
     options::ArrivalOptions,
     pending::{Confirmed, Pending},
+    progress::ArrivalProgress,
 };
+
+use std::sync::Arc;
 
 use multifd::{
     Error, Fault, Receiver, RecvCounters, Result,
@@ -26,7 +30,7 @@ use multifd::{
 
 use crate::{
     format::{BlockList, Configuration},
-    incoming::{CHANNELS_END, Incoming, Loader},
+    incoming::{CHANNELS_END, Incoming, Loader, MainCounts, Passes},
 };
 
 /// A destination that listens; no source has connected yet.
@@ -49,14 +53,15 @@ impl Listening {
     pub fn accept(self) -> Result<Arrival> {
         let Self { receiver, options } = self;
         let main = receiver.wait_main()?;
-        let peer = main.peer();
+        let (peer, counts) = (main.peer(), Arc::<MainCounts>::default());
         let incoming = Incoming::new(main)
             .stopping(receiver.stop())
+            .counted(counts.clone())
             .stall_timeout(options.stall_timeout)
             .silence(options.silence)
             .switchover_ack(options.switchover_ack)
             .suppress_vmdesc(options.suppress_vmdesc);
-        Ok(Arrival { incoming, receiver, options, peer })
+        Ok(Arrival { incoming, receiver, options, peer, counts })
     }
 }
 
@@ -67,6 +72,7 @@ pub struct Arrival {
     receiver: Receiver,
     options: ArrivalOptions,
     peer: String,
+    counts: Arc<MainCounts>,
 }
 
 impl std::fmt::Debug for Arrival {
@@ -104,22 +110,27 @@ impl Arrival {
         self.receiver.counters()
     }
 
+    /// The numbers of this arrival, for another thread to read.
+    pub fn progress(&self) -> ArrivalProgress {
+        ArrivalProgress { channels: self.receiver.counters(), main: self.counts.clone() }
+    }
+
     /// Waits until the source has announced its configuration and its block list.
     ///
     /// # Errors
-    /// The first error of the source or its connection; a machine that is not [`Expected`]. The source was informed, and
-    /// its guest continues there.
+    /// The first error of the source or its connection; a machine that is not
+    /// [`Expected`](crate::incoming::Expected). The source was informed, and its guest continues there.
     pub fn announced(self) -> Result<Announced> {
-        let Self { mut incoming, receiver, options, peer } = self;
+        let Self { mut incoming, receiver, options, peer, counts } = self;
         let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::TooEarly("the blocks").into());
         let announced = {
             let mut loader = Loader::new(&receiver, options.expected.clone(), make);
             let read = incoming.announced(&mut loader);
-            read.map(|(configuration, list)| (configuration.cloned(), list.clone()))
+            read.map(|(configuration, list)| (configuration.cloned(), list.clone(), loader.into_passes()))
         };
         match announced {
-            Ok((configuration, list)) => {
-                Ok(Announced { incoming, receiver, options, peer, configuration, list })
+            Ok((configuration, list, passes)) => {
+                Ok(Announced { incoming, receiver, options, peer, configuration, list, passes, counts })
             }
             Err(error) => Err(failed(incoming, &receiver, error.while_doing(RECEIVING))),
         }
@@ -153,6 +164,8 @@ pub struct Announced {
     peer: String,
     configuration: Option<Configuration>,
     list: BlockList,
+    passes: Passes,
+    counts: Arc<MainCounts>,
 }
 
 impl std::fmt::Debug for Announced {
@@ -183,12 +196,13 @@ impl Announced {
     /// The first error: of the source, of a connection, of blocks that do not match, or of incomplete RAM. The source
     /// was informed, and its guest continues there.
     pub fn load(self, blocks: RamBlocks) -> Result<Pending> {
-        let Self { mut incoming, receiver, options, configuration, .. } = self;
+        let Self { mut incoming, receiver, options, configuration, passes, counts, .. } = self;
         let mut made = Some(blocks);
         let make =
             |_: Option<&Configuration>, _: &BlockList| made.take().ok_or_else(|| Usage::UsedTwice.into());
         let loaded = {
-            let loader = Loader::new(&receiver, options.expected, make).configured(configuration);
+            let loader = Loader::new(&receiver, options.expected, make).configured(configuration, passes);
+            let loader = loader.counted(counts).without_switchover_ack(!options.switchover_ack);
             let mut loader = loader.left_out(options.left_out);
             let read = incoming.run(&mut loader).map_err(|error| error.while_doing(RECEIVING));
             read.and_then(|loaded| {

@@ -55,7 +55,7 @@ impl Pending {
     }
 
     /// The pages of the blocks that have arrived: all, except what the source [may leave
-    /// out](ArrivalOptions::left_out).
+    /// out](super::ArrivalOptions::left_out).
     pub fn arrived(&self) -> &Arrived {
         self.receiver.arrived().expect("the blocks were announced")
     }

@@ -34,16 +34,21 @@
 //! | a mapping of your own | [`Mapping::from_raw`], which keeps the owner of your mapping alive |
 //! | a `GuestMemoryMmap` of `vm-memory` | `multifd::ram::blocks_of` (feature `vm-memory`): all regions in one call |
 //!
-//! A source does not read memory of [`Mapping::anonymous`] that was never touched. It finds such memory through the page table
-//! (Linux 6.7 and later), terabytes at once. The same can apply to memory that you mapped yourself: if it is private and
-//! anonymous and no `userfaultfd` fills it, call [`Mapping::assume_absent_is_zero`], which is unsafe. **Warning:** if one of
-//! these conditions is not true, guest memory is lost without an error.
+//! A source does not read memory that was never touched, because the system would allocate it. It finds private memory that
+//! was never touched through the page table (Linux 6.7 and later), and holes of a mapped file through the file (memfd, tmpfs,
+//! ext4, hugetlbfs), terabytes at once. You need not declare anything: the system is asked what is mapped. If you mapped a
+//! file yourself, name it with [`Mapping::with_file`]. [`RamBlock::touched`] has the details.
+//!
+//! Parts of a block may be mapped without access rights (`PROT_NONE`), for memory that is not plugged in. Such a part is sent
+//! as zero if it was never touched; otherwise the migration fails with block and offset. So discard what a guest unplugs.
+//! **Warning:** do not remove access rights, or discard or unmap memory, while a migration runs, except at moments when the
+//! dirty log is being read: the engine may be reading the memory.
 //!
 //! # For a machine's whole life
 //!
 //! Create the blocks once. They exist as long as the machine: it arrives in them, runs, leaves from them, is captured from
 //! them and restored into them. They may contain any data when a machine arrives: a page that is zero at the source is set to
-//! zero, and memory that the page table knows to be untouched stays untouched. A guest of 64 GiB that uses two costs the
+//! zero, and memory that is known to be untouched stays untouched. A guest of 64 GiB that uses two costs the
 //! destination two.
 //!
 //! # Names, pages, lengths
@@ -56,7 +61,8 @@
 //!   [`RamBlock::ignored`](multifd::ram::RamBlock::ignored) on both sides, and
 //!   [`ignore_shared`](crate::format::Configuration::ignore_shared) in the configuration. Without the latter it is refused.
 //!
-//! [`Mapping::assume_absent_is_zero`]: multifd::ram::Mapping::assume_absent_is_zero
+//! [`Mapping::with_file`]: multifd::ram::Mapping::with_file
+//! [`RamBlock::touched`]: multifd::ram::RamBlock::touched
 //! [`Mapping::anonymous`]: multifd::ram::Mapping::anonymous
 //! [`Mapping::of_file`]: multifd::ram::Mapping::of_file
 //! [`Mapping::from_raw`]: multifd::ram::Mapping::from_raw

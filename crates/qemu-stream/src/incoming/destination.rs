@@ -51,6 +51,16 @@ pub trait Destination {
     /// If it does not have these blocks and cannot create them.
     fn blocks(&mut self, blocks: &BlockList) -> Result<(), Self::Error>;
 
+    /// A section of RAM begins: a PART, or with `last` the END. A pass of a QEMU has many sections, unless it has few pages. By
+    /// default nothing is done.
+    ///
+    /// # Errors
+    /// If the migration should end.
+    fn section(&mut self, last: bool) -> Result<(), Self::Error> {
+        let _ = last;
+        Ok(())
+    }
+
     /// A channel sync: returns when every channel has reached its next SYNC, and lets them continue.
     /// Without channels nothing has to be done: then multifd is off at the source.
     ///

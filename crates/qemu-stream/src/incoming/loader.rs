@@ -7,7 +7,7 @@
 //! announced: names, lengths ─▶ make ─▶ blocks, in any order ─ by name and length ─▶ pages ─▶ finish: is RAM complete?
 //! ```
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use multifd::{
     Arrived, Error, MayMiss, Receiver, Result,
@@ -15,7 +15,12 @@ use multifd::{
     ram::{self, PageIndex, RamBlock, RamBlocks},
 };
 
-use super::{destination::Destination, loaded::Loaded};
+use super::{
+    counts::{MainCounts, MainPages},
+    destination::Destination,
+    loaded::Loaded,
+    passes::{self, Idle, Passes},
+};
 use crate::{
     error::Violation,
     format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},
@@ -54,6 +59,12 @@ pub struct Loader<'a, F> {
     /// For each block of the source's list, the block that was made for it.
     order: Vec<BlockIndex>,
     pages: MainPages,
+    passes: Passes,
+    idle: Idle,
+    begun: Instant,
+    /// Whether a source that waits for SWITCHOVER_ACK would wait without limit.
+    ack_may_be_missing: bool,
+    counts: Arc<MainCounts>,
 }
 
 impl<F> std::fmt::Debug for Loader<'_, F> {
@@ -66,15 +77,6 @@ impl<F> std::fmt::Debug for Loader<'_, F> {
     }
 }
 
-/// Pages that arrived over main: all pages of a source with multifd off, zero pages of many others.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MainPages {
-    /// Pages with contents.
-    pub normal: u64,
-    /// Zero pages.
-    pub zero: u64,
-}
-
 impl<'a, F> Loader<'a, F>
 where
     F: FnMut(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
@@ -83,8 +85,20 @@ where
     /// machine. Its blocks are matched with the announced ones by name, in any order: each announced block needs one of its
     /// length, and there must be no others.
     pub fn new(receiver: &'a Receiver, expected: Expected, make: F) -> Self {
-        let (left_out, pages) = (LeftOut::default(), MainPages::default());
-        Self { receiver, make, expected, left_out, configuration: None, order: Vec::new(), pages }
+        Self {
+            receiver,
+            make,
+            expected,
+            left_out: LeftOut::default(),
+            configuration: None,
+            order: Vec::new(),
+            pages: MainPages::default(),
+            passes: Passes::default(),
+            idle: Idle::default(),
+            begun: Instant::now(),
+            ack_may_be_missing: false,
+            counts: Arc::default(),
+        }
     }
 
     /// What the source may omit. Default: [`LeftOut::Ignored`].
@@ -95,9 +109,37 @@ where
     }
 
     /// For a machine whose configuration was read by another loader of the same receiver.
-    pub(crate) fn configured(mut self, configuration: Option<Configuration>) -> Self {
-        self.configuration = configuration;
+    pub(crate) fn configured(mut self, configuration: Option<Configuration>, passes: Passes) -> Self {
+        (self.configuration, self.passes) = (configuration, passes);
         self
+    }
+
+    /// What it knows about passes, for the next loader of the same receiver.
+    pub(crate) fn into_passes(self) -> Passes {
+        self.passes
+    }
+
+    /// Keeps its numbers in `counts`.
+    pub(crate) fn counted(mut self, counts: Arc<MainCounts>) -> Self {
+        self.counts = counts;
+        self
+    }
+
+    /// Logs a hint, once, if the source seems to wait for SWITCHOVER_ACK, which was not sent.
+    pub(crate) fn without_switchover_ack(mut self, missing: bool) -> Self {
+        self.ack_may_be_missing = missing;
+        self
+    }
+
+    /// The pages that have arrived so far, on all connections.
+    fn all_pages(&self) -> u64 {
+        let channels = self.receiver.stats();
+        let on_channels: u64 = channels.iter().map(|channel| channel.normal + channel.zero).sum();
+        on_channels + self.pages.normal + self.pages.zero
+    }
+
+    fn show_pass(&self) {
+        self.counts.set_pass(self.passes.pass(self.receiver.counters().restarts()));
     }
 
     /// The pages that have arrived over main so far.
@@ -129,6 +171,11 @@ where
 
     fn arrived(&self) -> Result<&'a Arrived> {
         self.receiver.arrived().ok_or_else(|| Usage::TooEarly("the block list").into())
+    }
+
+    fn count(&mut self, block: BlockIndex, page: PageIndex) {
+        self.counts.set_pages(self.pages);
+        self.passes.page(block, page);
     }
 
     /// The block that was made for this one of the list.
@@ -201,6 +248,7 @@ where
     fn channels(&mut self, channels: u8) -> Result<()> {
         self.receiver.expect_channels(channels)?;
         self.receiver.expect_exact_packet_nums();
+        self.passes.announced();
         Ok(())
     }
 
@@ -212,22 +260,38 @@ where
     fn blocks(&mut self, list: &BlockList) -> Result<()> {
         let blocks = (self.make)(self.configuration.as_ref(), list)?;
         self.order = matched(list, &blocks, self.ignores_shared())?;
+        self.counts.set_ram(list.total(), list.page_size().bytes() as u64);
         self.receiver.set_blocks(Arc::new(blocks))
     }
 
+    fn section(&mut self, _last: bool) -> Result<()> {
+        self.passes.section();
+        self.show_pass();
+        // A source of this library does not wait for it.
+        let may_wait = self.ack_may_be_missing && !self.passes.are_announced();
+        if may_wait && self.idle.section(self.all_pages(), self.begun.elapsed()) {
+            tracing::warn!("{}", passes::HINT);
+        }
+        Ok(())
+    }
+
     fn sync(&mut self) -> Result<()> {
-        self.receiver.sync()
+        self.receiver.sync()?;
+        self.show_pass();
+        Ok(())
     }
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
         self.arrived()?.clear(self.block(block)?, page)?;
         self.pages.zero += 1;
+        self.count(block, page);
         Ok(())
     }
 
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
         self.arrived()?.store(self.block(block)?, page, bytes)?;
         self.pages.normal += 1;
+        self.count(block, page);
         Ok(())
     }
 

@@ -13,17 +13,22 @@
 
 #![warn(clippy::indexing_slicing)]
 
+mod counts;
 mod destination;
 mod events;
 mod line;
 mod loaded;
 mod loader;
+mod passes;
 mod precopy;
 
 pub use crate::format::{Delta, Event, SyncMark};
+pub(crate) use counts::MainCounts;
+pub use counts::MainPages;
 pub use destination::Destination;
 pub use events::Events;
 pub use loaded::Loaded;
-pub use loader::{Expected, LeftOut, Loader, MainPages};
+pub use loader::{Expected, LeftOut, Loader};
+pub(crate) use passes::Passes;
 pub(crate) use precopy::{CHANNELS_END, SILENCE, STALL};
 pub use precopy::{Incoming, Outcome};

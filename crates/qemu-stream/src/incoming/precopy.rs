@@ -9,11 +9,12 @@
 //!
 //! Commands of post-copy and COLO are refused by name, as are commands that are out of order.
 
-use std::{mem, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use multifd::channel::Stop;
 
 use super::{
+    counts::MainCounts,
     destination::{Destination, refused},
     line::Line,
     loaded::Loaded,
@@ -50,6 +51,7 @@ pub struct Incoming<C: Connection> {
     guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
+    counts: Option<Arc<MainCounts>>,
     known: Known,
 }
 
@@ -65,6 +67,7 @@ impl<C: Connection> Incoming<C> {
             guest_stands: false,
             loaded: false,
             stop: None,
+            counts: None,
             known: Known::default(),
         }
     }
@@ -73,6 +76,12 @@ impl<C: Connection> Incoming<C> {
     /// as a channel. By default a closed connection is detected when main is read next.
     pub fn stopping(mut self, stop: &Stop) -> Self {
         self.stop = Some(stop.clone());
+        self
+    }
+
+    /// Keeps the number of bytes in `counts`.
+    pub(crate) fn counted(mut self, counts: Arc<MainCounts>) -> Self {
+        self.counts = Some(counts);
         self
     }
 
@@ -158,6 +167,7 @@ impl<C: Connection> Incoming<C> {
         loop {
             self.wait_for_more()?;
             let may_have_ended = self.limit_silence()?;
+            self.count();
             let event = match self.line.next() {
                 Err(Error::TimedOut { .. }) if may_have_ended => {
                     self.line.limit(self.stall)?;
@@ -219,8 +229,15 @@ impl<C: Connection> Incoming<C> {
                         self.line.limit(self.stall)?;
                     }
                 }
-                Event::OtherSection { .. } | Event::Pass { .. } | Event::Eos => {}
-                Event::End(devices) => return Ok(Some(*devices)),
+                Event::Pass { last } => {
+                    destination.section(last).map_err(|e| refused(self.line.here(), "a pass", e))?;
+                }
+                Event::OtherSection { .. } | Event::Eos => {}
+                Event::End(devices) => {
+                    let devices = *devices;
+                    self.count();
+                    return Ok(Some(devices));
+                }
             }
         }
     }
@@ -316,6 +333,13 @@ impl<C: Connection> Incoming<C> {
             self.line.limit(self.stall)?;
         }
         Ok(())
+    }
+
+    /// Records the bytes of main so far.
+    fn count(&self) {
+        if let Some(counts) = &self.counts {
+            counts.set_bytes(self.line.bytes());
+        }
     }
 
     /// Sets the time limit of silence if the stream may have ended. Returns whether it may.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use multifd::{
     ChannelStats, Result, SendOptions, Sender,
     channel::Stop,
-    ram::{PageBitmap, RamBlocks, runs},
+    ram::{Access, PageBitmap, RamBlocks, runs},
 };
 
 use super::{MappedRamFile, ReadPath, capture::direct};
@@ -51,14 +51,14 @@ impl<'a> Restore<'a> {
     /// order. Returns the counters of each channel. The devices are [the file's](MappedRamFile::devices). `stop` cannot
     /// be used again.
     ///
-    /// Pages that the file does not have are made zero, also in memory with other contents. Pages that the page table does
-    /// not have are zero and stay untouched. Blocks that were left out of the file are not changed.
+    /// Pages that the file does not have are made zero, also in memory with other contents. Pages that are known to be
+    /// [untouched](multifd::ram::RamBlock::touched) are zero and stay untouched. Blocks that were left out of the file are not changed.
     ///
     /// **Warning:** nothing may change the file or write to the memory in the meantime.
     ///
     /// # Errors
-    /// If the blocks do not fit, the file cannot be read or ends too early, or `stop` has cancelled it. The memory then
-    /// contains no complete machine.
+    /// If the blocks do not fit, the file cannot be read or ends too early, this process may not access memory that would
+    /// be written, or `stop` has cancelled it. The memory then contains no complete machine.
     pub fn run(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
         let loaded = self.load(blocks, stop);
         loaded.map_err(|error| stop.fail(error))
@@ -69,13 +69,27 @@ impl<'a> Restore<'a> {
         let source =
             self.machine.ram_blocks(|_, _| direct.clone().map_or(ReadPath::Cached, ReadPath::Direct))?;
         let source = Arc::new(source);
+        // Before there is a sender, whose drop would cancel everything and hide the reason.
+        let touched = blocks.touched();
+        blocks.refuse_inaccessible(&blocks.inaccessible(Access::ReadWrite), |index, page| {
+            let target = blocks.get(index).filter(|target| !target.is_ignored());
+            let of_file = target.and_then(|target| source.get(source.find(target.name().as_bytes())?));
+            let may_hold = touched.get(index.0).and_then(Option::as_ref);
+            of_file.is_some_and(|of_file| {
+                !of_file.is_ignored()
+                    && (of_file.is_present(page) || may_hold.is_none_or(|pages| pages.contains(page)))
+            })
+        })?;
         let options = SendOptions::new().channels(self.channels);
         let mut sender = Sender::new(options, source.clone(), stop.clone())?;
         sender.set_up_into(blocks.clone())?;
         for (index, block) in source.iter().filter(|(_, block)| !block.is_ignored()) {
-            let target = blocks.find(block.name().as_bytes()).and_then(|at| blocks.get(at));
-            let may_hold = target.map(|target| target.may_hold());
-            let present = block.present_words().zip(may_hold.iter().flat_map(PageBitmap::words));
+            let target = blocks.find(block.name().as_bytes());
+            let may_hold = target.and_then(|at| touched.get(at.0)).map(|touched| match touched {
+                Some(touched) => touched.words().collect(),
+                None => PageBitmap::full(block.pages()).words().collect::<Vec<_>>(),
+            });
+            let present = block.present_words().zip(may_hold.into_iter().flatten());
             for (word, (of_file, of_memory)) in (0..).zip(present) {
                 for (first, count) in runs(word, of_file) {
                     sender.queue_run(index, first, count)?;

@@ -8,11 +8,12 @@ use std::{
 };
 
 use multifd::{
-    Fault, SendOptions,
+    Error, Fault, SendOptions,
     channel::{
         Connect, Context, Listen, Stop,
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
     },
+    error::Usage,
     live::MigrateOptions,
     ram::{BlockIndex, NeverDirty, PageIndex, PartMut},
 };
@@ -63,6 +64,23 @@ fn a_destination_that_reads_nothing_is_given_up() {
         assert_eq!((guest.stops, guest.resumes), (0, 0), "{case}");
         stop.cancel();
         silent.join().expect("no panic");
+    }
+}
+
+/// Regression: the method was accepted, and nothing was compressed.
+#[test]
+fn options_of_channels_are_refused_without_channels() {
+    let zstd = "zstd".parse().expect("built in");
+    for (send, refused) in [
+        (SendOptions::new().method(zstd), Usage::WithoutChannels("multifd-compression")),
+        (SendOptions::new().zero_copy_send(true), Usage::ZeroCopy("with multifd-channels 0")),
+    ] {
+        let machine = || Configuration::new(MachineType::new("silent-1").expect("a name"));
+        let options = |channels| SourceOptions::new(machine()).channels(channels).send(send.clone());
+        let made = |channels| Source::new(blocks(&[("ram", 16)]), options(channels), &Stop::new());
+        let error = made(0).map(drop).expect_err("refused");
+        assert!(matches!(error.kind(), Error::Usage(usage) if *usage == refused), "{error}");
+        made(1).map(drop).expect("options");
     }
 }
 

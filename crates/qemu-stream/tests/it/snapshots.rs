@@ -9,7 +9,7 @@ use multifd::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, RunState,
         ZeroPageDetection,
     },
-    ram::{BlockName, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks},
+    ram::{Access, BlockName, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
     format::{BlockIndex, Configuration, MachineType},
@@ -163,9 +163,73 @@ fn machine_of_a_file_is_captured_again_as_it_came() {
         assert_eq!(again.devices(), machine.devices());
         assert_eq!(again.blocks(), machine.blocks());
         for (index, _) in machine.blocks().iter() {
-            assert_eq!(again.bitmap(index).expect("read"), machine.bitmap(index).expect("read"));
+            let words = |file: &MappedRamFile| file.bitmap(index).expect("read").words().collect::<Vec<_>>();
+            assert_eq!(words(&again), words(&machine));
         }
         assert!(bytes(&source) == bytes(&restored(&again, 1)));
+    }
+}
+
+/// Regression: a capture made the system allocate every page of a shared memory, and so did a restore.
+#[test]
+fn sparse_shared_memory_is_as_sparse_after_its_capture_and_its_restore() {
+    let make = || {
+        let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
+        let file = File::from(file);
+        file.set_len(12 << 20).expect("sized");
+        // Over main, pages are copied, which is refused for a file that may be truncated.
+        let mapping =
+            Mapping::of_file(&file, 0, 12 << 20, Access::ReadWrite).expect("mapped").never_shrinks();
+        let (name, length) = (BlockName::new("ram").expect("a name"), mapping.len());
+        let block = RamBlock::new(name, length, PageSize::KIB_4, Memory::Mapped(mapping)).expect("a block");
+        (file, Arc::new(RamBlocks::new(vec![block]).expect("one")))
+    };
+    let allocated =
+        |file: &File| std::os::unix::fs::MetadataExt::blocks(&file.metadata().expect("known")) / 8;
+    for (channels, detection) in
+        [(2, ZeroPageDetection::Multifd), (0, ZeroPageDetection::Legacy), (3, ZeroPageDetection::Legacy)]
+    {
+        let (memory, source) = make();
+        for page in [3, 4, 2000] {
+            source.iter().for_each(|(_, ram)| ram.store(PageIndex(page), &[7; 4096]).expect("stored"));
+        }
+        let file = tempfile::tempfile().expect("a file");
+        let read = file.try_clone().expect("a descriptor");
+        let capture =
+            Capture::of_guest(file, configuration(), &source, &CaptureOptions::new()).expect("laid out");
+        let info = run(capture, &source, channels, detection).expect("captured");
+        assert_eq!((info.ram.normal, allocated(&memory)), (3, 3), "{channels} channels, {detection:?}");
+        let (restored, blocks) = make();
+        let machine = MappedRamFile::open(read, 0).expect("whole");
+        Restore::new(&machine).run(&blocks, &Stop::new()).expect("restored");
+        assert_eq!(allocated(&restored), 3, "{channels} channels, {detection:?}");
+        assert!(bytes(&source) == bytes(&blocks));
+    }
+}
+
+/// Regression: the restore ended the process by SIGSEGV.
+#[test]
+fn restore_into_memory_without_access_is_refused_unless_it_is_zero_on_both_sides() {
+    use rustix::mm::{MprotectFlags, mprotect};
+
+    let machine = captured(&filled());
+    for (length, is_refused) in [(0x1000, false), (0x2000, true)] {
+        let blocks = memory();
+        let rom = blocks.iter().nth(1).expect("there").1;
+        let slice = rom.slice(PageIndex(0), length as u64 / 4096).expect("there");
+        // SAFETY: the range lies within a mapping of the test, which accesses it only after the rights are back.
+        #[expect(unsafe_code, reason = "a hole in guest memory")]
+        let protect = |rights| unsafe { mprotect(slice.as_ptr().cast(), slice.len(), rights) };
+        protect(MprotectFlags::empty()).expect("protected");
+        let restored = Restore::new(&machine).run(&blocks, &Stop::new());
+        protect(MprotectFlags::READ | MprotectFlags::WRITE).expect("protected");
+        assert_eq!(restored.is_err(), is_refused, "{restored:?}");
+        if let Err(error) = restored {
+            let expected = r#"block "rom": 0x1000 bytes from offset 0x1000 on are mapped without"#;
+            assert!(error.to_string().contains(expected), "{error}");
+        } else {
+            assert!(bytes(&filled()) == bytes(&blocks));
+        }
     }
 }
 

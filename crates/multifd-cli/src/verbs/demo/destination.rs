@@ -14,7 +14,7 @@ use super::{Arrived, MACHINE, guest, hash};
 use crate::{
     args::DemoDestinationArgs,
     interrupt,
-    output::outcome::{Failure, While, print},
+    output::outcome::{Failure, While, reply},
 };
 
 /// Runs in the second process.
@@ -23,7 +23,7 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
     interrupt::cancels(&stop)?;
     let listener = Listener::bind(&args.listen)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
-    print(&listener.local_address().to_string())?;
+    reply(&listener.local_address().to_string())?;
     let options = ArrivalOptions::new(Expected::Type(MachineType::new(MACHINE)?));
     let arrival =
         Arrival::listen(listener, options, &stop).and_then(Listening::accept).map_err(Failure::of)?;
@@ -39,6 +39,6 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
 
     let beyond_ram = guest::peak_beyond(&blocks)?;
     let arrived = Arrived { hash: hash(&blocks)?, rounds, beyond_ram };
-    print(&serde_json::to_string(&arrived)?)?;
+    reply(&serde_json::to_string(&arrived)?)?;
     Ok(())
 }

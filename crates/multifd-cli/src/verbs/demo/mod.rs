@@ -15,7 +15,6 @@ use std::{
     io::{BufRead, BufReader},
     process::{Child, ChildStdout, Command, Stdio},
     sync::Arc,
-    time::Duration,
 };
 
 pub(crate) use destination::destination;
@@ -133,7 +132,7 @@ fn source(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Sourc
         .zero_page_detection(detection)
         .max_bandwidth(Some(args.max_bandwidth))
         .avail_switchover_bandwidth(Some(args.avail_switchover_bandwidth))
-        .downtime_limit(Duration::from_millis(args.downtime_limit));
+        .downtime_limit(args.downtime_limit);
     let send = SendOptions::new().channels(args.multifd_channels).zero_copy_send(args.zero_copy_send);
     let machine = MachineType::new(MACHINE)?;
     let options = SourceOptions::new(Configuration::new(machine))

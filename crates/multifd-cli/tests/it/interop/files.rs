@@ -130,6 +130,47 @@ fn file_of_10_0_on_machine_7_2_is_sent_to_7_2() {
     theirs_is_sent("pc-q35-7.2", true, 2, &qemu, 2).unwrap();
 }
 
+/// A copy may be longer than its machine. QEMU loads it, and so do we: with noise after it, and without a description with
+/// zeros after it.
+#[test]
+fn file_of_10_0_with_bytes_after_the_machine_is_loaded_by_10_0_and_sent_by_us() {
+    fn loaded_and_sent(qemu: &Qemu, option: &str, trailing: &[u8]) -> Result<(), Error> {
+        let (folder, machine_type) = (folder(), qemu.machine() + option);
+        let file = path(&folder, "machine");
+        let mut from = source(machine(qemu, &machine_type))?;
+        for_files(&mut from, 0)?;
+        from.stop()?;
+        let before = memory(&mut from)?;
+        migrate(&mut from, &file_uri(&file))?;
+        let length = fs::metadata(&file).unwrap().len();
+        std::os::unix::fs::FileExt::write_all_at(
+            &fs::File::options().write(true).open(&file).unwrap(),
+            trailing,
+            length,
+        )
+        .unwrap();
+
+        let mut loads = machine(qemu, &machine_type).incoming().start()?;
+        for_files(&mut loads, 0)?;
+        loads.migrate_incoming(&file_uri(&file))?;
+        loads.wait_migration("completed", PATIENCE)?;
+        assert_eq!(first_difference(&before, &memory(&mut loads)?), None, "page, source and 10.0");
+
+        let told = run([Path::new("inspect"), Path::new("--json"), &file]).json();
+        assert_eq!(told["trailing-bytes"], trailing.len());
+        let mut to = machine(qemu, &machine_type).incoming().start()?;
+        to.set_multifd_channels(2)?;
+        send(&["--multifd-channels", "2"], &file, &mut to, "tcp:127.0.0.1:0")?;
+        assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
+        to.cont()?;
+        runs_on(&from, &mut to)
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    loaded_and_sent(&qemu, "", &[0]).unwrap();
+    loaded_and_sent(&qemu, "", &[0x5a; 70_000]).unwrap();
+    loaded_and_sent(&qemu, ",suppress-vmdesc=on", &[0; 4096]).unwrap();
+}
+
 /// Head and machine in one file, both ways: we write and 10.0 loads, then 10.0 writes and we send.
 #[test]
 fn machine_behind_an_offset_is_loaded_by_10_0_and_sent_by_us() {

@@ -42,8 +42,22 @@ fn json_is_one_object_on_one_line() {
         "described": true,
         "total": 1 << 20,
         "present": 1 << 20,
+        "trailing-bytes": 0,
     });
     assert_eq!(told, expected);
+}
+
+#[test]
+fn bytes_after_the_machine_are_mentioned() {
+    let folder = folder();
+    let file = captured(&folder, 1 << 20);
+    let open = OpenOptions::new().append(true).open(&file);
+    io::Write::write_all(&mut open.unwrap(), &[0x5a; 5]).unwrap();
+    let ended = run([Path::new("inspect"), &file]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    assert!(ended.stdout.contains("WARNING: 5 bytes after the end of the machine are ignored"), "{ended:?}");
+    let told = run([Path::new("inspect"), Path::new("--json"), &file]).json();
+    assert_eq!(told["trailing-bytes"], 5);
 }
 
 /// The same stopped guest in our file and in QEMU's: the same blocks, the same devices.

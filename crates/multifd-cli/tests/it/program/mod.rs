@@ -3,19 +3,24 @@
 
 mod broken_off;
 mod containers;
+mod crowd;
 mod demo;
 mod direct_io;
 mod disks;
 mod extract;
+mod files;
 mod inspect;
 mod limits;
+mod memory;
 mod pages;
 mod parameters;
+mod progress;
 mod proxied;
 mod receive;
 mod security;
 mod send;
 mod stalls;
+mod streams;
 mod targets;
 mod usage;
 mod zero_copy;

@@ -61,8 +61,7 @@ fn pages(file: &MappedRamFile) -> Vec<Vec<Option<Vec<u8>>>> {
     let of_block = |index: BlockIndex| {
         let (place, bitmap) = (file.place(index).expect("there"), file.bitmap(index).expect("a bitmap"));
         let page = |page: u64| {
-            let (word, bit) = (usize::try_from(page / 64).expect("few"), page % 64);
-            (bitmap[word] >> bit & 1 == 1).then(|| {
+            bitmap.contains(PageIndex(page)).then(|| {
                 let mut bytes = vec![0; page_size.bytes()];
                 let at = place.page_offset(PageIndex(page)).expect("a page");
                 file.file().read_exact_at(&mut bytes, at).expect("read");

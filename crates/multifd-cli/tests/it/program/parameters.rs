@@ -216,11 +216,14 @@ fn combinations_end_as_the_table_says() {
         "`max-cpu-throttle` below `cpu-throttle-initial`" => {
             run(["demo", "--cpu-throttle-initial=50", "--max-cpu-throttle=49"]).code
         }
+        "a method of `multifd-compression` without multifd" => {
+            send(&["--multifd-channels", "0", "--multifd-compression", "zstd"], at)
+        }
         "`zero-copy-send` without multifd" => send(&["--multifd-channels", "0", "--zero-copy-send"], at),
         _ => panic!("nothing tries {together:?}"),
     };
     let rows = rows("## Combinations");
-    assert_eq!(rows.len(), 13, "{rows:?}");
+    assert_eq!(rows.len(), 14, "{rows:?}");
     for row in rows {
         // If the values are accepted, it fails because there is no file.
         let expected = if row[3] == "taken" { 1 } else { 2 };

@@ -200,6 +200,16 @@ fn file_that_is_cut_inside_its_last_page_is_an_error() {
     changed_in_the_middle(|file, end| file.set_len(end - 100).unwrap());
 }
 
+/// As `cp -p`, `rsync -t` and `touch -r` do: the time of the last modification is as before.
+#[test]
+fn file_that_is_written_to_with_its_old_time_is_an_error() {
+    changed_in_the_middle(|file, end| {
+        let before = file.metadata().unwrap().modified().unwrap();
+        file.write_all_at(b"x", end - 100).unwrap();
+        file.set_modified(before).unwrap();
+    });
+}
+
 #[test]
 fn file_that_is_written_to_meanwhile_is_an_error() {
     changed_in_the_middle(|file, end| file.write_all_at(b"x", end - 100).unwrap());

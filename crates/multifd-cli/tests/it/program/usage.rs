@@ -42,7 +42,7 @@ fn unknown_verb_is_refused() {
 
 #[test]
 fn unknown_flag_is_refused() {
-    assert_usage(&["receive", "--channels", "2", "tcp:127.0.0.1:0", "machine"], "--channels");
+    assert_usage(&["receive", "--chanels", "2", "tcp:127.0.0.1:0", "machine"], "--chanels");
 }
 
 #[test]
@@ -52,7 +52,12 @@ fn missing_argument_is_named() {
 
 #[test]
 fn address_that_is_none_is_refused_with_the_forms_that_are() {
-    assert_usage(&["receive", "127.0.0.1:4444", "machine"], "tcp:HOST:PORT, unix:PATH");
+    assert_usage(&["receive", "127.0.0.1:4444", "machine"], "did you mean tcp:127.0.0.1:4444?");
+    assert_usage(&["receive", "tcp:127.0.0.1", "machine"], "port missing");
+    assert_usage(&["send", "machine", "tcp:host:99999"], "port 99999 is above 65535");
+    assert_usage(&["receive", "machine", "tcp:127.0.0.1:0"], "did you swap LISTEN and FILE?");
+    assert_usage(&["send", "tcp:127.0.0.1:1", "machine"], "did you swap the file and the address?");
+    assert_usage(&["receive", "tcp:127.0.0.1:0", "file:machine,ofset=1"], "found the option \"ofset=1\"");
     assert_usage(&["send", "machine", "rdma:host:1"], "tcp:HOST:PORT, unix:PATH");
     assert_usage(&["send", "machine", "tcp:host:1,to=5"], "ipv4=on|off, ipv6=on|off");
 }
@@ -106,9 +111,47 @@ fn level_without_its_method_is_taken() {
 }
 
 #[test]
-fn size_that_is_none_is_refused() {
-    assert_usage(&["demo", "--size", "lots"], "--size");
-    assert_usage(&["send", "--max-bandwidth", "fast", "machine", "tcp:127.0.0.1:1"], "--max-bandwidth");
+fn size_or_time_that_is_none_is_refused_with_the_units() {
+    assert_usage(&["demo", "--size", "lots"], "expected a size in bytes, or with a unit (4K, 100M, 2G;");
+    let send = |option: &str, value: &str, told: &str| {
+        assert_usage(&["send", option, value, "machine", "tcp:127.0.0.1:1"], told);
+    };
+    send("--max-bandwidth", "fast", "expected a rate in bytes per second, or with a unit (4K, 100M, 2G;");
+    let told = "expected a time in seconds, or with a unit (500ms, 90s, 2m, 1h), found \"soon\"";
+    for option in ["--stall-timeout", "--connect-timeout", "--end-timeout"] {
+        send(option, "soon", told);
+    }
+    assert_usage(&["receive", "--stall-timeout", "soon", "tcp:127.0.0.1:0", "machine"], told);
+    assert_usage(&["demo", "--max-total-time", "soon"], told);
+    assert_usage(&["demo", "--downtime-limit", "soon"], "expected a time in milliseconds, or with a unit");
+}
+
+#[test]
+fn time_with_a_unit_is_kept() {
+    // Nothing listens there, or the connection is dropped: it takes no longer than the limit.
+    let begun = std::time::Instant::now();
+    let limits = ["--connect-timeout=500ms", "--stall-timeout=2m", "--end-timeout=1h"];
+    let ended = run([&["send"], &limits[..], &["no/such/machine", "tcp:127.0.0.1:1"]].concat());
+    ended.assert_failed(1, &["cannot read no/such/machine"]);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20));
+}
+
+#[test]
+fn channels_is_short_for_multifd_channels() {
+    for verb in [
+        &["receive", "--channels", "2", "no-address", "machine"][..],
+        &["send", "--channels", "2", "machine", "no-address"],
+    ] {
+        assert_usage(verb, "expected an address like");
+    }
+}
+
+#[test]
+fn method_without_channels_is_refused() {
+    let told = "multifd-compression has no effect with multifd-channels 0: switch it off, or use channels";
+    let send =
+        ["send", "--multifd-channels", "0", "--multifd-compression", "zstd", "machine", "tcp:127.0.0.1:1"];
+    assert_usage(&send, told);
 }
 
 #[test]

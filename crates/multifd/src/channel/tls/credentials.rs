@@ -8,7 +8,8 @@
 //! | `client-cert.pem`, `client-key.pem` | the source, if they exist: a destination may ask for them |
 
 use std::{
-    fmt, io,
+    fmt,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -25,6 +26,7 @@ use rustls::{
 use x509_cert::{crl::CertificateList, der::Decode};
 
 use super::subject::Listed;
+use crate::channel::file_kind::open_regular;
 
 /// What a source presents and requires.
 #[derive(Clone)]
@@ -80,7 +82,7 @@ impl ClientCredentials {
             .with_safe_default_protocol_versions()
             .map_err(|error| refused(CA, error))?
             .with_webpki_verifier(verifier);
-        let mut config = if folder.join(CLIENT_CERT).exists() {
+        let mut config = if is_there(&folder.join(CLIENT_CERT))? {
             let (chain, key) = identity(folder, CLIENT_CERT, CLIENT_KEY)?;
             let usual = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
             let usual = usual.map_err(|error| CredentialsError::new(folder.join(CA), error))?;
@@ -204,11 +206,11 @@ fn authorities(folder: &Path) -> Result<Arc<RootCertStore>, CredentialsError> {
 
 fn revocations(folder: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, CredentialsError> {
     let path = folder.join(CRL);
-    if !path.exists() {
+    if !is_there(&path)? {
         return Ok(Vec::new());
     }
-    let lists =
-        CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let bytes = read(&path)?;
+    let lists = CertificateRevocationListDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>();
     let lists = lists.map_err(|error| CredentialsError::new(path.clone(), error))?;
     for list in &lists {
         let read =
@@ -235,8 +237,8 @@ fn vouched(
 
 fn certificates(folder: &Path, name: &str) -> Result<Vec<CertificateDer<'static>>, CredentialsError> {
     let path = folder.join(name);
-    let read = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    match read {
+    let bytes = read(&path)?;
+    match CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>() {
         Ok(found) if found.is_empty() => {
             let none = io::Error::new(io::ErrorKind::InvalidData, "it contains no certificate");
             Err(CredentialsError::new(path, none))
@@ -251,9 +253,33 @@ type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 fn identity(folder: &Path, certificate: &str, key: &str) -> Result<Identity, CredentialsError> {
     let chain = certificates(folder, certificate)?;
     let path = folder.join(key);
-    let key = PrivateKeyDer::from_pem_file(&path).map_err(|error| CredentialsError::new(path, error))?;
+    let bytes = read(&path)?;
+    let key = PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| CredentialsError::new(path, error))?;
     Ok((chain, key))
 }
+
+/// Whether there is a file of this name. One that cannot be reached is an error: it may be the list of what is revoked.
+fn is_there(path: &Path) -> Result<bool, CredentialsError> {
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(CredentialsError::new(path.to_owned(), error)),
+    }
+}
+
+/// Reads a file of bounded size.
+fn read(path: &Path) -> Result<Vec<u8>, CredentialsError> {
+    let mut bytes = Vec::new();
+    let read = open_regular(path).and_then(|file| file.take(FILE_MOST + 1).read_to_end(&mut bytes));
+    let read = read.and_then(|read| match read as u64 {
+        0..=FILE_MOST => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is larger than 16 MiB")),
+    });
+    read.map(|()| bytes).map_err(|error| CredentialsError::new(path.to_owned(), error))
+}
+
+/// More than any list of authorities or of revoked certificates has.
+const FILE_MOST: u64 = 16 << 20;
 
 const CA: &str = "ca-cert.pem";
 const CRL: &str = "ca-crl.pem";

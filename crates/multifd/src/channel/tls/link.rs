@@ -33,7 +33,7 @@ pub(super) struct TlsLink {
     /// Whether the closing alert is still to be sent. It is sent once: by a source when it closes its side, by a
     /// destination when it is finished.
     open: bool,
-    /// A private copy of the bytes to be sent next.
+    /// A private copy of the bytes to be sent next; empty before the first send.
     plain: Box<[u8]>,
     received: Received,
     /// The error to report after everything before it has been read.
@@ -67,14 +67,15 @@ impl TlsLink {
     fn new(link: Box<dyn Link>, mut session: Connection, rekey_after: u64) -> Self {
         // Bytes to be sent leave in the same call.
         session.set_buffer_limit(None);
-        let received = Received { buffer: vec![0; CIPHERED].into(), from: 0, to: 0, ended: false };
+        // Hundreds of connections may be in their handshake, so until its end a session has the smallest buffers.
+        let received = Received { buffer: vec![0; CIPHERED_RECORD].into(), from: 0, to: 0, ended: false };
         Self {
             link,
             session,
             spent: 0,
             rekey_after,
             open: false,
-            plain: vec![0; PLAIN].into(),
+            plain: Box::default(),
             received,
             failed: None,
             timeout: None,
@@ -157,6 +158,9 @@ impl TlsLink {
                 self.limited = true;
             }
             (received.from, received.to) = (0, 0);
+            if !self.session.is_handshaking() && received.buffer.len() < CIPHERED {
+                received.buffer = vec![0; CIPHERED].into();
+            }
             received.to = self.link.recv(&mut [PartMut::from(&mut *received.buffer)])?;
             received.ended = received.to == 0;
         }
@@ -222,6 +226,9 @@ impl Link for TlsLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         let end = self.timeout.map(deadline);
         self.handshake(end)?;
+        if self.plain.is_empty() {
+            self.plain = vec![0; PLAIN].into();
+        }
         let mut taken = 0;
         for part in parts {
             let copied = part.copy_to(&mut self.plain[taken..]);
@@ -445,8 +452,10 @@ const PLAIN: usize = 7 * RECORD;
 const RECORD: usize = 16 << 10;
 /// More records than a handshake and the answers to its peer's changes of keys can use.
 const HANDSHAKE_RECORDS: u64 = 1 << 16;
+/// A record with everything around it.
+const CIPHERED_RECORD: usize = 18 << 10;
 /// As many records, and the next one.
-const CIPHERED: usize = PLAIN + (18 << 10);
+const CIPHERED: usize = PLAIN + CIPHERED_RECORD;
 const RECORDS: usize = 16;
 const MOMENT: Duration = Duration::from_millis(200);
 const DRAIN: Duration = Duration::from_millis(1);

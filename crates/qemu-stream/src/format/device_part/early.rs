@@ -13,7 +13,7 @@
 
 use std::{io::Read, ops::Range};
 
-use super::{DeviceSection, LiveSection, live::Piece};
+use super::{DeviceSection, LiveSection, check_distinct, live::Piece};
 use crate::{
     error::{Error, Malformed, Place, Unsupported, Violation},
     format::{Reader, Section, SectionHead, SectionId, decode_footer, encode_footer, limits},
@@ -95,7 +95,7 @@ impl EarlyPart {
         r.consume(HEAD);
         let SectionHead { id, name, instance, version } = head.clone();
         self.sections.push(DeviceSection { name, instance, version, id, body, early: true });
-        Ok(())
+        check_distinct(&self.sections).map_err(|what| what.at(at))
     }
 
     /// Reads a section that arrives before the end of RAM, if it is not the RAM section. Returns the section if it is

@@ -8,7 +8,7 @@
 //! If the source does not close after its last byte, only this shape shows the end. A guest that plants a complete,
 //! fitting description of a part of its own devices in device data can truncate its own state; it cannot harm others.
 
-use super::{Description, DevicePart, EarlyPart, Misfit, walk};
+use super::{Description, DevicePart, DeviceSection, EarlyPart, Misfit, check_distinct, walk};
 use crate::{
     error::{Malformed, Violation},
     format::limits,
@@ -69,30 +69,66 @@ impl EndFinder {
     /// If more places look like the end than any real device part has.
     pub fn find(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
         self.scan(collected)?;
-        let mut found = None;
-        for Candidate { eof, end } in self.candidates.iter().copied().filter(|c| c.end == collected.len()) {
-            let Some(json) = collected.get(eof + DevicePart::END_HEAD..end) else { continue };
+        let ends = self.candidates.iter().copied().filter(|c| c.end == collected.len());
+        let found = self.first_that_fits(&ends.collect::<Vec<_>>(), collected)?;
+        // A candidate whose end has passed was false: nothing follows the true end.
+        self.candidates.retain(|c| c.end > collected.len());
+        Ok(found.map(|found| self.part(collected, found)))
+    }
+
+    /// Like [`find`](Self::find), but finds an end inside `collected`, too: the first that fits. Bytes after it are
+    /// removed.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_inside(&mut self, collected: &mut Vec<u8>) -> Result<Option<DevicePart>, Violation> {
+        self.scan(collected)?;
+        let (ended, open) = self.candidates.iter().partition::<Vec<_>, _>(|c| c.end <= collected.len());
+        let found = self.first_that_fits(&ended, collected)?;
+        self.candidates = open;
+        Ok(found.map(|found| {
+            collected.truncate(found.0.end);
+            self.part(collected, found)
+        }))
+    }
+
+    /// The first of these candidates whose description fits what is before it.
+    fn first_that_fits(
+        &mut self,
+        candidates: &[Candidate],
+        collected: &[u8],
+    ) -> Result<Option<(Candidate, Vec<DeviceSection>)>, Violation> {
+        for candidate in candidates {
+            let Some(json) = collected.get(candidate.eof + DevicePart::END_HEAD..candidate.end) else {
+                continue;
+            };
             self.parsed += json.len() as u64;
             if self.parsed > limits::DESCRIPTIONS_PARSED {
                 return Err(Violation::TooManyEnds { max: self.found });
             }
             let split = Description::parse(json).map_err(|e| Misfit::Json(e.to_string().into())).and_then(
                 |description| {
-                    let blob = collected.get(..eof).unwrap_or_default();
+                    let blob = collected.get(..candidate.eof).unwrap_or_default();
                     walk::split(&self.early, blob, &description, self.footers)
                 },
             );
             match split {
                 Ok(sections) => {
-                    found = Some((eof, sections));
-                    break;
+                    check_distinct(&sections)?;
+                    return Ok(Some((*candidate, sections)));
                 }
                 Err(misfit) => self.misfit = Some(misfit),
             }
         }
-        // A candidate whose end has passed was false: nothing follows the true end.
-        self.candidates.retain(|c| c.end > collected.len());
-        Ok(found.map(|(eof, sections)| DevicePart {
+        Ok(None)
+    }
+
+    fn part(
+        &mut self,
+        collected: &mut Vec<u8>,
+        (Candidate { eof, .. }, sections): (Candidate, Vec<DeviceSection>),
+    ) -> DevicePart {
+        DevicePart {
             early: std::mem::take(&mut self.early.bytes),
             bytes: std::mem::take(collected),
             eof,
@@ -100,7 +136,18 @@ impl EndFinder {
             sections,
             live: std::mem::take(&mut self.early.live),
             footers: self.footers,
-        }))
+        }
+    }
+
+    /// The length of the device part without a description at the beginning of `collected`, which zeros follow, in the
+    /// number needed to fill a block of a disk, for example. `None` if the bytes before the zeros are no such part.
+    pub fn end_before_zeros(&self, collected: &[u8]) -> Option<usize> {
+        let data = collected.len() - collected.iter().rev().take_while(|byte| **byte == 0).count();
+        // EOF is a zero, and so may be the last bytes of the last footer's number.
+        (data..=collected.len()).take(FOOTER + 1).find(|end| {
+            let collected = collected.get(..*end).unwrap_or_default();
+            self.may_have_ended(collected) && self.is_closed(collected)
+        })
     }
 
     /// Whether `collected` ends like a device part without a description: with a footer and EOF. Without footers it is
@@ -119,11 +166,10 @@ impl EndFinder {
     /// # Errors
     /// If no device part ends so: its last footer must belong to one of its sections.
     pub fn without_description(self, collected: Vec<u8>) -> Result<DevicePart, Malformed> {
-        let (from, eof) = (self.early.ends.len(), collected.len().saturating_sub(1));
-        let closed = !self.footers || eof == from || collected.get(from..eof).is_some_and(opens_last);
-        if !self.may_have_ended(&collected) || !closed {
+        if !self.may_have_ended(&collected) || !self.is_closed(&collected) {
             return Err(self.missing(collected.len()));
         }
+        let eof = collected.len().saturating_sub(1);
         Ok(DevicePart {
             early: self.early.bytes,
             bytes: collected,
@@ -133,6 +179,12 @@ impl EndFinder {
             live: self.early.live,
             footers: self.footers,
         })
+    }
+
+    /// Whether the last footer belongs to a section in `collected`, or there are no sections or no footers.
+    fn is_closed(&self, collected: &[u8]) -> bool {
+        let (from, eof) = (self.early.ends.len(), collected.len().saturating_sub(1));
+        !self.footers || eof == from || collected.get(from..eof).is_some_and(opens_last)
     }
 
     /// The error of a stream that ends after `length` bytes without an end in them.

@@ -17,7 +17,7 @@ mod live;
 mod misfit;
 mod walk;
 
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range};
 
 use multifd::live::RunState;
 
@@ -29,7 +29,7 @@ pub use live::LiveSection;
 pub use misfit::Misfit;
 
 use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits, run_state};
-use crate::error::Usage;
+use crate::error::{Usage, Violation};
 
 /// One device section.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl DevicePart {
     /// from `first_id`.
     ///
     /// # Errors
-    /// If there are more or longer devices than a reader accepts.
+    /// If there are more or longer devices than a reader accepts, or two with the same name and instance.
     pub fn build(devices: &[Device], page_size: u32, first_id: SectionId) -> Result<Self, Usage> {
         let refused = |why: String| Usage::Value { what: "devices", why };
         let size: usize = devices.iter().map(|device| device.state.len()).sum();
@@ -96,6 +96,7 @@ impl DevicePart {
                 early: false,
             });
         }
+        check_distinct(&sections).map_err(|twice| refused(twice.to_string()))?;
         let json = description::describe(devices, page_size)?;
         let length = u32::try_from(json.len()).ok().filter(|length| *length <= limits::DESCRIPTION);
         let length = length.ok_or_else(|| refused(format!("{} are too many to describe", devices.len())))?;
@@ -174,6 +175,18 @@ impl DevicePart {
     pub fn body(&self, section: &DeviceSection) -> Option<&[u8]> {
         let bytes = if section.early { self.early() } else { self.blob() };
         bytes.get(section.body.clone())
+    }
+}
+
+/// Refuses two sections with the same name and instance: a destination loads both, and the last one stays. No QEMU sends
+/// such sections.
+fn check_distinct(sections: &[DeviceSection]) -> Result<(), Violation> {
+    let mut seen = HashSet::with_capacity(sections.len());
+    match sections.iter().find(|section| !seen.insert((&section.name, section.instance))) {
+        Some(DeviceSection { name, instance, .. }) => {
+            Err(Violation::DeviceTwice { name: name.clone(), instance: *instance })
+        }
+        None => Ok(()),
     }
 }
 

@@ -243,6 +243,60 @@ fn an_embedders_devices_are_described_so_that_they_can_be_split() {
     assert!(DevicePart::build(&[device("\u{e9}", 0, &[])], 4096, SectionId(2)).is_err());
 }
 
+/// Observed: QEMU 10.0 loads both, and the state of the second one stays. No QEMU sends such devices.
+#[test]
+fn two_sections_of_one_name_and_instance_are_refused() {
+    let section = |id: u8, instance: u8| {
+        format!("04 00 00 00 {id:02x} 01 \"d\" 00 00 00 {instance:02x} 00 00 00 01 aa 7e 00 00 00 {id:02x}")
+    };
+    let entry =
+        |instance: u8| format!(r#"{{"name": "d", "instance_id": {instance}, "fields": [{{"size": 1}}]}}"#);
+    let json = |one, two| format!(r#"{{"devices": [{}, {}]}}"#, entry(one), entry(two));
+    let both = |id, instance| section(0, 0) + &section(id, instance);
+    assert!(found(&part(&both(1, 1), &json(0, 1))).is_some(), "another instance");
+    for id in [0, 1] {
+        let refused = EndFinder::new(true).find(&mut part(&both(id, 0), &json(0, 0)));
+        let twice = Violation::DeviceTwice { name: section_name("d"), instance: 0 };
+        assert_eq!(refused, Err(twice), "section number {id}");
+    }
+    let device = Device { name: section_name("d"), instance: 0, version: 1, state: vec![1] };
+    let refused = DevicePart::build(&[device.clone(), device], 4096, SectionId(2)).unwrap_err();
+    assert!(refused.to_string().contains("device \"d\" instance 0 is sent twice"), "{refused}");
+}
+
+#[test]
+fn an_end_inside_is_found_and_what_follows_is_removed() {
+    let bytes = part(SECTIONS, JSON);
+    for step in [1, 7, bytes.len() + 40] {
+        let followed = [&bytes[..], &[0x7e; 40], &dump("7e 00 00 00 00 00 06 00 00 00 02 \"{}\"")].concat();
+        let (mut finder, mut collected, mut found) = (EndFinder::new(true), Vec::new(), None);
+        for piece in followed.chunks(step) {
+            collected.extend(piece);
+            found = finder.find_inside(&mut collected).unwrap();
+            if found.is_some() {
+                break;
+            }
+        }
+        assert_eq!(found.expect("an end").as_bytes(), bytes, "in pieces of {step}");
+    }
+}
+
+#[test]
+fn without_a_description_the_end_is_the_last_footer_before_zeros() {
+    for id in ["00 00 00 05", "00 00 01 00", "00 00 00 00"] {
+        let bytes = dump(&format!("04 {id} 01 \"d\" 00 00 00 00 00 00 00 01 aa 7e {id} 00"));
+        for zeros in [0, 1, 2, 5, 4096] {
+            let followed = [&bytes[..], &vec![0; zeros]].concat();
+            assert_eq!(
+                EndFinder::new(true).end_before_zeros(&followed),
+                Some(bytes.len()),
+                "{id}, {zeros} zeros"
+            );
+        }
+        assert_eq!(EndFinder::new(true).end_before_zeros(&[&bytes[..], &[1]].concat()), None);
+    }
+}
+
 proptest! {
     #[test]
     fn built_parts_are_found_however_they_arrive(

@@ -1,8 +1,11 @@
 //! Reads a mapped-ram file: everything but the pages, which are read from their places later.
 //!
 //! The file may be ours or QEMU's and is untrusted until it is checked: every place that it names must lie in it and
-//! after the one before, so that no two overlap. A file without its end is refused: it was being written when its
+//! after the one before, so that no two overlap. Bytes after the end of the machine are ignored, as QEMU does. A file
+//! without this end is refused: it was being written when its
 //! writer died, and its bitmaps are not valid.
+
+mod devices;
 
 use std::{
     fs::File,
@@ -15,13 +18,14 @@ use multifd::ram::{
     BlockIndex, BlockName, DirectFile, Memory, PageBitmap, PageSize, Places, RamBlock, RamBlocks,
 };
 
+use devices::Devices;
+
 use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
 use crate::{
     error::{Error, Malformed, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
-        BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EarlyPart, EndFinder,
-        ListReader, Reader, Record, Section, SectionId, SyncMode, decode_footer, decode_header,
-        footer_follows, limits,
+        BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EarlyPart, ListReader,
+        Reader, Record, Section, SectionId, SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
 };
@@ -37,6 +41,7 @@ pub struct MappedRamFile {
     switchover_start: bool,
     sync_mode: Option<SyncMode>,
     devices: DevicePart,
+    trailing: u64,
 }
 
 impl MappedRamFile {
@@ -60,10 +65,23 @@ impl MappedRamFile {
         parser.first_eos(&blocks, section)?;
         let switchover_start = parser.rest_of_ram(&blocks, section)?;
         let note = Note::read(&file, &places);
-        let complete = note.map(|note| offset.checked_add(note.length) == Some(length));
-        let devices = parser.devices(complete)?;
+        let end = note.and_then(|note| offset.checked_add(note.length));
+        let Parser { r, footers, early, .. } = parser;
+        let devices = Devices { file: &file, at: r.position(), length, footers, early };
+        let (devices, end) = devices.read(end)?;
+        let trailing = length.saturating_sub(end);
         let sync_mode = note.and_then(|note| note.sync_mode);
-        Ok(Self { configuration, section, blocks, places, switchover_start, sync_mode, devices, file })
+        Ok(Self {
+            configuration,
+            section,
+            blocks,
+            places,
+            switchover_start,
+            sync_mode,
+            devices,
+            trailing,
+            file,
+        })
     }
 
     /// The configuration; `None` for machine types up to 2.3.
@@ -107,26 +125,30 @@ impl MappedRamFile {
         &self.devices
     }
 
+    /// The number of bytes in the file after the machine, usually 0. QEMU and this library ignore them: a copy may have been
+    /// filled up to a whole number of blocks. The file may also have been written over a longer one.
+    pub fn trailing_bytes(&self) -> u64 {
+        self.trailing
+    }
+
     /// The file, to read pages from.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Reads which pages of a block are present: bit i of word i / 64, least significant first, is page i. Other pages
-    /// are zero, regardless of the bytes in the file. The bitmaps are read block by block because their total size
-    /// grows with RAM.
+    /// Reads which pages of a block are present. Other pages are zero, regardless of the bytes in the file. The memory of
+    /// the result grows with the pages that are present, not with the length of the block.
     ///
     /// # Errors
     /// If there is no such block or the system cannot read.
-    pub fn bitmap(&self, block: BlockIndex) -> Result<Vec<u64>, Error> {
+    pub fn bitmap(&self, block: BlockIndex) -> Result<PageBitmap, Error> {
         let place = self.place(block).ok_or(Usage::NoSuchPage { block: block.0, page: 0 })?;
-        let mut words = Vec::new();
+        let present = PageBitmap::new(place.pages());
         if place.is_ignored() {
-            words.resize(usize::try_from(place.bitmap_words()).unwrap_or_default(), 0);
-            return Ok(words);
+            return Ok(present);
         }
         let mut bytes = vec![0; BITMAP_PIECE];
-        let mut at = place.bitmap_offset;
+        let (mut at, mut first) = (place.bitmap_offset, 0);
         let end = at + place.bitmap_length();
         while at < end {
             let length = usize::try_from(end - at).unwrap_or(BITMAP_PIECE).min(BITMAP_PIECE);
@@ -134,15 +156,12 @@ impl MappedRamFile {
             self.file
                 .read_exact_at(&mut bytes, at)
                 .map_err(|source| io_error(source, at, "read a bitmap"))?;
-            words.extend(bytes.chunks_exact(WORD).map(word));
+            // The bits after the last page have no meaning.
+            present.merge_at(first, bytes.chunks_exact(WORD).map(word));
             at += length as u64;
+            first += length / WORD;
         }
-        // The bits after the last page have no meaning.
-        let behind = place.pages() % u64::from(u64::BITS);
-        if let Some(last) = words.last_mut().filter(|_| behind != 0) {
-            *last &= (1 << behind) - 1;
-        }
-        Ok(words)
+        Ok(present)
     }
 }
 
@@ -172,9 +191,8 @@ impl MappedRamFile {
         let file = Arc::new(file.map_err(|error| multifd::Error::io("open the file once more", error))?);
         let mut blocks = Vec::new();
         for ((index, entry), place) in self.blocks.iter().zip(&self.places) {
-            let present = PageBitmap::new(place.pages());
-            let bits = self.bitmap(index);
-            present.merge(bits.map_err(|error| multifd::Error::other("read a bitmap", error))?);
+            let present =
+                self.bitmap(index).map_err(|error| multifd::Error::other("read a bitmap", error))?;
             let (name, length) = (entry.name.clone(), entry.used_length);
             let places = Places::new(file.clone(), place.pages_offset, present);
             let places = match path(entry, place) {
@@ -305,23 +323,6 @@ impl Parser<'_> {
                 other => return Err(misplaced(&other, "before the end of ram", at)),
             }
         }
-    }
-
-    /// Reads the devices. The file ends where the stream does, so one search for its end is enough. Without a
-    /// description, a note that says whether the file is `complete` decides; without a note, the footers decide.
-    fn devices(&mut self, complete: Option<bool>) -> Result<DevicePart, Error> {
-        let at = self.r.here();
-        let length = self.length.saturating_sub(at.offset);
-        let rest = self.r.bytes(length, limits::DEVICE_PART as u64, "device part")?;
-        let mut finder = EndFinder::new(self.footers).early(std::mem::take(&mut self.early));
-        let mut bytes = [finder.ends(), &rest].concat();
-        if let Some(part) = finder.find(&mut bytes).map_err(|what| what.at(at))? {
-            return Ok(part);
-        }
-        if !complete.unwrap_or(self.footers) {
-            return Err(finder.missing(bytes.len()).at(self.r.here()));
-        }
-        finder.without_description(bytes).map_err(|what| what.at(self.r.here()))
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
         Device, MachineType, encode_footer,
         testing::{block_name, dump, section_name},
     },
-    mapped_ram::{Layout, Tail},
+    mapped_ram::{Layout, Tail, note::Note},
 };
 
 const MIB: u64 = 1 << 20;
@@ -38,6 +38,10 @@ fn whole(configuration: &Configuration, blocks: &BlockList, offset: u64) -> (Fil
     (file, layout)
 }
 
+fn words(file: &MappedRamFile, block: usize) -> Vec<u64> {
+    file.bitmap(BlockIndex(block)).unwrap().words().collect()
+}
+
 /// A file of one block of 16 pages, with `change` written at `at`.
 fn changed(at: u64, change: &[u8]) -> Result<MappedRamFile, Error> {
     let (file, _) = whole(&q35(), &list(&[("pc.ram", 0x1_0000)]), 0);
@@ -60,10 +64,10 @@ fn a_file_reads_back_as_written() {
     assert_eq!(read.devices(), &devices());
     assert_eq!(read.section(), SectionId(1));
     assert!(read.switchover_start());
-    assert_eq!(read.bitmap(BlockIndex(0)).unwrap(), [0x9249_2492_4924_9249; 16]);
-    assert!(read.bitmap(BlockIndex(1)).unwrap().is_empty());
+    assert_eq!(words(&read, 0), [0x9249_2492_4924_9249; 16]);
+    assert!(words(&read, 1).is_empty());
     // One page: the bits after the first have no meaning.
-    assert_eq!(read.bitmap(BlockIndex(2)).unwrap(), [1]);
+    assert_eq!(words(&read, 2), [1]);
     assert!(read.bitmap(BlockIndex(3)).is_err());
 }
 
@@ -91,7 +95,7 @@ fn bits_are_least_significant_first_in_each_byte() {
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, layout.places()[0].bitmap_offset).unwrap();
     assert_eq!(bytes, [1, 2, 0, 0, 0, 0, 0, 0x80]);
-    assert_eq!(MappedRamFile::open(file, 0).unwrap().bitmap(BlockIndex(0)).unwrap(), words);
+    assert_eq!(self::words(&MappedRamFile::open(file, 0).unwrap(), 0), words);
 }
 
 #[test]
@@ -117,6 +121,69 @@ fn a_file_cut_behind_its_devices_is_refused() {
     file.set_len(file.metadata().unwrap().len() - devices().description().unwrap().len() as u64 - 5).unwrap();
     let error = MappedRamFile::open(file, 0).unwrap_err();
     assert!(error.to_string().contains("incomplete"), "{error}");
+}
+
+/// A file without its note, as QEMU writes it.
+fn without_note(offset: u64) -> (File, u64) {
+    let (file, layout) = whole(&q35(), &list(&[("pc.ram", 0x1_0000)]), offset);
+    let note = Note::offset(layout.places()).unwrap();
+    file.write_all_at(&[0; 24], note).unwrap();
+    let length = file.metadata().unwrap().len();
+    (file, length)
+}
+
+/// QEMU 10.0 loads a file with any bytes after the machine: one zero, noise, another description.
+#[test]
+fn bytes_behind_the_machine_are_ignored_and_counted() {
+    for has_note in [true, false] {
+        for trailing in [&b""[..], b"\0", b"\xff", b"}", b"\x06\0\0\0\x02{}", &[0x5a; 100_000]] {
+            let (file, length) = if has_note {
+                let (file, _) = whole(&q35(), &list(&[("pc.ram", 0x1_0000)]), 0x1000);
+                let length = file.metadata().unwrap().len();
+                (file, length)
+            } else {
+                without_note(0x1000)
+            };
+            file.write_all_at(trailing, length).unwrap();
+            let read = MappedRamFile::open(file, 0x1000).unwrap();
+            assert_eq!(read.trailing_bytes(), trailing.len() as u64, "note: {has_note}");
+            assert_eq!(read.devices(), &devices());
+        }
+    }
+}
+
+/// 8 TiB are only a hole.
+#[test]
+fn a_hole_behind_the_machine_takes_neither_time_nor_memory() {
+    let (file, length) = without_note(0);
+    file.set_len(8 << 40).unwrap();
+    assert_eq!(MappedRamFile::open(file, 0).unwrap().trailing_bytes(), (8 << 40) - length);
+}
+
+/// The description of a guest's own making, in the state of its device, fits a part of its devices.
+#[test]
+fn an_end_that_a_guest_has_planted_is_not_taken_for_the_end_of_the_file() {
+    let decoy = DevicePart::build(&[], 4096, SectionId(2)).unwrap();
+    let state = [dump("7e 00 00 00 02").as_slice(), decoy.as_bytes()].concat();
+    let timer = Device { name: section_name("timer"), instance: 0, version: 2, state };
+    let devices = DevicePart::build(&[timer], 4096, SectionId(2)).unwrap();
+    let layout = Layout::new(&q35(), &list(&[("pc.ram", 0x1_0000)]), SectionId(1), 0).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    layout.write(&file, &Tail { switchover_start: true, devices: &devices }, |_, _| [1]).unwrap();
+    file.write_all_at(&[0; 24], Note::offset(layout.places()).unwrap()).unwrap();
+    let read = MappedRamFile::open(file, 0).unwrap();
+    assert_eq!((read.devices(), read.trailing_bytes()), (&devices, 0));
+}
+
+/// What a file has as a hole has cost its writer nothing.
+#[test]
+fn devices_that_are_mostly_a_hole_are_refused_before_they_take_much_memory() {
+    let (file, length) = without_note(0);
+    let tail = length - devices().as_bytes().len() as u64;
+    file.set_len(tail).unwrap();
+    file.set_len(tail + (200 << 20)).unwrap();
+    let error = MappedRamFile::open(file, 0).unwrap_err().to_string();
+    assert!(error.contains("mostly holes") && error.contains("cp --sparse=never"), "{error}");
 }
 
 #[test]

@@ -10,6 +10,8 @@ use multifd::ram::{
     BlockIndex, DirectFile, Memory, PageBitmap, Places, RamBlock, RamBlocks, with_file_size_errors,
 };
 
+use rustix::fs::{FallocateFlags, fallocate};
+
 use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
 use crate::{
     error::{Error, Place, StreamKind, Usage},
@@ -197,28 +199,36 @@ impl Layout {
         if !blocks.iter().map(named).eq(listed) {
             return Err(Usage::Blocks("they differ from those that the file was created for".into()).into());
         }
-        let present = |index| blocks.get(index).map(|block| block.present_words().collect());
-        self.write(file, tail, |index, _| present(index).unwrap_or_default())
+        self.write(file, tail, |index, place| {
+            let (block, words) = (blocks.get(index), usize::try_from(place.bitmap_words()));
+            (0..words.unwrap_or(usize::MAX))
+                .map(move |word| block.map_or(0, |block| block.present_word(word)))
+        })
     }
 
     /// Like [`write_around`](Self::write_around), with the caller's bitmaps. They are requested block by block, except
-    /// for blocks that are left out of the file: bit i of word i / 64, least significant first, is page i.
+    /// for blocks that are left out of the file: bit i of word i / 64, least significant first, is page i. Where no bit is
+    /// set the bitmap becomes a hole in the file, if the file system supports holes, so that a sparse machine of terabytes
+    /// needs space only for its pages.
     ///
     /// # Errors
     /// If the number of words of a bitmap is not the [number](BlockPlace::bitmap_words) that the block needs; if the
     /// devices have footers and the file has not (or the reverse), or one of them has the RAM section's number; if the
     /// system cannot write.
-    pub fn write(
+    pub fn write<W>(
         &self,
         file: &File,
         tail: &Tail<'_>,
-        mut bitmap: impl FnMut(BlockIndex, &BlockPlace) -> Vec<u64>,
-    ) -> Result<u64, Error> {
+        mut bitmap: impl FnMut(BlockIndex, &BlockPlace) -> W,
+    ) -> Result<u64, Error>
+    where
+        W: IntoIterator<Item = u64, IntoIter: ExactSizeIterator>,
+    {
         self.check_tail(tail)?;
         self.write_head(file)?;
         for (index, place) in (0..).map(BlockIndex).zip(&self.places) {
             if !place.is_ignored() {
-                self.write_bitmap(file, index, &bitmap(index, place))?;
+                self.write_bitmap(file, index, bitmap(index, place).into_iter())?;
             }
         }
         self.write_tail(file, tail)
@@ -229,22 +239,32 @@ impl Layout {
         self.head.iter().try_for_each(|(at, piece)| write_at(file, piece, *at, "write the head"))
     }
 
-    fn write_bitmap(&self, file: &File, block: BlockIndex, words: &[u64]) -> Result<(), Error> {
+    fn write_bitmap(
+        &self,
+        file: &File,
+        block: BlockIndex,
+        mut words: impl ExactSizeIterator<Item = u64>,
+    ) -> Result<(), Error> {
         let place = self.place(block).ok_or(Usage::NoSuchPage { block: block.0, page: 0 })?;
         if words.len() as u64 != place.bitmap_words() {
             let why = format!("expected {:#x} words, found {:#x}", place.bitmap_words(), words.len());
             return Err(Usage::Value { what: "bitmap", why }.into());
         }
+        // Zeros may not stay what they are: an older machine in the file may have had bits there.
+        let is_hole = make_hole(file, place.bitmap_offset, place.bitmap_length());
         let mut at = place.bitmap_offset;
-        let mut bytes = Vec::with_capacity(words.len().min(BITMAP_PIECE / WORD) * WORD);
-        for piece in words.chunks(BITMAP_PIECE / WORD) {
-            bytes.clear();
-            for word in piece {
-                // The only little-endian field in either format.
-                bytes.extend(word.to_le_bytes());
+        let mut bytes = Vec::with_capacity(BITMAP_PIECE);
+        while words.len() > 0 {
+            let start = bytes.len();
+            words.by_ref().take(HOLE / WORD).for_each(|word| bytes.extend(encode(word)));
+            let is_zero = bytes.iter().skip(start).all(|byte| *byte == 0);
+            let skipped = if is_hole && is_zero { bytes.len() - start } else { 0 };
+            bytes.truncate(bytes.len() - skipped);
+            if skipped > 0 || bytes.len() + HOLE > BITMAP_PIECE || words.len() == 0 {
+                write_at(file, &bytes, at, "write a bitmap")?;
+                at += (bytes.len() + skipped) as u64;
+                bytes.clear();
             }
-            write_at(file, &bytes, at, "write a bitmap")?;
-            at += bytes.len() as u64;
         }
         Ok(())
     }
@@ -280,6 +300,19 @@ impl Layout {
     }
 }
 
+#[expect(clippy::little_endian_bytes, reason = "the only little-endian field in either format")]
+fn encode(word: u64) -> [u8; WORD] {
+    word.to_le_bytes()
+}
+
+/// Makes a part of the file a hole, which reads as zeros. `false` if the file system cannot do it.
+fn make_hole(file: &File, at: u64, length: u64) -> bool {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    length > 0 && fallocate(file, flags, at, length).is_ok()
+}
+
+/// Bytes of a bitmap that become a hole if none of their bits is set: the usual block size of file systems.
+const HOLE: usize = 4 << 10;
 /// A position that no file reaches, with room for the tail.
 const MAX_POSITION: u64 = 1 << 62;
 

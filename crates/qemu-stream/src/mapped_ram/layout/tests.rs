@@ -1,4 +1,4 @@
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use multifd::ram::{PageIndex, PageSize};
 
@@ -126,4 +126,24 @@ fn device_with_the_number_of_the_ram_section_is_refused() {
         assert_eq!(matches!(found, Err(Error::Usage(Usage::SectionTaken { .. }))), refused, "{found:?}");
         assert_eq!(file.metadata().unwrap().len() == 0, refused);
     }
+}
+
+/// A bitmap of 4 MiB in a file that was full of ones: the bits of two pages need two pieces, the rest becomes a hole.
+#[test]
+fn a_bitmap_is_a_hole_where_no_bit_is_set_and_reads_as_zeros_there() {
+    let layout = Layout::new(&q35(), &blocks(&[("pc.ram", 1 << 37)]), SectionId(1), 0).unwrap();
+    let place = layout.places()[0];
+    let file = tempfile::tempfile().unwrap();
+    let older = vec![0xff; usize::try_from(place.bitmap_length()).unwrap()];
+    file.write_all_at(&older, place.bitmap_offset).unwrap();
+    let words = usize::try_from(place.bitmap_words()).unwrap();
+    let marked = |word: usize| if word == 12_345 || word == words - 1 { 1 << 7 } else { 0 };
+    layout.write(&file, &tail(&devices()), |_, _| (0..words).map(marked)).unwrap();
+    let mut bytes = vec![0; words * WORD];
+    file.read_exact_at(&mut bytes, place.bitmap_offset).unwrap();
+    let found: Vec<usize> = (0..words).filter(|word| bytes[word * WORD..][..WORD] != [0; WORD]).collect();
+    assert_eq!(found, [12_345, words - 1]);
+    // The head, two pieces of the bitmap, the note and the tail.
+    let blocks = file.metadata().unwrap().blocks();
+    assert!(blocks * 512 <= 1 << 20, "{blocks} sectors of 512 bytes are in use");
 }

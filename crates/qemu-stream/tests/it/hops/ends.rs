@@ -16,8 +16,9 @@ use multifd::{
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, Pending},
-    format::MachineType,
+    format::{Configuration, MachineType},
     incoming::Expected,
+    source::{Source, SourceOptions},
 };
 
 use super::kit::{RAM, Told, as_announced, block, blocks, departure, hop, listening, taken};
@@ -69,6 +70,27 @@ fn a_machine_that_was_only_announced_stays_at_the_source() {
         assert_eq!(error.fault(), Fault::Peer, "{channels} channels, {end}: {error:?}");
         assert_eq!(guest.stops, guest.resumes, "{channels} channels, {end}");
         assert_eq!(arriving.join().expect("no panic").is_ok(), end == 0);
+    }
+}
+
+/// A stop belongs to one migration. With the stop of one that has ended, a cancel would have no effect; with that of one
+/// that runs, a cancel would end both.
+#[test]
+fn a_stop_of_another_migration_is_refused_on_both_sides_and_stays_as_it_was() {
+    let taken = |error: &Error| matches!(error.kind(), Error::Usage(Usage::StopTaken));
+    for channels in [0, 2] {
+        let source = blocks(&RAM);
+        let configuration = || Configuration::new(MachineType::new("told-1").expect("a name"));
+        let options = || SourceOptions::new(configuration()).channels(channels);
+        let stop = Stop::new();
+        let first = Source::new(source.clone(), options(), &stop).expect("a new stop");
+        assert!(taken(&Source::new(source.clone(), options(), &stop).expect_err("taken")));
+        let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
+        let arrival = Arrival::listen(listening().0, ArrivalOptions::new(expected), &stop);
+        assert!(taken(&arrival.expect_err("taken")));
+        assert!(!stop.is_stopped(), "the first migration goes on");
+        drop(first);
+        assert!(taken(&Source::new(source, options(), &stop).expect_err("taken for ever")));
     }
 }
 
