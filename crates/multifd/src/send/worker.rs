@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    error::{Fault, Result},
+    error::{Error, Fault, Result},
     wire::ChannelId,
 };
 
@@ -33,11 +33,18 @@ pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce
     if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
         match error.fault() {
-            Fault::Connection => shared.stop.fail_as_consequence(error.on_channel(id), GRACE),
+            // A TLS session explains why the peer has closed it, and then main knows no more.
+            Fault::Connection if !is_explained(&error) => {
+                shared.stop.fail_as_consequence(error.on_channel(id), GRACE)
+            }
             _ => shared.stop.fail(error.on_channel(id)),
         };
     }
     tracing::debug!(channel = id.0, "multifd_send_thread_end");
+}
+
+fn is_explained(error: &Error) -> bool {
+    matches!(error.kind(), Error::Io { source, .. } if source.get_ref().is_some())
 }
 
 /// The time that main has to report why the destination fails, before a closed channel is the error.

@@ -172,8 +172,8 @@ impl fmt::Display for Reached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Nothing => {
-                "it had not replied yet; likely causes, the likeliest first: another machine type, TLS on one side only, another \
-                 UUID, multifd on one side only"
+                "it had not replied yet; likely causes, the likeliest first: another machine type, another multifd-channels (or \
+                 multifd on one side only), TLS on one side only, another UUID"
             }
             Self::Configuration => {
                 "it had accepted the machine type; likely causes, the likeliest first: another RAM size or other memory devices, \

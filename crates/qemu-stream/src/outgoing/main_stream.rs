@@ -138,7 +138,9 @@ impl<C: Connection> Main for MainStream<C> {
     fn ready(&mut self) -> Result<()> {
         // The watch would read the reply that `ready` waits for.
         self.watch = None;
-        self.outgoing.ready().map_err(failed)
+        // No guest is stopped meanwhile, so no other limit ends this wait.
+        let limit = self.captured.as_ref().and(self.end_timeout);
+        self.outgoing.ready_within(limit).map_err(failed)
     }
 
     fn end_ram(&mut self, synced: Option<Synced<'_>>) -> Result<()> {

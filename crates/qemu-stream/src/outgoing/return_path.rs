@@ -44,12 +44,29 @@ pub(super) struct EndLimits {
 }
 
 impl Replies {
-    /// Waits until the destination has replied to the PING with this value.
+    /// Waits until the destination has replied to the PING with this value, for `limit` at most; `None` waits until the
+    /// connection is shut down.
     pub(super) fn wait_for_pong<C: Connection>(
         &mut self,
         connection: &mut C,
         value: u32,
+        limit: Option<Duration>,
     ) -> Result<(), Error> {
+        let replied = self.pong(connection, value, limit);
+        if limit.is_some() {
+            // The next wait has its own limit. An error does not matter: the connection has ended then.
+            let _ = connection.set_read_timeout(None);
+        }
+        replied
+    }
+
+    fn pong<C: Connection>(
+        &mut self,
+        connection: &mut C,
+        value: u32,
+        limit: Option<Duration>,
+    ) -> Result<(), Error> {
+        let end = limit.map(|limit| Instant::now() + limit);
         loop {
             while let Some((message, at)) = self.next()? {
                 if message == Message::Pong(value) {
@@ -57,8 +74,18 @@ impl Replies {
                 }
                 self.no_last_word(&message, at)?;
             }
-            if self.read_more(connection).map_err(|source| self.broken(source))? == 0 {
-                return Err(self.no_shut());
+            if let Some(end) = end {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Error::TimedOut { at: self.place(), expected: "a message" });
+                }
+                connection.set_read_timeout(Some(left)).map_err(|source| self.broken(source))?;
+            }
+            match self.read_more(connection) {
+                Ok(0) => return Err(self.no_shut()),
+                Ok(_) => {}
+                Err(error) if end.is_some() && is_late(&error) => {}
+                Err(error) => return Err(self.broken(error)),
             }
         }
     }
