@@ -14,7 +14,6 @@ use std::{
 
 use multifd::ram;
 use parse_size::Config;
-use qemu_stream::mapped_ram::MappedRamFile;
 
 use crate::output::outcome::While;
 
@@ -61,12 +60,6 @@ impl FileAddress {
     /// The position at which the stream begins, in bytes.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
-    }
-
-    /// Opens the machine at this address for reading.
-    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
-        let file = open_regular(&self.path).map_err(|error| self.unreadable(error))?;
-        MappedRamFile::open(file, self.offset).map_err(|error| self.unreadable(error))
     }
 
     /// The error of a machine that cannot be read.

@@ -21,6 +21,7 @@ mod interrupt;
 mod listen_address;
 mod new_file;
 mod output;
+mod remedy;
 mod verbs;
 
 use std::{ffi::OsString, process::ExitCode};

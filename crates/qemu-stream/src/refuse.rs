@@ -16,6 +16,12 @@ pub(crate) fn command(command: &Command, at: Place) -> Error {
     Unsupported::Capability { what, capability }.at(at)
 }
 
+/// The error of a stream whose devices follow RAM without its END.
+pub(crate) fn background_snapshot(at: Place) -> Error {
+    let what = "a background snapshot (devices after RAM, without its end)";
+    Unsupported::Capability { what, capability: "background-snapshot" }.at(at)
+}
+
 /// The error of a section that is sent in pieces and is not RAM. Its body has no length.
 pub(crate) fn iterative_section(head: &SectionHead, at: Place) -> Error {
     let remedy = match head.name.as_bytes() {

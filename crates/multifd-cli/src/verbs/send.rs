@@ -87,7 +87,10 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
 /// The consequence for the guest if the destination does not have it: it stays in the file.
 fn not_taken(error: &Error) -> &'static str {
     match error.fault() {
-        Fault::Peer | Fault::Connection => "; the destination does not have the guest, the file is unchanged",
+        _ if matches!(error.kind(), Error::OwnerUnknown(_)) => "",
+        Fault::Peer | Fault::Connection | Fault::Protocol | Fault::Stalled => {
+            "; the destination does not have the guest, the file is unchanged"
+        }
         _ => "",
     }
 }
@@ -204,11 +207,13 @@ impl Guest for AtRest {
 
 #[cfg(test)]
 mod tests {
+    use qemu_stream::error::Reached;
+
     use super::*;
 
     #[test]
     fn file_is_said_to_be_unchanged_where_the_destination_has_not_taken_the_guest() {
-        let refused = qemu_stream::Error::DestinationFailed { code: 1 };
+        let refused = qemu_stream::Error::DestinationFailed { code: 1, reached: Reached::Ram };
         let failed = Error::other("complete", refused).because(Fault::Peer);
         assert!(not_taken(&failed).contains("the file is unchanged"), "{failed:?}");
         assert!(not_taken(&failed.at("main")).contains("the file is unchanged"));

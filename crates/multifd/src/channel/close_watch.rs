@@ -63,7 +63,10 @@ impl CloseWatch {
         let wanted = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(&events, &signal.descriptor, EventData::new_u64(PEER), wanted)?;
         epoll::add(&events, end.fd(), EventData::new_u64(END), EventFlags::IN)?;
+        let informed = stop.inform();
         let thread = Builder::new().name("multifdmain".into()).spawn(move || {
+            // Ends with the thread, which has reported what it learnt by then.
+            let _informed = informed;
             if let Err(error) = run(&events, &signal, &stop, grace, judge) {
                 tracing::warn!(%error, "the main connection is no longer watched");
             }
@@ -138,7 +141,7 @@ fn run(
 }
 
 /// Waits until the watch is dropped, for at most `limit`.
-fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
+pub(super) fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
     let end = deadline(limit);
     let mut ready = Vec::with_capacity(2);
     loop {
@@ -154,7 +157,11 @@ fn is_dropped_within(events: &OwnedFd, limit: Duration) -> io::Result<bool> {
 }
 
 /// Waits for events, for at most `limit`. A signal also ends the wait, without an event.
-fn wait(events: &OwnedFd, ready: &mut Vec<epoll::Event>, limit: Option<Duration>) -> io::Result<()> {
+pub(super) fn wait(
+    events: &OwnedFd,
+    ready: &mut Vec<epoll::Event>,
+    limit: Option<Duration>,
+) -> io::Result<()> {
     let limit = limit.map(Timespec::try_from).transpose().map_err(|_| io::ErrorKind::InvalidInput)?;
     ready.clear();
     match epoll::wait(events, spare_capacity(ready), limit.as_ref()) {
@@ -166,7 +173,7 @@ fn wait(events: &OwnedFd, ready: &mut Vec<epoll::Event>, limit: Option<Duration>
 /// The time that the owner of a session has to find out why the peer has closed it.
 const LAST_WORD: Duration = Duration::from_millis(300);
 const PEER: u64 = 0;
-const END: u64 = 1;
+pub(super) const END: u64 = 1;
 /// Enough for everything a destination sends before it has everything.
 const PEEKED: usize = 1024;
 

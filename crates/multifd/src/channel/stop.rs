@@ -52,6 +52,8 @@ struct State {
     cause: Option<Cause>,
     /// An error that is known to be the cause of the next failure; it is reported instead of that failure.
     expected: Option<Error>,
+    /// How many can still learn from the peer why it fails.
+    informed: usize,
     watchers: Vec<(u64, Arc<dyn Wake>)>,
     next: u64,
 }
@@ -90,6 +92,30 @@ impl Stop {
     pub(crate) fn expect(&self, error: Error) {
         let mut state = self.lock();
         state.expected.get_or_insert(error);
+        self.0.changed.notify_all();
+    }
+
+    /// Until the returned guard is dropped, somebody can still learn from the peer why it fails, and then reports it with
+    /// [`expect`](Self::expect) or [`fail`](Self::fail).
+    pub(super) fn inform(&self) -> Informed {
+        self.lock().informed += 1;
+        Informed(self.clone())
+    }
+
+    /// Stops with an error that often has a cause which the peer reports elsewhere, such as a closed channel. Waits up to
+    /// `limit` for that report, as long as there is somebody who can receive it. Returns the error to report.
+    pub(crate) fn fail_as_consequence(&self, error: Error, limit: Duration) -> Error {
+        let end = deadline(limit);
+        let mut state = self.lock();
+        while state.informed > 0 && state.cause.is_none() && state.expected.is_none() {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.fail(error)
     }
 
     #[cfg(test)]
@@ -241,6 +267,17 @@ impl Drop for Watch {
     }
 }
 
+/// See [`Stop::inform`].
+#[derive(Debug)]
+pub(super) struct Informed(Stop);
+
+impl Drop for Informed {
+    fn drop(&mut self) {
+        self.0.lock().informed -= 1;
+        self.0.0.changed.notify_all();
+    }
+}
+
 /// See [`Stop::alarm`].
 pub(crate) struct Alarm<'a> {
     stop: &'a Stop,
@@ -343,6 +380,34 @@ mod tests {
         let inner = stop.watch(Arc::new(Count::default()));
         drop(stop.watch(Arc::new(Owns { _watch: inner })));
         assert!(stop.lock().watchers.is_empty());
+    }
+
+    /// A consequence waits for its cause exactly as long as somebody can still report one.
+    #[test]
+    fn a_consequence_waits_for_the_cause_while_somebody_can_report_it() {
+        let long = Duration::from_secs(1000);
+        let stop = Stop::new();
+        assert_eq!(stop.fail_as_consequence(failure("closed"), long).to_string(), "closed");
+        for reported in [true, false] {
+            let stop = Stop::new();
+            let informed = stop.inform();
+            let waiting = spawn({
+                let stop = stop.clone();
+                move || stop.fail_as_consequence(failure("closed"), long).to_string()
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!stop.is_stopped());
+            if reported {
+                stop.expect(failure("refused"));
+            }
+            drop(informed);
+            let first = waiting.join().expect("no panic");
+            assert_eq!(first, if reported { "refused" } else { "closed" });
+        }
+        let stop = Stop::new();
+        let _informed = stop.inform();
+        let short = Duration::from_millis(1);
+        assert_eq!(stop.fail_as_consequence(failure("closed"), short).to_string(), "closed");
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub enum Error {
     /// the source, unless `resume_if_unknown` is on: check whether the guest runs at the destination, then resume it or
     /// discard it at the source.
     #[error(
-        "it is not known whether the destination has the guest: check the destination before the guest continues at the source"
+        "it is not known whether the destination has the guest: make sure that it does not run there before it runs anywhere else"
     )]
     OwnerUnknown(#[source] Box<Error>),
     /// A callback of the embedder panicked.

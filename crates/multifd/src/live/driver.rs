@@ -236,6 +236,9 @@ impl<'a> Driver<'a> {
         self.nothing_written()?;
         self.main.ready()?;
         self.main.end_ram(synced(&mut self.sender)?)?;
+        if let Some(sender) = &mut self.sender {
+            sender.all_sent();
+        }
         // From here on the destination may get all that it needs. A failure closes only the sending side, so that the
         // destination's reply can still be read.
         let _half = self.main.send_waker().map(|waker| stop.watch_failure(waker));

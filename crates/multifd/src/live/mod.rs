@@ -113,6 +113,7 @@ impl Migration {
     /// As [`Sender::set_up`]; [`Usage::TooEarly`] without channels.
     pub fn set_up(&mut self, connector: Arc<dyn Connect>) -> Result<()> {
         let sender = self.sender.as_mut().ok_or(Usage::TooEarly("the sender"))?;
+        sender.fail_when_closed()?;
         sender.set_up(connector)
     }
 

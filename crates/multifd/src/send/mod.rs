@@ -34,7 +34,7 @@ use shared::Shared;
 
 use crate::{
     batch::Batch,
-    channel::{Connect, Stop, Watch},
+    channel::{ClosedChannels, Connect, Stop, Watch},
     compress::Method,
     error::{Error, Result, Usage},
     options::SendOptions,
@@ -61,6 +61,8 @@ pub struct Sender {
     targets: Option<Arc<Targets>>,
     shared: Option<Arc<Shared>>,
     threads: Vec<JoinHandle<()>>,
+    /// Fails the stop if the destination closes a channel before all of RAM has been sent.
+    closed: Option<ClosedChannels>,
     /// Wakes the channels and the collector at the stop, as long as the sender exists.
     watch: Option<Watch>,
 }
@@ -84,6 +86,7 @@ impl Sender {
             targets: None,
             shared: None,
             threads: Vec::new(),
+            closed: None,
             watch: None,
         })
     }
@@ -111,8 +114,11 @@ impl Sender {
         let (channels, page_size) = (self.options.channels, self.blocks.page_size());
         let dispatch = Dispatch::new(channels, page_size, self.options.zero_copy_send);
         let (options, locked) = (self.options.clone(), Arc::new(zero_copy::Shared::default()));
+        let watched = self.closed.as_ref().map(ClosedChannels::watched);
         self.start(dispatch, move |id, shared| {
-            worker::run(id, shared, || Packets::connect(id, shared, &options, &*connector, &locked));
+            worker::run(id, shared, || {
+                Packets::connect(id, shared, &options, &*connector, &locked, watched.as_ref())
+            });
         })
     }
 
@@ -207,6 +213,24 @@ impl Sender {
         SendCounters(self.shared.clone())
     }
 
+    /// Fails the migration as soon as the destination closes a channel, until [`all_sent`](Self::all_sent). Call it before
+    /// [`set_up`](Self::set_up).
+    ///
+    /// # Errors
+    /// If the system cannot start a thread.
+    pub(crate) fn fail_when_closed(&mut self) -> Result<()> {
+        let stop = self.stop.clone();
+        let closed =
+            ClosedChannels::start(worker::GRACE, move |id| drop(stop.fail(packets::closed().on_channel(id))));
+        self.closed = Some(closed.map_err(|error| Error::io("watch the channels", error))?);
+        Ok(())
+    }
+
+    /// All of RAM has been sent, and the last [`sync`](Self::sync) made: the destination may close the channels.
+    pub(crate) fn all_sent(&mut self) {
+        self.closed = None;
+    }
+
     /// Ends the migration normally: the destination has confirmed that it has everything. Closes the channels and joins
     /// their threads.
     ///
@@ -214,6 +238,7 @@ impl Sender {
     /// The error that stopped the migration before; [`Usage::Unsynced`] if pages were queued after the last
     /// [`sync`](Sender::sync): they may not have left, so this stops the migration.
     pub fn finish(mut self) -> Result<Vec<ChannelStats>> {
+        self.all_sent();
         let handed_over = self.shared.as_ref().is_some_and(|shared| shared.dispatch.is_unsynced());
         if handed_over || !self.hand.is_empty() {
             self.stop.check()?;
@@ -231,6 +256,7 @@ impl Sender {
         if self.shared.is_some() {
             tracing::debug!("multifd_send_terminate_threads");
             self.stop.cancel();
+            self.closed = None;
             self.join();
         }
     }

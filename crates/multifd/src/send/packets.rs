@@ -18,7 +18,9 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    channel::{Connect, Link, StallTimer, Watch, is_of_a_host, send_all, send_all_more},
+    channel::{
+        Connect, Link, PeerSignal, StallTimer, Watch, WatchedChannels, is_of_a_host, send_all, send_all_more,
+    },
     compress::{Encode, PacketPages},
     error::{Error, Result, Usage},
     options::SendOptions,
@@ -40,6 +42,8 @@ pub(super) struct Packets<'a> {
     zero_copy: Option<InFlight<'a>>,
     options: &'a SendOptions,
     stall_timer: StallTimer,
+    /// The descriptor that is watched, if the link has one.
+    _signal: Option<PeerSignal>,
     _watch: Watch,
 }
 
@@ -51,6 +55,7 @@ impl<'a> Packets<'a> {
         options: &'a SendOptions,
         connector: &dyn Connect,
         locked: &'a zero_copy::Shared,
+        watched: Option<&WatchedChannels>,
     ) -> Result<Self> {
         let target = connector.target();
         tracing::debug!(channel = id.0, %target, "multifd_new_send_channel_async");
@@ -66,8 +71,14 @@ impl<'a> Packets<'a> {
             })?;
             zero_copy::check_limit().map_err(|error| Error::io(format!("send to {target}"), error))?;
         }
+        let watching = |error| Error::io(format!("watch the connection to {target}"), error);
+        let signal = link.peer_signal().map_err(watching)?;
+        if let (Some(watched), Some(signal)) = (watched, &signal) {
+            watched.add(id, &signal.descriptor).map_err(watching)?;
+        }
         let mut packets = Self {
             id,
+            _signal: signal,
             shared,
             counters: &shared.counters[usize::from(id.0)],
             _watch: shared.stop.watch_failure(link.waker()),
@@ -214,6 +225,16 @@ fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<It
     })
 }
 
+/// The error of a channel that the destination has closed before it had all of RAM.
+pub(super) fn closed() -> Error {
+    Error::io(format!("use the connection{CLOSED}"), io::ErrorKind::ConnectionReset.into())
+}
+
+/// The likely causes are in the order of how often they lead to a closed channel.
+const CLOSED: &str = ": the destination closed the connection; its own log has the reason; likely causes, the likeliest first: \
+                      another multifd-compression, another multifd-channels (or multifd off there), TLS on one side only, \
+                      another UUID, another machine type";
+
 /// What to do when a destination closes a channel, or accepts no more connections after main. It never sends a reason.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
@@ -223,10 +244,7 @@ fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionRefused
         | io::ErrorKind::NotConnected
-        | io::ErrorKind::BrokenPipe => {
-            ": the destination closed the connection; its own log has the reason: channel count, method, UUID and machine type \
-             must be the same on both sides"
-        }
+        | io::ErrorKind::BrokenPipe => CLOSED,
         io::ErrorKind::TimedOut if is_of_a_host(error) => {
             ": its host does not answer, or the network is interrupted"
         }

@@ -3,11 +3,17 @@
 //! Its carrier handles a batch: [`packets`](super::packets) sends it over a connection, [`copies`](super::copies)
 //! copies it into other blocks.
 
+use std::time::Duration;
+
 use super::{
     dispatch::{Dispatch, Job},
     shared::Shared,
 };
-use crate::{batch::Batch, error::Result, wire::ChannelId};
+use crate::{
+    batch::Batch,
+    error::{Error, Fault, Result},
+    wire::ChannelId,
+};
 
 /// How a channel carries batches.
 pub(super) trait Carrier {
@@ -26,10 +32,23 @@ pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce
     let _alarm = shared.stop.alarm("a channel's thread");
     if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
-        shared.stop.fail(error.on_channel(id));
+        match error.fault() {
+            // A TLS session explains why the peer has closed it, and then main knows no more.
+            Fault::Connection if !is_explained(&error) => {
+                shared.stop.fail_as_consequence(error.on_channel(id), GRACE)
+            }
+            _ => shared.stop.fail(error.on_channel(id)),
+        };
     }
     tracing::debug!(channel = id.0, "multifd_send_thread_end");
 }
+
+fn is_explained(error: &Error) -> bool {
+    matches!(error.kind(), Error::Io { source, .. } if source.get_ref().is_some())
+}
+
+/// The time in which main can report why the destination fails, before the closed channel becomes the error.
+pub(super) const GRACE: Duration = Duration::from_millis(500);
 
 /// Carries out the jobs of `dispatch` for a connected channel, until the end.
 pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()> {

@@ -133,14 +133,14 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.switchover().map_err(failed)
     }
 
-    // For a captured machine it is not asked, because no guest is stopped meanwhile.
+    // A captured machine is asked about as well: a destination whose channels have failed never has all of RAM, and the devices
+    // are not sent to it.
     fn ready(&mut self) -> Result<()> {
         // The watch would read the reply that `ready` waits for.
         self.watch = None;
-        if self.captured.is_some() {
-            return Ok(());
-        }
-        self.outgoing.ready().map_err(failed)
+        // No guest is stopped meanwhile, so no other limit ends this wait.
+        let limit = self.captured.as_ref().and(self.end_timeout);
+        self.outgoing.ready_within(limit).map_err(failed)
     }
 
     fn end_ram(&mut self, synced: Option<Synced<'_>>) -> Result<()> {

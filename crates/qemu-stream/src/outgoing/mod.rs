@@ -20,7 +20,7 @@ mod options;
 mod return_path;
 mod writer;
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use multifd::{
     Synced,
@@ -36,7 +36,7 @@ pub use options::Options;
 
 use crate::{
     connection::Connection,
-    error::{Error, Place, StreamKind, Usage},
+    error::{Error, Usage},
     format::{BlockList, Command, DevicePart, Event, READY_PING, SyncMark, SyncMode},
 };
 use encoder::Encoder;
@@ -274,13 +274,18 @@ impl<C: Connection> Outgoing<C> {
     /// # Errors
     /// If the call is out of order, the destination has failed, or the connection fails.
     pub fn ready(&mut self) -> Result<(), Error> {
+        self.ready_within(None)
+    }
+
+    /// The same, with a time limit.
+    pub(super) fn ready_within(&mut self, limit: Option<Duration>) -> Result<(), Error> {
         self.expect("ready", Stage::Between)?;
         if !self.options.return_path {
             return Ok(());
         }
         self.put(&Event::Command(&Command::Ping(READY_PING)))?;
         self.leave(Stage::Between)?;
-        let answered = self.replies.wait_for_pong(self.writer.connection(), READY_PING);
+        let answered = self.replies.wait_for_pong(self.writer.connection(), READY_PING, limit);
         if answered.is_err() {
             self.stage = Stage::Broken;
         }
@@ -313,13 +318,7 @@ impl<C: Connection> Outgoing<C> {
         if !self.options.return_path {
             return None;
         }
-        let judge = |bytes: &[u8], closed: bool| {
-            let closed = || {
-                closed.then_some(Error::NoShut { at: Place { stream: StreamKind::ReturnPath, offset: 0 } })
-            };
-            let error = failure_in(bytes).or_else(closed)?;
-            Some(failed(error))
-        };
+        let judge = |bytes: &[u8], closed: bool| failure_in(bytes, closed).map(failed);
         self.writer.connection_ref().watch_peer(stop, Duration::ZERO, Box::new(judge))
     }
 
@@ -390,7 +389,13 @@ impl<C: Connection> Outgoing<C> {
     /// precise than the system's error.
     fn finish_write(&mut self, written: Result<(), Error>, next: Stage) -> Result<(), Error> {
         self.stage = if written.is_ok() { next } else { Stage::Broken };
-        written.map_err(|error| match self.options.return_path {
+        // A TLS session explains why the destination has closed it, and has read what was left.
+        let explained = |error: &Error| {
+            matches!(error, Error::Io { source, .. } if source.get_ref().is_some()
+                && matches!(source.kind(), io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe))
+        };
+        written.map_err(|error| match self.options.return_path && !explained(&error) {
             true => self.replies.last_word(self.writer.connection()).unwrap_or(error),
             false => error,
         })

@@ -17,8 +17,8 @@ use multifd::{
 use super::writer::failed;
 use crate::{
     connection::{Connection, is_late},
-    error::{Error, Place, StreamKind, Unsupported, Violation},
-    format::{Message, Reader, VERDICT_MARK},
+    error::{Error, Place, Reached, StreamKind, Unsupported, Violation},
+    format::{Message, OtherFormat, READY_PING, Reader, VERDICT_MARK},
 };
 
 /// The messages of the destination.
@@ -30,6 +30,8 @@ pub(super) struct Replies {
     before: u64,
     /// The destination has announced that it never closes the connection without SHUT.
     always_speaks: bool,
+    /// What its replies show.
+    reached: Reached,
 }
 
 /// The time limits for the end of a migration.
@@ -42,21 +44,48 @@ pub(super) struct EndLimits {
 }
 
 impl Replies {
-    /// Waits until the destination has replied to the PING with this value.
+    /// Waits until the destination has replied to the PING with this value, for `limit` at most; `None` waits until the
+    /// connection is shut down.
     pub(super) fn wait_for_pong<C: Connection>(
         &mut self,
         connection: &mut C,
         value: u32,
+        limit: Option<Duration>,
     ) -> Result<(), Error> {
+        let replied = self.pong(connection, value, limit);
+        if limit.is_some() {
+            // The next wait has its own limit. An error does not matter: the connection has ended then.
+            let _ = connection.set_read_timeout(None);
+        }
+        replied
+    }
+
+    fn pong<C: Connection>(
+        &mut self,
+        connection: &mut C,
+        value: u32,
+        limit: Option<Duration>,
+    ) -> Result<(), Error> {
+        let end = limit.map(|limit| Instant::now() + limit);
         loop {
             while let Some((message, at)) = self.next()? {
                 if message == Message::Pong(value) {
                     return Ok(());
                 }
-                no_last_word(&message, at)?;
+                self.no_last_word(&message, at)?;
             }
-            if self.read_more(connection).map_err(|source| self.broken(source))? == 0 {
-                return Err(Error::NoShut { at: self.place() });
+            if let Some(end) = end {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Error::TimedOut { at: self.place(), expected: "a message" });
+                }
+                connection.set_read_timeout(Some(left)).map_err(|source| self.broken(source))?;
+            }
+            match self.read_more(connection) {
+                Ok(0) => return Err(self.no_shut()),
+                Ok(_) => {}
+                Err(error) if end.is_some() && is_late(&error) => {}
+                Err(error) => return Err(self.broken(error)),
             }
         }
     }
@@ -85,10 +114,10 @@ impl Replies {
                     Ok(None) => break,
                     // Pre-copy waits for neither of them.
                     Ok(Some((Message::Pong(_) | Message::SwitchoverAck, _))) => {}
-                    Ok(Some((Message::Shut(code), at))) => {
-                        return self.after(LastWord::Shut(code), refusal(&Message::Shut(code), at));
+                    Ok(Some((Message::Shut(code), _))) => {
+                        return self.after(LastWord::Shut(code), self.destination_failed(code));
                     }
-                    Ok(Some((other, at))) => return self.after(LastWord::Nonsense, refusal(&other, at)),
+                    Ok(Some((other, at))) => return self.after(LastWord::Nonsense, self.refusal(&other, at)),
                     Err(error) => return self.after(LastWord::Nonsense, error),
                 }
             }
@@ -110,8 +139,7 @@ impl Replies {
             match read {
                 Ok(0) => {
                     let at = self.place();
-                    let why =
-                        if self.always_speaks { Error::CutBeforeShut { at } } else { Error::NoShut { at } };
+                    let why = if self.always_speaks { Error::CutBeforeShut { at } } else { self.no_shut() };
                     return self.after(LastWord::Closed, why);
                 }
                 Ok(_) => {}
@@ -142,16 +170,16 @@ impl Replies {
         let word = loop {
             match self.next() {
                 Ok(None) => {}
-                Ok(Some((Message::Shut(code @ 1..), _))) => break Some(Error::DestinationFailed { code }),
+                Ok(Some((Message::Shut(code @ 1..), _))) => break Some(self.destination_failed(code)),
                 Ok(Some(_)) => continue,
-                Err(_) => break None,
+                Err(error) => break tls(error),
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || connection.set_read_timeout(Some(left)).is_err() {
                 break None;
             }
             match self.read_more(connection) {
-                Ok(0) => break Some(Error::NoShut { at: self.place() }),
+                Ok(0) => break Some(self.no_shut()),
                 Ok(_) => {}
                 Err(error) if is_late(&error) => {}
                 Err(_) => break None,
@@ -168,9 +196,9 @@ impl Replies {
     pub(super) fn is_undecided<C: Connection>(&mut self, connection: &mut C) -> Result<(), Error> {
         let closed = self.take_in(connection);
         while let Some((message, at)) = self.next()? {
-            no_last_word(&message, at)?;
+            self.no_last_word(&message, at)?;
         }
-        if closed { Err(Error::NoShut { at: self.place() }) } else { Ok(()) }
+        if closed { Err(self.no_shut()) } else { Ok(()) }
     }
 
     /// Reads the bytes that have arrived. Returns whether the destination has closed the connection.
@@ -193,6 +221,9 @@ impl Replies {
 
     /// The next message that has arrived completely.
     fn next(&mut self) -> Result<Option<(Message, Place)>, Error> {
+        if self.before == 0 && OtherFormat::of(&self.bytes) == Some(OtherFormat::Tls) {
+            return Err(Unsupported::TlsAtDestination.at(self.place()));
+        }
         let mut r = Reader::with_capacity(Cursor::new(&self.bytes), StreamKind::ReturnPath, BUFFER);
         r.jump(Cursor::new(&self.bytes), self.before);
         let read = Message::decode(&mut r);
@@ -206,6 +237,10 @@ impl Replies {
                 self.bytes.drain(..usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len()));
                 self.before += length;
                 self.always_speaks |= message == Message::Pong(VERDICT_MARK);
+                self.reached = self.reached.max(match message {
+                    Message::Pong(READY_PING) => Reached::Ram,
+                    _ => Reached::Configuration,
+                });
                 Ok(Some((message, at)))
             }
         }
@@ -232,6 +267,34 @@ impl Replies {
         }
     }
 
+    /// Accepts the messages that a destination may send before it has everything.
+    fn no_last_word(&self, message: &Message, at: Place) -> Result<(), Error> {
+        match message {
+            Message::Pong(_) | Message::SwitchoverAck => Ok(()),
+            Message::Shut(0) => Err(Violation::EarlyShut.at(at)),
+            other => Err(self.refusal(other, at)),
+        }
+    }
+
+    /// The error for a message that ends the migration.
+    fn refusal(&self, message: &Message, at: Place) -> Error {
+        match message {
+            Message::Shut(code) => self.destination_failed(*code),
+            _ => {
+                let (what, capability) = ("a postcopy message on the return path", "postcopy-ram");
+                Unsupported::DestinationCapability { what, capability }.at(at)
+            }
+        }
+    }
+
+    fn destination_failed(&self, code: u32) -> Error {
+        Error::DestinationFailed { code, reached: self.reached }
+    }
+
+    fn no_shut(&self) -> Error {
+        Error::NoShut { at: self.place(), reached: self.reached }
+    }
+
     fn place(&self) -> Place {
         Place { stream: StreamKind::ReturnPath, offset: self.before }
     }
@@ -241,35 +304,23 @@ impl Replies {
     }
 }
 
-/// The failure that the destination has reported in these bytes, if any.
-pub(super) fn failure_in(bytes: &[u8]) -> Option<Error> {
+/// The failure that the destination has reported in these bytes, the first of the return path, if any. If it has `closed` the
+/// connection, that is a failure too.
+pub(super) fn failure_in(bytes: &[u8], closed: bool) -> Option<Error> {
     let mut replies = Replies { bytes: bytes.to_vec(), ..Replies::default() };
-    while let Ok(Some((message, _))) = replies.next() {
-        if let Message::Shut(code @ 1..) = message {
-            return Some(Error::DestinationFailed { code });
+    loop {
+        match replies.next() {
+            Ok(Some((Message::Shut(code @ 1..), _))) => return Some(replies.destination_failed(code)),
+            Ok(Some(_)) => {}
+            Ok(None) => return closed.then(|| replies.no_shut()),
+            Err(error) => return tls(error).or_else(|| closed.then(|| replies.no_shut())),
         }
-    }
-    None
-}
-
-/// Accepts the messages that a destination may send before it has everything.
-fn no_last_word(message: &Message, at: Place) -> Result<(), Error> {
-    match message {
-        Message::Pong(_) | Message::SwitchoverAck => Ok(()),
-        Message::Shut(0) => Err(Violation::EarlyShut.at(at)),
-        other => Err(refusal(other, at)),
     }
 }
 
-/// The error for a message that ends the migration.
-fn refusal(message: &Message, at: Place) -> Error {
-    match message {
-        Message::Shut(code) => Error::DestinationFailed { code: *code },
-        _ => {
-            let (what, capability) = ("a postcopy message on the return path", "postcopy-ram");
-            Unsupported::Capability { what, capability }.at(at)
-        }
-    }
+/// The error, if it means that the destination uses TLS.
+fn tls(error: Error) -> Option<Error> {
+    matches!(error, Error::Unsupported { what: Unsupported::TlsAtDestination, .. }).then_some(error)
 }
 
 /// Space for the longest message.

@@ -122,7 +122,7 @@ impl Kind {
                 other => panic!("{other:?} is no reason not to know"),
             },
             Error::Other { source, .. } => match source.downcast_ref::<Main>()? {
-                Main::DestinationFailed { code } => Some(Self::Failed(*code)),
+                Main::DestinationFailed { code, .. } => Some(Self::Failed(*code)),
                 Main::Malformed { .. } => Some(Self::Malformed),
                 Main::Cut { .. } => Some(Self::Cut),
                 Main::NoShut { .. } => Some(Self::NoShut),

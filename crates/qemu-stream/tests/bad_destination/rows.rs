@@ -67,7 +67,7 @@ pub(crate) fn rows() -> Vec<Row> {
             says(&[0, 1, 0, 4, 0, 0, 0, 1]),
             is(
                 Kind::Failed(1),
-                &["the destination reported failure (SHUT 1)", "its own log", "can continue at the source"],
+                &["the destination reported failure (SHUT 1)", "its own log", "does not have the guest"],
             ),
         ),
         row(
@@ -80,11 +80,7 @@ pub(crate) fn rows() -> Vec<Row> {
             early(&SHUT_0, Then::Hold),
             is(
                 Kind::Early,
-                &[
-                    "return path: offset 0x0: ",
-                    "reported success (SHUT 0) before",
-                    "can continue at the source",
-                ],
+                &["return path: offset 0x0: ", "reported success (SHUT 0) before", "does not run there"],
             ),
         ),
         row(
@@ -116,9 +112,14 @@ pub(crate) fn rows() -> Vec<Row> {
             ),
         ),
         row(
+            "a TLS alert",
+            early(&[0x15, 3, 3, 0, 2, 2, 10], Then::Hold),
+            is(Kind::Capability, &["the destination uses TLS: set tls-creds on this side too"]),
+        ),
+        row(
             "a postcopy message",
             says(&[0, 4, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-            is(Kind::Capability, &["switch capability postcopy-ram off at the source"]),
+            is(Kind::Capability, &["switch capability postcopy-ram off at the destination"]),
         ),
         row(
             "half a SHUT, then nothing",
@@ -154,7 +155,7 @@ pub(crate) fn rows() -> Vec<Row> {
         row(
             "no SHUT, main closed",
             main(Reads::All, Then::Close),
-            is(Kind::NoShut, &["without SHUT", "can continue at the source", "its own log"]),
+            is(Kind::NoShut, &["without SHUT", "does not have the guest", "its own log"]),
         ),
         row(
             "no SHUT, main reset",

@@ -2,8 +2,10 @@
 
 mod architectures;
 mod compression;
+mod differing;
 mod direct_io;
 mod files;
+mod foreign;
 mod journey;
 mod matrix;
 mod odd;

@@ -255,7 +255,7 @@ fn another_number(qemu: &Qemu, expected: u8, channels: u8) -> Result<(Program, V
 fn too_many(qemu: &Qemu) -> Result<(), Error> {
     for (expected, channels) in [(2, 4), (0, 2)] {
         let (sending, _to, _folder) = another_number(qemu, expected, channels)?;
-        sending.end_within(SOON).assert_failed(1, &["channel count", "because: "]);
+        sending.end_within(SOON).assert_failed(1, &["multifd-channels", "because: "]);
     }
     Ok(())
 }

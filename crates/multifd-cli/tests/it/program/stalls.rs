@@ -57,7 +57,7 @@ fn destination_that_says_nothing_is_given_up() {
     let address = format!("tcp:{}", destination.address());
     let ended = feed(&["--end-timeout", "1"], &from, &address).end_within(SOON);
     ended
-        .assert_failed(1, &["because: return path: offset 0x0: nothing arrived in time", "multifd-channels"]);
+        .assert_failed(1, &["because: return path: offset 0x8: nothing arrived in time", "multifd-channels"]);
 }
 
 #[test]

@@ -88,10 +88,10 @@ impl TlsLink {
         let begins = self.session.is_handshaking();
         while self.session.is_handshaking() {
             if self.session.wants_write() {
-                self.flush()?;
+                self.flush().map_err(closed_meanwhile)?;
             } else {
                 match self.receive(end) {
-                    Err(error) if self.session.is_handshaking() => return Err(error),
+                    Err(error) if self.session.is_handshaking() => return Err(closed_meanwhile(error)),
                     // The error came after the handshake, in the same call: the next read reports it.
                     Err(error) => self.failed = Some(error),
                     Ok(()) => {}
@@ -431,6 +431,16 @@ fn explained(error: TlsError) -> io::Error {
         _ => io::ErrorKind::InvalidData,
     };
     io::Error::new(kind, Refused { why })
+}
+
+/// A side that does not expect a handshake closes the connection before it has read all of it, which is a reset here.
+fn closed_meanwhile(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            io::Error::new(io::ErrorKind::UnexpectedEof, CLOSED)
+        }
+        _ => error,
+    }
 }
 
 const CLOSED: &str =

@@ -9,7 +9,7 @@ use std::io::Read;
 
 use multifd::{ram::PageSize, wire::VmUuid};
 
-use super::{MachineType, Put, Reader, SectionName, limits};
+use super::{MachineType, OtherFormat, Put, Reader, SectionName, limits};
 use crate::error::{Error, Malformed, Unsupported, Violation};
 
 const MAGIC: u32 = 0x5145_564d;
@@ -162,9 +162,13 @@ pub fn encode_header(configuration: Option<&Configuration>, out: &mut Vec<u8>) {
 /// # Errors
 /// If the stream is not QEMU's, has another version, or the configuration is refused.
 pub fn decode_header<R: Read>(r: &mut Reader<R>) -> Result<Option<Configuration>, Error> {
+    let other = other_format(r)?;
     let magic = r.u32("magic")?;
     if magic != MAGIC {
-        return Err(Malformed::value("magic", "0x5145564d (\"QEVM\")", magic).at(r.place()));
+        return Err(match other {
+            Some(other) => Unsupported::OtherFormat(other).at(r.place()),
+            None => Malformed::value("magic", "0x5145564d (\"QEVM\")", magic).at(r.place()),
+        });
     }
     let version = r.u32("version")?;
     if version != VERSION {
@@ -174,6 +178,17 @@ pub fn decode_header<R: Read>(r: &mut Reader<R>) -> Result<Option<Configuration>
         Some(CONFIGURATION) => Configuration::decode(r).map(Some),
         _ => Ok(None),
     }
+}
+
+/// The format of a stream that is not QEMU's. Waits for the rest of a head only if its beginning is known.
+fn other_format<R: Read>(r: &mut Reader<R>) -> Result<Option<OtherFormat>, Error> {
+    let Some(other) = OtherFormat::of(r.arrived()?) else { return Ok(None) };
+    Ok(match other {
+        OtherFormat::LibvirtSave { .. } => {
+            r.peek_bytes(OtherFormat::HEAD)?.map_or(Some(other), OtherFormat::of)
+        }
+        other => Some(other),
+    })
 }
 
 fn put_subsection(out: &mut Vec<u8>, name: &'static str) {

@@ -85,10 +85,10 @@ fn a_cut_header_is_refused_at_every_byte() {
 
 #[test]
 fn other_magics_and_versions_are_refused() {
-    let error = decoded(&dump("7f 45 4c 46 00 00 00 03")).unwrap_err();
+    let error = decoded(&dump("7f 45 4c 47 00 00 00 03")).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "main stream: offset 0x0: magic: expected 0x5145564d (\"QEVM\"), found 0x7f454c46"
+        "main stream: offset 0x0: magic: expected 0x5145564d (\"QEVM\"), found 0x7f454c47"
     );
     for version in [0, 2, 4] {
         let error = decoded(&[&b"QEVM\0\0\0"[..], &[version]].concat()).unwrap_err();

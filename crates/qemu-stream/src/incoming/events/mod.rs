@@ -100,6 +100,8 @@ pub struct Events<R> {
     command: Option<Command>,
     return_path: bool,
     suppress_vmdesc: bool,
+    /// A further section of RAM has begun: no device may be sent before the end of RAM any more.
+    passes: bool,
 }
 
 /// What comes next. An error leaves [`State::Broken`].
@@ -149,6 +151,7 @@ impl<R: Read> Events<R> {
             command: None,
             return_path: false,
             suppress_vmdesc: false,
+            passes: false,
         }
     }
 
@@ -376,6 +379,11 @@ impl<R: Read> Events<R> {
         let (section, footers) = (self.ram.section, self.ram.footers == Some(true));
         let at = self.place();
         let head = Section::decode(&mut self.r)?;
+        // Devices that are sent early come before the first pass. A background snapshot has saved all of them before RAM, and
+        // sends them after the passes, without END of RAM.
+        if self.passes && matches!(head, Section::Full(_)) {
+            return Err(refuse::background_snapshot(at));
+        }
         let from = self.early.as_bytes().len();
         match self.early.offer(&mut self.r, head.clone(), at, section, footers)? {
             None => {
@@ -384,6 +392,7 @@ impl<R: Read> Events<R> {
                 Ok(Event::OtherSection { head: self.head.insert(head), bytes })
             }
             Some(Section::Part(_)) => {
+                self.passes = true;
                 self.state = State::Body(Part::Pass);
                 Ok(Event::Pass { last: false })
             }

@@ -226,8 +226,7 @@ impl Parser<'_> {
     fn configuration(&mut self) -> Result<Option<Configuration>, Error> {
         let configuration = decode_header(&mut self.r)?;
         if configuration.as_ref().is_some_and(|configuration| !configuration.mapped_ram) {
-            let what = "stream in a file without places for pages";
-            return Err(Unsupported::NeedsCapability { what, capability: "mapped-ram" }.at(self.r.here()));
+            return Err(without_places(self.r.here()));
         }
         Ok(configuration)
     }
@@ -261,7 +260,16 @@ impl Parser<'_> {
         let mut places = Vec::new();
         while let Some(entry) = list.next(&mut self.r)? {
             let at = self.r.here();
-            let header = BlockHeader::decode(&mut self.r, entry)?;
+            let header = BlockHeader::decode(&mut self.r, entry);
+            // Without a configuration only this shows that the next bytes are no header.
+            let header = header.map_err(|error| match error {
+                Error::Unsupported { what: Unsupported::MappedRamVersion { .. }, .. }
+                    if configuration.is_none() =>
+                {
+                    without_places(at)
+                }
+                other => other,
+            })?;
             let header_end = self.r.position();
             let place = place(entry, &header, page_size, header_end, self.length, ignore_shared, at)?;
             let next = place.pages_offset + place.used_length;
@@ -362,6 +370,12 @@ fn place(
             refused(&entry.name, "pages", pages_offset, format!("inside the file of {file_length:#x} bytes"))
         }
     }
+}
+
+/// The error of a stream that was written to a file one byte after the other, as to a connection.
+fn without_places(at: Place) -> Error {
+    let what = "migration stream in a file, without places for pages";
+    Unsupported::NeedsCapability { what, capability: "mapped-ram" }.at(at)
 }
 
 fn misplaced(section: &Section, place: &'static str, at: Place) -> Error {

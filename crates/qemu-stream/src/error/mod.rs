@@ -3,6 +3,9 @@
 //! An error that bytes caused names the stream, and the offset in it at which the field begins. The cause of an error is in
 //! `source()`, not in its text.
 
+mod unsupported;
+mod usage;
+
 use std::{borrow::Cow, fmt, io};
 
 use multifd::{
@@ -10,7 +13,10 @@ use multifd::{
     ram::{BlockName, BlockOffset},
 };
 
-use crate::format::{InvalidMachineType, MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
+pub use unsupported::Unsupported;
+pub use usage::Usage;
+
+use crate::format::{MachineType, Misfit, SectionId, SectionName, xbzrle::BadDelta};
 
 /// Why a stream or a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -48,22 +54,26 @@ pub enum Error {
         /// What it is, and what to switch off.
         what: Unsupported,
     },
-    /// The destination reports that it failed; the guest can continue at the source.
+    /// The destination reports that it failed, so it does not have the guest.
     #[error(
-        "the destination reported failure (SHUT {code}); its own log has the reason; the guest can continue at the source"
+        "the destination reported failure (SHUT {code}), so it does not have the guest; its own log has the reason; {reached}"
     )]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
         code: u32,
+        /// How far the destination had come.
+        reached: Reached,
     },
-    /// The destination closed the connection without SHUT; the guest can continue at the source.
+    /// The destination closed the connection without SHUT, so it does not have the guest.
     #[error(
-        "the destination closed the connection without SHUT ({at}); the guest can continue at the source; its own log has \
-             the reason: channel count, method, UUID and machine type must be the same on both sides"
+        "the destination closed the connection without SHUT ({at}), so it does not have the guest; its own log has the reason; \
+             {reached}"
     )]
     NoShut {
         /// How far the return path was read.
         at: Place,
+        /// How far the destination had come.
+        reached: Reached,
     },
     /// The connection ended without SHUT, although this destination has announced that it always sends SHUT: the network or
     /// its process was interrupted, and SHUT may have been lost.
@@ -144,6 +154,39 @@ impl Error {
     }
 }
 
+/// How much of a migration a destination has received, as its replies show. The text names the likely causes of a failure there,
+/// the likeliest first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Reached {
+    /// It has not replied.
+    #[default]
+    Nothing,
+    /// It has accepted the configuration.
+    Configuration,
+    /// It has all of RAM.
+    Ram,
+}
+
+impl fmt::Display for Reached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => {
+                "it had not replied yet; likely causes, the likeliest first: another machine type, another multifd-channels (or \
+                 multifd on one side only), TLS on one side only, another UUID"
+            }
+            Self::Configuration => {
+                "it had accepted the machine type; likely causes, the likeliest first: another RAM size or other memory devices, \
+                 another multifd-compression, another multifd-channels"
+            }
+            Self::Ram => {
+                "it had all of RAM; likely causes, the likeliest first: other devices or other options of a device, another \
+                 number of CPUs, a disk that it cannot open"
+            }
+        })
+    }
+}
+
 /// Why a stream has ended too early.
 fn cause_of_end(stream: StreamKind) -> &'static str {
     match stream {
@@ -159,7 +202,7 @@ fn what_to_check(stream: StreamKind) -> &'static str {
         StreamKind::ReturnPath => {
             "the destination makes no progress, or waits for something that this side does not send: more channels \
              (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round); make sure \
-             that the guest does not run there before it continues here"
+             that the guest does not run there before it runs anywhere else"
         }
         _ => {
             "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there"
@@ -379,8 +422,8 @@ pub enum Violation {
     PingWithoutReturnPath,
     /// SHUT 0 from a destination that cannot have the guest yet.
     #[error(
-        "the destination reported success (SHUT 0) before the devices were sent to it, which cannot be true; the guest can \
-         continue at the source: make sure that it does not run at the destination"
+        "the destination reported success (SHUT 0) before the devices were sent to it, which cannot be true: make sure \
+         that the guest does not run there before it runs anywhere else"
     )]
     EarlyShut,
     /// Parts of a mapped-ram file overlap, or are outside the file.
@@ -402,148 +445,6 @@ pub enum Violation {
         max: usize,
     },
 }
-
-/// Something of the peer that this library does not support.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Unsupported {
-    /// Another version of the stream.
-    #[error("stream version {0}: expected 3")]
-    Version(u32),
-    /// A subsection of the configuration whose length is unknown.
-    #[error("configuration subsection \"{0}\" is unknown and cannot be skipped")]
-    Subsection(SectionName),
-    /// A page size that is not between 4 and 64 KiB.
-    #[error("target page bits {0}: expected 12 to 16")]
-    PageBits(u32),
-    /// A section that cannot be skipped, because its length is unknown.
-    #[error("section \"{name}\" cannot be skipped{}", remedy.map(|r| format!("; {r}")).unwrap_or_default())]
-    Section {
-        /// Its name.
-        name: SectionName,
-        /// What to do about it, if known.
-        remedy: Option<&'static str>,
-    },
-    /// An unknown record of a section that is sent in pieces. Its length is unknown, too.
-    #[error(
-        "section \"{name}\": record {found:#x} is not known, so its end cannot be found; the guest can continue at the source"
-    )]
-    LiveRecord {
-        /// The section.
-        name: SectionName,
-        /// The first word of the record.
-        found: u64,
-    },
-    /// A device sent before the end of RAM by a source without footers.
-    #[error(
-        "device \"{name}\" is sent before the end of ram without a footer, so its end cannot be found: switch \
-             send-section-footer on at the source, or unplug the device"
-    )]
-    EarlyDevice {
-        /// The device.
-        name: SectionName,
-    },
-    /// A source with a return path does not send a description.
-    #[error(
-        "device part: no description after {length:#x} bytes that look complete, and with a return path nothing \
-             else shows the end: switch the machine's option suppress-vmdesc off at the source, or its capability \
-             return-path"
-    )]
-    NoDescription {
-        /// Bytes after the RAM section.
-        length: u64,
-    },
-    /// Something that is only sent with a capability that is not supported.
-    #[error("{what} is not supported: switch capability {capability} off at the source")]
-    Capability {
-        /// What was found.
-        what: &'static str,
-        /// The capability to switch off.
-        capability: &'static str,
-    },
-    /// Something is missing that is only sent with a capability.
-    #[error("{what}: capability {capability} was off when it was written")]
-    NeedsCapability {
-        /// What was found.
-        what: &'static str,
-        /// The capability that should have been on.
-        capability: &'static str,
-    },
-    /// A mapped-ram header of a later version.
-    #[error("block \"{block}\": mapped-ram header version {found}, expected at most 1")]
-    MappedRamVersion {
-        /// The block.
-        block: BlockName,
-        /// The version.
-        found: u32,
-    },
-}
-
-/// What the caller did wrong.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Usage {
-    /// Calls in the wrong order.
-    #[error("{call} is not allowed {state}")]
-    OutOfOrder {
-        /// The call.
-        call: &'static str,
-        /// The state of the stream.
-        state: &'static str,
-    },
-    /// A block list that cannot be written.
-    #[error("block list: {0}")]
-    Blocks(String),
-    /// A page that does not exist in its block.
-    #[error("page {page} is not in block {block}")]
-    NoSuchPage {
-        /// Number of the block in the list.
-        block: usize,
-        /// The page.
-        page: u64,
-    },
-    /// A device has the same section number as RAM.
-    #[error(
-        "device {device:?} has section number {section}, which is that of ram: begin the numbers of the devices with another one"
-    )]
-    SectionTaken {
-        /// The number.
-        section: SectionId,
-        /// The device.
-        device: SectionName,
-    },
-    /// A name, machine type or device that cannot be written.
-    #[error("{what}: {why}")]
-    Value {
-        /// What cannot be written.
-        what: &'static str,
-        /// The reason.
-        why: String,
-    },
-    /// The file would be longer than the file size limit of this process.
-    #[error(
-        "the file needs at least {size:#x} bytes, but this process may only write files of {limit:#x} bytes (RLIMIT_FSIZE, \
-         `ulimit -f`): raise the limit"
-    )]
-    FileSize {
-        /// The limit of the process, in bytes.
-        limit: u64,
-        /// The bytes that the file needs before the devices.
-        size: u64,
-    },
-    /// A name that is not a valid machine type.
-    #[error(transparent)]
-    MachineType(#[from] InvalidMachineType),
-    /// The machine type does not allow what was requested.
-    #[error("machine type {machine}: {why}")]
-    Machine {
-        /// The machine type.
-        machine: MachineType,
-        /// What it does not allow.
-        why: &'static str,
-    },
-}
-
 impl Malformed {
     pub(crate) fn value(
         field: impl Into<Cow<'static, str>>,

@@ -1,0 +1,179 @@
+//! What to do with a file that is not a mapped-ram file: the command that works, with the user's own path.
+//!
+//! The libraries report what a file is. They know no path and no program, so the command is added here.
+
+use std::{error::Error, fmt};
+
+use multifd::error::Printable;
+use qemu_stream::{
+    Error as StreamError,
+    error::Unsupported,
+    format::{Compressor, LibvirtStorage, OtherFormat},
+    mapped_ram::MappedRamFile,
+};
+
+use crate::{
+    file_address::{FileAddress, open_regular},
+    output::outcome::While,
+};
+
+impl FileAddress {
+    /// Opens the machine at this address for reading.
+    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
+        let file = open_regular(self.path()).map_err(|error| self.unreadable(error))?;
+        MappedRamFile::open(file, self.offset()).map_err(|error| self.unreadable(of(error, self)))
+    }
+}
+
+/// An error of a file, and what to do about it.
+#[derive(Debug)]
+struct Remedied {
+    error: StreamError,
+    remedy: Option<String>,
+}
+
+/// Adds to the error of the file at `address` the command that makes a file that can be read.
+fn of(error: StreamError, address: &FileAddress) -> Remedied {
+    let remedy = match &error {
+        StreamError::Unsupported { what, .. } => command(what, address),
+        _ => None,
+    };
+    Remedied { error, remedy }
+}
+
+impl fmt::Display for Remedied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.error)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "; {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Error for Remedied {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.error.source()
+    }
+}
+
+fn command(what: &Unsupported, address: &FileAddress) -> Option<String> {
+    let offset = address.offset();
+    Some(match what {
+        Unsupported::NeedsCapability { capability: "mapped-ram", .. } => {
+            convert(&[bytes_of(address, offset)])
+        }
+        Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, stream_at: Some(before) }) => {
+            let stream = bytes_of(address, offset + before);
+            match storage {
+                LibvirtStorage::Raw => convert(&[stream]),
+                LibvirtStorage::Compressed(by) => convert(&[stream, decompress(*by)]),
+                LibvirtStorage::Sparse => {
+                    let file = format!("file:{},offset={}", address.path().display(), offset + before);
+                    format!("read its stream as it is, with {} as the file", quoted(&file))
+                }
+                _ => return None,
+            }
+        }
+        Unsupported::OtherFormat(OtherFormat::Compressed(by)) => {
+            convert(&[bytes_of(address, offset), decompress(*by)])
+        }
+        _ => return None,
+    })
+}
+
+/// The command that makes a mapped-ram file of a stream.
+fn convert(pipe: &[String]) -> String {
+    let from = format!("exec:{}", pipe.join(" | "));
+    format!("this makes a file NEW that can be read: multifd receive {} NEW", in_double_quotes(&from))
+}
+
+/// A command that writes the file from this offset on.
+fn bytes_of(address: &FileAddress, offset: u64) -> String {
+    let path = quoted(&address.path().display().to_string());
+    // A path may begin like an option.
+    let path = if path.starts_with('-') { format!("./{path}") } else { path };
+    match offset {
+        0 => format!("cat {path}"),
+        // The first byte is number 1.
+        _ => format!("tail -c +{} {path}", offset + 1),
+    }
+}
+
+fn decompress(by: Compressor) -> String {
+    format!("{} -dc", by.name())
+}
+
+/// A word of a shell command.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", Printable(&word.replace('\'', r"'\''")))
+}
+
+/// A word of a shell command that contains quoted words.
+fn in_double_quotes(word: &str) -> String {
+    let mut out = String::from('"');
+    for c in word.chars() {
+        if matches!(c, '"' | '\\' | '$' | '`') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out + "\""
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> FileAddress {
+        FileAddress::parse(text.into()).expect("an address")
+    }
+
+    fn of_libvirt(storage: LibvirtStorage) -> Unsupported {
+        Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, stream_at: Some(100) })
+    }
+
+    #[test]
+    fn command_names_the_path_the_offset_and_the_decompressor() {
+        let told = |what, file| command(&what, &address(file)).expect("a remedy");
+        let stream = Unsupported::NeedsCapability { what: "a stream", capability: "mapped-ram" };
+        for (what, file, end) in [
+            (stream.clone(), "vm", r#"multifd receive "exec:cat vm" NEW"#),
+            (stream.clone(), "file:-vm,offset=8", r#"multifd receive "exec:tail -c +9 ./-vm" NEW"#),
+            (of_libvirt(LibvirtStorage::Raw), "vm", r#""exec:tail -c +101 vm" NEW"#),
+            (of_libvirt(LibvirtStorage::Raw), "file:vm,offset=4096", r#""exec:tail -c +4197 vm" NEW"#),
+            (
+                of_libvirt(LibvirtStorage::Compressed(Compressor::Zstd)),
+                "vm",
+                r#""exec:tail -c +101 vm | zstd -dc" NEW"#,
+            ),
+            (of_libvirt(LibvirtStorage::Sparse), "vm", "with file:vm,offset=100 as the file"),
+            (
+                Unsupported::OtherFormat(OtherFormat::Compressed(Compressor::Gzip)),
+                "vm.gz",
+                r#""exec:cat vm.gz | gzip -dc" NEW"#,
+            ),
+        ] {
+            assert!(told(what.clone(), file).ends_with(end), "{}", told(what, file));
+        }
+        assert_eq!(command(&of_libvirt(LibvirtStorage::Unknown(9)), &address("vm")), None);
+        assert_eq!(command(&Unsupported::Version(9), &address("vm")), None);
+    }
+
+    #[test]
+    fn shell_reads_the_path_as_it_is() {
+        for name in ["a b", "it's", "$HOME", "a\"b", "`id`", "a\\b", "a;b"] {
+            let command = in_double_quotes(&bytes_of(&address(name), 0));
+            // Once for the user's shell, once for that of exec:.
+            let output = std::process::Command::new("sh")
+                .args(["-c", &format!("printf %s {command} | sed 's/^cat/printf %s/' | sh")])
+                .output()
+                .expect("a shell");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), name);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Notices at once that the peer has closed a channel, while the channel's thread waits for something else.
+//!
+//! One thread watches the descriptors of all channels of a sender. It consumes no bytes. A QEMU destination whose channel has
+//! failed shuts all channels down, reports nothing on main, and continues to wait there: without the watch the source would wait
+//! until a time limit expires. A destination also closes its channels after success, just before its SHUT, so the watch ends
+//! when all of RAM has been sent.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+    thread::{Builder, JoinHandle},
+    time::Duration,
+};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+
+use super::{Wake, close_watch, event_fd::EventFd};
+use crate::wire::ChannelId;
+
+/// Watches channels until dropped.
+#[must_use = "the watch ends when it is dropped"]
+pub(crate) struct ClosedChannels {
+    end: Arc<EventFd>,
+    watched: WatchedChannels,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for ClosedChannels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClosedChannels").finish_non_exhaustive()
+    }
+}
+
+/// The channels of a [`ClosedChannels`].
+#[derive(Clone, Debug)]
+pub(crate) struct WatchedChannels(Arc<OwnedFd>);
+
+impl ClosedChannels {
+    /// Starts a watch without channels. It calls `report` with the first channel that its peer closes, after `grace`, in which
+    /// main can report a more precise reason, and ends.
+    ///
+    /// # Errors
+    /// If the system cannot start the thread or create what it waits with.
+    pub(crate) fn start(
+        grace: Duration,
+        report: impl FnOnce(ChannelId) + Send + 'static,
+    ) -> io::Result<Self> {
+        let end = EventFd::new()?;
+        let events = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
+        epoll::add(&*events, end.fd(), EventData::new_u64(close_watch::END), EventFlags::IN)?;
+        let watched = WatchedChannels(events.clone());
+        let thread = Builder::new().name("multifdclosed".into()).spawn(move || {
+            let closed = first_closed(&events).and_then(|closed| match closed {
+                Some(id) if !close_watch::is_dropped_within(&events, grace)? => Ok(Some(id)),
+                _ => Ok(None),
+            });
+            match closed {
+                Ok(Some(id)) => report(id),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "the channels are no longer watched"),
+            }
+        })?;
+        Ok(Self { end, watched, thread: Some(thread) })
+    }
+
+    /// The channels, to which each channel's thread adds its own.
+    pub(crate) fn watched(&self) -> WatchedChannels {
+        self.watched.clone()
+    }
+}
+
+impl Drop for ClosedChannels {
+    fn drop(&mut self) {
+        self.end.wake();
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has nothing left to report.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl WatchedChannels {
+    /// Watches a channel as well.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub(crate) fn add(&self, id: ChannelId, descriptor: &OwnedFd) -> io::Result<()> {
+        let number = close_watch::END + 1 + u64::from(id.0);
+        Ok(epoll::add(&*self.0, descriptor, EventData::new_u64(number), EventFlags::RDHUP | EventFlags::ET)?)
+    }
+}
+
+/// Waits for the first channel that is closed; `None` at the end of the watch.
+fn first_closed(events: &OwnedFd) -> io::Result<Option<ChannelId>> {
+    let mut ready = Vec::with_capacity(8);
+    loop {
+        close_watch::wait(events, &mut ready, None)?;
+        if ready.iter().any(|event| event.data.u64() == close_watch::END) {
+            return Ok(None);
+        }
+        let closed = ready.first().and_then(|event| event.data.u64().checked_sub(close_watch::END + 1));
+        if let Some(id) = closed.and_then(|id| u8::try_from(id).ok()) {
+            return Ok(Some(ChannelId(id)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::net::UnixStream, sync::mpsc};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn channel_whose_peer_shuts_down_its_sending_side_is_reported_and_one_that_sends_is_not() {
+        let (report, reported) = mpsc::channel();
+        let watch = ClosedChannels::start(Duration::ZERO, move |id| report.send(id).expect("heard"))
+            .expect("started");
+        let pairs: Vec<_> = (0..2).map(|_| UnixStream::pair().expect("a pair")).collect();
+        for (id, (here, _)) in (0..).map(ChannelId).zip(&pairs) {
+            watch.watched().add(id, &here.try_clone().expect("a descriptor").into()).expect("added");
+        }
+        (&pairs[0].1).write_all(b"key update").expect("written");
+        assert!(reported.recv_timeout(Duration::from_millis(100)).is_err(), "bytes are no close");
+        pairs[1].1.shutdown(std::net::Shutdown::Write).expect("shut down");
+        assert_eq!(reported.recv_timeout(SOON).expect("reported"), ChannelId(1));
+    }
+
+    #[test]
+    fn channel_that_closes_after_the_watch_or_in_its_grace_is_not_reported() {
+        for grace in [Duration::ZERO, SOON] {
+            let (report, reported) = mpsc::channel();
+            let watch =
+                ClosedChannels::start(grace, move |id| report.send(id).expect("heard")).expect("started");
+            let (here, there) = UnixStream::pair().expect("a pair");
+            watch
+                .watched()
+                .add(ChannelId(0), &here.try_clone().expect("a descriptor").into())
+                .expect("added");
+            if grace.is_zero() {
+                drop(watch);
+                drop(there);
+            } else {
+                drop(there);
+                std::thread::sleep(Duration::from_millis(50));
+                drop(watch);
+            }
+            assert!(reported.recv().is_err());
+        }
+    }
+}
