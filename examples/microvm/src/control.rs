@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! status                                         verify                    quit
-//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE
+//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS
 //! ```
 //!
 //! A client that disconnects while a migration runs cancels it.
@@ -64,8 +64,8 @@ fn status(machine: &Machine) -> Result<String, Failure> {
 }
 
 fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {
-    let [address, channels, downtime, bandwidth, auto_converge] = words else {
-        return Err("expected an address, three numbers, and true or false".into());
+    let [address, channels, downtime, bandwidth, auto_converge, stall] = words else {
+        return Err("expected an address, three numbers, true or false, and a number".into());
     };
     let passes = MigrateOptions::new()
         .downtime_limit(Duration::from_millis(downtime.parse()?))
@@ -73,7 +73,10 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
         .auto_converge(auto_converge.parse()?)
         .zero_page_detection(ZeroPageDetection::Multifd);
     let configuration = Configuration::new(Machine::machine_type()?);
-    let options = SourceOptions::new(configuration).channels(channels.parse()?).migrate(passes);
+    let options = SourceOptions::new(configuration)
+        .channels(channels.parse()?)
+        .migrate(passes)
+        .stall_timeout(Some(Duration::from_millis(stall.parse()?)));
     let address: Address = address.parse()?;
     let stop = Stop::new();
     let info = thread::scope(|scope| {

@@ -111,13 +111,18 @@ struct How {
     /// Throttle the guest if it writes too fast to be stopped within the downtime
     #[arg(long)]
     auto_converge: bool,
+    /// Milliseconds for which the destination may read nothing
+    #[arg(long, default_value_t = 120_000)]
+    stall_timeout: u64,
 }
 
 impl How {
     /// The command for the control socket.
     fn wish(&self, address: &str) -> String {
-        let Self { channels, downtime_limit, max_bandwidth, auto_converge } = self;
-        format!("migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge}")
+        let Self { channels, downtime_limit, max_bandwidth, auto_converge, stall_timeout } = self;
+        format!(
+            "migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge} {stall_timeout}"
+        )
     }
 }
 

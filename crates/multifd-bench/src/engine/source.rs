@@ -5,6 +5,7 @@ use std::{
     io::{self, BufRead, Write},
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use clap::Args;
@@ -74,7 +75,7 @@ pub(crate) fn source(args: &SourceArgs) -> Result<()> {
             let transferred = raw::send(&go, &blocks, args.contents, args.lent)?;
             Sent { transferred, beyond: peak_beyond(&blocks)? }
         } else {
-            migrate(&go, machine.as_ref(), &blocks)?
+            migrate(&go, machine.as_ref(), &blocks, STALL_TIMEOUT)?
         };
         writeln!(out, "{}", serde_json::to_string(&sent)?)?;
     }
@@ -111,7 +112,12 @@ fn load(file: &MappedRamFile) -> Result<RamBlocks> {
     Ok(RamBlocks::new(blocks)?)
 }
 
-fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) -> Result<Sent> {
+fn migrate(
+    go: &Go,
+    machine: Option<&MappedRamFile>,
+    blocks: &Arc<RamBlocks>,
+    stall_timeout: Duration,
+) -> Result<Sent> {
     let stop = Stop::new();
     let connector: Arc<dyn Connect> = match &go.tls {
         None => Arc::new(go.address.parse::<Address>()?),
@@ -126,8 +132,42 @@ fn migrate(go: &Go, machine: Option<&MappedRamFile>, blocks: &Arc<RamBlocks>) ->
     };
     let method: Method = go.method.parse()?;
     let send = SendOptions::new().method(method).level(method, 1);
-    let options = options.channels(go.channels).send(send).migrate(one_pass());
+    let options =
+        options.channels(go.channels).send(send).migrate(one_pass()).stall_timeout(Some(stall_timeout));
     let source = Source::new(blocks.clone(), options, &stop)?;
     let info = source.migrate(connector, &mut NeverDirty, &mut Stopped)?;
     Ok(Sent { transferred: info.ram.transferred, beyond: peak_beyond(blocks)? })
+}
+
+/// The time in which a destination must read something.
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use multifd_testkit::{certificates, silent::Silent};
+
+    use super::*;
+
+    #[test]
+    fn destination_that_reads_nothing_is_given_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        certificates::write_both(folder.path()).expect("certificates");
+        let args =
+            SourceArgs { ram: 64 << 20, contents: Contents::Nonzero, raw: false, lent: false, machine: None };
+        let blocks = Arc::new(filled(&args).expect("RAM"));
+        for (tls, channels) in [(false, 0), (false, 4), (true, 0), (true, 4)] {
+            let tls = tls.then(|| folder.path());
+            let silent = Silent::start(tls).expect("listening");
+            let tls = tls.map(|tls| tls.to_str().expect("UTF-8").to_owned());
+            let go = Go { address: silent.address(), channels, method: "none".into(), tls, file: None };
+            let begun = Instant::now();
+            let error = migrate(&go, None, &blocks, Duration::from_secs(1)).expect_err("given up");
+            let text = error.to_string();
+            assert!(begun.elapsed() < Duration::from_secs(8), "{channels} channels: {text}");
+            let stalled = multifd::error::chain(&*error).to_string();
+            assert!(stalled.contains("accepted no data for 1 s"), "{channels} channels: {stalled}");
+        }
+    }
 }

@@ -8,13 +8,13 @@ use multifd::{
     live::MigrateOptions,
     parameters::{
         CPU_THROTTLE_INCREMENT, CPU_THROTTLE_INITIAL, DOWNTIME_LIMIT, MAX_CPU_THROTTLE, Parameter,
-        THROTTLE_TRIGGER_THRESHOLD,
+        STALL_TIMEOUT, THROTTLE_TRIGGER_THRESHOLD,
     },
 };
 
 use super::{
     compression::CompressionArgs,
-    shared::{ZeroPagesArg, milliseconds, rate, seconds, size, small_default},
+    shared::{ZeroPagesArg, default_seconds, limit, milliseconds, rate, seconds, size, small_default},
 };
 
 #[derive(Debug, ClapArgs)]
@@ -41,6 +41,9 @@ pub(crate) struct DemoArgs {
     pub(crate) downtime_limit: Duration,
     #[command(flatten)]
     pub(crate) converge: ConvergeArgs,
+    /// Time limit for a second process that accepts no data, in seconds or with a unit (500ms, 2m); 0 = no limit
+    #[arg(long, value_name = "TIME", default_value = default_seconds(STALL_TIMEOUT), value_parser = seconds)]
+    stall_timeout: Duration,
     /// Rate in bytes per second at which the guest writes to its memory
     #[arg(long, value_name = "RATE", default_value = "200M", value_parser = rate)]
     pub(crate) dirty_rate: u64,
@@ -50,6 +53,13 @@ pub(crate) struct DemoArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl DemoArgs {
+    /// `None` is no limit.
+    pub(crate) fn stall_timeout(&self) -> Option<Duration> {
+        limit(self.stall_timeout)
+    }
 }
 
 /// How the demo deals with a guest that writes too fast.

@@ -2,6 +2,8 @@
 
 use std::process::Child;
 
+use multifd_testkit::silent::Silent;
+
 use crate::kit::{Machine, folder, number, program};
 
 /// Moves a machine; returns its count when it left, after checking it at the other side.
@@ -71,6 +73,19 @@ fn a_destination_that_is_not_there_is_told_and_the_guest_runs_on() {
     let said = end(source.migrate(&address, "0"));
     assert!(said.contains(&format!("connect to {address}")), "{said}");
     source.assert_well();
+}
+
+#[test]
+fn a_destination_that_reads_nothing_is_given_up_and_the_guest_runs_on() {
+    let Some(folder) = folder() else { return };
+    let source = Machine::run(&folder, "source");
+    for channels in ["0", "4"] {
+        let silent = Silent::start(None).expect("listening");
+        let flags = ["--channels", channels, "--stall-timeout", "1000"];
+        let said = end(source.migrate_with(&silent.address(), &flags));
+        assert!(said.contains("the other side has accepted no data for 1 s"), "{said}");
+        source.assert_well();
+    }
 }
 
 /// With a limit that even a busy machine does not exceed: the duration is not tested.

@@ -137,7 +137,8 @@ fn source(args: &DemoArgs, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Sourc
     let machine = MachineType::new(MACHINE)?;
     let options = SourceOptions::new(Configuration::new(machine))
         .send(args.compression.apply(send))
-        .migrate(args.converge.apply(migrate));
+        .migrate(args.converge.apply(migrate))
+        .stall_timeout(args.stall_timeout());
     Source::new(blocks.clone(), options, stop)
 }
 

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use crate::kit::{Program, multifd, run};
@@ -103,6 +103,20 @@ fn interrupt_ends_it() {
     program.next_line();
     program.signal(Signal::INT);
     program.end_within(Duration::from_secs(8)).assert_failed(130, &["interrupted"]);
+}
+
+/// Its second process is stopped by a signal, so it reads nothing more.
+#[test]
+fn demo_gives_a_second_process_up_that_reads_nothing() {
+    let mut command = multifd(["demo", "--size", "512M", "--dirty-rate", "1T", "--stall-timeout", "1"]);
+    let program = Program::start(command.env("MULTIFD_LOG", "debug"));
+    while !program.next_line().contains("multifd_new_send_channel") {}
+    let pid = program.pid().as_raw_nonzero();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("listed");
+    let child = children.trim().parse().ok().and_then(Pid::from_raw).expect("one process");
+    rustix::process::kill_process(child, Signal::STOP).expect("the process is there");
+    let ended = program.end_within(Duration::from_secs(12));
+    ended.assert_failed(1, &["the other side has accepted no data for 1 s"]);
 }
 
 /// It writes twice as fast as the limit allows to send, so the bandwidth measured in passes would never let it stop.

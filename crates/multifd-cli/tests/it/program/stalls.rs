@@ -9,7 +9,9 @@ use std::{
 use multifd_testkit::{
     bad_destination::{BadDestination, Plan, Reads, Then},
     bad_source::{On, Script, Shape, Target},
+    certificates,
     qemu::{Error, PATIENCE, Qemu},
+    silent::Silent,
 };
 use rustix::process::Signal;
 use serde_json::json;
@@ -32,6 +34,21 @@ fn destination_that_takes_nothing_is_given_up() {
     for channels in ["2", "0"] {
         let options = ["--stall-timeout", "1", "--multifd-channels", channels];
         let ended = feed(&options, &from, &address).end_within(SOON);
+        ended.assert_failed(1, &["because: ", "the other side has accepted no data for 1 s"]);
+    }
+}
+
+/// After the handshake it reads nothing.
+#[test]
+fn destination_that_takes_nothing_over_tls_is_given_up() {
+    let folder = folder();
+    let from = captured(&folder, 64 * MIB);
+    certificates::write_both(folder.path()).unwrap();
+    let creds = folder.path().to_str().unwrap();
+    for channels in ["2", "0"] {
+        let silent = Silent::start(Some(folder.path())).unwrap();
+        let options = ["--stall-timeout", "1", "--tls-creds", creds, "--multifd-channels", channels];
+        let ended = feed(&options, &from, &silent.address()).end_within(SOON);
         ended.assert_failed(1, &["because: ", "the other side has accepted no data for 1 s"]);
     }
 }
