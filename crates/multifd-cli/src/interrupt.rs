@@ -7,6 +7,7 @@
 use std::{
     process,
     sync::atomic::{AtomicBool, Ordering},
+    thread,
 };
 
 use multifd::channel::Stop;
@@ -20,7 +21,12 @@ pub(crate) fn cancels(stop: &Stop) -> Result<(), Failure> {
         if again.swap(true, Ordering::Relaxed) {
             process::exit(130);
         }
-        stop.cancel();
+        // In another thread, so that a second signal is handled while what the cancel wakes is slow.
+        let cancelled = stop.clone();
+        let thread = thread::Builder::new().name("interrupt".into()).spawn(move || cancelled.cancel());
+        if thread.is_err() {
+            stop.cancel();
+        }
     })?)
 }
 

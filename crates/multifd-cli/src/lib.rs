@@ -1,7 +1,8 @@
 //! `multifd`: the source or the destination of a QEMU migration, with a file at the other end.
 //!
 //! ```text
-//! args/ ─▶ verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
+//! args/ ─▶ verbs/capture   the same as receive, with QEMU controlled through qmp/; verbs/restore likewise as send
+//!          verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
@@ -21,6 +22,7 @@ mod interrupt;
 mod listen_address;
 mod new_file;
 mod output;
+mod qmp;
 mod remedy;
 mod verbs;
 
@@ -29,7 +31,7 @@ use std::{ffi::OsString, process::ExitCode};
 use args::{Args, Verb};
 use clap::Parser;
 use output::outcome;
-use verbs::{demo, inspect, receive, send};
+use verbs::{demo, inspect, receive, restore, send};
 
 /// Runs a command line, whose first word is the program's own name. Returns the exit code of the process.
 ///
@@ -47,6 +49,8 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
     outcome::trace(args.verb.quiet());
     interrupt::keeps_ends_of_children();
     let ended = match args.verb {
+        Verb::Capture(args) => verbs::capture::run(&args),
+        Verb::Restore(args) => restore::run(&args),
         Verb::Receive(args) => receive::run(&args),
         Verb::Send(args) => send::run(&args),
         Verb::Inspect(args) => inspect::run(&args),

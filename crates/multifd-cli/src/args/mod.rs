@@ -2,21 +2,25 @@
 //!
 //! There is one file for each verb; `shared` has what several verbs use.
 
+mod capture;
 mod compression;
 mod demo;
 mod inspect;
 mod receive;
+mod restore;
 mod send;
 mod shared;
 
 use clap::{Parser, Subcommand};
 
 pub(crate) use self::{
+    capture::CaptureArgs,
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
     receive::{MissingPagesArg, ReceiveArgs},
+    restore::RestoreArgs,
     send::{ReturnPathArg, SendArgs, SyncModeArg},
-    shared::listen_address,
+    shared::{OutputArgs, listen_address},
 };
 
 /// Live migration of virtual machines over many connections, in QEMU's format
@@ -31,6 +35,23 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// Capture a QEMU guest into a file through QMP; the guest continues
+    ///
+    /// Connects to QMP, lets QEMU migrate into FILE while the guest runs, and lets the guest continue. FILE is a mapped-ram
+    /// file with RAM and device state: restore it with `multifd restore`. If the capture fails, the guest runs as before,
+    /// its migration settings are as before, and there is no FILE.
+    ///
+    /// WARNING: FILE does not contain the disks. A guest that continues writes to them, and then they no longer fit to FILE.
+    /// Take a snapshot of the disks while the guest is stopped: --before-continue runs a command at this moment.
+    Capture(CaptureArgs),
+    /// Restore a guest from a file into a waiting QEMU through QMP
+    ///
+    /// QEMU was started with the same options as the captured one, and with -incoming defer. Its machine type, RAM,
+    /// processors and PCI devices are compared with FILE before anything is sent.
+    ///
+    /// WARNING: the disks must be in the state in which they were when FILE was captured. The guest's file systems are
+    /// damaged otherwise.
+    Restore(RestoreArgs),
     /// Receive a running QEMU guest and keep it in a file
     ///
     /// Accepts one migration, writes the guest to FILE, and exits. FILE is a mapped-ram file. Restore it with
@@ -59,6 +80,8 @@ impl Verb {
     /// Whether only errors are printed.
     pub(crate) fn quiet(&self) -> bool {
         match self {
+            Self::Capture(args) => args.output.quiet,
+            Self::Restore(args) => args.output.quiet,
             Self::Receive(args) => args.output.quiet,
             Self::Send(args) => args.output.quiet,
             Self::Inspect(_) | Self::Demo(_) | Self::DemoDestination(_) => false,

@@ -9,7 +9,10 @@ use clap::{
 use multifd::{channel::Address, live::ZeroPageDetection, parameters::Parameter};
 use parse_size::Config;
 
-use crate::file_address::{FileAddress, kind_of_address};
+use crate::{
+    file_address::{FileAddress, kind_of_address},
+    qmp::QmpAddress,
+};
 
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct OutputArgs {
@@ -109,6 +112,11 @@ fn time(text: &str, unit: &str) -> Option<Duration> {
 /// Parses the address at which `receive` listens.
 pub(crate) fn listen_address(text: &str) -> Result<Address, String> {
     address(text, "LISTEN")
+}
+
+/// Parses the address of a QMP socket.
+pub(super) fn qmp_address(text: &str) -> Result<QmpAddress, String> {
+    QmpAddress::parse(text)
 }
 
 /// Parses the address of the other side of `send`.

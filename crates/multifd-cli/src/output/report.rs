@@ -151,7 +151,8 @@ impl Report {
         if let Some(downtime) = self.downtime {
             // The dirty bits are taken before every pass, and once more to find that one more pass is enough.
             let passes = ram.dirty_sync_count.unwrap_or_default().saturating_sub(1);
-            text += &format!("\ndowntime {downtime} ms, {passes} passes");
+            let passes = if passes == 1 { "1 pass".to_owned() } else { format!("{passes} passes") };
+            text += &format!("\ndowntime {downtime} ms, {passes}");
         }
         if let Some(percent) = self.cpu_throttle_percentage {
             text += &format!(", the guest throttled by {percent} %");

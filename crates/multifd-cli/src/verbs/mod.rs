@@ -1,8 +1,10 @@
 //! The verbs of the program, one file each.
 
+pub(crate) mod capture;
 pub(crate) mod demo;
 mod extract;
 pub(crate) mod inspect;
 pub(crate) mod receive;
+pub(crate) mod restore;
 pub(crate) mod send;
 mod tls;

@@ -15,16 +15,17 @@ use multifd::{
     ram::BlockName,
 };
 use qemu_stream::{
-    arrival::{Arrival, ArrivalOptions, ArrivalProgress},
+    arrival::{Arrival, ArrivalOptions, ArrivalProgress, Listening},
     incoming::{Expected, LeftOut, MainPages},
 };
 
 use super::tls;
 use crate::{
-    args::{MissingPagesArg, ReceiveArgs},
+    args::{MissingPagesArg, OutputArgs, ReceiveArgs},
     capture::{Capture, Channels},
     combinations,
     direct_io::DirectIo,
+    file_address::FileAddress,
     interrupt,
     listen_address::ListenAddress,
     output::{
@@ -109,38 +110,150 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     if !args.output.quiet {
         args.listen.note_unread_pipe();
     }
-    let start = Instant::now();
-    let arrival = listening.accept().map_err(|error| failed(args, None, start, error))?;
-    let start = Instant::now();
-    let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
-    let display = {
-        let (progress, completing) = (progress.clone(), completing.clone());
-        Display::start("receive", args.output.quiet || args.output.json, move || look(&progress, &completing))
-    };
-    let peer = arrival.peer().to_owned();
-    let received = take_in(arrival, capture, &progress, &completing, &stop);
-    drop(display);
-    match received {
-        Ok(received) => {
-            if received.numbers.main_pages.normal > 0 {
-                direct_io.without_channels();
+    let reception =
+        Reception { verb: "receive", file: &args.file, output: args.output, before_refusal: &|_| {} };
+    let stored = reception.run(listening, capture, &stop)?;
+    if stored.has_pages_of_main() {
+        direct_io.without_channels();
+    }
+    reception.report(&stored, &stored.report(), "received")?;
+    match stored.untold() {
+        None => Ok(()),
+        Some(error) => {
+            let told = format!("{} is complete, but {UNTOLD}", args.file);
+            Err(Failure::SourceNotTold(While::new(told, error).into()))
+        }
+    }
+}
+
+/// One arrival into a file, as `receive` and `capture` show it.
+pub(super) struct Reception<'a> {
+    /// The name of the command, for the progress.
+    pub(super) verb: &'static str,
+    pub(super) file: &'a FileAddress,
+    pub(super) output: OutputArgs,
+    /// Called when everything has arrived and the file cannot be completed, before the source is informed.
+    pub(super) before_refusal: &'a dyn Fn(&Error),
+}
+
+/// A machine that has arrived and is in its file.
+pub(super) struct Stored {
+    received: Received,
+    time: Duration,
+}
+
+impl Stored {
+    /// Whether pages arrived on main, which direct I/O does not cover.
+    pub(super) fn has_pages_of_main(&self) -> bool {
+        self.received.numbers.main_pages.normal > 0
+    }
+
+    /// Why the source, which waits for it, did not get the confirmation.
+    pub(super) fn untold(&self) -> Option<Error> {
+        self.received.untold.clone()
+    }
+
+    pub(super) fn report(&self) -> Report {
+        completed(&self.received, self.time)
+    }
+}
+
+impl Reception<'_> {
+    /// Accepts a source and stores its machine.
+    ///
+    /// # Errors
+    /// If nothing was stored; then there is no file. With `--json`, the report was printed.
+    pub(super) fn run(&self, listening: Listening, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
+        let start = Instant::now();
+        let arrival = listening.accept().map_err(|error| self.failed(None, start, error))?;
+        let start = Instant::now();
+        let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
+        let display = {
+            let (progress, completing) = (progress.clone(), completing.clone());
+            let quiet = self.output.quiet || self.output.json;
+            Display::start(self.verb, quiet, move || look(&progress, &completing))
+        };
+        let peer = arrival.peer().to_owned();
+        let received = self.take_in(arrival, capture, &progress, &completing, stop);
+        drop(display);
+        match received {
+            Ok(received) => Ok(Stored { received, time: start.elapsed() }),
+            Err(error) => Err(self.failed(Some((&peer, &progress)), start, error)),
+        }
+    }
+
+    /// Prints the report of a success in the requested form; `done` is its first words.
+    pub(super) fn report(&self, stored: &Stored, report: &Report, done: &str) -> Result<(), Failure> {
+        if self.output.json {
+            print(&report.json())?;
+        } else if !self.output.quiet {
+            say(&report.text(&format!("{done} {}", self.file)));
+            ignored(&stored.received);
+        }
+        Ok(())
+    }
+
+    /// Receives the whole migration, stores it, and informs the source.
+    fn take_in(
+        &self,
+        arrival: Arrival,
+        capture: Capture,
+        progress: &ArrivalProgress,
+        completing: &AtomicBool,
+        stop: &Stop,
+    ) -> Result<Received, Error> {
+        let mut pending = arrival.load(|configuration, list| capture.blocks(configuration, list))?;
+        // Relaxed: it orders nothing.
+        completing.store(true, Ordering::Relaxed);
+        let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
+            let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
+            let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
+            kept.map_err(|error| {
+                Error::other("all data was received, but the file cannot be completed", error)
+            })
+        });
+        let ignored = match kept {
+            Ok(ignored) => ignored,
+            Err(error) => {
+                (self.before_refusal)(&error);
+                return Err(pending.refuse(error));
             }
-            let report = completed(&received, start.elapsed());
-            if args.output.json {
-                print(&report.json())?;
-            } else if !args.output.quiet {
-                say(&report.text(&format!("received {}", args.file)));
-                ignored(&received);
+        };
+        // The file has its name by now and stays on every path from here on: it may be the only copy.
+        let mut received = Received {
+            numbers: Numbers::of(progress),
+            return_path: pending.loaded().return_path,
+            ignored,
+            untold: None,
+        };
+        match pending.confirm() {
+            Ok(mut confirmed) => {
+                received.untold = confirmed.wait_closed(SOURCE_CLOSES).err();
+                received.numbers.channels = confirmed.finish();
             }
-            match received.untold {
-                None => Ok(()),
-                Some(error) => {
-                    let told = format!("{} is complete, but {UNTOLD}", args.file);
-                    Err(Failure::SourceNotTold(While::new(told, error).into()))
-                }
+            Err(error) => received.untold = Some(error),
+        }
+        Ok(received)
+    }
+
+    /// Reports a migration that failed, in the requested form.
+    fn failed(&self, source: Option<(&str, &ArrivalProgress)>, start: Instant, error: Error) -> Failure {
+        if self.output.json {
+            let time = start.elapsed();
+            let report = match source {
+                Some((_, progress)) => report(&Numbers::of(progress), time),
+                None => Report { total_time: millis(time), ..Report::default() },
+            };
+            if let Err(full) = print(&report.failed(&error).json()) {
+                tracing::error!(error = %full, "cannot print the report");
             }
         }
-        Err(error) => Err(failed(args, Some((&peer, &progress)), start, error)),
+        if error.is_cancelled() {
+            return Failure::Interrupted;
+        }
+        let from = source.map_or_else(String::new, |(peer, _)| format!(" from {peer}"));
+        let what = format!("the migration{from} into {} failed{}", self.file, likely(&error));
+        While::new(what, error).into()
     }
 }
 
@@ -154,31 +267,6 @@ fn ignored(received: &Received) {
     }
 }
 
-/// Reports a migration that failed, in the requested form.
-fn failed(
-    args: &ReceiveArgs,
-    source: Option<(&str, &ArrivalProgress)>,
-    start: Instant,
-    error: Error,
-) -> Failure {
-    if args.output.json {
-        let time = start.elapsed();
-        let report = match source {
-            Some((_, progress)) => report(&Numbers::of(progress), time),
-            None => Report { total_time: millis(time), ..Report::default() },
-        };
-        if let Err(full) = print(&report.failed(&error).json()) {
-            tracing::error!(error = %full, "cannot print the report");
-        }
-    }
-    if error.is_cancelled() {
-        return Failure::Interrupted;
-    }
-    let from = source.map_or_else(String::new, |(peer, _)| format!(" from {peer}"));
-    let what = format!("the migration{from} into {} failed{}", args.file, likely(&error));
-    While::new(what, error).into()
-}
-
 /// The likely cause at the other end, printed before the details of the stream.
 fn likely(error: &Error) -> &'static str {
     match error.fault() {
@@ -187,43 +275,6 @@ fn likely(error: &Error) -> &'static str {
         Fault::Protocol => ": the stream from the source is invalid, incomplete or not supported",
         _ => "",
     }
-}
-
-/// Receives the whole migration, stores it, and informs the source.
-fn take_in(
-    arrival: Arrival,
-    capture: Capture,
-    progress: &ArrivalProgress,
-    completing: &AtomicBool,
-    stop: &Stop,
-) -> Result<Received, Error> {
-    let mut pending = arrival.load(|configuration, list| capture.blocks(configuration, list))?;
-    // Relaxed: it orders nothing.
-    completing.store(true, Ordering::Relaxed);
-    let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
-        let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
-        let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
-        kept.map_err(|error| Error::other("all data was received, but the file cannot be completed", error))
-    });
-    let ignored = match kept {
-        Ok(ignored) => ignored,
-        Err(error) => return Err(pending.refuse(error)),
-    };
-    // The file has its name by now and stays on every path from here on: it may be the only copy.
-    let mut received = Received {
-        numbers: Numbers::of(progress),
-        return_path: pending.loaded().return_path,
-        ignored,
-        untold: None,
-    };
-    match pending.confirm() {
-        Ok(mut confirmed) => {
-            received.untold = confirmed.wait_closed(SOURCE_CLOSES).err();
-            received.numbers.channels = confirmed.finish();
-        }
-        Err(error) => received.untold = Some(error),
-    }
-    Ok(received)
 }
 
 const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \

@@ -4,8 +4,8 @@ use std::{fs::File, io, sync::Arc};
 
 use multifd::{
     Error, Fault, SendOptions,
-    channel::{Address, Stop},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState, ZeroPageDetection},
+    channel::{Address, Connect, Stop},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState, ZeroPageDetection},
     ram::{NeverDirty, RamBlocks},
     wire::VmUuid,
 };
@@ -17,9 +17,10 @@ use qemu_stream::{
 
 use super::tls;
 use crate::{
-    args::{ReturnPathArg, SendArgs, SyncModeArg},
+    args::{OutputArgs, ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
     direct_io::DirectIo,
+    file_address::FileAddress,
     identity::Identity,
     interrupt,
     output::{
@@ -36,52 +37,90 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;
-    let mut at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
-    let blocks = Arc::new(blocks(&file, args)?);
-    // The file knows its zero pages. A search for more would read a mapping that another process may be truncating. No
-    // guest is stopped in the meantime, so there is no time limit for a slow destination.
-    let options = MigrateOptions::new()
-        .switchover_timeout(None)
-        .max_bandwidth(Some(args.max_bandwidth))
-        .zero_page_detection(args.zero_page_detection.or(understood(&file)))
-        .look_for_zero_pages(false);
+    let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
+    let reading = Reading {
+        channels: args.multifd_channels,
+        // For compression or encryption, pages are read into this process.
+        packs: args.compression.packs() || args.tls.encrypts(),
+        direct_io: DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file },
+    };
+    let blocks = Arc::new(reading.blocks(&file)?);
+    let options = at_rest_options(args.max_bandwidth)
+        .zero_page_detection(args.zero_page_detection.or(understood(&file)));
     let source =
         Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
-    let progress = source.progress();
-    let display = {
-        let (progress, hint) = (progress.clone(), compare(args, &file));
-        Display::start("send", args.output.quiet || args.output.json, move || Look {
-            hint: Some(hint.clone()),
-            ..Look::of(&progress)
-        })
-    };
-    let sent = source.migrate(connector, &mut NeverDirty, &mut at_rest);
-    drop(display);
-    match sent {
-        Ok(info) => {
-            let report = Report::of_source(&info);
-            if args.output.json {
-                print(&report.json())?;
-            } else if !args.output.quiet {
-                say(&report.text(&format!("sent {} to {}", args.file, args.address)));
-            }
-            Ok(())
-        }
-        Err(error) => {
-            if args.output.json {
+    let (to, hint) = (args.address.to_string(), compare(args, &file));
+    let delivery = Delivery { verb: "send", file: &args.file, output: args.output, to, hint };
+    let info = delivery.run(source, connector, at_rest)?;
+    delivery.report(&Report::of_source(&info), "sent")
+}
+
+/// A file's guest on its way to a QEMU, as `send` and `restore` show it.
+pub(super) struct Delivery<'a> {
+    /// The name of the command, for the progress.
+    pub(super) verb: &'static str,
+    pub(super) file: &'a FileAddress,
+    pub(super) output: OutputArgs,
+    /// The destination.
+    pub(super) to: String,
+    /// What to compare if the destination accepts no data.
+    pub(super) hint: String,
+}
+
+impl Delivery<'_> {
+    /// Sends the guest.
+    ///
+    /// # Errors
+    /// If the destination does not have it. With `--json`, the report was printed.
+    pub(super) fn run(
+        &self,
+        source: Source,
+        connector: Arc<dyn Connect>,
+        mut guest: AtRest,
+    ) -> Result<MigrationInfo, Failure> {
+        let progress = source.progress();
+        let display = {
+            let (progress, hint) = (progress.clone(), self.hint.clone());
+            Display::start(self.verb, self.output.quiet || self.output.json, move || Look {
+                hint: Some(hint.clone()),
+                ..Look::of(&progress)
+            })
+        };
+        let sent = source.migrate(connector, &mut NeverDirty, &mut guest);
+        drop(display);
+        sent.map_err(|error| {
+            if self.output.json {
                 let report = Report::of_source(&progress.info()).failed(&error);
                 if let Err(full) = print(&report.json()) {
                     tracing::error!(error = %full, "cannot print the report");
                 }
             }
             if error.is_cancelled() {
-                return Err(Failure::Interrupted);
+                return Failure::Interrupted;
             }
-            let what =
-                format!("the migration of {} to {} failed{}", args.file, args.address, not_taken(&error));
-            Err(While::new(what, error).into())
-        }
+            let what = format!("the migration of {} to {} failed{}", self.file, self.to, not_taken(&error));
+            While::new(what, error).into()
+        })
     }
+
+    /// Prints the report of a success in the requested form; `done` is its first word.
+    pub(super) fn report(&self, report: &Report, done: &str) -> Result<(), Failure> {
+        if self.output.json {
+            print(&report.json())?;
+        } else if !self.output.quiet {
+            say(&report.text(&format!("{done} {} to {}", self.file, self.to)));
+        }
+        Ok(())
+    }
+}
+
+/// The options of a guest in a file. The file knows its zero pages. A search for more would read a mapping that another
+/// process may be truncating. No guest is stopped in the meantime, so there is no time limit for a slow destination.
+pub(super) fn at_rest_options(max_bandwidth: u64) -> MigrateOptions {
+    MigrateOptions::new()
+        .switchover_timeout(None)
+        .max_bandwidth(Some(max_bandwidth))
+        .look_for_zero_pages(false)
 }
 
 /// The consequence for the guest if the destination does not have it: it stays in the file.
@@ -113,7 +152,7 @@ fn compare(args: &SendArgs, file: &MappedRamFile) -> String {
 }
 
 /// How zero pages are sent so that every possible destination of this machine understands them.
-fn understood(file: &MappedRamFile) -> ZeroPageDetection {
+pub(super) fn understood(file: &MappedRamFile) -> ZeroPageDetection {
     match file.configuration().and_then(|configuration| configuration.machine.has_zero_pages_on_main()) {
         // No QEMU before 9.0 knows the type, and every later one understands the entries.
         Some(false) => ZeroPageDetection::Multifd,
@@ -121,28 +160,37 @@ fn understood(file: &MappedRamFile) -> ZeroPageDetection {
     }
 }
 
-/// The file's blocks. Channels send from a mapping, with system calls only. If pages must be read into this process
-/// (over main, for compression or encryption, or with direct I/O), they are read from the file, which another process
-/// may be truncating.
-fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
-    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
-    let over_main = args.multifd_channels == 0;
-    let direct = if over_main {
-        direct_io.without_channels();
-        None
-    } else {
-        direct_io.open(file.file())
-    };
-    let reads = over_main || direct.is_some() || args.compression.packs() || args.tls.encrypts();
-    let blocks = file.ram_blocks(|entry, place| match &direct {
-        Some(direct) => {
-            direct_io.check(direct, &entry.name, place.pages_offset);
-            ReadPath::Direct(direct.clone())
-        }
-        None if reads => ReadPath::Cached,
-        None => ReadPath::Mapped,
-    });
-    Ok(blocks.map_err(|error| args.file.unreadable(error))?)
+/// How the file's pages are read.
+pub(super) struct Reading<'a> {
+    pub(super) channels: u8,
+    /// Whether pages are changed on the way, by compression or encryption.
+    pub(super) packs: bool,
+    pub(super) direct_io: DirectIo<'a>,
+}
+
+impl Reading<'_> {
+    /// The file's blocks. Channels send from a mapping, with system calls only. If pages must be read into this process
+    /// (over main, for compression or encryption, or with direct I/O), they are read from the file, which another process
+    /// may be truncating.
+    pub(super) fn blocks(&self, file: &MappedRamFile) -> Result<RamBlocks, Failure> {
+        let over_main = self.channels == 0;
+        let direct = if over_main {
+            self.direct_io.without_channels();
+            None
+        } else {
+            self.direct_io.open(file.file())
+        };
+        let reads = over_main || direct.is_some() || self.packs;
+        let blocks = file.ram_blocks(|entry, place| match &direct {
+            Some(direct) => {
+                self.direct_io.check(direct, &entry.name, place.pages_offset);
+                ReadPath::Direct(direct.clone())
+            }
+            None if reads => ReadPath::Cached,
+            None => ReadPath::Mapped,
+        });
+        Ok(blocks.map_err(|error| self.direct_io.address.unreadable(error))?)
+    }
 }
 
 /// The options for the machine in the file, as its destination expects it.
@@ -168,13 +216,13 @@ fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
 }
 
 /// A guest in a file. It does not run, unless another process writes to the file.
-struct AtRest {
+pub(super) struct AtRest {
     file: File,
     identity: Identity,
 }
 
 impl AtRest {
-    fn of(file: &MappedRamFile) -> io::Result<Self> {
+    pub(super) fn of(file: &MappedRamFile) -> io::Result<Self> {
         let file = file.file().try_clone()?;
         Ok(Self { identity: Identity::of(&file.metadata()?), file })
     }

@@ -9,6 +9,7 @@ mod foreign;
 mod journey;
 mod matrix;
 mod odd;
+mod operated;
 mod owners;
 mod parameters;
 mod peers;

@@ -1,0 +1,328 @@
+//! `multifd capture`: a running QEMU migrates into a file, by commands through QMP, and its guest continues.
+//!
+//! ```text
+//! Qmp ─▶ settings changed ─▶ migrate ─▶ Reception (as `receive`) ─▶ settings put back ─▶ command of the user ─▶ cont
+//!                              └── a thread asks query-migrate, so that a failure of QEMU ends the reception
+//! ```
+//!
+//! Between the end of the migration and `cont` the guest is stopped, and only this program lets it continue. So no error of
+//! this program ends it in between, and an interrupt is heeded before and not after.
+
+use std::{
+    process::Command,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use multifd::{
+    ChannelCount, Error, ReceiveOptions,
+    channel::{Address, Listener, Stop, Wake},
+};
+use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions, Listening},
+    incoming::{Expected, LeftOut},
+};
+use serde_json::json;
+
+use super::receive::{Reception, Stored};
+use crate::{
+    args::CaptureArgs,
+    capture::Capture,
+    direct_io::DirectIo,
+    interrupt,
+    output::{
+        outcome::{Failure, While, say},
+        report::millis,
+    },
+    qmp::{
+        Changed, Listens, Meeting, Migration, MigrationStatus, OFF_AT_SOURCE, Qmp, QmpError, RUNNING,
+        Settings, Version, Wanted, resume, run_state,
+    },
+};
+
+pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
+    let stop = Stop::new();
+    interrupt::cancels(&stop)?;
+    interrupt::spares_large_files();
+    let mut qmp = Qmp::connect(&args.qmp, &stop).map_err(of_qmp)?;
+    let was = run_state(&mut qmp)?;
+    refuse_others(&mut qmp, &was, args)?;
+    if args.no_return_path {
+        tracing::warn!(
+            "without the return path, QEMU stops the guest for good even if the file cannot be completed"
+        );
+    }
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
+    let capture = Capture::create(&args.file, args.force, &direct_io)?;
+    let meeting = Meeting::arrange(&qmp, Listens::Here, args.listen.as_ref())?;
+    let settings = Settings::of(&mut qmp)?;
+    let wanted = wanted(args);
+
+    // The first to be woken at a failure, before connections are closed.
+    let source = Arc::new(Controlled(Mutex::new(qmp)));
+    let _first = stop.watch_failure(source.clone());
+    let (listening, address) = listen(args, &meeting, &stop)?;
+    let changed = settings.change(&mut source.lock(), &wanted)?;
+    let cancel = |error: &Error| drop(stop.fail(error.clone()));
+    let reception =
+        Reception { verb: "capture", file: &args.file, output: args.output, before_refusal: &cancel };
+    match migrate(&source, &address, &stop, || reception.run(listening, capture, &stop)) {
+        Ok(stored) => {
+            if stored.has_pages_of_main() {
+                direct_io.without_channels();
+            }
+            finish(args, &mut source.lock(), changed, &was, &reception, &stored)
+        }
+        Err(failure) => Err(restore(&mut source.lock(), changed, &was, failure)),
+    }
+}
+
+/// The QEMU whose guest is captured. At a failure of this side its migration is cancelled first: a QEMU whose connections are
+/// closed under it can end with its guest.
+struct Controlled(Mutex<Qmp>);
+
+impl Controlled {
+    fn lock(&self) -> MutexGuard<'_, Qmp> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Controlled {
+    fn wake(&self) {
+        if let Err(error) = Migration::settle(&mut self.lock()) {
+            tracing::debug!(%error, "QEMU's migration could not be cancelled");
+        }
+    }
+}
+
+/// Refuses a QEMU whose guest cannot be captured now.
+fn refuse_others(qmp: &mut Qmp, was: &str, args: &CaptureArgs) -> Result<(), Failure> {
+    let refused =
+        |why: &str| Err(While::new(format!("cannot capture the guest at {}", args.qmp), why).into());
+    if qmp.version() < Version::FIRST && args.multifd_channels > 0 {
+        let why = format!(
+            "this is QEMU {}, and channels need QEMU {}: use --multifd-channels 0",
+            qmp.version(),
+            Version::FIRST
+        );
+        return refused(&why);
+    }
+    if was == "inmigrate" {
+        return refused("this QEMU waits for an incoming migration: use multifd restore");
+    }
+    if was == "postmigrate" {
+        return refused(
+            "an earlier migration has stopped its guest, and QEMU can migrate it again only after cont",
+        );
+    }
+    if Migration::query(qmp)?.status == MigrationStatus::Active {
+        return refused("another migration is in progress (query-migrate)");
+    }
+    // Of an earlier migration.
+    Migration::settle(qmp)?;
+    Ok(())
+}
+
+fn listen(args: &CaptureArgs, meeting: &Meeting, stop: &Stop) -> Result<(Listening, Address), Failure> {
+    let listener = Listener::bind(meeting.address())
+        .map_err(|error| While::new(format!("cannot listen at {}", meeting.address()), error))?;
+    meeting.admit().map_err(|error| While::new("cannot let QEMU's user connect", error))?;
+    let address = listener.local_address().clone();
+    if let Address::Tcp { host, .. } = &address
+        && !is_loopback(host)
+    {
+        tracing::warn!(
+            "the guest's memory crosses the network without encryption; multifd receive can use TLS"
+        );
+    }
+    let receive = ReceiveOptions::new()
+        .channels(ChannelCount::Exact(args.multifd_channels))
+        .method(Some(args.multifd_compression));
+    let options = ArrivalOptions::new(Expected::AnyMachine)
+        .receive(receive)
+        .left_out(LeftOut::SharedBlocks)
+        .stall_timeout(args.stall_timeout());
+    let listening = Arrival::listen(listener, options, stop).map_err(Failure::of)?;
+    Ok((listening, address))
+}
+
+fn is_loopback(host: &str) -> bool {
+    host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// The settings of a source that migrates into a file.
+fn wanted(args: &CaptureArgs) -> Wanted {
+    let channels = args.multifd_channels > 0;
+    let mut capabilities: Vec<_> = OFF_AT_SOURCE.map(|name| (name, false)).into();
+    capabilities.extend([("multifd", channels), ("return-path", !args.no_return_path)]);
+    if args.auto_converge {
+        capabilities.push(("auto-converge", true));
+    }
+    let mut parameters = vec![("max-bandwidth", json!(args.max_bandwidth)), ("tls-creds", json!(""))];
+    if channels {
+        parameters.push(("multifd-channels", json!(args.multifd_channels)));
+        parameters.push(("multifd-compression", json!(args.multifd_compression.as_str())));
+    }
+    if let Some(limit) = args.downtime_limit {
+        parameters.push(("downtime-limit", json!(millis(limit))));
+    }
+    Wanted { capabilities, parameters }
+}
+
+/// Starts the migration and receives it. A failure that QEMU reports ends the reception.
+fn migrate(
+    source: &Controlled,
+    address: &Address,
+    stop: &Stop,
+    receive: impl FnOnce() -> Result<Stored, Failure>,
+) -> Result<Stored, Failure> {
+    source.lock().execute("migrate", json!({ "uri": address.to_string() }))?;
+    let (over, ended) = channel::<()>();
+    thread::scope(|threads| {
+        let builder = thread::Builder::new().name("qmp".into());
+        builder.spawn_scoped(threads, move || watch(source, stop, &ended))?;
+        let stored = receive();
+        drop(over);
+        stored
+    })
+}
+
+/// Fails `stop` if QEMU reports that the migration has failed, until `ended`.
+fn watch(source: &Controlled, stop: &Stop, ended: &Receiver<()>) {
+    while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
+        let now = Migration::query(&mut source.lock());
+        let error = match now {
+            Ok(now) if now.status == MigrationStatus::Failed => {
+                let reason =
+                    now.reason().map_or_else(|| "no reason is known".to_owned(), |why| why.to_string());
+                Error::other("QEMU reports that the migration failed", reason)
+            }
+            Ok(now) if now.status == MigrationStatus::Cancelled => {
+                Error::other("the migration was cancelled at QEMU", "migrate_cancel by another client")
+            }
+            Ok(_) => continue,
+            Err(error) => Error::other("cannot control QEMU any more", error),
+        };
+        // The connections themselves may show why it failed.
+        if ended.recv_timeout(LAST_WORD) == Err(RecvTimeoutError::Timeout) {
+            stop.fail(error);
+        }
+        return;
+    }
+}
+
+/// Ends a capture whose file is complete.
+fn finish(
+    args: &CaptureArgs,
+    qmp: &mut Qmp,
+    changed: Changed,
+    was: &str,
+    reception: &Reception<'_>,
+    stored: &Stored,
+) -> Result<(), Failure> {
+    let complete = |what: &str, error: QmpError| {
+        Failure::from(While::new(format!("{} is complete, but {what}", args.file), error))
+    };
+    let migration = Migration::wait(qmp, SETTLES).map_err(|error| complete(UNKNOWN, error))?;
+    if migration.status != MigrationStatus::Completed {
+        // The file has everything up to the stop, so it is a capture; QEMU lets the guest continue by itself.
+        let why = migration.reason().map_or_else(String::new, |why| format!(": {why}"));
+        tracing::warn!("QEMU did not get the confirmation that the file is complete{why}");
+    }
+    let ran = if args.before_continue.is_some() { before_continue(args) } else { Ok(()) };
+    let continues = if args.quit {
+        quit(qmp).map_err(|error| complete("QEMU did not end", error))?;
+        false
+    } else {
+        let put_back = Migration::settle(qmp).and_then(|_| changed.put_back(qmp));
+        let continues = was == RUNNING && !args.leave_paused;
+        if continues && run_state(qmp).ok().as_deref() != Some(RUNNING) {
+            resume(qmp).map_err(|error| complete(STILL_STOPPED, error))?;
+        }
+        put_back.map_err(|error| complete("QEMU's migration settings could not be put back", error))?;
+        continues
+    };
+    let mut report = stored.report();
+    report.downtime = if continues { qmp.pause().map(millis) } else { None }.or(migration.downtime());
+    report.ram.dirty_sync_count = migration.passes();
+    reception.report(stored, &report, "captured")?;
+    if !args.output.quiet && !args.output.json {
+        say(match (continues, args.quit) {
+            (true, _) => "the guest continues",
+            (false, true) => "QEMU has ended",
+            (false, false) => "the guest is stopped; cont lets it continue",
+        });
+    }
+    ran
+}
+
+/// Runs the user's command while the guest is stopped.
+fn before_continue(args: &CaptureArgs) -> Result<(), Failure> {
+    let Some(command) = &args.before_continue else { return Ok(()) };
+    let path = std::path::absolute(args.file.path()).unwrap_or_else(|_| args.file.path().to_owned());
+    let failed = |why: String| {
+        Err(While::new(format!("{} is complete, but the command before cont failed", args.file), why).into())
+    };
+    match Command::new("/bin/sh").args(["-c", command]).env("MULTIFD_FILE", path).status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => failed(format!("{command:?}: {status}")),
+        Err(error) => failed(error.to_string()),
+    }
+}
+
+/// Ends QEMU. Its connection may end before its reply.
+fn quit(qmp: &mut Qmp) -> Result<(), QmpError> {
+    match qmp.execute("quit", json!({})) {
+        Ok(_) | Err(QmpError::Closed { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Brings QEMU back to where it was after a failure, and returns the failure, or the failure to do so.
+fn restore(qmp: &mut Qmp, changed: Changed, was: &str, failure: Failure) -> Failure {
+    match bring_back(qmp, changed, was) {
+        Ok(()) => failure,
+        // QEMU has ended, which is the reason of the failure.
+        Err(QmpError::Closed { .. }) => failure,
+        Err(error) => {
+            if let Failure::Failed(error) = failure {
+                tracing::error!("{}", multifd::error::chain(&*error));
+            }
+            While::new(
+                "the capture failed, and QEMU is not as before: check query-status and query-migrate",
+                error,
+            )
+            .into()
+        }
+    }
+}
+
+fn bring_back(qmp: &mut Qmp, changed: Changed, was: &str) -> Result<(), QmpError> {
+    let ended = Migration::settle(qmp)?;
+    tracing::debug!(status = ?ended.status, "the migration at QEMU has ended");
+    if was == RUNNING && run_state(qmp)? != RUNNING {
+        resume(qmp)?;
+    }
+    changed.put_back(qmp)
+}
+
+fn of_qmp(error: QmpError) -> Failure {
+    match error {
+        QmpError::Cancelled => Failure::Interrupted,
+        error => error.into(),
+    }
+}
+
+const UNKNOWN: &str =
+    "the state of the guest is not known: check query-status, and enter cont if it is stopped";
+const STILL_STOPPED: &str = "the guest is still stopped: enter cont at its monitor";
+/// How often QEMU is asked for failures.
+const LOOK: Duration = Duration::from_millis(250);
+/// The time in which the connections themselves show why a migration failed.
+const LAST_WORD: Duration = Duration::from_millis(500);
+/// The time limit for QEMU to end a migration whose connections are closed.
+const SETTLES: Duration = Duration::from_secs(60);
