@@ -11,6 +11,8 @@
 //! sanitize
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
 //! api     compares the public API of each library with its api.txt, or writes it there with --bless
+//! dist    makes what is distributed: a static program, its manual, a Debian package, an archive with checksums; with
+//!         --try it installs, uses and removes the package in a folder of its own
 //! publish-check
 //!         packages the libraries and builds them from their packages
 //! ```
@@ -28,6 +30,7 @@ mod bench;
 mod check;
 mod deny;
 mod deps;
+mod dist;
 mod fuzz;
 mod length;
 mod licences;
@@ -61,6 +64,8 @@ fn main() -> ExitCode {
         (Some("api"), []) => api::run_task(false),
         (Some("api"), [bless]) if bless == "--bless" => api::run_task(true),
         (Some("publish-check"), []) => step::step("packages", || publish::check(true)),
+        (Some("dist"), []) => dist::run_task(),
+        (Some("dist"), [flag]) if flag == "--try" => dist::try_out(),
         (Some("test"), rest) => {
             let (slow, rest) = match rest {
                 [all, rest @ ..] if all == "--all" => (true, rest),
@@ -126,6 +131,8 @@ const USAGE: &str = "usage: cargo xtask <task>
   check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths,
                   plain words in texts
   api [--bless]   compare the libraries' public API with crates/*/api.txt; --bless updates these files
+  dist [--try]    make what is distributed: a static program, manual pages, a Debian package, an archive; --try installs,
+                  uses and removes the package in an empty folder
   publish-check   package the libraries, and build each from its package
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests; --all also runs those marked slow; ARGS are passed to `cargo test`

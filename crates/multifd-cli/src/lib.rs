@@ -25,19 +25,29 @@ mod output;
 mod qmp;
 mod remedy;
 mod verbs;
+mod version;
 
 use std::{ffi::OsString, process::ExitCode};
 
 use args::{Args, Verb};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use output::outcome;
 use verbs::{demo, inspect, receive, restore, send};
+
+/// The definition of the command line, for manual pages and completions.
+pub fn command() -> clap::Command {
+    Args::command()
+}
 
 /// Runs a command line, whose first word is the program's own name. Returns the exit code of the process.
 ///
 /// It must have a process of its own: it writes to standard output and error, may handle Ctrl-C, and only the first
 /// call sets up logging. It is a library so that tests can try every command line.
 pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let command_line: Vec<OsString> = command_line.into_iter().collect();
+    if version::is_asked_in_detail(&command_line) {
+        return outcome::exit_code(outcome::print(&version::detailed()).map_err(Into::into));
+    }
     let args = match Args::try_parse_from(command_line) {
         Ok(args) => args,
         Err(refused) => {

@@ -25,7 +25,8 @@ pub(crate) use self::{
 
 /// Live migration of virtual machines over many connections, in QEMU's format
 ///
-/// Set the environment variable MULTIFD_LOG to debug or trace to log the events of every channel.
+/// Set the environment variable MULTIFD_LOG to debug or trace to log the events of every channel. `multifd --version -v`
+/// shows what this build can do.
 #[derive(Debug, Parser)]
 #[command(name = "multifd", version, max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Args {
