@@ -29,7 +29,8 @@ use crate::{
     listen_address::ListenAddress,
     output::{
         display::Display,
-        outcome::{Failure, While, print, say},
+        outcome::{Failure, While},
+        outlet::{print_json, say, say_lines},
         progress::Look,
         report::{Channel, Ram, Report, millis, rate},
     },
@@ -127,9 +128,9 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
             }
             let report = completed(&received, start.elapsed());
             if args.output.json {
-                print(&report.json())?;
+                print_json(&report)?;
             } else if !args.output.quiet {
-                say(&report.text(&format!("received {}", args.file)));
+                say_lines(&report.lines(&format!("received {}", args.file)));
                 ignored(&received);
             }
             match received.untold {
@@ -167,7 +168,7 @@ fn failed(
             Some((_, progress)) => report(&Numbers::of(progress), time),
             None => Report { total_time: millis(time), ..Report::default() },
         };
-        if let Err(full) = print(&report.failed(&error).json()) {
+        if let Err(full) = print_json(&report.failed(&error)) {
             tracing::error!(error = %full, "cannot print the report");
         }
     }

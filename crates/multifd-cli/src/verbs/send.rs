@@ -24,7 +24,8 @@ use crate::{
     interrupt,
     output::{
         display::Display,
-        outcome::{Failure, While, print, say},
+        outcome::{Failure, While},
+        outlet::{print_json, say_lines},
         progress::Look,
         report::Report,
     },
@@ -61,16 +62,16 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         Ok(info) => {
             let report = Report::of_source(&info);
             if args.output.json {
-                print(&report.json())?;
+                print_json(&report)?;
             } else if !args.output.quiet {
-                say(&report.text(&format!("sent {} to {}", args.file, args.address)));
+                say_lines(&report.lines(&format!("sent {} to {}", args.file, args.address)));
             }
             Ok(())
         }
         Err(error) => {
             if args.output.json {
                 let report = Report::of_source(&progress.info()).failed(&error);
-                if let Err(full) = print(&report.json()) {
+                if let Err(full) = print_json(&report) {
                     tracing::error!(error = %full, "cannot print the report");
                 }
             }
@@ -147,8 +148,8 @@ fn blocks(file: &MappedRamFile, args: &SendArgs) -> Result<RamBlocks, Failure> {
 
 /// The options for the machine in the file, as its destination expects it.
 fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
-    let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
-    let send = args.compression.apply(SendOptions::new().uuid(uuid)).zero_copy_send(args.zero_copy_send);
+    let send =
+        args.compression.apply(SendOptions::new().uuid(uuid(args, file))).zero_copy_send(args.zero_copy_send);
     let options = SourceOptions::of_file(file)
         .channels(args.multifd_channels)
         .send(send)
