@@ -25,7 +25,7 @@ use crate::{
     output::{
         display::Display,
         outcome::{Failure, While},
-        outlet::{print_json, say_lines},
+        outlet::{print_json, say, say_lines},
         progress::Look,
         report::Report,
     },
@@ -46,6 +46,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         .max_bandwidth(Some(args.max_bandwidth))
         .zero_page_detection(args.zero_page_detection.or(understood(&file)))
         .look_for_zero_pages(false);
+    note_missing_uuid(args, &file);
     let source =
         Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
     let progress = source.progress();
@@ -112,6 +113,32 @@ fn compare(args: &SendArgs, file: &MappedRamFile) -> String {
          {compression}, TLS {tls}, machine type {machine}"
     )
 }
+
+/// The UUID that the channels send. [`NIL`](VmUuid::NIL) is that of a QEMU without `-uuid`.
+fn uuid(args: &SendArgs, file: &MappedRamFile) -> VmUuid {
+    args.uuid.or(file.configuration().and_then(|known| known.uuid)).unwrap_or(VmUuid::NIL)
+}
+
+/// Reports, before anything is sent, that the channels will send no UUID: each QEMU compares it with its own, and ends if it
+/// is another one.
+fn note_missing_uuid(args: &SendArgs, file: &MappedRamFile) {
+    if args.output.quiet || args.multifd_channels == 0 || !uuid(args, file).is_nil() {
+        return;
+    }
+    say(&format!(
+        "{}: {} has no UUID. {NO_UUID}",
+        if is_known(file) { "note" } else { "WARNING" },
+        args.file
+    ));
+}
+
+/// Whether the file was received over channels, which have the UUID of the source: then the source had none.
+fn is_known(file: &MappedRamFile) -> bool {
+    file.sync_mode().is_some()
+}
+
+const NO_UUID: &str = "A destination that was started with -uuid, as libvirt starts every guest, refuses the channels, and \
+                       its process ends. For such a destination give the UUID: --uuid UUID";
 
 /// How zero pages are sent so that every possible destination of this machine understands them.
 fn understood(file: &MappedRamFile) -> ZeroPageDetection {
