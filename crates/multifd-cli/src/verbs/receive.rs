@@ -103,6 +103,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
             MissingPagesArg::Zero => LeftOut::Pages,
         })
         .stall_timeout(args.stall_timeout())
+        .pause_timeout(args.pause_timeout())
         .switchover_ack(args.switchover_ack)
         .suppress_vmdesc(args.suppress_vmdesc);
     let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
