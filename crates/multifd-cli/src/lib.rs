@@ -30,7 +30,7 @@ use std::{ffi::OsString, process::ExitCode};
 
 use args::{Args, Verb};
 use clap::Parser;
-use output::outcome;
+use output::{log, outcome, outlet};
 use verbs::{demo, inspect, receive, restore, send};
 
 /// Runs a command line, whose first word is the program's own name. Returns the exit code of the process.
@@ -40,13 +40,9 @@ use verbs::{demo, inspect, receive, restore, send};
 pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = match Args::try_parse_from(command_line) {
         Ok(args) => args,
-        Err(refused) => {
-            // If the output is closed, nobody wants it.
-            let _ = refused.print();
-            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(2));
-        }
+        Err(refused) => return outlet::refused(refused),
     };
-    outcome::trace(args.verb.quiet());
+    log::trace(args.verb.quiet());
     interrupt::keeps_ends_of_children();
     let ended = match args.verb {
         Verb::Capture(args) => verbs::capture::run(&args),
@@ -58,4 +54,9 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::DemoDestination(args) => demo::destination(&args),
     };
     outcome::exit_code(ended)
+}
+
+/// Makes the process report a panic, which is a bug, in one line without control characters. For a process of its own only.
+pub fn report_panics() {
+    outlet::report_panics();
 }

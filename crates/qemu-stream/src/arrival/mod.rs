@@ -59,6 +59,7 @@ impl Listening {
             .stopping(receiver.stop())
             .counted(state.counts().clone())
             .stall_timeout(options.stall_timeout)
+            .pause_timeout(options.pause_timeout)
             .silence(options.silence)
             .switchover_ack(options.switchover_ack)
             .suppress_vmdesc(options.suppress_vmdesc);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use multifd::ReceiveOptions;
 
-use crate::incoming::{Expected, LeftOut, SILENCE, STALL};
+use crate::incoming::{Expected, LeftOut, PAUSE, SILENCE, STALL};
 
 /// The options of a destination.
 #[derive(Clone, Debug)]
@@ -14,6 +14,7 @@ pub struct ArrivalOptions {
     pub(super) left_out: LeftOut,
     pub(super) receive: ReceiveOptions,
     pub(super) stall_timeout: Option<Duration>,
+    pub(super) pause_timeout: Option<Duration>,
     pub(super) silence: Duration,
     pub(super) switchover_ack: bool,
     pub(super) suppress_vmdesc: bool,
@@ -27,6 +28,7 @@ impl ArrivalOptions {
             left_out: LeftOut::default(),
             receive: ReceiveOptions::new(),
             stall_timeout: Some(STALL),
+            pause_timeout: Some(PAUSE),
             silence: SILENCE,
             switchover_ack: false,
             suppress_vmdesc: false,
@@ -49,6 +51,13 @@ impl ArrivalOptions {
     /// [`Incoming::stall_timeout`](crate::incoming::Incoming::stall_timeout). Default 120 s; `None` is no limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
+        self
+    }
+
+    /// How long the source may be silent between two sections of RAM: see
+    /// [`Incoming::pause_timeout`](crate::incoming::Incoming::pause_timeout). Default 3600 s; `None` is no limit.
+    pub fn pause_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.pause_timeout = limit;
         self
     }
 

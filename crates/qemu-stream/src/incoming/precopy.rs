@@ -46,6 +46,7 @@ pub struct Incoming<C: Connection> {
     switchover_ack: bool,
     silence: Duration,
     stall: Option<Duration>,
+    pause: Option<Duration>,
     return_path: bool,
     /// The source has reported that its guest is stopped.
     guest_stands: bool,
@@ -63,6 +64,7 @@ impl<C: Connection> Incoming<C> {
             switchover_ack: false,
             silence: SILENCE,
             stall: Some(STALL),
+            pause: Some(PAUSE),
             return_path: false,
             guest_stands: false,
             loaded: false,
@@ -113,14 +115,25 @@ impl<C: Connection> Incoming<C> {
 
     /// Time limit for a silent source before the end of the first section of RAM, within any section, and after the end of RAM.
     /// Default 120 s; `None` is no limit, as in QEMU. Between the sections of RAM, and before their footers, which QEMU delays,
-    /// a source may be silent without limit: one that pauses before the switchover is. A source of this library has the limit
-    /// there as well once its guest is stopped and all of its RAM has arrived.
+    /// it applies only if more of a pass [must follow](super::Destination::is_within_pass); otherwise
+    /// [another limit](Self::pause_timeout) does, since a source that pauses before the switchover is silent. A source of this
+    /// library has the limit there as well once its guest is stopped and all of its RAM has arrived.
     ///
     /// During a long section this connection is silent while pages arrive over channels. The connection that
     /// [`Receiver::wait_main`](multifd::Receiver::wait_main) returns takes them into account. With another connection and
     /// channels, set `None`.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall = limit;
+        self
+    }
+
+    /// Time limit for a source that is silent between two sections of RAM, as one with pause-before-switchover is until its
+    /// operator lets it continue. Default 3600 s; `None` is no limit. A source that is frozen there looks the same.
+    ///
+    /// **Warning:** a QEMU 7.2 with multifd on that is continued after this limit can stop replying to its monitor. One that is
+    /// cancelled replies.
+    pub fn pause_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.pause = limit;
         self
     }
 
@@ -165,7 +178,7 @@ impl<C: Connection> Incoming<C> {
         // The page that an XBZRLE delta is applied to; empty before the first one.
         let mut page_now = Vec::new();
         loop {
-            self.wait_for_more()?;
+            self.wait_for_more(destination)?;
             let may_have_ended = self.limit_silence()?;
             self.count();
             let event = match self.line.next() {
@@ -325,14 +338,27 @@ impl<C: Connection> Incoming<C> {
         taken.map_err(|e| refused(self.line.here(), "the number of channels", e))
     }
 
-    /// Waits for the next event where the source may pause: without limit, unless the guest is known to be stopped.
-    fn wait_for_more(&mut self) -> Result<(), Error> {
-        if self.line.may_pause() && !self.guest_stands && self.line.is_drained() && self.stall.is_some() {
-            self.line.limit(None)?;
-            self.line.wait()?;
-            self.line.limit(self.stall)?;
+    /// Waits for the next event where the source may pause, unless the guest is known to be stopped. If nothing has arrived for
+    /// the stall timeout, and no more of the pass must follow, the rest of the pause timeout is waited for.
+    fn wait_for_more<D: Destination>(&mut self, destination: &D) -> Result<(), Error> {
+        if !self.line.may_pause() || self.guest_stands || !self.line.is_drained() {
+            return Ok(());
         }
-        Ok(())
+        let first = [self.stall, self.pause].into_iter().flatten().min();
+        self.line.limit(first)?;
+        let waited = match self.line.wait() {
+            Err(Error::TimedOut { at, .. }) if self.stall == first && destination.is_within_pass() => {
+                Err(Error::TimedOut { at, expected: "more of a pass" })
+            }
+            Err(Error::TimedOut { .. }) if self.pause != first => {
+                let rest = self.pause.map(|pause| pause.saturating_sub(first.unwrap_or_default()));
+                self.line.limit(rest)?;
+                self.line.wait().map_err(paused)
+            }
+            waited => waited.map_err(paused),
+        };
+        waited?;
+        self.line.limit(self.stall)
     }
 
     /// Records the bytes of main so far.
@@ -391,6 +417,18 @@ impl Known {
     }
 }
 
+/// The error of a source that was silent for too long where it may pause.
+fn paused(error: Error) -> Error {
+    match error {
+        Error::TimedOut { at, .. } => {
+            let expected = "the next section of RAM (pause-timeout: the source was paused before its switchover, or frozen; \
+                            cancel the migration there, do not continue it)";
+            Error::TimedOut { at, expected }
+        }
+        other => other,
+    }
+}
+
 /// The error of a source that closes the connection before SHUT.
 fn closed() -> Judge {
     Box::new(|_, closed| {
@@ -404,3 +442,4 @@ fn closed() -> Judge {
 pub(crate) const CHANNELS_END: Duration = Duration::from_secs(1);
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 pub(crate) const STALL: Duration = Duration::from_secs(120);
+pub(crate) const PAUSE: Duration = Duration::from_secs(3600);

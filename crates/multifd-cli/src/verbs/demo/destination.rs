@@ -14,7 +14,10 @@ use super::{Arrived, MACHINE, guest, hash};
 use crate::{
     args::DemoDestinationArgs,
     interrupt,
-    output::outcome::{Failure, While, reply},
+    output::{
+        outcome::{Failure, While},
+        outlet::{reply, reply_json},
+    },
 };
 
 /// Runs in the second process.
@@ -39,6 +42,6 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
 
     let beyond_ram = guest::peak_beyond(&blocks)?;
     let arrived = Arrived { hash: hash(&blocks)?, rounds, beyond_ram };
-    reply(&serde_json::to_string(&arrived)?)?;
+    reply_json(&arrived)?;
     Ok(())
 }
