@@ -220,8 +220,10 @@ impl Sender {
     /// If the system cannot start a thread.
     pub(crate) fn fail_when_closed(&mut self) -> Result<()> {
         let stop = self.stop.clone();
-        let closed =
-            ClosedChannels::start(worker::GRACE, move |id| drop(stop.fail(packets::closed().on_channel(id))));
+        // The channel's own thread, which knows more, has half of the time.
+        let closed = ClosedChannels::start(2 * worker::GRACE, move |id, peer| {
+            stop.fail(packets::closed(peer).on_channel(id));
+        });
         self.closed = Some(closed.map_err(|error| Error::io("watch the channels", error))?);
         Ok(())
     }
