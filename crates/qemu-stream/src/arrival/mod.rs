@@ -61,6 +61,7 @@ impl Listening {
             .stall_timeout(options.stall_timeout)
             .silence(options.silence)
             .switchover_ack(options.switchover_ack)
+            .send_reason(options.send_reason)
             .suppress_vmdesc(options.suppress_vmdesc);
         Ok(Arrival { incoming, receiver, state, peer })
     }
@@ -210,7 +211,8 @@ impl Announced {
         }
     }
 
-    /// Informs the source that its guest continues there, because of `error`. Returns `error`.
+    /// Informs the source that its guest continues there, because of `error`. A source of this library
+    /// [reports](ArrivalOptions::send_reason) its text. Returns `error`.
     pub fn refuse(self, error: Error) -> Error {
         let Self { incoming, receiver, .. } = self;
         failed(incoming, &receiver, error)
@@ -218,7 +220,9 @@ impl Announced {
 }
 
 /// Ends an arrival before everything has arrived. Returns the error that the migration failed with.
-fn failed(incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> Error {
+fn failed(mut incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> Error {
+    // If a channel has failed before, main has only noticed that.
+    incoming.set_reason(receiver.stop().error().as_ref().unwrap_or(&error));
     // Dropped first, because a stop shuts connections down.
     drop(incoming);
     match error.fault() {

@@ -17,6 +17,7 @@ pub struct ArrivalOptions {
     pub(super) silence: Duration,
     pub(super) switchover_ack: bool,
     pub(super) suppress_vmdesc: bool,
+    pub(super) send_reason: bool,
 }
 
 impl ArrivalOptions {
@@ -30,6 +31,7 @@ impl ArrivalOptions {
             silence: SILENCE,
             switchover_ack: false,
             suppress_vmdesc: false,
+            send_reason: true,
         }
     }
 
@@ -67,6 +69,13 @@ impl ArrivalOptions {
     /// See [`Incoming::suppress_vmdesc`](crate::incoming::Incoming::suppress_vmdesc). Default off.
     pub fn suppress_vmdesc(mut self, on: bool) -> Self {
         self.suppress_vmdesc = on;
+        self
+    }
+
+    /// Whether a source of this library is sent the reason if this side refuses or fails: see
+    /// [`Incoming::send_reason`](crate::incoming::Incoming::send_reason). Default on.
+    pub fn send_reason(mut self, on: bool) -> Self {
+        self.send_reason = on;
         self
     }
 }

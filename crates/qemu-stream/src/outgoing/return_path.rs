@@ -11,6 +11,7 @@ use std::{
 
 use multifd::{
     channel::Stop,
+    error::UntrustedText,
     live::{LastWord, Owner, Verdict},
 };
 
@@ -32,6 +33,8 @@ pub(super) struct Replies {
     always_speaks: bool,
     /// What its replies show.
     reached: Reached,
+    /// Why it will report a failure.
+    reason: Option<UntrustedText>,
 }
 
 /// The time limits for the end of a migration.
@@ -113,7 +116,7 @@ impl Replies {
                 match self.next() {
                     Ok(None) => break,
                     // Pre-copy waits for neither of them.
-                    Ok(Some((Message::Pong(_) | Message::SwitchoverAck, _))) => {}
+                    Ok(Some((Message::Pong(_) | Message::SwitchoverAck | Message::Reason(_), _))) => {}
                     Ok(Some((Message::Shut(code), _))) => {
                         return self.after(LastWord::Shut(code), self.destination_failed(code));
                     }
@@ -237,10 +240,13 @@ impl Replies {
                 self.bytes.drain(..usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len()));
                 self.before += length;
                 self.always_speaks |= message == Message::Pong(VERDICT_MARK);
-                self.reached = self.reached.max(match message {
+                self.reached = self.reached.max(match &message {
                     Message::Pong(READY_PING) => Reached::Ram,
                     _ => Reached::Configuration,
                 });
+                if let Message::Reason(reason) = &message {
+                    self.reason = Some(reason.clone());
+                }
                 Ok(Some((message, at)))
             }
         }
@@ -270,7 +276,7 @@ impl Replies {
     /// Accepts the messages that a destination may send before it has everything.
     fn no_last_word(&self, message: &Message, at: Place) -> Result<(), Error> {
         match message {
-            Message::Pong(_) | Message::SwitchoverAck => Ok(()),
+            Message::Pong(_) | Message::SwitchoverAck | Message::Reason(_) => Ok(()),
             Message::Shut(0) => Err(Violation::EarlyShut.at(at)),
             other => Err(self.refusal(other, at)),
         }
@@ -288,7 +294,7 @@ impl Replies {
     }
 
     fn destination_failed(&self, code: u32) -> Error {
-        Error::DestinationFailed { code, reached: self.reached }
+        Error::DestinationFailed { code, reached: self.reached, reason: self.reason.clone() }
     }
 
     fn no_shut(&self) -> Error {

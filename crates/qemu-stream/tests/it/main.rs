@@ -15,6 +15,8 @@ mod loopback;
 #[cfg(test)]
 mod odd;
 #[cfg(test)]
+mod reasons;
+#[cfg(test)]
 mod return_path;
 #[cfg(test)]
 mod silent;

@@ -15,7 +15,7 @@ use qemu_stream::{
     source::{Source, SourceOptions},
 };
 
-pub(super) fn block(name: &str, pages: u64) -> RamBlock {
+pub(crate) fn block(name: &str, pages: u64) -> RamBlock {
     let memory = Memory::Mapped(Mapping::anonymous(pages * 4096).expect("memory"));
     let name = BlockName::new(name).expect("a name");
     RamBlock::new(name, pages * 4096, PageSize::KIB_4, memory).expect("a block")
@@ -72,7 +72,7 @@ impl Guest for Told {
     }
 }
 
-pub(super) fn departure(
+pub(crate) fn departure(
     blocks: &Arc<RamBlocks>,
     channels: u8,
     migrate: MigrateOptions,
@@ -83,7 +83,7 @@ pub(super) fn departure(
     Source::new(blocks.clone(), options, stop).expect("options")
 }
 
-pub(super) type Made = Result<RamBlocks, Error>;
+pub(crate) type Made = Result<RamBlocks, Error>;
 
 /// Migrates `source` to a destination that makes its blocks with `make` and then calls `then`.
 pub(super) fn hop<T: Send + 'static>(
@@ -136,9 +136,9 @@ pub(super) fn difference(here: &RamBlocks, there: &RamBlocks) -> Option<String> 
     here.iter().find(differs).map(|(_, block)| block.name().to_string())
 }
 
-pub(super) const RAM: [(&str, u64); 3] = [("low", 64), ("high", 64), ("rom", 8)];
+pub(crate) const RAM: [(&str, u64); 3] = [("low", 64), ("high", 64), ("rom", 8)];
 
-pub(super) fn as_announced(_: Option<&Configuration>, list: &BlockList) -> Made {
+pub(crate) fn as_announced(_: Option<&Configuration>, list: &BlockList) -> Made {
     let entries = list.entries().iter();
     let made = entries.map(|entry| block(&entry.name.to_string(), entry.used_length / 4096));
     Ok(RamBlocks::new(made.collect())?)
