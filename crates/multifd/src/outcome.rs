@@ -26,6 +26,8 @@ pub enum Callback {
     DirtyLogTake,
     /// [`DirtyLog::put_back`](crate::ram::DirtyLog::put_back).
     DirtyLogPutBack,
+    /// The closure with which a destination makes its blocks, as in `Arrival::load` of `qemu-stream`.
+    MakeBlocks,
     /// None of these: a part of this library.
     Library,
 }
@@ -44,15 +46,16 @@ impl Callback {
             Self::DirtyLogBegin => "DirtyLog::begin",
             Self::DirtyLogTake => "DirtyLog::take",
             Self::DirtyLogPutBack => "DirtyLog::put_back",
+            Self::MakeBlocks => "the closure of Arrival::load",
             Self::Library => "a part of this library",
         }
     }
 
-    /// Who is at fault if it panics.
+    /// Who is at fault if it panics or does not return.
     pub(crate) fn fault(self) -> Fault {
         match self {
             Self::DirtyLogBegin | Self::DirtyLogTake | Self::DirtyLogPutBack => Fault::DirtyLog,
-            Self::Library => Fault::Caller,
+            Self::MakeBlocks | Self::Library => Fault::Caller,
             _ => Fault::Guest,
         }
     }

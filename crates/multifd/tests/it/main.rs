@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod belonging;
+#[cfg(test)]
+mod callbacks;
 #[cfg(all(test, any(feature = "_codec", feature = "tls")))]
 mod changing;
 #[cfg(test)]

@@ -19,8 +19,10 @@ pub use self::{
     progress::ArrivalProgress,
 };
 
+use std::time::Duration;
+
 use multifd::{
-    Error, Fault, Receiver, RecvCounters, Result,
+    Callback, Error, Fault, Receiver, RecvCounters, Result,
     channel::{Listen, Stop, Stream},
     error::Usage,
     ram::RamBlocks,
@@ -63,7 +65,7 @@ impl Listening {
             .switchover_ack(options.switchover_ack)
             .send_reason(options.send_reason)
             .suppress_vmdesc(options.suppress_vmdesc);
-        Ok(Arrival { incoming, receiver, state, peer })
+        Ok(Arrival { incoming, receiver, state, peer, callback_timeout: options.stall_timeout })
     }
 }
 
@@ -74,6 +76,7 @@ pub struct Arrival {
     receiver: Receiver,
     state: LoaderState,
     peer: String,
+    callback_timeout: Option<Duration>,
 }
 
 impl std::fmt::Debug for Arrival {
@@ -122,7 +125,7 @@ impl Arrival {
     /// The first error of the source or its connection; a machine that is not
     /// [`Expected`](crate::incoming::Expected). The source was informed, and its guest continues there.
     pub fn announced(self) -> Result<Announced> {
-        let Self { mut incoming, receiver, state, peer } = self;
+        let Self { mut incoming, receiver, state, peer, .. } = self;
         let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::TooEarly("the blocks").into());
         let mut loader = Loader::resumed(&receiver, state, make);
         let announced = incoming.announced(&mut loader).map(|(_, list)| list.clone());
@@ -134,7 +137,8 @@ impl Arrival {
     }
 
     /// Does [`announced`](Self::announced) and [`Announced::load`] in one call: `make` returns the machine's blocks, or
-    /// refuses the machine.
+    /// refuses the machine. If `make` does not return within the [stall timeout](ArrivalOptions::stall_timeout), the migration
+    /// fails with an error that says so, as soon as `make` returns. If it panics, the source is informed.
     ///
     /// # Errors
     /// As these; and that of `make`.
@@ -142,8 +146,17 @@ impl Arrival {
         self,
         make: impl FnOnce(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
     ) -> Result<Pending> {
+        let limit = self.callback_timeout;
         let announced = self.announced()?;
-        match make(announced.configuration(), announced.list()) {
+        let stop = announced.receiver.stop().clone();
+        let watch = match stop.callbacks().watch(&stop, limit) {
+            Ok(watch) => watch,
+            Err(error) => return Err(announced.refuse(error)),
+        };
+        let make = || make(announced.configuration(), announced.list());
+        let made = stop.callbacks().call(Callback::MakeBlocks, make);
+        drop(watch);
+        match stop.check().and(made) {
             Ok(blocks) => announced.load(blocks),
             Err(error) => Err(announced.refuse(error)),
         }

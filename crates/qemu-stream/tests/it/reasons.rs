@@ -1,9 +1,9 @@
 //! A source is told why its destination refuses, wherever that happens and whoever refuses.
 
-use std::{panic, thread};
+use std::{panic, thread, time::Duration};
 
 use multifd::{
-    ChannelCount, Error, Fault, ReceiveOptions,
+    Callback, ChannelCount, Error, Fault, ReceiveOptions,
     channel::Stop,
     error::chain,
     live::MigrateOptions,
@@ -32,7 +32,7 @@ enum Ends {
 }
 
 fn arrive(arrival: Arrival, ends: Ends, stop: &Stop) -> Result<(), Error> {
-    let why = || Error::other("restore the devices", "expected a counter of version 2");
+    let why = || Error::text("expected a counter of version 2");
     match ends {
         Ends::OtherType | Ends::OtherChannels => arrival.announced().map(drop),
         Ends::MakeFails => arrival.load(|_, _| Err(why())).map(drop),
@@ -82,7 +82,7 @@ fn told(ends: Ends, channels: u8, sends: bool) -> Error {
 /// Regression: the error listed channels, compression, UUID and machine type, although the embedder had refused.
 #[test]
 fn a_source_is_told_why_its_destination_refuses() {
-    let own = "restore the devices: expected a counter of version 2";
+    let own = "expected a counter of version 2\" (SHUT 1)";
     for (ends, why) in [
         (Ends::OtherType, "the source has machine type told-1, this side has other-1"),
         (Ends::OtherChannels, "channels"),
@@ -102,6 +102,34 @@ fn a_source_is_told_why_its_destination_refuses() {
             assert!(reason.contains(why), "{ends:?}, {channels} channels: {text}");
             assert!(!text.contains("likely"), "no list where the cause is known: {text}");
         }
+    }
+}
+
+/// The closure of `Arrival::load` cannot be interrupted. When it returns too late, both sides learn that it was the cause.
+#[test]
+fn a_closure_that_hangs_is_named_on_both_sides() {
+    for channels in [0, 2] {
+        let (listener, address) = listening();
+        let arriving = thread::spawn(move || {
+            let expected = Expected::Type(MachineType::new("told-1").expect("a name"));
+            let options = ArrivalOptions::new(expected).stall_timeout(Some(Duration::from_millis(300)));
+            let stop = Stop::new();
+            let arrival = Arrival::listen(listener, options, &stop)?.accept()?;
+            arrival.load(|configuration, list| {
+                stop.pause(Duration::from_secs(60)).expect_err("the limit has passed");
+                as_announced(configuration, list)
+            })
+        });
+        let (source, mut guest) = (blocks(&RAM), Told::default());
+        let leaving = departure(&source, channels, MigrateOptions::new(), &Stop::new());
+        let left = leaving.migrate(address, &mut NeverDirty, &mut guest).expect_err("not taken");
+        let error = arriving.join().expect("no panic").expect_err("too late");
+        assert!(matches!(error, Error::CallbackHangs { call: Callback::MakeBlocks, .. }), "{error:?}");
+        assert!(
+            chain(&left).to_string().contains("the closure of Arrival::load has not returned for "),
+            "{left:?}"
+        );
+        assert_eq!(guest.stops, guest.resumes);
     }
 }
 
