@@ -1,6 +1,8 @@
 //! Invalid calls and options of the embedder or the program.
 
+use super::UntrustedText;
 use crate::{
+    live::DeviceName,
     outcome::Status,
     ram::{self, BlockName, PageSize},
 };
@@ -159,11 +161,17 @@ pub enum Usage {
         /// The page size of the migration.
         page_size: PageSize,
     },
+    /// Text that cannot be the name of a device.
+    #[error("name of a device: expected 1 to 255 bytes without NUL, found {found:?} ({} bytes)", found.as_raw().len())]
+    DeviceName {
+        /// The text.
+        found: UntrustedText,
+    },
     /// Two devices have the same name and instance.
     #[error("device {name:?} instance {instance} exists twice")]
     DeviceTwice {
         /// The device's name.
-        name: String,
+        name: DeviceName,
         /// Its instance.
         instance: u32,
     },
@@ -171,7 +179,7 @@ pub enum Usage {
     #[error("device {name:?} instance {instance}: {why}; the guest stays at the source")]
     DeviceState {
         /// The device's name.
-        name: String,
+        name: DeviceName,
         /// Its instance.
         instance: u32,
         /// What does not match.

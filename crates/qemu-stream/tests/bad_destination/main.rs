@@ -17,7 +17,8 @@ use multifd::{
     channel::{Address, Connect, Context, Stop, Stream},
     error::chain,
     live::{
-        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
+        DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status,
+        ZeroPageDetection,
     },
     ram::{BlockIndex, BlockName, DirtyBitmaps, Mapping, Memory, PageSize, RamBlock, RamBlocks},
 };
@@ -44,9 +45,11 @@ struct Noted {
     resumed: bool,
 }
 
+const TIMER: DeviceName = DeviceName::from_static("timer");
+
 impl Guest for Noted {
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("timer", 24)]
+        vec![DeviceInfo::new(TIMER, 24)]
     }
 
     fn run_state(&mut self) -> RunState {
@@ -59,7 +62,7 @@ impl Guest for Noted {
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
-        Ok(vec![DeviceSection { name: "timer".into(), instance_id: 0, version: 2, data: vec![7; 24] }])
+        Ok(vec![DeviceSection { name: TIMER, instance_id: 0, version: 2, data: vec![7; 24] }])
     }
 
     fn resume(&mut self) {

@@ -5,7 +5,7 @@ use std::{sync::Arc, thread};
 use multifd::{
     Error,
     channel::{Address, Listener, Stop},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState},
     ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
@@ -50,9 +50,11 @@ impl Told {
     }
 }
 
+const TOLD: DeviceName = DeviceName::from_static("told");
+
 impl Guest for Told {
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("told", 4)]
+        vec![DeviceInfo::new(TOLD, 4)]
     }
     fn run_state(&mut self) -> RunState {
         self.at("Guest::run_state").expect("it only panics");
@@ -65,7 +67,7 @@ impl Guest for Told {
     }
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         self.at("Guest::save")?;
-        Ok(vec![DeviceSection { name: "told".into(), instance_id: 0, version: 1, data: vec![1; 4] }])
+        Ok(vec![DeviceSection { name: TOLD, instance_id: 0, version: 1, data: vec![1; 4] }])
     }
     fn resume(&mut self) {
         self.resumes += 1;
