@@ -23,11 +23,17 @@ struct Hangs {
     at: Callback,
     /// Fails to save, so that the callbacks after a failure are called.
     fails: bool,
+    /// Panics instead of waiting.
+    panics: bool,
     release: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Hangs {
     fn called(&self, callback: Callback) {
+        if self.at == callback && self.panics {
+            // Without the message of the panic in the output of the test.
+            std::panic::resume_unwind(Box::new("as told"));
+        }
         if self.at == callback {
             // Only the first call waits: the sender is gone after it.
             let _ = self.release.lock().expect("whole").recv_timeout(SOON);
@@ -85,6 +91,7 @@ impl DirtyLog for Side {
 /// Migrates with a callback that hangs until `released` returns. Returns the source's error, and what was released.
 fn hang<T: Send + 'static>(
     at: Callback,
+    panics: bool,
     limit: Option<Duration>,
     options: MigrateOptions,
     released: impl FnOnce(Progress, Stop) -> T + Send + 'static,
@@ -109,7 +116,7 @@ fn hang<T: Send + 'static>(
         released
     });
     let fails = matches!(at, Callback::GuestResume | Callback::DirtyLogPutBack);
-    let hangs = Arc::new(Hangs { at, fails, release: Mutex::new(waits) });
+    let hangs = Arc::new(Hangs { at, fails, panics, release: Mutex::new(waits) });
     let error = migration.run(&mut main, &mut Side(hangs.clone()), &mut Side(hangs)).expect_err("it hangs");
     drop(main);
     destination.join().expect("no panic").expect_err("the source has gone");
@@ -140,7 +147,7 @@ fn a_callback_that_hangs_is_named_to_other_threads_and_in_the_error() {
         Callback::DirtyLogBegin,
         Callback::DirtyLogTake,
     ] {
-        let (error, stopped) = hang(at, Some(LIMIT), MigrateOptions::new(), move |progress, stop| {
+        let (error, stopped) = hang(at, false, Some(LIMIT), MigrateOptions::new(), move |progress, stop| {
             assert!(running(&progress, at, Duration::from_millis(1)), "{at}");
             // The stop fails while the callback still hangs, so the peer is free.
             stop.pause(SOON).expect_err("the limit has passed")
@@ -156,11 +163,39 @@ fn a_callback_that_hangs_is_named_to_other_threads_and_in_the_error() {
 #[test]
 fn a_callback_that_hangs_after_a_failure_is_named_to_other_threads() {
     for at in [Callback::GuestResume, Callback::DirtyLogPutBack] {
-        let (error, named) = hang(at, Some(LIMIT), MigrateOptions::new(), move |progress, _| {
+        let (error, named) = hang(at, false, Some(LIMIT), MigrateOptions::new(), move |progress, _| {
             running(&progress, at, 2 * LIMIT)
         });
         assert!(named, "{at}");
         assert!(error.to_string().contains("Guest::save"), "{error:?}");
+    }
+}
+
+/// No panic gets out of `run`.
+#[test]
+fn a_callback_that_panics_is_named_and_the_first_error_is_reported() {
+    for at in [
+        Callback::GuestDevices,
+        Callback::GuestCanThrottle,
+        Callback::GuestThrottle,
+        Callback::GuestRunState,
+        Callback::GuestStop,
+        Callback::GuestSave,
+        Callback::GuestResume,
+        Callback::DirtyLogBegin,
+        Callback::DirtyLogTake,
+        Callback::DirtyLogPutBack,
+    ] {
+        let (error, _) = hang(at, true, Some(LIMIT), MigrateOptions::new(), |_, _| ());
+        match at {
+            Callback::GuestResume => {
+                let Error::NotResumed { error, panicked } = &error else { panic!("{error:?}") };
+                assert!(error.to_string().contains("Guest::save"), "{error:?}");
+                assert_eq!(panicked.to_string(), "Guest::resume panicked: as told");
+            }
+            Callback::DirtyLogPutBack => assert!(error.to_string().contains("Guest::save"), "{error:?}"),
+            _ => assert_eq!(error.to_string(), format!("{at} panicked: as told")),
+        }
     }
 }
 
@@ -172,7 +207,7 @@ fn a_time_limit_that_a_callback_has_used_up_names_the_callback() {
     let switchover = MigrateOptions::new().switchover_timeout(Some(limit));
     let total = MigrateOptions::new().max_total_time(Some(limit));
     for (at, options) in [(Callback::GuestSave, switchover), (Callback::DirtyLogTake, total)] {
-        let (error, _) = hang(at, None, options, until_stopped);
+        let (error, _) = hang(at, false, None, options, until_stopped);
         assert!(matches!(error, Error::CallbackHangs { call, .. } if call == at), "{error:?}");
     }
 }

@@ -23,6 +23,7 @@ enum Ends {
     OtherType,
     OtherChannels,
     MakeFails,
+    MakePanics,
     AnnouncedRefused,
     OtherBlocks,
     Refused,
@@ -36,6 +37,10 @@ fn arrive(arrival: Arrival, ends: Ends, stop: &Stop) -> Result<(), Error> {
     match ends {
         Ends::OtherType | Ends::OtherChannels => arrival.announced().map(drop),
         Ends::MakeFails => arrival.load(|_, _| Err(why())).map(drop),
+        Ends::MakePanics => {
+            let load = || arrival.load(|_, _| panic::resume_unwind(Box::new("as told")));
+            panic::catch_unwind(panic::AssertUnwindSafe(load)).map_err(|_| why())?.map(drop)
+        }
         Ends::AnnouncedRefused => Err(arrival.announced()?.refuse(why())),
         Ends::OtherBlocks => arrival.load(|_, _| Ok(RamBlocks::new(vec![block("low", 64)])?)).map(drop),
         Ends::Refused => Err(arrival.load(as_announced)?.refuse(why())),
@@ -87,6 +92,7 @@ fn a_source_is_told_why_its_destination_refuses() {
         (Ends::OtherType, "the source has machine type told-1, this side has other-1"),
         (Ends::OtherChannels, "channels"),
         (Ends::MakeFails, own),
+        (Ends::MakePanics, "a thread of the destination's program panicked"),
         (Ends::AnnouncedRefused, own),
         (Ends::OtherBlocks, "does not exist on this side"),
         (Ends::Refused, own),
