@@ -197,7 +197,7 @@ impl Percent {
     /// How long processors must pause after they have run for `ran`. Short turns disturb a guest the least: QEMU's run
     /// for 10 ms each.
     pub fn pause_after(self, ran: Duration) -> Duration {
-        ran * u32::from(self.0) / u32::from(100 - self.0)
+        ran.saturating_mul(u32::from(self.0)) / u32::from(100 - self.0)
     }
 
     /// The share of time for which they run, above 0 and up to 1.
@@ -344,6 +344,15 @@ mod tests {
             sending_rate: 400_000_000,
             throttled: Percent::NONE,
             remedies: remedies.to_vec(),
+        }
+    }
+
+    #[test]
+    fn pause_of_a_processor_that_ran_for_any_time_is_a_time() {
+        assert_eq!(Percent::new(50).pause_after(Duration::from_millis(10)), Duration::from_millis(10));
+        for percent in [0, 1, 50, 99, 255] {
+            let pause = Percent::new(percent).pause_after(Duration::MAX);
+            assert_eq!(pause.is_zero(), percent == 0);
         }
     }
 

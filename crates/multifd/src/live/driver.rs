@@ -27,12 +27,22 @@ pub(super) enum Stopped {
     No,
     /// It is being stopped or is stopped, and was in this state before.
     From(RunState),
+    /// The same, and the destination is asked whether it has the guest: it may have it.
+    Asked(RunState),
 }
 
 impl Stopped {
     /// Whether the guest resumes if it stays here.
     pub(super) fn resumes(self) -> bool {
-        self == Self::From(RunState::Running)
+        matches!(self, Self::From(RunState::Running) | Self::Asked(RunState::Running))
+    }
+
+    /// The error of a migration that has panicked here.
+    pub(super) fn after_panic(self, panicked: Error) -> Error {
+        match self {
+            Self::No | Self::From(_) => panicked,
+            Self::Asked(_) => Error::OwnerUnknown(Box::new(panicked)),
+        }
     }
 }
 
@@ -250,6 +260,7 @@ impl<'a> Driver<'a> {
         stop.check()?;
         self.main.devices(devices, state)?;
         drop(deadline);
+        *self.stopped = Stopped::Asked(state);
         let verdict = self.main.complete(stop);
         self.count_main();
         match verdict {

@@ -191,7 +191,8 @@ impl Migration {
             driver.count_main();
             driven
         }));
-        let driven = driven.unwrap_or_else(|panic| Err(panicked(self.plan.calls.panicked(), &*panic)));
+        let driven = driven
+            .unwrap_or_else(|panic| Err(stopped.after_panic(panicked(self.plan.calls.panicked(), &*panic))));
         if let Err(error) = driven {
             return Err(self.go_back(error, sender, stopped, log, guest));
         }

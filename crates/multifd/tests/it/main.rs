@@ -22,6 +22,8 @@ mod descriptors;
 #[cfg(test)]
 mod events;
 #[cfg(test)]
+mod extremes;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod files;

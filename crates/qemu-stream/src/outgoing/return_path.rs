@@ -69,7 +69,7 @@ impl Replies {
         value: u32,
         limit: Option<Duration>,
     ) -> Result<(), Error> {
-        let end = limit.map(|limit| Instant::now() + limit);
+        let end = limit.map(deadline);
         loop {
             while let Some((message, at)) = self.next()? {
                 if message == Message::Pong(value) {
@@ -109,7 +109,7 @@ impl Replies {
 
     fn verdict<C: Connection>(&mut self, connection: &mut C, stop: &Stop, limits: EndLimits) -> Verdict {
         let late = |at| Error::TimedOut { at, expected: "a message" };
-        let mut end = limits.end.map(|limit| Instant::now() + limit);
+        let mut end = limits.end.map(deadline);
         let mut cancelled = false;
         loop {
             loop {
@@ -127,7 +127,7 @@ impl Replies {
             if !cancelled && stop.error().is_some() {
                 // The sending side is closed by now, so the destination knows that a reply is expected.
                 cancelled = true;
-                let soon = Instant::now() + limits.cancelled;
+                let soon = deadline(limits.cancelled);
                 end = Some(end.map_or(soon, |end| end.min(soon)));
             }
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
@@ -169,7 +169,7 @@ impl Replies {
     /// Why the destination has closed the connection, if it has sent that. Waits only for a moment: after a failed write
     /// the message has either arrived or never will.
     pub(super) fn last_word<C: Connection>(&mut self, connection: &mut C) -> Option<Error> {
-        let end = Instant::now() + MOMENT;
+        let end = deadline(MOMENT);
         let word = loop {
             match self.next() {
                 Ok(None) => {}
@@ -329,6 +329,13 @@ fn tls(error: Error) -> Option<Error> {
     matches!(error, Error::Unsupported { what: Unsupported::TlsAtDestination, .. }).then_some(error)
 }
 
+/// The time at which `limit` from now has passed. A limit beyond the clock's range becomes a century.
+fn deadline(limit: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(limit).unwrap_or_else(|| now + CENTURY)
+}
+
+const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 /// Space for the longest message.
 const BUFFER: usize = 1 << 10;
 const MOMENT: Duration = Duration::from_millis(200);

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod events;
 #[cfg(test)]
+mod extremes;
+#[cfg(test)]
 mod file_size;
 #[cfg(test)]
 mod hops;
