@@ -11,6 +11,7 @@
 
 mod address;
 mod alive;
+mod callback_watch;
 mod callbacks;
 mod check;
 mod clock;
@@ -42,7 +43,8 @@ mod unix_socket;
 
 pub use address::{Address, TcpOptions};
 pub(crate) use alive::is_of_a_host;
-pub use callbacks::{CallbackWatch, Callbacks};
+pub use callback_watch::CallbackWatch;
+pub use callbacks::Callbacks;
 pub(crate) use clock::deadline;
 pub use close_watch::{CloseWatch, PeerSignal};
 pub(crate) use closed_channels::{ClosedChannels, WatchedChannels};

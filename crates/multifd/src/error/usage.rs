@@ -2,7 +2,6 @@
 
 use super::UntrustedText;
 use crate::{
-    live::DeviceName,
     outcome::Status,
     ram::{self, BlockName, PageSize},
 };
@@ -171,7 +170,7 @@ pub enum Usage {
     #[error("device {name:?} instance {instance} exists twice")]
     DeviceTwice {
         /// The device's name.
-        name: DeviceName,
+        name: String,
         /// Its instance.
         instance: u32,
     },
@@ -179,7 +178,7 @@ pub enum Usage {
     #[error("device {name:?} instance {instance}: {why}; the guest stays at the source")]
     DeviceState {
         /// The device's name.
-        name: DeviceName,
+        name: String,
         /// Its instance.
         instance: u32,
         /// What does not match.

@@ -137,7 +137,7 @@ pub(super) fn check_distinct(devices: &[DeviceInfo]) -> Result<(), Usage> {
     let mut known = HashSet::with_capacity(devices.len());
     for device in devices {
         if !known.insert((&device.name, device.instance_id)) {
-            let (name, instance) = (device.name.clone(), device.instance_id);
+            let (name, instance) = (device.name.as_str().to_owned(), device.instance_id);
             return Err(Usage::DeviceTwice { name, instance });
         }
     }
@@ -147,7 +147,7 @@ pub(super) fn check_distinct(devices: &[DeviceInfo]) -> Result<(), Usage> {
 /// Refuses states that differ from the announced devices.
 pub(super) fn check_saved(announced: &[DeviceInfo], saved: &[DeviceSection]) -> Result<(), Usage> {
     let refused = |name: &DeviceName, instance, why: String| {
-        Err(Usage::DeviceState { name: name.clone(), instance, why })
+        Err(Usage::DeviceState { name: name.as_str().to_owned(), instance, why })
     };
     let known: HashMap<_, _> =
         announced.iter().map(|device| ((&device.name, device.instance_id), device.most_bytes)).collect();

@@ -52,7 +52,7 @@ pub use progress::{MigrationInfo, Progress, RamInfo};
 pub use crate::outcome::{Bound, Callback, NotConverged, Percent, Remedy, Stall, Status};
 
 use crate::{
-    channel::{Connect, Stop},
+    channel::{CallbackWatch, Connect, Stop},
     error::{Error, Result, Usage},
     options::parameters::STALL_TIMEOUT,
     ram::{DirtyLog, PageBitmap, RamBlocks},
@@ -155,7 +155,7 @@ impl Migration {
     /// # Errors
     /// [`Usage::DeviceTwice`], [`Usage::NoThrottle`].
     pub fn check_guest(&self, guest: &dyn Guest) -> Result<()> {
-        let _watch = self.plan.calls.watch(&self.plan.stop, self.plan.callback_timeout)?;
+        let _watch = CallbackWatch::start(&self.plan.stop, self.plan.callback_timeout)?;
         self.plan.devices_of(guest).map(drop)
     }
 
@@ -178,7 +178,7 @@ impl Migration {
     ) -> Result<MigrationInfo> {
         let mut sender = self.sender.take();
         let mut stopped = Stopped::No;
-        let _watch = match self.plan.calls.watch(&self.plan.stop, self.plan.callback_timeout) {
+        let _watch = match CallbackWatch::start(&self.plan.stop, self.plan.callback_timeout) {
             Ok(watch) => watch,
             Err(error) => return Err(self.go_back(error, sender, stopped, log, guest)),
         };

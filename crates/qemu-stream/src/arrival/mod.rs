@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use multifd::{
     Callback, Error, Fault, Receiver, RecvCounters, Result,
-    channel::{Listen, Stop, Stream},
+    channel::{CallbackWatch, Listen, Stop, Stream},
     error::Usage,
     ram::RamBlocks,
 };
@@ -149,7 +149,7 @@ impl Arrival {
         let limit = self.callback_timeout;
         let announced = self.announced()?;
         let stop = announced.receiver.stop().clone();
-        let watch = match stop.callbacks().watch(&stop, limit) {
+        let watch = match CallbackWatch::start(&stop, limit) {
             Ok(watch) => watch,
             Err(error) => return Err(announced.refuse(error)),
         };
