@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn file_is_said_to_be_unchanged_where_the_destination_has_not_taken_the_guest() {
-        let refused = qemu_stream::Error::DestinationFailed { code: 1, reached: Reached::Ram };
+        let refused = qemu_stream::Error::DestinationFailed { code: 1, reached: Reached::Ram, reason: None };
         let failed = Error::other("complete", refused).because(Fault::Peer);
         assert!(not_taken(&failed).contains("the file is unchanged"), "{failed:?}");
         assert!(not_taken(&failed.at("main")).contains("the file is unchanged"));

@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Write};
 
-/// Text that somebody else chose. When shown, it is escaped as [`Printable`] does, and at most 256 of its characters are
+/// Text that somebody else chose. When shown, it is escaped as [`Printable`] does, and at most 512 of its characters are
 /// shown.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct UntrustedText(String);
@@ -113,8 +113,9 @@ impl Write for Escape<'_, '_> {
     }
 }
 
-/// Enough for every name of the protocol, which has at most 255 bytes.
-const MOST_SHOWN: usize = 256;
+/// Enough for every name of the protocol, which has at most 255 bytes, and for the reason of a destination, which has at most
+/// 512.
+const MOST_SHOWN: usize = 512;
 
 #[cfg(test)]
 mod tests {

@@ -24,7 +24,10 @@ mod shared;
 mod worker;
 mod zero_copy;
 
-use std::sync::{Arc, atomic::AtomicU64};
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 pub use collect::Synced;
 use copies::{Copies, Targets};
@@ -191,6 +194,10 @@ impl Sender {
     /// The number of channels.
     pub fn channels(&self) -> u8 {
         self.options.channels
+    }
+
+    pub(crate) fn stall_timeout(&self) -> Option<Duration> {
+        self.options.stall_timeout
     }
 
     /// The blocks that it sends.

@@ -18,6 +18,7 @@ pub struct ArrivalOptions {
     pub(super) silence: Duration,
     pub(super) switchover_ack: bool,
     pub(super) suppress_vmdesc: bool,
+    pub(super) send_reason: bool,
 }
 
 impl ArrivalOptions {
@@ -32,6 +33,7 @@ impl ArrivalOptions {
             silence: SILENCE,
             switchover_ack: false,
             suppress_vmdesc: false,
+            send_reason: true,
         }
     }
 
@@ -76,6 +78,13 @@ impl ArrivalOptions {
     /// See [`Incoming::suppress_vmdesc`](crate::incoming::Incoming::suppress_vmdesc). Default off.
     pub fn suppress_vmdesc(mut self, on: bool) -> Self {
         self.suppress_vmdesc = on;
+        self
+    }
+
+    /// Whether a source of this library is sent the reason if this side refuses or fails: see
+    /// [`Incoming::send_reason`](crate::incoming::Incoming::send_reason). Default on.
+    pub fn send_reason(mut self, on: bool) -> Self {
+        self.send_reason = on;
         self
     }
 }

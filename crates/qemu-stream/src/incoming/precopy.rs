@@ -23,8 +23,8 @@ use crate::{
     connection::{Connection, Judge},
     error::{Error, Place, StreamKind, Usage, Violation},
     format::{
-        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, SectionId, SyncMode,
-        VERDICT_MARK,
+        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, REASON_PING, SectionId,
+        SyncMode, VERDICT_MARK,
     },
     refuse,
 };
@@ -52,6 +52,7 @@ pub struct Incoming<C: Connection> {
     guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
+    sends_reason: bool,
     counts: Arc<MainCounts>,
     known: Known,
 }
@@ -69,6 +70,7 @@ impl<C: Connection> Incoming<C> {
             guest_stands: false,
             loaded: false,
             stop: None,
+            sends_reason: true,
             counts: Arc::default(),
             known: Known::default(),
         }
@@ -137,6 +139,20 @@ impl<C: Connection> Incoming<C> {
         self
     }
 
+    /// Whether a source of this library is sent the reason if this side fails or refuses: the texts of the error and its
+    /// causes, at most 512 bytes. They may contain paths and addresses of this host. On by default. A QEMU source gets no
+    /// reason, because its format has none.
+    pub fn send_reason(mut self, on: bool) -> Self {
+        self.sends_reason = on;
+        self
+    }
+
+    /// Sets the reason that is [sent](Self::send_reason) if this side ends the migration with a failure. By default it is
+    /// the error of [`run`](Self::run), or that of a failed [`finish`](Self::finish).
+    pub fn set_reason(&mut self, reason: &(dyn std::error::Error + 'static)) {
+        self.line.set_reason(reason);
+    }
+
     /// Reads until the RAM blocks are announced. [`run`](Self::run) continues there. The destination receives everything
     /// before the blocks; they themselves are passed to it by `run`. The source waits in the meantime.
     ///
@@ -164,7 +180,8 @@ impl<C: Connection> Incoming<C> {
         self.announced(destination)?;
         if let Some((_, blocks)) = &self.known.ram {
             let taken = destination.blocks(blocks);
-            taken.map_err(|e| refused(self.line.here(), "the ram blocks", e))?;
+            let taken = taken.map_err(|e| refused(self.line.here(), "the ram blocks", e));
+            self.noted(taken)?;
         }
         match self.read(destination)? {
             Some(devices) => self.complete(devices),
@@ -174,6 +191,16 @@ impl<C: Connection> Incoming<C> {
 
     /// Executes the events up to the block list, with `None`, or up to the end of the stream, with the devices.
     fn read<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
+        let read = self.read_events(destination);
+        self.noted(read)
+    }
+
+    /// Notes an error as the reason of the failure.
+    fn noted<T>(&mut self, done: Result<T, Error>) -> Result<T, Error> {
+        done.inspect_err(|error| self.line.set_reason(error))
+    }
+
+    fn read_events<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
         self.line.limit(self.stall)?;
         // The page that an XBZRLE delta is applied to; empty before the first one.
         let mut page_now = Vec::new();
@@ -192,8 +219,11 @@ impl<C: Connection> Incoming<C> {
             match event {
                 Event::Configuration(configuration) => {
                     self.known.configuration = configuration.cloned();
-                    let taken = destination.configuration(configuration);
-                    taken.map_err(|e| refused(self.line.here(), "the configuration", e))?;
+                    if let Err(error) = destination.configuration(configuration) {
+                        let error = refused(self.line.here(), "the configuration", error);
+                        self.hear_out();
+                        return Err(error);
+                    }
                 }
                 Event::Command(command) => {
                     let command = command.clone();
@@ -284,7 +314,8 @@ impl<C: Connection> Incoming<C> {
             return Err(Usage::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
         }
         if outcome == Outcome::Loaded && self.return_path {
-            self.line.still_there()?;
+            let is_there = self.line.still_there();
+            self.noted(is_there)?;
         }
         self.line.shut(u32::from(outcome == Outcome::Failed))?;
         let at = self.line.here();
@@ -311,6 +342,9 @@ impl<C: Connection> Incoming<C> {
             Command::Ping(_) if !self.return_path => Err(Violation::PingWithoutReturnPath.at(at)),
             Command::Ping(value) => {
                 self.line.say(&Message::Pong(*value))?;
+                if *value == REASON_PING && before_ram && self.sends_reason {
+                    self.line.send_reason();
+                }
                 self.guest_stands |= *value == READY_PING && !before_ram;
                 match command.announced_channels().filter(|_| before_ram) {
                     Some(channels) => self.announced_channels(channels, destination),
@@ -326,6 +360,27 @@ impl<C: Connection> Incoming<C> {
                 Ok(())
             }
             other => Err(refuse::command(other, at)),
+        }
+    }
+
+    /// Reads the commands with which a source opens the return path, after its configuration was refused: only then the
+    /// refusal can be reported. They arrive together with the configuration.
+    fn hear_out(&mut self) {
+        let limited = self.line.limit(Some(HEARD_OUT));
+        for _ in 0..3 {
+            match self.line.next() {
+                Ok(Event::Command(Command::OpenReturnPath)) if limited.is_ok() => {
+                    self.return_path = true;
+                    self.line.open_return_path(None);
+                }
+                // No reply: it would mean that the configuration was accepted.
+                Ok(Event::Command(Command::Ping(value))) if self.return_path => {
+                    if *value == REASON_PING && self.sends_reason {
+                        self.line.send_reason();
+                    }
+                }
+                _ => return,
+            }
         }
     }
 
@@ -440,6 +495,8 @@ fn closed() -> Judge {
 /// How long channels continue after the source has closed main. A QEMU that is cancelled closes main first and its channels a
 /// moment later. If the channels are reset in between, some versions wait for them without limit (seen with 7.2.22 and 10.0.2).
 pub(crate) const CHANNELS_END: Duration = Duration::from_secs(1);
+/// How long a source whose configuration was refused may take to open the return path.
+const HEARD_OUT: Duration = Duration::from_secs(1);
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 pub(crate) const STALL: Duration = Duration::from_secs(120);
 pub(crate) const PAUSE: Duration = Duration::from_secs(3600);

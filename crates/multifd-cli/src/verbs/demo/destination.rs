@@ -32,7 +32,7 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
         Arrival::listen(listener, options, &stop).and_then(Listening::accept).map_err(Failure::of)?;
     let pending = arrival.load(|_, list| list.in_new_memory());
     let pending = pending.map_err(Failure::of)?;
-    let state = pending.device(guest::DEVICE, 0).and_then(|(_, body)| body.try_into().ok());
+    let state = pending.device(guest::DEVICE.as_str(), 0).and_then(|(_, body)| body.try_into().ok());
     let Some(rounds) = state.map(u64::from_be_bytes) else {
         return Err(Failure::of(pending.refuse(Error::other("the guest's device is missing", "a bug"))));
     };

@@ -15,13 +15,13 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, Percent, RunState},
     ram::{BlockIndex, DirtyBitmaps, DirtyReader, PageIndex, RamBlock, RamBlocks},
 };
 
 use crate::output::outcome::{Failure, While};
 
-pub(super) const DEVICE: &str = "demo-guest";
+pub(super) const DEVICE: DeviceName = DeviceName::from_static("demo-guest");
 
 /// A simulated guest; only its memory is real.
 pub(super) struct DemoGuest {
@@ -199,7 +199,7 @@ impl Guest for DemoGuest {
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.rounds().to_be_bytes().to_vec();
-        Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
+        Ok(vec![DeviceSection { name: DEVICE, instance_id: 0, version: 1, data }])
     }
 
     fn resume(&mut self) {
