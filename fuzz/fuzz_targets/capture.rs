@@ -4,7 +4,7 @@
 use std::{cell::RefCell, sync::Arc, time::Duration};
 
 use multifd::{Error, ReceiveOptions, Receiver, channel::Stop};
-use multifd_fuzz::Source;
+use multifd_fuzz::{Source, shown};
 use qemu_stream::{
     format::SectionId,
     incoming::{Expected, Incoming, LeftOut, Loader},
@@ -26,21 +26,20 @@ multifd_fuzz::target!(|bytes: &[u8]| {
         blocks
     })
     .left_out(LeftOut::Pages);
-    let Ok(loaded) = Incoming::new(Source::new(bytes)).suppress_vmdesc(true).run(&mut loader) else {
-        return;
-    };
-    let Ok(blocks) = loader.finish(&loaded) else { return };
+    let read = Incoming::new(Source::new(bytes)).suppress_vmdesc(true).run(&mut loader);
+    let Some(loaded) = shown(read) else { return };
+    let Some(blocks) = shown(loader.finish(&loaded)) else { return };
     let Some(layout) = layout.into_inner() else { return };
     // A walk over the words of terabytes takes longer than a fuzzer has patience.
     if layout.blocks().total() > 1 << 40 {
         return;
     }
     let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
-    if layout.write_around(&file, &blocks, &tail).is_ok() {
+    if shown(layout.write_around(&file, &blocks, &tail)).is_some() {
         let read = MappedRamFile::open(file.try_clone().expect("the same file"), 0)
             .expect("what was written is read");
         for (index, _) in read.blocks().iter() {
-            let _ = read.bitmap(index);
+            shown(read.bitmap(index));
         }
     }
 });

@@ -1,13 +1,14 @@
 //! The JSON that describes devices: parsed or refused, however deep and large it says it is.
 #![no_main]
 
+use multifd_fuzz::shown;
 use qemu_stream::format::{Description, EndFinder};
 
 multifd_fuzz::target!(|bytes: &[u8]| {
-    let _ = Description::parse(bytes);
+    shown(Description::parse(bytes));
     let mut collected = bytes.to_vec();
-    let _ = EndFinder::new(true).find(&mut collected);
+    shown(EndFinder::new(true).find(&mut collected));
     for footers in [false, true] {
-        let _ = EndFinder::new(footers).without_description(bytes.to_vec());
+        shown(EndFinder::new(footers).without_description(bytes.to_vec()));
     }
 });

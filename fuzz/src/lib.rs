@@ -7,9 +7,14 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     error::Error,
     fs::File,
-    io::{self, Cursor, Read, Write},
+    io::{self, Cursor, Read, Seek, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    panic,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -59,6 +64,62 @@ pub fn shown<T, E: Error + 'static>(result: Result<T, E>) -> Option<T> {
 /// If the system has none.
 pub fn file() -> File {
     rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("a file in memory").into()
+}
+
+/// Writes the input to a file. If its last byte is not 0, what is behind the first mark of the input, such as the end of a
+/// machine, is 2^n MiB further back: RAM of terabytes needs a hole of that length for its pages. Returns whether there is a hole.
+///
+/// # Panics
+/// If the file cannot be written.
+pub fn write_sparse(bytes: &[u8], mut file: &File) -> bool {
+    let hole = bytes.last().map_or(0, |byte| u32::from(byte % 27));
+    let mark = bytes.windows(MARK.len()).position(|at| at == MARK).filter(|_| hole > 0);
+    let (head, tail) = bytes.split_at(mark.unwrap_or(bytes.len()));
+    file.write_all(head).expect("written");
+    if let Some(tail) = tail.get(MARK.len()..) {
+        file.write_all_at(tail, 1 << (20 + hole)).expect("written");
+    }
+    mark.is_some()
+}
+
+const MARK: &[u8] = b"~~hole~~";
+
+/// Runs a program with its standard output and error in a file in memory, and checks that a terminal would show all of it as it
+/// is.
+///
+/// # Panics
+/// If something is printed that is not UTF-8, or that a terminal executes. A line break is no such character.
+pub fn printed(program: impl FnOnce()) {
+    static BEFORE: OnceLock<[OwnedFd; 2]> = OnceLock::new();
+    let before = BEFORE.get_or_init(|| {
+        let copies = [io::stdout().as_fd(), io::stderr().as_fd()]
+            .map(|fd| fd.try_clone_to_owned().expect("a copy of a descriptor"));
+        let report = panic::take_hook();
+        // A finding must be seen.
+        panic::set_hook(Box::new(move |panic| {
+            if let Some(before) = BEFORE.get() {
+                restore(before);
+            }
+            report(panic);
+        }));
+        copies
+    });
+    let mut output = file();
+    rustix::stdio::dup2_stdout(&output).expect("redirected");
+    rustix::stdio::dup2_stderr(&output).expect("redirected");
+    program();
+    restore(before);
+    let mut text = Vec::new();
+    output.rewind().expect("a file");
+    output.read_to_end(&mut text).expect("read");
+    let text = str::from_utf8(&text).expect("what is printed is UTF-8");
+    let executed = text.lines().find(|line| line.contains(is_executed));
+    assert!(executed.is_none(), "{executed:?}");
+}
+
+fn restore([out, err]: &[OwnedFd; 2]) {
+    rustix::stdio::dup2_stdout(out).expect("restored");
+    rustix::stdio::dup2_stderr(err).expect("restored");
 }
 
 /// Gives the input, takes whatever is answered.

@@ -129,6 +129,9 @@ impl RamBlock {
     }
 
     /// Records that pages were written. Does nothing for mapped memory, which keeps no such record.
+    ///
+    /// # Panics
+    /// If the block is in a file and has no such pages.
     #[inline]
     pub fn note_written(&self, first: PageIndex, count: u64) {
         if let Memory::MappedRam(places) = &self.memory {

@@ -19,7 +19,12 @@ use qemu_stream::{
 };
 use rustix::fs::fstatvfs;
 
-use crate::{direct_io::DirectIo, file_address::FileAddress, new_file::NewFile, output::outcome::While};
+use crate::{
+    direct_io::DirectIo,
+    file_address::FileAddress,
+    new_file::NewFile,
+    output::{outcome::While, outlet::shown},
+};
 
 /// A file that contains nothing valid yet.
 pub(crate) struct Capture {
@@ -71,7 +76,7 @@ impl Capture {
             tracing::warn!(
                 "the file system of {} may become full: {} are free, and the guest has {} of RAM; zero pages take no space; \
                  if the space is not enough, the migration fails",
-                self.new.target().display(),
+                shown(self.new.target()),
                 BinaryBytes(free),
                 BinaryBytes(ram),
             );
@@ -88,7 +93,7 @@ impl Capture {
         stop: &Stop,
     ) -> Result<Vec<BlockName>, While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-            While::new(format!("cannot complete {}", self.new.target().display()), error)
+            While::new(format!("cannot complete {}", shown(self.new.target())), error)
         };
         let blocks = arrived.blocks();
         let ignored = ignored(loaded.configuration.as_ref(), arrived);

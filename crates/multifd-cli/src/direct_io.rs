@@ -4,7 +4,7 @@ use std::{fs::File, sync::Arc};
 
 use multifd::ram::{BlockName, DirectFile};
 
-use crate::{file_address::FileAddress, output::outcome::say};
+use crate::{file_address::FileAddress, output::outlet::say};
 
 /// The requested direct I/O, and the file it is for.
 pub(crate) struct DirectIo<'a> {

@@ -12,10 +12,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use multifd::ram;
+use multifd::{error::UntrustedText, ram};
 use parse_size::Config;
 
-use crate::output::outcome::While;
+use crate::output::{outcome::While, outlet::shown};
 
 /// The place of a machine: a file, and the position in it at which its stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl FileAddress {
 
 impl fmt::Display for FileAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
+        f.write_str(&shown(&self.path))?;
         if self.offset > 0 {
             write!(f, " at offset {:#x}", self.offset)?;
         }
@@ -108,13 +108,13 @@ pub(crate) fn kind_of_address(text: &str) -> Option<&'static str> {
 }
 
 /// What looks like an option at the end of a path: `,ofset=1`, `,offset`.
-fn option_behind(path: &[u8]) -> Option<String> {
+fn option_behind(path: &[u8]) -> Option<UntrustedText> {
     let at = path.iter().rposition(|byte| *byte == b',')?;
     let option = path.get(at + 1..)?;
     let name = option.split(|byte| *byte == b'=').next().unwrap_or_default();
     let is_name = !name.is_empty() && name.iter().all(|byte| byte.is_ascii_alphabetic() || *byte == b'-');
     let looks = is_name && (option.contains(&b'=') || name == b"offset");
-    looks.then(|| String::from_utf8_lossy(option).into_owned())
+    looks.then(|| UntrustedText::from_bytes(option))
 }
 
 const OFFSET: &[u8] = b",offset=";
@@ -123,20 +123,20 @@ const LAST: u64 = i64::MAX as u64;
 
 /// Parses bytes: decimal with QEMU's suffixes (4K is 4096), or hexadecimal without a suffix.
 fn position(text: &[u8]) -> Result<u64, String> {
-    let text = String::from_utf8_lossy(text);
-    let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let shown = UntrustedText::from_bytes(text);
+    let hexadecimal = shown.as_raw().strip_prefix("0x").or_else(|| shown.as_raw().strip_prefix("0X"));
     let parsed = match hexadecimal {
         // A sign is not a digit, although `from_str_radix` accepts it.
         Some(digits) if digits.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
             u64::from_str_radix(digits, 16).ok()
         }
         Some(_) => None,
-        None => Config::new().with_binary().parse_size(text.as_bytes()).ok(),
+        None => Config::new().with_binary().parse_size(text).ok(),
     };
     match parsed {
         Some(offset @ 0..=LAST) => Ok(offset),
-        Some(_) => Err(format!("expected an offset of at most {LAST:#x} bytes, found {text:?}")),
-        None => Err(format!("expected an offset in bytes like 0x1000, 4096 or 4K, found {text:?}")),
+        Some(_) => Err(format!("expected an offset of at most {LAST:#x} bytes, found {shown:?}")),
+        None => Err(format!("expected an offset in bytes like 0x1000, 4096 or 4K, found {shown:?}")),
     }
 }
 
@@ -146,7 +146,7 @@ mod tests {
 
     fn parse(text: &str) -> Result<(String, u64), String> {
         let parsed = FileAddress::parse(text.into())?;
-        Ok((parsed.path.display().to_string(), parsed.offset))
+        Ok((parsed.path.to_str().expect("UTF-8").to_owned(), parsed.offset))
     }
 
     #[test]

@@ -31,7 +31,7 @@ use std::{ffi::OsString, process::ExitCode};
 
 use args::{Args, Verb};
 use clap::{CommandFactory, Parser};
-use output::outcome;
+use output::{log, outcome, outlet};
 use verbs::{demo, inspect, receive, restore, send};
 
 /// The definition of the command line, for manual pages and completions.
@@ -46,17 +46,13 @@ pub fn command() -> clap::Command {
 pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
     let command_line: Vec<OsString> = command_line.into_iter().collect();
     if version::is_asked_in_detail(&command_line) {
-        return outcome::exit_code(outcome::print(&version::detailed()).map_err(Into::into));
+        return outcome::exit_code(outlet::print_lines(&version::detailed()).map_err(Into::into));
     }
     let args = match Args::try_parse_from(command_line) {
         Ok(args) => args,
-        Err(refused) => {
-            // If the output is closed, nobody wants it.
-            let _ = refused.print();
-            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(2));
-        }
+        Err(refused) => return outlet::refused(refused),
     };
-    outcome::trace(args.verb.quiet());
+    log::trace(args.verb.quiet());
     interrupt::keeps_ends_of_children();
     let ended = match args.verb {
         Verb::Capture(args) => verbs::capture::run(&args),
@@ -68,4 +64,9 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::DemoDestination(args) => demo::destination(&args),
     };
     outcome::exit_code(ended)
+}
+
+/// Makes the process report a panic, which is a bug, in one line without control characters. For a process of its own only.
+pub fn report_panics() {
+    outlet::report_panics();
 }

@@ -17,7 +17,10 @@ use rustix::{
 
 use crate::{
     args::listen_address,
-    output::outcome::{Failure, While, say},
+    output::{
+        outcome::{Failure, While},
+        outlet::say,
+    },
 };
 
 /// What the command line gives.

@@ -3,5 +3,6 @@
 use std::{env, process::ExitCode};
 
 fn main() -> ExitCode {
+    multifd_cli::report_panics();
     multifd_cli::run(env::args_os())
 }

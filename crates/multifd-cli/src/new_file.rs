@@ -24,7 +24,11 @@ use rustix::{
 };
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::{file_address::open_regular, identity::Identity, output::outcome::While};
+use crate::{
+    file_address::open_regular,
+    identity::Identity,
+    output::{outcome::While, outlet::shown},
+};
 
 /// A file that contains nothing valid yet.
 pub(crate) struct NewFile {
@@ -50,7 +54,7 @@ impl NewFile {
     /// Everything that would prevent the file from getting its name is checked now, not after everything has arrived.
     pub(crate) fn create(target: &Path, keep: u64, force: bool) -> Result<Self, While> {
         Self::beside(target, keep, force)
-            .map_err(|error| While::new(format!("cannot create {}", target.display()), error))
+            .map_err(|error| While::new(format!("cannot create {}", shown(target)), error))
     }
 
     fn beside(target: &Path, keep: u64, force: bool) -> Result<Self, Cause> {
@@ -62,7 +66,7 @@ impl NewFile {
             found => Some(found?),
         };
         let path = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let unusable = |error| While::new(format!("cannot open folder {}", path.display()), error);
+        let unusable = |error| While::new(format!("cannot open folder {}", shown(path)), error);
         // A folder and nothing else: to open a FIFO would wait for a writer.
         let folder =
             File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(unusable)?;
@@ -104,7 +108,7 @@ impl NewFile {
     pub(crate) fn name(self) -> Result<(), While> {
         let Self { temporary, folder, target, replaces } = self;
         let unnamed = |error: io::Error| {
-            While::new(format!("cannot rename the temporary file to {}", target.display()), error)
+            While::new(format!("cannot rename the temporary file to {}", shown(&target)), error)
         };
         let named = match &replaces {
             Replaces::Nothing => temporary.persist_noclobber(&target),
@@ -126,13 +130,13 @@ impl NewFile {
             Replaces::Nothing if fs::remove_file(&target).is_ok() => "the file was removed again",
             _ => "the file exists, but may be lost in a power failure",
         };
-        Err(While::new(format!("cannot sync the folder of {}; {left}", target.display()), error))
+        Err(While::new(format!("cannot sync the folder of {}; {left}", shown(&target)), error))
     }
 }
 
 /// Creates a new file in `path`, which is `folder`. Its name is `.NAME.` and a random part.
 fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFile, Cause> {
-    let unusable = |error| While::new(format!("cannot create a file in folder {}", path.display()), error);
+    let unusable = |error| While::new(format!("cannot create a file in folder {}", shown(path)), error);
     // Made with our own `open`: the errors of `tempfile_in` contain the temporary name, which a user does not know.
     let create =
         |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
@@ -147,7 +151,7 @@ fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFil
     let to = path.join(hidden);
     let renamed = plain.persist_noclobber(&to);
     let file = renamed.map_err(|error| {
-        While::new(format!("cannot rename a file in folder {}", path.display()), error.error)
+        While::new(format!("cannot rename a file in folder {}", shown(path)), error.error)
     })?;
     Ok(NamedTempFile::from_parts(file, TempPath::try_from_path(to)?))
 }

@@ -4,7 +4,7 @@
 
 use std::{error::Error, fmt};
 
-use multifd::error::Printable;
+use multifd::error::is_executed;
 use qemu_stream::{
     Error as StreamError,
     error::Unsupported,
@@ -69,7 +69,7 @@ fn command(what: &Unsupported, address: &FileAddress) -> Option<String> {
                 LibvirtStorage::Raw => convert(&[stream]),
                 LibvirtStorage::Compressed(by) => convert(&[stream, decompress(*by)]),
                 LibvirtStorage::Sparse => {
-                    let file = format!("file:{},offset={}", address.path().display(), offset + before);
+                    let file = format!("file:{},offset={}", name_of(address), offset + before);
                     format!("read its stream as it is, with {} as the file", quoted(&file))
                 }
                 _ => return None,
@@ -90,7 +90,7 @@ fn convert(pipe: &[String]) -> String {
 
 /// A command that writes the file from this offset on.
 fn bytes_of(address: &FileAddress, offset: u64) -> String {
-    let path = quoted(&address.path().display().to_string());
+    let path = quoted(name_of(address));
     // A path may begin like an option.
     let path = if path.starts_with('-') { format!("./{path}") } else { path };
     match offset {
@@ -98,6 +98,11 @@ fn bytes_of(address: &FileAddress, offset: u64) -> String {
         // The first byte is number 1.
         _ => format!("tail -c +{} {path}", offset + 1),
     }
+}
+
+/// The path as it can be typed. A name that cannot be shown as it is cannot be typed either: it stays a placeholder.
+fn name_of(address: &FileAddress) -> &str {
+    address.path().to_str().filter(|path| !path.contains(is_executed)).unwrap_or("FILE")
 }
 
 fn decompress(by: Compressor) -> String {
@@ -110,7 +115,7 @@ fn quoted(word: &str) -> String {
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();
     }
-    format!("'{}'", Printable(&word.replace('\'', r"'\''")))
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// A word of a shell command that contains quoted words.
@@ -162,6 +167,15 @@ mod tests {
         }
         assert_eq!(command(&of_libvirt(LibvirtStorage::Unknown(9)), &address("vm")), None);
         assert_eq!(command(&Unsupported::Version(9), &address("vm")), None);
+    }
+
+    #[test]
+    fn path_that_cannot_be_typed_is_a_placeholder() {
+        let stream = Unsupported::NeedsCapability { what: "a stream", capability: "mapped-ram" };
+        for name in ["a\u{1b}[2J", "a\nb", "a\u{202e}b"] {
+            let told = command(&stream, &address(name)).expect("a remedy");
+            assert!(told.ends_with(r#""exec:cat FILE" NEW"#), "{told}");
+        }
     }
 
     #[test]

@@ -12,18 +12,16 @@ pub(crate) fn is_asked_in_detail(command_line: &[OsString]) -> bool {
 }
 
 /// One fact in each line.
-pub(crate) fn detailed() -> String {
-    format!(
-        "multifd {}\n\
-         commit       {}\n\
-         compression  {}\n\
-         connections  TCP, unix sockets, vsock, file descriptors, commands; TLS 1.2 and 1.3\n\
-         stream       QEMU migration stream version 3, with the capabilities multifd and return-path\n\
-         file         mapped-ram version 1, as QEMU 9.0 and later write and read it",
-        env!("CARGO_PKG_VERSION"),
-        option_env!("MULTIFD_COMMIT").unwrap_or("not recorded in this build"),
-        Method::names(),
-    )
+pub(crate) fn detailed() -> Vec<String> {
+    let facts = [
+        ("commit", option_env!("MULTIFD_COMMIT").unwrap_or("not recorded in this build")),
+        ("compression", &Method::names()),
+        ("connections", "TCP, unix sockets, vsock, file descriptors, commands; TLS 1.2 and 1.3"),
+        ("stream", "version 3 of QEMU's migration stream, with the capabilities multifd and return-path"),
+        ("file", "mapped-ram version 1, as QEMU 9.0 and later write and read it"),
+    ];
+    let first = format!("multifd {}", env!("CARGO_PKG_VERSION"));
+    [first].into_iter().chain(facts.map(|(name, fact)| format!("{name:<13}{fact}"))).collect()
 }
 
 #[cfg(test)]

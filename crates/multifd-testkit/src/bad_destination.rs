@@ -252,10 +252,9 @@ fn answer(stream: &mut TcpStream, seen: &[u8], asked: usize) -> usize {
     let mut at = asked;
     while let Some(command) = seen.get(at..at + PING.len() + 4) {
         at += 1;
-        if let Some(value) = command
-            .strip_prefix(&PING[..])
-            .filter(|value| *value != [0, 0, 0, 1] && !value.starts_with(b"mfd"))
-        {
+        if let Some(value) = command.strip_prefix(&PING[..]).filter(|value| {
+            *value != [0, 0, 0, 1] && !value.starts_with(b"mfd") && !value.starts_with(b"mfg")
+        }) {
             let _ = stream.write_all(&[&[0, 2, 0, 4], value].concat());
         }
     }

@@ -1,6 +1,9 @@
 //! Counts what this process uses, so that a test finds what was left behind.
 
-use std::fs;
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 /// The numbers of this process's threads and descriptors.
 ///
@@ -10,4 +13,20 @@ use std::fs;
 pub fn in_use() -> (usize, usize) {
     let count = |folder| fs::read_dir(folder).expect("the process's own").count();
     (count("/proc/self/task"), count("/proc/self/fd"))
+}
+
+/// The same, as soon as they equal `before`, or after 2 s: a thread that was joined is listed for a moment longer.
+///
+/// # Panics
+///
+/// If the system does not report them.
+pub fn in_use_after(before: (usize, usize)) -> (usize, usize) {
+    let end = Instant::now() + Duration::from_secs(2);
+    loop {
+        let now = in_use();
+        if now == before || Instant::now() > end {
+            return now;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -37,6 +37,6 @@ pub mod rough_network;
 pub mod silent;
 mod skip;
 
-pub use in_use::in_use;
+pub use in_use::{in_use, in_use_after};
 pub use number::number;
 pub use skip::{lacks, skip};

@@ -26,6 +26,8 @@ pub enum Callback {
     DirtyLogTake,
     /// [`DirtyLog::put_back`](crate::ram::DirtyLog::put_back).
     DirtyLogPutBack,
+    /// The closure with which a destination makes its blocks, as in `Arrival::load` of `qemu-stream`.
+    MakeBlocks,
     /// None of these: a part of this library.
     Library,
 }
@@ -44,15 +46,16 @@ impl Callback {
             Self::DirtyLogBegin => "DirtyLog::begin",
             Self::DirtyLogTake => "DirtyLog::take",
             Self::DirtyLogPutBack => "DirtyLog::put_back",
+            Self::MakeBlocks => "the closure of Arrival::load",
             Self::Library => "a part of this library",
         }
     }
 
-    /// Who is at fault if it panics.
+    /// Who is at fault if it panics or does not return.
     pub(crate) fn fault(self) -> Fault {
         match self {
             Self::DirtyLogBegin | Self::DirtyLogTake | Self::DirtyLogPutBack => Fault::DirtyLog,
-            Self::Library => Fault::Caller,
+            Self::MakeBlocks | Self::Library => Fault::Caller,
             _ => Fault::Guest,
         }
     }
@@ -194,7 +197,7 @@ impl Percent {
     /// How long processors must pause after they have run for `ran`. Short turns disturb a guest the least: QEMU's run
     /// for 10 ms each.
     pub fn pause_after(self, ran: Duration) -> Duration {
-        ran * u32::from(self.0) / u32::from(100 - self.0)
+        ran.saturating_mul(u32::from(self.0)) / u32::from(100 - self.0)
     }
 
     /// The share of time for which they run, above 0 and up to 1.
@@ -341,6 +344,15 @@ mod tests {
             sending_rate: 400_000_000,
             throttled: Percent::NONE,
             remedies: remedies.to_vec(),
+        }
+    }
+
+    #[test]
+    fn pause_of_a_processor_that_ran_for_any_time_is_a_time() {
+        assert_eq!(Percent::new(50).pause_after(Duration::from_millis(10)), Duration::from_millis(10));
+        for percent in [0, 1, 50, 99, 255] {
+            let pause = Percent::new(percent).pause_after(Duration::MAX);
+            assert_eq!(pause.is_zero(), percent == 0);
         }
     }
 

@@ -26,7 +26,7 @@ pub(crate) fn devices_of(
     ram: SectionId,
 ) -> Result<DevicePart, Usage> {
     let device = |device: live::DeviceSection| {
-        let name = name_of(&device.name)?;
+        let name = SectionName::from(&device.name);
         Ok(Device { name, instance: device.instance_id, version: device.version, state: device.data })
     };
     let devices = devices.into_iter().map(device);
@@ -46,7 +46,7 @@ pub(crate) fn check_devices(
     let mut empty = Vec::new();
     let mut most: u64 = 0;
     for device in devices {
-        if device.name == run_state::NAME {
+        if device.name.as_str() == run_state::NAME {
             let why = format!("{:?} is the section of the guest's run state", device.name);
             return Err(Usage::Value { what: "name of a device", why });
         }
@@ -64,11 +64,4 @@ pub(crate) fn check_devices(
         return Err(Usage::Value { what: "state of all devices", why });
     }
     Ok(())
-}
-
-fn name_of(name: &str) -> Result<SectionName, Usage> {
-    SectionName::new(name).ok_or_else(|| Usage::Value {
-        what: "name of a device",
-        why: format!("{name:?} has not 1 to 255 bytes without NUL"),
-    })
 }

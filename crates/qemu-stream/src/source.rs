@@ -106,8 +106,8 @@ impl SourceOptions {
         self
     }
 
-    /// How long the destination may read nothing, on any connection, while there is something to send. Default 120 s;
-    /// `None` is no limit.
+    /// How long the destination may read nothing, on any connection, while there is something to send, and how long a
+    /// [callback](Migration::callback_timeout) of the guest or of the dirty log may run. Default 120 s; `None` is no limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
         self
@@ -156,6 +156,7 @@ impl Source {
             options.send.check_without_channels()?;
             Migration::over_main(migrate, blocks, stop.clone())?
         };
+        let migration = migration.callback_timeout(options.stall_timeout);
         options.stream.check().map_err(unsendable)?;
         Ok(Self { migration, options, channels })
     }

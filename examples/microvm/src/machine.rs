@@ -17,7 +17,7 @@ use std::{
 use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::{
-    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, Percent, RunState},
     ram::{AtomicBitmapLog, KvmDirtyLog, MergedLog, PageSize, RamBlocks, blocks_of},
 };
 use qemu_stream::format::{InvalidMachineType, MachineType};
@@ -130,24 +130,24 @@ impl Machine {
                 Err(format!("section {name:?} has {} bytes", body.len()))
             }
         };
-        let numbers = |name, count: usize| {
+        let numbers = |name: &str, count: usize| {
             let body = body(name, count * 8)?;
             let number = |bytes: &[u8]| bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
             Ok::<_, String>(body.chunks(8).map(number).collect::<Vec<u64>>())
         };
-        let device = numbers("report", 3)?;
+        let device = numbers(REPORT.as_str(), 3)?;
         let device = Device { size: device[0], rate: device[1], batches: device[2] };
         if device.size != total(&memory) {
             return Err("the saved memory size of the device differs from the size of the memory".into());
         }
-        let cpu = body("vcpu", size_of::<kvm_regs>() + size_of::<kvm_sregs>())?;
+        let cpu = body(VCPU.as_str(), size_of::<kvm_regs>() + size_of::<kvm_sregs>())?;
         let (regs, sregs) = cpu.split_at(size_of::<kvm_regs>());
         let unfit = |_| "the vCPU's state cannot be read";
         let regs = kvm_regs::read_from_bytes(regs).map_err(|_| unfit(()))?;
         let sregs = kvm_sregs::read_from_bytes(sregs).map_err(|_| unfit(()))?;
         let (kvm, vm) = open()?;
         let vcpu = vm.create_vcpu(0)?;
-        Self::new((memory, blocks), (kvm, vm, vcpu), device, numbers("clock", 1)?[0], (regs, sregs))
+        Self::new((memory, blocks), (kvm, vm, vcpu), device, numbers(CLOCK.as_str(), 1)?[0], (regs, sregs))
     }
 
     fn new(
@@ -227,7 +227,7 @@ impl Drop for Machine {
 impl Guest for &Machine {
     fn devices(&self) -> Vec<DeviceInfo> {
         let cpu = size_of::<kvm_regs>() + size_of::<kvm_sregs>();
-        vec![DeviceInfo::new("vcpu", cpu as u64), DeviceInfo::new("clock", 8), DeviceInfo::new("report", 24)]
+        vec![DeviceInfo::new(VCPU, cpu as u64), DeviceInfo::new(CLOCK, 8), DeviceInfo::new(REPORT, 24)]
     }
 
     fn run_state(&mut self) -> RunState {
@@ -247,16 +247,15 @@ impl Guest for &Machine {
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let state = self.shared.lock();
-        let section =
-            |name: &str, data| DeviceSection { name: name.into(), instance_id: 0, version: 1, data };
+        let section = |name, data| DeviceSection { name, instance_id: 0, version: 1, data };
         let numbers = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_be_bytes()).collect();
         let Device { size, rate, batches } = state.device;
         // A vCPU of a larger guest has more state: FPU, MSRs, events, local APIC. This one uses none of it.
         let cpu = [state.cpu.0.as_bytes(), state.cpu.1.as_bytes()].concat();
         Ok(vec![
-            section("vcpu", cpu),
-            section("clock", numbers(&[state.clock])),
-            section("report", numbers(&[size, rate, batches])),
+            section(VCPU, cpu),
+            section(CLOCK, numbers(&[state.clock])),
+            section(REPORT, numbers(&[size, rate, batches])),
         ])
     }
 
@@ -461,6 +460,9 @@ fn now() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos())
 }
 
+const VCPU: DeviceName = DeviceName::from_static("vcpu");
+const CLOCK: DeviceName = DeviceName::from_static("clock");
+const REPORT: DeviceName = DeviceName::from_static("report");
 const INTERRUPTED: i32 = 4;
 const LEAST: u64 = 4 << 20;
 /// The range of 32-bit addresses, below the kernel's own pages.

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use multifd_fuzz::shown;
+
 use multifd::{
     ChannelCount, Method, ReceiveOptions, Receiver,
     channel::{Context, Link, Stop, memory},
@@ -33,7 +35,7 @@ pub fn play(input: &[u8], method: Method, flags: Flags, pack: impl FnMut(&[u8]) 
     near.send(&[stream[..].into()]).expect("there is room");
     near.close_send().expect("open");
     receiver.add(Box::new(far));
-    let taken = receiver.sync();
+    let taken = shown(receiver.sync());
     drop(receiver);
     let (listed, guard) = (block(&blocks, 0), block(&blocks, 1));
     assert!(guard.slice(PageIndex(0), PAGES).expect("whole").is_zero());

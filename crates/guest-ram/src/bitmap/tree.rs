@@ -66,6 +66,6 @@ pub(super) fn word_of(page: u64) -> usize {
 /// A mask of the bits of word number `index` that belong to pages, in a bitmap of `pages` pages.
 #[inline]
 pub(crate) fn mask(pages: u64, index: usize) -> u64 {
-    let behind = (index as u64 + 1).saturating_mul(WORD).saturating_sub(pages);
+    let behind = (index as u64).saturating_add(1).saturating_mul(WORD).saturating_sub(pages);
     if behind < WORD { u64::MAX >> behind } else { 0 }
 }

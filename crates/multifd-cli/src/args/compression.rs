@@ -2,8 +2,10 @@
 
 use std::str::FromStr;
 
-use clap::{Arg, ArgMatches, Args, Command, Error, FromArgMatches, value_parser};
+use clap::{Arg, ArgMatches, Args, Command, Error, FromArgMatches};
 use multifd::{Level, Method, SendOptions};
+
+use super::shared::number;
 
 /// `--multifd-compression`, and for each method that has a level `--multifd-NAME-level`.
 #[derive(Clone, Debug)]
@@ -48,7 +50,7 @@ impl Args for CompressionArgs {
                     .long(parameter.name)
                     .value_name("LEVEL")
                     .default_value(parameter.default.to_string())
-                    .value_parser(value_parser!(u64).range(parameter.least..=parameter.most))
+                    .value_parser(number::<u64>(parameter.least, parameter.most))
                     .help(format!("{method} level, {}", level.meaning)),
             )
         })

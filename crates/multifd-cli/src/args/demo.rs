@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clap::{Args as ClapArgs, builder::RangedU64ValueParser};
+use clap::Args as ClapArgs;
 use multifd::{
     channel::Address,
     live::MigrateOptions,
@@ -14,7 +14,9 @@ use multifd::{
 
 use super::{
     compression::CompressionArgs,
-    shared::{ZeroPagesArg, default_seconds, limit, milliseconds, rate, seconds, size, small_default},
+    shared::{
+        ZeroPagesArg, default_seconds, limit, milliseconds, number, rate, seconds, size, small_default,
+    },
 };
 
 #[derive(Debug, ClapArgs)]
@@ -23,7 +25,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, default_value = "1G", value_parser = size)]
     pub(crate) size: u64,
     /// Number of channels, 1 to 255
-    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
+    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = number::<u8>(1, 255))]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,
@@ -87,7 +89,7 @@ pub(crate) struct ConvergeArgs {
     #[arg(long)]
     pub(crate) pause_before_switchover: bool,
     /// Fail after this number of passes with the guest running; 0 = no limit
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = number::<u64>(0, u64::MAX))]
     max_passes: u64,
     /// Fail if the guest is not stopped after this time, in seconds or with a unit (500ms, 2m); 0 = no limit
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = seconds)]
@@ -114,6 +116,6 @@ pub(crate) struct DemoDestinationArgs {
     pub(crate) listen: Address,
 }
 
-fn percent(range: Parameter) -> RangedU64ValueParser<u8> {
-    RangedU64ValueParser::new().range(range.least..=range.most)
+fn percent(range: Parameter) -> impl Fn(&str) -> Result<u8, String> + Clone + Send + Sync + 'static {
+    number(range.least, range.most)
 }

@@ -28,7 +28,14 @@ pub(crate) use self::{
 /// Set the environment variable MULTIFD_LOG to debug or trace to log the events of every channel. `multifd --version -v`
 /// shows what this build can do.
 #[derive(Debug, Parser)]
-#[command(name = "multifd", version, max_term_width = 100, arg_required_else_help = true)]
+// Otherwise the help shows the name of the program as the caller has chosen it.
+#[command(
+    name = "multifd",
+    bin_name = "multifd",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) verb: Verb,

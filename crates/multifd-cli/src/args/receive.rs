@@ -43,6 +43,10 @@ pub(crate) struct ReceiveArgs {
     /// limit
     #[arg(long, value_name = "TIME", default_value = default_seconds(STALL_TIMEOUT), value_parser = seconds)]
     stall_timeout: Duration,
+    /// Time limit for a source that is silent between two sections of RAM, as with capability pause-before-switchover, in
+    /// seconds or with a unit (500ms, 2m); 0 = no limit
+    #[arg(long, value_name = "TIME", default_value = "3600", value_parser = seconds)]
+    pause_timeout: Duration,
     /// Write pages from channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]
     pub(crate) direct_io: bool,
@@ -70,6 +74,11 @@ impl ReceiveArgs {
     /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         limit(self.stall_timeout)
+    }
+
+    /// `None` is no limit.
+    pub(crate) fn pause_timeout(&self) -> Option<Duration> {
+        limit(self.pause_timeout)
     }
 }
 

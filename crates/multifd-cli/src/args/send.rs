@@ -13,8 +13,8 @@ use multifd::{
 use super::{
     compression::CompressionArgs,
     shared::{
-        OutputArgs, ZeroPagesArg, default_seconds, destination_address, file_address, limit, rate, seconds,
-        small_default,
+        OutputArgs, ZeroPagesArg, default_seconds, destination_address, file_address, limit, number, rate,
+        seconds, small_default,
     },
 };
 use crate::file_address::FileAddress;
@@ -22,7 +22,7 @@ use crate::file_address::FileAddress;
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SendArgs {
     /// Number of channels; must equal the multifd-channels of the destination; 0 = the destination has multifd off
-    #[arg(long, alias = "channels", value_name = "N", default_value_t = small_default(MULTIFD_CHANNELS))]
+    #[arg(long, alias = "channels", value_name = "N", default_value_t = small_default(MULTIFD_CHANNELS), value_parser = number::<u8>(0, 255))]
     pub(crate) multifd_channels: u8,
     #[command(flatten)]
     pub(crate) compression: CompressionArgs,

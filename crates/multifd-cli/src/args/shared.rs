@@ -65,6 +65,20 @@ pub(super) fn limit(time: Duration) -> Option<Duration> {
     (!time.is_zero()).then_some(time)
 }
 
+/// Parses a whole number from `least` to `most`.
+pub(super) fn number<T: TryFrom<u64>>(
+    least: u64,
+    most: u64,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+        number.and_then(|number| T::try_from(number).ok()).ok_or_else(|| match most {
+            u64::MAX => format!("expected a whole number from {least} on, found {text:?}"),
+            _ => format!("expected a whole number from {least} to {most}, found {text:?}"),
+        })
+    }
+}
+
 /// Parses a time, in seconds if it has no unit.
 pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     time(text, "s").ok_or_else(|| format!("expected a time in seconds, or {TIME_UNITS}, found {text:?}"))
@@ -197,6 +211,17 @@ mod tests {
             let refused = seconds(text).expect_err(text);
             assert!(refused.ends_with(&format!("(500ms, 90s, 2m, 1h), found {text:?}")), "{refused}");
         }
+    }
+
+    #[test]
+    fn number_is_refused_with_its_range() {
+        let parse = number::<u8>(1, 99);
+        assert_eq!((parse("1"), parse("99")), (Ok(1), Ok(99)));
+        for text in ["0", "100", "-1", "1.5", "x", "", "99999999999999999999"] {
+            assert_eq!(parse(text), Err(format!("expected a whole number from 1 to 99, found {text:?}")));
+        }
+        let refused = number::<u64>(0, u64::MAX)("x").expect_err("refused");
+        assert_eq!(refused, "expected a whole number from 0 on, found \"x\"");
     }
 
     #[test]

@@ -4,7 +4,6 @@
 //! A separate thread reads the counters; the migration does not know it. The thread ends when its handle is dropped.
 
 use std::{
-    io::{self, IsTerminal},
     sync::mpsc::{RecvTimeoutError, Sender, channel},
     thread::{Builder, JoinHandle},
     time::Duration,
@@ -12,8 +11,10 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use multifd::error::Printable;
+
 use super::{
-    outcome::say,
+    outlet::{is_terminal, say},
     progress::{Look, Meter, percent},
 };
 
@@ -31,7 +32,7 @@ impl Display {
         }
         let (end, ended) = channel();
         let thread = Builder::new().name("display".into()).spawn(move || {
-            let terminal = io::stderr().is_terminal();
+            let terminal = is_terminal();
             let every = if terminal { BAR_EVERY } else { LINE_EVERY };
             let bar = terminal.then(ProgressBar::new_spinner);
             if let Some(bar) = &bar {
@@ -44,8 +45,8 @@ impl Display {
                 let look = look();
                 let (text, hint) = meter.text(&look);
                 if let Some(hint) = hint {
-                    let show = || say(&format!("{verb}: {hint}"));
-                    bar.as_ref().map_or_else(show, |bar| bar.suspend(show));
+                    let tell = || say(&format!("{verb}: {hint}"));
+                    bar.as_ref().map_or_else(tell, |bar| bar.suspend(tell));
                 }
                 match &bar {
                     Some(bar) => {
@@ -54,7 +55,7 @@ impl Display {
                         }
                         bar.set_length(look.total);
                         bar.set_position(look.done.min(look.total));
-                        bar.set_message(text);
+                        show(bar, &text);
                     }
                     None => say(&format!("{verb}: {}{text}", percent(&look))),
                 }
@@ -75,6 +76,12 @@ impl Drop for Display {
             let _ = thread.join();
         }
     }
+}
+
+/// Shows a text beside the bar.
+#[expect(clippy::disallowed_methods, reason = "the text is escaped; the bar draws itself")]
+fn show(bar: &ProgressBar, text: &str) {
+    bar.set_message(Printable(text).to_string());
 }
 
 const BAR_EVERY: Duration = Duration::from_millis(100);

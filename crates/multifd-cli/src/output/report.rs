@@ -1,4 +1,4 @@
-//! The final report, as one line of JSON with the names of QEMU's `query-migrate`, or as a few lines for people.
+//! The final report, as JSON with the names of QEMU's `query-migrate`, or as a few lines for people.
 
 use std::time::Duration;
 
@@ -130,48 +130,48 @@ impl Report {
         self
     }
 
-    /// One object on one line.
-    pub(crate) fn json(&self) -> String {
-        serde_json::to_string(self).unwrap_or_else(|error| format!("{{\"error-desc\": \"{error}\"}}"))
-    }
-
-    /// The text for people.
-    pub(crate) fn text(&self, done: &str) -> String {
+    /// The lines for people.
+    pub(crate) fn lines(&self, done: &str) -> Vec<String> {
         let ram = &self.ram;
         let time = Duration::from_millis(self.total_time);
-        let mut text = format!(
-            "{done}: {} of RAM in {}\n{} transferred ({}/s): {} pages with data, {} zero pages",
-            BinaryBytes(ram.total),
-            seconds(time),
-            BinaryBytes(ram.transferred),
-            BinaryBytes(rate(ram.transferred, time)),
-            HumanCount(ram.normal),
-            HumanCount(ram.duplicate),
-        );
-        if let Some(downtime) = self.downtime {
+        let mut lines = vec![
+            format!("{done}: {} of RAM in {}", BinaryBytes(ram.total), seconds(time)),
+            format!(
+                "{} transferred ({}/s): {} pages with data, {} zero pages",
+                BinaryBytes(ram.transferred),
+                BinaryBytes(rate(ram.transferred, time)),
+                HumanCount(ram.normal),
+                HumanCount(ram.duplicate),
+            ),
+        ];
+        let passes = self.downtime.map(|downtime| {
             // The dirty bits are taken before every pass, and once more to find that one more pass is enough.
             let passes = ram.dirty_sync_count.unwrap_or_default().saturating_sub(1);
             let passes = if passes == 1 { "1 pass".to_owned() } else { format!("{passes} passes") };
-            text += &format!("\ndowntime {downtime} ms, {passes}");
-        }
-        if let Some(percent) = self.cpu_throttle_percentage {
-            text += &format!(", the guest throttled by {percent} %");
+            format!("downtime {downtime} ms, {passes}")
+        });
+        let throttled =
+            self.cpu_throttle_percentage.map(|percent| format!("the guest throttled by {percent} %"));
+        let live: Vec<String> = passes.into_iter().chain(throttled).collect();
+        if !live.is_empty() {
+            lines.push(live.join(", "));
         }
         if let Some(missed @ 1..) = ram.dirty_sync_missed_zero_copy {
-            text +=
-                &format!("\nzero-copy-send: the kernel copied pages anyway, before {missed} channel syncs");
+            lines.push(format!(
+                "zero-copy-send: the kernel copied pages anyway, before {missed} channel syncs"
+            ));
         }
         let sum: u64 = self.channels.iter().map(|channel| channel.bytes).sum();
-        for channel in &self.channels {
+        lines.extend(self.channels.iter().map(|channel| {
             let share = channel.bytes as f64 * 100.0 / sum.max(1) as f64;
-            text += &format!(
-                "\nchannel {:<3} {:>12} {share:5.1} %  {:>8} packets",
+            format!(
+                "channel {:<3} {:>12} {share:5.1} %  {:>8} packets",
                 channel.id,
                 BinaryBytes(channel.bytes).to_string(),
                 HumanCount(channel.packets).to_string(),
-            );
-        }
-        text
+            )
+        }));
+        lines
     }
 }
 
@@ -207,9 +207,11 @@ mod tests {
             Ram { total: 256 << 20, transferred: 3 << 20, normal: 700, duplicate: 64_836, ..Ram::default() };
         let report = Report { total_time: 1500, ram, ..Report::default() };
         assert_eq!(
-            report.text("received vm.ram"),
-            "received vm.ram: 256.00 MiB of RAM in 1.500 s\n\
-             3.00 MiB transferred (2.00 MiB/s): 700 pages with data, 64,836 zero pages"
+            report.lines("received vm.ram"),
+            [
+                "received vm.ram: 256.00 MiB of RAM in 1.500 s",
+                "3.00 MiB transferred (2.00 MiB/s): 700 pages with data, 64,836 zero pages"
+            ]
         );
     }
 }

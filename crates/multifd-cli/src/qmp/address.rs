@@ -9,8 +9,10 @@ use std::{
     time::Duration,
 };
 
-use multifd::{channel::Address, error::Printable};
+use multifd::channel::Address;
 use rustix::net::sockopt::socket_peercred;
+
+use crate::output::outlet::shown;
 
 /// `unix:PATH`, a path, or `tcp:HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +65,7 @@ impl QmpAddress {
 impl fmt::Display for QmpAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unix(path) => write!(f, "unix:{}", Printable(&path.display().to_string())),
+            Self::Unix(path) => write!(f, "unix:{}", shown(path)),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
         }

@@ -35,7 +35,8 @@ use crate::{
     direct_io::DirectIo,
     interrupt,
     output::{
-        outcome::{Failure, While, say},
+        outcome::{Failure, While},
+        outlet::say,
         report::millis,
     },
     qmp::{
@@ -145,7 +146,9 @@ fn listen(args: &CaptureArgs, meeting: &Meeting, stop: &Stop) -> Result<(Listeni
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(LeftOut::SharedBlocks)
-        .stall_timeout(args.stall_timeout());
+        .stall_timeout(args.stall_timeout())
+        // The source does not pause before its switchover.
+        .pause_timeout(args.stall_timeout());
     let listening = Arrival::listen(listener, options, stop).map_err(Failure::of)?;
     Ok((listening, address))
 }

@@ -21,7 +21,10 @@ use crate::{
     file_address::FileAddress,
     interrupt,
     new_file::NewFile,
-    output::outcome::{Failure, While},
+    output::{
+        outcome::{Failure, While},
+        outlet::{self, shown},
+    },
 };
 
 /// Writes the block named `name` to `out`, or to standard output if `out` is `-`.
@@ -35,20 +38,20 @@ pub(crate) fn run(
     let found = file.blocks().iter().zip(file.places()).find(|((_, entry), _)| is_named(entry, name));
     let Some(((index, _), place)) = found else { return Err(unknown(address, file, name).into()) };
     if place.is_ignored() {
-        let doing = format!("cannot extract block {} of {address}", name.display());
+        let doing = format!("cannot extract block {} of {address}", shown(name));
         return Err(While::new(doing, Shared).into());
     }
     let present = file.bitmap(index).map_err(|error| address.unreadable(error))?;
-    let whereto = if out == Path::new("-") { "standard output".into() } else { out.display().to_string() };
+    let whereto = if out == Path::new("-") { "standard output".into() } else { shown(out) };
     let failed = |error: Cause| {
-        Failure::from(While::new(format!("cannot extract block {} into {whereto}", name.display()), error))
+        Failure::from(While::new(format!("cannot extract block {} into {whereto}", shown(name)), error))
     };
     let stop = Stop::new();
     let page_size = place.page_size.bytes() as u64;
     let block = Block { file: file.file(), at: place.pages_offset, stop: &stop };
     if out == Path::new("-") {
         // Nothing would be left behind, so an interrupt may end the process.
-        let mut out = io::stdout().lock();
+        let mut out = outlet::bytes().map_err(|error| failed(error.into()))?;
         let written = stretches(&present, page_size, place.used_length)
             .try_for_each(|stretch| block.write(&stretch, &mut out))
             .and_then(|()| Ok(out.flush()?));
@@ -82,7 +85,7 @@ fn is_named(entry: &BlockEntry, name: &OsStr) -> bool {
 
 fn unknown(address: &FileAddress, file: &MappedRamFile, name: &OsStr) -> While {
     let names: Vec<String> = file.blocks().entries().iter().map(|entry| entry.name.to_string()).collect();
-    let why = format!("expected one of {}, found {}", names.join(", "), name.display());
+    let why = format!("expected one of {}, found {}", names.join(", "), shown(name));
     While::new(format!("no such block in {address}"), why)
 }
 

@@ -7,7 +7,10 @@ use serde::Serialize;
 use super::extract;
 use crate::{
     args::InspectArgs,
-    output::outcome::{Failure, print},
+    output::{
+        outcome::Failure,
+        outlet::{print_json, print_lines},
+    },
 };
 
 #[derive(Serialize)]
@@ -60,9 +63,9 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     }
     let contents = contents(&file).map_err(|error| args.file.unreadable(error))?;
     if args.json {
-        print(&serde_json::to_string(&contents)?)?;
+        print_json(&contents)?;
     } else {
-        print(&contents.table())?;
+        print_lines(&contents.table())?;
     }
     Ok(())
 }
@@ -117,7 +120,7 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
 }
 
 impl Contents {
-    fn table(&self) -> String {
+    fn table(&self) -> Vec<String> {
         let machine = self.machine.as_deref().unwrap_or("not in the file (machine type up to 2.3)");
         let mut lines = vec![format!("machine    {machine}")];
         lines.extend(self.uuid.iter().map(|uuid| format!("uuid       {uuid}")));
@@ -129,14 +132,16 @@ impl Contents {
             BinaryBytes(self.present)
         ));
         lines.extend(self.sync_mode.map(|mode| format!("sync mode  {mode}")));
-        lines.push(format!("\n{:<40} {:>14} {:>10} {:>10}", "block", "used length", "pages", "present"));
+        lines.push(String::new());
+        lines.push(format!("{:<40} {:>14} {:>10} {:>10}", "block", "used length", "pages", "present"));
         lines.extend(self.blocks.iter().map(|block| {
             let length = format!("{:#x}", block.used_length);
             let present = block.pages_present.to_string();
             let present = if block.ignored { "shared" } else { &present };
             format!("{:<40} {length:>14} {:>10} {present:>10}", block.name, block.pages)
         }));
-        lines.push(format!("\n{:<40} {:>14} {:>10} {:>10}", "device", "instance", "version", "bytes"));
+        lines.push(String::new());
+        lines.push(format!("{:<40} {:>14} {:>10} {:>10}", "device", "instance", "version", "bytes"));
         if !self.described {
             lines.push(
                 "(no description: machine option suppress-vmdesc, or a machine type up to 2.2)".to_owned(),
@@ -147,11 +152,12 @@ impl Contents {
             format!("{:<40} {instance:>14} {:>10} {:>10}", device.name, device.version, device.size)
         }));
         if self.trailing_bytes > 0 {
+            lines.push(String::new());
             lines.push(format!(
-                "\nWARNING: {} bytes after the end of the machine are ignored, as QEMU does",
+                "WARNING: {} bytes after the end of the machine are ignored, as QEMU does",
                 self.trailing_bytes
             ));
         }
-        lines.join("\n")
+        lines
     }
 }

@@ -30,7 +30,8 @@ use crate::{
     listen_address::ListenAddress,
     output::{
         display::Display,
-        outcome::{Failure, While, print, say},
+        outcome::{Failure, While},
+        outlet::{print_json, say, say_lines},
         progress::Look,
         report::{Channel, Ram, Report, millis, rate},
     },
@@ -103,6 +104,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
             MissingPagesArg::Zero => LeftOut::Pages,
         })
         .stall_timeout(args.stall_timeout())
+        .pause_timeout(args.pause_timeout())
         .switchover_ack(args.switchover_ack)
         .suppress_vmdesc(args.suppress_vmdesc);
     let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
@@ -185,9 +187,9 @@ impl Reception<'_> {
     /// Prints the report of a success in the requested form; `done` is its first words.
     pub(super) fn report(&self, stored: &Stored, report: &Report, done: &str) -> Result<(), Failure> {
         if self.output.json {
-            print(&report.json())?;
+            print_json(report)?;
         } else if !self.output.quiet {
-            say(&report.text(&format!("{done} {}", self.file)));
+            say_lines(&report.lines(&format!("{done} {}", self.file)));
             ignored(&stored.received);
         }
         Ok(())
@@ -244,7 +246,7 @@ impl Reception<'_> {
                 Some((_, progress)) => report(&Numbers::of(progress), time),
                 None => Report { total_time: millis(time), ..Report::default() },
             };
-            if let Err(full) = print(&report.failed(&error).json()) {
+            if let Err(full) = print_json(&report.failed(&error)) {
                 tracing::error!(error = %full, "cannot print the report");
             }
         }

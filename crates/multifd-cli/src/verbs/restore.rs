@@ -23,7 +23,8 @@ use crate::{
     direct_io::DirectIo,
     interrupt,
     output::{
-        outcome::{Failure, While, say},
+        outcome::{Failure, While},
+        outlet::say,
         report::Report,
     },
     qmp::{

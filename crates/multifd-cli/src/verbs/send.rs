@@ -25,7 +25,8 @@ use crate::{
     interrupt,
     output::{
         display::Display,
-        outcome::{Failure, While, print, say},
+        outcome::{Failure, While},
+        outlet::{print_json, say, say_lines},
         progress::Look,
         report::Report,
     },
@@ -47,6 +48,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let blocks = Arc::new(reading.blocks(&file)?);
     let options = at_rest_options(args.max_bandwidth)
         .zero_page_detection(args.zero_page_detection.or(understood(&file)));
+    note_missing_uuid(args, &file);
     let source =
         Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
     let (to, hint) = (args.address.to_string(), compare(args, &file));
@@ -91,7 +93,7 @@ impl Delivery<'_> {
         sent.map_err(|error| {
             if self.output.json {
                 let report = Report::of_source(&progress.info()).failed(&error);
-                if let Err(full) = print(&report.json()) {
+                if let Err(full) = print_json(&report) {
                     tracing::error!(error = %full, "cannot print the report");
                 }
             }
@@ -106,9 +108,9 @@ impl Delivery<'_> {
     /// Prints the report of a success in the requested form; `done` is its first word.
     pub(super) fn report(&self, report: &Report, done: &str) -> Result<(), Failure> {
         if self.output.json {
-            print(&report.json())?;
+            print_json(report)?;
         } else if !self.output.quiet {
-            say(&report.text(&format!("{done} {} to {}", self.file, self.to)));
+            say_lines(&report.lines(&format!("{done} {} to {}", self.file, self.to)));
         }
         Ok(())
     }
@@ -150,6 +152,32 @@ fn compare(args: &SendArgs, file: &MappedRamFile) -> String {
          {compression}, TLS {tls}, machine type {machine}"
     )
 }
+
+/// The UUID that the channels send. [`NIL`](VmUuid::NIL) is that of a QEMU without `-uuid`.
+fn uuid(args: &SendArgs, file: &MappedRamFile) -> VmUuid {
+    args.uuid.or(file.configuration().and_then(|known| known.uuid)).unwrap_or(VmUuid::NIL)
+}
+
+/// Reports, before anything is sent, that the channels will send no UUID: each QEMU compares it with its own, and ends if it
+/// is another one.
+fn note_missing_uuid(args: &SendArgs, file: &MappedRamFile) {
+    if args.output.quiet || args.multifd_channels == 0 || !uuid(args, file).is_nil() {
+        return;
+    }
+    say(&format!(
+        "{}: {} has no UUID. {NO_UUID}",
+        if is_known(file) { "note" } else { "WARNING" },
+        args.file
+    ));
+}
+
+/// Whether the file was received over channels, which have the UUID of the source: then the source had none.
+fn is_known(file: &MappedRamFile) -> bool {
+    file.sync_mode().is_some()
+}
+
+const NO_UUID: &str = "A destination that was started with -uuid, as libvirt starts every guest, refuses the channels, and \
+                       its process ends. For such a destination give the UUID: --uuid UUID";
 
 /// How zero pages are sent so that every possible destination of this machine understands them.
 pub(super) fn understood(file: &MappedRamFile) -> ZeroPageDetection {
@@ -195,8 +223,8 @@ impl Reading<'_> {
 
 /// The options for the machine in the file, as its destination expects it.
 fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
-    let uuid = args.uuid.or(file.configuration().and_then(|c| c.uuid)).unwrap_or(VmUuid::NIL);
-    let send = args.compression.apply(SendOptions::new().uuid(uuid)).zero_copy_send(args.zero_copy_send);
+    let send =
+        args.compression.apply(SendOptions::new().uuid(uuid(args, file))).zero_copy_send(args.zero_copy_send);
     let options = SourceOptions::of_file(file)
         .channels(args.multifd_channels)
         .send(send)
@@ -261,7 +289,7 @@ mod tests {
 
     #[test]
     fn file_is_said_to_be_unchanged_where_the_destination_has_not_taken_the_guest() {
-        let refused = qemu_stream::Error::DestinationFailed { code: 1, reached: Reached::Ram };
+        let refused = qemu_stream::Error::DestinationFailed { code: 1, reached: Reached::Ram, reason: None };
         let failed = Error::other("complete", refused).because(Fault::Peer);
         assert!(not_taken(&failed).contains("the file is unchanged"), "{failed:?}");
         assert!(not_taken(&failed.at("main")).contains("the file is unchanged"));

@@ -124,9 +124,14 @@ impl Program {
         address.unwrap_or_else(|| panic!("expected the address it listens at, found {line:?}")).to_owned()
     }
 
-    /// The next line of standard error.
+    /// The next line of standard error, except that `send` reports a file without UUID.
     pub(crate) fn next_line(&self) -> String {
-        self.lines.recv_timeout(PATIENCE).expect("a line on standard error")
+        loop {
+            let line = self.lines.recv_timeout(PATIENCE).expect("a line on standard error");
+            if !line.contains("has no UUID") {
+                return line;
+            }
+        }
     }
 
     pub(crate) fn pid(&self) -> Pid {

@@ -6,6 +6,7 @@
 //! ```
 //!
 //! Tests that need two hosts are skipped and listed if this machine cannot create them.
+#![expect(clippy::disallowed_methods, reason = "a test shows its own paths")]
 
 #[cfg(test)]
 #[expect(dead_code, reason = "a part of what the program's other tests need")]

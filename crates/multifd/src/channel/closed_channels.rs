@@ -6,9 +6,10 @@
 //! when all of RAM has been sent.
 
 use std::{
+    collections::BTreeMap,
     io,
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread::{Builder, JoinHandle},
     time::Duration,
 };
@@ -34,29 +35,36 @@ impl std::fmt::Debug for ClosedChannels {
 
 /// The channels of a [`ClosedChannels`].
 #[derive(Clone, Debug)]
-pub(crate) struct WatchedChannels(Arc<OwnedFd>);
+pub(crate) struct WatchedChannels {
+    events: Arc<OwnedFd>,
+    peers: Arc<Mutex<BTreeMap<ChannelId, String>>>,
+}
 
 impl ClosedChannels {
-    /// Starts a watch without channels. It calls `report` with the first channel that its peer closes, after `grace`, in which
-    /// main can report a more precise reason, and ends.
+    /// Starts a watch without channels. It calls `report` with the first channel that its peer closes, and the peer's name,
+    /// after `grace`, in which main or the channel's thread can report a more precise reason, and ends.
     ///
     /// # Errors
     /// If the system cannot start the thread or create what it waits with.
     pub(crate) fn start(
         grace: Duration,
-        report: impl FnOnce(ChannelId) + Send + 'static,
+        report: impl FnOnce(ChannelId, &str) + Send + 'static,
     ) -> io::Result<Self> {
         let end = EventFd::new()?;
         let events = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
         epoll::add(&*events, end.fd(), EventData::new_u64(close_watch::END), EventFlags::IN)?;
-        let watched = WatchedChannels(events.clone());
+        let watched = WatchedChannels { events: events.clone(), peers: Arc::default() };
+        let peers = watched.peers.clone();
         let thread = Builder::new().name("multifdclosed".into()).spawn(move || {
             let closed = first_closed(&events).and_then(|closed| match closed {
                 Some(id) if !close_watch::is_dropped_within(&events, grace)? => Ok(Some(id)),
                 _ => Ok(None),
             });
             match closed {
-                Ok(Some(id)) => report(id),
+                Ok(Some(id)) => {
+                    let peer = peers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+                    report(id, peer.as_deref().unwrap_or("its destination"));
+                }
                 Ok(None) => {}
                 Err(error) => tracing::warn!(%error, "the channels are no longer watched"),
             }
@@ -81,13 +89,19 @@ impl Drop for ClosedChannels {
 }
 
 impl WatchedChannels {
-    /// Watches a channel as well.
+    /// Watches a channel to `peer` as well.
     ///
     /// # Errors
     /// If the system refuses.
-    pub(crate) fn add(&self, id: ChannelId, descriptor: &OwnedFd) -> io::Result<()> {
+    pub(crate) fn add(&self, id: ChannelId, peer: &str, descriptor: &OwnedFd) -> io::Result<()> {
         let number = close_watch::END + 1 + u64::from(id.0);
-        Ok(epoll::add(&*self.0, descriptor, EventData::new_u64(number), EventFlags::RDHUP | EventFlags::ET)?)
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, peer.to_owned());
+        Ok(epoll::add(
+            &*self.events,
+            descriptor,
+            EventData::new_u64(number),
+            EventFlags::RDHUP | EventFlags::ET,
+        )?)
     }
 }
 
@@ -117,16 +131,20 @@ mod tests {
     #[test]
     fn channel_whose_peer_shuts_down_its_sending_side_is_reported_and_one_that_sends_is_not() {
         let (report, reported) = mpsc::channel();
-        let watch = ClosedChannels::start(Duration::ZERO, move |id| report.send(id).expect("heard"))
-            .expect("started");
+        let watch = ClosedChannels::start(Duration::ZERO, move |id, peer| {
+            report.send((id, peer.to_owned())).expect("heard");
+        });
+        let watch = watch.expect("started");
         let pairs: Vec<_> = (0..2).map(|_| UnixStream::pair().expect("a pair")).collect();
         for (id, (here, _)) in (0..).map(ChannelId).zip(&pairs) {
-            watch.watched().add(id, &here.try_clone().expect("a descriptor").into()).expect("added");
+            let descriptor = here.try_clone().expect("a descriptor").into();
+            watch.watched().add(id, &format!("peer {}", id.0), &descriptor).expect("added");
         }
         (&pairs[0].1).write_all(b"key update").expect("written");
         assert!(reported.recv_timeout(Duration::from_millis(100)).is_err(), "bytes are no close");
         pairs[1].1.shutdown(std::net::Shutdown::Write).expect("shut down");
-        assert_eq!(reported.recv_timeout(SOON).expect("reported"), ChannelId(1));
+        let first = reported.recv_timeout(SOON).expect("reported");
+        assert_eq!(first, (ChannelId(1), "peer 1".to_owned()));
     }
 
     #[test]
@@ -134,11 +152,11 @@ mod tests {
         for grace in [Duration::ZERO, SOON] {
             let (report, reported) = mpsc::channel();
             let watch =
-                ClosedChannels::start(grace, move |id| report.send(id).expect("heard")).expect("started");
+                ClosedChannels::start(grace, move |id, _| report.send(id).expect("heard")).expect("started");
             let (here, there) = UnixStream::pair().expect("a pair");
             watch
                 .watched()
-                .add(ChannelId(0), &here.try_clone().expect("a descriptor").into())
+                .add(ChannelId(0), "peer", &here.try_clone().expect("a descriptor").into())
                 .expect("added");
             if grace.is_zero() {
                 drop(watch);

@@ -11,6 +11,8 @@
 
 mod address;
 mod alive;
+mod callback_watch;
+mod callbacks;
 mod check;
 mod clock;
 mod close_watch;
@@ -41,6 +43,8 @@ mod unix_socket;
 
 pub use address::{Address, TcpOptions};
 pub(crate) use alive::is_of_a_host;
+pub use callback_watch::CallbackWatch;
+pub use callbacks::Callbacks;
 pub(crate) use clock::deadline;
 pub use close_watch::{CloseWatch, PeerSignal};
 pub(crate) use closed_channels::{ClosedChannels, WatchedChannels};
@@ -53,5 +57,5 @@ pub(crate) use link::{recv_at_least, send_all, send_all_more};
 pub use listen::Listener;
 pub use socket::SocketLink;
 pub use stall_timer::StallTimer;
-pub use stop::{Stop, Wake, Watch};
+pub use stop::{CancelOnDrop, Stop, Wake, Watch};
 pub use stream::Stream;

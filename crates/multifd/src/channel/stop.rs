@@ -11,6 +11,7 @@ use std::{
 };
 
 use super::{
+    callbacks::Callbacks,
     clock::deadline,
     stall_timer::{Activity, StallTimer},
 };
@@ -45,6 +46,8 @@ struct Inner {
     changed: Condvar,
     /// Locks nothing; see `stall_timer.rs`.
     activity: Arc<Activity>,
+    /// Has a lock of its own, which is held with no other.
+    calls: Callbacks,
 }
 
 #[derive(Default)]
@@ -78,8 +81,15 @@ impl Stop {
         if self.0.taken.swap(true, Ordering::Relaxed) { Err(Usage::StopTaken.into()) } else { Ok(()) }
     }
 
-    /// Stops with an error, unless the migration was stopped before. Returns the error to report: the first one.
+    /// The callback of the embedder that this side is running.
+    pub fn callbacks(&self) -> &Callbacks {
+        &self.0.calls
+    }
+
+    /// Stops with an error, unless the migration was stopped before. Returns the error to report: the first one. If a
+    /// callback has used up the time limit of `error`, that callback is reported.
     pub fn fail(&self, error: Error) -> Error {
+        let error = self.0.calls.explain(error);
         let (cause, stops) = self.stop(Cause::Failed(error.clone()));
         tracing::debug!(%error, "{}", if stops { "the migration stops" } else { "an error after the stop" });
         match cause {
@@ -131,6 +141,13 @@ impl Stop {
         if self.stop(Cause::Failed(Error::Cancelled)).1 {
             tracing::debug!(error = %Error::Cancelled, "the migration stops");
         }
+    }
+
+    /// A guard that [cancels](Self::cancel) when it is dropped. In an async program it belongs to the future that waits for
+    /// the migration: if the future is dropped, the migration is cancelled. Dropping or aborting the handle of a blocking
+    /// task does not do that.
+    pub fn cancel_on_drop(&self) -> CancelOnDrop {
+        CancelOnDrop(Some(self.clone()))
     }
 
     /// Ends the migration normally: waits end, and connections stay open for their owners to close. Returns `false` if
@@ -240,6 +257,27 @@ impl Stop {
 impl fmt::Debug for Stop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stop").field("stopped", &self.is_stopped()).finish_non_exhaustive()
+    }
+}
+
+/// Cancels a migration when it is dropped: see [`Stop::cancel_on_drop`]. After the migration has ended, the drop does
+/// nothing.
+#[must_use = "when it is dropped, the migration is cancelled"]
+#[derive(Debug)]
+pub struct CancelOnDrop(Option<Stop>);
+
+impl CancelOnDrop {
+    /// Ends the guard without a cancel.
+    pub fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(stop) = self.0.take() {
+            stop.cancel();
+        }
     }
 }
 
@@ -420,6 +458,20 @@ mod tests {
         stop.cancel();
         assert!(waiter.join().expect("no panic").expect_err("cancelled").is_cancelled());
         assert!(Stop::new().pause(Duration::from_millis(1)).is_ok());
+    }
+
+    #[test]
+    fn a_guard_cancels_when_it_is_dropped_unless_the_migration_has_ended_or_it_was_disarmed() {
+        let stop = Stop::new();
+        drop(stop.cancel_on_drop());
+        assert!(matches!(stop.error(), Some(Error::Cancelled)));
+        let stop = Stop::new();
+        stop.cancel_on_drop().disarm();
+        assert!(!stop.is_stopped());
+        let guard = stop.cancel_on_drop();
+        assert!(stop.finish());
+        drop(guard);
+        assert!(stop.check().is_ok());
     }
 
     #[test]

@@ -16,8 +16,9 @@ impl Error {
             Self::NotConverged(_) => Fault::NotConverged,
             Self::At(located) => located.error.fault(),
             Self::Other { fault, source, .. } => fault.unwrap_or_else(|| of_cause(&**source)),
+            Self::Text { fault, .. } => fault.unwrap_or(Fault::Caller),
             Self::OwnerUnknown(_) => Fault::OwnerUnknown,
-            Self::Panicked { call, .. } => call.fault(),
+            Self::Panicked { call, .. } | Self::CallbackHangs { call, .. } => call.fault(),
             Self::NotResumed { error, .. } => error.fault(),
             Self::Cancelled => Fault::Cancelled,
         }
@@ -71,6 +72,10 @@ mod tests {
             (Error::other("stop the guest", reset()).because(Fault::Guest), Fault::Guest),
             (panicked(Callback::GuestStop), Fault::Guest),
             (panicked(Callback::DirtyLogTake), Fault::DirtyLog),
+            (panicked(Callback::MakeBlocks), Fault::Caller),
+            (Error::CallbackHangs { call: Callback::GuestSave, waited: Duration::ZERO }, Fault::Guest),
+            (Error::text("another version"), Fault::Caller),
+            (Error::text("no state").because(Fault::Guest).at("restore"), Fault::Guest),
             (Usage::UsedTwice.into(), Fault::Caller),
             (Error::Cancelled, Fault::Cancelled),
         ] {

@@ -106,6 +106,27 @@ pub enum Error {
         "it is not known whether the destination has the guest: make sure that it does not run there before it runs anywhere else"
     )]
     OwnerUnknown(#[source] Box<Error>),
+    /// An error of the caller that is a text and has no cause.
+    #[error("{text}")]
+    Text {
+        /// The text.
+        text: String,
+        /// Who or what is at fault, if this is known.
+        fault: Option<Fault>,
+    },
+    /// A callback of the embedder has not returned. The library cannot interrupt it, so the call that runs the migration
+    /// returns this error only when the callback has returned. The connections are closed at once, and
+    /// [`Stop::error`](crate::channel::Stop::error) has the error.
+    #[error(
+        "{call} has not returned for {}, and the migration cannot continue without it: check what this callback waits for",
+        seconds(*.waited)
+    )]
+    CallbackHangs {
+        /// Which callback.
+        call: Callback,
+        /// How long it had run.
+        waited: Duration,
+    },
     /// A callback of the embedder panicked.
     #[error("{call} panicked: {text}")]
     Panicked {
@@ -142,12 +163,19 @@ impl Error {
         Self::Other { doing: doing.into(), fault: None, source: Arc::from(source.into()) }
     }
 
-    /// The same error with its [fault](Self::fault), if it is an [other](Self::other) error. All other kinds of errors have
-    /// a fault of their own.
+    /// An error that is only a text: what happened, and what to do. [`fault`](Self::fault) is [`Fault::Caller`], unless it is
+    /// set with [`because`](Self::because).
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::Text { text: text.into(), fault: None }
+    }
+
+    /// The same error with its [fault](Self::fault), if it is an [other](Self::other) error or a [text](Self::text). All other
+    /// kinds of errors have a fault of their own.
     #[must_use]
     pub fn because(self, because: Fault) -> Self {
         match self {
             Self::Other { doing, source, .. } => Self::Other { doing, fault: Some(because), source },
+            Self::Text { text, .. } => Self::Text { text, fault: Some(because) },
             other => other,
         }
     }

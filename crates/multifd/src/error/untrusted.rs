@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Write};
 
-/// Text that somebody else chose. When shown, it is escaped as [`Printable`] does, and at most 256 of its characters are
+/// Text that somebody else chose. When shown, it is escaped as [`Printable`] does, and at most 512 of its characters are
 /// shown.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct UntrustedText(String);
@@ -50,8 +50,9 @@ impl fmt::Debug for UntrustedText {
     }
 }
 
-/// Text that is escaped when it is shown: each character that a terminal would execute becomes `\u{1b}`, its number in hex.
-/// These are control characters and the characters that change the direction or the end of a line.
+/// Text that is escaped when it is shown: each character that a terminal [would execute](is_executed) becomes `\u{1b}`, its
+/// number in hex. These are control characters, and the characters that change the direction or the end of a line or are
+/// invisible.
 #[derive(Clone, Copy, Debug)]
 pub struct Printable<'a>(pub &'a str);
 
@@ -61,14 +62,36 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// Whether a terminal would do something else with this character than show it.
+/// Whether a terminal would do something else with this character than show it: execute it, change the direction or the end
+/// of the line, or show nothing.
 pub fn is_executed(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            // Marks, embeddings, overrides and isolates of direction; separators of lines and paragraphs; the byte order mark.
-            '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}'
-        )
+    character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') || is_ignorable(character)
+}
+
+/// Whether Unicode has the character among those that are shown as nothing (`Default_Ignorable_Code_Point`), or as marks of
+/// interlinear annotations. The marks, embeddings, overrides and isolates of direction are among them. Two names that differ
+/// in such a character look the same.
+fn is_ignorable(character: char) -> bool {
+    matches!(
+        character,
+        '\u{ad}'
+            | '\u{34f}'
+            | '\u{61c}'
+            | '\u{115f}'..='\u{1160}'
+            | '\u{17b4}'..='\u{17b5}'
+            | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{202a}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{3164}'
+            | '\u{fe00}'..='\u{fe0f}'
+            | '\u{feff}'
+            | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}'
+            | '\u{1bca0}'..='\u{1bca3}'
+            | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}'
+    )
 }
 
 /// Escapes what is written to the formatter.
@@ -90,8 +113,9 @@ impl Write for Escape<'_, '_> {
     }
 }
 
-/// Enough for every name of the protocol, which has at most 255 bytes.
-const MOST_SHOWN: usize = 256;
+/// Enough for every name of the protocol, which has at most 255 bytes, and for the reason of a destination, which has at most
+/// 512.
+const MOST_SHOWN: usize = 512;
 
 #[cfg(test)]
 mod tests {
@@ -105,6 +129,13 @@ mod tests {
         assert_eq!(UntrustedText::from(hostile).to_string(), shown);
         assert_eq!(format!("{:?}", UntrustedText::from(hostile)), format!("\"{shown}\""));
         assert_eq!(UntrustedText::from(hostile).as_raw(), hostile);
+    }
+
+    #[test]
+    fn invisible_characters_are_escaped() {
+        let hidden = "vm\u{200b}\u{200d}\u{ad}\u{2066}\u{fe0f}\u{3164}\u{e0041}";
+        let shown = r"vm\u{200b}\u{200d}\u{ad}\u{2066}\u{fe0f}\u{3164}\u{e0041}";
+        assert_eq!(Printable(hidden).to_string(), shown);
     }
 
     #[test]

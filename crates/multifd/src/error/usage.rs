@@ -1,5 +1,6 @@
 //! Invalid calls and options of the embedder or the program.
 
+use super::UntrustedText;
 use crate::{
     outcome::Status,
     ram::{self, BlockName, PageSize},
@@ -158,6 +159,12 @@ pub enum Usage {
         used_length: u64,
         /// The page size of the migration.
         page_size: PageSize,
+    },
+    /// Text that cannot be the name of a device.
+    #[error("name of a device: expected 1 to 255 bytes without NUL, found {found:?} ({} bytes)", found.as_raw().len())]
+    DeviceName {
+        /// The text.
+        found: UntrustedText,
     },
     /// Two devices have the same name and instance.
     #[error("device {name:?} instance {instance} exists twice")]

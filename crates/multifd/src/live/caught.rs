@@ -3,13 +3,15 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::{
+    channel::Callbacks,
     error::{Error, Result},
     outcome::Callback,
 };
 
 /// Calls what is not ours.
-pub(super) fn caught<T>(call: Callback, run: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(call, &*panic))
+pub(super) fn caught<T>(calls: &Callbacks, call: Callback, run: impl FnOnce() -> T) -> Result<T> {
+    let done = catch_unwind(AssertUnwindSafe(|| calls.call(call, run)));
+    done.map_err(|panic| panicked(calls.panicked(), &*panic))
 }
 
 pub(super) fn panicked(call: Callback, panic: &(dyn std::any::Any + Send)) -> Error {

@@ -1,11 +1,15 @@
-//! Controls a running migration: continue after the pause before the switchover, change `downtime-limit`.
+//! Controls a running migration: continue after the pause before the switchover, change `downtime-limit` and
+//! `max-bandwidth`.
 //!
 //! The migration's thread waits in [`Gate::pause`] until [`Control::proceed`] or the stop. Other threads may wait in
 //! [`Control::wait_pre_switchover`] until the migration pauses or is over.
 
 use std::{
     fmt,
-    sync::{Arc, PoisonError},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -34,6 +38,18 @@ impl Control {
         MigrateOptions::new().downtime_limit(limit).check()?;
         *self.gate.downtime_limit.lock().unwrap_or_else(PoisonError::into_inner) = Some(limit);
         Ok(())
+    }
+
+    /// Sets another `max-bandwidth` in bytes per second, as [`MigrateOptions::max_bandwidth`]: `None` and 0 are no limit. It
+    /// holds from now on, also for a source that waits because of the previous limit, until the guest is stopped. The
+    /// pages that remain then are sent without a limit.
+    pub fn set_max_bandwidth(&self, bytes: Option<u64>) {
+        self.gate.bandwidth.set(bytes);
+    }
+
+    /// The `max-bandwidth` that holds at present, in bytes per second; `None` is no limit.
+    pub fn max_bandwidth(&self) -> Option<u64> {
+        self.gate.bandwidth.get()
     }
 
     /// Waits until the migration is in state `pre-switchover` and returns `true`, or until it is over and returns
@@ -69,6 +85,16 @@ impl fmt::Debug for Control {
 pub(super) struct Gate(Arc<Inner>);
 
 impl Gate {
+    /// Creates the control of a migration with this `max-bandwidth`.
+    pub(super) fn new(max_bandwidth: Option<u64>) -> Self {
+        Self(Arc::new(Inner { bandwidth: Bandwidth::new(max_bandwidth), ..Inner::default() }))
+    }
+
+    /// The `max-bandwidth` that holds at present.
+    pub(super) fn bandwidth(&self) -> Bandwidth {
+        self.0.bandwidth.clone()
+    }
+
     pub(super) fn control(&self, progress: Progress) -> Control {
         Control { gate: self.0.clone(), progress }
     }
@@ -107,6 +133,28 @@ struct Inner {
     at: Mutex<At>,
     changed: Condvar,
     downtime_limit: Mutex<Option<Duration>>,
+    bandwidth: Bandwidth,
+}
+
+/// A limit in bytes per second that any thread may change. Clones are the same limit. The default is no limit.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Bandwidth(
+    /// 0 is no limit. Orders nothing: the source uses each new value when it reads it.
+    Arc<AtomicU64>,
+);
+
+impl Bandwidth {
+    pub(super) fn new(bytes: Option<u64>) -> Self {
+        Self(Arc::new(AtomicU64::new(bytes.unwrap_or(0))))
+    }
+
+    pub(super) fn set(&self, bytes: Option<u64>) {
+        self.0.store(bytes.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,9 +1,10 @@
 //! The stages of a migration: set-up, passes while the guest runs, the switchover.
 
-use std::{cell::Cell, time::Instant};
+use std::time::{Duration, Instant};
 
 use super::{
     DeviceInfo, DeviceSection, Guest, Main, Pace, Pass, Plan, RunState, Verdict,
+    control::Bandwidth,
     converge::{Converge, Judgement, Round, Step},
     deadline::Deadline,
     guest::check_saved,
@@ -26,12 +27,22 @@ pub(super) enum Stopped {
     No,
     /// It is being stopped or is stopped, and was in this state before.
     From(RunState),
+    /// The same, and the destination is asked whether it has the guest: it may have it.
+    Asked(RunState),
 }
 
 impl Stopped {
     /// Whether the guest resumes if it stays here.
     pub(super) fn resumes(self) -> bool {
-        self == Self::From(RunState::Running)
+        matches!(self, Self::From(RunState::Running) | Self::Asked(RunState::Running))
+    }
+
+    /// The error of a migration that has panicked here.
+    pub(super) fn after_panic(self, panicked: Error) -> Error {
+        match self {
+            Self::No | Self::From(_) => panicked,
+            Self::Asked(_) => Error::OwnerUnknown(Box::new(panicked)),
+        }
     }
 }
 
@@ -48,8 +59,6 @@ pub(super) struct Driver<'a> {
     is_first: bool,
     page: Vec<u8>,
     stopped: &'a mut Stopped,
-    /// The callback that is running.
-    calling: &'a Cell<Callback>,
     /// The devices whose state the guest will give after it has been stopped.
     announced: Vec<DeviceInfo>,
     /// When the dirty bits were last taken.
@@ -64,13 +73,12 @@ impl<'a> Driver<'a> {
         log: &'a mut dyn DirtyLog,
         guest: &'a mut dyn Guest,
         stopped: &'a mut Stopped,
-        calling: &'a Cell<Callback>,
     ) -> Self {
         let blocks = &plan.blocks;
         let pending = blocks.iter().map(|(_, block)| first_pass(block)).collect();
         let (is_first, announced, synced) = (true, Vec::new(), Instant::now());
         let page = vec![0; blocks.page_size().bytes()];
-        Self { plan, sender, main, log, guest, pending, is_first, page, stopped, calling, announced, synced }
+        Self { plan, sender, main, log, guest, pending, is_first, page, stopped, announced, synced }
     }
 
     pub(super) fn drive(&mut self) -> Result<()> {
@@ -83,7 +91,7 @@ impl<'a> Driver<'a> {
         progress.advance(Status::Setup)?;
         self.set_up()?;
         progress.advance(Status::Active)?;
-        let mut pace = Pace::new(options.max_bandwidth);
+        let mut pace = Pace::new(gate.bandwidth());
         let pages = blocks.total() / blocks.page_size().bytes() as u64;
         let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
         let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
@@ -93,6 +101,7 @@ impl<'a> Driver<'a> {
             if let Some(limit) = gate.downtime_limit() {
                 converge.set_downtime_limit(limit);
             }
+            converge.set_max_bandwidth(gate.bandwidth().get());
             let judgement = converge.judge(&round, progress.elapsed());
             self.tell(&round, &judgement);
             match judgement.step {
@@ -123,14 +132,16 @@ impl<'a> Driver<'a> {
             self.throttle(Percent::NONE)?;
         }
         let begun = self.call(Callback::DirtyLogBegin, |driver| driver.log.begin(blocks));
-        begun.map_err(|error| Error::other("begin to read the dirty log", error).because(Fault::DirtyLog))
+        begun.map_err(|error| {
+            Error::other("begin to read the dirty log (DirtyLog::begin)", error).because(Fault::DirtyLog)
+        })
     }
 
     /// Calls a callback of the embedder and records its name while it runs.
     fn call<T>(&mut self, callback: Callback, run: impl FnOnce(&mut Self) -> T) -> T {
-        self.calling.set(callback);
+        self.plan.calls.enter(callback);
         let done = run(self);
-        self.calling.set(Callback::Library);
+        self.plan.calls.leave();
         done
     }
 
@@ -138,7 +149,10 @@ impl<'a> Driver<'a> {
         let Plan { options, stop, progress, .. } = self.plan;
         let Some(limit) = options.max_total_time else { return Ok(None) };
         let (left, progress) = (limit.saturating_sub(progress.elapsed()), progress.clone());
-        let late = move || Error::NotConverged(Box::new(progress.not_converged_in(limit)));
+        let late = move || {
+            let hangs = progress.callbacks().used_up(limit.min(LARGE));
+            hangs.unwrap_or_else(|| Error::NotConverged(Box::new(progress.not_converged_in(limit))))
+        };
         Deadline::start(left, stop, late).map(Some)
     }
 
@@ -179,7 +193,7 @@ impl<'a> Driver<'a> {
 
     fn throttle(&mut self, percent: Percent) -> Result<()> {
         let done = self.call(Callback::GuestThrottle, |driver| driver.guest.throttle(percent));
-        let doing = format!("auto-converge: throttle the guest by {percent}");
+        let doing = format!("auto-converge: throttle the guest by {percent} (Guest::throttle)");
         done.map_err(|error| Error::other(doing, error).because(Fault::Guest))
     }
 
@@ -214,7 +228,7 @@ impl<'a> Driver<'a> {
         *self.stopped = Stopped::From(state);
         if let Err(error) = self.call(Callback::GuestStop, |driver| driver.guest.stop()) {
             *self.stopped = Stopped::No;
-            return Err(Error::other("stop the guest", error).because(Fault::Guest));
+            return Err(Error::other("stop the guest (Guest::stop)", error).because(Fault::Guest));
         }
         progress.guest_was(state);
         if progress.throttle().is_some() {
@@ -232,7 +246,7 @@ impl<'a> Driver<'a> {
         progress.advance(Status::Device)?;
         self.main.switchover()?;
         self.bitmap_sync(None)?;
-        self.pass(Pass::Final, &mut Pace::new(None))?;
+        self.pass(Pass::Final, &mut Pace::new(Bandwidth::default()))?;
         self.nothing_written()?;
         self.main.ready()?;
         self.main.end_ram(synced(&mut self.sender)?)?;
@@ -246,6 +260,7 @@ impl<'a> Driver<'a> {
         stop.check()?;
         self.main.devices(devices, state)?;
         drop(deadline);
+        *self.stopped = Stopped::Asked(state);
         let verdict = self.main.complete(stop);
         self.count_main();
         match verdict {
@@ -260,8 +275,9 @@ impl<'a> Driver<'a> {
 
     fn save(&mut self) -> Result<Vec<DeviceSection>> {
         let saved = self.call(Callback::GuestSave, |driver| driver.guest.save());
-        let saved = saved
-            .map_err(|error| Error::other("save the devices of the guest", error).because(Fault::Guest))?;
+        let saved = saved.map_err(|error| {
+            Error::other("save the devices of the guest (Guest::save)", error).because(Fault::Guest)
+        })?;
         check_saved(&self.announced, &saved)?;
         Ok(saved)
     }
@@ -283,7 +299,7 @@ impl<'a> Driver<'a> {
         let taken =
             self.call(Callback::DirtyLogTake, |driver| driver.log.take(index, &mut DirtyPages::new(into)));
         taken.map_err(|error| {
-            let doing = format!("take the dirty bits of block {:?}", block.name());
+            let doing = format!("take the dirty bits of block {:?} (DirtyLog::take)", block.name());
             Error::other(doing, error).because(Fault::DirtyLog)
         })
     }
@@ -334,6 +350,9 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 }
+
+/// A callback that has run for half of this is the reason why `max-total-time` has passed.
+const LARGE: Duration = Duration::from_secs(10);
 
 /// A sync point of the channels, if there are any.
 fn synced<'a>(sender: &'a mut Option<&mut Sender>) -> Result<Option<Synced<'a>>> {

@@ -1,5 +1,8 @@
 //! The interface to the guest whose RAM moves.
 
+use std::collections::{HashMap, HashSet};
+
+use super::DeviceName;
 use crate::{
     error::{Result, Usage},
     outcome::Percent,
@@ -31,10 +34,10 @@ impl std::fmt::Display for RunState {
 }
 
 /// The state of one device, as bytes that only that device understands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceSection {
-    /// The device's name, 1 to 255 bytes.
-    pub name: String,
+    /// The device's name.
+    pub name: DeviceName,
     /// The number that distinguishes devices with this name.
     pub instance_id: u32,
     /// The version of the state's layout.
@@ -47,7 +50,7 @@ pub struct DeviceSection {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// As in its [section](DeviceSection::name).
-    pub name: String,
+    pub name: DeviceName,
     /// As in its [section](DeviceSection::instance_id).
     pub instance_id: u32,
     /// The greatest size of its state in bytes. All devices together may have 128 MiB in the format of QEMU. A state that
@@ -57,8 +60,8 @@ pub struct DeviceInfo {
 
 impl DeviceInfo {
     /// Creates the only device of this name.
-    pub fn new(name: impl Into<String>, most_bytes: u64) -> Self {
-        Self { name: name.into(), instance_id: 0, most_bytes }
+    pub fn new(name: DeviceName, most_bytes: u64) -> Self {
+        Self { name, instance_id: 0, most_bytes }
     }
 
     /// Sets the instance, for one of several devices of this name.
@@ -74,9 +77,9 @@ impl DeviceInfo {
 /// A panic in one of these calls ends the migration like an error.
 pub trait Guest {
     /// The devices that [`save`](Guest::save) will give, each with the greatest size of its state. Called before
-    /// anything is sent, with the guest running. Refused then: two devices with the same name and instance, a name that is
-    /// not 1 to 255 bytes long or contains a NUL, more than 65,536 devices, and more state than a destination accepts. In the
-    /// format of QEMU (the crate `qemu-stream`) that is 128 MiB for all devices together.
+    /// anything is sent, with the guest running. Refused then: two devices with the same name and instance, more than
+    /// 65,535 devices, and more state than a destination accepts. In the format of QEMU (the crate `qemu-stream`) that is
+    /// 128 MiB for all devices together, and the name `globalstate` is that of the guest's run state.
     fn devices(&self) -> Vec<DeviceInfo>;
 
     /// Whether the guest runs or is paused. Called right before [`stop`](Guest::stop), on the same thread. The result
@@ -131,12 +134,10 @@ pub trait Guest {
 
 /// Refuses two devices with the same name and instance.
 pub(super) fn check_distinct(devices: &[DeviceInfo]) -> Result<(), Usage> {
-    for (at, device) in devices.iter().enumerate() {
-        if devices[..at]
-            .iter()
-            .any(|other| (&other.name, other.instance_id) == (&device.name, device.instance_id))
-        {
-            let (name, instance) = (device.name.clone(), device.instance_id);
+    let mut known = HashSet::with_capacity(devices.len());
+    for device in devices {
+        if !known.insert((&device.name, device.instance_id)) {
+            let (name, instance) = (device.name.as_str().to_owned(), device.instance_id);
             return Err(Usage::DeviceTwice { name, instance });
         }
     }
@@ -145,32 +146,30 @@ pub(super) fn check_distinct(devices: &[DeviceInfo]) -> Result<(), Usage> {
 
 /// Refuses states that differ from the announced devices.
 pub(super) fn check_saved(announced: &[DeviceInfo], saved: &[DeviceSection]) -> Result<(), Usage> {
-    let refused =
-        |name: &str, instance, why: String| Err(Usage::DeviceState { name: name.to_owned(), instance, why });
-    for (at, section) in saved.iter().enumerate() {
+    let refused = |name: &DeviceName, instance, why: String| {
+        Err(Usage::DeviceState { name: name.as_str().to_owned(), instance, why })
+    };
+    let known: HashMap<_, _> =
+        announced.iter().map(|device| ((&device.name, device.instance_id), device.most_bytes)).collect();
+    let mut seen = HashSet::with_capacity(saved.len());
+    for section in saved {
         let (name, instance) = (&section.name, section.instance_id);
-        let of = |device: &&DeviceInfo| (&device.name, device.instance_id) == (name, instance);
-        let Some(device) = announced.iter().find(of) else {
+        let Some(&most) = known.get(&(name, instance)) else {
             return refused(name, instance, "it was not announced by Guest::devices".into());
         };
         let length = section.data.len() as u64;
-        if length > device.most_bytes {
-            let most = device.most_bytes;
+        if length > most {
             return refused(
                 name,
                 instance,
                 format!("expected at most {most:#x} bytes, as announced, found {length:#x}"),
             );
         }
-        if saved[..at].iter().any(|other| (&other.name, other.instance_id) == (name, instance)) {
+        if !seen.insert((name, instance)) {
             return refused(name, instance, "it was saved twice".into());
         }
     }
-    let missing = announced.iter().find(|device| {
-        !saved
-            .iter()
-            .any(|section| (&section.name, section.instance_id) == (&device.name, device.instance_id))
-    });
+    let missing = announced.iter().find(|device| !seen.contains(&(&device.name, device.instance_id)));
     match missing {
         None => Ok(()),
         Some(device) => refused(
@@ -185,13 +184,17 @@ pub(super) fn check_saved(announced: &[DeviceInfo], saved: &[DeviceSection]) -> 
 mod tests {
     use super::*;
 
+    fn named(name: &str) -> DeviceName {
+        DeviceName::new(name).expect("a name")
+    }
+
     fn section(name: &str, instance_id: u32, length: usize) -> DeviceSection {
-        DeviceSection { name: name.into(), instance_id, version: 1, data: vec![0; length] }
+        DeviceSection { name: named(name), instance_id, version: 1, data: vec![0; length] }
     }
 
     #[test]
     fn devices_of_one_name_and_instance_are_refused() {
-        let cpu = DeviceInfo::new("cpu", 10);
+        let cpu = DeviceInfo::new(named("cpu"), 10);
         assert!(check_distinct(&[cpu.clone(), cpu.clone().instance(1)]).is_ok());
         let refused = check_distinct(&[cpu.clone(), cpu]).expect_err("refused").to_string();
         assert_eq!(refused, r#"device "cpu" instance 0 exists twice"#);
@@ -199,7 +202,7 @@ mod tests {
 
     #[test]
     fn states_that_were_not_announced_are_refused_by_name() {
-        let announced = [DeviceInfo::new("cpu", 10), DeviceInfo::new("nic", 20)];
+        let announced = [DeviceInfo::new(named("cpu"), 10), DeviceInfo::new(named("nic"), 20)];
         let check =
             |saved: &[DeviceSection]| check_saved(&announced, saved).map_err(|error| error.to_string());
         assert_eq!(check(&[section("nic", 0, 20), section("cpu", 0, 0)]), Ok(()));

@@ -16,6 +16,7 @@ mod caught;
 mod control;
 pub(crate) mod converge;
 mod deadline;
+mod device_name;
 mod driver;
 mod guest;
 mod known;
@@ -30,15 +31,16 @@ mod progress;
 mod status;
 
 use std::{
-    cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Duration,
 };
 
 pub use crate::options::{MigrateOptions, ZeroPageDetection};
 use caught::{caught, panicked};
 pub use control::Control;
 use control::Gate;
+pub use device_name::DeviceName;
 use driver::{Driver, Stopped};
 pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
 pub use main_stream::{Main, Pass, Verdict};
@@ -50,8 +52,9 @@ pub use progress::{MigrationInfo, Progress, RamInfo};
 pub use crate::outcome::{Bound, Callback, NotConverged, Percent, Remedy, Stall, Status};
 
 use crate::{
-    channel::{Connect, Stop},
+    channel::{CallbackWatch, Connect, Stop},
     error::{Error, Result, Usage},
+    options::parameters::STALL_TIMEOUT,
     ram::{DirtyLog, PageBitmap, RamBlocks},
     send::Sender,
     sendable,
@@ -79,7 +82,8 @@ impl Migration {
     /// [`Usage::OutOfRange`] if an option is out of its range.
     pub fn new(options: MigrateOptions, sender: Sender) -> Result<Self> {
         let (blocks, stop) = (sender.blocks().clone(), sender.stop().clone());
-        Self::made(options, blocks, stop, Some(sender))
+        let callback_timeout = sender.stall_timeout();
+        Self::made(options, blocks, stop, Some(sender), callback_timeout)
     }
 
     /// Creates a migration without channels: all pages go over main. `stop` cancels it from any thread.
@@ -91,7 +95,7 @@ impl Migration {
         sendable::check_whole_pages(&blocks)?;
         sendable::check_may_be_copied(&blocks)?;
         stop.take()?;
-        Self::made(options, blocks, stop, None)
+        Self::made(options, blocks, stop, None, Some(STALL_TIMEOUT.default_time()))
     }
 
     fn made(
@@ -99,12 +103,24 @@ impl Migration {
         blocks: Arc<RamBlocks>,
         stop: Stop,
         sender: Option<Sender>,
+        callback_timeout: Option<Duration>,
     ) -> Result<Self> {
         options.check()?;
         let sent = blocks.iter().filter(|(_, block)| !block.is_ignored());
         let pages = sent.map(|(_, block)| block.pages()).sum();
-        let progress = Progress::new(blocks.total(), blocks.page_size(), pages);
-        Ok(Self { plan: Plan { options, blocks, stop, progress, gate: Gate::default() }, sender })
+        let progress = Progress::new(blocks.total(), blocks.page_size(), pages, stop.callbacks().clone());
+        let (gate, calls) = (Gate::new(options.max_bandwidth), progress.callbacks().clone());
+        let plan = Plan { options, blocks, stop, progress, gate, calls, callback_timeout };
+        Ok(Self { plan, sender })
+    }
+
+    /// How long a callback of the guest or of the dirty log may run. After that the migration fails with
+    /// [`Error::CallbackHangs`], which names the callback. Default: the
+    /// [stall timeout](crate::SendOptions::stall_timeout) of the sender, or 120 s without channels; `None` is no limit.
+    #[must_use]
+    pub fn callback_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.plan.callback_timeout = limit;
+        self
     }
 
     /// Connects the channels: see [`Sender::set_up`]. Not for a sender that was set up before.
@@ -139,6 +155,7 @@ impl Migration {
     /// # Errors
     /// [`Usage::DeviceTwice`], [`Usage::NoThrottle`].
     pub fn check_guest(&self, guest: &dyn Guest) -> Result<()> {
+        let _watch = CallbackWatch::start(&self.plan.stop, self.plan.callback_timeout)?;
         self.plan.devices_of(guest).map(drop)
     }
 
@@ -160,16 +177,13 @@ impl Migration {
         guest: &mut dyn Guest,
     ) -> Result<MigrationInfo> {
         let mut sender = self.sender.take();
-        let (mut stopped, calling) = (Stopped::No, Cell::new(Callback::Library));
-        let mut driver = Driver::new(
-            &self.plan,
-            sender.as_mut(),
-            &mut *main,
-            &mut *log,
-            &mut *guest,
-            &mut stopped,
-            &calling,
-        );
+        let mut stopped = Stopped::No;
+        let _watch = match CallbackWatch::start(&self.plan.stop, self.plan.callback_timeout) {
+            Ok(watch) => watch,
+            Err(error) => return Err(self.go_back(error, sender, stopped, log, guest)),
+        };
+        let mut driver =
+            Driver::new(&self.plan, sender.as_mut(), &mut *main, &mut *log, &mut *guest, &mut stopped);
         // After a panic, the state is used only for an orderly end: for the guest, and for bits that are put back in
         // any case.
         let driven = catch_unwind(AssertUnwindSafe(|| {
@@ -177,7 +191,8 @@ impl Migration {
             driver.count_main();
             driven
         }));
-        let driven = driven.unwrap_or_else(|panic| Err(panicked(calling.get(), &*panic)));
+        let driven = driven
+            .unwrap_or_else(|panic| Err(stopped.after_panic(panicked(self.plan.calls.panicked(), &*panic))));
         if let Err(error) = driven {
             return Err(self.go_back(error, sender, stopped, log, guest));
         }
@@ -201,11 +216,12 @@ impl Migration {
         guest: &mut dyn Guest,
     ) -> Error {
         let unknown = matches!(error, Error::OwnerUnknown(_));
+        let calls = &self.plan.calls;
         // The first error is reported; it has shut everything down.
         let first = self.plan.stop.fail(error.clone());
         let mut error = if unknown { error } else { first };
         if self.plan.progress.throttle().is_some() {
-            let freed = caught(Callback::GuestThrottle, || guest.throttle(Percent::NONE));
+            let freed = caught(calls, Callback::GuestThrottle, || guest.throttle(Percent::NONE));
             if let Err(error) =
                 freed.and_then(|freed| freed.map_err(|error| Error::io("throttle the guest", error)))
             {
@@ -214,13 +230,13 @@ impl Migration {
         }
         // The guest is resumed first: the rest of the clean-up does not write to its RAM.
         let resumes = stopped.resumes() && (!unknown || self.plan.options.resume_if_unknown);
-        if resumes && let Err(panicked) = caught(Callback::GuestResume, || guest.resume()) {
+        if resumes && let Err(panicked) = caught(calls, Callback::GuestResume, || guest.resume()) {
             error = Error::NotResumed { error: Box::new(error), panicked: Box::new(panicked) };
         }
         drop(sender);
         for (index, block) in self.plan.blocks.iter() {
-            let put =
-                caught(Callback::DirtyLogPutBack, || log.put_back(index, &PageBitmap::full(block.pages())));
+            let full = PageBitmap::full(block.pages());
+            let put = caught(calls, Callback::DirtyLogPutBack, || log.put_back(index, &full));
             if let Err(error) = put {
                 tracing::warn!(block = %block.name(), %error, "dirty bits are missing in the log");
             }

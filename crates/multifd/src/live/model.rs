@@ -17,7 +17,7 @@ use crate::{
 };
 
 fn active() -> Progress {
-    let progress = Progress::new(0, PageSize::KIB_4, 0);
+    let progress = Progress::new(0, PageSize::KIB_4, 0, Stop::new().callbacks().clone());
     progress.advance(Status::Setup).expect("the first");
     progress.advance(Status::Active).expect("behind set-up");
     progress

@@ -11,8 +11,9 @@ use std::{
 
 use super::{RunState, converge::Judgement, status::StatusCell};
 use crate::{
+    channel::Callbacks,
     error::Result,
-    outcome::{Bound, NotConverged, Percent, Stall, Status},
+    outcome::{Bound, Callback, NotConverged, Percent, Stall, Status},
     ram::PageSize,
     send::{SendCounters, Sender},
     stats::ChannelStats,
@@ -110,6 +111,7 @@ struct Inner {
     main_bytes: AtomicU64,
     /// What changes once a pass.
     passes: Mutex<Passes>,
+    calls: Callbacks,
 }
 
 #[derive(Clone, Default)]
@@ -160,7 +162,7 @@ impl PassRate {
 
 impl Progress {
     /// A migration of `total` bytes of RAM, of which the first pass sends `pages` pages.
-    pub(super) fn new(total: u64, page_size: PageSize, pages: u64) -> Self {
+    pub(super) fn new(total: u64, page_size: PageSize, pages: u64, calls: Callbacks) -> Self {
         Self(Arc::new(Inner {
             status: StatusCell::default(),
             page_size,
@@ -171,7 +173,18 @@ impl Progress {
             main_normal: AtomicU64::new(0),
             main_bytes: AtomicU64::new(0),
             passes: Mutex::default(),
+            calls,
         }))
+    }
+
+    pub(super) fn callbacks(&self) -> &Callbacks {
+        &self.0.calls
+    }
+
+    /// The callback of the guest or of the dirty log that the migration waits for at present, and since when; `None` while it
+    /// waits for none.
+    pub fn callback(&self) -> Option<(Callback, Duration)> {
+        self.0.calls.running()
     }
 
     /// The current state.
@@ -370,13 +383,13 @@ mod tests {
     /// A report of a migration that failed before its first pass said that nothing remained.
     #[test]
     fn all_pages_remain_before_the_first_pass() {
-        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 90);
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 90, Callbacks::default());
         assert_eq!(progress.info().ram.remaining, 90 * 4096);
     }
 
     #[test]
     fn bytes_on_main_are_counted_while_a_pass_runs_and_split_at_the_stop() {
-        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 100);
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 100, Callbacks::default());
         let counted = || {
             let ram = progress.info().ram;
             (ram.transferred, ram.precopy_bytes, ram.downtime_bytes)
@@ -390,7 +403,7 @@ mod tests {
 
     #[test]
     fn remaining_time_is_that_of_the_first_pass_until_there_is_more_to_go_by() {
-        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 100);
+        let progress = Progress::new(100 * 4096, PageSize::KIB_4, 100, Callbacks::default());
         let expected = || progress.info().expected_remaining_time;
         for status in [Status::Setup, Status::Active] {
             progress.advance(status).expect("legal");

@@ -313,6 +313,12 @@ impl Receiver {
         RecvCounters(self.shared.clone())
     }
 
+    /// Whether a channel has received the head of a packet, and not all of its pages yet.
+    pub fn has_open_packet(&self) -> bool {
+        // Relaxed: it orders nothing. The caller asks after a time in which nothing has moved.
+        self.shared.filling.iter().any(|flag| flag.load(Ordering::Relaxed))
+    }
+
     /// Ends a successful migration, after the source was informed of the success. Waits for `drain_timeout` until the
     /// source has closed its channels, closes the others, and joins all threads.
     ///

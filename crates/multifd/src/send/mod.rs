@@ -24,7 +24,10 @@ mod shared;
 mod worker;
 mod zero_copy;
 
-use std::sync::{Arc, atomic::AtomicU64};
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 pub use collect::Synced;
 use copies::{Copies, Targets};
@@ -193,6 +196,10 @@ impl Sender {
         self.options.channels
     }
 
+    pub(crate) fn stall_timeout(&self) -> Option<Duration> {
+        self.options.stall_timeout
+    }
+
     /// The blocks that it sends.
     pub fn blocks(&self) -> &Arc<RamBlocks> {
         &self.blocks
@@ -220,8 +227,10 @@ impl Sender {
     /// If the system cannot start a thread.
     pub(crate) fn fail_when_closed(&mut self) -> Result<()> {
         let stop = self.stop.clone();
-        let closed =
-            ClosedChannels::start(worker::GRACE, move |id| drop(stop.fail(packets::closed().on_channel(id))));
+        // The channel's own thread, which knows more, has half of the time.
+        let closed = ClosedChannels::start(2 * worker::GRACE, move |id, peer| {
+            stop.fail(packets::closed(peer).on_channel(id));
+        });
         self.closed = Some(closed.map_err(|error| Error::io("watch the channels", error))?);
         Ok(())
     }

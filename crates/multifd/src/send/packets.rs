@@ -74,7 +74,7 @@ impl<'a> Packets<'a> {
         let watching = |error| Error::io(format!("watch the connection to {target}"), error);
         let signal = link.peer_signal().map_err(watching)?;
         if let (Some(watched), Some(signal)) = (watched, &signal) {
-            watched.add(id, &signal.descriptor).map_err(watching)?;
+            watched.add(id, &link.peer(), &signal.descriptor).map_err(watching)?;
         }
         let mut packets = Self {
             id,
@@ -226,8 +226,8 @@ fn in_place<'b>(block: &'b RamBlock, pages: &'b [PageIndex]) -> impl Iterator<It
 }
 
 /// The error of a channel that the destination has closed before it had all of RAM.
-pub(super) fn closed() -> Error {
-    Error::io(format!("use the connection{CLOSED}"), io::ErrorKind::ConnectionReset.into())
+pub(super) fn closed(peer: &str) -> Error {
+    Error::io(format!("use the connection to {peer}{CLOSED}"), io::ErrorKind::ConnectionReset.into())
 }
 
 /// The likely causes are in the order of how often they lead to a closed channel.

@@ -187,6 +187,25 @@ fn guest_that_never_fits_into_the_downtime_is_told_of_and_runs_on_after_the_last
     });
 }
 
+/// At 1000 bytes a second the migration would take 17 minutes.
+#[test]
+fn max_bandwidth_can_be_changed_while_the_migration_waits_for_it() {
+    let options = MigrateOptions::new().max_bandwidth(Some(1000));
+    let (sent, (), difference) =
+        migrate(options, &mut NeverDirty, &mut StoppedGuest::default(), |control, progress, _| {
+            while progress.info().status != Status::Active {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(progress.info().ram.remaining > (1 << 19), "the limit holds");
+            assert_eq!(control.max_bandwidth(), Some(1000));
+            control.set_max_bandwidth(Some(0));
+            assert_eq!(control.max_bandwidth(), None);
+        });
+    sent.expect("sent");
+    assert_eq!(difference, None);
+}
+
 #[test]
 fn guest_that_may_stand_for_longer_after_all_is_stopped() {
     let options = MigrateOptions::new().downtime_limit(Duration::ZERO);

@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod belonging;
+#[cfg(test)]
+mod callbacks;
 #[cfg(all(test, any(feature = "_codec", feature = "tls")))]
 mod changing;
 #[cfg(test)]
@@ -19,6 +21,8 @@ mod dead_peers;
 mod descriptors;
 #[cfg(test)]
 mod events;
+#[cfg(test)]
+mod extremes;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]

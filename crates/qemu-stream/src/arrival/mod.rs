@@ -19,9 +19,11 @@ pub use self::{
     progress::ArrivalProgress,
 };
 
+use std::time::Duration;
+
 use multifd::{
-    Error, Fault, Receiver, RecvCounters, Result,
-    channel::{Listen, Stop, Stream},
+    Callback, Error, Fault, Receiver, RecvCounters, Result,
+    channel::{CallbackWatch, Listen, Stop, Stream},
     error::Usage,
     ram::RamBlocks,
 };
@@ -59,10 +61,12 @@ impl Listening {
             .stopping(receiver.stop())
             .counted(state.counts().clone())
             .stall_timeout(options.stall_timeout)
+            .pause_timeout(options.pause_timeout)
             .silence(options.silence)
             .switchover_ack(options.switchover_ack)
+            .send_reason(options.send_reason)
             .suppress_vmdesc(options.suppress_vmdesc);
-        Ok(Arrival { incoming, receiver, state, peer })
+        Ok(Arrival { incoming, receiver, state, peer, callback_timeout: options.stall_timeout })
     }
 }
 
@@ -73,6 +77,7 @@ pub struct Arrival {
     receiver: Receiver,
     state: LoaderState,
     peer: String,
+    callback_timeout: Option<Duration>,
 }
 
 impl std::fmt::Debug for Arrival {
@@ -121,7 +126,7 @@ impl Arrival {
     /// The first error of the source or its connection; a machine that is not
     /// [`Expected`](crate::incoming::Expected). The source was informed, and its guest continues there.
     pub fn announced(self) -> Result<Announced> {
-        let Self { mut incoming, receiver, state, peer } = self;
+        let Self { mut incoming, receiver, state, peer, .. } = self;
         let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::TooEarly("the blocks").into());
         let mut loader = Loader::resumed(&receiver, state, make);
         let announced = incoming.announced(&mut loader).map(|(_, list)| list.clone());
@@ -133,7 +138,8 @@ impl Arrival {
     }
 
     /// Does [`announced`](Self::announced) and [`Announced::load`] in one call: `make` returns the machine's blocks, or
-    /// refuses the machine.
+    /// refuses the machine. If `make` does not return within the [stall timeout](ArrivalOptions::stall_timeout), the migration
+    /// fails with an error that says so, as soon as `make` returns. If it panics, the source is informed.
     ///
     /// # Errors
     /// As these; and that of `make`.
@@ -141,8 +147,17 @@ impl Arrival {
         self,
         make: impl FnOnce(Option<&Configuration>, &BlockList) -> Result<RamBlocks>,
     ) -> Result<Pending> {
+        let limit = self.callback_timeout;
         let announced = self.announced()?;
-        match make(announced.configuration(), announced.list()) {
+        let stop = announced.receiver.stop().clone();
+        let watch = match CallbackWatch::start(&stop, limit) {
+            Ok(watch) => watch,
+            Err(error) => return Err(announced.refuse(error)),
+        };
+        let make = || make(announced.configuration(), announced.list());
+        let made = stop.callbacks().call(Callback::MakeBlocks, make);
+        drop(watch);
+        match stop.check().and(made) {
             Ok(blocks) => announced.load(blocks),
             Err(error) => Err(announced.refuse(error)),
         }
@@ -210,7 +225,8 @@ impl Announced {
         }
     }
 
-    /// Informs the source that its guest continues there, because of `error`. Returns `error`.
+    /// Informs the source that its guest continues there, because of `error`. A source of this library
+    /// [reports](ArrivalOptions::send_reason) its text. Returns `error`.
     pub fn refuse(self, error: Error) -> Error {
         let Self { incoming, receiver, .. } = self;
         failed(incoming, &receiver, error)
@@ -218,7 +234,9 @@ impl Announced {
 }
 
 /// Ends an arrival before everything has arrived. Returns the error that the migration failed with.
-fn failed(incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> Error {
+fn failed(mut incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> Error {
+    // If a channel has failed before, main has only noticed that.
+    incoming.set_reason(receiver.stop().error().as_ref().unwrap_or(&error));
     // Dropped first, because a stop shuts connections down.
     drop(incoming);
     match error.fault() {

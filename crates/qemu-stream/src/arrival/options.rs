@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use multifd::ReceiveOptions;
 
-use crate::incoming::{Expected, LeftOut, SILENCE, STALL};
+use crate::incoming::{Expected, LeftOut, PAUSE, SILENCE, STALL};
 
 /// The options of a destination.
 #[derive(Clone, Debug)]
@@ -14,9 +14,11 @@ pub struct ArrivalOptions {
     pub(super) left_out: LeftOut,
     pub(super) receive: ReceiveOptions,
     pub(super) stall_timeout: Option<Duration>,
+    pub(super) pause_timeout: Option<Duration>,
     pub(super) silence: Duration,
     pub(super) switchover_ack: bool,
     pub(super) suppress_vmdesc: bool,
+    pub(super) send_reason: bool,
 }
 
 impl ArrivalOptions {
@@ -27,9 +29,11 @@ impl ArrivalOptions {
             left_out: LeftOut::default(),
             receive: ReceiveOptions::new(),
             stall_timeout: Some(STALL),
+            pause_timeout: Some(PAUSE),
             silence: SILENCE,
             switchover_ack: false,
             suppress_vmdesc: false,
+            send_reason: true,
         }
     }
 
@@ -52,6 +56,13 @@ impl ArrivalOptions {
         self
     }
 
+    /// How long the source may be silent between two sections of RAM: see
+    /// [`Incoming::pause_timeout`](crate::incoming::Incoming::pause_timeout). Default 3600 s; `None` is no limit.
+    pub fn pause_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.pause_timeout = limit;
+        self
+    }
+
     /// See [`Incoming::silence`](crate::incoming::Incoming::silence). Default 10 s.
     pub fn silence(mut self, limit: Duration) -> Self {
         self.silence = limit;
@@ -67,6 +78,13 @@ impl ArrivalOptions {
     /// See [`Incoming::suppress_vmdesc`](crate::incoming::Incoming::suppress_vmdesc). Default off.
     pub fn suppress_vmdesc(mut self, on: bool) -> Self {
         self.suppress_vmdesc = on;
+        self
+    }
+
+    /// Whether a source of this library is sent the reason if this side refuses or fails: see
+    /// [`Incoming::send_reason`](crate::incoming::Incoming::send_reason). Default on.
+    pub fn send_reason(mut self, on: bool) -> Self {
+        self.send_reason = on;
         self
     }
 }

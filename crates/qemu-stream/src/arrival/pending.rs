@@ -94,9 +94,11 @@ impl Pending {
         ended.map_err(|error| Error::io("wait for the end of the source", error))
     }
 
-    /// Informs the source that its guest continues there, because of `error`. Returns `error`.
+    /// Informs the source that its guest continues there, because of `error`. A source of this library
+    /// [reports](super::ArrivalOptions::send_reason) its text. Returns `error`.
     pub fn refuse(self, error: Error) -> Error {
-        let Self { incoming, receiver, .. } = self;
+        let Self { mut incoming, receiver, .. } = self;
+        incoming.set_reason(receiver.stop().error().as_ref().unwrap_or(&error));
         // Before the stop, which shuts connections down. The receiver cancels if it has not failed by then.
         drop(incoming);
         receiver.stop().fail(error)
@@ -107,9 +109,9 @@ impl Pending {
     /// # Errors
     /// If the source has taken its guest back, or could not be informed: the guest must not run here.
     pub fn confirm(self) -> Result<Confirmed> {
-        let Self { incoming, receiver, loaded, blocks, .. } = self;
+        let Self { mut incoming, receiver, loaded, blocks, .. } = self;
         let stop = receiver.stop().clone();
-        let told = stop.check().and_then(|()| {
+        let told = stop.check().inspect_err(|error| incoming.set_reason(error)).and_then(|()| {
             let told = incoming.finish(Outcome::Loaded);
             told.map_err(|error| error.while_doing("cannot confirm the migration to the source"))
         });

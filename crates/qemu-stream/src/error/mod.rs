@@ -10,6 +10,7 @@ use std::{borrow::Cow, fmt, io};
 
 use multifd::{
     Fault,
+    error::UntrustedText,
     ram::{BlockName, BlockOffset},
 };
 
@@ -55,14 +56,15 @@ pub enum Error {
         what: Unsupported,
     },
     /// The destination reports that it failed, so it does not have the guest.
-    #[error(
-        "the destination reported failure (SHUT {code}), so it does not have the guest; its own log has the reason; {reached}"
-    )]
+    #[error("{}", failure(*.code, *.reached, .reason.as_ref()))]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
         code: u32,
         /// How far the destination had come.
         reached: Reached,
+        /// The reason that it sent, at most 512 bytes. Only a destination of this library sends one, unless it was switched
+        /// off there ([`send_reason`](crate::arrival::ArrivalOptions::send_reason)).
+        reason: Option<UntrustedText>,
     },
     /// The destination closed the connection without SHUT, so it does not have the guest.
     #[error(
@@ -184,6 +186,19 @@ impl fmt::Display for Reached {
                  number of CPUs, a disk that it cannot open"
             }
         })
+    }
+}
+
+/// The text of a failure that the destination has reported.
+fn failure(code: u32, reached: Reached, reason: Option<&UntrustedText>) -> String {
+    match reason {
+        Some(reason) => {
+            format!("the destination refused: \"{reason}\" (SHUT {code}); it does not have the guest")
+        }
+        None => format!(
+            "the destination reported failure (SHUT {code}), so it does not have the guest; its own log has the reason; \
+             {reached}"
+        ),
     }
 }
 

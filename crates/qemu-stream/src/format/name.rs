@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use multifd::ram::BlockName;
+use multifd::{live::DeviceName, ram::BlockName};
 
 /// The name that identifies a section on both sides: 1 to 255 bytes, any value but NUL.
 ///
@@ -34,6 +34,12 @@ impl SectionName {
 impl From<BlockName> for SectionName {
     fn from(name: BlockName) -> Self {
         Self(name)
+    }
+}
+
+impl From<&DeviceName> for SectionName {
+    fn from(name: &DeviceName) -> Self {
+        Self(BlockName::new(name.as_str()).expect("both have 1 to 255 bytes without NUL"))
     }
 }
 

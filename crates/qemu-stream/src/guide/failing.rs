@@ -84,6 +84,54 @@
 //! # }
 //! ```
 //!
+//! # Callbacks that panic or do not return
+//!
+//! | Where | What happens |
+//! | --- | --- |
+//! | any method of [`Guest`] or `DirtyLog` panics during `migrate` | the migration fails with [`Panicked`], which names the method; the panic does not leave `migrate`. The guest continues as after any other failure |
+//! | [`Guest::stop`] panics | as above; [`Guest::resume`] is called if the guest ran, because it may be stopped |
+//! | [`Guest::resume`] panics | [`NotResumed`], with the first error and the panic: the guest is stopped here, and it is yours |
+//! | `DirtyLog::put_back` panics | the first error; a warning in the log. Create a new dirty log for the next attempt |
+//! | the closure of [`Arrival::load`], or your code before [`confirm`], panics | the panic continues in your thread. The dropped object informs the source, and the guest continues there |
+//! | a method, or the closure, does not return | the library cannot interrupt it. [`Progress::callback`] shows it at the source. After the stall timeout the migration fails with [`CallbackHangs`]: the connections are closed at once, the error is in [`Stop::error`], and `migrate` or `load` returns it when the callback has returned |
+//!
+//! # A cancel, early and late
+//!
+//! [`Stop::cancel`] is possible at any time, from any thread. Until everything was sent, it takes effect at once. After that it
+//! asks the destination. If the destination restores the guest and has not confirmed, it notices the cancel and the guest
+//! continues at the source. If it has confirmed, the migration has succeeded: `migrate` returns `Ok`, and the guest must not run at
+//! the source. A cancel after `migrate` has returned does nothing.
+//!
+//! # A guest that was paused before
+//!
+//! [`Guest::run_state`] reports it. Such a guest is still "stopped" and saved, but never resumed by a failed migration, and the
+//! destination does not start it: [`Confirmed::run_state`] is `Paused` there.
+//!
+//! # Memory that is plugged or unplugged
+//!
+//! The blocks of a [`Source`] are those of one attempt. During it, the machine must not gain or lose memory: refuse hot-plug
+//! between `Source::new` and the end of `migrate`. Between two attempts the memory may change: make new `RamBlocks` and a new
+//! dirty log for each attempt. The destination learns the blocks from the list of that attempt.
+//!
+//! # Async programs
+//!
+//! `migrate`, `accept`, `load` and `confirm` block: call them in a thread of their own, such as tokio's `spawn_blocking`. If an
+//! async task that waits for that thread is aborted, or its handle is dropped, the thread continues: the guest moves although
+//! nobody waits for it. A guard in the task cancels the migration in this case:
+//!
+//! ```
+//! # use multifd::{Error, channel::Stop};
+//! # async fn spawn_blocking<T>(run: impl FnOnce() -> T) -> T { run() }
+//! # async fn example(migrate: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+//! let stop = Stop::new(); // the stop that `Source::new` or `Arrival::listen` got
+//! let _guard = stop.cancel_on_drop();
+//! spawn_blocking(migrate).await
+//! # }
+//! ```
+//!
+//! After the end of the migration, the drop of the guard does nothing. The thread still needs a moment to put the guest back:
+//! keep its handle if you need to know when the guest runs again.
+//!
 //! # Silence
 //!
 //! If a peer is connected but sends or accepts nothing, the migration fails: after `stall_timeout` on both sides (120 s), and
@@ -96,4 +144,18 @@
 //! says what was expected and what was found, with channel, block and offset if they are known. `source()` has the cause. The
 //! kind of the error shows what to do: see [`multifd::error`] and [`crate::error`].
 //!
+//! [`Arrival::load`]: crate::arrival::Arrival::load
+//! [`CallbackHangs`]: multifd::Error::CallbackHangs
+//! [`Confirmed::run_state`]: crate::arrival::Confirmed::run_state
+//! [`Guest`]: multifd::live::Guest
+//! [`Guest::resume`]: multifd::live::Guest::resume
+//! [`Guest::run_state`]: multifd::live::Guest::run_state
+//! [`Guest::stop`]: multifd::live::Guest::stop
+//! [`NotResumed`]: multifd::Error::NotResumed
+//! [`Panicked`]: multifd::Error::Panicked
+//! [`Progress::callback`]: multifd::live::Progress::callback
+//! [`Source`]: crate::source::Source
+//! [`Stop::cancel`]: multifd::channel::Stop::cancel
+//! [`Stop::error`]: multifd::channel::Stop::error
+//! [`confirm`]: crate::arrival::Pending::confirm
 //! [`stall`]: multifd::live::MigrationInfo::stall

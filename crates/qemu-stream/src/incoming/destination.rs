@@ -86,6 +86,13 @@ pub trait Destination {
     /// If the page cannot be read.
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<(), Self::Error>;
 
+    /// Whether more of a pass must follow before the source may be silent for long: asked after the source has been silent for
+    /// the [stall timeout](super::Incoming::stall_timeout) between two sections of RAM. A source that waits before its
+    /// switchover has finished its packets, and has little left to send. By default nothing is known.
+    fn is_within_pass(&self) -> bool {
+        false
+    }
+
     /// All of RAM has arrived; from now on no page may change. By default nothing is done, which is right without channels.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use multifd::channel::CloseWatch;
+use multifd::{channel::CloseWatch, error::chain};
 
 use super::events::Events;
 use crate::{
@@ -27,11 +27,16 @@ pub(super) struct Line<C: Connection> {
     waited_for: bool,
     /// Detects that the source closes the connection.
     watch: Option<CloseWatch>,
+    /// The source understands [`Message::Reason`].
+    asks_why: bool,
+    /// Why SHUT will be a failure; the last reason counts.
+    reason: Option<String>,
 }
 
 impl<C: Connection> Line<C> {
     pub(super) fn new(connection: C) -> Self {
-        Self { events: Some(Events::new(connection)), waited_for: false, watch: None }
+        let (waited_for, watch, asks_why, reason) = (false, None, false, None);
+        Self { events: Some(Events::new(connection)), waited_for, watch, asks_why, reason }
     }
 
     /// The source has opened the return path.
@@ -47,20 +52,45 @@ impl<C: Connection> Line<C> {
         set.map_err(|source| Error::Io { at, doing: "set a time limit", source })
     }
 
+    /// The source understands a reason.
+    pub(super) fn send_reason(&mut self) {
+        self.asks_why = true;
+    }
+
+    /// Sets the reason that is sent if SHUT is a failure.
+    pub(super) fn set_reason(&mut self, reason: &(dyn std::error::Error + 'static)) {
+        self.reason = Some(chain(reason).to_string());
+    }
+
     pub(super) fn say(&mut self, message: &Message) -> Result<(), Error> {
-        tracing::debug!(?message, "return path");
+        self.say_all(std::slice::from_ref(message))
+    }
+
+    /// Sends these messages in one write.
+    fn say_all(&mut self, messages: &[Message]) -> Result<(), Error> {
         let mut bytes = Vec::new();
-        message.encode(&mut bytes);
+        for message in messages {
+            tracing::debug!(?message, "return path");
+            message.encode(&mut bytes);
+        }
         let at = Place { stream: StreamKind::ReturnPath, offset: 0 };
         let connection = self.get_mut();
         let written = connection.write_all(&bytes).and_then(|()| connection.flush());
         written.map_err(|source| Error::Io { at, doing: "write", source })
     }
 
-    /// Sends SHUT, once, and only if the source waits for it.
+    /// Sends SHUT, once, and only if the source waits for it. The reason of a failure is before it: a source reads nothing
+    /// after SHUT.
     pub(super) fn shut(&mut self, code: u32) -> Result<(), Error> {
         self.watch = None;
-        if std::mem::take(&mut self.waited_for) { self.say(&Message::Shut(code)) } else { Ok(()) }
+        if !std::mem::take(&mut self.waited_for) {
+            return Ok(());
+        }
+        let shut = Message::Shut(code);
+        match self.reason.take().filter(|_| code != 0 && self.asks_why) {
+            Some(reason) => self.say_all(&[Message::Reason(reason.into()), shut]),
+            None => self.say(&shut),
+        }
     }
 
     /// Refuses a source that has closed the connection instead of waiting for SHUT, or has sent more bytes.
@@ -112,12 +142,18 @@ impl<C: Connection> DerefMut for Line<C> {
 
 impl<C: Connection> Drop for Line<C> {
     fn drop(&mut self) {
-        if self.events.is_some()
-            && let Err(error) = self.shut(1)
-        {
+        if self.events.is_none() {
+            return;
+        }
+        let why = if std::thread::panicking() { PANICKED } else { DROPPED };
+        self.reason.get_or_insert_with(|| why.to_owned());
+        if let Err(error) = self.shut(1) {
             tracing::debug!(%error, "the failure could not be reported to the source");
         }
     }
 }
 
 const GLANCE: Duration = Duration::from_millis(1);
+/// Why a program may end without a result.
+const PANICKED: &str = "a thread of the destination's program panicked";
+const DROPPED: &str = "the destination's program ended the migration without a reason";

@@ -7,7 +7,10 @@
 //! announced: names, lengths ─▶ make ─▶ blocks, in any order ─ by name and length ─▶ pages ─▶ finish: is RAM complete?
 //! ```
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use multifd::{
     Arrived, Error, MayMiss, Receiver, Result,
@@ -23,7 +26,7 @@ use super::{
 };
 use crate::{
     error::Violation,
-    format::{BlockIndex, BlockList, Configuration, DevicePart, MachineType},
+    format::{BlockEntry, BlockIndex, BlockList, Configuration, DevicePart, MachineType},
 };
 
 /// Which machines a destination accepts.
@@ -67,6 +70,10 @@ pub(crate) struct LoaderState {
     passes: Passes,
     idle: Idle,
     begun: Instant,
+    /// When the last section of RAM began.
+    last_section: Instant,
+    /// The bytes of the blocks of RAM that no device brings.
+    plain_ram: u64,
     /// Whether a source that waits for SWITCHOVER_ACK would wait without limit.
     ack_may_be_missing: bool,
     counts: Arc<MainCounts>,
@@ -82,6 +89,8 @@ impl LoaderState {
             passes: Passes::default(),
             idle: Idle::default(),
             begun: Instant::now(),
+            last_section: Instant::now(),
+            plain_ram: 0,
             ack_may_be_missing: false,
             counts: Arc::default(),
         }
@@ -152,6 +161,23 @@ where
         on_channels + main.normal + main.zero
     }
 
+    /// Whether the first pass lacks more than the source could send in [`SWITCHOVER`] at its rate so far. It may stop its guest
+    /// only if the rest fits into its `downtime-limit`.
+    fn lacks_much_of_the_first_pass(&self) -> bool {
+        let LoaderState { counts, left_out, .. } = &self.state;
+        let Some((_, page_size)) = counts.ram() else { return false };
+        // Pages that never come must not count.
+        if *left_out == LeftOut::Pages || self.state.ignores_shared() || counts.pass() != Some(1) {
+            return false;
+        }
+        let sent: u64 =
+            self.receiver.stats().iter().map(|channel| channel.bytes).sum::<u64>() + counts.bytes();
+        let time = self.state.last_section.saturating_duration_since(self.state.begun).max(SHORTEST);
+        let missing = self.state.plain_ram.saturating_sub(self.all_pages().saturating_mul(page_size));
+        tracing::debug!(missing, sent, ?time, "the source is silent in the first pass");
+        missing as f64 / SWITCHOVER.as_secs_f64() > sent as f64 / time.as_secs_f64()
+    }
+
     fn show_pass(&self) {
         self.state.counts.set_pass(self.state.passes.pass(self.receiver.counters().restarts()));
     }
@@ -189,6 +215,11 @@ where
     }
 }
 
+/// Far more than the time for which guests are stopped: `downtime-limit` is 300 ms by default.
+const SWITCHOVER: Duration = Duration::from_secs(5);
+/// A rate is not computed over less.
+const SHORTEST: Duration = Duration::from_millis(100);
+
 /// Whether the block is the memory of a virtio-mem device: `0000:00:02.0/mem0` of `0000:00:02.0/virtio-mem`, seen with QEMU
 /// 7.2 and 10.0.
 fn is_pluggable(block: &RamBlock, devices: &DevicePart) -> bool {
@@ -208,7 +239,7 @@ const VIRTIO_MEM: &[u8] = b"/virtio-mem";
 
 /// Finds the block that was made for each announced block.
 fn matched(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Result<Vec<BlockIndex>, Usage> {
-    let find = |(_, entry): (_, &crate::format::BlockEntry)| {
+    let find = |(_, entry): (_, &BlockEntry)| {
         let name = || entry.name.clone();
         let index = blocks.find(entry.name.as_bytes()).ok_or_else(|| Usage::BlockMissing(name()))?;
         let block = blocks.get(index).ok_or_else(|| Usage::BlockMissing(name()))?;
@@ -266,11 +297,15 @@ where
         let blocks = (self.make)(self.state.configuration(), list)?;
         self.state.order = matched(list, &blocks, self.state.ignores_shared())?;
         self.state.counts.set_ram(list.total(), list.page_size().bytes() as u64);
+        let is_plain = |entry: &&BlockEntry| !entry.name.as_bytes().contains(&b'/');
+        self.state.plain_ram = list.entries().iter().filter(is_plain).map(|entry| entry.used_length).sum();
+        self.state.begun = Instant::now();
         self.receiver.set_blocks(Arc::new(blocks))
     }
 
     fn section(&mut self, _last: bool) -> Result<()> {
         self.state.passes.section();
+        self.state.last_section = Instant::now();
         self.show_pass();
         // A source of this library does not wait for it.
         let may_wait = self.state.ack_may_be_missing && !self.state.passes.are_announced();
@@ -305,6 +340,10 @@ where
 
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
         self.arrived()?.load(self.block(block)?, page, into)
+    }
+
+    fn is_within_pass(&self) -> bool {
+        self.receiver.has_open_packet() || self.lacks_much_of_the_first_pass()
     }
 
     fn end_of_ram(&mut self) -> Result<()> {

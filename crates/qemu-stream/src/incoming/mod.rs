@@ -30,5 +30,5 @@ pub use events::Events;
 pub use loaded::Loaded;
 pub(crate) use loader::LoaderState;
 pub use loader::{Expected, LeftOut, Loader};
-pub(crate) use precopy::{CHANNELS_END, SILENCE, STALL};
+pub(crate) use precopy::{CHANNELS_END, PAUSE, SILENCE, STALL};
 pub use precopy::{Incoming, Outcome};

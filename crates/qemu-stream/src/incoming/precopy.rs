@@ -23,8 +23,8 @@ use crate::{
     connection::{Connection, Judge},
     error::{Error, Place, StreamKind, Usage, Violation},
     format::{
-        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, SectionId, SyncMode,
-        VERDICT_MARK,
+        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, REASON_PING, SectionId,
+        SyncMode, VERDICT_MARK,
     },
     refuse,
 };
@@ -46,11 +46,13 @@ pub struct Incoming<C: Connection> {
     switchover_ack: bool,
     silence: Duration,
     stall: Option<Duration>,
+    pause: Option<Duration>,
     return_path: bool,
     /// The source has reported that its guest is stopped.
     guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
+    sends_reason: bool,
     counts: Arc<MainCounts>,
     known: Known,
 }
@@ -63,10 +65,12 @@ impl<C: Connection> Incoming<C> {
             switchover_ack: false,
             silence: SILENCE,
             stall: Some(STALL),
+            pause: Some(PAUSE),
             return_path: false,
             guest_stands: false,
             loaded: false,
             stop: None,
+            sends_reason: true,
             counts: Arc::default(),
             known: Known::default(),
         }
@@ -113,8 +117,9 @@ impl<C: Connection> Incoming<C> {
 
     /// Time limit for a silent source before the end of the first section of RAM, within any section, and after the end of RAM.
     /// Default 120 s; `None` is no limit, as in QEMU. Between the sections of RAM, and before their footers, which QEMU delays,
-    /// a source may be silent without limit: one that pauses before the switchover is. A source of this library has the limit
-    /// there as well once its guest is stopped and all of its RAM has arrived.
+    /// it applies only if more of a pass [must follow](super::Destination::is_within_pass); otherwise
+    /// [another limit](Self::pause_timeout) does, since a source that pauses before the switchover is silent. A source of this
+    /// library has the limit there as well once its guest is stopped and all of its RAM has arrived.
     ///
     /// During a long section this connection is silent while pages arrive over channels. The connection that
     /// [`Receiver::wait_main`](multifd::Receiver::wait_main) returns takes them into account. With another connection and
@@ -122,6 +127,30 @@ impl<C: Connection> Incoming<C> {
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall = limit;
         self
+    }
+
+    /// Time limit for a source that is silent between two sections of RAM, as one with pause-before-switchover is until its
+    /// operator lets it continue. Default 3600 s; `None` is no limit. A source that is frozen there looks the same.
+    ///
+    /// **Warning:** a QEMU 7.2 with multifd on that is continued after this limit can stop replying to its monitor. One that is
+    /// cancelled replies.
+    pub fn pause_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.pause = limit;
+        self
+    }
+
+    /// Whether a source of this library is sent the reason if this side fails or refuses: the texts of the error and its
+    /// causes, at most 512 bytes. They may contain paths and addresses of this host. On by default. A QEMU source gets no
+    /// reason, because its format has none.
+    pub fn send_reason(mut self, on: bool) -> Self {
+        self.sends_reason = on;
+        self
+    }
+
+    /// Sets the reason that is [sent](Self::send_reason) if this side ends the migration with a failure. By default it is
+    /// the error of [`run`](Self::run), or that of a failed [`finish`](Self::finish).
+    pub fn set_reason(&mut self, reason: &(dyn std::error::Error + 'static)) {
+        self.line.set_reason(reason);
     }
 
     /// Reads until the RAM blocks are announced. [`run`](Self::run) continues there. The destination receives everything
@@ -151,7 +180,8 @@ impl<C: Connection> Incoming<C> {
         self.announced(destination)?;
         if let Some((_, blocks)) = &self.known.ram {
             let taken = destination.blocks(blocks);
-            taken.map_err(|e| refused(self.line.here(), "the ram blocks", e))?;
+            let taken = taken.map_err(|e| refused(self.line.here(), "the ram blocks", e));
+            self.noted(taken)?;
         }
         match self.read(destination)? {
             Some(devices) => self.complete(devices),
@@ -161,11 +191,21 @@ impl<C: Connection> Incoming<C> {
 
     /// Executes the events up to the block list, with `None`, or up to the end of the stream, with the devices.
     fn read<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
+        let read = self.read_events(destination);
+        self.noted(read)
+    }
+
+    /// Notes an error as the reason of the failure.
+    fn noted<T>(&mut self, done: Result<T, Error>) -> Result<T, Error> {
+        done.inspect_err(|error| self.line.set_reason(error))
+    }
+
+    fn read_events<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
         self.line.limit(self.stall)?;
         // The page that an XBZRLE delta is applied to; empty before the first one.
         let mut page_now = Vec::new();
         loop {
-            self.wait_for_more()?;
+            self.wait_for_more(destination)?;
             let may_have_ended = self.limit_silence()?;
             self.count();
             let event = match self.line.next() {
@@ -179,8 +219,11 @@ impl<C: Connection> Incoming<C> {
             match event {
                 Event::Configuration(configuration) => {
                     self.known.configuration = configuration.cloned();
-                    let taken = destination.configuration(configuration);
-                    taken.map_err(|e| refused(self.line.here(), "the configuration", e))?;
+                    if let Err(error) = destination.configuration(configuration) {
+                        let error = refused(self.line.here(), "the configuration", error);
+                        self.hear_out();
+                        return Err(error);
+                    }
                 }
                 Event::Command(command) => {
                     let command = command.clone();
@@ -271,7 +314,8 @@ impl<C: Connection> Incoming<C> {
             return Err(Usage::OutOfOrder { call: "finish", state: "before all is loaded" }.into());
         }
         if outcome == Outcome::Loaded && self.return_path {
-            self.line.still_there()?;
+            let is_there = self.line.still_there();
+            self.noted(is_there)?;
         }
         self.line.shut(u32::from(outcome == Outcome::Failed))?;
         let at = self.line.here();
@@ -298,6 +342,9 @@ impl<C: Connection> Incoming<C> {
             Command::Ping(_) if !self.return_path => Err(Violation::PingWithoutReturnPath.at(at)),
             Command::Ping(value) => {
                 self.line.say(&Message::Pong(*value))?;
+                if *value == REASON_PING && before_ram && self.sends_reason {
+                    self.line.send_reason();
+                }
                 self.guest_stands |= *value == READY_PING && !before_ram;
                 match command.announced_channels().filter(|_| before_ram) {
                     Some(channels) => self.announced_channels(channels, destination),
@@ -316,6 +363,27 @@ impl<C: Connection> Incoming<C> {
         }
     }
 
+    /// Reads the commands with which a source opens the return path, after its configuration was refused: only then the
+    /// refusal can be reported. They arrive together with the configuration.
+    fn hear_out(&mut self) {
+        let limited = self.line.limit(Some(HEARD_OUT));
+        for _ in 0..3 {
+            match self.line.next() {
+                Ok(Event::Command(Command::OpenReturnPath)) if limited.is_ok() => {
+                    self.return_path = true;
+                    self.line.open_return_path(None);
+                }
+                // No reply: it would mean that the configuration was accepted.
+                Ok(Event::Command(Command::Ping(value))) if self.return_path => {
+                    if *value == REASON_PING && self.sends_reason {
+                        self.line.send_reason();
+                    }
+                }
+                _ => return,
+            }
+        }
+    }
+
     /// A source that announces its channels is one of this library.
     fn announced_channels<D: Destination>(&mut self, channels: u8, destination: &mut D) -> Result<(), Error> {
         tracing::debug!(channels, "the source announces its channels");
@@ -325,14 +393,27 @@ impl<C: Connection> Incoming<C> {
         taken.map_err(|e| refused(self.line.here(), "the number of channels", e))
     }
 
-    /// Waits for the next event where the source may pause: without limit, unless the guest is known to be stopped.
-    fn wait_for_more(&mut self) -> Result<(), Error> {
-        if self.line.may_pause() && !self.guest_stands && self.line.is_drained() && self.stall.is_some() {
-            self.line.limit(None)?;
-            self.line.wait()?;
-            self.line.limit(self.stall)?;
+    /// Waits for the next event where the source may pause, unless the guest is known to be stopped. If nothing has arrived for
+    /// the stall timeout, and no more of the pass must follow, the rest of the pause timeout is waited for.
+    fn wait_for_more<D: Destination>(&mut self, destination: &D) -> Result<(), Error> {
+        if !self.line.may_pause() || self.guest_stands || !self.line.is_drained() {
+            return Ok(());
         }
-        Ok(())
+        let first = [self.stall, self.pause].into_iter().flatten().min();
+        self.line.limit(first)?;
+        let waited = match self.line.wait() {
+            Err(Error::TimedOut { at, .. }) if self.stall == first && destination.is_within_pass() => {
+                Err(Error::TimedOut { at, expected: "more of a pass" })
+            }
+            Err(Error::TimedOut { .. }) if self.pause != first => {
+                let rest = self.pause.map(|pause| pause.saturating_sub(first.unwrap_or_default()));
+                self.line.limit(rest)?;
+                self.line.wait().map_err(paused)
+            }
+            waited => waited.map_err(paused),
+        };
+        waited?;
+        self.line.limit(self.stall)
     }
 
     /// Records the bytes of main so far.
@@ -391,6 +472,18 @@ impl Known {
     }
 }
 
+/// The error of a source that was silent for too long where it may pause.
+fn paused(error: Error) -> Error {
+    match error {
+        Error::TimedOut { at, .. } => {
+            let expected = "the next section of RAM (pause-timeout: the source was paused before its switchover, or frozen; \
+                            cancel the migration there, do not continue it)";
+            Error::TimedOut { at, expected }
+        }
+        other => other,
+    }
+}
+
 /// The error of a source that closes the connection before SHUT.
 fn closed() -> Judge {
     Box::new(|_, closed| {
@@ -402,5 +495,8 @@ fn closed() -> Judge {
 /// How long channels continue after the source has closed main. A QEMU that is cancelled closes main first and its channels a
 /// moment later. If the channels are reset in between, some versions wait for them without limit (seen with 7.2.22 and 10.0.2).
 pub(crate) const CHANNELS_END: Duration = Duration::from_secs(1);
+/// How long a source whose configuration was refused may take to open the return path.
+const HEARD_OUT: Duration = Duration::from_secs(1);
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 pub(crate) const STALL: Duration = Duration::from_secs(120);
+pub(crate) const PAUSE: Duration = Duration::from_secs(3600);

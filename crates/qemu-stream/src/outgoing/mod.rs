@@ -37,7 +37,7 @@ pub use options::Options;
 use crate::{
     connection::Connection,
     error::{Error, Usage},
-    format::{BlockList, Command, DevicePart, Event, READY_PING, SyncMark, SyncMode},
+    format::{BlockList, Command, DevicePart, Event, READY_PING, REASON_PING, SyncMark, SyncMode},
 };
 use encoder::Encoder;
 use return_path::{EndLimits, Replies, failure_in};
@@ -105,7 +105,9 @@ impl<C: Connection> Outgoing<C> {
         if self.options.return_path {
             self.put(&Event::Command(&Command::OpenReturnPath))?;
             self.put(&Event::Command(&Command::Ping(FIRST_PING)))?;
-            // After the PING that every source sends, so that a program that reads the first bytes finds the usual ones.
+            // After the PING that every source sends, so that a program that reads the first bytes finds the usual ones. The
+            // destination may refuse the number of channels, so it must know before that a reason is understood.
+            self.put(&Event::Command(&Command::Ping(REASON_PING)))?;
             self.put(&Event::Command(&Command::announce_channels(channels)))?;
         }
         self.leave(Stage::Begun)

@@ -11,6 +11,7 @@ use std::{
 
 use multifd::{
     channel::Stop,
+    error::UntrustedText,
     live::{LastWord, Owner, Verdict},
 };
 
@@ -32,6 +33,8 @@ pub(super) struct Replies {
     always_speaks: bool,
     /// What its replies show.
     reached: Reached,
+    /// Why it will report a failure.
+    reason: Option<UntrustedText>,
 }
 
 /// The time limits for the end of a migration.
@@ -66,7 +69,7 @@ impl Replies {
         value: u32,
         limit: Option<Duration>,
     ) -> Result<(), Error> {
-        let end = limit.map(|limit| Instant::now() + limit);
+        let end = limit.map(deadline);
         loop {
             while let Some((message, at)) = self.next()? {
                 if message == Message::Pong(value) {
@@ -106,14 +109,14 @@ impl Replies {
 
     fn verdict<C: Connection>(&mut self, connection: &mut C, stop: &Stop, limits: EndLimits) -> Verdict {
         let late = |at| Error::TimedOut { at, expected: "a message" };
-        let mut end = limits.end.map(|limit| Instant::now() + limit);
+        let mut end = limits.end.map(deadline);
         let mut cancelled = false;
         loop {
             loop {
                 match self.next() {
                     Ok(None) => break,
                     // Pre-copy waits for neither of them.
-                    Ok(Some((Message::Pong(_) | Message::SwitchoverAck, _))) => {}
+                    Ok(Some((Message::Pong(_) | Message::SwitchoverAck | Message::Reason(_), _))) => {}
                     Ok(Some((Message::Shut(code), _))) => {
                         return self.after(LastWord::Shut(code), self.destination_failed(code));
                     }
@@ -124,7 +127,7 @@ impl Replies {
             if !cancelled && stop.error().is_some() {
                 // The sending side is closed by now, so the destination knows that a reply is expected.
                 cancelled = true;
-                let soon = Instant::now() + limits.cancelled;
+                let soon = deadline(limits.cancelled);
                 end = Some(end.map_or(soon, |end| end.min(soon)));
             }
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
@@ -166,7 +169,7 @@ impl Replies {
     /// Why the destination has closed the connection, if it has sent that. Waits only for a moment: after a failed write
     /// the message has either arrived or never will.
     pub(super) fn last_word<C: Connection>(&mut self, connection: &mut C) -> Option<Error> {
-        let end = Instant::now() + MOMENT;
+        let end = deadline(MOMENT);
         let word = loop {
             match self.next() {
                 Ok(None) => {}
@@ -237,10 +240,13 @@ impl Replies {
                 self.bytes.drain(..usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len()));
                 self.before += length;
                 self.always_speaks |= message == Message::Pong(VERDICT_MARK);
-                self.reached = self.reached.max(match message {
+                self.reached = self.reached.max(match &message {
                     Message::Pong(READY_PING) => Reached::Ram,
                     _ => Reached::Configuration,
                 });
+                if let Message::Reason(reason) = &message {
+                    self.reason = Some(reason.clone());
+                }
                 Ok(Some((message, at)))
             }
         }
@@ -270,7 +276,7 @@ impl Replies {
     /// Accepts the messages that a destination may send before it has everything.
     fn no_last_word(&self, message: &Message, at: Place) -> Result<(), Error> {
         match message {
-            Message::Pong(_) | Message::SwitchoverAck => Ok(()),
+            Message::Pong(_) | Message::SwitchoverAck | Message::Reason(_) => Ok(()),
             Message::Shut(0) => Err(Violation::EarlyShut.at(at)),
             other => Err(self.refusal(other, at)),
         }
@@ -288,7 +294,7 @@ impl Replies {
     }
 
     fn destination_failed(&self, code: u32) -> Error {
-        Error::DestinationFailed { code, reached: self.reached }
+        Error::DestinationFailed { code, reached: self.reached, reason: self.reason.clone() }
     }
 
     fn no_shut(&self) -> Error {
@@ -323,6 +329,13 @@ fn tls(error: Error) -> Option<Error> {
     matches!(error, Error::Unsupported { what: Unsupported::TlsAtDestination, .. }).then_some(error)
 }
 
+/// The time at which `limit` from now has passed. A limit beyond the clock's range becomes a century.
+fn deadline(limit: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(limit).unwrap_or_else(|| now + CENTURY)
+}
+
+const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 /// Space for the longest message.
 const BUFFER: usize = 1 << 10;
 const MOMENT: Duration = Duration::from_millis(200);

@@ -17,13 +17,14 @@ use multifd::{
     channel::{Address, Connect, Context, Stop, Stream},
     error::chain,
     live::{
-        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status, ZeroPageDetection,
+        DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, Migration, RunState, Status,
+        ZeroPageDetection,
     },
     ram::{BlockIndex, BlockName, DirtyBitmaps, Mapping, Memory, PageSize, RamBlock, RamBlocks},
 };
 use multifd_testkit::{
     bad_destination::{Accepts, BadDestination, Plan, Reads, Then},
-    in_use,
+    in_use, in_use_after,
 };
 use qemu_stream::{
     format::{Configuration, MachineType},
@@ -44,9 +45,11 @@ struct Noted {
     resumed: bool,
 }
 
+const TIMER: DeviceName = DeviceName::from_static("timer");
+
 impl Guest for Noted {
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("timer", 24)]
+        vec![DeviceInfo::new(TIMER, 24)]
     }
 
     fn run_state(&mut self) -> RunState {
@@ -59,7 +62,7 @@ impl Guest for Noted {
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
-        Ok(vec![DeviceSection { name: "timer".into(), instance_id: 0, version: 2, data: vec![7; 24] }])
+        Ok(vec![DeviceSection { name: TIMER, instance_id: 0, version: 2, data: vec![7; 24] }])
     }
 
     fn resume(&mut self) {
@@ -226,7 +229,7 @@ fn every_bad_destination_leaves_the_guest_running_and_nothing_else() {
         }
         assert!(ended.took < SOON, "{}: took {:?}", row.name, ended.took);
         longest = longest.max((ended.took, row.name));
-        let left = in_use();
+        let left = in_use_after(before);
         assert_eq!(left, before, "{}: threads and descriptors", row.name);
     }
     println!("{faults} faults, longest migration: {longest:?}");
@@ -274,7 +277,7 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
             let row = Row { ram: 1 << 20, channels, ..row };
             send(&row, &next, &Stop::new()).result.expect("the next one takes it");
             drop(next);
-            let left = in_use();
+            let left = in_use_after(before);
             assert_eq!(left, before, "threads and descriptors after a cancel");
         }
     }

@@ -17,7 +17,7 @@ use multifd::{
 };
 use multifd_testkit::{
     bad_source::{BLOCKS, On, PAGE, Script, Target, page_of},
-    in_use,
+    in_use, in_use_after,
 };
 use qemu_stream::{
     format::BlockList,
@@ -199,7 +199,7 @@ fn every_bad_source_ends_in_its_error_and_leaves_nothing() {
         if let Some(blocks) = &blocks {
             assert_nothing_else_written(row.name, blocks);
         }
-        let left = in_use();
+        let left = in_use_after(before);
         assert_eq!(left, before, "{}: threads and descriptors", row.name);
     }
     println!("{faults} faults, longest from the last step to the end: {longest:?}");

@@ -11,7 +11,7 @@ use multifd::{
     SendOptions, Sender,
     channel::Stop,
     error::chain,
-    live::{DeviceSection, Main, MigrateOptions, Migration, MigrationInfo, RunState, Verdict},
+    live::{DeviceName, DeviceSection, Main, MigrateOptions, Migration, MigrationInfo, RunState, Verdict},
     ram::NeverDirty,
 };
 use multifd_testkit::lacks;
@@ -101,7 +101,7 @@ fn process_with_a_limit() {
     let end = fs::metadata(&path).expect("there").len();
     limit(end + 100);
     let data = vec![7; 1 << 20];
-    let device = DeviceSection { name: "vcpu".into(), instance_id: 0, version: 1, data };
+    let device = DeviceSection { name: DeviceName::from_static("vcpu"), instance_id: 0, version: 1, data };
     capture.devices(vec![device], RunState::Running).expect("kept");
     let Verdict::Refused(failed) = capture.complete(&Stop::new()) else { panic!("there is no room") };
     assert!(chain(&failed).to_string().contains("File too large"), "{failed:?}");

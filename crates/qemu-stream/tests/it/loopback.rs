@@ -98,7 +98,8 @@ fn the_stream_is_what_qemu_writes() {
         &uuid.0,
         b"\x08\0\x01\0\0",
         b"\x08\0\x02\0\x04\0\0\0\x01",
-        // QEMU does not write this command, which announces two channels.
+        // QEMU does not write these commands: a reason is understood, and there are two channels.
+        b"\x08\0\x02\0\x04mfg\x01",
         b"\x08\0\x02\0\x04mfd\x02",
         b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04",
         b"\0\0\0\0\x06\0\0\x04\x06pc.ram\0\0\0\0\x06\0\0\0",

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod events;
 #[cfg(test)]
+mod extremes;
+#[cfg(test)]
 mod file_size;
 #[cfg(test)]
 mod hops;
@@ -14,6 +16,8 @@ mod kit;
 mod loopback;
 #[cfg(test)]
 mod odd;
+#[cfg(test)]
+mod reasons;
 #[cfg(test)]
 mod return_path;
 #[cfg(test)]

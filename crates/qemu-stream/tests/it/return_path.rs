@@ -25,6 +25,8 @@ fn complete_with(answer: &[u8]) -> Result<(), multifd::Error> {
 
 /// The message that a destination of this library sends first: it never closes without SHUT.
 const VERDICT: Message = Message::Pong(0x6d66_6501);
+/// The reply to the PING of a source that understands a reason.
+const REASON: Message = Message::Pong(0x6d66_6701);
 
 fn said(messages: &[Message]) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -41,6 +43,35 @@ fn the_source_completes_when_the_destination_has_loaded() {
 fn a_destination_that_failed_leaves_the_guest_at_the_source() {
     let error = complete_with(&said(&[Message::Pong(1), Message::Shut(1)])).unwrap_err();
     assert!(matches!(cause(&error), Error::DestinationFailed { code: 1, .. }));
+}
+
+/// The text is shown without what a terminal would execute, and decides nothing.
+#[test]
+fn a_source_shows_why_its_destination_has_failed() {
+    let reason = Message::Reason("the disk is\u{1b}[2J missing".into());
+    let error = complete_with(&said(&[Message::Pong(1), reason.clone(), Message::Shut(1)])).unwrap_err();
+    let shown =
+        r#"the destination refused: "the disk is\u{1b}[2J missing" (SHUT 1); it does not have the guest"#;
+    assert_eq!(cause(&error).to_string(), shown);
+    complete_with(&said(&[reason, Message::Shut(0)])).unwrap();
+}
+
+/// A QEMU does not know the message.
+#[test]
+fn a_source_that_did_not_ask_gets_no_reason() {
+    let asks = [&[8, 0, 2, 0, 4][..], &0x6d66_6701_u32.to_be_bytes()].concat();
+    let with = stream(Options::new(q35("10.0")));
+    let at = with.windows(asks.len()).position(|window| window == asks).unwrap();
+    let without = [&with[..at], &with[at + asks.len()..]].concat();
+    for (bytes, asked, sends) in [(&with, true, true), (&with, true, false), (&without, false, true)] {
+        let mut incoming = Incoming::new(Tape::playing(bytes)).send_reason(sends);
+        incoming.run(&mut Memory::default()).unwrap();
+        incoming.set_reason(&std::io::Error::other("no space"));
+        let output = incoming.finish(Outcome::Failed).unwrap().output;
+        let reasons = if asked && sends { vec![Message::Reason("no space".into())] } else { Vec::new() };
+        assert!(output.ends_with(&said(&[&reasons[..], &[Message::Shut(1)]].concat())));
+        assert_eq!(output.windows(8).any(|text| text == b"no space"), asked && sends);
+    }
 }
 
 #[test]
@@ -79,7 +110,7 @@ fn pong_and_shut_are_what_the_destination_says() {
         let tape = incoming.finish(outcome).unwrap();
         assert_eq!(
             tape.output,
-            said(&[Message::Pong(1), Message::Pong(0x6d66_6402), VERDICT, Message::Shut(code)])
+            said(&[Message::Pong(1), REASON, Message::Pong(0x6d66_6402), VERDICT, Message::Shut(code)])
         );
     }
 }
@@ -89,7 +120,7 @@ fn switchover_ack_is_said_when_asked_for() {
     let mut incoming = Incoming::new(Tape::playing(&stream(Options::new(q35("10.0"))))).switchover_ack(true);
     incoming.run(&mut Memory::default()).unwrap();
     let tape = incoming.finish(Outcome::Loaded).unwrap();
-    let pongs = [Message::Pong(1), Message::Pong(0x6d66_6402), VERDICT];
+    let pongs = [Message::Pong(1), REASON, Message::Pong(0x6d66_6402), VERDICT];
     assert_eq!(tape.output, said(&[&[Message::SwitchoverAck], &pongs[..], &[Message::Shut(0)]].concat()));
 }
 

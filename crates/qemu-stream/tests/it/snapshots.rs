@@ -6,7 +6,7 @@ use multifd::{
     Error, Result, SendOptions, Sender,
     channel::Stop,
     live::{
-        DeviceInfo, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, RunState,
+        DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, Migration, MigrationInfo, RunState,
         ZeroPageDetection,
     },
     ram::{Access, BlockName, Mapping, Memory, NeverDirty, PageIndex, PageSize, RamBlock, RamBlocks},
@@ -54,9 +54,11 @@ fn bytes(blocks: &RamBlocks) -> Vec<u8> {
 #[derive(Default)]
 pub(crate) struct Stopped(bool);
 
+const VCPU: DeviceName = DeviceName::from_static("vcpu");
+
 impl Guest for Stopped {
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("vcpu", 99).instance(3)]
+        vec![DeviceInfo::new(VCPU, 99).instance(3)]
     }
     fn run_state(&mut self) -> RunState {
         RunState::Running
@@ -65,7 +67,7 @@ impl Guest for Stopped {
         Ok(())
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
-        Ok(vec![DeviceSection { name: "vcpu".into(), instance_id: 3, version: 2, data: vec![7; 99] }])
+        Ok(vec![DeviceSection { name: VCPU, instance_id: 3, version: 2, data: vec![7; 99] }])
     }
     fn resume(&mut self) {
         self.0 = true;

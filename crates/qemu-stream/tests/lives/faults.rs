@@ -12,7 +12,7 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, Percent, RunState},
     ram::{BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, PageBitmap, RamBlocks},
 };
 
@@ -105,14 +105,17 @@ pub(crate) struct FaultyGuest<'a> {
     pub(crate) random: Rng,
 }
 
+/// A device that the machine does not have.
+const GHOST: DeviceName = DeviceName::from_static("ghost");
+
 impl Guest for FaultyGuest<'_> {
     fn devices(&self) -> Vec<DeviceInfo> {
         let devices = self.faults.call(Call::Devices, || {
             let mut devices = self.machine.devices();
             match self.faults.trouble.devices {
                 Devices::Twice => devices.push(devices[0].clone()),
-                Devices::TooLarge => devices.push(DeviceInfo::new("disk", 1 << 40)),
-                Devices::NotGiven => devices.push(DeviceInfo::new("ghost", 4)),
+                Devices::TooLarge => devices.push(DeviceInfo::new(DeviceName::from_static("disk"), 1 << 40)),
+                Devices::NotGiven => devices.push(DeviceInfo::new(GHOST, 4)),
                 Devices::Right | Devices::NotAnnounced | Devices::LongerThanAnnounced => {}
             }
             Ok(devices)
@@ -151,7 +154,7 @@ impl Guest for FaultyGuest<'_> {
         self.faults.moments.pass(Moment::Save);
         let mut saved = saved?;
         match self.faults.trouble.devices {
-            Devices::NotAnnounced => saved.push(DeviceSection { name: "ghost".into(), ..saved[0].clone() }),
+            Devices::NotAnnounced => saved.push(DeviceSection { name: GHOST, ..saved[0].clone() }),
             Devices::LongerThanAnnounced => saved[0].data.push(0),
             _ => {}
         }

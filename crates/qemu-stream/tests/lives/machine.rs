@@ -17,7 +17,7 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, Percent, RunState},
     ram::{BlockIndex, DirtyBitmaps, DirtyLog, MergedLog, PageIndex, PagemapLog, RamBlocks},
 };
 
@@ -210,8 +210,8 @@ impl Guest for Machine {
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let count = self.count();
         let data = count.to_be_bytes().to_vec();
-        let counter = DeviceSection { name: COUNTER.into(), instance_id: 0, version: 1, data };
-        let disk = DeviceSection { name: DISK.into(), instance_id: 7, version: 3, data: disk(count) };
+        let counter = DeviceSection { name: COUNTER, instance_id: 0, version: 1, data };
+        let disk = DeviceSection { name: DISK, instance_id: 7, version: 3, data: disk(count) };
         Ok(vec![counter, disk])
     }
 
@@ -286,9 +286,9 @@ pub(crate) fn random_write(random: &mut Rng, blocks: &RamBlocks, block: usize) -
 
 /// The counter in the devices that have arrived, if it is as saved.
 pub(crate) fn count_in(devices: &DevicePart) -> Option<u64> {
-    let (_, counter) = devices.find(COUNTER, 0)?;
+    let (_, counter) = devices.find(COUNTER.as_str(), 0)?;
     let count = u64::from_be_bytes(counter.try_into().ok()?);
-    let (section, state) = devices.find(DISK, 7)?;
+    let (section, state) = devices.find(DISK.as_str(), 7)?;
     (section.version == 3 && state == disk(count)).then_some(count)
 }
 
@@ -302,7 +302,7 @@ fn disk(count: u64) -> Vec<u8> {
     state
 }
 
-const COUNTER: &str = "counter";
-const DISK: &str = "disk";
+const COUNTER: DeviceName = DeviceName::from_static("counter");
+const DISK: DeviceName = DeviceName::from_static("disk");
 const MOST_OF_DISK: u64 = 1 << 17;
 const REST: Duration = Duration::from_micros(300);

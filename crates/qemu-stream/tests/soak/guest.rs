@@ -13,7 +13,7 @@ use std::{
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceInfo, DeviceSection, Guest, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, RunState},
     ram::{
         BlockIndex, BlockName, DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, Mapping, Memory, PageBitmap,
         PageIndex, RamBlock, RamBlocks,
@@ -107,7 +107,7 @@ impl Guest for SoakGuest {
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.device();
-        Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
+        Ok(vec![DeviceSection { name: DEVICE, instance_id: 0, version: 1, data }])
     }
 
     fn resume(&mut self) {
@@ -214,5 +214,5 @@ pub(crate) fn name(index: usize) -> BlockName {
     BlockName::new(format!("soak.{index}")).expect("a name")
 }
 
-pub(crate) const DEVICE: &str = "soak";
+pub(crate) const DEVICE: DeviceName = DeviceName::from_static("soak");
 const TICK: Duration = Duration::from_millis(1);

@@ -228,7 +228,7 @@ fn receive(
         Ok(pending) => pending,
         Err(error) => return failed(error),
     };
-    let (blocks, device) = (pending.blocks().clone(), pending.device(DEVICE, 0));
+    let (blocks, device) = (pending.blocks().clone(), pending.device(DEVICE.as_str(), 0));
     let (blocks, device) = (Some(blocks), device.map(|(_, state)| state.to_vec()));
     let result = if plan.fault == Fault::LoadFails {
         Err(pending.refuse(Error::other("the devices were not loaded", ODD)))

@@ -14,7 +14,10 @@ use super::{Arrived, MACHINE, guest, hash};
 use crate::{
     args::DemoDestinationArgs,
     interrupt,
-    output::outcome::{Failure, While, reply},
+    output::{
+        outcome::{Failure, While},
+        outlet::{reply, reply_json},
+    },
 };
 
 /// Runs in the second process.
@@ -29,7 +32,7 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
         Arrival::listen(listener, options, &stop).and_then(Listening::accept).map_err(Failure::of)?;
     let pending = arrival.load(|_, list| list.in_new_memory());
     let pending = pending.map_err(Failure::of)?;
-    let state = pending.device(guest::DEVICE, 0).and_then(|(_, body)| body.try_into().ok());
+    let state = pending.device(guest::DEVICE.as_str(), 0).and_then(|(_, body)| body.try_into().ok());
     let Some(rounds) = state.map(u64::from_be_bytes) else {
         return Err(Failure::of(pending.refuse(Error::other("the guest's device is missing", "a bug"))));
     };
@@ -39,6 +42,6 @@ pub(crate) fn destination(args: &DemoDestinationArgs) -> Result<(), Failure> {
 
     let beyond_ram = guest::peak_beyond(&blocks)?;
     let arrived = Arrived { hash: hash(&blocks)?, rounds, beyond_ram };
-    reply(&serde_json::to_string(&arrived)?)?;
+    reply_json(&arrived)?;
     Ok(())
 }

@@ -6,22 +6,22 @@ use std::{
     os::unix::fs::FileExt,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
-    thread::{Builder, JoinHandle},
+    thread::{self, Builder, JoinHandle},
     time::{Duration, Instant},
 };
 
 use fastrand::Rng;
 use multifd::{
     channel::Stop,
-    live::{DeviceInfo, DeviceSection, Guest, Percent, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, Percent, RunState},
     ram::{BlockIndex, DirtyBitmaps, DirtyReader, PageIndex, RamBlock, RamBlocks},
 };
 
 use crate::output::outcome::{Failure, While};
 
-pub(super) const DEVICE: &str = "demo-guest";
+pub(super) const DEVICE: DeviceName = DeviceName::from_static("demo-guest");
 
 /// A simulated guest; only its memory is real.
 pub(super) struct DemoGuest {
@@ -31,7 +31,8 @@ pub(super) struct DemoGuest {
     rounds: Arc<AtomicU64>,
     /// Percentage of time for which the writers pause. Relaxed: it orders nothing.
     throttle: Arc<AtomicU8>,
-    power: Stop,
+    /// Whether the writers shall end. Relaxed: it orders nothing, and they are joined.
+    off: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -39,8 +40,8 @@ impl DemoGuest {
     /// Fills RAM, leaves an eighth of it zero, and starts the writers, unless `stop` happens first.
     pub(super) fn boot(blocks: Arc<RamBlocks>, rate: u64, stop: &Stop) -> Result<Self, Failure> {
         let log = DirtyBitmaps::new(&blocks);
-        let (rounds, throttle, power) = (Arc::default(), Arc::default(), Stop::new());
-        let mut guest = Self { blocks, log, rate, rounds, throttle, power, threads: Vec::new() };
+        let (rounds, throttle, off) = (Arc::default(), Arc::default(), Arc::default());
+        let mut guest = Self { blocks, log, rate, rounds, throttle, off, threads: Vec::new() };
         guest.fill(stop).map_err(Failure::of)?;
         guest.run().map_err(|error| While::new("cannot start the guest", error))?;
         Ok(guest)
@@ -70,14 +71,14 @@ impl DemoGuest {
     }
 
     fn run(&mut self) -> io::Result<()> {
-        self.power = Stop::new();
+        self.off = Arc::default();
         for writer in 0..WRITERS {
             let writer = Writer {
                 blocks: self.blocks.clone(),
                 log: self.log.clone(),
                 rounds: self.rounds.clone(),
                 throttle: self.throttle.clone(),
-                power: self.power.clone(),
+                off: self.off.clone(),
                 rate: self.rate / WRITERS,
                 number: writer,
                 random: Rng::with_seed(1 + writer),
@@ -90,13 +91,26 @@ impl DemoGuest {
     }
 }
 
+impl DemoGuest {
+    /// Ends the writers, and waits for them.
+    fn switch_off(&mut self) -> Vec<thread::Result<()>> {
+        self.off.store(true, Ordering::Relaxed);
+        let end = |thread: JoinHandle<()>| {
+            // It may pause.
+            thread.thread().unpark();
+            thread.join()
+        };
+        self.threads.drain(..).map(end).collect()
+    }
+}
+
 /// A thread that acts as a processor.
 struct Writer {
     blocks: Arc<RamBlocks>,
     log: DirtyBitmaps,
     rounds: Arc<AtomicU64>,
     throttle: Arc<AtomicU8>,
-    power: Stop,
+    off: Arc<AtomicBool>,
     /// Bytes per second of the time that it runs.
     rate: u64,
     number: u64,
@@ -110,7 +124,7 @@ impl Writer {
         let Some(block) = self.blocks.get(BlockIndex(0)) else { return };
         let (page_size, pages) = (block.page_size().bytes() as u64, block.pages());
         let (mut ran, mut written) = (Duration::ZERO, 0);
-        while !self.power.is_stopped() {
+        while !self.is_off() {
             let turn = Instant::now();
             #[expect(
                 clippy::cast_possible_truncation,
@@ -118,10 +132,10 @@ impl Writer {
                 reason = "a rate times seconds"
             )]
             let due = (self.rate as f64 * ran.as_secs_f64()) as u64 / page_size;
-            if written >= due && self.power.pause(TICK).is_err() {
-                return;
+            if written >= due {
+                thread::park_timeout(TICK);
             }
-            while written < due && turn.elapsed() < TURN && !self.power.is_stopped() {
+            while written < due && turn.elapsed() < TURN && !self.is_off() {
                 let some = LOOK_EVERY.min(due - written);
                 (0..some).for_each(|_| self.write_one(pages));
                 written += some;
@@ -129,9 +143,21 @@ impl Writer {
             let took = turn.elapsed();
             ran += took;
             let stand = Percent::new(self.throttle.load(Ordering::Relaxed)).pause_after(took);
-            if !stand.is_zero() && self.power.pause(stand).is_err() {
-                return;
-            }
+            self.pause(stand);
+        }
+    }
+
+    fn is_off(&self) -> bool {
+        self.off.load(Ordering::Relaxed)
+    }
+
+    /// Pauses for this time, or until the guest is switched off.
+    fn pause(&self, time: Duration) {
+        let begun = Instant::now();
+        while !self.is_off()
+            && let Some(rest) = time.checked_sub(begun.elapsed()).filter(|rest| !rest.is_zero())
+        {
+            thread::park_timeout(rest);
         }
     }
 
@@ -167,16 +193,13 @@ impl Guest for DemoGuest {
     }
 
     fn stop(&mut self) -> io::Result<()> {
-        self.power.cancel();
-        for thread in self.threads.drain(..) {
-            thread.join().map_err(|_| io::Error::other("a writer panicked"))?;
-        }
-        Ok(())
+        let panicked = self.switch_off().into_iter().any(|ended| ended.is_err());
+        if panicked { Err(io::Error::other("a writer panicked")) } else { Ok(()) }
     }
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.rounds().to_be_bytes().to_vec();
-        Ok(vec![DeviceSection { name: DEVICE.into(), instance_id: 0, version: 1, data }])
+        Ok(vec![DeviceSection { name: DEVICE, instance_id: 0, version: 1, data }])
     }
 
     fn resume(&mut self) {
@@ -197,10 +220,7 @@ impl Guest for DemoGuest {
 
 impl Drop for DemoGuest {
     fn drop(&mut self) {
-        self.power.cancel();
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        drop(self.switch_off());
     }
 }
 

@@ -39,7 +39,8 @@ use crate::{
     combinations, interrupt,
     output::{
         display::Display,
-        outcome::{Failure, While, print, say},
+        outcome::{Failure, While},
+        outlet::{print_json, print_lines, say},
         progress::Look,
         report::{BeyondRam, Report},
     },
@@ -86,7 +87,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
         Ok(info) => info,
         Err(error) => {
             if args.json {
-                print(&Report::of_source(&progress.info()).failed(&error).json())?;
+                print_json(&Report::of_source(&progress.info()).failed(&error))?;
             }
             return Err(Failure::of(error));
         }
@@ -100,14 +101,18 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     report.ram_equal = Some(equal);
     report.memory_beyond_ram = Some(BeyondRam { destination: arrived.beyond_ram, ..source });
     if args.json {
-        print(&report.json())?;
+        print_json(&report)?;
     } else {
         let done = format!("migrated over {} channels", args.multifd_channels);
-        print(&report.text(&done))?;
-        print(&match equal {
-            true => format!("RAM is equal: {here} on both sides"),
-            false => format!("RAM is DIFFERENT: source {here}\n             destination {}", arrived.hash),
-        })?;
+        let mut lines = report.lines(&done);
+        lines.extend(match equal {
+            true => vec![format!("RAM is equal: {here} on both sides")],
+            false => vec![
+                format!("RAM is DIFFERENT: source {here}"),
+                format!("             destination {}", arrived.hash),
+            ],
+        });
+        print_lines(&lines)?;
     }
     if equal {
         Ok(())

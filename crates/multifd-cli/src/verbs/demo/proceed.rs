@@ -4,7 +4,7 @@ use std::{io, thread::Builder};
 
 use multifd::live::Control;
 
-use crate::output::outcome::say;
+use crate::output::outlet::say;
 
 /// Continues a paused migration at the next line, or at the end, of standard input. The thread is not joined, so a user
 /// who does not press a key does not delay the end.

@@ -17,5 +17,6 @@ mod refused;
 mod snapshots;
 mod tls;
 mod transports;
+mod uuids;
 mod zero_copy;
 mod zero_pages;

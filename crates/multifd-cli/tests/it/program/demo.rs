@@ -95,6 +95,14 @@ fn text_tells_what_matters() {
     }
 }
 
+/// The guest was stopped by a cancel of its own, which the log showed as one of the migration.
+#[test]
+fn log_of_a_good_run_has_no_cancel() {
+    let mut command = multifd(["demo", "--size", "8M", "--dirty-rate", "1M"]);
+    let ended = Program::start(command.env("MULTIFD_LOG", "debug")).done();
+    assert!(ended.stderr.contains("DEBUG") && !ended.stderr.contains("cancel"), "{ended:?}");
+}
+
 #[test]
 fn interrupt_ends_it() {
     let mut command = multifd(["demo", "--size", "512M", "--dirty-rate", "1T"]);

@@ -7,6 +7,7 @@ mod crowd;
 mod demo;
 mod direct_io;
 mod disks;
+mod escapes;
 mod extract;
 mod files;
 mod inspect;

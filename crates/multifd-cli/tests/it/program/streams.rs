@@ -147,33 +147,63 @@ fn closed_standard_error_is_no_error() {
     assert_eq!(stored_memory(&to), stored_memory(&from));
 }
 
+/// What the program with these arguments shows on a terminal of its own, in an environment with `NO_COLOR` of this text;
+/// `None` if there is no `script` (util-linux), which makes a terminal.
+fn on_a_terminal(arguments: &str, no_color: Option<&str>) -> Option<String> {
+    let program = env!("CARGO_BIN_EXE_multifd");
+    let mut command = std::process::Command::new("script");
+    command.args(["-qec", &format!("'{program}' {arguments}"), "/dev/null"]);
+    command.env("MULTIFD_LOG", "debug").stdin(Stdio::null());
+    match no_color {
+        Some(text) => command.env("NO_COLOR", text),
+        None => command.env_remove("NO_COLOR"),
+    };
+    let Ok(output) = command.output() else {
+        skip("there is no `script` (util-linux), which makes a terminal");
+        return None;
+    };
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// The log has colours on a terminal, but not with `NO_COLOR`.
 #[test]
 fn no_color_is_obeyed_by_the_log() {
-    if std::process::Command::new("script").arg("--version").output().is_err() {
-        return skip("there is no `script` (util-linux), which makes a terminal");
-    }
     let folder = folder();
     let file = captured(&folder, 1 << 20);
-    let logged = |no_color: Option<&str>| {
-        // `script` runs a command on a terminal of its own. With --json there is no bar.
-        let program = env!("CARGO_BIN_EXE_multifd");
-        let line = format!("'{program}' send --json '{}' tcp:127.0.0.1:1", file.display());
-        let mut command = std::process::Command::new("script");
-        command.args(["-qec", &line, "/dev/null"]).env("MULTIFD_LOG", "debug").stdin(Stdio::null());
-        match no_color {
-            Some(text) => command.env("NO_COLOR", text),
-            None => command.env_remove("NO_COLOR"),
-        };
-        let output = command.output().expect("script is there");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for (no_color, colours) in [(Some("1"), false), (None, true), (Some(""), true)] {
+        // With --json there is no bar.
+        let arguments = format!("send --json '{}' tcp:127.0.0.1:1", file.display());
+        let Some(text) = on_a_terminal(&arguments, no_color) else { return };
         assert!(text.contains("DEBUG"), "{text:?}");
-        text
-    };
-    assert!(!logged(Some("1")).contains('\x1b'));
-    assert!(logged(None).contains('\x1b'));
-    // An empty text does not count.
-    assert!(logged(Some("")).contains('\x1b'));
+        assert_eq!(text.contains('\x1b'), colours, "{no_color:?}: {text:?}");
+    }
+}
+
+/// The colours are the program's alone, and a bar draws itself.
+#[test]
+fn terminal_gets_no_sequence_of_a_name() {
+    let folder = folder();
+    let file = path(&folder, "a\u{1b}]0;owned\u{7}\u{9b}2J");
+    fs::rename(captured(&folder, 1 << 20), &file).expect("renamed");
+    for arguments in ["send 'FILE' tcp:127.0.0.1:1", "inspect x y 'FILE'", "inspect 'FILE'/x"] {
+        let arguments = arguments.replace("FILE", file.to_str().expect("text"));
+        let Some(text) = on_a_terminal(&arguments, None) else { return };
+        assert!(
+            !text.contains("\u{1b}]0") && !text.contains('\u{9b}') && !text.contains('\u{7}'),
+            "{text:?}"
+        );
+        assert!(text.contains(r"a\u{1b}]0;owned\u{7}\u{9b}2J"), "{text:?}");
+    }
+}
+
+/// The RAM of a guest contains anything.
+#[test]
+fn ram_is_not_written_to_a_terminal() {
+    let folder = folder();
+    let file = captured(&folder, 1 << 20);
+    let arguments = format!("inspect --extract pc.ram '{}' -", file.display());
+    let Some(text) = on_a_terminal(&arguments, None) else { return };
+    assert!(text.len() < 1 << 10 && text.contains("standard output is a terminal"), "{text:?}");
 }
 
 /// Regression: the socket of another process that listened there was removed, and that process waited without end.

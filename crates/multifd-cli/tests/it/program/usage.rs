@@ -45,6 +45,25 @@ fn unknown_flag_is_refused() {
     assert_usage(&["receive", "--chanels", "2", "tcp:127.0.0.1:0", "machine"], "--chanels");
 }
 
+/// Regression: `invalid digit found in string`, `300 is not in 0..=255`.
+#[test]
+fn number_that_is_none_is_refused_with_the_range() {
+    let of_send = |flag: &str, value: &str, told: &str| {
+        assert_usage(&["send", flag, value, "machine", "tcp:127.0.0.1:1"], told);
+    };
+    for value in ["x", "300", "1.5"] {
+        let told = format!("expected a whole number from 0 to 255, found {value:?}");
+        of_send("--multifd-channels", value, &told);
+    }
+    of_send("--multifd-zstd-level", "99", "expected a whole number from 0 to 20, found \"99\"");
+    assert_usage(
+        &["demo", "--cpu-throttle-initial", "x"],
+        "expected a whole number from 1 to 99, found \"x\"",
+    );
+    assert_usage(&["demo", "--channels", "0"], "expected a whole number from 1 to 255, found \"0\"");
+    assert_usage(&["demo", "--max-passes", "x"], "expected a whole number from 0 on, found \"x\"");
+}
+
 #[test]
 fn missing_argument_is_named() {
     assert_usage(&["receive", "tcp:127.0.0.1:0"], "<FILE>");
@@ -96,7 +115,7 @@ fn method_that_is_none_of_ours_is_refused_with_those_that_are() {
 #[test]
 fn level_beyond_the_range_is_refused_with_the_range() {
     for (level, most, range) in
-        [("--multifd-zlib-level", "10", "0..=9"), ("--multifd-zstd-level", "21", "0..=20")]
+        [("--multifd-zlib-level", "10", "from 0 to 9"), ("--multifd-zstd-level", "21", "from 0 to 20")]
     {
         assert_usage(&["send", level, most, "machine", "tcp:127.0.0.1:1"], range);
         assert_usage(&["demo", level, most], range);

@@ -84,6 +84,11 @@ impl Converge {
     }
 
     /// Uses this `downtime-limit` from now on.
+    /// Sets the `max-bandwidth` that holds from now on.
+    pub(super) fn set_max_bandwidth(&mut self, limit: Option<u64>) {
+        self.options.max_bandwidth = limit;
+    }
+
     pub(super) fn set_downtime_limit(&mut self, limit: Duration) {
         self.options.downtime_limit = limit;
     }

@@ -75,7 +75,10 @@ impl DevicePart {
         let refused = |why: String| Usage::Value { what: "devices", why };
         let size: usize = devices.iter().map(|device| device.state.len()).sum();
         if devices.len() > limits::DEVICES || size > limits::DEVICE_PART / 2 {
-            return Err(refused(format!("{} with {size:#x} bytes are too many", devices.len())));
+            let (count, most, bytes) = (devices.len(), limits::DEVICES, limits::DEVICE_PART / 2);
+            let why =
+                format!("expected at most {most} with {bytes:#x} bytes, found {count} with {size:#x} bytes");
+            return Err(refused(why));
         }
         let mut bytes = Vec::with_capacity(size);
         let mut sections = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use multifd::ram::BlockName;
+use multifd::{error::UntrustedText, ram::BlockName};
 
 use super::{Put, Reader, limits};
 use crate::error::{Error, Malformed};
@@ -14,6 +14,8 @@ const REQ_PAGES: u16 = 4;
 const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
+/// A message of this library. It is sent only to a source that has [asked for it](REASON_PING).
+const REASON: u16 = 0x6d66;
 
 /// The value of a PONG that a destination of this library sends, without a PING, to a source of this library. It
 /// announces that the destination will always send SHUT, even when it fails. So a connection that closes without SHUT
@@ -23,6 +25,10 @@ pub(crate) const VERDICT_MARK: u32 = 0x6d66_6501;
 /// The value of the PING by which a source of this library asks whether all of RAM has arrived. Its guest is stopped,
 /// and the end of RAM follows at once. For a QEMU it is a PING like any other.
 pub(crate) const READY_PING: u32 = 0x6d66_6601;
+
+/// The value of the PING by which a source of this library announces that it understands [`Message::Reason`]. For a QEMU
+/// it is a PING like any other.
+pub(crate) const REASON_PING: u32 = 0x6d66_6701;
 
 const RESUME_ACK_VALUE: u32 = 1;
 const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
@@ -55,6 +61,9 @@ pub enum Message {
     ResumeAck,
     /// Ready for the switchover.
     SwitchoverAck,
+    /// Why the SHUT that follows is a failure. QEMU has no such message: a destination of this library sends it to a source
+    /// of this library. At most 512 bytes of the text are sent.
+    Reason(UntrustedText),
 }
 
 impl Message {
@@ -87,9 +96,18 @@ impl Message {
                 RESUME_ACK
             }
             Self::SwitchoverAck => SWITCHOVER_ACK,
+            Self::Reason(text) => {
+                let text = text.as_raw();
+                let sent = text.floor_char_boundary(limits::MESSAGE.into());
+                data.put(text.get(..sent).unwrap_or_default().as_bytes());
+                REASON
+            }
         };
         out.put_u16(kind);
-        #[expect(clippy::cast_possible_truncation, reason = "at most a name and 12 bytes")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "at most a name and 12 bytes, or 512 bytes of text"
+        )]
         out.put_u16(data.len() as u16);
         out.put(&data);
         if let Self::RecvBitmap { bitmap, .. } = self {
@@ -153,6 +171,10 @@ impl Message {
                 Self::ResumeAck
             }
             SWITCHOVER_ACK => fixed(0, "0").map(|()| Self::SwitchoverAck)?,
+            REASON => {
+                let text = r.bytes(length.into(), limits::MESSAGE.into(), "text of a reason")?;
+                Self::Reason(UntrustedText::from_bytes(&text))
+            }
             unknown => return Err(Malformed::value("type of a message", "1 to 7", unknown).at(at)),
         };
         if r.position() - before != u64::from(length) {

@@ -13,7 +13,7 @@ fn decoded(bytes: &[u8]) -> Result<Option<Message>, Error> {
     Message::decode(&mut reader(bytes))
 }
 
-/// According to the format's description; SHUT and PONG were captured from QEMU 7.2.22 and 10.0.2.
+/// According to the format's description; SHUT and PONG were captured from QEMU 7.2.22 and 10.0.2. The last one is ours.
 #[test]
 fn messages_are_what_qemu_writes() {
     for (golden, message) in [
@@ -33,6 +33,7 @@ fn messages_are_what_qemu_writes() {
         ),
         ("00 06 00 04 00 00 00 01", Message::ResumeAck),
         ("00 07 00 00", Message::SwitchoverAck),
+        ("6d 66 00 07 \"no disk\"", Message::Reason("no disk".into())),
     ] {
         let golden = dump(golden);
         assert_eq!(encoded(&message), golden);
@@ -60,15 +61,30 @@ fn unknown_types_wrong_lengths_and_values_are_refused() {
         "00 05 00 07 06 \"pc.ram\" 00 00 00 00 00 00 00 00 01 23 45 67 89 ab cd ee",
         "00 06 00 04 00 00 00 02",
         "00 07 00 01 00",
+        "6d 66 02 01 00",
     ] {
         let error = decoded(&dump(bytes)).unwrap_err();
         assert!(matches!(error, Error::Malformed { .. }), "{bytes}: {error}");
     }
 }
 
+#[test]
+fn a_long_reason_is_sent_up_to_the_bound_and_cut_between_characters() {
+    let sent = |text: String| match decoded(&encoded(&Message::Reason(text.into()))).unwrap().unwrap() {
+        Message::Reason(text) => text.as_raw().to_owned(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(sent("x".repeat(512)), "x".repeat(512));
+    assert_eq!(sent("x".repeat(513)), "x".repeat(512));
+    assert_eq!(sent(format!("x{}", "ö".repeat(1 << 20))), format!("x{}", "ö".repeat(255)));
+    let hostile = decoded(&dump("6d 66 00 02 ff 1b")).unwrap();
+    assert_eq!(hostile, Some(Message::Reason("\\xff\u{1b}".into())));
+}
+
 proptest! {
     #[test]
-    fn random_bytes_never_panic(kind in 0_u8..9, noise in proptest::collection::vec(any::<u8>(), 0..600)) {
-        let _ = decoded(&[&[0, kind][..], &noise].concat());
+    fn random_bytes_never_panic(kind in 0_u16..9, ours: bool, noise in proptest::collection::vec(any::<u8>(), 0..600)) {
+        let kind = if ours { REASON } else { kind };
+        let _ = decoded(&[&kind.to_be_bytes()[..], &noise].concat());
     }
 }

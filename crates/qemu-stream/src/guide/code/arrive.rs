@@ -31,8 +31,8 @@ pub fn arrive(
     let state = pending.device("counter", 0).filter(|(section, _)| section.version == version);
     let count = state.and_then(|(_, bytes)| bytes.try_into().ok()).map(u64::from_be_bytes);
     let Some(count) = count else {
-        let why = format!("expected a counter of version {version}");
-        return Err(pending.refuse(Error::other("restore the devices", why)).into());
+        let why = format!("expected the device \"counter\" of version {version}");
+        return Err(pending.refuse(Error::text(why)).into()); // the source reports this text
     };
     let mut machine = Machine::new(pending.blocks().clone(), count);
 

@@ -8,9 +8,12 @@ use std::{
 };
 
 use multifd::{
-    live::{DeviceInfo, DeviceSection, Guest, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, RunState},
     ram::{BlockIndex, DirtyBitmaps, PageIndex, RamBlocks},
 };
+
+/// Its only device. The compiler refuses a name that cannot be sent.
+pub const COUNTER: DeviceName = DeviceName::from_static("counter");
 
 /// A guest that counts, and writes each number to the next page.
 pub struct Machine {
@@ -78,7 +81,7 @@ impl Machine {
 impl Guest for Machine {
     /// The devices that `save` will return, with their greatest sizes.
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("counter", 8)]
+        vec![DeviceInfo::new(COUNTER, 8)]
     }
 
     /// Called before `stop`: a paused guest stays paused at the destination.
@@ -94,7 +97,7 @@ impl Guest for Machine {
 
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         let data = self.count.to_be_bytes().to_vec();
-        Ok(vec![DeviceSection { name: "counter".into(), instance_id: 0, version: 1, data }])
+        Ok(vec![DeviceSection { name: COUNTER, instance_id: 0, version: 1, data }])
     }
 
     /// The migration has failed: the guest, which ran before, continues here.

@@ -55,9 +55,8 @@ pub fn load(path: &Path, stop: &Stop) -> Result<Machine> {
     let blocks = Arc::new(RamBlocks::new(list.entries().iter().map(block).collect::<Result<_>>()?)?);
     Restore::new(&file).channels(4).run(&blocks, stop)?;
 
-    let devices = file.devices();
-    let counter = devices.sections().iter().find(|section| section.name.as_bytes() == b"counter");
-    let state = counter.filter(|counter| counter.version == 1).and_then(|counter| devices.body(counter));
-    let count = u64::from_be_bytes(state.ok_or("expected a counter of version 1")?.try_into()?);
+    let counter = file.devices().find("counter", 0).filter(|(section, _)| section.version == 1);
+    let (_, state) = counter.ok_or("expected a counter of version 1")?;
+    let count = u64::from_be_bytes(state.try_into()?);
     Ok(Machine::new(blocks, count))
 }

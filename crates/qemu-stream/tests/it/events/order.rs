@@ -22,6 +22,7 @@ fn every_step_of_a_stream_is_an_event_in_its_place() {
         "OPEN_RETURN_PATH",
         "PING",
         "PING",
+        "PING",
         "2 blocks",
         "Round",
         "sync at flush",
@@ -258,8 +259,10 @@ fn a_stream_cut_at_any_byte_ends_in_an_error_and_the_same_events_before() {
     for options in all_options() {
         let whole = stream(options);
         let (all, _) = names(&whole);
-        for length in (0..whole.len()).step_by(7) {
-            let (found, error) = names(&whole[..length]);
+        for length in (0..whole.len()).step_by(3) {
+            let (mut found, error) = names(&whole[..length]);
+            // A cut right before a footer looks like a section without one, up to the next read.
+            found.pop_if(|last| *last == "no footer");
             if error.is_some() {
                 let count = found.len();
                 assert!(all.starts_with(&found), "cut at {length}: {count} events");

@@ -11,7 +11,7 @@ use multifd::{
     Callback, Error, Fault,
     channel::{Address, Stop},
     error::Usage,
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, RunState},
     ram::{BlockIndex, DirtyBitmaps, DirtyLog, DirtyPages, NeverDirty, PageBitmap, PageIndex, RamBlocks},
 };
 use qemu_stream::{
@@ -340,12 +340,11 @@ fn devices_that_cannot_be_sent_are_refused_before_anything_is_connected() {
         }
     }
     let nowhere: Address = "tcp:127.0.0.1:1".parse().expect("an address");
-    let cpu = |bytes| DeviceInfo::new("cpu", bytes);
+    let cpu = |bytes| DeviceInfo::new(DeviceName::from_static("cpu"), bytes);
     for (devices, why) in [
         (vec![cpu(1), cpu(1)], "device \"cpu\" instance 0 exists twice"),
-        (vec![DeviceInfo::new("", 1)], "1 to 255 bytes"),
-        (vec![DeviceInfo::new("x".repeat(256), 1)], "1 to 255 bytes"),
-        (vec![DeviceInfo::new("globalstate", 1)], "run state"),
+        (vec![DeviceInfo::new(DeviceName::from_static("globalstate"), 1)], "run state"),
+        ((0..65_536).map(|instance| cpu(1).instance(instance)).collect(), "expected at most 65536 with"),
         (vec![cpu(200 << 20)], "a destination accepts at most 0x8000000"),
     ] {
         let leaving = departure(&blocks(&RAM), 2, MigrateOptions::new(), &Stop::new());

@@ -5,7 +5,7 @@ use std::{sync::Arc, thread};
 use multifd::{
     Error,
     channel::{Address, Listener, Stop},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState},
+    live::{DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState},
     ram::{BlockIndex, BlockName, DirtyLog, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 use qemu_stream::{
@@ -15,7 +15,7 @@ use qemu_stream::{
     source::{Source, SourceOptions},
 };
 
-pub(super) fn block(name: &str, pages: u64) -> RamBlock {
+pub(crate) fn block(name: &str, pages: u64) -> RamBlock {
     let memory = Memory::Mapped(Mapping::anonymous(pages * 4096).expect("memory"));
     let name = BlockName::new(name).expect("a name");
     RamBlock::new(name, pages * 4096, PageSize::KIB_4, memory).expect("a block")
@@ -50,9 +50,11 @@ impl Told {
     }
 }
 
+const TOLD: DeviceName = DeviceName::from_static("told");
+
 impl Guest for Told {
     fn devices(&self) -> Vec<DeviceInfo> {
-        vec![DeviceInfo::new("told", 4)]
+        vec![DeviceInfo::new(TOLD, 4)]
     }
     fn run_state(&mut self) -> RunState {
         self.at("Guest::run_state").expect("it only panics");
@@ -65,14 +67,14 @@ impl Guest for Told {
     }
     fn save(&mut self) -> std::io::Result<Vec<DeviceSection>> {
         self.at("Guest::save")?;
-        Ok(vec![DeviceSection { name: "told".into(), instance_id: 0, version: 1, data: vec![1; 4] }])
+        Ok(vec![DeviceSection { name: TOLD, instance_id: 0, version: 1, data: vec![1; 4] }])
     }
     fn resume(&mut self) {
         self.resumes += 1;
     }
 }
 
-pub(super) fn departure(
+pub(crate) fn departure(
     blocks: &Arc<RamBlocks>,
     channels: u8,
     migrate: MigrateOptions,
@@ -83,7 +85,7 @@ pub(super) fn departure(
     Source::new(blocks.clone(), options, stop).expect("options")
 }
 
-pub(super) type Made = Result<RamBlocks, Error>;
+pub(crate) type Made = Result<RamBlocks, Error>;
 
 /// Migrates `source` to a destination that makes its blocks with `make` and then calls `then`.
 pub(super) fn hop<T: Send + 'static>(
@@ -136,9 +138,9 @@ pub(super) fn difference(here: &RamBlocks, there: &RamBlocks) -> Option<String> 
     here.iter().find(differs).map(|(_, block)| block.name().to_string())
 }
 
-pub(super) const RAM: [(&str, u64); 3] = [("low", 64), ("high", 64), ("rom", 8)];
+pub(crate) const RAM: [(&str, u64); 3] = [("low", 64), ("high", 64), ("rom", 8)];
 
-pub(super) fn as_announced(_: Option<&Configuration>, list: &BlockList) -> Made {
+pub(crate) fn as_announced(_: Option<&Configuration>, list: &BlockList) -> Made {
     let entries = list.entries().iter();
     let made = entries.map(|entry| block(&entry.name.to_string(), entry.used_length / 4096));
     Ok(RamBlocks::new(made.collect())?)

@@ -3,6 +3,7 @@
 
 mod ends;
 pub(crate) mod kit;
+mod late;
 
 use std::{thread, time::Duration};
 
