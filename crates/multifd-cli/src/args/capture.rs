@@ -10,7 +10,7 @@ use multifd::{
 };
 
 use super::shared::{
-    OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, qmp_address, rate,
+    OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, number, qmp_address, rate,
     seconds,
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
@@ -18,7 +18,7 @@ use crate::{file_address::FileAddress, qmp::QmpAddress};
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CaptureArgs {
     /// Number of channels, 0 to 255; 0 = main alone
-    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4)]
+    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = number::<u8>(0, 255))]
     pub(crate) multifd_channels: u8,
     /// Compression on the way: none, zlib or zstd; FILE is not compressed
     #[arg(long, value_name = "METHOD", default_value = Method::None.as_str())]

@@ -20,7 +20,7 @@ pub(crate) use self::{
     receive::{MissingPagesArg, ReceiveArgs},
     restore::RestoreArgs,
     send::{ReturnPathArg, SendArgs, SyncModeArg},
-    shared::{OutputArgs, listen_address},
+    shared::{OutputArgs, PLAIN, ProgressArg, listen_address},
 };
 
 /// Live migration of virtual machines over many connections, in QEMU's format

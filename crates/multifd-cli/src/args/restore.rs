@@ -9,14 +9,14 @@ use multifd::{
 };
 
 use super::shared::{
-    OutputArgs, default_seconds, destination_address, file_address, limit, qmp_address, rate, seconds,
+    OutputArgs, default_seconds, destination_address, file_address, limit, number, qmp_address, rate, seconds,
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct RestoreArgs {
     /// Number of channels, 0 to 255; 0 = main alone
-    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4)]
+    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = number::<u8>(0, 255))]
     pub(crate) multifd_channels: u8,
     /// Limit in bytes per second, for example 100M (M = 1024 K); 0 = no limit
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = rate)]

@@ -22,7 +22,51 @@ pub(crate) struct OutputArgs {
     /// Print errors only; receive also prints its address
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    /// Progress: bar; plain: a line with the time every 10 s, or plain=TIME, in seconds or with a unit (500ms, 2m); json: an
+    /// object a line on standard output, with the fields of QEMU's query-migrate; none; auto: bar on a terminal, otherwise
+    /// plain, with --json none
+    #[arg(long, value_name = "MODE", default_value = "auto", value_parser = progress)]
+    progress: ProgressArg,
 }
+
+impl OutputArgs {
+    /// How progress is shown.
+    pub(crate) fn progress(&self) -> ProgressArg {
+        match self.progress {
+            ProgressArg::Auto if self.quiet || self.json => ProgressArg::None,
+            chosen => chosen,
+        }
+    }
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProgressArg {
+    /// A bar on a terminal, otherwise lines.
+    Auto,
+    Bar,
+    /// A line in each of these periods.
+    Plain(Duration),
+    Json,
+    None,
+}
+
+fn progress(text: &str) -> Result<ProgressArg, String> {
+    match text {
+        "auto" => Ok(ProgressArg::Auto),
+        "bar" => Ok(ProgressArg::Bar),
+        "plain" => Ok(ProgressArg::Plain(PLAIN)),
+        "json" => Ok(ProgressArg::Json),
+        "none" => Ok(ProgressArg::None),
+        other => match other.strip_prefix("plain=").map(seconds) {
+            Some(Ok(every)) if !every.is_zero() => Ok(ProgressArg::Plain(every)),
+            _ => Err(format!("expected auto, bar, plain, plain=TIME, json or none, found {other:?}")),
+        },
+    }
+}
+
+/// The period of lines, if none is given.
+pub(crate) const PLAIN: Duration = Duration::from_secs(10);
 
 /// `zero-page-detection`, or `auto`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -1,22 +1,23 @@
-//! Shows progress while a migration runs: a bar on a terminal, otherwise a line from time to time, nothing with
-//! `--quiet`.
+//! Shows progress while a migration runs: a bar on a terminal, lines with the time elsewhere, or objects for programs.
 //!
 //! A separate thread reads the counters; the migration does not know it. The thread ends when its handle is dropped.
 
 use std::{
-    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     thread::{Builder, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-
 use multifd::error::Printable;
 
 use super::{
-    outlet::{is_terminal, say},
+    log::time_of_day,
+    outlet::{is_terminal, print_json, say},
     progress::{Look, Meter, percent},
+    report::Report,
 };
+use crate::args::{PLAIN, ProgressArg};
 
 /// Shows progress until it is dropped.
 pub(crate) struct Display {
@@ -24,48 +25,91 @@ pub(crate) struct Display {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What the display asks for: a snapshot for people, and one for programs.
+pub(crate) trait Shown: Send + 'static {
+    /// For people.
+    fn look(&self) -> Look;
+
+    /// For programs.
+    fn report(&self) -> Report;
+}
+
 impl Display {
-    /// Starts to show the snapshots that `look` returns, unless `quiet`.
-    pub(crate) fn start(verb: &'static str, quiet: bool, look: impl Fn() -> Look + Send + 'static) -> Self {
-        if quiet {
+    /// Starts to show `shown` in this mode.
+    pub(crate) fn start(verb: &'static str, mode: ProgressArg, shown: impl Shown) -> Self {
+        let (end, ended) = channel();
+        let show = move || match mode {
+            ProgressArg::Bar => as_bar(verb, &shown, &ended),
+            ProgressArg::Auto if is_terminal() => as_bar(verb, &shown, &ended),
+            ProgressArg::Auto => as_lines(verb, &shown, PLAIN, &ended),
+            ProgressArg::Plain(every) => as_lines(verb, &shown, every, &ended),
+            ProgressArg::Json => as_objects(&shown, &ended),
+            ProgressArg::None => {}
+        };
+        if mode == ProgressArg::None {
             return Self { end: None, thread: None };
         }
-        let (end, ended) = channel();
-        let thread = Builder::new().name("display".into()).spawn(move || {
-            let terminal = is_terminal();
-            let every = if terminal { BAR_EVERY } else { LINE_EVERY };
-            let bar = terminal.then(ProgressBar::new_spinner);
-            if let Some(bar) = &bar {
-                bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(20));
-            }
-            let mut bounded = None;
-            let mut meter = Meter::default();
-            // Nothing is ever sent: the wait ends when the other end is dropped.
-            while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
-                let look = look();
-                let (text, hint) = meter.text(&look);
-                if let Some(hint) = hint {
-                    let tell = || say(&format!("{verb}: {hint}"));
-                    bar.as_ref().map_or_else(tell, |bar| bar.suspend(tell));
-                }
-                match &bar {
-                    Some(bar) => {
-                        if bounded.replace(look.is_bounded()) != Some(look.is_bounded()) {
-                            bar.set_style(style(look.is_bounded()));
-                        }
-                        bar.set_length(look.total);
-                        bar.set_position(look.done.min(look.total));
-                        show(bar, &text);
-                    }
-                    None => say(&format!("{verb}: {}{text}", percent(&look))),
-                }
-            }
-            if let Some(bar) = bar {
-                bar.finish_and_clear();
-            }
-        });
         // Without a thread no progress is shown, which is not an error.
+        let thread = Builder::new().name("display".into()).spawn(show);
         Self { end: Some(end), thread: thread.ok() }
+    }
+}
+
+/// Waits for this time; `false` at the end. Nothing is ever sent: the wait ends when the other end is dropped.
+fn goes_on(ended: &Receiver<()>, time: Duration) -> bool {
+    ended.recv_timeout(time) == Err(RecvTimeoutError::Timeout)
+}
+
+fn as_bar(verb: &str, shown: &impl Shown, ended: &Receiver<()>) {
+    let bar = ProgressBar::new_spinner();
+    bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(20));
+    let (mut bounded, mut meter) = (None, Meter::default());
+    while goes_on(ended, BAR_EVERY) {
+        let look = shown.look();
+        let (text, hint) = meter.text(&look);
+        if let Some(hint) = hint {
+            bar.suspend(|| say(&format!("{verb}: {hint}")));
+        }
+        if bounded.replace(look.is_bounded()) != Some(look.is_bounded()) {
+            bar.set_style(style(look.is_bounded()));
+        }
+        bar.set_length(look.total);
+        bar.set_position(look.done.min(look.total));
+        show(&bar, &text);
+    }
+    bar.finish_and_clear();
+}
+
+/// The first line comes soon, the others in every period. A hint does not wait for its line.
+fn as_lines(verb: &str, shown: &impl Shown, every: Duration, ended: &Receiver<()>) {
+    let (mut meter, mut next) = (Meter::default(), Instant::now());
+    while goes_on(ended, LOOK.min(every)) {
+        let look = shown.look();
+        let (text, hint) = meter.text(&look);
+        if let Some(hint) = hint {
+            say(&format!("{verb}: {hint}"));
+        }
+        let now = Instant::now();
+        if now >= next {
+            say(&format!("{} {verb}: {}{text}", time_of_day(), percent(&look)));
+            next = now + every;
+        }
+    }
+}
+
+/// One object in each second, and one for each new status.
+fn as_objects(shown: &impl Shown, ended: &Receiver<()>) {
+    let (mut last, mut next) = (None, Instant::now());
+    while goes_on(ended, BAR_EVERY) {
+        let report = shown.report();
+        let now = Instant::now();
+        if last == Some(report.status) && now < next {
+            continue;
+        }
+        if print_json(&report).is_err() {
+            return;
+        }
+        (last, next) = (Some(report.status), now + LOOK);
     }
 }
 
@@ -85,7 +129,8 @@ fn show(bar: &ProgressBar, text: &str) {
 }
 
 const BAR_EVERY: Duration = Duration::from_millis(100);
-const LINE_EVERY: Duration = Duration::from_secs(1);
+/// How often progress is looked at, and printed as an object.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// One line, cut at the width of the terminal: a bar if the end is known (`bounded`).
 fn style(bounded: bool) -> ProgressStyle {

@@ -70,6 +70,17 @@ where
     }
 }
 
+/// The time in UTC, to the second: 2026-01-31T23:59:59Z.
+pub(super) fn time_of_day() -> String {
+    let mut time = String::new();
+    // Writing to a string does not fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+    match time.split_once('.') {
+        Some((seconds, _)) => format!("{seconds}Z"),
+        None => time,
+    }
+}
+
 /// The number of a terminal's colour.
 fn colour(level: Level) -> u8 {
     match level {

@@ -29,7 +29,7 @@ use crate::{
     interrupt,
     listen_address::ListenAddress,
     output::{
-        display::Display,
+        display::{Display, Shown},
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
         progress::Look,
@@ -172,8 +172,7 @@ impl Reception<'_> {
         let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
         let display = {
             let (progress, completing) = (progress.clone(), completing.clone());
-            let quiet = self.output.quiet || self.output.json;
-            Display::start(self.verb, quiet, move || look(&progress, &completing))
+            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, start })
         };
         let peer = arrival.peer().to_owned();
         let received = self.take_in(arrival, capture, &progress, &completing, stop);
@@ -283,6 +282,30 @@ const UNTOLD: &str = "the source did not get the confirmation (it was cancelled,
                       guest: check the source before you restore the file, the guest must not run twice";
 /// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
+
+/// What the display shows.
+struct Receiving {
+    progress: ArrivalProgress,
+    completing: Arc<AtomicBool>,
+    start: Instant,
+}
+
+impl Shown for Receiving {
+    fn look(&self) -> Look {
+        look(&self.progress, &self.completing)
+    }
+
+    fn report(&self) -> Report {
+        let mut report = report(&Numbers::of(&self.progress), self.start.elapsed());
+        report.status = match self.progress.ram() {
+            None => "setup",
+            Some(_) if self.completing.load(Ordering::Relaxed) => "device",
+            Some(_) => "active",
+        };
+        report.ram.dirty_sync_count = self.progress.pass();
+        report
+    }
+}
 
 fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
     let transferred = Numbers::of(progress).transferred();

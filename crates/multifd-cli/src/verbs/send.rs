@@ -5,7 +5,7 @@ use std::{fs::File, io, sync::Arc};
 use multifd::{
     Error, Fault, SendOptions,
     channel::{Address, Connect, Stop},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, RunState, ZeroPageDetection},
+    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState, ZeroPageDetection},
     ram::{NeverDirty, RamBlocks},
     wire::VmUuid,
 };
@@ -24,7 +24,7 @@ use crate::{
     identity::Identity,
     interrupt,
     output::{
-        display::Display,
+        display::{Display, Shown},
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
         progress::Look,
@@ -82,11 +82,8 @@ impl Delivery<'_> {
     ) -> Result<MigrationInfo, Failure> {
         let progress = source.progress();
         let display = {
-            let (progress, hint) = (progress.clone(), self.hint.clone());
-            Display::start(self.verb, self.output.quiet || self.output.json, move || Look {
-                hint: Some(hint.clone()),
-                ..Look::of(&progress)
-            })
+            let sending = Sending { progress: progress.clone(), hint: self.hint.clone() };
+            Display::start(self.verb, self.output.progress(), sending)
         };
         let sent = source.migrate(connector, &mut NeverDirty, &mut guest);
         drop(display);
@@ -113,6 +110,22 @@ impl Delivery<'_> {
             say_lines(&report.lines(&format!("{done} {} to {}", self.file, self.to)));
         }
         Ok(())
+    }
+}
+
+/// What the display shows.
+struct Sending {
+    progress: Progress,
+    hint: String,
+}
+
+impl Shown for Sending {
+    fn look(&self) -> Look {
+        Look { hint: Some(self.hint.clone()), ..Look::of(&self.progress) }
+    }
+
+    fn report(&self) -> Report {
+        Report::of_source(&self.progress.info())
     }
 }
 

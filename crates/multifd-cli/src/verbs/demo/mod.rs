@@ -35,10 +35,10 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
-    args::DemoArgs,
+    args::{DemoArgs, ProgressArg},
     combinations, interrupt,
     output::{
-        display::Display,
+        display::{Display, Shown},
         outcome::{Failure, While},
         outlet::{print_json, print_lines, say},
         progress::Look,
@@ -77,8 +77,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     }
     let progress = source.progress();
     let display = {
-        let progress = progress.clone();
-        Display::start("demo", args.json, move || look(&progress))
+        let mode = if args.json { ProgressArg::None } else { ProgressArg::Auto };
+        Display::start("demo", mode, Migrating(progress.clone()))
     };
     let mut log = guest.dirty_log()?;
     let sent = source.migrate(address, &mut log, &mut guest);
@@ -215,6 +215,19 @@ fn hash(blocks: &RamBlocks) -> Result<String, Failure> {
         }
     }
     Ok(format!("{:032x}", hasher.digest128()))
+}
+
+/// What the display shows.
+struct Migrating(Progress);
+
+impl Shown for Migrating {
+    fn look(&self) -> Look {
+        look(&self.0)
+    }
+
+    fn report(&self) -> Report {
+        Report::of_source(&self.0.info())
+    }
 }
 
 fn look(progress: &Progress) -> Look {

@@ -82,8 +82,15 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "dirty-rate",
         "channels-from",
         "missing-pages",
+        "progress",
+        "listen",
+        "no-return-path",
+        "before-continue",
+        "leave-paused",
+        "quit",
+        "paused",
     ];
-    for verb in ["send", "receive", "demo"] {
+    for verb in ["send", "receive", "demo", "capture", "restore"] {
         let help = run([verb, "--help"]).stdout;
         let flags = help.lines().filter_map(|line| {
             let line = line.trim_start();

@@ -9,7 +9,7 @@ use std::{
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::kit::{Program, captured, fast, feed, folder, machine, migrate, multifd, path, run, slow, source};
 
@@ -40,7 +40,8 @@ fn source_that_cannot_connect_shows_that_it_connects_and_reports_that_all_remain
     let _first = UnixStream::connect(&socket).unwrap();
     let address = format!("unix:{}", socket.display());
     let send = feed(&["--connect-timeout", "3"], &from, &address);
-    assert_eq!(send.next_line(), "send: connecting");
+    let line = send.next_line();
+    assert!(line.ends_with("Z send: connecting"), "{line}");
     let ended = send.end_within(SOON);
     assert!(!ended.stderr.contains('%'), "{ended:?}");
 
@@ -168,7 +169,8 @@ fn shown(mut from: Vm, passes: u64) -> Result<(String, u64), Error> {
     let folder = folder();
     from.set_capabilities(&[("return-path", true)])?;
     slow(&mut from)?;
-    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
+    let options = ["--progress", "plain=1"];
+    let (receive, address) = Program::receive(&options, LOCAL, &path(&folder, "machine"));
     from.migrate(&address)?;
     from.wait_passes(passes, PATIENCE)?;
     // Its next line is about these passes.
@@ -182,7 +184,7 @@ fn shown(mut from: Vm, passes: u64) -> Result<(String, u64), Error> {
 
 /// The passes in these lines.
 fn passes(lines: &str) -> Vec<u64> {
-    let numbers = lines.lines().filter_map(|line| line.strip_prefix("receive: pass "));
+    let numbers = lines.lines().filter_map(|line| Some(line.split_once("Z receive: pass ")?.1));
     numbers.map(|rest| rest.split_once(',').expect("its form").0.parse().expect("a number")).collect()
 }
 
@@ -238,3 +240,36 @@ fn source_that_waits_for_a_switchover_ack_gives_a_hint_once() {
         assert!(!receive.done().stderr.contains("switchover-ack"));
     }
 }
+
+/// Each mode, with a transfer that takes some seconds.
+#[test]
+fn progress_is_shown_as_it_is_asked_for() {
+    let folder = folder();
+    let from = captured(&folder, 4 * MIB);
+    let sent = |name: &str, options: &[&str]| {
+        let (receive, address) = Program::receive(&["--quiet"], LOCAL, &path(&folder, name));
+        let ended = feed(&[&["--max-bandwidth", "2M", "--uuid", UUID], options].concat(), &from, &address).done();
+        receive.done();
+        ended
+    };
+    let plain = sent("plain", &["--progress", "plain=500ms"]);
+    let lines: Vec<_> = plain.stderr.lines().filter(|line| line.contains("Z send: ")).collect();
+    assert!(lines.len() >= 3 && lines.iter().all(|line| line.starts_with("20")), "{plain:?}");
+    let seldom = sent("seldom", &[]);
+    assert_eq!(seldom.stderr.matches("Z send: ").count(), 1, "one soon, the next after 10 s: {seldom:?}");
+    let none = sent("none", &["--progress", "none"]);
+    assert!(!none.stderr.contains("send: ") && none.stderr.contains("sent "), "{none:?}");
+    assert!(none.stdout.is_empty());
+
+    let objects = sent("objects", &["--progress", "json", "--json"]);
+    let all: Vec<Value> = objects.stdout.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    let statuses: Vec<_> = all.iter().filter_map(|object| object["status"].as_str()).collect();
+    assert!(statuses.len() == all.len() && statuses.contains(&"active"), "{objects:?}");
+    assert_eq!(statuses.last(), Some(&"completed"), "{objects:?}");
+    assert!(all.iter().all(|object| object["ram"]["transferred"].is_u64() && object["channels"].is_array()));
+
+    let refused = run(["send", "--progress", "plain=0", "FILE", "unix:x"]);
+    refused.assert_failed(2, &["expected auto, bar, plain, plain=TIME, json or none"]);
+}
+
+const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";

@@ -35,7 +35,7 @@ fn progress_and_report_go_to_standard_error() {
     receive.done();
     assert!(ended.stdout.is_empty(), "{ended:?}");
     let first = ended.stderr.lines().find(|line| !line.contains("has no UUID")).unwrap_or_default();
-    assert!(first.starts_with("send: ") && first.contains(" %, pass 1, "), "{ended:?}");
+    assert!(first.contains("Z send: ") && first.contains(" %, pass 1, "), "{ended:?}");
     let last = format!("sent {} to {address}", from.display());
     assert!(ended.stderr.contains(&last) && ended.stderr.contains("channel 1"), "{ended:?}");
 }

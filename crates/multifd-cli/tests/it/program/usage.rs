@@ -1,5 +1,7 @@
 //! The command line itself.
 
+use std::{fs, path::Path};
+
 use crate::kit::run;
 
 #[track_caller]
@@ -193,4 +195,32 @@ fn channels_over_a_command_are_refused() {
     let told = "exec:cat is a single connection and cannot carry channels: set multifd-channels to 0";
     assert_usage(&["send", "machine", "exec:cat"], told);
     assert_usage(&["receive", "--multifd-channels", "2", "exec:cat", "machine"], told);
+}
+
+/// The messages of the page for troubleshooting, each in the source of the program or of a library.
+#[test]
+fn messages_of_the_page_for_troubleshooting_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let page = fs::read_to_string(root.join("docs/use/troubleshooting.md")).unwrap();
+    let mut sources = String::new();
+    let mut folders: Vec<_> =
+        ["multifd", "qemu-stream", "multifd-cli"].map(|name| root.join("crates").join(name).join("src")).into();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else {
+                sources += &fs::read_to_string(entry).unwrap();
+            }
+        }
+    }
+    // A text that goes on in the next line ends with a backslash.
+    let lines: Vec<_> = sources.lines().map(str::trim_start).collect();
+    let sources = lines.join("\n").replace("\\\n", "");
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+    let messages: Vec<_> = rows.map(|(message, _)| message).collect();
+    assert!(messages.len() > 10, "{messages:?}");
+    for message in messages {
+        assert!(sources.contains(message), "no source has {message:?}");
+    }
 }
