@@ -10,8 +10,8 @@ use multifd::{
 };
 
 use super::shared::{
-    OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, number, qmp_address, rate,
-    seconds,
+    OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, number, qmp_address,
+    rate, seconds,
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
 

@@ -5,7 +5,10 @@ use std::{fs::File, io, sync::Arc};
 use multifd::{
     Error, Fault, SendOptions,
     channel::{Address, Connect, Stop},
-    live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState, ZeroPageDetection},
+    live::{
+        DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState,
+        ZeroPageDetection,
+    },
     ram::{NeverDirty, RamBlocks},
     wire::VmUuid,
 };

@@ -82,8 +82,9 @@ fn report_of_a_failed_receive_has_what_arrived_and_nothing_that_it_cannot_know()
 fn both_sides_show_what_moves_without_channels() {
     let folder = folder();
     let from = captured(&folder, 64 * MIB);
-    let (receive, address) = Program::receive(&[], LOCAL, &path(&folder, "machine"));
-    let send = feed(&["--max-bandwidth", "8M", "--multifd-channels", "0"], &from, &address);
+    let (receive, address) = Program::receive(&["--progress", "plain=1"], LOCAL, &path(&folder, "machine"));
+    let options = ["--progress", "plain=1", "--max-bandwidth", "8M", "--multifd-channels", "0"];
+    let send = feed(&options, &from, &address);
     line_with(&send, "pass 1, ");
     let sent = send.next_line();
     assert!(sent.contains("MiB/s") && sent.contains(" %, pass 1, "), "{sent}");
@@ -248,7 +249,8 @@ fn progress_is_shown_as_it_is_asked_for() {
     let from = captured(&folder, 4 * MIB);
     let sent = |name: &str, options: &[&str]| {
         let (receive, address) = Program::receive(&["--quiet"], LOCAL, &path(&folder, name));
-        let ended = feed(&[&["--max-bandwidth", "2M", "--uuid", UUID], options].concat(), &from, &address).done();
+        let ended =
+            feed(&[&["--max-bandwidth", "2M", "--uuid", UUID], options].concat(), &from, &address).done();
         receive.done();
         ended
     };
@@ -262,7 +264,8 @@ fn progress_is_shown_as_it_is_asked_for() {
     assert!(none.stdout.is_empty());
 
     let objects = sent("objects", &["--progress", "json", "--json"]);
-    let all: Vec<Value> = objects.stdout.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    let all: Vec<Value> =
+        objects.stdout.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
     let statuses: Vec<_> = all.iter().filter_map(|object| object["status"].as_str()).collect();
     assert!(statuses.len() == all.len() && statuses.contains(&"active"), "{objects:?}");
     assert_eq!(statuses.last(), Some(&"completed"), "{objects:?}");

@@ -203,8 +203,9 @@ fn messages_of_the_page_for_troubleshooting_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let page = fs::read_to_string(root.join("docs/use/troubleshooting.md")).unwrap();
     let mut sources = String::new();
-    let mut folders: Vec<_> =
-        ["multifd", "qemu-stream", "multifd-cli"].map(|name| root.join("crates").join(name).join("src")).into();
+    let mut folders: Vec<_> = ["multifd", "qemu-stream", "multifd-cli"]
+        .map(|name| root.join("crates").join(name).join("src"))
+        .into();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
             if entry.is_dir() {
