@@ -83,6 +83,8 @@ fn as_bar(verb: &str, shown: &impl Shown, ended: &Receiver<()>) {
 /// The first line comes soon, the others in every period. A hint does not wait for its line.
 fn as_lines(verb: &str, shown: &impl Shown, every: Duration, ended: &Receiver<()>) {
     let (mut meter, mut next) = (Meter::default(), Instant::now());
+    // The first rate is that of the first period.
+    meter.text(&shown.look());
     while goes_on(ended, LOOK.min(every)) {
         let look = shown.look();
         let (text, hint) = meter.text(&look);
