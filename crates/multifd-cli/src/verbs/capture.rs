@@ -120,8 +120,12 @@ fn refuse_others(qmp: &mut Qmp, was: &str, args: &CaptureArgs) -> Result<(), Fai
             "an earlier migration has stopped its guest, and QEMU can migrate it again only after cont",
         );
     }
-    if Migration::query(qmp)?.status == MigrationStatus::Active {
-        return refused("another migration is in progress (query-migrate)");
+    match Migration::query(qmp)?.status {
+        MigrationStatus::Active => return refused("another migration is in progress (query-migrate)"),
+        MigrationStatus::Failed => tracing::warn!(
+            "an earlier migration of this QEMU has failed; QEMU 10.0 can end, with its guest, in the next one"
+        ),
+        _ => {}
     }
     // Of an earlier migration.
     Migration::settle(qmp)?;
