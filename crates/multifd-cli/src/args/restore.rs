@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use clap::Args as ClapArgs;
-use multifd::{
-    channel::Address,
-    parameters::{CONNECT_TIMEOUT, STALL_TIMEOUT},
-};
+use multifd::{channel::Address, parameters::STALL_TIMEOUT};
 
 use super::shared::{
     OutputArgs, default_seconds, destination_address, file_address, limit, number, qmp_address, rate, seconds,
@@ -51,10 +48,5 @@ impl RestoreArgs {
     /// `None` is no limit.
     pub(crate) fn stall_timeout(&self) -> Option<Duration> {
         limit(self.stall_timeout)
-    }
-
-    /// The time limit for a connection.
-    pub(crate) fn connect_timeout(&self) -> Duration {
-        CONNECT_TIMEOUT.default_time()
     }
 }

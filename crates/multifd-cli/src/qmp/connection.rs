@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::address::{Host, QmpAddress, Socket};
+use crate::output::outcome::Failure;
 
 /// A QEMU that executes commands.
 #[derive(Debug)]
@@ -64,8 +65,6 @@ pub(crate) enum QmpError {
     Incomplete { command: &'static str, lacks: &'static str },
     /// An earlier migration has ended, and QEMU still keeps its connections.
     NotCleanedUp,
-    /// An interrupt ended the wait.
-    Cancelled,
 }
 
 impl fmt::Display for QmpError {
@@ -100,7 +99,6 @@ impl fmt::Display for QmpError {
                 "QEMU keeps the connections of a migration that has ended (query-yank), so another one is impossible until QEMU \
                  is restarted; the guest runs on",
             ),
-            Self::Cancelled => f.write_str("interrupted"),
         }
     }
 }
@@ -116,7 +114,10 @@ impl std::error::Error for QmpError {
 
 impl Qmp {
     /// Connects, and waits for the greeting until `stop`.
-    pub(crate) fn connect(address: &QmpAddress, stop: &Stop) -> Result<Self, QmpError> {
+    ///
+    /// # Errors
+    /// [`Failure::Interrupted`] at the stop.
+    pub(crate) fn connect(address: &QmpAddress, stop: &Stop) -> Result<Self, Failure> {
         let failed = |error| QmpError::Connect(address.clone(), error);
         let socket = address.connect(GREETING).map_err(failed)?;
         socket.limit(LOOK, REPLY).map_err(failed)?;
@@ -131,12 +132,12 @@ impl Qmp {
         let end = Instant::now() + GREETING;
         let greeting = loop {
             if stop.is_stopped() {
-                return Err(QmpError::Cancelled);
+                return Err(Failure::Interrupted);
             }
             match qmp.line().map_err(failed)? {
                 Some(line) => break line,
                 None if Instant::now() < end => {}
-                None => return Err(QmpError::Busy(address.clone())),
+                None => return Err(QmpError::Busy(address.clone()).into()),
             }
         };
         let greeting: Result<Greeting, _> = serde_json::from_slice(&greeting);

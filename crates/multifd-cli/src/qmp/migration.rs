@@ -90,6 +90,11 @@ impl Migration {
         Ok(now)
     }
 
+    /// The reason of a failure, or that there is none.
+    pub(crate) fn why(&self) -> String {
+        self.reason().map_or_else(|| "no reason is known".to_owned(), |why| why.to_string())
+    }
+
     /// The reason of a failure, in QEMU's words.
     pub(crate) fn reason(&self) -> Option<UntrustedText> {
         self.fields.get("error-desc").and_then(Value::as_str).map(UntrustedText::from)
@@ -147,7 +152,7 @@ pub(crate) fn resume(qmp: &mut Qmp) -> Result<(), QmpError> {
 
 pub(crate) const RUNNING: &str = "running";
 /// How often QEMU is asked.
-pub(crate) const EVERY: Duration = Duration::from_millis(100);
+const EVERY: Duration = Duration::from_millis(100);
 const OFTEN: Duration = Duration::from_millis(5);
 /// The time limit for the end of a migration that was cancelled.
 const SETTLES: Duration = Duration::from_secs(30);

@@ -22,4 +22,4 @@ pub(crate) use connection::{Qmp, QmpError, Version};
 pub(crate) use machine::Machine;
 pub(crate) use meeting::{Listens, Meeting, listening_at};
 pub(crate) use migration::{Migration, MigrationStatus, RUNNING, resume, run_state};
-pub(crate) use settings::{Changed, OFF_AT_SOURCE, Settings, Wanted};
+pub(crate) use settings::{Changed, Settings, Wanted};

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use multifd::Method;
 use serde_json::{Map, Value, json};
 
 use super::connection::{Qmp, QmpError};
@@ -18,6 +19,20 @@ pub(crate) struct Settings {
 pub(crate) struct Wanted {
     pub(crate) capabilities: Vec<(&'static str, bool)>,
     pub(crate) parameters: Vec<(&'static str, Value)>,
+}
+
+impl Wanted {
+    /// The settings of a migration over `channels`, or over main alone without any.
+    pub(crate) fn over(channels: u8, method: Method, return_path: bool) -> Self {
+        let mut capabilities: Vec<_> = OFF.map(|name| (name, false)).into();
+        capabilities.extend([("multifd", channels > 0), ("return-path", return_path)]);
+        let mut parameters = vec![("tls-creds", json!(""))];
+        if channels > 0 {
+            parameters.push(("multifd-channels", json!(channels)));
+            parameters.push(("multifd-compression", json!(method.as_str())));
+        }
+        Self { capabilities, parameters }
+    }
 }
 
 /// What a change has replaced. Put it back when the migration has ended.
@@ -103,7 +118,7 @@ fn is_off(value: &Value) -> bool {
 }
 
 /// Capabilities that change what a source sends in a way that a file cannot keep, or that concern another transport.
-pub(crate) const OFF_AT_SOURCE: [&str; 16] = [
+const OFF: [&str; 16] = [
     "xbzrle",
     "compress",
     "rdma-pin-all",

@@ -1,7 +1,7 @@
 //! `multifd capture`: a running QEMU migrates into a file, by commands through QMP, and its guest continues.
 //!
 //! ```text
-//! Qmp ─▶ settings changed ─▶ migrate ─▶ Reception (as `receive`) ─▶ settings put back ─▶ command of the user ─▶ cont
+//! Qmp ─▶ settings changed ─▶ migrate ─▶ Reception (as `receive`) ─▶ command of the user ─▶ settings put back ─▶ cont
 //!                              └── a thread asks query-migrate, so that a failure of QEMU ends the reception
 //! ```
 //!
@@ -40,8 +40,8 @@ use crate::{
         report::millis,
     },
     qmp::{
-        Changed, Listens, Meeting, Migration, MigrationStatus, OFF_AT_SOURCE, Qmp, QmpError, RUNNING,
-        Settings, Version, Wanted, resume, run_state,
+        Changed, Listens, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Version,
+        Wanted, resume, run_state,
     },
 };
 
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
-    let mut qmp = Qmp::connect(&args.qmp, &stop).map_err(of_qmp)?;
+    let mut qmp = Qmp::connect(&args.qmp, &stop)?;
     let was = run_state(&mut qmp)?;
     refuse_others(&mut qmp, &was, args)?;
     if args.no_return_path {
@@ -163,21 +163,15 @@ fn is_loopback(host: &str) -> bool {
 
 /// The settings of a source that migrates into a file.
 fn wanted(args: &CaptureArgs) -> Wanted {
-    let channels = args.multifd_channels > 0;
-    let mut capabilities: Vec<_> = OFF_AT_SOURCE.map(|name| (name, false)).into();
-    capabilities.extend([("multifd", channels), ("return-path", !args.no_return_path)]);
+    let mut wanted = Wanted::over(args.multifd_channels, args.multifd_compression, !args.no_return_path);
     if args.auto_converge {
-        capabilities.push(("auto-converge", true));
+        wanted.capabilities.push(("auto-converge", true));
     }
-    let mut parameters = vec![("max-bandwidth", json!(args.max_bandwidth)), ("tls-creds", json!(""))];
-    if channels {
-        parameters.push(("multifd-channels", json!(args.multifd_channels)));
-        parameters.push(("multifd-compression", json!(args.multifd_compression.as_str())));
-    }
+    wanted.parameters.push(("max-bandwidth", json!(args.max_bandwidth)));
     if let Some(limit) = args.downtime_limit {
-        parameters.push(("downtime-limit", json!(millis(limit))));
+        wanted.parameters.push(("downtime-limit", json!(millis(limit))));
     }
-    Wanted { capabilities, parameters }
+    wanted
 }
 
 /// Starts the migration and receives it. A failure that QEMU reports ends the reception.
@@ -204,9 +198,7 @@ fn watch(source: &Controlled, stop: &Stop, ended: &Receiver<()>) {
         let now = Migration::query(&mut source.lock());
         let error = match now {
             Ok(now) if now.status == MigrationStatus::Failed => {
-                let reason =
-                    now.reason().map_or_else(|| "no reason is known".to_owned(), |why| why.to_string());
-                Error::other("QEMU reports that the migration failed", reason)
+                Error::other("QEMU reports that the migration failed", now.why())
             }
             Ok(now) if now.status == MigrationStatus::Cancelled => {
                 Error::other("the migration was cancelled at QEMU", "migrate_cancel by another client")
@@ -240,7 +232,7 @@ fn finish(
         let why = migration.reason().map_or_else(String::new, |why| format!(": {why}"));
         tracing::warn!("QEMU did not get the confirmation that the file is complete{why}");
     }
-    let ran = if args.before_continue.is_some() { before_continue(args) } else { Ok(()) };
+    let ran = before_continue(args);
     let continues = if args.quit {
         quit(qmp).map_err(|error| complete("QEMU did not end", error))?;
         false
@@ -267,7 +259,7 @@ fn finish(
     ran
 }
 
-/// Runs the user's command while the guest is stopped.
+/// Runs the user's command, if there is one, while the guest is stopped.
 fn before_continue(args: &CaptureArgs) -> Result<(), Failure> {
     let Some(command) = &args.before_continue else { return Ok(()) };
     let path = std::path::absolute(args.file.path()).unwrap_or_else(|_| args.file.path().to_owned());
@@ -315,13 +307,6 @@ fn bring_back(qmp: &mut Qmp, changed: Changed, was: &str) -> Result<(), QmpError
         resume(qmp)?;
     }
     changed.put_back(qmp)
-}
-
-fn of_qmp(error: QmpError) -> Failure {
-    match error {
-        QmpError::Cancelled => Failure::Interrupted,
-        error => error.into(),
-    }
 }
 
 const UNKNOWN: &str =

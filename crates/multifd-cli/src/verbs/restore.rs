@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{SendOptions, channel::Stop, wire::VmUuid};
+use multifd::{Method, SendOptions, channel::Stop, wire::VmUuid};
 use qemu_stream::{
     mapped_ram::MappedRamFile,
     source::{Source, SourceOptions},
@@ -28,8 +28,8 @@ use crate::{
         report::Report,
     },
     qmp::{
-        Listens, Machine, Meeting, Migration, MigrationStatus, OFF_AT_SOURCE, Qmp, QmpError, RUNNING,
-        Settings, Wanted, listening_at, resume, run_state,
+        Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Wanted,
+        listening_at, resume, run_state,
     },
 };
 
@@ -38,10 +38,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
     interrupt::cancels(&stop)?;
     let file = args.file.open()?;
     let guest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
-    let mut qmp = Qmp::connect(&args.qmp, &stop).map_err(|error| match error {
-        QmpError::Cancelled => Failure::Interrupted,
-        error => error.into(),
-    })?;
+    let mut qmp = Qmp::connect(&args.qmp, &stop)?;
     let state = run_state(&mut qmp)?;
     if state != "inmigrate" {
         let why = format!("its guest is {state}: start QEMU with -incoming defer");
@@ -61,13 +58,12 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
         .channels(args.multifd_channels)
         // The channels compare it with that of the destination, which is known here.
         .send(SendOptions::new().uuid(machine.uuid))
-        .connect_timeout(args.connect_timeout())
         .stall_timeout(args.stall_timeout())
         .migrate(options);
     let source = Source::new(blocks, options, &stop).map_err(Failure::of)?;
 
     let settings = Settings::of(&mut qmp)?;
-    let changed = settings.change(&mut qmp, &wanted(args))?;
+    let changed = settings.change(&mut qmp, &Wanted::over(args.multifd_channels, Method::None, true))?;
     // Whether the guest runs after loading is decided by the last of these commands, as at the start by -S.
     qmp.execute(if args.paused { "stop" } else { "cont" }, json!({}))?;
     let meeting = Meeting::arrange(&qmp, Listens::Qemu, args.listen.as_ref())?;
@@ -113,19 +109,6 @@ fn compare(args: &RestoreArgs, machine: &Machine, file: &MappedRamFile) -> Resul
     Err(While::new(what, all).into())
 }
 
-/// The settings of a destination.
-fn wanted(args: &RestoreArgs) -> Wanted {
-    let channels = args.multifd_channels > 0;
-    let mut capabilities: Vec<_> = OFF_AT_SOURCE.map(|name| (name, false)).into();
-    capabilities.extend([("multifd", channels), ("return-path", true)]);
-    let mut parameters = vec![("tls-creds", json!(""))];
-    if channels {
-        parameters.push(("multifd-channels", json!(args.multifd_channels)));
-        parameters.push(("multifd-compression", json!("none")));
-    }
-    Wanted { capabilities, parameters }
-}
-
 /// Adds QEMU's own reason to a failure, if it has one.
 fn explained(qmp: &mut Qmp, failure: Failure) -> Failure {
     let Failure::Failed(error) = failure else { return failure };
@@ -145,8 +128,7 @@ fn explained(qmp: &mut Qmp, failure: Failure) -> Failure {
 fn loaded(qmp: &mut Qmp, paused: bool) -> Result<String, Failure> {
     let migration = Migration::wait(qmp, LOADS)?;
     if migration.status == MigrationStatus::Failed {
-        let why = migration.reason().map_or_else(|| "no reason is known".to_owned(), |why| why.to_string());
-        return Err(While::new("QEMU could not load the guest", why).into());
+        return Err(While::new("QEMU could not load the guest", migration.why()).into());
     }
     let end = Instant::now() + LOADS;
     loop {
