@@ -1,9 +1,6 @@
 //! Counts what this process uses, so that a test finds what was left behind.
 
-use std::{
-    fs, thread,
-    time::{Duration, Instant},
-};
+use std::{fs, thread, time::Duration};
 
 /// The numbers of this process's threads and descriptors.
 ///
@@ -15,18 +12,19 @@ pub fn in_use() -> (usize, usize) {
     (count("/proc/self/task"), count("/proc/self/fd"))
 }
 
-/// The same, as soon as they equal `before`, or after 2 s: a thread that was joined is listed for a moment longer.
+/// The same, as soon as they equal `before`, or after 200 ms: a thread that was joined is listed for a moment longer.
 ///
 /// # Panics
 ///
 /// If the system does not report them.
 pub fn in_use_after(before: (usize, usize)) -> (usize, usize) {
-    let end = Instant::now() + Duration::from_secs(2);
-    loop {
-        let now = in_use();
-        if now == before || Instant::now() > end {
-            return now;
+    let mut now = in_use();
+    for _ in 0..200 {
+        if now == before {
+            break;
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(1));
+        now = in_use();
     }
+    now
 }

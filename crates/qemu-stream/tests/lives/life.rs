@@ -10,7 +10,7 @@ use multifd::{
     live::RunState,
     ram::{BlockName, PageSize, RamBlock, RamBlocks},
 };
-use multifd_testkit::in_use;
+use multifd_testkit::{in_use, in_use_after};
 
 use crate::{
     hop::Outcome,
@@ -217,15 +217,10 @@ fn new_block(world: &World, page_size: PageSize, number: u64, pages: u64, kind: 
     world.pool().block(&name, length, page_size, false, kind)
 }
 
-/// Checks that nothing of an ended step is left in the process. A joined thread disappears a moment later.
+/// Checks that nothing of an ended step is left in the process.
 fn left_behind(before: (usize, usize)) -> Result<(), String> {
-    let mut now = in_use();
-    for _ in 0..200 {
-        if now == before {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(1));
-        now = in_use();
+    match in_use_after(before) {
+        now if now == before => Ok(()),
+        now => Err(format!("threads and descriptors: {before:?} before, {now:?} afterwards")),
     }
-    Err(format!("threads and descriptors: {before:?} before, {now:?} afterwards"))
 }

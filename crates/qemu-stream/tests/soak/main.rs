@@ -11,7 +11,7 @@
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    fs, thread,
+    fs,
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use multifd::{
     error::chain,
     live::Status,
 };
-use multifd_testkit::{certificates, in_use, number};
+use multifd_testkit::{certificates, in_use, in_use_after, number};
 
 mod fault;
 mod guest;
@@ -137,17 +137,10 @@ fn tells(expected: Option<&str>, error: &Error) -> Result<(), String> {
     }
 }
 
-/// What is left in the process after a migration. A joined thread disappears a moment later.
+/// What is left in the process after a migration.
 fn left_behind(before: (usize, usize)) -> Option<String> {
-    let mut now = in_use();
-    for _ in 0..100 {
-        if now == before {
-            return None;
-        }
-        thread::sleep(Duration::from_millis(2));
-        now = in_use();
-    }
-    Some(format!("threads and descriptors: {before:?} before, {now:?} afterwards"))
+    let now = in_use_after(before);
+    (now != before).then(|| format!("threads and descriptors: {before:?} before, {now:?} afterwards"))
 }
 
 /// The threads of this process and their positions, for a migration that hangs.
