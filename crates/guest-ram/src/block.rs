@@ -179,10 +179,15 @@ impl RamBlock {
             Memory::Mapped(mapping) => {
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
             }
-            Memory::MappedRam(Places { file, offset, .. }) => size_limit::held(|| match direct {
-                Some(direct) => direct.write_all_at(file, bytes, offset + start),
-                None => file.write_all_at(bytes, offset + start),
-            })?,
+            Memory::MappedRam(Places { file, offset, digests, .. }) => {
+                size_limit::held(|| match direct {
+                    Some(direct) => direct.write_all_at(file, bytes, offset + start),
+                    None => file.write_all_at(bytes, offset + start),
+                })?;
+                if let Some(digests) = digests {
+                    digests.note(first, bytes);
+                }
+            }
         }
         self.note_written(first, count);
         Ok(())
@@ -192,7 +197,7 @@ impl RamBlock {
     /// [present](RamBlock::is_present) reads as zero.
     ///
     /// # Errors
-    /// If the file cannot be read.
+    /// If the file cannot be read, or the page differs from its [digest](Places::with_digests).
     ///
     /// # Panics
     /// If the block has no such page, or `buffer` is not a page long.
@@ -208,8 +213,9 @@ impl RamBlock {
                 mapping.slice(start, buffer.len()).expect("the mapping covers the block").copy_to(buffer);
                 Ok(())
             }
-            Memory::MappedRam(Places { file, offset, .. }) => {
-                file.read_exact_at(buffer, offset + start).map_err(explained)
+            Memory::MappedRam(places) => {
+                places.file.read_exact_at(buffer, places.offset + start).map_err(explained)?;
+                self.compare(places, page, buffer)
             }
         }
     }
@@ -217,12 +223,14 @@ impl RamBlock {
     /// Reads `count` pages of a file from `first` on. Bypasses the page cache if the file is to be read with direct
     /// I/O. Pages that are not [present](RamBlock::is_present) read as zero.
     ///
+    /// # Errors
+    /// If the file cannot be read, or a page differs from its [digest](Places::with_digests).
+    ///
     /// # Panics
     /// If the block has no such pages or is not in a file, or `buffer` has a different length.
     pub fn load_direct(&self, first: PageIndex, count: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let Memory::MappedRam(Places { file, direct, offset, present, .. }) = &self.memory else {
-            panic!("a block in a file")
-        };
+        let Memory::MappedRam(places) = &self.memory else { panic!("a block in a file") };
+        let Places { file, direct, offset, present, .. } = places;
         let page_size = self.page_size.bytes();
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
         assert!(inside && buffer.len() as u64 == count * page_size as u64, "pages of the block");
@@ -232,12 +240,29 @@ impl RamBlock {
             None => file.read_exact_at(buffer, offset + start),
         };
         read.map_err(explained)?;
+        self.compare(places, first, buffer)?;
         for (page, bytes) in (first.0..).map(PageIndex).zip(buffer.chunks_mut(page_size)) {
             if !present.contains(page) {
                 bytes.fill(0);
             }
         }
         Ok(())
+    }
+
+    /// Compares present pages that were read with their digests, if there are some.
+    fn compare(&self, places: &Places, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
+        let Some(digests) = &places.digests else { return Ok(()) };
+        match digests.first_difference(first, bytes, |page| places.present.contains(page))? {
+            None => Ok(()),
+            Some(page) => Err(self.damaged(page)),
+        }
+    }
+
+    /// The error that a page differs from its digest.
+    pub(crate) fn damaged(&self, page: PageIndex) -> io::Error {
+        let offset = self.offset_of(page).unwrap_or(BlockOffset(u64::MAX));
+        let error = Error::Damaged { name: self.name.clone(), offset };
+        io::Error::new(io::ErrorKind::InvalidData, error)
     }
 
     /// Makes a page zero. Mapped memory is read first and written only if it is nonzero. In a mapped-ram file, the page

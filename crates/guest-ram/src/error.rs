@@ -74,6 +74,17 @@ pub enum Error {
         /// The reason.
         why: &'static str,
     },
+    /// A page in a file is not what was written there.
+    #[error(
+        "block {name:?}: the page at offset {offset} differs from its digest: the file was damaged after it was written, by the \
+         disk, a copy or another program"
+    )]
+    Damaged {
+        /// The block's name.
+        name: BlockName,
+        /// The offset of the page in the block.
+        offset: BlockOffset,
+    },
     /// A part of the block's memory may not be accessed, and may be nonzero.
     #[error(
         "block {name:?}: {len:#x} bytes from offset {offset} on are mapped without the right to access them \

@@ -16,6 +16,7 @@
 mod bitmap;
 mod block;
 mod blocks;
+mod digest;
 mod dirty;
 mod error;
 mod file;
@@ -28,6 +29,7 @@ mod places;
 pub use bitmap::{PageBitmap, TakenWords, runs};
 pub use block::{BlockIndex, Memory, RamBlock};
 pub use blocks::{Inaccessible, RamBlocks};
+pub use digest::{Digest, DigestOfPieces, DigestStore, PageDigests};
 #[cfg(feature = "vm-memory")]
 pub use dirty::{AtomicBitmapLog, RegionBitmap};
 pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, MergedLog, NeverDirty};

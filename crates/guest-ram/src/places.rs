@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, sync::Arc};
 
-use crate::{Access, DirectFile, Mapping, PageBitmap};
+use crate::{Access, DirectFile, Mapping, PageBitmap, PageDigests};
 
 /// The places of a block's pages in a mapped-ram file, and which of them are used.
 ///
@@ -21,13 +21,15 @@ pub struct Places {
     pub(crate) present: PageBitmap,
     /// The same bytes mapped for reading, if channels send from the mapping instead of reading the file.
     pub(crate) mapped: Option<Mapping>,
+    /// Digests of the pages that are in the file.
+    pub(crate) digests: Option<Arc<PageDigests>>,
 }
 
 impl Places {
     /// Creates places in `file`, the first at `offset` bytes from its beginning. `present` has a bit for each page that
     /// is in the file; all others are zero. The page cache is used.
     pub fn new(file: Arc<File>, offset: u64, present: PageBitmap) -> Self {
-        Self { file, direct: None, offset, present, mapped: None }
+        Self { file, direct: None, offset, present, mapped: None, digests: None }
     }
 
     /// Makes channels bypass the page cache, if `direct` is given; main never does.
@@ -45,6 +47,19 @@ impl Places {
     pub fn map(mut self, len: u64) -> io::Result<Self> {
         self.mapped = Some(Mapping::of_file(&self.file, self.offset, len, Access::Read)?);
         Ok(self)
+    }
+
+    /// Records a digest of every page that is written, and compares every page that is read with its digest. Pages sent
+    /// from a [mapping](Self::map) of the file are not compared.
+    #[must_use]
+    pub fn with_digests(mut self, digests: Option<Arc<PageDigests>>) -> Self {
+        self.digests = digests;
+        self
+    }
+
+    /// The digests of its pages, if there are some.
+    pub fn digests(&self) -> Option<&PageDigests> {
+        self.digests.as_deref()
     }
 
     /// The position of the first page, in bytes from the beginning of the file.

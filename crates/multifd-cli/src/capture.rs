@@ -131,7 +131,7 @@ impl Capture {
                 laid = with_uuid;
             }
         }
-        let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices };
+        let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices, about: None };
         let written = laid.write_around(&self.file, blocks, &tail);
         written.map_err(|error| Error::other("cannot write the file", error))
     }

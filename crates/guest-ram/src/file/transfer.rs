@@ -98,7 +98,7 @@ impl Transfer {
     ) -> Result<(), TransferError> {
         let BlockOffset(start) = source.offset_of(first).expect("a page of the block");
         match (source.memory(), target.memory()) {
-            (Memory::Mapped(_), Memory::MappedRam(Places { file, direct, offset, .. })) => {
+            (Memory::Mapped(_), Memory::MappedRam(Places { file, direct, offset, digests, .. })) => {
                 let slice = source.slice(first, count).expect("pages of the block");
                 if let Some(huge) = &self.huge
                     && !target.is_present(first)
@@ -114,14 +114,22 @@ impl Transfer {
                     Some(Errno::FAULT) => TransferError::Read(source.explain_fault(first, count, error)),
                     _ => TransferError::Write(error),
                 })?;
+                if let Some(digests) = digests {
+                    digests.note_slice(first, slice);
+                }
             }
-            (Memory::MappedRam(Places { file, direct, offset, .. }), Memory::Mapped(_)) => {
+            (Memory::MappedRam(Places { file, direct, offset, digests, .. }), Memory::Mapped(_)) => {
                 let slice = target.slice(first, count).expect("pages of the block");
                 let read = all((file, direct.as_deref()), slice, offset + start, read_at);
                 read.map_err(|error| match Errno::from_io_error(&error) {
                     Some(Errno::FAULT) => TransferError::Write(target.explain_fault(first, count, error)),
                     _ => TransferError::Read(explained(error)),
                 })?;
+                let differs = digests.as_ref().map(|digests| digests.first_difference_in(first, slice));
+                match differs.transpose().map_err(TransferError::Read)?.flatten() {
+                    None => {}
+                    Some(page) => return Err(TransferError::Read(source.damaged(page))),
+                }
             }
             _ => panic!("one side is in memory, the other in a file"),
         }

@@ -300,6 +300,11 @@ pub enum Malformed {
         /// The flags.
         flags: u64,
     },
+    /// A part of a file is not what was written there.
+    #[error(
+        "{0}: differs from its digest: the file was damaged after it was written, by the disk, a copy or another program"
+    )]
+    Damaged(&'static str),
     /// An XBZRLE delta does not fit its page.
     #[error("xbzrle record: {0}")]
     Delta(BadDelta),

@@ -195,7 +195,7 @@ impl Capture {
         let Some(devices) = &self.machine.devices else {
             return Err(Error::other("complete the file", "the guest has not been stopped"));
         };
-        let tail = Tail { switchover_start: self.machine.switchover_start, devices };
+        let tail = Tail { switchover_start: self.machine.switchover_start, devices, about: None };
         let written = layout.write_around(&self.file, &self.blocks, &tail);
         let end = written.map_err(|error| Error::other("complete the file", error))?;
         if self.durable {

@@ -32,7 +32,7 @@
 //! let layout = Layout::new(&machine, &blocks, SectionId(1), 0)?;
 //! let page_7 = layout.places()[0].page_offset(PageIndex(7)).ok_or("outside")?;
 //! file.write_all_at(&[42; 4096], page_7)?;
-//! let tail = Tail { switchover_start: true, devices: &devices };
+//! let tail = Tail { switchover_start: true, devices: &devices, about: None };
 //! layout.write(&file, &tail, |_, _| vec![1 << 7, 0, 0, 0])?;
 //!
 //! let read = MappedRamFile::open(file, 0)?;
@@ -44,12 +44,14 @@
 
 #![warn(clippy::indexing_slicing)]
 
+mod appendix;
 mod capture;
 mod file;
 mod header;
 mod layout;
 mod note;
 mod restore;
+mod verify;
 
 use multifd::ram::{PageIndex, PageSize};
 
@@ -57,6 +59,7 @@ pub use capture::{Capture, CaptureOptions};
 pub use file::{MappedRamFile, ReadPath};
 pub use layout::{Layout, Shape, Tail};
 pub use restore::Restore;
+pub use verify::{Damage, Verification, Verify};
 
 /// QEMU's alignment for the pages of a block, so that they can be written unbuffered.
 pub const PAGES_ALIGNMENT: u64 = 1 << 20;

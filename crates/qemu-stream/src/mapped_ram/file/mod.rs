@@ -10,17 +10,23 @@ mod devices;
 use std::{
     fs::File,
     io::{self, Read},
+    ops::Range,
     os::unix::fs::FileExt,
     sync::Arc,
 };
 
 use multifd::ram::{
-    BlockIndex, BlockName, DirectFile, Memory, PageBitmap, PageSize, Places, RamBlock, RamBlocks,
+    BlockIndex, BlockName, DirectFile, Memory, PageBitmap, PageDigests, PageSize, Places, RamBlock, RamBlocks,
 };
 
 use devices::Devices;
 
-use super::{BITMAP_PIECE, BlockPlace, WORD, header::BlockHeader, note::Note};
+use super::{
+    BITMAP_PIECE, BlockPlace, WORD,
+    appendix::{Appendix, FileDigests, marked_end},
+    header::BlockHeader,
+    note::Note,
+};
 use crate::{
     error::{Error, Malformed, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
@@ -33,7 +39,7 @@ use crate::{
 /// A complete mapped-ram file.
 #[derive(Debug)]
 pub struct MappedRamFile {
-    file: File,
+    file: Arc<File>,
     configuration: Option<Configuration>,
     section: SectionId,
     blocks: BlockList,
@@ -42,14 +48,35 @@ pub struct MappedRamFile {
     sync_mode: Option<SyncMode>,
     devices: DevicePart,
     trailing: u64,
+    /// Where the stream begins and ends.
+    stream: Range<u64>,
+    appendix: Option<Appendix>,
 }
 
 impl MappedRamFile {
-    /// Reads the file whose stream begins at `offset`, and checks everything but the pages.
+    /// Reads the file whose stream begins at `offset`, and checks everything but the pages. If the file has digests, they
+    /// must fit; each page is compared with its digest when it is read.
+    ///
+    /// # Errors
+    /// If it is not a mapped-ram file, incomplete, hostile, damaged, or the system cannot read it.
+    pub fn open(file: File, offset: u64) -> Result<Self, Error> {
+        let mut machine = Self::open_damaged(file, offset)?;
+        let Self { file, stream, places, .. } = &machine;
+        let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
+        let appendix = Appendix::read(file, (stream.start, stream.end), length, places)?;
+        if let Some(digests) = appendix.as_ref().and_then(|appendix| appendix.digests.as_ref()) {
+            digests.check_frame(file, stream.clone(), places)?;
+        }
+        machine.trailing -= appendix.as_ref().map_or(0, |appendix| appendix.length);
+        machine.appendix = appendix;
+        Ok(machine)
+    }
+
+    /// Like [`open`](Self::open), and ignores digests: for a file that is known to be damaged, to save what can be read.
     ///
     /// # Errors
     /// If it is not a mapped-ram file, incomplete, hostile, or the system cannot read it.
-    pub fn open(file: File, offset: u64) -> Result<Self, Error> {
+    pub fn open_damaged(file: File, offset: u64) -> Result<Self, Error> {
         let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
         let mut parser = Parser {
             r: Reader::with_capacity(Cursor { file: &file, at: 0 }, StreamKind::File, BUFFER),
@@ -66,6 +93,7 @@ impl MappedRamFile {
         let switchover_start = parser.rest_of_ram(&blocks, section)?;
         let note = Note::read(&file, &places);
         let end = note.and_then(|note| offset.checked_add(note.length));
+        let end = end.or_else(|| marked_end(&file, length, offset));
         let Parser { r, footers, early, .. } = parser;
         let devices = Devices { file: &file, at: r.position(), length, footers, early };
         let (devices, end) = devices.read(end)?;
@@ -80,7 +108,9 @@ impl MappedRamFile {
             sync_mode,
             devices,
             trailing,
-            file,
+            stream: offset..end,
+            appendix: None,
+            file: Arc::new(file),
         })
     }
 
@@ -125,7 +155,18 @@ impl MappedRamFile {
         &self.devices
     }
 
-    /// The number of bytes in the file after the machine, usually 0. QEMU and this library ignore them: a copy may have been
+    /// What the writer has recorded about the capture, as JSON; `None` if it has recorded nothing, as QEMU.
+    pub fn about(&self) -> Option<&str> {
+        self.appendix.as_ref()?.about.as_deref()
+    }
+
+    /// Whether the file has digests, so that damage is found. A file of QEMU has none, unless they were
+    /// [added](super::Verify::add).
+    pub fn has_digests(&self) -> bool {
+        self.file_digests().is_some()
+    }
+
+    /// The number of bytes in the file after the machine and its digests, usually 0. QEMU and this library ignore them: a copy may have been
     /// filled up to a whole number of blocks. The file may also have been written over a longer one.
     pub fn trailing_bytes(&self) -> u64 {
         self.trailing
@@ -178,26 +219,52 @@ pub enum ReadPath {
 }
 
 impl MappedRamFile {
+    pub(super) fn file_digests(&self) -> Option<&FileDigests> {
+        self.appendix.as_ref()?.digests.as_ref()
+    }
+
+    /// Where the stream begins and ends in the file.
+    pub(super) fn stream(&self) -> Range<u64> {
+        self.stream.clone()
+    }
+
+    /// The digests of a block's pages.
+    pub(super) fn digests_of(&self, block: BlockIndex) -> Option<PageDigests> {
+        self.file_digests()?.of(&self.file, block, self.place(block)?)
+    }
+
     /// Creates the blocks in the file with the pages that are present, to be sent or copied. `path` returns for each
-    /// how its pages are read. Blocks that were left out are [ignored](RamBlock::ignored).
+    /// how its pages are read. Blocks that were left out are [ignored](RamBlock::ignored). If the file has digests, a page
+    /// that differs from its digest cannot be read, and no block is [mapped](ReadPath::Mapped): what a mapping shows may differ
+    /// from what was compared.
     ///
     /// # Errors
     /// If the bitmaps cannot be read or the file cannot be mapped.
     pub fn ram_blocks(
         &self,
-        mut path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
+        path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
     ) -> multifd::Result<RamBlocks> {
-        let file = self.file.try_clone();
-        let file = Arc::new(file.map_err(|error| multifd::Error::io("open the file once more", error))?);
+        self.ram_blocks_in(path, |block| self.digests_of(block).map(Arc::new))
+    }
+
+    /// Like [`ram_blocks`](Self::ram_blocks), with these digests.
+    pub(super) fn ram_blocks_in(
+        &self,
+        mut path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
+        digests: impl Fn(BlockIndex) -> Option<Arc<PageDigests>>,
+    ) -> multifd::Result<RamBlocks> {
         let mut blocks = Vec::new();
         for ((index, entry), place) in self.blocks.iter().zip(&self.places) {
             let present =
                 self.bitmap(index).map_err(|error| multifd::Error::other("read a bitmap", error))?;
             let (name, length) = (entry.name.clone(), entry.used_length);
-            let places = Places::new(file.clone(), place.pages_offset, present);
+            let digests = digests(index);
+            let has_digests = digests.is_some();
+            let places = Places::new(self.file.clone(), place.pages_offset, present).with_digests(digests);
             let places = match path(entry, place) {
                 ReadPath::Cached => places,
                 ReadPath::Direct(direct) => places.past_cache(Some(direct)),
+                ReadPath::Mapped if has_digests => places,
                 ReadPath::Mapped => places
                     .map(length)
                     .map_err(|error| multifd::Error::io(format!("map block {name:?} of the file"), error))?,

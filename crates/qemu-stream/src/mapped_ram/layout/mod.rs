@@ -7,12 +7,19 @@
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use multifd::ram::{
-    BlockIndex, DirectFile, Memory, PageBitmap, Places, RamBlock, RamBlocks, with_file_size_errors,
+    BlockIndex, DirectFile, Memory, PageBitmap, PageDigests, Places, RamBlock, RamBlocks,
+    with_file_size_errors,
 };
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::{BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD, header, header::BlockHeader, note::Note};
+use super::{
+    BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD,
+    appendix::{self, Digested},
+    header,
+    header::BlockHeader,
+    note::Note,
+};
 use crate::{
     error::{Error, Place, StreamKind, Usage},
     format::{
@@ -65,6 +72,9 @@ pub struct Tail<'a> {
     pub switchover_start: bool,
     /// The devices and their description.
     pub devices: &'a DevicePart,
+    /// What is recorded about the capture after the machine, as JSON, at most 1 MiB: for
+    /// [`MappedRamFile::about`](super::MappedRamFile::about). QEMU ignores it.
+    pub about: Option<&'a str>,
 }
 
 impl Layout {
@@ -178,9 +188,34 @@ impl Layout {
         file: &Arc<File>,
         direct: Option<&Arc<DirectFile>>,
     ) -> multifd::Result<RamBlocks> {
+        self.ram_blocks_in(file, direct, |_| None)
+    }
+
+    /// Like [`ram_blocks`](Self::ram_blocks), and records a digest of every page that is written, 16 bytes of memory for
+    /// each. [`write_around`](Self::write_around) stores them after the machine.
+    ///
+    /// # Errors
+    /// As [`ram_blocks`](Self::ram_blocks).
+    pub fn ram_blocks_with_digests(
+        &self,
+        file: &Arc<File>,
+        direct: Option<&Arc<DirectFile>>,
+    ) -> multifd::Result<RamBlocks> {
+        let digests = |place: &BlockPlace| Some(Arc::new(PageDigests::new(place.pages(), place.page_size)));
+        self.ram_blocks_in(file, direct, digests)
+    }
+
+    fn ram_blocks_in(
+        &self,
+        file: &Arc<File>,
+        direct: Option<&Arc<DirectFile>>,
+        digests: impl Fn(&BlockPlace) -> Option<Arc<PageDigests>>,
+    ) -> multifd::Result<RamBlocks> {
         let blocks = self.blocks.entries().iter().zip(&self.places).map(|(entry, place)| {
             let none = PageBitmap::new(place.pages());
-            let places = Places::new(file.clone(), place.pages_offset, none).past_cache(direct.cloned());
+            let places = Places::new(file.clone(), place.pages_offset, none)
+                .past_cache(direct.cloned())
+                .with_digests(digests(place));
             let memory = Memory::MappedRam(places);
             RamBlock::new(entry.name.clone(), entry.used_length, place.page_size, memory)
         });
@@ -189,7 +224,8 @@ impl Layout {
 
     /// Writes everything but the pages, which are in place already, and truncates the file at the end. The bitmaps are
     /// those of `blocks`, which [`ram_blocks`](Self::ram_blocks) has made. Returns the length of the file. Before this
-    /// call no reader loads the file; after it, the file is complete.
+    /// call no reader loads the file; after it, the file is complete. If the blocks have digests, they are stored after the
+    /// machine.
     ///
     /// # Errors
     /// As [`write`](Self::write); if the blocks are not those of the layout.
@@ -199,11 +235,13 @@ impl Layout {
         if !blocks.iter().map(named).eq(listed) {
             return Err(Usage::Blocks("they differ from those that the file was created for".into()).into());
         }
-        self.write(file, tail, |index, place| {
+        let end = self.write_stream(file, tail, |index, place| {
             let (block, words) = (blocks.get(index), usize::try_from(place.bitmap_words()));
             (0..words.unwrap_or(usize::MAX))
                 .map(move |word| block.map_or(0, |block| block.present_word(word)))
-        })
+        })?;
+        let digested = Digested::of(blocks);
+        appendix::write(file, self.offset..end, &self.places, digested.as_ref(), tail.about)
     }
 
     /// Like [`write_around`](Self::write_around), with the caller's bitmaps. They are requested block by block, except
@@ -216,6 +254,20 @@ impl Layout {
     /// devices have footers and the file has not (or the reverse), or one of them has the RAM section's number; if the
     /// system cannot write.
     pub fn write<W>(
+        &self,
+        file: &File,
+        tail: &Tail<'_>,
+        bitmap: impl FnMut(BlockIndex, &BlockPlace) -> W,
+    ) -> Result<u64, Error>
+    where
+        W: IntoIterator<Item = u64, IntoIter: ExactSizeIterator>,
+    {
+        let end = self.write_stream(file, tail, bitmap)?;
+        appendix::write(file, self.offset..end, &self.places, None, tail.about)
+    }
+
+    /// Writes the stream without its pages, and returns where it ends.
+    fn write_stream<W>(
         &self,
         file: &File,
         tail: &Tail<'_>,
@@ -330,7 +382,7 @@ fn eos(blocks: &BlockList, section: SectionId, footers: bool, out: &mut Vec<u8>)
     }
 }
 
-fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {
+pub(super) fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {
     with_file_size_errors(|| file.write_all_at(bytes, at)).map_err(|source| io_error(source, at, doing))
 }
 

@@ -1,0 +1,187 @@
+//! The appendix: what a file has after its machine, for readers that know it. QEMU ignores it.
+//!
+//! ```text
+//! head ─ bitmaps ─ pages ─ tail ─┃─ header ─ records ─ end mark
+//!
+//! header  0 "mfd-tail" | 8 u32 version 1 | 12 u32 number of records | 16 u64 bytes of the appendix
+//!         24 u64 bytes of the stream before it | 32 zeros | 48 digest of the bytes before | 64
+//! record  0 u32 kind | 4 u32 0 | 8 u64 bytes of the body | 16 digest of the body | 32 digest of the bytes before | 48 body
+//!         kind 1: about the capture, JSON
+//!         kind 2: digests of groups, see `digests`
+//!         kind 3: digests of pages; its own digest is zero, because kind 2 has them group by group
+//! mark    0 u64 bytes of the stream | 8 u64 bytes of the appendix | 16 "mfd-tend" | 24
+//! ```
+//!
+//! The header is at the end of the machine. The end mark shows where that is in a file whose machine has no description, or a
+//! guest's data that looks like one. Records of other kinds are skipped.
+
+mod digests;
+mod write;
+
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+
+use multifd::ram::Digest;
+
+pub(super) use digests::FileDigests;
+pub(super) use write::{Digested, write};
+
+use super::BlockPlace;
+use crate::error::{Error, Malformed, Place, StreamKind};
+
+const MAGIC: [u8; 8] = *b"mfd-tail";
+const END_MAGIC: [u8; 8] = *b"mfd-tend";
+const VERSION: u32 = 1;
+const HEADER: usize = 64;
+const RECORD: usize = 48;
+const MARK: usize = 24;
+const ABOUT: u32 = 1;
+const GROUPS: u32 = 2;
+const PAGES: u32 = 3;
+const OF_HEADER: &str = "header of the appendix";
+/// The greatest length of the text about a capture, in bytes.
+pub(super) const MOST_ABOUT: usize = 1 << 20;
+
+/// The appendix of a file.
+#[derive(Debug)]
+pub(super) struct Appendix {
+    /// The number of its bytes.
+    pub(super) length: u64,
+    pub(super) about: Option<String>,
+    pub(super) digests: Option<FileDigests>,
+}
+
+/// The end of the stream that begins at `offset`, by the end mark of its file.
+pub(super) fn marked_end(file: &File, length: u64, offset: u64) -> Option<u64> {
+    let mut bytes = [0; MARK];
+    file.read_exact_at(&mut bytes, length.checked_sub(MARK as u64)?).ok()?;
+    let [stream, appendix, _] = fields(&bytes);
+    let end = offset.checked_add(stream).filter(|_| bytes.ends_with(&END_MAGIC))?;
+    (end.checked_add(appendix) == Some(length)).then_some(end)
+}
+
+impl Appendix {
+    /// Reads the appendix after a stream from `offset` to `end`; `None` if the file, of `length` bytes, has none.
+    ///
+    /// # Errors
+    /// If it is damaged, or the system cannot read it.
+    pub(super) fn read(
+        file: &Arc<File>,
+        (offset, end): (u64, u64),
+        length: u64,
+        places: &[BlockPlace],
+    ) -> Result<Option<Self>, Error> {
+        let room = length.saturating_sub(end);
+        if room < (HEADER + MARK) as u64 {
+            return Ok(None);
+        }
+        let header: [u8; HEADER] = array(file, end)?;
+        if !header.starts_with(&MAGIC) {
+            return match marked_end(file, length, offset) {
+                Some(marked) if marked == end => Err(Malformed::Damaged(OF_HEADER).at(place(end))),
+                _ => Ok(None),
+            };
+        }
+        let (checked, digest) = header.split_at(HEADER - Digest::BYTES);
+        check(checked, digest, OF_HEADER, end)?;
+        let [_, counts, bytes, stream] = fields(&header);
+        let (version, records) = (counts >> 32, counts & u64::from(u32::MAX));
+        if version != u64::from(VERSION) {
+            // A later version of this library has other digests; the machine is the same.
+            tracing::warn!(version, "the appendix of the file has an unknown version and is ignored");
+            return Ok(None);
+        }
+        if bytes > room || stream != end - offset {
+            let field = "length of the appendix";
+            return Err(Malformed::TooLong { field: field.into(), max: room, found: bytes }.at(place(end)));
+        }
+        let mut found = Self { length: bytes, about: None, digests: None };
+        let (mut at, last) = (end + HEADER as u64, end + bytes - MARK as u64);
+        let (mut groups, mut pages) = (None, None);
+        for _ in 0..records {
+            let head: [u8; RECORD] = array(file, at)?;
+            let (checked, digest) = head.split_at(RECORD - Digest::BYTES);
+            check(checked, digest, "head of a record of the appendix", at)?;
+            let [kind, body, high, low] = fields(checked);
+            let start = at + RECORD as u64;
+            let room = last.saturating_sub(start);
+            if body > room {
+                let field = "length of a record of the appendix";
+                return Err(Malformed::TooLong { field: field.into(), max: room, found: body }.at(place(at)));
+            }
+            let digest = Digest::from_bytes((u128::from(high) << 64 | u128::from(low)).to_be_bytes());
+            let record = Body { file, start, length: body, digest };
+            match u32::try_from(kind >> 32) {
+                Ok(ABOUT) => found.about = Some(record.text()?),
+                Ok(GROUPS) => groups = Some(record),
+                Ok(PAGES) => pages = Some((start, body)),
+                _ => {}
+            }
+            at = start + body;
+        }
+        if let (Some(groups), Some(pages)) = (groups, pages) {
+            found.digests = Some(FileDigests::read(&groups, pages, places)?);
+        }
+        Ok(Some(found))
+    }
+}
+
+/// The body of a record.
+struct Body<'a> {
+    file: &'a File,
+    start: u64,
+    length: u64,
+    digest: Digest,
+}
+
+impl Body<'_> {
+    /// Its bytes, of which there are at most `most`.
+    fn bytes(&self, most: usize, what: &'static str) -> Result<Vec<u8>, Error> {
+        let at = place(self.start);
+        let length = usize::try_from(self.length).ok().filter(|length| *length <= most);
+        let Some(length) = length else {
+            return Err(
+                Malformed::TooLong { field: what.into(), max: most as u64, found: self.length }.at(at)
+            );
+        };
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, self.start).map_err(|error| unread(error, self.start))?;
+        check(&bytes, &self.digest.to_bytes(), what, self.start)?;
+        Ok(bytes)
+    }
+
+    fn text(&self) -> Result<String, Error> {
+        let bytes = self.bytes(MOST_ABOUT, "text about the capture")?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+/// Refuses bytes that differ from their digest.
+fn check(bytes: &[u8], digest: &[u8], what: &'static str, at: u64) -> Result<(), Error> {
+    if Digest::of(bytes).to_bytes() == *digest { Ok(()) } else { Err(Malformed::Damaged(what).at(place(at))) }
+}
+
+/// The 64-bit fields at the beginning of some bytes; 0 beyond their end.
+fn fields<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let mut fields = [0; N];
+    for (field, bytes) in fields.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *field = u64::from_be_bytes(*bytes);
+    }
+    fields
+}
+
+fn array<const N: usize>(file: &File, at: u64) -> Result<[u8; N], Error> {
+    let mut bytes = [0; N];
+    file.read_exact_at(&mut bytes, at).map_err(|error| unread(error, at))?;
+    Ok(bytes)
+}
+
+fn unread(source: io::Error, at: u64) -> Error {
+    Error::Io { at: place(at), doing: "read the appendix", source }
+}
+
+fn place(offset: u64) -> Place {
+    Place { stream: StreamKind::File, offset }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,189 @@
+//! Writes an appendix.
+
+use std::{fs::File, ops::Range};
+
+use multifd::ram::{Digest, Memory, PageDigests, PageIndex, RamBlock, RamBlocks, with_file_size_errors};
+
+use super::{
+    ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION,
+    digests::{ALGORITHM, GROUP, GROUP_PAGES, START, frame, groups_of},
+    place, unread,
+};
+use crate::{
+    error::{Error, Usage},
+    format::Put,
+    mapped_ram::{BlockPlace, layout::write_at},
+};
+
+/// Blocks, and the digests of the pages of each.
+pub(in crate::mapped_ram) struct Digested<'a> {
+    pub(in crate::mapped_ram) blocks: &'a RamBlocks,
+    pub(in crate::mapped_ram) digests: Vec<&'a PageDigests>,
+}
+
+impl<'a> Digested<'a> {
+    /// The digests that were recorded when the pages were written; `None` if they were not.
+    pub(in crate::mapped_ram) fn of(blocks: &'a RamBlocks) -> Option<Self> {
+        let digests = blocks.iter().map(|(_, block)| match block.memory() {
+            Memory::MappedRam(places) => places.digests(),
+            Memory::Mapped(_) => None,
+        });
+        Some(Self { blocks, digests: digests.collect::<Option<_>>()? })
+    }
+}
+
+/// Writes an appendix after the stream, if there is something to write, and returns where the file ends then. The header
+/// comes last: without it, the file has no appendix.
+pub(in crate::mapped_ram) fn write(
+    file: &File,
+    stream: Range<u64>,
+    places: &[BlockPlace],
+    digested: Option<&Digested<'_>>,
+    about: Option<&str>,
+) -> Result<u64, Error> {
+    if about.is_none() && digested.is_none() {
+        return Ok(stream.end);
+    }
+    if let Some(about) = about.filter(|about| about.len() > MOST_ABOUT) {
+        let why = format!("{:#x} bytes; expected at most {MOST_ABOUT:#x}", about.len());
+        return Err(Usage::Value { what: "text about the capture", why }.into());
+    }
+    let mut records = Records { file, at: stream.end + HEADER as u64, count: 0 };
+    if let Some(about) = about {
+        records.add(ABOUT, about.as_bytes())?;
+    }
+    if let Some(Digested { blocks, digests }) = digested {
+        let groups = places.iter().map(|place| 16 + groups_of(place) * Digest::BYTES as u64).sum::<u64>();
+        let groups_at = records.skip(START as u64 + groups);
+        let pages_at = records.skip(0);
+        let mut pages = Pages { file, start: pages_at, at: pages_at, bytes: Vec::new() };
+        let mut groups = Vec::new();
+        groups.put_u32(ALGORITHM);
+        groups.put_u32(u32::try_from(GROUP_PAGES).unwrap_or(u32::MAX));
+        groups.put_u64(places.len() as u64);
+        groups.put(&frame(file, stream.clone(), places)?.to_bytes());
+        for (((_, block), of), place) in blocks.iter().zip(digests).zip(places) {
+            groups.put_u64(place.pages());
+            groups.put_u64(groups_of(place));
+            for group in 0..groups_of(place) {
+                let digest = pages.add(block, of, group)?;
+                groups.put(&digest.to_bytes());
+            }
+        }
+        let length = pages.finish()?;
+        records.put(groups_at, GROUPS, &groups)?;
+        records.head(pages_at, PAGES, length, Digest::default())?;
+        records.at = pages_at + length;
+    }
+    let mut mark = Vec::with_capacity(MARK);
+    let (length, bytes) = (stream.end - stream.start, records.at + MARK as u64 - stream.end);
+    mark.put_u64(length);
+    mark.put_u64(bytes);
+    mark.put(&END_MAGIC);
+    write_at(file, &mark, records.at, DOING)?;
+    let mut header = Vec::with_capacity(HEADER);
+    header.put(&MAGIC);
+    header.put_u32(VERSION);
+    header.put_u32(records.count);
+    header.put_u64(bytes);
+    header.put_u64(length);
+    header.put(&[0; 16]);
+    header.put(&Digest::of(&header).to_bytes());
+    write_at(file, &header, stream.end, DOING)?;
+    let end = stream.end + bytes;
+    with_file_size_errors(|| file.set_len(end)).map_err(|source| Error::Io {
+        at: place(end),
+        doing: "truncate the file",
+        source,
+    })?;
+    Ok(end)
+}
+
+/// Writes records one after the other.
+struct Records<'a> {
+    file: &'a File,
+    at: u64,
+    count: u32,
+}
+
+impl Records<'_> {
+    fn add(&mut self, kind: u32, body: &[u8]) -> Result<(), Error> {
+        let at = self.skip(body.len() as u64);
+        self.put(at, kind, body)
+    }
+
+    /// Leaves room for a record, and returns where its body begins.
+    fn skip(&mut self, body: u64) -> u64 {
+        let start = self.at + RECORD as u64;
+        self.at = start + body;
+        self.count += 1;
+        start
+    }
+
+    /// Writes a record whose body begins at `start`.
+    fn put(&self, start: u64, kind: u32, body: &[u8]) -> Result<(), Error> {
+        self.head(start, kind, body.len() as u64, Digest::of(body))?;
+        write_at(self.file, body, start, DOING)
+    }
+
+    fn head(&self, start: u64, kind: u32, length: u64, digest: Digest) -> Result<(), Error> {
+        let mut head = Vec::with_capacity(RECORD);
+        head.put_u32(kind);
+        head.put_u32(0);
+        head.put_u64(length);
+        head.put(&digest.to_bytes());
+        head.put(&Digest::of(&head).to_bytes());
+        write_at(self.file, &head, start - RECORD as u64, DOING)
+    }
+}
+
+/// Writes the digests of pages.
+struct Pages<'a> {
+    file: &'a File,
+    start: u64,
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Pages<'_> {
+    /// Adds the digests of a group's pages, if one of them is present. Returns the digest of the group.
+    fn add(&mut self, block: &RamBlock, digests: &PageDigests, group: u64) -> Result<Digest, Error> {
+        let first = group * GROUP_PAGES;
+        let words =
+            (first / 64..(first + GROUP_PAGES) / 64).map(|word| usize::try_from(word).unwrap_or(usize::MAX));
+        if words.map(|word| block.present_word(word)).all(|word| word == 0) {
+            return Ok(Digest::default());
+        }
+        let start = self.bytes.len();
+        for page in (first..first + GROUP_PAGES).map(PageIndex) {
+            let digest = if block.is_present(page) {
+                digests.get(page).map_err(|error| unread(error, self.at))?.unwrap_or_default()
+            } else {
+                Digest::default()
+            };
+            self.bytes.put(&digest.to_bytes());
+        }
+        let digest = Digest::of(self.bytes.get(start..).unwrap_or_default());
+        if self.bytes.len() >= PIECE {
+            self.flush()?;
+        }
+        Ok(digest)
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        write_at(self.file, &self.bytes, self.at, DOING)?;
+        self.at += self.bytes.len() as u64;
+        self.bytes.clear();
+        Ok(())
+    }
+
+    /// The number of bytes that were written.
+    fn finish(mut self) -> Result<u64, Error> {
+        self.flush()?;
+        Ok(self.at - self.start)
+    }
+}
+
+const DOING: &str = "write the appendix";
+/// The number of bytes that are written at once.
+const PIECE: usize = 64 * GROUP;
