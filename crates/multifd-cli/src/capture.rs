@@ -20,6 +20,7 @@ use qemu_stream::{
 use rustix::fs::fstatvfs;
 
 use crate::{
+    about::About,
     direct_io::DirectIo,
     file_address::FileAddress,
     new_file::NewFile,
@@ -63,7 +64,7 @@ impl Capture {
         sized.map_err(|error| {
             Error::io(format!("cannot extend the file to {:#x} bytes", layout.tail_offset()), error)
         })?;
-        layout.ram_blocks(&self.file, self.direct.as_ref())
+        layout.ram_blocks_with_digests(&self.file, self.direct.as_ref())
     }
 
     /// Warns if there is little space. It is only a warning, because it is not known yet how much of RAM is zero, and
@@ -90,6 +91,7 @@ impl Capture {
         loaded: &Loaded,
         arrived: &Arrived,
         channels: &Channels,
+        about: About,
         stop: &Stop,
     ) -> Result<Vec<BlockName>, While> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
@@ -97,7 +99,8 @@ impl Capture {
         };
         let blocks = arrived.blocks();
         let ignored = ignored(loaded.configuration.as_ref(), arrived);
-        self.write(loaded, blocks, &ignored, channels).map_err(|error| failed(error.into()))?;
+        let about = about.complete();
+        self.write(loaded, blocks, &ignored, channels, &about).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
         // This may take so long that a channel appears whose pages are missing.
         stop.check().map_err(|error| failed(error.into()))?;
@@ -111,6 +114,7 @@ impl Capture {
         blocks: &RamBlocks,
         ignored: &[BlockIndex],
         channels: &Channels,
+        about: &str,
     ) -> Result<u64> {
         let plain = loaded.configuration.as_ref();
         let shape = Shape {
@@ -131,7 +135,8 @@ impl Capture {
                 laid = with_uuid;
             }
         }
-        let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices, about: None };
+        let tail =
+            Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices, about: Some(about) };
         let written = laid.write_around(&self.file, blocks, &tail);
         written.map_err(|error| Error::other("cannot write the file", error))
     }

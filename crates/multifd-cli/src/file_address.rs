@@ -24,6 +24,21 @@ pub(crate) struct FileAddress {
     offset: u64,
 }
 
+/// Whether a file is compared with the digests in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Digests {
+    Compare,
+    /// It is read although it may be damaged.
+    Ignore,
+}
+
+impl Digests {
+    /// `--no-verify`.
+    pub(crate) fn unless(no_verify: bool) -> Self {
+        if no_verify { Self::Ignore } else { Self::Compare }
+    }
+}
+
 impl FileAddress {
     /// Parses `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:`, or like an address, is written `./file:…`.
     pub(crate) fn parse(text: OsString) -> Result<Self, String> {

@@ -5,6 +5,7 @@
 //!          verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
+//!          verbs/verify    file ─▶ compared with its digests
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
 //! ```
@@ -12,6 +13,7 @@
 //! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
 //! is complete but the source did not get the confirmation, 130 interrupted.
 
+mod about;
 mod args;
 mod capture;
 mod combinations;
@@ -60,6 +62,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Receive(args) => receive::run(&args),
         Verb::Send(args) => send::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
+        Verb::Verify(args) => verbs::verify::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::DemoDestination(args) => demo::destination(&args),
     };

@@ -7,23 +7,30 @@ use std::{error::Error, fmt};
 use multifd::error::is_executed;
 use qemu_stream::{
     Error as StreamError,
-    error::Unsupported,
+    error::{Malformed, Unsupported},
     format::{Compressor, LibvirtStorage, OtherFormat},
     mapped_ram::MappedRamFile,
 };
 
 use crate::{
-    file_address::{FileAddress, open_regular},
+    file_address::{Digests, FileAddress, open_regular},
     output::outcome::While,
 };
 
 impl FileAddress {
     /// Opens the machine at this address for reading.
-    pub(crate) fn open(&self) -> Result<MappedRamFile, While> {
+    pub(crate) fn open(&self, digests: Digests) -> Result<MappedRamFile, While> {
         let file = open_regular(self.path()).map_err(|error| self.unreadable(error))?;
-        MappedRamFile::open(file, self.offset()).map_err(|error| self.unreadable(of(error, self)))
+        let opened = match digests {
+            Digests::Compare => MappedRamFile::open(file, self.offset()),
+            Digests::Ignore => MappedRamFile::open_damaged(file, self.offset()),
+        };
+        opened.map_err(|error| self.unreadable(of(error, self)))
     }
 }
+
+/// What reads a damaged file.
+pub(crate) const READS_DAMAGED: &str = "use another copy of it; --no-verify reads it as it is";
 
 /// An error of a file, and what to do about it.
 #[derive(Debug)]
@@ -36,6 +43,7 @@ struct Remedied {
 fn of(error: StreamError, address: &FileAddress) -> Remedied {
     let remedy = match &error {
         StreamError::Unsupported { what, .. } => command(what, address),
+        StreamError::Malformed { what: Malformed::Damaged(_), .. } => Some(READS_DAMAGED.to_owned()),
         _ => None,
     };
     Remedied { error, remedy }
@@ -110,7 +118,7 @@ fn decompress(by: Compressor) -> String {
 }
 
 /// A word of a shell command.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,+@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();

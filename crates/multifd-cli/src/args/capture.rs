@@ -10,8 +10,8 @@ use multifd::{
 };
 
 use super::shared::{
-    OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, number, qmp_address,
-    rate, seconds,
+    OutputArgs, default_seconds, file_address, label, limit, listen_address, milliseconds, number,
+    qmp_address, rate, seconds,
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
 
@@ -60,6 +60,9 @@ pub(crate) struct CaptureArgs {
     /// Replace FILE if it exists; with an offset, replace the data after the offset. WARNING: the old data is lost
     #[arg(long)]
     pub(crate) force: bool,
+    /// Text to store in FILE, shown by multifd inspect
+    #[arg(long, value_name = "TEXT", value_parser = label)]
+    pub(crate) label: Option<String>,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// QMP socket of the running QEMU: unix:PATH, a path, or tcp:HOST:PORT

@@ -21,6 +21,9 @@ pub(crate) struct InspectArgs {
     /// Replace OUT if it exists. WARNING: the old data is lost
     #[arg(long, requires = "extract")]
     pub(crate) force: bool,
+    /// Read FILE although it is damaged: do not compare it with its digests
+    #[arg(long)]
+    pub(crate) no_verify: bool,
     /// File to read: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,

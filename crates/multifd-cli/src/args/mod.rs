@@ -10,6 +10,7 @@ mod receive;
 mod restore;
 mod send;
 mod shared;
+mod verify;
 
 use clap::{Parser, Subcommand};
 
@@ -21,6 +22,7 @@ pub(crate) use self::{
     restore::RestoreArgs,
     send::{ReturnPathArg, SendArgs, SyncModeArg},
     shared::{OutputArgs, PLAIN, ProgressArg, listen_address},
+    verify::VerifyArgs,
 };
 
 /// Live migration of virtual machines over many connections, in QEMU's format
@@ -76,6 +78,11 @@ pub(crate) enum Verb {
     Send(SendArgs),
     /// Show the machine type, RAM blocks and devices in a file, or extract the RAM of a block
     Inspect(InspectArgs),
+    /// Compare a file with the digests in it, and name what is damaged
+    ///
+    /// `multifd receive` and `multifd capture` store a digest of every page. Prints every place that differs, with block and
+    /// offset. Exit code 0: FILE is intact; 1: it is damaged, or has no digests.
+    Verify(VerifyArgs),
     /// Migrate a busy guest to a second process on this machine and compare both memories
     ///
     /// Needs no QEMU: the guest is memory and two threads that write to it all the time.
@@ -92,6 +99,7 @@ impl Verb {
             Self::Restore(args) => args.output.quiet,
             Self::Receive(args) => args.output.quiet,
             Self::Send(args) => args.output.quiet,
+            Self::Verify(args) => args.output.quiet,
             Self::Inspect(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
         }
     }

@@ -9,7 +9,7 @@ use multifd::{
     parameters::{DECOMPRESSION_MEMORY, STALL_TIMEOUT},
 };
 
-use super::shared::{OutputArgs, default_seconds, file_address, limit, seconds, size};
+use super::shared::{OutputArgs, default_seconds, file_address, label, limit, seconds, size};
 use crate::{file_address::FileAddress, listen_address::ListenAddress};
 
 #[derive(Debug, ClapArgs)]
@@ -53,6 +53,9 @@ pub(crate) struct ReceiveArgs {
     /// Replace FILE if it exists; with an offset, replace the data after the offset. WARNING: the old data is lost
     #[arg(long)]
     pub(crate) force: bool,
+    /// Text to store in FILE, shown by multifd inspect
+    #[arg(long, value_name = "TEXT", value_parser = label)]
+    pub(crate) label: Option<String>,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Address to listen at: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS],

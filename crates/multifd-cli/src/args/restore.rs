@@ -34,6 +34,9 @@ pub(crate) struct RestoreArgs {
     /// Read pages for channels with direct I/O, past the page cache, if the file system supports it
     #[arg(long)]
     pub(crate) direct_io: bool,
+    /// Read FILE although it is damaged: do not compare it with its digests
+    #[arg(long)]
+    pub(crate) no_verify: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// File to restore: a path, or file:PATH,offset=N

@@ -58,6 +58,9 @@ pub(crate) struct SendArgs {
     /// Send pages without copying them; plain TCP only; needs 4 MiB of locked memory per channel
     #[arg(long)]
     pub(crate) zero_copy_send: bool,
+    /// Read FILE although it is damaged: do not compare it with its digests
+    #[arg(long)]
+    pub(crate) no_verify: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// File to send: a path, or file:PATH,offset=N

@@ -94,6 +94,17 @@ impl ZeroPagesArg {
     }
 }
 
+/// Parses a text of at most [`MOST_LABEL`] bytes.
+pub(super) fn label(text: &str) -> Result<String, String> {
+    if text.len() <= MOST_LABEL {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("expected at most {MOST_LABEL} bytes, found {}", text.len()))
+    }
+}
+
+const MOST_LABEL: usize = 4096;
+
 /// The default of a parameter that is a time, in seconds.
 pub(super) fn default_seconds(parameter: Parameter) -> String {
     parameter.default_time().as_secs().to_string()

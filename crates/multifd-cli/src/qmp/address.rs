@@ -103,6 +103,19 @@ impl Socket {
         }
     }
 
+    /// The command line of the process at the other end, if it runs on this host and may be looked at.
+    pub(super) fn command_line(&self) -> Option<Vec<String>> {
+        let Self::Unix(stream) = self else { return None };
+        let process = socket_peercred(stream.as_fd()).ok()?.pid;
+        let folder = Path::new("/proc").join(process.as_raw_pid().to_string());
+        // A socket that another program has made for QEMU has the identity of that program.
+        let program = std::fs::read_link(folder.join("exe")).ok()?;
+        program.file_name()?.to_str().filter(|name| name.starts_with("qemu"))?;
+        let line = std::fs::read(folder.join("cmdline")).ok()?;
+        let words = line.strip_suffix(&[0])?.split(|byte| *byte == 0);
+        Some(words.map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+    }
+
     /// Limits each call of `read`, and each of `write`.
     pub(super) fn limit(&self, read: Duration, write: Duration) -> io::Result<()> {
         match self {

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     io::{self, Read, Write},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use multifd::{channel::Stop, error::UntrustedText};
@@ -156,6 +156,11 @@ impl Qmp {
         self.socket.host(&self.address)
     }
 
+    /// The command line of this QEMU, if it runs on this host and may be looked at.
+    pub(crate) fn command_line(&self) -> Option<Vec<String>> {
+        self.socket.command_line()
+    }
+
     /// Executes a command and returns its result. It is not interrupted: the state of the guest must be known.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         let closed = |error| QmpError::Closed { command: command.to_owned(), error };
@@ -189,6 +194,15 @@ impl Qmp {
     /// How long the guest was stopped when it was last resumed.
     pub(crate) fn pause(&self) -> Option<Duration> {
         self.resumed?.checked_sub(self.stopped?)
+    }
+
+    /// How long the guest has been stopped, if it is stopped as far as is known, and runs on this host.
+    pub(crate) fn stopped_for(&self) -> Option<Duration> {
+        // Another host may have another time.
+        matches!(self.host().ok()?, Host::This { .. }).then_some(())?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        let stopped = self.stopped.filter(|stopped| self.resumed.is_none_or(|resumed| resumed < *stopped))?;
+        now.checked_sub(stopped)
     }
 
     fn note(&mut self, event: Option<&str>, timestamp: Option<Timestamp>) {

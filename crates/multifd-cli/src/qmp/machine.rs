@@ -16,7 +16,9 @@ pub(crate) struct Machine {
     machine_type: Option<String>,
     /// The UUID; nil without `-uuid`.
     pub(crate) uuid: VmUuid,
-    processors: Option<usize>,
+    pub(crate) processors: Option<usize>,
+    /// The name (`-name`).
+    pub(crate) name: Option<String>,
     /// The PCI devices on the first bus, by slot and function.
     devices: Option<BTreeSet<(u64, u64)>>,
     /// RAM in bytes, of `-m`.
@@ -37,6 +39,7 @@ impl Machine {
         let kind = ask("qom-get", json!({ "path": "/machine", "property": "type" }))?;
         let uuid = ask("query-uuid", json!({}))?;
         let uuid = uuid.as_ref().and_then(|told| told.get("UUID")?.as_str()?.parse().ok());
+        let name = ask("query-name", json!({}))?;
         let ram = ask("query-memory-size-summary", json!({}))?;
         let part = |name: &str| ram.as_ref()?.get(name)?.as_u64();
         Ok(Self {
@@ -48,6 +51,7 @@ impl Machine {
             }),
             uuid: uuid.unwrap_or(VmUuid::NIL),
             processors: ask("query-cpus-fast", json!({}))?.as_ref().and_then(Value::as_array).map(Vec::len),
+            name: name.as_ref().and_then(|told| Some(told.get("name")?.as_str()?.to_owned())),
             devices: ask("query-pci", json!({}))?.as_ref().and_then(on_first_bus),
             ram: part("base-memory").map(|base| base + part("plugged-memory").unwrap_or(0)),
         })

@@ -30,6 +30,7 @@ use serde_json::json;
 
 use super::receive::{Reception, Stored};
 use crate::{
+    about::About,
     args::CaptureArgs,
     capture::Capture,
     direct_io::DirectIo,
@@ -40,8 +41,8 @@ use crate::{
         report::millis,
     },
     qmp::{
-        Changed, Listens, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Version,
-        Wanted, resume, run_state,
+        Changed, Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings,
+        Version, Wanted, resume, run_state,
     },
 };
 
@@ -61,6 +62,7 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let capture = Capture::create(&args.file, args.force, &direct_io)?;
     let meeting = Meeting::arrange(&qmp, Listens::Here, args.listen.as_ref())?;
     let settings = Settings::of(&mut qmp)?;
+    let known = known(args, &mut qmp, &was)?;
     let wanted = wanted(args);
 
     // The first to be woken at a failure, before connections are closed.
@@ -69,8 +71,13 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let (listening, address) = listen(args, &meeting, &stop)?;
     let changed = settings.change(&mut source.lock(), &wanted)?;
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
-    let reception =
-        Reception { verb: "capture", file: &args.file, output: args.output, before_refusal: &cancel };
+    let reception = Reception {
+        verb: "capture",
+        file: &args.file,
+        output: args.output,
+        before_refusal: &cancel,
+        about: &|_| About { stopped_for: stopped_for(&mut source.lock()), ..known.clone() },
+    };
     match migrate(&source, &address, &stop, || reception.run(listening, capture, &stop)) {
         Ok(stored) => {
             if stored.has_pages_of_main() {
@@ -130,6 +137,27 @@ fn refuse_others(qmp: &mut Qmp, was: &str, args: &CaptureArgs) -> Result<(), Fai
     // Of an earlier migration.
     Migration::settle(qmp)?;
     Ok(())
+}
+
+/// What is recorded about the capture.
+fn known(args: &CaptureArgs, qmp: &mut Qmp, was: &str) -> Result<About, QmpError> {
+    let machine = Machine::of(qmp)?;
+    Ok(About {
+        source: Some(args.qmp.to_string()),
+        qemu: Some(qmp.version().to_string()),
+        guest_name: machine.name,
+        guest_state: Some(was.to_owned()),
+        processors: machine.processors,
+        command_line: qmp.command_line().unwrap_or_default(),
+        ..About::new("capture", args.label.as_ref())
+    })
+}
+
+/// How long the guest has been stopped, in milliseconds, if its host is this one.
+fn stopped_for(qmp: &mut Qmp) -> Option<u64> {
+    // The reply comes after the event of the stop.
+    run_state(qmp).ok().filter(|state| state != RUNNING)?;
+    qmp.stopped_for().map(millis)
 }
 
 fn listen(args: &CaptureArgs, meeting: &Meeting, stop: &Stop) -> Result<(Listening, Address), Failure> {

@@ -13,8 +13,14 @@ use std::{
     path::Path,
 };
 
-use multifd::{channel::Stop, ram::PageBitmap};
-use qemu_stream::{format::BlockEntry, mapped_ram::MappedRamFile};
+use multifd::{
+    channel::Stop,
+    ram::{PageBitmap, PageIndex, RamBlock},
+};
+use qemu_stream::{
+    format::BlockEntry,
+    mapped_ram::{MappedRamFile, ReadPath},
+};
 use rustix::{fs::copy_file_range, io::Errno};
 
 use crate::{
@@ -48,7 +54,9 @@ pub(crate) fn run(
     };
     let stop = Stop::new();
     let page_size = place.page_size.bytes() as u64;
-    let block = Block { file: file.file(), at: place.pages_offset, stop: &stop };
+    let blocks = file.ram_blocks(|_, _| ReadPath::Cached).map_err(|error| address.unreadable(error))?;
+    let compared = blocks.get(index).filter(|_| file.has_digests());
+    let block = Block { file: file.file(), at: place.pages_offset, compared, stop: &stop };
     if out == Path::new("-") {
         // Nothing would be left behind, so an interrupt may end the process.
         let mut out = outlet::bytes().map_err(|error| failed(error.into()))?;
@@ -67,7 +75,8 @@ pub(crate) fn run(
     let target = new.file();
     // This makes the holes, and gives the file the exact length of the block.
     target.set_len(place.used_length).map_err(|error| failed(error.into()))?;
-    let mut shares = true;
+    // What the system moves is not compared.
+    let mut shares = block.compared.is_none();
     for stretch in stretches(&present, page_size, place.used_length).filter(|stretch| stretch.present) {
         let copied = block.copy(&stretch, target, &mut shares);
         stop.check().map_err(Failure::of)?;
@@ -107,6 +116,8 @@ impl Error for Shared {}
 struct Block<'a> {
     file: &'a File,
     at: u64,
+    /// The same pages, which are compared with their digests when they are read.
+    compared: Option<&'a RamBlock>,
     stop: &'a Stop,
 }
 
@@ -167,7 +178,13 @@ impl Block<'_> {
     /// Reads up to `rest` bytes from offset `at` of the block on.
     fn read<'b>(&self, buffer: &'b mut Vec<u8>, at: u64, rest: u64) -> io::Result<&'b [u8]> {
         buffer.resize(usize::try_from(rest).unwrap_or(PIECE).min(PIECE), 0);
-        self.file.read_exact_at(buffer, self.at + at)?;
+        let Some(block) = self.compared else {
+            self.file.read_exact_at(buffer, self.at + at)?;
+            return Ok(buffer);
+        };
+        // Stretches of present pages are whole pages.
+        let page_size = block.page_size().bytes() as u64;
+        block.load_direct(PageIndex(at / page_size), buffer.len() as u64 / page_size, buffer)?;
         Ok(buffer)
     }
 }

@@ -1,12 +1,16 @@
 //! `multifd inspect`: shows the contents of a mapped-ram file without its pages, or extracts one block's pages.
 
+use std::os::unix::fs::MetadataExt;
+
 use indicatif::BinaryBytes;
 use qemu_stream::{format::SyncMode, mapped_ram::MappedRamFile};
 use serde::Serialize;
 
 use super::extract;
 use crate::{
+    about::{About, restore},
     args::InspectArgs,
+    file_address::Digests,
     output::{
         outcome::Failure,
         outlet::{print_json, print_lines},
@@ -30,6 +34,12 @@ struct Contents {
     devices: Vec<Device>,
     total: u64,
     present: u64,
+    /// Bytes that the file occupies on the disk, of all that is in it.
+    on_disk: u64,
+    digests: bool,
+    about: About,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    restore: Vec<String>,
     trailing_bytes: u64,
 }
 
@@ -57,11 +67,12 @@ struct Device {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let file = args.file.open()?;
+    let file = args.file.open(Digests::unless(args.no_verify))?;
     if let (Some(block), Some(out)) = (&args.extract, &args.out) {
         return extract::run(&args.file, &file, block, out, args.force);
     }
-    let contents = contents(&file).map_err(|error| args.file.unreadable(error))?;
+    let mut contents = contents(&file).map_err(|error| args.file.unreadable(error))?;
+    contents.restore = restore::commands(&args.file, &contents.about);
     if args.json {
         print_json(&contents)?;
     } else {
@@ -112,6 +123,11 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
         switchover_start: file.switchover_start(),
         described: file.devices().description().is_some(),
         trailing_bytes: file.trailing_bytes(),
+        // A file that cannot be asked has no size that could be shown.
+        on_disk: file.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512)),
+        digests: file.has_digests(),
+        about: About::of(file),
+        restore: Vec::new(),
         total: file.blocks().total(),
         present: blocks.iter().map(|block| block.pages_present * page_size as u64).sum(),
         blocks,
@@ -131,7 +147,13 @@ impl Contents {
             self.blocks.len(),
             BinaryBytes(self.present)
         ));
+        lines.push(format!("on disk    {}", BinaryBytes(self.on_disk)));
         lines.extend(self.sync_mode.map(|mode| format!("sync mode  {mode}")));
+        lines.push(match self.digests {
+            true => "digests    of every page; multifd verify compares them".to_owned(),
+            false => "digests    none, so damage is not noticed; multifd verify --add adds them".to_owned(),
+        });
+        lines.extend(self.about.lines());
         lines.push(String::new());
         lines.push(format!("{:<40} {:>14} {:>10} {:>10}", "block", "used length", "pages", "present"));
         lines.extend(self.blocks.iter().map(|block| {
@@ -151,6 +173,9 @@ impl Contents {
             let instance = format!("{:#x}", device.instance_id);
             format!("{:<40} {instance:>14} {:>10} {:>10}", device.name, device.version, device.size)
         }));
+        lines.push(String::new());
+        lines.push("to restore it:".to_owned());
+        lines.extend(self.restore.iter().map(|command| format!("  {command}")));
         if self.trailing_bytes > 0 {
             lines.push(String::new());
             lines.push(format!(

@@ -8,3 +8,4 @@ pub(crate) mod receive;
 pub(crate) mod restore;
 pub(crate) mod send;
 mod tls;
+pub(crate) mod verify;

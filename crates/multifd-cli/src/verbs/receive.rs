@@ -21,6 +21,7 @@ use qemu_stream::{
 
 use super::tls;
 use crate::{
+    about::About,
     args::{MissingPagesArg, OutputArgs, ReceiveArgs},
     capture::{Capture, Channels},
     combinations,
@@ -112,8 +113,13 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     if !args.output.quiet {
         args.listen.note_unread_pipe();
     }
-    let reception =
-        Reception { verb: "receive", file: &args.file, output: args.output, before_refusal: &|_| {} };
+    let reception = Reception {
+        verb: "receive",
+        file: &args.file,
+        output: args.output,
+        before_refusal: &|_| {},
+        about: &|peer| About { source: Some(peer.to_owned()), ..About::new("receive", args.label.as_ref()) },
+    };
     let stored = reception.run(listening, capture, &stop)?;
     if stored.has_pages_of_main() {
         direct_io.without_channels();
@@ -136,6 +142,8 @@ pub(super) struct Reception<'a> {
     pub(super) output: OutputArgs,
     /// Called when everything has arrived and the file cannot be completed, before the source is informed.
     pub(super) before_refusal: &'a dyn Fn(&Error),
+    /// What is recorded about the capture; called with the source's address when everything has arrived.
+    pub(super) about: &'a dyn Fn(&str) -> About,
 }
 
 /// A machine that has arrived and is in its file.
@@ -175,7 +183,7 @@ impl Reception<'_> {
             Display::start(self.verb, self.output.progress(), Receiving { progress, completing, start })
         };
         let peer = arrival.peer().to_owned();
-        let received = self.take_in(arrival, capture, &progress, &completing, stop);
+        let received = self.take_in(arrival, &peer, capture, &progress, &completing, stop);
         drop(display);
         match received {
             Ok(received) => Ok(Stored { received, time: start.elapsed() }),
@@ -198,6 +206,7 @@ impl Reception<'_> {
     fn take_in(
         &self,
         arrival: Arrival,
+        peer: &str,
         capture: Capture,
         progress: &ArrivalProgress,
         completing: &AtomicBool,
@@ -208,7 +217,8 @@ impl Reception<'_> {
         completing.store(true, Ordering::Relaxed);
         let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
             let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
-            let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
+            let about = (self.about)(peer);
+            let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, about, stop);
             kept.map_err(|error| {
                 Error::other("all data was received, but the file cannot be completed", error)
             })

@@ -21,6 +21,7 @@ use super::send::{AtRest, Delivery, Reading, at_rest_options, understood};
 use crate::{
     args::RestoreArgs,
     direct_io::DirectIo,
+    file_address::Digests,
     interrupt,
     output::{
         outcome::{Failure, While},
@@ -36,7 +37,7 @@ use crate::{
 pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let file = args.file.open()?;
+    let file = args.file.open(Digests::unless(args.no_verify))?;
     let guest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let mut qmp = Qmp::connect(&args.qmp, &stop)?;
     let state = run_state(&mut qmp)?;

@@ -9,7 +9,7 @@ use multifd::{
         DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState,
         ZeroPageDetection,
     },
-    ram::{NeverDirty, RamBlocks},
+    ram::{self, NeverDirty, RamBlocks},
     wire::VmUuid,
 };
 use qemu_stream::{
@@ -23,7 +23,7 @@ use crate::{
     args::{OutputArgs, ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
     direct_io::DirectIo,
-    file_address::FileAddress,
+    file_address::{Digests, FileAddress},
     identity::Identity,
     interrupt,
     output::{
@@ -33,6 +33,7 @@ use crate::{
         progress::Look,
         report::Report,
     },
+    remedy::READS_DAMAGED,
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -40,7 +41,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let file = args.file.open()?;
+    let file = args.file.open(Digests::unless(args.no_verify))?;
     let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {
         channels: args.multifd_channels,
@@ -100,7 +101,11 @@ impl Delivery<'_> {
             if error.is_cancelled() {
                 return Failure::Interrupted;
             }
-            let what = format!("the migration of {} to {} failed{}", self.file, self.to, not_taken(&error));
+            let mut what =
+                format!("the migration of {} to {} failed{}", self.file, self.to, not_taken(&error));
+            if is_of_damage(&error) {
+                what += &format!("; {} is damaged: {READS_DAMAGED}", self.file);
+            }
             While::new(what, error).into()
         })
     }
@@ -150,6 +155,13 @@ fn not_taken(error: &Error) -> &'static str {
         }
         _ => "",
     }
+}
+
+/// Whether a page of the file differs from its digest.
+fn is_of_damage(error: &Error) -> bool {
+    let Error::Io { source, .. } = error.kind() else { return false };
+    let cause = source.get_ref().and_then(|cause| cause.downcast_ref());
+    matches!(cause, Some(ram::Error::Damaged { .. }))
 }
 
 /// What both sides must have in common for the destination to accept data.

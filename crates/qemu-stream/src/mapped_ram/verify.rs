@@ -293,7 +293,7 @@ fn pieces(block: &RamBlock, group: u64) -> impl Iterator<Item = (PageIndex, u64)
         for (first, count) in runs(word, block.present_word(word)) {
             match joined.last_mut() {
                 Some((start, length)) if start.0 + *length == first.0 && *length + count <= most => {
-                    *length += count
+                    *length += count;
                 }
                 _ => joined.push((first, count)),
             }

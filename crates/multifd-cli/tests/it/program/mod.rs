@@ -24,4 +24,5 @@ mod stalls;
 mod streams;
 mod targets;
 mod usage;
+mod verify;
 mod zero_copy;
