@@ -9,9 +9,12 @@ use multifd::{
     parameters::{DOWNTIME_LIMIT, STALL_TIMEOUT},
 };
 
-use super::shared::{
-    OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, number, qmp_address,
-    rate, seconds,
+use super::{
+    run::RunArgs,
+    shared::{
+        OutputArgs, default_seconds, file_address, limit, listen_address, milliseconds, number, qmp_address,
+        rate, seconds,
+    },
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
 
@@ -60,6 +63,8 @@ pub(crate) struct CaptureArgs {
     /// Replace FILE if it exists; with an offset, replace the data after the offset. WARNING: the old data is lost
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// QMP socket of the running QEMU: unix:PATH, a path, or tcp:HOST:PORT

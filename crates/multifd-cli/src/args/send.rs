@@ -12,6 +12,7 @@ use multifd::{
 
 use super::{
     compression::CompressionArgs,
+    run::RunArgs,
     shared::{
         OutputArgs, ZeroPagesArg, default_seconds, destination_address, file_address, limit, number, rate,
         seconds, small_default,
@@ -58,6 +59,8 @@ pub(crate) struct SendArgs {
     /// Send pages without copying them; plain TCP only; needs 4 MiB of locked memory per channel
     #[arg(long)]
     pub(crate) zero_copy_send: bool,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// File to send: a path, or file:PATH,offset=N

@@ -43,11 +43,13 @@ use crate::{
         Changed, Listens, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Version,
         Wanted, resume, run_state,
     },
+    time_limit::TimeLimit,
 };
 
 pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
     let mut qmp = Qmp::connect(&args.qmp, &stop)?;
     let was = run_state(&mut qmp)?;
@@ -71,7 +73,10 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
     let reception =
         Reception { verb: "capture", file: &args.file, output: args.output, before_refusal: &cancel };
-    match migrate(&source, &address, &stop, || reception.run(listening, capture, &stop)) {
+    let ended = migrate(&source, &address, &stop, || reception.run(listening, capture, &stop));
+    // From here on the guest is stopped, and only this program lets it continue.
+    drop(limit);
+    match ended {
         Ok(stored) => {
             if stored.has_pages_of_main() {
                 direct_io.without_channels();

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -29,12 +29,13 @@ use crate::{
     interrupt,
     listen_address::ListenAddress,
     output::{
-        display::{Display, Shown},
+        display::{Display, Shown, WAITS},
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
         progress::Look,
         report::{Channel, Ram, Report, millis, rate},
     },
+    time_limit::TimeLimit,
 };
 
 /// What arrived.
@@ -80,6 +81,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     combinations::of_receive(args, &listen.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
     let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
@@ -95,7 +97,9 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())
         .method(args.multifd_compression.0)
-        .decompression_memory(args.decompression_memory());
+        .decompression_memory(args.decompression_memory())
+        .accept_timeout(args.accept_timeout())
+        .max_refused(Some(args.max_refused));
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(match args.missing_pages {
@@ -167,13 +171,20 @@ impl Reception<'_> {
     /// If nothing was stored; then there is no file. With `--json`, the report was printed.
     pub(super) fn run(&self, listening: Listening, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
         let start = Instant::now();
-        let arrival = listening.accept().map_err(|error| self.failed(None, start, error))?;
-        let start = Instant::now();
-        let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
+        let (progress, completing) = (listening.progress(), Arc::new(AtomicBool::new(false)));
+        let connected = Arc::new(OnceLock::new());
         let display = {
-            let (progress, completing) = (progress.clone(), completing.clone());
-            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, start })
+            let (progress, completing, connected) = (progress.clone(), completing.clone(), connected.clone());
+            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, connected })
         };
+        let arrival = match listening.accept() {
+            Ok(arrival) => arrival,
+            Err(error) => {
+                drop(display);
+                return Err(self.failed(None, start, error));
+            }
+        };
+        let start = *connected.get_or_init(Instant::now);
         let peer = arrival.peer().to_owned();
         let received = self.take_in(arrival, capture, &progress, &completing, stop);
         drop(display);
@@ -252,8 +263,12 @@ impl Reception<'_> {
         if error.is_cancelled() {
             return Failure::Interrupted;
         }
-        let from = source.map_or_else(String::new, |(peer, _)| format!(" from {peer}"));
-        let what = format!("the migration{from} into {} failed{}", self.file, likely(&error));
+        let what = match source {
+            Some((peer, _)) => {
+                format!("the migration from {peer} into {} failed{}", self.file, likely(&error))
+            }
+            None => format!("no migration into {} has begun", self.file),
+        };
         While::new(what, error).into()
     }
 }
@@ -287,7 +302,8 @@ const SOURCE_CLOSES: Duration = Duration::from_secs(5);
 struct Receiving {
     progress: ArrivalProgress,
     completing: Arc<AtomicBool>,
-    start: Instant,
+    /// When the source connected.
+    connected: Arc<OnceLock<Instant>>,
 }
 
 impl Shown for Receiving {
@@ -296,8 +312,10 @@ impl Shown for Receiving {
     }
 
     fn report(&self) -> Report {
-        let mut report = report(&Numbers::of(&self.progress), self.start.elapsed());
+        let time = self.connected.get().map(Instant::elapsed).unwrap_or_default();
+        let mut report = report(&Numbers::of(&self.progress), time);
         report.status = match self.progress.ram() {
+            None if !self.progress.has_source() => WAITS,
             None => "setup",
             Some(_) if self.completing.load(Ordering::Relaxed) => "device",
             Some(_) => "active",
@@ -308,6 +326,14 @@ impl Shown for Receiving {
 }
 
 fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
+    if !progress.has_source() {
+        let note = match progress.refused() {
+            0 => String::new(),
+            1 => "1 connection was refused".into(),
+            refused => format!("{refused} connections were refused"),
+        };
+        return Look { stage: Some("waiting for a source"), note, waits: true, ..Look::default() };
+    }
     let transferred = Numbers::of(progress).transferred();
     let mut note = format!("{} received", BinaryBytes(transferred));
     if let Some((total, _)) = progress.ram() {

@@ -33,6 +33,7 @@ use crate::{
         progress::Look,
         report::Report,
     },
+    time_limit::TimeLimit,
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -40,6 +41,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
     let file = args.file.open()?;
     let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {

@@ -23,5 +23,6 @@ mod send;
 mod stalls;
 mod streams;
 mod targets;
+mod time_limits;
 mod usage;
 mod zero_copy;
