@@ -8,18 +8,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::BinaryBytes;
 use multifd::{
-    ChannelStats, Error, Fault, ReceiveOptions,
+    Error, Fault, ReceiveOptions,
     channel::{Listener, Stop},
     ram::BlockName,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, ArrivalProgress, Listening},
-    incoming::{Expected, LeftOut, MainPages},
+    incoming::{Expected, LeftOut},
 };
 
-use super::tls;
+use super::{
+    arrived::{Numbers, Receiving, report},
+    tls,
+};
 use crate::{
     args::{MissingPagesArg, OutputArgs, ReceiveArgs},
     capture::{Capture, Channels},
@@ -29,11 +31,10 @@ use crate::{
     interrupt,
     listen_address::ListenAddress,
     output::{
-        display::{Display, Shown, WAITS},
+        display::Display,
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
-        progress::Look,
-        report::{Channel, Ram, Report, millis, rate},
+        report::{Report, millis},
     },
     time_limit::TimeLimit,
 };
@@ -46,34 +47,6 @@ struct Received {
     ignored: Vec<BlockName>,
     /// Why the source, which waits for it, did not get the confirmation.
     untold: Option<Error>,
-}
-
-/// How much arrived.
-struct Numbers {
-    /// Bytes of RAM; 0 if the source has not announced them.
-    total: u64,
-    page_size: u64,
-    channels: Vec<ChannelStats>,
-    main_bytes: u64,
-    main_pages: MainPages,
-}
-
-impl Numbers {
-    /// What has arrived so far.
-    fn of(progress: &ArrivalProgress) -> Self {
-        let (total, page_size) = progress.ram().unwrap_or_default();
-        let (channels, main_bytes, main_pages) =
-            (progress.channels(), progress.main_bytes(), progress.main_pages());
-        Self { total, page_size, channels, main_bytes, main_pages }
-    }
-
-    fn on_channels(&self, count: fn(&ChannelStats) -> u64) -> u64 {
-        self.channels.iter().map(count).sum()
-    }
-
-    fn transferred(&self) -> u64 {
-        self.on_channels(|channel| channel.bytes) + self.main_bytes
-    }
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
@@ -297,85 +270,6 @@ const UNTOLD: &str = "the source did not get the confirmation (it was cancelled,
                       guest: check the source before you restore the file, the guest must not run twice";
 /// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
-
-/// What the display shows.
-struct Receiving {
-    progress: ArrivalProgress,
-    completing: Arc<AtomicBool>,
-    /// When the source connected.
-    connected: Arc<OnceLock<Instant>>,
-}
-
-impl Shown for Receiving {
-    fn look(&self) -> Look {
-        look(&self.progress, &self.completing)
-    }
-
-    fn report(&self) -> Report {
-        let time = self.connected.get().map(Instant::elapsed).unwrap_or_default();
-        let mut report = report(&Numbers::of(&self.progress), time);
-        report.status = match self.progress.ram() {
-            None if !self.progress.has_source() => WAITS,
-            None => "setup",
-            Some(_) if self.completing.load(Ordering::Relaxed) => "device",
-            Some(_) => "active",
-        };
-        report.ram.dirty_sync_count = self.progress.pass();
-        report
-    }
-}
-
-fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
-    if !progress.has_source() {
-        let note = match progress.refused() {
-            0 => String::new(),
-            1 => "1 connection was refused".into(),
-            refused => format!("{refused} connections were refused"),
-        };
-        return Look { stage: Some("waiting for a source"), note, waits: true, ..Look::default() };
-    }
-    let transferred = Numbers::of(progress).transferred();
-    let mut note = format!("{} received", BinaryBytes(transferred));
-    if let Some((total, _)) = progress.ram() {
-        note += &format!(", the guest has {}", BinaryBytes(total));
-    }
-    Look {
-        stage: completing
-            .load(Ordering::Relaxed)
-            .then_some("all data was received; the file is being completed"),
-        transferred,
-        pass: progress.pass().unwrap_or(0),
-        note,
-        check: "check query-migrate at the source",
-        ..Look::default()
-    }
-}
-
-/// What has arrived in `time`, of a migration that has not ended.
-fn report(numbers: &Numbers, time: Duration) -> Report {
-    let Numbers { total, page_size, channels, main_bytes, main_pages } = numbers;
-    let normal = numbers.on_channels(|channel| channel.normal) + main_pages.normal;
-    let zero = numbers.on_channels(|channel| channel.zero) + main_pages.zero;
-    let transferred = numbers.transferred();
-    Report {
-        total_time: millis(time),
-        ram: Ram {
-            total: *total,
-            transferred,
-            duplicate: zero,
-            normal,
-            normal_bytes: normal * page_size,
-            page_size: *page_size,
-            mbps: transferred as f64 * 8.0 / 1e6 / time.as_secs_f64().max(1e-9),
-            pages_per_second: rate(normal + zero, time),
-            multifd_bytes: numbers.on_channels(|channel| channel.bytes),
-            precopy_bytes: *main_bytes,
-            ..Ram::default()
-        },
-        channels: channels.iter().map(Channel::from).collect(),
-        ..Report::default()
-    }
-}
 
 fn completed(received: &Received, time: Duration) -> Report {
     let mut report = report(&received.numbers, time);
