@@ -26,6 +26,7 @@ mod new_file;
 mod output;
 mod qmp;
 mod remedy;
+mod time_limit;
 mod verbs;
 mod version;
 

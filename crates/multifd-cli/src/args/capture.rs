@@ -9,9 +9,12 @@ use multifd::{
     parameters::{DOWNTIME_LIMIT, STALL_TIMEOUT},
 };
 
-use super::shared::{
-    OutputArgs, default_seconds, file_address, label, limit, listen_address, milliseconds, number,
-    qmp_address, rate, seconds,
+use super::{
+    run::RunArgs,
+    shared::{
+        OutputArgs, default_seconds, file_address, label, limit, listen_address, milliseconds, number,
+        qmp_address, rate, seconds,
+    },
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
 
@@ -63,6 +66,8 @@ pub(crate) struct CaptureArgs {
     /// Text to store in FILE, shown by multifd inspect
     #[arg(long, value_name = "TEXT", value_parser = label)]
     pub(crate) label: Option<String>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// QMP socket of the running QEMU: unix:PATH, a path, or tcp:HOST:PORT

@@ -8,6 +8,7 @@ mod demo;
 mod inspect;
 mod receive;
 mod restore;
+mod run;
 mod send;
 mod shared;
 mod verify;

@@ -9,7 +9,10 @@ use multifd::{
     parameters::{DECOMPRESSION_MEMORY, STALL_TIMEOUT},
 };
 
-use super::shared::{OutputArgs, default_seconds, file_address, label, limit, seconds, size};
+use super::{
+    run::RunArgs,
+    shared::{OutputArgs, default_seconds, file_address, label, limit, number, seconds, size},
+};
 use crate::{file_address::FileAddress, listen_address::ListenAddress};
 
 #[derive(Debug, ClapArgs)]
@@ -39,6 +42,13 @@ pub(crate) struct ReceiveArgs {
     /// Action if a page of RAM never arrived. WARNING: zero loses guest memory if the page was lost in transit
     #[arg(long, value_name = "MODE", value_enum, default_value_t)]
     pub(crate) missing_pages: MissingPagesArg,
+    /// Time limit for a source to connect, in seconds or with a unit (500ms, 2m, 1.5h); 0 = no limit
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = seconds)]
+    accept_timeout: Duration,
+    /// Fail after this number of refused connections (TLS handshakes that fail, connections that are no migration) while no
+    /// source has connected; 0 = no limit. WARNING: with a limit, any host that can connect can end the wait
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = number::<u64>(0, u64::MAX))]
+    pub(crate) max_refused: u64,
     /// Time limit for a source that sends nothing while data is expected, in seconds or with a unit (500ms, 2m); 0 = no
     /// limit
     #[arg(long, value_name = "TIME", default_value = default_seconds(STALL_TIMEOUT), value_parser = seconds)]
@@ -57,6 +67,8 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_name = "TEXT", value_parser = label)]
     pub(crate) label: Option<String>,
     #[command(flatten)]
+    pub(crate) run: RunArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Address to listen at: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS],
     /// unix:PATH, vsock:CID:PORT, fd:N, exec:COMMAND (reads from the output of the command, without channels), or - (reads
@@ -72,6 +84,11 @@ impl ReceiveArgs {
     /// Bytes; `None` is no limit.
     pub(crate) fn decompression_memory(&self) -> Option<u64> {
         Some(self.decompression_memory).filter(|bytes| *bytes > 0)
+    }
+
+    /// `None` is no limit.
+    pub(crate) fn accept_timeout(&self) -> Option<Duration> {
+        limit(self.accept_timeout)
     }
 
     /// `None` is no limit.

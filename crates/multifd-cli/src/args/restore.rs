@@ -5,8 +5,12 @@ use std::time::Duration;
 use clap::Args as ClapArgs;
 use multifd::{channel::Address, parameters::STALL_TIMEOUT};
 
-use super::shared::{
-    OutputArgs, default_seconds, destination_address, file_address, limit, number, qmp_address, rate, seconds,
+use super::{
+    run::RunArgs,
+    shared::{
+        OutputArgs, default_seconds, destination_address, file_address, limit, number, qmp_address, rate,
+        seconds,
+    },
 };
 use crate::{file_address::FileAddress, qmp::QmpAddress};
 
@@ -37,6 +41,8 @@ pub(crate) struct RestoreArgs {
     /// Read FILE although it is damaged: do not compare it with its digests
     #[arg(long)]
     pub(crate) no_verify: bool,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// File to restore: a path, or file:PATH,offset=N

@@ -12,6 +12,7 @@ use multifd::{
 
 use super::{
     compression::CompressionArgs,
+    run::RunArgs,
     shared::{
         OutputArgs, ZeroPagesArg, default_seconds, destination_address, file_address, limit, number, rate,
         seconds, small_default,
@@ -61,6 +62,8 @@ pub(crate) struct SendArgs {
     /// Read FILE although it is damaged: do not compare it with its digests
     #[arg(long)]
     pub(crate) no_verify: bool,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// File to send: a path, or file:PATH,offset=N

@@ -225,7 +225,7 @@ fn bytes(text: &str) -> Option<u64> {
 }
 
 const SIZE_UNITS: &str = "with a unit (4K, 100M, 2G; K = 1024, M = 1024 K), below 16E";
-const TIME_UNITS: &str = "with a unit (500ms, 90s, 2m, 1h)";
+const TIME_UNITS: &str = "with a unit (500ms, 90s, 2m, 1.5h)";
 
 #[cfg(test)]
 mod tests {
@@ -255,6 +255,8 @@ mod tests {
             ("2min", 120_000),
             ("1h", 3_600_000),
             ("1.5s", 1_500),
+            ("1.5h", 5_400_000),
+            ("1.5", 1_500),
             ("0.25m", 15_000),
             ("4294967295", 4_294_967_295_000),
         ] {
@@ -264,7 +266,7 @@ mod tests {
             ["", "s", "-1", "+1", "1 s", "1.s", ".5", "1.2345", "1.2.3", "1d", "2M", "99999999999", "lots"]
         {
             let refused = seconds(text).expect_err(text);
-            assert!(refused.ends_with(&format!("(500ms, 90s, 2m, 1h), found {text:?}")), "{refused}");
+            assert!(refused.ends_with(&format!("(500ms, 90s, 2m, 1.5h), found {text:?}")), "{refused}");
         }
     }
 

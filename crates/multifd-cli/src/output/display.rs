@@ -82,7 +82,7 @@ fn as_bar(verb: &str, shown: &impl Shown, ended: &Receiver<()>) {
 
 /// The first line comes soon, the others in every period. A hint does not wait for its line.
 fn as_lines(verb: &str, shown: &impl Shown, every: Duration, ended: &Receiver<()>) {
-    let (mut meter, mut next) = (Meter::default(), Instant::now());
+    let (mut meter, mut next, mut waited) = (Meter::default(), Instant::now(), false);
     // The first rate is that of the first period.
     meter.text(&shown.look());
     while goes_on(ended, LOOK.min(every)) {
@@ -92,20 +92,20 @@ fn as_lines(verb: &str, shown: &impl Shown, every: Duration, ended: &Receiver<()
             say(&format!("{verb}: {hint}"));
         }
         let now = Instant::now();
-        if now >= next {
+        if now >= next && !(look.waits && std::mem::replace(&mut waited, true)) {
             say(&format!("{} {verb}: {}{text}", time_of_day(), percent(&look)));
             next = now + every;
         }
     }
 }
 
-/// One object in each second, and one for each new status.
+/// One object in each second, and one for each new status. A source may be waited for for days, which is one object.
 fn as_objects(shown: &impl Shown, ended: &Receiver<()>) {
     let (mut last, mut next) = (None, Instant::now());
     while goes_on(ended, BAR_EVERY) {
         let report = shown.report();
         let now = Instant::now();
-        if last == Some(report.status) && now < next {
+        if last == Some(report.status) && (now < next || report.status == WAITS) {
             continue;
         }
         if print_json(&report).is_err() {
@@ -131,6 +131,8 @@ fn show(bar: &ProgressBar, text: &str) {
 }
 
 const BAR_EVERY: Duration = Duration::from_millis(100);
+/// The status while nobody has connected.
+pub(crate) const WAITS: &str = "none";
 /// How often progress is looked at, and printed as an object.
 const LOOK: Duration = Duration::from_secs(1);
 

@@ -12,6 +12,8 @@ use super::report::rate;
 pub(crate) struct Look {
     /// What happens at present, if it is not a pass over RAM: `connecting`. Then nothing else is shown.
     pub(crate) stage: Option<&'static str>,
+    /// The stage may last for days, so it is printed as a line only once.
+    pub(crate) waits: bool,
     /// The number of bytes of the present pass, or of all RAM, that are done.
     pub(crate) done: u64,
     /// The total number of bytes to do; 0 if it is not known yet.
@@ -43,6 +45,7 @@ impl Look {
         };
         Self {
             stage,
+            waits: false,
             done: ram.total.saturating_sub(ram.remaining),
             total: ram.total,
             transferred: ram.transferred,
@@ -74,6 +77,8 @@ pub(super) fn percent(look: &Look) -> String {
 #[derive(Default)]
 pub(super) struct Meter {
     last: Option<(Instant, u64)>,
+    /// The stage that is shown, and since when.
+    stage: Option<(&'static str, Instant)>,
     still_since: Option<Instant>,
     /// The time in which bytes moved.
     moving: Duration,
@@ -87,8 +92,9 @@ impl Meter {
         let (then, before) = self.last.replace((now, look.transferred)).unwrap_or((now, look.transferred));
         if let Some(stage) = look.stage {
             self.still_since = None;
-            return (stage.into(), None);
+            return (self.stage_text(stage, look), None);
         }
+        self.stage = None;
         let speed = rate(look.transferred.saturating_sub(before), now - then);
         if speed > 0 {
             self.still_since = None;
@@ -102,6 +108,24 @@ impl Meter {
             return (format!("no data for {} s: {}", still.as_secs(), look.check), hint);
         }
         (Self::moving_text(look, speed), None)
+    }
+
+    /// `connecting (3 s)`.
+    fn stage_text(&mut self, stage: &'static str, look: &Look) -> String {
+        let since = match self.stage {
+            Some((shown, since)) if shown == stage => since,
+            _ => Instant::now(),
+        };
+        self.stage = Some((stage, since));
+        let mut text = stage.to_owned();
+        let seconds = since.elapsed().as_secs();
+        if seconds > 0 && !look.waits {
+            text += &format!(" ({seconds} s)");
+        }
+        if look.waits && !look.note.is_empty() {
+            text += &format!(", {}", look.note);
+        }
+        text
     }
 
     fn moving_text(look: &Look, speed: u64) -> String {
@@ -230,6 +254,10 @@ mod tests {
     fn a_source_that_has_not_connected_shows_no_share_and_no_rate() {
         let look = Look::of_nothing();
         assert_eq!((percent(&look), Meter::default().text(&look).0), (String::new(), "connecting".into()));
+        let mut meter = Meter { stage: Some(("connecting", ago(3 * SECOND))), ..Meter::default() };
+        assert_eq!(meter.text(&look).0, "connecting (3 s)");
+        let next = Look { stage: Some("next"), ..look.clone() };
+        assert_eq!((meter.text(&next).0, meter.text(&look).0), ("next".into(), "connecting".into()));
         let running = Look { stage: None, ..look };
         assert_eq!(percent(&running), "0 %, ");
     }

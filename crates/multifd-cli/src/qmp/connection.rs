@@ -116,7 +116,7 @@ impl Qmp {
     /// Connects, and waits for the greeting until `stop`.
     ///
     /// # Errors
-    /// [`Failure::Interrupted`] at the stop.
+    /// That of the stop.
     pub(crate) fn connect(address: &QmpAddress, stop: &Stop) -> Result<Self, Failure> {
         let failed = |error| QmpError::Connect(address.clone(), error);
         let socket = address.connect(GREETING).map_err(failed)?;
@@ -131,8 +131,8 @@ impl Qmp {
         };
         let end = Instant::now() + GREETING;
         let greeting = loop {
-            if stop.is_stopped() {
-                return Err(Failure::Interrupted);
+            if let Some(error) = stop.error() {
+                return Err(Failure::of(error));
             }
             match qmp.line().map_err(failed)? {
                 Some(line) => break line,

@@ -44,11 +44,13 @@ use crate::{
         Changed, Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings,
         Version, Wanted, resume, run_state,
     },
+    time_limit::TimeLimit,
 };
 
 pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
     let mut qmp = Qmp::connect(&args.qmp, &stop)?;
     let was = run_state(&mut qmp)?;
@@ -78,7 +80,10 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
         before_refusal: &cancel,
         about: &|_| About { stopped_for: stopped_for(&mut source.lock()), ..known.clone() },
     };
-    match migrate(&source, &address, &stop, || reception.run(listening, capture, &stop)) {
+    let ended = migrate(&source, &address, &stop, || reception.run(listening, capture, &stop));
+    // From here on the guest is stopped, and only this program lets it continue.
+    drop(limit);
+    match ended {
         Ok(stored) => {
             if stored.has_pages_of_main() {
                 direct_io.without_channels();

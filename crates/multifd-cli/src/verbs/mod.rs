@@ -1,5 +1,6 @@
 //! The verbs of the program, one file each.
 
+mod arrived;
 pub(crate) mod capture;
 pub(crate) mod demo;
 mod extract;

@@ -2,24 +2,26 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use indicatif::BinaryBytes;
 use multifd::{
-    ChannelStats, Error, Fault, ReceiveOptions,
+    Error, Fault, ReceiveOptions,
     channel::{Listener, Stop},
     ram::BlockName,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, ArrivalProgress, Listening},
-    incoming::{Expected, LeftOut, MainPages},
+    incoming::{Expected, LeftOut},
 };
 
-use super::tls;
+use super::{
+    arrived::{Numbers, Receiving, report},
+    tls,
+};
 use crate::{
     about::About,
     args::{MissingPagesArg, OutputArgs, ReceiveArgs},
@@ -30,12 +32,12 @@ use crate::{
     interrupt,
     listen_address::ListenAddress,
     output::{
-        display::{Display, Shown},
+        display::Display,
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
-        progress::Look,
-        report::{Channel, Ram, Report, millis, rate},
+        report::{Report, millis},
     },
+    time_limit::TimeLimit,
 };
 
 /// What arrived.
@@ -48,39 +50,12 @@ struct Received {
     untold: Option<Error>,
 }
 
-/// How much arrived.
-struct Numbers {
-    /// Bytes of RAM; 0 if the source has not announced them.
-    total: u64,
-    page_size: u64,
-    channels: Vec<ChannelStats>,
-    main_bytes: u64,
-    main_pages: MainPages,
-}
-
-impl Numbers {
-    /// What has arrived so far.
-    fn of(progress: &ArrivalProgress) -> Self {
-        let (total, page_size) = progress.ram().unwrap_or_default();
-        let (channels, main_bytes, main_pages) =
-            (progress.channels(), progress.main_bytes(), progress.main_pages());
-        Self { total, page_size, channels, main_bytes, main_pages }
-    }
-
-    fn on_channels(&self, count: fn(&ChannelStats) -> u64) -> u64 {
-        self.channels.iter().map(count).sum()
-    }
-
-    fn transferred(&self) -> u64 {
-        self.on_channels(|channel| channel.bytes) + self.main_bytes
-    }
-}
-
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     let listen = args.listen.open()?;
     combinations::of_receive(args, &listen.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
     let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
@@ -96,7 +71,9 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())
         .method(args.multifd_compression.0)
-        .decompression_memory(args.decompression_memory());
+        .decompression_memory(args.decompression_memory())
+        .accept_timeout(args.accept_timeout())
+        .max_refused(Some(args.max_refused));
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(match args.missing_pages {
@@ -175,13 +152,20 @@ impl Reception<'_> {
     /// If nothing was stored; then there is no file. With `--json`, the report was printed.
     pub(super) fn run(&self, listening: Listening, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
         let start = Instant::now();
-        let arrival = listening.accept().map_err(|error| self.failed(None, start, error))?;
-        let start = Instant::now();
-        let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
+        let (progress, completing) = (listening.progress(), Arc::new(AtomicBool::new(false)));
+        let connected = Arc::new(OnceLock::new());
         let display = {
-            let (progress, completing) = (progress.clone(), completing.clone());
-            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, start })
+            let (progress, completing, connected) = (progress.clone(), completing.clone(), connected.clone());
+            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, connected })
         };
+        let arrival = match listening.accept() {
+            Ok(arrival) => arrival,
+            Err(error) => {
+                drop(display);
+                return Err(self.failed(None, start, error));
+            }
+        };
+        let start = *connected.get_or_init(Instant::now);
         let peer = arrival.peer().to_owned();
         let received = self.take_in(arrival, &peer, capture, &progress, &completing, stop);
         drop(display);
@@ -262,8 +246,12 @@ impl Reception<'_> {
         if error.is_cancelled() {
             return Failure::Interrupted;
         }
-        let from = source.map_or_else(String::new, |(peer, _)| format!(" from {peer}"));
-        let what = format!("the migration{from} into {} failed{}", self.file, likely(&error));
+        let what = match source {
+            Some((peer, _)) => {
+                format!("the migration from {peer} into {} failed{}", self.file, likely(&error))
+            }
+            None => format!("no migration into {} has begun", self.file),
+        };
         While::new(what, error).into()
     }
 }
@@ -292,74 +280,6 @@ const UNTOLD: &str = "the source did not get the confirmation (it was cancelled,
                       guest: check the source before you restore the file, the guest must not run twice";
 /// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
-
-/// What the display shows.
-struct Receiving {
-    progress: ArrivalProgress,
-    completing: Arc<AtomicBool>,
-    start: Instant,
-}
-
-impl Shown for Receiving {
-    fn look(&self) -> Look {
-        look(&self.progress, &self.completing)
-    }
-
-    fn report(&self) -> Report {
-        let mut report = report(&Numbers::of(&self.progress), self.start.elapsed());
-        report.status = match self.progress.ram() {
-            None => "setup",
-            Some(_) if self.completing.load(Ordering::Relaxed) => "device",
-            Some(_) => "active",
-        };
-        report.ram.dirty_sync_count = self.progress.pass();
-        report
-    }
-}
-
-fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
-    let transferred = Numbers::of(progress).transferred();
-    let mut note = format!("{} received", BinaryBytes(transferred));
-    if let Some((total, _)) = progress.ram() {
-        note += &format!(", the guest has {}", BinaryBytes(total));
-    }
-    Look {
-        stage: completing
-            .load(Ordering::Relaxed)
-            .then_some("all data was received; the file is being completed"),
-        transferred,
-        pass: progress.pass().unwrap_or(0),
-        note,
-        check: "check query-migrate at the source",
-        ..Look::default()
-    }
-}
-
-/// What has arrived in `time`, of a migration that has not ended.
-fn report(numbers: &Numbers, time: Duration) -> Report {
-    let Numbers { total, page_size, channels, main_bytes, main_pages } = numbers;
-    let normal = numbers.on_channels(|channel| channel.normal) + main_pages.normal;
-    let zero = numbers.on_channels(|channel| channel.zero) + main_pages.zero;
-    let transferred = numbers.transferred();
-    Report {
-        total_time: millis(time),
-        ram: Ram {
-            total: *total,
-            transferred,
-            duplicate: zero,
-            normal,
-            normal_bytes: normal * page_size,
-            page_size: *page_size,
-            mbps: transferred as f64 * 8.0 / 1e6 / time.as_secs_f64().max(1e-9),
-            pages_per_second: rate(normal + zero, time),
-            multifd_bytes: numbers.on_channels(|channel| channel.bytes),
-            precopy_bytes: *main_bytes,
-            ..Ram::default()
-        },
-        channels: channels.iter().map(Channel::from).collect(),
-        ..Report::default()
-    }
-}
 
 fn completed(received: &Received, time: Duration) -> Report {
     let mut report = report(&received.numbers, time);

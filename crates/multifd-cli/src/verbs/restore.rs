@@ -32,11 +32,13 @@ use crate::{
         Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Wanted,
         listening_at, resume, run_state,
     },
+    time_limit::TimeLimit,
 };
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
     let file = args.file.open(Digests::unless(args.no_verify))?;
     let guest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let mut qmp = Qmp::connect(&args.qmp, &stop)?;

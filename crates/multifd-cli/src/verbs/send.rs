@@ -34,6 +34,7 @@ use crate::{
         report::Report,
     },
     remedy::READS_DAMAGED,
+    time_limit::TimeLimit,
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -41,6 +42,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
     let file = args.file.open(Digests::unless(args.no_verify))?;
     let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {

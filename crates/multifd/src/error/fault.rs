@@ -13,6 +13,7 @@ impl Error {
             Self::Usage(_) => Fault::Caller,
             Self::Io { source, .. } => of_system(source),
             Self::TimedOut { .. } | Self::Stalled { .. } | Self::SwitchoverTimeout { .. } => Fault::Stalled,
+            Self::NoSource { .. } | Self::TooManyRefused { .. } => Fault::Connection,
             Self::NotConverged(_) => Fault::NotConverged,
             Self::At(located) => located.error.fault(),
             Self::Other { fault, source, .. } => fault.unwrap_or_else(|| of_cause(&**source)),

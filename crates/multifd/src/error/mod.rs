@@ -72,6 +72,32 @@ pub enum Error {
         /// What the user can check.
         hint: &'static str,
     },
+    /// No source has connected to this destination within `accept_timeout`.
+    #[error(
+        "no source has connected within {}{}: check that the migration was started at the source, and that it connects to this \
+         address",
+        seconds(*.limit),
+        refused_too(*.refused)
+    )]
+    NoSource {
+        /// The time limit.
+        limit: Duration,
+        /// The number of connections that were refused in this time.
+        refused: u64,
+    },
+    /// As many connections were refused as `max_refused` allows, and no source has connected to this destination.
+    #[error(
+        "no source has connected, and {} (max-refused): check TLS and addresses on both sides; this is the reason for the last \
+         connection",
+        connections_refused(*.refused)
+    )]
+    TooManyRefused {
+        /// The number of connections that were refused.
+        refused: u64,
+        /// Why the last one was refused.
+        #[source]
+        last: Box<Error>,
+    },
     /// The guest could not be stopped within `max-passes` or `max-total-time`. It continues at the source.
     #[error(transparent)]
     NotConverged(Box<NotConverged>),
@@ -446,6 +472,21 @@ fn size(bytes: u64) -> String {
 
 fn made(expected: usize, found: usize) -> String {
     if found > expected { format!("more than {expected}") } else { found.to_string() }
+}
+
+/// `1 connection was refused`.
+fn connections_refused(refused: u64) -> String {
+    match refused {
+        1 => "1 connection was refused".into(),
+        more => format!("{more} connections were refused"),
+    }
+}
+
+fn refused_too(refused: u64) -> String {
+    match refused {
+        0 => String::new(),
+        some => format!(", and {} (the log has the reasons)", connections_refused(some)),
+    }
 }
 
 fn seconds(limit: Duration) -> String {

@@ -32,6 +32,8 @@ pub struct ReceiveOptions {
     pub(crate) channels_timeout: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) stall_timeout: Option<Duration>,
+    pub(crate) accept_timeout: Option<Duration>,
+    pub(crate) max_refused: Option<u64>,
 }
 
 impl Default for ReceiveOptions {
@@ -46,6 +48,8 @@ impl Default for ReceiveOptions {
             channels_timeout: CHANNELS_TIMEOUT.default_time(),
             drain_timeout: DRAIN_TIMEOUT.default_time(),
             stall_timeout: Some(STALL_TIMEOUT.default_time()),
+            accept_timeout: None,
+            max_refused: None,
         }
     }
 }
@@ -114,6 +118,26 @@ impl ReceiveOptions {
     /// others. Default 120 s; `None` is without limit, as in QEMU. Between sync points a source may be silent without limit.
     pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.stall_timeout = limit;
+        self
+    }
+
+    /// How long [`Receiver::wait_main`](crate::Receiver::wait_main) waits for a source. Default `None`: without limit, as in
+    /// QEMU. A connection that is refused, or that is silent, does not extend the time.
+    pub fn accept_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.accept_timeout = limit;
+        self
+    }
+
+    /// The number of refused connections that ends the wait for a source, with [`Error::TooManyRefused`]: a failed TLS
+    /// handshake, a connection that is neither main nor a channel, or one that does not identify itself within
+    /// `greeting_timeout`. Connections that are closed to make room for others, and those after main has connected, do not
+    /// count. Default `None` or 0: without limit.
+    ///
+    /// **Warning:** with a limit, anybody who can connect can end the wait.
+    ///
+    /// [`Error::TooManyRefused`]: crate::error::Error::TooManyRefused
+    pub fn max_refused(mut self, most: Option<u64>) -> Self {
+        self.max_refused = most.filter(|most| *most > 0);
         self
     }
 }

@@ -70,7 +70,7 @@ impl TryFrom<SendSettings> for SendOptions {
             method: method(&settings.multifd_compression)?,
             levels,
             connect_timeout: settings.connect_timeout.duration("connect-timeout")?,
-            stall_timeout: limit(settings.stall_timeout)?,
+            stall_timeout: limit("stall-timeout", settings.stall_timeout)?,
             zero_copy_send: settings.zero_copy_send,
         };
         options.check().map_err(|error| error.to_string())?;
@@ -90,6 +90,8 @@ pub(crate) struct ReceiveSettings {
     channels_timeout: Number,
     drain_timeout: Number,
     stall_timeout: Number,
+    accept_timeout: Number,
+    max_refused: Number,
 }
 
 impl Default for ReceiveSettings {
@@ -114,6 +116,8 @@ impl From<ReceiveOptions> for ReceiveSettings {
             channels_timeout: Number::millis(options.channels_timeout),
             drain_timeout: Number::millis(options.drain_timeout),
             stall_timeout: Number::millis(options.stall_timeout.unwrap_or_default()),
+            accept_timeout: Number::millis(options.accept_timeout.unwrap_or_default()),
+            max_refused: Number(options.max_refused.unwrap_or_default().into()),
         }
     }
 }
@@ -146,7 +150,9 @@ impl TryFrom<ReceiveSettings> for ReceiveOptions {
             greeting_timeout: settings.greeting_timeout.duration("greeting-timeout")?,
             channels_timeout: settings.channels_timeout.duration("channels-timeout")?,
             drain_timeout: settings.drain_timeout.duration("drain-timeout")?,
-            stall_timeout: limit(settings.stall_timeout)?,
+            stall_timeout: limit("stall-timeout", settings.stall_timeout)?,
+            accept_timeout: limit("accept-timeout", settings.accept_timeout)?,
+            max_refused: Some(settings.max_refused.any("max-refused")?).filter(|most| *most > 0),
         })
     }
 }
@@ -312,8 +318,8 @@ fn method(text: &str) -> Result<Method, String> {
 }
 
 /// 0 is none.
-fn limit(stall_timeout: Number) -> Result<Option<Duration>, String> {
-    stall_timeout.duration("stall-timeout").map(|limit| Some(limit).filter(|limit| !limit.is_zero()))
+fn limit(name: &'static str, time: Number) -> Result<Option<Duration>, String> {
+    time.duration(name).map(|limit| Some(limit).filter(|limit| !limit.is_zero()))
 }
 
 fn uuid(text: &str) -> Result<VmUuid, String> {

@@ -112,6 +112,7 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, or
                 peer,
                 "a connection that is neither main nor a channel is dropped: {error}{cause}"
             );
+            shared.refused(error.at(format_args!("connection from {peer}")));
         }
     }
 }
@@ -169,7 +170,6 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refuse
 
 /// Reads until `buffer` is full, or until `end`, if there is one. `have` bytes are in it already. Returns how many bytes
 /// are in it then. A peer that sends few bytes at a time does not extend the time limit.
-/// few bytes a peer sends at a time, it gains no time by it.
 fn read_up_to(
     link: &mut dyn Link,
     buffer: &mut [u8],

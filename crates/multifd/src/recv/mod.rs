@@ -27,6 +27,7 @@ mod packet_reader;
 mod place;
 mod roster;
 mod shared;
+mod wait_main;
 mod walk;
 mod worker;
 
@@ -49,7 +50,7 @@ use crate::{
     options::{ChannelCount, ChannelsFrom, ReceiveOptions},
     ram::{self, Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
-    sync_types::{AtomicBool, Builder, Condvar, Instant, Mutex, OnceLock},
+    sync_types::{AtomicBool, Builder, Condvar, Mutex, OnceLock},
     wire::{VmUuid, limits},
 };
 
@@ -153,49 +154,17 @@ impl Receiver {
         identify::identify_in_thread(&self.shared, link, self.context());
     }
 
-    /// Waits for the main connection. Without a channel it waits without limit, because a destination may wait for its
-    /// source for days. When a channel has connected, main is expected within `stall_timeout`; if this is off, within
-    /// `greeting_timeout` and `channels_timeout` together.
+    /// Waits for the main connection. Without a channel it waits for [`accept_timeout`](ReceiveOptions::accept_timeout), by
+    /// default without limit, because a destination may wait for its source for days. When a channel has connected, main is
+    /// also expected within `stall_timeout`; if this is off, within `greeting_timeout` and `channels_timeout` together.
     ///
     /// # Errors
-    /// [`Error::Stalled`] if main does not connect in time; the error that stopped the migration; [`Usage::UsedTwice`] the
+    /// [`Error::NoSource`] and [`Error::Stalled`] if main does not connect in time; [`Error::TooManyRefused`] if
+    /// [`max_refused`](ReceiveOptions::max_refused) connections were refused; the error that stopped the migration; [`Usage::UsedTwice`] the
     /// second time; [`Usage::StopTaken`].
     pub fn wait_main(&self) -> Result<Stream> {
         self.stop_taken.clone()?;
-        let mut state = self.shared.lock();
-        let mut begun = None;
-        loop {
-            if let Some(main) = state.main.stream.take() {
-                state.main.taken = true;
-                return Ok(main);
-            }
-            if state.main.taken {
-                return Err(Usage::UsedTwice.into());
-            }
-            if state.life.stopped {
-                drop(state);
-                self.shared.stop.check()?;
-                return Err(Error::Cancelled);
-            }
-            if state.roster.connected() == 0 {
-                begun = None;
-                state = self.shared.wait(state);
-                continue;
-            }
-            let options = &self.shared.options;
-            let begun = *begun.get_or_insert_with(Instant::now);
-            let limit = options
-                .stall_timeout
-                .unwrap_or(options.greeting_timeout.saturating_add(options.channels_timeout));
-            let left = self.shared.context.stall_timer.left_of(limit, begun);
-            if left.is_zero() {
-                let what =
-                    format!("{} channels have connected, but no main connection", state.roster.connected());
-                drop(state);
-                return Err(self.shared.stop.fail(Error::Stalled { what, limit, hint: NO_MAIN }));
-            }
-            state = self.shared.wait_timeout(state, left);
-        }
+        self.shared.wait_main()
     }
 
     /// Sets the page size from the main stream's configuration. Channels wait for it.
@@ -379,9 +348,17 @@ impl RecvCounters {
     pub fn restarts(&self) -> u64 {
         self.0.restarts.load(Ordering::Relaxed)
     }
-}
 
-const NO_MAIN: &str = "the source may have ended before the migration began, or its main connection goes to another \
-                       address; start the source again, and this destination too if it has ended";
+    /// Whether the source's main connection has connected.
+    pub fn has_main(&self) -> bool {
+        self.0.lock().roster.main.is_some()
+    }
+
+    /// How many connections were refused before main connected: a TLS handshake that failed, a connection that is neither
+    /// main nor a channel, or one that did not identify itself.
+    pub fn refused(&self) -> u64 {
+        self.0.lock().roster.refused
+    }
+}
 
 const _: () = assert!(limits::CHANNELS == u8::MAX);

@@ -28,6 +28,8 @@ pub(super) struct Roster {
     pub(super) surplus: u64,
     /// Connections that are not identified yet.
     pub(super) unidentified: Vec<Unidentified>,
+    /// The number of connections that were refused before main connected.
+    pub(super) refused: u64,
     /// The number of connections that were dropped because they came from another host than main.
     pub(super) foreign: u64,
     /// Connections that were dropped before the first sync point without being identified.

@@ -445,3 +445,37 @@ fn a_packet_that_no_channel_has_brought_fails_the_sync_point_where_numbers_are_e
         late.join().expect("no panic");
     }
 }
+
+/// A destination waits for days if nobody limits it, and refused connections do not extend the limit.
+#[test]
+fn the_wait_for_a_source_ends_at_its_limits_and_says_which() {
+    let (receiver, connector) = listening(ReceiveOptions::new().accept_timeout(Some(SHORT)));
+    let mut stranger = connector.connect(&context()).expect("connected");
+    stranger.send(&[[b'x'; 64][..].into()]).expect("sent");
+    let error = receiver.wait_main().expect_err("nobody connects");
+    assert!(matches!(error.kind(), Error::NoSource { limit, refused: 0 | 1 } if *limit == SHORT), "{error}");
+    assert!(error.to_string().starts_with("no source has connected within 100 ms"), "{error}");
+
+    let (receiver, connector) =
+        listening(ReceiveOptions::new().accept_timeout(Some(TIMEOUT)).max_refused(Some(2)));
+    let links = [0, 1].map(|_| {
+        let mut link = connector.connect(&context()).expect("connected");
+        link.send(&[[b'x'; 64][..].into()]).expect("sent");
+        link
+    });
+    let error = receiver.wait_main().expect_err("both were refused");
+    assert!(matches!(error.kind(), Error::TooManyRefused { refused: 2, .. }), "{error}");
+    assert_eq!((receiver.counters().refused(), receiver.counters().has_main()), (2, false));
+    drop(links);
+
+    // With main, the limits are over.
+    let limits = ReceiveOptions::new().accept_timeout(Some(SHORT)).max_refused(Some(1));
+    let (receiver, connector) = listening(limits);
+    let mut main = connector.connect(&context()).expect("connected");
+    main.send(&[b"QEVM"[..].into()]).expect("sent");
+    let _main = receiver.wait_main().expect("a source");
+    let mut stranger = connector.connect(&context()).expect("connected");
+    stranger.send(&[[b'x'; 64][..].into()]).expect("sent");
+    assert_eq!(stranger.recv(&mut [(&mut [0; 1][..]).into()]).expect("closed"), 0);
+    assert!(receiver.counters().has_main() && !receiver.stop().is_stopped());
+}

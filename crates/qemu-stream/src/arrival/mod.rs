@@ -37,6 +37,7 @@ use crate::{
 pub struct Listening {
     receiver: Receiver,
     options: ArrivalOptions,
+    state: LoaderState,
 }
 
 impl std::fmt::Debug for Listening {
@@ -46,17 +47,23 @@ impl std::fmt::Debug for Listening {
 }
 
 impl Listening {
-    /// Waits for a source, without limit: a destination may wait for days.
+    /// The numbers of the arrival that follows, for another thread to read while this one waits.
+    pub fn progress(&self) -> ArrivalProgress {
+        ArrivalProgress { channels: self.receiver.counters(), main: self.state.counts().clone() }
+    }
+
+    /// Waits for a source, by default without limit: a destination may wait for days. Limits are
+    /// [`ReceiveOptions::accept_timeout`] and [`ReceiveOptions::max_refused`].
     ///
     /// # Errors
-    /// If it is stopped, or the listener fails.
+    /// If it is stopped, if the listener fails, or if a limit is reached.
+    ///
+    /// [`ReceiveOptions::accept_timeout`]: multifd::ReceiveOptions::accept_timeout
+    /// [`ReceiveOptions::max_refused`]: multifd::ReceiveOptions::max_refused
     pub fn accept(self) -> Result<Arrival> {
-        let Self { receiver, options } = self;
+        let Self { receiver, options, state } = self;
         let main = receiver.wait_main()?;
         let peer = main.peer();
-        let state = LoaderState::new(options.expected)
-            .left_out(options.left_out)
-            .without_switchover_ack(!options.switchover_ack);
         let incoming = Incoming::new(main)
             .stopping(receiver.stop())
             .counted(state.counts().clone())
@@ -102,7 +109,10 @@ impl Arrival {
         let receive = options.receive.clone().stall_timeout(options.stall_timeout);
         let mut receiver = Receiver::new(receive, stop.clone());
         receiver.listen(Box::new(listener))?;
-        Ok(Listening { receiver, options })
+        let state = LoaderState::new(options.expected.clone())
+            .left_out(options.left_out)
+            .without_switchover_ack(!options.switchover_ack);
+        Ok(Listening { receiver, options, state })
     }
 
     /// The source, for messages.

@@ -20,6 +20,16 @@ impl std::fmt::Debug for ArrivalProgress {
 }
 
 impl ArrivalProgress {
+    /// Whether a source has connected.
+    pub fn has_source(&self) -> bool {
+        self.channels.has_main()
+    }
+
+    /// How many connections were refused before a source connected.
+    pub fn refused(&self) -> u64 {
+        self.channels.refused()
+    }
+
     /// The counters of each channel.
     pub fn channels(&self) -> Vec<ChannelStats> {
         self.channels.stats()

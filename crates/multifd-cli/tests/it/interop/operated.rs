@@ -128,6 +128,26 @@ fn paused_guest_stays_paused_and_what_the_user_asks_for_is_done() {
     });
 }
 
+#[test]
+fn capture_and_restore_are_cancelled_at_the_limit_of_the_run() {
+    with_both(|qemu| {
+        let (folder, qmp, mut vm) = guest(qemu)?;
+        let (before, file) = (settings(&mut vm)?, path(&folder, "machine"));
+        let limit = ["--timeout", "2", "--max-bandwidth", "1M", "--multifd-channels", "0"];
+        let over = "the whole run was not complete after 2 s";
+        capture(&limit, &qmp, &file).end().assert_failed(1, &[over]);
+        assert_runs(&mut vm)?;
+        assert_eq!(settings(&mut vm)?, before);
+        assert_left(&folder, &["qmp"]);
+
+        capture(&["--timeout", "1.5h"], &qmp, &file).done();
+        let to_qmp = path(&folder, "to");
+        let _to = controlled(machine(qemu, &qemu.machine()), &to_qmp).incoming().start()?;
+        restore(&limit, &file, &to_qmp).assert_failed(1, &[over]);
+        Ok(())
+    });
+}
+
 /// A capture that is interrupted, killed at the disk, or cancelled at QEMU leaves the guest as it was, and no file.
 #[test]
 fn capture_that_fails_leaves_the_guest_running_its_settings_and_no_file() {

@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
+use multifd_testkit::{
+    certificates,
+    qemu::{Error, PATIENCE, Qemu, Vm},
+};
 
 use crate::kit::{Program, assert_left, fast, folder, machine, path, source};
 
@@ -44,4 +47,20 @@ refusals! {
         |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
     compressed_pages_are_refused: Qemu::v7_2(), 0,
         |vm| vm.set_capabilities(&[("compress", true)]), &["capability compress"];
+}
+
+/// The source fails at once, and `receive` waited for another one without limit.
+#[test]
+fn source_without_tls_ends_a_destination_with_tls_at_its_limit() {
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
+        let folder = folder();
+        certificates::write_both(folder.path()).unwrap();
+        let mut from = source(machine(&qemu, &qemu.machine())).unwrap();
+        let options = ["--tls-creds", folder.path().to_str().unwrap(), "--max-refused", "1"];
+        let (receive, address) = Program::receive(&options, "tcp:127.0.0.1:0", &path(&folder, "machine"));
+        from.migrate(&address).unwrap();
+        let told = ["1 connection was refused (max-refused)", "check TLS"];
+        receive.end_within(Duration::from_secs(8)).assert_failed(1, &told);
+        from.wait_run_state("running", PATIENCE).unwrap();
+    }
 }

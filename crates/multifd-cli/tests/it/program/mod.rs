@@ -23,6 +23,7 @@ mod send;
 mod stalls;
 mod streams;
 mod targets;
+mod time_limits;
 mod usage;
 mod verify;
 mod zero_copy;

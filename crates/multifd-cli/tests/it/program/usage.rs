@@ -138,7 +138,7 @@ fn size_or_time_that_is_none_is_refused_with_the_units() {
         assert_usage(&["send", option, value, "machine", "tcp:127.0.0.1:1"], told);
     };
     send("--max-bandwidth", "fast", "expected a rate in bytes per second, or with a unit (4K, 100M, 2G;");
-    let told = "expected a time in seconds, or with a unit (500ms, 90s, 2m, 1h), found \"soon\"";
+    let told = "expected a time in seconds, or with a unit (500ms, 90s, 2m, 1.5h), found \"soon\"";
     for option in ["--stall-timeout", "--connect-timeout", "--end-timeout"] {
         send(option, "soon", told);
     }
