@@ -1,10 +1,20 @@
 //! Where this program and a QEMU connect to each other: a unix socket in a private folder if both are on one host and may
 //! use it, otherwise TCP on the addresses of the QMP connection.
 
-use std::{io, net::SocketAddr, os::unix::fs::chown, path::Path};
+use std::{
+    fs::{self, File},
+    io,
+    net::SocketAddr,
+    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
+    path::Path,
+    time::Duration,
+};
 
 use multifd::channel::Address;
-use rustix::process::geteuid;
+use rustix::{
+    fs::{FlockOperation, OFlags, flock},
+    process::geteuid,
+};
 use tempfile::{Builder, TempDir};
 
 use super::{
@@ -17,7 +27,7 @@ use crate::output::outcome::While;
 #[derive(Debug)]
 pub(crate) struct Meeting {
     address: Address,
-    folder: Option<TempDir>,
+    folder: Option<PrivateFolder>,
     /// The user that the other process runs as, if it is another one.
     other_user: Option<u32>,
 }
@@ -60,15 +70,14 @@ impl Meeting {
     /// because both processes see it; `/tmp` may be another folder for each.
     fn in_private(beside: &Path, other_user: Option<u32>) -> io::Result<Self> {
         let fits = beside.as_os_str().len() + LONGEST_NAME <= LONGEST_PATH;
-        let named = |builder: &mut Builder<'_, '_>, parent: &Path| builder.prefix(PREFIX).tempdir_in(parent);
-        let folder = match fits.then(|| named(&mut Builder::new(), beside)) {
+        let folder = match fits.then(|| PrivateFolder::in_folder(beside)) {
             Some(Ok(folder)) => folder,
-            _ => named(&mut Builder::new(), &std::env::temp_dir())?,
+            _ => PrivateFolder::in_folder(&std::env::temp_dir())?,
         };
         if let Some(user) = other_user {
-            chown(folder.path(), Some(user), None)?;
+            chown(folder.path.path(), Some(user), None)?;
         }
-        let address = Address::Unix(folder.path().join(NAME));
+        let address = Address::Unix(folder.path.path().join(NAME));
         Ok(Self { address, folder: Some(folder), other_user })
     }
 
@@ -87,6 +96,53 @@ impl Meeting {
             _ => Ok(()),
         }
     }
+}
+
+/// A folder for a socket. It is locked, so that one of a killed process can be distinguished.
+#[derive(Debug)]
+struct PrivateFolder {
+    path: TempDir,
+    _lock: File,
+}
+
+impl PrivateFolder {
+    /// Creates a folder in `parent`, and removes those that killed processes have left there.
+    fn in_folder(parent: &Path) -> io::Result<Self> {
+        sweep(parent);
+        let path = Builder::new().prefix(PREFIX).tempdir_in(parent)?;
+        let lock = File::open(path.path())?;
+        let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        let _ = locked.inspect_err(|error| tracing::debug!(%error, "the folder cannot be locked"));
+        Ok(Self { path, _lock: lock })
+    }
+}
+
+/// Removes folders of earlier processes that were killed. What cannot be removed stays.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let rest = entry.file_name().into_encoded_bytes();
+        if rest.strip_prefix(PREFIX.as_bytes()).is_some_and(|rest| rest.len() == RANDOM)
+            && is_abandoned(&entry.path())
+        {
+            let _ = fs::remove_file(entry.path().join(NAME));
+            let removed = fs::remove_dir(entry.path());
+            let _ =
+                removed.inspect_err(|error| tracing::debug!(%error, "the folder of a killed process stays"));
+        }
+    }
+}
+
+/// Whether a folder is this user's, is not new, and its owner has ended.
+fn is_abandoned(path: &Path) -> bool {
+    let flags = (OFlags::NOFOLLOW | OFlags::DIRECTORY).bits().cast_signed();
+    let Ok(folder) = File::options().read(true).custom_flags(flags).open(path) else { return false };
+    let Ok(found) = folder.metadata() else { return false };
+    let own = geteuid();
+    let is_own = own.is_root() || found.uid() == own.as_raw();
+    // A new one is not locked yet.
+    let is_old = found.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age >= NEW));
+    is_own && is_old && flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok()
 }
 
 /// The address at which a QEMU listens, from its `query-migrate`.
@@ -110,6 +166,38 @@ fn tcp(at: SocketAddr) -> Address {
 const PREFIX: &str = ".multifd-";
 const NAME: &str = "migration";
 /// Slash, folder with six random characters, slash, name.
-const LONGEST_NAME: usize = 1 + PREFIX.len() + 6 + 1 + NAME.len();
+const LONGEST_NAME: usize = 1 + PREFIX.len() + RANDOM + 1 + NAME.len();
+/// The number of random letters of a temporary folder.
+const RANDOM: usize = 6;
+/// The age below which a folder is left alone.
+const NEW: Duration = Duration::from_secs(60);
 /// A socket's path has at most 107 bytes.
 const LONGEST_PATH: usize = 107;
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::net::UnixListener, time::SystemTime};
+
+    use super::*;
+
+    #[test]
+    fn folder_of_a_killed_process_is_removed_and_others_stay() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let make = |name: &str, age| {
+            let path = parent.path().join(name);
+            fs::create_dir(&path).expect("created");
+            drop(UnixListener::bind(path.join(NAME)).expect("bound"));
+            let folder = File::open(&path).expect("opened");
+            folder.set_modified(SystemTime::now() - age).expect("aged");
+            (path, folder)
+        };
+        let (dead, _) = make(".multifd-abcdef", 2 * NEW);
+        let (new, _) = make(".multifd-bcdefg", Duration::ZERO);
+        let (other, _) = make(".multifd-longer-name", 2 * NEW);
+        let (alive, lock) = make(".multifd-cdefgh", 2 * NEW);
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).expect("locked");
+        let folder = PrivateFolder::in_folder(parent.path()).expect("created");
+        assert!(!dead.exists());
+        assert!([&new, &other, &alive, folder.path.path()].iter().all(|path| path.exists()));
+    }
+}

@@ -87,7 +87,14 @@ fn container_is_the_same_to_the_byte_past_the_page_cache_and_through_it() {
         assert!(!ended.stderr.contains("direct-io"), "{ended:?}");
         container
     });
-    let [cached, direct] = containers.each_ref().map(|container| fs::read(container).unwrap());
+    // What follows the machine has the time of the capture.
+    let machine = |container: &PathBuf| {
+        let mut bytes = fs::read(container).unwrap();
+        let end = bytes.windows(8).rposition(|window| window == b"mfd-tail").unwrap();
+        bytes.truncate(end);
+        bytes
+    };
+    let [cached, direct] = containers.each_ref().map(machine);
     assert!(cached == direct, "head, RAM, bitmaps and devices");
 
     let (receive, address) = Program::receive(&["--direct-io"], LOCAL, &path(&folder, "again"));
@@ -147,7 +154,7 @@ fn container_that_is_changed_meanwhile_is_left_alone() {
     let sent = feed(&[], &from, &address).end();
     receive.end().assert_failed(
         1,
-        &["cannot rename the temporary file to", "another program changed the file during the migration"],
+        &["cannot give the file its name", "another program changed the file during the migration"],
     );
     sent.assert_failed(1, &[]);
     assert_eq!(fs::read(&container).unwrap(), b"newer");

@@ -18,6 +18,7 @@ mod parameters;
 mod progress;
 mod proxied;
 mod receive;
+mod reserved;
 mod security;
 mod send;
 mod stalls;

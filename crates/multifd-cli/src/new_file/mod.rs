@@ -1,28 +1,29 @@
-//! A file that is being written: it grows under a temporary name in its future folder, and gets its name when it is
-//! complete and on the disk. If it is dropped before that, it is removed.
+//! A file that is being written: it grows in its future folder without a name, or under a temporary one, and gets its name
+//! when it is complete and on the disk. If it is dropped before that, it is removed. Its name is reserved meanwhile.
 //!
 //! It may keep the head of the file that it replaces: the data before the offset of a machine in a container.
 
+mod growing;
+mod reservation;
+
 use std::{
     error::Error,
-    ffi::{OsStr, OsString},
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, Metadata},
     io::{self, Read},
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{MetadataExt, OpenOptionsExt},
-    },
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
+use growing::Growing;
+
 use multifd::ram::kind_of_file;
+use reservation::Reservation;
 use rustix::{
-    fs::{AtFlags, CWD, StatxAttributes, StatxFlags, fstatvfs, statx},
+    fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx},
     io::Errno,
     process::geteuid,
     thread::{CapabilitySet, capabilities},
 };
-use tempfile::{NamedTempFile, TempPath};
 
 use crate::{
     file_address::open_regular,
@@ -32,11 +33,13 @@ use crate::{
 
 /// A file that contains nothing valid yet.
 pub(crate) struct NewFile {
-    temporary: NamedTempFile,
+    growing: Growing,
     /// Opened first: a folder that cannot be opened must be reported before everything has arrived.
     folder: File,
     target: PathBuf,
     replaces: Replaces,
+    /// Kept until the file has its name.
+    reservation: Reservation,
 }
 
 /// What may be at the target's path when the file gets its name.
@@ -48,7 +51,7 @@ enum Replaces {
 }
 
 impl NewFile {
-    /// Creates a temporary file next to `target`, readable only by its owner. Its first `keep` bytes are those of the
+    /// Creates a file in the folder of `target`, readable only by its owner, and reserves the name. Its first `keep` bytes are those of the
     /// existing file, or zero. Data that would be lost is replaced only with `force`.
     ///
     /// Everything that would prevent the file from getting its name is checked now, not after everything has arrived.
@@ -70,17 +73,18 @@ impl NewFile {
         // A folder and nothing else: to open a FIFO would wait for a writer.
         let folder =
             File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(unusable)?;
+        let name = target.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
+        let reservation = Reservation::of(&folder.metadata()?, name)?;
         if let Some(found) = &found {
             check(found, keep, force)?;
             replaceable(target, found, &folder.metadata()?)?;
         }
-        let name = target.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::IsADirectory))?;
-        let mut temporary = named_beside(path, name, &folder)?;
+        let growing = Growing::create(path, name, &folder, force || found.is_some())?;
         let replaces = match found {
             Some(_) if keep > 0 => {
                 let container = open_regular(target)?;
                 let identity = Identity::of(&container.metadata()?);
-                io::copy(&mut container.take(keep), temporary.as_file_mut())?;
+                io::copy(&mut container.take(keep), &mut growing.file())?;
                 Replaces::This(identity)
             }
             _ if force => Replaces::Anything,
@@ -88,16 +92,16 @@ impl NewFile {
         };
         if keep > 0 {
             // The position may be beyond the limit of this file system or of this process.
-            let file = temporary.as_file();
+            let file = growing.file();
             file.set_len(keep.saturating_add(LEAST)).and_then(|()| file.set_len(keep)).map_err(|error| {
                 While::new(format!("offset {keep:#x} leaves no room for a guest in this file"), error)
             })?;
         }
-        Ok(Self { temporary, folder, target: target.to_owned(), replaces })
+        Ok(Self { growing, folder, target: target.to_owned(), replaces, reservation })
     }
 
     pub(crate) fn file(&self) -> &File {
-        self.temporary.as_file()
+        self.growing.file()
     }
 
     pub(crate) fn target(&self) -> &Path {
@@ -106,13 +110,12 @@ impl NewFile {
 
     /// Gives the file its name, and makes the name durable. The contents must be on the disk before.
     pub(crate) fn name(self) -> Result<(), While> {
-        let Self { temporary, folder, target, replaces } = self;
-        let unnamed = |error: io::Error| {
-            While::new(format!("cannot rename the temporary file to {}", shown(&target)), error)
-        };
+        let Self { growing, folder, target, replaces, reservation: _kept } = self;
+        let unnamed =
+            |error: io::Error| While::new(format!("cannot give the file its name {}", shown(&target)), error);
         let named = match &replaces {
-            Replaces::Nothing => temporary.persist_noclobber(&target),
-            Replaces::Anything => temporary.persist(&target),
+            Replaces::Nothing => growing.name(&target),
+            Replaces::Anything => growing.replace(&target),
             Replaces::This(identity) => {
                 let found = target.symlink_metadata().map_err(unnamed)?;
                 if Identity::of(&found) != *identity {
@@ -120,10 +123,10 @@ impl NewFile {
                         "another program changed the file during the migration",
                     )));
                 }
-                temporary.persist(&target)
+                growing.replace(&target)
             }
         };
-        named.map_err(|error| unnamed(error.error))?;
+        named.map_err(unnamed)?;
         let Err(error) = durable(folder.sync_all()) else { return Ok(()) };
         // After a failure no file remains under the name, unless that would leave neither the old file nor the new one.
         let left = match replaces {
@@ -132,39 +135,6 @@ impl NewFile {
         };
         Err(While::new(format!("cannot sync the folder of {}; {left}", shown(&target)), error))
     }
-}
-
-/// Creates a new file in `path`, which is `folder`. Its name is `.NAME.` and a random part.
-fn named_beside(path: &Path, name: &OsStr, folder: &File) -> Result<NamedTempFile, Cause> {
-    let unusable = |error| While::new(format!("cannot create a file in folder {}", shown(path)), error);
-    // Made with our own `open`: the errors of `tempfile_in` contain the temporary name, which a user does not know.
-    let create =
-        |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
-    let plain = tempfile::Builder::new().prefix(".").make_in(path, create).map_err(unusable)?;
-    let random = plain.path().file_name().unwrap_or_default().to_owned();
-    let longest = fstatvfs(folder).map_or(0, |found| found.f_namemax);
-    let longest = usize::try_from(longest).ok().filter(|most| *most > 0).unwrap_or(NAME_MAX).min(NAME_MAX);
-    let mut hidden = OsString::from(".");
-    hidden.push(beginning(name, longest.saturating_sub(random.len() + 1)));
-    hidden.push(random);
-    // This detects a folder that accepts files but does not allow renaming them.
-    let to = path.join(hidden);
-    let renamed = plain.persist_noclobber(&to);
-    let file = renamed.map_err(|error| {
-        While::new(format!("cannot rename a file in folder {}", shown(path)), error.error)
-    })?;
-    Ok(NamedTempFile::from_parts(file, TempPath::try_from_path(to)?))
-}
-
-/// The beginning of a name that fits into `most` bytes, cut between two letters.
-fn beginning(name: &OsStr, most: usize) -> &OsStr {
-    let bytes = name.as_bytes();
-    if bytes.len() <= most {
-        return name;
-    }
-    let is_inner = |at: usize| name.to_str().is_some_and(|text| !text.is_char_boundary(at));
-    let end = (0..=most).rev().find(|at| !is_inner(*at)).unwrap_or_default();
-    OsStr::from_bytes(&bytes[..end])
 }
 
 /// Refuses to lose data at the target's path.
@@ -213,8 +183,6 @@ fn replaceable(target: &Path, found: &Metadata, folder: &Metadata) -> io::Result
 type Cause = Box<dyn Error + Send + Sync>;
 
 const STICKY: u32 = 0o1000;
-/// The greatest length of a name in bytes.
-const NAME_MAX: usize = 255;
 /// Less than any machine needs: its RAM begins on a boundary of this size.
 const LEAST: u64 = 1 << 20;
 
@@ -234,14 +202,5 @@ mod tests {
     fn file_system_without_sync_of_folders_is_no_error() {
         assert!(durable(Err(Errno::INVAL.into())).is_ok());
         assert!(durable(Err(Errno::IO.into())).is_err());
-    }
-
-    #[test]
-    fn long_name_is_cut_between_two_letters() {
-        assert_eq!(beginning(OsStr::new("machine"), 7), "machine");
-        assert_eq!(beginning(OsStr::new("machine"), 4), "mach");
-        assert_eq!(beginning(OsStr::new("aéé"), 4), "aé");
-        assert_eq!(beginning(OsStr::from_bytes(b"\xff\xff\xff"), 2), OsStr::from_bytes(b"\xff\xff"));
-        assert_eq!(beginning(OsStr::new("é"), 1), "");
     }
 }
