@@ -7,6 +7,7 @@
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
+//!                                                     run/     limit, metrics
 //! ```
 //!
 //! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
@@ -24,7 +25,7 @@ mod new_file;
 mod output;
 mod qmp;
 mod remedy;
-mod time_limit;
+mod run;
 mod verbs;
 mod version;
 

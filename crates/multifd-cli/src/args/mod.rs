@@ -20,6 +20,7 @@ pub(crate) use self::{
     inspect::InspectArgs,
     receive::{MissingPagesArg, ReceiveArgs},
     restore::RestoreArgs,
+    run::RunArgs,
     send::{ReturnPathArg, SendArgs, SyncModeArg},
     shared::{OutputArgs, PLAIN, ProgressArg, listen_address},
 };

@@ -43,15 +43,20 @@ use crate::{
         Changed, Listens, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Version,
         Wanted, resume, run_state,
     },
-    time_limit::TimeLimit,
+    run::Run,
 };
 
 pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
-    let mut qmp = Qmp::connect(&args.qmp, &stop)?;
+    let run = Run::start("capture", args.file.to_string(), args.qmp.to_string(), &args.run, &stop)?;
+    let ended = capture(args, &stop, &run);
+    run.end(ended)
+}
+
+fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
+    let mut qmp = Qmp::connect(&args.qmp, stop)?;
     let was = run_state(&mut qmp)?;
     refuse_others(&mut qmp, &was, args)?;
     if args.no_return_path {
@@ -68,14 +73,14 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     // The first to be woken at a failure, before connections are closed.
     let source = Arc::new(Controlled(Mutex::new(qmp)));
     let _first = stop.watch_failure(source.clone());
-    let (listening, address) = listen(args, &meeting, &stop)?;
+    let (listening, address) = listen(args, &meeting, stop)?;
     let changed = settings.change(&mut source.lock(), &wanted)?;
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
     let reception =
-        Reception { verb: "capture", file: &args.file, output: args.output, before_refusal: &cancel };
-    let ended = migrate(&source, &address, &stop, || reception.run(listening, capture, &stop));
+        Reception { verb: "capture", file: &args.file, output: args.output, run, before_refusal: &cancel };
+    let ended = migrate(&source, &address, stop, || reception.run(listening, capture, stop));
     // From here on the guest is stopped, and only this program lets it continue.
-    drop(limit);
+    run.handed_over();
     match ended {
         Ok(stored) => {
             if stored.has_pages_of_main() {

@@ -33,7 +33,7 @@ use crate::{
         progress::Look,
         report::Report,
     },
-    time_limit::TimeLimit,
+    run::Run,
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -41,7 +41,12 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
+    let run = Run::start("send", args.file.to_string(), args.address.to_string(), &args.run, &stop)?;
+    let ended = send(args, connector, &stop, &run);
+    run.end(ended)
+}
+
+fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let file = args.file.open()?;
     let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {
@@ -55,9 +60,9 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         .zero_page_detection(args.zero_page_detection.or(understood(&file)));
     note_missing_uuid(args, &file);
     let source =
-        Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
+        Source::new(blocks, source_options(args, &file).migrate(options), stop).map_err(Failure::of)?;
     let (to, hint) = (args.address.to_string(), compare(args, &file));
-    let delivery = Delivery { verb: "send", file: &args.file, output: args.output, to, hint };
+    let delivery = Delivery { verb: "send", file: &args.file, output: args.output, run, to, hint };
     let info = delivery.run(source, connector, at_rest)?;
     delivery.report(&Report::of_source(&info), "sent")
 }
@@ -68,6 +73,7 @@ pub(super) struct Delivery<'a> {
     pub(super) verb: &'static str,
     pub(super) file: &'a FileAddress,
     pub(super) output: OutputArgs,
+    pub(super) run: &'a Run,
     /// The destination.
     pub(super) to: String,
     /// What to compare if the destination accepts no data.
@@ -86,18 +92,18 @@ impl Delivery<'_> {
         mut guest: AtRest,
     ) -> Result<MigrationInfo, Failure> {
         let progress = source.progress();
-        let display = {
-            let sending = Sending { progress: progress.clone(), hint: self.hint.clone() };
-            Display::start(self.verb, self.output.progress(), sending)
-        };
+        let sending = Arc::new(Sending { progress: progress.clone(), hint: self.hint.clone() });
+        self.run.show(sending.clone());
+        let display = Display::start(self.verb, self.output.progress(), sending);
         let sent = source.migrate(connector, &mut NeverDirty, &mut guest);
         drop(display);
         sent.map_err(|error| {
-            if self.output.json {
-                let report = Report::of_source(&progress.info()).failed(&error);
-                if let Err(full) = print_json(&report) {
-                    tracing::error!(error = %full, "cannot print the report");
-                }
+            let report = Report::of_source(&progress.info()).failed(&error);
+            self.run.reported(&report);
+            if self.output.json
+                && let Err(full) = print_json(&report)
+            {
+                tracing::error!(error = %full, "cannot print the report");
             }
             if error.is_cancelled() {
                 return Failure::Interrupted;
@@ -109,6 +115,7 @@ impl Delivery<'_> {
 
     /// Prints the report of a success in the requested form; `done` is its first word.
     pub(super) fn report(&self, report: &Report, done: &str) -> Result<(), Failure> {
+        self.run.reported(report);
         if self.output.json {
             print_json(report)?;
         } else if !self.output.quiet {

@@ -13,6 +13,7 @@ mod files;
 mod inspect;
 mod limits;
 mod memory;
+mod metrics;
 mod pages;
 mod parameters;
 mod progress;
