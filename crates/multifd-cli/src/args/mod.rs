@@ -4,6 +4,7 @@
 
 mod capture;
 mod compression;
+mod ctl;
 mod demo;
 mod inspect;
 mod receive;
@@ -16,6 +17,7 @@ use clap::{Parser, Subcommand};
 
 pub(crate) use self::{
     capture::CaptureArgs,
+    ctl::{CtlArgs, CtlCommand, LimitArg},
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
     receive::{MissingPagesArg, ReceiveArgs},
@@ -78,6 +80,10 @@ pub(crate) enum Verb {
     Send(SendArgs),
     /// Show the machine type, RAM blocks and devices in a file, or extract the RAM of a block
     Inspect(InspectArgs),
+    /// Ask a run for its status, cancel it, or change its limits
+    ///
+    /// For a run of receive, send, capture or restore that was started with --control SOCKET.
+    Ctl(CtlArgs),
     /// Migrate a busy guest to a second process on this machine and compare both memories
     ///
     /// Needs no QEMU: the guest is memory and two threads that write to it all the time.
@@ -94,7 +100,7 @@ impl Verb {
             Self::Restore(args) => args.output.quiet,
             Self::Receive(args) => args.output.quiet,
             Self::Send(args) => args.output.quiet,
-            Self::Inspect(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
+            Self::Inspect(_) | Self::Ctl(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
         }
     }
 }

@@ -16,6 +16,10 @@ pub(crate) struct RunArgs {
     /// node_exporter, a name in the directory of its textfile collector that ends in .prom
     #[arg(long, value_name = "FILE")]
     pub(crate) metrics: Option<PathBuf>,
+    /// Unix socket for commands to this run, in the form of QMP: query-migrate, migrate_cancel, migrate-set-parameters.
+    /// `multifd ctl` sends them. Only this user can connect
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
 }
 
 impl RunArgs {

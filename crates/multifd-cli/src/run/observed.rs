@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use multifd::live::Status;
@@ -23,10 +23,28 @@ pub(super) struct Observed {
     state: Mutex<State>,
 }
 
+/// Limits of a migration to be changed while it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Bytes per second; 0 is no limit.
+    pub(crate) max_bandwidth: Option<u64>,
+    pub(crate) downtime_limit: Option<Duration>,
+}
+
+/// A migration whose limits can be changed while it runs.
+pub(crate) trait Adjust: Send + Sync {
+    /// Changes these limits, which are in their ranges.
+    ///
+    /// # Errors
+    /// Why they cannot be changed.
+    fn adjust(&self, limits: &Limits) -> Result<(), String>;
+}
+
 #[derive(Default)]
 struct State {
     /// The migration, when there is one.
     shown: Option<Arc<dyn Shown>>,
+    adjusts: Option<Arc<dyn Adjust>>,
     /// The last report.
     last: Option<Report>,
     end: Option<End>,
@@ -46,6 +64,26 @@ impl Observed {
 
     pub(super) fn show(&self, shown: Arc<dyn Shown>) {
         self.lock().shown = Some(shown);
+    }
+
+    /// From now on the limits of `adjusts` can be changed; none can, if it is `None`.
+    pub(super) fn adjusts(&self, adjusts: Option<Arc<dyn Adjust>>) {
+        self.lock().adjusts = adjusts;
+    }
+
+    /// Changes limits of the migration.
+    ///
+    /// # Errors
+    /// Why they cannot be changed.
+    pub(super) fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        let adjusts = self.lock().adjusts.clone();
+        match adjusts {
+            Some(adjusts) => adjusts.adjust(limits),
+            None if self.verb == "receive" => {
+                Err("this is the destination, and the limits are those of the source: set them there".into())
+            }
+            None => Err("there is nothing to adjust: the migration has not begun, or it is over".into()),
+        }
     }
 
     pub(super) fn reported(&self, report: &Report) {
@@ -75,7 +113,7 @@ impl Observed {
         state.last = Some(report);
         state.end = Some(End { time: SystemTime::now(), exit_code });
         // The migration is over, and its memory is not needed any more.
-        state.shown = None;
+        (state.shown, state.adjusts) = (None, None);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -26,7 +26,7 @@ use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, Listening},
     incoming::{Expected, LeftOut},
 };
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::receive::{Reception, Stored};
 use crate::{
@@ -43,7 +43,7 @@ use crate::{
         Changed, Listens, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Version,
         Wanted, resume, run_state,
     },
-    run::Run,
+    run::{Adjust, Limits, Run},
 };
 
 pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
@@ -74,13 +74,18 @@ fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let source = Arc::new(Controlled(Mutex::new(qmp)));
     let _first = stop.watch_failure(source.clone());
     let (listening, address) = listen(args, &meeting, stop)?;
-    let changed = settings.change(&mut source.lock(), &wanted)?;
+    let mut changed = settings.change(&mut source.lock(), &wanted)?;
+    if args.run.control.is_some() {
+        settings.put_back_also(&mut changed, &["max-bandwidth", "downtime-limit"]);
+    }
+    run.adjusts(Some(source.clone()));
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
     let reception =
         Reception { verb: "capture", file: &args.file, output: args.output, run, before_refusal: &cancel };
     let ended = migrate(&source, &address, stop, || reception.run(listening, capture, stop));
     // From here on the guest is stopped, and only this program lets it continue.
     run.handed_over();
+    run.adjusts(None);
     match ended {
         Ok(stored) => {
             if stored.has_pages_of_main() {
@@ -107,6 +112,18 @@ impl Wake for Controlled {
         if let Err(error) = Migration::settle(&mut self.lock()) {
             tracing::debug!(%error, "QEMU's migration could not be cancelled");
         }
+    }
+}
+
+/// The limits are those of QEMU. They are put back at the end of the capture.
+impl Adjust for Controlled {
+    fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        let bandwidth = limits.max_bandwidth.map(|bytes| ("max-bandwidth", json!(bytes)));
+        let downtime = limits.downtime_limit.map(|time| ("downtime-limit", json!(millis(time))));
+        let parameters: Map<_, _> =
+            bandwidth.into_iter().chain(downtime).map(|(name, value)| (name.to_owned(), value)).collect();
+        let set = self.lock().execute("migrate-set-parameters", Value::Object(parameters));
+        set.map(drop).map_err(|error| error.to_string())
     }
 }
 

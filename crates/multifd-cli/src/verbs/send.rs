@@ -6,7 +6,7 @@ use multifd::{
     Error, Fault, SendOptions,
     channel::{Address, Connect, Stop},
     live::{
-        DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState,
+        Control, DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState,
         ZeroPageDetection,
     },
     ram::{NeverDirty, RamBlocks},
@@ -33,7 +33,7 @@ use crate::{
         progress::Look,
         report::Report,
     },
-    run::Run,
+    run::{Adjust, Limits, Run},
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -92,6 +92,7 @@ impl Delivery<'_> {
         mut guest: AtRest,
     ) -> Result<MigrationInfo, Failure> {
         let progress = source.progress();
+        self.run.adjusts(Some(Arc::new(Bandwidth(source.control()))));
         let sending = Arc::new(Sending { progress: progress.clone(), hint: self.hint.clone() });
         self.run.show(sending.clone());
         let display = Display::start(self.verb, self.output.progress(), sending);
@@ -138,6 +139,23 @@ impl Shown for Sending {
 
     fn report(&self) -> Report {
         Report::of_source(&self.progress.info())
+    }
+}
+
+/// The limit of a guest in a file that can be changed.
+struct Bandwidth(Control);
+
+impl Adjust for Bandwidth {
+    fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        if limits.downtime_limit.is_some() {
+            return Err("the guest in a file does not run, so downtime-limit has no effect: only max-bandwidth can be \
+                        set"
+            .into());
+        }
+        if let Some(bytes) = limits.max_bandwidth {
+            self.0.set_max_bandwidth(Some(bytes));
+        }
+        Ok(())
     }
 }
 

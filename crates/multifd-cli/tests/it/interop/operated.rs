@@ -165,6 +165,49 @@ fn capture_and_restore_are_cancelled_at_the_limit_of_the_run() {
     });
 }
 
+/// `ctl` reaches through to QEMU, whose settings are put back nevertheless.
+#[test]
+fn limits_of_a_capture_are_changed_at_qemu_and_a_cancel_leaves_the_guest_running() {
+    with_both(|qemu| {
+        let (folder, qmp, mut vm) = guest(qemu)?;
+        let (before, file, control) =
+            (settings(&mut vm)?, path(&folder, "machine"), path(&folder, "control"));
+        let options =
+            ["--max-bandwidth", "1M", "--multifd-channels", "0", "--control", control.to_str().unwrap()];
+        let ctl = |command: &[&str]| Program::start(multifd(["ctl"]).arg(&control).args(command)).done();
+        let sends = |vm: &mut Vm| -> Result<(), Error> {
+            let sends = |told: &Value| {
+                told["status"] == "active" && told["ram"]["transferred"].as_u64() > Some(200_000)
+            };
+            while !sends(&vm.query_migrate()?) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        };
+        let program = capture(&options, &qmp, &file);
+        sends(&mut vm)?;
+        ctl(&["set", "max-bandwidth=3G", "downtime-limit=1999"]);
+        let parameters = vm.execute("query-migrate-parameters", json!({}))?;
+        assert_eq!(
+            (&parameters["max-bandwidth"], &parameters["downtime-limit"]),
+            (&json!(3_u64 << 30), &json!(1999))
+        );
+        program.done();
+        assert_runs(&mut vm)?;
+        assert_eq!(settings(&mut vm)?, before);
+        assert_left(&folder, &["machine", "qmp"]);
+
+        let program = capture(&[&options[..], &["--force"]].concat(), &qmp, &file);
+        sends(&mut vm)?;
+        ctl(&["cancel"]);
+        program.end().assert_failed(130, &["migrate_cancel at the control socket"]);
+        assert_runs(&mut vm)?;
+        assert_eq!(settings(&mut vm)?, before);
+        assert_left(&folder, &["machine", "qmp"]);
+        Ok(())
+    });
+}
+
 /// A capture that is interrupted, killed at the disk, or cancelled at QEMU leaves the guest as it was, and no file.
 #[test]
 fn capture_that_fails_leaves_the_guest_running_its_settings_and_no_file() {

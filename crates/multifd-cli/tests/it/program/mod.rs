@@ -3,6 +3,7 @@
 
 mod broken_off;
 mod containers;
+mod control;
 mod crowd;
 mod demo;
 mod direct_io;
