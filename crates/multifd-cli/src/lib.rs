@@ -6,8 +6,10 @@
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/verify    file ─▶ compared with its digests
+//!          verbs/ctl       commands to a run of another process, at the socket of its run/control
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
+//!                                                     run/     limit, metrics, control
 //! ```
 //!
 //! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
@@ -26,7 +28,7 @@ mod new_file;
 mod output;
 mod qmp;
 mod remedy;
-mod time_limit;
+mod run;
 mod verbs;
 mod version;
 
@@ -35,7 +37,7 @@ use std::{ffi::OsString, process::ExitCode};
 use args::{Args, Verb};
 use clap::{CommandFactory, Parser};
 use output::{log, outcome, outlet};
-use verbs::{demo, inspect, receive, restore, send};
+use verbs::{ctl, demo, inspect, receive, restore, send};
 
 /// The definition of the command line, for manual pages and completions.
 pub fn command() -> clap::Command {
@@ -64,6 +66,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Send(args) => send::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Verify(args) => verbs::verify::run(&args),
+        Verb::Ctl(args) => ctl::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::DemoDestination(args) => demo::destination(&args),
     };

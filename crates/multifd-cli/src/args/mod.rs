@@ -4,6 +4,7 @@
 
 mod capture;
 mod compression;
+mod ctl;
 mod demo;
 mod inspect;
 mod receive;
@@ -17,10 +18,12 @@ use clap::{Parser, Subcommand};
 
 pub(crate) use self::{
     capture::CaptureArgs,
+    ctl::{CtlArgs, CtlCommand, LimitArg},
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
     receive::{MissingPagesArg, ReceiveArgs},
     restore::RestoreArgs,
+    run::RunArgs,
     send::{ReturnPathArg, SendArgs, SyncModeArg},
     shared::{OutputArgs, PLAIN, ProgressArg, listen_address},
     verify::VerifyArgs,
@@ -84,6 +87,10 @@ pub(crate) enum Verb {
     /// `multifd receive` and `multifd capture` store a digest of every page. Prints every place that differs, with block and
     /// offset. Exit code 0: FILE is intact; 1: it is damaged, or has no digests.
     Verify(VerifyArgs),
+    /// Ask a run for its status, cancel it, or change its limits
+    ///
+    /// For a run of receive, send, capture or restore that was started with --control SOCKET.
+    Ctl(CtlArgs),
     /// Migrate a busy guest to a second process on this machine and compare both memories
     ///
     /// Needs no QEMU: the guest is memory and two threads that write to it all the time.
@@ -101,7 +108,7 @@ impl Verb {
             Self::Receive(args) => args.output.quiet,
             Self::Send(args) => args.output.quiet,
             Self::Verify(args) => args.output.quiet,
-            Self::Inspect(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
+            Self::Inspect(_) | Self::Ctl(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
         }
     }
 }

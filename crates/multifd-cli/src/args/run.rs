@@ -1,6 +1,6 @@
-//! Flags of every verb that migrates a guest: limits of the whole run.
+//! Flags of every verb that migrates a guest: the limit of the whole run, and who can see it.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clap::Args as ClapArgs;
 
@@ -12,6 +12,14 @@ pub(crate) struct RunArgs {
     /// cancelled
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = seconds)]
     timeout: Duration,
+    /// File for the metrics of this run, in the text format of OpenMetrics; written every 5 s and at the end. For
+    /// node_exporter, a name in the directory of its textfile collector that ends in .prom
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metrics: Option<PathBuf>,
+    /// Unix socket for commands to this run, in the form of QMP: query-migrate, migrate_cancel, migrate-set-parameters.
+    /// `multifd ctl` sends them. Only this user can connect
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
 }
 
 impl RunArgs {

@@ -3,7 +3,10 @@
 //! A separate thread reads the counters; the migration does not know it. The thread ends when its handle is dropped.
 
 use std::{
-    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
     thread::{Builder, JoinHandle},
     time::{Duration, Instant},
 };
@@ -26,7 +29,7 @@ pub(crate) struct Display {
 }
 
 /// What the display asks for: a snapshot for people, and one for programs.
-pub(crate) trait Shown: Send + 'static {
+pub(crate) trait Shown: Send + Sync + 'static {
     /// For people.
     fn look(&self) -> Look;
 
@@ -36,14 +39,14 @@ pub(crate) trait Shown: Send + 'static {
 
 impl Display {
     /// Starts to show `shown` in this mode.
-    pub(crate) fn start(verb: &'static str, mode: ProgressArg, shown: impl Shown) -> Self {
+    pub(crate) fn start(verb: &'static str, mode: ProgressArg, shown: Arc<dyn Shown>) -> Self {
         let (end, ended) = channel();
         let show = move || match mode {
-            ProgressArg::Bar => as_bar(verb, &shown, &ended),
-            ProgressArg::Auto if is_terminal() => as_bar(verb, &shown, &ended),
-            ProgressArg::Auto => as_lines(verb, &shown, PLAIN, &ended),
-            ProgressArg::Plain(every) => as_lines(verb, &shown, every, &ended),
-            ProgressArg::Json => as_objects(&shown, &ended),
+            ProgressArg::Bar => as_bar(verb, &*shown, &ended),
+            ProgressArg::Auto if is_terminal() => as_bar(verb, &*shown, &ended),
+            ProgressArg::Auto => as_lines(verb, &*shown, PLAIN, &ended),
+            ProgressArg::Plain(every) => as_lines(verb, &*shown, every, &ended),
+            ProgressArg::Json => as_objects(&*shown, &ended),
             ProgressArg::None => {}
         };
         if mode == ProgressArg::None {
@@ -60,7 +63,7 @@ fn goes_on(ended: &Receiver<()>, time: Duration) -> bool {
     ended.recv_timeout(time) == Err(RecvTimeoutError::Timeout)
 }
 
-fn as_bar(verb: &str, shown: &impl Shown, ended: &Receiver<()>) {
+fn as_bar(verb: &str, shown: &dyn Shown, ended: &Receiver<()>) {
     let bar = ProgressBar::new_spinner();
     bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(20));
     let (mut bounded, mut meter) = (None, Meter::default());
@@ -81,7 +84,7 @@ fn as_bar(verb: &str, shown: &impl Shown, ended: &Receiver<()>) {
 }
 
 /// The first line comes soon, the others in every period. A hint does not wait for its line.
-fn as_lines(verb: &str, shown: &impl Shown, every: Duration, ended: &Receiver<()>) {
+fn as_lines(verb: &str, shown: &dyn Shown, every: Duration, ended: &Receiver<()>) {
     let (mut meter, mut next, mut waited) = (Meter::default(), Instant::now(), false);
     // The first rate is that of the first period.
     meter.text(&shown.look());
@@ -100,7 +103,7 @@ fn as_lines(verb: &str, shown: &impl Shown, every: Duration, ended: &Receiver<()
 }
 
 /// One object in each second, and one for each new status. A source may be waited for for days, which is one object.
-fn as_objects(shown: &impl Shown, ended: &Receiver<()>) {
+fn as_objects(shown: &dyn Shown, ended: &Receiver<()>) {
     let (mut last, mut next) = (None, Instant::now());
     while goes_on(ended, BAR_EVERY) {
         let report = shown.report();

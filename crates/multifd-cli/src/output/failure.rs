@@ -22,6 +22,16 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for Failure {
 }
 
 impl Failure {
+    /// The exit code of the process.
+    pub(crate) fn code(&self) -> u8 {
+        match self {
+            Self::Failed(_) => 1,
+            Self::Usage(_) => 2,
+            Self::SourceNotTold(_) => 3,
+            Self::Interrupted => 130,
+        }
+    }
+
     /// Converts the error of a migration. A cancel means an interrupt, because nothing else cancels here. A usage error
     /// is caused by the command line.
     pub(crate) fn of(error: multifd::Error) -> Self {

@@ -9,25 +9,12 @@ use super::outlet::{say, say_lines};
 
 /// Prints why it failed, and returns the process's exit code.
 pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::Failed(error)) => {
-            tell(&*error);
-            ExitCode::from(1)
-        }
-        Err(Failure::Usage(error)) => {
-            tell(&*error);
-            ExitCode::from(2)
-        }
-        Err(Failure::SourceNotTold(error)) => {
-            tell(&*error);
-            ExitCode::from(3)
-        }
-        Err(Failure::Interrupted) => {
-            say("multifd: interrupted; the operation was cancelled");
-            ExitCode::from(130)
-        }
+    let Err(failure) = ended else { return ExitCode::SUCCESS };
+    match &failure {
+        Failure::Failed(error) | Failure::Usage(error) | Failure::SourceNotTold(error) => tell(&**error),
+        Failure::Interrupted => say("multifd: interrupted; the operation was cancelled"),
     }
+    ExitCode::from(failure.code())
 }
 
 fn tell(error: &(dyn Error + 'static)) {

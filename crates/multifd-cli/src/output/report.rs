@@ -27,6 +27,9 @@ pub(crate) struct Report {
     pub(crate) setup_time: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) cpu_throttle_percentage: Option<u8>,
+    /// Connections that were refused before the source connected; at a destination.
+    #[serde(rename = "refused-connections", skip_serializing_if = "Option::is_none")]
+    pub(crate) refused: Option<u64>,
     pub(crate) ram: Ram,
     pub(crate) channels: Vec<Channel>,
     #[serde(skip_serializing_if = "Option::is_none")]

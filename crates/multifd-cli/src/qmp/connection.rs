@@ -63,6 +63,8 @@ pub(crate) enum QmpError {
     Refused { command: String, reason: UntrustedText },
     /// Its reply lacks something.
     Incomplete { command: &'static str, lacks: &'static str },
+    /// The stop ended the wait.
+    Stopped(multifd::Error),
     /// An earlier migration has ended, and QEMU still keeps its connections.
     NotCleanedUp,
 }
@@ -95,6 +97,7 @@ impl fmt::Display for QmpError {
             Self::Incomplete { command, lacks } => {
                 write!(f, "QEMU's reply to the command {command} has no {lacks}; this version may be too old")
             }
+            Self::Stopped(error) => error.fmt(f),
             Self::NotCleanedUp => f.write_str(
                 "QEMU keeps the connections of a migration that has ended (query-yank), so another one is impossible until QEMU \
                  is restarted; the guest runs on",
@@ -118,6 +121,17 @@ impl Qmp {
     /// # Errors
     /// That of the stop.
     pub(crate) fn connect(address: &QmpAddress, stop: &Stop) -> Result<Self, Failure> {
+        Self::open(address, stop).map_err(|error| match error {
+            QmpError::Stopped(error) => Failure::of(error),
+            other => other.into(),
+        })
+    }
+
+    /// The same, with the error of the client.
+    ///
+    /// # Errors
+    /// [`QmpError::Stopped`] at the stop.
+    pub(crate) fn open(address: &QmpAddress, stop: &Stop) -> Result<Self, QmpError> {
         let failed = |error| QmpError::Connect(address.clone(), error);
         let socket = address.connect(GREETING).map_err(failed)?;
         socket.limit(LOOK, REPLY).map_err(failed)?;
@@ -132,12 +146,12 @@ impl Qmp {
         let end = Instant::now() + GREETING;
         let greeting = loop {
             if let Some(error) = stop.error() {
-                return Err(Failure::of(error));
+                return Err(QmpError::Stopped(error));
             }
             match qmp.line().map_err(failed)? {
                 Some(line) => break line,
                 None if Instant::now() < end => {}
-                None => return Err(QmpError::Busy(address.clone()).into()),
+                None => return Err(QmpError::Busy(address.clone())),
             }
         };
         let greeting: Result<Greeting, _> = serde_json::from_slice(&greeting);

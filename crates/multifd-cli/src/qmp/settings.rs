@@ -86,6 +86,13 @@ impl Settings {
         }
         Ok(changed)
     }
+
+    /// Puts these parameters back with `changed`, because they may be changed while the migration runs.
+    pub(crate) fn put_back_also(&self, changed: &mut Changed, names: &[&str]) {
+        let before =
+            names.iter().filter_map(|name| Some(((*name).to_owned(), self.parameters.get(*name)?.clone())));
+        changed.parameters.extend(before);
+    }
 }
 
 impl Changed {

@@ -26,6 +26,8 @@ pub(super) struct Numbers {
     pub(super) channels: Vec<ChannelStats>,
     pub(super) main_bytes: u64,
     pub(super) main_pages: MainPages,
+    /// Connections that were refused before the source connected.
+    refused: u64,
 }
 
 impl Numbers {
@@ -34,7 +36,8 @@ impl Numbers {
         let (total, page_size) = progress.ram().unwrap_or_default();
         let (channels, main_bytes, main_pages) =
             (progress.channels(), progress.main_bytes(), progress.main_pages());
-        Self { total, page_size, channels, main_bytes, main_pages }
+        let refused = progress.refused();
+        Self { total, page_size, channels, main_bytes, main_pages, refused }
     }
 
     fn on_channels(&self, count: fn(&ChannelStats) -> u64) -> u64 {
@@ -101,12 +104,13 @@ fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
 
 /// What has arrived in `time`, of a migration that has not ended.
 pub(super) fn report(numbers: &Numbers, time: Duration) -> Report {
-    let Numbers { total, page_size, channels, main_bytes, main_pages } = numbers;
+    let Numbers { total, page_size, channels, main_bytes, main_pages, refused } = numbers;
     let normal = numbers.on_channels(|channel| channel.normal) + main_pages.normal;
     let zero = numbers.on_channels(|channel| channel.zero) + main_pages.zero;
     let transferred = numbers.transferred();
     Report {
         total_time: millis(time),
+        refused: Some(*refused),
         ram: Ram {
             total: *total,
             transferred,

@@ -26,7 +26,7 @@ use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, Listening},
     incoming::{Expected, LeftOut},
 };
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::receive::{Reception, Stored};
 use crate::{
@@ -44,15 +44,20 @@ use crate::{
         Changed, Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings,
         Version, Wanted, resume, run_state,
     },
-    time_limit::TimeLimit,
+    run::{Adjust, Limits, Run},
 };
 
 pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
-    let mut qmp = Qmp::connect(&args.qmp, &stop)?;
+    let run = Run::start("capture", args.file.to_string(), args.qmp.to_string(), &args.run, &stop)?;
+    let ended = capture(args, &stop, &run);
+    run.end(ended)
+}
+
+fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
+    let mut qmp = Qmp::connect(&args.qmp, stop)?;
     let was = run_state(&mut qmp)?;
     refuse_others(&mut qmp, &was, args)?;
     if args.no_return_path {
@@ -70,19 +75,25 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     // The first to be woken at a failure, before connections are closed.
     let source = Arc::new(Controlled(Mutex::new(qmp)));
     let _first = stop.watch_failure(source.clone());
-    let (listening, address) = listen(args, &meeting, &stop)?;
-    let changed = settings.change(&mut source.lock(), &wanted)?;
+    let (listening, address) = listen(args, &meeting, stop)?;
+    let mut changed = settings.change(&mut source.lock(), &wanted)?;
+    if args.run.control.is_some() {
+        settings.put_back_also(&mut changed, &["max-bandwidth", "downtime-limit"]);
+    }
+    run.adjusts(Some(source.clone()));
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
     let reception = Reception {
         verb: "capture",
         file: &args.file,
         output: args.output,
+        run,
         before_refusal: &cancel,
         about: &|_| About { stopped_for: stopped_for(&mut source.lock()), ..known.clone() },
     };
-    let ended = migrate(&source, &address, &stop, || reception.run(listening, capture, &stop));
+    let ended = migrate(&source, &address, stop, || reception.run(listening, capture, stop));
     // From here on the guest is stopped, and only this program lets it continue.
-    drop(limit);
+    run.handed_over();
+    run.adjusts(None);
     match ended {
         Ok(stored) => {
             if stored.has_pages_of_main() {
@@ -109,6 +120,18 @@ impl Wake for Controlled {
         if let Err(error) = Migration::settle(&mut self.lock()) {
             tracing::debug!(%error, "QEMU's migration could not be cancelled");
         }
+    }
+}
+
+/// The limits are those of QEMU. They are put back at the end of the capture.
+impl Adjust for Controlled {
+    fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        let bandwidth = limits.max_bandwidth.map(|bytes| ("max-bandwidth", json!(bytes)));
+        let downtime = limits.downtime_limit.map(|time| ("downtime-limit", json!(millis(time))));
+        let parameters: Map<_, _> =
+            bandwidth.into_iter().chain(downtime).map(|(name, value)| (name.to_owned(), value)).collect();
+        let set = self.lock().execute("migrate-set-parameters", Value::Object(parameters));
+        set.map(drop).map_err(|error| error.to_string())
     }
 }
 

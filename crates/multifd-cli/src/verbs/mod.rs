@@ -2,6 +2,7 @@
 
 mod arrived;
 pub(crate) mod capture;
+pub(crate) mod ctl;
 pub(crate) mod demo;
 mod extract;
 pub(crate) mod inspect;

@@ -30,14 +30,14 @@ use crate::{
     direct_io::DirectIo,
     file_address::FileAddress,
     interrupt,
-    listen_address::ListenAddress,
+    listen_address::{ListenAddress, Opened},
     output::{
         display::Display,
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
-        report::{Report, millis},
+        report::Report,
     },
-    time_limit::TimeLimit,
+    run::Run,
 };
 
 /// What arrived.
@@ -55,8 +55,14 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
     combinations::of_receive(args, &listen.address)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
     interrupt::spares_large_files();
+    let (file, address) = (args.file.to_string(), args.listen.to_string());
+    let run = Run::start("receive", file, address, &args.run, &stop)?;
+    let ended = receive(args, &listen, &stop, &run);
+    run.end(ended)
+}
+
+fn receive(args: &ReceiveArgs, listen: &Opened, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let capture = Capture::create(&args.file, args.force, &direct_io)?;
@@ -85,7 +91,7 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .pause_timeout(args.pause_timeout())
         .switchover_ack(args.switchover_ack)
         .suppress_vmdesc(args.suppress_vmdesc);
-    let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
+    let listening = Arrival::listen(listener, options, stop).map_err(Failure::of)?;
     say(&format!("listening on {address}"));
     if !args.output.quiet {
         args.listen.note_unread_pipe();
@@ -94,10 +100,11 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         verb: "receive",
         file: &args.file,
         output: args.output,
+        run,
         before_refusal: &|_| {},
         about: &|peer| About { source: Some(peer.to_owned()), ..About::new("receive", args.label.as_ref()) },
     };
-    let stored = reception.run(listening, capture, &stop)?;
+    let stored = reception.run(listening, capture, stop)?;
     if stored.has_pages_of_main() {
         direct_io.without_channels();
     }
@@ -117,6 +124,7 @@ pub(super) struct Reception<'a> {
     pub(super) verb: &'static str,
     pub(super) file: &'a FileAddress,
     pub(super) output: OutputArgs,
+    pub(super) run: &'a Run,
     /// Called when everything has arrived and the file cannot be completed, before the source is informed.
     pub(super) before_refusal: &'a dyn Fn(&Error),
     /// What is recorded about the capture; called with the source's address when everything has arrived.
@@ -154,15 +162,18 @@ impl Reception<'_> {
         let start = Instant::now();
         let (progress, completing) = (listening.progress(), Arc::new(AtomicBool::new(false)));
         let connected = Arc::new(OnceLock::new());
-        let display = {
-            let (progress, completing, connected) = (progress.clone(), completing.clone(), connected.clone());
-            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, connected })
-        };
+        let shown = Arc::new(Receiving {
+            progress: progress.clone(),
+            completing: completing.clone(),
+            connected: connected.clone(),
+        });
+        self.run.show(shown.clone());
+        let display = Display::start(self.verb, self.output.progress(), shown);
         let arrival = match listening.accept() {
             Ok(arrival) => arrival,
             Err(error) => {
                 drop(display);
-                return Err(self.failed(None, start, error));
+                return Err(self.failed(None, &progress, start, error));
             }
         };
         let start = *connected.get_or_init(Instant::now);
@@ -171,12 +182,13 @@ impl Reception<'_> {
         drop(display);
         match received {
             Ok(received) => Ok(Stored { received, time: start.elapsed() }),
-            Err(error) => Err(self.failed(Some((&peer, &progress)), start, error)),
+            Err(error) => Err(self.failed(Some(&peer), &progress, start, error)),
         }
     }
 
     /// Prints the report of a success in the requested form; `done` is its first words.
     pub(super) fn report(&self, stored: &Stored, report: &Report, done: &str) -> Result<(), Failure> {
+        self.run.reported(report);
         if self.output.json {
             print_json(report)?;
         } else if !self.output.quiet {
@@ -232,22 +244,25 @@ impl Reception<'_> {
     }
 
     /// Reports a migration that failed, in the requested form.
-    fn failed(&self, source: Option<(&str, &ArrivalProgress)>, start: Instant, error: Error) -> Failure {
-        if self.output.json {
-            let time = start.elapsed();
-            let report = match source {
-                Some((_, progress)) => report(&Numbers::of(progress), time),
-                None => Report { total_time: millis(time), ..Report::default() },
-            };
-            if let Err(full) = print_json(&report.failed(&error)) {
-                tracing::error!(error = %full, "cannot print the report");
-            }
+    fn failed(
+        &self,
+        source: Option<&str>,
+        progress: &ArrivalProgress,
+        start: Instant,
+        error: Error,
+    ) -> Failure {
+        let report = report(&Numbers::of(progress), start.elapsed()).failed(&error);
+        self.run.reported(&report);
+        if self.output.json
+            && let Err(full) = print_json(&report)
+        {
+            tracing::error!(error = %full, "cannot print the report");
         }
         if error.is_cancelled() {
             return Failure::Interrupted;
         }
         let what = match source {
-            Some((peer, _)) => {
+            Some(peer) => {
                 format!("the migration from {peer} into {} failed{}", self.file, likely(&error))
             }
             None => format!("no migration into {} has begun", self.file),

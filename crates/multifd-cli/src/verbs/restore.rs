@@ -32,16 +32,21 @@ use crate::{
         Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Wanted,
         listening_at, resume, run_state,
     },
-    time_limit::TimeLimit,
+    run::Run,
 };
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
+    let run = Run::start("restore", args.file.to_string(), args.qmp.to_string(), &args.run, &stop)?;
+    let ended = restore(args, &stop, &run);
+    run.end(ended)
+}
+
+fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let file = args.file.open(Digests::unless(args.no_verify))?;
     let guest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
-    let mut qmp = Qmp::connect(&args.qmp, &stop)?;
+    let mut qmp = Qmp::connect(&args.qmp, stop)?;
     let state = run_state(&mut qmp)?;
     if state != "inmigrate" {
         let why = format!("its guest is {state}: start QEMU with -incoming defer");
@@ -63,7 +68,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
         .send(SendOptions::new().uuid(machine.uuid))
         .stall_timeout(args.stall_timeout())
         .migrate(options);
-    let source = Source::new(blocks, options, &stop).map_err(Failure::of)?;
+    let source = Source::new(blocks, options, stop).map_err(Failure::of)?;
 
     let settings = Settings::of(&mut qmp)?;
     let changed = settings.change(&mut qmp, &Wanted::over(args.multifd_channels, Method::None, true))?;
@@ -74,7 +79,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
     let address = listening_at(&mut qmp, meeting.address())?;
     let hint = "QEMU accepts no data: check query-migrate and its standard error".to_owned();
     let to = format!("the QEMU at {}", args.qmp);
-    let delivery = Delivery { verb: "restore", file: &args.file, output: args.output, to, hint };
+    let delivery = Delivery { verb: "restore", file: &args.file, output: args.output, run, to, hint };
     let info = match delivery.run(source, Arc::new(address), guest) {
         Ok(info) => info,
         Err(failure) => return Err(explained(&mut qmp, failure)),

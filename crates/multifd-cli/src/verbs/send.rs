@@ -6,7 +6,7 @@ use multifd::{
     Error, Fault, SendOptions,
     channel::{Address, Connect, Stop},
     live::{
-        DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState,
+        Control, DeviceInfo, DeviceSection, Guest, MigrateOptions, MigrationInfo, Progress, RunState,
         ZeroPageDetection,
     },
     ram::{self, NeverDirty, RamBlocks},
@@ -34,7 +34,7 @@ use crate::{
         report::Report,
     },
     remedy::READS_DAMAGED,
-    time_limit::TimeLimit,
+    run::{Adjust, Limits, Run},
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -42,7 +42,12 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let _limit = TimeLimit::start(args.run.timeout(), &stop)?;
+    let run = Run::start("send", args.file.to_string(), args.address.to_string(), &args.run, &stop)?;
+    let ended = send(args, connector, &stop, &run);
+    run.end(ended)
+}
+
+fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let file = args.file.open(Digests::unless(args.no_verify))?;
     let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {
@@ -56,9 +61,9 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
         .zero_page_detection(args.zero_page_detection.or(understood(&file)));
     note_missing_uuid(args, &file);
     let source =
-        Source::new(blocks, source_options(args, &file).migrate(options), &stop).map_err(Failure::of)?;
+        Source::new(blocks, source_options(args, &file).migrate(options), stop).map_err(Failure::of)?;
     let (to, hint) = (args.address.to_string(), compare(args, &file));
-    let delivery = Delivery { verb: "send", file: &args.file, output: args.output, to, hint };
+    let delivery = Delivery { verb: "send", file: &args.file, output: args.output, run, to, hint };
     let info = delivery.run(source, connector, at_rest)?;
     delivery.report(&Report::of_source(&info), "sent")
 }
@@ -69,6 +74,7 @@ pub(super) struct Delivery<'a> {
     pub(super) verb: &'static str,
     pub(super) file: &'a FileAddress,
     pub(super) output: OutputArgs,
+    pub(super) run: &'a Run,
     /// The destination.
     pub(super) to: String,
     /// What to compare if the destination accepts no data.
@@ -87,18 +93,19 @@ impl Delivery<'_> {
         mut guest: AtRest,
     ) -> Result<MigrationInfo, Failure> {
         let progress = source.progress();
-        let display = {
-            let sending = Sending { progress: progress.clone(), hint: self.hint.clone() };
-            Display::start(self.verb, self.output.progress(), sending)
-        };
+        self.run.adjusts(Some(Arc::new(Bandwidth(source.control()))));
+        let sending = Arc::new(Sending { progress: progress.clone(), hint: self.hint.clone() });
+        self.run.show(sending.clone());
+        let display = Display::start(self.verb, self.output.progress(), sending);
         let sent = source.migrate(connector, &mut NeverDirty, &mut guest);
         drop(display);
         sent.map_err(|error| {
-            if self.output.json {
-                let report = Report::of_source(&progress.info()).failed(&error);
-                if let Err(full) = print_json(&report) {
-                    tracing::error!(error = %full, "cannot print the report");
-                }
+            let report = Report::of_source(&progress.info()).failed(&error);
+            self.run.reported(&report);
+            if self.output.json
+                && let Err(full) = print_json(&report)
+            {
+                tracing::error!(error = %full, "cannot print the report");
             }
             if error.is_cancelled() {
                 return Failure::Interrupted;
@@ -114,6 +121,7 @@ impl Delivery<'_> {
 
     /// Prints the report of a success in the requested form; `done` is its first word.
     pub(super) fn report(&self, report: &Report, done: &str) -> Result<(), Failure> {
+        self.run.reported(report);
         if self.output.json {
             print_json(report)?;
         } else if !self.output.quiet {
@@ -136,6 +144,23 @@ impl Shown for Sending {
 
     fn report(&self) -> Report {
         Report::of_source(&self.progress.info())
+    }
+}
+
+/// The limit of a guest in a file that can be changed.
+struct Bandwidth(Control);
+
+impl Adjust for Bandwidth {
+    fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        if limits.downtime_limit.is_some() {
+            return Err("the guest in a file does not run, so downtime-limit has no effect: only max-bandwidth can be \
+                        set"
+            .into());
+        }
+        if let Some(bytes) = limits.max_bandwidth {
+            self.0.set_max_bandwidth(Some(bytes));
+        }
+        Ok(())
     }
 }
 

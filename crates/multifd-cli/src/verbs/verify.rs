@@ -65,7 +65,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let display = {
         let total = present(&file).map_err(|error| args.file.unreadable(error))?;
         let shown = Reading { read: read.clone(), total, start };
-        Display::start("verify", args.output.progress(), shown)
+        Display::start("verify", args.output.progress(), Arc::new(shown))
     };
     let verify = Verify::new(&file).threads(args.threads).direct_io(args.direct_io);
     let found = if args.add {

@@ -6,6 +6,8 @@ mod interop;
 #[cfg(test)]
 mod kit;
 #[cfg(test)]
+mod metrics;
+#[cfg(test)]
 mod program;
 #[cfg(test)]
 mod table;

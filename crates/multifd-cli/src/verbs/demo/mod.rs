@@ -78,7 +78,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let progress = source.progress();
     let display = {
         let mode = if args.json { ProgressArg::None } else { ProgressArg::Auto };
-        Display::start("demo", mode, Migrating(progress.clone()))
+        Display::start("demo", mode, Arc::new(Migrating(progress.clone())))
     };
     let mut log = guest.dirty_log()?;
     let sent = source.migrate(address, &mut log, &mut guest);

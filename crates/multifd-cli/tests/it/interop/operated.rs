@@ -11,7 +11,10 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::kit::{ALL_CHECKED, Ended, Program, assert_left, folder, machine, multifd, path, source};
+use crate::{
+    kit::{ALL_CHECKED, Ended, Program, assert_left, folder, machine, multifd, path, source},
+    metrics::read_metrics,
+};
 
 /// A machine with a QMP socket for the program.
 fn controlled(builder: VmBuilder, qmp: &Path) -> VmBuilder {
@@ -63,8 +66,15 @@ fn guest_is_captured_continues_and_its_file_is_restored() {
         let before = settings(&mut from)?;
         let file = path(&folder, "machine");
         for channels in ["4", "0"] {
+            let numbers = path(&folder, "numbers.prom");
+            let metrics = ["--metrics", numbers.to_str().unwrap()];
             let options = ["--json", "--force", "--multifd-channels", channels];
-            let ended = capture(&options, &qmp, &file).done();
+            let ended = capture(&[&options[..], &metrics].concat(), &qmp, &file).done();
+            let page = read_metrics(&numbers);
+            assert_eq!(page.one("exit_code", &[("verb", "capture")]), Some(0.0), "{page:?}");
+            assert!(page.one("downtime_seconds", &[]).is_some_and(|time| time > 0.0), "{page:?}");
+            assert!(page.one("passes", &[]).is_some_and(|passes| passes > 1.0), "{page:?}");
+            fs::remove_file(&numbers).unwrap();
             let report = ended.json();
             assert_eq!(report["status"], json!("completed"), "{report}");
             assert!(report["downtime"].as_u64().is_some_and(|ms| ms > 0), "{report}");
@@ -77,8 +87,15 @@ fn guest_is_captured_continues_and_its_file_is_restored() {
             let to_qmp = path(&folder, "to");
             let mut to = controlled(machine(qemu, &qemu.machine()), &to_qmp).incoming().start()?;
             let before = settings(&mut to)?;
-            let ended = restore(&["--multifd-channels", channels], &file, &to_qmp);
+            let ended = restore(&[&metrics[..], &["--multifd-channels", channels]].concat(), &file, &to_qmp);
             assert_eq!(ended.code, Some(0), "{ended:?}");
+            let page = read_metrics(&numbers);
+            assert_eq!(
+                page.one("status", &[("verb", "restore"), ("status", "completed")]),
+                Some(1.0),
+                "{page:?}"
+            );
+            fs::remove_file(&numbers).unwrap();
             assert!(ended.stderr.contains("the guest runs"), "{ended:?}");
             assert_runs(&mut to)?;
             assert_eq!(settings(&mut to)?, before);
@@ -144,6 +161,49 @@ fn capture_and_restore_are_cancelled_at_the_limit_of_the_run() {
         let to_qmp = path(&folder, "to");
         let _to = controlled(machine(qemu, &qemu.machine()), &to_qmp).incoming().start()?;
         restore(&limit, &file, &to_qmp).assert_failed(1, &[over]);
+        Ok(())
+    });
+}
+
+/// `ctl` reaches through to QEMU, whose settings are put back nevertheless.
+#[test]
+fn limits_of_a_capture_are_changed_at_qemu_and_a_cancel_leaves_the_guest_running() {
+    with_both(|qemu| {
+        let (folder, qmp, mut vm) = guest(qemu)?;
+        let (before, file, control) =
+            (settings(&mut vm)?, path(&folder, "machine"), path(&folder, "control"));
+        let options =
+            ["--max-bandwidth", "1M", "--multifd-channels", "0", "--control", control.to_str().unwrap()];
+        let ctl = |command: &[&str]| Program::start(multifd(["ctl"]).arg(&control).args(command)).done();
+        let sends = |vm: &mut Vm| -> Result<(), Error> {
+            let sends = |told: &Value| {
+                told["status"] == "active" && told["ram"]["transferred"].as_u64() > Some(200_000)
+            };
+            while !sends(&vm.query_migrate()?) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        };
+        let program = capture(&options, &qmp, &file);
+        sends(&mut vm)?;
+        ctl(&["set", "max-bandwidth=3G", "downtime-limit=1999"]);
+        let parameters = vm.execute("query-migrate-parameters", json!({}))?;
+        assert_eq!(
+            (&parameters["max-bandwidth"], &parameters["downtime-limit"]),
+            (&json!(3_u64 << 30), &json!(1999))
+        );
+        program.done();
+        assert_runs(&mut vm)?;
+        assert_eq!(settings(&mut vm)?, before);
+        assert_left(&folder, &["machine", "qmp"]);
+
+        let program = capture(&[&options[..], &["--force"]].concat(), &qmp, &file);
+        sends(&mut vm)?;
+        ctl(&["cancel"]);
+        program.end().assert_failed(130, &["migrate_cancel at the control socket"]);
+        assert_runs(&mut vm)?;
+        assert_eq!(settings(&mut vm)?, before);
+        assert_left(&folder, &["machine", "qmp"]);
         Ok(())
     });
 }

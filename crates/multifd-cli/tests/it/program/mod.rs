@@ -3,6 +3,7 @@
 
 mod broken_off;
 mod containers;
+mod control;
 mod crowd;
 mod demo;
 mod direct_io;
@@ -13,6 +14,7 @@ mod files;
 mod inspect;
 mod limits;
 mod memory;
+mod metrics;
 mod pages;
 mod parameters;
 mod progress;

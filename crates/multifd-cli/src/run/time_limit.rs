@@ -13,7 +13,7 @@ use multifd::{Error, channel::Stop};
 use crate::output::outcome::While;
 
 /// Limits the time until it is dropped.
-pub(crate) struct TimeLimit {
+pub(super) struct TimeLimit {
     end: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -23,7 +23,7 @@ impl TimeLimit {
     ///
     /// # Errors
     /// If the system cannot start a thread.
-    pub(crate) fn start(limit: Option<Duration>, stop: &Stop) -> Result<Self, While> {
+    pub(super) fn start(limit: Option<Duration>, stop: &Stop) -> Result<Self, While> {
         let Some(limit) = limit else { return Ok(Self { end: None, thread: None }) };
         let ((end, ended), stop) = (channel::<()>(), stop.clone());
         let wait = move || {
