@@ -215,6 +215,16 @@ fn qemu_in_another_state_and_another_socket_are_refused_with_the_reason() {
     assert_runs(&mut vm).unwrap();
 }
 
+/// Regression: `capture qmp FILE` in the folder of the socket failed, because the folder of a bare name is empty.
+#[test]
+fn qmp_socket_in_the_current_folder_needs_no_path() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    let (folder, _qmp, mut vm) = guest(&qemu).unwrap();
+    Program::start(multifd(["capture", "qmp", "machine"]).current_dir(folder.path())).done();
+    assert_left(&folder, &["machine", "qmp"]);
+    assert_runs(&mut vm).unwrap();
+}
+
 /// QMP at TCP, so that both sides meet at the addresses of its connection.
 #[test]
 fn qmp_over_tcp_needs_no_address_for_the_migration() {
