@@ -3,10 +3,11 @@
 //! ```text
 //! args/ ─▶ verbs/capture   the same as receive, with QEMU controlled through qmp/; verbs/restore likewise as send
 //!          verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
+//!          verbs/many      receive --dir: one machine after another, several at a time; file_name has their names
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
-//!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
+//!                            └── interrupt (Ctrl-C)   service (systemd)   output/  progress, and the end as text or JSON
 //! ```
 //!
 //! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
@@ -17,6 +18,7 @@ mod capture;
 mod combinations;
 mod direct_io;
 mod file_address;
+mod file_name;
 mod identity;
 mod interrupt;
 mod listen_address;
@@ -24,6 +26,7 @@ mod new_file;
 mod output;
 mod qmp;
 mod remedy;
+mod service;
 mod verbs;
 mod version;
 
@@ -32,7 +35,7 @@ use std::{ffi::OsString, process::ExitCode};
 use args::{Args, Verb};
 use clap::{CommandFactory, Parser};
 use output::{log, outcome, outlet};
-use verbs::{demo, inspect, receive, restore, send};
+use verbs::{demo, inspect, many, receive, restore, send};
 
 /// The definition of the command line, for manual pages and completions.
 pub fn command() -> clap::Command {
@@ -57,7 +60,10 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
     let ended = match args.verb {
         Verb::Capture(args) => verbs::capture::run(&args),
         Verb::Restore(args) => restore::run(&args),
-        Verb::Receive(args) => receive::run(&args),
+        Verb::Receive(args) => match &args.many.dir {
+            Some(dir) => many::run(&args, dir),
+            None => receive::run(&args),
+        },
         Verb::Send(args) => send::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Demo(args) => demo::run(&args),

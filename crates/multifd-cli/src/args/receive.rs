@@ -9,7 +9,10 @@ use multifd::{
     parameters::{DECOMPRESSION_MEMORY, STALL_TIMEOUT},
 };
 
-use super::shared::{OutputArgs, default_seconds, file_address, limit, seconds, size};
+use super::{
+    many::ManyArgs,
+    shared::{OutputArgs, default_seconds, file_address, limit, seconds, size},
+};
 use crate::{file_address::FileAddress, listen_address::ListenAddress};
 
 #[derive(Debug, ClapArgs)]
@@ -54,15 +57,17 @@ pub(crate) struct ReceiveArgs {
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]
+    pub(crate) many: ManyArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Address to listen at: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS],
-    /// unix:PATH, vsock:CID:PORT, fd:N, exec:COMMAND (reads from the output of the command, without channels), or - (reads
-    /// from standard input, without channels). Port 0 = a free port
+    /// unix:PATH, vsock:CID:PORT, fd:N, exec:COMMAND (reads from the output of the command, without channels), - (reads
+    /// from standard input, without channels), or systemd (the sockets that a socket unit passes). Port 0 = a free port
     #[arg(value_parser = ListenAddress::parse)]
     pub(crate) listen: ListenAddress,
     /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
-    #[arg(value_parser = file_address())]
-    pub(crate) file: FileAddress,
+    #[arg(value_parser = file_address(), required_unless_present = "dir")]
+    pub(crate) file: Option<FileAddress>,
 }
 
 impl ReceiveArgs {

@@ -71,7 +71,7 @@ where
 }
 
 /// The time in UTC, to the second: 2026-01-31T23:59:59Z.
-pub(super) fn time_of_day() -> String {
+pub(crate) fn time_of_day() -> String {
     let mut time = String::new();
     // Writing to a string does not fail.
     let _ = SystemTime.format_time(&mut Writer::new(&mut time));

@@ -70,7 +70,7 @@ pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {
     let changed = settings.change(&mut source.lock(), &wanted)?;
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
     let reception =
-        Reception { verb: "capture", file: &args.file, output: args.output, before_refusal: &cancel };
+        Reception { before_refusal: &cancel, ..Reception::into(&args.file, "capture", args.output) };
     match migrate(&source, &address, &stop, || reception.run(listening, capture, &stop)) {
         Ok(stored) => {
             if stored.has_pages_of_main() {

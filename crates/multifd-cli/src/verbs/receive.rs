@@ -1,6 +1,7 @@
 //! `multifd receive`: receives a running QEMU guest and stores it in a file.
 
 use std::{
+    fmt::Display,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -8,33 +9,35 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::BinaryBytes;
 use multifd::{
-    ChannelStats, Error, Fault, ReceiveOptions,
+    Error, Fault, ReceiveOptions,
     channel::{Listener, Stop},
     ram::BlockName,
+    wire::VmUuid,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, ArrivalProgress, Listening},
-    incoming::{Expected, LeftOut, MainPages},
+    incoming::{Expected, LeftOut},
 };
 
-use super::tls;
+use super::{
+    arrived::{Numbers, Receiving, report},
+    tls,
+};
 use crate::{
-    args::{MissingPagesArg, OutputArgs, ReceiveArgs},
+    args::{MissingPagesArg, OutputArgs, ProgressArg, ReceiveArgs},
     capture::{Capture, Channels},
     combinations,
     direct_io::DirectIo,
-    file_address::FileAddress,
     interrupt,
     listen_address::ListenAddress,
     output::{
-        display::{Display, Shown},
+        display::Display as Progress,
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
-        progress::Look,
-        report::{Channel, Ram, Report, millis, rate},
+        report::{Report, millis},
     },
+    service,
 };
 
 /// What arrived.
@@ -47,56 +50,54 @@ struct Received {
     untold: Option<Error>,
 }
 
-/// How much arrived.
-struct Numbers {
-    /// Bytes of RAM; 0 if the source has not announced them.
-    total: u64,
-    page_size: u64,
-    channels: Vec<ChannelStats>,
-    main_bytes: u64,
-    main_pages: MainPages,
-}
-
-impl Numbers {
-    /// What has arrived so far.
-    fn of(progress: &ArrivalProgress) -> Self {
-        let (total, page_size) = progress.ram().unwrap_or_default();
-        let (channels, main_bytes, main_pages) =
-            (progress.channels(), progress.main_bytes(), progress.main_pages());
-        Self { total, page_size, channels, main_bytes, main_pages }
-    }
-
-    fn on_channels(&self, count: fn(&ChannelStats) -> u64) -> u64 {
-        self.channels.iter().map(count).sum()
-    }
-
-    fn transferred(&self) -> u64 {
-        self.on_channels(|channel| channel.bytes) + self.main_bytes
-    }
-}
-
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
+    let Some(file) = &args.file else {
+        return Err(Failure::Usage("FILE is missing: give a FILE, or --dir DIR".into()));
+    };
     let listen = args.listen.open()?;
-    combinations::of_receive(args, &listen.address)?;
+    combinations::of_receive(args, &listen.address, file.path())?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
     let credentials = tls::credentials(args)?;
-    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
-    let capture = Capture::create(&args.file, args.force, &direct_io)?;
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: file };
+    let capture = Capture::create(file, args.force, &direct_io)?;
     let listener = Listener::bind(&listen.address)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = match &args.listen {
         ListenAddress::Address(_) => listener.local_address().to_string(),
-        ListenAddress::StandardInput => args.listen.to_string(),
+        ListenAddress::StandardInput | ListenAddress::Systemd => args.listen.to_string(),
     };
     let listener = tls::listen(credentials, listener);
+    let listening = Arrival::listen(listener, options(args), &stop).map_err(Failure::of)?;
+    say(&format!("listening on {address}"));
+    service::ready();
+    if !args.output.quiet {
+        args.listen.note_unread_pipe();
+    }
+    let reception = Reception::into(file, "receive", args.output);
+    let stored = reception.run(listening, capture, &stop)?;
+    if stored.has_pages_of_main() {
+        direct_io.without_channels();
+    }
+    reception.report(&stored, &stored.report(), "received")?;
+    match stored.untold() {
+        None => Ok(()),
+        Some(error) => {
+            let told = format!("{file} is complete, but {UNTOLD}");
+            Err(Failure::SourceNotTold(While::new(told, error).into()))
+        }
+    }
+}
+
+/// How every source is received.
+pub(super) fn options(args: &ReceiveArgs) -> ArrivalOptions {
     let receive = ReceiveOptions::new()
         .channels(args.multifd_channels)
         .channels_from(args.channels_from.clone())
         .method(args.multifd_compression.0)
         .decompression_memory(args.decompression_memory());
-    let options = ArrivalOptions::new(Expected::AnyMachine)
+    ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
         .left_out(match args.missing_pages {
             // With x-ignore-shared, the file omits the blocks of which no page has arrived.
@@ -106,34 +107,21 @@ pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
         .stall_timeout(args.stall_timeout())
         .pause_timeout(args.pause_timeout())
         .switchover_ack(args.switchover_ack)
-        .suppress_vmdesc(args.suppress_vmdesc);
-    let listening = Arrival::listen(listener, options, &stop).map_err(Failure::of)?;
-    say(&format!("listening on {address}"));
-    if !args.output.quiet {
-        args.listen.note_unread_pipe();
-    }
-    let reception =
-        Reception { verb: "receive", file: &args.file, output: args.output, before_refusal: &|_| {} };
-    let stored = reception.run(listening, capture, &stop)?;
-    if stored.has_pages_of_main() {
-        direct_io.without_channels();
-    }
-    reception.report(&stored, &stored.report(), "received")?;
-    match stored.untold() {
-        None => Ok(()),
-        Some(error) => {
-            let told = format!("{} is complete, but {UNTOLD}", args.file);
-            Err(Failure::SourceNotTold(While::new(told, error).into()))
-        }
-    }
+        .suppress_vmdesc(args.suppress_vmdesc)
 }
 
 /// One arrival into a file, as `receive` and `capture` show it.
 pub(super) struct Reception<'a> {
     /// The name of the command, for the progress.
-    pub(super) verb: &'static str,
-    pub(super) file: &'a FileAddress,
+    pub(super) verb: String,
+    /// Where the machine goes, for messages.
+    pub(super) into: &'a dyn Display,
     pub(super) output: OutputArgs,
+    pub(super) progress: ProgressArg,
+    /// The job that runs it, if there are several.
+    pub(super) job: Option<u64>,
+    /// Called with the machine's UUID when the file is complete, before the source is informed.
+    pub(super) before_confirmation: &'a dyn Fn(Option<VmUuid>) -> Result<(), While>,
     /// Called when everything has arrived and the file cannot be completed, before the source is informed.
     pub(super) before_refusal: &'a dyn Fn(&Error),
 }
@@ -156,11 +144,39 @@ impl Stored {
     }
 
     pub(super) fn report(&self) -> Report {
-        completed(&self.received, self.time)
+        let mut report = report(&self.received.numbers, self.time);
+        report.status = "completed";
+        report.source_told = self.received.return_path.then_some(self.received.untold.is_none());
+        report.ram.remaining = Some(0);
+        report
+    }
+
+    /// What the file lacks, because it is useless without.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let warning = |name: &BlockName| {
+            format!(
+                "WARNING: block {name:?} is shared memory and is not in the file: the file can only be restored while that \
+                 memory is unchanged"
+            )
+        };
+        self.received.ignored.iter().map(warning).collect()
     }
 }
 
-impl Reception<'_> {
+impl<'a> Reception<'a> {
+    /// One arrival of this verb, without anything to be called.
+    pub(super) fn into(into: &'a dyn Display, verb: impl Into<String>, output: OutputArgs) -> Self {
+        Self {
+            verb: verb.into(),
+            into,
+            output,
+            progress: output.progress(),
+            job: None,
+            before_confirmation: &|_| Ok(()),
+            before_refusal: &|_| {},
+        }
+    }
+
     /// Accepts a source and stores its machine.
     ///
     /// # Errors
@@ -168,11 +184,20 @@ impl Reception<'_> {
     pub(super) fn run(&self, listening: Listening, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
         let start = Instant::now();
         let arrival = listening.accept().map_err(|error| self.failed(None, start, error))?;
+        self.store(arrival, capture, stop)
+    }
+
+    /// Stores the machine of a source that is here.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(super) fn store(&self, arrival: Arrival, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
         let start = Instant::now();
         let (progress, completing) = (arrival.progress(), Arc::new(AtomicBool::new(false)));
         let display = {
             let (progress, completing) = (progress.clone(), completing.clone());
-            Display::start(self.verb, self.output.progress(), Receiving { progress, completing, start })
+            let job = self.job;
+            Progress::start(&self.verb, self.progress, Receiving { progress, completing, start, job })
         };
         let peer = arrival.peer().to_owned();
         let received = self.take_in(arrival, capture, &progress, &completing, stop);
@@ -188,8 +213,8 @@ impl Reception<'_> {
         if self.output.json {
             print_json(report)?;
         } else if !self.output.quiet {
-            say_lines(&report.lines(&format!("{done} {}", self.file)));
-            ignored(&stored.received);
+            say_lines(&report.lines(&format!("{done} {}", self.into)));
+            say_lines(&stored.warnings());
         }
         Ok(())
     }
@@ -209,7 +234,12 @@ impl Reception<'_> {
         let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
             let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
             let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, stop);
-            kept.map_err(|error| {
+            let announced =
+                pending.loaded().configuration.as_ref().and_then(|configuration| configuration.uuid);
+            let named = kept.and_then(|ignored| {
+                (self.before_confirmation)(channels.uuid.or(announced)).map(|()| ignored)
+            });
+            named.map_err(|error| {
                 Error::other("all data was received, but the file cannot be completed", error)
             })
         });
@@ -238,14 +268,19 @@ impl Reception<'_> {
     }
 
     /// Reports a migration that failed, in the requested form.
-    fn failed(&self, source: Option<(&str, &ArrivalProgress)>, start: Instant, error: Error) -> Failure {
+    pub(super) fn failed(
+        &self,
+        source: Option<(&str, &ArrivalProgress)>,
+        start: Instant,
+        error: Error,
+    ) -> Failure {
         if self.output.json {
             let time = start.elapsed();
             let report = match source {
                 Some((_, progress)) => report(&Numbers::of(progress), time),
                 None => Report { total_time: millis(time), ..Report::default() },
             };
-            if let Err(full) = print_json(&report.failed(&error)) {
+            if let Err(full) = print_json(&Report { job: self.job, ..report.failed(&error) }) {
                 tracing::error!(error = %full, "cannot print the report");
             }
         }
@@ -253,18 +288,8 @@ impl Reception<'_> {
             return Failure::Interrupted;
         }
         let from = source.map_or_else(String::new, |(peer, _)| format!(" from {peer}"));
-        let what = format!("the migration{from} into {} failed{}", self.file, likely(&error));
+        let what = format!("the migration{from} into {} failed{}", self.into, likely(&error));
         While::new(what, error).into()
-    }
-}
-
-/// Prints what the file lacks, because it is useless without.
-fn ignored(received: &Received) {
-    for name in &received.ignored {
-        say(&format!(
-            "WARNING: block {name:?} is shared memory and is not in the file: the file can only be restored while that memory \
-             is unchanged"
-        ));
     }
 }
 
@@ -278,83 +303,7 @@ fn likely(error: &Error) -> &'static str {
     }
 }
 
-const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \
+pub(super) const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \
                       guest: check the source before you restore the file, the guest must not run twice";
 /// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
-
-/// What the display shows.
-struct Receiving {
-    progress: ArrivalProgress,
-    completing: Arc<AtomicBool>,
-    start: Instant,
-}
-
-impl Shown for Receiving {
-    fn look(&self) -> Look {
-        look(&self.progress, &self.completing)
-    }
-
-    fn report(&self) -> Report {
-        let mut report = report(&Numbers::of(&self.progress), self.start.elapsed());
-        report.status = match self.progress.ram() {
-            None => "setup",
-            Some(_) if self.completing.load(Ordering::Relaxed) => "device",
-            Some(_) => "active",
-        };
-        report.ram.dirty_sync_count = self.progress.pass();
-        report
-    }
-}
-
-fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
-    let transferred = Numbers::of(progress).transferred();
-    let mut note = format!("{} received", BinaryBytes(transferred));
-    if let Some((total, _)) = progress.ram() {
-        note += &format!(", the guest has {}", BinaryBytes(total));
-    }
-    Look {
-        stage: completing
-            .load(Ordering::Relaxed)
-            .then_some("all data was received; the file is being completed"),
-        transferred,
-        pass: progress.pass().unwrap_or(0),
-        note,
-        check: "check query-migrate at the source",
-        ..Look::default()
-    }
-}
-
-/// What has arrived in `time`, of a migration that has not ended.
-fn report(numbers: &Numbers, time: Duration) -> Report {
-    let Numbers { total, page_size, channels, main_bytes, main_pages } = numbers;
-    let normal = numbers.on_channels(|channel| channel.normal) + main_pages.normal;
-    let zero = numbers.on_channels(|channel| channel.zero) + main_pages.zero;
-    let transferred = numbers.transferred();
-    Report {
-        total_time: millis(time),
-        ram: Ram {
-            total: *total,
-            transferred,
-            duplicate: zero,
-            normal,
-            normal_bytes: normal * page_size,
-            page_size: *page_size,
-            mbps: transferred as f64 * 8.0 / 1e6 / time.as_secs_f64().max(1e-9),
-            pages_per_second: rate(normal + zero, time),
-            multifd_bytes: numbers.on_channels(|channel| channel.bytes),
-            precopy_bytes: *main_bytes,
-            ..Ram::default()
-        },
-        channels: channels.iter().map(Channel::from).collect(),
-        ..Report::default()
-    }
-}
-
-fn completed(received: &Received, time: Duration) -> Report {
-    let mut report = report(&received.numbers, time);
-    report.status = "completed";
-    report.source_told = received.return_path.then_some(received.untold.is_none());
-    report.ram.remaining = Some(0);
-    report
-}

@@ -12,6 +12,7 @@ mod extract;
 mod files;
 mod inspect;
 mod limits;
+mod many;
 mod memory;
 mod pages;
 mod parameters;
