@@ -21,6 +21,7 @@ mod proxied;
 mod receive;
 mod security;
 mod send;
+mod service;
 mod stalls;
 mod streams;
 mod targets;
