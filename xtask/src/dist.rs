@@ -4,7 +4,8 @@
 //! multifd (static) ┐
 //! manual pages     ├─▶ root/usr/… ─┬─▶ multifd_VERSION_ARCH.deb      dpkg-deb
 //! completions      │               └─▶ multifd-VERSION-ARCH.tar.gz   tar
-//! licences, docs   ┘                       └── SHA256SUMS            sha256sum
+//! licences, docs   │
+//! units of systemd ┘                       └── SHA256SUMS            sha256sum
 //! ```
 //!
 //! The program is linked with the C library, so that it runs on every Linux of its architecture. `--try` unpacks the package
@@ -52,6 +53,7 @@ fn make() -> Result<Made, Failure> {
     let program = step("program", || program(&root))?;
     step("manual", || manual(&root))?;
     step("documents", || documents(&root))?;
+    step("units", || units(&root))?;
     let version = env!("CARGO_PKG_VERSION");
     let archive = format!("multifd-{version}-{ARCH}.tar.gz");
     step("archive", || {
@@ -130,6 +132,15 @@ fn documents(root: &Path) -> Result<(), Failure> {
         copy(&page.path(), &docs.join("use").join(page.file_name()), 0o644)?;
     }
     fs::write(docs.join("copyright"), COPYRIGHT)?;
+    Ok(())
+}
+
+/// The units of systemd. Nothing is enabled by the package.
+fn units(root: &Path) -> Result<(), Failure> {
+    for unit in fs::read_dir(workspace_root().join("systemd"))? {
+        let unit = unit?;
+        copy(&unit.path(), &root.join("usr/lib/systemd/system").join(unit.file_name()), 0o644)?;
+    }
     Ok(())
 }
 
@@ -214,8 +225,12 @@ pub(crate) fn try_out() -> Result<(), Failure> {
         if !told.contains("RAM is equal") {
             return Err(format!("the demo found a difference: {told}").into());
         }
-        for page in ["man/man1/multifd-capture.1.gz", "bash-completion/completions/multifd"] {
-            fs::metadata(clean.join("usr/share").join(page)).map_err(|error| format!("{page}: {error}"))?;
+        for file in [
+            "share/man/man1/multifd-capture.1.gz",
+            "share/bash-completion/completions/multifd",
+            "lib/systemd/system/multifd-receive@.socket",
+        ] {
+            fs::metadata(clean.join("usr").join(file)).map_err(|error| format!("{file}: {error}"))?;
         }
         Ok(())
     })?;

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Refuses what `receive` does not support.
-pub(crate) fn of_receive(args: &ReceiveArgs, listen: &Address) -> Result<(), Failure> {
+pub(crate) fn of_receive(args: &ReceiveArgs, listen: &Address, file: &Path) -> Result<(), Failure> {
     let refused = |usage: Usage| Failure::Usage(usage.into());
     listen.check_listen().map_err(|usage| match (listen, &usage) {
         (Address::Fd(fd), Usage::Descriptor { .. }) => {
@@ -31,7 +31,7 @@ pub(crate) fn of_receive(args: &ReceiveArgs, listen: &Address) -> Result<(), Fai
     }
     match listen {
         // The socket would be at the file's path when the file is to get its name.
-        Address::Unix(socket) if same_place(socket, args.file.path()) => {
+        Address::Unix(socket) if same_place(socket, file) => {
             let why = "the socket and the file to write have the same path; use different paths";
             Err(Failure::Usage(While::new(format!("cannot listen at {}", args.listen), why).into()))
         }

@@ -68,6 +68,11 @@ impl FileAddress {
         Ok(Self { path: file_path(OsString::from_vec(path.to_owned()))?, offset })
     }
 
+    /// A whole file at a path that this program has made.
+    pub(crate) fn of(path: PathBuf) -> Self {
+        Self { path, offset: 0 }
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

@@ -1,4 +1,5 @@
-//! Signals. The first interrupt cancels the migration in order, the second one ends the process. A file that reaches
+//! Signals. The first interrupt cancels the migration in order, the second one ends the process; `receive --dir` counts them
+//! for itself. A file that reaches
 //! the limit of its size causes an error of the write and does not end the process. Exit statuses of children are kept.
 //!
 //! UNSAFETY: signals are set to be ignored, or to their default, which runs no code of ours.
@@ -6,7 +7,10 @@
 
 use std::{
     process,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
 };
 
@@ -16,16 +20,25 @@ use crate::output::outcome::Failure;
 
 /// Makes an interrupt or a termination signal cancel the migration.
 pub(crate) fn cancels(stop: &Stop) -> Result<(), Failure> {
-    let (stop, again) = (stop.clone(), AtomicBool::new(false));
-    Ok(ctrlc::set_handler(move || {
-        if again.swap(true, Ordering::Relaxed) {
+    let stop = stop.clone();
+    counts(move |count| {
+        if count > 1 {
             process::exit(130);
         }
-        // In another thread, so that a second signal is handled while what the cancel wakes is slow.
-        let cancelled = stop.clone();
-        let thread = thread::Builder::new().name("interrupt".into()).spawn(move || cancelled.cancel());
+        stop.cancel();
+    })
+}
+
+/// Calls `act` for each interrupt or termination signal, with the number of signals so far.
+pub(crate) fn counts(act: impl Fn(u32) + Send + Sync + 'static) -> Result<(), Failure> {
+    let (act, count) = (Arc::new(act), AtomicU32::new(0));
+    Ok(ctrlc::set_handler(move || {
+        let count = count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        // In another thread, so that a second signal is handled while what the first one wakes is slow.
+        let acts = act.clone();
+        let thread = thread::Builder::new().name("interrupt".into()).spawn(move || acts(count));
         if thread.is_err() {
-            stop.cancel();
+            act(count);
         }
     })?)
 }

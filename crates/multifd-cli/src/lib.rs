@@ -3,13 +3,14 @@
 //! ```text
 //! args/ ─▶ verbs/capture   the same as receive, with QEMU controlled through qmp/; verbs/restore likewise as send
 //!          verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
+//!          verbs/many      receive --dir: one machine after another, several at a time; file_name has their names
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/verify    file ─▶ compared with its digests
 //!          verbs/ctl       commands to a run of another process, at the socket of its run/control
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
-//!                            └── interrupt (Ctrl-C)   output/  progress, and the end as text or JSON
-//!                                                     run/     limit, metrics, control
+//!                            └── interrupt (Ctrl-C)   service (systemd)   output/  progress, and the end as text or JSON
+//!                                                                         run/     limit, metrics, control
 //! ```
 //!
 //! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
@@ -21,6 +22,7 @@ mod capture;
 mod combinations;
 mod direct_io;
 mod file_address;
+mod file_name;
 mod identity;
 mod interrupt;
 mod listen_address;
@@ -29,6 +31,7 @@ mod output;
 mod qmp;
 mod remedy;
 mod run;
+mod service;
 mod verbs;
 mod version;
 
@@ -37,7 +40,7 @@ use std::{ffi::OsString, process::ExitCode};
 use args::{Args, Verb};
 use clap::{CommandFactory, Parser};
 use output::{log, outcome, outlet};
-use verbs::{ctl, demo, inspect, receive, restore, send};
+use verbs::{ctl, demo, inspect, many, receive, restore, send};
 
 /// The definition of the command line, for manual pages and completions.
 pub fn command() -> clap::Command {
@@ -62,7 +65,10 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
     let ended = match args.verb {
         Verb::Capture(args) => verbs::capture::run(&args),
         Verb::Restore(args) => restore::run(&args),
-        Verb::Receive(args) => receive::run(&args),
+        Verb::Receive(args) => match &args.many.dir {
+            Some(dir) => many::run(&args, dir),
+            None => receive::run(&args),
+        },
         Verb::Send(args) => send::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Verify(args) => verbs::verify::run(&args),

@@ -55,6 +55,11 @@ impl About {
         Self { method: Some(method.into()), label: label.cloned(), ..Self::default() }
     }
 
+    /// What is known of a machine that comes from `peer`.
+    pub(crate) fn received(peer: &str, label: Option<&String>) -> Self {
+        Self { source: Some(peer.to_owned()), ..Self::new("receive", label) }
+    }
+
     /// The text for the file of a machine that is complete now.
     pub(crate) fn complete(mut self) -> String {
         self.created = Some(time_of_day());

@@ -7,6 +7,7 @@ mod compression;
 mod ctl;
 mod demo;
 mod inspect;
+mod many;
 mod receive;
 mod restore;
 mod run;
@@ -72,6 +73,8 @@ pub(crate) enum Verb {
     /// `multifd send`, or load it with QEMU 9.0 or later (capability mapped-ram).
     ///
     /// FILE appears when it is complete and on the disk. It holds the guest's memory, so only its owner can read it.
+    ///
+    /// With --dir, it takes one machine after another until it is ended by a signal.
     ///
     /// WARNING: Exit code 3 means that FILE is complete, but the source did not get the confirmation and may still
     /// run the guest. Check the source before you restore FILE: the guest must not run twice.

@@ -10,6 +10,7 @@ use multifd::{
 };
 
 use super::{
+    many::ManyArgs,
     run::RunArgs,
     shared::{OutputArgs, default_seconds, file_address, label, limit, number, seconds, size},
 };
@@ -69,21 +70,35 @@ pub(crate) struct ReceiveArgs {
     #[command(flatten)]
     pub(crate) run: RunArgs,
     #[command(flatten)]
+    pub(crate) many: ManyArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Address to listen at: tcp:HOST:PORT[,ipv4=on|off][,ipv6=on|off][,keep-alive=on|off][,user-timeout=SECONDS],
-    /// unix:PATH, vsock:CID:PORT, fd:N, exec:COMMAND (reads from the output of the command, without channels), or - (reads
-    /// from standard input, without channels). Port 0 = a free port
+    /// unix:PATH, vsock:CID:PORT, fd:N, exec:COMMAND (reads from the output of the command, without channels), - (reads
+    /// from standard input, without channels), or systemd (the sockets that a socket unit passes). Port 0 = a free port
     #[arg(value_parser = ListenAddress::parse)]
     pub(crate) listen: ListenAddress,
     /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
-    #[arg(value_parser = file_address())]
-    pub(crate) file: FileAddress,
+    #[arg(value_parser = file_address(), required_unless_present = "dir")]
+    pub(crate) file: Option<FileAddress>,
 }
 
 impl ReceiveArgs {
     /// Bytes; `None` is no limit.
     pub(crate) fn decompression_memory(&self) -> Option<u64> {
         Some(self.decompression_memory).filter(|bytes| *bytes > 0)
+    }
+
+    /// A flag that was given and that concerns a single machine.
+    pub(crate) fn of_one_run(&self) -> Option<&'static str> {
+        let given = [
+            ("--timeout", self.run.timeout().is_some()),
+            ("--metrics", self.run.metrics.is_some()),
+            ("--control", self.run.control.is_some()),
+            ("--accept-timeout", self.accept_timeout().is_some()),
+            ("--max-refused", self.max_refused > 0),
+        ];
+        given.into_iter().find_map(|(flag, is_given)| is_given.then_some(flag))
     }
 
     /// `None` is no limit.

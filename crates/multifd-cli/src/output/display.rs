@@ -39,13 +39,14 @@ pub(crate) trait Shown: Send + Sync + 'static {
 
 impl Display {
     /// Starts to show `shown` in this mode.
-    pub(crate) fn start(verb: &'static str, mode: ProgressArg, shown: Arc<dyn Shown>) -> Self {
+    pub(crate) fn start(verb: impl Into<String>, mode: ProgressArg, shown: Arc<dyn Shown>) -> Self {
         let (end, ended) = channel();
+        let verb = verb.into();
         let show = move || match mode {
-            ProgressArg::Bar => as_bar(verb, &*shown, &ended),
-            ProgressArg::Auto if is_terminal() => as_bar(verb, &*shown, &ended),
-            ProgressArg::Auto => as_lines(verb, &*shown, PLAIN, &ended),
-            ProgressArg::Plain(every) => as_lines(verb, &*shown, every, &ended),
+            ProgressArg::Bar => as_bar(&verb, &*shown, &ended),
+            ProgressArg::Auto if is_terminal() => as_bar(&verb, &*shown, &ended),
+            ProgressArg::Auto => as_lines(&verb, &*shown, PLAIN, &ended),
+            ProgressArg::Plain(every) => as_lines(&verb, &*shown, every, &ended),
             ProgressArg::Json => as_objects(&*shown, &ended),
             ProgressArg::None => {}
         };

@@ -18,6 +18,11 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
 }
 
 fn tell(error: &(dyn Error + 'static)) {
+    say_lines(&lines("multifd", error));
+}
+
+/// An error and its causes, a line each; the first one begins with `who`.
+pub(crate) fn lines(who: &str, error: &(dyn Error + 'static)) -> Vec<String> {
     let causes = chain(error).skip(1).map(|cause| format!("  because: {cause}"));
-    say_lines(&iter::once(format!("multifd: {error}")).chain(causes).collect::<Vec<_>>());
+    iter::once(format!("{who}: {error}")).chain(causes).collect()
 }

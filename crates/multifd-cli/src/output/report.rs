@@ -14,6 +14,12 @@ use serde::Serialize;
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct Report {
+    /// The job of `receive --dir` that has received it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) job: Option<u64>,
+    /// The file, if the command line does not name it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<String>,
     pub(crate) status: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error_desc: Option<String>,

@@ -95,8 +95,9 @@ impl Socket {
                 Ok(Host::Other { here: stream.local_addr()?, there: stream.peer_addr()? })
             }
             (Self::Unix(stream), QmpAddress::Unix(path)) => {
-                let folder = path.parent().unwrap_or(Path::new("."));
-                let folder = std::path::absolute(folder)?;
+                // QEMU has another current folder. The parent of a bare name is empty until the path is absolute.
+                let path = std::path::absolute(path)?;
+                let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
                 Ok(Host::This { user: socket_peercred(stream.as_fd())?.uid.as_raw(), folder })
             }
             (Self::Unix(_), QmpAddress::Tcp { .. }) => Err(io::ErrorKind::InvalidInput.into()),

@@ -55,6 +55,7 @@ pub(super) struct Receiving {
     pub(super) completing: Arc<AtomicBool>,
     /// When the source connected.
     pub(super) connected: Arc<OnceLock<Instant>>,
+    pub(super) job: Option<u64>,
 }
 
 impl Shown for Receiving {
@@ -72,6 +73,7 @@ impl Shown for Receiving {
             Some(_) => "active",
         };
         report.ram.dirty_sync_count = self.progress.pass();
+        report.job = self.job;
         report
     }
 }

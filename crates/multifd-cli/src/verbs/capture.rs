@@ -83,12 +83,10 @@ fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     run.adjusts(Some(source.clone()));
     let cancel = |error: &Error| drop(stop.fail(error.clone()));
     let reception = Reception {
-        verb: "capture",
-        file: &args.file,
-        output: args.output,
-        run,
+        run: Some(run),
         before_refusal: &cancel,
         about: &|_| About { stopped_for: stopped_for(&mut source.lock()), ..known.clone() },
+        ..Reception::into(&args.file, "capture", args.output)
     };
     let ended = migrate(&source, &address, stop, || reception.run(listening, capture, stop));
     // From here on the guest is stopped, and only this program lets it continue.

@@ -6,6 +6,7 @@ pub(crate) mod ctl;
 pub(crate) mod demo;
 mod extract;
 pub(crate) mod inspect;
+pub(crate) mod many;
 pub(crate) mod receive;
 pub(crate) mod restore;
 pub(crate) mod send;

@@ -1,6 +1,7 @@
 //! `multifd receive`: receives a running QEMU guest and stores it in a file.
 
 use std::{
+    fmt::Display,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -12,6 +13,7 @@ use multifd::{
     Error, Fault, ReceiveOptions,
     channel::{Listener, Stop},
     ram::BlockName,
+    wire::VmUuid,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, ArrivalProgress, Listening},
@@ -24,7 +26,7 @@ use super::{
 };
 use crate::{
     about::About,
-    args::{MissingPagesArg, OutputArgs, ReceiveArgs},
+    args::{MissingPagesArg, OutputArgs, ProgressArg, ReceiveArgs},
     capture::{Capture, Channels},
     combinations,
     direct_io::DirectIo,
@@ -32,12 +34,13 @@ use crate::{
     interrupt,
     listen_address::{ListenAddress, Opened},
     output::{
-        display::Display,
+        display::Display as Progress,
         outcome::{Failure, While},
         outlet::{print_json, say, say_lines},
         report::Report,
     },
     run::Run,
+    service,
 };
 
 /// What arrived.
@@ -51,58 +54,46 @@ struct Received {
 }
 
 pub(crate) fn run(args: &ReceiveArgs) -> Result<(), Failure> {
+    let Some(file) = &args.file else {
+        return Err(Failure::Usage("FILE is missing: give a FILE, or --dir DIR".into()));
+    };
     let listen = args.listen.open()?;
-    combinations::of_receive(args, &listen.address)?;
+    combinations::of_receive(args, &listen.address, file.path())?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
     interrupt::spares_large_files();
-    let (file, address) = (args.file.to_string(), args.listen.to_string());
-    let run = Run::start("receive", file, address, &args.run, &stop)?;
-    let ended = receive(args, &listen, &stop, &run);
+    let run = Run::start("receive", file.to_string(), args.listen.to_string(), &args.run, &stop)?;
+    let ended = receive(args, file, &listen, &stop, &run);
     run.end(ended)
 }
 
-fn receive(args: &ReceiveArgs, listen: &Opened, stop: &Stop, run: &Run) -> Result<(), Failure> {
+fn receive(
+    args: &ReceiveArgs,
+    file: &FileAddress,
+    listen: &Opened,
+    stop: &Stop,
+    run: &Run,
+) -> Result<(), Failure> {
     let credentials = tls::credentials(args)?;
-    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
-    let capture = Capture::create(&args.file, args.force, &direct_io)?;
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: file };
+    let capture = Capture::create(file, args.force, &direct_io)?;
     let listener = Listener::bind(&listen.address)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = match &args.listen {
         ListenAddress::Address(_) => listener.local_address().to_string(),
-        ListenAddress::StandardInput => args.listen.to_string(),
+        ListenAddress::StandardInput | ListenAddress::Systemd => args.listen.to_string(),
     };
     let listener = tls::listen(credentials, listener);
-    let receive = ReceiveOptions::new()
-        .channels(args.multifd_channels)
-        .channels_from(args.channels_from.clone())
-        .method(args.multifd_compression.0)
-        .decompression_memory(args.decompression_memory())
-        .accept_timeout(args.accept_timeout())
-        .max_refused(Some(args.max_refused));
-    let options = ArrivalOptions::new(Expected::AnyMachine)
-        .receive(receive)
-        .left_out(match args.missing_pages {
-            // With x-ignore-shared, the file omits the blocks of which no page has arrived.
-            MissingPagesArg::Refuse => LeftOut::SharedBlocks,
-            MissingPagesArg::Zero => LeftOut::Pages,
-        })
-        .stall_timeout(args.stall_timeout())
-        .pause_timeout(args.pause_timeout())
-        .switchover_ack(args.switchover_ack)
-        .suppress_vmdesc(args.suppress_vmdesc);
-    let listening = Arrival::listen(listener, options, stop).map_err(Failure::of)?;
+    let listening = Arrival::listen(listener, options(args), stop).map_err(Failure::of)?;
     say(&format!("listening on {address}"));
+    service::ready();
     if !args.output.quiet {
         args.listen.note_unread_pipe();
     }
     let reception = Reception {
-        verb: "receive",
-        file: &args.file,
-        output: args.output,
-        run,
-        before_refusal: &|_| {},
-        about: &|peer| About { source: Some(peer.to_owned()), ..About::new("receive", args.label.as_ref()) },
+        run: Some(run),
+        about: &|peer| About::received(peer, args.label.as_ref()),
+        ..Reception::into(file, "receive", args.output)
     };
     let stored = reception.run(listening, capture, stop)?;
     if stored.has_pages_of_main() {
@@ -112,19 +103,48 @@ fn receive(args: &ReceiveArgs, listen: &Opened, stop: &Stop, run: &Run) -> Resul
     match stored.untold() {
         None => Ok(()),
         Some(error) => {
-            let told = format!("{} is complete, but {UNTOLD}", args.file);
+            let told = format!("{file} is complete, but {UNTOLD}");
             Err(Failure::SourceNotTold(While::new(told, error).into()))
         }
     }
 }
 
+/// How every source is received.
+pub(super) fn options(args: &ReceiveArgs) -> ArrivalOptions {
+    let receive = ReceiveOptions::new()
+        .channels(args.multifd_channels)
+        .channels_from(args.channels_from.clone())
+        .method(args.multifd_compression.0)
+        .decompression_memory(args.decompression_memory())
+        .accept_timeout(args.accept_timeout())
+        .max_refused(Some(args.max_refused));
+    ArrivalOptions::new(Expected::AnyMachine)
+        .receive(receive)
+        .left_out(match args.missing_pages {
+            // With x-ignore-shared, the file omits the blocks of which no page has arrived.
+            MissingPagesArg::Refuse => LeftOut::SharedBlocks,
+            MissingPagesArg::Zero => LeftOut::Pages,
+        })
+        .stall_timeout(args.stall_timeout())
+        .pause_timeout(args.pause_timeout())
+        .switchover_ack(args.switchover_ack)
+        .suppress_vmdesc(args.suppress_vmdesc)
+}
+
 /// One arrival into a file, as `receive` and `capture` show it.
 pub(super) struct Reception<'a> {
     /// The name of the command, for the progress.
-    pub(super) verb: &'static str,
-    pub(super) file: &'a FileAddress,
+    pub(super) verb: String,
+    /// Where the machine goes, for messages.
+    pub(super) into: &'a dyn Display,
     pub(super) output: OutputArgs,
-    pub(super) run: &'a Run,
+    pub(super) progress: ProgressArg,
+    /// What other programs see of it, if they can see it.
+    pub(super) run: Option<&'a Run>,
+    /// The job that runs it, if there are several.
+    pub(super) job: Option<u64>,
+    /// Called with the machine's UUID when the file is complete, before the source is informed.
+    pub(super) before_confirmation: &'a dyn Fn(Option<VmUuid>) -> Result<(), While>,
     /// Called when everything has arrived and the file cannot be completed, before the source is informed.
     pub(super) before_refusal: &'a dyn Fn(&Error),
     /// What is recorded about the capture; called with the source's address when everything has arrived.
@@ -149,51 +169,113 @@ impl Stored {
     }
 
     pub(super) fn report(&self) -> Report {
-        completed(&self.received, self.time)
+        let mut report = report(&self.received.numbers, self.time);
+        report.status = "completed";
+        report.source_told = self.received.return_path.then_some(self.received.untold.is_none());
+        report.ram.remaining = Some(0);
+        report
+    }
+
+    /// What the file lacks, because it is useless without.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let warning = |name: &BlockName| {
+            format!(
+                "WARNING: block {name:?} is shared memory and is not in the file: the file can only be restored while that \
+                 memory is unchanged"
+            )
+        };
+        self.received.ignored.iter().map(warning).collect()
     }
 }
 
-impl Reception<'_> {
+impl<'a> Reception<'a> {
+    /// One arrival of this verb, without anything to be called.
+    pub(super) fn into(into: &'a dyn Display, verb: impl Into<String>, output: OutputArgs) -> Self {
+        Self {
+            verb: verb.into(),
+            into,
+            output,
+            progress: output.progress(),
+            run: None,
+            job: None,
+            before_confirmation: &|_| Ok(()),
+            before_refusal: &|_| {},
+            about: &|peer| About::received(peer, None),
+        }
+    }
+
     /// Accepts a source and stores its machine.
     ///
     /// # Errors
     /// If nothing was stored; then there is no file. With `--json`, the report was printed.
     pub(super) fn run(&self, listening: Listening, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
         let start = Instant::now();
-        let (progress, completing) = (listening.progress(), Arc::new(AtomicBool::new(false)));
-        let connected = Arc::new(OnceLock::new());
-        let shown = Arc::new(Receiving {
-            progress: progress.clone(),
-            completing: completing.clone(),
-            connected: connected.clone(),
-        });
-        self.run.show(shown.clone());
-        let display = Display::start(self.verb, self.output.progress(), shown);
-        let arrival = match listening.accept() {
-            Ok(arrival) => arrival,
+        let shown = self.shown(listening.progress());
+        let display = self.display(&shown);
+        match listening.accept() {
+            Ok(arrival) => self.take(arrival, capture, &shown, display, stop),
             Err(error) => {
                 drop(display);
-                return Err(self.failed(None, &progress, start, error));
+                Err(self.failed(None, &shown.progress, start, error))
             }
-        };
-        let start = *connected.get_or_init(Instant::now);
+        }
+    }
+
+    /// Stores the machine of a source that is here.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(super) fn store(&self, arrival: Arrival, capture: Capture, stop: &Stop) -> Result<Stored, Failure> {
+        let shown = self.shown(arrival.progress());
+        let display = self.display(&shown);
+        self.take(arrival, capture, &shown, display, stop)
+    }
+
+    fn shown(&self, progress: ArrivalProgress) -> Arc<Receiving> {
+        let shown = Arc::new(Receiving {
+            progress,
+            completing: Arc::new(AtomicBool::new(false)),
+            connected: Arc::new(OnceLock::new()),
+            job: self.job,
+        });
+        if let Some(run) = self.run {
+            run.show(shown.clone());
+        }
+        shown
+    }
+
+    fn display(&self, shown: &Arc<Receiving>) -> Progress {
+        Progress::start(&self.verb, self.progress, shown.clone())
+    }
+
+    fn take(
+        &self,
+        arrival: Arrival,
+        capture: Capture,
+        shown: &Receiving,
+        display: Progress,
+        stop: &Stop,
+    ) -> Result<Stored, Failure> {
+        let start = *shown.connected.get_or_init(Instant::now);
         let peer = arrival.peer().to_owned();
-        let received = self.take_in(arrival, &peer, capture, &progress, &completing, stop);
+        let received = self.take_in(arrival, &peer, capture, shown, stop);
         drop(display);
         match received {
             Ok(received) => Ok(Stored { received, time: start.elapsed() }),
-            Err(error) => Err(self.failed(Some(&peer), &progress, start, error)),
+            Err(error) => Err(self.failed(Some(&peer), &shown.progress, start, error)),
         }
     }
 
     /// Prints the report of a success in the requested form; `done` is its first words.
     pub(super) fn report(&self, stored: &Stored, report: &Report, done: &str) -> Result<(), Failure> {
-        self.run.reported(report);
+        if let Some(run) = self.run {
+            run.reported(report);
+        }
         if self.output.json {
             print_json(report)?;
         } else if !self.output.quiet {
-            say_lines(&report.lines(&format!("{done} {}", self.file)));
-            ignored(&stored.received);
+            say_lines(&report.lines(&format!("{done} {}", self.into)));
+            say_lines(&stored.warnings());
         }
         Ok(())
     }
@@ -204,18 +286,22 @@ impl Reception<'_> {
         arrival: Arrival,
         peer: &str,
         capture: Capture,
-        progress: &ArrivalProgress,
-        completing: &AtomicBool,
+        shown: &Receiving,
         stop: &Stop,
     ) -> Result<Received, Error> {
         let mut pending = arrival.load(|configuration, list| capture.blocks(configuration, list))?;
         // Relaxed: it orders nothing.
-        completing.store(true, Ordering::Relaxed);
+        shown.completing.store(true, Ordering::Relaxed);
         let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
             let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
             let about = (self.about)(peer);
             let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, about, stop);
-            kept.map_err(|error| {
+            let announced =
+                pending.loaded().configuration.as_ref().and_then(|configuration| configuration.uuid);
+            let named = kept.and_then(|ignored| {
+                (self.before_confirmation)(channels.uuid.or(announced)).map(|()| ignored)
+            });
+            named.map_err(|error| {
                 Error::other("all data was received, but the file cannot be completed", error)
             })
         });
@@ -228,7 +314,7 @@ impl Reception<'_> {
         };
         // The file has its name by now and stays on every path from here on: it may be the only copy.
         let mut received = Received {
-            numbers: Numbers::of(progress),
+            numbers: Numbers::of(&shown.progress),
             return_path: pending.loaded().return_path,
             ignored,
             untold: None,
@@ -244,15 +330,18 @@ impl Reception<'_> {
     }
 
     /// Reports a migration that failed, in the requested form.
-    fn failed(
+    pub(super) fn failed(
         &self,
         source: Option<&str>,
         progress: &ArrivalProgress,
         start: Instant,
         error: Error,
     ) -> Failure {
-        let report = report(&Numbers::of(progress), start.elapsed()).failed(&error);
-        self.run.reported(&report);
+        let report =
+            Report { job: self.job, ..report(&Numbers::of(progress), start.elapsed()).failed(&error) };
+        if let Some(run) = self.run {
+            run.reported(&report);
+        }
         if self.output.json
             && let Err(full) = print_json(&report)
         {
@@ -263,21 +352,11 @@ impl Reception<'_> {
         }
         let what = match source {
             Some(peer) => {
-                format!("the migration from {peer} into {} failed{}", self.file, likely(&error))
+                format!("the migration from {peer} into {} failed{}", self.into, likely(&error))
             }
-            None => format!("no migration into {} has begun", self.file),
+            None => format!("no migration into {} has begun", self.into),
         };
         While::new(what, error).into()
-    }
-}
-
-/// Prints what the file lacks, because it is useless without.
-fn ignored(received: &Received) {
-    for name in &received.ignored {
-        say(&format!(
-            "WARNING: block {name:?} is shared memory and is not in the file: the file can only be restored while that memory \
-             is unchanged"
-        ));
     }
 }
 
@@ -291,15 +370,7 @@ fn likely(error: &Error) -> &'static str {
     }
 }
 
-const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \
+pub(super) const UNTOLD: &str = "the source did not get the confirmation (it was cancelled, or its process ended) and may still run the \
                       guest: check the source before you restore the file, the guest must not run twice";
 /// The time limit for a source to close main after the confirmation.
 const SOURCE_CLOSES: Duration = Duration::from_secs(5);
-
-fn completed(received: &Received, time: Duration) -> Report {
-    let mut report = report(&received.numbers, time);
-    report.status = "completed";
-    report.source_told = received.return_path.then_some(received.untold.is_none());
-    report.ram.remaining = Some(0);
-    report
-}

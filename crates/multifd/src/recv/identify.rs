@@ -33,10 +33,11 @@ pub(super) fn identify_in_thread(shared: &Arc<Shared>, link: Box<dyn Link>, cont
     let Some((origin, open)) = shared.enlist(&*link) else { return };
     let thread = Builder::new().name("multifdrecv_new".into()).spawn({
         let (shared, origin) = (shared.clone(), origin.clone());
+        let span = tracing::Span::current();
         move || {
             // Dropped after the link.
             let _open = open;
-            identify(&shared, link, &context, origin);
+            span.in_scope(|| identify(&shared, link, &context, origin));
         }
     });
     match thread {

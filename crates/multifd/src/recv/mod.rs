@@ -131,10 +131,12 @@ impl Receiver {
         }
         self.watches.push(self.shared.stop.watch(waker));
         let shared = self.shared.clone();
+        // What the threads log belongs to the caller's span, which shows the migration if there are several.
+        let span = tracing::Span::current();
         let thread = Builder::new()
             .name("multifdaccept".into())
             .spawn(move || {
-                accept::run(&shared, listener);
+                span.in_scope(|| accept::run(&shared, listener));
                 shared.lock().acceptor.waker = None;
                 shared.changed.notify_all();
             })

@@ -7,6 +7,7 @@ mod direct_io;
 mod files;
 mod foreign;
 mod journey;
+mod many;
 mod matrix;
 mod odd;
 mod operated;

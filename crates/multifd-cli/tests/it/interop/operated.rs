@@ -7,6 +7,7 @@ use std::{
 };
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder};
+use qemu_stream::mapped_ram::MappedRamFile;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -294,6 +295,16 @@ fn qemu_in_another_state_and_another_socket_are_refused_with_the_reason() {
     assert_runs(&mut vm).unwrap();
 }
 
+/// Regression: `capture qmp FILE` in the folder of the socket failed, because the folder of a bare name is empty.
+#[test]
+fn qmp_socket_in_the_current_folder_needs_no_path() {
+    let Some(qemu) = Qemu::v10_0() else { return };
+    let (folder, _qmp, mut vm) = guest(&qemu).unwrap();
+    Program::start(multifd(["capture", "qmp", "machine"]).current_dir(folder.path())).done();
+    assert_left(&folder, &["machine", "qmp"]);
+    assert_runs(&mut vm).unwrap();
+}
+
 /// QMP at TCP, so that both sides meet at the addresses of its connection.
 #[test]
 fn qmp_over_tcp_needs_no_address_for_the_migration() {
@@ -316,24 +327,51 @@ fn qmp_over_tcp_needs_no_address_for_the_migration() {
     });
 }
 
-/// Many guests one after the other, and several at a time: none is left paused, no file is missing or half.
+/// Asserts that a guest was captured as if nothing had happened to it: it runs and finds all of its memory right, its QEMU has
+/// its settings, and the folder contains the file and nothing else.
+fn assert_captured(folder: &TempDir, vm: &mut Vm, before: &(Value, Value)) -> Result<(), Error> {
+    assert_left(folder, &["machine", "qmp"]);
+    MappedRamFile::open(fs::File::open(path(folder, "machine")).expect("the file"), 0).expect("a whole file");
+    assert_eq!(settings(vm)?, *before);
+    assert_runs(vm)
+}
+
 #[test]
-fn guests_in_a_row_and_at_once_are_all_captured_and_run() {
+fn fifty_guests_in_a_row_are_captured_and_run() {
     let Some(qemu) = Qemu::v10_0() else { return };
-    let (folder, qmp, mut vm) = guest(&qemu).unwrap();
-    let before = settings(&mut vm).unwrap();
-    for _ in 0..20 {
-        capture(&["--force", "--quiet"], &qmp, &path(&folder, "machine")).done();
-        assert_eq!(vm.run_state().unwrap(), "running");
+    for at in 0..50 {
+        let (folder, qmp, mut vm) = guest(&qemu).unwrap();
+        let before = settings(&mut vm).unwrap();
+        capture(&["--quiet"], &qmp, &path(&folder, "machine")).done();
+        assert_captured(&folder, &mut vm, &before).unwrap_or_else(|error| panic!("guest {at}: {error}"));
     }
-    assert_eq!(settings(&mut vm).unwrap(), before);
-    assert_runs(&mut vm).unwrap();
-    let mut all: Vec<_> = (0..4).map(|_| guest(&qemu).unwrap()).collect();
-    let programs: Vec<_> =
-        all.iter().map(|(folder, qmp, _)| capture(&[], qmp, &path(folder, "machine"))).collect();
-    for (program, (folder, _, vm)) in programs.into_iter().zip(&mut all) {
-        program.done();
-        assert_left(folder, &["machine", "qmp"]);
-        assert_runs(vm).unwrap();
-    }
+}
+
+/// An operator captures the same guest every night, in one life of its QEMU.
+#[test]
+fn one_guest_is_captured_again_and_again() {
+    with_both(|qemu| {
+        let (folder, qmp, mut vm) = guest(qemu)?;
+        let before = settings(&mut vm)?;
+        for _ in 0..20 {
+            capture(&["--force", "--quiet"], &qmp, &path(&folder, "machine")).done();
+            assert_eq!(vm.run_state()?, "running");
+        }
+        assert_captured(&folder, &mut vm, &before)
+    });
+}
+
+#[test]
+fn eight_guests_at_once_are_captured_and_run() {
+    with_both(|qemu| {
+        let mut all = (0..8).map(|_| guest(qemu)).collect::<Result<Vec<_>, _>>()?;
+        let before = all.iter_mut().map(|(_, _, vm)| settings(vm)).collect::<Result<Vec<_>, _>>()?;
+        let programs: Vec<_> =
+            all.iter().map(|(folder, qmp, _)| capture(&[], qmp, &path(folder, "machine"))).collect();
+        for ((program, (folder, _, vm)), before) in programs.into_iter().zip(&mut all).zip(&before) {
+            program.done();
+            assert_captured(folder, vm, before)?;
+        }
+        Ok(())
+    });
 }

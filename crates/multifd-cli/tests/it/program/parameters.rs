@@ -91,6 +91,9 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "paused",
         "metrics",
         "control",
+        "dir",
+        "name",
+        "jobs",
     ];
     for verb in ["send", "receive", "demo", "capture", "restore"] {
         let help = run([verb, "--help"]).stdout;
