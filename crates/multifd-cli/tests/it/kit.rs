@@ -360,6 +360,14 @@ pub(crate) fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
         .map(|(page, _)| page)
 }
 
+/// What a file has up to the end of its machine. What follows has the time of the capture.
+pub(crate) fn machine_in(file: &Path) -> Vec<u8> {
+    let mut bytes = fs::read(file).expect("the file");
+    let end = bytes.windows(8).rposition(|window| window == b"mfd-tail").expect("an appendix");
+    bytes.truncate(end);
+    bytes
+}
+
 /// The main block of RAM in a file.
 pub(crate) fn stored_memory(file: &Path) -> Vec<u8> {
     stored_memory_at(file, 0)

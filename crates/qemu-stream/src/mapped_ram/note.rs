@@ -31,10 +31,13 @@ pub(super) struct Note {
 }
 
 impl Note {
+    /// The number of bytes of a note.
+    pub(super) const BYTES: u64 = LENGTH as u64;
+
     /// The position of the note; `None` if the first block leaves no room for it.
     pub(super) fn offset(places: &[BlockPlace]) -> Option<u64> {
         let first = places.first()?;
-        let at = first.pages_offset.checked_sub(LENGTH as u64)?;
+        let at = first.pages_offset.checked_sub(Self::BYTES)?;
         let bitmap_end = first.bitmap_offset.checked_add(first.bitmap_length())?;
         (at >= bitmap_end).then_some(at)
     }

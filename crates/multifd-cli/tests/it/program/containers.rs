@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::kit::{
-    Ended, Program, assert_left, captured, feed, file_uri_at, folder, path, run, stored_memory,
+    Ended, Program, assert_left, captured, feed, file_uri_at, folder, machine_in, path, run, stored_memory,
     stored_memory_at,
 };
 
@@ -87,14 +87,7 @@ fn container_is_the_same_to_the_byte_past_the_page_cache_and_through_it() {
         assert!(!ended.stderr.contains("direct-io"), "{ended:?}");
         container
     });
-    // What follows the machine has the time of the capture.
-    let machine = |container: &PathBuf| {
-        let mut bytes = fs::read(container).unwrap();
-        let end = bytes.windows(8).rposition(|window| window == b"mfd-tail").unwrap();
-        bytes.truncate(end);
-        bytes
-    };
-    let [cached, direct] = containers.each_ref().map(machine);
+    let [cached, direct] = containers.each_ref().map(|container| machine_in(container));
     assert!(cached == direct, "head, RAM, bitmaps and devices");
 
     let (receive, address) = Program::receive(&["--direct-io"], LOCAL, &path(&folder, "again"));

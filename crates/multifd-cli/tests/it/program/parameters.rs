@@ -90,6 +90,8 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "quit",
         "paused",
         "metrics",
+        "no-verify",
+        "label",
         "control",
         "dir",
         "name",

@@ -58,7 +58,7 @@ fn standard_input_that_ends_or_cannot_be_a_source_is_an_error() {
         let mut command = multifd(["receive", "-"]);
         Program::start(command.arg(&file).stdin(input)).end()
     };
-    with(Stdio::null()).assert_failed(1, &["into ", "failed"]);
+    with(Stdio::null()).assert_failed(1, &["no migration into ", "has begun"]);
     with(fs::File::open(folder.path()).expect("a folder").into()).assert_failed(2, &["it is a folder"]);
     let channels = run(["receive", "--channels", "2", "-", file.to_str().expect("text")]);
     channels.assert_failed(2, &["standard input is a single connection and cannot carry channels"]);

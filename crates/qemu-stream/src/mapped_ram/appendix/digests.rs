@@ -2,11 +2,14 @@
 //!
 //! ```text
 //! kind 2  0 u32 algorithm 1, XXH3-128 | 4 u32 pages of a group, 512 | 8 u64 number of blocks | 16 digest of the frame | 32
-//!         for each block: u64 pages | u64 number of groups | for each group: digest of its part of kind 3, 0 without pages
+//!         for each block: u64 pages | u64 number of groups with pages | for each of them, in order: u64 its number
+//!             | digest of its part of kind 3
 //! kind 3  for each group with pages, in order: 512 digests, 0 for pages that are not present and after the last page
 //! ```
 //!
-//! The frame is all of the stream but the pages: head, bitmaps with the unused bytes after them, and tail.
+//! Nothing is written for groups without a present page, so a sparse machine of terabytes costs little.
+//!
+//! The frame is all of the stream that is read, without the pages: head, bitmaps, note and tail.
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
@@ -15,7 +18,7 @@ use multifd::ram::{BlockIndex, Digest, DigestOfPieces, DigestStore, PageDigests}
 use super::{Body, fields, place};
 use crate::{
     error::{Error, Malformed},
-    mapped_ram::BlockPlace,
+    mapped_ram::{BlockPlace, note::Note},
 };
 
 pub(super) const ALGORITHM: u32 = 1;
@@ -25,7 +28,11 @@ pub(super) const GROUP_PAGES: u64 = PageDigests::GROUP_PAGES;
 const _: () =
     assert!(GROUP as u64 == GROUP_PAGES * Digest::BYTES as u64, "the format has 512 pages in a group");
 /// Bytes before the first block.
-pub(super) const START: usize = 32;
+const START: usize = 32;
+/// Bytes for a group.
+const ENTRY: usize = 8 + Digest::BYTES;
+/// More than the head of a block and of its machine have.
+const HEAD: u64 = 64 << 10;
 /// The greatest length of the record: enough for 128 TiB of RAM in pages of 4 KiB.
 const MOST: usize = 1 << 30;
 
@@ -36,8 +43,15 @@ pub(in crate::mapped_ram) struct FileDigests {
     blocks: Vec<Arc<[Group]>>,
 }
 
-/// Where the digests of a group are in the file, and their digest; `None` if none of its pages is present.
-type Group = Option<(u64, Digest)>;
+/// A group with a present page.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    number: u64,
+    /// Where the digests of its pages are in the file.
+    at: u64,
+    /// Their digest.
+    digest: Digest,
+}
 
 impl FileDigests {
     /// Reads the record of groups. The pages' digests are the `length` bytes from `start` on.
@@ -47,7 +61,7 @@ impl FileDigests {
         places: &[BlockPlace],
     ) -> Result<Self, Error> {
         // A hole in a file costs its maker nothing: no more is read than the machine in it needs.
-        let needed = places.iter().map(|place| 16 + Digest::BYTES as u64 * groups_of(place)).sum::<u64>();
+        let needed = places.iter().map(|place| 16 + ENTRY as u64 * groups_of(place)).sum::<u64>();
         let most = usize::try_from(needed).unwrap_or(MOST).saturating_add(START).min(MOST);
         let bytes = groups.bytes(most, "digests of groups")?;
         let mismatch = |field: &'static str, expected: u64, found: u64| {
@@ -67,16 +81,21 @@ impl FileDigests {
         for of in places {
             let [pages, count] = fields(rest);
             rest = rest.get(16..).unwrap_or_default();
-            if pages != of.pages() || count != groups_of(of) {
+            if pages != of.pages() {
                 return Err(mismatch("pages of a block with digests", of.pages(), pages));
             }
-            let mut groups = Vec::new();
+            let mut groups: Vec<Group> = Vec::new();
             for _ in 0..count {
-                let digest = take(&mut rest)
-                    .ok_or_else(|| mismatch("length of the digests of groups", needed, bytes.len() as u64))?;
-                let present = digest != Digest::default();
-                groups.push(present.then_some((at, digest)));
-                at += if present { GROUP as u64 } else { 0 };
+                let cut = || mismatch("length of the digests of groups", needed, bytes.len() as u64);
+                let (number, after) = rest.split_first_chunk().ok_or_else(cut)?;
+                rest = after;
+                let (number, digest) = (u64::from_be_bytes(*number), take(&mut rest).ok_or_else(cut)?);
+                let least = groups.last().map_or(0, |last| last.number + 1);
+                if number < least || number >= groups_of(of) {
+                    return Err(mismatch("number of a group with digests", least, number));
+                }
+                groups.push(Group { number, at, digest });
+                at += GROUP as u64;
             }
             of_blocks.push(groups.into());
         }
@@ -113,13 +132,11 @@ impl FileDigests {
     }
 }
 
-/// The digest of everything in the stream but its pages.
+/// The digest of the frame of a stream.
 pub(super) fn frame(file: &File, stream: Range<u64>, places: &[BlockPlace]) -> Result<Digest, Error> {
     let mut digest = DigestOfPieces::default();
-    let mut start = stream.start;
-    let ends = places.iter().map(|place| (place.pages_offset, place.pages_offset + place.used_length));
     let mut bytes = Vec::with_capacity(PIECE);
-    for (end, next) in ends.chain([(stream.end, stream.end)]) {
+    for Range { mut start, end } in parts(stream, places) {
         while start < end {
             let length = usize::try_from(end - start).unwrap_or(PIECE).min(PIECE);
             bytes.resize(length, 0);
@@ -127,9 +144,25 @@ pub(super) fn frame(file: &File, stream: Range<u64>, places: &[BlockPlace]) -> R
             digest.write(&bytes);
             start += length as u64;
         }
-        start = next;
     }
     Ok(digest.finish())
+}
+
+/// The parts of a stream that are its frame.
+fn parts(stream: Range<u64>, places: &[BlockPlace]) -> Vec<Range<u64>> {
+    let (mut parts, mut start) = (Vec::new(), stream.start);
+    for place in places {
+        let end = match place.is_ignored() {
+            // Its header has no end in the file that is known here.
+            true => start.saturating_add(HEAD),
+            false => place.bitmap_offset.saturating_add(place.bitmap_length()),
+        };
+        parts.push(start..end.min(place.pages_offset));
+        start = place.pages_offset.saturating_add(place.used_length);
+    }
+    parts.extend(Note::offset(places).map(|at| at..at + Note::BYTES));
+    parts.push(start..stream.end);
+    parts
 }
 
 /// The number of groups of a block.
@@ -151,8 +184,10 @@ struct Store {
 
 impl DigestStore for Store {
     fn group(&self, group: u64) -> io::Result<Vec<Digest>> {
-        let group = usize::try_from(group).ok().and_then(|group| self.groups.get(group));
-        let Some((at, digest)) = group.copied().flatten() else { return Ok(Vec::new()) };
+        let Ok(found) = self.groups.binary_search_by_key(&group, |group| group.number) else {
+            return Ok(Vec::new());
+        };
+        let Some(Group { at, digest, .. }) = self.groups.get(found).copied() else { return Ok(Vec::new()) };
         let mut bytes = vec![0; GROUP];
         self.file.read_exact_at(&mut bytes, at)?;
         if Digest::of(&bytes) != digest {

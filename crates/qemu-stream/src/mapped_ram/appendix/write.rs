@@ -6,7 +6,7 @@ use multifd::ram::{Digest, Memory, PageDigests, PageIndex, RamBlock, RamBlocks, 
 
 use super::{
     ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION,
-    digests::{ALGORITHM, GROUP, GROUP_PAGES, START, frame, groups_of},
+    digests::{ALGORITHM, GROUP, GROUP_PAGES, frame, groups_of},
     place, unread,
 };
 use crate::{
@@ -53,27 +53,30 @@ pub(in crate::mapped_ram) fn write(
         records.add(ABOUT, about.as_bytes())?;
     }
     if let Some(Digested { blocks, digests }) = digested {
-        let groups = places.iter().map(|place| 16 + groups_of(place) * Digest::BYTES as u64).sum::<u64>();
-        let groups_at = records.skip(START as u64 + groups);
-        let pages_at = records.skip(0);
-        let mut pages = Pages { file, start: pages_at, at: pages_at, bytes: Vec::new() };
+        let start = records.skip(0);
+        let mut pages = Pages { file, start, at: start, bytes: Vec::new() };
         let mut groups = Vec::new();
         groups.put_u32(ALGORITHM);
         groups.put_u32(u32::try_from(GROUP_PAGES).unwrap_or(u32::MAX));
         groups.put_u64(places.len() as u64);
         groups.put(&frame(file, stream.clone(), places)?.to_bytes());
         for (((_, block), of), place) in blocks.iter().zip(digests).zip(places) {
-            groups.put_u64(place.pages());
-            groups.put_u64(groups_of(place));
-            for group in 0..groups_of(place) {
-                let digest = pages.add(block, of, group)?;
-                groups.put(&digest.to_bytes());
+            let (mut present, mut count) = (Vec::new(), 0);
+            for number in 0..groups_of(place) {
+                if let Some(digest) = pages.add(block, of, number)? {
+                    present.put_u64(number);
+                    present.put(&digest.to_bytes());
+                    count += 1;
+                }
             }
+            groups.put_u64(place.pages());
+            groups.put_u64(count);
+            groups.put(&present);
         }
         let length = pages.finish()?;
-        records.put(groups_at, GROUPS, &groups)?;
-        records.head(pages_at, PAGES, length, Digest::default())?;
-        records.at = pages_at + length;
+        records.head(start, PAGES, length, Digest::default())?;
+        records.at = start + length;
+        records.add(GROUPS, &groups)?;
     }
     let mut mark = Vec::with_capacity(MARK);
     let (length, bytes) = (stream.end - stream.start, records.at + MARK as u64 - stream.end);
@@ -146,13 +149,13 @@ struct Pages<'a> {
 }
 
 impl Pages<'_> {
-    /// Adds the digests of a group's pages, if one of them is present. Returns the digest of the group.
-    fn add(&mut self, block: &RamBlock, digests: &PageDigests, group: u64) -> Result<Digest, Error> {
+    /// Adds the digests of a group's pages, and returns the digest of the group; `None` if none of them is present.
+    fn add(&mut self, block: &RamBlock, digests: &PageDigests, group: u64) -> Result<Option<Digest>, Error> {
         let first = group * GROUP_PAGES;
         let words =
             (first / 64..(first + GROUP_PAGES) / 64).map(|word| usize::try_from(word).unwrap_or(usize::MAX));
         if words.map(|word| block.present_word(word)).all(|word| word == 0) {
-            return Ok(Digest::default());
+            return Ok(None);
         }
         let start = self.bytes.len();
         for page in (first..first + GROUP_PAGES).map(PageIndex) {
@@ -167,7 +170,7 @@ impl Pages<'_> {
         if self.bytes.len() >= PIECE {
             self.flush()?;
         }
-        Ok(digest)
+        Ok(Some(digest))
     }
 
     fn flush(&mut self) -> Result<(), Error> {
