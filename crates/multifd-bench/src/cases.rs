@@ -34,6 +34,8 @@ pub(crate) enum Who {
     EngineFileCached,
     /// QEMU into `multifd receive`, or `multifd send` into QEMU.
     OurFile,
+    /// QEMU into `multifd receive` over a unix socket, which is the way of `multifd capture`.
+    OurFileUnix,
     /// `multifd demo`, whose guest writes this many MB per second.
     Demo(u64),
 }
@@ -57,6 +59,7 @@ impl Who {
             Self::EngineFileSynced => "us, file: and fsync".into(),
             Self::EngineFileCached => "us, file: through the cache and fsync".into(),
             Self::OurFile => "QEMU and multifd".into(),
+            Self::OurFileUnix => "QEMU and multifd, unix socket".into(),
             Self::Demo(rate) => format!("demo, {rate} MB/s written"),
         }
     }
@@ -146,8 +149,9 @@ const CAPTURE: &[Who] = &[
     Who::QemuFileDirect,
     Who::EngineFileCached,
     Who::OurFile,
+    Who::OurFileUnix,
 ];
-const CAPTURE_MEMORY: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile];
+const CAPTURE_MEMORY: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile, Who::OurFileUnix];
 const RESTORE: &[Who] = &[Who::QemuFile, Who::EngineFile, Who::OurFile];
 const DEMO: &[Who] = &[Who::Demo(50), Who::Demo(200), Who::Demo(800)];
 

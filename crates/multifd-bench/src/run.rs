@@ -213,12 +213,16 @@ impl Means<'_> {
             (Who::OurFile, Way::Capture(_)) => {
                 Box::new(OurCapture::new(&self.qemu()?, &setting, folder, self.program()?))
             }
+            (Who::OurFileUnix, Way::Capture(_)) => {
+                let capture = OurCapture::new(&self.qemu()?, &setting, folder, self.program()?);
+                Box::new(capture.over_unix(folder))
+            }
             (Who::QemuFile | Who::QemuFileSynced | Who::QemuFileDirect, _) => {
                 let qemu = self.qemu()?;
                 let path = captured(&qemu, &setting, folder)?;
                 Box::new(QemuRestore { qemu, setting, path })
             }
-            (Who::OurFile, _) => {
+            (Who::OurFile | Who::OurFileUnix, _) => {
                 let qemu = self.qemu()?;
                 let path = captured(&qemu, &setting, folder)?;
                 Box::new(OurRestore { qemu, setting, path, program: self.program()? })

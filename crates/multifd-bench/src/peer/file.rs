@@ -120,12 +120,20 @@ pub(crate) struct OurCapture {
     setting: Setting,
     program: PathBuf,
     path: PathBuf,
+    listen: String,
 }
 
 impl OurCapture {
+    /// Over TCP.
     pub(crate) fn new(qemu: &Qemu, setting: &Setting, folder: &Path, program: PathBuf) -> Self {
         let source = QemuSource::new(qemu, setting, None);
-        Self { source, setting: *setting, program, path: folder.join("by-multifd") }
+        let listen = "tcp:127.0.0.1:0".into();
+        Self { source, setting: *setting, program, path: folder.join("by-multifd"), listen }
+    }
+
+    /// The same over a unix socket.
+    pub(crate) fn over_unix(self, folder: &Path) -> Self {
+        Self { listen: format!("unix:{}", folder.join("socket").display()), ..self }
     }
 }
 
@@ -135,8 +143,9 @@ impl Peer for OurCapture {
         let mut command = Command::new("sh");
         // The first line of its standard error is its address.
         command
-            .args(["-c", "exec \"$0\" receive tcp:127.0.0.1:0 \"$1\" 2>&1"])
+            .args(["-c", "exec \"$0\" receive \"$1\" \"$2\" 2>&1"])
             .arg(&self.program)
+            .arg(&self.listen)
             .arg(&self.path);
         let mut receive = Talker::start(&mut command)?;
         let line = receive.hear()?;
