@@ -7,10 +7,10 @@
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/verify    file ─▶ compared with its digests
-//!          verbs/ctl       commands to a run of another process, at the socket of its run/control
+//!          verbs/ctl       commands to a run of another process, at the socket of its runs/control
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   service (systemd)   output/  progress, and the end as text or JSON
-//!                                                                         run/     limit, metrics, control
+//!                                                                         runs/    limit, metrics, control
 //! ```
 //!
 //! Standard output is for results, standard error for messages. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 the file
@@ -30,7 +30,7 @@ mod new_file;
 mod output;
 mod qmp;
 mod remedy;
-mod run;
+mod runs;
 mod service;
 mod verbs;
 mod version;

@@ -44,7 +44,7 @@ use crate::{
         Changed, Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings,
         Version, Wanted, resume, run_state,
     },
-    run::{Adjust, Limits, Run},
+    runs::{Adjust, Limits, Run},
 };
 
 pub(crate) fn run(args: &CaptureArgs) -> Result<(), Failure> {

@@ -39,7 +39,7 @@ use crate::{
         outlet::{print_json, say, say_lines},
         report::Report,
     },
-    run::Run,
+    runs::Run,
     service,
 };
 

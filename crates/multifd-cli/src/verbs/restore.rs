@@ -32,7 +32,7 @@ use crate::{
         Listens, Machine, Meeting, Migration, MigrationStatus, Qmp, QmpError, RUNNING, Settings, Wanted,
         listening_at, resume, run_state,
     },
-    run::Run,
+    runs::Run,
 };
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {

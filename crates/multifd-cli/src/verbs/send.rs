@@ -34,7 +34,7 @@ use crate::{
         report::Report,
     },
     remedy::READS_DAMAGED,
-    run::{Adjust, Limits, Run},
+    runs::{Adjust, Limits, Run},
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {

@@ -1,5 +1,5 @@
 //! A destination that accepts connections and reads nothing: a source of the public entry point fails after its
-//! `stall_timeout`, for every kind of main connection and every number of channels.
+//! `stall_timeout`, for every kind of main connection and every number of channels. And a source that does not connect.
 
 use std::{
     sync::{Arc, Mutex},
@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd::{
-    Error, Fault, SendOptions,
+    Error, Fault, ReceiveOptions, SendOptions,
     channel::{
         Connect, Context, Listen, Stop,
         tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
@@ -19,7 +19,9 @@ use multifd::{
 };
 use multifd_testkit::certificates;
 use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions},
     format::{Configuration, MachineType},
+    incoming::Expected,
     source::{Source, SourceOptions},
 };
 
@@ -99,4 +101,31 @@ fn accept_and_hold(mut listener: Box<dyn Listen>, stop: &Stop) {
             });
         }
     });
+}
+
+/// A destination waits for days; its embedder limits the wait, and sees whom it has refused.
+#[test]
+fn a_source_that_does_not_connect_is_waited_for_within_the_limits() {
+    let limited = |receive: ReceiveOptions| {
+        let options = ArrivalOptions::new(Expected::AnyMachine).receive(receive);
+        let (listener, address) = listening();
+        (Arrival::listen(listener, options, &Stop::new()).expect("listening"), address)
+    };
+    let limit = Duration::from_millis(100);
+    let (listening, _address) = limited(ReceiveOptions::new().accept_timeout(Some(limit)));
+    let error = listening.accept().expect_err("nobody connects");
+    assert!(
+        matches!(error.kind(), Error::NoSource { limit: found, refused: 0 } if *found == limit),
+        "{error}"
+    );
+    assert_eq!(error.fault(), Fault::Connection);
+
+    let (listening, address) = limited(ReceiveOptions::new().max_refused(Some(1)));
+    let progress = listening.progress();
+    assert_eq!((progress.has_source(), progress.refused()), (false, 0));
+    let mut stranger = address.connect(&Context::new(&Stop::new())).expect("connected");
+    stranger.send(&[[b'x'; 64][..].into()]).expect("sent");
+    let error = listening.accept().expect_err("it is refused");
+    assert!(matches!(error.kind(), Error::TooManyRefused { refused: 1, .. }), "{error}");
+    assert_eq!((progress.has_source(), progress.refused()), (false, 1));
 }
