@@ -109,12 +109,16 @@ impl Socket {
         let Self::Unix(stream) = self else { return None };
         let process = socket_peercred(stream.as_fd()).ok()?.pid;
         let folder = Path::new("/proc").join(process.as_raw_pid().to_string());
-        // A socket that another program has made for QEMU has the identity of that program.
-        let program = std::fs::read_link(folder.join("exe")).ok()?;
-        program.file_name()?.to_str().filter(|name| name.starts_with("qemu"))?;
         let line = std::fs::read(folder.join("cmdline")).ok()?;
         let words = line.strip_suffix(&[0])?.split(|byte| *byte == 0);
-        Some(words.map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+        let words: Vec<String> = words.map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        // A socket that another program has made for QEMU has the identity of that program. QEMU may be started through a
+        // loader, so its name need not be the first word.
+        let is_qemu =
+            |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("qemu-"));
+        let program = std::fs::read_link(folder.join("exe")).ok()?;
+        let named = is_qemu(&program) || words.iter().take(LOADER).any(|word| is_qemu(Path::new(word)));
+        named.then_some(words)
     }
 
     /// Limits each call of `read`, and each of `write`.
@@ -153,6 +157,9 @@ impl Write for Socket {
         Ok(())
     }
 }
+
+/// The number of words in which the name of the program is looked for.
+const LOADER: usize = 8;
 
 #[cfg(test)]
 mod tests {

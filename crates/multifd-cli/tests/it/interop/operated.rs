@@ -2,18 +2,21 @@
 
 use std::{
     fs,
+    io::{self, BufRead, BufReader},
     path::{Path, PathBuf},
-    time::Duration,
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder};
 use qemu_stream::mapped_ram::MappedRamFile;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    kit::{ALL_CHECKED, Ended, Program, assert_left, folder, machine, multifd, path, source},
+    kit::{ALL_CHECKED, Ended, Program, assert_left, folder, machine, multifd, path, run, source},
     metrics::read_metrics,
 };
 
@@ -56,6 +59,75 @@ fn with_both(test: impl Fn(&Qemu) -> Result<(), Error>) {
     for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
         test(&qemu).unwrap_or_else(|error| panic!("QEMU {}: {error}", qemu.series()));
     }
+}
+
+/// The commands are typed as `inspect` prints them, into a shell.
+#[test]
+fn file_says_whose_it_is_and_its_printed_commands_restore_it() {
+    with_both(|qemu| {
+        let folder = folder();
+        let (qmp, file) = (path(&folder, "qmp"), path(&folder, "machine"));
+        let named = machine(qemu, &qemu.machine()).args(["-name", "it's web01"]);
+        let from = source(controlled(named, &qmp))?;
+        capture(&["--quit", "--label", "before the upgrade"], &qmp, &file).done();
+        let ended = run(["verify".as_ref(), file.as_os_str()]);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        let told = run(["inspect".as_ref(), "--json".as_ref(), file.as_os_str()]).json();
+        let about = &told["about"];
+        assert!(about["qemu"].as_str().is_some_and(|version| version.starts_with(qemu.series())), "{about}");
+        assert_eq!(about["guest-name"], "it's web01");
+        assert_eq!(about["guest-state"], "running");
+        assert_eq!(about["label"], "before the upgrade");
+        assert_eq!(about["processors"], 1);
+        assert!(about["stopped-for"].is_u64(), "{about}");
+
+        let commands: Vec<&str> =
+            told["restore"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        let [waits, restores] = commands[..] else { panic!("{commands:?}") };
+        let script = format!("{waits}\necho $!\nexec {restores}");
+        let program = Path::new(env!("CARGO_BIN_EXE_multifd"));
+        let search = format!("{}:/usr/bin:/bin", program.parent().unwrap().display());
+        let script = script.replacen(
+            "\nexec",
+            &format!("\nuntil test -S {}; do sleep 0.1; done\nexec", qmp.display()),
+            1,
+        );
+        // QEMU removes its socket when it ends. The folder with its files is still there.
+        let begun = Instant::now();
+        while qmp.exists() {
+            assert!(begun.elapsed() < PATIENCE, "QEMU has not ended");
+            sleep(Duration::from_millis(20));
+        }
+        let mut shell = Command::new("sh");
+        // What the tests' own QEMU has in its environment, and an installed one has not.
+        let modules = qemu.program().parent().unwrap().join("root/usr/lib/x86_64-linux-gnu/qemu");
+        shell.env("QEMU_MODULE_DIR", modules);
+        shell.args(["-c", &script]).env("PATH", search).stdin(Stdio::null()).stderr(Stdio::piped());
+        let ended = shell.stdout(Stdio::piped()).spawn().and_then(wait_for_shell).expect("a shell");
+        let restored =
+            Pid::from_raw(ended.0.trim().parse().unwrap_or_else(|_| panic!("{script}\n{ended:?}")))
+                .expect("a process");
+        assert!(ended.1.contains("the guest runs"), "{script}\n{ended:?}");
+        kill_process(restored, Signal::KILL).expect("QEMU is there");
+        drop(from);
+        Ok(())
+    });
+}
+
+/// The first line of a shell's output, which a process in its background keeps open, and its messages.
+fn wait_for_shell(mut shell: Child) -> io::Result<(String, String)> {
+    let mut first = String::new();
+    BufReader::new(shell.stdout.take().expect("piped")).read_line(&mut first)?;
+    let mut messages = String::new();
+    for line in BufReader::new(shell.stderr.take().expect("piped")).lines() {
+        messages += &line?;
+        messages += "\n";
+        if messages.contains("the guest ") || messages.contains("multifd: ") {
+            break;
+        }
+    }
+    shell.wait()?;
+    Ok((first, messages))
 }
 
 #[test]
