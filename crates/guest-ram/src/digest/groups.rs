@@ -1,8 +1,12 @@
 //! The slots of a block's digests, in groups that exist when one of their pages does.
 
-use std::{array, sync::OnceLock};
-
-use super::Slot;
+use std::{
+    array,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 /// The number of pages of a group: its digests are 8 KiB.
 pub(super) const GROUP: usize = 512;
@@ -80,4 +84,23 @@ fn at(page: u64) -> (usize, usize) {
 /// The slot of a page in its group.
 fn within(page: u64) -> usize {
     usize::try_from(page % GROUP as u64).unwrap_or_default()
+}
+
+/// 128 bits that any thread may write and read. Two that write at the same time may leave a mixture.
+#[derive(Debug, Default)]
+struct Slot([AtomicU64; 2]);
+
+impl Slot {
+    // Relaxed: what orders the pages themselves orders their digests.
+    fn get(&self) -> u128 {
+        let [high, low] = &self.0;
+        u128::from(high.load(Ordering::Relaxed)) << 64 | u128::from(low.load(Ordering::Relaxed))
+    }
+
+    fn set(&self, digest: u128) {
+        let [high, low] = &self.0;
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+        low.store(digest as u64, Ordering::Relaxed);
+        high.store((digest >> 64) as u64, Ordering::Relaxed);
+    }
 }

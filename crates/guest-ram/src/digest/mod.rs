@@ -17,7 +17,6 @@ mod groups;
 use std::{
     fmt::{self, Debug},
     io,
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use twox_hash::xxhash3_128::Hasher as XxHash3_128;
@@ -199,27 +198,10 @@ impl PageDigests {
     }
 }
 
-/// 128 bits that any thread may write and read. Two that write at the same time may leave a mixture.
-#[derive(Debug, Default)]
-struct Slot([AtomicU64; 2]);
-
-impl Slot {
-    // Relaxed: what orders the pages themselves orders their digests.
-    fn get(&self) -> u128 {
-        let [high, low] = &self.0;
-        u128::from(high.load(Ordering::Relaxed)) << 64 | u128::from(low.load(Ordering::Relaxed))
-    }
-
-    fn set(&self, digest: u128) {
-        let [high, low] = &self.0;
-        #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
-        low.store(digest as u64, Ordering::Relaxed);
-        high.store((digest >> 64) as u64, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
     use crate::{Access, Mapping};
 

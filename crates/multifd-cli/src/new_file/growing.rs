@@ -10,6 +10,7 @@
 //! its owner is dead.
 
 use std::{
+    error::Error,
     ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io,
@@ -30,7 +31,6 @@ use rustix::{
 };
 use tempfile::{NamedTempFile, TempPath};
 
-use super::Cause;
 use crate::output::{outcome::While, outlet::shown};
 
 /// A file without its final name.
@@ -171,6 +171,8 @@ fn beginning(name: &OsStr, most: usize) -> &OsStr {
     let end = (0..=most).rev().find(|at| !is_inner(*at)).unwrap_or_default();
     OsStr::from_bytes(&bytes[..end])
 }
+
+type Cause = Box<dyn Error + Send + Sync>;
 
 /// What marks a temporary name, before its random part.
 const MARK: &str = ".multifd-";

@@ -1,7 +1,7 @@
 //! The name of a file that is being written: only one process of this program writes to it at a time.
 //!
 //! The reservation is a socket in the abstract namespace, which is no file: the system removes it when the process ends, in
-//! whatever way. Its name is made of the folder and the file's name, so every path to the folder leads to the same one. Processes
+//! any way. Its name is made of the folder and the file's name, so every path to the folder leads to the same one. Processes
 //! in another network namespace are not seen; the later of two then fails when it is complete.
 
 use std::{

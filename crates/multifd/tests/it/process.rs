@@ -53,7 +53,7 @@ fn a_process_that_keeps_writing_arrives_as_it_was_when_it_stopped() {
         fn stop(&mut self) -> io::Result<()> {
             *self.0.write().expect("whole") = true;
             let writes = self.1.drain(..).map(|writer| writer.join().expect("no panic"));
-            assert!(writes.sum::<u64>() > 1000, "the writers were busy");
+            assert!(writes.sum::<u64>() > 100, "the writers were busy");
             Ok(())
         }
         fn save(&mut self) -> io::Result<Vec<DeviceSection>> {

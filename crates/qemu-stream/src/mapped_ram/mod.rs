@@ -52,6 +52,7 @@ mod layout;
 mod note;
 mod restore;
 mod verify;
+mod writing;
 
 use multifd::ram::{PageIndex, PageSize};
 

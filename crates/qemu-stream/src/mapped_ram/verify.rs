@@ -4,7 +4,7 @@
 //! N threads: next group of 512 pages ── its runs of present pages, read in pieces ── digests ── compared or recorded
 //! ```
 //!
-//! Reading ends at the first damage everywhere else; here it goes on, to name all of it.
+//! Reading ends at the first damage everywhere else; here all of it is read, to name every damaged page.
 
 use std::{
     fs::File,

@@ -253,7 +253,7 @@ fn limits_of_a_capture_are_changed_at_qemu_and_a_cancel_leaves_the_guest_running
                 told["status"] == "active" && told["ram"]["transferred"].as_u64() > Some(200_000)
             };
             while !sends(&vm.query_migrate()?) {
-                std::thread::sleep(Duration::from_millis(20));
+                sleep(Duration::from_millis(20));
             }
             Ok(())
         };
@@ -314,7 +314,7 @@ fn capture_that_fails_leaves_the_guest_running_its_settings_and_no_file() {
         for (name, disturb, code, words) in disturbances {
             let program = capture(&endless, &qmp, &file);
             while vm.query_migrate()?["ram"]["transferred"].as_u64().unwrap_or(0) < 200_000 {
-                std::thread::sleep(Duration::from_millis(20));
+                sleep(Duration::from_millis(20));
             }
             disturb(&program, &mut vm)?;
             let ended = program.end();

@@ -15,7 +15,7 @@ use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
 use multifd::ram::{BlockIndex, Digest, DigestOfPieces, DigestStore, PageDigests};
 
-use super::{Body, fields, place};
+use super::record::{Body, fields, place, unread};
 use crate::{
     error::{Error, Malformed},
     mapped_ram::{BlockPlace, note::Note},
@@ -140,7 +140,7 @@ pub(super) fn frame(file: &File, stream: Range<u64>, places: &[BlockPlace]) -> R
         while start < end {
             let length = usize::try_from(end - start).unwrap_or(PIECE).min(PIECE);
             bytes.resize(length, 0);
-            file.read_exact_at(&mut bytes, start).map_err(|error| super::unread(error, start))?;
+            file.read_exact_at(&mut bytes, start).map_err(|error| unread(error, start))?;
             digest.write(&bytes);
             start += length as u64;
         }

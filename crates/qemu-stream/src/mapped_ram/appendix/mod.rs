@@ -16,30 +16,23 @@
 //! guest's data that looks like one. Records of other kinds are skipped.
 
 mod digests;
+mod record;
 mod write;
 
-use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use multifd::ram::Digest;
 
 pub(super) use digests::FileDigests;
 pub(super) use write::{Digested, write};
 
-use super::BlockPlace;
-use crate::error::{Error, Malformed, Place, StreamKind};
+use record::{
+    ABOUT, Body, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, OF_HEADER, PAGES, RECORD, VERSION, array, check,
+    fields, place,
+};
 
-const MAGIC: [u8; 8] = *b"mfd-tail";
-const END_MAGIC: [u8; 8] = *b"mfd-tend";
-const VERSION: u32 = 1;
-const HEADER: usize = 64;
-const RECORD: usize = 48;
-const MARK: usize = 24;
-const ABOUT: u32 = 1;
-const GROUPS: u32 = 2;
-const PAGES: u32 = 3;
-const OF_HEADER: &str = "header of the appendix";
-/// The greatest length of the text about a capture, in bytes.
-pub(super) const MOST_ABOUT: usize = 1 << 20;
+use super::BlockPlace;
+use crate::error::{Error, Malformed};
 
 /// The appendix of a file.
 #[derive(Debug)]
@@ -123,64 +116,6 @@ impl Appendix {
         }
         Ok(Some(found))
     }
-}
-
-/// The body of a record.
-struct Body<'a> {
-    file: &'a File,
-    start: u64,
-    length: u64,
-    digest: Digest,
-}
-
-impl Body<'_> {
-    /// Its bytes, of which there are at most `most`.
-    fn bytes(&self, most: usize, what: &'static str) -> Result<Vec<u8>, Error> {
-        let at = place(self.start);
-        let length = usize::try_from(self.length).ok().filter(|length| *length <= most);
-        let Some(length) = length else {
-            return Err(
-                Malformed::TooLong { field: what.into(), max: most as u64, found: self.length }.at(at)
-            );
-        };
-        let mut bytes = vec![0; length];
-        self.file.read_exact_at(&mut bytes, self.start).map_err(|error| unread(error, self.start))?;
-        check(&bytes, &self.digest.to_bytes(), what, self.start)?;
-        Ok(bytes)
-    }
-
-    fn text(&self) -> Result<String, Error> {
-        let bytes = self.bytes(MOST_ABOUT, "text about the capture")?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
-    }
-}
-
-/// Refuses bytes that differ from their digest.
-fn check(bytes: &[u8], digest: &[u8], what: &'static str, at: u64) -> Result<(), Error> {
-    if Digest::of(bytes).to_bytes() == *digest { Ok(()) } else { Err(Malformed::Damaged(what).at(place(at))) }
-}
-
-/// The 64-bit fields at the beginning of some bytes; 0 beyond their end.
-fn fields<const N: usize>(bytes: &[u8]) -> [u64; N] {
-    let mut fields = [0; N];
-    for (field, bytes) in fields.iter_mut().zip(bytes.as_chunks::<8>().0) {
-        *field = u64::from_be_bytes(*bytes);
-    }
-    fields
-}
-
-fn array<const N: usize>(file: &File, at: u64) -> Result<[u8; N], Error> {
-    let mut bytes = [0; N];
-    file.read_exact_at(&mut bytes, at).map_err(|error| unread(error, at))?;
-    Ok(bytes)
-}
-
-fn unread(source: io::Error, at: u64) -> Error {
-    Error::Io { at: place(at), doing: "read the appendix", source }
-}
-
-fn place(offset: u64) -> Place {
-    Place { stream: StreamKind::File, offset }
 }
 
 #[cfg(test)]

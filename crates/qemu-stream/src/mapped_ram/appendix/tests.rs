@@ -6,7 +6,7 @@ use multifd::{
 };
 use proptest::prelude::*;
 
-use super::*;
+use super::{record::MOST_ABOUT, *};
 use crate::{
     format::{
         BlockEntry, BlockList, Configuration, Device, DevicePart, MachineType, SectionId,

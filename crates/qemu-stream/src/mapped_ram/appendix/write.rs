@@ -5,14 +5,15 @@ use std::{fs::File, ops::Range};
 use multifd::ram::{Digest, Memory, PageDigests, PageIndex, RamBlock, RamBlocks, with_file_size_errors};
 
 use super::{
-    ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION,
     digests::{ALGORITHM, GROUP, GROUP_PAGES, frame, groups_of},
-    place, unread,
+    record::{
+        ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION, place, unread,
+    },
 };
 use crate::{
     error::{Error, Usage},
     format::Put,
-    mapped_ram::{BlockPlace, layout::write_at},
+    mapped_ram::{BlockPlace, writing::write_at},
 };
 
 /// Blocks, and the digests of the pages of each.

@@ -4,7 +4,7 @@
 //! when its tail exists, so the order is: head, pages, bitmaps, tail. Nothing here syncs the file; the writer decides
 //! when it must be durable.
 
-use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, sync::Arc};
 
 use multifd::ram::{
     BlockIndex, DirectFile, Memory, PageBitmap, PageDigests, Places, RamBlock, RamBlocks,
@@ -19,9 +19,10 @@ use super::{
     header,
     header::BlockHeader,
     note::Note,
+    writing::{io_error, write_at},
 };
 use crate::{
-    error::{Error, Place, StreamKind, Usage},
+    error::{Error, Usage},
     format::{
         BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section, SectionHead, SectionId,
         SyncMode, encode_footer, encode_header,
@@ -380,14 +381,6 @@ fn eos(blocks: &BlockList, section: SectionId, footers: bool, out: &mut Vec<u8>)
     if footers {
         encode_footer(section, out);
     }
-}
-
-pub(super) fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) -> Result<(), Error> {
-    with_file_size_errors(|| file.write_all_at(bytes, at)).map_err(|source| io_error(source, at, doing))
-}
-
-fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
-    Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
 }
 
 #[cfg(test)]
