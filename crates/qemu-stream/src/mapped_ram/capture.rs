@@ -35,6 +35,8 @@ pub struct CaptureOptions {
     offset: u64,
     direct_io: Option<bool>,
     durable: bool,
+    digests: Option<bool>,
+    about: Option<String>,
 }
 
 impl CaptureOptions {
@@ -56,6 +58,20 @@ impl CaptureOptions {
     /// it, the log says so and the cache is used.
     pub fn direct_io(mut self, on: bool) -> Self {
         self.direct_io = Some(on);
+        self
+    }
+
+    /// Whether a digest of every page is stored behind the machine, so that [`Verify`](super::Verify) and every reader find
+    /// damage. It takes 16 bytes of memory and of the file for each page. Default on.
+    pub fn digests(mut self, on: bool) -> Self {
+        self.digests = Some(on);
+        self
+    }
+
+    /// What is recorded about the capture behind the machine, as JSON, at most 1 MiB: for
+    /// [`MappedRamFile::about`]. Default nothing.
+    pub fn about(mut self, text: impl Into<String>) -> Self {
+        self.about = Some(text.into());
         self
     }
 
@@ -82,6 +98,7 @@ pub struct Capture {
     order: Vec<BlockIndex>,
     offset: u64,
     durable: bool,
+    about: Option<String>,
     bytes: u64,
 }
 
@@ -161,7 +178,7 @@ impl Capture {
     }
 
     fn begin_at(file: File, machine: Machine, options: &CaptureOptions) -> Result<Self> {
-        let &CaptureOptions { offset, direct_io, durable } = options;
+        let &CaptureOptions { offset, direct_io, durable, digests, .. } = options;
         let layout = machine.layout(offset)?;
         let end = layout.tail_offset();
         // Checked before anything in the file is lost.
@@ -171,9 +188,13 @@ impl Capture {
             .map_err(|error| Error::io(format!("extend the file to {end:#x} bytes"), error))?;
         let direct = if direct_io.unwrap_or(durable) { direct(&file) } else { None };
         let file = Arc::new(file);
-        let blocks = Arc::new(layout.ram_blocks(&file, direct.as_ref())?);
+        let blocks = match digests {
+            None | Some(true) => layout.ram_blocks_with_digests(&file, direct.as_ref()),
+            Some(false) => layout.ram_blocks(&file, direct.as_ref()),
+        };
+        let blocks = Arc::new(blocks?);
         let order = blocks.iter().map(|(index, _)| index).collect();
-        Ok(Self { file, blocks, machine, order, offset, durable, bytes: 0 })
+        Ok(Self { file, blocks, machine, order, offset, durable, about: options.about.clone(), bytes: 0 })
     }
 
     /// The blocks in the file, into which a [`Sender`](multifd::Sender) is [set up](multifd::Sender::set_up_into).
@@ -195,7 +216,8 @@ impl Capture {
         let Some(devices) = &self.machine.devices else {
             return Err(Error::other("complete the file", "the guest has not been stopped"));
         };
-        let tail = Tail { switchover_start: self.machine.switchover_start, devices, about: None };
+        let tail =
+            Tail { switchover_start: self.machine.switchover_start, devices, about: self.about.as_deref() };
         let written = layout.write_around(&self.file, &self.blocks, &tail);
         let end = written.map_err(|error| Error::other("complete the file", error))?;
         if self.durable {
