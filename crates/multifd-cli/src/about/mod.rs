@@ -92,11 +92,11 @@ impl About {
         if !guest.is_empty() {
             line("guest", guest.join(", "));
         }
-        let mut source = Vec::new();
-        source.extend(self.qemu.iter().map(|version| format!("QEMU {version}")));
-        source.extend(self.source.iter().map(|source| format!("at {source}")));
-        if !source.is_empty() {
-            line("source", source.join(" "));
+        match (&self.qemu, &self.source) {
+            (Some(version), Some(source)) => line("source", format!("QEMU {version} at {source}")),
+            (Some(version), None) => line("source", format!("QEMU {version}")),
+            (None, Some(source)) => line("source", source.clone()),
+            (None, None) => {}
         }
         lines
     }
@@ -122,7 +122,7 @@ mod tests {
     fn text_of_a_later_version_is_read_and_other_text_is_not() {
         let about: About = serde_json::from_str(r#"{"label":"é","later":[1]}"#).expect("read");
         assert_eq!(about, About { label: Some("é".into()), ..About::default() });
-        assert!(serde_json::from_str::<About>("[]").is_err());
+        assert!(serde_json::from_str::<About>("7").is_err());
     }
 
     #[test]

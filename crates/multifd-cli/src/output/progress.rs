@@ -74,9 +74,9 @@ pub(super) fn percent(look: &Look) -> String {
 }
 
 /// The rate in bytes per second since the last snapshot, and the time since the last byte.
-#[derive(Default)]
 pub(super) struct Meter {
-    last: Option<(Instant, u64)>,
+    /// When it was last read, and the bytes at that time.
+    last: (Instant, u64),
     /// The stage that is shown, and since when.
     stage: Option<(&'static str, Instant)>,
     still_since: Option<Instant>,
@@ -85,11 +85,19 @@ pub(super) struct Meter {
     hinted: bool,
 }
 
+impl Default for Meter {
+    /// The meter of something that begins now.
+    fn default() -> Self {
+        let last = (Instant::now(), 0);
+        Self { last, stage: None, still_since: None, moving: Duration::ZERO, hinted: false }
+    }
+}
+
 impl Meter {
     /// The line to show, and the hint if it is to be shown now.
     pub(super) fn text<'a>(&mut self, look: &'a Look) -> (String, Option<&'a str>) {
         let now = Instant::now();
-        let (then, before) = self.last.replace((now, look.transferred)).unwrap_or((now, look.transferred));
+        let (then, before) = std::mem::replace(&mut self.last, (now, look.transferred));
         if let Some(stage) = look.stage {
             self.still_since = None;
             return (self.stage_text(stage, look), None);
@@ -178,7 +186,7 @@ mod tests {
 
     #[test]
     fn busiest_text_fits_beside_its_bar() {
-        let mut meter = Meter { last: Some((ago(SECOND), 0)), ..Meter::default() };
+        let mut meter = Meter { last: (ago(SECOND), 0), ..Meter::default() };
         let look = Look {
             total: 900 << 30,
             transferred: 900 << 20,
@@ -194,8 +202,7 @@ mod tests {
             text.len()
         );
         let still = Instant::now().checked_sub(SECOND * 9999);
-        meter =
-            Meter { last: Some((Instant::now(), look.transferred)), still_since: still, ..Meter::default() };
+        meter = Meter { last: (Instant::now(), look.transferred), still_since: still, ..Meter::default() };
         let (text, _) = meter.text(&look);
         assert!(text.contains("9999 s") && text.len() <= BESIDE_A_BAR, "{text}: {}", text.len());
     }
@@ -204,7 +211,7 @@ mod tests {
 
     #[test]
     fn time_to_go_is_shown_where_there_is_room() {
-        let text = |look: &Look| Meter { last: Some((ago(SECOND), 0)), ..Meter::default() }.text(look).0;
+        let text = |look: &Look| Meter { last: (ago(SECOND), 0), ..Meter::default() }.text(look).0;
         let look = Look {
             pass: 1,
             transferred: 900 << 20,
@@ -223,7 +230,7 @@ mod tests {
     /// The system of a destination that never reads accepts what its buffers hold.
     #[test]
     fn a_peer_that_never_accepted_data_is_reported_soon_and_the_hint_is_shown_once() {
-        let mut meter = Meter::default();
+        let mut meter = Meter { last: (Instant::now(), 5), ..Meter::default() };
         let look = Look {
             transferred: 5,
             pass: 1,
@@ -239,13 +246,13 @@ mod tests {
 
     #[test]
     fn a_peer_that_accepts_nothing_more_is_reported_after_a_while() {
-        let mut meter = Meter { moving: BUFFERED + SECOND, ..Meter::default() };
+        let mut meter = Meter { last: (Instant::now(), 5), moving: BUFFERED + SECOND, ..Meter::default() };
         let look = Look { transferred: 5, pass: 1, ..Look::default() };
         meter.still_since = Some(ago(STILL_AT_START));
         assert_eq!(meter.text(&look).0, "pass 1, 0 B/s");
         meter.still_since = Some(ago(STILL));
         assert!(meter.text(&look).0.starts_with("no data for 10 s: "));
-        meter.last = Some((ago(SECOND), 0));
+        meter.last = (ago(SECOND), 0);
         assert!(meter.text(&look).0.starts_with("pass 1, "), "it moves again");
     }
 
