@@ -1,6 +1,10 @@
 //! Headers, records and their numbers.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::{FileExt, MetadataExt},
+};
 
 use multifd::ram::Digest;
 
@@ -16,6 +20,8 @@ pub(super) const ABOUT: u32 = 1;
 pub(super) const GROUPS: u32 = 2;
 pub(super) const PAGES: u32 = 3;
 pub(super) const OF_HEADER: &str = "header of the appendix";
+/// The unit in which the system counts the size of a file on the disk.
+const SECTOR: u64 = 512;
 /// The greatest length of the text about a capture, in bytes.
 pub(super) const MOST_ABOUT: usize = 1 << 20;
 
@@ -31,6 +37,10 @@ impl Body<'_> {
     /// Its bytes, of which there are at most `most`.
     pub(super) fn bytes(&self, most: usize, what: &'static str) -> Result<Vec<u8>, Error> {
         let at = place(self.start);
+        // A hole costs the writer of a file nothing. A file system that counts no data at all does not count.
+        let data = self.file.metadata().map_err(|error| unread(error, self.start))?.blocks();
+        let data = if data == 0 { u64::MAX } else { data.saturating_mul(SECTOR) };
+        let most = usize::try_from(data).map_or(most, |data| most.min(data));
         let length = usize::try_from(self.length).ok().filter(|length| *length <= most);
         let Some(length) = length else {
             return Err(

@@ -189,6 +189,24 @@ fn end_of_a_machine_without_note_is_found_by_the_mark_and_a_filled_up_copy_has_d
     assert_eq!(machine.stream().end, end);
 }
 
+/// A machine of 1 TiB that is a hole, whose digests of groups are said to be as long as they may be, and are a hole, too.
+#[test]
+fn digests_that_are_a_hole_take_no_memory() {
+    let file = tempfile::tempfile().unwrap();
+    let place = BlockPlace {
+        bitmap_offset: 1,
+        pages_offset: 1 << 30,
+        used_length: 1 << 40,
+        page_size: PageSize::KIB_4,
+    };
+    file.set_len(1 << 42).unwrap();
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    let length = 12 << 20;
+    let body = Body { file: &file, start: 1 << 41, length, digest: Digest::of(&vec![0; 12 << 20]) };
+    let refused = FileDigests::read(&body, (1 << 41, 0), &[place]).unwrap_err().to_string();
+    assert!(refused.contains("digests of groups: expected at most"), "{refused}");
+}
+
 #[test]
 fn text_of_more_than_a_mebibyte_is_refused() {
     let (file, layout) = written(None);
