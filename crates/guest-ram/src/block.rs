@@ -180,13 +180,14 @@ impl RamBlock {
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
             }
             Memory::MappedRam(Places { file, offset, digests, .. }) => {
+                // First, because the bytes have just arrived in the processor's cache.
+                if let Some(digests) = digests {
+                    digests.note(first, bytes);
+                }
                 size_limit::held(|| match direct {
                     Some(direct) => direct.write_all_at(file, bytes, offset + start),
                     None => file.write_all_at(bytes, offset + start),
                 })?;
-                if let Some(digests) = digests {
-                    digests.note(first, bytes);
-                }
             }
         }
         self.note_written(first, count);
