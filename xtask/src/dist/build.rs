@@ -76,7 +76,7 @@ impl Program {
     /// Builds the program without debug information, copies it to `to`, and returns its size in bytes.
     ///
     /// # Errors
-    /// If it cannot be built, needs shared libraries, or, for musl, is larger than a release may be.
+    /// If it cannot be built, needs shared libraries, or is larger than a release may be.
     pub(super) fn build(&self, to: &Path) -> Result<u64, Failure> {
         let commit = output(Command::new("git").current_dir(workspace_root()).args([
             "rev-parse",
@@ -103,11 +103,7 @@ impl Program {
         super::copy(&built, to, 0o755)?;
         let size = fs::metadata(to)?.len();
         if size > LARGEST {
-            let excess = format!("the program has {size} bytes, expected at most {LARGEST}");
-            if self.target.ends_with("-musl") {
-                return Err(excess.into());
-            }
-            eprintln!("   WARNING: not to be released: {excess}; for musl it is some 900 KB smaller");
+            return Err(format!("the program has {size} bytes, expected at most {LARGEST}").into());
         }
         let needed = output(Command::new("readelf").arg("-d").arg(to));
         if needed.is_ok_and(|dynamic| dynamic.contains("(NEEDED)")) {
