@@ -30,12 +30,13 @@ pub(crate) struct Package {
 }
 
 impl Apt {
-    /// Sets up a private apt in `home` for `suites` of the mirror that the system's apt uses, and updates its lists.
+    /// Sets up a private apt in `home` for `suites` of the mirror that the system's apt uses, and updates its lists. It
+    /// knows the packages of this machine's architecture and those of the Debian architecture `foreign`.
     ///
     /// # Errors
     ///
     /// When there is no apt, it knows no Debian mirror, or the lists cannot be downloaded.
-    pub(crate) fn new(home: &Path, suites: &[&str]) -> Result<Self, Failure> {
+    pub(crate) fn new(home: &Path, suites: &[&str], foreign: Option<&str>) -> Result<Self, Failure> {
         for folder in ["state/lists/partial", "cache/archives/partial", "etc"] {
             fs::create_dir_all(home.join(folder))?;
         }
@@ -47,7 +48,7 @@ impl Apt {
         let sources: String =
             suites.iter().map(|suite| format!("deb{signed_by} {mirror} {suite} main\n")).collect();
         fs::write(home.join("etc/sources.list"), sources)?;
-        fs::write(home.join("etc/apt.conf"), configuration(home)?)?;
+        fs::write(home.join("etc/apt.conf"), configuration(home, foreign)?)?;
         let apt = Self { home: home.to_owned() };
         run(apt.get().arg("-qq").arg("update").stdout(Stdio::null()))?;
         Ok(apt)
@@ -65,21 +66,40 @@ impl Apt {
                 .args(packages);
             get
         };
+        self.fetch(&install)
+    }
+
+    /// Downloads `packages` of `suite` alone, without what they depend on: headers and libraries that only a compiler reads.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::download`].
+    pub(crate) fn download_alone(&self, suite: &str, packages: &[&str]) -> Result<Vec<Package>, Failure> {
+        let download = |flag: &str| {
+            let mut get = self.get();
+            get.current_dir(self.home.join("cache/archives"));
+            get.args(["-qq", flag, "download"])
+                .args(packages.iter().map(|package| format!("{package}/{suite}")));
+            get
+        };
+        self.fetch(&download)
+    }
+
+    /// Downloads the files that the command `with` lists with `--print-uris` and downloads with [`DOWNLOAD`].
+    fn fetch(&self, with: &dyn Fn(&str) -> Command) -> Result<Vec<Package>, Failure> {
         // Only files that are not in the cache yet have a URI, so the list comes before the download and the cache is
         // emptied first.
         run(self.get().arg("clean"))?;
-        let listing = output(&mut install("--print-uris"))?;
+        let listing = output(&mut with("--print-uris"))?;
         let names: Vec<&str> = listing
             .lines()
             .filter(|line| line.starts_with('\''))
             .filter_map(|line| line.split_ascii_whitespace().nth(1))
             .collect();
         if names.is_empty() {
-            return Err(
-                format!("apt-get lists no file to download for {packages:?} of {suite}:\n{listing}").into()
-            );
+            return Err(format!("apt-get lists no file to download:\n{listing}").into());
         }
-        run(install("--download-only").stdout(Stdio::null()))?;
+        run(with(DOWNLOAD).stdout(Stdio::null()))?;
         let archives = self.home.join("cache/archives");
         names
             .into_iter()
@@ -140,13 +160,18 @@ fn pick_mirror(listing: &str) -> Option<&str> {
 }
 
 /// Our configuration, read after the system's: it keeps proxies and replaces paths and hooks.
-fn configuration(home: &Path) -> Result<String, Failure> {
+fn configuration(home: &Path, foreign: Option<&str>) -> Result<String, Failure> {
     let home = home.to_str().ok_or_else(|| format!("path {} is not UTF-8", home.display()))?;
     if home.contains('"') {
         return Err(format!("path {home} holds a quote, which apt's configuration cannot").into());
     }
+    let mut architectures = String::new();
+    if let Some(foreign) = foreign {
+        let own = output(Command::new("dpkg").arg("--print-architecture"))?;
+        architectures = format!("APT::Architectures {{ \"{}\"; \"{foreign}\"; }};\n", own.trim());
+    }
     Ok(format!(
-        r#"Dir::State "{home}/state";
+        r#"{architectures}Dir::State "{home}/state";
 Dir::State::lists "lists/";
 Dir::State::status "{home}/state/status";
 Dir::Cache "{home}/cache";
@@ -171,6 +196,7 @@ APT::Get::Assume-Yes "true";
     ))
 }
 
+const DOWNLOAD: &str = "--download-only";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 #[cfg(test)]

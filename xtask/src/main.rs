@@ -12,7 +12,7 @@
 //!         runs the libraries' tests under sanitizers, Miri and valgrind
 //! api     compares the public API of each library with its api.txt, or writes it there with --bless
 //! dist    makes what is distributed: a static program, its manual, a Debian package, an archive with checksums; with
-//!         --try it installs, uses and removes the package in a folder of its own
+//!         --all for two architectures, with --try it installs, uses and removes the package in a folder of its own
 //! publish-check
 //!         packages the libraries and builds them from their packages
 //! ```
@@ -64,8 +64,10 @@ fn main() -> ExitCode {
         (Some("api"), []) => api::run_task(false),
         (Some("api"), [bless]) if bless == "--bless" => api::run_task(true),
         (Some("publish-check"), []) => step::step("packages", || publish::check(true)),
-        (Some("dist"), []) => dist::run_task(),
-        (Some("dist"), [flag]) if flag == "--try" => dist::try_out(),
+        (Some("dist"), flags) if flags.iter().all(|flag| flag == "--all" || flag == "--try") => {
+            let has = |name| flags.iter().any(|flag| flag == name);
+            dist::run_task(has("--all"), has("--try"))
+        }
         (Some("test"), rest) => {
             let (slow, rest) = match rest {
                 [all, rest @ ..] if all == "--all" => (true, rest),
@@ -131,8 +133,9 @@ const USAGE: &str = "usage: cargo xtask <task>
   check           format, lints, documentation, public API, dependency rules, licences, advisories, file lengths,
                   plain words in texts
   api [--bless]   compare the libraries' public API with crates/*/api.txt; --bless updates these files
-  dist [--try]    make what is distributed: a static program, manual pages, a Debian package, an archive; --try installs,
-                  uses and removes the package in an empty folder
+  dist [--all] [--try]
+                  make what is distributed: a static program, manual pages, a Debian package, an archive; --all also for
+                  the other one of x86-64 and aarch64; --try installs, uses and removes the package in an empty folder
   publish-check   package the libraries, and build each from its package
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests; --all also runs those marked slow; ARGS are passed to `cargo test`

@@ -133,7 +133,7 @@ fn fetch(release: &Release) -> Result<PathBuf, Failure> {
     step(&format!("fetch QEMU {}", release.series), || {
         let apt_home = base.join("apt");
         let suites: Vec<&str> = RELEASES.iter().map(|release| release.suite).collect();
-        let apt = Apt::new(&apt_home, &suites)?;
+        let apt = Apt::new(&apt_home, &suites, None)?;
         let names: Vec<&str> = release.emulators().map(|emulator| emulator.package).collect();
         let packages = apt.download(release.suite, &names)?;
         // Unpacked next to the folder that tests may be using, until it is complete.

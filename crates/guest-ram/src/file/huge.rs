@@ -93,7 +93,7 @@ impl HugeFile {
         let address = self.reserved.as_ptr().with_addr(self.base + behind);
         // SAFETY: the range lies within the mapping of the file, through which nothing is read or written, and the
         // advice does not change what the file holds.
-        let advised = unsafe { libc::madvise(address.cast(), length, libc::MADV_COLLAPSE) };
+        let advised = unsafe { libc::madvise(address.cast(), length, COLLAPSE) };
         if advised != 0 {
             let error = io::Error::last_os_error();
             if !self.refused.swap(true, Ordering::Relaxed) {
@@ -112,6 +112,8 @@ impl Drop for HugeFile {
 }
 
 const HUGE_LEN: usize = 2 << 20;
+/// From the kernel's headers, because `libc` has it only for the GNU C library.
+const COLLAPSE: libc::c_int = linux_raw_sys::general::MADV_COLLAPSE.cast_signed();
 
 #[cfg(test)]
 mod tests {
