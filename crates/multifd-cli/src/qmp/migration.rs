@@ -62,22 +62,34 @@ impl Migration {
         }
     }
 
-    /// Cancels a migration that has not ended, while its connections are still open, and waits until QEMU has cleaned up.
-    /// Returns the state after that.
+    /// Cancels a migration that has not ended, while its connections are still open, and gives QEMU a moment to end it. Returns the
+    /// state after that.
     ///
     /// If the connections are closed instead, the migration fails, and the next one can end QEMU with its guest (QEMU 10.0: 13
-    /// of 90 attempts, up to 1 s after the failure) or is refused, as is every later one (QEMU 7.2).
+    /// of 90 attempts, up to 1 s after the failure) or is refused, as is every later one (QEMU 7.2). But they must be closed
+    /// soon after: QEMU 7.2 waits without end for a channel that nobody reads.
+    ///
+    /// # Errors
+    /// If the connection ended.
+    pub(crate) fn cancel(qmp: &mut Qmp) -> Result<Self, QmpError> {
+        let now = Self::query(qmp)?;
+        if now.status != MigrationStatus::Active {
+            return Ok(now);
+        }
+        // It may have ended just now; then there is nothing to cancel.
+        match qmp.execute("migrate_cancel", json!({})) {
+            Ok(_) | Err(QmpError::Refused { .. }) => Self::wait(qmp, CANCELS),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// [Cancels](Self::cancel) a migration that has not ended, and waits until QEMU has cleaned up. Returns the state after that.
     ///
     /// # Errors
     /// If the connection ended, or QEMU has not cleaned up in time.
     pub(crate) fn settle(qmp: &mut Qmp) -> Result<Self, QmpError> {
-        let mut now = Self::query(qmp)?;
+        let mut now = Self::cancel(qmp)?;
         if now.status == MigrationStatus::Active {
-            // It may have ended just now; then there is nothing to cancel.
-            match qmp.execute("migrate_cancel", json!({})) {
-                Ok(_) | Err(QmpError::Refused { .. }) => {}
-                Err(error) => return Err(error),
-            }
             now = Self::wait(qmp, SETTLES)?;
         }
         let end = Instant::now() + SETTLES;
@@ -154,6 +166,8 @@ pub(crate) const RUNNING: &str = "running";
 /// How often QEMU is asked.
 const EVERY: Duration = Duration::from_millis(100);
 const OFTEN: Duration = Duration::from_millis(5);
+/// The time in which a migration that was cancelled ends by itself.
+const CANCELS: Duration = Duration::from_secs(1);
 /// The time limit for the end of a migration that was cancelled.
 const SETTLES: Duration = Duration::from_secs(30);
 /// The time that a QEMU gets which does not show that it has cleaned up.

@@ -115,7 +115,7 @@ impl Controlled {
 
 impl Wake for Controlled {
     fn wake(&self) {
-        if let Err(error) = Migration::settle(&mut self.lock()) {
+        if let Err(error) = Migration::cancel(&mut self.lock()) {
             tracing::debug!(%error, "QEMU's migration could not be cancelled");
         }
     }

@@ -10,8 +10,8 @@ use qemu_stream::mapped_ram::MappedRamFile;
 use serde_json::json;
 
 use crate::kit::{
-    Program, feed, file_uri, first_difference, folder, machine, memory, migrate, migrate_live, path, runs_on,
-    send, source, stored_memory,
+    Program, feed, file_uri, first_difference, folder, machine, machine_in, memory, migrate, migrate_live,
+    path, runs_on, send, source, stored_memory,
 };
 
 /// A stopped guest is captured with direct I/O. A capture through the page cache is the same: to the last byte when it
@@ -27,7 +27,7 @@ fn direct_and_cached_captures_are_equal(qemu: &Qemu) -> Result<(), Error> {
     let (receive, address) = Program::receive(&[], "tcp:127.0.0.1:0", &again);
     feed(&[], &direct, &address).done();
     receive.done();
-    assert!(fs::read(&direct).unwrap() == fs::read(again).unwrap(), "RAM, bitmaps and devices");
+    assert!(machine_in(&direct) == machine_in(&again), "RAM, bitmaps and devices");
 
     let mut middle = machine(qemu, &qemu.machine()).incoming().start()?;
     middle.set_multifd_channels(2)?;
@@ -39,7 +39,7 @@ fn direct_and_cached_captures_are_equal(qemu: &Qemu) -> Result<(), Error> {
 }
 
 fn before_devices(file: &Path) -> Vec<u8> {
-    let mut bytes = fs::read(file).unwrap();
+    let mut bytes = machine_in(file);
     let devices = MappedRamFile::open(File::open(file).unwrap(), 0).unwrap().devices().as_bytes().len();
     bytes.truncate(bytes.len() - devices);
     bytes

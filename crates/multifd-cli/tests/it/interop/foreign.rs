@@ -5,7 +5,9 @@ use std::{fs, path::Path, process::Command};
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
 use tempfile::TempDir;
 
-use crate::kit::{Ended, assert_left, folder, machine, migrate, path, run, runs_on, send, source};
+use crate::kit::{
+    Ended, assert_left, folder, machine, machine_in, migrate, path, run, runs_on, send, source,
+};
 
 /// Runs the command that the program has printed, with NEW replaced by `new`, as a user does.
 fn follow(told: &Ended, new: &Path) {
@@ -68,7 +70,7 @@ fn restored(qemu: &Qemu) -> Result<(), Error> {
     send(&["--multifd-channels", "0"], &new, &mut to, "tcp:127.0.0.1:0")?;
     runs_on(&from, &mut to)?;
 
-    let whole = fs::read(&new).expect("a file");
+    let whole = machine_in(&new);
     for (number, by) in [(0, None), (1, Some("gzip")), (2, Some("bzip2")), (3, Some("xz")), (5, Some("zstd"))]
     {
         let body = match by {
@@ -84,7 +86,7 @@ fn restored(qemu: &Qemu) -> Result<(), Error> {
             by.unwrap_or("not compressed"),
         ];
         follow(&told(&image, &words), &new);
-        assert!(fs::read(&new).expect("a file") == whole, "{by:?}: another guest");
+        assert!(machine_in(&new) == whole, "{by:?}: another guest");
         fs::remove_file(&new).expect("removed");
     }
     assert_left(&folder, &["image", "it's a stream", "new"]);
