@@ -1,9 +1,6 @@
 //! Files written and read with direct I/O, by us and by QEMU 10.0, in either order.
 
-use std::{
-    fs::{self, File},
-    path::Path,
-};
+use std::{fs::File, path::Path};
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm};
 use qemu_stream::mapped_ram::MappedRamFile;
