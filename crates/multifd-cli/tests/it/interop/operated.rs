@@ -3,12 +3,14 @@
 use std::{
     fs,
     io::{self, BufRead, BufReader},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
 
+use multifd::ram::BlockIndex;
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder};
 use qemu_stream::mapped_ram::MappedRamFile;
 use rustix::process::{Pid, Signal, kill_process};
@@ -110,6 +112,37 @@ fn file_says_whose_it_is_and_its_printed_commands_restore_it() {
         assert!(ended.1.contains("the guest runs"), "{script}\n{ended:?}");
         kill_process(restored, Signal::KILL).expect("QEMU is there");
         drop(from);
+        Ok(())
+    });
+}
+
+#[test]
+fn damaged_file_is_not_restored_unless_that_is_wanted() {
+    with_both(|qemu| {
+        let (folder, qmp, from) = guest(qemu)?;
+        let file = path(&folder, "machine");
+        capture(&["--quit"], &qmp, &file).done();
+        drop(from);
+        let machine_of = |file: &Path| MappedRamFile::open_damaged(fs::File::open(file).unwrap(), 0).unwrap();
+        let present = machine_of(&file).bitmap(BlockIndex(0)).unwrap();
+        // Beyond what the guest of these tests looks at when it continues.
+        let (page, _) = present.set_runs().last().expect("a page");
+        let at = machine_of(&file).place(BlockIndex(0)).unwrap().page_offset(page).unwrap();
+        let bytes = fs::File::options().read(true).write(true).open(&file).unwrap();
+        let mut byte = [0];
+        bytes.read_exact_at(&mut byte, at + 7).unwrap();
+        bytes.write_all_at(&[byte[0] ^ 4], at + 7).unwrap();
+        for (option, code) in [(&[][..], Some(1)), (&["--no-verify"], Some(0))] {
+            let to_qmp = path(&folder, "to");
+            let to = controlled(machine(qemu, &qemu.machine()), &to_qmp).incoming().start()?;
+            let ended = restore(option, &file, &to_qmp);
+            assert_eq!(ended.code, code, "{ended:?}");
+            let told =
+                ended.stderr.contains("differs from its digest") && ended.stderr.contains("--no-verify");
+            assert_eq!(told, option.is_empty(), "{ended:?}");
+            drop(to);
+            let _ = fs::remove_file(to_qmp);
+        }
         Ok(())
     });
 }
