@@ -25,6 +25,7 @@ mod file_address;
 mod file_name;
 mod identity;
 mod interrupt;
+mod leftovers;
 mod listen_address;
 mod new_file;
 mod output;

@@ -25,13 +25,16 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, fstatvfs, linkat, openat},
+    fs::{AtFlags, CWD, Mode, OFlags, fstatvfs, linkat, openat},
     io::Errno,
     process::geteuid,
 };
 use tempfile::{NamedTempFile, TempPath};
 
-use crate::output::{outcome::While, outlet::shown};
+use crate::{
+    leftovers::{self, RANDOM},
+    output::{outcome::While, outlet::shown},
+};
 
 /// A file without its final name.
 pub(super) enum Growing {
@@ -112,28 +115,14 @@ fn hidden(name: &OsStr, folder: &File) -> OsString {
     hidden
 }
 
-/// Removes files of earlier processes that were killed. What cannot be removed stays.
+/// Removes files of earlier processes that were killed.
 fn sweep(path: &Path, hidden: &OsStr) {
-    let Ok(entries) = fs::read_dir(path) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let rest = name.as_bytes().strip_prefix(hidden.as_bytes());
-        if rest.is_some_and(|rest| rest.len() == RANDOM) && is_abandoned(&entry.path()) {
-            match fs::remove_file(entry.path()) {
-                Ok(()) => tracing::warn!("removed {}, which a killed process has left", shown(entry.path())),
-                Err(error) => tracing::debug!(%error, "a file that a killed process has left stays"),
-            }
-        }
-    }
-}
-
-/// Whether a file is this user's, and its owner has ended.
-fn is_abandoned(path: &Path) -> bool {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let opened = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path);
-    let Ok(file) = opened else { return false };
-    let is_own = |found: fs::Metadata| found.is_file() && found.uid() == geteuid().as_raw();
-    file.metadata().is_ok_and(is_own) && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+    let is_own = |found: &fs::Metadata| found.is_file() && found.uid() == geteuid().as_raw();
+    leftovers::sweep(path, hidden, OFlags::NONBLOCK, is_own, |path| {
+        fs::remove_file(path)?;
+        tracing::warn!("removed {}, which a killed process has left", shown(path));
+        Ok(())
+    });
 }
 
 /// Creates a new, locked file in `path`. Its name is `hidden` and a random part.
@@ -146,9 +135,8 @@ fn named(path: &Path, hidden: &OsStr) -> Result<NamedTempFile, Cause> {
         .rand_bytes(RANDOM)
         .make_in(path, create)
         .map_err(|error| cannot_create(path, error))?;
-    // Before it has the name by which it would be swept. A file system without locks has none that could be swept.
-    let locked = flock(plain.as_file(), FlockOperation::NonBlockingLockExclusive);
-    let _ = locked.inspect_err(|error| tracing::debug!(%error, "the temporary file cannot be locked"));
+    // Before it has the name by which it would be swept.
+    leftovers::lock(plain.as_file());
     let random = plain.path().file_name().map(|name| name.as_bytes()[1..].to_owned()).unwrap_or_default();
     let mut whole = hidden.to_owned();
     whole.push(OsStr::from_bytes(&random));
@@ -176,8 +164,6 @@ type Cause = Box<dyn Error + Send + Sync>;
 
 /// What marks a temporary name, before its random part.
 const MARK: &str = ".multifd-";
-/// The number of random letters.
-const RANDOM: usize = 6;
 /// The greatest length of a name in bytes.
 const NAME_MAX: usize = 255;
 

@@ -5,23 +5,23 @@ use std::{
     fs::{self, File},
     io,
     net::SocketAddr,
-    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
+    os::unix::fs::{MetadataExt, chown},
     path::Path,
     time::Duration,
 };
 
 use multifd::channel::Address;
-use rustix::{
-    fs::{FlockOperation, OFlags, flock},
-    process::geteuid,
-};
+use rustix::{fs::OFlags, process::geteuid};
 use tempfile::{Builder, TempDir};
 
 use super::{
     address::Host,
     connection::{Qmp, QmpError},
 };
-use crate::output::outcome::While;
+use crate::{
+    leftovers::{self, RANDOM},
+    output::outcome::While,
+};
 
 /// An address for one migration. Its folder is removed with it.
 #[derive(Debug)]
@@ -109,40 +109,25 @@ impl PrivateFolder {
     /// Creates a folder in `parent`, and removes those that killed processes have left there.
     fn in_folder(parent: &Path) -> io::Result<Self> {
         sweep(parent);
-        let path = Builder::new().prefix(PREFIX).tempdir_in(parent)?;
+        let path = Builder::new().prefix(PREFIX).rand_bytes(RANDOM).tempdir_in(parent)?;
         let lock = File::open(path.path())?;
-        let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
-        let _ = locked.inspect_err(|error| tracing::debug!(%error, "the folder cannot be locked"));
+        leftovers::lock(&lock);
         Ok(Self { path, _lock: lock })
     }
 }
 
-/// Removes folders of earlier processes that were killed. What cannot be removed stays.
+/// Removes folders of earlier processes that were killed.
 fn sweep(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else { return };
-    for entry in entries.flatten() {
-        let rest = entry.file_name().into_encoded_bytes();
-        if rest.strip_prefix(PREFIX.as_bytes()).is_some_and(|rest| rest.len() == RANDOM)
-            && is_abandoned(&entry.path())
-        {
-            let _ = fs::remove_file(entry.path().join(NAME));
-            let removed = fs::remove_dir(entry.path());
-            let _ =
-                removed.inspect_err(|error| tracing::debug!(%error, "the folder of a killed process stays"));
-        }
-    }
-}
-
-/// Whether a folder is this user's, is not new, and its owner has ended.
-fn is_abandoned(path: &Path) -> bool {
-    let flags = (OFlags::NOFOLLOW | OFlags::DIRECTORY).bits().cast_signed();
-    let Ok(folder) = File::options().read(true).custom_flags(flags).open(path) else { return false };
-    let Ok(found) = folder.metadata() else { return false };
     let own = geteuid();
-    let is_own = own.is_root() || found.uid() == own.as_raw();
-    // A new one is not locked yet.
-    let is_old = found.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age >= NEW));
-    is_own && is_old && flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok()
+    let is_own_and_old = |found: &fs::Metadata| {
+        // A new one is not locked yet.
+        let is_old = found.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age >= NEW));
+        is_old && (own.is_root() || found.uid() == own.as_raw())
+    };
+    leftovers::sweep(parent, PREFIX.as_ref(), OFlags::DIRECTORY, is_own_and_old, |path| {
+        let _ = fs::remove_file(path.join(NAME));
+        fs::remove_dir(path)
+    });
 }
 
 /// The address at which a QEMU listens, from its `query-migrate`.
@@ -167,8 +152,6 @@ const PREFIX: &str = ".multifd-";
 const NAME: &str = "migration";
 /// Slash, folder with six random characters, slash, name.
 const LONGEST_NAME: usize = 1 + PREFIX.len() + RANDOM + 1 + NAME.len();
-/// The number of random letters of a temporary folder.
-const RANDOM: usize = 6;
 /// The age below which a folder is left alone.
 const NEW: Duration = Duration::from_secs(60);
 /// A socket's path has at most 107 bytes.
@@ -195,7 +178,7 @@ mod tests {
         let (new, _) = make(".multifd-bcdefg", Duration::ZERO);
         let (other, _) = make(".multifd-longer-name", 2 * NEW);
         let (alive, lock) = make(".multifd-cdefgh", 2 * NEW);
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).expect("locked");
+        leftovers::lock(&lock);
         let folder = PrivateFolder::in_folder(parent.path()).expect("created");
         assert!(!dead.exists());
         assert!([&new, &other, &alive, folder.path.path()].iter().all(|path| path.exists()));

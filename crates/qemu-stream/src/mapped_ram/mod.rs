@@ -44,6 +44,7 @@
 
 #![warn(clippy::indexing_slicing)]
 
+mod access;
 mod appendix;
 mod capture;
 mod file;
@@ -52,7 +53,6 @@ mod layout;
 mod note;
 mod restore;
 mod verify;
-mod writing;
 
 use multifd::ram::{PageIndex, PageSize};
 

@@ -40,28 +40,26 @@ fn second_process_that_would_write_the_same_file_fails_at_once() {
     assert_left(&folder, &["link"]);
 }
 
-#[test]
-fn killed_receive_leaves_nothing() {
+/// Sends these signals to `receive` in the middle of a migration. A process that ends by the first one gets the others in vain.
+#[track_caller]
+fn assert_leaves_nothing(signals: &[Signal]) {
     let folder = folder();
     let (receive, source, _) = in_the_middle(&folder, &[]);
     receive.next_line();
-    receive.signal(Signal::KILL);
+    signals.iter().for_each(|signal| receive.signal(*signal));
     receive.end_within(SOON);
     source.end_within(SOON);
     assert_left(&folder, &["captured"]);
 }
 
 #[test]
+fn killed_receive_leaves_nothing() {
+    assert_leaves_nothing(&[Signal::KILL]);
+}
+
+#[test]
 fn second_interrupt_leaves_nothing() {
-    let folder = folder();
-    let (receive, source, _) = in_the_middle(&folder, &[]);
-    receive.next_line();
-    // A process that ends by the first is gone; both are right.
-    receive.signal(Signal::INT);
-    receive.signal(Signal::INT);
-    receive.end_within(SOON);
-    source.end_within(SOON);
-    assert_left(&folder, &["captured"]);
+    assert_leaves_nothing(&[Signal::INT, Signal::INT]);
 }
 
 /// A file that replaces another has a temporary name, which the next process removes.

@@ -125,7 +125,7 @@ fn service_manager_is_told_what_happens() {
     let receive = Program::start(&mut command);
     let mut told = Vec::new();
     wait_told(&manager, &mut told, "READY=1");
-    // It is told after it listens.
+    // The message comes after it listens.
     let address = addresses(&receive, 2).remove(0);
     wait_told(&manager, &mut told, "STATUS=0 of 2 jobs receive a machine; 0 received, 0 failed");
     feed(&[], &file, &address).done();

@@ -1,14 +1,13 @@
 //! Headers, records and their numbers.
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::{FileExt, MetadataExt},
-};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use multifd::ram::Digest;
 
-use crate::error::{Error, Malformed, Place, StreamKind};
+use crate::{
+    error::{Error, Malformed, Place, StreamKind},
+    mapped_ram::access::{data_in, io_error},
+};
 
 pub(super) const MAGIC: [u8; 8] = *b"mfd-tail";
 pub(super) const END_MAGIC: [u8; 8] = *b"mfd-tend";
@@ -20,8 +19,6 @@ pub(super) const ABOUT: u32 = 1;
 pub(super) const GROUPS: u32 = 2;
 pub(super) const PAGES: u32 = 3;
 pub(super) const OF_HEADER: &str = "header of the appendix";
-/// The unit in which the system counts the size of a file on the disk.
-const SECTOR: u64 = 512;
 /// The greatest length of the text about a capture, in bytes.
 pub(super) const MOST_ABOUT: usize = 1 << 20;
 
@@ -37,9 +34,8 @@ impl Body<'_> {
     /// Its bytes, of which there are at most `most`.
     pub(super) fn bytes(&self, most: usize, what: &'static str) -> Result<Vec<u8>, Error> {
         let at = place(self.start);
-        // A hole costs the writer of a file nothing. A file system that counts no data at all does not count.
-        let data = self.file.metadata().map_err(|error| unread(error, self.start))?.blocks();
-        let data = if data == 0 { u64::MAX } else { data.saturating_mul(SECTOR) };
+        // A hole costs the writer of a file nothing.
+        let data = data_in(self.file).map_err(|error| unread(error, self.start))?;
         let most = usize::try_from(data).map_or(most, |data| most.min(data));
         let length = usize::try_from(self.length).ok().filter(|length| *length <= most);
         let Some(length) = length else {
@@ -80,7 +76,7 @@ pub(super) fn array<const N: usize>(file: &File, at: u64) -> Result<[u8; N], Err
 }
 
 pub(super) fn unread(source: io::Error, at: u64) -> Error {
-    Error::Io { at: place(at), doing: "read the appendix", source }
+    io_error(source, at, "read the appendix")
 }
 
 pub(super) fn place(offset: u64) -> Place {

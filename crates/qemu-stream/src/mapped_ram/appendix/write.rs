@@ -6,14 +6,15 @@ use multifd::ram::{Digest, Memory, PageDigests, PageIndex, RamBlock, RamBlocks, 
 
 use super::{
     digests::{ALGORITHM, GROUP, GROUP_PAGES, frame, groups_of},
-    record::{
-        ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION, place, unread,
-    },
+    record::{ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION, unread},
 };
 use crate::{
     error::{Error, Usage},
     format::Put,
-    mapped_ram::{BlockPlace, writing::write_at},
+    mapped_ram::{
+        BlockPlace,
+        access::{io_error, write_at},
+    },
 };
 
 /// Blocks, and the digests of the pages of each.
@@ -95,11 +96,8 @@ pub(in crate::mapped_ram) fn write(
     header.put(&Digest::of(&header).to_bytes());
     write_at(file, &header, stream.end, DOING)?;
     let end = stream.end + bytes;
-    with_file_size_errors(|| file.set_len(end)).map_err(|source| Error::Io {
-        at: place(end),
-        doing: "truncate the file",
-        source,
-    })?;
+    with_file_size_errors(|| file.set_len(end))
+        .map_err(|source| io_error(source, end, "truncate the file"))?;
     Ok(end)
 }
 

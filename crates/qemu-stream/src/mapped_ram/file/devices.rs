@@ -9,15 +9,12 @@
 //! Without a description only the note shows the end. A file of QEMU has no note: its devices must be the last bytes, or
 //! the last before zeros.
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::{FileExt, MetadataExt},
-};
+use std::{fs::File, os::unix::fs::FileExt};
 
 use crate::{
     error::{Error, Malformed, Place, StreamKind},
     format::{DevicePart, EarlyPart, EndFinder, limits},
+    mapped_ram::access::{data_in, io_error},
 };
 
 /// The end of a file, from the devices on.
@@ -113,12 +110,10 @@ impl Devices<'_> {
     }
 
     /// The greatest number of bytes that are read. Zeros that a hole has cost the writer of the file nothing, so there may be
-    /// only some of them. A file system that counts no data at all does not count.
+    /// only some of them.
     fn most(&self) -> Result<u64, Error> {
-        let metadata = self.file.metadata();
         let data =
-            metadata.map_err(|source| io_error(source, self.at, "find its size on the disk"))?.blocks();
-        let data = if data == 0 { u64::MAX } else { data.saturating_mul(SECTOR) };
+            data_in(self.file).map_err(|source| io_error(source, self.at, "find its size on the disk"))?;
         Ok(data.saturating_add(HOLES).min(limits::DEVICE_PART as u64))
     }
 
@@ -142,13 +137,7 @@ impl Devices<'_> {
     }
 }
 
-fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
-    Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
-}
-
 /// Bytes that are read between two searches for the end.
 const PIECE: u64 = 256 << 10;
 /// Bytes of holes among the devices.
 const HOLES: u64 = 16 << 20;
-/// The unit in which the system counts a file's data.
-const SECTOR: u64 = 512;

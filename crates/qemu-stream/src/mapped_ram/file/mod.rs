@@ -23,6 +23,7 @@ use devices::Devices;
 
 use super::{
     BITMAP_PIECE, BlockPlace, WORD,
+    access::io_error,
     appendix::{Appendix, FileDigests, marked_end},
     header::BlockHeader,
     note::Note,
@@ -451,10 +452,6 @@ fn misplaced(section: &Section, place: &'static str, at: Place) -> Error {
 
 fn word(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
-}
-
-fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
-    Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
 }
 
 /// Reads from a position of a file, without moving the file's own position.

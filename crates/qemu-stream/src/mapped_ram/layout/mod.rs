@@ -15,11 +15,11 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{
     BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD,
+    access::{io_error, write_at},
     appendix::{self, Digested},
     header,
     header::BlockHeader,
     note::Note,
-    writing::{io_error, write_at},
 };
 use crate::{
     error::{Error, Usage},

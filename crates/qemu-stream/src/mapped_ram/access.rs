@@ -1,6 +1,10 @@
-//! Writes pieces of a file at their places.
+//! A file by positions: writes of pieces, how much of it is data, and the errors of the system.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::{FileExt, MetadataExt},
+};
 
 use multifd::ram::with_file_size_errors;
 
@@ -15,3 +19,13 @@ pub(super) fn write_at(file: &File, bytes: &[u8], at: u64, doing: &'static str) 
 pub(super) fn io_error(source: io::Error, offset: u64, doing: &'static str) -> Error {
     Error::Io { at: Place { stream: StreamKind::File, offset }, doing, source }
 }
+
+/// The number of bytes of the file that are data and no holes. A file system that counts no data at all does not count: then
+/// there is no limit.
+pub(super) fn data_in(file: &File) -> io::Result<u64> {
+    let data = file.metadata()?.blocks();
+    Ok(if data == 0 { u64::MAX } else { data.saturating_mul(SECTOR) })
+}
+
+/// The unit in which the system counts a file's data.
+const SECTOR: u64 = 512;
