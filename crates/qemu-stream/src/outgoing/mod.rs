@@ -40,7 +40,7 @@ use crate::{
     format::{BlockList, Command, DevicePart, Event, READY_PING, REASON_PING, SyncMark, SyncMode},
 };
 use encoder::Encoder;
-use return_path::{EndLimits, Replies, failure_in};
+use return_path::{EndLimits, Replies};
 use writer::{Writer, failed};
 
 /// An outgoing pre-copy migration.
@@ -320,8 +320,9 @@ impl<C: Connection> Outgoing<C> {
         if !self.options.return_path {
             return None;
         }
-        let judge = |bytes: &[u8], closed: bool| failure_in(bytes, closed).map(failed);
-        self.writer.connection_ref().watch_peer(stop, Duration::ZERO, Box::new(judge))
+        let judge = self.replies.judge();
+        let judge = Box::new(move |bytes: &[u8], closed: bool| judge(bytes, closed).map(failed));
+        self.writer.connection_ref().watch_peer(stop, Duration::ZERO, judge)
     }
 
     /// The connection.

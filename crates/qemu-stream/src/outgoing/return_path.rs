@@ -6,6 +6,7 @@
 
 use std::{
     io::{self, Cursor, Read},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -35,6 +36,8 @@ pub(super) struct Replies {
     reached: Reached,
     /// Why it will report a failure.
     reason: Option<UntrustedText>,
+    /// What was read after a failed write. It is missing in the connection then, where the [judge](Replies::judge) looks.
+    last_read: Arc<Mutex<Vec<u8>>>,
 }
 
 /// The time limits for the end of a migration.
@@ -170,6 +173,9 @@ impl Replies {
     /// the message has either arrived or never will.
     pub(super) fn last_word<C: Connection>(&mut self, connection: &mut C) -> Option<Error> {
         let end = deadline(MOMENT);
+        let last_read = Arc::clone(&self.last_read);
+        // Held until nothing more is read, so that the judge finds all of it.
+        let mut last_read = last_read.lock().unwrap_or_else(PoisonError::into_inner);
         let word = loop {
             match self.next() {
                 Ok(None) => {}
@@ -183,13 +189,23 @@ impl Replies {
             }
             match self.read_more(connection) {
                 Ok(0) => break Some(self.no_shut()),
-                Ok(_) => {}
+                Ok(read) => last_read.extend(self.bytes.iter().skip(self.bytes.len() - read)),
                 Err(error) if is_late(&error) => {}
                 Err(_) => break None,
             }
         };
         let _ = connection.set_read_timeout(None);
         word
+    }
+
+    /// Judges the first bytes of the return path, which were not read yet, and whether the destination has closed it. Bytes
+    /// that [`last_word`](Self::last_word) has read meanwhile count first.
+    pub(super) fn judge(&self) -> impl Fn(&[u8], bool) -> Option<Error> + Send + 'static {
+        let last_read = Arc::clone(&self.last_read);
+        move |bytes, closed| {
+            let read = last_read.lock().unwrap_or_else(PoisonError::into_inner);
+            failure_in(if read.is_empty() { bytes } else { &read }, closed)
+        }
     }
 
     /// Checks, without waiting, that the destination has not reported a result.
@@ -312,7 +328,7 @@ impl Replies {
 
 /// The failure that the destination has reported in these bytes, the first of the return path, if any. If it has `closed` the
 /// connection, that is a failure too.
-pub(super) fn failure_in(bytes: &[u8], closed: bool) -> Option<Error> {
+fn failure_in(bytes: &[u8], closed: bool) -> Option<Error> {
     let mut replies = Replies { bytes: bytes.to_vec(), ..Replies::default() };
     loop {
         match replies.next() {
@@ -343,3 +359,32 @@ const MOMENT: Duration = Duration::from_millis(200);
 const GLANCE: Duration = Duration::from_millis(1);
 /// The number of checks within a time limit.
 const CHECKS: u32 = 8;
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::net::UnixStream};
+
+    use super::*;
+
+    /// Regression: under load, a refusal was reported as a closed connection: the sender had read it after a failed write, and
+    /// the watch found an empty connection that was closed.
+    #[test]
+    fn what_the_sender_has_read_is_not_missing_where_the_connection_is_watched() {
+        let (mut connection, mut destination) = UnixStream::pair().expect("a pair");
+        let mut replies = Replies::default();
+        let judge = replies.judge();
+        assert!(matches!(judge(&[], true), Some(Error::NoShut { .. })));
+        let mut bytes = Vec::new();
+        Message::Reason("as told".to_owned().into()).encode(&mut bytes);
+        Message::Shut(1).encode(&mut bytes);
+        destination.write_all(&bytes).expect("written");
+        drop(destination);
+        let told = |error| match error {
+            Some(Error::DestinationFailed { code: 1, reason, .. }) => reason.map(|reason| reason.to_string()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(told(judge(&bytes, true)), Some("as told".to_owned()));
+        assert_eq!(told(replies.last_word(&mut connection)), Some("as told".to_owned()));
+        assert_eq!(told(judge(&[], true)), Some("as told".to_owned()));
+    }
+}
