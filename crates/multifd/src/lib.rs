@@ -74,6 +74,7 @@ pub mod live;
 pub mod model;
 mod options;
 mod outcome;
+pub mod postcopy;
 mod recv;
 mod send;
 mod sendable;

@@ -188,6 +188,22 @@ impl PageBitmap {
         })
     }
 
+    /// The first page from `from` on whose bit is set.
+    pub fn next_set(&self, from: PageIndex) -> Option<PageIndex> {
+        let start = word_of(from.0);
+        let page = |word: usize, bits: u64| PageIndex(word as u64 * WORD + u64::from(bits.trailing_zeros()));
+        let first = self.tree.word_at(start) & (u64::MAX << (from.0 % WORD));
+        if first != 0 {
+            return Some(page(start, first));
+        }
+        let pieces = self.pieces_from(start).filter(|piece| !piece.is_clear);
+        let words = pieces.flat_map(|piece| piece.words.start.max(start + 1)..piece.words.end);
+        words
+            .map(|word| (word, self.tree.word_at(word)))
+            .find(|(_, bits)| *bits != 0)
+            .map(|(word, bits)| page(word, bits))
+    }
+
     /// Takes the bits of all words that have any, in order: each word's number and its bits. Bits that are set meanwhile
     /// in a word that was passed stay. Bits of words that the iterator has not returned when it is dropped stay, too.
     pub fn take_words(&self) -> TakenWords<'_> {
@@ -222,8 +238,13 @@ impl PageBitmap {
     }
 
     fn all_pieces(&self) -> impl Iterator<Item = Piece> + '_ {
+        self.pieces_from(0)
+    }
+
+    /// The pieces from the part with this word on.
+    fn pieces_from(&self, word: usize) -> impl Iterator<Item = Piece> + '_ {
         let end = self.tree.words();
-        self.tree.groups.iter().enumerate().flat_map(move |(at, part)| {
+        self.tree.groups.iter().enumerate().skip(word / GROUP_WORDS).flat_map(move |(at, part)| {
             let start = at * GROUP_WORDS;
             part::pieces(part, start..(start + GROUP_WORDS).min(end))
         })

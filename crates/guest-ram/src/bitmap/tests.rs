@@ -254,3 +254,20 @@ fn no_write_is_lost_between_a_thread_that_sets_bits_and_one_that_takes_them() {
 }
 
 const ROUNDS: u64 = if cfg!(miri) { 64 } else { 100_000 };
+
+#[test]
+fn next_set_page_is_the_first_from_there_on() {
+    let pages = (2 << 17) + 70;
+    let set = [0, 1, 63, 64, 200, 2048, 1 << 17, (1 << 17) + 3, pages - 1];
+    let bitmap = PageBitmap::new(pages);
+    set.iter().for_each(|page| _ = bitmap.set(PageIndex(*page)));
+    for from in set.iter().flat_map(|page| page.saturating_sub(2)..page + 3).chain([u64::MAX - 64, u64::MAX])
+    {
+        let expected = set.iter().copied().find(|page| *page >= from).map(PageIndex);
+        assert_eq!(bitmap.next_set(PageIndex(from)), expected, "{from}");
+    }
+    let full = PageBitmap::full(pages);
+    assert_eq!(full.next_set(PageIndex(77)), Some(PageIndex(77)));
+    assert_eq!(full.next_set(PageIndex(pages)), None);
+    assert_eq!(PageBitmap::new(pages).next_set(PageIndex(0)), None);
+}

@@ -76,3 +76,9 @@ models! { loopback:
     a_cancel_at_the_source_ends_both_sides 1_000,
     a_cancel_at_the_destination_ends_both_sides 1_000,
 }
+
+models! { postcopy:
+    each_page_is_sent_once_and_a_drained_schedule_has_sent_all 20_000,
+    requests_on_the_connection_of_the_walk_are_sent_once 20_000,
+    closing_ends_every_wait 20_000,
+}

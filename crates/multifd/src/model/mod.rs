@@ -7,6 +7,7 @@ pub mod loopback;
 pub use crate::{
     channel::model as stop,
     live::model as switchover,
+    postcopy::model as postcopy,
     recv::model as recv,
     send::model as dispatch,
     sync_types::model::{exhaust, explore},

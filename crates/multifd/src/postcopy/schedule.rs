@@ -1,0 +1,479 @@
+//! Which page is sent next, and by which thread.
+//!
+//! A page is claimed when it is requested or when the walk reaches it, under one lock, so it is sent once. The walk continues
+//! where the guest was last found to need a page, and around to the beginning.
+
+use std::{collections::VecDeque, fmt, sync::PoisonError};
+
+use crate::{
+    channel::Wake,
+    ram::{BlockIndex, PageBitmap, PageIndex},
+    sync_types::{Condvar, Instant, Mutex, MutexGuard},
+};
+
+/// The size of a block, in pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// The number of pages.
+    pub pages: u64,
+    /// The number of pages in a host page of the destination, which places whole host pages. At least 1.
+    pub host_page: u64,
+}
+
+/// Adjacent pages of one block: whole host pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// The block.
+    pub block: BlockIndex,
+    /// The first page.
+    pub first: PageIndex,
+    /// The number of pages.
+    pub count: u64,
+}
+
+/// What a thread sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// Only what was requested.
+    Requests,
+    /// Only the walk.
+    Walk,
+    /// Requests first, otherwise the walk.
+    Both,
+}
+
+/// Pages to send now. The thread calls [`Schedule::sent`] afterwards.
+#[derive(Clone, Copy, Debug)]
+pub struct Job {
+    /// The pages.
+    pub run: PageRun,
+    /// When they were requested; `None` if nobody waits for them.
+    pub requested: Option<Instant>,
+}
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RefusedRequest {
+    /// There is no such block.
+    #[error("there is no block number {0}")]
+    NoSuchBlock(usize),
+    /// It is not within the block.
+    #[error("pages {first:#x} to {:#x} are not in the block, which has {pages:#x}", first.saturating_add(*count))]
+    Outside {
+        /// The first page.
+        first: u64,
+        /// The number of pages.
+        count: u64,
+        /// The number of pages of the block.
+        pages: u64,
+    },
+    /// It is empty, or begins or ends within a host page.
+    #[error("{count:#x} pages from page {first:#x} on are not whole host pages of {host_page:#x} pages")]
+    NotWhole {
+        /// The first page.
+        first: u64,
+        /// The number of pages.
+        count: u64,
+        /// The number of pages in a host page.
+        host_page: u64,
+    },
+}
+
+/// The order in which pages are sent after the switch to post-copy, for one set of connections.
+pub struct Schedule {
+    blocks: Vec<Block>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct Block {
+    shape: Shape,
+    /// Pages that were not claimed yet. Changed under the lock.
+    unsent: PageBitmap,
+    /// Those of them that the walk sends. Changed under the lock.
+    walk: PageBitmap,
+    /// Pages that the destination has requested, whether they were sent already or not.
+    asked: PageBitmap,
+}
+
+#[derive(Default)]
+struct State {
+    requests: VecDeque<Request>,
+    /// Where the walk continues.
+    cursor: Cursor,
+    /// Threads that send what they have claimed.
+    busy: usize,
+    closed: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Request {
+    run: PageRun,
+    since: Instant,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Cursor {
+    block: usize,
+    page: u64,
+}
+
+impl fmt::Debug for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Schedule").field("blocks", &self.blocks.len()).finish_non_exhaustive()
+    }
+}
+
+impl Schedule {
+    /// Creates the schedule of blocks with these shapes. `there` are the pages that the destination has already, `walk` those
+    /// that are sent although nobody requests them; pages in `there` are not sent again, unless another page of their host
+    /// page is missing. All three have an element for each block.
+    ///
+    /// # Panics
+    /// If the lists have different lengths, or a bitmap is not that of its block.
+    pub fn new(shapes: &[Shape], walk: &[PageBitmap], there: &[PageBitmap]) -> Self {
+        assert!(shapes.len() == walk.len() && shapes.len() == there.len(), "an element for each block");
+        let blocks = shapes.iter().zip(walk).zip(there).map(|((shape, walk), there)| {
+            let shape = Shape { host_page: shape.host_page.max(1), ..*shape };
+            assert!(shape.pages == walk.pages() && shape.pages == there.pages(), "a bit for each page");
+            let block = Block {
+                shape,
+                unsent: PageBitmap::full(shape.pages),
+                walk: PageBitmap::new(shape.pages),
+                asked: PageBitmap::new(shape.pages),
+            };
+            if shape.host_page == 1 {
+                there.set_runs().for_each(|(first, count)| block.unsent.clear_run(first, count));
+            } else {
+                for (first, count) in there.set_runs() {
+                    let from = first.0.next_multiple_of(shape.host_page);
+                    // The last host page of a block may be incomplete.
+                    let end = match first.0 + count {
+                        end if end == shape.pages => end,
+                        end => end - end % shape.host_page,
+                    };
+                    if from < end {
+                        block.unsent.clear_run(PageIndex(from), end - from);
+                    }
+                }
+            }
+            walk.set_runs().for_each(|(first, count)| {
+                let (first, count) = shape.whole(first.0, count);
+                block.walk.set_run(PageIndex(first), count);
+            });
+            block.unsent.clear_runs().for_each(|(first, count)| block.walk.clear_run(first, count));
+            block
+        });
+        Self { blocks: blocks.collect(), state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Accepts a request of the destination. Waits while very many are pending. Returns whether any of its pages will be sent
+    /// because of it: pages that were sent or requested before are under way.
+    ///
+    /// # Errors
+    /// If no page of these blocks can be meant.
+    pub fn request(&self, run: PageRun) -> Result<bool, RefusedRequest> {
+        let PageRun { block: index, first, count } = run;
+        let block = self.blocks.get(index.0).ok_or(RefusedRequest::NoSuchBlock(index.0))?;
+        let Shape { pages, host_page } = block.shape;
+        let end = first.0.checked_add(count).filter(|end| *end <= pages);
+        let end = end.ok_or(RefusedRequest::Outside { first: first.0, count, pages })?;
+        if count == 0 || first.0 % host_page != 0 || (end % host_page != 0 && end != pages) {
+            return Err(RefusedRequest::NotWhole { first: first.0, count, host_page });
+        }
+        let mut state = self.lock();
+        while state.requests.len() >= PENDING && !state.closed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        block.asked.set_run(first, count);
+        let since = Instant::now();
+        let mut claimed = false;
+        let mut page = first.0;
+        while page < end {
+            let host_end = (page + host_page).min(end);
+            if block.claim(page, host_end - page) {
+                claimed = true;
+                let joined = match state.requests.back_mut() {
+                    Some(last) if last.since == since && last.run.first.0 + last.run.count == page => {
+                        last.run.count += host_end - page;
+                        true
+                    }
+                    _ => false,
+                };
+                if !joined {
+                    let run = PageRun { block: index, first: PageIndex(page), count: host_end - page };
+                    state.requests.push_back(Request { run, since });
+                }
+            }
+            page = host_end;
+        }
+        if claimed {
+            state.cursor = Cursor { block: index.0, page: end };
+            self.changed.notify_all();
+        }
+        Ok(claimed)
+    }
+
+    /// Waits for what a thread of this `lane` sends next: at most `most` pages, or one host page. `None` if it has nothing more
+    /// to do: for [`Lane::Requests`] after [`close`](Self::close), for the others when everything was claimed.
+    pub fn next(&self, lane: Lane, most: u64) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return None;
+            }
+            if lane != Lane::Walk
+                && let Some(job) = self.requested(&mut state, most)
+            {
+                state.busy += 1;
+                return Some(job);
+            }
+            if lane != Lane::Requests {
+                match self.walked(&mut state, most) {
+                    Some(run) => {
+                        state.busy += 1;
+                        return Some(Job { run, requested: None });
+                    }
+                    None => return None,
+                }
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A thread has sent its job.
+    pub fn sent(&self, _: Job) {
+        let mut state = self.lock();
+        state.busy -= 1;
+        if state.busy == 0 && state.requests.is_empty() {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until all that was claimed so far has been sent. Returns `false` if the schedule was [closed](Self::close) before.
+    pub fn drained(&self) -> bool {
+        let mut state = self.lock();
+        while !state.closed && (state.busy > 0 || !state.requests.is_empty()) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        !state.closed
+    }
+
+    /// Ends all waits, and those to come.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The number of pages that the walk has not reached yet.
+    pub fn walk_left(&self) -> u64 {
+        self.blocks.iter().map(|block| block.walk.count()).sum()
+    }
+
+    /// The pages of a block that the destination has requested.
+    pub fn asked(&self, block: BlockIndex) -> Option<&PageBitmap> {
+        self.blocks.get(block.0).map(|block| &block.asked)
+    }
+
+    fn requested(&self, state: &mut State, most: u64) -> Option<Job> {
+        let first = state.requests.front_mut()?;
+        let Request { mut run, since } = *first;
+        let host_page = self.blocks.get(run.block.0)?.shape.host_page;
+        let piece = run.count.min(pieces(most, host_page));
+        first.run.first.0 += piece;
+        first.run.count -= piece;
+        if first.run.count == 0 {
+            state.requests.pop_front();
+            if state.requests.len() + 1 == PENDING {
+                self.changed.notify_all();
+            }
+        }
+        run.count = piece;
+        Some(Job { run, requested: Some(since) })
+    }
+
+    /// The next pages of the walk, which are claimed.
+    fn walked(&self, state: &mut State, most: u64) -> Option<PageRun> {
+        let blocks = self.blocks.len();
+        // The block of the cursor comes a second time, with the pages before the cursor.
+        for turn in 0..=blocks {
+            let index = state.cursor.block % blocks.max(1);
+            let block = self.blocks.get(index)?;
+            if let Some(first) = block.walk.next_set(PageIndex(state.cursor.page)) {
+                let Shape { pages, host_page } = block.shape;
+                let first = first.0 - first.0 % host_page;
+                let limit = first.saturating_add(pieces(most, host_page)).min(pages);
+                let mut end = first;
+                while end < limit && block.walk.contains(PageIndex(end)) {
+                    let host_end = (end + host_page).min(pages);
+                    block.claim(end, host_end - end);
+                    end = host_end;
+                }
+                state.cursor = Cursor { block: index, page: end };
+                return Some(PageRun {
+                    block: BlockIndex(index),
+                    first: PageIndex(first),
+                    count: end - first,
+                });
+            }
+            if turn < blocks {
+                state.cursor = Cursor { block: (index + 1) % blocks, page: 0 };
+            }
+        }
+        None
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Schedule {
+    fn wake(&self) {
+        self.close();
+    }
+}
+
+impl Block {
+    /// Claims a host page; `false` if it was claimed before.
+    fn claim(&self, first: u64, count: u64) -> bool {
+        if !self.unsent.contains(PageIndex(first)) {
+            return false;
+        }
+        self.unsent.clear_run(PageIndex(first), count);
+        self.walk.clear_run(PageIndex(first), count);
+        true
+    }
+}
+
+impl Shape {
+    /// The whole host pages that contain these pages.
+    fn whole(self, first: u64, count: u64) -> (u64, u64) {
+        let from = first - first % self.host_page;
+        let end = (first + count).next_multiple_of(self.host_page).min(self.pages);
+        (from, end - from)
+    }
+}
+
+/// The number of pages of one job: at most `most`, and whole host pages.
+fn pieces(most: u64, host_page: u64) -> u64 {
+    (most - most % host_page).max(host_page)
+}
+
+/// A guest waits with each of its threads for one page, so there are far fewer requests of a real destination.
+const PENDING: usize = 1 << 16;
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, thread, time::Duration};
+
+    use super::*;
+
+    fn schedule(shapes: &[(u64, u64)], walk: &[&[u64]], there: &[&[u64]]) -> Schedule {
+        let shapes: Vec<_> =
+            shapes.iter().map(|(pages, host_page)| Shape { pages: *pages, host_page: *host_page }).collect();
+        let bits = |lists: &[&[u64]]| -> Vec<_> {
+            let of = |(shape, list): (&Shape, &&[u64])| {
+                let bitmap = PageBitmap::new(shape.pages);
+                list.iter().for_each(|page| drop(bitmap.set(PageIndex(*page))));
+                bitmap
+            };
+            shapes.iter().zip(lists).map(of).collect()
+        };
+        Schedule::new(&shapes, &bits(walk), &bits(there))
+    }
+
+    fn run(block: usize, first: u64, count: u64) -> PageRun {
+        PageRun { block: BlockIndex(block), first: PageIndex(first), count }
+    }
+
+    fn all(schedule: &Schedule, lane: Lane, most: u64) -> Vec<(usize, u64, u64)> {
+        let next = || {
+            let job = schedule.next(lane, most)?;
+            schedule.sent(job);
+            Some((job.run.block.0, job.run.first.0, job.run.count))
+        };
+        std::iter::from_fn(next).collect()
+    }
+
+    #[test]
+    fn the_walk_sends_each_wanted_page_once_and_wraps_around() {
+        let schedule = schedule(&[(10, 1), (4, 1)], &[&[0, 1, 2, 5, 9], &[1]], &[&[1], &[]]);
+        assert_eq!(schedule.walk_left(), 5);
+        assert_eq!(schedule.request(run(0, 4, 1)), Ok(true));
+        let requested = schedule.next(Lane::Both, 2).expect("requested");
+        assert_eq!((requested.run, requested.requested.is_some()), (run(0, 4, 1), true));
+        schedule.sent(requested);
+        // From the fault on: the rest of its block, the other block, and the beginning.
+        let expected = [(0, 5, 1), (0, 9, 1), (1, 1, 1), (0, 0, 1), (0, 2, 1)];
+        assert_eq!(all(&schedule, Lane::Both, 2), expected);
+        assert_eq!(schedule.walk_left(), 0);
+        assert!(schedule.drained());
+    }
+
+    #[test]
+    fn runs_are_as_long_as_a_job_may_be_and_host_pages_stay_whole() {
+        let first = schedule(&[(64, 1)], &[&(0..64).collect::<Vec<_>>()], &[&[]]);
+        assert_eq!(all(&first, Lane::Walk, 48), [(0, 0, 48), (0, 48, 16)]);
+        // One page of the second host page is wanted, and one of the third is missing.
+        let there = [&[0, 1, 2, 3, 8, 9, 10, 12, 13][..]];
+        let huge = schedule(&[(14, 4)], &[&[0, 5, 9, 13]], &there);
+        assert_eq!(all(&huge, Lane::Walk, 1), [(0, 4, 4), (0, 8, 4)]);
+        assert_eq!(huge.request(run(0, 12, 2)), Ok(false), "the last, shorter host page is there");
+        assert_eq!(huge.request(run(0, 0, 8)), Ok(false));
+    }
+
+    #[test]
+    fn a_request_is_split_where_pages_are_under_way() {
+        let schedule = schedule(&[(16, 1)], &[&[]], &[&[3]]);
+        assert_eq!(schedule.request(run(0, 5, 1)), Ok(true));
+        assert_eq!(schedule.request(run(0, 5, 1)), Ok(false));
+        assert_eq!(schedule.request(run(0, 2, 6)), Ok(true));
+        let found: Vec<_> = (0..5).map(|_| schedule.next(Lane::Requests, 1).expect("pending").run).collect();
+        assert_eq!(found, [run(0, 5, 1), run(0, 2, 1), run(0, 4, 1), run(0, 6, 1), run(0, 7, 1)]);
+        let asked: Vec<_> = schedule.asked(BlockIndex(0)).expect("there").set_runs().collect();
+        assert_eq!(asked, [(PageIndex(2), 6)]);
+        schedule.close();
+        assert!(schedule.next(Lane::Requests, 1).is_none());
+        assert!(!schedule.drained());
+    }
+
+    #[test]
+    fn requests_that_no_page_can_be_meant_by_are_refused() {
+        let schedule = schedule(&[(16, 4)], &[&[]], &[&[]]);
+        assert_eq!(schedule.request(run(1, 0, 4)), Err(RefusedRequest::NoSuchBlock(1)));
+        for (first, count) in [(0, 17), (16, 4), (u64::MAX, 2), (12, u64::MAX)] {
+            let refused = schedule.request(run(0, first, count));
+            assert_eq!(refused, Err(RefusedRequest::Outside { first, count, pages: 16 }));
+        }
+        for (first, count) in [(0, 0), (1, 4), (0, 3), (4, 5)] {
+            let refused = schedule.request(run(0, first, count));
+            assert_eq!(refused, Err(RefusedRequest::NotWhole { first, count, host_page: 4 }));
+        }
+        assert_eq!(all(&schedule, Lane::Both, 4), []);
+    }
+
+    #[test]
+    fn requests_beyond_the_limit_wait_until_others_were_taken_or_the_schedule_is_closed() {
+        for closes in [false, true] {
+            let schedule = Arc::new(schedule(&[(1 << 20, 1)], &[&[]], &[&[]]));
+            // Every second page, so that none can be joined with the one before.
+            (0..PENDING as u64).for_each(|page| {
+                assert_eq!(schedule.request(run(0, 2 * page, 1)), Ok(true));
+            });
+            let more = thread::spawn({
+                let schedule = schedule.clone();
+                move || schedule.request(run(0, (1 << 20) - 1, 1))
+            });
+            thread::sleep(Duration::from_millis(20));
+            assert!(!more.is_finished());
+            if closes {
+                schedule.close();
+            } else {
+                schedule.next(Lane::Requests, 1).expect("pending");
+            }
+            assert_eq!(more.join().expect("no panic"), Ok(true));
+        }
+    }
+}
