@@ -15,6 +15,9 @@ pub const BLOCKS: usize = 16_384;
 /// Bytes of RAM in all blocks together: 64 TiB.
 pub const RAM_TOTAL: u64 = 1 << 46;
 
+/// Bytes of a host page: 4 TiB. The largest that a processor has is 256 GiB.
+pub const HOST_PAGE: u64 = 1 << 42;
+
 /// Bytes of a command's data; the wire's own bound.
 pub const COMMAND: u16 = u16::MAX;
 

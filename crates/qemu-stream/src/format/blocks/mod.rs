@@ -2,11 +2,16 @@
 //!
 //! ```text
 //! u64 total | MEM_SIZE (0x4)
-//! per block: counted name | u64 used length | [u64 address, if x-ignore-shared] | [mapped-ram header]
+//! per block: counted name | u64 used length | [u64 host page size, if POSTCOPY_ADVISE was sent]
+//!            | [u64 address, if x-ignore-shared] | [mapped-ram header]
 //! ```
 //!
 //! The list has no count: it ends when the sum of the lengths equals the total. So a list cannot end with an empty
 //! block. The total must be whole pages, or its low bits would be read as flags.
+//!
+//! After POSTCOPY_ADVISE a block has a host page size only if its host pages are not those of the source's system. Nothing
+//! announces it, but it cannot be confused with what follows otherwise: its first byte is 0 and that of a name is not, and
+//! it is at least a page, while the records after the list are flags only.
 
 use std::{collections::HashMap, io::Read};
 
@@ -29,18 +34,25 @@ pub struct BlockEntry {
     pub used_length: u64,
     /// The block's guest-physical address; sent only with x-ignore-shared.
     pub address: Option<u64>,
+    /// The size of the host's pages behind the block, if it is not the page size of the source's system: of a block in huge
+    /// pages. Sent only after [`Command::PostcopyAdvise`](super::Command::PostcopyAdvise), never in a mapped-ram file.
+    pub host_page_size: Option<u64>,
 }
 
 impl BlockEntry {
-    /// A block without an address.
+    /// A block without an address, and without a host page size of its own.
     pub fn new(name: BlockName, used_length: u64) -> Self {
-        Self { name, used_length, address: None }
+        Self { name, used_length, address: None, host_page_size: None }
     }
 
-    /// Appends the entry; a mapped-ram header is not part of it.
+    /// Appends the entry without a host page size; a mapped-ram header is not part of it.
     pub(crate) fn encode(&self, ignore_shared: bool, out: &mut Vec<u8>) {
         out.put_name(&self.name);
         out.put_u64(self.used_length);
+        self.encode_address(ignore_shared, out);
+    }
+
+    fn encode_address(&self, ignore_shared: bool, out: &mut Vec<u8>) {
         if ignore_shared {
             out.put_u64(self.address.unwrap_or_default());
         }
@@ -60,10 +72,17 @@ impl BlockList {
     /// Creates a list of these blocks.
     ///
     /// # Errors
-    /// If two have the same name, a length is not a whole number of pages, the last one is empty, or there are more or
-    /// longer blocks than a list may have.
+    /// If two have the same name, a length is not a whole number of pages, the last one is empty, there are more or
+    /// longer blocks than a list may have, or a host page size is not a power of two or is less than a page.
     pub fn new(entries: Vec<BlockEntry>, page_size: PageSize) -> Result<Self, Usage> {
         let refused = |why: String| Err(Usage::Blocks(why));
+        let fits = |size: &u64| {
+            size.is_power_of_two() && (page_size.bytes() as u64..=limits::HOST_PAGE).contains(size)
+        };
+        if let Some(bad) = entries.iter().find(|entry| !entry.host_page_size.as_ref().is_none_or(fits)) {
+            let size = bad.host_page_size.unwrap_or_default();
+            return refused(format!("\"{}\" has host pages of {size:#x} bytes", bad.name));
+        }
         if entries.len() > limits::BLOCKS {
             return refused(format!("expected at most {}, found {}", limits::BLOCKS, entries.len()));
         }
@@ -143,20 +162,33 @@ impl BlockList {
         if page.0 < pages { self.page_size.offset_of(page) } else { None }
     }
 
-    /// Appends the list in the form of START over a socket.
+    /// Appends the list in the form of START over a socket. [Host page sizes](BlockEntry::host_page_size) are part of it: a
+    /// destination reads them only after POSTCOPY_ADVISE.
     pub fn encode(&self, ignore_shared: bool, out: &mut Vec<u8>) {
         self.encode_total(out);
         for entry in &self.entries {
-            entry.encode(ignore_shared, out);
+            out.put_name(&entry.name);
+            out.put_u64(entry.used_length);
+            if let Some(size) = entry.host_page_size {
+                out.put_u64(size);
+            }
+            entry.encode_address(ignore_shared, out);
         }
     }
 
-    /// Decodes the list in the form of START over a socket.
+    /// Decodes the list in the form of START over a socket. `advised`: POSTCOPY_ADVISE was sent before, so blocks may have
+    /// [host page sizes](BlockEntry::host_page_size).
     ///
     /// # Errors
     /// If a field is malformed, a bound is exceeded, a name occurs twice, or the stream ends early.
-    pub fn decode<R: Read>(r: &mut Reader<R>, page_size: PageSize, shared: bool) -> Result<Self, Error> {
+    pub fn decode<R: Read>(
+        r: &mut Reader<R>,
+        page_size: PageSize,
+        shared: bool,
+        advised: bool,
+    ) -> Result<Self, Error> {
         let mut reader = ListReader::begin(r, page_size, shared)?;
+        reader.advised = advised;
         while reader.next(r)?.is_some() {}
         Ok(reader.list)
     }
@@ -182,6 +214,8 @@ pub(crate) struct ListReader {
     list: BlockList,
     left: u64,
     ignore_shared: bool,
+    /// Blocks may have host page sizes.
+    advised: bool,
 }
 
 impl ListReader {
@@ -202,7 +236,7 @@ impl ListReader {
             return Err(Malformed::too_long("total of the block list", limits::RAM_TOTAL, left).at(r.place()));
         }
         let list = BlockList::none(page_size);
-        Ok(Self { list, left, ignore_shared })
+        Ok(Self { list, left, ignore_shared, advised: false })
     }
 
     /// The next entry; `None` at the end of the list.
@@ -227,10 +261,33 @@ impl ListReader {
         if self.list.position(&name).is_some() {
             return Err(Violation::BlockTwice(name).at(at));
         }
-        let address = if self.ignore_shared { Some(r.u64("address of a block")?) } else { None };
         self.left -= used_length;
-        self.list.push(BlockEntry { name, used_length, address });
+        let host_page_size = if self.advised { self.host_page_size(r)? } else { None };
+        let address = if self.ignore_shared { Some(r.u64("address of a block")?) } else { None };
+        self.list.push(BlockEntry { name, used_length, address, host_page_size });
         Ok(self.list.entries.last())
+    }
+
+    /// Takes the host page size of a block, if it is there. What follows otherwise is the length of the next name, which is
+    /// not 0, or behind the last block a record without a page, which is less than a page. An address is never there: the
+    /// capabilities exclude each other.
+    fn host_page_size<R: Read>(&self, r: &mut Reader<R>) -> Result<Option<u64>, Error> {
+        if r.peek()? != Some(0) {
+            return Ok(None);
+        }
+        let page_size = self.list.page_size.bytes() as u64;
+        if self.left == 0 {
+            let next = r.peek_bytes(size_of::<u64>())?.and_then(|bytes| bytes.try_into().ok());
+            if next.map(u64::from_be_bytes).is_none_or(|next| next < page_size) {
+                return Ok(None);
+            }
+        }
+        let size = r.u64("host page size of a block")?;
+        if !size.is_power_of_two() || size < page_size || size > limits::HOST_PAGE {
+            let expected = "a power of two, at least a page and at most 0x40000000000";
+            return Err(Malformed::value("host page size of a block", expected, size).at(r.place()));
+        }
+        Ok(Some(size))
     }
 
     pub(crate) fn finish(self) -> BlockList {

@@ -99,6 +99,8 @@ pub struct Events<R> {
     head: Option<Section>,
     command: Option<Command>,
     return_path: bool,
+    /// POSTCOPY_ADVISE was read: blocks may have host page sizes.
+    advised: bool,
     suppress_vmdesc: bool,
     /// A further section of RAM has begun: no device may be sent before the end of RAM any more.
     passes: bool,
@@ -150,6 +152,7 @@ impl<R: Read> Events<R> {
             head: None,
             command: None,
             return_path: false,
+            advised: false,
             suppress_vmdesc: false,
             passes: false,
         }
@@ -313,7 +316,7 @@ impl<R: Read> Events<R> {
         let at = self.place();
         match Section::decode(&mut self.r)? {
             Section::Start(head) if head.is_ram() => {
-                self.ram = Ram::begin(&mut self.r, &head, at, self.configuration.as_ref())?;
+                self.ram = Ram::begin(&mut self.r, &head, at, self.configuration.as_ref(), self.advised)?;
                 self.state = State::Body(Part::Start);
                 Ok(Event::Blocks { section: self.ram.section, blocks: &self.ram.blocks })
             }
@@ -408,13 +411,10 @@ impl<R: Read> Events<R> {
     /// After some commands follows content that is not supported.
     fn command(&mut self, command: Command, next: State) -> Event<'_> {
         self.return_path |= command == Command::OpenReturnPath;
+        self.advised |= matches!(command, Command::PostcopyAdvise(Some(_)));
         self.state = match &command {
             // The package contains devices without a description.
-            Command::Packaged(_) |
-            // Entries of the block list may contain a page size, and nothing announces which ones do.
-            Command::PostcopyAdvise(Some(_)) => {
-                State::Unserved(Box::new(refuse::command(&command, self.place())))
-            }
+            Command::Packaged(_) => State::Unserved(Box::new(refuse::command(&command, self.place()))),
             _ => next,
         };
         Event::Command(self.command.insert(command))

@@ -36,17 +36,18 @@ impl Ram {
         Self { section, blocks, footers: None, current: CurrentBlock::default(), mode: None }
     }
 
-    /// Reads the block list after the head of START. `at` is the place of the head.
+    /// Reads the block list after the head of START. `at` is the place of the head. `advised`: POSTCOPY_ADVISE was sent.
     pub(super) fn begin<R: Read>(
         r: &mut Reader<R>,
         head: &SectionHead,
         at: Place,
         configuration: Option<&Configuration>,
+        advised: bool,
     ) -> Result<Self, Error> {
         head.check_ram(at)?;
         let page_size = configuration.map(Configuration::page_size).unwrap_or_default();
         let shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
-        let blocks = BlockList::decode(r, page_size, shared)?;
+        let blocks = BlockList::decode(r, page_size, shared, advised)?;
         Ok(Self { section: head.id, blocks, footers: None, current: CurrentBlock::default(), mode: None })
     }
 }

@@ -287,6 +287,7 @@ proptest! {
             name: block_name(&i.to_string()),
             used_length: pages << 12,
             address: ignore_shared.then_some(pages << 20),
+            host_page_size: None,
         }).collect();
         let blocks = BlockList::new(entries, PageSize::KIB_4).unwrap();
         let (file, layout) = whole(&Configuration { ignore_shared, ..q35() }, &blocks, offset);
