@@ -20,8 +20,8 @@ fn live_in_passes(from: &Qemu, to: &Qemu, channels: u8, listen: &str, passes: u6
         vm.set_multifd_channels(channels)?;
     }
     if passes > 2 {
-        // Sending what the guest rewrites in a pass takes longer than the downtime limit.
-        source.set_parameters(json!({ "max-bandwidth": 60_000_000, "downtime-limit": 50 }))?;
+        // Sending what the guest rewrites in a pass takes longer than the downtime limit, also if the guest gets little time.
+        source.set_parameters(json!({ "max-bandwidth": 60_000_000, "downtime-limit": 5 }))?;
     } else {
         source.set_parameters(json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
     }
