@@ -260,7 +260,7 @@ fn next_set_page_is_the_first_from_there_on() {
     let pages = (2 << 17) + 70;
     let set = [0, 1, 63, 64, 200, 2048, 1 << 17, (1 << 17) + 3, pages - 1];
     let bitmap = PageBitmap::new(pages);
-    set.iter().for_each(|page| _ = bitmap.set(PageIndex(*page)));
+    set.iter().for_each(|page| bitmap.set_run(PageIndex(*page), 1));
     for from in set.iter().flat_map(|page| page.saturating_sub(2)..page + 3).chain([u64::MAX - 64, u64::MAX])
     {
         let expected = set.iter().copied().find(|page| *page >= from).map(PageIndex);

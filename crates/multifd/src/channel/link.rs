@@ -87,6 +87,16 @@ pub trait Link: Send {
     /// # Errors
     /// If it is known that the other end has failed: a command has ended with an exit status other than 0.
     fn finish(&mut self) -> io::Result<()>;
+
+    /// Splits the link in two, so that one thread receives from the first while another one sends to the second. The
+    /// wakers of both act on the connection. Only sockets and TLS sessions over them can be split.
+    ///
+    /// # Errors
+    /// [`Unsupported`](io::ErrorKind::Unsupported) if the link cannot be split.
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
+        let why = format!("the connection to {} cannot send and receive at the same time", self.peer());
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
+    }
 }
 
 /// Sends bytes directly from memory, without a copy in the kernel.

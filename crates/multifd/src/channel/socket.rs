@@ -246,6 +246,17 @@ impl Link for SocketLink {
     fn finish(&mut self) -> io::Result<()> {
         Ok(())
     }
+
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
+        let receiver = Self {
+            socket: self.socket.clone(),
+            peer: self.peer.clone(),
+            completions: Completions::default(),
+            stall_timer: self.stall_timer.clone(),
+            ..*self
+        };
+        Ok((Box::new(receiver), self))
+    }
 }
 
 impl ZeroCopy for SocketLink {

@@ -34,6 +34,18 @@ impl Stream {
         Self { link, seen, stall_timer: context.stall_timer.clone(), timeout: None }
     }
 
+    /// Splits the stream in two, so that one thread reads from the first while another one writes to the second: see
+    /// [`Link::split`].
+    ///
+    /// # Errors
+    /// [`Unsupported`](io::ErrorKind::Unsupported) if the connection cannot be split.
+    pub fn split(self) -> io::Result<(Self, Self)> {
+        let Self { link, seen, stall_timer, timeout } = self;
+        let (receives, sends) = link.split()?;
+        let writer = Self { link: sends, seen: Vec::new(), stall_timer: stall_timer.clone(), timeout };
+        Ok((Self { link: receives, seen, stall_timer, timeout }, writer))
+    }
+
     /// The other end, for messages.
     pub fn peer(&self) -> String {
         self.link.peer()

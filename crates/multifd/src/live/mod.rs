@@ -46,6 +46,7 @@ pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
 pub use main_stream::{Main, Pass, Verdict};
 pub use owner::{LastWord, Owner};
 use pace::Pace;
+pub(crate) use pace::Slices;
 use plan::Plan;
 pub use progress::{MigrationInfo, Progress, RamInfo};
 

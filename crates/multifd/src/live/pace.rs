@@ -55,7 +55,7 @@ impl Pace {
 
 /// The number of bytes that each time slice allows. The caller passes the time.
 #[derive(Debug)]
-pub(super) struct Slices {
+pub(crate) struct Slices {
     rate: u64,
     slice: Duration,
     spent: u64,
@@ -63,18 +63,18 @@ pub(super) struct Slices {
 
 impl Slices {
     /// Creates slices for `rate` bytes per second.
-    pub(super) fn new(rate: u64) -> Self {
+    pub(crate) fn new(rate: u64) -> Self {
         Self { rate, slice: Duration::ZERO, spent: 0 }
     }
 
     /// Records bytes that are sent.
-    pub(super) fn spend(&mut self, bytes: u64) {
+    pub(crate) fn spend(&mut self, bytes: u64) {
         self.spent = self.spent.saturating_add(bytes);
     }
 
     /// The time to wait, `now` after the beginning, before more may be sent; `None` if there is no wait. Must be called
     /// again after the wait.
-    pub(super) fn wait(&mut self, now: Duration) -> Option<Duration> {
+    pub(crate) fn wait(&mut self, now: Duration) -> Option<Duration> {
         let allowed = self.rate / SLICES_A_SECOND;
         while self.spent > allowed {
             // A source that had nothing to send may not send faster later.

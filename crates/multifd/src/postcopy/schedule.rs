@@ -3,11 +3,12 @@
 //! A page is claimed when it is requested or when the walk reaches it, under one lock, so it is sent once. The walk continues
 //! where the guest was last found to need a page, and around to the beginning.
 
-use std::{collections::VecDeque, fmt, sync::PoisonError};
+use std::{collections::VecDeque, fmt, sync::PoisonError, time::Duration};
 
 use crate::{
     channel::Wake,
-    ram::{BlockIndex, PageBitmap, PageIndex},
+    live::Slices,
+    ram::{BlockIndex, PageBitmap, PageIndex, PageSize},
     sync_types::{Condvar, Instant, Mutex, MutexGuard},
 };
 
@@ -83,7 +84,12 @@ pub enum RefusedRequest {
 /// The order in which pages are sent after the switch to post-copy, for one set of connections.
 pub struct Schedule {
     blocks: Vec<Block>,
+    page_bytes: u64,
+    start: Instant,
     state: Mutex<State>,
+    /// A request is pending, for the threads that answer them. One is woken at a time.
+    requested: Condvar,
+    /// Anything else has changed.
     changed: Condvar,
 }
 
@@ -91,7 +97,7 @@ struct Block {
     shape: Shape,
     /// Pages that were not claimed yet. Changed under the lock.
     unsent: PageBitmap,
-    /// Those of them that the walk sends. Changed under the lock.
+    /// Those of them that the walk sends before all others. Changed under the lock.
     walk: PageBitmap,
     /// Pages that the destination has requested, whether they were sent already or not.
     asked: PageBitmap,
@@ -102,8 +108,12 @@ struct State {
     requests: VecDeque<Request>,
     /// Where the walk continues.
     cursor: Cursor,
+    /// No page of the first part of the walk is left.
+    first_is_done: bool,
     /// Threads that send what they have claimed.
     busy: usize,
+    /// The bandwidth of the walk, if it is limited.
+    slices: Option<Slices>,
     closed: bool,
 }
 
@@ -126,13 +136,14 @@ impl fmt::Debug for Schedule {
 }
 
 impl Schedule {
-    /// Creates the schedule of blocks with these shapes. `there` are the pages that the destination has already, `walk` those
-    /// that are sent although nobody requests them; pages in `there` are not sent again, unless another page of their host
-    /// page is missing. All three have an element for each block.
+    /// Creates the schedule of blocks with these shapes. `there` are the pages that the destination has already: they are not
+    /// sent again, unless another page of their host page is missing. `walk` are the pages that are sent first, those with
+    /// contents; all others follow, because a destination may wait for a page that it has requested when everything else is
+    /// there. All three have an element for each block. There is no [limit](Self::limit_walk) for the walk.
     ///
     /// # Panics
     /// If the lists have different lengths, or a bitmap is not that of its block.
-    pub fn new(shapes: &[Shape], walk: &[PageBitmap], there: &[PageBitmap]) -> Self {
+    pub fn new(page_size: PageSize, shapes: &[Shape], walk: &[PageBitmap], there: &[PageBitmap]) -> Self {
         assert!(shapes.len() == walk.len() && shapes.len() == there.len(), "an element for each block");
         let blocks = shapes.iter().zip(walk).zip(there).map(|((shape, walk), there)| {
             let shape = Shape { host_page: shape.host_page.max(1), ..*shape };
@@ -165,11 +176,24 @@ impl Schedule {
             block.unsent.clear_runs().for_each(|(first, count)| block.walk.clear_run(first, count));
             block
         });
-        Self { blocks: blocks.collect(), state: Mutex::default(), changed: Condvar::new() }
+        Self {
+            blocks: blocks.collect(),
+            page_bytes: page_size.bytes() as u64,
+            start: Instant::now(),
+            state: Mutex::default(),
+            requested: Condvar::new(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Limits the walk to this number of bytes of pages in a second; `None` is no limit. Requests have no limit.
+    pub fn limit_walk(&self, bytes: Option<u64>) {
+        self.lock().slices = bytes.map(Slices::new);
+        self.notify();
     }
 
     /// Accepts a request of the destination. Waits while very many are pending. Returns whether any of its pages will be sent
-    /// because of it: pages that were sent or requested before are under way.
+    /// because of it: pages that were sent or requested before are on their way.
     ///
     /// # Errors
     /// If no page of these blocks can be meant.
@@ -184,7 +208,7 @@ impl Schedule {
         }
         let mut state = self.lock();
         while state.requests.len() >= PENDING && !state.closed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.changed, state, None);
         }
         block.asked.set_run(first, count);
         let since = Instant::now();
@@ -210,13 +234,13 @@ impl Schedule {
         }
         if claimed {
             state.cursor = Cursor { block: index.0, page: end };
-            self.changed.notify_all();
+            self.requested.notify_one();
         }
         Ok(claimed)
     }
 
-    /// Waits for what a thread of this `lane` sends next: at most `most` pages, or one host page. `None` if it has nothing more
-    /// to do: for [`Lane::Requests`] after [`close`](Self::close), for the others when everything was claimed.
+    /// Waits for what a thread of this `lane` sends next: at most `most` pages, or one host page; after the first part of the
+    /// walk, eight times as many. `None` if it has nothing more to do: for [`Lane::Requests`] after [`close`](Self::close), for the others when everything was claimed.
     pub fn next(&self, lane: Lane, most: u64) -> Option<Job> {
         let mut state = self.lock();
         loop {
@@ -229,16 +253,29 @@ impl Schedule {
                 state.busy += 1;
                 return Some(job);
             }
+            let mut limit = None;
             if lane != Lane::Requests {
-                match self.walked(&mut state, most) {
-                    Some(run) => {
-                        state.busy += 1;
-                        return Some(Job { run, requested: None });
-                    }
-                    None => return None,
+                let now = self.start.elapsed();
+                limit = state.slices.as_mut().and_then(|slices| slices.wait(now));
+                // Without pages, there is nothing to wait for.
+                if limit.is_none() || self.blocks.iter().all(|block| block.unsent.is_empty()) {
+                    let first = match state.first_is_done {
+                        true => None,
+                        false => self.walked(&mut state, most, |block| &block.walk),
+                    };
+                    state.first_is_done = first.is_none();
+                    let (run, page) = match first {
+                        Some(run) => (run, self.page_bytes),
+                        None => (self.walked(&mut state, most * REST, |block| &block.unsent)?, ZERO_BYTES),
+                    };
+                    state.busy += 1;
+                    let bytes = run.count * page;
+                    state.slices.iter_mut().for_each(|slices| slices.spend(bytes));
+                    return Some(Job { run, requested: None });
                 }
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let condition = if lane == Lane::Walk { &self.changed } else { &self.requested };
+            state = wait(condition, state, limit);
         }
     }
 
@@ -255,7 +292,7 @@ impl Schedule {
     pub fn drained(&self) -> bool {
         let mut state = self.lock();
         while !state.closed && (state.busy > 0 || !state.requests.is_empty()) {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.changed, state, None);
         }
         !state.closed
     }
@@ -263,10 +300,10 @@ impl Schedule {
     /// Ends all waits, and those to come.
     pub fn close(&self) {
         self.lock().closed = true;
-        self.changed.notify_all();
+        self.notify();
     }
 
-    /// The number of pages that the walk has not reached yet.
+    /// The number of pages that the first part of the walk has not reached yet.
     pub fn walk_left(&self) -> u64 {
         self.blocks.iter().map(|block| block.walk.count()).sum()
     }
@@ -289,23 +326,31 @@ impl Schedule {
                 self.changed.notify_all();
             }
         }
+        if !state.requests.is_empty() {
+            self.requested.notify_one();
+        }
         run.count = piece;
         Some(Job { run, requested: Some(since) })
     }
 
-    /// The next pages of the walk, which are claimed.
-    fn walked(&self, state: &mut State, most: u64) -> Option<PageRun> {
+    /// The next of these pages, from the cursor on and around, which are claimed.
+    fn walked(
+        &self,
+        state: &mut State,
+        most: u64,
+        pages_of: impl Fn(&Block) -> &PageBitmap,
+    ) -> Option<PageRun> {
         let blocks = self.blocks.len();
         // The block of the cursor comes a second time, with the pages before the cursor.
         for turn in 0..=blocks {
             let index = state.cursor.block % blocks.max(1);
             let block = self.blocks.get(index)?;
-            if let Some(first) = block.walk.next_set(PageIndex(state.cursor.page)) {
+            if let Some(first) = pages_of(block).next_set(PageIndex(state.cursor.page)) {
                 let Shape { pages, host_page } = block.shape;
                 let first = first.0 - first.0 % host_page;
                 let limit = first.saturating_add(pieces(most, host_page)).min(pages);
                 let mut end = first;
-                while end < limit && block.walk.contains(PageIndex(end)) {
+                while end < limit && pages_of(block).contains(PageIndex(end)) {
                     let host_end = (end + host_page).min(pages);
                     block.claim(end, host_end - end);
                     end = host_end;
@@ -322,6 +367,11 @@ impl Schedule {
             }
         }
         None
+    }
+
+    fn notify(&self) {
+        self.requested.notify_all();
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -356,11 +406,25 @@ impl Shape {
     }
 }
 
+fn wait<'a>(
+    condition: &Condvar,
+    state: MutexGuard<'a, State>,
+    limit: Option<Duration>,
+) -> MutexGuard<'a, State> {
+    match limit {
+        None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
+        Some(limit) => condition.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0,
+    }
+}
+
 /// The number of pages of one job: at most `most`, and whole host pages.
 fn pieces(most: u64, host_page: u64) -> u64 {
     (most - most % host_page).max(host_page)
 }
 
+/// Pages without contents take less time, and about this number of bytes.
+const REST: u64 = 8;
+const ZERO_BYTES: u64 = 16;
 /// A guest waits with each of its threads for one page, so there are far fewer requests of a real destination.
 const PENDING: usize = 1 << 16;
 
@@ -376,12 +440,12 @@ mod tests {
         let bits = |lists: &[&[u64]]| -> Vec<_> {
             let of = |(shape, list): (&Shape, &&[u64])| {
                 let bitmap = PageBitmap::new(shape.pages);
-                list.iter().for_each(|page| drop(bitmap.set(PageIndex(*page))));
+                list.iter().for_each(|page| bitmap.set_run(PageIndex(*page), 1));
                 bitmap
             };
             shapes.iter().zip(lists).map(of).collect()
         };
-        Schedule::new(&shapes, &bits(walk), &bits(there))
+        Schedule::new(PageSize::KIB_4, &shapes, &bits(walk), &bits(there))
     }
 
     fn run(block: usize, first: u64, count: u64) -> PageRun {
@@ -407,7 +471,10 @@ mod tests {
         schedule.sent(requested);
         // From the fault on: the rest of its block, the other block, and the beginning.
         let expected = [(0, 5, 1), (0, 9, 1), (1, 1, 1), (0, 0, 1), (0, 2, 1)];
-        assert_eq!(all(&schedule, Lane::Both, 2), expected);
+        let found = all(&schedule, Lane::Both, 2);
+        assert_eq!(found[..5], expected);
+        // Then all that nobody wants, so that no request is left without an answer.
+        assert_eq!(found[5..], [(0, 3, 1), (0, 6, 3), (1, 0, 1), (1, 2, 2)]);
         assert_eq!(schedule.walk_left(), 0);
         assert!(schedule.drained());
     }
@@ -420,6 +487,7 @@ mod tests {
         let there = [&[0, 1, 2, 3, 8, 9, 10, 12, 13][..]];
         let huge = schedule(&[(14, 4)], &[&[0, 5, 9, 13]], &there);
         assert_eq!(all(&huge, Lane::Walk, 1), [(0, 4, 4), (0, 8, 4)]);
+        assert!(huge.drained());
         assert_eq!(huge.request(run(0, 12, 2)), Ok(false), "the last, shorter host page is there");
         assert_eq!(huge.request(run(0, 0, 8)), Ok(false));
     }
@@ -451,7 +519,23 @@ mod tests {
             let refused = schedule.request(run(0, first, count));
             assert_eq!(refused, Err(RefusedRequest::NotWhole { first, count, host_page: 4 }));
         }
-        assert_eq!(all(&schedule, Lane::Both, 4), []);
+        assert_eq!(all(&schedule, Lane::Both, 1), [(0, 0, 8), (0, 8, 8)]);
+    }
+
+    #[test]
+    fn the_walk_keeps_its_bandwidth_and_a_request_does_not_wait_for_it() {
+        let schedule = schedule(&[(1000, 1)], &[&(0..900).collect::<Vec<_>>()], &[&[]]);
+        // Ten pages in each slice of 50 ms.
+        schedule.limit_walk(Some(10 * 20 * 4096));
+        let started = Instant::now();
+        let walked: u64 = (0..3).map(|_| schedule.next(Lane::Walk, 10).expect("pages").run.count).sum();
+        assert_eq!(walked, 30);
+        assert!(started.elapsed() >= Duration::from_millis(40), "{:?}", started.elapsed());
+        assert_eq!(schedule.request(run(0, 950, 1)), Ok(true));
+        assert_eq!(schedule.next(Lane::Both, 10).expect("requested").run, run(0, 950, 1));
+        schedule.limit_walk(None);
+        let rest: u64 = all(&schedule, Lane::Walk, 64).iter().map(|(_, _, count)| count).sum();
+        assert_eq!(rest, 1000 - 31);
     }
 
     #[test]

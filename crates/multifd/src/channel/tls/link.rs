@@ -11,12 +11,13 @@ use std::{
 };
 
 use arrayvec::ArrayVec;
-use rustls::{
-    AlertDescription, CertificateError, ClientConnection, Connection, Error as TlsError, ProtocolVersion,
-    ServerConnection, SupportedCipherSuite,
-};
+use rustls::{ClientConnection, Connection, ServerConnection};
 
-use super::{ClientCredentials, ServerCredentials, subject};
+use super::{
+    ClientCredentials, ServerCredentials,
+    session::{Keys, RECORD, Received, Refused, copy_out, explained, session_closed},
+    split::split,
+};
 use crate::{
     channel::{Host, Link, PeerSignal, Wake, deadline},
     ram::{Part, PartMut},
@@ -27,9 +28,7 @@ use crate::{
 pub(super) struct TlsLink {
     link: Box<dyn Link>,
     session: Connection,
-    /// The number of records sent since the keys were changed, and its limit.
-    spent: u64,
-    rekey_after: u64,
+    keys: Keys,
     /// Whether the closing alert is still to be sent. It is sent once: by a source when it closes its side, by a
     /// destination when it is finished.
     open: bool,
@@ -41,14 +40,6 @@ pub(super) struct TlsLink {
     timeout: Option<Duration>,
     /// Whether the connection was given a shorter limit than `timeout`.
     limited: bool,
-}
-
-/// Bytes of the connection that the session has not processed.
-struct Received {
-    buffer: Box<[u8]>,
-    from: usize,
-    to: usize,
-    ended: bool,
 }
 
 impl TlsLink {
@@ -72,8 +63,7 @@ impl TlsLink {
         Self {
             link,
             session,
-            spent: 0,
-            rekey_after,
+            keys: Keys { spent: 0, rekey_after },
             open: false,
             plain: Box::default(),
             received,
@@ -112,31 +102,6 @@ impl TlsLink {
         Ok(())
     }
 
-    /// Counts `records` more records, and changes the keys if the present ones have reached their limit.
-    fn spend(&mut self, records: u64) -> io::Result<()> {
-        let cipher = match self.session.negotiated_cipher_suite() {
-            Some(SupportedCipherSuite::Tls12(suite)) => suite.common.confidentiality_limit,
-            Some(SupportedCipherSuite::Tls13(suite)) => suite.common.confidentiality_limit,
-            None => u64::MAX,
-        };
-        let limit = self.rekey_after.min(cipher.saturating_sub(HANDSHAKE_RECORDS));
-        if self.spent.saturating_add(records) > limit {
-            if self.session.protocol_version() != Some(ProtocolVersion::TLSv1_3) {
-                let why = format!(
-                    "TLS 1.2 cannot change keys, and {} records were sent with the keys of this connection: use TLS 1.3 \
-                     on both sides, or more channels",
-                    self.spent
-                );
-                return Err(io::Error::new(io::ErrorKind::InvalidData, Refused { why }));
-            }
-            self.session.refresh_traffic_keys().map_err(io::Error::other)?;
-            tracing::debug!(peer = self.link.peer(), records = self.spent, "new keys");
-            self.spent = 0;
-        }
-        self.spent += records;
-        Ok(())
-    }
-
     /// Sends all bytes that the session has produced.
     fn flush(&mut self) -> io::Result<()> {
         while self.session.wants_write() {
@@ -157,17 +122,12 @@ impl TlsLink {
                 self.link.set_recv_timeout(Some(left))?;
                 self.limited = true;
             }
-            (received.from, received.to) = (0, 0);
             if !self.session.is_handshaking() && received.buffer.len() < CIPHERED {
                 received.buffer = vec![0; CIPHERED].into();
             }
-            received.to = self.link.recv(&mut [PartMut::from(&mut *received.buffer)])?;
-            received.ended = received.to == 0;
         }
-        let mut bytes = &received.buffer[received.from..received.to];
-        let before = bytes.len();
-        self.session.read_tls(&mut bytes)?;
-        received.from += before - bytes.len();
+        received.fill(&mut *self.link)?;
+        received.give(&mut self.session)?;
         if let Err(error) = self.session.process_new_packets() {
             // The peer is sent the reason, in case it still reads. Nothing more is read from it: a peer that believes
             // it has sent everything believes that the migration is complete.
@@ -204,7 +164,7 @@ impl TlsLink {
         let end = deadline(MOMENT);
         while !self.received.ended {
             match self.receive(Some(end)) {
-                Ok(()) if self.session_closed() => {
+                Ok(()) if session_closed(&mut self.session) => {
                     let why = "the other side has closed the session: check that its tls-authz lists our certificate's \
                                subject";
                     return io::Error::new(error.kind(), Refused { why: why.into() });
@@ -237,7 +197,7 @@ impl Link for TlsLink {
                 break;
             }
         }
-        self.spend(taken.div_ceil(RECORD) as u64)?;
+        self.keys.spend(&mut self.session, taken, &*self.link)?;
         self.session.writer().write_all(&self.plain[..taken])?;
         self.flush().map_err(|error| self.last_word(error))?;
         Ok(taken)
@@ -261,7 +221,7 @@ impl Link for TlsLink {
                 // The bytes before it in the same call are valid.
                 Err(error) => self.failed = Some(error),
             }
-            if self.failed.is_none() && self.session_closed() {
+            if self.failed.is_none() && session_closed(&mut self.session) {
                 return copy_out(&mut self.session, parts);
             }
         }
@@ -316,46 +276,85 @@ impl Link for TlsLink {
     fn finish(&mut self) -> io::Result<()> {
         self.link.finish()
     }
-}
 
-impl TlsLink {
-    fn session_closed(&mut self) -> bool {
-        // There is nothing to read, and nothing more will arrive.
-        matches!(self.session.reader().fill_buf(), Ok([]))
+    /// The handshake must be done, as that of a source is.
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
+        let Self { link, session, keys, received, failed, .. } = *self;
+        let (receiving, sending) = split(session, keys, (received, failed), PLAIN, link.split()?);
+        Ok((Box::new(receiving), Box::new(sending)))
     }
 }
 
-impl Drop for TlsLink {
-    /// Sends the closing alert. A source has done so by then, unless it failed, and then it must not wait.
+/// A destination's end. When it is dropped, the source is sent the closing alert.
+pub(super) struct ServerLink(pub(super) TlsLink);
+
+impl Drop for ServerLink {
     fn drop(&mut self) {
-        if std::mem::take(&mut self.open) {
-            self.session.send_close_notify();
+        let link = &mut self.0;
+        if std::mem::take(&mut link.open) {
+            link.session.send_close_notify();
             // A destination sends little, and there is room for it.
-            let _ = self.flush();
+            let _ = link.flush();
         }
     }
 }
 
-/// Copies what the session has decrypted into `parts`. Returns the number of bytes.
-fn copy_out(session: &mut Connection, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
-    let (mut copied, mut at, mut into) = (0, 0, 0);
-    let mut reader = session.reader();
-    while at < parts.len() {
-        let chunk = match reader.fill_buf() {
-            Ok([]) => break,
-            Ok(chunk) => chunk,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
-            Err(error) => return Err(error),
-        };
-        let some = parts[at].copy_from_at(into, chunk);
-        reader.consume(some);
-        (copied, into) = (copied + some, into + some);
-        if into == parts[at].len() {
-            (at, into) = (at + 1, 0);
-        }
+impl Link for ServerLink {
+    fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.0.send(parts)
     }
-    Ok(copied)
+
+    fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
+        self.0.recv(parts)
+    }
+
+    fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.0.set_recv_timeout(limit)
+    }
+
+    fn is_readable(&mut self) -> io::Result<bool> {
+        self.0.is_readable()
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.0.waker()
+    }
+
+    fn send_waker(&self) -> Arc<dyn Wake> {
+        self.0.send_waker()
+    }
+
+    fn recv_waker(&self) -> Arc<dyn Wake> {
+        self.0.recv_waker()
+    }
+
+    fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
+        self.0.peer_signal()
+    }
+
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+
+    fn host(&self) -> Option<Host> {
+        self.0.host()
+    }
+
+    fn close_send(&mut self) -> io::Result<()> {
+        self.0.close_send()
+    }
+
+    fn send_more(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
+        self.0.send_more(parts)
+    }
+
+    fn zero_copy(&mut self) -> Option<&mut dyn crate::channel::ZeroCopy> {
+        self.0.zero_copy()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.0.finish()
+    }
 }
 
 /// The connection as a writer.
@@ -377,62 +376,6 @@ impl Write for Out<'_> {
     }
 }
 
-/// Why there is no session, as a readable text.
-#[derive(Debug)]
-struct Refused {
-    why: String,
-}
-
-impl std::fmt::Display for Refused {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.why)
-    }
-}
-
-impl std::error::Error for Refused {}
-
-fn explained(error: TlsError) -> io::Error {
-    use AlertDescription as Alert;
-    let hint = match &error {
-        TlsError::InvalidMessage(_) => ": check that the other side uses TLS (tls-creds)",
-        TlsError::NoCertificatesPresented => {
-            ": the source needs client-cert.pem and client-key.pem in tls-creds"
-        }
-        TlsError::AlertReceived(alert) => match alert {
-            Alert::UnknownCA | Alert::DecryptError => {
-                ": its ca-cert.pem does not contain the authority of our certificate"
-            }
-            Alert::BadCertificate | Alert::CertificateUnknown => ": it does not accept our certificate",
-            Alert::CertificateExpired => ": our certificate is not valid at this time",
-            Alert::AccessDenied => ": check that its tls-authz lists our certificate's subject",
-            Alert::CertificateRequired | Alert::HandshakeFailure => {
-                ": it may require a certificate: put client-cert.pem and client-key.pem into the folder of tls-creds"
-            }
-            _ => "",
-        },
-        TlsError::InvalidCertificate(
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-        ) => ": set tls-hostname to the name in its certificate's subjectAltName",
-        TlsError::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
-            ": our ca-cert.pem does not contain its authority"
-        }
-        _ => "",
-    };
-    let why = match &error {
-        TlsError::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => {
-            subject::denied().unwrap_or_else(|| format!("TLS: {error}"))
-        }
-        TlsError::AlertReceived(alert) => format!("the other side refused with TLS alert {alert:?}{hint}"),
-        _ => format!("TLS: {error}{hint}"),
-    };
-    // Distinguishes what the other side itself has sent from damage to its bytes in transit.
-    let kind = match &error {
-        TlsError::AlertReceived(_) => io::ErrorKind::ConnectionRefused,
-        _ => io::ErrorKind::InvalidData,
-    };
-    io::Error::new(kind, Refused { why })
-}
-
 /// A side that does not expect a handshake closes the connection before it has read all of it, which is a reset here.
 fn closed_meanwhile(error: io::Error) -> io::Error {
     match error.kind() {
@@ -448,10 +391,6 @@ const CLOSED: &str =
 /// Seven records per call. The system sends 64 KiB at a time. Four or eight records, each with its head and tag, end
 /// just after that, and the receiver is woken for the rest: half the speed.
 const PLAIN: usize = 7 * RECORD;
-/// The greatest size of a record.
-const RECORD: usize = 16 << 10;
-/// More records than a handshake and the answers to its peer's changes of keys can use.
-const HANDSHAKE_RECORDS: u64 = 1 << 16;
 /// A record with everything around it.
 const CIPHERED_RECORD: usize = 18 << 10;
 /// As many records, and the next one.

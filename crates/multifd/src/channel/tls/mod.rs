@@ -14,12 +14,14 @@
 
 mod credentials;
 mod link;
+mod session;
+mod split;
 mod subject;
 
 use std::{io, sync::Arc};
 
 pub use credentials::{ClientCredentials, CredentialsError, ServerCredentials};
-use link::TlsLink;
+use link::{ServerLink, TlsLink};
 
 use super::{Connect, Context, Link, Listen, Wake};
 
@@ -86,7 +88,7 @@ impl TlsListener {
     }
 
     fn session(&self, link: Box<dyn Link>) -> io::Result<Box<dyn Link>> {
-        Ok(Box::new(TlsLink::server(link, &self.credentials)?))
+        Ok(Box::new(ServerLink(TlsLink::server(link, &self.credentials)?)))
     }
 }
 
