@@ -11,6 +11,7 @@ use std::{borrow::Cow, fmt, io};
 use multifd::{
     Fault,
     error::UntrustedText,
+    postcopy::RefusedRequest,
     ram::{BlockName, BlockOffset},
 };
 
@@ -395,6 +396,18 @@ pub enum Violation {
     /// A record continues a block, and no record before it named one.
     #[error("ram record: flag CONTINUE (0x20), but no record named a block before")]
     NoCurrentBlock,
+    /// A destination requests pages that do not exist.
+    #[error("request for {length:#x} bytes at {start:#x} of block \"{}\": {why}", block.as_ref().map_or("".into(), ToString::to_string))]
+    Request {
+        /// The block.
+        block: Option<BlockName>,
+        /// The offset of the first byte.
+        start: u64,
+        /// The number of bytes.
+        length: u32,
+        /// What is wrong with it.
+        why: RefusedRequest,
+    },
     /// A record is not allowed at its place.
     #[error("{record} is not allowed {place}")]
     Misplaced {

@@ -17,6 +17,7 @@ mod encoder;
 mod event_writer;
 mod main_stream;
 mod options;
+pub mod postcopy;
 mod return_path;
 mod writer;
 

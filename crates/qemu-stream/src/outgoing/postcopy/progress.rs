@@ -1,0 +1,140 @@
+//! The numbers of a post-copy migration, for another thread to read.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use multifd::postcopy::Latencies;
+
+use super::pages::Written;
+
+/// The counters. They order nothing: each is only a number to show.
+#[derive(Debug)]
+pub(super) struct Counts {
+    begun: Instant,
+    started: OnceLock<Duration>,
+    requests: AtomicU64,
+    late: AtomicU64,
+    normal: AtomicU64,
+    zero: AtomicU64,
+    bytes: AtomicU64,
+    unreadable: AtomicU64,
+    recoveries: AtomicU64,
+    /// Pages that are sent although nobody requests them.
+    planned: AtomicU64,
+    latencies: Latencies,
+}
+
+impl Counts {
+    pub(super) fn new() -> Self {
+        let zero = || AtomicU64::new(0);
+        Self {
+            begun: Instant::now(),
+            started: OnceLock::new(),
+            requests: zero(),
+            late: zero(),
+            normal: zero(),
+            zero: zero(),
+            bytes: zero(),
+            unreadable: zero(),
+            recoveries: zero(),
+            planned: zero(),
+            latencies: Latencies::default(),
+        }
+    }
+
+    pub(super) fn guest_started(&self) {
+        self.started.get_or_init(|| self.begun.elapsed());
+    }
+
+    pub(super) fn requested(&self, claimed: bool) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.late.fetch_add(u64::from(!claimed), Ordering::Relaxed);
+    }
+
+    pub(super) fn answered(&self, time: Duration) {
+        self.latencies.add(time);
+    }
+
+    pub(super) fn wrote(&self, written: Written) {
+        self.normal.fetch_add(written.normal, Ordering::Relaxed);
+        self.zero.fetch_add(written.zero, Ordering::Relaxed);
+        self.other_bytes(written.bytes);
+    }
+
+    pub(super) fn other_bytes(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn unreadable(&self, pages: u64) {
+        self.unreadable.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    pub(super) fn recovers(&self) {
+        self.recoveries.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn plan(&self, pages: u64) {
+        self.planned.store(pages, Ordering::Relaxed);
+    }
+}
+
+/// Reads the numbers of a migration, from any thread.
+#[derive(Clone, Debug)]
+pub struct PostcopyProgress(pub(super) Arc<Counts>);
+
+/// The numbers of a post-copy migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PostcopyInfo {
+    /// How long it has run.
+    pub total_time: Duration,
+    /// When the destination had loaded the devices, so that the guest ran, from the beginning on. `None` if it has not.
+    pub guest_running_after: Option<Duration>,
+    /// The number of requests for pages.
+    pub requests: u64,
+    /// How many of them were for pages that had been sent already.
+    pub late_requests: u64,
+    /// The time from a request to the end of the write of its pages: half of the requests took at most this long.
+    pub request_p50: Option<Duration>,
+    /// Ninety-nine of a hundred requests took at most this long.
+    pub request_p99: Option<Duration>,
+    /// Pages sent with contents.
+    pub normal: u64,
+    /// Zero pages sent.
+    pub zero: u64,
+    /// The number of pages that are to be sent, whether requested or not, zero pages that nobody requests not counted.
+    pub planned: u64,
+    /// Bytes written.
+    pub transferred: u64,
+    /// Pages that could not be read and were not sent.
+    pub unreadable: u64,
+    /// How often the migration has continued over new connections.
+    pub recoveries: u64,
+}
+
+impl PostcopyProgress {
+    /// The present numbers.
+    pub fn info(&self) -> PostcopyInfo {
+        let counts = &*self.0;
+        let load = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        PostcopyInfo {
+            total_time: counts.begun.elapsed(),
+            guest_running_after: counts.started.get().copied(),
+            requests: load(&counts.requests),
+            late_requests: load(&counts.late),
+            request_p50: counts.latencies.percentile(500),
+            request_p99: counts.latencies.percentile(990),
+            normal: load(&counts.normal),
+            zero: load(&counts.zero),
+            planned: load(&counts.planned),
+            transferred: load(&counts.bytes),
+            unreadable: load(&counts.unreadable),
+            recoveries: load(&counts.recoveries),
+        }
+    }
+}

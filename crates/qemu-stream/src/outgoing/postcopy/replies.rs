@@ -1,0 +1,257 @@
+//! The messages of the destination, read by a thread of their own: requests for pages go to the schedule, everything else
+//! to the thread that waits for it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    channel::{Stop, Stream},
+    error::UntrustedText,
+    postcopy::{PageRun, Schedule},
+    ram::{BlockIndex, PageBitmap, PageIndex},
+};
+
+use super::{
+    opening::{DISCARDED, LOADED},
+    progress::Counts,
+};
+use crate::{
+    error::{Error, Malformed, Place, Reached, StreamKind, Violation},
+    format::{BlockList, Message, OtherFormat, Reader},
+    outgoing::writer::failed,
+};
+
+/// What the destination has reported.
+pub(super) struct Replies<'a> {
+    list: &'a BlockList,
+    counts: &'a Counts,
+    /// Where requests go; set before the destination can send one.
+    schedule: OnceLock<Arc<Schedule>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// It has forgotten the pages that follow, so it accepts post-copy.
+    ready: bool,
+    /// It has loaded the devices: the guest starts now.
+    loaded: bool,
+    shut: bool,
+    resumed: bool,
+    bitmaps: HashMap<BlockIndex, PageBitmap>,
+    /// The thread has ended, with this error if it is not the end that SHUT announces.
+    ended: bool,
+    error: Option<multifd::Error>,
+    /// The destination itself has ended: with a failure, or with the end of the connection.
+    left: bool,
+}
+
+/// Why a wait has ended without what was awaited.
+pub(super) enum Missing {
+    /// The destination has ended.
+    Ended,
+    /// The time limit has passed.
+    Late,
+}
+
+impl<'a> Replies<'a> {
+    pub(super) fn new(list: &'a BlockList, counts: &'a Counts) -> Self {
+        let (schedule, state, changed) = (OnceLock::new(), Mutex::default(), Condvar::new());
+        Self { list, counts, schedule, state, changed }
+    }
+
+    /// Sends requests to this schedule from now on.
+    pub(super) fn serve(&self, schedule: Arc<Schedule>) {
+        // It is called once for each set of connections.
+        let _ = self.schedule.set(schedule);
+    }
+
+    /// Reads until SHUT. An error fails `stop`: nobody can continue without the destination.
+    pub(super) fn read(&self, stream: Stream, stop: &Stop) {
+        let mut reader = Reader::with_capacity(stream, StreamKind::ReturnPath, BUFFER);
+        let error = self.read_all(&mut reader).err();
+        let left = matches!(error, Some(Error::DestinationFailed { .. } | Error::NoShut { .. }));
+        let error = error.map(failed);
+        let mut state = self.lock();
+        state.ended = true;
+        state.left = left;
+        state.error.clone_from(&error);
+        self.changed.notify_all();
+        drop(state);
+        if let Some(error) = error {
+            stop.fail(error);
+        }
+    }
+
+    fn read_all(&self, reader: &mut Reader<Stream>) -> Result<(), Error> {
+        let mut block = None;
+        let mut reason: Option<UntrustedText> = None;
+        if OtherFormat::of(reader.arrived()?) == Some(OtherFormat::Tls) {
+            return Err(crate::error::Unsupported::TlsAtDestination.at(reader.here()));
+        }
+        loop {
+            let at = reader.here();
+            let Some(message) = Message::decode(reader)? else {
+                let reached = if self.lock().loaded { Reached::Ram } else { Reached::Nothing };
+                return Err(Error::NoShut { at, reached });
+            };
+            match message {
+                Message::Pong(LOADED) => {
+                    self.counts.guest_started();
+                    self.lock().loaded = true;
+                    self.changed.notify_all();
+                }
+                Message::Pong(DISCARDED) => {
+                    self.lock().ready = true;
+                    self.changed.notify_all();
+                }
+                // Neither is waited for.
+                Message::Pong(_) | Message::SwitchoverAck => {}
+                Message::Reason(text) => reason = Some(text),
+                Message::Shut(0) => {
+                    self.lock().shut = true;
+                    self.changed.notify_all();
+                    return Ok(());
+                }
+                Message::Shut(code) => {
+                    let reached = if self.lock().loaded { Reached::Ram } else { Reached::Configuration };
+                    return Err(Error::DestinationFailed { code, reached, reason });
+                }
+                Message::ReqPages { block: named, start, length } => {
+                    if let Some(name) = named {
+                        let found = self.list.position(&name);
+                        block = Some(found.ok_or_else(|| Violation::UnknownBlock(name).at(at))?);
+                    }
+                    let block = block.ok_or_else(|| Violation::NoCurrentBlock.at(at))?;
+                    self.request(block, start, length, at)?;
+                }
+                Message::RecvBitmap { block, bitmap } => self.bitmap(block, &bitmap, at)?,
+                Message::ResumeAck => {
+                    self.lock().resumed = true;
+                    self.changed.notify_all();
+                }
+            }
+        }
+    }
+
+    fn request(&self, block: BlockIndex, start: u64, length: u32, at: Place) -> Result<(), Error> {
+        let schedule = self.schedule.get();
+        let early = || Violation::Misplaced { record: "a request for pages", place: "before the switch" };
+        let schedule = schedule.ok_or_else(|| early().at(at))?;
+        let page_size = self.list.page_size().bytes() as u64;
+        let whole = start.is_multiple_of(page_size) && u64::from(length).is_multiple_of(page_size);
+        let run = PageRun {
+            block,
+            first: PageIndex(start / page_size),
+            count: if whole { u64::from(length) / page_size } else { 0 },
+        };
+        match schedule.request(run) {
+            Ok(claimed) => {
+                self.counts.requested(claimed);
+                Ok(())
+            }
+            Err(why) => {
+                let name = self.list.entry(block).map(|entry| entry.name.clone());
+                let refused = Violation::Request { block: name, start, length, why };
+                Err(refused.at(at))
+            }
+        }
+    }
+
+    fn bitmap(&self, name: multifd::ram::BlockName, bytes: &[u8], at: Place) -> Result<(), Error> {
+        let block = self.list.position(&name).ok_or_else(|| Violation::UnknownBlock(name).at(at))?;
+        let pages =
+            self.list.entry(block).map_or(0, |entry| self.list.page_size().whole_pages_in(entry.used_length));
+        let expected = pages.div_ceil(64) * 8;
+        if bytes.len() as u64 != expected {
+            let field = "size of a bitmap";
+            return Err(
+                Malformed::value(field, "a bit for each page of its block", bytes.len() as u64).at(at)
+            );
+        }
+        let bitmap = PageBitmap::new(pages);
+        let word = |eight: &[u8]| eight.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+        bitmap.merge(bytes.chunks(8).map(word));
+        self.lock().bitmaps.insert(block, bitmap);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits for the bitmaps of these blocks.
+    pub(super) fn bitmaps(
+        &self,
+        blocks: &[BlockIndex],
+        limit: Option<Duration>,
+    ) -> Result<HashMap<BlockIndex, PageBitmap>, Missing> {
+        let all = |state: &State| blocks.iter().all(|block| state.bitmaps.contains_key(block));
+        self.wait(limit, all)?;
+        Ok(std::mem::take(&mut self.lock().bitmaps))
+    }
+
+    /// Waits until the destination has accepted everything before the package.
+    pub(super) fn ready(&self, limit: Option<Duration>) -> Result<(), Missing> {
+        self.wait(limit, |state| state.ready)
+    }
+
+    /// Waits until the destination is ready to continue.
+    pub(super) fn resumed(&self, limit: Option<Duration>) -> Result<(), Missing> {
+        self.wait(limit, |state| state.resumed)
+    }
+
+    /// Waits until the destination has reported that it has everything.
+    pub(super) fn shut(&self, limit: Option<Duration>) -> Result<(), Missing> {
+        self.wait(limit, |state| state.shut)
+    }
+
+    /// Whether the destination has ended before it had loaded the devices, so that the guest has not started: it replies to
+    /// the PING before RUN. Of a connection that was reset this is not known.
+    pub(super) fn has_not_started(&self) -> bool {
+        let state = self.lock();
+        !state.loaded && state.left
+    }
+
+    /// Why the destination has ended, if it has, or does so within `limit`.
+    pub(super) fn error_within(&self, limit: Duration) -> Option<multifd::Error> {
+        let _ = self.wait(Some(limit), |state| state.ended);
+        self.lock().error.clone()
+    }
+
+    /// How far the return path was read.
+    pub(super) fn place() -> Place {
+        Place { stream: StreamKind::ReturnPath, offset: 0 }
+    }
+
+    fn wait(&self, limit: Option<Duration>, done: impl Fn(&State) -> bool) -> Result<(), Missing> {
+        let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let mut state = self.lock();
+        loop {
+            if done(&state) {
+                return Ok(());
+            }
+            if state.ended {
+                return Err(Missing::Ended);
+            }
+            state = match end {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(end) => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Missing::Late);
+                    }
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Space for many requests.
+const BUFFER: usize = 64 << 10;
