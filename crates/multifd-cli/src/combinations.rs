@@ -54,6 +54,14 @@ fn same_place(one: &Path, other: &Path) -> bool {
 /// [`Usage::SingleConnection`], [`Usage::NoTlsHostname`], [`Usage::ZeroCopy`], [`Usage::Descriptor`],
 /// [`Usage::WithoutChannels`], [`Usage::ChildrenIgnored`].
 pub(crate) fn of_send(args: &SendArgs) -> Result<(), Usage> {
+    if args.postcopy.is_on() {
+        refuse_first(&[(args.zero_copy_send, "with postcopy-ram")])?;
+        if args.compression.packs() {
+            return Err(Usage::WithoutChannels("multifd-compression"));
+        }
+        args.tls.hostname(&args.address)?;
+        return args.address.check_connect();
+    }
     if args.address.is_single() && args.multifd_channels > 0 {
         return Err(Usage::SingleConnection(args.address.to_string()));
     }

@@ -35,6 +35,7 @@ mod runs;
 mod service;
 mod verbs;
 mod version;
+mod working_set;
 
 use std::{ffi::OsString, process::ExitCode};
 

@@ -8,6 +8,7 @@ mod ctl;
 mod demo;
 mod inspect;
 mod many;
+mod postcopy;
 mod receive;
 mod restore;
 mod run;
@@ -22,6 +23,7 @@ pub(crate) use self::{
     ctl::{CtlArgs, CtlCommand, LimitArg},
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
+    postcopy::PostcopyArgs,
     receive::{MissingPagesArg, ReceiveArgs},
     restore::RestoreArgs,
     run::RunArgs,

@@ -6,6 +6,7 @@ use clap::Args as ClapArgs;
 use multifd::{channel::Address, parameters::STALL_TIMEOUT};
 
 use super::{
+    postcopy::PostcopyArgs,
     run::RunArgs,
     shared::{
         OutputArgs, default_seconds, destination_address, file_address, limit, number, qmp_address, rate,
@@ -30,7 +31,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "TIME", default_value = default_seconds(STALL_TIMEOUT), value_parser = seconds)]
     stall_timeout: Duration,
     /// Leave the guest stopped
-    #[arg(long)]
+    #[arg(long, conflicts_with = "postcopy")]
     pub(crate) paused: bool,
     /// Send FILE although QEMU's machine differs from it
     #[arg(long)]
@@ -41,6 +42,8 @@ pub(crate) struct RestoreArgs {
     /// Read FILE although it is damaged: do not compare it with its digests
     #[arg(long)]
     pub(crate) no_verify: bool,
+    #[command(flatten)]
+    pub(crate) postcopy: PostcopyArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
     #[command(flatten)]

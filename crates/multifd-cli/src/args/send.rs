@@ -12,6 +12,7 @@ use multifd::{
 
 use super::{
     compression::CompressionArgs,
+    postcopy::PostcopyArgs,
     run::RunArgs,
     shared::{
         OutputArgs, ZeroPagesArg, default_seconds, destination_address, file_address, limit, number, rate,
@@ -62,6 +63,14 @@ pub(crate) struct SendArgs {
     /// Read FILE although it is damaged: do not compare it with its digests
     #[arg(long)]
     pub(crate) no_verify: bool,
+    #[command(flatten)]
+    pub(crate) postcopy: PostcopyArgs,
+    /// Send requested pages over a connection of their own; the destination has capability postcopy-preempt on
+    #[arg(long, requires = "postcopy")]
+    pub(crate) postcopy_preempt: bool,
+    /// Record the pages that the guest needs in FILE.working-set, so that the next start sends them first
+    #[arg(long, requires = "postcopy")]
+    pub(crate) record_working_set: bool,
     #[command(flatten)]
     pub(crate) run: RunArgs,
     #[command(flatten)]

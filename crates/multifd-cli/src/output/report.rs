@@ -8,6 +8,7 @@ use multifd::{
     error::chain,
     live::{MigrationInfo, Status},
 };
+use qemu_stream::outgoing::postcopy::PostcopyInfo;
 use serde::Serialize;
 
 /// The end of a migration.
@@ -39,10 +40,29 @@ pub(crate) struct Report {
     pub(crate) ram: Ram,
     pub(crate) channels: Vec<Channel>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) postcopy: Option<Postcopy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) ram_equal: Option<bool>,
     /// Peak resident memory beyond the guest's RAM, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) memory_beyond_ram: Option<BeyondRam>,
+}
+
+/// A guest that runs before its RAM is there. Times of requests are in microseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Postcopy {
+    /// Milliseconds from the beginning until the guest ran at the destination.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_running_after: Option<u64>,
+    /// Requests for pages that had been sent already.
+    late_requests: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_p50: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_p99: Option<u64>,
+    unreadable_pages: u64,
+    recoveries: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -76,6 +96,8 @@ pub(crate) struct Ram {
     pub(crate) precopy_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) downtime_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) postcopy_requests: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -125,16 +147,61 @@ impl Report {
                 multifd_bytes: ram.multifd_bytes,
                 precopy_bytes: ram.precopy_bytes,
                 downtime_bytes: Some(ram.downtime_bytes),
+                postcopy_requests: None,
             },
             channels: info.channels.iter().map(Channel::from).collect(),
             ..Self::default()
         }
     }
 
+    /// The report of a guest that runs before its RAM is there: `total` bytes of RAM in pages of `page_size`.
+    pub(crate) fn of_postcopy(info: &PostcopyInfo, status: &'static str, total: u64, page_size: u64) -> Self {
+        let seconds = info.total_time.as_secs_f64().max(1e-9);
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            status,
+            total_time: millis(info.total_time),
+            ram: Ram {
+                total,
+                remaining: Some(info.planned.saturating_sub(info.normal) * page_size),
+                transferred: info.transferred,
+                duplicate: info.zero,
+                normal: info.normal,
+                normal_bytes: info.normal * page_size,
+                page_size,
+                mbps: info.transferred as f64 * 8.0 / 1e6 / seconds,
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a rate of pages"
+                )]
+                pages_per_second: ((info.normal + info.zero) as f64 / seconds) as u64,
+                postcopy_requests: Some(info.requests),
+                ..Ram::default()
+            },
+            postcopy: Some(Postcopy {
+                guest_running_after: info.guest_running_after.map(millis),
+                late_requests: info.late_requests,
+                request_p50: info.request_p50.map(micros),
+                request_p99: info.request_p99.map(micros),
+                unreadable_pages: info.unreadable,
+                recoveries: info.recoveries,
+            }),
+            ..Self::default()
+        }
+    }
+
     /// The same report, for a migration that failed.
     #[must_use]
-    pub(crate) fn failed(mut self, error: &multifd::Error) -> Self {
-        self.status = if error.is_cancelled() { Status::Cancelled } else { Status::Failed }.as_str();
+    pub(crate) fn failed(self, error: &multifd::Error) -> Self {
+        let status = if error.is_cancelled() { Status::Cancelled } else { Status::Failed }.as_str();
+        self.ended(status, error)
+    }
+
+    /// The same report, with this status and its reason.
+    #[must_use]
+    pub(crate) fn ended(mut self, status: &'static str, error: &(dyn std::error::Error + 'static)) -> Self {
+        self.status = status;
         self.error_desc = Some(chain(error).to_string());
         self
     }

@@ -102,6 +102,16 @@ impl Migration {
         Ok(now)
     }
 
+    /// The state, in QEMU's words.
+    pub(crate) fn state(&self) -> UntrustedText {
+        self.fields.get("status").and_then(Value::as_str).unwrap_or("none").into()
+    }
+
+    /// Whether post-copy was interrupted and can be resumed.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.fields.get("status").and_then(Value::as_str) == Some("postcopy-paused")
+    }
+
     /// The reason of a failure, or that there is none.
     pub(crate) fn why(&self) -> String {
         self.reason().map_or_else(|| "no reason is known".to_owned(), |why| why.to_string())

@@ -35,6 +35,17 @@ impl Wanted {
     }
 }
 
+impl Wanted {
+    /// The settings of a destination whose guest runs before its RAM is there.
+    pub(crate) fn postcopy(preempt: bool) -> Self {
+        let mut wanted = Self::over(0, Method::None, true);
+        let on = [("postcopy-ram", true), ("postcopy-preempt", preempt)];
+        wanted.capabilities.retain(|(name, _)| on.iter().all(|(other, _)| name != other));
+        wanted.capabilities.extend(on);
+        wanted
+    }
+}
+
 /// What a change has replaced. Put it back when the migration has ended.
 #[derive(Debug, Default)]
 #[must_use = "the QEMU keeps the settings of this migration"]
@@ -55,6 +66,11 @@ impl Settings {
         let capabilities = listed.as_array().ok_or_else(incomplete)?.iter().filter_map(known).collect();
         let parameters = qmp.query_all("query-migrate-parameters")?;
         Ok(Self { capabilities, parameters })
+    }
+
+    /// Whether this QEMU has the capability, on or off.
+    pub(crate) fn has_capability(&self, name: &str) -> bool {
+        self.capabilities.contains_key(name)
     }
 
     /// Makes the settings as wanted, where they differ. A capability or parameter that this QEMU does not know is left out

@@ -7,6 +7,7 @@ pub(crate) mod demo;
 mod extract;
 pub(crate) mod inspect;
 pub(crate) mod many;
+mod postcopy;
 pub(crate) mod receive;
 pub(crate) mod restore;
 pub(crate) mod send;

@@ -10,14 +10,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{Method, SendOptions, channel::Stop, wire::VmUuid};
+use multifd::{
+    Method, SendOptions,
+    channel::{Address, Connect, Stop},
+    wire::VmUuid,
+};
 use qemu_stream::{
     mapped_ram::MappedRamFile,
+    outgoing::postcopy::PostcopySource,
     source::{Source, SourceOptions},
 };
 use serde_json::json;
 
-use super::send::{AtRest, Delivery, Reading, at_rest_options, understood};
+use super::{
+    postcopy::{self, Running},
+    send::{AtRest, Delivery, Reading, at_rest_options, understood},
+};
 use crate::{
     args::RestoreArgs,
     direct_io::DirectIo,
@@ -47,6 +55,9 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let file = args.file.open(Digests::unless(args.no_verify))?;
     let guest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let mut qmp = Qmp::connect(&args.qmp, stop)?;
+    if args.postcopy.resume {
+        return restore_running(args, &file, qmp, stop, run);
+    }
     let state = run_state(&mut qmp)?;
     if state != "inmigrate" {
         let why = format!("its guest is {state}: start QEMU with -incoming defer");
@@ -54,6 +65,9 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     }
     let machine = Machine::of(&mut qmp)?;
     compare(args, &machine, &file)?;
+    if args.postcopy.is_on() {
+        return restore_running(args, &file, qmp, stop, run);
+    }
 
     let reading = Reading {
         channels: args.multifd_channels,
@@ -95,6 +109,93 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Restores a guest that runs before its RAM is there, or continues that.
+fn restore_running(
+    args: &RestoreArgs,
+    file: &MappedRamFile,
+    mut qmp: Qmp,
+    stop: &Stop,
+    run: &Run,
+) -> Result<(), Failure> {
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
+    let blocks = Arc::new(Reading { channels: 1, packs: true, direct_io }.blocks(file)?);
+    let settings = Settings::of(&mut qmp)?;
+    // Both sides are known here, so it is used wherever QEMU has it.
+    let preempt = settings.has_capability("postcopy-preempt");
+    let options = postcopy::options(&args.postcopy, preempt).stall_timeout(args.stall_timeout());
+    let source = PostcopySource::of_file(file, blocks, options)
+        .map_err(|refused| While::new(format!("{} cannot be restored with post-copy", args.file), refused))?;
+    let running = Running {
+        verb: "restore",
+        file: &args.file,
+        args: &args.postcopy,
+        output: args.output,
+        run,
+        to: format!("the QEMU at {}", args.qmp),
+        stop,
+        records: true,
+    };
+    let mut target = Target { qmp, listen: args.listen.as_ref(), meetings: Vec::new() };
+    let (changed, connector) = if args.postcopy.resume {
+        (None, target.recover()?)
+    } else {
+        let changed = settings.change(&mut target.qmp, &Wanted::postcopy(preempt))?;
+        (Some(changed), target.listen("migrate-incoming")?)
+    };
+    let info = running.run(source, file, connector, || target.recover());
+    let info = info.map_err(|failure| explained(&mut target.qmp, failure))?;
+    loaded(&mut target.qmp, false)?;
+    if let Some(changed) = changed
+        && let Err(error) = changed.put_back(&mut target.qmp)
+    {
+        tracing::warn!("QEMU's migration settings could not be put back: {error}");
+    }
+    running.report(&info, file, "restored")
+}
+
+/// A QEMU that listens for this program.
+struct Target<'a> {
+    qmp: Qmp,
+    /// The address that the user has given.
+    listen: Option<&'a Address>,
+    /// Kept until the end, because sockets are removed with them.
+    meetings: Vec<Meeting>,
+}
+
+impl Target<'_> {
+    /// Makes it listen by this command. Returns where.
+    fn listen(&mut self, command: &str) -> Result<Arc<dyn Connect>, Failure> {
+        let meeting = Meeting::arrange(&self.qmp, Listens::Qemu, self.listen)?;
+        self.qmp.execute(command, json!({ "uri": meeting.address().to_string() }))?;
+        let address = listening_at(&mut self.qmp, meeting.address())?;
+        self.meetings.push(meeting);
+        Ok(Arc::new(address))
+    }
+
+    /// Makes it listen again after a connection has broken.
+    fn recover(&mut self) -> Result<Arc<dyn Connect>, Failure> {
+        interrupted(&mut self.qmp)?;
+        self.listen("migrate-recover")
+    }
+}
+
+/// Waits until a QEMU has noticed that post-copy was interrupted.
+fn interrupted(qmp: &mut Qmp) -> Result<(), Failure> {
+    let end = Instant::now() + PAUSES;
+    loop {
+        let now = Migration::query(qmp)?;
+        if now.is_paused() {
+            return Ok(());
+        }
+        if now.status != MigrationStatus::Active || Instant::now() >= end {
+            let why =
+                format!("its migration is {}, and only one in postcopy-paused can be resumed", now.state());
+            return Err(While::new("cannot resume post-copy".to_owned(), why).into());
+        }
+        sleep(LOOK);
+    }
+}
+
 /// Refuses a machine that differs from the file, because QEMU would refuse it later, with the reason in its log only.
 fn compare(args: &RestoreArgs, machine: &Machine, file: &MappedRamFile) -> Result<(), Failure> {
     let mut differences = machine.differences(file);
@@ -121,6 +222,8 @@ fn compare(args: &RestoreArgs, machine: &Machine, file: &MappedRamFile) -> Resul
 fn explained(qmp: &mut Qmp, failure: Failure) -> Failure {
     let Failure::Failed(error) = failure else { return failure };
     match Migration::query(qmp) {
+        // It has loaded the devices, and the guest is its own.
+        Ok(now) if now.is_paused() => Failure::Failed(error),
         Ok(now) => match now.reason() {
             Some(why) => While::new(format!("QEMU could not load the guest: {why}"), error).into(),
             None => Failure::Failed(error),
@@ -155,5 +258,7 @@ fn loaded(qmp: &mut Qmp, paused: bool) -> Result<String, Failure> {
 
 /// The time limit for a QEMU that has everything to load it.
 const LOADS: Duration = Duration::from_secs(120);
+/// The time limit for a QEMU to notice that a connection has broken.
+const PAUSES: Duration = Duration::from_secs(30);
 /// How often QEMU is asked.
 const LOOK: Duration = Duration::from_millis(20);

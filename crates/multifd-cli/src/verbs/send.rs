@@ -15,10 +15,14 @@ use multifd::{
 use qemu_stream::{
     format::SyncMode,
     mapped_ram::{MappedRamFile, ReadPath},
+    outgoing::postcopy::PostcopySource,
     source::{Source, SourceOptions},
 };
 
-use super::tls;
+use super::{
+    postcopy::{self, Running},
+    tls,
+};
 use crate::{
     args::{OutputArgs, ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
@@ -39,6 +43,13 @@ use crate::{
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     combinations::of_send(args).map_err(|refused| Failure::Usage(refused.into()))?;
+    if args.postcopy.is_on() && args.address.is_single() {
+        let why = format!(
+            "post-copy needs the replies of the destination, and {} has none: use tcp, unix or vsock",
+            args.address
+        );
+        return Err(Failure::Usage(why.into()));
+    }
     let connector = tls::connector(args)?;
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
@@ -49,6 +60,9 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
 
 fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let file = args.file.open(Digests::unless(args.no_verify))?;
+    if args.postcopy.is_on() {
+        return send_running(args, &file, connector, stop, run);
+    }
     let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {
         channels: args.multifd_channels,
@@ -66,6 +80,36 @@ fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) ->
     let delivery = Delivery { verb: "send", file: &args.file, output: args.output, run, to, hint };
     let info = delivery.run(source, connector, at_rest)?;
     delivery.report(&Report::of_source(&info), "sent")
+}
+
+/// Sends a guest that runs before its RAM is there.
+fn send_running(
+    args: &SendArgs,
+    file: &MappedRamFile,
+    connector: Arc<dyn Connect>,
+    stop: &Stop,
+    run: &Run,
+) -> Result<(), Failure> {
+    let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
+    let blocks = Arc::new(Reading { channels: 1, packs: true, direct_io }.blocks(file)?);
+    let options = postcopy::options(&args.postcopy, args.postcopy_preempt)
+        .connect_timeout(args.connect_timeout())
+        .stall_timeout(args.stall_timeout())
+        .end_timeout(args.end_timeout());
+    let source = PostcopySource::of_file(file, blocks, options)
+        .map_err(|refused| While::new(format!("{} cannot be sent with post-copy", args.file), refused))?;
+    let running = Running {
+        verb: "send",
+        file: &args.file,
+        args: &args.postcopy,
+        output: args.output,
+        run,
+        to: args.address.to_string(),
+        stop,
+        records: args.record_working_set,
+    };
+    let info = running.run(source, file, connector.clone(), || Ok(connector.clone()))?;
+    running.report(&info, file, "sent")
 }
 
 /// A file's guest on its way to a QEMU, as `send` and `restore` show it.

@@ -14,6 +14,7 @@ mod operated;
 mod owners;
 mod parameters;
 mod peers;
+mod postcopy;
 mod refused;
 mod snapshots;
 mod tls;

@@ -96,13 +96,18 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "dir",
         "name",
         "jobs",
+        "resume",
+        "retry",
+        "no-working-set",
+        "record-working-set",
+        "host-page-size",
     ];
     for verb in ["send", "receive", "demo", "capture", "restore"] {
         let help = run([verb, "--help"]).stdout;
         let flags = help.lines().filter_map(|line| {
             let line = line.trim_start();
             let line = line.strip_prefix("-q, ").or(line.strip_prefix("-h, ")).unwrap_or(line);
-            line.strip_prefix("--")?.split([' ', '.']).next().map(str::to_owned)
+            line.strip_prefix("--")?.split([' ', '.', '[']).next().map(str::to_owned)
         });
         for flag in flags.filter(|flag| !of_ours.contains(&flag.as_str())) {
             let named = capabilities
