@@ -19,13 +19,25 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
         run_command(cargo().args(["build", "--release", "-p", "multifd-cli", "-p", "multifd-bench"]))
     })?;
     let mut bench = Command::new(target.join("release/multifd-bench"));
-    bench.arg("run").arg("--out").arg(target.join("bench"));
+    let args = match args.split_first() {
+        Some((verb, rest)) if verb == FIRST_INSTRUCTION => {
+            bench.arg(verb);
+            rest
+        }
+        _ => {
+            bench.arg("run").arg("--out").arg(target.join("bench"));
+            args
+        }
+    };
     bench.arg("--program").arg(target.join("release/multifd")).args(args);
     if let Some(newest) = qemu::RELEASES.last() {
         bench.env(newest.variable, qemu::locate(newest)?);
     }
     step("measure", || run_command(&mut bench))
 }
+
+/// The benchmark of restores that start the guest at once.
+const FIRST_INSTRUCTION: &str = "first-instruction";
 
 /// Measures the parts; `args` are passed to criterion.
 ///

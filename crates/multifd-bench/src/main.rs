@@ -14,6 +14,7 @@ mod cases;
 mod contents;
 mod engine;
 mod error;
+mod first_instruction;
 mod measure;
 mod peer;
 mod report;
@@ -35,6 +36,8 @@ struct Args {
 enum Verb {
     /// Measure, and write results.md, results.json and channels.svg
     Run(run::RunArgs),
+    /// Measure how soon a guest runs that is restored out of a file
+    FirstInstruction(first_instruction::FirstInstructionArgs),
     /// Be a source: fill RAM, then migrate once for each line of standard input
     #[command(hide = true)]
     Source(engine::SourceArgs),
@@ -46,6 +49,7 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Args::parse().verb {
         Verb::Run(args) => run::run(&args),
+        Verb::FirstInstruction(args) => first_instruction::run(&args),
         Verb::Source(args) => engine::source(&args),
         Verb::Destination(args) => engine::destination(&args),
     };

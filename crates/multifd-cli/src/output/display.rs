@@ -137,6 +137,8 @@ fn show(bar: &ProgressBar, text: &str) {
 const BAR_EVERY: Duration = Duration::from_millis(100);
 /// The status while nobody has connected.
 pub(crate) const WAITS: &str = "none";
+/// The status of post-copy that was interrupted.
+pub(crate) const PAUSED: &str = "postcopy-paused";
 /// How often progress is looked at, and printed as an object.
 const LOOK: Duration = Duration::from_secs(1);
 

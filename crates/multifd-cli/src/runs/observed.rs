@@ -8,7 +8,7 @@ use std::{
 use multifd::live::Status;
 
 use crate::output::{
-    display::{Shown, WAITS},
+    display::{PAUSED, Shown, WAITS},
     outcome::Failure,
     report::Report,
 };
@@ -106,6 +106,8 @@ impl Observed {
         let exit_code = ended.as_ref().err().map_or(0, Failure::code);
         report.status = match ended {
             Err(Failure::Interrupted) => Status::Cancelled.as_str(),
+            // The guest is at the destination, and the migration can be resumed.
+            Err(_) if report.status == PAUSED => PAUSED,
             Err(_) if report.status != Status::Completed.as_str() => Status::Failed.as_str(),
             _ => report.status,
         };

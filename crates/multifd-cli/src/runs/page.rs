@@ -133,6 +133,8 @@ const STATUSES: &[&str] = &[
     "active",
     "pre-switchover",
     "device",
+    "postcopy-active",
+    "postcopy-paused",
     "completed",
     "failed",
     "cancelling",

@@ -23,7 +23,7 @@ use crate::{
     args::{OutputArgs, PostcopyArgs},
     file_address::FileAddress,
     output::{
-        display::{Display, Shown},
+        display::{Display, PAUSED, Shown},
         outcome::{Failure, While},
         outlet::{print_json, say_lines},
         progress::Look,
@@ -112,7 +112,7 @@ impl Running<'_> {
     fn failed(&self, error: PostcopyError, sending: &Sending) -> Failure {
         let cancelled = error.error.is_cancelled();
         let status = match (error.guest, cancelled) {
-            (GuestAt::Destination, _) => "postcopy-paused",
+            (GuestAt::Destination, _) => PAUSED,
             (GuestAt::Source, true) => Status::Cancelled.as_str(),
             (GuestAt::Source, false) => Status::Failed.as_str(),
         };
