@@ -163,7 +163,7 @@ impl Report {
             total_time: millis(info.total_time),
             ram: Ram {
                 total,
-                remaining: Some(info.planned.saturating_sub(info.normal) * page_size),
+                remaining: info.remaining.map(|pages| pages * page_size),
                 transferred: info.transferred,
                 duplicate: info.zero,
                 normal: info.normal,

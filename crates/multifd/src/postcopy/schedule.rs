@@ -303,9 +303,9 @@ impl Schedule {
         self.notify();
     }
 
-    /// The number of pages that the first part of the walk has not reached yet.
-    pub fn walk_left(&self) -> u64 {
-        self.blocks.iter().map(|block| block.walk.count()).sum()
+    /// The number of pages that were not claimed yet.
+    pub fn left(&self) -> u64 {
+        self.blocks.iter().map(|block| block.unsent.count()).sum()
     }
 
     /// The pages of a block that the destination has requested.
@@ -424,7 +424,7 @@ fn pieces(most: u64, host_page: u64) -> u64 {
 
 /// Pages without contents take less time, and about this number of bytes.
 const REST: u64 = 8;
-const ZERO_BYTES: u64 = 16;
+const ZERO_BYTES: u64 = 9;
 /// A guest waits with each of its threads for one page, so there are far fewer requests of a real destination.
 const PENDING: usize = 1 << 16;
 
@@ -464,7 +464,7 @@ mod tests {
     #[test]
     fn the_walk_sends_each_wanted_page_once_and_wraps_around() {
         let schedule = schedule(&[(10, 1), (4, 1)], &[&[0, 1, 2, 5, 9], &[1]], &[&[1], &[]]);
-        assert_eq!(schedule.walk_left(), 5);
+        assert_eq!(schedule.left(), 13);
         assert_eq!(schedule.request(run(0, 4, 1)), Ok(true));
         let requested = schedule.next(Lane::Both, 2).expect("requested");
         assert_eq!((requested.run, requested.requested.is_some()), (run(0, 4, 1), true));
@@ -475,7 +475,7 @@ mod tests {
         assert_eq!(found[..5], expected);
         // Then all that nobody wants, so that no request is left without an answer.
         assert_eq!(found[5..], [(0, 3, 1), (0, 6, 3), (1, 0, 1), (1, 2, 2)]);
-        assert_eq!(schedule.walk_left(), 0);
+        assert_eq!(schedule.left(), 0);
         assert!(schedule.drained());
     }
 

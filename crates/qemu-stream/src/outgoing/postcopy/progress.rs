@@ -24,7 +24,7 @@ pub(super) struct Counts {
     bytes: AtomicU64,
     unreadable: AtomicU64,
     recoveries: AtomicU64,
-    /// Pages that are sent although nobody requests them.
+    /// Pages sent, and those that are to be sent.
     planned: AtomicU64,
     latencies: Latencies,
 }
@@ -78,8 +78,10 @@ impl Counts {
         self.recoveries.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn plan(&self, pages: u64) {
-        self.planned.store(pages, Ordering::Relaxed);
+    /// This number of pages is to be sent after those that were sent already.
+    pub(super) fn plan(&self, left: u64) {
+        let sent = self.normal.load(Ordering::Relaxed) + self.zero.load(Ordering::Relaxed);
+        self.planned.store(sent + left, Ordering::Relaxed);
     }
 }
 
@@ -107,8 +109,9 @@ pub struct PostcopyInfo {
     pub normal: u64,
     /// Zero pages sent.
     pub zero: u64,
-    /// The number of pages that are to be sent, whether requested or not, zero pages that nobody requests not counted.
-    pub planned: u64,
+    /// The number of pages that the destination lacks. `None` before the guest is started, and before a resumed destination has
+    /// reported it.
+    pub remaining: Option<u64>,
     /// Bytes written.
     pub transferred: u64,
     /// Pages that could not be read and were not sent.
@@ -131,7 +134,9 @@ impl PostcopyProgress {
             request_p99: counts.latencies.percentile(990),
             normal: load(&counts.normal),
             zero: load(&counts.zero),
-            planned: load(&counts.planned),
+            remaining: Some(load(&counts.planned))
+                .filter(|planned| *planned > 0)
+                .map(|planned| planned.saturating_sub(load(&counts.normal) + load(&counts.zero))),
             transferred: load(&counts.bytes),
             unreadable: load(&counts.unreadable),
             recoveries: load(&counts.recoveries),

@@ -184,7 +184,6 @@ impl Session<'_> {
         let walk: Vec<_> = walk.collect();
         let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, there));
         schedule.limit_walk(source.options.walk_limit);
-        source.counts.plan(schedule.walk_left());
         self.replies.serve(schedule.clone());
         schedule
     }
@@ -217,6 +216,7 @@ impl Session<'_> {
 
     /// Sends all pages, and waits for SHUT.
     fn serve(&self, schedule: &Arc<Schedule>, preempt: Option<PageWriter<'_>>) -> Result<(), Error> {
+        self.source.counts.plan(schedule.left());
         let closes = self.stop.watch_failure(schedule.clone());
         let broken = preempt.as_ref().map(|writer| self.stop.watch_failure(writer.waker()));
         let served = thread::scope(|scope| {
