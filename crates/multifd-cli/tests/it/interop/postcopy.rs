@@ -12,6 +12,7 @@ use multifd::ram::BlockIndex;
 use multifd_testkit::{
     certificates::write_both,
     guest::Guest,
+    lacks,
     qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder},
 };
 use qemu_stream::mapped_ram::MappedRamFile;
@@ -276,3 +277,70 @@ fn destination_without_post_copy_refuses_and_the_guest_stays_in_the_file() {
         assert_checks_all(&mut to)
     });
 }
+
+/// Huge pages of the system, for as long as this lives.
+struct HugePages(String);
+
+impl HugePages {
+    const PLACE: &str = "/proc/sys/vm/nr_hugepages";
+
+    /// Reserves this number of them; `None` if the system does not.
+    fn reserve(count: u32) -> Option<Self> {
+        let before = fs::read_to_string(Self::PLACE).ok()?;
+        let wanted = before.trim().parse::<u32>().ok()? + count;
+        fs::write(Self::PLACE, wanted.to_string()).ok()?;
+        let reserved = Self(before);
+        let found = fs::read_to_string(Self::PLACE).ok()?;
+        (found.trim() == wanted.to_string()).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PLACE, self.0.trim());
+    }
+}
+
+/// The destination places whole pages of 2 MiB. Their size is not in the file, so it is named; without the name the
+/// destination refuses before the guest starts.
+#[test]
+fn guest_in_huge_pages_runs_out_of_a_file() {
+    let Some(_reserved) = HugePages::reserve(2 * MEMORY_IN_HUGE_PAGES) else {
+        lacks("huge pages that this process may reserve");
+        return;
+    };
+    with_all(|qemu, preempt| {
+        let vm = || {
+            let memory = format!(
+                "memory-backend-memfd,id=m0,size={}M,hugetlb=on,hugetlbsize=2M",
+                2 * MEMORY_IN_HUGE_PAGES
+            );
+            let machine = machine(qemu, &format!("{},memory-backend=m0", qemu.machine()));
+            machine.args(["-object".to_owned(), memory])
+        };
+        let (_folder, file, from) = captured_of(vm())?;
+        drop(from);
+        for named in [false, true] {
+            let mut to = vm().incoming().start()?;
+            to.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", preempt)])?;
+            let address = to.migrate_incoming("tcp:127.0.0.1:0")?;
+            let mut options = options(preempt).to_vec();
+            options.extend(["--json", "--max-postcopy-bandwidth", "20M"]);
+            if !named {
+                let ended = feed(&options, &file, &address).end();
+                assert_eq!(ended.code, Some(1), "{ended:?}");
+                assert!(ended.stderr.contains("the guest was not started at the destination"), "{ended:?}");
+                continue;
+            }
+            options.extend(["--host-page-size", "m0=2M"]);
+            let report = feed(&options, &file, &address).done().json();
+            assert!(report["ram"]["postcopy-requests"].as_u64() > Some(0), "{report}");
+            to.wait_migration("completed", PATIENCE)?;
+            assert_checks_all(&mut to)?;
+        }
+        Ok(())
+    });
+}
+
+/// Pages of 2 MiB of the guest's RAM.
+const MEMORY_IN_HUGE_PAGES: u32 = 20;
