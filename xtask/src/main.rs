@@ -147,6 +147,8 @@ const USAGE: &str = "usage: cargo xtask <task>
   soak --lives [--minutes N | --lives-count N] [--steps N] [--seed S]
                   lives of machines that migrate, are captured and restored, with faults in most steps, for N minutes or
                   N lives, each of N steps (default 10); --seed S --lives-count 1 repeats one
+  soak --postcopy [--minutes N | --kills N] [--seed S]
+                  kill the source of guests of QEMU that run while their memory arrives, at random moments
   bench [--rounds N] [--ram MIB] [--list] [CASE]...
                   measure the engine against QEMU and iperf3, in turns; all cases, or the named ones
   bench first-instruction [--rounds N] [--ram MIB]...

@@ -15,6 +15,7 @@ mod owners;
 mod parameters;
 mod peers;
 mod postcopy;
+mod postcopy_soak;
 mod refused;
 mod snapshots;
 mod tls;

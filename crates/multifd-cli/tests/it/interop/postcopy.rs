@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use crate::kit::{ALL_CHECKED, Program, feed, folder, machine, migrate_live, multifd, path, source};
 
 /// A guest that was captured while it ran, and its file.
-fn captured(qemu: &Qemu) -> Result<(TempDir, PathBuf, Vm), Error> {
+pub(super) fn captured(qemu: &Qemu) -> Result<(TempDir, PathBuf, Vm), Error> {
     captured_of(machine(qemu, &qemu.machine()))
 }
 
@@ -39,7 +39,7 @@ fn captured_of(builder: VmBuilder) -> Result<(TempDir, PathBuf, Vm), Error> {
 }
 
 /// A QEMU that waits for post-copy, and its address.
-fn waiting(qemu: &Qemu, preempt: bool) -> Result<(Vm, String), Error> {
+pub(super) fn waiting(qemu: &Qemu, preempt: bool) -> Result<(Vm, String), Error> {
     let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
     to.set_capabilities(&[("postcopy-ram", true)])?;
     if preempt {
@@ -54,7 +54,7 @@ fn options(preempt: bool) -> &'static [&'static str] {
 }
 
 /// The guest continues, and finds all of its memory right.
-fn assert_checks_all(vm: &mut Vm) -> Result<(), Error> {
+pub(super) fn assert_checks_all(vm: &mut Vm) -> Result<(), Error> {
     let at = vm.round()?.unwrap_or_default();
     vm.wait_round(at + ALL_CHECKED, PATIENCE)?;
     assert_eq!(vm.run_state()?, "running");
@@ -95,7 +95,7 @@ fn guest_runs_out_of_a_file_while_its_pages_come() {
 }
 
 /// Waits until the destination has noticed the broken connection, and lets it listen again. Returns the address.
-fn recovering(to: &mut Vm) -> Result<String, Error> {
+pub(super) fn recovering(to: &mut Vm) -> Result<String, Error> {
     to.wait_migration("postcopy-paused", PATIENCE)?;
     to.execute("migrate-recover", json!({ "uri": "tcp:127.0.0.1:0" }))?;
     let told = to.query_migrate()?;
