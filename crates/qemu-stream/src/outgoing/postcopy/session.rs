@@ -98,7 +98,10 @@ fn connected(
     let session = Session { source, connector, context, stop, replies, main: &main, started, unreadable };
     let served = thread::scope(|scope| {
         let reads = Builder::new().name("multifdreplies".into());
-        let reads = reads.spawn_scoped(scope, || replies.read(reader, &session.stop));
+        let reads = reads.spawn_scoped(scope, || {
+            let _alarm = Alarm(&session.stop);
+            replies.read(reader, &session.stop);
+        });
         let reads = reads.map_err(|error| Error::io("start a thread", error))?;
         let served = match begin {
             Begin::Start => session.start(),
@@ -182,7 +185,17 @@ impl Session<'_> {
             walk
         });
         let walk: Vec<_> = walk.collect();
-        let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, there));
+        // The memory of a block that is ignored is shared with the destination.
+        let there = source.blocks.iter().zip(there).map(|((_, block), there)| match block.is_ignored() {
+            true => PageBitmap::full(block.pages()),
+            false => {
+                let copy = PageBitmap::new(block.pages());
+                copy.merge(there.words());
+                copy
+            }
+        });
+        let there: Vec<_> = there.collect();
+        let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, &there));
         schedule.limit_walk(source.options.walk_limit);
         self.replies.serve(schedule.clone());
         schedule
@@ -266,6 +279,7 @@ impl Session<'_> {
         let start = |number| {
             let named = Builder::new().name(format!("{name}_{number}"));
             let thread = named.spawn_scoped(scope, move || {
+                let _alarm = Alarm(&self.stop);
                 if let Err(error) = self.work(lane, schedule, writer) {
                     self.stop.fail(self.explained(error));
                 }
@@ -342,6 +356,17 @@ impl Session<'_> {
     }
 }
 
+/// Fails the stop if the thread that holds it panics: others wait for what it does.
+struct Alarm<'a>(&'a Stop);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail(Error::text("a thread of this program has panicked"));
+        }
+    }
+}
+
 /// The session's stop, cancelled with the caller's.
 struct Cancels(Stop);
 
@@ -363,7 +388,7 @@ fn write_failed(source: io::Error) -> Error {
 }
 
 fn join(threads: Vec<ScopedJoinHandle<'_, ()>>) {
-    // A thread that panicked has failed the session: its pages are missing, so no end is reached.
+    // A thread that panicked has failed the stop.
     threads.into_iter().for_each(|thread| _ = thread.join());
 }
 
