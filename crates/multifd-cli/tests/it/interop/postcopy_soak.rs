@@ -143,21 +143,30 @@ fn found(to: &mut Vm) -> Result<Found, Error> {
 }
 
 fn found_now(to: &mut Vm) -> Result<Option<Found>, Error> {
-    if to.ended()?.is_some() {
+    if to.ended()?.is_some() || stuck(to)? {
         return Ok(Some(Found::NotStarted));
     }
-    // While QEMU loads the devices it may need a page, and its monitor waits for that without end. The guest has not started.
-    if to.stderr().contains("postcopy_ram_listen_thread: loadvm failed") {
-        assert!(to.serial()?.is_empty(), "{:?}", to.serial()?);
-        to.kill()?;
-        return Ok(Some(Found::NotStarted));
-    }
-    // It may end between the two.
-    let Ok(told) = to.query_migrate() else { return Ok(to.ended()?.map(|_| Found::NotStarted)) };
+    let told = match to.query_migrate() {
+        Ok(told) => told,
+        // It has ended, or got stuck, in the meantime.
+        Err(_) if to.ended()?.is_some() || stuck(to)? => return Ok(Some(Found::NotStarted)),
+        Err(error) => return Err(error),
+    };
     Ok(match told["status"].as_str() {
         Some("failed") => Some(Found::NotStarted),
         Some("postcopy-paused") => Some(Found::Paused),
         Some("completed") => Some(Found::Completed),
         _ => None,
     })
+}
+
+/// Whether QEMU needed a page to load the devices when its source ended: its monitor waits for that without end. The guest has not
+/// started. The process is killed.
+fn stuck(to: &mut Vm) -> Result<bool, Error> {
+    if !to.stderr().contains("postcopy_ram_listen_thread: loadvm failed") {
+        return Ok(false);
+    }
+    assert!(to.serial()?.is_empty(), "{:?}", to.serial()?);
+    to.kill()?;
+    Ok(true)
 }
