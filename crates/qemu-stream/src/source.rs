@@ -15,7 +15,10 @@ use crate::{
     embedder::check_devices,
     format::{BlockList, Configuration, DevicePart, SyncMode},
     mapped_ram::MappedRamFile,
-    outgoing::{END, MainStream, Options, Outgoing, VERDICT},
+    outgoing::{
+        END, MainStream, Options, Outgoing, VERDICT,
+        postcopy::{PostcopyOptions, PostcopySource},
+    },
 };
 
 /// The options of a source.
@@ -42,16 +45,9 @@ impl SourceOptions {
 
     /// Creates options for the machine in a file. Its block list and devices are sent unchanged. Over two channels.
     pub fn of_file(file: &MappedRamFile) -> Self {
-        let options = match file.configuration() {
-            Some(configuration) => Options::new(configuration.clone()),
-            None => Options::without_configuration(),
-        };
+        let options = stream_of(file);
         let mode = file.sync_mode().or(options.chosen_sync_mode());
-        let stream = options
-            .section(file.section())
-            .footers(file.devices().has_footers())
-            .switchover_start(file.switchover_start())
-            .sync_mode(mode);
+        let stream = options.sync_mode(mode);
         Self::of_stream(stream, Some((file.blocks().clone(), file.devices().clone())))
     }
 
@@ -215,6 +211,34 @@ impl Source {
         };
         Ok(main.end_timeout(self.options.end_timeout).verdict_timeout(self.options.verdict_timeout))
     }
+}
+
+impl PostcopySource {
+    /// Creates the source of the machine in a file, for a guest that runs before its RAM is there. `blocks` are those that
+    /// [`MappedRamFile::ram_blocks`] has made. A page that differs from its digest counts as one that [cannot be
+    /// read](Self::new).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_file(
+        file: &MappedRamFile,
+        blocks: Arc<RamBlocks>,
+        options: PostcopyOptions,
+    ) -> Result<Self, crate::error::Usage> {
+        Self::new(stream_of(file), file.blocks(), file.devices().clone(), blocks, options)
+    }
+}
+
+/// The stream of the machine in a file, as it was captured.
+fn stream_of(file: &MappedRamFile) -> Options {
+    let options = match file.configuration() {
+        Some(configuration) => Options::new(configuration.clone()),
+        None => Options::without_configuration(),
+    };
+    options
+        .section(file.section())
+        .footers(file.devices().has_footers())
+        .switchover_start(file.switchover_start())
 }
 
 fn unsendable(error: crate::error::Usage) -> Error {

@@ -29,7 +29,10 @@ use multifd::{
 };
 
 use super::options::Options;
-use crate::{error::Usage, mapped_ram::MappedRamFile};
+use crate::{
+    error::Usage,
+    format::{BlockList, DevicePart},
+};
 use contents::Contents;
 pub use failure::{GuestAt, PostcopyError};
 pub use options::PostcopyOptions;
@@ -46,28 +49,21 @@ impl fmt::Debug for PostcopySource {
 }
 
 impl PostcopySource {
-    /// Creates the source of the machine in a file. `blocks` are those that [`MappedRamFile::ram_blocks`] has made. A page that
-    /// cannot be read, or differs from its digest, is not sent: all others are, and then the migration fails. The guest waits
-    /// for that page, and [`resume`](Self::resume) can send it from a repaired file.
+    /// Creates the source of a machine that does not run: its stream, block list, devices, and memory. A page that cannot be
+    /// read is not sent: all others are, and then the migration fails. The guest waits for that page, and
+    /// [`resume`](Self::resume) can send it when it can be read.
     ///
     /// # Errors
-    /// If `blocks` are not those of the file, a host page size does not fit its block, or the machine has state that post-copy
+    /// If `blocks` are not those of the list, a host page size does not fit its block, or the machine has state that post-copy
     /// does not carry.
-    pub fn of_file(
-        file: &MappedRamFile,
+    pub fn new(
+        stream: Options,
+        list: &BlockList,
+        devices: DevicePart,
         blocks: Arc<RamBlocks>,
         options: PostcopyOptions,
     ) -> Result<Self, Usage> {
-        let stream = match file.configuration() {
-            Some(configuration) => Options::new(configuration.clone()),
-            None => Options::without_configuration(),
-        };
-        let stream = stream
-            .section(file.section())
-            .footers(file.devices().has_footers())
-            .switchover_start(file.switchover_start())
-            .sync_mode(None);
-        Contents::new(stream, file.blocks(), file.devices().clone(), blocks, options).map(Self)
+        Contents::new(stream.sync_mode(None), list, devices, blocks, options).map(Self)
     }
 
     /// Sends these pages before the guest starts, such as those that were [needed](Self::needed) at an earlier start.
