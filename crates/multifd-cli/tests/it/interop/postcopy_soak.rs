@@ -149,8 +149,15 @@ fn found_now(to: &mut Vm) -> Result<Option<Found>, Error> {
     let told = match to.query_migrate() {
         Ok(told) => told,
         // It has ended, or got stuck, in the meantime.
-        Err(_) if to.ended()?.is_some() || stuck(to)? => return Ok(Some(Found::NotStarted)),
-        Err(error) => return Err(error),
+        Err(error) => {
+            for _ in 0..200 {
+                if to.ended()?.is_some() || stuck(to)? {
+                    return Ok(Some(Found::NotStarted));
+                }
+                sleep(Duration::from_millis(10));
+            }
+            return Err(error);
+        }
     };
     Ok(match told["status"].as_str() {
         Some("failed") => Some(Found::NotStarted),
