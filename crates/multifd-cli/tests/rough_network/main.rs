@@ -14,3 +14,5 @@
 mod kit;
 #[cfg(test)]
 mod lines;
+#[cfg(test)]
+mod postcopy;

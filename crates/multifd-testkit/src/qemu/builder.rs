@@ -20,6 +20,7 @@ pub struct VmBuilder {
     memory: u64,
     guest: Option<Guest>,
     arguments: Vec<OsString>,
+    launcher: Vec<String>,
 }
 
 impl Qemu {
@@ -32,7 +33,7 @@ impl Qemu {
 impl VmBuilder {
     fn new(qemu: Qemu) -> Self {
         let machine = qemu.machine();
-        Self { qemu, machine, memory: 96 << 20, guest: None, arguments: Vec::new() }
+        Self { qemu, machine, memory: 96 << 20, guest: None, arguments: Vec::new(), launcher: Vec::new() }
     }
 
     /// Sets the machine type, including options after a comma; `pc-q35-7.2` runs on both QEMUs.
@@ -50,6 +51,12 @@ impl VmBuilder {
     /// Sets the guest to boot. Source and destination need the same one, because its image is a RAM block.
     pub fn guest(mut self, guest: &Guest) -> Self {
         self.guest = Some(guest.clone());
+        self
+    }
+
+    /// Starts it by another program, such as on a [host](crate::rough_network::Host), which must become QEMU's process.
+    pub fn launcher(mut self, launcher: impl IntoIterator<Item = String>) -> Self {
+        self.launcher = launcher.into_iter().collect();
         self
     }
 
@@ -104,7 +111,14 @@ impl VmBuilder {
 
     fn command(&self, folder: &Path) -> Result<Command, Error> {
         let path = |name: &str| folder.join(name).display().to_string();
-        let mut command = Command::new(self.qemu.program());
+        let mut command = match self.launcher.split_first() {
+            Some((launcher, words)) => {
+                let mut command = Command::new(launcher);
+                command.args(words).arg(self.qemu.program());
+                command
+            }
+            None => Command::new(self.qemu.program()),
+        };
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
         command.arg("-machine").arg(&self.machine);
         command.arg("-m").arg(format!("{}M", self.memory.div_ceil(1 << 20)));
