@@ -8,9 +8,9 @@ use super::shared::{rate, size};
 #[derive(Debug, ClapArgs)]
 #[command(group = ArgGroup::new("postcopy").args(["postcopy_ram", "resume"]))]
 pub(crate) struct PostcopyArgs {
-    /// Start the guest at once and send its RAM while it runs; the destination has capability postcopy-ram on. FILE must stay
-    /// unchanged until the end
-    #[arg(long, value_name = "after:SECONDS", num_args = 0..=1, require_equals = true, value_parser = at_once, default_missing_value = "")]
+    /// Start the guest and send its RAM while it runs; the destination has capability postcopy-ram on. FILE must stay unchanged
+    /// until the end. WHEN: at-once, the default and the only value for a guest in a file
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, value_parser = at_once, default_missing_value = AT_ONCE)]
     pub(crate) postcopy_ram: Option<AtOnce>,
     /// Continue after a broken connection: the destination is in state postcopy-paused
     #[arg(long, conflicts_with = "postcopy_ram")]
@@ -30,21 +30,24 @@ pub(crate) struct PostcopyArgs {
     pub(crate) host_page_size: Vec<HostPage>,
 }
 
-/// `--postcopy-ram` without a value.
+/// `--postcopy-ram`: the guest runs at once.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AtOnce;
 
 fn at_once(text: &str) -> Result<AtOnce, String> {
-    if text.is_empty() {
+    if text == AT_ONCE {
         return Ok(AtOnce);
     }
     if text.starts_with("after:") {
-        return Err("a guest in a file does not run, so a pre-copy part would only let it wait: use --postcopy-ram without \
-                    a value"
-            .into());
+        return Err(
+            "a guest in a file does not run, so a pre-copy part would only let it wait: leave the value out"
+                .into(),
+        );
     }
-    Err(format!("expected no value, found {text:?}"))
+    Err(format!("expected {AT_ONCE}, found {text:?}"))
 }
+
+const AT_ONCE: &str = "at-once";
 
 /// A host page size, of one block or of the system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn pre_copy_part_is_refused_with_the_reason() {
-        assert!(at_once("").is_ok());
+        assert!(at_once("at-once").is_ok());
         assert!(at_once("after:5").expect_err("refused").contains("does not run"));
         assert!(at_once("5").is_err());
     }
