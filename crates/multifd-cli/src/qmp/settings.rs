@@ -68,9 +68,9 @@ impl Settings {
         Ok(Self { capabilities, parameters })
     }
 
-    /// Whether this QEMU has the capability, on or off.
-    pub(crate) fn has_capability(&self, name: &str) -> bool {
-        self.capabilities.contains_key(name)
+    /// Whether a capability is on; `None` if this QEMU does not have it.
+    pub(crate) fn capability(&self, name: &str) -> Option<bool> {
+        self.capabilities.get(name).copied()
     }
 
     /// Makes the settings as wanted, where they differ. A capability or parameter that this QEMU does not know is left out

@@ -120,8 +120,11 @@ fn restore_running(
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
     let blocks = Arc::new(Reading { channels: 1, packs: true, direct_io }.blocks(file)?);
     let settings = Settings::of(&mut qmp)?;
-    // Both sides are known here, so it is used wherever QEMU has it.
-    let preempt = settings.has_capability("postcopy-preempt");
+    // Both sides are known here, so it is used wherever QEMU has it. A resumed migration is as it was begun.
+    let preempt = match settings.capability("postcopy-preempt") {
+        Some(on) => on || !args.postcopy.resume,
+        None => false,
+    };
     let options = postcopy::options(&args.postcopy, preempt).stall_timeout(args.stall_timeout());
     let source = PostcopySource::of_file(file, blocks, options)
         .map_err(|refused| While::new(format!("{} cannot be restored with post-copy", args.file), refused))?;
