@@ -106,6 +106,28 @@ impl Arrived {
         self.clear_run(of, block, page, 1)
     }
 
+    /// Forgets pages, beginning with page `first`: the source will send them again. What they contain now is out of date, and
+    /// in a mapped-ram file they are absent from now on. They count as missing until they arrive again.
+    ///
+    /// # Errors
+    /// If there are no such pages.
+    pub fn discard(&self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
+        let of = self.blocks.block(block)?;
+        check(of, first, count)?;
+        let pages = self.pages(block);
+        pages.arrived.clear_run(first, count);
+        if pages.may_hold.is_none() {
+            of.clear_run(first, count);
+        }
+        Ok(())
+    }
+
+    /// Whether every page of every block has arrived, except those of ignored blocks.
+    pub fn is_complete(&self) -> bool {
+        let mut due = self.blocks.iter().filter(|(_, block)| !block.is_ignored());
+        due.all(|(index, block)| self.count(index) == block.pages())
+    }
+
     /// Reads the current contents of a page.
     ///
     /// # Errors
@@ -318,6 +340,31 @@ mod tests {
         let mut page = [1; 4096];
         again.load(BlockIndex(0), PageIndex(3), &mut page).expect("loaded");
         assert_eq!(page, [0; 4096]);
+    }
+
+    #[test]
+    fn discarded_pages_must_arrive_again_and_a_zero_page_clears_them() {
+        let arrived = arrived(&[4 * 4096]);
+        for page in 0..4 {
+            arrived.store(BlockIndex(0), PageIndex(page), &[7; 4096]).expect("stored");
+        }
+        assert!(arrived.is_complete());
+        arrived.discard(BlockIndex(0), PageIndex(1), 2).expect("discarded");
+        assert!(!arrived.is_complete());
+        assert_eq!(arrived.count(BlockIndex(0)), 2);
+        assert!(arrived.check_complete(|_| MayMiss::Nothing).is_err());
+        arrived.store(BlockIndex(0), PageIndex(1), &[8; 4096]).expect("stored");
+        arrived.clear(BlockIndex(0), PageIndex(2)).expect("cleared");
+        arrived.check_complete(|_| MayMiss::Nothing).expect("complete");
+        let page = |number| {
+            let mut page = [1; 4096];
+            arrived.load(BlockIndex(0), PageIndex(number), &mut page).expect("loaded");
+            page
+        };
+        assert_eq!((page(1), page(2)), ([8; 4096], [0; 4096]));
+        assert!(arrived.discard(BlockIndex(0), PageIndex(3), 2).is_err());
+        assert!(arrived.discard(BlockIndex(0), PageIndex(u64::MAX), 2).is_err());
+        assert!(arrived.discard(BlockIndex(1), PageIndex(0), 1).is_err());
     }
 
     #[test]

@@ -6,6 +6,9 @@
 //! the migration continues. The migration fails instead if this connection is the only possible one, as with a command, or
 //! if it may have been a channel whose pages would be missing: it began like a channel, or the number of channels is not
 //! known and it comes from main's host and connected after main.
+//!
+//! One more connection has no first bytes of its own: that of postcopy-preempt. It is the one that remains, after the caller has
+//! [reported](super::Receiver::expect_preempt) that there may be one.
 
 use std::{io, sync::Arc};
 
@@ -62,7 +65,7 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, or
     let wake: Arc<dyn Wake> = link.waker();
     // Until the connection is identified, the end of the migration shuts it down.
     let greeting = shared.stop.watch(wake.clone());
-    let first = read_first_bytes(shared, &mut *link);
+    let first = read_first_bytes(shared, &mut *link, &origin);
     if !shared.lock().keep(number) {
         tracing::debug!(peer, "a silent connection was closed to make room for another one");
         shared.note_lost(origin);
@@ -96,6 +99,15 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, or
             tracing::debug!(channel = id.0, peer, "multifd_recv_new_channel");
             context.stall_timer.identified();
             worker::run(id, number, shared, link);
+        }
+        Ok(Kind::Preempt(seen)) => {
+            let _ = rustix::thread::set_name(c"multifdpreempt");
+            // It is shut down when the migration ends, as long as it is watched.
+            let stream = Stream::resumed(link, context, seen);
+            shared.identified(number);
+            context.stall_timer.identified();
+            shared.preempt_has_come(&peer, stream);
+            drop(greeting);
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().roster.single => {
             shared.stop.fail(error.at(format_args!("connection from {peer}")));
@@ -135,9 +147,11 @@ enum Kind {
     /// Main, with the bytes read so far.
     Main(Vec<u8>),
     Channel(Initial),
+    /// The connection of postcopy-preempt, with the bytes read so far.
+    Preempt(Vec<u8>),
 }
 
-fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refused> {
+fn read_first_bytes(shared: &Shared, link: &mut dyn Link, origin: &Origin) -> Result<Kind, Refused> {
     let limit = shared.options.greeting_timeout;
     // If it is the only connection, it delays no others, and may need a long time before it sends its first bytes.
     let (peer, end) = (link.peer(), (!shared.lock().roster.single).then(|| deadline(limit)));
@@ -146,7 +160,21 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refuse
         _ => Error::io(format!("receive the first bytes of {peer}"), error),
     };
     let mut magic = [0; MAIN_MAGIC.len()];
-    let mut have = read_up_to(link, &mut magic, 0, end).map_err(failed)?;
+    let first = match read_up_to(link, &mut magic[..1], 0, end) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut && shared.may_preempt(origin) => {
+            // It may be silent up to the end, and must not be closed to make room.
+            let mut state = shared.lock();
+            state.keep(origin.number);
+            state.source.has_silent = true;
+            drop(state);
+            shared.identified(origin.number);
+            link.set_recv_timeout(None).and_then(|()| read_up_to(link, &mut magic[..1], 0, None))
+        }
+        first => first,
+    };
+    let first = first.map_err(failed)?;
+    let end = end.map(|_| deadline(limit));
+    let mut have = if first == 0 { 0 } else { read_up_to(link, &mut magic, first, end).map_err(failed)? };
     if magic == MAIN_MAGIC {
         link.set_recv_timeout(None).map_err(failed)?;
         return Ok(Kind::Main(MAIN_MAGIC.to_vec()));
@@ -157,6 +185,10 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link) -> Result<Kind, Refuse
     let mut first = [0; INITIAL_LEN];
     first.iter_mut().zip(magic).for_each(|(into, byte)| *into = byte);
     let a_channel = have == MAIN_MAGIC.len() && Initial::is_begun_by(&first);
+    if !a_channel && shared.may_preempt(origin) {
+        link.set_recv_timeout(None).map_err(failed)?;
+        return Ok(Kind::Preempt(magic.iter().copied().take(have).collect()));
+    }
     have = read_up_to(link, &mut first, have, end)
         .map_err(|error| Refused { error: failed(error), a_channel })?;
     if have < INITIAL_LEN {
@@ -203,6 +235,23 @@ impl Shared {
         drop(state);
         // The last owner of the connection closes it.
         drop(entry);
+    }
+
+    /// A connection is that of postcopy-preempt: reads it to its end.
+    fn preempt_has_come(&self, peer: &str, stream: Stream) {
+        let reader = self.lock().source.preempt.take();
+        let (Some(read), Some(arrived)) = (reader, self.arrived.get()) else {
+            tracing::warn!(peer, "a second connection that does not say what it is is dropped");
+            return;
+        };
+        tracing::debug!(peer, "the connection of postcopy-preempt");
+        match read(arrived, stream) {
+            Ok(()) => tracing::debug!(peer, "the connection of postcopy-preempt has ended"),
+            Err(error) if self.stop.is_stopped() => {
+                tracing::debug!(peer, %error, "the connection of postcopy-preempt has ended");
+            }
+            Err(error) => drop(self.stop.fail(error.at(format_args!("connection from {peer}")))),
+        }
     }
 
     /// The connection from `origin` is main.

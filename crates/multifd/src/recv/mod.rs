@@ -207,6 +207,28 @@ impl Receiver {
         self.shared.lock().source.numbers_are_exact = true;
     }
 
+    /// Reports that the source may open one more connection, after main and its channels, that does not say what it is:
+    /// capability `postcopy-preempt`. QEMU 7.2 opens it together with main, and may send nothing on it until the end. `read`
+    /// is called when the connection has delivered its first bytes, or has ended, in a thread of this receiver and with the
+    /// blocks that were set. Its error fails the migration, unless that has ended. The connection is shut down when the
+    /// migration ends.
+    pub fn expect_preempt(&self, read: impl FnOnce(&Arrived, Stream) -> Result<()> + Send + 'static) {
+        let mut state = self.shared.lock();
+        state.source.may_preempt = true;
+        state.source.preempt = Some(Box::new(read));
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// Whether the connection of `postcopy-preempt` may be there without having delivered anything yet, so that `read` of
+    /// [`expect_preempt`](Self::expect_preempt) was not called.
+    pub fn may_have_silent_preempt(&self) -> bool {
+        let state = self.shared.lock();
+        let mut others = state.roster.unidentified.iter().map(|entry| &entry.origin);
+        state.source.preempt.is_some()
+            && (state.source.has_silent || others.any(|origin| self.shared.may_be_missed(&state, origin)))
+    }
+
     /// Sets the blocks that the source has announced. Pages are only written to these.
     ///
     /// # Errors

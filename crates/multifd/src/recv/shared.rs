@@ -68,7 +68,16 @@ pub(super) struct Source {
     pub(super) has_channels: bool,
     /// Its packet numbers are known to have no gaps.
     pub(super) numbers_are_exact: bool,
+    /// It may open one connection that does not say what it is.
+    pub(super) may_preempt: bool,
+    /// A connection that has been silent for long is probably that one.
+    pub(super) has_silent: bool,
+    /// Reads that connection; taken by its thread.
+    pub(super) preempt: Option<PreemptReader>,
 }
+
+/// Reads the connection of capability postcopy-preempt.
+pub(super) type PreemptReader = Box<dyn FnOnce(&Arrived, Stream) -> Result<()> + Send>;
 
 /// Which sync points have been passed.
 #[derive(Default)]
