@@ -30,6 +30,8 @@ struct Contents {
     sync_mode: Option<&'static str>,
     switchover_start: bool,
     described: bool,
+    /// The description is not the source's.
+    split_by_footers: bool,
     blocks: Vec<Block>,
     devices: Vec<Device>,
     total: u64,
@@ -122,6 +124,7 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
         }),
         switchover_start: file.switchover_start(),
         described: file.devices().description().is_some(),
+        split_by_footers: file.devices().is_split_by_footers(),
         trailing_bytes: file.trailing_bytes(),
         // A file that cannot be asked has no size that could be shown.
         on_disk: file.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512)),
@@ -164,6 +167,12 @@ impl Contents {
         }));
         lines.push(String::new());
         lines.push(format!("{:<40} {:>14} {:>10} {:>10}", "device", "instance", "version", "bytes"));
+        if self.split_by_footers {
+            lines.push(
+                "(the source has not described its devices (post-copy): they are split at the ends of their sections)"
+                    .to_owned(),
+            );
+        }
         if !self.described {
             lines.push(
                 "(no description: machine option suppress-vmdesc, or a machine type up to 2.2)".to_owned(),

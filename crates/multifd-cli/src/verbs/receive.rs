@@ -128,6 +128,8 @@ pub(super) fn options(args: &ReceiveArgs) -> ArrivalOptions {
         .stall_timeout(args.stall_timeout())
         .pause_timeout(args.pause_timeout())
         .switchover_ack(args.switchover_ack)
+        // The guest does not run here, so its last pages may come after its devices.
+        .postcopy(true)
         .suppress_vmdesc(args.suppress_vmdesc)
 }
 

@@ -72,6 +72,7 @@ impl Listening {
             .silence(options.silence)
             .switchover_ack(options.switchover_ack)
             .send_reason(options.send_reason)
+            .postcopy(options.postcopy)
             .suppress_vmdesc(options.suppress_vmdesc);
         Ok(Arrival { incoming, receiver, state, peer, callback_timeout: options.stall_timeout })
     }
@@ -220,8 +221,9 @@ impl Announced {
             |_: Option<&Configuration>, _: &BlockList| made.take().ok_or_else(|| Usage::UsedTwice.into());
         let loaded = {
             let mut loader = Loader::resumed(&receiver, state, make);
-            let read = incoming.run(&mut loader).map_err(|error| error.while_doing(RECEIVING));
-            read.and_then(|loaded| {
+            let read = incoming.run(&mut loader);
+            let doing = if incoming.has_switched() { RECEIVING_STOPPED } else { RECEIVING };
+            read.map_err(|error| error.while_doing(doing)).and_then(|loaded| {
                 let main_pages = loader.main_pages();
                 let blocks = loader.finish(&loaded)?;
                 Ok((loaded, blocks, main_pages))
@@ -256,3 +258,5 @@ fn failed(mut incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> 
 }
 
 const RECEIVING: &str = "cannot receive the guest";
+const RECEIVING_STOPPED: &str = "cannot receive the rest of the guest after its switch to post-copy (the guest may stay stopped at the source: \
+                                 check query-status there, and do not end that process)";

@@ -19,6 +19,7 @@ pub struct ArrivalOptions {
     pub(super) switchover_ack: bool,
     pub(super) suppress_vmdesc: bool,
     pub(super) send_reason: bool,
+    pub(super) postcopy: bool,
 }
 
 impl ArrivalOptions {
@@ -34,7 +35,18 @@ impl ArrivalOptions {
             switchover_ack: false,
             suppress_vmdesc: false,
             send_reason: true,
+            postcopy: false,
         }
+    }
+
+    /// Whether the source may switch to post-copy: see [`Incoming::postcopy`](crate::incoming::Incoming::postcopy). Off by
+    /// default.
+    ///
+    /// **Warning:** if this side fails after the switch, or the connection breaks, the guest can stay stopped at the source for good.
+    /// Only its process still has it then.
+    pub fn postcopy(mut self, on: bool) -> Self {
+        self.postcopy = on;
+        self
     }
 
     /// What the source may leave out of RAM. Default: [`LeftOut::Ignored`].

@@ -206,7 +206,9 @@ fn failure(code: u32, reached: Reached, reason: Option<&UntrustedText>) -> Strin
 /// Why a stream has ended too early.
 fn cause_of_end(stream: StreamKind) -> &'static str {
     match stream {
-        StreamKind::Main => "the source closed the connection (cancelled, or its process ended)",
+        StreamKind::Main | StreamKind::Preempt => {
+            "the source closed the connection (cancelled, or its process ended)"
+        }
         StreamKind::ReturnPath => "the destination closed the connection (it failed, or its process ended)",
         StreamKind::File => "the file is incomplete",
     }
@@ -251,6 +253,8 @@ pub enum StreamKind {
     ReturnPath,
     /// A mapped-ram file.
     File,
+    /// The connection of capability postcopy-preempt, from source to destination.
+    Preempt,
 }
 
 impl fmt::Display for StreamKind {
@@ -259,6 +263,7 @@ impl fmt::Display for StreamKind {
             Self::Main => "main stream",
             Self::ReturnPath => "return path",
             Self::File => "mapped-ram file",
+            Self::Preempt => "postcopy-preempt",
         })
     }
 }

@@ -4,6 +4,8 @@
 //! Configuration ─ Command* ─ Blocks ─ SyncMode ─ SyncPoint ─ Eos ─ SectionEnd ─┬─ Pass ─ pages, SyncPoint ─ Eos ─ SectionEnd ─┐
 //!                 OtherSection*                                                └──── Command*, OtherSection* ◀────────────────┘
 //!                                           after the last pass: EndOfRam ─ OtherSection* ─ Devices* ─ End
+//! post-copy, between two passes:            Command (PACKAGED) ─ Command (LISTEN) ─ Devices ─ Command (PING)* ─ Command (RUN)
+//!                                           after the last pass: EndOfRam ─ OtherSection* ─ End
 //! ```
 //!
 //! An event borrows what is large: a page is not copied. [`incoming`](crate::incoming) reads events and
@@ -85,10 +87,12 @@ pub enum Event<'a> {
     /// The last section of RAM has ended. Has no bytes of its own.
     EndOfRam,
     /// Bytes of the device part, as they arrive. The borders between devices, and the end of the stream, are unknown until the
-    /// description of all devices has arrived.
+    /// description of all devices has arrived. In a stream of post-copy, all devices at once, in the package: between the commands
+    /// POSTCOPY_LISTEN and POSTCOPY_RUN.
     Devices(&'a [u8]),
     /// The stream is complete. Contains the devices, split: the bytes of all [`Devices`](Self::Devices) and
-    /// [`OtherSection`](Self::OtherSection) events. The last event.
+    /// [`OtherSection`](Self::OtherSection) events. The last event. A stream of post-copy has no description; the devices are
+    /// [split by their footers](DevicePart::is_split_by_footers), if that is possible.
     End(Box<DevicePart>),
 }
 

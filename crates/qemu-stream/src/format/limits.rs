@@ -27,8 +27,11 @@ pub const MESSAGE: u16 = 512;
 /// Bytes of a bitmap in a RECV_BITMAP message: one bit per page for all of [`RAM_TOTAL`].
 pub const RECV_BITMAP: u64 = RAM_TOTAL >> 12 >> 3;
 
-/// Bytes between the RAM section and the end of the stream.
+/// Bytes between the RAM section and the end of the stream, or in a package of post-copy.
 pub const DEVICE_PART: usize = 256 << 20;
+
+/// PINGs at the end of a package. QEMU sends one or two.
+pub const PACKAGE_PINGS: usize = 8;
 
 /// Bytes of devices sent before the end of RAM. virtio-mem has one bit per block of about 2 MiB.
 pub const EARLY_PART: usize = 16 << 20;

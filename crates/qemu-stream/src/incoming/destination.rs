@@ -86,6 +86,35 @@ pub trait Destination {
     /// If the page cannot be read.
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<(), Self::Error>;
 
+    /// The source has capability `postcopy-ram` on: POSTCOPY_ADVISE. It may switch to post-copy, and with `postcopy-preempt` it
+    /// opens one more connection. Called before the blocks. By default nothing is done.
+    ///
+    /// # Errors
+    /// If post-copy is not acceptable.
+    fn postcopy_advised(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Pages of a block are out of date: the source sends all of them again. Only called if post-copy is
+    /// [served](super::Incoming::postcopy). By default nothing is done, which is right for a destination that does not check
+    /// whether RAM is complete.
+    ///
+    /// # Errors
+    /// If the pages cannot be forgotten.
+    fn discard(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<(), Self::Error> {
+        let _ = (block, first, count);
+        Ok(())
+    }
+
+    /// The source has stopped its guest for good and sends its last pages: POSTCOPY_RUN. Only called if post-copy is
+    /// [served](super::Incoming::postcopy). By default nothing is done.
+    ///
+    /// # Errors
+    /// If the migration should end.
+    fn postcopy_run(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// Whether more of a pass must follow before the source may be silent for long: asked after the source has been silent for
     /// the [stall timeout](super::Incoming::stall_timeout) between two sections of RAM. A source that waits before its
     /// switchover has finished its packets, and has little left to send. By default nothing is known.

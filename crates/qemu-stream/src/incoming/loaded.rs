@@ -20,6 +20,8 @@ pub struct Loaded {
     pub return_path: bool,
     /// Whether SWITCHOVER_START was sent.
     pub switchover_start: bool,
+    /// Whether the source has switched to post-copy.
+    pub postcopy: bool,
     /// Whether sections have footers.
     pub footers: bool,
     /// The devices and their description, if the source has sent one.

@@ -23,6 +23,7 @@ use super::{
     destination::Destination,
     loaded::Loaded,
     passes::{self, Idle, Passes},
+    preempt::Preempt,
 };
 use crate::{
     error::Violation,
@@ -77,6 +78,10 @@ pub(crate) struct LoaderState {
     /// Whether a source that waits for SWITCHOVER_ACK would wait without limit.
     ack_may_be_missing: bool,
     counts: Arc<MainCounts>,
+    preempt: Arc<Preempt>,
+    /// The source has switched to post-copy.
+    switched: bool,
+    list: Option<BlockList>,
 }
 
 impl LoaderState {
@@ -93,6 +98,9 @@ impl LoaderState {
             plain_ram: 0,
             ack_may_be_missing: false,
             counts: Arc::default(),
+            preempt: Arc::default(),
+            switched: false,
+            list: None,
         }
     }
 
@@ -182,9 +190,10 @@ where
         self.state.counts.set_pass(self.state.passes.pass(self.receiver.counters().restarts()));
     }
 
-    /// The pages that have arrived over main so far.
+    /// The pages that have arrived over main so far, and over the connection of postcopy-preempt.
     pub fn main_pages(&self) -> MainPages {
-        self.state.counts.pages()
+        let (main, preempt) = (self.state.counts.pages(), self.state.preempt.pages());
+        MainPages { normal: main.normal + preempt.normal, zero: main.zero + preempt.zero }
     }
 
     /// Returns the blocks after the whole stream has arrived, and checks that every page of RAM has. Memory of a virtio-mem
@@ -217,6 +226,8 @@ where
 
 /// Far more than the time for which guests are stopped: `downtime-limit` is 300 ms by default.
 const SWITCHOVER: Duration = Duration::from_secs(5);
+/// How long pages on the connection of postcopy-preempt may take to arrive after the end of main.
+const PREEMPT_ENDS: Duration = Duration::from_secs(10);
 /// A rate is not computed over less.
 const SHORTEST: Duration = Duration::from_millis(100);
 
@@ -296,6 +307,7 @@ where
     fn blocks(&mut self, list: &BlockList) -> Result<()> {
         let blocks = (self.make)(self.state.configuration(), list)?;
         self.state.order = matched(list, &blocks, self.state.ignores_shared())?;
+        self.state.list = Some(list.clone());
         self.state.counts.set_ram(list.total(), list.page_size().bytes() as u64);
         let is_plain = |entry: &&BlockEntry| !entry.name.as_bytes().contains(&b'/');
         self.state.plain_ram = list.entries().iter().filter(is_plain).map(|entry| entry.used_length).sum();
@@ -342,11 +354,32 @@ where
         self.arrived()?.load(self.block(block)?, page, into)
     }
 
+    fn postcopy_advised(&mut self) -> Result<()> {
+        let (preempt, stop) = (self.state.preempt.clone(), self.receiver.stop().clone());
+        self.receiver.expect_preempt(move |arrived, stream| preempt.read(arrived, stream, &stop));
+        Ok(())
+    }
+
+    fn discard(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
+        self.arrived()?.discard(self.block(block)?, first, count)
+    }
+
+    fn postcopy_run(&mut self) -> Result<()> {
+        self.state.switched = true;
+        if let Some(list) = self.state.list.take() {
+            self.state.preempt.begin(list, self.state.order.clone());
+        }
+        Ok(())
+    }
+
     fn is_within_pass(&self) -> bool {
         self.receiver.has_open_packet() || self.lacks_much_of_the_first_pass()
     }
 
     fn end_of_ram(&mut self) -> Result<()> {
+        if self.state.switched {
+            self.state.preempt.settle(self.receiver, self.arrived()?, PREEMPT_ENDS);
+        }
         self.receiver.seal()
     }
 }

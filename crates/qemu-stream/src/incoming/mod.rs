@@ -6,7 +6,7 @@
 //!     └── PONG, SHUT ─────────┴── Incoming ──┴──────────┴─────────┴──▶ Destination: configuration, blocks, pages, sync
 //! ```
 //!
-//! [`Incoming`] reads a whole pre-copy migration in the caller's thread and calls a [`Destination`] for what it reads. It owns
+//! [`Incoming`] reads a whole migration in the caller's thread and calls a [`Destination`] for what it reads. It owns
 //! the connection and one buffer, replies to the source and keeps its time limits. [`Events`] is the layer below: the stream
 //! event by event, for a program that acts in the middle of it. What is not supported is refused by name. Nothing that a peer
 //! sends makes them allocate, loop or index beyond `format/limits.rs`.
@@ -20,7 +20,9 @@ mod line;
 mod loaded;
 mod loader;
 mod passes;
+mod postcopy;
 mod precopy;
+mod preempt;
 
 pub use crate::format::{Delta, Event, SyncMark};
 pub(crate) use counts::MainCounts;

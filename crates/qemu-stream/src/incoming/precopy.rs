@@ -7,7 +7,7 @@
 //!           PONG, SHUT: Line
 //! ```
 //!
-//! Commands of post-copy and COLO are refused by name, as are commands that are out of order.
+//! Commands of COLO are refused by name, as are commands that are out of order. Those of post-copy: `postcopy.rs`.
 
 use std::{mem, sync::Arc, time::Duration};
 
@@ -26,7 +26,6 @@ use crate::{
         BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, REASON_PING, SectionId,
         SyncMode, VERDICT_MARK,
     },
-    refuse,
 };
 
 /// The result of loading, which is reported to the source.
@@ -42,19 +41,20 @@ pub enum Outcome {
 #[derive(Debug)]
 #[must_use]
 pub struct Incoming<C: Connection> {
-    line: Line<C>,
+    pub(super) line: Line<C>,
     switchover_ack: bool,
     silence: Duration,
     stall: Option<Duration>,
     pause: Option<Duration>,
-    return_path: bool,
+    pub(super) return_path: bool,
     /// The source has reported that its guest is stopped.
-    guest_stands: bool,
+    pub(super) guest_stands: bool,
     loaded: bool,
     stop: Option<Stop>,
     sends_reason: bool,
     counts: Arc<MainCounts>,
-    known: Known,
+    pub(super) postcopy: Postcopy,
+    pub(super) known: Known,
 }
 
 impl<C: Connection> Incoming<C> {
@@ -72,6 +72,7 @@ impl<C: Connection> Incoming<C> {
             stop: None,
             sends_reason: true,
             counts: Arc::default(),
+            postcopy: Postcopy::default(),
             known: Known::default(),
         }
     }
@@ -359,7 +360,7 @@ impl<C: Connection> Incoming<C> {
                 self.known.switchover_start = true;
                 Ok(())
             }
-            other => Err(refuse::command(other, at)),
+            other => self.postcopy_command(other, destination),
         }
     }
 
@@ -430,7 +431,7 @@ impl<C: Connection> Incoming<C> {
         Ok(may_have_ended)
     }
 
-    fn misplaced(&self, record: &'static str, place: &'static str) -> Error {
+    pub(super) fn misplaced(&self, record: &'static str, place: &'static str) -> Error {
         Violation::Misplaced { record, place }.at(self.line.here())
     }
 
@@ -449,6 +450,7 @@ impl<C: Connection> Incoming<C> {
             sync_mode: known.sync_mode.unwrap_or(SyncMode::Legacy),
             return_path: self.return_path,
             switchover_start: known.switchover_start,
+            postcopy: self.postcopy.run,
             footers: known.footers,
             devices,
             bytes,
@@ -456,11 +458,20 @@ impl<C: Connection> Incoming<C> {
     }
 }
 
+/// The progress of post-copy.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Postcopy {
+    pub(super) served: bool,
+    pub(super) advised: bool,
+    pub(super) listening: bool,
+    pub(super) run: bool,
+}
+
 /// What earlier events have shown.
 #[derive(Debug, Default)]
-struct Known {
+pub(super) struct Known {
     configuration: Option<Configuration>,
-    ram: Option<(SectionId, BlockList)>,
+    pub(super) ram: Option<(SectionId, BlockList)>,
     sync_mode: Option<SyncMode>,
     switchover_start: bool,
     footers: bool,

@@ -8,10 +8,12 @@ use multifd::ram::{PageIndex, PageSize};
 use crate::{
     error::Usage,
     format::{
-        BlockIndex, BlockList, CurrentBlock, DevicePart, Event, Put, Record, Section, SectionHead, SectionId,
-        SyncMark, encode_footer, encode_header,
+        BlockIndex, BlockList, Command, CurrentBlock, DevicePart, Event, Put, Record, Section, SectionHead,
+        SectionId, SyncMark, encode_footer, encode_header,
     },
 };
+
+const EOF: u8 = 0x00;
 
 /// The state that earlier events have set.
 #[derive(Debug)]
@@ -25,6 +27,17 @@ pub(super) struct Encoder {
     early: usize,
     /// The number of bytes after the end of RAM; `None` before it.
     behind_ram: Option<usize>,
+    /// The package of post-copy, from PACKAGED on.
+    package: Option<Package>,
+}
+
+/// What was written of a package.
+#[derive(Clone, Copy, Debug)]
+struct Package {
+    /// Bytes that are still to be written.
+    left: usize,
+    /// Bytes of devices.
+    devices: usize,
 }
 
 impl Encoder {
@@ -38,6 +51,7 @@ impl Encoder {
             footers: false,
             early: 0,
             behind_ram: None,
+            package: None,
         }
     }
 
@@ -51,7 +65,14 @@ impl Encoder {
                 self.ignore_shared = configuration.is_some_and(|configuration| configuration.ignore_shared);
                 encode_header(*configuration, out);
             }
-            Event::Command(command) => Section::Command((*command).clone()).encode(out),
+            Event::Command(command) => self.command(command, out)?,
+            Event::Devices(bytes) if self.is_in_package() => {
+                self.take_from_package(bytes.len(), false)?;
+                if let Some(package) = &mut self.package {
+                    package.devices += bytes.len();
+                }
+                out.put(bytes);
+            }
             Event::OtherSection { bytes, .. } | Event::Devices(bytes) => {
                 *self.behind_ram.as_mut().unwrap_or(&mut self.early) += bytes.len();
                 out.put(bytes);
@@ -88,6 +109,41 @@ impl Encoder {
             Event::End(_) => {}
         }
         Ok(())
+    }
+
+    /// Appends a command. A package that it ends has the announced size.
+    fn command(&mut self, command: &Command, out: &mut Vec<u8>) -> Result<(), Usage> {
+        let mut bytes = Vec::new();
+        Section::Command(command.clone()).encode(&mut bytes);
+        if self.is_in_package() {
+            self.take_from_package(bytes.len(), *command == Command::PostcopyRun)?;
+        }
+        if let Command::Packaged(length) = command {
+            let left = usize::try_from(*length).unwrap_or(usize::MAX);
+            self.package = Some(Package { left, devices: 0 });
+        }
+        out.put(&bytes);
+        Ok(())
+    }
+
+    fn is_in_package(&self) -> bool {
+        self.package.is_some_and(|package| package.left > 0)
+    }
+
+    /// Counts bytes of a package, with which it has to end if they are the `last` ones.
+    fn take_from_package(&mut self, count: usize, last: bool) -> Result<(), Usage> {
+        let Some(package) = &mut self.package else { return Ok(()) };
+        match package.left.checked_sub(count) {
+            Some(left) if (left == 0) == last => {
+                package.left = left;
+                Ok(())
+            }
+            _ => {
+                let left = package.left;
+                let why = format!("{count:#x} bytes where {left:#x} bytes of the package are left");
+                Err(Usage::Value { what: "package", why })
+            }
+        }
     }
 
     /// Appends the head of START and the block list.
@@ -132,7 +188,15 @@ impl Encoder {
         if devices.has_footers() != self.footers {
             return Err(refused("have footers and ram has none, or have none and ram has them"));
         }
-        let rest = devices.as_bytes().get(self.behind_ram.unwrap_or_default()..);
+        let behind_ram = self.behind_ram.unwrap_or_default();
+        if let Some(package) = self.package {
+            // The devices were in the package, and a description is not sent.
+            return match devices.blob().len() == behind_ram + package.devices {
+                true => Ok(&[EOF]),
+                false => Err(refused("are not those of the package")),
+            };
+        }
+        let rest = devices.as_bytes().get(behind_ram..);
         rest.ok_or_else(|| refused("have fewer bytes than were written after the end of ram"))
     }
 

@@ -12,7 +12,7 @@ use std::{fmt, io::Write};
 use super::{encoder::Encoder, writer::Writer};
 use crate::{
     error::{Error, Usage},
-    format::{Event, SyncMark},
+    format::{Command, Event, SyncMark},
 };
 
 /// Writes the [events](Event) of a main stream, in their order.
@@ -40,6 +40,8 @@ enum Stage {
         last: bool,
     },
     Between,
+    /// In the package of post-copy.
+    Package,
     RamDone,
     BehindRam,
     Devices,
@@ -125,6 +127,7 @@ impl<W: Write> EventWriter<W> {
             Stage::InPass { .. } => "within a pass",
             Stage::Footer { .. } => "after the end of records",
             Stage::Between => "between two passes",
+            Stage::Package => "in a package",
             Stage::RamDone => "after the last section of ram",
             Stage::BehindRam => "after the end of ram",
             Stage::Devices => "among the devices",
@@ -140,7 +143,11 @@ impl Stage {
     fn after(self, event: &Event<'_>) -> Option<Self> {
         match (self, event) {
             (Self::Header, Event::Configuration(_)) => Some(Self::BeforeRam),
+            (Self::Between, Event::Command(Command::Packaged(_))) => Some(Self::Package),
+            (Self::Package, Event::Command(Command::PostcopyRun)) => Some(Self::Between),
+            (Self::Package, Event::Command(Command::Packaged(_))) => None,
             (Self::BeforeRam | Self::Between, Event::Command(_))
+            | (Self::Package, Event::Command(_) | Event::Devices(_))
             | (Self::BeforeRam | Self::Between | Self::BehindRam, Event::OtherSection { .. })
             | (Self::Start, Event::SyncMode(_))
             | (Self::Start | Self::InPass { .. }, Event::SyncPoint(_))

@@ -5,7 +5,7 @@ use std::{error::Error as _, sync::OnceLock};
 use proptest::prelude::*;
 use qemu_stream::{
     error::{Error, Unsupported, Violation},
-    format::{Command, PageSizes, Section, SectionHead, SectionId, SectionName, SyncMode},
+    format::{Command, Section, SectionHead, SectionId, SectionName, SyncMode},
     incoming::{Incoming, Outcome},
     outgoing::Options,
 };
@@ -59,9 +59,7 @@ fn a_stream_cut_at_any_byte_is_refused() {
 
 #[test]
 fn commands_beyond_precopy_are_refused_with_the_capability_to_switch_off() {
-    let advise = Command::PostcopyAdvise(Some(PageSizes { host: 0x1000, target: 0x1000 }));
     for (command, capability) in [
-        (advise, "postcopy-ram"),
         (Command::PostcopyAdvise(None), "dirty-bitmaps"),
         (Command::PostcopyListen, "postcopy-ram"),
         (Command::PostcopyRun, "postcopy-ram"),

@@ -79,6 +79,7 @@ pub(crate) struct Memory {
     pub(crate) pages: BTreeMap<(usize, u64), Vec<u8>>,
     pub(crate) calls: Vec<&'static str>,
     pub(crate) announced: Option<u8>,
+    pub(crate) discarded: Vec<(usize, u64, u64)>,
     pub(crate) fails_at: Option<&'static str>,
 }
 
@@ -129,6 +130,19 @@ impl Destination for Memory {
             None => into.fill(0),
         }
         self.call("read_page")
+    }
+
+    fn postcopy_advised(&mut self) -> Result<(), io::Error> {
+        self.call("postcopy_advised")
+    }
+
+    fn discard(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<(), io::Error> {
+        self.discarded.push((block.0, first.0, count));
+        self.call("discard")
+    }
+
+    fn postcopy_run(&mut self) -> Result<(), io::Error> {
+        self.call("postcopy_run")
     }
 
     fn end_of_ram(&mut self) -> Result<(), io::Error> {

@@ -17,6 +17,8 @@ mod loopback;
 #[cfg(test)]
 mod odd;
 #[cfg(test)]
+mod postcopy;
+#[cfg(test)]
 mod reasons;
 #[cfg(test)]
 mod return_path;

@@ -18,6 +18,7 @@ mod postcopy;
 mod postcopy_soak;
 mod refused;
 mod snapshots;
+mod switched;
 mod tls;
 mod transports;
 mod uuids;

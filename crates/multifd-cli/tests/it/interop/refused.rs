@@ -41,10 +41,6 @@ macro_rules! refusals {
 }
 
 refusals! {
-    postcopy_is_refused_7_2: Qemu::v7_2(), 0,
-        |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
-    postcopy_is_refused_10_0: Qemu::v10_0(), 0,
-        |vm| vm.set_capabilities(&[("postcopy-ram", true)]), &["postcopy-ram"];
     compressed_pages_are_refused: Qemu::v7_2(), 0,
         |vm| vm.set_capabilities(&[("compress", true)]), &["capability compress"];
 }

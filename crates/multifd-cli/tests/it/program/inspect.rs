@@ -43,6 +43,7 @@ fn json_is_one_object_on_one_line() {
         "footers": true,
         "switchover-start": true,
         "described": true,
+        "split-by-footers": false,
         "total": 1 << 20,
         "present": 1 << 20,
         "trailing-bytes": 0,

@@ -28,6 +28,9 @@ pub struct Description {
     pub page_size: Option<u64>,
     #[serde(deserialize_with = "bounded")]
     pub(super) devices: Vec<Entry>,
+    /// Present if the source has not sent it.
+    #[serde(default, deserialize_with = "present")]
+    split: bool,
 }
 
 /// One device as described.
@@ -47,6 +50,11 @@ impl Description {
     /// If it is not JSON or not of the expected shape.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(json)
+    }
+
+    /// Whether it was [derived](derive) from the sections themselves.
+    pub(super) fn is_derived(&self) -> bool {
+        self.split
     }
 }
 
@@ -166,10 +174,35 @@ fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::
     deserializer.deserialize_seq(Entries)
 }
 
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    IgnoredAny::deserialize(deserializer).map(|_| true)
+}
+
 /// The description of an embedder's devices, each with one field that contains its state.
 pub(super) fn describe(devices: &[Device], page_size: u32) -> Result<Vec<u8>, Usage> {
     let described: Result<Vec<_>, Usage> = devices.iter().map(describe_one).collect();
     Ok(json!({ "page_size": page_size, "devices": described? }).to_string().into_bytes())
+}
+
+/// The description of sections that arrived without one, in the order of the stream: their names, instances, versions and
+/// lengths. `None` if a name is not ASCII. The key `split` shows that the source has not sent it.
+pub(super) fn derive<'s>(
+    sections: impl Iterator<Item = (&'s SectionName, u32, u32, usize)>,
+    page_size: usize,
+) -> Option<Vec<u8>> {
+    let described = sections.map(|(name, instance, version, size)| {
+        let name = BlockName::to_str(name.as_name()).ok().filter(|text| text.is_ascii())?;
+        Some(json!({
+            "name": name,
+            "instance_id": instance,
+            "version": version,
+            "size": size,
+            "fields": [{ "name": "data", "size": size, "type": "buffer" }],
+        }))
+    });
+    let described: Vec<_> = described.collect::<Option<_>>()?;
+    let json = json!({ "page_size": page_size, "split": "at footers", "devices": described });
+    Some(json.to_string().into_bytes())
 }
 
 fn describe_one(device: &Device) -> Result<serde_json::Value, Usage> {

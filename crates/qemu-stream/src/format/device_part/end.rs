@@ -33,6 +33,8 @@ pub struct EndFinder {
     found: usize,
     parsed: u64,
     misfit: Option<Misfit>,
+    /// The description that was found is not the source's.
+    derived: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +47,8 @@ impl EndFinder {
     /// Creates a finder for a stream whose sections have `footers`.
     pub fn new(footers: bool) -> Self {
         let early = EarlyPart::default();
-        Self { footers, early, scanned: 0, candidates: Vec::new(), found: 0, parsed: 0, misfit: None }
+        let (candidates, misfit, derived) = (Vec::new(), None, false);
+        Self { footers, early, scanned: 0, candidates, found: 0, parsed: 0, misfit, derived }
     }
 
     /// Sets the sections that arrived before the end of RAM. Their devices are described first. `collected` begins with
@@ -109,12 +112,14 @@ impl EndFinder {
             let split = Description::parse(json).map_err(|e| Misfit::Json(e.to_string().into())).and_then(
                 |description| {
                     let blob = collected.get(..candidate.eof).unwrap_or_default();
-                    walk::split(&self.early, blob, &description, self.footers)
+                    let sections = walk::split(&self.early, blob, &description, self.footers)?;
+                    Ok((sections, description.is_derived()))
                 },
             );
             match split {
-                Ok(sections) => {
+                Ok((sections, derived)) => {
                     check_distinct(&sections)?;
+                    self.derived = derived;
                     return Ok(Some((*candidate, sections)));
                 }
                 Err(misfit) => self.misfit = Some(misfit),
@@ -136,6 +141,7 @@ impl EndFinder {
             sections,
             live: std::mem::take(&mut self.early.live),
             footers: self.footers,
+            derived: self.derived,
         }
     }
 
@@ -178,11 +184,12 @@ impl EndFinder {
             sections: self.early.sections,
             live: self.early.live,
             footers: self.footers,
+            derived: false,
         })
     }
 
     /// Whether the last footer belongs to a section in `collected`, or there are no sections or no footers.
-    fn is_closed(&self, collected: &[u8]) -> bool {
+    pub(super) fn is_closed(&self, collected: &[u8]) -> bool {
         let (from, eof) = (self.early.ends.len(), collected.len().saturating_sub(1));
         !self.footers || eof == from || collected.get(from..eof).is_some_and(opens_last)
     }

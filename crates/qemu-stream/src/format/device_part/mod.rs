@@ -15,6 +15,7 @@ mod early;
 mod end;
 mod live;
 mod misfit;
+mod package;
 mod walk;
 
 use std::{collections::HashSet, ops::Range};
@@ -27,6 +28,7 @@ pub use early::EarlyPart;
 pub use end::EndFinder;
 pub use live::LiveSection;
 pub use misfit::Misfit;
+pub(crate) use package::Package;
 
 use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits, run_state};
 use crate::error::{Usage, Violation};
@@ -60,6 +62,7 @@ pub struct DevicePart {
     sections: Vec<DeviceSection>,
     live: Vec<LiveSection>,
     footers: bool,
+    derived: bool,
 }
 
 impl DevicePart {
@@ -108,7 +111,16 @@ impl DevicePart {
         Section::VmDescription(length).encode(&mut bytes);
         bytes.put(&json);
         let json = Some(eof + Self::END_HEAD);
-        Ok(Self { early: Vec::new(), bytes, eof, json, sections, live: Vec::new(), footers: true })
+        Ok(Self {
+            early: Vec::new(),
+            bytes,
+            eof,
+            json,
+            sections,
+            live: Vec::new(),
+            footers: true,
+            derived: false,
+        })
     }
 
     /// All bytes after the end of RAM, as in the stream: last pieces of live sections, devices, EOF, VMDESCRIPTION.
@@ -129,6 +141,12 @@ impl DevicePart {
     /// The JSON; `None` if the source did not send it.
     pub fn description(&self) -> Option<&[u8]> {
         self.json.and_then(|json| self.bytes.get(json..))
+    }
+
+    /// Whether the description is not the source's: the devices arrived by post-copy, without a description, and were split at
+    /// the footers of their sections.
+    pub fn is_split_by_footers(&self) -> bool {
+        self.derived
     }
 
     /// The devices, in the order of the stream; without a [description](Self::description), only the early ones.

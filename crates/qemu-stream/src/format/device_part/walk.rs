@@ -79,7 +79,7 @@ fn take(
 }
 
 /// The head of the FULL section at the beginning of `blob`, and its length.
-fn head_at(blob: &[u8]) -> Option<(SectionHead, usize)> {
+pub(super) fn head_at(blob: &[u8]) -> Option<(SectionHead, usize)> {
     let mut r = Reader::with_capacity(blob, StreamKind::Main, HEAD);
     match Section::decode(&mut r).ok()? {
         Section::Full(head) => Some((head, usize::try_from(r.position()).ok()?)),
@@ -88,5 +88,5 @@ fn head_at(blob: &[u8]) -> Option<(SectionHead, usize)> {
 }
 
 /// Above the longest head: type, id, name, instance, version.
-const HEAD: usize = 512;
+pub(super) const HEAD: usize = 512;
 const FOOTER: usize = 5;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Header ─▶ BeforeRam ─ START ─▶ Body ─ EOS ─▶ Footer ─▶ Between ─ PART or END ─▶ Body …
+//!                                                 │         └─ PACKAGED ─▶ Package ─ RUN ─▶ Between
 //!                                                 └─ after END ─▶ RamDone ─▶ BehindRam ─▶ Devices ─▶ Complete ─▶ Finished
 //! ```
 //!
@@ -10,6 +11,7 @@
 //! loop or index beyond `format/limits.rs`. A page is borrowed from the reader's buffer.
 
 mod devices;
+mod postcopy;
 mod ram;
 
 use std::{fmt, io::Read, mem};
@@ -23,6 +25,7 @@ use crate::{
     refuse,
 };
 use devices::Collected;
+use postcopy::{Contents, Piece, Postcopy};
 use ram::{Part, Ram};
 
 /// Reads a main stream as [events](Event), one for each call of [`next`](Self::next).
@@ -99,8 +102,7 @@ pub struct Events<R> {
     head: Option<Section>,
     command: Option<Command>,
     return_path: bool,
-    /// POSTCOPY_ADVISE was read: blocks may have host page sizes.
-    advised: bool,
+    postcopy: Postcopy,
     suppress_vmdesc: bool,
     /// A further section of RAM has begun: no device may be sent before the end of RAM any more.
     passes: bool,
@@ -121,6 +123,8 @@ enum State {
     /// After the EOS of a section of RAM.
     Footer(Part),
     Between,
+    /// In the package of post-copy.
+    Package(Box<Contents>),
     RamDone,
     BehindRam,
     Devices(Box<Collected>),
@@ -152,7 +156,7 @@ impl<R: Read> Events<R> {
             head: None,
             command: None,
             return_path: false,
-            advised: false,
+            postcopy: Postcopy::default(),
             suppress_vmdesc: false,
             passes: false,
         }
@@ -200,6 +204,7 @@ impl<R: Read> Events<R> {
             }
             State::Footer(part) => self.footer(part),
             State::Between => self.between(),
+            State::Package(contents) => self.package(*contents),
             State::RamDone => {
                 self.state = State::BehindRam;
                 Ok(Event::EndOfRam)
@@ -297,6 +302,11 @@ impl<R: Read> Events<R> {
         self.r.is_drained()
     }
 
+    /// Whether the next event is in a package.
+    pub(super) fn is_in_package(&self) -> bool {
+        matches!(self.state, State::Package(_))
+    }
+
     /// Waits until bytes or the end of the stream have arrived.
     pub(super) fn wait(&mut self) -> Result<(), Error> {
         self.r.peek().map(drop)
@@ -316,7 +326,13 @@ impl<R: Read> Events<R> {
         let at = self.place();
         match Section::decode(&mut self.r)? {
             Section::Start(head) if head.is_ram() => {
-                self.ram = Ram::begin(&mut self.r, &head, at, self.configuration.as_ref(), self.advised)?;
+                self.ram = Ram::begin(
+                    &mut self.r,
+                    &head,
+                    at,
+                    self.configuration.as_ref(),
+                    self.postcopy.is_advised(),
+                )?;
                 self.state = State::Body(Part::Start);
                 Ok(Event::Blocks { section: self.ram.section, blocks: &self.ram.blocks })
             }
@@ -327,7 +343,7 @@ impl<R: Read> Events<R> {
                 let bytes = self.early.as_bytes().get(from..).unwrap_or_default();
                 Ok(Event::OtherSection { head: self.head.insert(Section::Full(head)), bytes })
             }
-            Section::Command(command) => Ok(self.command(command, State::BeforeRam)),
+            Section::Command(command) => self.command(command, State::BeforeRam),
             other => Err(self.misplaced(other, "before the start of ram")),
         }
     }
@@ -361,6 +377,11 @@ impl<R: Read> Events<R> {
                     Ok(Event::SyncMode(*mode.insert(SyncMode::Round)))
                 }
             },
+            // Pages of post-copy come over main alone, so their sections are no sync points.
+            Record::Eos if self.postcopy.has_switched() => {
+                self.state = State::Footer(part);
+                Ok(Event::Eos)
+            }
             Record::Eos => match mode {
                 Some(SyncMode::Round) => {
                     self.state = State::Footer(part);
@@ -403,21 +424,46 @@ impl<R: Read> Events<R> {
                 self.state = State::Body(Part::Last);
                 Ok(Event::Pass { last: true })
             }
-            Some(Section::Command(command)) => Ok(self.command(command, State::Between)),
+            Some(Section::Command(command)) => self.command(command, State::Between),
             Some(other) => Err(self.misplaced(other, "before the end of ram")),
         }
     }
 
     /// After some commands follows content that is not supported.
-    fn command(&mut self, command: Command, next: State) -> Event<'_> {
+    fn command(&mut self, command: Command, next: State) -> Result<Event<'_>, Error> {
         self.return_path |= command == Command::OpenReturnPath;
-        self.advised |= matches!(command, Command::PostcopyAdvise(Some(_)));
+        let (at, between) = (self.place(), matches!(next, State::Between));
         self.state = match &command {
-            // The package contains devices without a description.
-            Command::Packaged(_) => State::Unserved(Box::new(refuse::command(&command, self.place()))),
+            Command::PostcopyAdvise(Some(_)) if !between => {
+                self.postcopy.advise();
+                next
+            }
+            Command::PostcopyRamDiscard { block, ranges } if between && self.postcopy.is_advised() => {
+                self.postcopy.check_discard(&self.ram.blocks, block, ranges, at)?;
+                next
+            }
+            Command::Packaged(length) if between && self.postcopy.is_advised() => {
+                self.postcopy.begin_package(*length, at)?;
+                State::Package(Box::new(Contents::Unread(*length)))
+            }
+            Command::Packaged(_) => State::Unserved(Box::new(refuse::command(&command, at))),
             _ => next,
         };
-        Event::Command(self.command.insert(command))
+        Ok(Event::Command(self.command.insert(command)))
+    }
+
+    fn package(&mut self, contents: Contents) -> Result<Event<'_>, Error> {
+        let (piece, next) = contents.next(&mut self.r, self.ram.footers == Some(true))?;
+        self.state = next.map_or(State::Between, |contents| State::Package(Box::new(contents)));
+        match piece {
+            Piece::Devices(devices) => Ok(Event::Devices(self.postcopy.keep(devices))),
+            Piece::Command(command) => {
+                if command == Command::PostcopyRun {
+                    self.postcopy.run();
+                }
+                Ok(Event::Command(self.command.insert(command)))
+            }
+        }
     }
 
     /// The end of a section of RAM. The first one shows whether there are footers. The machine type does not decide that: it is
@@ -444,6 +490,12 @@ impl<R: Read> Events<R> {
                 self.state = State::BehindRam;
                 let bytes = self.early.ends().get(from..).unwrap_or_default();
                 Ok(Event::OtherSection { head: self.head.insert(head), bytes })
+            }
+            None if self.postcopy.has_switched() => {
+                let (early, at) = (mem::take(&mut self.early), self.place());
+                let part = self.postcopy.end(&mut self.r, early, &self.ram, at)?;
+                self.state = State::Finished;
+                Ok(Event::End(Box::new(part)))
             }
             None => {
                 let early = mem::take(&mut self.early);

@@ -1,0 +1,180 @@
+//! A source that switches to post-copy: its guest is stored, and runs on from the file in every way.
+
+use std::{path::Path, thread::sleep, time::Duration};
+
+use multifd_testkit::{
+    certificates::write_both,
+    qemu::{Error, PATIENCE, Qemu, Vm},
+};
+use serde_json::{Value, json};
+
+use super::journey::with_tls;
+use crate::kit::{
+    Ended, Program, fast, file_uri, first_difference, folder, machine, memory, path, run, runs_on, send,
+    slow, source, stored_memory,
+};
+
+const LOCAL: &str = "tcp:127.0.0.1:0";
+
+/// A source with capability `postcopy-ram` on, of which a pass takes longer than it may.
+fn advised(qemu: &Qemu, kind: &str, preempt: bool) -> Result<Vm, Error> {
+    let mut from = source(machine(qemu, kind))?;
+    from.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", preempt)])?;
+    slow(&mut from)?;
+    Ok(from)
+}
+
+/// Migrates a running guest that would never converge, by post-copy. Returns its memory at the stop.
+fn switch(from: &mut Vm, address: &str) -> Result<Vec<u8>, Error> {
+    from.migrate(address)?;
+    from.wait_passes(2, PATIENCE)?;
+    from.execute("migrate-start-postcopy", json!({}))?;
+    let told = from.wait_migration("completed", PATIENCE)?;
+    assert_eq!(told["ram"]["postcopy-requests"], json!(0), "{told}");
+    memory(from)
+}
+
+fn stored(
+    qemu: &Qemu,
+    kind: &'static str,
+    preempt: bool,
+    file: &Path,
+) -> Result<(Vm, Vec<u8>, Ended), Error> {
+    let mut from = advised(qemu, kind, preempt)?;
+    let (receive, address) = Program::receive(&["--json"], LOCAL, file);
+    let before = switch(&mut from, &address)?;
+    let ended = receive.done();
+    assert_eq!(first_difference(&before, &stored_memory(file)), None, "page, source and file");
+    Ok((from, before, ended))
+}
+
+fn inspected(file: &Path) -> Value {
+    run(["inspect".as_ref(), "--json".as_ref(), file.as_os_str()]).json()
+}
+
+/// The file is loaded by QEMU 10.0 itself, and sent into `to`.
+fn guest_is_stored_and_runs_on(
+    qemu: &Qemu,
+    kind: &'static str,
+    preempt: bool,
+    to: &[Qemu],
+) -> Result<(), Error> {
+    let folder = folder();
+    let file = path(&folder, "machine");
+    let (from, _, ended) = stored(qemu, kind, preempt, &file)?;
+    assert!(ended.stderr.lines().all(|line| line.starts_with("listening on")), "{ended:?}");
+    let told = inspected(&file);
+    assert_eq!(told["described"], json!(true), "{told}");
+    assert_eq!(told["split-by-footers"], json!(true), "{told}");
+    assert!(told["devices"].as_array().is_some_and(|devices| devices.len() > 10), "{told}");
+    let lines = run(["inspect".as_ref(), file.as_os_str()]).stdout;
+    assert!(lines.contains("the source has not described its devices (post-copy)"), "{lines}");
+    for qemu in to {
+        let mut there = machine(qemu, kind).incoming().start()?;
+        send(&["--multifd-channels", "0"], &file, &mut there, LOCAL)?;
+        runs_on(&from, &mut there)?;
+    }
+    let Some(new) = Qemu::v10_0() else { return Ok(()) };
+    let mut there = machine(&new, kind).incoming().start()?;
+    there.set_capabilities(&[("mapped-ram", true)])?;
+    there.migrate_incoming(&file_uri(&file))?;
+    there.wait_migration("completed", PATIENCE)?;
+    runs_on(&from, &mut there)?;
+    assert!(!there.stderr().contains("vmdescription"), "{}", there.stderr());
+    Ok(())
+}
+
+fn with_both(test: impl Fn(&Qemu) -> Result<(), Error>) {
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
+        test(&qemu).unwrap_or_else(|error| panic!("QEMU {}: {error}", qemu.series()));
+    }
+}
+
+#[test]
+fn guest_of_7_2_is_stored_by_postcopy() {
+    let (Some(old), Some(new)) = (Qemu::v7_2(), Qemu::v10_0()) else { return };
+    let to = [old.clone(), new];
+    guest_is_stored_and_runs_on(&old, "pc-q35-7.2", false, &to).unwrap();
+}
+
+#[test]
+fn guest_of_7_2_is_stored_by_postcopy_with_preempt() {
+    let Some(old) = Qemu::v7_2() else { return };
+    guest_is_stored_and_runs_on(&old, "pc-q35-7.2", true, std::slice::from_ref(&old)).unwrap();
+}
+
+#[test]
+fn guest_of_10_0_is_stored_by_postcopy() {
+    let Some(new) = Qemu::v10_0() else { return };
+    guest_is_stored_and_runs_on(&new, "pc-q35-10.0", false, std::slice::from_ref(&new)).unwrap();
+}
+
+#[test]
+fn guest_of_10_0_is_stored_by_postcopy_with_preempt() {
+    let (Some(old), Some(new)) = (Qemu::v7_2(), Qemu::v10_0()) else { return };
+    guest_is_stored_and_runs_on(&new, "pc-q35-7.2", true, &[old, new.clone()]).unwrap();
+}
+
+/// The silent connection of 7.2 is there from the beginning, and must be kept for longer than a connection may be silent that
+/// is not expected.
+#[test]
+fn silent_connection_of_preempt_is_kept_for_as_long_as_the_migration_takes() {
+    with_both(|qemu| {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let kind = qemu.machine();
+        let mut from = advised(qemu, &kind, true)?;
+        let (receive, address) = Program::receive(&[], LOCAL, &file);
+        from.migrate(&address)?;
+        // The limit for a connection that does not say what it is: 10 s.
+        sleep(Duration::from_secs(12));
+        from.execute("migrate-start-postcopy", json!({}))?;
+        from.wait_migration("completed", PATIENCE)?;
+        receive.done();
+        let before = memory(&mut from)?;
+        assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
+        Ok(())
+    });
+}
+
+#[test]
+fn source_that_may_switch_and_does_not_is_stored_as_any_other() {
+    with_both(|qemu| {
+        for preempt in [false, true] {
+            let folder = folder();
+            let file = path(&folder, "machine");
+            let kind = qemu.machine();
+            let mut from = advised(qemu, &kind, preempt)?;
+            let (receive, address) = Program::receive(&[], LOCAL, &file);
+            from.migrate(&address)?;
+            from.wait_passes(3, PATIENCE)?;
+            fast(&mut from)?;
+            from.wait_migration("completed", PATIENCE)?;
+            receive.done();
+            let before = memory(&mut from)?;
+            assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
+            let told = inspected(&file);
+            assert_eq!(told["split-by-footers"], json!(false), "{told}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn guest_is_stored_by_postcopy_over_tls_on_both_connections() {
+    with_both(|qemu| {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        write_both(folder.path()).expect("certificates");
+        let mut from = source(with_tls(machine(qemu, &qemu.machine()), folder.path(), "client"))?;
+        from.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", true)])?;
+        from.set_parameters(json!({ "tls-creds": "tls0" }))?;
+        slow(&mut from)?;
+        let options = ["--tls-creds", folder.path().to_str().expect("text")];
+        let (receive, address) = Program::receive(&options, LOCAL, &file);
+        let before = switch(&mut from, &address)?;
+        receive.done();
+        assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
+        Ok(())
+    });
+}

@@ -1,0 +1,107 @@
+//! The commands of post-copy.
+//!
+//! ```text
+//! source: ADVISE ─ pre-copy ─ DISCARD* ─ PING ─ PACKAGED { LISTEN, devices, PING, RUN } ─ PING ─ pages ─ END ─ EOF
+//!            │                   │                                             │              │
+//!            ▼                   ▼                                             ▼              ▼
+//!  postcopy_advised           discard                                    postcopy_run   page, end_of_ram
+//! ```
+//!
+//! This side sends no requests for pages, because the guest does not run here before all have arrived. So the source sends them in
+//! its own order. A source with `postcopy-ram` on that does not switch ends as in pre-copy.
+
+use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
+
+use super::{
+    destination::{Destination, refused},
+    precopy::{Incoming, Postcopy},
+};
+use crate::{
+    connection::Connection,
+    error::{Error, Violation},
+    format::Command,
+    refuse,
+};
+
+impl<C: Connection> Incoming<C> {
+    /// Lets the source switch to post-copy: it stops its guest for good, and sends the pages that this side lacks after the
+    /// devices. This side does not run the guest before all of them have arrived, so the guest is stopped for longer than with a
+    /// destination that runs it at once; but the migration of a guest that writes faster than its pages are sent comes to an end.
+    /// Off by default: the switch is refused, and the guest continues at the source. A source with capability `postcopy-ram` on
+    /// that does not switch is always received.
+    ///
+    /// **Warning:** if this side fails after the switch, or the connection breaks, the guest can stay stopped at the source for good
+    /// (QEMU 7.2 always, QEMU 10.0 if the connection breaks). Only its process still has it then.
+    pub fn postcopy(mut self, on: bool) -> Self {
+        self.postcopy.served = on;
+        self
+    }
+
+    /// Whether the source has switched to post-copy. From then on it does not continue its guest by itself.
+    pub fn has_switched(&self) -> bool {
+        self.postcopy.run
+    }
+
+    /// Executes a command that only a source with post-copy sends, or refuses it.
+    pub(super) fn postcopy_command<D: Destination>(
+        &mut self,
+        command: &Command,
+        destination: &mut D,
+    ) -> Result<(), Error> {
+        let at = self.line.place();
+        let Postcopy { served, advised, listening, run } = self.postcopy;
+        match command {
+            Command::PostcopyAdvise(Some(_)) => {
+                let misplaced = |place| Violation::Misplaced { record: "POSTCOPY_ADVISE", place }.at(at);
+                if self.known.ram.is_some() {
+                    return Err(misplaced("after the start of ram"));
+                }
+                if !self.return_path {
+                    return Err(misplaced("without a return path"));
+                }
+                if advised {
+                    return Err(misplaced("twice in one stream"));
+                }
+                tracing::debug!(served, "the source may switch to post-copy");
+                self.postcopy.advised = true;
+                let taken = destination.postcopy_advised();
+                taken.map_err(|e| refused(self.line.here(), "post-copy", e))
+            }
+            Command::PostcopyRamDiscard { block, ranges }
+                if served && advised && self.known.ram.is_some() =>
+            {
+                let (index, page_size) = self.find(block)?;
+                for (start, length) in ranges {
+                    let first = PageIndex(start / page_size.bytes() as u64);
+                    let count = length / page_size.bytes() as u64;
+                    let taken = destination.discard(index, first, count);
+                    taken.map_err(|e| refused(at, "pages to be discarded", e))?;
+                }
+                Ok(())
+            }
+            Command::Packaged(length) if served && advised => {
+                tracing::debug!(length, "the source switches to post-copy");
+                Ok(())
+            }
+            // Outside of a package they make no sense. A package has each of them once.
+            Command::PostcopyListen if served && self.line.is_in_package() && !listening => {
+                self.postcopy.listening = true;
+                Ok(())
+            }
+            Command::PostcopyRun if served && listening && !run => {
+                self.postcopy.run = true;
+                self.guest_stands = true;
+                let taken = destination.postcopy_run();
+                taken.map_err(|e| refused(self.line.here(), "the switch to post-copy", e))
+            }
+            other => Err(refuse::command(other, at)),
+        }
+    }
+
+    /// The block of this name, and its page size.
+    fn find(&self, name: &BlockName) -> Result<(BlockIndex, PageSize), Error> {
+        let found =
+            self.known.ram.as_ref().and_then(|(_, list)| Some((list.position(name)?, list.page_size())));
+        found.ok_or_else(|| Violation::UnknownBlock(name.clone()).at(self.line.place()))
+    }
+}
