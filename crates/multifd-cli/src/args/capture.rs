@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clap::Args as ClapArgs;
+use clap::{Args as ClapArgs, builder::ArgPredicate};
 use multifd::{
     Method,
     channel::Address,
@@ -20,8 +20,15 @@ use crate::{file_address::FileAddress, qmp::QmpAddress};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CaptureArgs {
-    /// Number of channels, 0 to 255; 0 = main alone
-    #[arg(long, alias = "channels", value_name = "N", default_value_t = 4, value_parser = number::<u8>(0, 255))]
+    /// Number of channels, 0 to 255; 0 = main alone, the default with --postcopy-after
+    #[arg(
+        long,
+        alias = "channels",
+        value_name = "N",
+        default_value_t = 4,
+        default_value_if("postcopy_after", ArgPredicate::IsPresent, "0"),
+        value_parser = number::<u8>(0, 255)
+    )]
     pub(crate) multifd_channels: u8,
     /// Compression on the way: none, zlib or zstd; FILE is not compressed
     #[arg(long, value_name = "METHOD", default_value = Method::None.as_str())]
@@ -35,6 +42,11 @@ pub(crate) struct CaptureArgs {
     /// Slow the guest down step by step if it writes too fast
     #[arg(long)]
     pub(crate) auto_converge: bool,
+    /// Switch to post-copy if the guest has not been stopped after this time, in seconds or with a unit (500ms, 2m): the guest
+    /// is stopped then, and the rest of its memory follows. WARNING: if this program is killed after the switch, the guest stays
+    /// stopped for good
+    #[arg(long, value_name = "TIME", value_parser = seconds, conflicts_with = "no_return_path")]
+    pub(crate) postcopy_after: Option<Duration>,
     /// Do not confirm to QEMU that FILE is complete. WARNING: the guest is stopped even if FILE cannot be completed, and only
     /// this program lets it continue
     #[arg(long)]

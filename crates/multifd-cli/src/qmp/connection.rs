@@ -37,6 +37,9 @@ pub(crate) struct Version {
 impl Version {
     /// The first version whose multifd this program is compatible with.
     pub(crate) const FIRST: Self = Self { major: 5, minor: 0, micro: 0 };
+
+    /// The first version that has channels together with post-copy.
+    pub(crate) const MULTIFD_AND_POSTCOPY: Self = Self { major: 10, minor: 1, micro: 0 };
 }
 
 impl fmt::Display for Version {

@@ -83,6 +83,21 @@ impl Migration {
         }
     }
 
+    /// Lets a migration switch to post-copy, which `postcopy-ram` must allow. If it has ended in the meantime, nothing is done.
+    ///
+    /// # Errors
+    /// If the connection ended, or QEMU refuses.
+    pub(crate) fn start_postcopy(qmp: &mut Qmp) -> Result<(), QmpError> {
+        match qmp.execute("migrate-start-postcopy", json!({})) {
+            Ok(_) => Ok(()),
+            Err(error @ QmpError::Refused { .. }) => match Self::query(qmp)?.status {
+                MigrationStatus::Active => Err(error),
+                _ => Ok(()),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
     /// [Cancels](Self::cancel) a migration that has not ended, and waits until QEMU has cleaned up. Returns the state after that.
     ///
     /// # Errors

@@ -22,6 +22,15 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
+    /// Wants a capability that no other migration of this program has on.
+    pub(crate) fn with_postcopy(mut self) -> Self {
+        self.capabilities.retain(|(name, _)| *name != POSTCOPY);
+        self.capabilities.push((POSTCOPY, true));
+        // The guest is stopped then.
+        self.parameters.push(("max-postcopy-bandwidth", json!(0)));
+        self
+    }
+
     /// The settings of a migration over `channels`, or over main alone without any.
     pub(crate) fn over(channels: u8, method: Method, return_path: bool) -> Self {
         let mut capabilities: Vec<_> = OFF.map(|name| (name, false)).into();
@@ -140,6 +149,8 @@ fn is_off(value: &Value) -> bool {
     matches!(value.as_str(), Some("none" | ""))
 }
 
+const POSTCOPY: &str = "postcopy-ram";
+
 /// Capabilities that change what a source sends in a way that a file cannot keep, or that concern another transport.
 const OFF: [&str; 16] = [
     "xbzrle",
@@ -147,7 +158,7 @@ const OFF: [&str; 16] = [
     "rdma-pin-all",
     "zero-blocks",
     "block",
-    "postcopy-ram",
+    POSTCOPY,
     "postcopy-preempt",
     "x-colo",
     "release-ram",

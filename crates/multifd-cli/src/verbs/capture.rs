@@ -12,10 +12,11 @@ use std::{
     process::Command,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError, channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use multifd::{
@@ -73,9 +74,9 @@ fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let wanted = wanted(args);
 
     // The first to be woken at a failure, before connections are closed.
-    let source = Arc::new(Controlled(Mutex::new(qmp)));
+    let source = Arc::new(Controlled { qmp: Mutex::new(qmp), switched: AtomicBool::new(false) });
     let _first = stop.watch_failure(source.clone());
-    let (listening, address) = listen(args, &meeting, stop)?;
+    let (listening, address) = listen(args, &source, &meeting, stop)?;
     let mut changed = settings.change(&mut source.lock(), &wanted)?;
     if args.run.control.is_some() {
         settings.put_back_also(&mut changed, &["max-bandwidth", "downtime-limit"]);
@@ -88,7 +89,8 @@ fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
         about: &|_| About { stopped_for: stopped_for(&mut source.lock()), ..known.clone() },
         ..Reception::into(&args.file, "capture", args.output)
     };
-    let ended = migrate(&source, &address, stop, || reception.run(listening, capture, stop));
+    let switch_after = args.postcopy_after;
+    let ended = migrate(&source, &address, switch_after, stop, || reception.run(listening, capture, stop));
     // From here on the guest is stopped, and only this program lets it continue.
     run.handed_over();
     run.adjusts(None);
@@ -105,18 +107,36 @@ fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
 
 /// The QEMU whose guest is captured. At a failure of this side its migration is cancelled first: a QEMU whose connections are
 /// closed under it can end with its guest.
-struct Controlled(Mutex<Qmp>);
+struct Controlled {
+    qmp: Mutex<Qmp>,
+    /// It was asked to switch to post-copy. Relaxed: it orders nothing.
+    switched: AtomicBool,
+}
 
 impl Controlled {
     fn lock(&self) -> MutexGuard<'_, Qmp> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.qmp.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn cancel(&self) {
+        if let Err(error) = Migration::cancel(&mut self.lock()) {
+            tracing::debug!(%error, "QEMU's migration could not be cancelled");
+        }
     }
 }
 
 impl Wake for Controlled {
     fn wake(&self) {
-        if let Err(error) = Migration::cancel(&mut self.lock()) {
-            tracing::debug!(%error, "QEMU's migration could not be cancelled");
+        self.cancel();
+        // QEMU 10.0 does not cancel after the switch to post-copy. It takes its guest back when this side reports its failure, which
+        // it does at the end of the stream. If the connections were closed before, the guest would stay stopped.
+        if self.switched.load(Ordering::Relaxed) {
+            let end = Instant::now() + SWITCHED;
+            while Migration::query(&mut self.lock()).is_ok_and(|now| now.status == MigrationStatus::Active)
+                && Instant::now() < end
+            {
+                thread::sleep(LOOK);
+            }
         }
     }
 }
@@ -142,6 +162,17 @@ fn refuse_others(qmp: &mut Qmp, was: &str, args: &CaptureArgs) -> Result<(), Fai
             "this is QEMU {}, and channels need QEMU {}: use --multifd-channels 0",
             qmp.version(),
             Version::FIRST
+        );
+        return refused(&why);
+    }
+    if args.postcopy_after.is_some()
+        && qmp.version() < Version::MULTIFD_AND_POSTCOPY
+        && args.multifd_channels > 0
+    {
+        let why = format!(
+            "this is QEMU {}, and channels together with --postcopy-after need QEMU {}: use --multifd-channels 0",
+            qmp.version(),
+            Version::MULTIFD_AND_POSTCOPY
         );
         return refused(&why);
     }
@@ -186,7 +217,12 @@ fn stopped_for(qmp: &mut Qmp) -> Option<u64> {
     qmp.stopped_for().map(millis)
 }
 
-fn listen(args: &CaptureArgs, meeting: &Meeting, stop: &Stop) -> Result<(Listening, Address), Failure> {
+fn listen(
+    args: &CaptureArgs,
+    source: &Arc<Controlled>,
+    meeting: &Meeting,
+    stop: &Stop,
+) -> Result<(Listening, Address), Failure> {
     let listener = Listener::bind(meeting.address())
         .map_err(|error| While::new(format!("cannot listen at {}", meeting.address()), error))?;
     meeting.admit().map_err(|error| While::new("cannot let QEMU's user connect", error))?;
@@ -205,6 +241,11 @@ fn listen(args: &CaptureArgs, meeting: &Meeting, stop: &Stop) -> Result<(Listeni
         .receive(receive)
         .left_out(LeftOut::SharedBlocks)
         .stall_timeout(args.stall_timeout())
+        .postcopy(args.postcopy_after.is_some())
+        .before_postcopy_refusal({
+            let source = source.clone();
+            move || source.cancel()
+        })
         // The source does not pause before its switchover.
         .pause_timeout(args.stall_timeout());
     let listening = Arrival::listen(listener, options, stop).map_err(Failure::of)?;
@@ -218,6 +259,9 @@ fn is_loopback(host: &str) -> bool {
 /// The settings of a source that migrates into a file.
 fn wanted(args: &CaptureArgs) -> Wanted {
     let mut wanted = Wanted::over(args.multifd_channels, args.multifd_compression, !args.no_return_path);
+    if args.postcopy_after.is_some() {
+        wanted = wanted.with_postcopy();
+    }
     if args.auto_converge {
         wanted.capabilities.push(("auto-converge", true));
     }
@@ -232,6 +276,7 @@ fn wanted(args: &CaptureArgs) -> Wanted {
 fn migrate(
     source: &Controlled,
     address: &Address,
+    switch_after: Option<Duration>,
     stop: &Stop,
     receive: impl FnOnce() -> Result<Stored, Failure>,
 ) -> Result<Stored, Failure> {
@@ -239,16 +284,29 @@ fn migrate(
     let (over, ended) = channel::<()>();
     thread::scope(|threads| {
         let builder = thread::Builder::new().name("qmp".into());
-        builder.spawn_scoped(threads, move || watch(source, stop, &ended))?;
+        builder.spawn_scoped(threads, move || watch(source, switch_after, stop, &ended))?;
         let stored = receive();
         drop(over);
         stored
     })
 }
 
-/// Fails `stop` if QEMU reports that the migration has failed, until `ended`.
-fn watch(source: &Controlled, stop: &Stop, ended: &Receiver<()>) {
-    while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
+/// Fails `stop` if QEMU reports that the migration has failed, until `ended`. Lets QEMU switch to post-copy after some time, if that
+/// is wanted.
+fn watch(source: &Controlled, mut switch_after: Option<Duration>, stop: &Stop, ended: &Receiver<()>) {
+    let begun = Instant::now();
+    let wait =
+        |left: Option<Duration>| LOOK.min(left.map_or(LOOK, |after| after.saturating_sub(begun.elapsed())));
+    while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(wait(switch_after)) {
+        if switch_after.is_some_and(|after| begun.elapsed() >= after) {
+            switch_after = None;
+            match Migration::start_postcopy(&mut source.lock()) {
+                Ok(()) => source.switched.store(true, Ordering::Relaxed),
+                Err(error) => {
+                    tracing::warn!(%error, "QEMU does not switch to post-copy; the capture continues without it");
+                }
+            }
+        }
         let now = Migration::query(&mut source.lock());
         let error = match now {
             Ok(now) if now.status == MigrationStatus::Failed => {
@@ -366,6 +424,8 @@ fn bring_back(qmp: &mut Qmp, changed: Changed, was: &str) -> Result<(), QmpError
 const UNKNOWN: &str =
     "the state of the guest is not known: check query-status, and enter cont if it is stopped";
 const STILL_STOPPED: &str = "the guest is still stopped: enter cont at its monitor";
+/// The time limit for the rest of a migration that has switched to post-copy, and is to be ended.
+const SWITCHED: Duration = Duration::from_secs(120);
 /// How often QEMU is asked for failures.
 const LOOK: Duration = Duration::from_millis(250);
 /// The time in which the connections themselves show why a migration failed.

@@ -73,6 +73,7 @@ impl Listening {
             .switchover_ack(options.switchover_ack)
             .send_reason(options.send_reason)
             .postcopy(options.postcopy)
+            .before_refusal(options.before_refusal)
             .suppress_vmdesc(options.suppress_vmdesc);
         Ok(Arrival { incoming, receiver, state, peer, callback_timeout: options.stall_timeout })
     }

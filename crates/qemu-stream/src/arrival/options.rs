@@ -1,10 +1,10 @@
 //! The options of a destination.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use multifd::ReceiveOptions;
 
-use crate::incoming::{Expected, LeftOut, PAUSE, SILENCE, STALL};
+use crate::incoming::{BeforeRefusal, Expected, LeftOut, PAUSE, SILENCE, STALL};
 
 /// The options of a destination.
 #[derive(Clone, Debug)]
@@ -20,6 +20,7 @@ pub struct ArrivalOptions {
     pub(super) suppress_vmdesc: bool,
     pub(super) send_reason: bool,
     pub(super) postcopy: bool,
+    pub(super) before_refusal: BeforeRefusal,
 }
 
 impl ArrivalOptions {
@@ -36,6 +37,7 @@ impl ArrivalOptions {
             suppress_vmdesc: false,
             send_reason: true,
             postcopy: false,
+            before_refusal: BeforeRefusal::default(),
         }
     }
 
@@ -46,6 +48,14 @@ impl ArrivalOptions {
     /// Only its process still has it then.
     pub fn postcopy(mut self, on: bool) -> Self {
         self.postcopy = on;
+        self
+    }
+
+    /// Calls `call` when this side has failed after the switch to post-copy, before the source is informed. A program that controls
+    /// the source cancels the migration there: QEMU 7.2 then gives its guest back, and refuses to do so once it is informed. By
+    /// default nothing is called.
+    pub fn before_postcopy_refusal(mut self, call: impl Fn() + Send + Sync + 'static) -> Self {
+        self.before_refusal = BeforeRefusal(Some(Arc::new(call)));
         self
     }
 

@@ -4,9 +4,10 @@
 //! is sent: without it the source cannot know whether its guest runs here.
 
 use std::{
-    io,
+    fmt, io,
     ops::{Deref, DerefMut},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use multifd::{channel::CloseWatch, error::chain};
@@ -15,7 +16,7 @@ use super::events::Events;
 use crate::{
     connection::{Connection, is_late},
     error::{Error, Place, StreamKind, Violation},
-    format::Message,
+    format::{Message, Reader},
 };
 
 /// The events of main, and the return path.
@@ -31,12 +32,29 @@ pub(super) struct Line<C: Connection> {
     asks_why: bool,
     /// Why SHUT will be a failure; the last reason counts.
     reason: Option<String>,
+    /// The source has switched to post-copy. This is called before a failure is sent.
+    switched: Option<BeforeRefusal>,
+}
+
+/// What a caller does before the source learns of a failure.
+#[derive(Clone, Default)]
+pub(crate) struct BeforeRefusal(pub(crate) Option<Arc<dyn Fn() + Send + Sync>>);
+
+impl fmt::Debug for BeforeRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("BeforeRefusal").field(&self.0.is_some()).finish()
+    }
 }
 
 impl<C: Connection> Line<C> {
     pub(super) fn new(connection: C) -> Self {
-        let (waited_for, watch, asks_why, reason) = (false, None, false, None);
-        Self { events: Some(Events::new(connection)), waited_for, watch, asks_why, reason }
+        let (waited_for, watch, asks_why, reason, switched) = (false, None, false, None, None);
+        Self { events: Some(Events::new(connection)), waited_for, watch, asks_why, reason, switched }
+    }
+
+    /// The source has switched to post-copy: a failure has to reach it before its connection ends.
+    pub(super) fn switch(&mut self, before_refusal: BeforeRefusal) {
+        self.switched = Some(before_refusal);
     }
 
     /// The source has opened the return path.
@@ -87,9 +105,30 @@ impl<C: Connection> Line<C> {
             return Ok(());
         }
         let shut = Message::Shut(code);
+        let switched = self.switched.take().filter(|_| code != 0);
+        if let Some(BeforeRefusal(Some(before))) = &switched {
+            before();
+        }
         match self.reason.take().filter(|_| code != 0 && self.asks_why) {
             Some(reason) => self.say_all(&[Message::Reason(reason.into()), shut]),
             None => self.say(&shut),
+        }?;
+        if switched.is_some() {
+            self.read_off();
+        }
+        Ok(())
+    }
+
+    /// Reads what the source still sends, until it closes the connection. A source that cannot write its pages takes the connection
+    /// for broken, and does not take its guest back.
+    fn read_off(&mut self) {
+        let connection = self.get_mut();
+        let (begun, mut rest) = (Instant::now(), vec![0; Reader::<C>::CAPACITY]);
+        while begun.elapsed() < READS_OFF && connection.set_read_timeout(Some(READS_OFF)).is_ok() {
+            match connection.read(&mut rest) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
         }
     }
 
@@ -154,6 +193,8 @@ impl<C: Connection> Drop for Line<C> {
 }
 
 const GLANCE: Duration = Duration::from_millis(1);
+/// How long a source may take to close the connection after a failure.
+const READS_OFF: Duration = Duration::from_secs(5);
 /// Why a program may end without a result.
 const PANICKED: &str = "a thread of the destination's program panicked";
 const DROPPED: &str = "the destination's program ended the migration without a reason";

@@ -29,6 +29,7 @@ pub(crate) use counts::MainCounts;
 pub use counts::MainPages;
 pub use destination::Destination;
 pub use events::Events;
+pub(crate) use line::BeforeRefusal;
 pub use loaded::Loaded;
 pub(crate) use loader::LoaderState;
 pub use loader::{Expected, LeftOut, Loader};

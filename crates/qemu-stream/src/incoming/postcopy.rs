@@ -10,10 +10,13 @@
 //! This side sends no requests for pages, because the guest does not run here before all have arrived. So the source sends them in
 //! its own order. A source with `postcopy-ram` on that does not switch ends as in pre-copy.
 
+use std::mem;
+
 use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 
 use super::{
     destination::{Destination, refused},
+    line::BeforeRefusal,
     precopy::{Incoming, Postcopy},
 };
 use crate::{
@@ -37,6 +40,12 @@ impl<C: Connection> Incoming<C> {
         self
     }
 
+    /// What to do when this side has failed after the switch, before the source is informed.
+    pub(crate) fn before_refusal(mut self, call: BeforeRefusal) -> Self {
+        self.postcopy.before_refusal = call;
+        self
+    }
+
     /// Whether the source has switched to post-copy. From then on it does not continue its guest by itself.
     pub fn has_switched(&self) -> bool {
         self.postcopy.run
@@ -49,7 +58,7 @@ impl<C: Connection> Incoming<C> {
         destination: &mut D,
     ) -> Result<(), Error> {
         let at = self.line.place();
-        let Postcopy { served, advised, listening, run } = self.postcopy;
+        let Postcopy { served, advised, listening, run, .. } = self.postcopy;
         match command {
             Command::PostcopyAdvise(Some(_)) => {
                 let misplaced = |place| Violation::Misplaced { record: "POSTCOPY_ADVISE", place }.at(at);
@@ -91,6 +100,7 @@ impl<C: Connection> Incoming<C> {
             Command::PostcopyRun if served && listening && !run => {
                 self.postcopy.run = true;
                 self.guest_stands = true;
+                self.line.switch(mem::take(&mut self.postcopy.before_refusal));
                 let taken = destination.postcopy_run();
                 taken.map_err(|e| refused(self.line.here(), "the switch to post-copy", e))
             }

@@ -16,7 +16,7 @@ use multifd::channel::Stop;
 use super::{
     counts::MainCounts,
     destination::{Destination, refused},
-    line::Line,
+    line::{BeforeRefusal, Line},
     loaded::Loaded,
 };
 use crate::{
@@ -459,12 +459,13 @@ impl<C: Connection> Incoming<C> {
 }
 
 /// The progress of post-copy.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Postcopy {
     pub(super) served: bool,
     pub(super) advised: bool,
     pub(super) listening: bool,
     pub(super) run: bool,
+    pub(super) before_refusal: BeforeRefusal,
 }
 
 /// What earlier events have shown.

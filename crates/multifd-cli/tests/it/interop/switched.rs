@@ -6,12 +6,13 @@ use multifd_testkit::{
     certificates::write_both,
     qemu::{Error, PATIENCE, Qemu, Vm},
 };
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::journey::with_tls;
 use crate::kit::{
-    Ended, Program, fast, file_uri, first_difference, folder, machine, memory, path, run, runs_on, send,
-    slow, source, stored_memory,
+    ALL_CHECKED, Ended, Program, assert_left, fast, file_uri, first_difference, folder, machine, memory,
+    multifd, path, run, runs_on, send, slow, source, stored_memory,
 };
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
@@ -177,4 +178,116 @@ fn guest_is_stored_by_postcopy_over_tls_on_both_connections() {
         assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and file");
         Ok(())
     });
+}
+
+/// A guest that rewrites its memory faster than it may be sent, so that no pass is the last one.
+fn busy(qemu: &Qemu, qmp: &Path) -> Result<Vm, Error> {
+    source(
+        machine(qemu, &qemu.machine())
+            .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", qmp.display())]),
+    )
+}
+
+/// The options of a capture that does not end by itself.
+const ENDLESS: [&str; 4] = ["--max-bandwidth", "3M", "--downtime-limit", "1ms"];
+
+#[test]
+fn capture_of_a_guest_that_never_converges_is_bounded() {
+    with_both(|qemu| {
+        let folder = folder();
+        let (qmp, file) = (path(&folder, "qmp"), path(&folder, "machine"));
+        let mut from = busy(qemu, &qmp)?;
+        let settings = |vm: &mut Vm| {
+            let capabilities = vm.execute("query-migrate-capabilities", json!({}))?;
+            Ok::<_, Error>((capabilities, vm.execute("query-migrate-parameters", json!({}))?))
+        };
+        let before = settings(&mut from)?;
+        let command = |options: &[&str]| {
+            let mut command = multifd(["capture", "--json"]);
+            Program::start(command.args(ENDLESS).args(options).arg(&qmp).arg(&file))
+        };
+        // Without the switch it has not ended by then.
+        command(&["--timeout", "12"]).end().assert_failed(1, &["timeout"]);
+        assert_runs(&mut from)?;
+        let ended = command(&["--postcopy-after", "2", "--timeout", "30"]).done();
+        let report = ended.json();
+        assert_eq!(report["status"], json!("completed"), "{report}");
+        assert!(report["total-time"].as_u64().is_some_and(|time| time >= 2000), "{report}");
+        assert!(report["downtime"].as_u64().is_some_and(|time| time > 0), "{report}");
+        assert_eq!(report["channels"], json!([]), "{report}");
+        assert_eq!(settings(&mut from)?, before);
+        assert_runs(&mut from)?;
+        assert_eq!(inspected(&file)["split-by-footers"], json!(true));
+
+        let to_qmp = path(&folder, "to");
+        let mut to = machine(qemu, &qemu.machine())
+            .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", to_qmp.display())])
+            .incoming()
+            .start()?;
+        Program::start(multifd(["restore"]).arg(&file).arg(&to_qmp)).done();
+        assert_runs(&mut to)?;
+        // A guest that converges is captured without the switch.
+        let mut command = multifd(["capture", "--force", "--postcopy-after", "1h"]);
+        Program::start(command.arg(&qmp).arg(&file)).done();
+        assert_eq!(inspected(&file)["split-by-footers"], json!(false));
+        assert_runs(&mut from)
+    });
+}
+
+/// QEMU 7.2 must be asked to cancel before it learns of the failure, and 10.0 must learn of it before its connection ends: otherwise
+/// both keep the guest stopped for good.
+#[test]
+fn guest_continues_after_a_capture_that_fails_after_the_switch() {
+    type Disturb = fn(&Program);
+    let disturbances: [(Disturb, i32, &[&str]); 2] = [
+        (
+            // Not all of its memory was written before the switch.
+            |program| program.limit_file_size(16 << 10),
+            1,
+            &["File too large", "after its switch to post-copy"],
+        ),
+        (|program| program.signal(Signal::INT), 130, &["interrupted"]),
+    ];
+    with_both(|qemu| {
+        for (disturb, code, told) in disturbances {
+            let folder = folder();
+            let (qmp, file) = (path(&folder, "qmp"), path(&folder, "machine"));
+            let mut from = busy(qemu, &qmp)?;
+            let mut command = multifd(["capture", "--postcopy-after", "1"]);
+            let capture = Program::start(command.args(ENDLESS).arg(&qmp).arg(&file));
+            from.wait_passes(1, PATIENCE)?;
+            from.set_parameters(json!({ "max-postcopy-bandwidth": 3_000_000 }))?;
+            from.wait_event("STOP", PATIENCE)?;
+            disturb(&capture);
+            let ended = capture.end();
+            ended.assert_failed(code, told);
+            assert!(!ended.stderr.contains("QEMU is not as before"), "{ended:?}");
+            assert_runs(&mut from)?;
+            assert_left(&folder, &["qmp"]);
+            // It can be captured again.
+            Program::start(multifd(["capture"]).arg(&qmp).arg(&file)).done();
+            assert_runs(&mut from)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn channels_together_with_the_switch_are_refused_before_anything_is_changed() {
+    with_both(|qemu| {
+        let folder = folder();
+        let (qmp, file) = (path(&folder, "qmp"), path(&folder, "machine"));
+        let mut from = busy(qemu, &qmp)?;
+        let mut command = multifd(["capture", "--postcopy-after", "1", "--multifd-channels", "2"]);
+        let ended = Program::start(command.arg(&qmp).arg(&file)).end();
+        ended.assert_failed(1, &["use --multifd-channels 0", "10.1"]);
+        assert!(!file.exists());
+        assert_runs(&mut from)
+    });
+}
+
+/// The guest runs on, and finds all of its memory right.
+fn assert_runs(vm: &mut Vm) -> Result<(), Error> {
+    let at = vm.round()?.unwrap_or_default();
+    vm.wait_round(at + ALL_CHECKED, PATIENCE).map(drop)
 }
