@@ -35,7 +35,7 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     // No channel will connect: a stream that asks for one is not waited for.
     let options = ReceiveOptions::new().channels_timeout(Duration::from_millis(1));
     let receiver = Receiver::new(options, Stop::new());
-    let mut incoming = Incoming::new(Source::new(bytes)).suppress_vmdesc(true);
+    let mut incoming = Incoming::new(Source::new(bytes)).suppress_vmdesc(true).postcopy(true);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| machine::blocks(list));
     shown(incoming.run(&mut loader));
 });

@@ -154,27 +154,27 @@ enum Kind {
 fn read_first_bytes(shared: &Shared, link: &mut dyn Link, origin: &Origin) -> Result<Kind, Refused> {
     let limit = shared.options.greeting_timeout;
     // If it is the only connection, it delays no others, and may need a long time before it sends its first bytes.
-    let (peer, end) = (link.peer(), (!shared.lock().roster.single).then(|| deadline(limit)));
+    let (peer, mut end) = (link.peer(), (!shared.lock().roster.single).then(|| deadline(limit)));
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::TimedOut => Error::TimedOut { what: format!("{peer} did not identify itself"), limit },
         _ => Error::io(format!("receive the first bytes of {peer}"), error),
     };
     let mut magic = [0; MAIN_MAGIC.len()];
-    let first = match read_up_to(link, &mut magic[..1], 0, end) {
-        Err(error) if error.kind() == io::ErrorKind::TimedOut && shared.may_preempt(origin) => {
+    let mut have = 0;
+    match read_up_to(link, &mut magic, &mut have, end) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut && have == 0 && shared.may_preempt(origin) => {
             // It may be silent up to the end, and must not be closed to make room.
             let mut state = shared.lock();
             state.keep(origin.number);
             state.source.has_silent = true;
             drop(state);
             shared.identified(origin.number);
-            link.set_recv_timeout(None).and_then(|()| read_up_to(link, &mut magic[..1], 0, None))
+            link.set_recv_timeout(None).map_err(failed)?;
+            read_up_to(link, &mut magic, &mut have, None).map_err(failed)?;
+            end = end.map(|_| deadline(limit));
         }
-        first => first,
-    };
-    let first = first.map_err(failed)?;
-    let end = end.map(|_| deadline(limit));
-    let mut have = if first == 0 { 0 } else { read_up_to(link, &mut magic, first, end).map_err(failed)? };
+        read => read.map_err(failed)?,
+    }
     if magic == MAIN_MAGIC {
         link.set_recv_timeout(None).map_err(failed)?;
         return Ok(Kind::Main(MAIN_MAGIC.to_vec()));
@@ -189,7 +189,7 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link, origin: &Origin) -> Re
         link.set_recv_timeout(None).map_err(failed)?;
         return Ok(Kind::Preempt(magic.iter().copied().take(have).collect()));
     }
-    have = read_up_to(link, &mut first, have, end)
+    read_up_to(link, &mut first, &mut have, end)
         .map_err(|error| Refused { error: failed(error), a_channel })?;
     if have < INITIAL_LEN {
         let (expected, found) = (INITIAL_LEN as u64, have as u64);
@@ -201,15 +201,15 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link, origin: &Origin) -> Re
     Ok(Kind::Channel(initial))
 }
 
-/// Reads until `buffer` is full, or until `end`, if there is one. `have` bytes are in it already. Returns how many bytes
-/// are in it then. A peer that sends few bytes at a time does not extend the time limit.
+/// Reads until `buffer` is full, or until `end`, if there is one. `have` is the number of bytes in it, before and after,
+/// also after an error. A peer that sends few bytes at a time does not extend the time limit.
 fn read_up_to(
     link: &mut dyn Link,
     buffer: &mut [u8],
-    mut have: usize,
+    have: &mut usize,
     end: Option<Instant>,
-) -> io::Result<usize> {
-    while let Some(room) = buffer.get_mut(have..).filter(|room| !room.is_empty()) {
+) -> io::Result<()> {
+    while let Some(room) = buffer.get_mut(*have..).filter(|room| !room.is_empty()) {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
@@ -217,12 +217,12 @@ fn read_up_to(
         link.set_recv_timeout(left)?;
         match link.recv(&mut [PartMut::from(room)]) {
             Ok(0) => break,
-            Ok(some) => have += some,
+            Ok(some) => *have += some,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(have)
+    Ok(())
 }
 
 impl Shared {

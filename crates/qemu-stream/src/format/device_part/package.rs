@@ -72,10 +72,12 @@ impl Package {
 
 impl DevicePart {
     /// The part of these devices of a package. `early` came before them.
-    pub(crate) fn of_package(early: EarlyPart, devices: &[u8], footers: bool, page_size: usize) -> Self {
-        let mut bytes = early.ends.clone();
-        let from = bytes.len();
-        bytes.put(devices);
+    pub(crate) fn of_package(early: EarlyPart, devices: Vec<u8>, footers: bool, page_size: usize) -> Self {
+        let from = early.ends.len();
+        let found = split(&devices, from).filter(|_| footers);
+        // Mostly without a copy: few machines have sections that are sent in pieces.
+        let mut bytes = devices;
+        bytes.splice(..0, early.ends);
         let eof = bytes.len();
         Section::Eof.encode(&mut bytes);
         let mut part = Self {
@@ -88,7 +90,7 @@ impl DevicePart {
             footers,
             derived: false,
         };
-        let Some(found) = split(devices, from).filter(|_| footers) else { return part };
+        let Some(found) = found else { return part };
         let all: Vec<DeviceSection> = part.sections.iter().cloned().chain(found).collect();
         let described = all.iter().map(|of| (&of.name, of.instance, of.version, of.body.len()));
         let json = description::derive(described, page_size);
@@ -195,7 +197,7 @@ mod tests {
     }
 
     fn part(devices: &[u8]) -> DevicePart {
-        DevicePart::of_package(EarlyPart::default(), devices, true, 4096)
+        DevicePart::of_package(EarlyPart::default(), devices.to_vec(), true, 4096)
     }
 
     #[test]
