@@ -55,6 +55,8 @@ impl<C: Connection> Line<C> {
     /// The source has switched to post-copy: a failure has to reach it before its connection ends.
     pub(super) fn switch(&mut self, before_refusal: BeforeRefusal) {
         self.switched = Some(before_refusal);
+        // From here on this side only reads main, so it notices a close by itself, and knows then that the source has switched.
+        self.watch = None;
     }
 
     /// The source has opened the return path.

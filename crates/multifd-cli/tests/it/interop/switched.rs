@@ -291,3 +291,25 @@ fn assert_runs(vm: &mut Vm) -> Result<(), Error> {
     let at = vm.round()?.unwrap_or_default();
     vm.wait_round(at + ALL_CHECKED, PATIENCE).map(drop)
 }
+
+#[test]
+fn source_that_is_killed_after_the_switch_leaves_no_file_and_the_error_says_what_to_do() {
+    with_both(|qemu| {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let mut from = advised(qemu, &qemu.machine(), true)?;
+        from.set_parameters(json!({ "max-postcopy-bandwidth": 1_000_000 }))?;
+        let (receive, address) = Program::receive(&[], LOCAL, &file);
+        from.migrate(&address)?;
+        from.wait_passes(2, PATIENCE)?;
+        from.execute("migrate-start-postcopy", json!({}))?;
+        from.wait_event("STOP", PATIENCE)?;
+        // The package is sent immediately after it.
+        from.wait_migration("postcopy-active", PATIENCE)?;
+        sleep(Duration::from_millis(300));
+        from.kill()?;
+        receive.end().assert_failed(1, &["after its switch to post-copy", "check query-status"]);
+        assert_left(&folder, &[]);
+        Ok(())
+    });
+}

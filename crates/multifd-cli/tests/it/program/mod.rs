@@ -18,6 +18,7 @@ mod memory;
 mod metrics;
 mod pages;
 mod parameters;
+mod postcopy;
 mod progress;
 mod proxied;
 mod receive;
