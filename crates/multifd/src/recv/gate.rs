@@ -171,7 +171,12 @@ impl Shared {
     /// of these channels. If all expected channels are connected, an unidentified connection from main's host may be an
     /// additional one, which is an error.
     fn wait_for_channels<'a>(&'a self, mut state: Guard<'a>) -> Result<Guard<'a>> {
-        let end = deadline(self.options.channels_timeout);
+        let limit = self.options.channels_timeout;
+        let end = deadline(limit);
+        // A channel says at once what it is. What is silent for longer is the connection of postcopy-preempt, if there may be one:
+        // no QEMU that opens it this early has channels as well.
+        let may_preempt = state.source.may_preempt && !state.source.has_channels;
+        let end_of_unidentified = if may_preempt { deadline(SPEAKS_WITHIN.min(limit)) } else { end };
         loop {
             if state.life.stopped {
                 drop(state);
@@ -183,6 +188,7 @@ impl Shared {
                 return Err(self.stop.fail(error));
             }
             let missing = self.missing(&state);
+            let end = if missing.is_none() { end_of_unidentified } else { end };
             let left = end.saturating_duration_since(Instant::now());
             if missing.is_none() && (!self.has_unidentified(&state) || left.is_zero()) {
                 tracing::debug!(channels = state.roster.count(), "multifd_recv_all_channels");
@@ -204,12 +210,10 @@ impl Shared {
 
     /// Whether an unidentified connection may be a channel.
     fn has_unidentified(&self, state: &State) -> bool {
-        // The silent connection is the one of postcopy-preempt. No QEMU has it together with channels that main does not show.
-        if state.source.may_preempt && !state.source.has_channels {
-            return false;
-        }
         let mut unidentified = state.roster.unidentified.iter().map(|entry| &entry.origin);
         match self.expected(state) {
+            // It may be the connection of postcopy-preempt, which is silent, and no channel is missing.
+            ChannelCount::Exact(_) if state.source.may_preempt => false,
             ChannelCount::Exact(_) => unidentified.any(|origin| self.may_be_missed(state, origin)),
             ChannelCount::Auto => unidentified.any(|origin| self.may_belong(state, origin)),
         }
@@ -236,6 +240,9 @@ impl Shared {
         }
     }
 }
+
+/// The time in which a channel says what it is, where nothing else distinguishes it from a silent connection.
+const SPEAKS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A source without progress for this time.
 pub(super) struct Stalled(Duration);
