@@ -109,7 +109,10 @@ impl Preempt {
                 None => Ok(()),
             },
         };
-        self.set_open(false);
+        // An error ends the wait of main by the stop, so that main finds it and not only the missing pages.
+        if read.is_ok() {
+            self.set_open(false);
+        }
         read
     }
 

@@ -394,7 +394,6 @@ fn a_discarded_page_that_does_not_come_again_is_missed() {
 #[test]
 fn what_is_no_page_on_the_preempt_connection_is_refused() {
     for (bytes, expected) in [
-        ([&EOS[..], &EOS].concat(), "a ram record is not allowed after EOS on this connection"),
         (0x200_u64.to_be_bytes().to_vec(), "MULTIFD_FLUSH is not allowed on this connection"),
         (0x5028_u64.to_be_bytes().to_vec(), "CONTINUE"),
         ([&0x5008_u64.to_be_bytes()[..], b"\x03moo"].concat(), "block \"moo\" is not in the block list"),
