@@ -225,7 +225,7 @@ fn combinations_end_as_the_table_says() {
         "`mapped-ram` and compressed channels" => receive(&["--multifd-compression", "zstd"]),
         "`mapped-ram` and TLS" => receive(&["--tls-creds", "x"]),
         "multifd and `xbzrle`" => send(&["--xbzrle"], at),
-        "multifd and `postcopy-ram`" => send(&["--postcopy-ram"], at),
+        "multifd and `postcopy-ram`" => send(&["--postcopy-ram", "--multifd-channels", "4"], at),
         "`zero-copy-send` and compression" => {
             send(&["--zero-copy-send", "--multifd-compression", "zlib"], at)
         }
