@@ -20,7 +20,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
     })?;
     let mut bench = Command::new(target.join("release/multifd-bench"));
     let args = match args.split_first() {
-        Some((verb, rest)) if verb == FIRST_INSTRUCTION => {
+        Some((verb, rest)) if POSTCOPY.contains(&verb.as_str()) => {
             bench.arg(verb);
             rest
         }
@@ -36,8 +36,8 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
     step("measure", || run_command(&mut bench))
 }
 
-/// The benchmark of restores that start the guest at once.
-const FIRST_INSTRUCTION: &str = "first-instruction";
+/// The benchmarks of guests that run before their RAM is there.
+const POSTCOPY: [&str; 2] = ["first-instruction", "requests"];
 
 /// Measures the parts; `args` are passed to criterion.
 ///

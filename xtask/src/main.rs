@@ -153,6 +153,8 @@ const USAGE: &str = "usage: cargo xtask <task>
                   measure the engine against QEMU and iperf3, in turns; all cases, or the named ones
   bench first-instruction [--rounds N] [--ram MIB]...
                   measure how soon a guest runs that is restored out of a file, and how soon all of its RAM is there
+  bench requests [--rounds N] [--background MIB]
+                  measure how long a destination of post-copy waits for a page, from QEMU and from a file
   bench --micro [NAME]
                   measure single parts of the engine
   sanitize [TOOL]...

@@ -18,6 +18,7 @@ mod first_instruction;
 mod measure;
 mod peer;
 mod report;
+mod requests;
 mod run;
 
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Verb {
     Run(run::RunArgs),
     /// Measure how soon a guest runs that is restored out of a file
     FirstInstruction(first_instruction::FirstInstructionArgs),
+    /// Measure how long a destination of post-copy waits for a page
+    Requests(requests::RequestsArgs),
     /// Be a source: fill RAM, then migrate once for each line of standard input
     #[command(hide = true)]
     Source(engine::SourceArgs),
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
     let outcome = match Args::parse().verb {
         Verb::Run(args) => run::run(&args),
         Verb::FirstInstruction(args) => first_instruction::run(&args),
+        Verb::Requests(args) => requests::run(&args),
         Verb::Source(args) => engine::source(&args),
         Verb::Destination(args) => engine::destination(&args),
     };

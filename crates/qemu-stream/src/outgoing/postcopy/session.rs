@@ -87,7 +87,9 @@ fn connected(
     stop.check()?;
     let context = Context::new(stop)
         .connect_timeout(source.options.connect_timeout)
-        .stall_timeout(source.options.stall_timeout);
+        .stall_timeout(source.options.stall_timeout)
+        // Small buffers: a request waits behind what is in them.
+        .channels(u8::MAX);
     let stream = connect(connector, &context)?;
     let waker = stream.waker();
     let broken = stop.watch_failure(waker.clone());
