@@ -34,6 +34,10 @@ impl Machine {
         if let Some(live) = devices.live().first() {
             return refused(format!("{} is sent in pieces, which post-copy does not carry", live.name));
         }
+        if options.ignore_shared() {
+            let why = "x-ignore-shared is on in the machine's configuration, which excludes post-copy";
+            return refused(why.to_owned());
+        }
         if devices.has_footers() != options.footers {
             return refused("have footers and the machine type has none, or the reverse".to_owned());
         }
