@@ -56,7 +56,7 @@ pub enum Error {
         /// What it is, and what to switch off.
         what: Unsupported,
     },
-    /// The destination reports that it failed, so it does not have the guest.
+    /// The destination reports that it failed, so it does not have the guest, unless it had [started](Reached::Guest) it.
     #[error("{}", failure(*.code, *.reached, .reason.as_ref()))]
     DestinationFailed {
         /// The value of the SHUT message, never 0.
@@ -169,6 +169,8 @@ pub enum Reached {
     Configuration,
     /// It has all of RAM.
     Ram,
+    /// It has loaded the devices of a guest that starts before its RAM is there, so the guest may have run there.
+    Guest,
 }
 
 impl fmt::Display for Reached {
@@ -186,17 +188,26 @@ impl fmt::Display for Reached {
                 "it had all of RAM; likely causes, the likeliest first: other devices or other options of a device, another \
                  number of CPUs, a disk that it cannot open"
             }
+            Self::Guest => {
+                "the guest may have run there; make sure that it has ended there before it runs anywhere else"
+            }
         })
     }
 }
 
 /// The text of a failure that the destination has reported.
 fn failure(code: u32, reached: Reached, reason: Option<&UntrustedText>) -> String {
-    match reason {
-        Some(reason) => {
+    match (reason, reached) {
+        (Some(reason), Reached::Guest) => {
+            format!("the destination failed: \"{reason}\" (SHUT {code}); {reached}")
+        }
+        (None, Reached::Guest) => {
+            format!("the destination reported failure (SHUT {code}); its own log has the reason; {reached}")
+        }
+        (Some(reason), _) => {
             format!("the destination refused: \"{reason}\" (SHUT {code}); it does not have the guest")
         }
-        None => format!(
+        (None, _) => format!(
             "the destination reported failure (SHUT {code}), so it does not have the guest; its own log has the reason; \
              {reached}"
         ),

@@ -124,6 +124,11 @@ impl Message {
     /// # Errors
     /// If the type is unknown, the length wrong, or the stream ends within the message.
     pub fn decode<R: Read>(r: &mut Reader<R>) -> Result<Option<Self>, Error> {
+        Self::decode_within(r, limits::RECV_BITMAP)
+    }
+
+    /// Like [`decode`](Self::decode), of a machine whose bitmaps have at most this number of bytes.
+    pub(crate) fn decode_within<R: Read>(r: &mut Reader<R>, most: u64) -> Result<Option<Self>, Error> {
         if r.peek()?.is_none() {
             return Ok(None);
         }
@@ -182,7 +187,7 @@ impl Message {
         }
         match message {
             Self::RecvBitmap { block, .. } => {
-                decode_bitmap(r).map(|bitmap| Self::RecvBitmap { block, bitmap })
+                decode_bitmap(r, most).map(|bitmap| Self::RecvBitmap { block, bitmap })
             }
             complete => Ok(complete),
         }
@@ -190,12 +195,12 @@ impl Message {
     }
 }
 
-fn decode_bitmap<R: Read>(r: &mut Reader<R>) -> Result<Vec<u8>, Error> {
+fn decode_bitmap<R: Read>(r: &mut Reader<R>, most: u64) -> Result<Vec<u8>, Error> {
     let size = r.u64("size of a bitmap")?;
     if size % 8 != 0 {
         return Err(Malformed::value("size of a bitmap", "a multiple of 8", size).at(r.place()));
     }
-    let bitmap = r.bytes(size, limits::RECV_BITMAP, "bitmap")?;
+    let bitmap = r.bytes(size, most, "bitmap")?;
     let end = r.u64("end of a bitmap")?;
     if end != BITMAP_END {
         return Err(Malformed::value("end of a bitmap", "0x123456789abcdef", end).at(r.place()));

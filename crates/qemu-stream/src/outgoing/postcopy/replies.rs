@@ -2,7 +2,8 @@
 //! to the thread that waits for it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    io,
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
@@ -34,20 +35,41 @@ pub(super) struct Replies<'a> {
     changed: Condvar,
 }
 
+/// What the source has sent, as far as it decides which messages may come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Sent {
+    #[default]
+    Nothing,
+    /// The command that starts the guest.
+    Package,
+    /// The end of RAM.
+    End,
+}
+
 #[derive(Default)]
 struct State {
+    /// What was sent, or is being sent.
+    sent: Sent,
     /// It has forgotten the pages that follow, so it accepts post-copy.
     ready: bool,
     /// It has loaded the devices: the guest starts now.
     loaded: bool,
     shut: bool,
+    /// RESUME was sent, and the reply to it has arrived.
+    resumes: bool,
     resumed: bool,
+    /// The bitmaps that it was asked for and has not sent, and those that it has sent.
+    asked: HashSet<BlockIndex>,
     bitmaps: HashMap<BlockIndex, PageBitmap>,
     /// The thread has ended, with this error if it is not the end that SHUT announces.
     ended: bool,
     error: Option<multifd::Error>,
-    /// The destination itself has ended: with a failure, or with the end of the connection.
-    left: bool,
+    /// The destination itself has ended: it has reported a failure, or closed the connection.
+    has_failed: bool,
+    has_closed: bool,
+    /// The system has reported to a writer that the connection is broken. It reports that once, so the reader finds an end that
+    /// the destination may not have sent.
+    broken: bool,
 }
 
 /// Why a wait has ended without what was awaited.
@@ -74,11 +96,14 @@ impl<'a> Replies<'a> {
     pub(super) fn read(&self, stream: Stream, stop: &Stop) {
         let mut reader = Reader::with_capacity(stream, StreamKind::ReturnPath, BUFFER);
         let error = self.read_all(&mut reader).err();
-        let left = matches!(error, Some(Error::DestinationFailed { .. } | Error::NoShut { .. }));
+        // After the stop it is this side that has shut the connection down.
+        let closed = matches!(error, Some(Error::NoShut { .. } | Error::Cut { expected: SHUT, .. }));
+        let closed = closed && !stop.is_stopped();
+        let has_failed = matches!(error, Some(Error::DestinationFailed { .. }));
         let error = error.map(failed);
         let mut state = self.lock();
         state.ended = true;
-        state.left = left;
+        (state.has_failed, state.has_closed) = (has_failed, closed);
         state.error.clone_from(&error);
         self.changed.notify_all();
         drop(state);
@@ -90,14 +115,18 @@ impl<'a> Replies<'a> {
     fn read_all(&self, reader: &mut Reader<Stream>) -> Result<(), Error> {
         let mut block = None;
         let mut reason: Option<UntrustedText> = None;
+        let bitmap = self.list.iter().map(|(block, _)| bitmap_bytes(self.pages(block))).max().unwrap_or(0);
         if OtherFormat::of(reader.arrived()?) == Some(OtherFormat::Tls) {
             return Err(crate::error::Unsupported::TlsAtDestination.at(reader.here()));
         }
         loop {
             let at = reader.here();
-            let Some(message) = Message::decode(reader)? else {
-                let reached = if self.lock().loaded { Reached::Ram } else { Reached::Nothing };
-                return Err(Error::NoShut { at, reached });
+            let Some(message) = Message::decode_within(reader, bitmap)? else {
+                return Err(match self.lock().sent {
+                    Sent::Nothing => Error::NoShut { at, reached: Reached::Nothing },
+                    // That it has closed does not prove that it has no guest.
+                    Sent::Package | Sent::End => reader.cut(SHUT),
+                });
             };
             match message {
                 Message::Pong(LOADED) => {
@@ -113,12 +142,22 @@ impl<'a> Replies<'a> {
                 Message::Pong(_) | Message::SwitchoverAck => {}
                 Message::Reason(text) => reason = Some(text),
                 Message::Shut(0) => {
-                    self.lock().shut = true;
-                    self.changed.notify_all();
-                    return Ok(());
+                    let mut state = self.lock();
+                    let place = match state.sent {
+                        Sent::Nothing => "before the package",
+                        Sent::Package => "before the end of RAM",
+                        Sent::End => {
+                            state.shut = true;
+                            self.changed.notify_all();
+                            return Ok(());
+                        }
+                    };
+                    return Err(Violation::Misplaced { record: "SHUT 0", place }.at(at));
                 }
                 Message::Shut(code) => {
-                    let reached = if self.lock().loaded { Reached::Ram } else { Reached::Configuration };
+                    let state = self.lock();
+                    let started = state.loaded && state.sent > Sent::Nothing;
+                    let reached = if started { Reached::Guest } else { Reached::Configuration };
                     return Err(Error::DestinationFailed { code, reached, reason });
                 }
                 Message::ReqPages { block: named, start, length } => {
@@ -126,12 +165,21 @@ impl<'a> Replies<'a> {
                         let found = self.list.position(&name);
                         block = Some(found.ok_or_else(|| Violation::UnknownBlock(name).at(at))?);
                     }
-                    let block = block.ok_or_else(|| Violation::NoCurrentBlock.at(at))?;
+                    let unnamed = || Violation::Misplaced {
+                        record: "a request for pages without a block",
+                        place: "before a request that names one",
+                    };
+                    let block = block.ok_or_else(|| unnamed().at(at))?;
                     self.request(block, start, length, at)?;
                 }
                 Message::RecvBitmap { block, bitmap } => self.bitmap(block, &bitmap, at)?,
                 Message::ResumeAck => {
-                    self.lock().resumed = true;
+                    let mut state = self.lock();
+                    if !state.resumes {
+                        let (record, place) = ("RESUME_ACK", "before RESUME");
+                        return Err(Violation::Misplaced { record, place }.at(at));
+                    }
+                    state.resumed = true;
                     self.changed.notify_all();
                 }
             }
@@ -164,9 +212,12 @@ impl<'a> Replies<'a> {
 
     fn bitmap(&self, name: multifd::ram::BlockName, bytes: &[u8], at: Place) -> Result<(), Error> {
         let block = self.list.position(&name).ok_or_else(|| Violation::UnknownBlock(name).at(at))?;
-        let pages =
-            self.list.entry(block).map_or(0, |entry| self.list.page_size().whole_pages_in(entry.used_length));
-        let expected = pages.div_ceil(64) * 8;
+        if !self.lock().asked.remove(&block) {
+            let (record, place) = ("a bitmap that was not asked for", "on the return path");
+            return Err(Violation::Misplaced { record, place }.at(at));
+        }
+        let pages = self.pages(block);
+        let expected = bitmap_bytes(pages);
         if bytes.len() as u64 != expected {
             let field = "size of a bitmap";
             return Err(
@@ -175,10 +226,48 @@ impl<'a> Replies<'a> {
         }
         let bitmap = PageBitmap::new(pages);
         let word = |eight: &[u8]| eight.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        bitmap.merge(bytes.chunks(8).map(word));
+        // The bits behind the last page mean nothing.
+        let pages_of = |at: u64| match pages.saturating_sub(at * 64) {
+            left @ ..64 => (1 << left) - 1,
+            _ => u64::MAX,
+        };
+        bitmap.merge((0..).zip(bytes.chunks(8)).map(|(at, eight)| word(eight) & pages_of(at)));
         self.lock().bitmaps.insert(block, bitmap);
         self.changed.notify_all();
         Ok(())
+    }
+
+    fn pages(&self, block: BlockIndex) -> u64 {
+        self.list.entry(block).map_or(0, |entry| self.list.page_size().whole_pages_in(entry.used_length))
+    }
+
+    /// Called before the destination can know that this was sent.
+    pub(super) fn sends(&self, what: Sent) {
+        self.lock().sent = what;
+    }
+
+    /// Called instead for a guest that was started over earlier connections.
+    pub(super) fn continues(&self) {
+        let mut state = self.lock();
+        (state.sent, state.loaded) = (Sent::Package, true);
+    }
+
+    /// Called before the bitmaps of these blocks are asked for.
+    pub(super) fn asks(&self, blocks: &[BlockIndex]) {
+        self.lock().asked.extend(blocks);
+    }
+
+    /// Called before RESUME is sent.
+    pub(super) fn resumes(&self) {
+        self.lock().resumes = true;
+    }
+
+    /// A write to the connection has failed with this error.
+    pub(super) fn write_failed(&self, error: &io::Error) {
+        // A broken pipe only repeats that the connection has ended.
+        if error.kind() != io::ErrorKind::BrokenPipe {
+            self.lock().broken = true;
+        }
     }
 
     /// Waits for the bitmaps of these blocks.
@@ -207,11 +296,13 @@ impl<'a> Replies<'a> {
         self.wait(limit, |state| state.shut)
     }
 
-    /// Whether the destination has ended before it had loaded the devices, so that the guest has not started: it replies to
-    /// the PING before RUN. Of a connection that was reset this is not known.
-    pub(super) fn has_not_started(&self) -> bool {
+    /// Whether the guest may have started at the destination. It has not if it was not sent there, or if the destination has
+    /// ended before it had loaded the devices: it replies to the PING before RUN. Of a connection that was reset, or that this
+    /// side has shut down, this is not known.
+    pub(super) fn may_have_started(&self) -> bool {
         let state = self.lock();
-        !state.loaded && state.left
+        let has_ended = state.has_failed || (state.has_closed && !state.broken);
+        state.sent > Sent::Nothing && (state.loaded || !has_ended)
     }
 
     /// Why the destination has ended, if it has, or does so within `limit`.
@@ -253,5 +344,12 @@ impl<'a> Replies<'a> {
     }
 }
 
+/// The size of the bitmap of a block.
+fn bitmap_bytes(pages: u64) -> u64 {
+    pages.div_ceil(64) * 8
+}
+
+/// What is missing when the destination closes between two messages.
+const SHUT: &str = "SHUT";
 /// Space for many requests.
 const BUFFER: usize = 64 << 10;

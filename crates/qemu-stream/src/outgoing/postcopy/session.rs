@@ -8,18 +8,15 @@
 //! The first error fails the stop of the session, which closes the schedule and shuts the connections down. So every thread ends.
 
 use std::{
-    io,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    io, ptr,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     thread::{self, Builder, Scope, ScopedJoinHandle},
     time::{Duration, Instant},
 };
 
 use multifd::{
     Error,
-    channel::{Connect, Context, Stop, Stream, Wake},
+    channel::{Connect, Context, Stop, Stream, Wake, Watch},
     postcopy::{Lane, PageRun, Schedule},
     ram::PageBitmap,
 };
@@ -29,7 +26,7 @@ use super::{
     failure::{GuestAt, PostcopyError},
     opening::{ask_for_bitmap, resume},
     pages::{PageWriter, ReadPages, Unreadable, unread},
-    replies::{Missing, Replies},
+    replies::{Missing, Replies, Sent},
 };
 use crate::{error, outgoing::writer::failed};
 
@@ -50,8 +47,8 @@ struct Session<'a> {
     stop: Stop,
     replies: &'a Replies<'a>,
     main: &'a PageWriter<'a>,
-    /// The destination was sent the command to start the guest. Pairs with the load after all threads were joined.
-    started: &'a AtomicBool,
+    /// Closes the schedule at the stop, until all threads have ended.
+    closes: OnceLock<Watch>,
     /// The first page that could not be read, and the number of such pages.
     unreadable: Mutex<Option<(Unreadable, u64)>>,
 }
@@ -63,15 +60,13 @@ pub(super) fn run(
     outer: &Stop,
     begin: Begin,
 ) -> Result<(), PostcopyError> {
-    let started = AtomicBool::new(false);
     let replies = Replies::new(source.machine.blocks(), &source.counts);
     let stop = Stop::new();
     let linked = outer.watch_failure(Arc::new(Cancels(stop.clone())));
-    let ran = connected(source, connector, &stop, &replies, &started, begin);
+    let ran = connected(source, connector, &stop, &replies, begin);
     drop(linked);
     ran.map_err(|error| {
-        let may_run = started.load(Ordering::Acquire) && !replies.has_not_started();
-        let guest = if may_run { GuestAt::Destination } else { GuestAt::Source };
+        let guest = if replies.may_have_started() { GuestAt::Destination } else { GuestAt::Source };
         PostcopyError { guest, error: outer.error().unwrap_or(error) }
     })
 }
@@ -81,7 +76,6 @@ fn connected(
     connector: &dyn Connect,
     stop: &Stop,
     replies: &Replies<'_>,
-    started: &AtomicBool,
     begin: Begin,
 ) -> Result<(), Error> {
     stop.check()?;
@@ -95,15 +89,17 @@ fn connected(
     let broken = stop.watch_failure(waker.clone());
     let (reader, writer) = stream.split().map_err(|error| Error::io("use the connection", error))?;
     let main = PageWriter::main(writer, source.machine.blocks(), source.machine.section());
-    let unreadable = Mutex::new(None);
+    let (closes, unreadable) = (OnceLock::new(), Mutex::new(None));
     let stop = stop.clone();
-    let session = Session { source, connector, context, stop, replies, main: &main, started, unreadable };
+    let session = Session { source, connector, context, stop, replies, main: &main, closes, unreadable };
     let served = thread::scope(|scope| {
         let reads = Builder::new().name("multifdreplies".into());
         let reads = reads.spawn_scoped(scope, || {
             let _alarm = Alarm(&session.stop);
             replies.read(reader, &session.stop);
         });
+        // Otherwise the end of this scope would wait for a thread that nobody wakes.
+        let _alarm = Alarm(&session.stop);
         let reads = reads.map_err(|error| Error::io("start a thread", error))?;
         let served = match begin {
             Begin::Start => session.start(),
@@ -145,15 +141,15 @@ impl Session<'_> {
         // A destination that does not accept the machine, or post-copy, ends before it could start the guest.
         let ready = self.replies.ready(source.options.stall_timeout);
         ready.map_err(|why| self.missing(why, "PONG 2"))?;
-        self.started.store(true, Ordering::Release);
+        self.replies.sends(Sent::Package);
         self.write(&machine.switch())?;
         self.serve(&schedule, preempt)
     }
 
     /// Sends the pages that the destination lacks.
     fn resume(&self) -> Result<(), Error> {
-        self.started.store(true, Ordering::Release);
         let source = self.source;
+        self.replies.continues();
         // Before anything is sent: QEMU 7.2 ends with a signal if it is told to resume and lacks this connection.
         let preempt = self.preempt()?;
         let (mut ask, mut asked) = (Vec::new(), Vec::new());
@@ -161,6 +157,7 @@ impl Session<'_> {
             ask_for_bitmap(&entry.name, &mut ask);
             asked.push(index);
         }
+        self.replies.asks(&asked);
         self.write(&ask)?;
         let limit = source.options.stall_timeout;
         let bitmaps = self.replies.bitmaps(&asked, limit);
@@ -170,6 +167,7 @@ impl Session<'_> {
             bitmaps.remove(&index).unwrap_or_else(|| PageBitmap::full(block.pages()))
         });
         let schedule = self.schedule(&there.collect::<Vec<_>>());
+        self.replies.resumes();
         self.write(&resume())?;
         self.replies.resumed(limit).map_err(|why| self.missing(why, "RESUME_ACK"))?;
         self.serve(&schedule, preempt)
@@ -199,6 +197,8 @@ impl Session<'_> {
         let there: Vec<_> = there.collect();
         let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, &there));
         schedule.limit_walk(source.options.walk_limit);
+        // Before the first request: the thread that reads them waits for a place if there are very many.
+        let _ = self.closes.set(self.stop.watch_failure(schedule.clone()));
         self.replies.serve(schedule.clone());
         schedule
     }
@@ -213,7 +213,8 @@ impl Session<'_> {
                 if let Some((bad, pages)) = read.read(ram, run) {
                     return Err(unread(&self.source.blocks, bad, pages));
                 }
-                let written = self.main.send(run, &read, false).map_err(write_failed)?;
+                let written = self.main.send(run, &read, false);
+                let written = written.map_err(|error| self.write_failed(self.main, error))?;
                 self.source.counts.wrote(written);
             }
         }
@@ -232,7 +233,6 @@ impl Session<'_> {
     /// Sends all pages, and waits for SHUT.
     fn serve(&self, schedule: &Arc<Schedule>, preempt: Option<PageWriter<'_>>) -> Result<(), Error> {
         self.source.counts.plan(schedule.left());
-        let closes = self.stop.watch_failure(schedule.clone());
         let broken = preempt.as_ref().map(|writer| self.stop.watch_failure(writer.waker()));
         let served = thread::scope(|scope| {
             let requests = match &preempt {
@@ -260,13 +260,14 @@ impl Session<'_> {
             return Err(unread(&self.source.blocks, bad, pages));
         }
         if let Some(writer) = &preempt {
-            writer.end().map_err(write_failed)?;
+            writer.end().map_err(|error| self.write_failed(writer, error))?;
         }
+        self.replies.sends(Sent::End);
         self.write(&self.source.machine.end())?;
         let shut = self.replies.shut(self.source.options.end_timeout);
         let shut = shut.map_err(|why| self.missing(why, "SHUT"));
         // The connection for requested pages stays open until here: a destination takes its end for a broken network.
-        drop((closes, broken));
+        drop(broken);
         shut
     }
 
@@ -312,7 +313,8 @@ impl Session<'_> {
             self.note_unreadable(bad, pages);
         }
         let whole = self.source.shape(run.block).is_some_and(|shape| shape.host_page > 1);
-        let written = writer.send(run, read, whole).map_err(write_failed)?;
+        let written = writer.send(run, read, whole);
+        let written = written.map_err(|error| self.write_failed(writer, error))?;
         self.source.counts.wrote(written);
         Ok(())
     }
@@ -329,9 +331,17 @@ impl Session<'_> {
     }
 
     fn write(&self, bytes: &[u8]) -> Result<(), Error> {
-        self.main.write(bytes).map_err(write_failed)?;
+        self.main.write(bytes).map_err(|error| self.write_failed(self.main, error))?;
         self.source.counts.other_bytes(bytes.len() as u64);
         Ok(())
+    }
+
+    fn write_failed(&self, writer: &PageWriter<'_>, source: io::Error) -> Error {
+        if ptr::eq(writer, self.main) {
+            self.replies.write_failed(&source);
+        }
+        let at = error::Place { stream: error::StreamKind::Main, offset: 0 };
+        failed(error::Error::Io { at, doing: "write", source })
     }
 
     /// The error of a wait: the destination's own, if it has ended.
@@ -382,11 +392,6 @@ fn connect(connector: &dyn Connect, context: &Context) -> Result<Stream, Error> 
     let link = connector.connect(context);
     let link = link.map_err(|error| Error::io(format!("connect to {}", connector.target()), error))?;
     Ok(Stream::new(link, context))
-}
-
-fn write_failed(source: io::Error) -> Error {
-    let at = error::Place { stream: error::StreamKind::Main, offset: 0 };
-    failed(error::Error::Io { at, doing: "write", source })
 }
 
 fn join(threads: Vec<ScopedJoinHandle<'_, ()>>) {
