@@ -45,6 +45,8 @@ mod shared_memory;
 mod signals;
 #[cfg(all(test, feature = "tls"))]
 mod tls;
+#[cfg(all(test, feature = "tls"))]
+mod tls_split;
 #[cfg(test)]
 mod transports;
 #[cfg(test)]
