@@ -15,7 +15,7 @@ use std::{io, sync::Arc};
 use super::{
     admit,
     entry::{Newcomer, Origin},
-    shared::Shared,
+    shared::{PreemptReader, Shared},
     worker,
 };
 use crate::{
@@ -104,9 +104,11 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, or
             let _ = rustix::thread::set_name(c"multifdpreempt");
             // It is shut down when the migration ends, as long as it is watched.
             let stream = Stream::resumed(link, context, seen);
+            let reader = shared.takes_preempt();
+            // Not earlier: main must not find that there is no such connection in between.
             shared.identified(number);
             context.stall_timer.identified();
-            shared.preempt_has_come(&peer, stream);
+            shared.preempt_has_come(reader, &peer, stream);
             drop(greeting);
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().roster.single => {
@@ -237,15 +239,25 @@ impl Shared {
         drop(entry);
     }
 
+    /// Takes the reader of the connection of postcopy-preempt, if there is one that nobody has taken.
+    fn takes_preempt(&self) -> Option<PreemptReader> {
+        let mut state = self.lock();
+        let reader = state.source.preempt.take();
+        state.source.reads_preempt |= reader.is_some();
+        reader
+    }
+
     /// A connection is that of postcopy-preempt: reads it to its end.
-    fn preempt_has_come(&self, peer: &str, stream: Stream) {
-        let reader = self.lock().source.preempt.take();
-        let (Some(read), Some(arrived)) = (reader, self.arrived.get()) else {
+    fn preempt_has_come(&self, reader: Option<PreemptReader>, peer: &str, stream: Stream) {
+        let Some(read) = reader else {
             tracing::warn!(peer, "a second connection that does not say what it is is dropped");
             return;
         };
         tracing::debug!(peer, "the connection of postcopy-preempt");
-        match read(arrived, stream) {
+        // Without blocks there is no page that could come on it.
+        let read = self.arrived.get().map_or(Ok(()), |arrived| read(arrived, stream));
+        self.lock().source.reads_preempt = false;
+        match read {
             Ok(()) => tracing::debug!(peer, "the connection of postcopy-preempt has ended"),
             Err(error) if self.stop.is_stopped() => {
                 tracing::debug!(peer, %error, "the connection of postcopy-preempt has ended");

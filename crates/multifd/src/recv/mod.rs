@@ -220,13 +220,14 @@ impl Receiver {
         self.shared.changed.notify_all();
     }
 
-    /// Whether the connection of `postcopy-preempt` may be there without having delivered anything yet, so that `read` of
-    /// [`expect_preempt`](Self::expect_preempt) was not called.
-    pub fn may_have_silent_preempt(&self) -> bool {
+    /// Whether the connection of `postcopy-preempt` may still deliver something: `read` of
+    /// [`expect_preempt`](Self::expect_preempt) has not returned, or was not called although the connection may be there.
+    pub fn may_have_preempt(&self) -> bool {
         let state = self.shared.lock();
         let mut others = state.roster.unidentified.iter().map(|entry| &entry.origin);
-        state.source.preempt.is_some()
-            && (state.source.has_silent || others.any(|origin| self.shared.may_be_missed(&state, origin)))
+        let may_come = state.source.preempt.is_some()
+            && (state.source.has_silent || others.any(|origin| self.shared.may_be_missed(&state, origin)));
+        may_come || state.source.reads_preempt
     }
 
     /// Sets the blocks that the source has announced. Pages are only written to these.

@@ -74,6 +74,8 @@ pub(super) struct Source {
     pub(super) has_silent: bool,
     /// Reads that connection; taken by its thread.
     pub(super) preempt: Option<PreemptReader>,
+    /// That thread has taken it, and has not ended.
+    pub(super) reads_preempt: bool,
 }
 
 /// Reads the connection of capability postcopy-preempt.

@@ -42,8 +42,8 @@ pub(super) struct Preempt {
 struct State {
     /// The source's blocks, and for each of them the block that was made for it; from the switch on.
     blocks: Option<(BlockList, Vec<BlockIndex>)>,
-    /// The connection is read, and has not ended.
-    open: bool,
+    /// No more pages come on the connection.
+    ended: bool,
     /// Main has ended: no page may be written any more.
     sealed: bool,
     stopped: bool,
@@ -77,7 +77,7 @@ impl Preempt {
         let _watch = receiver.stop().watch(Arc::new(Stopped(self.clone())));
         let begun = Instant::now();
         let mut state = self.lock();
-        while (state.open || receiver.may_have_silent_preempt()) && !state.stopped && !arrived.is_complete() {
+        while !state.ended && receiver.may_have_preempt() && !state.stopped && !arrived.is_complete() {
             let left = limit.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 break;
@@ -99,7 +99,6 @@ impl Preempt {
     ) -> multifd::Result<()> {
         let _watch = stop.watch(Arc::new(Stopped(self.clone())));
         let failed = |error: Error| multifd::Error::other("the connection of postcopy-preempt", error);
-        self.set_open(true);
         let mut r = Reader::new(stream, StreamKind::Preempt);
         // A source that ends as in pre-copy closes it without a byte.
         let read = match r.peek().map_err(failed)? {
@@ -111,13 +110,13 @@ impl Preempt {
         };
         // An error ends the wait of main by the stop, so that main finds it and not only the missing pages.
         if read.is_ok() {
-            self.set_open(false);
+            self.end();
         }
         read
     }
 
-    fn set_open(&self, open: bool) {
-        self.lock().open = open;
+    fn end(&self) {
+        self.lock().ended = true;
         self.changed.notify_all();
     }
 
@@ -157,7 +156,7 @@ impl Preempt {
                 }
                 Record::Eos => {
                     ended = true;
-                    self.set_open(false);
+                    self.end();
                 }
                 Record::Xbzrle(..) => return Err(misplaced("XBZRLE", "after the switch to post-copy")),
                 Record::MultifdFlush => return Err(misplaced("MULTIFD_FLUSH", "on this connection")),
