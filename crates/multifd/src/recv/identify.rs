@@ -256,7 +256,6 @@ impl Shared {
         tracing::debug!(peer, "the connection of postcopy-preempt");
         // Without blocks there is no page that could come on it.
         let read = self.arrived.get().map_or(Ok(()), |arrived| read(arrived, stream));
-        self.lock().source.reads_preempt = false;
         match read {
             Ok(()) => tracing::debug!(peer, "the connection of postcopy-preempt has ended"),
             Err(error) if self.stop.is_stopped() => {
@@ -264,6 +263,8 @@ impl Shared {
             }
             Err(error) => drop(self.stop.fail(error.at(format_args!("connection from {peer}")))),
         }
+        // After the stop, so that main never finds neither.
+        self.lock().source.reads_preempt = false;
     }
 
     /// The connection from `origin` is main.

@@ -66,7 +66,7 @@ impl<W: Write> EventWriter<W> {
     ///
     /// Pages may stay in the buffer until it is full or another kind of event follows: see [`flush`](Self::flush). For
     /// [`Event::End`] those bytes of the devices are written that no earlier event has contained, so a caller may omit all
-    /// [`Event::Devices`].
+    /// [`Event::Devices`], but not those in a package.
     ///
     /// # Errors
     /// [`Usage`] if the event is out of order, the block list has no such page, or the devices are not those of this

@@ -1,6 +1,10 @@
 //! A source that switches to post-copy: what is read, what is replied, what is refused.
 
-use std::{io::Write, thread, time::Duration};
+use std::{
+    io::{Read, Write},
+    thread,
+    time::Duration,
+};
 
 use multifd::{
     ChannelCount, ReceiveOptions, Receiver,
@@ -311,7 +315,8 @@ fn a_stream_that_is_cut_anywhere_after_the_switch_is_refused() {
     }
 }
 
-/// A receiver with a main connection, which plays these bytes, and one more connection.
+/// A receiver with a main connection, which plays these bytes, and one more connection. As every source does, it continues
+/// when the destination has replied to the PING before the package; before that the other connection says nothing.
 fn loaded(main: &[u8], preempt: impl FnOnce(&mut Stream) + Send + 'static) -> multifd::Result<Vec<u8>> {
     let stop = Stop::new();
     let receive = ReceiveOptions::new()
@@ -322,28 +327,37 @@ fn loaded(main: &[u8], preempt: impl FnOnce(&mut Stream) + Send + 'static) -> mu
     let context = Context::new(&Stop::new());
     let (source, here) = memory::pair(1 << 22, &context, &receiver.context());
     let mut source = Stream::new(Box::new(source), &context);
-    source.write_all(main).unwrap();
+    let (before, after) = main.split_at(Pieces::whole().up_to("package").len());
+    source.write_all(before).unwrap();
     receiver.add(Box::new(here));
-    let incoming = Incoming::new(receiver.wait_main()?).postcopy(true);
-    let (other, here) = memory::pair(1 << 16, &context, &receiver.context());
-    receiver.add(Box::new(here));
-    let mut other = Stream::new(Box::new(other), &context);
-    let second = thread::spawn(move || {
-        preempt(&mut other);
-        other
-    });
-    let mut incoming = incoming;
-    let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| list.in_new_memory());
-    let loaded = incoming.run(&mut loader).map_err(|error| {
-        let text = error.to_string();
-        receiver.stop().error().unwrap_or_else(|| multifd::Error::other("main", text))
+    let mut incoming = Incoming::new(receiver.wait_main()?).postcopy(true);
+    let page = thread::scope(|threads| -> multifd::Result<Vec<u8>> {
+        let receiver = &receiver;
+        let mut loader = Loader::new(receiver, Expected::AnyMachine, |_, list| list.in_new_memory());
+        let second = threads.spawn(move || {
+            let mut pong = [0; 8];
+            while pong != *b"\0\x02\0\x04\0\0\0\x02" {
+                source.read_exact(&mut pong).unwrap();
+            }
+            let (other, here) = memory::pair(1 << 16, &context, &receiver.context());
+            receiver.add(Box::new(here));
+            source.write_all(after).unwrap();
+            let mut other = Stream::new(Box::new(other), &context);
+            preempt(&mut other);
+            (source, other)
+        });
+        let loaded = incoming.run(&mut loader).map_err(|error| {
+            let text = error.to_string();
+            receiver.stop().error().unwrap_or_else(|| multifd::Error::other("main", text))
+        })?;
+        let blocks = loader.finish(&loaded)?;
+        let mut page = vec![0; 4096];
+        blocks.block(BlockIndex(0)).unwrap().load(PageIndex(5), &mut page).unwrap();
+        let _ = incoming.finish(Outcome::Loaded);
+        // The source closes it after SHUT.
+        drop(second.join());
+        Ok(page)
     })?;
-    let blocks = loader.finish(&loaded)?;
-    let mut page = vec![0; 4096];
-    blocks.block(BlockIndex(0)).unwrap().load(PageIndex(5), &mut page).unwrap();
-    let _ = incoming.finish(Outcome::Loaded);
-    // The source closes it after SHUT.
-    drop(second.join());
     receiver.finish()?;
     Ok(page)
 }

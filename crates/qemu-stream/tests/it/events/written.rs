@@ -36,9 +36,12 @@ impl Read for Slow<'_> {
 fn written(stream: impl Read, whole_devices: bool) -> Vec<u8> {
     let mut events = Events::new(stream).suppress_vmdesc(true);
     let mut copy = EventWriter::new(Vec::new());
+    let mut package = false;
     loop {
         let event = events.next().unwrap();
-        if whole_devices && matches!(event, Event::Devices(_)) {
+        // A package has its length before them, so they cannot be left out.
+        package |= matches!(event, Event::Command(Command::PostcopyListen));
+        if whole_devices && !package && matches!(event, Event::Devices(_)) {
             continue;
         }
         copy.write(&event).unwrap_or_else(|error| panic!("{}: {error}", name(&event)));
