@@ -219,6 +219,8 @@ fn broken_connections_are_replaced_until_the_guest_has_all_of_its_memory() {
             to.wait_migration("postcopy-active", PATIENCE)?;
             sleep(Duration::from_millis(30 + 20 * pause));
             to.execute("yank", json!({ "instances": [{ "type": "migration" }] }))?;
+            // The status changes later, and lasts for as long as the program waits before it tries again.
+            to.wait_migration("postcopy-paused", PATIENCE)?;
         }
         let report = restored.done().json();
         to.wait_migration("completed", PATIENCE)?;
