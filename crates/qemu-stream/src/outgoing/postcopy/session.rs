@@ -119,7 +119,17 @@ impl Session<'_> {
     /// Starts the guest, and sends its pages.
     fn start(&self) -> Result<(), Error> {
         let (source, machine) = (self.source, &self.source.machine);
-        let schedule = self.schedule(&source.first);
+        let there = source.blocks.iter().zip(&source.first).map(|((_, block), first)| {
+            let there = PageBitmap::new(block.pages());
+            if block.is_ignored() {
+                // It is not sent: the destination shares its memory.
+                there.fill();
+            }
+            first.set_runs().for_each(|(first, count)| there.set_run(first, count));
+            there
+        });
+        let there: Vec<_> = there.collect();
+        let schedule = self.schedule(&there);
         let opening = machine.opening(source.options.system(machine.page_size()));
         let (header, rest) = opening.split_at(opening.len().min(HEADER));
         // QEMU 7.2 reads nothing before it has both connections, and takes the first one for main. QEMU 10.0 knows main by its
@@ -128,16 +138,7 @@ impl Session<'_> {
         let preempt = self.preempt()?;
         self.write(rest)?;
         self.send_first()?;
-        let keep = source.blocks.iter().zip(&source.first).map(|((_, block), first)| {
-            let keep = PageBitmap::new(block.pages());
-            if block.is_ignored() {
-                // It is not sent, so nothing of it is forgotten.
-                keep.fill();
-            }
-            first.set_runs().for_each(|(first, count)| keep.set_run(first, count));
-            keep
-        });
-        self.write(&machine.discards(&keep.collect::<Vec<_>>()))?;
+        self.write(&machine.discards(&there))?;
         // A destination that does not accept the machine, or post-copy, ends before it could start the guest.
         let ready = self.replies.ready(source.options.stall_timeout);
         ready.map_err(|why| self.missing(why, "PONG 2"))?;
@@ -185,17 +186,7 @@ impl Session<'_> {
             walk
         });
         let walk: Vec<_> = walk.collect();
-        // The memory of a block that is ignored is shared with the destination.
-        let there = source.blocks.iter().zip(there).map(|((_, block), there)| match block.is_ignored() {
-            true => PageBitmap::full(block.pages()),
-            false => {
-                let copy = PageBitmap::new(block.pages());
-                copy.merge(there.words());
-                copy
-            }
-        });
-        let there: Vec<_> = there.collect();
-        let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, &there));
+        let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, there));
         schedule.limit_walk(source.options.walk_limit);
         // Before the first request: the thread that reads them waits for a place if there are very many.
         let _ = self.closes.set(self.stop.watch_failure(schedule.clone()));
