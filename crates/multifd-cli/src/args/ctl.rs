@@ -27,11 +27,11 @@ pub(crate) enum CtlCommand {
     Cancel,
     /// Change limits of the run
     ///
-    /// `capture` takes both limits and sets them at QEMU, `send` and `restore` take max-bandwidth. A destination has no
-    /// limits: set them at the source.
+    /// `capture` takes max-bandwidth and downtime-limit and sets them at QEMU. `send` and `restore` take max-bandwidth; with
+    /// --postcopy-ram, max-postcopy-bandwidth. A destination has no limits: set them at the source.
     Set {
-        /// max-bandwidth=RATE in bytes per second, for example 100M (M = 1024 K), 0 = no limit; downtime-limit=TIME in
-        /// milliseconds or with a unit (2s)
+        /// max-bandwidth=RATE or max-postcopy-bandwidth=RATE in bytes per second, for example 100M (M = 1024 K), 0 = no
+        /// limit; downtime-limit=TIME in milliseconds or with a unit (2s)
         #[arg(required = true, value_name = "LIMIT=VALUE")]
         limits: Vec<LimitArg>,
     },
@@ -41,6 +41,7 @@ pub(crate) enum CtlCommand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LimitArg {
     MaxBandwidth(u64),
+    MaxPostcopyBandwidth(u64),
     DowntimeLimit(Duration),
 }
 
@@ -50,8 +51,11 @@ impl FromStr for LimitArg {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once('=') {
             Some(("max-bandwidth", value)) => rate(value).map(Self::MaxBandwidth),
+            Some(("max-postcopy-bandwidth", value)) => rate(value).map(Self::MaxPostcopyBandwidth),
             Some(("downtime-limit", value)) => milliseconds(DOWNTIME_LIMIT)(value).map(Self::DowntimeLimit),
-            _ => Err(format!("expected max-bandwidth=RATE or downtime-limit=TIME, found {text:?}")),
+            _ => Err(format!(
+                "expected max-bandwidth=RATE, max-postcopy-bandwidth=RATE or downtime-limit=TIME, found {text:?}"
+            )),
         }
     }
 }
@@ -64,6 +68,7 @@ mod tests {
     fn limit_has_a_name_and_a_value_in_its_range() {
         let parse = |text: &str| text.parse::<LimitArg>();
         assert_eq!(parse("max-bandwidth=100M"), Ok(LimitArg::MaxBandwidth(100 << 20)));
+        assert_eq!(parse("max-postcopy-bandwidth=0"), Ok(LimitArg::MaxPostcopyBandwidth(0)));
         assert_eq!(parse("downtime-limit=2s"), Ok(LimitArg::DowntimeLimit(Duration::from_secs(2))));
         for wrong in ["max-bandwidth", "downtime-limit=1h", "max-bandwidth=fast", "multifd-channels=2", ""] {
             parse(wrong).expect_err(wrong);

@@ -29,6 +29,8 @@ pub(crate) struct Limits {
     /// Bytes per second; 0 is no limit.
     pub(crate) max_bandwidth: Option<u64>,
     pub(crate) downtime_limit: Option<Duration>,
+    /// Bytes per second; 0 is no limit.
+    pub(crate) max_postcopy_bandwidth: Option<u64>,
 }
 
 /// A migration whose limits can be changed while it runs.

@@ -144,6 +144,11 @@ impl Wake for Controlled {
 /// The limits are those of QEMU. They are put back at the end of the capture.
 impl Adjust for Controlled {
     fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        if limits.max_postcopy_bandwidth.is_some() {
+            return Err("the guest is stopped while the pages that remain are captured, so max-postcopy-bandwidth would \
+                        only keep it stopped: only max-bandwidth and downtime-limit can be set"
+                .into());
+        }
         let bandwidth = limits.max_bandwidth.map(|bytes| ("max-bandwidth", json!(bytes)));
         let downtime = limits.downtime_limit.map(|time| ("downtime-limit", json!(millis(time))));
         let parameters: Map<_, _> =

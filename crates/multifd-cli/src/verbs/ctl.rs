@@ -35,6 +35,7 @@ pub(crate) fn run(args: &CtlArgs) -> Result<(), Failure> {
 fn parameters(limits: &[LimitArg]) -> Value {
     let pair = |limit: &LimitArg| match limit {
         LimitArg::MaxBandwidth(bytes) => ("max-bandwidth".to_owned(), json!(bytes)),
+        LimitArg::MaxPostcopyBandwidth(bytes) => ("max-postcopy-bandwidth".to_owned(), json!(bytes)),
         LimitArg::DowntimeLimit(time) => ("downtime-limit".to_owned(), json!(millis(*time))),
     };
     Value::Object(limits.iter().map(pair).collect::<Map<_, _>>())

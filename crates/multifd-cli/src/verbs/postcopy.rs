@@ -16,7 +16,8 @@ use multifd::{
 use qemu_stream::{
     mapped_ram::MappedRamFile,
     outgoing::postcopy::{
-        GuestAt, PostcopyError, PostcopyInfo, PostcopyOptions, PostcopyProgress, PostcopySource,
+        GuestAt, PostcopyControl, PostcopyError, PostcopyInfo, PostcopyOptions, PostcopyProgress,
+        PostcopySource,
     },
 };
 
@@ -30,7 +31,7 @@ use crate::{
         progress::Look,
         report::Report,
     },
-    runs::{Adjust, Run},
+    runs::{Adjust, Limits, Run},
     working_set::WorkingSet,
 };
 
@@ -79,7 +80,7 @@ impl Running<'_> {
         let page_size = file.blocks().page_size().bytes() as u64;
         let sending = Arc::new(Sending { progress: progress.clone(), total, page_size });
         self.run.show(sending.clone());
-        self.run.adjusts(None::<Arc<dyn Adjust>>);
+        self.run.adjusts(Some(Arc::new(Walk(source.control()))));
         let display = Display::start(self.verb, self.output.progress(), sending.clone());
         let mut sent = match self.args.resume {
             true => source.resume(&*connector, self.stop),
@@ -218,6 +219,22 @@ impl Shown for Sending {
         let status =
             if info.guest_running_after.is_some() { "postcopy-active" } else { Status::Setup.as_str() };
         Report::of_postcopy(&info, status, self.total, self.page_size)
+    }
+}
+
+/// The limit of pages that the guest does not wait for.
+struct Walk(PostcopyControl);
+
+impl Adjust for Walk {
+    fn adjust(&self, limits: &Limits) -> Result<(), String> {
+        let useless = limits.max_bandwidth.map(|_| "max-bandwidth");
+        if let Some(name) = useless.or(limits.downtime_limit.map(|_| "downtime-limit")) {
+            return Err(format!(
+                "with --postcopy-ram, {name} has no effect: only max-postcopy-bandwidth can be set"
+            ));
+        }
+        self.0.set_max_postcopy_bandwidth(limits.max_postcopy_bandwidth);
+        Ok(())
     }
 }
 

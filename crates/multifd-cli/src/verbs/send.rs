@@ -196,10 +196,11 @@ struct Bandwidth(Control);
 
 impl Adjust for Bandwidth {
     fn adjust(&self, limits: &Limits) -> Result<(), String> {
-        if limits.downtime_limit.is_some() {
-            return Err("the guest in a file does not run, so downtime-limit has no effect: only max-bandwidth can be \
-                        set"
-            .into());
+        let useless = limits.downtime_limit.map(|_| "downtime-limit");
+        if let Some(name) = useless.or(limits.max_postcopy_bandwidth.map(|_| "max-postcopy-bandwidth")) {
+            return Err(format!(
+                "the guest in a file does not run, so {name} has no effect: only max-bandwidth can be set"
+            ));
         }
         if let Some(bytes) = limits.max_bandwidth {
             self.0.set_max_bandwidth(Some(bytes));

@@ -139,6 +139,7 @@ fn limits(arguments: &Map<String, Value>) -> Result<Limits, Refusal> {
         };
         match name.as_str() {
             "max-bandwidth" => limits.max_bandwidth = Some(number()?),
+            "max-postcopy-bandwidth" => limits.max_postcopy_bandwidth = Some(number()?),
             "downtime-limit" => {
                 let millis = number()?;
                 DOWNTIME_LIMIT.check(millis).map_err(|refused| Refusal::generic(refused.to_string()))?;
@@ -146,7 +147,8 @@ fn limits(arguments: &Map<String, Value>) -> Result<Limits, Refusal> {
             }
             _ => {
                 return Err(Refusal::generic(format!(
-                    "{name:?} cannot be changed while a run lasts; max-bandwidth and downtime-limit can"
+                    "{name:?} cannot be changed while a run lasts; max-bandwidth, max-postcopy-bandwidth and \
+                     downtime-limit can"
                 )));
             }
         }

@@ -7,7 +7,7 @@ use multifd::{
     ram::{BlockIndex, PageBitmap, PageIndex, RamBlock, RamBlocks},
 };
 
-use super::{opening::Machine, options::PostcopyOptions, progress::Counts};
+use super::{control::PostcopyControl, opening::Machine, options::PostcopyOptions, progress::Counts};
 use crate::{
     error::Usage,
     format::{BlockEntry, BlockList, DevicePart},
@@ -24,6 +24,7 @@ pub(super) struct Contents {
     /// Pages that the destination has requested, over all connections.
     pub(super) requested: Vec<PageBitmap>,
     pub(super) counts: Arc<Counts>,
+    pub(super) control: PostcopyControl,
 }
 
 impl Contents {
@@ -41,7 +42,8 @@ impl Contents {
         let machine = Machine::new(stream, options.list(list)?, devices)?;
         let none = || blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
         let (first, requested, counts) = (none(), none(), Arc::new(Counts::new()));
-        Ok(Self { machine, first, requested, blocks, options, counts })
+        let control = PostcopyControl::new(options.walk_limit);
+        Ok(Self { machine, first, requested, blocks, options, counts, control })
     }
 
     /// Adds pages to those that are sent before the guest starts: whole host pages.

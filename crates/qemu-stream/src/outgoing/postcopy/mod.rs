@@ -13,6 +13,7 @@
 //! sends what it reports as missing.
 
 mod contents;
+mod control;
 mod failure;
 mod opening;
 mod options;
@@ -34,6 +35,7 @@ use crate::{
     format::{BlockList, DevicePart},
 };
 use contents::Contents;
+pub use control::PostcopyControl;
 pub use failure::{GuestAt, PostcopyError};
 pub use options::PostcopyOptions;
 pub use progress::{PostcopyInfo, PostcopyProgress};
@@ -86,6 +88,11 @@ impl PostcopySource {
     /// The numbers of the migration, for another thread to read.
     pub fn progress(&self) -> PostcopyProgress {
         PostcopyProgress(self.0.counts.clone())
+    }
+
+    /// Changes the migration while it runs, for another thread.
+    pub fn control(&self) -> PostcopyControl {
+        self.0.control.clone()
     }
 
     /// Connects, starts the guest at the destination, and sends its pages. Returns when the destination has reported that it

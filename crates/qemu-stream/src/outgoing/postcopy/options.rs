@@ -55,7 +55,7 @@ impl PostcopyOptions {
     }
 
     /// Limits pages that nobody requests to this number of bytes in a second (`max-postcopy-bandwidth`). Requests have no
-    /// limit. Default `None`: no limit.
+    /// limit. Default `None`: no limit, and so is 0. [`PostcopyControl`](super::PostcopyControl) changes it later.
     pub fn max_postcopy_bandwidth(mut self, bytes: Option<u64>) -> Self {
         self.walk_limit = bytes;
         self

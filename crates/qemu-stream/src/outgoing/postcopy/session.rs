@@ -187,7 +187,7 @@ impl Session<'_> {
         });
         let walk: Vec<_> = walk.collect();
         let schedule = Arc::new(Schedule::new(source.machine.page_size(), &shapes, &walk, there));
-        schedule.limit_walk(source.options.walk_limit);
+        source.control.serves(&schedule);
         // Before the first request: the thread that reads them waits for a place if there are very many.
         let _ = self.closes.set(self.stop.watch_failure(schedule.clone()));
         self.replies.serve(schedule.clone());
