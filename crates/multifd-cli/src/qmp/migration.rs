@@ -98,6 +98,14 @@ impl Migration {
         }
     }
 
+    /// Lets a migration that [was interrupted](Self::is_paused) continue over new connections to `uri`.
+    ///
+    /// # Errors
+    /// If the connection ended, or QEMU refuses.
+    pub(crate) fn resume(qmp: &mut Qmp, uri: &str) -> Result<(), QmpError> {
+        qmp.execute("migrate", json!({ "uri": uri, "resume": true })).map(drop)
+    }
+
     /// [Cancels](Self::cancel) a migration that has not ended, and waits until QEMU has cleaned up. Returns the state after that.
     ///
     /// # Errors

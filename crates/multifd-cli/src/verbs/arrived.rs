@@ -13,7 +13,7 @@ use multifd::ChannelStats;
 use qemu_stream::{arrival::ArrivalProgress, incoming::MainPages};
 
 use crate::output::{
-    display::{Shown, WAITS},
+    display::{PAUSED, Shown, WAITS},
     progress::Look,
     report::{Channel, Ram, Report, millis, rate},
 };
@@ -69,6 +69,7 @@ impl Shown for Receiving {
         report.status = match self.progress.ram() {
             None if !self.progress.has_source() => WAITS,
             None => "setup",
+            Some(_) if self.progress.is_paused() => PAUSED,
             Some(_) if self.completing.load(Ordering::Relaxed) => "device",
             Some(_) => "active",
         };
@@ -93,9 +94,13 @@ fn look(progress: &ArrivalProgress, completing: &AtomicBool) -> Look {
         note += &format!(", the guest has {}", BinaryBytes(total));
     }
     Look {
-        stage: completing
-            .load(Ordering::Relaxed)
-            .then_some("all data was received; the file is being completed"),
+        stage: match progress.is_paused() {
+            true => Some("interrupted; waiting for the source to resume"),
+            false if completing.load(Ordering::Relaxed) => {
+                Some("all data was received; the file is being completed")
+            }
+            false => None,
+        },
         transferred,
         pass: progress.pass().unwrap_or(0),
         note,

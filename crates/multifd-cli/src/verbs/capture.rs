@@ -289,7 +289,8 @@ fn migrate(
     let (over, ended) = channel::<()>();
     thread::scope(|threads| {
         let builder = thread::Builder::new().name("qmp".into());
-        builder.spawn_scoped(threads, move || watch(source, switch_after, stop, &ended))?;
+        let address = address.to_string();
+        builder.spawn_scoped(threads, move || watch(source, &address, switch_after, stop, &ended))?;
         let stored = receive();
         drop(over);
         stored
@@ -297,8 +298,14 @@ fn migrate(
 }
 
 /// Fails `stop` if QEMU reports that the migration has failed, until `ended`. Lets QEMU switch to post-copy after some time, if that
-/// is wanted.
-fn watch(source: &Controlled, mut switch_after: Option<Duration>, stop: &Stop, ended: &Receiver<()>) {
+/// is wanted, and connect to `address` again when the connection has broken after it.
+fn watch(
+    source: &Controlled,
+    address: &str,
+    mut switch_after: Option<Duration>,
+    stop: &Stop,
+    ended: &Receiver<()>,
+) {
     let begun = Instant::now();
     let wait =
         |left: Option<Duration>| LOOK.min(left.map_or(LOOK, |after| after.saturating_sub(begun.elapsed())));
@@ -319,6 +326,14 @@ fn watch(source: &Controlled, mut switch_after: Option<Duration>, stop: &Stop, e
             }
             Ok(now) if now.status == MigrationStatus::Cancelled => {
                 Error::other("the migration was cancelled at QEMU", "migrate_cancel by another client")
+            }
+            Ok(now) if now.is_paused() => {
+                match Migration::resume(&mut source.lock(), address) {
+                    Ok(()) => tracing::info!("the capture was interrupted, QEMU resumes it"),
+                    // It may be about to pause. If it cannot, the wait for it has an end.
+                    Err(error) => tracing::debug!(%error, "QEMU does not resume the migration"),
+                }
+                continue;
             }
             Ok(_) => continue,
             Err(error) => Error::other("cannot control QEMU any more", error),

@@ -45,7 +45,7 @@ impl Shared {
     /// Whether a connection that does not say what it is may be the one of postcopy-preempt.
     pub(super) fn may_preempt(&self, origin: &Origin) -> bool {
         let state = self.lock();
-        state.source.may_preempt && self.may_be_missed(&state, origin)
+        state.source.preempt.may_come && self.may_be_missed(&state, origin)
     }
 
     /// Main has connected, or the caller has reported what it contains: channels are admitted from now on.

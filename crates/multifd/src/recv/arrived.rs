@@ -72,6 +72,11 @@ impl Arrived {
         self.pages.get(block.0).map_or(0, |pages| pages.arrived.count())
     }
 
+    /// The pages of a block that have arrived; `None` if there is no such block.
+    pub fn received(&self, block: BlockIndex) -> Option<&PageBitmap> {
+        self.pages.get(block.0).map(|pages| &pages.arrived)
+    }
+
     /// Whether no page of a block has arrived, not even a zero page. Meaningful when all of RAM has arrived.
     pub fn is_untouched(&self, block: BlockIndex) -> bool {
         self.pages.get(block.0).is_none_or(|pages| pages.arrived.is_empty())

@@ -175,7 +175,7 @@ impl Shared {
         let end = deadline(limit);
         // A channel says at once what it is. What is silent for longer is the connection of postcopy-preempt, if there may be one:
         // no QEMU that opens it this early has channels as well.
-        let may_preempt = state.source.may_preempt && !state.source.has_channels;
+        let may_preempt = state.source.preempt.may_come && !state.source.has_channels;
         let end_of_unidentified = if may_preempt { deadline(SPEAKS_WITHIN.min(limit)) } else { end };
         loop {
             if state.life.stopped {
@@ -213,7 +213,7 @@ impl Shared {
         let mut unidentified = state.roster.unidentified.iter().map(|entry| &entry.origin);
         match self.expected(state) {
             // It may be the connection of postcopy-preempt, which is silent, and no channel is missing.
-            ChannelCount::Exact(_) if state.source.may_preempt => false,
+            ChannelCount::Exact(_) if state.source.preempt.may_come => false,
             ChannelCount::Exact(_) => unidentified.any(|origin| self.may_be_missed(state, origin)),
             ChannelCount::Auto => unidentified.any(|origin| self.may_belong(state, origin)),
         }

@@ -15,12 +15,12 @@ use std::{io, sync::Arc};
 use super::{
     admit,
     entry::{Newcomer, Origin},
-    shared::{PreemptReader, Shared},
+    shared::{PreemptReader, Resumed, Shared},
     worker,
 };
 use crate::{
     channel::{Context, Link, Stream, Wake, Watch, deadline},
-    error::{Error, Result, Unsupported, Violation},
+    error::{Error, Fault, Result, Unsupported, Violation},
     ram::PartMut,
     sync_types::{Builder, Instant},
     wire::{INITIAL_LEN, Initial},
@@ -28,6 +28,8 @@ use crate::{
 
 /// The first bytes of a main stream.
 const MAIN_MAGIC: [u8; 4] = *b"QEVM";
+/// The first bytes of a main connection with which a source returns: the command RECV_BITMAP.
+const RESUMED: [u8; 3] = [8, 0, 10];
 /// The first bytes of a handshake record of TLS.
 const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
@@ -80,7 +82,15 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, or
             let watch = shared.stop.watch_failure(link.recv_waker());
             drop(greeting);
             context.stall_timer.identified();
-            shared.main_has_come(origin, Stream::resumed(link, context, seen), watch);
+            shared.main_has_come(origin, Stream::resumed(link, context, seen), watch, wake);
+            shared.identified(number);
+        }
+        Ok(Kind::Resumed(seen)) => {
+            let watch = shared.stop.watch_failure(link.recv_waker());
+            drop(greeting);
+            context.stall_timer.identified();
+            let stream = Stream::resumed(link, context, seen);
+            shared.has_resumed(Resumed { origin, stream, watch, wake });
             shared.identified(number);
         }
         Ok(Kind::Channel(initial)) => {
@@ -103,12 +113,19 @@ fn identify(shared: &Arc<Shared>, mut link: Box<dyn Link>, context: &Context, or
         Ok(Kind::Preempt(seen)) => {
             let _ = rustix::thread::set_name(c"multifdpreempt");
             // It is shut down when the migration ends, as long as it is watched.
+            let silent = seen.is_empty();
             let stream = Stream::resumed(link, context, seen);
-            let reader = shared.takes_preempt();
+            let reader = shared.takes_preempt(&origin, wake);
             // Not earlier: main must not find that there is no such connection in between.
             shared.identified(number);
             context.stall_timer.identified();
-            shared.preempt_has_come(reader, &peer, stream);
+            match reader {
+                Some(read) => shared.preempt_has_come(read, &peer, stream),
+                None if silent => tracing::debug!(peer, "a connection has ended without a byte"),
+                None => {
+                    tracing::warn!(peer, "a second connection that does not say what it is is dropped");
+                }
+            }
             drop(greeting);
         }
         Err(Refused { error, a_channel }) if a_channel || shared.lock().roster.single => {
@@ -148,6 +165,8 @@ impl From<Error> for Refused {
 enum Kind {
     /// Main, with the bytes read so far.
     Main(Vec<u8>),
+    /// The main connection of a source that returns, with the bytes read so far.
+    Resumed(Vec<u8>),
     Channel(Initial),
     /// The connection of postcopy-preempt, with the bytes read so far.
     Preempt(Vec<u8>),
@@ -168,11 +187,15 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link, origin: &Origin) -> Re
             // It may be silent up to the end, and must not be closed to make room.
             let mut state = shared.lock();
             state.keep(origin.number);
-            state.source.has_silent = true;
+            state.source.preempt.has_silent = true;
+            state.source.preempt.wakes.push(link.waker());
             drop(state);
             shared.identified(origin.number);
             link.set_recv_timeout(None).map_err(failed)?;
             read_up_to(link, &mut magic, &mut have, None).map_err(failed)?;
+            if have == 0 {
+                return Ok(Kind::Preempt(Vec::new()));
+            }
             end = end.map(|_| deadline(limit));
         }
         read => read.map_err(failed)?,
@@ -180,6 +203,10 @@ fn read_first_bytes(shared: &Shared, link: &mut dyn Link, origin: &Origin) -> Re
     if magic == MAIN_MAGIC {
         link.set_recv_timeout(None).map_err(failed)?;
         return Ok(Kind::Main(MAIN_MAGIC.to_vec()));
+    }
+    if magic.starts_with(&RESUMED) && shared.may_resume(origin) {
+        link.set_recv_timeout(None).map_err(failed)?;
+        return Ok(Kind::Resumed(magic.to_vec()));
     }
     if magic.starts_with(&TLS_HELLO) {
         return Err(Error::from(Unsupported::Tls).into());
@@ -239,36 +266,45 @@ impl Shared {
         drop(entry);
     }
 
-    /// Takes the reader of the connection of postcopy-preempt, if there is one that nobody has taken.
-    fn takes_preempt(&self) -> Option<PreemptReader> {
+    /// Takes the reader of the connection of postcopy-preempt, if there is one that nobody has taken. `wake` shuts the
+    /// connection down.
+    fn takes_preempt(&self, origin: &Origin, wake: Arc<dyn Wake>) -> Option<PreemptReader> {
         let mut state = self.lock();
-        let reader = state.source.preempt.take();
-        state.source.reads_preempt |= reader.is_some();
-        reader
+        // The source may have returned since the connection was identified.
+        if !self.may_be_missed(&state, origin) {
+            return None;
+        }
+        let preempt = &mut state.source.preempt;
+        let reader = preempt.reader.take()?;
+        preempt.is_read = true;
+        preempt.wakes.push(wake);
+        Some(reader)
     }
 
     /// A connection is that of postcopy-preempt: reads it to its end.
-    fn preempt_has_come(&self, reader: Option<PreemptReader>, peer: &str, stream: Stream) {
-        let Some(read) = reader else {
-            tracing::warn!(peer, "a second connection that does not say what it is is dropped");
-            return;
-        };
+    fn preempt_has_come(&self, read: PreemptReader, peer: &str, stream: Stream) {
         tracing::debug!(peer, "the connection of postcopy-preempt");
         // Without blocks there is no page that could come on it.
         let read = self.arrived.get().map_or(Ok(()), |arrived| read(arrived, stream));
         match read {
             Ok(()) => tracing::debug!(peer, "the connection of postcopy-preempt has ended"),
-            Err(error) if self.stop.is_stopped() => {
+            Err(error) if self.stop.is_stopped() || self.survives(&error) => {
                 tracing::debug!(peer, %error, "the connection of postcopy-preempt has ended");
             }
             Err(error) => drop(self.stop.fail(error.at(format_args!("connection from {peer}")))),
         }
         // After the stop, so that main never finds neither.
-        self.lock().source.reads_preempt = false;
+        self.lock().source.preempt.is_read = false;
+        self.changed.notify_all();
+    }
+
+    /// Whether the source can return after this error.
+    fn survives(&self, error: &Error) -> bool {
+        error.fault() == Fault::Connection && self.lock().source.may_resume
     }
 
     /// The connection from `origin` is main.
-    fn main_has_come(&self, origin: Origin, main: Stream, watch: Watch) {
+    fn main_has_come(&self, origin: Origin, main: Stream, watch: Watch, wake: Arc<dyn Wake>) {
         let mut state = self.lock();
         if state.roster.main.is_some() || state.life.sealed {
             tracing::warn!(peer = origin.peer, "a second main connection is dropped");
@@ -281,5 +317,6 @@ impl Shared {
         let mut state = self.lock();
         state.main.stream = Some(main);
         state.main.watch = Some(watch);
+        state.main.wake = Some(wake);
     }
 }

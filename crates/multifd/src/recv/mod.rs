@@ -25,6 +25,7 @@ mod identify;
 pub mod model;
 mod packet_reader;
 mod place;
+mod resumed;
 mod roster;
 mod shared;
 mod wait_main;
@@ -210,12 +211,13 @@ impl Receiver {
     /// Reports that the source may open one more connection, after main and its channels, that does not say what it is:
     /// capability `postcopy-preempt`. QEMU 7.2 opens it together with main, and may send nothing on it until the end. `read`
     /// is called when the connection has delivered its first bytes, or has ended, in a thread of this receiver and with the
-    /// blocks that were set. Its error fails the migration, unless that has ended. The connection is shut down when the
-    /// migration ends.
+    /// blocks that were set. Its error fails the migration, unless that has ended, or the connection broke and the source [may
+    /// return](Self::expect_resumed). The connection is shut down when the migration ends. Call it again after the source has
+    /// [returned](Self::wait_resumed), because the source then opens this connection again.
     pub fn expect_preempt(&self, read: impl FnOnce(&Arrived, Stream) -> Result<()> + Send + 'static) {
         let mut state = self.shared.lock();
-        state.source.may_preempt = true;
-        state.source.preempt = Some(Box::new(read));
+        state.source.preempt.may_come = true;
+        state.source.preempt.reader = Some(Box::new(read));
         drop(state);
         self.shared.changed.notify_all();
     }
@@ -225,9 +227,27 @@ impl Receiver {
     pub fn may_have_preempt(&self) -> bool {
         let state = self.shared.lock();
         let mut others = state.roster.unidentified.iter().map(|entry| &entry.origin);
-        let may_come = state.source.preempt.is_some()
-            && (state.source.has_silent || others.any(|origin| self.shared.may_be_missed(&state, origin)));
-        may_come || state.source.reads_preempt
+        let preempt = &state.source.preempt;
+        let may_come = preempt.reader.is_some()
+            && (preempt.has_silent || others.any(|origin| self.shared.may_be_missed(&state, origin)));
+        may_come || preempt.is_read
+    }
+
+    /// Reports that the source has switched to post-copy, and that it may return over a new main connection when this one has
+    /// broken. If it returns while this one seems to be intact, this one is shut down: the source has given it up.
+    pub fn expect_resumed(&self) {
+        self.shared.expect_resumed();
+    }
+
+    /// Waits until the source has returned over a new main connection, which begins with a request for the pages that have
+    /// arrived. `limit`: how long it may take; `None` is no limit. The connection of `postcopy-preempt` is closed and no longer
+    /// read when this returns.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`], and the error that stopped the migration. [`Usage::TooEarly`] before
+    /// [`expect_resumed`](Self::expect_resumed).
+    pub fn wait_resumed(&self, limit: Option<Duration>) -> Result<Stream> {
+        self.shared.wait_resumed(limit)
     }
 
     /// Sets the blocks that the source has announced. Pages are only written to these.

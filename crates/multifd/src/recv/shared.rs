@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{arrived::Arrived, roster::Roster};
+use super::{arrived::Arrived, entry::Origin, roster::Roster};
 use crate::{
     channel::{Context, Stop, Stream, Wake, Watch, deadline},
     compress::{DecoderMemory, Method},
@@ -68,14 +68,24 @@ pub(super) struct Source {
     pub(super) has_channels: bool,
     /// Its packet numbers are known to have no gaps.
     pub(super) numbers_are_exact: bool,
-    /// It may open one connection that does not say what it is.
-    pub(super) may_preempt: bool,
+    /// It has switched to post-copy, and may return over a new main connection.
+    pub(super) may_resume: bool,
+    pub(super) preempt: Preempt,
+}
+
+/// The connection of capability postcopy-preempt.
+#[derive(Default)]
+pub(super) struct Preempt {
+    /// The source may open one connection that does not say what it is.
+    pub(super) may_come: bool,
     /// A connection that has been silent for long is probably that one.
     pub(super) has_silent: bool,
     /// Reads that connection; taken by its thread.
-    pub(super) preempt: Option<PreemptReader>,
+    pub(super) reader: Option<PreemptReader>,
     /// That thread has taken it, and has not ended.
-    pub(super) reads_preempt: bool,
+    pub(super) is_read: bool,
+    /// Shuts down that connection, and those that are probably it.
+    pub(super) wakes: Vec<Arc<dyn Wake>>,
 }
 
 /// Reads the connection of capability postcopy-preempt.
@@ -96,6 +106,19 @@ pub(super) struct Main {
     pub(super) stream: Option<Stream>,
     pub(super) taken: bool,
     pub(super) watch: Option<Watch>,
+    /// Shuts the connection down.
+    pub(super) wake: Option<Arc<dyn Wake>>,
+    /// The connection with which the source has returned.
+    pub(super) resumed: Option<Resumed>,
+}
+
+/// A main connection with which the source has returned.
+pub(super) struct Resumed {
+    pub(super) origin: Origin,
+    pub(super) stream: Stream,
+    pub(super) watch: Watch,
+    /// Shuts the connection down.
+    pub(super) wake: Arc<dyn Wake>,
 }
 
 /// The thread that accepts connections, and the number of requests to accept all that are waiting.
@@ -198,6 +221,7 @@ impl Shared {
             state.roster.channels.iter_mut().flatten().map(|place| place.wake.take()).collect();
         let connections = (
             state.main.stream.take(),
+            state.main.resumed.take(),
             state.main.watch.take(),
             wakes,
             std::mem::take(&mut state.roster.waiting),

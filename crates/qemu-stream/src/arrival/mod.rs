@@ -24,13 +24,14 @@ use std::time::Duration;
 use multifd::{
     Callback, Error, Fault, Receiver, RecvCounters, Result,
     channel::{CallbackWatch, Listen, Stop, Stream},
-    error::Usage,
+    error::{Usage, chain},
     ram::RamBlocks,
 };
 
 use crate::{
+    error::Error as StreamError,
     format::{BlockList, Configuration},
-    incoming::{CHANNELS_END, Incoming, Loader, LoaderState},
+    incoming::{CHANNELS_END, Incoming, Loader, LoaderState, MainCounts},
 };
 
 /// A destination that listens; no source has connected yet.
@@ -217,12 +218,15 @@ impl Announced {
     /// was informed, and its guest continues there.
     pub fn load(self, blocks: RamBlocks) -> Result<Pending> {
         let Self { mut incoming, receiver, state, .. } = self;
+        let counts = state.counts().clone();
         let mut made = Some(blocks);
         let make =
             |_: Option<&Configuration>, _: &BlockList| made.take().ok_or_else(|| Usage::UsedTwice.into());
         let loaded = {
             let mut loader = Loader::resumed(&receiver, state, make);
-            let read = incoming.run(&mut loader);
+            let limit = incoming.pause_limit();
+            let again = |error| wait_resumed(&receiver, &counts, limit, error);
+            let read = incoming.run_resumable(&mut loader, again);
             let doing = if incoming.has_switched() { RECEIVING_STOPPED } else { RECEIVING };
             read.map_err(|error| error.while_doing(doing)).and_then(|loaded| {
                 let main_pages = loader.main_pages();
@@ -246,6 +250,21 @@ impl Announced {
     }
 }
 
+/// Waits until a source that has switched to post-copy returns, because `error` has broken its connection.
+fn wait_resumed(
+    receiver: &Receiver,
+    counts: &MainCounts,
+    limit: Option<Duration>,
+    error: StreamError,
+) -> Result<Stream, StreamError> {
+    tracing::warn!("{INTERRUPTED}: {}", chain(&error));
+    counts.set_paused(true);
+    let resumed = receiver.wait_resumed(limit);
+    counts.set_paused(false);
+    // Why the wait has ended is known to the stop, unless the source was too late.
+    resumed.map_err(|_| error)
+}
+
 /// Ends an arrival before everything has arrived. Returns the error that the migration failed with.
 fn failed(mut incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> Error {
     // If a channel has failed before, main has only noticed that.
@@ -258,6 +277,8 @@ fn failed(mut incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> 
     }
 }
 
+const INTERRUPTED: &str = "the connection to the source is broken after its switch to post-copy; its guest is stopped there and is not \
+                           lost: waiting for that QEMU to resume the migration to this address (migrate -r)";
 const RECEIVING: &str = "cannot receive the guest";
 const RECEIVING_STOPPED: &str = "cannot receive the rest of the guest after its switch to post-copy (the guest may stay stopped at the source: \
                                  check query-status there, and do not end that process)";

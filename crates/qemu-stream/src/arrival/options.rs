@@ -44,8 +44,11 @@ impl ArrivalOptions {
     /// Whether the source may switch to post-copy: see [`Incoming::postcopy`](crate::incoming::Incoming::postcopy). Off by
     /// default.
     ///
-    /// **Warning:** if this side fails after the switch, or the connection breaks, the guest can stay stopped at the source for good.
-    /// Only its process still has it then.
+    /// If the connection breaks after the switch, the source may return for as long as the [pause
+    /// timeout](Self::pause_timeout) allows.
+    ///
+    /// **Warning:** if this side fails after the switch, or the source does not return, the guest can stay stopped at the source for
+    /// good. Only its process still has it then.
     pub fn postcopy(mut self, on: bool) -> Self {
         self.postcopy = on;
         self

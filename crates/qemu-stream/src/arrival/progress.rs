@@ -50,6 +50,11 @@ impl ArrivalProgress {
         self.main.ram()
     }
 
+    /// Whether the source has switched to post-copy, its connection is broken, and it may return: QEMU's `postcopy-paused`.
+    pub fn is_paused(&self) -> bool {
+        self.main.is_paused()
+    }
+
     /// The pass over RAM, from 1; `None` before the first. For a QEMU it may be less than the source's number, because passes of
     /// very few pages cannot be distinguished.
     pub fn pass(&self) -> Option<u64> {

@@ -1,6 +1,6 @@
 //! The numbers of an incoming main stream: written by the thread that reads it, read by any other.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Pages that arrived over main: all pages of a source with multifd off, zero pages of many others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +22,7 @@ pub(crate) struct MainCounts {
     page_size: AtomicU64,
     /// From 1; 0 is unknown.
     pass: AtomicU64,
+    paused: AtomicBool,
 }
 
 impl MainCounts {
@@ -46,6 +47,15 @@ impl MainCounts {
 
     pub(super) fn set_pass(&self, pass: Option<u64>) {
         self.pass.store(pass.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// Whether the source has switched to post-copy, and its connection is broken.
+    pub(crate) fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
     }
 
     pub(crate) fn bytes(&self) -> u64 {

@@ -4,7 +4,7 @@
 //! and the sync point of the channels. All others have a default, and later ones will have one, so a new event breaks no
 //! implementor. A program that wants every event uses [`Events`](super::Events).
 
-use multifd::ram::{BlockIndex, PageIndex};
+use multifd::ram::{BlockIndex, PageBitmap, PageIndex};
 
 use crate::{
     error::{Error, Place},
@@ -112,6 +112,22 @@ pub trait Destination {
     /// # Errors
     /// If the migration should end.
     fn postcopy_run(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// The pages of a block that have arrived. Asked when the source has returned after a broken connection: it sends all
+    /// others. By default `None`: it sends all pages again.
+    fn arrived(&self, block: BlockIndex) -> Option<&PageBitmap> {
+        let _ = block;
+        None
+    }
+
+    /// The source has returned over a [new connection](super::Incoming::run_resumable), before anything is read from it. With
+    /// `postcopy-preempt` it opens that connection again as well. By default nothing is done.
+    ///
+    /// # Errors
+    /// If the migration should end.
+    fn postcopy_resumed(&mut self) -> Result<(), Self::Error> {
         Ok(())
     }
 

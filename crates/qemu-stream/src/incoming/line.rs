@@ -55,8 +55,17 @@ impl<C: Connection> Line<C> {
     /// The source has switched to post-copy: a failure has to reach it before its connection ends.
     pub(super) fn switch(&mut self, before_refusal: BeforeRefusal) {
         self.switched = Some(before_refusal);
-        // From here on this side only reads main, so it notices a close by itself, and knows then that the source has switched.
+    }
+
+    /// The source may switch to post-copy: what it has sent is read to its end, because it shows whether it has switched.
+    pub(super) fn read_to_end(&mut self) {
         self.watch = None;
+    }
+
+    /// The source has returned over another connection, on which it waits for SHUT again.
+    pub(super) fn resume(&mut self, connection: C) {
+        self.reason = None;
+        self.deref_mut().resume(connection);
     }
 
     /// The source has opened the return path.

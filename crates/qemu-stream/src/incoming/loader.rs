@@ -15,7 +15,7 @@ use std::{
 use multifd::{
     Arrived, Error, MayMiss, Receiver, Result,
     error::Usage,
-    ram::{self, PageIndex, RamBlock, RamBlocks},
+    ram::{self, PageBitmap, PageIndex, RamBlock, RamBlocks},
 };
 
 use super::{
@@ -204,7 +204,7 @@ where
     /// [`Violation::NoPages`](multifd::error::Violation::NoPages) if no page has arrived; [`Usage::TooEarly`] if no blocks
     /// were announced.
     pub fn finish(self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
-        let arrived = self.arrived()?;
+        let arrived = self.target()?;
         arrived.check_complete(|block| match self.state.left_out {
             LeftOut::Pages => MayMiss::Pages,
             _ if is_pluggable(block, &loaded.devices) => MayMiss::Pages,
@@ -214,7 +214,7 @@ where
         Ok(arrived.blocks().clone())
     }
 
-    fn arrived(&self) -> Result<&'a Arrived> {
+    fn target(&self) -> Result<&'a Arrived> {
         self.receiver.arrived().ok_or_else(|| Usage::TooEarly("the block list").into())
     }
 
@@ -337,21 +337,21 @@ where
     }
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<()> {
-        self.arrived()?.clear(self.block(block)?, page)?;
+        self.target()?.clear(self.block(block)?, page)?;
         self.state.counts.add_zero();
         self.state.passes.page(block, page);
         Ok(())
     }
 
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<()> {
-        self.arrived()?.store(self.block(block)?, page, bytes)?;
+        self.target()?.store(self.block(block)?, page, bytes)?;
         self.state.counts.add_normal();
         self.state.passes.page(block, page);
         Ok(())
     }
 
     fn read_page(&mut self, block: BlockIndex, page: PageIndex, into: &mut [u8]) -> Result<()> {
-        self.arrived()?.load(self.block(block)?, page, into)
+        self.target()?.load(self.block(block)?, page, into)
     }
 
     fn postcopy_advised(&mut self) -> Result<()> {
@@ -361,7 +361,7 @@ where
     }
 
     fn discard(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
-        self.arrived()?.discard(self.block(block)?, first, count)
+        self.target()?.discard(self.block(block)?, first, count)
     }
 
     fn postcopy_run(&mut self) -> Result<()> {
@@ -369,7 +369,17 @@ where
         if let Some(list) = self.state.list.take() {
             self.state.preempt.begin(list, self.state.order.clone());
         }
+        self.receiver.expect_resumed();
         Ok(())
+    }
+
+    fn arrived(&self, block: BlockIndex) -> Option<&PageBitmap> {
+        self.receiver.arrived()?.received(self.block(block).ok()?)
+    }
+
+    fn postcopy_resumed(&mut self) -> Result<()> {
+        self.state.preempt.resume();
+        self.postcopy_advised()
     }
 
     fn is_within_pass(&self) -> bool {
@@ -378,7 +388,7 @@ where
 
     fn end_of_ram(&mut self) -> Result<()> {
         if self.state.switched {
-            self.state.preempt.settle(self.receiver, self.arrived()?, PREEMPT_ENDS);
+            self.state.preempt.settle(self.receiver, self.target()?, PREEMPT_ENDS);
         }
         self.receiver.seal()
     }

@@ -16,6 +16,7 @@
 mod counts;
 mod destination;
 mod events;
+mod known;
 mod line;
 mod loaded;
 mod loader;

@@ -8,7 +8,14 @@
 //! ```
 //!
 //! This side sends no requests for pages, because the guest does not run here before all have arrived. So the source sends them in
-//! its own order. A source with `postcopy-ram` on that does not switch ends as in pre-copy.
+//! its own order. If the connection breaks after RUN, the source can return over another one:
+//!
+//! ```text
+//! source: RECV_BITMAP of each block ─ POSTCOPY_RESUME ─ pages ─ END ─ EOF
+//!               │ arrived                    │ RESUME_ACK
+//! ```
+//!
+//! A source with `postcopy-ram` on that does not switch ends as in pre-copy.
 
 use std::mem;
 
@@ -16,13 +23,14 @@ use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 
 use super::{
     destination::{Destination, refused},
+    known::Postcopy,
     line::BeforeRefusal,
-    precopy::{Incoming, Postcopy},
+    precopy::Incoming,
 };
 use crate::{
     connection::Connection,
     error::{Error, Violation},
-    format::Command,
+    format::{Command, Message},
     refuse,
 };
 
@@ -58,7 +66,7 @@ impl<C: Connection> Incoming<C> {
         destination: &mut D,
     ) -> Result<(), Error> {
         let at = self.line.place();
-        let Postcopy { served, advised, listening, run, .. } = self.postcopy;
+        let Postcopy { served, advised, listening, run, resuming, .. } = self.postcopy;
         match command {
             Command::PostcopyAdvise(Some(_)) => {
                 let misplaced = |place| Violation::Misplaced { record: "POSTCOPY_ADVISE", place }.at(at);
@@ -73,6 +81,9 @@ impl<C: Connection> Incoming<C> {
                 }
                 tracing::debug!(served, "the source may switch to post-copy");
                 self.postcopy.advised = true;
+                if served {
+                    self.line.read_to_end();
+                }
                 let taken = destination.postcopy_advised();
                 taken.map_err(|e| refused(self.line.here(), "post-copy", e))
             }
@@ -104,7 +115,41 @@ impl<C: Connection> Incoming<C> {
                 let taken = destination.postcopy_run();
                 taken.map_err(|e| refused(self.line.here(), "the switch to post-copy", e))
             }
+            Command::RecvBitmap(name) if resuming => {
+                let (index, _) = self.find(name)?;
+                let bitmap = self.bitmap(index, destination);
+                self.line.say(&Message::RecvBitmap { block: name.clone(), bitmap })
+            }
+            Command::PostcopyResume if resuming => {
+                self.postcopy.resuming = false;
+                self.line.say(&Message::ResumeAck)
+            }
             other => Err(refuse::command(other, at)),
+        }
+    }
+
+    /// Whether the source can return after this error.
+    pub(super) fn is_interrupted(&self, error: &Error) -> bool {
+        let broken = matches!(error, Error::Io { .. } | Error::Cut { .. } | Error::SourceGone { .. });
+        broken && self.postcopy.run && self.line.is_resumable()
+    }
+
+    /// Continues over the connection with which the source has returned.
+    pub(super) fn resume<D: Destination>(&mut self, connection: C, destination: &mut D) -> Result<(), Error> {
+        self.line.resume(connection);
+        self.postcopy.resuming = true;
+        let taken = destination.postcopy_resumed();
+        taken.map_err(|e| refused(self.line.here(), "the return of the source", e))
+    }
+
+    /// The pages of a block that have arrived, as RECV_BITMAP has them.
+    fn bitmap<D: Destination>(&self, index: BlockIndex, destination: &D) -> Vec<u8> {
+        let entry =
+            self.known.ram.as_ref().and_then(|(_, list)| Some((list.entry(index)?, list.page_size())));
+        let pages = entry.map_or(0, |(entry, page_size)| page_size.whole_pages_in(entry.used_length));
+        match destination.arrived(index) {
+            Some(arrived) => arrived.words().flat_map(u64::to_le_bytes).collect(),
+            None => (0..pages.div_ceil(64)).flat_map(|_| [0; 8]).collect(),
         }
     }
 

@@ -16,15 +16,16 @@ use multifd::channel::Stop;
 use super::{
     counts::MainCounts,
     destination::{Destination, refused},
-    line::{BeforeRefusal, Line},
+    known::{Known, Postcopy},
+    line::Line,
     loaded::Loaded,
 };
 use crate::{
     connection::{Connection, Judge},
     error::{Error, Place, StreamKind, Usage, Violation},
     format::{
-        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, REASON_PING, SectionId,
-        SyncMode, VERDICT_MARK,
+        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, REASON_PING, SyncMode,
+        VERDICT_MARK,
     },
 };
 
@@ -131,13 +132,19 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// Time limit for a source that is silent between two sections of RAM, as one with pause-before-switchover is until its
-    /// operator lets it continue. Default 3600 s; `None` is no limit. A source that is frozen there looks the same.
+    /// operator lets it continue. Default 3600 s; `None` is no limit. A source that is frozen there looks the same. The limit also
+    /// applies to a source that has [switched to post-copy](Self::postcopy) and returns after a broken connection.
     ///
     /// **Warning:** a QEMU 7.2 with multifd on that is continued after this limit can stop replying to its monitor. One that is
     /// cancelled replies.
     pub fn pause_timeout(mut self, limit: Option<Duration>) -> Self {
         self.pause = limit;
         self
+    }
+
+    /// See [`pause_timeout`](Self::pause_timeout).
+    pub(crate) fn pause_limit(&self) -> Option<Duration> {
+        self.pause
     }
 
     /// Whether a source of this library is sent the reason if this side fails or refuses: the texts of the error and its
@@ -172,21 +179,46 @@ impl<C: Connection> Incoming<C> {
         Ok((self.known.configuration.as_ref(), blocks))
     }
 
+    /// Reads the whole stream, as [`run_resumable`](Self::run_resumable) does with a source that never returns.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run<D: Destination>(&mut self, destination: &mut D) -> Result<Loaded, Error> {
+        self.run_resumable(destination, Err)
+    }
+
     /// Reads the whole stream. The result is not reported to the source: call [`finish`](Self::finish) when the loaded data is
     /// durable, or loading has failed.
     ///
+    /// If the connection breaks after a [switch to post-copy](Self::postcopy), `again` is called with the error, and waits for the
+    /// source to return over another connection: QEMU does that with `migrate` and `resume: true`, once its migration is
+    /// `postcopy-paused`. `again` returns that connection, or the error that ends the migration.
+    ///
     /// # Errors
     /// If the stream is malformed, cut or uses what is not supported, or the destination fails.
-    pub fn run<D: Destination>(&mut self, destination: &mut D) -> Result<Loaded, Error> {
+    pub fn run_resumable<D: Destination>(
+        &mut self,
+        destination: &mut D,
+        mut again: impl FnMut(Error) -> Result<C, Error>,
+    ) -> Result<Loaded, Error> {
         self.announced(destination)?;
         if let Some((_, blocks)) = &self.known.ram {
             let taken = destination.blocks(blocks);
             let taken = taken.map_err(|e| refused(self.line.here(), "the ram blocks", e));
             self.noted(taken)?;
         }
-        match self.read(destination)? {
-            Some(devices) => self.complete(devices),
-            None => Err(self.misplaced("start of ram", "after the start of ram")),
+        loop {
+            match self.read(destination) {
+                Ok(Some(devices)) => return self.complete(devices),
+                Ok(None) => return Err(self.misplaced("start of ram", "after the start of ram")),
+                Err(error) if self.is_interrupted(&error) => {
+                    let connection = again(error);
+                    let connection = self.noted(connection)?;
+                    let resumed = self.resume(connection, destination);
+                    self.noted(resumed)?;
+                }
+                Err(error) => return Err(error),
+            }
         }
     }
 
@@ -273,6 +305,9 @@ impl<C: Connection> Incoming<C> {
                         self.line.limit(self.stall)?;
                     }
                 }
+                Event::Pass { .. } if self.postcopy.resuming => {
+                    return Err(self.misplaced("a section of ram", "before POSTCOPY_RESUME"));
+                }
                 Event::Pass { last } => {
                     destination.section(last).map_err(|e| refused(self.line.here(), "a pass", e))?;
                 }
@@ -342,7 +377,11 @@ impl<C: Connection> Incoming<C> {
             }
             Command::Ping(_) if !self.return_path => Err(Violation::PingWithoutReturnPath.at(at)),
             Command::Ping(value) => {
-                self.line.say(&Message::Pong(*value))?;
+                match self.line.say(&Message::Pong(*value)) {
+                    // The rest of what has arrived shows whether the source has switched to post-copy.
+                    Err(error) if self.postcopy.listening => tracing::debug!(%error, "a reply is lost"),
+                    said => said?,
+                }
                 if *value == REASON_PING && before_ram && self.sends_reason {
                     self.line.send_reason();
                 }
@@ -455,32 +494,6 @@ impl<C: Connection> Incoming<C> {
             devices,
             bytes,
         })
-    }
-}
-
-/// The progress of post-copy.
-#[derive(Debug, Default)]
-pub(super) struct Postcopy {
-    pub(super) served: bool,
-    pub(super) advised: bool,
-    pub(super) listening: bool,
-    pub(super) run: bool,
-    pub(super) before_refusal: BeforeRefusal,
-}
-
-/// What earlier events have shown.
-#[derive(Debug, Default)]
-pub(super) struct Known {
-    configuration: Option<Configuration>,
-    pub(super) ram: Option<(SectionId, BlockList)>,
-    sync_mode: Option<SyncMode>,
-    switchover_start: bool,
-    footers: bool,
-}
-
-impl Known {
-    fn page_size(&self) -> usize {
-        self.ram.as_ref().map_or(0, |(_, blocks)| blocks.page_size().bytes())
     }
 }
 

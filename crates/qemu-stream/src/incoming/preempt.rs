@@ -41,7 +41,7 @@ pub(super) struct Preempt {
 #[derive(Debug, Default)]
 struct State {
     /// The source's blocks, and for each of them the block that was made for it; from the switch on.
-    blocks: Option<(BlockList, Vec<BlockIndex>)>,
+    blocks: Option<Arc<(BlockList, Vec<BlockIndex>)>>,
     /// No more pages come on the connection.
     ended: bool,
     /// Main has ended: no page may be written any more.
@@ -67,8 +67,13 @@ impl Preempt {
 
     /// The guest of the source is stopped for good: its pages are read from now on.
     pub(super) fn begin(&self, blocks: BlockList, order: Vec<BlockIndex>) {
-        self.lock().blocks = Some((blocks, order));
+        self.lock().blocks = Some(Arc::new((blocks, order)));
         self.changed.notify_all();
+    }
+
+    /// The source has returned over new connections. No earlier one is read any more.
+    pub(super) fn resume(&self) {
+        self.lock().ended = false;
     }
 
     /// Main has ended: if pages are missing and there is a connection, waits until they have arrived, at most for `limit`. No
@@ -104,7 +109,7 @@ impl Preempt {
         let read = match r.peek().map_err(failed)? {
             None => Ok(()),
             Some(_) => match self.wait_begun() {
-                Some((blocks, order)) => self.records(arrived, &mut r, &blocks, &order),
+                Some(known) => self.records(arrived, &mut r, &known.0, &known.1),
                 None => Ok(()),
             },
         };
@@ -169,11 +174,11 @@ impl Preempt {
     }
 
     /// Waits for the switch; `None` if the migration ends before.
-    fn wait_begun(&self) -> Option<(BlockList, Vec<BlockIndex>)> {
+    fn wait_begun(&self) -> Option<Arc<(BlockList, Vec<BlockIndex>)>> {
         let mut state = self.lock();
         loop {
-            if let Some(blocks) = state.blocks.take() {
-                return Some(blocks);
+            if let Some(known) = &state.blocks {
+                return Some(known.clone());
             }
             if state.stopped {
                 return None;

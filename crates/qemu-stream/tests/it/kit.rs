@@ -11,7 +11,7 @@ use multifd::{
     Synced,
     channel::{Context, Stop, Stream, Wake, memory},
     live::Verdict,
-    ram::{BlockIndex, BlockName, PageIndex, PageSize},
+    ram::{BlockIndex, BlockName, PageBitmap, PageIndex, PageSize},
 };
 use qemu_stream::{
     Connection, Error,
@@ -81,6 +81,7 @@ pub(crate) struct Memory {
     pub(crate) announced: Option<u8>,
     pub(crate) discarded: Vec<(usize, u64, u64)>,
     pub(crate) fails_at: Option<&'static str>,
+    pub(crate) arrived: Vec<PageBitmap>,
 }
 
 impl Memory {
@@ -106,7 +107,8 @@ impl Destination for Memory {
         self.call("channels")
     }
 
-    fn blocks(&mut self, _: &BlockList) -> Result<(), io::Error> {
+    fn blocks(&mut self, list: &BlockList) -> Result<(), io::Error> {
+        self.arrived = list.entries().iter().map(|entry| PageBitmap::new(entry.used_length / 4096)).collect();
         self.call("blocks")
     }
 
@@ -116,11 +118,13 @@ impl Destination for Memory {
 
     fn zero_page(&mut self, block: BlockIndex, page: PageIndex) -> Result<(), io::Error> {
         self.pages.insert((block.0, page.0), vec![0; 4096]);
+        self.arrived[block.0].set_run(page, 1);
         self.call("zero_page")
     }
 
     fn page(&mut self, block: BlockIndex, page: PageIndex, bytes: &[u8]) -> Result<(), io::Error> {
         self.pages.insert((block.0, page.0), bytes.to_vec());
+        self.arrived[block.0].set_run(page, 1);
         self.call("page")
     }
 
@@ -138,11 +142,20 @@ impl Destination for Memory {
 
     fn discard(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<(), io::Error> {
         self.discarded.push((block.0, first.0, count));
+        self.arrived[block.0].clear_run(first, count);
         self.call("discard")
     }
 
     fn postcopy_run(&mut self) -> Result<(), io::Error> {
         self.call("postcopy_run")
+    }
+
+    fn arrived(&self, block: BlockIndex) -> Option<&PageBitmap> {
+        self.arrived.get(block.0)
+    }
+
+    fn postcopy_resumed(&mut self) -> Result<(), io::Error> {
+        self.call("postcopy_resumed")
     }
 
     fn end_of_ram(&mut self) -> Result<(), io::Error> {

@@ -19,6 +19,8 @@ mod odd;
 #[cfg(test)]
 mod postcopy;
 #[cfg(test)]
+mod postcopy_resumed;
+#[cfg(test)]
 mod postcopy_source;
 #[cfg(test)]
 mod reasons;

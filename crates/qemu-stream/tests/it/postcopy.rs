@@ -22,7 +22,7 @@ use crate::kit::{Memory, Tape, blocks, devices, q35};
 
 const ADVISE: Command = Command::PostcopyAdvise(Some(PageSizes { host: 0x1000, target: 0x1000 }));
 
-fn encoded(command: Command) -> Vec<u8> {
+pub(crate) fn encoded(command: Command) -> Vec<u8> {
     let mut bytes = Vec::new();
     Section::Command(command).encode(&mut bytes);
     bytes
@@ -33,14 +33,14 @@ fn discard(name: &str, ranges: &[(u64, u64)]) -> Command {
 }
 
 /// The pieces of a stream, in their order. A test changes one of them.
-struct Pieces(Vec<(&'static str, Vec<u8>)>);
+pub(crate) struct Pieces(Vec<(&'static str, Vec<u8>)>);
 
 /// The pages that the source has not sent before the switch, or has sent and discards.
-const LATE: std::ops::Range<u64> = 3..6;
+pub(crate) const LATE: std::ops::Range<u64> = 3..6;
 
 impl Pieces {
     /// The order of commands and sections is that of QEMU 7.2.22 and 10.0.2.
-    fn whole() -> Self {
+    pub(crate) fn whole() -> Self {
         let package = |bytes: &[u8]| {
             let command = Command::Packaged(u32::try_from(bytes.len()).unwrap());
             [&encoded(command), bytes].concat()
@@ -111,7 +111,7 @@ impl Pieces {
         Self(pieces)
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         self.0.iter().flat_map(|(_, bytes)| bytes.clone()).collect()
     }
 
@@ -136,7 +136,7 @@ impl Pieces {
     }
 
     /// What comes before a piece.
-    fn up_to(mut self, name: &str) -> Vec<u8> {
+    pub(crate) fn up_to(mut self, name: &str) -> Vec<u8> {
         self.0.truncate(self.at(name));
         self.bytes()
     }

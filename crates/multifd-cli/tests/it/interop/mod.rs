@@ -6,6 +6,7 @@ mod differing;
 mod direct_io;
 mod files;
 mod foreign;
+mod interrupted;
 mod journey;
 mod many;
 mod matrix;

@@ -15,10 +15,10 @@ use crate::kit::{
     multifd, path, run, runs_on, send, slow, source, stored_memory,
 };
 
-const LOCAL: &str = "tcp:127.0.0.1:0";
+pub(super) const LOCAL: &str = "tcp:127.0.0.1:0";
 
 /// A source with capability `postcopy-ram` on, of which a pass takes longer than it may.
-fn advised(qemu: &Qemu, kind: &str, preempt: bool) -> Result<Vm, Error> {
+pub(super) fn advised(qemu: &Qemu, kind: &str, preempt: bool) -> Result<Vm, Error> {
     let mut from = source(machine(qemu, kind))?;
     from.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", preempt)])?;
     slow(&mut from)?;
@@ -49,7 +49,7 @@ fn stored(
     Ok((from, before, ended))
 }
 
-fn inspected(file: &Path) -> Value {
+pub(super) fn inspected(file: &Path) -> Value {
     run(["inspect".as_ref(), "--json".as_ref(), file.as_os_str()]).json()
 }
 
@@ -85,7 +85,7 @@ fn guest_is_stored_and_runs_on(
     Ok(())
 }
 
-fn with_both(test: impl Fn(&Qemu) -> Result<(), Error>) {
+pub(super) fn with_both(test: impl Fn(&Qemu) -> Result<(), Error>) {
     for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
         test(&qemu).unwrap_or_else(|error| panic!("QEMU {}: {error}", qemu.series()));
     }
@@ -181,7 +181,7 @@ fn guest_is_stored_by_postcopy_over_tls_on_both_connections() {
 }
 
 /// A guest that rewrites its memory faster than it may be sent, so that no pass is the last one.
-fn busy(qemu: &Qemu, qmp: &Path) -> Result<Vm, Error> {
+pub(super) fn busy(qemu: &Qemu, qmp: &Path) -> Result<Vm, Error> {
     source(
         machine(qemu, &qemu.machine())
             .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", qmp.display())]),
@@ -189,7 +189,7 @@ fn busy(qemu: &Qemu, qmp: &Path) -> Result<Vm, Error> {
 }
 
 /// The options of a capture that does not end by itself.
-const ENDLESS: [&str; 4] = ["--max-bandwidth", "3M", "--downtime-limit", "1ms"];
+pub(super) const ENDLESS: [&str; 4] = ["--max-bandwidth", "3M", "--downtime-limit", "1ms"];
 
 #[test]
 fn capture_of_a_guest_that_never_converges_is_bounded() {
@@ -212,7 +212,7 @@ fn capture_of_a_guest_that_never_converges_is_bounded() {
         let ended = command(&["--postcopy-after", "2", "--timeout", "30"]).done();
         let report = ended.json();
         assert_eq!(report["status"], json!("completed"), "{report}");
-        assert!(report["total-time"].as_u64().is_some_and(|time| time >= 2000), "{report}");
+        assert!(report["total-time"].as_u64().is_some_and(|time| time >= 1500), "{report}");
         assert!(report["downtime"].as_u64().is_some_and(|time| time > 0), "{report}");
         assert_eq!(report["channels"], json!([]), "{report}");
         assert_eq!(settings(&mut from)?, before);
@@ -287,7 +287,7 @@ fn channels_together_with_the_switch_are_refused_before_anything_is_changed() {
 }
 
 /// The guest runs on, and finds all of its memory right.
-fn assert_runs(vm: &mut Vm) -> Result<(), Error> {
+pub(super) fn assert_runs(vm: &mut Vm) -> Result<(), Error> {
     let at = vm.round()?.unwrap_or_default();
     vm.wait_round(at + ALL_CHECKED, PATIENCE).map(drop)
 }
@@ -299,7 +299,8 @@ fn source_that_is_killed_after_the_switch_leaves_no_file_and_the_error_says_what
         let file = path(&folder, "machine");
         let mut from = advised(qemu, &qemu.machine(), true)?;
         from.set_parameters(json!({ "max-postcopy-bandwidth": 1_000_000 }))?;
-        let (receive, address) = Program::receive(&[], LOCAL, &file);
+        // The end of its process looks like a broken network.
+        let (receive, address) = Program::receive(&["--pause-timeout", "1"], LOCAL, &file);
         from.migrate(&address)?;
         from.wait_passes(2, PATIENCE)?;
         from.execute("migrate-start-postcopy", json!({}))?;

@@ -19,8 +19,8 @@ use std::{fmt, io::Read, mem};
 use crate::{
     error::{Error, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
-        Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, SyncMark,
-        SyncMode, decode_footer, decode_header, footer_follows,
+        Command, Configuration, CurrentBlock, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section,
+        SyncMark, SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
 };
@@ -104,6 +104,8 @@ pub struct Events<R> {
     return_path: bool,
     postcopy: Postcopy,
     suppress_vmdesc: bool,
+    /// Bytes of earlier connections.
+    earlier: u64,
     /// A further section of RAM has begun: no device may be sent before the end of RAM any more.
     passes: bool,
 }
@@ -158,6 +160,7 @@ impl<R: Read> Events<R> {
             return_path: false,
             postcopy: Postcopy::default(),
             suppress_vmdesc: false,
+            earlier: 0,
             passes: false,
         }
     }
@@ -236,7 +239,22 @@ impl<R: Read> Events<R> {
 
     /// Bytes of the stream read so far.
     pub fn bytes(&self) -> u64 {
-        self.r.position()
+        self.earlier + self.r.position()
+    }
+
+    /// Whether the stream can [continue](Self::resume) over another connection.
+    pub(super) fn is_resumable(&self) -> bool {
+        // The last pieces of other live sections would come a second time.
+        self.postcopy.has_switched() && self.postcopy.has_devices() && self.early.ends().is_empty()
+    }
+
+    /// Continues over another connection of the same source, which sends no header and no devices again. Places are counted
+    /// from the beginning of this connection.
+    pub(super) fn resume(&mut self, connection: R) {
+        self.earlier += self.r.position();
+        self.r = Reader::new(connection, StreamKind::Main);
+        self.ram.current = CurrentBlock::default();
+        self.state = State::Between;
     }
 
     /// Whether the source may pause here without limit: between the sections of RAM, and before a footer that QEMU delays.

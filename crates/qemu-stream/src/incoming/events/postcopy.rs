@@ -58,6 +58,11 @@ impl Postcopy {
         self.running
     }
 
+    /// Whether the devices were read, and not returned.
+    pub(super) fn has_devices(&self) -> bool {
+        self.devices.is_some()
+    }
+
     /// Refuses to forget what is not whole pages of a block, or pages that were sent after the switch.
     pub(super) fn check_discard(
         &self,
