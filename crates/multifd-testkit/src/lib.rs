@@ -13,6 +13,7 @@
 //! rough_network
 //!           two hosts, and a line between them that loses, delays and reorders packets
 //! in_use    the threads and descriptors of a process, to be compared before and after
+//! slow_file a file on a file system that takes its time for each read
 //! silent    a destination that accepts connections and reads nothing
 //! skip      a test that this machine cannot run, listed with the reason
 //! qemu      QEMU processes: found, started with that guest, driven over QMP, killed on every path
@@ -36,6 +37,7 @@ pub mod qemu;
 pub mod rough_network;
 pub mod silent;
 mod skip;
+pub mod slow_file;
 
 pub use in_use::{in_use, in_use_after};
 pub use number::number;

@@ -14,6 +14,7 @@ use multifd_testkit::{
     guest::Guest,
     lacks,
     qemu::{Error, PATIENCE, Qemu, Vm, VmBuilder},
+    slow_file::SlowFile,
 };
 use qemu_stream::mapped_ram::MappedRamFile;
 use rustix::process::Signal;
@@ -159,6 +160,28 @@ fn guest_runs_out_of_a_file_over_tls() {
         assert!(report["ram"]["postcopy-requests"].as_u64() > Some(0), "{report}");
         to.wait_migration("completed", PATIENCE)?;
         assert_checks_all(&mut to)
+    });
+}
+
+/// Each read of the file takes 10 ms. Requests do not wait behind the reads of other pages.
+#[test]
+fn guest_runs_out_of_a_slow_file() {
+    with_all(|qemu, preempt| {
+        let (_folder, file, from) = captured(qemu)?;
+        drop(from);
+        let delay = Duration::from_millis(10);
+        let Some(slow) = SlowFile::of(&file, delay).expect("the file") else { return Ok(()) };
+        let (mut to, address) = waiting(qemu, preempt)?;
+        let mut options = options(preempt).to_vec();
+        options.push("--json");
+        let report = feed(&options, &slow.path(), &address).done().json();
+        to.wait_migration("completed", PATIENCE)?;
+        assert_checks_all(&mut to)?;
+        println!("{report}, {} reads, {} at once", slow.reads(), slow.most_at_once());
+        let requests = report["ram"]["postcopy-requests"].as_u64();
+        assert!(requests > Some(0), "{report}");
+        assert!(slow.most_at_once() >= 4, "{}", slow.most_at_once());
+        Ok(())
     });
 }
 

@@ -280,8 +280,7 @@ impl Session<'_> {
             });
             thread.map_err(|error| self.stop.fail(Error::io("start a thread", error)))
         };
-        let count = if lane == Lane::Walk { WALKERS } else { SERVERS };
-        (0..count).map(start).collect()
+        (0..READERS).map(start).collect()
     }
 
     /// Sends what the schedule gives to this lane.
@@ -390,10 +389,8 @@ fn join(threads: Vec<ScopedJoinHandle<'_, ()>>) {
     threads.into_iter().for_each(|thread| _ = thread.join());
 }
 
-/// Threads that send the walk, so that one reads while the other writes.
-const WALKERS: u8 = 2;
-/// Threads that answer requests: the number of reads of a slow file at once.
-const SERVERS: u8 = 4;
+/// Threads of a connection: the number of reads of a slow file at once.
+const READERS: u8 = 4;
 /// Pages of a piece of the walk. A request waits behind one piece at most on each connection.
 const MOST: u64 = 32;
 /// Bytes that every socket accepts without a reader, and that identify main.
