@@ -4,13 +4,14 @@ use std::{path::Path, thread::sleep, time::Duration};
 
 use multifd_testkit::{
     certificates::write_both,
+    lacks,
     qemu::{Error, PATIENCE, Qemu, Vm},
 };
 use serde_json::json;
 
 use super::{
     journey::with_tls,
-    switched::{ENDLESS, LOCAL, advised, assert_runs, busy, inspected, with_both},
+    switched::{ENDLESS, LOCAL, advised, assert_runs, busy, has_both, inspected, with_both},
 };
 use crate::kit::{
     Program, assert_left, first_difference, folder, machine, memory, multifd, path, slow, source,
@@ -119,6 +120,26 @@ fn capture_continues_after_broken_connections() {
         assert_runs(&mut from)?;
         assert_eq!(inspected(&file)["split-by-footers"], json!(true));
         Ok(())
+    });
+}
+
+/// With channels, which QEMU 10.1 and later can have together with post-copy.
+#[test]
+fn source_with_channels_returns_after_broken_connections() {
+    with_both(|qemu| {
+        let folder = folder();
+        let file = path(&folder, "machine");
+        let mut from = advised(qemu, &qemu.machine(), false)?;
+        if !has_both(&mut from)? {
+            lacks("QEMU 10.1 or later in place of 10.0, with channels together with post-copy");
+            return Ok(());
+        }
+        from.set_multifd_channels(2)?;
+        let (receive, address) = Program::receive(&[], LOCAL, &file);
+        switch_slowly(&mut from, &address)?;
+        comes_back(&mut from, &address)?;
+        receive.done();
+        assert_stored(&mut from, &file)
     });
 }
 

@@ -272,14 +272,35 @@ fn guest_continues_after_a_capture_that_fails_after_the_switch() {
     });
 }
 
+/// Whether this QEMU can have channels and switch to post-copy: 10.1 and later.
+pub(super) fn has_both(vm: &mut Vm) -> Result<bool, Error> {
+    let version = vm.execute("query-version", json!({}))?;
+    let number = |name: &str| version["qemu"][name].as_u64();
+    Ok((number("major"), number("minor")) >= (Some(10), Some(1)))
+}
+
 #[test]
-fn channels_together_with_the_switch_are_refused_before_anything_is_changed() {
+fn channels_together_with_the_switch_are_used_or_refused_before_anything_is_changed() {
     with_both(|qemu| {
         let folder = folder();
         let (qmp, file) = (path(&folder, "qmp"), path(&folder, "machine"));
         let mut from = busy(qemu, &qmp)?;
-        let mut command = multifd(["capture", "--postcopy-after", "1", "--multifd-channels", "2"]);
-        let ended = Program::start(command.arg(&qmp).arg(&file)).end();
+        let mut command = multifd(["capture", "--json", "--postcopy-after", "2", "--multifd-channels", "2"]);
+        let capture = Program::start(command.args(ENDLESS).arg(&qmp).arg(&file));
+        if has_both(&mut from)? {
+            let report = capture.done().json();
+            assert_eq!(report["channels"].as_array().map(Vec::len), Some(2), "{report}");
+            assert_eq!(inspected(&file)["split-by-footers"], json!(true));
+            let to_qmp = path(&folder, "to");
+            let mut to = machine(qemu, &qemu.machine())
+                .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", to_qmp.display())])
+                .incoming()
+                .start()?;
+            Program::start(multifd(["restore"]).arg(&file).arg(&to_qmp)).done();
+            assert_runs(&mut to)?;
+            return assert_runs(&mut from);
+        }
+        let ended = capture.end();
         ended.assert_failed(1, &["use --multifd-channels 0", "10.1"]);
         assert!(!file.exists());
         assert_runs(&mut from)
