@@ -46,6 +46,16 @@ pub enum Error {
         /// The length of the file.
         size: u64,
     },
+    /// The memory of a block is not the part of a file that it was said to be.
+    #[error("block {name:?}: its memory is not the file from offset {offset:#x} on: {why}")]
+    OtherMemory {
+        /// The block's name.
+        name: BlockName,
+        /// The offset at which the block was said to begin.
+        offset: u64,
+        /// The reason.
+        why: String,
+    },
     /// A merged dirty log of no logs.
     #[error(
         "no dirty log was merged, so every write of the guest would be lost: use NeverDirty for a guest that does not run"

@@ -3,6 +3,7 @@
 pub(crate) mod areas;
 mod backing;
 mod copy;
+mod mapped_from;
 mod mapping;
 mod part;
 #[cfg(feature = "vm-memory")]

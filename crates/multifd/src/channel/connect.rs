@@ -50,12 +50,7 @@ impl Address {
                 let socket = connect_any(&addresses, stop, deadline)?;
                 return Ok(Box::new(SocketLink::with_options(socket, options, context)?));
             }
-            Self::Unix(path) => {
-                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-                let connected = connect_one(&socket, &SockAddr::unix(path)?, stop, deadline);
-                connected.map_err(|error| at_path(path, error))?;
-                socket
-            }
+            Self::Unix(_) => connect_unix(self, context)?,
             Self::Vsock { cid, port } => {
                 let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
                 connect_one(&socket, &SockAddr::vsock(*cid, *port), stop, deadline)?;
@@ -80,6 +75,16 @@ fn at_path(path: &Path, error: io::Error) -> io::Error {
         _ => return error,
     };
     io::Error::new(error.kind(), why)
+}
+
+/// Connects to a unix socket.
+pub(super) fn connect_unix(address: &Address, context: &Context) -> io::Result<Socket> {
+    let Address::Unix(path) = address else { return Err(io::ErrorKind::Unsupported.into()) };
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    let limit = deadline(context.connect_timeout);
+    let connected = connect_one(&socket, &SockAddr::unix(path)?, &context.stop, limit);
+    connected.map_err(|error| at_path(path, error))?;
+    Ok(socket)
 }
 
 impl TcpOptions {

@@ -127,11 +127,9 @@ impl Listener {
     }
 }
 
-impl Listen for Listener {
-    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
-        if let Kind::Connection(Some(_)) = self.kind {
-            return self.accept_waiting(context);
-        }
+impl Listener {
+    /// Waits until a connection may be there; `false` if the waker ended the wait.
+    fn wait(&mut self) -> io::Result<bool> {
         loop {
             let mut fds = vec![PollFd::new(self.woken.fd(), PollFlags::IN)];
             // If there is no socket, the one connection was returned: there is nothing more to wait for.
@@ -140,28 +138,32 @@ impl Listen for Listener {
                 // First, because hosts that connect again and again may keep the queue full.
                 Ok(_) if !fds[0].revents().is_empty() => {
                     self.woken.drain();
-                    return Ok(None);
+                    return Ok(false);
                 }
-                Ok(_) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(true),
+                Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
-            }
-            if let Some(link) = self.accept_waiting(context)? {
-                return Ok(Some(link));
             }
         }
     }
 
-    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+    /// Waits for the next connection at the listening socket.
+    pub(super) fn accept_link(&mut self, context: &Context) -> io::Result<Option<SocketLink>> {
+        while self.wait()? {
+            if let Some(link) = self.accept_waiting_link(context)? {
+                return Ok(Some(link));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next connection that waits at the listening socket.
+    pub(super) fn accept_waiting_link(&mut self, context: &Context) -> io::Result<Option<SocketLink>> {
+        let Some(socket) = &self.socket else { return Ok(None) };
         loop {
-            let socket = match (&mut self.kind, &self.socket) {
-                (Kind::Connection(ready), _) => {
-                    return ready.take().map(|ready| ready.link(context)).transpose();
-                }
-                (_, None) => return Ok(None),
-                (_, Some(socket)) => socket.accept().map(|(socket, _)| socket),
-            };
+            let socket = socket.accept().map(|(socket, _)| socket);
             match socket.and_then(|socket| SocketLink::incoming(socket, &self.options, context)) {
-                Ok(link) => return Ok(Some(Box::new(link))),
+                Ok(link) => return Ok(Some(link)),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),
                     // The peer gave up before the connection was accepted, or before its host could be queried.
@@ -171,6 +173,24 @@ impl Listen for Listener {
                 },
             }
         }
+    }
+}
+
+impl Listen for Listener {
+    fn accept(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        if let Kind::Connection(Some(_)) = self.kind {
+            return self.accept_waiting(context);
+        }
+        let link = self.accept_link(context)?;
+        Ok(link.map(|link| Box::new(link) as Box<dyn Link>))
+    }
+
+    fn accept_waiting(&mut self, context: &Context) -> io::Result<Option<Box<dyn Link>>> {
+        if let Kind::Connection(ready) = &mut self.kind {
+            return ready.take().map(|ready| ready.link(context)).transpose();
+        }
+        let link = self.accept_waiting_link(context)?;
+        Ok(link.map(|link| Box::new(link) as Box<dyn Link>))
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

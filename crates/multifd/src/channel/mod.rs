@@ -24,6 +24,7 @@ mod descriptors;
 mod event_fd;
 mod exec;
 mod exit_status;
+pub mod hand_over;
 mod host;
 mod link;
 mod listen;

@@ -138,6 +138,33 @@ impl SocketLink {
         }
     }
 
+    /// The socket.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Receives by `recv`, which returns the number of bytes, again and again until there are some, or the time is over.
+    pub(super) fn recv_by(
+        &self,
+        mut recv: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        loop {
+            match recv(self.socket.as_fd()) {
+                // The socket blocks, so this is a wait whose time limit has passed.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.look()?;
+                    if self.recv_timeout {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                }
+                received => {
+                    self.moved(&received);
+                    return received;
+                }
+            }
+        }
+    }
+
     /// Called after a wait to send has reached its time limit. All such waits have lasted since `begun`.
     fn look_at_send(&self, begun: &mut Option<Instant>) -> io::Result<()> {
         self.look()?;
@@ -178,24 +205,12 @@ impl Link for SocketLink {
 
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
         let mut message = message(parts.as_ptr().cast(), parts.len());
-        loop {
+        self.recv_by(|socket| {
             // SAFETY: `message` holds `parts.len()` vectors, each of which borrows memory that can be written for
             // its length until this call has ended.
-            let received = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, 0) };
-            match usize::try_from(received).map_err(|_| io::Error::last_os_error()) {
-                // The socket blocks, so this is a wait whose time limit has passed.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.look()?;
-                    if self.recv_timeout {
-                        return Err(io::ErrorKind::TimedOut.into());
-                    }
-                }
-                received => {
-                    self.moved(&received);
-                    return received;
-                }
-            }
-        }
+            let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+            usize::try_from(received).map_err(|_| io::Error::last_os_error())
+        })
     }
 
     fn is_readable(&mut self) -> io::Result<bool> {

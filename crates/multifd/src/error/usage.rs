@@ -66,6 +66,12 @@ pub enum Usage {
         "{0} is a single connection and cannot carry channels: set multifd-channels to 0, or use tcp, unix or vsock"
     )]
     SingleConnection(String),
+    /// Memory that cannot be handed over to another process.
+    #[error("the memory cannot be handed over: {why}")]
+    HandOver {
+        /// The reason.
+        why: String,
+    },
     /// The sender was finished, and there are pages that no sync point has followed.
     #[error("pages were queued after the last sync and may not have been sent: call sync before finish")]
     Unsynced,

@@ -49,6 +49,12 @@ pub enum Violation {
         /// The channel's id.
         id: ChannelId,
     },
+    /// What a source sends to hand its memory over is not usable.
+    #[error("the source does not hand its memory over: {what}")]
+    HandOver {
+        /// What is wrong.
+        what: String,
+    },
     /// The number of channels of the source differs from the one that is configured on this side.
     #[error(
         "expected {expected} channels, {found} connected before the first sync: set multifd-channels to the same number on both sides"

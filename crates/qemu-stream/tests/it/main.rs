@@ -7,6 +7,8 @@ mod extremes;
 #[cfg(test)]
 mod file_size;
 #[cfg(test)]
+mod hand_over;
+#[cfg(test)]
 mod hops;
 #[cfg(test)]
 mod hostile;

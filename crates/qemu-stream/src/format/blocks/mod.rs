@@ -15,8 +15,9 @@
 
 use std::{collections::HashMap, io::Read};
 
-use multifd::ram::{
-    BlockIndex, BlockName, BlockOffset, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks,
+use multifd::{
+    channel::hand_over::SharedMemory,
+    ram::{BlockIndex, BlockName, BlockOffset, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 
 use super::{Put, Reader, limits};
@@ -145,12 +146,36 @@ impl BlockList {
     /// # Errors
     /// If the system has no addresses for so much memory.
     pub fn in_new_memory(&self) -> multifd::Result<RamBlocks> {
+        self.in_memory_of(&[])
+    }
+
+    /// Creates these blocks in `memory` that a source has [handed over](multifd::channel::hand_over), as [ignored
+    /// blocks](RamBlock::ignored), and all others in new memory. The guest must not run, and nothing may write to the memory, before
+    /// the migration is confirmed: until then the source may continue with it.
+    ///
+    /// # Errors
+    /// If a block of `memory` is not in the list or has another length, or the system refuses a mapping.
+    pub fn in_memory_of(&self, memory: &[SharedMemory]) -> multifd::Result<RamBlocks> {
+        for SharedMemory { block, length, .. } in memory {
+            let entry = self.entries.iter().find(|entry| entry.name == *block);
+            match entry.map(|entry| entry.used_length) {
+                None => return Err(multifd::error::Usage::BlockSurplus(block.clone()).into()),
+                Some(announced) if announced != *length => {
+                    let (name, found) = (block.clone(), *length);
+                    return Err(multifd::error::Usage::BlockLength { name, announced, found }.into());
+                }
+                Some(_) => {}
+            }
+        }
         let block = |entry: &BlockEntry| -> multifd::Result<RamBlock> {
             let (name, length) = (&entry.name, entry.used_length);
-            let memory = Mapping::anonymous(length).map_err(|error| {
+            let shared = memory.iter().find(|shared| shared.block == *name);
+            let mapping = shared.map_or_else(|| Mapping::anonymous(length), SharedMemory::map);
+            let mapping = mapping.map_err(|error| {
                 multifd::Error::io(format!("map {length:#x} bytes for block {name:?}"), error)
             })?;
-            Ok(RamBlock::new(name.clone(), length, self.page_size, Memory::Mapped(memory))?)
+            let block = RamBlock::new(name.clone(), length, self.page_size, Memory::Mapped(mapping))?;
+            Ok(if shared.is_some() { block.ignored() } else { block })
         };
         let blocks = self.entries.iter().map(block).collect::<multifd::Result<_>>()?;
         Ok(RamBlocks::new(blocks)?)
