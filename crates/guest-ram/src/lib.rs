@@ -21,10 +21,12 @@ mod dirty;
 mod error;
 mod file;
 mod identity;
+mod latency;
 mod memory;
 mod name;
 mod page;
 mod places;
+mod walk;
 
 pub use bitmap::{PageBitmap, TakenWords, runs};
 pub use block::{BlockIndex, Memory, RamBlock};
@@ -43,9 +45,11 @@ pub use file::{
     open_regular, truncated, with_file_size_errors,
 };
 pub use identity::Identity;
+pub use latency::Latencies;
 pub use memory::{Access, GuestSlice, MAX_PARTS, Mapping, Part, PartMut, advance, advance_mut};
 #[cfg(feature = "vm-memory")]
 pub use memory::{block_of, blocks_of};
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
 pub use places::Places;
+pub use walk::{PageRun, Shape, Walk};
