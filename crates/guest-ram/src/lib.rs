@@ -19,6 +19,8 @@ mod blocks;
 mod digest;
 mod dirty;
 mod error;
+#[cfg(feature = "fault")]
+mod fault;
 mod file;
 mod identity;
 mod latency;
@@ -40,6 +42,11 @@ pub use dirty::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog
 #[cfg(feature = "pagemap")]
 pub use dirty::{PagemapLog, SoftDirtyLog};
 pub use error::Error;
+#[cfg(feature = "fault")]
+pub use fault::{
+    Armed, DeviceState, FaultError, FaultEvent, FaultKind, FaultsFrom, Features, MemoryKind, Modes, PlaceEnd,
+    Placed, Protection, Region, Userfault,
+};
 pub use file::{
     AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,
     open_regular, truncated, with_file_size_errors,

@@ -1,0 +1,8 @@
+//! Tests of page faults that are delivered to this process, with the kernel's own faults.
+
+#![cfg(all(test, feature = "fault"))]
+
+mod handover;
+mod kit;
+mod layer;
+mod refusals;
