@@ -28,6 +28,8 @@ mod memory;
 mod name;
 mod page;
 mod places;
+#[cfg(feature = "fault")]
+mod sync_types;
 mod walk;
 
 pub use bitmap::{PageBitmap, TakenWords, runs};
@@ -44,8 +46,9 @@ pub use dirty::{PagemapLog, SoftDirtyLog};
 pub use error::Error;
 #[cfg(feature = "fault")]
 pub use fault::{
-    Armed, DeviceState, FaultError, FaultEvent, FaultKind, FaultsFrom, Features, MemoryKind, Modes, PlaceEnd,
-    Placed, Protection, Region, Userfault,
+    Armed, Decision, DeviceState, FaultError, FaultEvent, FaultKind, FaultsFrom, Features, LoadError,
+    MemoryKind, Modes, PageSource, Pager, PagerError, PagerOptions, PagerStats, PlaceEnd, Placed, Protection,
+    Region, Trouble, TroubleKind, Userfault,
 };
 pub use file::{
     AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,

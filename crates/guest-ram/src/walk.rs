@@ -27,6 +27,24 @@ pub struct PageRun {
     pub count: u64,
 }
 
+#[cfg_attr(not(feature = "fault"), expect(dead_code, reason = "only the pager asks"))]
+impl PageRun {
+    /// The page after the last.
+    pub(crate) fn end(&self) -> u64 {
+        self.first.0.saturating_add(self.count)
+    }
+
+    /// Whether the first page of `other` is one of these.
+    pub(crate) fn contains(&self, other: &Self) -> bool {
+        self.block == other.block && (self.first.0..self.end()).contains(&other.first.0)
+    }
+
+    /// The first page of each of its host pages.
+    pub(crate) fn host_pages(&self, host_page: u64) -> impl Iterator<Item = u64> + use<> {
+        (self.first.0..self.end()).step_by(usize::try_from(host_page).unwrap_or(usize::MAX))
+    }
+}
+
 /// Which pages were not claimed yet, and which of them are next.
 pub struct Walk {
     blocks: Vec<Block>,
@@ -87,8 +105,7 @@ impl Walk {
 
     /// Continues after this request.
     pub fn continue_after(&mut self, request: PageRun) {
-        let page = request.first.0.saturating_add(request.count);
-        self.cursor = Cursor { block: request.block.0, page };
+        self.cursor = Cursor { block: request.block.0, page: request.first.0.saturating_add(request.count) };
     }
 
     /// Claims the next pages of the first part: at most `most`, or one host page. `None` if no page of this part is left.
@@ -118,7 +135,7 @@ impl Walk {
 
     /// The next of these pages, from the cursor on and around, which are claimed.
     fn next(&mut self, most: u64, pages_of: impl Fn(&Block) -> &PageBitmap) -> Option<PageRun> {
-        let blocks = self.blocks.len();
+        let (blocks, before) = (self.blocks.len(), self.cursor);
         // The block of the cursor comes a second time, with the pages before the cursor.
         for turn in 0..=blocks {
             let index = self.cursor.block % blocks.max(1);
@@ -144,6 +161,7 @@ impl Walk {
                 self.cursor = Cursor { block: (index + 1) % blocks, page: 0 };
             }
         }
+        self.cursor = before;
         None
     }
 }

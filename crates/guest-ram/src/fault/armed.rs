@@ -6,8 +6,11 @@
 use std::{
     fmt, io,
     ops::Range,
-    os::fd::{AsFd, BorrowedFd},
-    sync::Arc,
+    os::fd::{AsFd, BorrowedFd, IntoRawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use linux_raw_sys::general as sys;
@@ -35,6 +38,8 @@ pub struct Armed {
     calls: u64,
     /// The memory, which must not be unmapped before it is no longer registered. `None` for memory of another process.
     blocks: Option<Arc<RamBlocks>>,
+    /// Whether the drop has nothing to end. It orders nothing.
+    is_disarmed: AtomicBool,
 }
 
 impl fmt::Debug for Armed {
@@ -93,7 +98,14 @@ impl Armed {
             }
         }
         let blocks = Some(blocks);
-        let mut armed = Self { userfault, modes, regions: Vec::new(), calls: u64::MAX, blocks };
+        let mut armed = Self {
+            userfault,
+            modes,
+            regions: Vec::new(),
+            calls: u64::MAX,
+            blocks,
+            is_disarmed: AtomicBool::new(false),
+        };
         for region in regions {
             // Regions are added one by one, so that the drop ends what was registered.
             armed.register(region)?;
@@ -119,7 +131,7 @@ impl Armed {
 
     /// Memory of another process.
     pub(super) fn elsewhere(userfault: Userfault, modes: Modes, calls: u64, regions: Vec<Region>) -> Self {
-        Self { userfault, modes, regions, calls, blocks: None }
+        Self { userfault, modes, regions, calls, blocks: None, is_disarmed: AtomicBool::new(false) }
     }
 
     fn register(&mut self, region: Region) -> Result<(), FaultError> {
@@ -184,8 +196,14 @@ impl Armed {
     /// # Errors
     /// If the system cannot read.
     pub fn read_events(&self, events: &mut Vec<FaultEvent>) -> Result<(), FaultError> {
+        self.read_some(MESSAGES, events)
+    }
+
+    /// Reads at most `most` messages.
+    pub(super) fn read_some(&self, most: usize, events: &mut Vec<FaultEvent>) -> Result<(), FaultError> {
         let mut messages = [Message::empty(); MESSAGES];
-        let bytes = match read(self.userfault.fd(), messages.as_mut_bytes()) {
+        let most = most.min(MESSAGES) * size_of::<Message>();
+        let bytes = match read(self.userfault.fd(), &mut messages.as_mut_bytes()[..most]) {
             Ok(bytes) => bytes,
             // Nothing, or another thread has read it.
             Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
@@ -248,7 +266,9 @@ impl Armed {
     }
 
     /// Makes missing pages inaccessible for good, and wakes the threads that wait for them. A thread that accesses such a
-    /// page gets `SIGBUS`, a system call `EFAULT`, and a guest a machine check, if its monitor delivers it.
+    /// page gets `SIGBUS`, a system call `EFAULT`. A vCPU leaves the guest: with `SIGBUS` (`BUS_MCEERR_AR`, to be injected as a
+    /// machine check) or `EFAULT`. **Warning:** if the kernel emulates the instruction, it reports an MMIO access to the address
+    /// instead. A monitor must treat that as an error where the guest has RAM, and must not answer it with bytes.
     ///
     /// # Errors
     /// [`FaultError::Lacks`] without [`Features::POISON`]; if the bytes are not whole host pages, or the system fails.
@@ -292,6 +312,32 @@ impl Armed {
         let range = self.range(block, offset, len)?;
         kernel::wake(self.userfault.fd(), &range)
             .map_err(FaultError::system("wake the threads that wait for a page"))
+    }
+
+    /// Ends the armament before the drop, also of memory of another process. Waiting threads continue, and missing pages read as
+    /// zero. Errors go to the log.
+    pub fn disarm(&self) {
+        self.is_disarmed.store(true, Ordering::Relaxed);
+        for region in &self.regions {
+            // Closing the descriptor is not enough: another process may have it, too.
+            if let Err(error) = kernel::unregister(self.userfault.fd(), &region.addresses) {
+                let error = io::Error::from(error);
+                tracing::warn!(block = ?region.name, %error, "memory stays armed until it is unmapped");
+            }
+            if let Some(mapping) = self.blocks.as_ref().and_then(|all| mapping(all.get(region.block)?)) {
+                mapping.filled(false);
+            }
+        }
+    }
+
+    /// Leaves the memory armed until this process ends or unmaps it: who accesses a missing page waits without end.
+    pub(super) fn stay_armed(&self) {
+        self.is_disarmed.store(true, Ordering::Relaxed);
+        // The kernel disarms memory when its last descriptor is closed.
+        match rustix::io::fcntl_dupfd_cloexec(self.userfault.fd(), 0) {
+            Ok(kept) => drop(kept.into_raw_fd()),
+            Err(error) => tracing::error!(error = %io::Error::from(error), "missing pages read as zero"),
+        }
     }
 
     fn range(&self, block: BlockIndex, offset: BlockOffset, len: u64) -> Result<Range<u64>, FaultError> {
@@ -342,16 +388,8 @@ impl AsFd for Armed {
 
 impl Drop for Armed {
     fn drop(&mut self) {
-        let Some(blocks) = &self.blocks else { return };
-        for region in &self.regions {
-            // Closing the descriptor is not enough: another process may have it, too.
-            if let Err(error) = kernel::unregister(self.userfault.fd(), &region.addresses) {
-                let error = io::Error::from(error);
-                tracing::warn!(block = %region.name, %error, "memory stays armed until it is unmapped");
-            }
-            if let Some(mapping) = blocks.get(region.block).and_then(mapping) {
-                mapping.filled(false);
-            }
+        if self.is_own() && !self.is_disarmed.load(Ordering::Relaxed) {
+            self.disarm();
         }
     }
 }

@@ -48,11 +48,11 @@ impl Features {
         Self(self.0 & other.0)
     }
 
-    pub(super) fn bits(self) -> u64 {
+    pub(super) const fn bits(self) -> u64 {
         self.0
     }
 
-    pub(super) fn of_bits(bits: u64) -> Self {
+    pub(super) const fn of_bits(bits: u64) -> Self {
         Self(bits)
     }
 

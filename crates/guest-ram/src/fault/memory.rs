@@ -7,28 +7,7 @@ use crate::{
     memory::areas::{Area, Areas},
 };
 
-use super::FaultError;
-
-/// What kind of memory a block is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MemoryKind {
-    /// Private memory of no file.
-    Anonymous,
-    /// A memory file or other shared memory, in pages of the usual size. Also a private mapping of such a file.
-    Shared,
-    /// Huge pages that were set aside (`hugetlbfs`).
-    Huge {
-        /// Whether they are private to this process.
-        private: bool,
-    },
-}
-
-impl MemoryKind {
-    /// Whether memory that is discarded (`MADV_DONTNEED`) is zero afterwards. Otherwise it may still be in the file.
-    pub fn is_private(self) -> bool {
-        matches!(self, Self::Anonymous | Self::Huge { private: true })
-    }
-}
+use super::{FaultError, MemoryKind};
 
 /// The armed memory of one block.
 #[derive(Clone, Debug, PartialEq, Eq)]

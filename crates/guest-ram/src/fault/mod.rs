@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A thread that accesses a missing page of armed memory waits until the page is placed, poisoned, or no longer armed.
-//! So whoever arms memory must serve its faults, or use a [`Pager`], which does.
+//! So a program that arms memory must serve its faults, or use a [`Pager`], which does.
 //!
 //! An [`Armed`] owns the blocks, so that memory is no longer registered when it is unmapped. It may serve memory of another
 //! process that has [handed over](Armed::hand_over) its descriptor; all addresses are then those of that process.
@@ -19,12 +19,18 @@ mod event;
 mod features;
 mod handover;
 mod kernel;
+mod kind;
 mod memory;
+mod pager;
 mod userfault;
 
 pub use armed::{Armed, PlaceEnd, Placed, Protection};
 pub use error::{DeviceState, FaultError};
 pub use event::{FaultEvent, FaultKind};
 pub use features::{Features, Modes};
-pub use memory::{MemoryKind, Region};
+pub use kind::MemoryKind;
+pub use memory::Region;
+pub use pager::{
+    Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, Trouble, TroubleKind,
+};
 pub use userfault::{FaultsFrom, Userfault};

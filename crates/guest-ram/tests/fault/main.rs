@@ -4,5 +4,8 @@
 
 mod handover;
 mod kit;
+#[cfg(feature = "kvm")]
+mod kvm;
 mod layer;
+mod pager;
 mod refusals;
