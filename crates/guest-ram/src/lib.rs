@@ -13,6 +13,9 @@
 //! through a [`GuestSlice`], which copies, and a [`Part`] or [`PartMut`], which a system call reads or fills. This
 //! crate has no notion of channels or packets.
 
+// `guest-ram-models` shares these sources but does not contain the unit tests.
+#![cfg(not(all(shuttle, test)))]
+
 mod bitmap;
 mod block;
 mod blocks;
@@ -25,6 +28,8 @@ mod file;
 mod identity;
 mod latency;
 mod memory;
+#[cfg(shuttle)]
+pub mod model;
 mod name;
 mod page;
 mod places;

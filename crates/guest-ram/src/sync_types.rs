@@ -4,6 +4,12 @@
 //! order nothing, such as counters, are the standard library's there, too.
 
 #[cfg(shuttle)]
-pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock};
+pub(crate) use shuttle::{
+    sync::{Condvar, Mutex, MutexGuard, RwLock},
+    thread::yield_now,
+};
 #[cfg(not(shuttle))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
+pub(crate) use std::{
+    sync::{Condvar, Mutex, MutexGuard, RwLock},
+    thread::yield_now,
+};

@@ -30,6 +30,8 @@ pub use event::{FaultEvent, FaultKind};
 pub use features::{Features, Modes};
 pub use kind::MemoryKind;
 pub use memory::Region;
+#[cfg(shuttle)]
+pub use pager::model as pager_model;
 pub use pager::{
     Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, Trouble, TroubleKind,
 };

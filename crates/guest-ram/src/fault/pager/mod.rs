@@ -12,6 +12,8 @@ mod counts;
 mod error;
 mod load;
 mod memory;
+#[cfg(shuttle)]
+pub mod model;
 mod options;
 mod pages;
 mod source;

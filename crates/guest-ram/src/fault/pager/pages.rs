@@ -289,6 +289,15 @@ impl Pages {
         runs
     }
 
+    /// A page that was to be poisoned exists.
+    pub(crate) fn exists(&self, block: BlockIndex, page: PageIndex) {
+        let state = self.lock();
+        let run = state.walk.host_page(block, page);
+        if let (Some(poisoned), Some(run)) = (state.poisoned.get(&block.0), run) {
+            poisoned.clear_run(run.first, run.count);
+        }
+    }
+
     /// Everything ends. Returns all pages that are missing, the first time; the caller poisons them, and then
     /// [reports](Self::disarmed) that.
     pub(crate) fn end(&self, error: Option<PagerError>) -> Option<Vec<PageRun>> {
@@ -368,6 +377,9 @@ impl Pages {
             Stage::Queued | Stage::Running { .. } => None,
         });
         let limit = delayed.fold(limit, Duration::min);
+        if limit.is_zero() {
+            return false;
+        }
         let waited = self.alarm.wait_timeout(state, limit);
         waited.unwrap_or_else(PoisonError::into_inner).0.is_ended
     }

@@ -26,7 +26,10 @@ use super::{
     pages::Pages,
     source::{Decision, PageSource, Trouble, TroubleKind},
 };
-use crate::{BlockIndex, BlockOffset, PageIndex, PageRun, sync_types::RwLock};
+use crate::{
+    BlockIndex, BlockOffset, PageIndex, PageRun,
+    sync_types::{RwLock, yield_now},
+};
 
 /// What the threads share.
 pub(crate) struct Shared {
@@ -138,6 +141,8 @@ impl Shared {
                 Answer::Poisoned(run) => {
                     let (offset, len) = self.bytes(run);
                     self.memory.wake(block, BlockOffset(offset), len)?;
+                    // Another thread is placing the poison; until then, this fault comes again.
+                    yield_now();
                 }
             }
         }
@@ -150,7 +155,7 @@ impl Shared {
             self.memory.notify();
         } else {
             // Another thread has read it and is noting it.
-            std::thread::yield_now();
+            yield_now();
         }
         Ok(())
     }
@@ -281,7 +286,16 @@ impl Shared {
     }
 
     fn poison(&self, run: PageRun) -> Result<(), FaultError> {
-        self.repeat(run, |offset, len| self.memory.poison(run.block, offset, len))
+        self.repeat(run, |offset, len| {
+            let placed = self.memory.poison(run.block, offset, len)?;
+            if placed.end == PlaceEnd::Exists {
+                // It was placed in time.
+                let region = self.region(run.block);
+                let page = region.map_or(0, |region| (offset.0 + placed.bytes) / region.page);
+                self.pages.exists(run.block, PageIndex(page));
+            }
+            Ok(placed)
+        })
     }
 
     fn repeat(
@@ -328,7 +342,7 @@ impl Shared {
         decision
     }
 
-    fn give_up(&self, id: LoadId, run: PageRun) -> Result<(), FaultError> {
+    pub(super) fn give_up(&self, id: LoadId, run: PageRun) -> Result<(), FaultError> {
         let runs = {
             let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
             self.pages.give_up(id, run)

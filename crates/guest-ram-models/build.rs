@@ -1,0 +1,10 @@
+//! Compiles the sources of `guest-ram` for the model checker, which `sync_types.rs` is told by a `cfg`.
+//!
+//! Set here, it holds for this package alone, so the library is not built twice for others.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-cfg=shuttle");
+    // Features of the library that have no models.
+    println!("cargo::rustc-check-cfg=cfg(feature, values(\"kvm\", \"pagemap\", \"vm-memory\"))");
+}
