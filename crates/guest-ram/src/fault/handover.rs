@@ -229,6 +229,8 @@ const MOST_HOST_PAGE: u64 = 16 << 30;
 mod tests {
     use std::io::Write;
 
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(10);
@@ -256,6 +258,46 @@ mod tests {
         drop(theirs);
         let refused = Armed::receive(&ours, LIMIT).expect_err("a part");
         assert!(refused.to_string().ends_with("it closed the connection"), "{refused}");
+    }
+
+    fn descriptor() -> OwnedFd {
+        std::fs::File::open("/dev/null").expect("opened").into()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_decodes_to_itself_and_a_shorter_message_is_refused(
+            regions in vec((1_u64..1 << 40, 1_u64..1 << 20, 0_usize..3, "[a-z]{1,200}"), 0..5),
+            modes in 1_u64..8,
+            cut in any::<usize>(),
+        ) {
+            let regions = (0..).zip(&regions).map(|(index, (start, pages, kind, name))| {
+                let (host_page, kind) = [
+                    (4096, MemoryKind::Anonymous),
+                    (4096, MemoryKind::Shared),
+                    (2 << 20, MemoryKind::Huge { private: true }),
+                ][*kind];
+                let start = start * host_page;
+                let addresses = start..start + (pages * 4096).next_multiple_of(host_page);
+                let name = BlockName::new(name).expect("a name");
+                Region { block: BlockIndex(index), name, addresses, host_page, kind, page: 4096, pages: *pages }
+            });
+            let regions: Vec<_> = regions.collect();
+            let userfault = Userfault::handed_over(descriptor(), Features::POISON);
+            let modes = Modes::of_bits(modes).expect("modes");
+            let bytes = encode(&Armed::elsewhere(userfault, modes, 7, regions.clone()));
+            let rest = &bytes[MAGIC.len() + 4..];
+            let found = decode(Cursor(rest), descriptor()).expect("decoded");
+            prop_assert_eq!(found.regions(), &regions[..]);
+            prop_assert!(found.modes() == modes && found.features() == Features::POISON && found.calls() == 7);
+            prop_assert!(decode(Cursor(&rest[..cut % rest.len()]), descriptor()).is_none());
+        }
+
+        #[test]
+        fn no_message_causes_a_panic(bytes in vec(any::<u8>(), 0..300)) {
+            let _ = decode(Cursor(&bytes), descriptor());
+            let _ = Cursor(&bytes).region();
+        }
     }
 
     #[test]
