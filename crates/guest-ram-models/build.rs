@@ -5,6 +5,7 @@
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-cfg=shuttle");
-    // Features of the library that have no models.
-    println!("cargo::rustc-check-cfg=cfg(feature, values(\"kvm\", \"pagemap\", \"vm-memory\"))");
+    // The feature that has models. It is no feature here, so that it is on in every build.
+    println!("cargo::rustc-cfg=feature=\"fault\"");
+    println!("cargo::rustc-check-cfg=cfg(feature, values(\"fault\", \"kvm\", \"pagemap\", \"vm-memory\"))");
 }

@@ -476,3 +476,69 @@ fn killed() {
         Pager::start(armed, Arc::new(source), PagerOptions::new().prefetch_threads(0)).expect("started");
     let _ = pager.finish(None);
 }
+
+/// The other direction: a pager of this process serves the memory of another one, which ends meanwhile.
+#[test]
+fn a_pager_ends_with_an_error_when_the_process_that_it_serves_has_ended() {
+    let (mut monitor, socket) = crate::handover::start("pager::monitor");
+    let Ok(armed) = Armed::receive(&socket, LIMIT) else {
+        multifd_testkit::lacks("a userfaultfd");
+        return;
+    };
+    let (sender, gone) = mpsc::channel::<()>();
+    let gone = Mutex::new(gone);
+    let source = Source::new(64).on_load(move |run, _| {
+        if run.first.0 >= 16 {
+            let _ = gone.lock().expect("whole").recv_timeout(LIMIT);
+        }
+        Ok(())
+    });
+    let options = PagerOptions::new().prefetch_bytes(16 << 12);
+    let pager = Pager::start(armed, Arc::new(source), options).expect("started");
+    // The other process has found one of its pages.
+    std::io::Read::read_exact(&mut &socket, &mut [0]).expect("told");
+    monitor.kill().expect("killed");
+    monitor.wait().expect("ended");
+    drop(sender);
+    match pager.finish(Some(LIMIT)) {
+        Err(PagerError::Fault(FaultError::ProcessEnded)) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Not a separate test: the test above starts it.
+#[test]
+#[ignore = "the other process of a test"]
+fn monitor() {
+    let Some(socket) = crate::handover::socket() else { return };
+    let blocks = kit::anonymous(64);
+    let Some(armed) = arm(&blocks) else { return };
+    armed.hand_over(&socket, LIMIT).expect("handed over");
+    assert_eq!(kit::read_page(&blocks, 5), [expected(5); 4096]);
+    std::io::Write::write_all(&mut &socket, b"!").expect("told");
+    thread::sleep(LIMIT);
+}
+
+#[test]
+fn a_pager_of_another_process_completes_and_disarms_the_memory() {
+    const PAGES: u64 = 256;
+    let blocks = kit::anonymous(PAGES);
+    let Some(armed) = arm(&blocks) else { return };
+    let (mut other, socket) = crate::handover::start("pager::completes");
+    armed.hand_over(&socket, LIMIT).expect("handed over");
+    assert_all(&blocks, PAGES, "while they come");
+    assert!(other.wait().expect("ended").success());
+    assert_all(&blocks, PAGES, "disarmed by the other process");
+    drop(armed);
+    assert_all(&blocks, PAGES, "disarmed here, too");
+}
+
+/// Not a separate test: the test above starts it.
+#[test]
+#[ignore = "the other process of a test"]
+fn completes() {
+    let Some(socket) = crate::handover::socket() else { return };
+    let armed = Armed::receive(&socket, LIMIT).expect("handed over");
+    let pager = Pager::start(armed, Arc::new(Source::new(256)), PagerOptions::new()).expect("started");
+    pager.finish(Some(LIMIT)).expect("all there");
+}
