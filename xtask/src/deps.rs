@@ -58,8 +58,8 @@ fn forbidden(package: &str, dependency: &str, kind: DependencyKind) -> Option<&'
         (_, "multifd-testkit") if kind != DependencyKind::Development => {
             Some("only tests may depend on the test kit")
         }
-        (_, "multifd-models") => Some("no package may depend on the models"),
-        (package, "shuttle") if package != "multifd-models" => {
+        (_, "multifd-models" | "guest-ram-models") => Some("no package may depend on the models"),
+        (package, "shuttle") if !["multifd-models", "guest-ram-models"].contains(&package) => {
             Some("only the models may depend on the model checker")
         }
         (_, "multifd-cli") => Some("no package may depend on the program"),

@@ -13,18 +13,29 @@
 //! through a [`GuestSlice`], which copies, and a [`Part`] or [`PartMut`], which a system call reads or fills. This
 //! crate has no notion of channels or packets.
 
+// `guest-ram-models` shares these sources but does not contain the unit tests.
+#![cfg(not(all(shuttle, test)))]
+
 mod bitmap;
 mod block;
 mod blocks;
 mod digest;
 mod dirty;
 mod error;
+#[cfg(feature = "fault")]
+mod fault;
 mod file;
 mod identity;
+mod latency;
 mod memory;
+#[cfg(shuttle)]
+pub mod model;
 mod name;
 mod page;
 mod places;
+#[cfg(feature = "fault")]
+mod sync_types;
+mod walk;
 
 pub use bitmap::{PageBitmap, TakenWords, runs};
 pub use block::{BlockIndex, Memory, RamBlock};
@@ -38,14 +49,22 @@ pub use dirty::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog
 #[cfg(feature = "pagemap")]
 pub use dirty::{PagemapLog, SoftDirtyLog};
 pub use error::Error;
+#[cfg(feature = "fault")]
+pub use fault::{
+    Armed, Decision, DeviceState, FaultError, FaultEvent, FaultKind, FaultsFrom, Features, LoadError,
+    MemoryKind, Modes, PageSource, Pager, PagerError, PagerOptions, PagerStats, PlaceEnd, Placed, Protection,
+    Region, Trouble, TroubleKind, Userfault,
+};
 pub use file::{
     AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,
     open_regular, truncated, with_file_size_errors,
 };
 pub use identity::Identity;
+pub use latency::Latencies;
 pub use memory::{Access, GuestSlice, MAX_PARTS, Mapping, Part, PartMut, advance, advance_mut};
 #[cfg(feature = "vm-memory")]
 pub use memory::{block_of, blocks_of};
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
 pub use places::Places;
+pub use walk::{PageRun, Shape, Walk};

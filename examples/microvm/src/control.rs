@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! status                                         verify                    quit
+//! snapshot PATH
 //! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS
 //! ```
 //!
@@ -22,7 +23,7 @@ use multifd::{
 };
 use qemu_stream::{format::Configuration, source::SourceOptions};
 
-use crate::{Failure, machine::Machine, source};
+use crate::{Failure, machine::Machine, snapshot, source};
 
 /// Serves one client after the other, until the machine has migrated or gets the command to quit.
 pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Failure> {
@@ -37,6 +38,8 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
             ["status"] => (status(machine), true),
             ["verify"] => (machine.verify().map(|(wrong, all)| format!("wrong={wrong} of={all}")), true),
             ["quit"] => (Ok(String::new()), false),
+            // A path may contain spaces.
+            ["snapshot", ..] => (snapshot(machine, line.trim_end().split_once(' ')), true),
             ["migrate", ref rest @ ..] => match migrate(machine, rest, &client) {
                 Ok(report) => (Ok(report), false),
                 Err(error) => (Err(error), true),
@@ -61,6 +64,12 @@ fn status(machine: &Machine) -> Result<String, Failure> {
             Ok(format!("batches={} ran_at={} stopped_at={}", health.batches, health.times.0, health.times.1))
         }
     }
+}
+
+fn snapshot(machine: &Machine, line: Option<(&str, &str)>) -> Result<String, Failure> {
+    let (_, path) = line.ok_or("expected a path")?;
+    let info = snapshot::save(machine, Path::new(path))?;
+    Ok(format!("pages={} batches={}", info.ram.normal, machine.health().batches))
 }
 
 fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {

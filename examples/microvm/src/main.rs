@@ -6,6 +6,7 @@
 //! | `destination.rs` | receiving a machine |
 //! | `machine.rs` | stopping a vCPU with complete state, and returning it as device sections |
 //! | `guest.rs`, `guest.s` | a guest that detects errors |
+//! | `snapshot.rs` | a machine in a file, and a guest that runs before its memory is there |
 //! | `control.rs`, `demo.rs` | the rest of a monitor |
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -16,6 +17,7 @@ mod demo;
 mod destination;
 mod guest;
 mod machine;
+mod snapshot;
 mod source;
 
 use std::{io::Write, os::unix::net::UnixListener, path::PathBuf, process::ExitCode};
@@ -60,6 +62,23 @@ enum Verb {
         how: How,
         /// Where `microvm incoming` listens
         address: Address,
+    },
+    /// Capture a running machine to a file; its guest continues
+    Snapshot {
+        #[command(flatten)]
+        control: Control,
+        /// The file
+        file: PathBuf,
+    },
+    /// Run a machine out of a file
+    Restore {
+        #[command(flatten)]
+        control: Control,
+        /// Run the guest at once, before its memory is there
+        #[arg(long)]
+        lazy: bool,
+        /// The file
+        file: PathBuf,
     },
     /// Send a command to a running machine: status, verify, quit
     Ask {
@@ -155,6 +174,16 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Migrate { control, how, address } => {
             tell(&control::ask(&control.control, &how.wish(&address.to_string()))?);
             Ok(())
+        }
+        Verb::Snapshot { control, file } => {
+            let file = std::path::absolute(file)?;
+            tell(&control::ask(&control.control, &format!("snapshot {}", file.display()))?);
+            Ok(())
+        }
+        Verb::Restore { control, lazy, file } => {
+            let control = Socket::bind(control.control)?;
+            let restored = snapshot::restore(&file, lazy)?;
+            restored.serve(|machine| control.serve(machine))
         }
         Verb::Ask { control, question } => {
             tell(&control::ask(&control.control, &question)?);

@@ -29,6 +29,8 @@ pub(crate) struct Area {
     /// Whether something else than zeros may appear in a page when it is first touched, although no file has it: a
     /// `userfaultfd` fills missing pages, or a device has mapped its memory there. Only known from [`Areas::with_flags`].
     pub(crate) filled: bool,
+    /// The size of its pages in bytes. Only known from [`Areas::with_flags`], otherwise 0.
+    pub(crate) page_size: u64,
 }
 
 /// The areas that contain wanted addresses, in the order of addresses.
@@ -66,7 +68,12 @@ impl Areas {
                 return Ok(Self(areas));
             }
             let text = String::from_utf8_lossy(&line);
-            if let Some(flags) = text.strip_prefix("VmFlags:") {
+            if let Some(size) = text.strip_prefix("KernelPageSize:") {
+                if let Some(area) = areas.last_mut().filter(|_| is_kept) {
+                    let kib = size.trim().strip_suffix("kB").and_then(|kib| kib.trim().parse().ok());
+                    area.page_size = kib.unwrap_or(0_u64) << 10;
+                }
+            } else if let Some(flags) = text.strip_prefix("VmFlags:") {
                 if let Some(area) = areas.last_mut().filter(|_| is_kept) {
                     area.filled = flags.split_ascii_whitespace().any(|flag| FILLED.contains(&flag));
                 }
@@ -131,6 +138,7 @@ fn area(line: &str) -> Option<Area> {
         offset,
         file: (device(major)?, device(minor)?, inode),
         filled: false,
+        page_size: 0,
     })
 }
 

@@ -4,7 +4,15 @@
 //! memory at any time, so no Rust reference to it is ever made: a [`GuestSlice`] is the only access to its bytes.
 #![expect(unsafe_code, reason = "guest memory is reached through pointers alone")]
 
-use std::{any::Any, fmt, fs::File, io, os::unix::fs::FileTypeExt, ptr::NonNull};
+use std::{
+    any::Any,
+    fmt,
+    fs::File,
+    io,
+    os::unix::fs::FileTypeExt,
+    ptr::NonNull,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use rustix::{
     fs::{SealFlags, fcntl_get_seals, fstatfs},
@@ -33,6 +41,9 @@ pub struct Mapping {
     /// Whether somebody vouches for it that a page that is absent from the page table is zero. Otherwise the system is
     /// asked what is mapped there.
     absent_is_zero: bool,
+    /// Whether this library has armed it, so that a page that is absent is not zero. It orders nothing: who asks for
+    /// untouched pages while memory is being armed must order this anyway.
+    filled: AtomicBool,
     /// The file of which this may be a mapping, if it can be asked what it contains.
     backing: Option<Backing>,
     may_shrink: bool,
@@ -59,8 +70,8 @@ impl Mapping {
     /// table lists them, so they are not read.
     ///
     /// **Warning:** register no `userfaultfd` for missing pages in it, and map nothing over it: pages that those would
-    /// fill in count as zero and are lost. The embedder must map memory that is to be filled this way itself and use
-    /// [`from_raw`](Self::from_raw).
+    /// fill in count as zero and are lost. What this library arms (feature `fault`) is known to it. The embedder must map memory
+    /// that is to be filled in another way itself and use [`from_raw`](Self::from_raw).
     ///
     /// # Errors
     /// If the system refuses the mapping.
@@ -86,7 +97,16 @@ impl Mapping {
         }
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let owner = Owner::Mapped(len);
-        Ok(Self { base, len, writable: true, absent_is_zero: true, backing: None, may_shrink: false, owner })
+        Ok(Self {
+            base,
+            len,
+            writable: true,
+            absent_is_zero: true,
+            filled: AtomicBool::new(false),
+            backing: None,
+            may_shrink: false,
+            owner,
+        })
     }
 
     /// Maps `len` bytes of `file` from `offset` on, shared with the file. The file may be a memfd or a file of huge
@@ -126,7 +146,16 @@ impl Mapping {
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let (writable, owner) = (access == Access::ReadWrite, Owner::Mapped(whole));
         let backing = Backing::of(file);
-        let mapping = Self { base, len, writable, absent_is_zero: false, backing, may_shrink, owner };
+        let mapping = Self {
+            base,
+            len,
+            writable,
+            absent_is_zero: false,
+            filled: AtomicBool::new(false),
+            backing,
+            may_shrink,
+            owner,
+        };
         // Checked after the mapping is made: a writable mapping extends a file of huge pages to the needed length.
         within(file, offset, len as u64)?;
         Ok(mapping)
@@ -142,7 +171,16 @@ impl Mapping {
     /// during a migration: the blocks [list them](crate::RamBlocks::inaccessible).
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, keep: impl Any + Send + Sync) -> Self {
         let owner = Owner::Foreign { _keep: Box::new(keep) };
-        Self { base, len, writable: true, absent_is_zero: false, backing: None, may_shrink: false, owner }
+        Self {
+            base,
+            len,
+            writable: true,
+            absent_is_zero: false,
+            filled: AtomicBool::new(false),
+            backing: None,
+            may_shrink: false,
+            owner,
+        }
     }
 
     /// Names the file of which all or parts of this memory are a mapping, for memory [from raw parts](Self::from_raw).
@@ -201,7 +239,22 @@ impl Mapping {
     }
 
     pub(crate) fn is_absent_zero(&self) -> bool {
-        self.absent_is_zero
+        self.absent_is_zero && !self.filled.load(Ordering::Relaxed)
+    }
+
+    /// Notes that something fills pages when they are first touched, or no longer does.
+    #[cfg(feature = "fault")]
+    pub(crate) fn filled(&self, is_filled: bool) {
+        self.filled.store(is_filled, Ordering::Relaxed);
+    }
+
+    /// The number of bytes from the first on that contain nothing but this memory: whole host pages if it was mapped here.
+    #[cfg(feature = "fault")]
+    pub(crate) fn owned_len(&self) -> u64 {
+        match self.owner {
+            Owner::Mapped(len) => len.next_multiple_of(rustix::param::page_size()) as u64,
+            Owner::Foreign { .. } => self.len as u64,
+        }
     }
 
     pub(crate) fn backing(&self) -> Option<&Backing> {
@@ -211,7 +264,16 @@ impl Mapping {
     fn empty() -> Self {
         let owner = Owner::Foreign { _keep: Box::new(()) };
         let base = NonNull::dangling();
-        Self { base, len: 0, writable: true, absent_is_zero: false, backing: None, may_shrink: false, owner }
+        Self {
+            base,
+            len: 0,
+            writable: true,
+            absent_is_zero: false,
+            filled: AtomicBool::new(false),
+            backing: None,
+            may_shrink: false,
+            owner,
+        }
     }
 
     /// The length in bytes.

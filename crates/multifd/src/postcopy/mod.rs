@@ -11,10 +11,9 @@
 //! background. A connection that breaks loses pages whose delivery is not known: the destination then reports which pages it
 //! has, and a new [`Schedule`] is made from that.
 
-mod latency;
 #[cfg(shuttle)]
 pub mod model;
 mod schedule;
 
-pub use latency::Latencies;
-pub use schedule::{Job, Lane, PageRun, RefusedRequest, Schedule, Shape};
+pub use crate::ram::{Latencies, PageRun, Shape};
+pub use schedule::{Job, Lane, RefusedRequest, Schedule};

@@ -4,9 +4,9 @@
 
 use std::sync::Arc;
 
-use super::{Lane, PageRun, Schedule, Shape};
+use super::{Lane, Schedule};
 use crate::{
-    ram::{BlockIndex, PageBitmap, PageIndex, PageSize},
+    ram::{BlockIndex, PageBitmap, PageIndex, PageRun, PageSize, Shape},
     sync_types::{
         Mutex,
         model::{Thread, thread},

@@ -8,29 +8,9 @@ use std::{collections::VecDeque, fmt, sync::PoisonError, time::Duration};
 use crate::{
     channel::Wake,
     live::Slices,
-    ram::{BlockIndex, PageBitmap, PageIndex, PageSize},
+    ram::{BlockIndex, PageBitmap, PageIndex, PageRun, PageSize, Shape, Walk},
     sync_types::{Condvar, Instant, Mutex, MutexGuard},
 };
-
-/// The size of a block, in pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    /// The number of pages.
-    pub pages: u64,
-    /// The number of pages in a host page of the destination, which places whole host pages. At least 1.
-    pub host_page: u64,
-}
-
-/// Adjacent pages of one block: whole host pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageRun {
-    /// The block.
-    pub block: BlockIndex,
-    /// The first page.
-    pub first: PageIndex,
-    /// The number of pages.
-    pub count: u64,
-}
 
 /// What a thread sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +63,8 @@ pub enum RefusedRequest {
 
 /// The order in which pages are sent after the switch to post-copy, for one set of connections.
 pub struct Schedule {
-    blocks: Vec<Block>,
+    /// Pages that the destination has requested, whether they were sent already or not; changed under the lock.
+    asked: Vec<PageBitmap>,
     page_bytes: u64,
     start: Instant,
     state: Mutex<State>,
@@ -93,23 +74,10 @@ pub struct Schedule {
     changed: Condvar,
 }
 
-struct Block {
-    shape: Shape,
-    /// Pages that were not claimed yet. Changed under the lock.
-    unsent: PageBitmap,
-    /// Those of them that the walk sends before all others. Changed under the lock.
-    walk: PageBitmap,
-    /// Pages that the destination has requested, whether they were sent already or not.
-    asked: PageBitmap,
-}
-
-#[derive(Default)]
 struct State {
     requests: VecDeque<Request>,
-    /// Where the walk continues.
-    cursor: Cursor,
-    /// No page of the first part of the walk is left.
-    first_is_done: bool,
+    /// What was not claimed yet.
+    walk: Walk,
     /// Threads that send what they have claimed.
     busy: usize,
     /// The bandwidth of the walk, if it is limited.
@@ -123,15 +91,9 @@ struct Request {
     since: Instant,
 }
 
-#[derive(Clone, Copy, Default)]
-struct Cursor {
-    block: usize,
-    page: u64,
-}
-
 impl fmt::Debug for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Schedule").field("blocks", &self.blocks.len()).finish_non_exhaustive()
+        f.debug_struct("Schedule").field("blocks", &self.asked.len()).finish_non_exhaustive()
     }
 }
 
@@ -144,43 +106,13 @@ impl Schedule {
     /// # Panics
     /// If the lists have different lengths, or a bitmap is not that of its block.
     pub fn new(page_size: PageSize, shapes: &[Shape], walk: &[PageBitmap], there: &[PageBitmap]) -> Self {
-        assert!(shapes.len() == walk.len() && shapes.len() == there.len(), "an element for each block");
-        let blocks = shapes.iter().zip(walk).zip(there).map(|((shape, walk), there)| {
-            let shape = Shape { host_page: shape.host_page.max(1), ..*shape };
-            assert!(shape.pages == walk.pages() && shape.pages == there.pages(), "a bit for each page");
-            let block = Block {
-                shape,
-                unsent: PageBitmap::full(shape.pages),
-                walk: PageBitmap::new(shape.pages),
-                asked: PageBitmap::new(shape.pages),
-            };
-            if shape.host_page == 1 {
-                there.set_runs().for_each(|(first, count)| block.unsent.clear_run(first, count));
-            } else {
-                for (first, count) in there.set_runs() {
-                    let from = first.0.next_multiple_of(shape.host_page);
-                    // The last host page of a block may be incomplete.
-                    let end = match first.0 + count {
-                        end if end == shape.pages => end,
-                        end => end - end % shape.host_page,
-                    };
-                    if from < end {
-                        block.unsent.clear_run(PageIndex(from), end - from);
-                    }
-                }
-            }
-            walk.set_runs().for_each(|(first, count)| {
-                let (first, count) = shape.whole(first.0, count);
-                block.walk.set_run(PageIndex(first), count);
-            });
-            block.unsent.clear_runs().for_each(|(first, count)| block.walk.clear_run(first, count));
-            block
-        });
+        let walk = Walk::new(shapes, walk, there);
+        let requests = VecDeque::new();
         Self {
-            blocks: blocks.collect(),
+            asked: shapes.iter().map(|shape| PageBitmap::new(shape.pages)).collect(),
             page_bytes: page_size.bytes() as u64,
             start: Instant::now(),
-            state: Mutex::default(),
+            state: Mutex::new(State { requests, walk, busy: 0, slices: None, closed: false }),
             requested: Condvar::new(),
             changed: Condvar::new(),
         }
@@ -199,24 +131,26 @@ impl Schedule {
     /// If no page of these blocks can be meant.
     pub fn request(&self, run: PageRun) -> Result<bool, RefusedRequest> {
         let PageRun { block: index, first, count } = run;
-        let block = self.blocks.get(index.0).ok_or(RefusedRequest::NoSuchBlock(index.0))?;
-        let Shape { pages, host_page } = block.shape;
+        let asked = self.asked.get(index.0).ok_or(RefusedRequest::NoSuchBlock(index.0))?;
+        let mut state = self.lock();
+        let shape = state.walk.shape(index).ok_or(RefusedRequest::NoSuchBlock(index.0))?;
+        let Shape { pages, host_page } = shape;
         let end = first.0.checked_add(count).filter(|end| *end <= pages);
         let end = end.ok_or(RefusedRequest::Outside { first: first.0, count, pages })?;
         if count == 0 || first.0 % host_page != 0 || (end % host_page != 0 && end != pages) {
             return Err(RefusedRequest::NotWhole { first: first.0, count, host_page });
         }
-        let mut state = self.lock();
         while state.requests.len() >= PENDING && !state.closed {
             state = wait(&self.changed, state, None);
         }
-        block.asked.set_run(first, count);
+        asked.set_run(first, count);
         let since = Instant::now();
         let mut claimed = false;
         let mut page = first.0;
         while page < end {
             let host_end = (page + host_page).min(end);
-            if block.claim(page, host_end - page) {
+            let run = PageRun { block: index, first: PageIndex(page), count: host_end - page };
+            if state.walk.claim(run) {
                 claimed = true;
                 let joined = match state.requests.back_mut() {
                     Some(last) if last.since == since && last.run.first.0 + last.run.count == page => {
@@ -226,14 +160,13 @@ impl Schedule {
                     _ => false,
                 };
                 if !joined {
-                    let run = PageRun { block: index, first: PageIndex(page), count: host_end - page };
                     state.requests.push_back(Request { run, since });
                 }
             }
             page = host_end;
         }
         if claimed {
-            state.cursor = Cursor { block: index.0, page: end };
+            state.walk.continue_after(run);
             self.requested.notify_one();
         }
         Ok(claimed)
@@ -258,15 +191,10 @@ impl Schedule {
                 let now = self.start.elapsed();
                 limit = state.slices.as_mut().and_then(|slices| slices.wait(now));
                 // Without pages, there is nothing to wait for.
-                if limit.is_none() || self.blocks.iter().all(|block| block.unsent.is_empty()) {
-                    let first = match state.first_is_done {
-                        true => None,
-                        false => self.walked(&mut state, most, |block| &block.walk),
-                    };
-                    state.first_is_done = first.is_none();
-                    let (run, page) = match first {
+                if limit.is_none() || state.walk.is_done() {
+                    let (run, page) = match state.walk.next_first(most) {
                         Some(run) => (run, self.page_bytes),
-                        None => (self.walked(&mut state, most * REST, |block| &block.unsent)?, ZERO_BYTES),
+                        None => (state.walk.next_any(most * REST)?, ZERO_BYTES),
                     };
                     state.busy += 1;
                     let bytes = run.count * page;
@@ -305,68 +233,33 @@ impl Schedule {
 
     /// The number of pages that were not claimed yet.
     pub fn left(&self) -> u64 {
-        self.blocks.iter().map(|block| block.unsent.count()).sum()
+        self.lock().walk.left()
     }
 
     /// The pages of a block that the destination has requested.
     pub fn asked(&self, block: BlockIndex) -> Option<&PageBitmap> {
-        self.blocks.get(block.0).map(|block| &block.asked)
+        self.asked.get(block.0)
     }
 
     fn requested(&self, state: &mut State, most: u64) -> Option<Job> {
-        let first = state.requests.front_mut()?;
+        let State { requests, walk, .. } = state;
+        let first = requests.front_mut()?;
         let Request { mut run, since } = *first;
-        let host_page = self.blocks.get(run.block.0)?.shape.host_page;
-        let piece = run.count.min(pieces(most, host_page));
+        let host_page = walk.shape(run.block)?.host_page;
+        let piece = run.count.min((most - most % host_page).max(host_page));
         first.run.first.0 += piece;
         first.run.count -= piece;
         if first.run.count == 0 {
-            state.requests.pop_front();
-            if state.requests.len() + 1 == PENDING {
+            requests.pop_front();
+            if requests.len() + 1 == PENDING {
                 self.changed.notify_all();
             }
         }
-        if !state.requests.is_empty() {
+        if !requests.is_empty() {
             self.requested.notify_one();
         }
         run.count = piece;
         Some(Job { run, requested: Some(since) })
-    }
-
-    /// The next of these pages, from the cursor on and around, which are claimed.
-    fn walked(
-        &self,
-        state: &mut State,
-        most: u64,
-        pages_of: impl Fn(&Block) -> &PageBitmap,
-    ) -> Option<PageRun> {
-        let blocks = self.blocks.len();
-        // The block of the cursor comes a second time, with the pages before the cursor.
-        for turn in 0..=blocks {
-            let index = state.cursor.block % blocks.max(1);
-            let block = self.blocks.get(index)?;
-            if let Some(first) = pages_of(block).next_set(PageIndex(state.cursor.page)) {
-                let Shape { pages, host_page } = block.shape;
-                let first = first.0 - first.0 % host_page;
-                let limit = first.saturating_add(pieces(most, host_page)).min(pages);
-                let mut end = first;
-                while end < limit && pages_of(block).contains(PageIndex(end)) {
-                    let host_end = (end + host_page).min(pages);
-                    block.claim(end, host_end - end);
-                    end = host_end;
-                }
-                state.cursor = Cursor { block: index, page: end };
-                return Some(PageRun {
-                    block: BlockIndex(index),
-                    first: PageIndex(first),
-                    count: end - first,
-                });
-            }
-            if turn < blocks {
-                state.cursor = Cursor { block: (index + 1) % blocks, page: 0 };
-            }
-        }
-        None
     }
 
     fn notify(&self) {
@@ -385,27 +278,6 @@ impl Wake for Schedule {
     }
 }
 
-impl Block {
-    /// Claims a host page; `false` if it was claimed before.
-    fn claim(&self, first: u64, count: u64) -> bool {
-        if !self.unsent.contains(PageIndex(first)) {
-            return false;
-        }
-        self.unsent.clear_run(PageIndex(first), count);
-        self.walk.clear_run(PageIndex(first), count);
-        true
-    }
-}
-
-impl Shape {
-    /// The whole host pages that contain these pages.
-    fn whole(self, first: u64, count: u64) -> (u64, u64) {
-        let from = first - first % self.host_page;
-        let end = (first + count).next_multiple_of(self.host_page).min(self.pages);
-        (from, end - from)
-    }
-}
-
 fn wait<'a>(
     condition: &Condvar,
     state: MutexGuard<'a, State>,
@@ -415,11 +287,6 @@ fn wait<'a>(
         None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
         Some(limit) => condition.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0,
     }
-}
-
-/// The number of pages of one job: at most `most`, and whole host pages.
-fn pieces(most: u64, host_page: u64) -> u64 {
-    (most - most % host_page).max(host_page)
 }
 
 /// Pages without contents take less time, and about this number of bytes.

@@ -39,7 +39,8 @@
 //! 4. [arriving]: the destination, 40 lines.
 //! 5. [failing]: break it in each state, and check that the guest is on the expected side.
 //!
-//! [snapshots] saves a machine to a file instead, and restores it.
+//! [snapshots] saves a machine to a file instead, and restores it. With the feature `fault`, the chapter `lazy` runs a machine out of
+//! a file before its memory is there.
 //!
 //! Then read `examples/microvm`: the same with a vCPU, a device and a control socket.
 //!
@@ -48,6 +49,7 @@
 //! | `machine.rs` | memory, stopping a vCPU with complete state, registers as device bytes |
 //! | `source.rs` | [leaving], with the logs of KVM and `vm-memory` |
 //! | `destination.rs` | [arriving] |
+//! | `snapshot.rs` | [snapshots], and the chapter `lazy` |
 //! | `control.rs`, `main.rs` | commands over a socket: migrate, cancel, query |
 //!
 //! # QEMU at the other end
@@ -63,6 +65,8 @@
 
 pub mod arriving;
 pub mod failing;
+#[cfg(feature = "fault")]
+pub mod lazy;
 pub mod leaving;
 pub mod memory;
 pub mod snapshots;

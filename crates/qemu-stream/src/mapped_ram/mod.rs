@@ -50,6 +50,8 @@ mod capture;
 mod file;
 mod header;
 mod layout;
+#[cfg(feature = "fault")]
+mod lazy;
 mod note;
 mod restore;
 mod verify;
@@ -59,6 +61,8 @@ use multifd::ram::{PageIndex, PageSize};
 pub use capture::{Capture, CaptureOptions};
 pub use file::{MappedRamFile, ReadPath};
 pub use layout::{Layout, Shape, Tail};
+#[cfg(feature = "fault")]
+pub use lazy::LazyError;
 pub use restore::Restore;
 pub use verify::{Damage, Verification, Verify};
 

@@ -22,7 +22,7 @@ use super::{MappedRamFile, ReadPath, capture::direct};
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Restore<'a> {
-    machine: &'a MappedRamFile,
+    pub(super) machine: &'a MappedRamFile,
     channels: u8,
     direct_io: bool,
 }

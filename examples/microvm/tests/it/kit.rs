@@ -3,7 +3,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::{BufRead, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -47,6 +47,20 @@ impl Machine {
         (machine, address)
     }
 
+    /// A machine out of a file.
+    pub(crate) fn restored(folder: &TempDir, name: &str, file: &Path, flags: &[&str]) -> Self {
+        let file = file.to_str().expect("text");
+        let args: Vec<_> = ["restore"].iter().chain(flags).chain(&[file]).copied().collect();
+        let mut machine = Self::start(folder, name, &args);
+        assert!(machine.line().starts_with("running"));
+        machine
+    }
+
+    /// Captures it to a file.
+    pub(crate) fn snapshot(&self, file: &Path) -> Output {
+        program().arg("snapshot").arg(file).arg("--control").arg(&self.control).output().expect("asked")
+    }
+
     fn start(folder: &TempDir, name: &str, args: &[&str]) -> Self {
         let control = folder.path().join(name);
         let mut command = program();
@@ -61,7 +75,7 @@ impl Machine {
         Self { child, out, control }
     }
 
-    fn line(&mut self) -> String {
+    pub(crate) fn line(&mut self) -> String {
         let mut line = String::new();
         self.out.read_line(&mut line).expect("a line");
         line.trim_end().to_owned()

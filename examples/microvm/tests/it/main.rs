@@ -4,3 +4,5 @@
 mod kit;
 #[cfg(test)]
 mod migration;
+#[cfg(test)]
+mod snapshot;

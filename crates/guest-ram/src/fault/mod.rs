@@ -1,0 +1,38 @@
+//! Page faults of guest memory, delivered to this process (`userfaultfd`). Feature `fault`.
+//!
+//! ```text
+//! Userfault::open ── what the kernel has ──▶ Userfault ─┐
+//! RamBlocks ── what is mapped there ────────────────────┴▶ Armed ── events ─▶ FaultEvent
+//!                                                            │  ▲
+//!                              another process ◀─ hand_over ─┘  └─ copy, zero, resume, protect, poison, wake
+//! ```
+//!
+//! A thread that accesses a missing page of armed memory waits until the page is placed, poisoned, or no longer armed.
+//! So a program that arms memory must serve its faults, or use a [`Pager`], which does.
+//!
+//! An [`Armed`] owns the blocks, so that memory is no longer registered when it is unmapped. It may serve memory of another
+//! process that has [handed over](Armed::hand_over) its descriptor; all addresses are then those of that process.
+
+mod armed;
+mod error;
+mod event;
+mod features;
+mod handover;
+mod kernel;
+mod kind;
+mod memory;
+mod pager;
+mod userfault;
+
+pub use armed::{Armed, PlaceEnd, Placed, Protection};
+pub use error::{DeviceState, FaultError};
+pub use event::{FaultEvent, FaultKind};
+pub use features::{Features, Modes};
+pub use kind::MemoryKind;
+pub use memory::Region;
+#[cfg(shuttle)]
+pub use pager::model as pager_model;
+pub use pager::{
+    Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, Trouble, TroubleKind,
+};
+pub use userfault::{FaultsFrom, Userfault};

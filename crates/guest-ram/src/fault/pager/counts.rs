@@ -1,0 +1,87 @@
+//! What a pager has done, in numbers.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use crate::Latencies;
+
+/// The counters, which threads add to without a lock. No other access depends on them.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) faults: AtomicU64,
+    pub(super) zero: AtomicU64,
+    pub(super) prefetched: AtomicU64,
+    pub(super) loaded: AtomicU64,
+    pub(super) existed: AtomicU64,
+    pub(super) gone: AtomicU64,
+    pub(super) removed: AtomicU64,
+    pub(super) retries: AtomicU64,
+    blocked_nanos: AtomicU64,
+    pub(super) latencies: Latencies,
+}
+
+/// What a pager has done so far. Pages are those of the machine, not of the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PagerStats {
+    /// Page faults that were read. Several threads may have waited for one page.
+    pub faults: u64,
+    /// Of those, faults on pages that are zero, or were discarded.
+    pub zero: u64,
+    /// Pages that were placed because of a fault.
+    pub loaded: u64,
+    /// Pages that were placed before they were needed.
+    pub prefetched: u64,
+    /// Pages that existed already, as after a pager that was killed.
+    pub existed: u64,
+    /// Pages whose memory was no longer there.
+    pub gone: u64,
+    /// Pages that the guest or its monitor has discarded before they were placed.
+    pub removed: u64,
+    /// Pages that were poisoned.
+    pub poisoned: u64,
+    /// Loads that were repeated after a failure.
+    pub retries: u64,
+    /// Pages that are still missing.
+    pub missing: u64,
+    /// The time that threads of the guest have waited, as far as it is known: from the moment at which a fault was read to the one at
+    /// which its page was placed.
+    pub blocked: Duration,
+    /// The median of this time.
+    pub p50: Option<Duration>,
+    /// The time that 99 % of the faults did not exceed.
+    pub p99: Option<Duration>,
+}
+
+impl Counts {
+    pub(super) fn add(counter: &AtomicU64, number: u64) {
+        counter.fetch_add(number, Ordering::Relaxed);
+    }
+
+    /// A fault was answered after this time.
+    pub(super) fn answered(&self, after: Duration) {
+        self.latencies.add(after);
+        Self::add(&self.blocked_nanos, u64::try_from(after.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    pub(super) fn stats(&self, missing: u64, poisoned: u64) -> PagerStats {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PagerStats {
+            faults: of(&self.faults),
+            zero: of(&self.zero),
+            loaded: of(&self.loaded),
+            prefetched: of(&self.prefetched),
+            existed: of(&self.existed),
+            gone: of(&self.gone),
+            removed: of(&self.removed),
+            poisoned,
+            retries: of(&self.retries),
+            missing,
+            blocked: Duration::from_nanos(of(&self.blocked_nanos)),
+            p50: self.latencies.percentile(500),
+            p99: self.latencies.percentile(990),
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! A load: pages that were claimed, and who executes it. [`Pages`](super::pages::Pages) owns all of them.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use crate::PageRun;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct LoadId(pub(super) u64);
+
+/// Pages on their way.
+pub(super) struct Load {
+    pub(super) run: PageRun,
+    pub(super) since: Instant,
+    /// Since when a thread of the guest is known to wait.
+    pub(super) awaited: Option<Instant>,
+    /// The number of host pages.
+    pub(super) host_pages: u64,
+    /// When the judge was last asked.
+    pub(super) judged: Instant,
+    pub(super) decided: u32,
+    pub(super) stage: Stage,
+    /// Whether its thread was replaced.
+    pub(super) is_replaced: bool,
+    /// Host pages that are not placed any more, by their first page.
+    pub(super) dropped: BTreeMap<u64, Dropped>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// In the queue.
+    Queued,
+    /// Not before this time.
+    Delayed(Instant),
+    /// In the source, or being placed, since this time.
+    Running { since: Instant, for_fault: bool },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dropped {
+    /// Its contents were discarded: it is zero.
+    Removed,
+    /// It is poisoned, or loaded once more by another load.
+    GivenUp,
+}
+
+/// What a fault is answered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// This load, which is in the queue now.
+    Load(LoadId),
+    /// A load that has begun.
+    Underway,
+    /// Zeros.
+    Zero(PageRun),
+    /// Only waking: the thread then finds the poison.
+    Poisoned(PageRun),
+    /// Nothing: the pager has ended.
+    Ended,
+}
+
+/// A load that a thread executes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Task {
+    pub(crate) id: LoadId,
+    pub(crate) run: PageRun,
+    pub(crate) for_fault: bool,
+}
+
+/// A load that takes too long.
+pub(crate) struct Late {
+    pub(crate) id: LoadId,
+    pub(crate) run: PageRun,
+    pub(crate) since: Duration,
+    pub(crate) is_awaited: bool,
+    pub(crate) decided: u32,
+}
+
+impl Load {
+    /// Whether nothing of it will be placed.
+    pub(super) fn is_dropped(&self) -> bool {
+        self.dropped.len() as u64 >= self.host_pages
+    }
+}

@@ -1,0 +1,114 @@
+//! A machine in a file: captured while its guest runs, and restored, also while its guest runs already.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    sync::Arc,
+    thread,
+};
+
+use multifd::{
+    SendOptions, Sender,
+    channel::Stop,
+    live::{Guest, MigrateOptions, Migration, MigrationInfo, RunState, ZeroPageDetection},
+    ram::{Pager, PagerOptions},
+};
+use qemu_stream::{
+    format::Configuration,
+    mapped_ram::{Capture, CaptureOptions, MappedRamFile, Restore},
+};
+
+use crate::{
+    Failure, control,
+    machine::{self, Machine},
+    tell,
+};
+
+/// Captures the machine. Its guest runs meanwhile, and continues afterwards.
+pub(crate) fn save(mut machine: &Machine, path: &Path) -> Result<MigrationInfo, Failure> {
+    // 1. A file with a temporary name until it is complete.
+    let unfinished = path.with_extension("unfinished");
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&unfinished)?;
+    let options = CaptureOptions::new().digests(true);
+    let configuration = Configuration::new(Machine::machine_type()?);
+    let mut capture = Capture::of_guest(file, configuration, &machine.blocks, &options)?;
+
+    // 2. Like a migration whose channels copy.
+    let mut sender = Sender::new(SendOptions::new(), machine.blocks.clone(), Stop::new())?;
+    sender.set_up_into(capture.blocks().clone())?;
+    let passes = MigrateOptions::new().zero_page_detection(ZeroPageDetection::Multifd);
+    let captured = {
+        let mut log = machine.dirty_log()?;
+        Migration::new(passes, sender)?.run(&mut capture, &mut log, &mut machine)
+    };
+
+    // 3. The guest is stopped. No other process runs it, so it may continue here.
+    let info = captured?;
+    machine.run();
+    fs::rename(unfinished, path)?;
+    Ok(info)
+}
+
+/// A machine out of a file.
+pub(crate) struct Restored {
+    machine: Machine,
+    /// Brings the rest of the memory; `None` if all of it is there.
+    pager: Option<Arc<Pager>>,
+}
+
+/// Restores the machine, and runs its guest if it ran when it was captured. With `lazy`, its memory follows.
+pub(crate) fn restore(path: &Path, lazy: bool) -> Result<Restored, Failure> {
+    // 1. Everything but the pages is read and checked.
+    let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let file = MappedRamFile::open(file, 0)?;
+    let found = file.configuration().map(|configuration| &configuration.machine);
+    if found != Some(&Machine::machine_type()?) {
+        return Err(format!("{} contains a machine of another type", path.display()).into());
+    }
+
+    // 2. Memory: all of it now, or each page when it is needed.
+    let memory = machine::memory(file.blocks().total())?;
+    let blocks = Arc::new(machine::blocks(&memory)?);
+    let pager = match lazy {
+        true => Some(Arc::new(Restore::new(&file).lazy(&blocks, PagerOptions::new())?)),
+        false => {
+            Restore::new(&file).run(&blocks, &Stop::new())?;
+            None
+        }
+    };
+
+    // 3. Devices. None of them accesses memory before the guest runs.
+    let section = |name: &str| Some(file.devices().find(name, 0)?.1.to_vec());
+    let machine = Machine::restore(memory, blocks, section)?;
+    if file.devices().run_state().unwrap_or(RunState::Running) == RunState::Running {
+        machine.run();
+    }
+    Ok(Restored { machine, pager })
+}
+
+impl Restored {
+    /// Calls `serve` with the machine, and says when all of its memory is there.
+    pub(crate) fn serve(&self, serve: impl FnOnce(&Machine) -> Result<(), Failure>) -> Result<(), Failure> {
+        let Some(pager) = &self.pager else { return serve(&self.machine) };
+        thread::scope(|scope| {
+            scope.spawn(|| match pager.finish(None) {
+                Ok(stats) => tell(&format!(
+                    "all memory is there: faults={} loaded={} prefetched={} blocked_us={} p99_us={}",
+                    stats.faults,
+                    stats.loaded,
+                    stats.prefetched,
+                    stats.blocked.as_micros(),
+                    stats.p99.unwrap_or_default().as_micros(),
+                )),
+                Err(error) => tell(&format!("memory is missing: {}", control::chain(&error))),
+            });
+            let served = serve(&self.machine);
+            // The machine has moved, or is to end. Its vCPU must not run when missing pages are poisoned.
+            if let Err(error) = (&self.machine).stop() {
+                tell(&format!("the guest had stopped: {error}"));
+            }
+            pager.stop();
+            served
+        })
+    }
+}

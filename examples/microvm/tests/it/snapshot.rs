@@ -1,0 +1,73 @@
+//! A guest that checks itself is captured and restored while it runs.
+
+use std::os::unix::fs::FileExt;
+
+use crate::kit::{Machine, folder, number};
+
+#[test]
+fn a_captured_guest_runs_on_here_and_out_of_the_file_before_its_memory_is_there() {
+    let Some(folder) = folder() else { return };
+    let file = folder.path().join("a machine.ram");
+    let machine = Machine::run(&folder, "captured");
+    let captured = machine.snapshot(&file);
+    assert!(captured.status.success(), "{captured:?}");
+    assert!(number(&captured, "pages") > 15_000, "{captured:?}");
+    let counted = number(&captured, "batches");
+    machine.assert_well();
+    machine.kill();
+    // Two machines from one file, at once, and one that is restored before it runs.
+    let mut lazy = ["one", "other"].map(|name| Machine::restored(&folder, name, &file, &["--lazy"]));
+    let plain = Machine::restored(&folder, "plain", &file, &[]);
+    for machine in lazy.iter().chain([&plain]) {
+        assert!(machine.batches() >= counted);
+        machine.assert_well();
+    }
+    for machine in &mut lazy {
+        let line = machine.line();
+        assert!(line.starts_with("all memory is there: faults="), "{line}");
+        machine.assert_well();
+    }
+}
+
+#[test]
+fn a_guest_that_is_restored_lazily_may_move_before_its_memory_is_there() {
+    let Some(folder) = folder() else { return };
+    let file = folder.path().join("machine.ram");
+    let machine = Machine::run(&folder, "captured");
+    assert!(machine.snapshot(&file).status.success());
+    machine.kill();
+    let lazy = Machine::restored(&folder, "lazy", &file, &["--lazy"]);
+    let (destination, address) = Machine::incoming(&folder, "destination");
+    let report = lazy.migrate(&address, "0").wait_with_output().expect("waited for");
+    assert!(report.status.success(), "{report:?}");
+    assert!(lazy.wait());
+    destination.assert_well();
+}
+
+/// The guest stops with an error at the damaged page, and never reads other bytes: in this process, or by a signal of the kernel.
+#[test]
+fn a_guest_does_not_run_on_with_a_damaged_page() {
+    let Some(folder) = folder() else { return };
+    let file = folder.path().join("machine.ram");
+    let machine = Machine::run(&folder, "captured");
+    assert!(machine.snapshot(&file).status.success());
+    machine.kill();
+    // A page in the middle of its memory, which begins at 1 MiB in the file.
+    let damaged = std::fs::OpenOptions::new().write(true).open(&file).expect("opened");
+    damaged.write_all_at(b"rot", (32 << 20) + 100).expect("damaged");
+    let mut lazy = Machine::restored(&folder, "lazy", &file, &["--lazy"]);
+    let line = lazy.line();
+    assert!(
+        line.starts_with("memory is missing: 1 pages could not be had and are poisoned") || line.is_empty(),
+        "{line}"
+    );
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        let status = lazy.ask("status");
+        if !status.status.success() {
+            break;
+        }
+        assert!(std::time::Instant::now() < until, "the guest runs on");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
