@@ -3,6 +3,7 @@
 //! ```text
 //! status                                         verify                    quit
 //! snapshot PATH
+//! hand-over ADDRESS
 //! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS
 //! ```
 //!
@@ -19,11 +20,11 @@ use std::{
 
 use multifd::{
     channel::{Address, Stop},
-    live::{MigrateOptions, ZeroPageDetection},
+    live::{MigrateOptions, MigrationInfo, ZeroPageDetection},
 };
 use qemu_stream::{format::Configuration, source::SourceOptions};
 
-use crate::{Failure, machine::Machine, snapshot, source};
+use crate::{Failure, local, machine::Machine, snapshot, source};
 
 /// Serves one client after the other, until the machine has migrated or gets the command to quit.
 pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Failure> {
@@ -41,6 +42,10 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
             // A path may contain spaces.
             ["snapshot", ..] => (snapshot(machine, line.trim_end().split_once(' ')), true),
             ["migrate", ref rest @ ..] => match migrate(machine, rest, &client) {
+                Ok(report) => (Ok(report), false),
+                Err(error) => (Err(error), true),
+            },
+            ["hand-over", address] => match hand_over(machine, address, &client) {
                 Ok(report) => (Ok(report), false),
                 Err(error) => (Err(error), true),
             },
@@ -87,19 +92,34 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
         .migrate(passes)
         .stall_timeout(Some(Duration::from_millis(stall.parse()?)));
     let address: Address = address.parse()?;
+    let info = until_disconnected(client, |stop| source::migrate(machine, address, options, stop))?;
+    Ok(report(machine, &info))
+}
+
+fn hand_over(machine: &Machine, address: &str, client: &UnixStream) -> Result<String, Failure> {
+    let address: Address = address.parse()?;
+    let info = until_disconnected(client, |stop| local::hand_over(machine, &address, stop))?;
+    Ok(report(machine, &info))
+}
+
+/// A client that disconnects meanwhile stops what it has asked for.
+fn until_disconnected<T>(client: &UnixStream, work: impl FnOnce(&Stop) -> T) -> T {
     let stop = Stop::new();
-    let info = thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| {
             // Ends when the client disconnects, or with the shutdown below.
             let _ = (&*client).read(&mut [0]);
             stop.cancel();
         });
-        let migrated = source::migrate(machine, address, options, &stop);
+        let done = work(&stop);
         let _ = client.shutdown(Shutdown::Read);
-        migrated
-    })?;
+        done
+    })
+}
+
+fn report(machine: &Machine, info: &MigrationInfo) -> String {
     let (ram, health) = (&info.ram, machine.health());
-    Ok(format!(
+    format!(
         "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} throttled={} batches={} stopped_at={}",
         // The bits are taken before the first pass as well.
         ram.dirty_sync_count.saturating_sub(1),
@@ -112,7 +132,7 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
         info.cpu_throttle_percentage.unwrap_or_default(),
         health.batches,
         health.times.1,
-    ))
+    )
 }
 
 /// Sends a line to the machine at `socket`, and returns its answer.

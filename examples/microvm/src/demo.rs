@@ -54,8 +54,17 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         args.guest.size >> 20,
         args.guest.rate / 1_000_000
     ));
-    let (_source, _) = Process::start(&["run", "--control", &here_text, "--size", &size, "--rate", &rate])?;
-    let (_destination, line) = Process::start(&["incoming", "--control", &there_text, "tcp:127.0.0.1:0"])?;
+    let mut source = vec!["run", "--control", &here_text, "--size", &size, "--rate", &rate];
+    let mut destination = vec!["incoming", "--control", &there_text];
+    let socket = format!("unix:{}", folder.join("memory").display());
+    if args.local {
+        source.push("--shared");
+        destination.extend(["--local", &socket]);
+    } else {
+        destination.push("tcp:127.0.0.1:0");
+    }
+    let (_source, _) = Process::start(&source)?;
+    let (_destination, line) = Process::start(&destination)?;
     let address = line.rsplit(' ').next().unwrap_or_default();
     let (before, time) = (ask(&here, "status")?, Duration::from_secs(1));
     thread::sleep(time);
@@ -65,7 +74,8 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         (reached << 20) / 1_000_000
     ));
 
-    let report = ask(&here, &args.how.wish(address))?;
+    let wish = if args.local { format!("hand-over {address}") } else { args.how.wish(address) };
+    let report = ask(&here, &wish)?;
     let arrived = ask(&there, "status")?;
     thread::sleep(time);
     let later = ask(&there, "status")?;
@@ -76,16 +86,20 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
     let stood = (number(&arrived, "ran_at")?.saturating_sub(of("stopped_at")?)) / 1_000_000;
     let (left_at, now_at) = (of("batches")?, number(&later, "batches")?);
     let wrong = number(&verified, "wrong")?;
-    tell(&format!(
-        "migrated over {} channels in {} passes and {} ms: {} MiB, {} pages, {} zero pages, {} Mbit/s in the last",
-        args.how.channels,
-        of("passes")?,
-        of("total_ms")?,
-        of("transferred")? >> 20,
-        of("pages")?,
-        of("zero")?,
-        of("mbps")?,
-    ));
+    if args.local {
+        tell(&format!("handed over in {} ms, with {} bytes sent", of("total_ms")?, of("transferred")?));
+    } else {
+        tell(&format!(
+            "migrated over {} channels in {} passes and {} ms: {} MiB, {} pages, {} zero pages, {} Mbit/s in the last",
+            args.how.channels,
+            of("passes")?,
+            of("total_ms")?,
+            of("transferred")? >> 20,
+            of("pages")?,
+            of("zero")?,
+            of("mbps")?,
+        ));
+    }
     tell(&format!(
         "downtime {downtime} ms (limit {} ms); the guest was stopped for {stood} ms",
         args.how.downtime_limit

@@ -17,16 +17,18 @@ use std::{
 use kvm_bindings::{kvm_clock_data, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::{
+    channel::hand_over::SharedMemory,
     live::{DeviceInfo, DeviceName, DeviceSection, Guest, Percent, RunState},
-    ram::{AtomicBitmapLog, KvmDirtyLog, MergedLog, PageSize, RamBlocks, blocks_of},
+    ram::{AtomicBitmapLog, KvmDirtyLog, MergedLog, RamBlock, RamBlocks},
 };
 use qemu_stream::format::{InvalidMachineType, MachineType};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
     Failure,
     guest::{self, Memory},
+    memory,
 };
 
 /// A virtual machine of this process.
@@ -90,10 +92,9 @@ pub(crate) struct Health {
 }
 
 impl Machine {
-    /// Creates a machine whose guest has not begun.
-    pub(crate) fn boot(size: u64, rate: u64) -> Result<Self, Failure> {
-        let memory = memory(size)?;
-        let blocks = Arc::new(blocks(&memory)?);
+    /// Creates a machine whose guest has not begun, in `memory` of `size` bytes.
+    pub(crate) fn boot(memory: Memory, size: u64, rate: u64) -> Result<Self, Failure> {
+        let blocks = Arc::new(memory::blocks(&memory)?);
         guest::load(&memory, size)?;
         let mut cpu = (kvm_regs { rip: guest::CODE, rflags: 2, ..Default::default() }, kvm_sregs::default());
         let (kvm, vm) = open()?;
@@ -192,6 +193,20 @@ impl Machine {
         };
         let thread = Builder::new().name("vcpu_0".into()).spawn(move || run.run())?;
         Ok(Self { memory, blocks, region, vm, shared, thread: Some(thread) })
+    }
+
+    /// The memory as blocks that another process of this host gets by descriptor.
+    pub(crate) fn shared(&self) -> Result<(RamBlocks, Vec<SharedMemory>), Failure> {
+        let blocks = memory::blocks(&self.memory)?.into_iter().map(RamBlock::ignored).collect();
+        let blocks = RamBlocks::new(blocks)?;
+        let files = self.memory.iter().zip(blocks.iter()).map(|(region, (_, block))| {
+            let file =
+                region.file_offset().ok_or("start the machine with --shared to hand its memory over")?;
+            let (offset, file) = (file.start(), file.file().try_clone()?);
+            Ok(SharedMemory { block: block.name().clone(), file, offset, length: block.used_length() })
+        });
+        let files = files.collect::<Result<_, Failure>>()?;
+        Ok((blocks, files))
     }
 
     /// Starts or resumes the guest.
@@ -414,20 +429,6 @@ impl Vcpu {
     }
 }
 
-/// Guest memory of `size` bytes, all zero.
-pub(crate) fn memory(size: u64) -> Result<Memory, Failure> {
-    let fits = (LEAST..=MOST).contains(&size) && size.is_multiple_of(guest::PAGE as u64);
-    let size = usize::try_from(size).ok().filter(|_| fits);
-    let size =
-        size.ok_or_else(|| format!("expected {LEAST:#x} to {MOST:#x} bytes of memory in whole pages"))?;
-    Ok(Memory::from_ranges(&[(GuestAddress(0), size)])?)
-}
-
-/// The memory as RAM blocks.
-pub(crate) fn blocks(memory: &Memory) -> Result<RamBlocks, multifd::ram::Error> {
-    blocks_of(memory, PageSize::KIB_4)
-}
-
 fn total(memory: &Memory) -> u64 {
     memory.iter().map(|region| region.get_mmap().size() as u64).sum()
 }
@@ -464,6 +465,3 @@ const VCPU: DeviceName = DeviceName::from_static("vcpu");
 const CLOCK: DeviceName = DeviceName::from_static("clock");
 const REPORT: DeviceName = DeviceName::from_static("report");
 const INTERRUPTED: i32 = 4;
-const LEAST: u64 = 4 << 20;
-/// The range of 32-bit addresses, below the kernel's own pages.
-const MOST: u64 = 3 << 30;

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `source.rs` | memory, dirty logs, channels, migration |
 //! | `destination.rs` | receiving a machine |
+//! | `local.rs` | handing a machine over to another process of the host |
 //! | `machine.rs` | stopping a vCPU with complete state, and returning it as device sections |
 //! | `guest.rs`, `guest.s` | a guest that detects errors |
 //! | `snapshot.rs` | a machine in a file, and a guest that runs before its memory is there |
@@ -16,14 +17,16 @@ mod control;
 mod demo;
 mod destination;
 mod guest;
+mod local;
 mod machine;
+mod memory;
 mod snapshot;
 mod source;
 
 use std::{io::Write, os::unix::net::UnixListener, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use multifd::channel::{Address, Listener, Stop};
+use multifd::channel::{Address, Listener, Stop, hand_over::HandOverListener};
 use qemu_stream::{arrival::ArrivalOptions, incoming::Expected};
 
 use crate::machine::Machine;
@@ -51,6 +54,9 @@ enum Verb {
     Incoming {
         #[command(flatten)]
         control: Control,
+        /// Take the memory over from a process of this host, without a copy: with a unix socket
+        #[arg(long)]
+        local: bool,
         /// Where to listen: tcp:HOST:PORT, unix:PATH
         address: Address,
     },
@@ -60,6 +66,10 @@ enum Verb {
         control: Control,
         #[command(flatten)]
         how: How,
+        /// Hand the memory over to a process of this host, without a copy: it was started with --shared, and the other one with
+        /// --local
+        #[arg(long)]
+        local: bool,
         /// Where `microvm incoming` listens
         address: Address,
     },
@@ -106,6 +116,9 @@ struct GuestArgs {
     /// Bytes per second that the guest rewrites, page by page
     #[arg(long, default_value = "200MB", value_parser = bytes)]
     rate: u64,
+    /// Memory that can be handed over to another process
+    #[arg(long)]
+    shared: bool,
 }
 
 #[derive(clap::Args)]
@@ -114,6 +127,9 @@ struct DemoArgs {
     guest: GuestArgs,
     #[command(flatten)]
     how: How,
+    /// Hand the memory over instead of copying it
+    #[arg(long)]
+    local: bool,
 }
 
 #[derive(clap::Args)]
@@ -159,11 +175,23 @@ fn run(verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Run { control, guest } => {
             let control = Socket::bind(control.control)?;
-            let machine = Machine::boot(guest.size, guest.rate)?;
+            let memory = match guest.shared {
+                true => memory::shared(guest.size)?,
+                false => memory::new(guest.size)?,
+            };
+            let machine = Machine::boot(memory, guest.size, guest.rate)?;
             machine.run();
             control.serve(&machine)
         }
-        Verb::Incoming { control, address } => {
+        Verb::Incoming { control, local: true, address } => {
+            let control = Socket::bind(control.control)?;
+            let (listener, handed) = HandOverListener::bind(&address)?;
+            tell(&format!("listening at {address}"));
+            let options = ArrivalOptions::new(Expected::Type(Machine::machine_type()?));
+            let machine = local::take_over(listener, &handed, options, &Stop::new())?;
+            control.serve(&machine)
+        }
+        Verb::Incoming { control, local: false, address } => {
             let control = Socket::bind(control.control)?;
             let listener = Listener::bind(&address)?;
             tell(&format!("listening at {}", listener.local_address()));
@@ -171,8 +199,9 @@ fn run(verb: Verb) -> Result<(), Failure> {
             let machine = destination::receive(listener, options, &Stop::new())?;
             control.serve(&machine)
         }
-        Verb::Migrate { control, how, address } => {
-            tell(&control::ask(&control.control, &how.wish(&address.to_string()))?);
+        Verb::Migrate { control, how, local, address } => {
+            let wish = if local { format!("hand-over {address}") } else { how.wish(&address.to_string()) };
+            tell(&control::ask(&control.control, &wish)?);
             Ok(())
         }
         Verb::Snapshot { control, file } => {

@@ -18,11 +18,7 @@ use qemu_stream::{
     mapped_ram::{Capture, CaptureOptions, MappedRamFile, Restore},
 };
 
-use crate::{
-    Failure, control,
-    machine::{self, Machine},
-    tell,
-};
+use crate::{Failure, control, machine::Machine, memory, tell};
 
 /// Captures the machine. Its guest runs meanwhile, and continues afterwards.
 pub(crate) fn save(mut machine: &Machine, path: &Path) -> Result<MigrationInfo, Failure> {
@@ -67,8 +63,8 @@ pub(crate) fn restore(path: &Path, lazy: bool) -> Result<Restored, Failure> {
     }
 
     // 2. Memory: all of it now, or each page when it is needed.
-    let memory = machine::memory(file.blocks().total())?;
-    let blocks = Arc::new(machine::blocks(&memory)?);
+    let memory = memory::new(file.blocks().total())?;
+    let blocks = Arc::new(memory::blocks(&memory)?);
     let pager = match lazy {
         true => Some(Arc::new(Restore::new(&file).lazy(&blocks, PagerOptions::new())?)),
         false => {

@@ -39,6 +39,7 @@
 //! 4. [arriving]: the destination, 40 lines.
 //! 5. [failing]: break it in each state, and check that the guest is on the expected side.
 //!
+//! [hand_over] moves a machine to another process of the same host without copying its memory.
 //! [snapshots] saves a machine to a file instead, and restores it. With the feature `fault`, the chapter `lazy` runs a machine out of
 //! a file before its memory is there.
 //!
@@ -49,6 +50,7 @@
 //! | `machine.rs` | memory, stopping a vCPU with complete state, registers as device bytes |
 //! | `source.rs` | [leaving], with the logs of KVM and `vm-memory` |
 //! | `destination.rs` | [arriving] |
+//! | `local.rs` | [hand_over] |
 //! | `snapshot.rs` | [snapshots], and the chapter `lazy` |
 //! | `control.rs`, `main.rs` | commands over a socket: migrate, cancel, query |
 //!
@@ -65,6 +67,7 @@
 
 pub mod arriving;
 pub mod failing;
+pub mod hand_over;
 #[cfg(feature = "fault")]
 pub mod lazy;
 pub mod leaving;

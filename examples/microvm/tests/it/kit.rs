@@ -39,6 +39,22 @@ impl Machine {
         machine
     }
 
+    /// A running guest of 64 MiB, in memory that can be handed over.
+    pub(crate) fn run_shared(folder: &TempDir, name: &str) -> Self {
+        let size = ["run", "--shared", "--size", "64MiB", "--rate", "40MB"];
+        let mut machine = Self::start(folder, name, &size);
+        assert!(machine.line().starts_with("running"));
+        machine
+    }
+
+    /// One that waits for memory that is handed over, and where.
+    pub(crate) fn incoming_local(folder: &TempDir, name: &str) -> (Self, String) {
+        let address = format!("unix:{}.memory", folder.path().join(name).display());
+        let mut machine = Self::start(folder, name, &["incoming", "--local", &address]);
+        assert!(machine.line().starts_with("listening"));
+        (machine, address)
+    }
+
     /// One that waits, and where.
     pub(crate) fn incoming(folder: &TempDir, name: &str) -> (Self, String) {
         let mut machine = Self::start(folder, name, &["incoming", "tcp:127.0.0.1:0"]);

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod kit;
 #[cfg(test)]
+mod local;
+#[cfg(test)]
 mod migration;
 #[cfg(test)]
 mod snapshot;
