@@ -33,6 +33,7 @@ pub mod model;
 mod name;
 mod page;
 mod places;
+mod since;
 #[cfg(feature = "fault")]
 mod sync_types;
 mod walk;
@@ -67,4 +68,5 @@ pub use memory::{block_of, blocks_of};
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
 pub use places::Places;
+pub use since::Unwritten;
 pub use walk::{PageRun, Shape, Walk};
