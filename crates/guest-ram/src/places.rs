@@ -5,9 +5,9 @@ use std::{error, fmt, fs::File, io, iter, os::unix::fs::FileExt, ptr, sync::Arc}
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::{
-    Access, BlockIndex, DirectFile, Mapping, PageBitmap, PageDigests, PageIndex, PageSize, RamBlocks,
+    Access, DirectFile, Mapping, PageBitmap, PageDigests, PageIndex, PageSize,
     file::{explained, size_limit},
-    since::{Since, Unwritten},
+    since::{BasePages, Since, Unwritten},
 };
 
 /// The places of a block's pages in a mapped-ram file, and which of them are used.
@@ -87,15 +87,15 @@ impl Places {
         self
     }
 
-    /// Makes the file one that has only the pages that differ from those of block number `block` of `base`, which is an
-    /// earlier state of the same block, of any length. `unwritten` is what a page is that is neither written nor
+    /// Makes the file one that has only the pages that differ from those of `base`, which is an earlier state of the same
+    /// block, of any length. `unwritten` is what a page is that is neither written nor
     /// [cleared](crate::RamBlock::clear). A page that is written is left out if its bytes equal those that are read from the
     /// base. [`RamBlock::settle`](crate::RamBlock::settle) completes the pages that became zero.
     ///
-    /// If the base has no such block, or one with pages of another size, everything is stored.
+    /// If the pages of the base have another size, everything is stored.
     #[must_use]
-    pub fn since(mut self, base: &Arc<RamBlocks>, block: BlockIndex, unwritten: Unwritten) -> Self {
-        self.since = Some(Since::new(base.clone(), block, self.present.pages(), unwritten));
+    pub fn since(mut self, base: Arc<dyn BasePages>, unwritten: Unwritten) -> Self {
+        self.since = Some(Since::new(base, self.present.pages(), unwritten));
         self
     }
 

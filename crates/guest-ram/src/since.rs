@@ -13,9 +13,9 @@
 //! Each page is in one of three states: stored (`present` of the [`Places`](crate::Places)), zero here and not in the base
 //! (`zeroed`), or as in the base. A page is in the hands of one thread at a time.
 
-use std::sync::Arc;
+use std::{fmt::Debug, io, sync::Arc};
 
-use crate::{AlignedBuffer, BlockIndex, Digest, PageBitmap, PageIndex, PageSize, RamBlock, RamBlocks};
+use crate::{AlignedBuffer, Digest, PageBitmap, PageIndex, PageSize};
 
 /// What a page is that is neither written nor cleared, in a file that has only pages that differ from a base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,24 +26,45 @@ pub enum Unwritten {
     AsBase,
 }
 
+/// The pages of an earlier state of a block, in files: [`RamBlocks::as_base`](crate::RamBlocks::as_base).
+pub trait BasePages: Debug + Send + Sync {
+    /// The size of the pages.
+    fn page_size(&self) -> PageSize;
+
+    /// Whether a page may be nonzero; `false` beyond the last page.
+    fn is_present(&self, page: PageIndex) -> bool;
+
+    /// Word number `word` of the pages that may be nonzero, least significant bit first; 0 beyond the last word.
+    fn present_word(&self, word: usize) -> u64;
+
+    /// The digest of a page; `None` if it is not known.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn digest_of(&self, page: PageIndex) -> io::Result<Option<Digest>>;
+
+    /// Reads as many pages from `first` on as `buffer` has room for.
+    ///
+    /// # Errors
+    /// If a page cannot be read, or differs from its digest.
+    fn load(&self, first: PageIndex, buffer: &mut [u8]) -> io::Result<()>;
+}
+
 /// The base of a block, and the pages that became zero since.
 #[derive(Debug)]
 pub(crate) struct Since {
-    base: Arc<RamBlocks>,
-    block: BlockIndex,
+    base: Arc<dyn BasePages>,
     zeroed: PageBitmap,
 }
 
 impl Since {
-    pub(crate) fn new(base: Arc<RamBlocks>, block: BlockIndex, pages: u64, unwritten: Unwritten) -> Self {
+    pub(crate) fn new(base: Arc<dyn BasePages>, pages: u64, unwritten: Unwritten) -> Self {
         let zeroed = PageBitmap::new(pages);
-        if unwritten == Unwritten::Zero
-            && let Some(of) = base.get(block)
-        {
+        if unwritten == Unwritten::Zero {
             let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
-            zeroed.merge(of.present_words().take(words));
+            zeroed.merge((0..words).map(|word| base.present_word(word)));
         }
-        Self { base, block, zeroed }
+        Self { base, zeroed }
     }
 
     /// The pages `bytes` from `first` on, in runs that all equal those of the base or all differ from them.
@@ -75,9 +96,11 @@ impl Since {
     /// For each page whether it equals that of the base.
     fn equal(&self, first: PageIndex, bytes: &[u8], page_size: PageSize) -> Vec<bool> {
         let size = page_size.bytes();
-        let base = self.base.get(self.block).filter(|base| base.page_size() == page_size);
         let pages = || (first.0..).map(PageIndex).zip(bytes.chunks_exact(size));
-        let Some(base) = base else { return pages().map(|_| false).collect() };
+        let base = &*self.base;
+        if base.page_size() != page_size {
+            return pages().map(|_| false).collect();
+        }
         let mut may_equal = Vec::with_capacity(bytes.len() / size);
         let mut equal: Vec<_> = pages()
             .map(|(page, bytes)| {
@@ -112,9 +135,8 @@ impl Since {
 
     /// Pages are zero.
     pub(crate) fn is_zero(&self, first: PageIndex, count: u64) {
-        let Some(base) = self.base.get(self.block) else { return };
         for page in (first.0..first.0 + count).map(PageIndex) {
-            if base.is_present(page) {
+            if self.base.is_present(page) {
                 self.zeroed.set(page);
             } else {
                 self.zeroed.clear(page);
@@ -141,7 +163,7 @@ impl Since {
 }
 
 /// Whether the base's page has the digest of `bytes`; also `true` if it has none.
-fn has_digest(base: &RamBlock, page: PageIndex, bytes: &[u8]) -> bool {
+fn has_digest(base: &dyn BasePages, page: PageIndex, bytes: &[u8]) -> bool {
     match base.digest_of(page) {
         Ok(Some(digest)) => digest == Digest::of(bytes),
         Ok(None) => true,
@@ -151,9 +173,9 @@ fn has_digest(base: &RamBlock, page: PageIndex, bytes: &[u8]) -> bool {
 }
 
 /// Reads pages of the base, and records which of them equal `bytes`.
-fn compare(base: &RamBlock, first: PageIndex, bytes: &[u8], stored: &mut [u8], equal: &mut [bool]) {
+fn compare(base: &dyn BasePages, first: PageIndex, bytes: &[u8], stored: &mut [u8], equal: &mut [bool]) {
     let size = base.page_size().bytes();
-    let read = base.load_direct(first, equal.len() as u64, stored);
+    let read = base.load(first, stored);
     let is_read = read.is_ok();
     let pages = (first.0..).map(PageIndex).zip(bytes.chunks_exact(size)).zip(stored.chunks_exact_mut(size));
     for (((page, bytes), stored), equal) in pages.zip(equal) {
@@ -162,7 +184,7 @@ fn compare(base: &RamBlock, first: PageIndex, bytes: &[u8], stored: &mut [u8], e
         *equal = match loaded {
             Ok(()) => bytes == stored,
             Err(error) => {
-                tracing::debug!(block = %base.name(), page = page.0, %error, "a page of the base cannot be read: it is stored");
+                tracing::debug!(page = page.0, %error, "a page of the base cannot be read: it is stored");
                 false
             }
         };
@@ -174,7 +196,7 @@ mod tests {
     use std::{fs::File, os::unix::fs::FileExt};
 
     use super::*;
-    use crate::{BlockName, Mapping, Memory, PageDigests, Places, Transfer};
+    use crate::{BlockIndex, BlockName, Mapping, Memory, PageDigests, Places, RamBlock, RamBlocks, Transfer};
 
     const PAGE: usize = 4096;
     const SIZE: PageSize = PageSize::KIB_4;
@@ -209,7 +231,7 @@ mod tests {
     fn delta(base: &Arc<RamBlocks>, length: usize, unwritten: Unwritten) -> (Arc<File>, RamBlock) {
         let file = file();
         file.set_len((length * PAGE) as u64).expect("sized");
-        let places = places(&file, length).since(base, BlockIndex(0), unwritten);
+        let places = places(&file, length).since(base.as_base(BlockIndex(0)).expect("there"), unwritten);
         (file, block(Memory::MappedRam(places), length))
     }
 
@@ -257,14 +279,21 @@ mod tests {
         assert_eq!(present(&same), 0);
     }
 
-    /// A digest of the base that is right for the new page although the bytes differ, as if two pages had the same digest.
+    /// Digests of the new pages in the base, although it has other bytes, as if two pages had the same digest.
     #[test]
     fn pages_with_one_digest_are_told_apart_by_their_bytes() {
         let (file, base) = base();
         file.write_all_at(&[9], PAGE as u64).expect("changed");
-        let (_file, delta) = delta(&base, 4, Unwritten::Zero);
-        delta.store(PageIndex(0), &pages(&[1, 2])).expect("stored");
-        assert_eq!(present(&delta), 0b10, "the base has other bytes, or is damaged: the page is stored");
+        let (_file, with) = delta(&base, 4, Unwritten::Zero);
+        with.store(PageIndex(0), &pages(&[1, 2])).expect("stored");
+        assert_eq!(present(&with), 0b10, "the base is damaged there: the page is stored");
+        // Without digests nothing but the bytes tells them apart.
+        let bits = PageBitmap::full(4);
+        let plain = block(Memory::MappedRam(Places::new(file, 0, bits)), 4);
+        let plain = Arc::new(RamBlocks::new(vec![plain]).expect("one"));
+        let (_file, without) = delta(&plain, 4, Unwritten::AsBase);
+        without.store(PageIndex(0), &pages(&[1, 2])).expect("stored");
+        assert_eq!(present(&without), 0b10);
     }
 
     #[test]
