@@ -147,7 +147,7 @@ fn differing(
     count: u64,
 ) -> Result<(), TransferError> {
     let mut slice = source.slice(first, count).expect("pages of the block");
-    let (mut buffer, mut at) = (AlignedBuffer::new(PIECE), first);
+    let (mut buffer, mut at) = (AlignedBuffer::new(PIECE.min(slice.len())), first);
     while slice.len() > 0 {
         let piece = slice.up_to(PIECE.min(slice.len()));
         let bytes = buffer.get_mut(..piece.len()).expect("a piece fits the buffer");
