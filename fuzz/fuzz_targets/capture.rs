@@ -34,7 +34,8 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     if layout.blocks().total() > 1 << 40 {
         return;
     }
-    let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices, about: None };
+    let tail =
+        Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices, about: None, base: None };
     if shown(layout.write_around(&file, &blocks, &tail)).is_some() {
         let read = MappedRamFile::open(file.try_clone().expect("the same file"), 0)
             .expect("what was written is read");

@@ -110,7 +110,7 @@ fn file() -> &'static MappedRamFile {
             }
         }
         let devices = DevicePart::build(&[], 4096, SectionId(2)).expect("devices");
-        let tail = Tail { switchover_start: true, devices: &devices, about: None };
+        let tail = Tail { switchover_start: true, devices: &devices, about: None, base: None };
         let words = |pages: u64| {
             let bit = |word: u64, bit: u64| word * 64 + bit < pages && (word * 64 + bit).is_multiple_of(3);
             let word = move |word| (0..64).filter(|at| bit(word, *at)).fold(0, |bits, at| bits | 1 << at);

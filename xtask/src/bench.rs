@@ -20,7 +20,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
     })?;
     let mut bench = Command::new(target.join("release/multifd-bench"));
     let args = match args.split_first() {
-        Some((verb, rest)) if POSTCOPY.contains(&verb.as_str()) => {
+        Some((verb, rest)) if OTHERS.contains(&verb.as_str()) => {
             bench.arg(verb);
             rest
         }
@@ -36,8 +36,8 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
     step("measure", || run_command(&mut bench))
 }
 
-/// The benchmarks of guests that run before their RAM is there.
-const POSTCOPY: [&str; 2] = ["first-instruction", "requests"];
+/// The benchmarks with a table of their own: of guests that run before their RAM is there, and of deltas.
+const OTHERS: [&str; 3] = ["first-instruction", "requests", "delta"];
 
 /// Measures the parts; `args` are passed to criterion.
 ///

@@ -1,12 +1,13 @@
 //! A RAM block: a name, a used length, a page size and its memory.
 
-use std::{io, ops::Range, os::unix::fs::FileExt, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use crate::{
-    Access, BlockName, BlockOffset, DirectFile, Error, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize,
+    Access, BlockName, BlockOffset, Digest, Error, GuestSlice, Mapping, PageBitmap, PageIndex, PageSize,
     Places, bitmap,
-    file::{explained, size_limit, truncated},
+    file::truncated,
     memory::{areas::Areas, residency},
+    places::Run,
 };
 
 /// The position of a block in its [`RamBlocks`](crate::RamBlocks), from 0.
@@ -135,7 +136,7 @@ impl RamBlock {
     #[inline]
     pub fn note_written(&self, first: PageIndex, count: u64) {
         if let Memory::MappedRam(places) = &self.memory {
-            places.present.set_run(first, count);
+            places.note_written(first, count);
         }
     }
 
@@ -159,39 +160,58 @@ impl RamBlock {
     /// # Panics
     /// If `bytes` are not whole pages of this block.
     pub fn store(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
-        self.write(first, bytes, None)
+        self.write(first, bytes, false)
     }
 
     /// Like [`store`](Self::store), for a channel: bypasses the page cache if the file is to be written with direct
     /// I/O.
     pub fn store_direct(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
-        let Memory::MappedRam(places) = &self.memory else { return self.store(first, bytes) };
-        self.write(first, bytes, places.direct.as_deref())
+        self.write(first, bytes, true)
     }
 
-    fn write(&self, first: PageIndex, bytes: &[u8], direct: Option<&DirectFile>) -> io::Result<()> {
+    fn write(&self, first: PageIndex, bytes: &[u8], channel: bool) -> io::Result<()> {
         let page_size = self.page_size.bytes();
         let count = (bytes.len() / page_size) as u64;
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
         assert!(bytes.len().is_multiple_of(page_size) && inside, "whole pages of the block");
-        let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
         match &self.memory {
             Memory::Mapped(mapping) => {
+                let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
                 mapping.slice(start, bytes.len()).expect("the mapping covers the block").copy_from(bytes);
+                Ok(())
             }
-            Memory::MappedRam(Places { file, offset, digests, .. }) => {
-                // First, because the bytes have just arrived in the processor's cache.
-                if let Some(digests) = digests {
-                    digests.note(first, bytes);
-                }
-                size_limit::held(|| match direct {
-                    Some(direct) => direct.write_all_at(file, bytes, offset + start),
-                    None => file.write_all_at(bytes, offset + start),
-                })?;
-            }
+            Memory::MappedRam(places) => places.store(first, bytes, self.page_size, channel),
         }
-        self.note_written(first, count);
-        Ok(())
+    }
+
+    /// Completes a file that has only the pages that differ from a base ([`Places::since`]): pages that became zero are
+    /// stored as holes, or as zeros. Does nothing for other blocks. To be called when all pages have been written, before the
+    /// [present](RamBlock::is_present) pages are recorded.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn settle(&self) -> io::Result<()> {
+        match &self.memory {
+            Memory::Mapped(_) => Ok(()),
+            Memory::MappedRam(places) => places.settle(self.page_size),
+        }
+    }
+
+    /// The file that has `page`, by its number among the [layers](Places::layered), and the position of the page in it.
+    /// `None` for mapped memory, and for a page that no file has: it is zero.
+    pub fn position_of(&self, page: PageIndex) -> Option<(usize, u64)> {
+        let BlockOffset(start) = self.offset_of(page)?;
+        match &self.memory {
+            Memory::Mapped(_) => None,
+            Memory::MappedRam(places) => places.position(page, start),
+        }
+    }
+
+    /// The digest of a page in a file; `None` if it has none.
+    pub(crate) fn digest_of(&self, page: PageIndex) -> io::Result<Option<Digest>> {
+        let Memory::MappedRam(places) = &self.memory else { return Ok(None) };
+        let digests = places.of(page).and_then(Places::digests);
+        digests.map_or(Ok(None), |digests| digests.get(page))
     }
 
     /// Reads a page from memory or from the file into a private buffer. A page that is not
@@ -215,7 +235,8 @@ impl RamBlock {
                 Ok(())
             }
             Memory::MappedRam(places) => {
-                places.file.read_exact_at(buffer, places.offset + start).map_err(explained)?;
+                let places = places.of(page).unwrap_or(places);
+                places.read(buffer, start, false)?;
                 self.compare(places, page, buffer)
             }
         }
@@ -231,20 +252,23 @@ impl RamBlock {
     /// If the block has no such pages or is not in a file, or `buffer` has a different length.
     pub fn load_direct(&self, first: PageIndex, count: u64, buffer: &mut [u8]) -> io::Result<()> {
         let Memory::MappedRam(places) = &self.memory else { panic!("a block in a file") };
-        let Places { file, direct, offset, present, .. } = places;
         let page_size = self.page_size.bytes();
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages());
         assert!(inside && buffer.len() as u64 == count * page_size as u64, "pages of the block");
-        let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
-        let read = match direct {
-            Some(direct) => direct.read_exact_at(file, buffer, offset + start),
-            None => file.read_exact_at(buffer, offset + start),
-        };
-        read.map_err(explained)?;
-        self.compare(places, first, buffer)?;
-        for (page, bytes) in (first.0..).map(PageIndex).zip(buffer.chunks_mut(page_size)) {
-            if !present.contains(page) {
-                bytes.fill(0);
+        let mut rest = buffer;
+        for Run { of, first, count } in places.runs(first, count) {
+            let length = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(page_size);
+            let (piece, after) = rest.split_at_mut(length.min(rest.len()));
+            rest = after;
+            if let Some(of) = of {
+                let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+                of.read(piece, start, true)?;
+                self.compare(of, first, piece)?;
+            }
+            for (page, bytes) in (first.0..).map(PageIndex).zip(piece.chunks_mut(page_size)) {
+                if !places.present.contains(page) {
+                    bytes.fill(0);
+                }
             }
         }
         Ok(())
@@ -255,14 +279,14 @@ impl RamBlock {
         let Some(digests) = &places.digests else { return Ok(()) };
         match digests.first_difference(first, bytes, |page| places.present.contains(page))? {
             None => Ok(()),
-            Some(page) => Err(self.damaged(page)),
+            Some(page) => Err(self.damaged(places, page)),
         }
     }
 
     /// The error that a page differs from its digest.
-    pub(crate) fn damaged(&self, page: PageIndex) -> io::Error {
+    pub(crate) fn damaged(&self, places: &Places, page: PageIndex) -> io::Error {
         let offset = self.offset_of(page).unwrap_or(BlockOffset(u64::MAX));
-        let error = Error::Damaged { name: self.name.clone(), offset };
+        let error = Error::Damaged { name: self.name.clone(), offset, file: places.name.clone() };
         io::Error::new(io::ErrorKind::InvalidData, error)
     }
 
@@ -273,7 +297,7 @@ impl RamBlock {
     /// If the block has no such page.
     pub fn clear(&self, page: PageIndex) {
         match &self.memory {
-            Memory::MappedRam(places) => drop(places.present.clear(page)),
+            Memory::MappedRam(places) => places.clear_run(page, 1),
             Memory::Mapped(_) => {
                 let slice = self.slice(page, 1).expect("a page of the block");
                 if !slice.is_zero() {
@@ -289,7 +313,7 @@ impl RamBlock {
     /// If the block has no such pages.
     pub fn clear_run(&self, first: PageIndex, count: u64) {
         match &self.memory {
-            Memory::MappedRam(places) => places.present.clear_run(first, count),
+            Memory::MappedRam(places) => places.clear_run(first, count),
             Memory::Mapped(_) => (first.0..first.0 + count).map(PageIndex).for_each(|page| self.clear(page)),
         }
     }
@@ -447,6 +471,8 @@ impl RamBlock {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     fn block(name: &str, used_length: u64) -> RamBlock {

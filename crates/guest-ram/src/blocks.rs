@@ -3,10 +3,11 @@
 //! Both sides of a migration list the same blocks. A block name from the wire is looked up here before anything is
 //! written.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
-    Access, BlockIndex, BlockName, Error, PageBitmap, PageIndex, PageSize, RamBlock,
+    Access, BasePages, BlockIndex, BlockName, Digest, Error, Memory, PageBitmap, PageIndex, PageSize,
+    RamBlock,
     memory::{areas::Areas, residency},
 };
 
@@ -162,6 +163,52 @@ impl IntoIterator for RamBlocks {
     /// The blocks in order.
     fn into_iter(self) -> Self::IntoIter {
         self.blocks.into_iter()
+    }
+}
+
+impl RamBlocks {
+    /// The pages of a block in files as the base of a later state of it ([`Places::since`](crate::Places::since)). `None` if
+    /// there is no such block, or its memory is mapped.
+    pub fn as_base(self: &Arc<Self>, block: BlockIndex) -> Option<Arc<dyn BasePages>> {
+        let is_stored = |of: &&RamBlock| matches!(of.memory(), Memory::MappedRam(_));
+        self.get(block).filter(is_stored)?;
+        Some(Arc::new(StoredBlock { blocks: self.clone(), block }))
+    }
+}
+
+/// A block that is in files.
+#[derive(Debug)]
+struct StoredBlock {
+    blocks: Arc<RamBlocks>,
+    block: BlockIndex,
+}
+
+impl StoredBlock {
+    fn get(&self) -> &RamBlock {
+        self.blocks.get(self.block).expect("checked when it was made")
+    }
+}
+
+impl BasePages for StoredBlock {
+    fn page_size(&self) -> PageSize {
+        self.get().page_size()
+    }
+
+    fn is_present(&self, page: PageIndex) -> bool {
+        self.get().is_present(page)
+    }
+
+    fn present_word(&self, word: usize) -> u64 {
+        self.get().present_word(word)
+    }
+
+    fn digest_of(&self, page: PageIndex) -> io::Result<Option<Digest>> {
+        self.get().digest_of(page)
+    }
+
+    fn load(&self, first: PageIndex, buffer: &mut [u8]) -> io::Result<()> {
+        let block = self.get();
+        block.load_direct(first, (buffer.len() / block.page_size().bytes()) as u64, buffer)
     }
 }
 

@@ -1,5 +1,7 @@
 //! The errors that the caller's input causes.
 
+use std::sync::Arc;
+
 use crate::{BlockName, BlockOffset, PageSize};
 
 /// Why blocks, memory or a dirty log cannot be made as requested. Errors of the system are
@@ -86,14 +88,17 @@ pub enum Error {
     },
     /// A page in a file is not what was written there.
     #[error(
-        "block {name:?}: the page at offset {offset} differs from its digest: the file was damaged after it was written, by the \
-         disk, a copy or another program"
+        "block {name:?}: the page at offset {offset} differs from its digest{}: the file was damaged after it was written, by \
+         the disk, a copy or another program",
+        file.as_ref().map(|file| format!(" in {file:?}")).unwrap_or_default()
     )]
     Damaged {
         /// The block's name.
         name: BlockName,
         /// The offset of the page in the block.
         offset: BlockOffset,
+        /// The file, if it is one of several.
+        file: Option<Arc<str>>,
     },
     /// A part of the block's memory may not be accessed, and may be nonzero.
     #[error(

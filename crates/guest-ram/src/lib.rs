@@ -33,6 +33,7 @@ pub mod model;
 mod name;
 mod page;
 mod places;
+mod since;
 #[cfg(feature = "fault")]
 mod sync_types;
 mod walk;
@@ -43,7 +44,7 @@ pub use blocks::{Inaccessible, RamBlocks};
 pub use digest::{Digest, DigestOfPieces, DigestStore, PageDigests};
 #[cfg(feature = "vm-memory")]
 pub use dirty::{AtomicBitmapLog, RegionBitmap};
-pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, MergedLog, NeverDirty};
+pub use dirty::{DirtyBitmaps, DirtyLog, DirtyPages, DirtyReader, KeptLog, LogMark, MergedLog, NeverDirty};
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog, KvmRingSize};
 #[cfg(feature = "pagemap")]
@@ -67,4 +68,5 @@ pub use memory::{block_of, blocks_of};
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
 pub use places::Places;
+pub use since::{BasePages, Unwritten};
 pub use walk::{PageRun, Shape, Walk};

@@ -12,6 +12,7 @@
 
 mod cases;
 mod contents;
+mod delta;
 mod engine;
 mod error;
 mod first_instruction;
@@ -41,6 +42,8 @@ enum Verb {
     FirstInstruction(first_instruction::FirstInstructionArgs),
     /// Measure how long a destination of post-copy waits for a page
     Requests(requests::RequestsArgs),
+    /// Measure captures that store only what changed
+    Delta(delta::DeltaArgs),
     /// Be a source: fill RAM, then migrate once for each line of standard input
     #[command(hide = true)]
     Source(engine::SourceArgs),
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::run(&args),
         Verb::FirstInstruction(args) => first_instruction::run(&args),
         Verb::Requests(args) => requests::run(&args),
+        Verb::Delta(args) => delta::run(&args),
         Verb::Source(args) => engine::source(&args),
         Verb::Destination(args) => engine::destination(&args),
     };

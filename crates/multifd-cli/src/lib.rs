@@ -7,6 +7,7 @@
 //!          verbs/send      file ═══ channels ═══▶ QEMU
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/verify    file ─▶ compared with its digests
+//!          verbs/merge     a delta and its bases ─▶ one file
 //!          verbs/ctl       commands to a run of another process, at the socket of its runs/control
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   service (systemd)   output/  progress, and the end as text or JSON
@@ -74,6 +75,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Send(args) => send::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Verify(args) => verbs::verify::run(&args),
+        Verb::Merge(args) => verbs::merge::run(&args),
         Verb::Ctl(args) => ctl::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::DemoDestination(args) => demo::destination(&args),

@@ -2,14 +2,14 @@
 //!
 //! The libraries report what a file is. They know no path and no program, so the command is added here.
 
-use std::{error::Error, fmt};
+use std::{error::Error, fmt, io};
 
 use multifd::error::is_executed;
 use qemu_stream::{
     Error as StreamError,
-    error::{Malformed, Unsupported},
+    error::{BadBase, Malformed, Unsupported},
     format::{Compressor, LibvirtStorage, OtherFormat},
-    mapped_ram::MappedRamFile,
+    mapped_ram::{self, BaseName, ChainFile, FoundFile, StoredMachine},
 };
 
 use crate::{
@@ -19,13 +19,29 @@ use crate::{
 
 impl FileAddress {
     /// Opens the machine at this address for reading.
-    pub(crate) fn open(&self, digests: Digests) -> Result<MappedRamFile, While> {
-        let file = open_regular(self.path()).map_err(|error| self.unreadable(error))?;
-        let opened = match digests {
-            Digests::Compare => MappedRamFile::open(file, self.offset()),
-            Digests::Ignore => MappedRamFile::open_damaged(file, self.offset()),
+    pub(crate) fn open(&self, digests: Digests) -> Result<StoredMachine, While> {
+        self.open_with(digests, |delta, base| FoundFile::beside(delta.path(), base))
+    }
+
+    /// The same; `find` opens the bases of a delta.
+    pub(crate) fn open_with(
+        &self,
+        digests: Digests,
+        find: impl FnMut(&ChainFile, &BaseName) -> io::Result<FoundFile>,
+    ) -> Result<StoredMachine, While> {
+        let found = self.found().map_err(|error| self.unreadable(error))?;
+        let digests = match digests {
+            Digests::Compare => mapped_ram::Digests::Compare,
+            Digests::Ignore => mapped_ram::Digests::Ignore,
         };
+        let opened = StoredMachine::open_with(found, digests, find);
         opened.map_err(|error| self.unreadable(of(error, self)))
+    }
+
+    /// The file, opened for reading.
+    pub(crate) fn found(&self) -> io::Result<FoundFile> {
+        let (path, offset) = (self.path().to_owned(), self.offset());
+        Ok(FoundFile { file: open_regular(&path)?, offset, path })
     }
 }
 
@@ -39,11 +55,29 @@ struct Remedied {
     remedy: Option<String>,
 }
 
+/// What to do about a delta whose base cannot be used.
+fn of_base(why: &BadBase) -> Option<String> {
+    Some(match why {
+        BadBase::Unreadable(_) => {
+            "a base is looked for where it was, seen from the delta; multifd merge BASE DELTA NEW makes a \
+                                   whole file of files that are elsewhere"
+                .to_owned()
+        }
+        BadBase::TooMany(_) => "multifd merge makes one file of several".to_owned(),
+        BadBase::Invalid { source, .. } => match source.downcast_ref() {
+            Some(StreamError::Malformed { what: Malformed::Damaged(_), .. }) => READS_DAMAGED.to_owned(),
+            _ => return None,
+        },
+        _ => return None,
+    })
+}
+
 /// Adds to the error of the file at `address` the command that makes a file that can be read.
 fn of(error: StreamError, address: &FileAddress) -> Remedied {
     let remedy = match &error {
         StreamError::Unsupported { what, .. } => command(what, address),
         StreamError::Malformed { what: Malformed::Damaged(_), .. } => Some(READS_DAMAGED.to_owned()),
+        StreamError::Base { why, .. } => of_base(why),
         _ => None,
     };
     Remedied { error, remedy }

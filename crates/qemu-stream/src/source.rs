@@ -14,7 +14,7 @@ use multifd::{
 use crate::{
     embedder::check_devices,
     format::{BlockList, Configuration, DevicePart, SyncMode},
-    mapped_ram::MappedRamFile,
+    mapped_ram::StoredMachine,
     outgoing::{
         END, MainStream, Options, Outgoing, VERDICT,
         postcopy::{PostcopyOptions, PostcopySource},
@@ -44,7 +44,7 @@ impl SourceOptions {
     }
 
     /// Creates options for the machine in a file. Its block list and devices are sent unchanged. Over two channels.
-    pub fn of_file(file: &MappedRamFile) -> Self {
+    pub fn of_file(file: &StoredMachine) -> Self {
         let options = stream_of(file);
         let mode = file.sync_mode().or(options.chosen_sync_mode());
         let stream = options.sync_mode(mode);
@@ -215,13 +215,13 @@ impl Source {
 
 impl PostcopySource {
     /// Creates the source of the machine in a file, for a guest that runs before its RAM is there. `blocks` are those that
-    /// [`MappedRamFile::ram_blocks`] has made. A page that differs from its digest counts as one that [cannot be
+    /// [`StoredMachine::ram_blocks`] has made. A page that differs from its digest counts as one that [cannot be
     /// read](Self::new).
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn of_file(
-        file: &MappedRamFile,
+        file: &StoredMachine,
         blocks: Arc<RamBlocks>,
         options: PostcopyOptions,
     ) -> Result<Self, crate::error::Usage> {
@@ -230,7 +230,7 @@ impl PostcopySource {
 }
 
 /// The stream of the machine in a file, as it was captured.
-fn stream_of(file: &MappedRamFile) -> Options {
+fn stream_of(file: &StoredMachine) -> Options {
     let options = match file.configuration() {
         Some(configuration) => Options::new(configuration.clone()),
         None => Options::without_configuration(),

@@ -25,7 +25,7 @@ use multifd::{
 };
 use qemu_stream::{
     format::{Configuration, MachineType},
-    mapped_ram::{Capture, CaptureOptions, LazyError, MappedRamFile, Restore},
+    mapped_ram::{Base, Capture, CaptureOptions, LazyError, MappedRamFile, Restore, StoredMachine},
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -75,6 +75,13 @@ impl Guest for Stopped {
 
 /// A file with a machine, with digests.
 fn captured() -> File {
+    let blocks = filled();
+    let file = tempfile::tempfile().expect("a file");
+    capture(&blocks, file.try_clone().expect("a descriptor"), None);
+    file
+}
+
+fn filled() -> Arc<RamBlocks> {
     let blocks = memory();
     for (_, block) in blocks.iter() {
         for page in 0..block.pages() {
@@ -84,16 +91,23 @@ fn captured() -> File {
             }
         }
     }
-    let (file, stop) = (tempfile::tempfile().expect("a file"), Stop::new());
+    blocks
+}
+
+/// Captures what differs from the base, or all.
+fn capture(blocks: &Arc<RamBlocks>, file: File, base: Option<&Base>) {
     let machine = Configuration::new(MachineType::new("my-vmm-1").expect("a name"));
     let options = CaptureOptions::new().digests(true);
-    let written = file.try_clone().expect("a descriptor");
-    let mut capture = Capture::of_guest(written, machine, &blocks, &options).expect("laid out");
-    let mut sender = Sender::new(SendOptions::new().channels(2), blocks, stop).expect("a sender");
+    let mut capture = match base {
+        None => Capture::of_guest(file, machine, blocks, &options),
+        Some(base) => Capture::since(base, file, machine, blocks, &options),
+    }
+    .expect("laid out");
+    let (stop, options) = (Stop::new(), SendOptions::new().channels(2));
+    let mut sender = Sender::new(options, blocks.clone(), stop).expect("a sender");
     sender.set_up_into(capture.blocks().clone()).expect("set up");
     let migration = Migration::new(MigrateOptions::new(), sender).expect("options");
     migration.run(&mut capture, &mut NeverDirty, &mut Stopped).expect("captured");
-    file
 }
 
 fn open(file: &File) -> MappedRamFile {
@@ -102,7 +116,7 @@ fn open(file: &File) -> MappedRamFile {
 
 /// Starts a restore; `None` if this system does not let a process serve page faults.
 fn lazy(
-    machine: &MappedRamFile,
+    machine: &StoredMachine,
     blocks: &Arc<RamBlocks>,
     options: PagerOptions,
 ) -> Option<multifd::ram::Pager> {
@@ -167,6 +181,32 @@ fn a_guest_finds_every_page_of_memory_of_each_kind_while_it_comes() {
         drop(pager);
         assert_all(&blocks);
     }
+}
+
+#[test]
+fn a_guest_finds_every_page_of_a_delta_and_its_base_while_it_comes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let file = |name: &str| {
+        File::create_new(path(name)).and_then(|_| File::options().read(true).write(true).open(path(name)))
+    };
+    let blocks = filled();
+    capture(&blocks, file("base").expect("a file"), None);
+    let ram = blocks.block(blocks.find(b"ram").expect("there")).expect("there");
+    ram.store(PageIndex(77), &[9; 4096]).expect("stored");
+    ram.clear(PageIndex(78));
+    let base = Base::new(&StoredMachine::open(&path("base"), 0).expect("whole"), "base").expect("a base");
+    capture(&blocks, file("delta").expect("a file"), Some(&base));
+
+    let machine = StoredMachine::open(&path("delta"), 0).expect("with its base");
+    let restored = memory();
+    let Some(pager) = lazy(&machine, &restored, PagerOptions::new()) else { return };
+    let of = restored.block(restored.find(b"ram").expect("there")).expect("there");
+    for page in [78, 77, 4095, 0, 1, 79] {
+        assert_eq!(word(of, page), word(ram, page), "page {page}");
+    }
+    pager.finish(LIMIT).expect("all of it");
+    assert!((0..PAGES).all(|page| word(ram, page) == word(of, page)));
 }
 
 #[test]

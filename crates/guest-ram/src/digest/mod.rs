@@ -25,6 +25,13 @@ use groups::Groups;
 
 use crate::{GuestSlice, PageIndex, PageSize};
 
+/// As 32 hexadecimal digits.
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
 /// The digest of some bytes: XXH3 with 128 bits and without a seed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Digest(u128);

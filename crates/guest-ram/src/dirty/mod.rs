@@ -8,12 +8,16 @@
 //! | goes through `vm-memory` | `AtomicBitmapLog` (feature `vm-memory`) |
 //! | several of these | [`MergedLog`] |
 //! | does not run | [`NeverDirty`] |
+//!
+//! A [`KeptLog`] keeps one of them from one capture to the next.
 
 mod bitmaps;
 #[cfg(any(feature = "kvm", feature = "vm-memory"))]
 mod coarse;
+mod kept;
 #[cfg(feature = "kvm")]
 mod kvm;
+mod log_mark;
 mod mark;
 mod merged;
 #[cfg(feature = "pagemap")]
@@ -25,8 +29,10 @@ mod vm_memory;
 use std::io;
 
 pub use bitmaps::{DirtyBitmaps, DirtyReader, NeverDirty};
+pub use kept::KeptLog;
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmDirtyRings, KvmProtect, KvmRingError, KvmRingLog, KvmRingSize};
+pub use log_mark::LogMark;
 pub(crate) use mark::mark;
 pub use merged::MergedLog;
 #[cfg(feature = "pagemap")]
@@ -63,6 +69,24 @@ pub trait DirtyLog {
     /// Puts back bits that were taken, after the migration failed or was cancelled: no destination has these pages.
     /// Also called after an error of [`take`](DirtyLog::take).
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap);
+
+    /// Called when the guest is stopped, all dirty bits were taken, and none is set: everything up to now is in this
+    /// migration. A log that is [kept](KeptLog) returns a mark for the next migration. Default `None`: the log is used for one
+    /// migration.
+    fn mark(&mut self) -> Option<LogMark> {
+        None
+    }
+
+    /// Adds to `into` the pages of `block` that were taken since `mark`. Called after [`begin`](DirtyLog::begin), before the
+    /// first take, if only what was written since the mark is wanted.
+    ///
+    /// # Errors
+    /// If the log does not know this, as by default; the migration then fails.
+    fn since(&mut self, mark: LogMark, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        let _ = (mark, block, into);
+        let why = "the dirty log is not one that was kept since the base was captured (KeptLog)";
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
+    }
 }
 
 /// Pages of one block that a [`DirtyLog`] has found. Pages can be added but not removed: most pages are already present
@@ -103,6 +127,11 @@ impl<'a> DirtyPages<'a> {
         self.0.merge(words);
     }
 
+    /// Adds the pages whose bits are set in word number `word`.
+    pub(crate) fn bits_of_word(&mut self, word: usize, bits: u64) {
+        self.0.merge_at(word, [bits]);
+    }
+
     /// Takes all bits out of `from` and adds their pages.
     ///
     /// # Panics
@@ -129,6 +158,14 @@ impl<L: DirtyLog + ?Sized> DirtyLog for &mut L {
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
         (**self).put_back(block, from);
     }
+
+    fn mark(&mut self) -> Option<LogMark> {
+        (**self).mark()
+    }
+
+    fn since(&mut self, mark: LogMark, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        (**self).since(mark, block, into)
+    }
 }
 
 impl<L: DirtyLog + ?Sized> DirtyLog for Box<L> {
@@ -142,5 +179,13 @@ impl<L: DirtyLog + ?Sized> DirtyLog for Box<L> {
 
     fn put_back(&mut self, block: BlockIndex, from: &PageBitmap) {
         (**self).put_back(block, from);
+    }
+
+    fn mark(&mut self) -> Option<LogMark> {
+        (**self).mark()
+    }
+
+    fn since(&mut self, mark: LogMark, block: BlockIndex, into: &mut DirtyPages<'_>) -> io::Result<()> {
+        (**self).since(mark, block, into)
     }
 }

@@ -14,11 +14,10 @@ use std::{fs::File, io, os::fd::AsRawFd};
 use rustix::io::Errno;
 
 use super::{
-    DirectFile,
+    AlignedBuffer, DirectFile,
     huge::{HUGE, HugeFile},
-    truncated::explained,
 };
-use crate::{BlockOffset, GuestSlice, Memory, PageIndex, Places, RamBlock};
+use crate::{BlockOffset, GuestSlice, Memory, PageIndex, Places, RamBlock, places::Run};
 
 /// The path from one block to the other, shared by all channels.
 #[derive(Debug)]
@@ -54,6 +53,9 @@ impl Transfer {
             return Err(format!("expected pages of {page_size} in the target, found {}", target.page_size()));
         }
         let (start, huge) = match (source.memory(), target.memory()) {
+            (Memory::Mapped(_), Memory::MappedRam(places)) if !places.is_writable() => {
+                return Err("the target is in several files".into());
+            }
             (Memory::Mapped(_), Memory::MappedRam(Places { file, offset, .. })) => {
                 (*offset, HugeFile::of(file, *offset, target.used_length()))
             }
@@ -98,6 +100,9 @@ impl Transfer {
     ) -> Result<(), TransferError> {
         let BlockOffset(start) = source.offset_of(first).expect("a page of the block");
         match (source.memory(), target.memory()) {
+            (Memory::Mapped(_), Memory::MappedRam(Places { since: Some(_), .. })) if !source.may_shrink() => {
+                return differing(source, target, first, count);
+            }
             (Memory::Mapped(_), Memory::MappedRam(Places { file, direct, offset, digests, .. })) => {
                 let slice = source.slice(first, count).expect("pages of the block");
                 if let Some(huge) = &self.huge
@@ -118,23 +123,62 @@ impl Transfer {
                     digests.note_slice(first, slice);
                 }
             }
-            (Memory::MappedRam(Places { file, direct, offset, digests, .. }), Memory::Mapped(_)) => {
-                let slice = target.slice(first, count).expect("pages of the block");
-                let read = all((file, direct.as_deref()), slice, offset + start, read_at);
-                read.map_err(|error| match Errno::from_io_error(&error) {
-                    Some(Errno::FAULT) => TransferError::Write(target.explain_fault(first, count, error)),
-                    _ => TransferError::Read(explained(error)),
-                })?;
-                let differs = digests.as_ref().map(|digests| digests.first_difference_in(first, slice));
-                match differs.transpose().map_err(TransferError::Read)?.flatten() {
-                    None => {}
-                    Some(page) => return Err(TransferError::Read(source.damaged(page))),
+            (Memory::MappedRam(places), Memory::Mapped(_)) => {
+                for Run { of, first, count } in places.runs(first, count) {
+                    match of {
+                        Some(places) => from_file(source, places, target, first, count)?,
+                        None => target.clear_run(first, count),
+                    }
                 }
             }
             _ => panic!("one side is in memory, the other in a file"),
         }
         target.note_written(first, count);
         Ok(())
+    }
+}
+
+/// Copies those pages that differ from the base of the target. They are copied into a buffer first, because the guest may
+/// write to them: what was compared is what is written.
+fn differing(
+    source: &RamBlock,
+    target: &RamBlock,
+    first: PageIndex,
+    count: u64,
+) -> Result<(), TransferError> {
+    let mut slice = source.slice(first, count).expect("pages of the block");
+    let (mut buffer, mut at) = (AlignedBuffer::new(PIECE.min(slice.len())), first);
+    while slice.len() > 0 {
+        let piece = slice.up_to(PIECE.min(slice.len()));
+        let bytes = buffer.get_mut(..piece.len()).expect("a piece fits the buffer");
+        piece.copy_to(bytes);
+        target.store_direct(at, bytes).map_err(TransferError::Write)?;
+        at = PageIndex(at.0 + (bytes.len() / source.page_size().bytes()) as u64);
+        slice = slice.after(piece.len());
+    }
+    Ok(())
+}
+
+/// Copies pages that are in one file.
+fn from_file(
+    source: &RamBlock,
+    places: &Places,
+    target: &RamBlock,
+    first: PageIndex,
+    count: u64,
+) -> Result<(), TransferError> {
+    let Places { file, direct, offset, digests, .. } = places;
+    let BlockOffset(start) = source.offset_of(first).expect("a page of the block");
+    let slice = target.slice(first, count).expect("pages of the block");
+    let read = all((file, direct.as_deref()), slice, offset + start, read_at);
+    read.map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::FAULT) => TransferError::Write(target.explain_fault(first, count, error)),
+        _ => TransferError::Read(places.explain(error)),
+    })?;
+    let differs = digests.as_ref().map(|digests| digests.first_difference_in(first, slice));
+    match differs.transpose().map_err(TransferError::Read)?.flatten() {
+        None => Ok(()),
+        Some(page) => Err(TransferError::Read(source.damaged(places, page))),
     }
 }
 
@@ -194,3 +238,5 @@ fn moved(count: isize, nothing: io::ErrorKind) -> io::Result<usize> {
 /// The distance between two boundaries in bytes. It is a few huge pages, so that no two channels fill the same one, and
 /// the system makes several at once.
 const STRETCH: u64 = 4 * HUGE;
+/// The number of bytes that are compared at once: a multiple of every page size.
+const PIECE: usize = 512 << 10;

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use destination::{DestinationArgs, destination};
 pub(crate) use file::check_file;
+pub(crate) use one_pass::{Stopped, one_pass};
 pub(crate) use source::{SourceArgs, source};
 
 /// A command for a source.

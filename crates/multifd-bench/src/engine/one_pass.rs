@@ -5,14 +5,14 @@ use std::{io, time::Duration};
 use multifd::live::{DeviceInfo, DeviceSection, Guest, MigrateOptions, RunState, ZeroPageDetection};
 
 /// All of RAM at once, regardless of the downtime.
-pub(super) fn one_pass() -> MigrateOptions {
+pub(crate) fn one_pass() -> MigrateOptions {
     MigrateOptions::new()
         .zero_page_detection(ZeroPageDetection::Multifd)
         .downtime_limit(Duration::from_secs(2000))
 }
 
 /// A guest that does not run.
-pub(super) struct Stopped;
+pub(crate) struct Stopped;
 
 impl Guest for Stopped {
     fn devices(&self) -> Vec<DeviceInfo> {

@@ -5,7 +5,7 @@
 
 pub(crate) mod restore;
 
-use qemu_stream::mapped_ram::MappedRamFile;
+use qemu_stream::mapped_ram::StoredMachine;
 use serde::{Deserialize, Serialize};
 
 use crate::output::log::time_of_day;
@@ -101,13 +101,19 @@ impl About {
         lines
     }
 
-    fn encode(&self) -> String {
+    /// The text.
+    pub(crate) fn encode(&self) -> String {
         serde_json::to_string(self).unwrap_or_else(|_| "{}".into())
     }
 
     /// What the file has; nothing if it has none, or other text.
-    pub(crate) fn of(file: &MappedRamFile) -> Self {
-        file.about().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+    pub(crate) fn of(file: &StoredMachine) -> Self {
+        Self::read(file.about())
+    }
+
+    /// What a text has; nothing if it is another text.
+    pub(crate) fn read(text: Option<&str>) -> Self {
+        text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
     }
 }
 

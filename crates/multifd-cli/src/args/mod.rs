@@ -8,6 +8,7 @@ mod ctl;
 mod demo;
 mod inspect;
 mod many;
+mod merge;
 mod postcopy;
 mod receive;
 mod restore;
@@ -23,6 +24,7 @@ pub(crate) use self::{
     ctl::{CtlArgs, CtlCommand, LimitArg},
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
+    merge::MergeArgs,
     postcopy::PostcopyArgs,
     receive::{MissingPagesArg, ReceiveArgs},
     restore::RestoreArgs,
@@ -90,8 +92,14 @@ pub(crate) enum Verb {
     /// Compare a file with the digests in it, and name what is damaged
     ///
     /// `multifd receive` and `multifd capture` store a digest of every page. Prints every place that differs, with block and
-    /// offset. Exit code 0: FILE is intact; 1: it is damaged, or has no digests.
+    /// offset. The bases of a delta are compared, too. Exit code 0: FILE is intact; 1: it is damaged, has no digests, or a base
+    /// cannot be read.
     Verify(VerifyArgs),
+    /// Make a whole file of a delta and its bases
+    ///
+    /// A delta was written with --base. OUT is the file that would have been written without it: QEMU 9.0 and later load it, and
+    /// it needs no base. FILEs are not changed. OUT appears when it is complete and on the disk.
+    Merge(MergeArgs),
     /// Ask a run for its status, cancel it, or change its limits
     ///
     /// For a run of receive, send, capture or restore that was started with --control SOCKET.
@@ -113,6 +121,7 @@ impl Verb {
             Self::Receive(args) => args.output.quiet,
             Self::Send(args) => args.output.quiet,
             Self::Verify(args) => args.output.quiet,
+            Self::Merge(args) => args.output.quiet,
             Self::Inspect(_) | Self::Ctl(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
         }
     }

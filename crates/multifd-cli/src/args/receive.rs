@@ -64,6 +64,10 @@ pub(crate) struct ReceiveArgs {
     /// Replace FILE if it exists; with an offset, replace the data after the offset. WARNING: the old data is lost
     #[arg(long)]
     pub(crate) force: bool,
+    /// Write a delta: only the pages that differ from those in BASE, which is a whole file or a delta: a path, or
+    /// file:PATH,offset=N. FILE then needs BASE, unchanged, at the same place as seen from FILE
+    #[arg(long, value_name = "BASE", value_parser = file_address())]
+    pub(crate) base: Option<FileAddress>,
     /// Text to store in FILE, shown by multifd inspect
     #[arg(long, value_name = "TEXT", value_parser = label)]
     pub(crate) label: Option<String>,
@@ -97,6 +101,7 @@ impl ReceiveArgs {
             ("--control", self.run.control.is_some()),
             ("--accept-timeout", self.accept_timeout().is_some()),
             ("--max-refused", self.max_refused > 0),
+            ("--base", self.base.is_some()),
         ];
         given.into_iter().find_map(|(flag, is_given)| is_given.then_some(flag))
     }

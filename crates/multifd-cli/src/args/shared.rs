@@ -1,6 +1,6 @@
 //! Flags and value parsers that the command lines of several verbs share.
 
-use std::{str::FromStr, time::Duration};
+use std::{num::NonZero, str::FromStr, time::Duration};
 
 use clap::{
     Args as ClapArgs, ValueEnum,
@@ -132,6 +132,11 @@ pub(super) fn number<T: TryFrom<u64>>(
             _ => format!("expected a whole number from {least} to {most}, found {text:?}"),
         })
     }
+}
+
+/// Parses a number of threads.
+pub(super) fn threads(text: &str) -> Result<NonZero<u8>, String> {
+    number::<u8>(1, 255)(text).map(|number| NonZero::new(number).unwrap_or(NonZero::<u8>::MIN))
 }
 
 /// Parses a time, in seconds if it has no unit.

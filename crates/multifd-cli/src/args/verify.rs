@@ -4,7 +4,7 @@ use std::num::NonZero;
 
 use clap::Args as ClapArgs;
 
-use super::shared::{OutputArgs, file_address, number};
+use super::shared::{OutputArgs, file_address, threads};
 use crate::file_address::FileAddress;
 
 #[derive(Debug, ClapArgs)]
@@ -23,8 +23,4 @@ pub(crate) struct VerifyArgs {
     /// File to verify: a path, or file:PATH,offset=N
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
-}
-
-fn threads(text: &str) -> Result<NonZero<u8>, String> {
-    number::<u8>(1, 255)(text).map(|number| NonZero::new(number).unwrap_or(NonZero::<u8>::MIN))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use indicatif::BinaryBytes;
 use multifd::wire::VmUuid;
-use qemu_stream::mapped_ram::MappedRamFile;
+use qemu_stream::mapped_ram::StoredMachine;
 use serde_json::{Value, json};
 
 use super::connection::{Qmp, QmpError};
@@ -58,7 +58,7 @@ impl Machine {
     }
 
     /// What differs from the machine in the file, one text for each difference; empty if nothing is known to differ.
-    pub(crate) fn differences(&self, file: &MappedRamFile) -> Vec<String> {
+    pub(crate) fn differences(&self, file: &StoredMachine) -> Vec<String> {
         let mut found = Vec::new();
         let stored = file.configuration().map(|configuration| configuration.machine.to_string());
         if let (Some(here), Some(there)) = (&stored, &self.machine_type)

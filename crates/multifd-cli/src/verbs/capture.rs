@@ -67,7 +67,7 @@ fn capture(args: &CaptureArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
         );
     }
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file };
-    let capture = Capture::create(&args.file, args.force, &direct_io)?;
+    let capture = Capture::create(&args.file, args.force, &direct_io, args.base.as_ref())?;
     let meeting = Meeting::arrange(&qmp, Listens::Here, args.listen.as_ref())?;
     let settings = Settings::of(&mut qmp)?;
     let known = known(args, &mut qmp, &was)?;

@@ -19,7 +19,7 @@ use multifd::{
 };
 use qemu_stream::{
     format::BlockEntry,
-    mapped_ram::{MappedRamFile, ReadPath},
+    mapped_ram::{ReadPath, StoredMachine},
 };
 use rustix::{fs::copy_file_range, io::Errno};
 
@@ -36,12 +36,13 @@ use crate::{
 /// Writes the block named `name` to `out`, or to standard output if `out` is `-`.
 pub(crate) fn run(
     address: &FileAddress,
-    file: &MappedRamFile,
+    file: &StoredMachine,
     name: &OsStr,
     out: &Path,
     force: bool,
 ) -> Result<(), Failure> {
-    let found = file.blocks().iter().zip(file.places()).find(|((_, entry), _)| is_named(entry, name));
+    let newest = file.newest();
+    let found = file.blocks().iter().zip(newest.places()).find(|((_, entry), _)| is_named(entry, name));
     let Some(((index, _), place)) = found else { return Err(unknown(address, file, name).into()) };
     if place.is_ignored() {
         let doing = format!("cannot extract block {} of {address}", shown(name));
@@ -55,8 +56,10 @@ pub(crate) fn run(
     let stop = Stop::new();
     let page_size = place.page_size.bytes() as u64;
     let blocks = file.ram_blocks(|_, _| ReadPath::Cached).map_err(|error| address.unreadable(error))?;
-    let compared = blocks.get(index).filter(|_| file.has_digests());
-    let block = Block { file: file.file(), at: place.pages_offset, compared, stop: &stop };
+    // What is in several files is read page by page, too.
+    let is_compared = file.has_digests() || file.files().len() > 1;
+    let compared = blocks.get(index).filter(|_| is_compared);
+    let block = Block { file: newest.file(), at: place.pages_offset, compared, stop: &stop };
     if out == Path::new("-") {
         // Nothing would be left behind, so an interrupt may end the process.
         let mut out = outlet::bytes().map_err(|error| failed(error.into()))?;
@@ -92,7 +95,7 @@ fn is_named(entry: &BlockEntry, name: &OsStr) -> bool {
     entry.name.as_bytes() == name.as_bytes() || *entry.name.to_string() == *name
 }
 
-fn unknown(address: &FileAddress, file: &MappedRamFile, name: &OsStr) -> While {
+fn unknown(address: &FileAddress, file: &StoredMachine, name: &OsStr) -> While {
     let names: Vec<String> = file.blocks().entries().iter().map(|entry| entry.name.to_string()).collect();
     let why = format!("expected one of {}, found {}", names.join(", "), shown(name));
     While::new(format!("no such block in {address}"), why)

@@ -14,7 +14,7 @@ use multifd::{
     live::Status,
 };
 use qemu_stream::{
-    mapped_ram::MappedRamFile,
+    mapped_ram::StoredMachine,
     outgoing::postcopy::{
         GuestAt, PostcopyControl, PostcopyError, PostcopyInfo, PostcopyOptions, PostcopyProgress,
         PostcopySource,
@@ -66,7 +66,7 @@ impl Running<'_> {
     pub(super) fn run(
         &self,
         mut source: PostcopySource,
-        file: &MappedRamFile,
+        file: &StoredMachine,
         connector: Arc<dyn Connect>,
         mut again: impl FnMut() -> Result<Arc<dyn Connect>, Failure>,
     ) -> Result<PostcopyInfo, Failure> {
@@ -139,7 +139,7 @@ impl Running<'_> {
     pub(super) fn report(
         &self,
         info: &PostcopyInfo,
-        file: &MappedRamFile,
+        file: &StoredMachine,
         done: &str,
     ) -> Result<(), Failure> {
         let page_size = file.blocks().page_size().bytes() as u64;

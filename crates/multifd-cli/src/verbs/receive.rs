@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use indicatif::HumanCount;
 use multifd::{
     Error, Fault, ReceiveOptions,
     channel::{Listener, Stop},
@@ -27,7 +28,7 @@ use super::{
 use crate::{
     about::About,
     args::{MissingPagesArg, OutputArgs, ProgressArg, ReceiveArgs},
-    capture::{Capture, Channels},
+    capture::{Capture, Channels, Complete},
     combinations,
     direct_io::DirectIo,
     file_address::FileAddress,
@@ -47,8 +48,7 @@ use crate::{
 struct Received {
     numbers: Numbers,
     return_path: bool,
-    /// Shared blocks, whose memory was not sent.
-    ignored: Vec<BlockName>,
+    complete: Complete,
     /// Why the source, which waits for it, did not get the confirmation.
     untold: Option<Error>,
 }
@@ -76,7 +76,7 @@ fn receive(
 ) -> Result<(), Failure> {
     let credentials = tls::credentials(args)?;
     let direct_io = DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: file };
-    let capture = Capture::create(file, args.force, &direct_io)?;
+    let capture = Capture::create(file, args.force, &direct_io, args.base.as_ref())?;
     let listener = Listener::bind(&listen.address)
         .map_err(|error| While::new(format!("cannot listen at {}", args.listen), error))?;
     let address = match &args.listen {
@@ -186,7 +186,13 @@ impl Stored {
                  memory is unchanged"
             )
         };
-        self.received.ignored.iter().map(warning).collect()
+        self.received.complete.ignored.iter().map(warning).collect()
+    }
+
+    /// How much of a delta differs from its base.
+    fn differing(&self) -> Option<String> {
+        let (pages, all) = self.received.complete.differing?;
+        Some(format!("{} of {} pages differ from the base", HumanCount(pages), HumanCount(all)))
     }
 }
 
@@ -277,6 +283,7 @@ impl<'a> Reception<'a> {
             print_json(report)?;
         } else if !self.output.quiet {
             say_lines(&report.lines(&format!("{done} {}", self.into)));
+            say_lines(&stored.differing().into_iter().collect::<Vec<_>>());
             say_lines(&stored.warnings());
         }
         Ok(())
@@ -300,15 +307,15 @@ impl<'a> Reception<'a> {
             let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, about, stop);
             let announced =
                 pending.loaded().configuration.as_ref().and_then(|configuration| configuration.uuid);
-            let named = kept.and_then(|ignored| {
-                (self.before_confirmation)(channels.uuid.or(announced)).map(|()| ignored)
+            let named = kept.and_then(|complete| {
+                (self.before_confirmation)(channels.uuid.or(announced)).map(|()| complete)
             });
             named.map_err(|error| {
                 Error::other("all data was received, but the file cannot be completed", error)
             })
         });
-        let ignored = match kept {
-            Ok(ignored) => ignored,
+        let complete = match kept {
+            Ok(complete) => complete,
             Err(error) => {
                 (self.before_refusal)(&error);
                 return Err(pending.refuse(error));
@@ -318,7 +325,7 @@ impl<'a> Reception<'a> {
         let mut received = Received {
             numbers: Numbers::of(&shown.progress),
             return_path: pending.loaded().return_path,
-            ignored,
+            complete,
             untold: None,
         };
         match pending.confirm() {

@@ -16,7 +16,7 @@ use multifd::{
     wire::VmUuid,
 };
 use qemu_stream::{
-    mapped_ram::MappedRamFile,
+    mapped_ram::StoredMachine,
     outgoing::postcopy::PostcopySource,
     source::{Source, SourceOptions},
 };
@@ -112,7 +112,7 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
 /// Restores a guest that runs before its RAM is there, or continues that.
 fn restore_running(
     args: &RestoreArgs,
-    file: &MappedRamFile,
+    file: &StoredMachine,
     mut qmp: Qmp,
     stop: &Stop,
     run: &Run,
@@ -200,7 +200,7 @@ fn interrupted(qmp: &mut Qmp) -> Result<(), Failure> {
 }
 
 /// Refuses a machine that differs from the file, because QEMU would refuse it later, with the reason in its log only.
-fn compare(args: &RestoreArgs, machine: &Machine, file: &MappedRamFile) -> Result<(), Failure> {
+fn compare(args: &RestoreArgs, machine: &Machine, file: &StoredMachine) -> Result<(), Failure> {
     let mut differences = machine.differences(file);
     let stored = file.configuration().and_then(|configuration| configuration.uuid);
     if let Some(stored) = stored

@@ -14,7 +14,7 @@ use multifd::{
 };
 use qemu_stream::{
     format::SyncMode,
-    mapped_ram::{MappedRamFile, ReadPath},
+    mapped_ram::{ReadPath, StoredMachine},
     outgoing::postcopy::PostcopySource,
     source::{Source, SourceOptions},
 };
@@ -85,7 +85,7 @@ fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) ->
 /// Sends a guest that runs before its RAM is there.
 fn send_running(
     args: &SendArgs,
-    file: &MappedRamFile,
+    file: &StoredMachine,
     connector: Arc<dyn Connect>,
     stop: &Stop,
     run: &Run,
@@ -230,14 +230,14 @@ fn not_taken(error: &Error) -> &'static str {
 }
 
 /// Whether a page of the file differs from its digest.
-fn is_of_damage(error: &Error) -> bool {
+pub(super) fn is_of_damage(error: &Error) -> bool {
     let Error::Io { source, .. } = error.kind() else { return false };
     let cause = source.get_ref().and_then(|cause| cause.downcast_ref());
     matches!(cause, Some(ram::Error::Damaged { .. }))
 }
 
 /// What both sides must have in common for the destination to accept data.
-fn compare(args: &SendArgs, file: &MappedRamFile) -> String {
+fn compare(args: &SendArgs, file: &StoredMachine) -> String {
     let channels = match args.multifd_channels {
         0 => "multifd off".to_owned(),
         channels => format!("multifd-channels {channels}"),
@@ -254,13 +254,13 @@ fn compare(args: &SendArgs, file: &MappedRamFile) -> String {
 }
 
 /// The UUID that the channels send. [`NIL`](VmUuid::NIL) is that of a QEMU without `-uuid`.
-fn uuid(args: &SendArgs, file: &MappedRamFile) -> VmUuid {
+fn uuid(args: &SendArgs, file: &StoredMachine) -> VmUuid {
     args.uuid.or(file.configuration().and_then(|known| known.uuid)).unwrap_or(VmUuid::NIL)
 }
 
 /// Reports, before anything is sent, that the channels will send no UUID: each QEMU compares it with its own, and ends if it
 /// is another one.
-fn note_missing_uuid(args: &SendArgs, file: &MappedRamFile) {
+fn note_missing_uuid(args: &SendArgs, file: &StoredMachine) {
     if args.output.quiet || args.multifd_channels == 0 || !uuid(args, file).is_nil() {
         return;
     }
@@ -272,7 +272,7 @@ fn note_missing_uuid(args: &SendArgs, file: &MappedRamFile) {
 }
 
 /// Whether the file was received over channels, which have the UUID of the source: then the source had none.
-fn is_known(file: &MappedRamFile) -> bool {
+fn is_known(file: &StoredMachine) -> bool {
     file.sync_mode().is_some()
 }
 
@@ -280,7 +280,7 @@ const NO_UUID: &str = "A destination that was started with -uuid, as libvirt sta
                        its process ends. For such a destination give the UUID: --uuid UUID";
 
 /// How zero pages are sent so that every possible destination of this machine understands them.
-pub(super) fn understood(file: &MappedRamFile) -> ZeroPageDetection {
+pub(super) fn understood(file: &StoredMachine) -> ZeroPageDetection {
     match file.configuration().and_then(|configuration| configuration.machine.has_zero_pages_on_main()) {
         // No QEMU before 9.0 knows the type, and every later one understands the entries.
         Some(false) => ZeroPageDetection::Multifd,
@@ -300,13 +300,13 @@ impl Reading<'_> {
     /// The file's blocks. Channels send from a mapping, with system calls only. If pages must be read into this process
     /// (over main, for compression or encryption, or with direct I/O), they are read from the file, which another process
     /// may be truncating.
-    pub(super) fn blocks(&self, file: &MappedRamFile) -> Result<RamBlocks, Failure> {
+    pub(super) fn blocks(&self, file: &StoredMachine) -> Result<RamBlocks, Failure> {
         let over_main = self.channels == 0;
         let direct = if over_main {
             self.direct_io.without_channels();
             None
         } else {
-            self.direct_io.open(file.file())
+            file.files().first().and_then(|newest| self.direct_io.open(newest.file()))
         };
         let reads = over_main || direct.is_some() || self.packs;
         let blocks = file.ram_blocks(|entry, place| match &direct {
@@ -322,7 +322,7 @@ impl Reading<'_> {
 }
 
 /// The options for the machine in the file, as its destination expects it.
-fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
+fn source_options(args: &SendArgs, file: &StoredMachine) -> SourceOptions {
     let send =
         args.compression.apply(SendOptions::new().uuid(uuid(args, file))).zero_copy_send(args.zero_copy_send);
     let options = SourceOptions::of_file(file)
@@ -343,16 +343,19 @@ fn source_options(args: &SendArgs, file: &MappedRamFile) -> SourceOptions {
     }
 }
 
-/// A guest in a file. It does not run, unless another process writes to the file.
+/// A guest in a file, or in several. It does not run, unless another process writes to a file.
 pub(super) struct AtRest {
-    file: File,
-    identity: Identity,
+    files: Vec<(File, Identity)>,
 }
 
 impl AtRest {
-    pub(super) fn of(file: &MappedRamFile) -> io::Result<Self> {
-        let file = file.file().try_clone()?;
-        Ok(Self { identity: Identity::of(&file.metadata()?), file })
+    pub(super) fn of(file: &StoredMachine) -> io::Result<Self> {
+        let files = file.files().iter().map(|file| {
+            let file = file.file().try_clone()?;
+            let identity = Identity::of(&file.metadata()?);
+            Ok((file, identity))
+        });
+        Ok(Self { files: files.collect::<io::Result<_>>()? })
     }
 }
 
@@ -366,13 +369,15 @@ impl Guest for AtRest {
     /// All pages were sent. A file that ends inside a page is detected only here: the rest of that page reads as zeros
     /// in the mapping.
     fn stop(&mut self) -> io::Result<()> {
-        if Identity::of(&self.file.metadata()?) == self.identity {
-            return Ok(());
+        for (file, identity) in &self.files {
+            if Identity::of(&file.metadata()?) != *identity {
+                return Err(io::Error::other(
+                    "the file was changed while it was sent, so the transferred guest is inconsistent: copy the file, and \
+                     send a copy that no program changes",
+                ));
+            }
         }
-        Err(io::Error::other(
-            "the file was changed while it was sent, so the transferred guest is inconsistent: copy the file, and send \
-             a copy that no program changes",
-        ))
+        Ok(())
     }
     fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
         Ok(Vec::new())

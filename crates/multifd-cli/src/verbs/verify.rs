@@ -4,28 +4,25 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::fd::AsRawFd,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
     time::Instant,
 };
 
 use indicatif::{BinaryBytes, HumanCount};
 use multifd::channel::Stop;
-use qemu_stream::mapped_ram::{MappedRamFile, Verification, Verify};
+use qemu_stream::mapped_ram::{ChainFile, Damage, StoredMachine, Verification, Verify};
 use serde::Serialize;
 
+use super::reading::Reading;
 use crate::{
     args::VerifyArgs,
     file_address::Digests,
     interrupt,
     output::{
-        display::{Display, Shown},
+        display::Display,
         outcome::{Failure, While},
-        outlet::{print_json, print_lines, say},
-        progress::Look,
-        report::{Ram, Report, millis, rate},
+        outlet::{print_json, print_lines, say, shown},
+        report::{millis, rate},
     },
 };
 
@@ -38,12 +35,15 @@ struct Outcome {
     page_size: u64,
     pages: u64,
     damaged_pages: u64,
+    files: usize,
     damage: Vec<Run>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Run {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
     block: String,
     offset: u64,
     length: u64,
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let read = Arc::new(AtomicU64::new(0));
     let display = {
         let total = present(&file).map_err(|error| args.file.unreadable(error))?;
-        let shown = Reading { read: read.clone(), total, start };
+        let shown = Reading { read: read.clone(), total, start, status: "verifying" };
         Display::start("verify", args.output.progress(), Arc::new(shown))
     };
     let verify = Verify::new(&file).threads(args.threads).direct_io(args.direct_io);
@@ -85,21 +85,24 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     }
 }
 
-/// The number of bytes of present pages.
-fn present(file: &MappedRamFile) -> Result<u64, qemu_stream::Error> {
+/// The number of bytes of pages in all files.
+fn present(file: &StoredMachine) -> Result<u64, qemu_stream::Error> {
     let page_size = file.blocks().page_size().bytes() as u64;
-    file.blocks().iter().map(|(index, _)| Ok(file.bitmap(index)?.count() * page_size)).sum()
+    let bytes_of = |file: &ChainFile| -> Result<u64, qemu_stream::Error> {
+        file.blocks().iter().map(|(index, _)| Ok(file.bitmap(index)?.count() * page_size)).sum()
+    };
+    file.files().iter().map(bytes_of).sum()
 }
 
 fn add(
     args: &VerifyArgs,
-    file: &MappedRamFile,
+    file: &StoredMachine,
     verify: &Verify<'_>,
     read: &AtomicU64,
     stop: &Stop,
 ) -> Result<(), Failure> {
     let failed = |error: io::Error| While::new(format!("cannot write {}", args.file), error);
-    let writable = writable(file.file()).map_err(failed)?;
+    let writable = writable(file.newest().file()).map_err(failed)?;
     let added = verify.add(&writable, None, read, stop);
     added.map_err(|error| {
         if error.is_cancelled() {
@@ -116,14 +119,20 @@ fn writable(file: &File) -> io::Result<File> {
 
 fn report(
     args: &VerifyArgs,
-    file: &MappedRamFile,
+    file: &StoredMachine,
     found: &Verification,
     start: Instant,
 ) -> Result<(), Failure> {
     let page_size = file.blocks().page_size().bytes() as u64;
     let time = start.elapsed();
+    // The only file is known.
+    let name_of = |run: &Damage| {
+        let file = file.files().get(run.file).filter(|_| file.files().len() > 1)?;
+        Some(shown(file.path()))
+    };
     if args.output.json {
         let damage = found.damage.iter().map(|run| Run {
+            file: name_of(run),
             block: run.block.to_string(),
             offset: run.offset.0,
             length: run.length,
@@ -136,12 +145,14 @@ fn report(
             page_size,
             pages: found.pages,
             damaged_pages: found.damaged_pages,
+            files: file.files().len(),
             damage: damage.collect(),
         })?;
     } else {
         let lines = found.damage.iter().map(|run| {
+            let file = name_of(run).map(|file| format!("{file}: ")).unwrap_or_default();
             format!(
-                "damaged: block {:?}, offset {:#x}, {} (file offset {:#x}): {}",
+                "damaged: {file}block {:?}, offset {:#x}, {} (file offset {:#x}): {}",
                 run.block,
                 run.offset.0,
                 BinaryBytes(run.length),
@@ -164,8 +175,12 @@ fn report(
     }
     if !args.output.quiet && !args.output.json {
         let bytes = found.pages * page_size;
+        let bases = match file.files().len() {
+            1 => String::new(),
+            files => format!(" with its bases, {files} files"),
+        };
         say(&format!(
-            "{} is intact: {} pages ({}) in {:.1} s, {}/s",
+            "{}{bases} is intact: {} pages ({}) in {:.1} s, {}/s",
             args.file,
             HumanCount(found.pages),
             BinaryBytes(bytes),
@@ -174,35 +189,4 @@ fn report(
         ));
     }
     Ok(())
-}
-
-/// What the display shows.
-struct Reading {
-    read: Arc<AtomicU64>,
-    total: u64,
-    start: Instant,
-}
-
-impl Shown for Reading {
-    fn look(&self) -> Look {
-        let done = self.read.load(Ordering::Relaxed);
-        let time = self.start.elapsed();
-        let left = self.total.saturating_sub(done);
-        // A second shows how fast it is.
-        let to_go = (time.as_secs() > 0).then(|| rate(done, time)).filter(|rate| *rate > 0);
-        let to_go = to_go.map(|rate| std::time::Duration::from_secs(left / rate));
-        let check = "the disk does not answer";
-        Look { done, total: self.total, transferred: done, to_go, check, ..Look::default() }
-    }
-
-    fn report(&self) -> Report {
-        let (time, done) = (self.start.elapsed(), self.read.load(Ordering::Relaxed));
-        let ram = Ram {
-            total: self.total,
-            transferred: done,
-            remaining: Some(self.total.saturating_sub(done)),
-            ..Ram::default()
-        };
-        Report { status: "verifying", total_time: millis(time), ram, ..Report::default() }
-    }
 }

@@ -415,7 +415,7 @@ pub(crate) fn captured(folder: &TempDir, bytes: u64) -> PathBuf {
     let words = usize::try_from(place.bitmap_words()).expect("small");
     let memory: Vec<u8> =
         (1..=bytes / PAGE as u64).flat_map(|page| [page.to_be_bytes(); PAGE / 8].concat()).collect();
-    let tail = Tail { switchover_start: true, devices: &devices, about: None };
+    let tail = Tail { switchover_start: true, devices: &devices, about: None, base: None };
     let written = layout.write(&file, &tail, |_, _| vec![u64::MAX; words]);
     written.expect("write the file");
     file.write_all_at(&memory, place.pages_offset).expect("write the pages");

@@ -16,7 +16,7 @@ use crate::{
     channel::Watch,
     error::{Error, Fault, Result, Usage},
     outcome::{Callback, NotConverged, Percent, Status},
-    ram::{BlockIndex, DirtyLog, DirtyPages, PageBitmap, RamBlock},
+    ram::{BlockIndex, DirtyLog, DirtyPages, LogMark, PageBitmap, RamBlock},
     send::{Sender, Synced},
 };
 
@@ -134,7 +134,25 @@ impl<'a> Driver<'a> {
         let begun = self.call(Callback::DirtyLogBegin, |driver| driver.log.begin(blocks));
         begun.map_err(|error| {
             Error::other("begin to read the dirty log (DirtyLog::begin)", error).because(Fault::DirtyLog)
-        })
+        })?;
+        self.main.since().map_or(Ok(()), |mark| self.only_since(mark))
+    }
+
+    /// The other side has everything up to `mark`: the first pass sends what was written since.
+    fn only_since(&mut self, mark: LogMark) -> Result<()> {
+        for (index, block) in self.plan.blocks.iter() {
+            let written = PageBitmap::new(block.pages());
+            let pages = &mut DirtyPages::new(&written);
+            let known = self.call(Callback::DirtyLogTake, |driver| driver.log.since(mark, index, pages));
+            known.map_err(|error| {
+                let doing = "find what was written since the base was captured (DirtyLog::since)";
+                Error::other(doing, error).because(Fault::DirtyLog)
+            })?;
+            if let Some(pending) = self.pending.get_mut(index.0).filter(|_| !block.is_ignored()) {
+                *pending = written;
+            }
+        }
+        Ok(())
     }
 
     /// Calls a callback of the embedder and records its name while it runs.
@@ -248,6 +266,9 @@ impl<'a> Driver<'a> {
         self.bitmap_sync(None)?;
         self.pass(Pass::Final, &mut Pace::new(Bandwidth::default()))?;
         self.nothing_written()?;
+        if let Some(mark) = self.call(Callback::DirtyLogTake, |driver| driver.log.mark()) {
+            self.main.marked(mark);
+        }
         self.main.ready()?;
         self.main.end_ram(synced(&mut self.sender)?)?;
         if let Some(sender) = &mut self.sender {

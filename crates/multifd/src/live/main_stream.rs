@@ -7,7 +7,7 @@ use crate::{
     Synced,
     channel::{Stop, Wake},
     error::{Error, Result},
-    ram::{BlockIndex, PageIndex, RamBlocks},
+    ram::{BlockIndex, LogMark, PageIndex, RamBlocks},
 };
 
 /// A pass over RAM.
@@ -46,6 +46,16 @@ pub trait Main {
     /// # Errors
     /// If a name cannot be sent, or the destination does not accept as much.
     fn expect(&mut self, devices: &[DeviceInfo]) -> Result<()>;
+    /// What the other side has already: everything up to this mark of the dirty log. Then only pages that were written since
+    /// are sent. The log must know the mark. Called after [`expect`](Main::expect). Default `None`: nothing.
+    fn since(&self) -> Option<LogMark> {
+        None
+    }
+    /// The mark of a log that is [kept](crate::ram::KeptLog): everything up to it was sent. Called before
+    /// [`ready`](Main::ready). If the migration fails, the mark is not valid. Default: it is ignored.
+    fn marked(&mut self, mark: LogMark) {
+        let _ = mark;
+    }
     /// Opens the stream. The stream should send the number of channels to the destination, if it can. The channels
     /// connect now, and main's bytes may arrive before they do. 0 is a migration without channels.
     ///

@@ -3,6 +3,7 @@
 //! An error that bytes caused names the stream, and the offset in it at which the field begins. The cause of an error is in
 //! `source()`, not in its text.
 
+mod base;
 mod unsupported;
 mod usage;
 
@@ -15,6 +16,7 @@ use multifd::{
     ram::{BlockName, BlockOffset},
 };
 
+pub use base::BadBase;
 pub use unsupported::Unsupported;
 pub use usage::Usage;
 
@@ -105,6 +107,17 @@ pub enum Error {
         /// What was expected there.
         expected: &'static str,
     },
+    /// The base of a delta cannot be used.
+    #[error("the base {base:?} of {of:?} cannot be used")]
+    Base {
+        /// The path of the delta; may be empty.
+        of: UntrustedText,
+        /// The path of the base, as the delta has it.
+        base: UntrustedText,
+        /// Why it cannot be used.
+        #[source]
+        why: Box<BadBase>,
+    },
     /// The caller asked for something that is not possible.
     #[error("{0}")]
     Usage(#[from] Usage),
@@ -135,6 +148,7 @@ impl Error {
     pub fn fault(&self) -> Fault {
         match self {
             Self::Malformed { .. } | Self::Violation { .. } | Self::Unsupported { .. } => Fault::Protocol,
+            Self::Base { why, .. } => why.fault(),
             Self::DestinationFailed { .. } => Fault::Peer,
             Self::Cut { .. } | Self::NoShut { .. } | Self::CutBeforeShut { .. } | Self::SourceGone { .. } => {
                 Fault::Connection

@@ -14,6 +14,12 @@ pub enum Unsupported {
     /// Another version of the stream.
     #[error("stream version {0}: expected 3")]
     Version(u32),
+    /// A delta where a whole machine is expected.
+    #[error(
+        "it is a delta, which has only the pages that differ from its base: it must be opened together with its base, or be \
+         merged with it"
+    )]
+    Delta,
     /// A subsection of the configuration whose length is unknown.
     #[error("configuration subsection \"{0}\" is unknown and cannot be skipped")]
     Subsection(SectionName),

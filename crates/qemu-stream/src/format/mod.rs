@@ -36,6 +36,7 @@ pub(crate) use blocks::ListReader;
 pub use blocks::{BlockEntry, BlockList};
 pub use command::{Command, PageSizes};
 pub use configuration::{Configuration, decode_header, encode_header};
+pub(crate) use configuration::{DELTA_VERSION, decode_header_of_file};
 pub(crate) use device_part::Package;
 pub use device_part::{
     Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, LiveSection, Misfit,

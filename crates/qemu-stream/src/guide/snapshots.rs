@@ -39,6 +39,66 @@
 //! - [`SendOptions::channels`](multifd::SendOptions::channels). Compression and `zero-copy-send` are for connections only and
 //!   are refused, because each page has a fixed place in the file.
 //!
+//! # Only what changed
+//!
+//! A *delta* has the pages that differ from an earlier file, its base. [`Capture::since`] writes it. With a [`Base`] alone, all memory
+//! is compared with the base. With a dirty log that is kept from one capture to the next ([`KeptLog`]), only what was written since is
+//! read. Writes that the log does not know are lost, so it must be active all the time: it owns the log of the machine.
+//!
+//! ```standalone_crate
+//! # #![allow(dead_code, unused_imports)]
+//! use std::{fs::File, path::Path, sync::Arc};
+//!
+//! use multifd::{SendOptions, Sender, channel::Stop, live::{Guest, MigrateOptions, Migration}, ram::{DirtyLog, KeptLog}};
+//! use qemu_stream::{
+//!     format::{Configuration, MachineType},
+//!     mapped_ram::{Base, Capture, CaptureOptions, Captured, Restore, StoredMachine},
+//! };
+//! # mod machine { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/guide/code/machine.rs")); }
+//! # use machine::Machine;
+//! # type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+//!
+//! /// Captures the machine; with a base only what differs from it.
+//! fn night(machine: &mut Machine, log: &mut impl DirtyLog, base: Option<&Base>, path: &Path) -> Result<Captured> {
+//!     let file = File::options().read(true).write(true).create_new(true).open(path)?;
+//!     let configuration = Configuration::new(MachineType::new("my-vmm-1")?);
+//!     let (blocks, options) = (machine.blocks.clone(), CaptureOptions::new().durable(true));
+//!     let mut capture = match base {
+//!         None => Capture::of_guest(file, configuration, &blocks, &options)?,
+//!         Some(base) => Capture::since(base, file, configuration, &blocks, &options)?,
+//!     };
+//!     let mut sender = Sender::new(SendOptions::new().channels(2), blocks, Stop::new())?;
+//!     sender.set_up_into(capture.blocks().clone())?;
+//!     Migration::new(MigrateOptions::new(), sender)?.run(&mut capture, log, machine)?;
+//!     Ok(*capture.captured().ok_or("durable captures have digests")?)
+//! }
+//!
+//! fn main() -> Result<()> {
+//!     # use multifd::ram::{BlockName, Mapping, Memory, PageSize, RamBlock, RamBlocks};
+//!     # let memory = Memory::Mapped(Mapping::anonymous(1 << 20)?);
+//!     # let block = RamBlock::new(BlockName::new("ram").ok_or("a name")?, 1 << 20, PageSize::KIB_4, memory)?;
+//!     # let mut machine = Machine::new(Arc::new(RamBlocks::new(vec![block])?), 0);
+//!     # let folder = std::env::temp_dir().join(format!("multifd-guide-delta-{}", std::process::id()));
+//!     # std::fs::create_dir_all(&folder)?;
+//!     let (sunday, monday) = (folder.join("sunday"), folder.join("monday"));
+//!     let mut log = KeptLog::new(machine.writes.reader()?); // for the life of the machine
+//!     let captured = night(&mut machine, &mut log, None, &sunday)?;
+//!     machine.run();
+//!     let base = Base::new(&StoredMachine::open(&sunday, 0)?, "sunday")?; // its path from the folder of the delta
+//!     night(&mut machine, &mut log, Some(&base.with_log(&captured)?), &monday)?;
+//!
+//!     let stored = StoredMachine::open(&monday, 0)?; // and its bases
+//!     let blocks = Arc::new(stored.blocks().in_new_memory()?);
+//!     Restore::new(&stored).run(&blocks, &Stop::new())?;
+//!     # std::fs::remove_dir_all(&folder)?;
+//!     assert!(Machine::new(blocks, machine.count).is_whole());
+//!     Ok(())
+//! }
+//! ```
+//!
+//! A log that was not kept since the base was captured is refused: of another machine, started again, or read by another capture
+//! since. A capture that fails loses nothing. [`Merge`](crate::mapped_ram::Merge) makes a whole file of a chain.
+//!
 //! # What can go wrong
 //!
 //! If the disk is full, the file is not writable, or the capture is cancelled,
@@ -51,6 +111,9 @@
 //! [`Restore`](crate::mapped_ram::Restore) also reads a file of QEMU; only QEMU can interpret the devices in it.
 //! [`Capture::of_machine`] writes such a machine to a file again, with its devices unchanged.
 //!
+//! [`Base`]: crate::mapped_ram::Base
+//! [`Capture::since`]: crate::mapped_ram::Capture::since
+//! [`KeptLog`]: multifd::ram::KeptLog
 //! [`Sender`]: multifd::Sender
 //! [`set_up_into`]: multifd::Sender::set_up_into
 //! [`Capture`]: crate::mapped_ram::Capture

@@ -12,16 +12,20 @@
 //! than the remaining space or because it is lowered. Then the write fails and the guest continues: `SIGXFSZ` is
 //! blocked in the thread that writes while it writes.
 
-use std::{fs::File, io, sync::Arc};
+use std::{fs::File, sync::Arc};
 
 use multifd::{
     Error, Result, Synced,
     channel::{Stop, Wake},
     live::{DeviceInfo, DeviceSection, Main, Pass, RunState, Verdict},
-    ram::{BlockIndex, DirectFile, PageIndex, RamBlock, RamBlocks, file_size_limit, with_file_size_errors},
+    ram::{BlockIndex, LogMark, PageIndex, RamBlock, RamBlocks, with_file_size_errors},
 };
 
-use super::{Layout, MappedRamFile, Shape, Tail};
+use super::{
+    Base, Captured, Layout, Shape, StoredMachine, Tail,
+    access::{direct, within_limit},
+    appendix::Written,
+};
 use crate::{
     embedder::{check_devices, devices_of, list_of},
     error::Usage,
@@ -70,7 +74,7 @@ impl CaptureOptions {
     }
 
     /// What is recorded about the capture behind the machine, as JSON, at most 1 MiB: for
-    /// [`MappedRamFile::about`]. Default nothing.
+    /// [`StoredMachine::about`]. Default nothing.
     pub fn about(mut self, text: impl Into<String>) -> Self {
         self.about = Some(text.into());
         self
@@ -101,11 +105,15 @@ pub struct Capture {
     durable: bool,
     about: Option<String>,
     bytes: u64,
+    base: Option<Base>,
+    /// The state of the dirty log that is in the file.
+    mark: Option<LogMark>,
+    captured: Option<Captured>,
 }
 
 /// The contents of the file besides RAM.
 #[derive(Debug)]
-struct Machine {
+pub(super) struct Machine {
     configuration: Option<Configuration>,
     list: BlockList,
     section: SectionId,
@@ -131,28 +139,37 @@ impl Capture {
         blocks: &RamBlocks,
         options: &CaptureOptions,
     ) -> Result<Self> {
-        if !configuration.machine.has_footers() {
-            let machine = configuration.machine;
-            let error = Usage::Machine {
-                machine,
-                why: "has no configuration, so it cannot have capability mapped-ram",
-            };
-            return Err(Error::other("create the layout of the file", error));
-        }
-        let list = list_of(blocks).map_err(|error| Error::other("list the blocks", error))?;
-        let ignored = blocks.iter().filter(|(_, block)| block.is_ignored()).map(|(index, _)| index).collect();
-        let machine = Machine {
-            list,
-            section: SectionId(1),
-            ignored,
-            sync_mode: None,
-            switchover_start: configuration.machine.has_switchover_start(),
-            footers: true,
-            configuration: Some(configuration),
-            devices: None,
-            replayed: false,
-        };
-        Self::begin_at(file, machine, options)
+        let machine = Machine::of_guest(configuration, blocks)?;
+        Self::begin_at(file, machine, options, None)
+    }
+
+    /// Creates a capture of a running machine that stores only the pages that differ from `base`: a *delta*. Like
+    /// [`of_guest`](Self::of_guest) otherwise. It always has digests. No reader takes it for a whole machine;
+    /// [`StoredMachine::open`] opens it with its bases, and [`Merge`](super::Merge) makes a whole machine of them.
+    ///
+    /// Without a dirty log that was kept, all memory is read and compared. With one ([`Base::with_log`]), only what was written
+    /// since the base was captured is read; the migration must then be run with that [`KeptLog`](multifd::ram::KeptLog).
+    ///
+    /// # Errors
+    /// As [`of_guest`](Self::of_guest); also if `file` is a file of the base, which would be lost, or if the pages of the base
+    /// have another size.
+    pub fn since(
+        base: &Base,
+        file: File,
+        configuration: Configuration,
+        blocks: &RamBlocks,
+        options: &CaptureOptions,
+    ) -> Result<Self> {
+        let refused = |error| Error::other("capture what differs from the base", error);
+        base.check_beside(&file).map_err(refused)?;
+        let machine = Machine::of_guest(configuration, blocks)?;
+        Self::begin_at(file, machine, options, Some(base.clone()))
+    }
+
+    /// What was captured, as the [base](Base::with_log) of the next capture; `None` before the file is complete, and for a
+    /// file without [digests](CaptureOptions::digests).
+    pub fn captured(&self) -> Option<&Captured> {
+        self.captured.as_ref()
     }
 
     /// Creates a capture of a machine that was [restored](super::Restore) from another file, including changes to its
@@ -161,24 +178,11 @@ impl Capture {
     ///
     /// # Errors
     /// As [`of_guest`](Self::of_guest).
-    pub fn of_machine(file: File, machine: &MappedRamFile, options: &CaptureOptions) -> Result<Self> {
-        let ignored =
-            |(index, _)| machine.place(index).is_some_and(super::BlockPlace::is_ignored).then_some(index);
-        let machine = Machine {
-            configuration: machine.configuration().cloned(),
-            list: machine.blocks().clone(),
-            section: machine.section(),
-            ignored: machine.blocks().iter().filter_map(ignored).collect(),
-            sync_mode: machine.sync_mode(),
-            switchover_start: machine.switchover_start(),
-            footers: machine.devices().has_footers(),
-            devices: Some(machine.devices().clone()),
-            replayed: true,
-        };
-        Self::begin_at(file, machine, options)
+    pub fn of_machine(file: File, machine: &StoredMachine, options: &CaptureOptions) -> Result<Self> {
+        Self::begin_at(file, Machine::stored(machine), options, None)
     }
 
-    fn begin_at(file: File, machine: Machine, options: &CaptureOptions) -> Result<Self> {
+    fn begin_at(file: File, machine: Machine, options: &CaptureOptions, base: Option<Base>) -> Result<Self> {
         let &CaptureOptions { offset, direct_io, durable, digests, .. } = options;
         let layout = machine.layout(offset)?;
         let end = layout.tail_offset();
@@ -189,14 +193,18 @@ impl Capture {
             .map_err(|error| Error::io(format!("extend the file to {end:#x} bytes"), error))?;
         let direct = if direct_io.unwrap_or(durable) { direct(&file) } else { None };
         let file = Arc::new(file);
-        let blocks = if digests.unwrap_or(durable) {
+        let blocks = if let Some(base) = &base {
+            layout.ram_blocks_since(&file, direct.as_ref(), base)
+        } else if digests.unwrap_or(durable) {
             layout.ram_blocks_with_digests(&file, direct.as_ref())
         } else {
             layout.ram_blocks(&file, direct.as_ref())
         };
         let blocks = Arc::new(blocks?);
         let order = blocks.iter().map(|(index, _)| index).collect();
-        Ok(Self { file, blocks, machine, order, offset, durable, about: options.about.clone(), bytes: 0 })
+        let about = options.about.clone();
+        let (mark, captured) = (None, None);
+        Ok(Self { file, blocks, machine, order, offset, durable, about, bytes: 0, base, mark, captured })
     }
 
     /// The blocks in the file, into which a [`Sender`](multifd::Sender) is [set up](multifd::Sender::set_up_into).
@@ -213,24 +221,69 @@ impl Capture {
         Ok(self.blocks.block(self.order.get(block.0).copied().unwrap_or(block))?)
     }
 
-    fn write(&self) -> Result<u64> {
+    fn write(&mut self) -> Result<u64> {
         let layout = self.machine.layout(self.offset)?;
         let Some(devices) = &self.machine.devices else {
             return Err(Error::other("complete the file", "the guest has not been stopped"));
         };
-        let tail =
-            Tail { switchover_start: self.machine.switchover_start, devices, about: self.about.as_deref() };
-        let written = layout.write_around(&self.file, &self.blocks, &tail);
-        let end = written.map_err(|error| Error::other("complete the file", error))?;
+        let tail = Tail {
+            switchover_start: self.machine.switchover_start,
+            devices,
+            about: self.about.as_deref(),
+            base: self.base.as_ref().map(Base::name),
+        };
+        let written = layout.write_with_root(&self.file, &self.blocks, &tail);
+        let Written { end, root } = written.map_err(|error| Error::other("complete the file", error))?;
         if self.durable {
             self.file.sync_all().map_err(|error| Error::io("write the file to the disk", error))?;
         }
+        self.captured = root.map(|root| Captured { root, mark: self.mark });
         Ok(end)
     }
 }
 
 impl Machine {
-    fn layout(&self, offset: u64) -> Result<Layout> {
+    /// The machine of other files, unchanged.
+    pub(super) fn stored(machine: &StoredMachine) -> Self {
+        let ignored = |(index, _)| machine.is_ignored(index).then_some(index);
+        Self {
+            configuration: machine.configuration().cloned(),
+            list: machine.blocks().clone(),
+            section: machine.section(),
+            ignored: machine.blocks().iter().filter_map(ignored).collect(),
+            sync_mode: machine.sync_mode(),
+            switchover_start: machine.switchover_start(),
+            footers: machine.devices().has_footers(),
+            devices: Some(machine.devices().clone()),
+            replayed: true,
+        }
+    }
+
+    fn of_guest(configuration: Configuration, blocks: &RamBlocks) -> Result<Self> {
+        if !configuration.machine.has_footers() {
+            let machine = configuration.machine;
+            let error = Usage::Machine {
+                machine,
+                why: "has no configuration, so it cannot have capability mapped-ram",
+            };
+            return Err(Error::other("create the layout of the file", error));
+        }
+        let list = list_of(blocks).map_err(|error| Error::other("list the blocks", error))?;
+        let ignored = blocks.iter().filter(|(_, block)| block.is_ignored()).map(|(index, _)| index).collect();
+        Ok(Self {
+            list,
+            section: SectionId(1),
+            ignored,
+            sync_mode: None,
+            switchover_start: configuration.machine.has_switchover_start(),
+            footers: true,
+            configuration: Some(configuration),
+            devices: None,
+            replayed: false,
+        })
+    }
+
+    pub(super) fn layout(&self, offset: u64) -> Result<Layout> {
         let shape = Shape {
             configuration: self.configuration.as_ref(),
             section: self.section,
@@ -251,6 +304,14 @@ impl Main for Capture {
         let page_size = self.blocks.page_size().bytes();
         let checked = check_devices(devices, page_size, self.machine.section);
         checked.map_err(|error| Error::other("list the devices", error))
+    }
+
+    fn since(&self) -> Option<LogMark> {
+        self.base.as_ref()?.mark()
+    }
+
+    fn marked(&mut self, mark: LogMark) {
+        self.mark = Some(mark);
     }
 
     fn begin(&mut self, _channels: u8) -> Result<()> {
@@ -343,18 +404,4 @@ impl Main for Capture {
     fn send_waker(&self) -> Option<Arc<dyn Wake>> {
         None
     }
-}
-
-/// Refuses a size that `RLIMIT_FSIZE` does not allow.
-fn within_limit(size: u64) -> Result<(), Usage> {
-    match file_size_limit() {
-        Some(limit) if size > limit => Err(Usage::FileSize { limit, size }),
-        _ => Ok(()),
-    }
-}
-
-/// Direct I/O for the file, if it is supported.
-pub(super) fn direct(file: &File) -> Option<Arc<DirectFile>> {
-    let told = |error: io::Error| tracing::warn!(%error, "direct-io: pages go through the page cache");
-    DirectFile::of(file).map_err(told).ok().map(Arc::new)
 }

@@ -42,11 +42,11 @@ pub enum LazyError {
 
 impl Restore<'_> {
     /// Restores into `blocks` while the guest runs: the guest may be started at once, out of the file's
-    /// [devices](super::MappedRamFile::devices). Each page is loaded when it is first accessed, or before that. Keep the
+    /// [devices](super::StoredMachine::devices). Each page is loaded when it is first accessed, or before that. Keep the
     /// [`Pager`] until [`Pager::finish`] has returned: it waits until everything is there. The options of this restore are not
     /// used; pages are read through the page cache.
     ///
-    /// The blocks are mapped ones with the file's [names and lengths](super::MappedRamFile::blocks), in any order, and their memory is
+    /// The blocks are mapped ones with the file's [names and lengths](super::StoredMachine::blocks), in any order, and their memory is
     /// zero: newly mapped, private, of a memory file, or of huge pages. Blocks that were left out of the file are
     /// [ignored](RamBlock::ignored) ones here, too.
     ///

@@ -32,7 +32,7 @@
 //! let layout = Layout::new(&machine, &blocks, SectionId(1), 0)?;
 //! let page_7 = layout.places()[0].page_offset(PageIndex(7)).ok_or("outside")?;
 //! file.write_all_at(&[42; 4096], page_7)?;
-//! let tail = Tail { switchover_start: true, devices: &devices, about: None };
+//! let tail = Tail { switchover_start: true, devices: &devices, about: None, base: None };
 //! layout.write(&file, &tail, |_, _| vec![1 << 7, 0, 0, 0])?;
 //!
 //! let read = MappedRamFile::open(file, 0)?;
@@ -46,23 +46,34 @@
 
 mod access;
 mod appendix;
+mod base;
 mod capture;
+mod chain;
 mod file;
 mod header;
+mod holes;
 mod layout;
 #[cfg(feature = "fault")]
 mod lazy;
+mod machine;
+mod merge;
 mod note;
+mod pieces;
 mod restore;
 mod verify;
 
 use multifd::ram::{PageIndex, PageSize};
 
+pub use appendix::BaseName;
+pub use base::{Base, Captured};
 pub use capture::{Capture, CaptureOptions};
-pub use file::{MappedRamFile, ReadPath};
+pub use chain::{Digests, FoundFile};
+pub use file::ChainFile;
 pub use layout::{Layout, Shape, Tail};
 #[cfg(feature = "fault")]
 pub use lazy::LazyError;
+pub use machine::{MappedRamFile, ReadPath, StoredMachine};
+pub use merge::Merge;
 pub use restore::Restore;
 pub use verify::{Damage, Verification, Verify};
 

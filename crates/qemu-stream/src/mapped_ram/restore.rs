@@ -5,7 +5,7 @@
 //!       └── devices ──▶ the code that builds the machine
 //! ```
 //!
-//! [`MappedRamFile::open`] has checked the file. Pages go directly from it to their places in memory. The restore fails
+//! [`StoredMachine::open`] has checked the files. Pages go directly from it to their places in memory. The restore fails
 //! if the file is changed in the meantime or the disk cannot be read; the memory then contains no complete machine.
 
 use std::sync::Arc;
@@ -16,20 +16,20 @@ use multifd::{
     ram::{Access, PageBitmap, RamBlocks, runs},
 };
 
-use super::{MappedRamFile, ReadPath, capture::direct};
+use super::{ReadPath, StoredMachine, access::direct};
 
 /// Loads a machine from its file.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Restore<'a> {
-    pub(super) machine: &'a MappedRamFile,
+    pub(super) machine: &'a StoredMachine,
     channels: u8,
     direct_io: bool,
 }
 
 impl<'a> Restore<'a> {
     /// Creates a restore of this machine with two channels, through the page cache.
-    pub fn new(machine: &'a MappedRamFile) -> Self {
+    pub fn new(machine: &'a StoredMachine) -> Self {
         Self { machine, channels: 2, direct_io: false }
     }
 
@@ -47,8 +47,8 @@ impl<'a> Restore<'a> {
         self
     }
 
-    /// Loads all RAM into `blocks`, mapped blocks with the file's [names and lengths](MappedRamFile::blocks), in any
-    /// order. Returns the counters of each channel. The devices are [the file's](MappedRamFile::devices). `stop` cannot
+    /// Loads all RAM into `blocks`, mapped blocks with the file's [names and lengths](StoredMachine::blocks), in any
+    /// order. Returns the counters of each channel. The devices are [the file's](StoredMachine::devices). `stop` cannot
     /// be used again.
     ///
     /// Pages that the file does not have are made zero, also in memory with other contents. Pages that are known to be
@@ -65,7 +65,7 @@ impl<'a> Restore<'a> {
     }
 
     fn load(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
-        let direct = if self.direct_io { direct(self.machine.file()) } else { None };
+        let direct = if self.direct_io { direct(self.machine.newest().file()) } else { None };
         let source =
             self.machine.ram_blocks(|_, _| direct.clone().map_or(ReadPath::Cached, ReadPath::Direct))?;
         let source = Arc::new(source);

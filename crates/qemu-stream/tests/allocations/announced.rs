@@ -113,7 +113,12 @@ fn terabytes_that_are_announced_and_do_not_come_cost_neither_memory_nor_disk() {
         .left_out(LeftOut::Pages);
         let loaded = Incoming::new(Source(Cursor::new(stream()))).run(&mut loader).expect("loaded");
         let blocks = loader.finish(&loaded).expect("the rest is zero");
-        let tail = Tail { switchover_start: loaded.switchover_start, devices: &loaded.devices, about: None };
+        let tail = Tail {
+            switchover_start: loaded.switchover_start,
+            devices: &loaded.devices,
+            about: None,
+            base: None,
+        };
         layout.expect("made").write_around(&received, &blocks, &tail).expect("written");
     });
     let on_disk = received.metadata().expect("its size").blocks() * 512;
@@ -142,7 +147,7 @@ fn terabytes_that_are_announced_and_do_not_come_cost_neither_memory_nor_disk() {
     bounded("write with the caller's bitmap", || {
         let layout = Layout::new(&configuration(), &list(), SectionId(1), 0).expect("a layout");
         let present = opened.bitmap(BlockIndex(0)).expect("read");
-        let tail = Tail { switchover_start: true, devices: &devices(), about: None };
+        let tail = Tail { switchover_start: true, devices: &devices(), about: None, base: None };
         layout.write(&copy, &tail, |_, _| present.words()).expect("written");
     });
 }

@@ -1,6 +1,8 @@
 //! Tests of the two drivers together, and with hostile streams.
 
 #[cfg(test)]
+mod chains;
+#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod extremes;

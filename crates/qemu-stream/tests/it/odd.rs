@@ -245,9 +245,11 @@ fn shape(configuration: Option<&Configuration>) -> Shape<'_> {
 fn kept(shape: &Shape<'_>, blocks: &BlockList, devices: &DevicePart) -> Result<MappedRamFile, Error> {
     let file = tempfile::tempfile().unwrap();
     let layout = Layout::of(shape, blocks)?;
-    layout.write(&file, &Tail { switchover_start: false, devices, about: None }, |_, place| {
-        vec![0; usize::try_from(place.bitmap_words()).unwrap()]
-    })?;
+    layout.write(
+        &file,
+        &Tail { switchover_start: false, devices, about: None, base: None },
+        |_, place| vec![0; usize::try_from(place.bitmap_words()).unwrap()],
+    )?;
     MappedRamFile::open(file, shape.offset)
 }
 

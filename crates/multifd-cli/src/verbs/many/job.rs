@@ -141,7 +141,7 @@ impl Receives<'_> {
             about: &|peer| About::received(peer, self.args.label.as_ref()),
             ..Reception::into(&dir, format!("job {}", self.number), output)
         };
-        let capture = match Capture::create(&hidden, false, &direct_io) {
+        let capture = match Capture::create(&hidden, false, &direct_io, None) {
             Ok(capture) => capture,
             Err(error) => {
                 let (peer, progress) = (arrival.peer().to_owned(), arrival.progress());

@@ -1,6 +1,7 @@
 //! Real QEMUs at both ends, the program between them.
 
 mod architectures;
+mod chains;
 mod compression;
 mod differing;
 mod direct_io;

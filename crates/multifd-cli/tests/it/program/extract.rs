@@ -126,7 +126,7 @@ fn block_whose_memory_is_shared_is_refused_with_the_reason() {
     let layout = Layout::of(&shape, &blocks).unwrap();
     let devices = DevicePart::build(&[], 4096, SectionId(2)).unwrap();
     let written = fs::File::create_new(&file).unwrap();
-    let tail = Tail { switchover_start: true, devices: &devices, about: None };
+    let tail = Tail { switchover_start: true, devices: &devices, about: None, base: None };
     layout.write(&written, &tail, |_, _| vec![0; 4]).unwrap();
     for to in [&out, Path::new("-")] {
         let ended = extract(&[], "ram", &file, to);

@@ -38,7 +38,7 @@ fn sparse(folder: &TempDir) -> Option<PathBuf> {
         return None;
     }
     let devices = DevicePart::build(&[], 4096, SectionId(2)).expect("devices");
-    let tail = Tail { switchover_start: true, devices: &devices, about: None };
+    let tail = Tail { switchover_start: true, devices: &devices, about: None, base: None };
     let words = layout.places()[0].bitmap_words();
     let words = usize::try_from(words).expect("the words are counted in memory");
     let present = |word: usize| if word == 1 << 20 { 1 } else { 0 };

@@ -2,6 +2,7 @@
 //! left.
 
 mod broken_off;
+mod chains;
 mod containers;
 mod control;
 mod crowd;

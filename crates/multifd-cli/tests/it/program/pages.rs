@@ -40,7 +40,7 @@ fn write(at: &Path, page_size: PageSize) {
     let cpu = Device { name, instance: 0, version: 22, state: vec![9; 700] };
     let devices = DevicePart::build(&[cpu], 4096, SectionId(2)).expect("devices");
     let file = File::create_new(at).expect("a new file");
-    let tail = Tail { switchover_start: false, devices: &devices, about: None };
+    let tail = Tail { switchover_start: false, devices: &devices, about: None, base: None };
     let written = layout.write(&file, &tail, |index, _| match index {
         BlockIndex(0) => vec![0x6db6_db6d_b6db_6db6, 0xb6db_6db6_db6d_b6db, 0x1b],
         _ => vec![0b10],

@@ -92,6 +92,7 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "metrics",
         "no-verify",
         "label",
+        "base",
         "control",
         "dir",
         "name",

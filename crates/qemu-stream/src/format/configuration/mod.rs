@@ -14,6 +14,8 @@ use crate::error::{Error, Malformed, Unsupported, Violation};
 
 const MAGIC: u32 = 0x5145_564d;
 const VERSION: u32 = 3;
+/// The version of a delta, which no other reader may take for a machine: "mfD", 1.
+pub(crate) const DELTA_VERSION: u32 = 0x6d66_4401;
 const CONFIGURATION: u8 = 0x07;
 const SUBSECTION: u8 = 0x05;
 const SUBSECTION_VERSION: u32 = 1;
@@ -162,6 +164,19 @@ pub fn encode_header(configuration: Option<&Configuration>, out: &mut Vec<u8>) {
 /// # Errors
 /// If the stream is not QEMU's, has another version, or the configuration is refused.
 pub fn decode_header<R: Read>(r: &mut Reader<R>) -> Result<Option<Configuration>, Error> {
+    match decode_header_of_file(r)? {
+        (false, configuration) => Ok(configuration),
+        (true, _) => Err(Unsupported::Delta.at(r.place())),
+    }
+}
+
+/// Decodes the header of a file; `true` if it is a delta.
+///
+/// # Errors
+/// As [`decode_header`].
+pub(crate) fn decode_header_of_file<R: Read>(
+    r: &mut Reader<R>,
+) -> Result<(bool, Option<Configuration>), Error> {
     let other = other_format(r)?;
     let magic = r.u32("magic")?;
     if magic != MAGIC {
@@ -171,13 +186,16 @@ pub fn decode_header<R: Read>(r: &mut Reader<R>) -> Result<Option<Configuration>
         });
     }
     let version = r.u32("version")?;
-    if version != VERSION {
-        return Err(Unsupported::Version(version).at(r.place()));
-    }
-    match r.peek()? {
-        Some(CONFIGURATION) => Configuration::decode(r).map(Some),
-        _ => Ok(None),
-    }
+    let is_delta = match version {
+        VERSION => false,
+        DELTA_VERSION => true,
+        _ => return Err(Unsupported::Version(version).at(r.place())),
+    };
+    let configuration = match r.peek()? {
+        Some(CONFIGURATION) => Some(Configuration::decode(r)?),
+        _ => None,
+    };
+    Ok((is_delta, configuration))
 }
 
 /// The format of a stream that is not QEMU's. Waits for the rest of a head only if its beginning is known.

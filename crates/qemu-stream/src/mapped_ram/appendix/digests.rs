@@ -39,6 +39,8 @@ const MOST: usize = 1 << 30;
 /// The digests of a file.
 #[derive(Debug)]
 pub(in crate::mapped_ram) struct FileDigests {
+    /// The digest of all that follows here, and so of all digests.
+    digest: Digest,
     frame: Digest,
     blocks: Vec<Arc<[Group]>>,
 }
@@ -102,7 +104,12 @@ impl FileDigests {
         if at != start + length {
             return Err(mismatch("length of the digests of pages", at - start, length));
         }
-        Ok(Self { frame, blocks: of_blocks })
+        Ok(Self { digest: groups.digest, frame, blocks: of_blocks })
+    }
+
+    /// The digest of all digests.
+    pub(super) fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// The digests of a block's pages, which are read when needed.

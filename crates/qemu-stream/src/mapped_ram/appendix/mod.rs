@@ -9,12 +9,14 @@
 //!         kind 1: about the capture, JSON
 //!         kind 2: digests of groups, see `digests`
 //!         kind 3: digests of pages; its own digest is zero, because kind 2 has them group by group
+//!         kind 4: the base of a delta, see `base`
 //! mark    0 u64 bytes of the stream | 8 u64 bytes of the appendix | 16 "mfd-tend" | 24
 //! ```
 //!
 //! The header is at the end of the machine. The end mark shows where that is in a file whose machine has no description, or a
 //! guest's data that looks like one. Records of other kinds are skipped.
 
+mod base;
 mod digests;
 mod record;
 mod write;
@@ -23,12 +25,13 @@ use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use multifd::ram::Digest;
 
+pub use base::BaseName;
 pub(super) use digests::FileDigests;
-pub(super) use write::{Digested, write};
+pub(super) use write::{Digested, Written, write};
 
 use record::{
-    ABOUT, Body, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, OF_HEADER, PAGES, RECORD, VERSION, array, check,
-    fields, place,
+    ABOUT, BASE, Body, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, OF_HEADER, PAGES, RECORD, VERSION, array,
+    check, fields, place,
 };
 
 use super::BlockPlace;
@@ -41,6 +44,8 @@ pub(super) struct Appendix {
     pub(super) length: u64,
     pub(super) about: Option<String>,
     pub(super) digests: Option<FileDigests>,
+    /// The base, if the file is a delta.
+    pub(super) base: Option<BaseName>,
 }
 
 /// The end of the stream that begins at `offset`, by the end mark of its file.
@@ -87,7 +92,7 @@ impl Appendix {
             let field = "length of the appendix";
             return Err(Malformed::TooLong { field: field.into(), max: room, found: bytes }.at(place(end)));
         }
-        let mut found = Self { length: bytes, about: None, digests: None };
+        let mut found = Self { length: bytes, about: None, digests: None, base: None };
         let (mut at, last) = (end + HEADER as u64, end + bytes - MARK as u64);
         let (mut groups, mut pages) = (None, None);
         for _ in 0..records {
@@ -107,6 +112,7 @@ impl Appendix {
                 Ok(ABOUT) => found.about = Some(record.text()?),
                 Ok(GROUPS) => groups = Some(record),
                 Ok(PAGES) => pages = Some((start, body)),
+                Ok(BASE) => found.base = Some(BaseName::read(&record)?),
                 _ => {}
             }
             at = start + body;
@@ -115,6 +121,20 @@ impl Appendix {
             found.digests = Some(FileDigests::read(&groups, pages, places)?);
         }
         Ok(Some(found))
+    }
+
+    /// What identifies the machine: a digest of everything that is read of the file, and of its bases. `None` without
+    /// digests.
+    pub(super) fn root(&self) -> Option<Digest> {
+        Some(root(self.digests.as_ref()?.digest(), self.base.as_ref()))
+    }
+}
+
+/// The root of a file with these digests of groups and this base.
+fn root(groups: Digest, base: Option<&BaseName>) -> Digest {
+    match base {
+        None => groups,
+        Some(base) => Digest::of(&[groups.to_bytes(), base.root.to_bytes()].concat()),
     }
 }
 

@@ -18,6 +18,7 @@ pub(super) const MARK: usize = 24;
 pub(super) const ABOUT: u32 = 1;
 pub(super) const GROUPS: u32 = 2;
 pub(super) const PAGES: u32 = 3;
+pub(super) const BASE: u32 = 4;
 pub(super) const OF_HEADER: &str = "header of the appendix";
 /// The greatest length of the text about a capture, in bytes.
 pub(super) const MOST_ABOUT: usize = 1 << 20;

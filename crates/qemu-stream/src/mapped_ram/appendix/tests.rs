@@ -40,7 +40,7 @@ fn written(about: Option<&str>) -> (Arc<File>, Layout) {
     store(&ram, 0, 9, &[4; PAGE]);
     ram.block(BlockIndex(0)).unwrap().clear(PageIndex(9));
     store(&ram, 1, 2, &[5; PAGE]);
-    let tail = Tail { switchover_start: true, devices: &devices(), about };
+    let tail = Tail { switchover_start: true, devices: &devices(), about, base: None };
     let end = layout.write_around(&file, &ram, &tail).unwrap();
     assert_eq!(end, file.metadata().unwrap().len());
     (file, layout)
@@ -211,7 +211,7 @@ fn digests_that_are_a_hole_take_no_memory() {
 fn text_of_more_than_a_mebibyte_is_refused() {
     let (file, layout) = written(None);
     let about = "x".repeat(MOST_ABOUT + 1);
-    let tail = Tail { switchover_start: true, devices: &devices(), about: Some(&about) };
+    let tail = Tail { switchover_start: true, devices: &devices(), about: Some(&about), base: None };
     let ram = layout.ram_blocks(&file, None).unwrap();
     assert!(layout.write_around(&file, &ram, &tail).is_err());
 }
@@ -230,7 +230,7 @@ proptest! {
     #[test]
     fn any_header_and_records_are_refused_or_read(
         fields in proptest::collection::vec(any::<u64>(), 4), at in 0_usize..4, small in 0_u64..200,
-        bodies in proptest::collection::vec((0_u32..5, proptest::collection::vec(any::<u8>(), 0..100)), 0..5),
+        bodies in proptest::collection::vec((0_u32..6, proptest::collection::vec(any::<u8>(), 0..100)), 0..5),
     ) {
         let (file, _) = written(None);
         let end = open(&file).unwrap().stream().end;

@@ -5,8 +5,12 @@ use std::{fs::File, ops::Range};
 use multifd::ram::{Digest, Memory, PageDigests, PageIndex, RamBlock, RamBlocks, with_file_size_errors};
 
 use super::{
+    BaseName,
     digests::{ALGORITHM, GROUP, GROUP_PAGES, frame, groups_of},
-    record::{ABOUT, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION, unread},
+    record::{
+        ABOUT, BASE, END_MAGIC, GROUPS, HEADER, MAGIC, MARK, MOST_ABOUT, PAGES, RECORD, VERSION, unread,
+    },
+    root,
 };
 use crate::{
     error::{Error, Usage},
@@ -35,22 +39,28 @@ impl<'a> Digested<'a> {
 }
 
 /// Writes an appendix after the stream, if there is something to write, and returns where the file ends then. The header
-/// comes last: without it, the file has no appendix.
+/// comes last: without it, the file has no appendix. A delta names its base.
 pub(in crate::mapped_ram) fn write(
     file: &File,
     stream: Range<u64>,
     places: &[BlockPlace],
     digested: Option<&Digested<'_>>,
     about: Option<&str>,
-) -> Result<u64, Error> {
+    base: Option<&BaseName>,
+) -> Result<Written, Error> {
+    if base.is_some() && digested.is_none() {
+        let why = "a delta, and so its blocks must have digests".to_owned();
+        return Err(Usage::Value { what: "file", why }.into());
+    }
     if about.is_none() && digested.is_none() {
-        return Ok(stream.end);
+        return Ok(Written { end: stream.end, root: None });
     }
     if let Some(about) = about.filter(|about| about.len() > MOST_ABOUT) {
         let why = format!("{:#x} bytes; expected at most {MOST_ABOUT:#x}", about.len());
         return Err(Usage::Value { what: "text about the capture", why }.into());
     }
     let mut records = Records { file, at: stream.end + HEADER as u64, count: 0 };
+    let mut found = None;
     if let Some(about) = about {
         records.add(ABOUT, about.as_bytes())?;
     }
@@ -79,6 +89,10 @@ pub(in crate::mapped_ram) fn write(
         records.head(start, PAGES, length, Digest::default())?;
         records.at = start + length;
         records.add(GROUPS, &groups)?;
+        found = Some(root(Digest::of(&groups), base));
+    }
+    if let Some(base) = base {
+        records.add(BASE, &base.encode()?)?;
     }
     let mut mark = Vec::with_capacity(MARK);
     let (length, bytes) = (stream.end - stream.start, records.at + MARK as u64 - stream.end);
@@ -98,7 +112,15 @@ pub(in crate::mapped_ram) fn write(
     let end = stream.end + bytes;
     with_file_size_errors(|| file.set_len(end))
         .map_err(|source| io_error(source, end, "truncate the file"))?;
-    Ok(end)
+    Ok(Written { end, root: found })
+}
+
+/// What was written.
+pub(in crate::mapped_ram) struct Written {
+    /// Where the file ends.
+    pub(in crate::mapped_ram) end: u64,
+    /// What identifies the machine, if it has digests.
+    pub(in crate::mapped_ram) root: Option<Digest>,
 }
 
 /// Writes records one after the other.

@@ -1,4 +1,4 @@
-//! Reads a mapped-ram file: everything but the pages, which are read from their places later.
+//! Reads one mapped-ram file, a whole machine or a delta: everything but the pages, which are read from their places later.
 //!
 //! The file may be ours or QEMU's and is untrusted until it is checked: every place that it names must lie in it and
 //! after the one before, so that no two overlap. Bytes after the end of the machine are ignored, as QEMU does. A file
@@ -12,19 +12,18 @@ use std::{
     io::{self, Read},
     ops::Range,
     os::unix::fs::FileExt,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use multifd::ram::{
-    BlockIndex, BlockName, DirectFile, Memory, PageBitmap, PageDigests, PageSize, Places, RamBlock, RamBlocks,
-};
+use multifd::ram::{BlockIndex, BlockName, Digest, PageBitmap, PageDigests, PageSize};
 
 use devices::Devices;
 
 use super::{
     BITMAP_PIECE, BlockPlace, WORD,
     access::io_error,
-    appendix::{Appendix, FileDigests, marked_end},
+    appendix::{Appendix, BaseName, FileDigests, marked_end},
     header::BlockHeader,
     note::Note,
 };
@@ -32,15 +31,16 @@ use crate::{
     error::{Error, Malformed, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
         BlockEntry, BlockList, Command, Configuration, CurrentBlock, DevicePart, EarlyPart, ListReader,
-        Reader, Record, Section, SectionId, SyncMode, decode_footer, decode_header, footer_follows,
+        Reader, Record, Section, SectionId, SyncMode, decode_footer, decode_header_of_file, footer_follows,
     },
     refuse,
 };
 
-/// A complete mapped-ram file.
+/// One file of a machine: a whole machine, or a delta. Its bitmaps say which pages *this file* has.
 #[derive(Debug)]
-pub struct MappedRamFile {
+pub struct ChainFile {
     file: Arc<File>,
+    path: PathBuf,
     configuration: Option<Configuration>,
     section: SectionId,
     blocks: BlockList,
@@ -51,33 +51,59 @@ pub struct MappedRamFile {
     trailing: u64,
     /// Where the stream begins and ends.
     stream: Range<u64>,
+    is_delta: bool,
+    /// Whether pages that are read are compared with their digests.
+    compares: bool,
     appendix: Option<Appendix>,
 }
 
-impl MappedRamFile {
-    /// Reads the file whose stream begins at `offset`, and checks everything but the pages. If the file has digests, they
-    /// must fit; each page is compared with its digest when it is read.
-    ///
-    /// # Errors
-    /// If it is not a mapped-ram file, incomplete, hostile, damaged, or the system cannot read it.
-    pub fn open(file: File, offset: u64) -> Result<Self, Error> {
-        let mut machine = Self::open_damaged(file, offset)?;
-        let Self { file, stream, places, .. } = &machine;
-        let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
-        let appendix = Appendix::read(file, (stream.start, stream.end), length, places)?;
-        if let Some(digests) = appendix.as_ref().and_then(|appendix| appendix.digests.as_ref()) {
-            digests.check_frame(file, stream.clone(), places)?;
+impl ChainFile {
+    /// Reads a file that may be damaged: without its appendix, unless it is a delta, which has its base there.
+    pub(super) fn read_damaged(file: File, offset: u64, path: &Path) -> Result<Self, Error> {
+        let mut read = Self::read_stream(file, offset, path)?;
+        if read.is_delta {
+            read.read_appendix()?;
+            read.compares = false;
         }
-        machine.trailing -= appendix.as_ref().map_or(0, |appendix| appendix.length);
-        machine.appendix = appendix;
-        Ok(machine)
+        Ok(read)
     }
 
-    /// Like [`open`](Self::open), and ignores digests: for a file that is known to be damaged, to save what can be read.
-    ///
-    /// # Errors
-    /// If it is not a mapped-ram file, incomplete, hostile, or the system cannot read it.
-    pub fn open_damaged(file: File, offset: u64) -> Result<Self, Error> {
+    /// Reads a file with its digests, and compares everything but the pages with them.
+    pub(super) fn read(file: File, offset: u64, path: &Path) -> Result<Self, Error> {
+        let mut read = Self::read_stream(file, offset, path)?;
+        read.read_appendix()?;
+        if let Some(digests) = read.file_digests() {
+            digests.check_frame(&read.file, read.stream.clone(), &read.places)?;
+        }
+        Ok(read)
+    }
+
+    /// Reads a base of a file that may be damaged. It is not compared, but it must be the right one.
+    pub(super) fn read_damaged_base(file: File, offset: u64, path: &Path) -> Result<Self, Error> {
+        let mut read = Self::read_stream(file, offset, path)?;
+        read.read_appendix()?;
+        read.compares = false;
+        Ok(read)
+    }
+
+    fn read_appendix(&mut self) -> Result<(), Error> {
+        let Self { file, stream, places, .. } = &*self;
+        let length =
+            file.metadata().map_err(|source| io_error(source, stream.start, "find its length"))?.len();
+        let appendix = Appendix::read(file, (stream.start, stream.end), length, places)?;
+        let base = appendix.as_ref().and_then(|appendix| appendix.base.as_ref());
+        if self.is_delta && (base.is_none() || appendix.as_ref().is_none_or(|found| found.digests.is_none()))
+        {
+            let at = Place { stream: StreamKind::File, offset: stream.end };
+            return Err(Malformed::Damaged("appendix of a delta, which names its base").at(at));
+        }
+        self.trailing -= appendix.as_ref().map_or(0, |appendix| appendix.length);
+        self.compares = appendix.as_ref().is_some_and(|appendix| appendix.digests.is_some());
+        self.appendix = appendix;
+        Ok(())
+    }
+
+    fn read_stream(file: File, offset: u64, path: &Path) -> Result<Self, Error> {
         let length = file.metadata().map_err(|source| io_error(source, offset, "find its length"))?.len();
         let mut parser = Parser {
             r: Reader::with_capacity(Cursor { file: &file, at: 0 }, StreamKind::File, BUFFER),
@@ -87,7 +113,7 @@ impl MappedRamFile {
             early: EarlyPart::default(),
         };
         parser.jump(offset);
-        let configuration = parser.configuration()?;
+        let (is_delta, configuration) = parser.configuration()?;
         let section = parser.start()?;
         let (blocks, places) = parser.blocks(configuration.as_ref())?;
         parser.first_eos(&blocks, section)?;
@@ -101,6 +127,7 @@ impl MappedRamFile {
         let trailing = length.saturating_sub(end);
         let sync_mode = note.and_then(|note| note.sync_mode);
         Ok(Self {
+            path: path.to_owned(),
             configuration,
             section,
             blocks,
@@ -110,9 +137,37 @@ impl MappedRamFile {
             devices,
             trailing,
             stream: offset..end,
+            is_delta,
+            compares: false,
             appendix: None,
             file: Arc::new(file),
         })
+    }
+
+    /// The path at which it was opened; empty if there was none.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the machine begins in the file, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.stream.start
+    }
+
+    /// Whether the file has only the pages that differ from its base.
+    pub fn is_delta(&self) -> bool {
+        self.is_delta
+    }
+
+    /// The base of a delta; `None` for a whole machine.
+    pub fn base(&self) -> Option<&BaseName> {
+        self.appendix.as_ref()?.base.as_ref().filter(|_| self.is_delta)
+    }
+
+    /// What identifies the machine: a digest of everything that is read of the file, and of its bases. `None` without
+    /// digests, or if the file was opened as damaged. A digest of this library finds accidents, not an attacker.
+    pub fn root(&self) -> Option<Digest> {
+        self.appendix.as_ref()?.root()
     }
 
     /// The configuration; `None` for machine types up to 2.3.
@@ -120,14 +175,11 @@ impl MappedRamFile {
         self.configuration.as_ref()
     }
 
-    /// How the source has marked the ends of dirty rounds, if the file contains this. A file written by QEMU does not,
-    /// nor a file of a machine that arrived without channels.
-    pub fn sync_mode(&self) -> Option<SyncMode> {
+    pub(super) fn sync_mode(&self) -> Option<SyncMode> {
         self.sync_mode
     }
 
-    /// The RAM section's number.
-    pub fn section(&self) -> SectionId {
+    pub(super) fn section(&self) -> SectionId {
         self.section
     }
 
@@ -146,13 +198,11 @@ impl MappedRamFile {
         self.places.get(block.0)
     }
 
-    /// Whether the stream has SWITCHOVER_START.
-    pub fn switchover_start(&self) -> bool {
+    pub(super) fn switchover_start(&self) -> bool {
         self.switchover_start
     }
 
-    /// The devices and their description.
-    pub fn devices(&self) -> &DevicePart {
+    pub(super) fn devices(&self) -> &DevicePart {
         &self.devices
     }
 
@@ -161,25 +211,29 @@ impl MappedRamFile {
         self.appendix.as_ref()?.about.as_deref()
     }
 
-    /// Whether the file has digests, so that damage is found. A file of QEMU has none, unless they were
-    /// [added](super::Verify::add).
+    /// Whether pages are compared with digests when they are read.
     pub fn has_digests(&self) -> bool {
         self.file_digests().is_some()
     }
 
-    /// The number of bytes in the file after the machine and its digests, usually 0. QEMU and this library ignore them: a copy may have been
-    /// filled up to a whole number of blocks. The file may also have been written over a longer one.
+    /// The number of bytes in the file after the machine and its digests, usually 0. QEMU and this library ignore them: a
+    /// copy may have been filled up to a whole number of blocks. The file may also have been written over a longer one.
     pub fn trailing_bytes(&self) -> u64 {
         self.trailing
     }
 
-    /// The file, to read pages from.
+    /// The file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Reads which pages of a block are present. Other pages are zero, regardless of the bytes in the file. The memory of
-    /// the result grows with the pages that are present, not with the length of the block.
+    pub(super) fn shared_file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Reads which pages of a block are in this file. In a whole machine other pages are zero, in a delta they are those of
+    /// the base, regardless of the bytes in the file. The memory of the result grows with the pages that are present, not
+    /// with the length of the block.
     ///
     /// # Errors
     /// If there is no such block or the system cannot read.
@@ -205,23 +259,9 @@ impl MappedRamFile {
         }
         Ok(present)
     }
-}
 
-/// How the pages of a block in a file are read.
-#[derive(Clone, Debug)]
-pub enum ReadPath {
-    /// Through the page cache, into a private buffer.
-    Cached,
-    /// With direct I/O, by channels; as [`Cached`](Self::Cached) over main.
-    Direct(Arc<DirectFile>),
-    /// Not read: channels send from a mapping of the file, without a copy. Requires channels that neither compress nor
-    /// encrypt.
-    Mapped,
-}
-
-impl MappedRamFile {
     pub(super) fn file_digests(&self) -> Option<&FileDigests> {
-        self.appendix.as_ref()?.digests.as_ref()
+        self.appendix.as_ref()?.digests.as_ref().filter(|_| self.compares)
     }
 
     /// Where the stream begins and ends in the file.
@@ -233,51 +273,9 @@ impl MappedRamFile {
     pub(super) fn digests_of(&self, block: BlockIndex) -> Option<PageDigests> {
         self.file_digests()?.of(&self.file, block, self.place(block)?)
     }
-
-    /// Creates the blocks in the file with the pages that are present, to be sent or copied. `path` returns for each
-    /// how its pages are read. Blocks that were left out are [ignored](RamBlock::ignored). If the file has digests, a page
-    /// that differs from its digest cannot be read, and no block is [mapped](ReadPath::Mapped): what a mapping shows may differ
-    /// from what was compared.
-    ///
-    /// # Errors
-    /// If the bitmaps cannot be read or the file cannot be mapped.
-    pub fn ram_blocks(
-        &self,
-        path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
-    ) -> multifd::Result<RamBlocks> {
-        self.ram_blocks_in(path, |block| self.digests_of(block).map(Arc::new))
-    }
-
-    /// Like [`ram_blocks`](Self::ram_blocks), with these digests.
-    pub(super) fn ram_blocks_in(
-        &self,
-        mut path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
-        digests: impl Fn(BlockIndex) -> Option<Arc<PageDigests>>,
-    ) -> multifd::Result<RamBlocks> {
-        let mut blocks = Vec::new();
-        for ((index, entry), place) in self.blocks.iter().zip(&self.places) {
-            let present =
-                self.bitmap(index).map_err(|error| multifd::Error::other("read a bitmap", error))?;
-            let (name, length) = (entry.name.clone(), entry.used_length);
-            let digests = digests(index);
-            let has_digests = digests.is_some();
-            let places = Places::new(self.file.clone(), place.pages_offset, present).with_digests(digests);
-            let places = match path(entry, place) {
-                ReadPath::Cached => places,
-                ReadPath::Direct(direct) => places.past_cache(Some(direct)),
-                ReadPath::Mapped if has_digests => places,
-                ReadPath::Mapped => places
-                    .map(length)
-                    .map_err(|error| multifd::Error::io(format!("map block {name:?} of the file"), error))?,
-            };
-            let block = RamBlock::new(name, length, place.page_size, Memory::MappedRam(places))?;
-            blocks.push(if place.is_ignored() { block.ignored() } else { block });
-        }
-        Ok(RamBlocks::new(blocks)?)
-    }
 }
 
-/// Refuses places that are not those of the block.
+/// Reads a stream with fixed places.
 struct Parser<'a> {
     r: Reader<Cursor<'a>>,
     file: &'a File,
@@ -291,12 +289,12 @@ impl Parser<'_> {
         self.r.jump(Cursor { file: self.file, at: to }, to);
     }
 
-    fn configuration(&mut self) -> Result<Option<Configuration>, Error> {
-        let configuration = decode_header(&mut self.r)?;
+    fn configuration(&mut self) -> Result<(bool, Option<Configuration>), Error> {
+        let (is_delta, configuration) = decode_header_of_file(&mut self.r)?;
         if configuration.as_ref().is_some_and(|configuration| !configuration.mapped_ram) {
             return Err(without_places(self.r.here()));
         }
-        Ok(configuration)
+        Ok((is_delta, configuration))
     }
 
     /// The head of the RAM section.

@@ -7,7 +7,7 @@ use crate::{
         Device, MachineType, encode_footer,
         testing::{block_name, dump, section_name},
     },
-    mapped_ram::{Layout, Tail, note::Note},
+    mapped_ram::{Layout, MappedRamFile, Tail, note::Note},
 };
 
 const MIB: u64 = 1 << 20;
@@ -30,7 +30,7 @@ fn devices() -> DevicePart {
 fn whole(configuration: &Configuration, blocks: &BlockList, offset: u64) -> (File, Layout) {
     let file = tempfile::tempfile().unwrap();
     let layout = Layout::new(configuration, blocks, SectionId(1), offset).unwrap();
-    let tail = Tail { switchover_start: true, devices: &devices(), about: None };
+    let tail = Tail { switchover_start: true, devices: &devices(), about: None, base: None };
     let written = layout.write(&file, &tail, |_, place| {
         vec![0x9249_2492_4924_9249; usize::try_from(place.bitmap_words()).unwrap()]
     });
@@ -90,7 +90,7 @@ fn bits_are_least_significant_first_in_each_byte() {
     for page in [0, 9, 63] {
         words[0] |= 1 << page;
     }
-    let tail = Tail { switchover_start: true, devices: &devices(), about: None };
+    let tail = Tail { switchover_start: true, devices: &devices(), about: None, base: None };
     layout.write(&file, &tail, |_, _| words.to_vec()).unwrap();
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, layout.places()[0].bitmap_offset).unwrap();
@@ -170,7 +170,9 @@ fn an_end_that_a_guest_has_planted_is_not_taken_for_the_end_of_the_file() {
     let layout = Layout::new(&q35(), &list(&[("pc.ram", 0x1_0000)]), SectionId(1), 0).unwrap();
     let file = tempfile::tempfile().unwrap();
     layout
-        .write(&file, &Tail { switchover_start: true, devices: &devices, about: None }, |_, _| [1])
+        .write(&file, &Tail { switchover_start: true, devices: &devices, about: None, base: None }, |_, _| {
+            [1]
+        })
         .unwrap();
     file.write_all_at(&[0; 24], Note::offset(layout.places()).unwrap()).unwrap();
     let read = MappedRamFile::open(file, 0).unwrap();
@@ -270,7 +272,7 @@ fn a_larger_old_file_is_cut_behind_the_tail() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(64 * MIB).unwrap();
     let layout = Layout::new(&q35(), &blocks, SectionId(1), 0).unwrap();
-    let tail = Tail { switchover_start: false, devices: &devices(), about: None };
+    let tail = Tail { switchover_start: false, devices: &devices(), about: None, base: None };
     layout.write(&file, &tail, |_, _| vec![1]).unwrap();
     let read = MappedRamFile::open(file, 0).unwrap();
     assert!(!read.switchover_start());

@@ -14,9 +14,9 @@ use multifd::ram::{
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{
-    BITMAP_PIECE, BlockPlace, PAGES_ALIGNMENT, WORD,
+    BITMAP_PIECE, Base, BlockPlace, PAGES_ALIGNMENT, WORD,
     access::{io_error, write_at},
-    appendix::{self, Digested},
+    appendix::{self, BaseName, Digested, Written},
     header,
     header::BlockHeader,
     note::Note,
@@ -24,8 +24,8 @@ use super::{
 use crate::{
     error::{Error, Usage},
     format::{
-        BlockList, Command, Configuration, CurrentBlock, DevicePart, Record, Section, SectionHead, SectionId,
-        SyncMode, encode_footer, encode_header,
+        BlockEntry, BlockList, Command, Configuration, CurrentBlock, DELTA_VERSION, DevicePart, Record,
+        Section, SectionHead, SectionId, SyncMode, encode_footer, encode_header,
     },
 };
 
@@ -74,8 +74,11 @@ pub struct Tail<'a> {
     /// The devices and their description.
     pub devices: &'a DevicePart,
     /// What is recorded about the capture after the machine, as JSON, at most 1 MiB: for
-    /// [`MappedRamFile::about`](super::MappedRamFile::about). QEMU ignores it.
+    /// [`StoredMachine::about`](super::StoredMachine::about). QEMU ignores it.
     pub about: Option<&'a str>,
+    /// The base, if the file is a delta: pages whose bits are clear are those of the base. The blocks of a delta must have
+    /// digests.
+    pub base: Option<&'a BaseName>,
 }
 
 impl Layout {
@@ -189,7 +192,7 @@ impl Layout {
         file: &Arc<File>,
         direct: Option<&Arc<DirectFile>>,
     ) -> multifd::Result<RamBlocks> {
-        self.ram_blocks_in(file, direct, |_| None)
+        self.ram_blocks_in(file, direct, |_, _, places| places)
     }
 
     /// Like [`ram_blocks`](Self::ram_blocks), and records a digest of every page that is written, 16 bytes of memory for
@@ -202,21 +205,49 @@ impl Layout {
         file: &Arc<File>,
         direct: Option<&Arc<DirectFile>>,
     ) -> multifd::Result<RamBlocks> {
-        let digests = |place: &BlockPlace| Some(Arc::new(PageDigests::new(place.pages(), place.page_size)));
-        self.ram_blocks_in(file, direct, digests)
+        self.ram_blocks_in(file, direct, |_, place, places| {
+            places.with_digests(Some(Arc::new(PageDigests::new(place.pages(), place.page_size))))
+        })
+    }
+
+    /// Like [`ram_blocks_with_digests`](Self::ram_blocks_with_digests), for a delta of `base`: a page whose bytes equal those of
+    /// the base is not written. The [`Tail`] must have the [name](Base::name) of the base.
+    ///
+    /// # Errors
+    /// If the pages of the base have another size.
+    pub fn ram_blocks_since(
+        &self,
+        file: &Arc<File>,
+        direct: Option<&Arc<DirectFile>>,
+        base: &Base,
+    ) -> multifd::Result<RamBlocks> {
+        let (blocks, unwritten) = (base.blocks(), base.unwritten());
+        let (expected, found) = (self.blocks.page_size(), blocks.page_size());
+        if !blocks.is_empty() && expected != found {
+            let error = Usage::Value { what: "base", why: format!("pages of {found}, expected {expected}") };
+            return Err(multifd::Error::other("compare with the base", error));
+        }
+        self.ram_blocks_in(file, direct, |entry, place, places| {
+            let digests = Arc::new(PageDigests::new(place.pages(), place.page_size));
+            let places = places.with_digests(Some(digests));
+            let of_base = blocks.find(entry.name.as_bytes()).and_then(|index| blocks.as_base(index));
+            match of_base {
+                Some(of_base) => places.since(of_base, unwritten),
+                None => places,
+            }
+        })
     }
 
     fn ram_blocks_in(
         &self,
         file: &Arc<File>,
         direct: Option<&Arc<DirectFile>>,
-        digests: impl Fn(&BlockPlace) -> Option<Arc<PageDigests>>,
+        with: impl Fn(&BlockEntry, &BlockPlace, Places) -> Places,
     ) -> multifd::Result<RamBlocks> {
         let blocks = self.blocks.entries().iter().zip(&self.places).map(|(entry, place)| {
             let none = PageBitmap::new(place.pages());
-            let places = Places::new(file.clone(), place.pages_offset, none)
-                .past_cache(direct.cloned())
-                .with_digests(digests(place));
+            let places = Places::new(file.clone(), place.pages_offset, none).past_cache(direct.cloned());
+            let places = with(entry, place, places);
             let memory = Memory::MappedRam(places);
             RamBlock::new(entry.name.clone(), entry.used_length, place.page_size, memory)
         });
@@ -231,10 +262,23 @@ impl Layout {
     /// # Errors
     /// As [`write`](Self::write); if the blocks are not those of the layout.
     pub fn write_around(&self, file: &File, blocks: &RamBlocks, tail: &Tail<'_>) -> Result<u64, Error> {
+        Ok(self.write_with_root(file, blocks, tail)?.end)
+    }
+
+    /// Like [`write_around`](Self::write_around), and returns also what identifies the machine.
+    pub(super) fn write_with_root(
+        &self,
+        file: &File,
+        blocks: &RamBlocks,
+        tail: &Tail<'_>,
+    ) -> Result<Written, Error> {
         let named = |(_, block): (BlockIndex, &RamBlock)| (block.name().clone(), block.used_length());
         let listed = self.blocks.entries().iter().map(|entry| (entry.name.clone(), entry.used_length));
         if !blocks.iter().map(named).eq(listed) {
             return Err(Usage::Blocks("they differ from those that the file was created for".into()).into());
+        }
+        for (_, block) in blocks.iter().filter(|_| tail.base.is_some()) {
+            block.settle().map_err(|source| io_error(source, self.offset, "write pages that became zero"))?;
         }
         let end = self.write_stream(file, tail, |index, place| {
             let (block, words) = (blocks.get(index), usize::try_from(place.bitmap_words()));
@@ -242,7 +286,7 @@ impl Layout {
                 .map(move |word| block.map_or(0, |block| block.present_word(word)))
         })?;
         let digested = Digested::of(blocks);
-        appendix::write(file, self.offset..end, &self.places, digested.as_ref(), tail.about)
+        appendix::write(file, self.offset..end, &self.places, digested.as_ref(), tail.about, tail.base)
     }
 
     /// Like [`write_around`](Self::write_around), with the caller's bitmaps. They are requested block by block, except
@@ -264,7 +308,7 @@ impl Layout {
         W: IntoIterator<Item = u64, IntoIter: ExactSizeIterator>,
     {
         let end = self.write_stream(file, tail, bitmap)?;
-        appendix::write(file, self.offset..end, &self.places, None, tail.about)
+        Ok(appendix::write(file, self.offset..end, &self.places, None, tail.about, tail.base)?.end)
     }
 
     /// Writes the stream without its pages, and returns where it ends.
@@ -279,6 +323,11 @@ impl Layout {
     {
         self.check_tail(tail)?;
         self.write_head(file)?;
+        if tail.base.is_some() {
+            // Everything else is laid out like a whole machine.
+            let at = self.offset + VERSION_AT;
+            write_at(file, &DELTA_VERSION.to_be_bytes(), at, "write the version")?;
+        }
         for (index, place) in (0..).map(BlockIndex).zip(&self.places) {
             if !place.is_ignored() {
                 self.write_bitmap(file, index, bitmap(index, place).into_iter())?;
@@ -368,6 +417,8 @@ fn make_hole(file: &File, at: u64, length: u64) -> bool {
 const HOLE: usize = 4 << 10;
 /// A position that no file reaches, with room for the tail.
 const MAX_POSITION: u64 = 1 << 62;
+/// Where the header has the version of the stream.
+const VERSION_AT: u64 = 4;
 
 fn block_header(place: &BlockPlace) -> BlockHeader {
     let page_size = place.page_size.bytes() as u64;

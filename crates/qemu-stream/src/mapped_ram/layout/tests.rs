@@ -22,7 +22,7 @@ fn devices() -> DevicePart {
 }
 
 fn tail(devices: &DevicePart) -> Tail<'_> {
-    Tail { switchover_start: true, devices, about: None }
+    Tail { switchover_start: true, devices, about: None, base: None }
 }
 
 /// The bitmap of a block without present pages.

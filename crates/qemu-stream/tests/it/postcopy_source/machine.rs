@@ -41,7 +41,7 @@ fn of_file(file: File, blocks: &[(&str, u64)], ignored: &[BlockIndex], filled: b
     let shape =
         Shape { configuration, section: SectionId(1), offset: 0, footers: true, ignored, sync_mode: None };
     let layout = Layout::of(&shape, &list).unwrap();
-    let tail = Tail { switchover_start: true, devices: &devices(), about: None };
+    let tail = Tail { switchover_start: true, devices: &devices(), about: None, base: None };
     layout
         .write(&file, &tail, |block, place| {
             let present = PageBitmap::new(place.pages());

@@ -1,9 +1,9 @@
 //! `multifd inspect`: shows the contents of a mapped-ram file without its pages, or extracts one block's pages.
 
-use std::os::unix::fs::MetadataExt;
+mod chain;
 
 use indicatif::BinaryBytes;
-use qemu_stream::{format::SyncMode, mapped_ram::MappedRamFile};
+use qemu_stream::{format::SyncMode, mapped_ram::StoredMachine};
 use serde::Serialize;
 
 use super::extract;
@@ -39,6 +39,12 @@ struct Contents {
     /// Bytes that the file occupies on the disk, of all that is in it.
     on_disk: u64,
     digests: bool,
+    /// What identifies the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    root: Option<String>,
+    /// The files of a delta and its bases, newest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    chain: Vec<chain::Link>,
     about: About,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     restore: Vec<String>,
@@ -83,10 +89,11 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
+fn contents(file: &StoredMachine) -> Result<Contents, qemu_stream::Error> {
     let configuration = file.configuration();
     let mut blocks = Vec::new();
-    for ((index, entry), place) in file.blocks().iter().zip(file.places()) {
+    let newest = file.newest();
+    for ((index, entry), place) in file.blocks().iter().zip(newest.places()) {
         let present = file.bitmap(index)?.count();
         blocks.push(Block {
             name: entry.name.to_string(),
@@ -125,10 +132,11 @@ fn contents(file: &MappedRamFile) -> Result<Contents, qemu_stream::Error> {
         switchover_start: file.switchover_start(),
         described: file.devices().description().is_some(),
         split_by_footers: file.devices().is_split_by_footers(),
-        trailing_bytes: file.trailing_bytes(),
-        // A file that cannot be asked has no size that could be shown.
-        on_disk: file.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512)),
+        trailing_bytes: newest.trailing_bytes(),
+        on_disk: chain::on_disk(newest),
         digests: file.has_digests(),
+        root: file.root().map(|root| root.to_string()),
+        chain: chain::of(file)?,
         about: About::of(file),
         restore: Vec::new(),
         total: file.blocks().total(),
@@ -157,6 +165,7 @@ impl Contents {
             false => "digests    none, so damage is not noticed; multifd verify --add adds them".to_owned(),
         });
         lines.extend(self.about.lines());
+        lines.extend(chain::lines(&self.chain));
         lines.push(String::new());
         lines.push(format!("{:<40} {:>14} {:>10} {:>10}", "block", "used length", "pages", "present"));
         lines.extend(self.blocks.iter().map(|block| {
