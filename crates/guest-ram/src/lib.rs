@@ -52,9 +52,10 @@ pub use dirty::{PagemapLog, SoftDirtyLog};
 pub use error::Error;
 #[cfg(feature = "fault")]
 pub use fault::{
-    Armed, Decision, DeviceState, FaultError, FaultEvent, FaultKind, FaultsFrom, Features, LoadError,
-    MemoryKind, Modes, PageSource, Pager, PagerError, PagerOptions, PagerStats, PlaceEnd, Placed, Protection,
-    Region, Trouble, TroubleKind, Userfault,
+    Armed, Copier, CopierError, CopierOptions, CopierStats, Decision, DeviceState, FaultError, FaultEvent,
+    FaultKind, FaultsFrom, Features, LoadError, MemoryKind, Modes, PageSink, PageSource, Pager, PagerError,
+    PagerOptions, PagerStats, PlaceEnd, Placed, Prepared, Protection, Region, StoreError, Trouble,
+    TroubleKind, Userfault,
 };
 pub use file::{
     AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,

@@ -145,8 +145,10 @@ impl Armed {
             error => FaultError::system("register memory")(error),
         })?;
         let name = region.name.clone();
+        // Protection fills nothing: an untouched page is zero then.
+        let fills = self.modes.contains(Modes::MISSING) || self.modes.contains(Modes::MINOR);
         if let Some(mapping) = self.blocks.as_ref().and_then(|all| mapping(all.get(region.block)?)) {
-            mapping.filled(true);
+            mapping.filled(fills);
         }
         self.regions.push(region);
         self.calls &= calls;
@@ -323,6 +325,11 @@ impl Armed {
             if let Err(error) = kernel::unregister(self.userfault.fd(), &region.addresses) {
                 let error = io::Error::from(error);
                 tracing::warn!(block = ?region.name, %error, "memory stays armed until it is unmapped");
+            }
+            // The kernel wakes only those that wait for missing pages. After the call above, no thread begins to wait.
+            if let Err(error) = kernel::wake(self.userfault.fd(), &region.addresses) {
+                let error = io::Error::from(error);
+                tracing::warn!(block = ?region.name, %error, "threads that wait for the memory were not woken");
             }
             if let Some(mapping) = self.blocks.as_ref().and_then(|all| mapping(all.get(region.block)?)) {
                 mapping.filled(false);

@@ -72,7 +72,7 @@ pub(super) fn register(fd: BorrowedFd<'_>, range: &Range<u64>, mode: u64) -> Res
     Ok(register.ioctls)
 }
 
-/// Ends the registration of a range, and wakes its threads.
+/// Ends the registration of a range. Wakes the threads that wait for missing pages, and no others.
 pub(super) fn unregister(fd: BorrowedFd<'_>, range: &Range<u64>) -> Result<(), Errno> {
     // SAFETY: the structure belongs to this ioctl number.
     let request = unsafe { Setter::<UNREGISTER, _>::new(of(range)) };

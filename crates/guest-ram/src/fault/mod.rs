@@ -8,12 +8,13 @@
 //! ```
 //!
 //! A thread that accesses a missing page of armed memory waits until the page is placed, poisoned, or no longer armed.
-//! So a program that arms memory must serve its faults, or use a [`Pager`], which does.
+//! So a program that arms memory must serve its faults, or use a [`Pager`] or a [`Copier`], which do.
 //!
 //! An [`Armed`] owns the blocks, so that memory is no longer registered when it is unmapped. It may serve memory of another
 //! process that has [handed over](Armed::hand_over) its descriptor; all addresses are then those of that process.
 
 mod armed;
+mod copier;
 mod error;
 mod event;
 mod features;
@@ -25,6 +26,7 @@ mod pager;
 mod userfault;
 
 pub use armed::{Armed, PlaceEnd, Placed, Protection};
+pub use copier::{Copier, CopierError, CopierOptions, CopierStats, PageSink, Prepared, StoreError};
 pub use error::{DeviceState, FaultError};
 pub use event::{FaultEvent, FaultKind};
 pub use features::{Features, Modes};

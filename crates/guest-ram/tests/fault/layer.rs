@@ -139,6 +139,25 @@ fn writes_to_protected_pages_wait_whether_the_pages_exist_or_not() {
     }
 }
 
+/// Regression: the kernel itself wakes only threads that wait for missing pages, so a writer waited without end.
+#[test]
+fn an_end_of_the_armament_releases_writers() {
+    for kind in kit::kinds(1) {
+        let Some(userfault) = kit::open(Features::PROTECT | Features::PROTECT_UNPOPULATED) else { return };
+        let armed = Armed::arm(userfault, kind.blocks.clone(), Modes::WRITES).expect("armed");
+        armed.protect(BLOCK, BlockOffset(0), kind.host_page, Protection::Protected).expect("protected");
+        let writes = kind.blocks.clone();
+        let writer = Access1::start(move || {
+            kit::page_of(&writes, 0).copy_from(&[9; 4096]);
+            [9; 4096]
+        });
+        kit::readable(&armed);
+        assert!(writer.is_waiting());
+        drop(armed);
+        assert_eq!(writer.result(), [9; 4096], "{}", kind.name);
+    }
+}
+
 #[test]
 fn pages_that_are_placed_protected_are_written_after_a_second_fault() {
     let Some(userfault) = kit::open(Features::PROTECT) else { return };

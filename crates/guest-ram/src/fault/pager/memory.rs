@@ -33,14 +33,14 @@ pub(crate) trait Serve: Send + Sync {
 }
 
 /// Memory of a process.
-pub(super) struct ArmedMemory {
-    pub(super) armed: Armed,
+pub(crate) struct ArmedMemory {
+    pub(crate) armed: Armed,
     work: OwnedFd,
     stop: OwnedFd,
 }
 
 impl ArmedMemory {
-    pub(super) fn new(armed: Armed) -> Result<Self, FaultError> {
+    pub(crate) fn new(armed: Armed) -> Result<Self, FaultError> {
         let new = |flags| {
             let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | flags;
             eventfd(0, flags).map_err(FaultError::system("create an event descriptor"))

@@ -33,7 +33,7 @@ use crate::{BlockOffset, PageBitmap, PageIndex, PageRun, Walk, sync_types::RwLoc
 
 use super::{Armed, FaultError, Features, Modes, Region};
 use counts::Counts;
-use memory::{ArmedMemory, Serve};
+pub(super) use memory::{ArmedMemory, Serve};
 use pages::Pages;
 use work::Shared;
 
