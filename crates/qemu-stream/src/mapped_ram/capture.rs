@@ -217,6 +217,25 @@ impl Capture {
         &self.file
     }
 
+    /// For each of the migration's blocks, its index in the file.
+    #[cfg(feature = "fault")]
+    pub(super) fn order(&self) -> &[BlockIndex] {
+        &self.order
+    }
+
+    /// Whether it stores only what differs from a base.
+    #[cfg(feature = "fault")]
+    pub(super) fn has_base(&self) -> bool {
+        self.base.is_some()
+    }
+
+    /// Truncates the file where the machine begins, so that it contains none.
+    pub(super) fn discard(&self) {
+        if let Err(error) = self.file.set_len(self.offset) {
+            tracing::warn!(%error, "the incomplete file could not be truncated");
+        }
+    }
+
     fn block(&self, block: BlockIndex) -> Result<&RamBlock> {
         Ok(self.blocks.block(self.order.get(block.0).copied().unwrap_or(block))?)
     }
@@ -384,9 +403,7 @@ impl Main for Capture {
                 Verdict::Taken
             }
             Err(error) => {
-                if let Err(error) = self.file.set_len(self.offset) {
-                    tracing::warn!(%error, "the incomplete file could not be truncated");
-                }
+                self.discard();
                 Verdict::Refused(error)
             }
         }

@@ -57,6 +57,8 @@ mod layout;
 mod lazy;
 mod machine;
 mod merge;
+#[cfg(feature = "fault")]
+mod moment;
 mod note;
 mod pieces;
 mod restore;
@@ -74,6 +76,8 @@ pub use layout::{Layout, Shape, Tail};
 pub use lazy::LazyError;
 pub use machine::{MappedRamFile, ReadPath, StoredMachine};
 pub use merge::Merge;
+#[cfg(feature = "fault")]
+pub use moment::{MomentCapture, MomentError};
 pub use restore::Restore;
 pub use verify::{Damage, Verification, Verify};
 
