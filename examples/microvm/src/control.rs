@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! status                                         verify                    quit
-//! snapshot PATH
+//! snapshot PATH                                  snapshot-moment PATH
 //! hand-over ADDRESS
 //! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS
 //! ```
@@ -41,6 +41,7 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
             ["quit"] => (Ok(String::new()), false),
             // A path may contain spaces.
             ["snapshot", ..] => (snapshot(machine, line.trim_end().split_once(' ')), true),
+            ["snapshot-moment", ..] => (snapshot_moment(machine, line.trim_end().split_once(' ')), true),
             ["migrate", ref rest @ ..] => match migrate(machine, rest, &client) {
                 Ok(report) => (Ok(report), false),
                 Err(error) => (Err(error), true),
@@ -75,6 +76,23 @@ fn snapshot(machine: &Machine, line: Option<(&str, &str)>) -> Result<String, Fai
     let (_, path) = line.ok_or("expected a path")?;
     let info = snapshot::save(machine, Path::new(path))?;
     Ok(format!("pages={} batches={}", info.ram.normal, machine.health().batches))
+}
+
+fn snapshot_moment(machine: &Machine, line: Option<(&str, &str)>) -> Result<String, Failure> {
+    let (_, path) = line.ok_or("expected a path")?;
+    let (stats, pause) = snapshot::save_moment(machine, Path::new(path))?;
+    Ok(format!(
+        "pages={} batches={} pause_us={} hold_us={} held={} noted={} first={} faults={} p99_us={}",
+        stats.stored,
+        machine.health().batches,
+        pause.as_micros(),
+        stats.hold.as_micros(),
+        stats.held,
+        stats.noted,
+        stats.first,
+        stats.faults,
+        stats.p99.unwrap_or_default().as_micros(),
+    ))
 }
 
 fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {

@@ -1,4 +1,4 @@
-//! `microvm demo`: moves a machine to a second process, and checks it there.
+//! `microvm demo`: moves a machine to a second process, or runs a second one out of its capture, and checks it there.
 
 use std::{
     io::{BufRead, BufReader},
@@ -40,7 +40,10 @@ impl Drop for Process {
 pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let folder = std::env::temp_dir().join(format!("microvm-demo-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
-    let done = between(args, &folder);
+    let done = match args.snapshot {
+        true => twins(args, &folder),
+        false => between(args, &folder),
+    };
     let _ = std::fs::remove_dir_all(&folder);
     done
 }
@@ -112,4 +115,51 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         (downtime <= u128::from(args.how.downtime_limit), "the downtime is above its limit"),
     ];
     held.iter().find(|(held, _)| !held).map_or(Ok(()), |(_, broken)| Err((*broken).into()))
+}
+
+/// Captures a busy machine, runs a second one out of the file, and checks both.
+fn twins(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
+    let (first, second, file) = (folder.join("first"), folder.join("second"), folder.join("machine.ram"));
+    let text = |path: &std::path::Path| path.display().to_string();
+    let (size, rate) = (args.guest.size.to_string(), args.guest.rate.to_string());
+    tell(&format!(
+        "a guest of {} MiB begins to rewrite {} MB/s",
+        args.guest.size >> 20,
+        args.guest.rate / 1_000_000
+    ));
+    let start = ["run", "--control", &text(&first), "--size", &size, "--rate", &rate];
+    let (_first, _) = Process::start(&start)?;
+    let time = Duration::from_secs(1);
+    thread::sleep(time);
+    let report = ask(&first, &format!("snapshot-moment {}", file.display()))?;
+    let (_second, _) = Process::start(&["restore", "--lazy", "--control", &text(&second), &text(&file)])?;
+    let begun = [ask(&first, "status")?, ask(&second, "status")?];
+    thread::sleep(time);
+    let later = [ask(&first, "status")?, ask(&second, "status")?];
+    let verified = [ask(&first, "verify")?, ask(&second, "verify")?];
+
+    let of = |name| number(&report, name);
+    tell(&format!(
+        "captured at one moment: {} pages; the guest was stopped for {} us, of which {} us to protect {} pages again",
+        of("pages")?,
+        of("pause_us")?,
+        of("hold_us")?,
+        of("held")?,
+    ));
+    tell(&format!(
+        "while it was copied, the guest waited for {} pages, 99 % of them for less than {} us",
+        of("faults")?,
+        of("p99_us")?
+    ));
+    for (name, ((begun, later), verified)) in
+        ["captured", "second"].iter().zip(begun.iter().zip(&later).zip(&verified))
+    {
+        let (before, now) = (number(begun, "batches")?, number(later, "batches")?);
+        let (wrong, all) = (number(verified, "wrong")?, number(verified, "of")?);
+        tell(&format!("the {name} machine counted from {before} to {now}; {wrong} wrong bytes of {all}"));
+        if wrong > 0 || now <= before {
+            return Err(format!("the {name} machine does not run as it should").into());
+        }
+    }
+    Ok(())
 }

@@ -77,6 +77,9 @@ enum Verb {
     Snapshot {
         #[command(flatten)]
         control: Control,
+        /// Capture it as it is at one moment: the guest is stopped only while its devices are saved
+        #[arg(long)]
+        moment: bool,
         /// The file
         file: PathBuf,
     },
@@ -97,7 +100,7 @@ enum Verb {
         /// What
         question: String,
     },
-    /// Move a busy machine to a second process, and check it there
+    /// Move a busy machine to a second process, or run a second one out of its capture, and check it there
     Demo(DemoArgs),
 }
 
@@ -123,6 +126,9 @@ struct GuestArgs {
 
 #[derive(clap::Args)]
 struct DemoArgs {
+    /// Capture the machine as it is at one moment, run a second one out of the file before its memory is there, and check both
+    #[arg(long, conflicts_with = "local")]
+    snapshot: bool,
     #[command(flatten)]
     guest: GuestArgs,
     #[command(flatten)]
@@ -204,9 +210,10 @@ fn run(verb: Verb) -> Result<(), Failure> {
             tell(&control::ask(&control.control, &wish)?);
             Ok(())
         }
-        Verb::Snapshot { control, file } => {
+        Verb::Snapshot { control, moment, file } => {
             let file = std::path::absolute(file)?;
-            tell(&control::ask(&control.control, &format!("snapshot {}", file.display()))?);
+            let how = if moment { "snapshot-moment" } else { "snapshot" };
+            tell(&control::ask(&control.control, &format!("{how} {}", file.display()))?);
             Ok(())
         }
         Verb::Restore { control, lazy, file } => {

@@ -5,13 +5,14 @@ use std::{
     path::Path,
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use multifd::{
     SendOptions, Sender,
     channel::Stop,
     live::{Guest, MigrateOptions, Migration, MigrationInfo, RunState, ZeroPageDetection},
-    ram::{Pager, PagerOptions},
+    ram::{CopierOptions, CopierStats, Pager, PagerOptions},
 };
 use qemu_stream::{
     format::Configuration,
@@ -43,6 +44,26 @@ pub(crate) fn save(mut machine: &Machine, path: &Path) -> Result<MigrationInfo, 
     machine.run();
     fs::rename(unfinished, path)?;
     Ok(info)
+}
+
+/// Captures the machine as it is at one moment: its guest is stopped while its devices are saved, and runs while its memory is copied.
+/// Returns also how long the guest was stopped.
+pub(crate) fn save_moment(mut machine: &Machine, path: &Path) -> Result<(CopierStats, Duration), Failure> {
+    let unfinished = path.with_extension("unfinished");
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&unfinished)?;
+    let options = CaptureOptions::new().digests(true);
+    let configuration = Configuration::new(Machine::machine_type()?);
+    let capture = Capture::of_guest(file, configuration, &machine.blocks, &options)?;
+
+    // The vCPU, and the device through `vm-memory`, write to memory of this process: no dirty log is needed. Memory that another process
+    // may take over is not written by it before this one has ended with it.
+    let options = CopierOptions::new().sole_writer(true);
+    let mut capture = capture.at_moment(&machine.blocks, &mut machine, options)?;
+
+    // The guest runs already. It waits only for pages that it writes to before they were copied.
+    let stats = capture.finish(None)?;
+    fs::rename(unfinished, path)?;
+    Ok((stats, capture.pause()))
 }
 
 /// A machine out of a file.

@@ -77,6 +77,13 @@ impl Machine {
         program().arg("snapshot").arg(file).arg("--control").arg(&self.control).output().expect("asked")
     }
 
+    /// Captures it to a file as it is at one moment.
+    pub(crate) fn snapshot_moment(&self, file: &Path) -> Output {
+        let mut command = program();
+        command.args(["snapshot", "--moment"]).arg(file).arg("--control").arg(&self.control);
+        command.output().expect("asked")
+    }
+
     fn start(folder: &TempDir, name: &str, args: &[&str]) -> Self {
         let control = folder.path().join(name);
         let mut command = program();

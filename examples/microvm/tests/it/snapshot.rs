@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::kit::{Machine, folder, number};
+use crate::kit::{Machine, folder, number, program};
 
 #[test]
 fn a_captured_guest_runs_on_here_and_out_of_the_file_before_its_memory_is_there() {
@@ -70,4 +70,41 @@ fn a_guest_does_not_run_on_with_a_damaged_page() {
         assert!(std::time::Instant::now() < until, "the guest runs on");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_busy_guest_is_captured_at_one_moment_and_both_run_on_without_a_wrong_byte() {
+    let Some(folder) = folder() else { return };
+    let machine = Machine::run_at(&folder, "captured", "400MB");
+    for round in 0..3 {
+        let file = folder.path().join(format!("{round}.ram"));
+        let captured = machine.snapshot_moment(&file);
+        let said = String::from_utf8_lossy(&captured.stderr);
+        if said.contains("may not handle page faults") || said.contains("lacks the userfaultfd features") {
+            return multifd_testkit::lacks(&said);
+        }
+        assert!(captured.status.success(), "{captured:?}");
+        assert!(number(&captured, "pages") > 15_000, "{captured:?}");
+        let lazy = Machine::restored(&folder, &format!("lazy {round}"), &file, &["--lazy"]);
+        let plain = Machine::restored(&folder, &format!("plain {round}"), &file, &[]);
+        for machine in [&machine, &lazy, &plain] {
+            machine.assert_well();
+        }
+        lazy.kill();
+        plain.kill();
+    }
+    machine.kill();
+}
+
+#[test]
+fn the_demo_of_captures_finds_no_wrong_byte() {
+    let Some(_) = folder() else { return };
+    let demo = program().args(["demo", "--snapshot", "--size", "64MiB", "--rate", "100MB"]).output();
+    let demo = demo.expect("run");
+    let (said, failed) = (String::from_utf8_lossy(&demo.stdout), String::from_utf8_lossy(&demo.stderr));
+    if failed.contains("may not handle page faults") || failed.contains("lacks the userfaultfd features") {
+        return multifd_testkit::lacks(&failed);
+    }
+    assert!(demo.status.success(), "{demo:?}");
+    assert_eq!(said.matches("; 0 wrong bytes of 66060288\n").count(), 2, "{demo:?}");
 }
