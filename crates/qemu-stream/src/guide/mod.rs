@@ -41,7 +41,7 @@
 //!
 //! [hand_over] moves a machine to another process of the same host without copying its memory.
 //! [snapshots] saves a machine to a file instead, and restores it. With the feature `fault`, the chapter `lazy` runs a machine out of
-//! a file before its memory is there.
+//! a file before its memory is there, and the chapter `moment` saves a machine as it is at one moment.
 //!
 //! Then read `examples/microvm`: the same with a vCPU, a device and a control socket.
 //!
@@ -51,7 +51,7 @@
 //! | `source.rs` | [leaving], with the logs of KVM and `vm-memory` |
 //! | `destination.rs` | [arriving] |
 //! | `local.rs` | [hand_over] |
-//! | `snapshot.rs` | [snapshots], and the chapter `lazy` |
+//! | `snapshot.rs` | [snapshots], and the chapters `lazy` and `moment` |
 //! | `control.rs`, `main.rs` | commands over a socket: migrate, cancel, query |
 //!
 //! # QEMU at the other end
@@ -72,5 +72,7 @@ pub mod hand_over;
 pub mod lazy;
 pub mod leaving;
 pub mod memory;
+#[cfg(feature = "fault")]
+pub mod moment;
 pub mod snapshots;
 pub mod writes;

@@ -5,7 +5,7 @@
 //! guest runs         └────── guest is stopped ───┘                  guest runs; a page is copied before it writes to it
 //! ```
 //!
-//! The devices are saved before the hold, because saving may write to memory. Whatever fails, the guest is resumed if it ran, its
+//! The devices are saved before the hold, because saving may write to memory. After each failure, the guest is resumed if it ran, its
 //! memory is writable, and the file contains no machine.
 
 use std::{
@@ -76,7 +76,7 @@ pub enum MomentError {
 }
 
 impl Capture {
-    /// Captures the guest as it is at one moment: stops it, saves its devices, resumes it, and copies its memory behind it. A page that the
+    /// Captures the guest as it is at one moment: stops it, saves its devices, resumes it, and copies its memory while it runs. A page that the
     /// guest wants to write to is copied first. When this method returns, the guest runs again, if it [ran](Guest::run_state)
     /// before. The machine is in the file when [`finish`](MomentCapture::finish) has returned.
     ///

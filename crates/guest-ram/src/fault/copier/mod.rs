@@ -41,7 +41,7 @@ pub use sink::{PageSink, StoreError};
 #[derive(Debug)]
 pub struct Prepared(Copier);
 
-/// Copies memory as it was at the [hold](Prepared::hold). Whoever writes to a page waits until it was copied to a buffer.
+/// Copies memory as it was at the [hold](Prepared::hold). A thread that writes to a page waits until the page was copied to a buffer.
 ///
 /// However it ends, by an error of the sink, a panic, [`stop`](Self::stop) or its drop: all memory is writable again, and all writers
 /// continue.
