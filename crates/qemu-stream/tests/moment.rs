@@ -24,7 +24,10 @@ use multifd::{
 };
 use qemu_stream::{
     format::{Configuration, MachineType},
-    mapped_ram::{Capture, CaptureOptions, MappedRamFile, MomentCapture, MomentError, Restore, Verify},
+    mapped_ram::{
+        Base, Capture, CaptureOptions, MappedRamFile, MomentCapture, MomentError, Restore, StoredMachine,
+        Verify,
+    },
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -368,5 +371,26 @@ fn shared_memory_is_refused_unless_nobody_else_writes_to_it() {
         error => panic!("{error}"),
     }
     assert_eq!((guest.resumed, guest.at_stop.len()), (0, 0), "the guest was not stopped");
+    guest.shared.more(1000);
+}
+
+/// In a delta, a page that is left out is the page of the base, and not zero.
+#[test]
+fn a_capture_with_a_base_is_refused_before_the_guest_is_stopped() {
+    let (blocks, folder) = (memory(false), tempfile::tempdir().expect("a folder"));
+    let open = |name: &str| {
+        let path = folder.path().join(name);
+        File::options().read(true).write(true).create(true).truncate(false).open(path).expect("a file")
+    };
+    let mut guest = Busy::start(&blocks);
+    let Some(begun) = begin(&open("base.ram"), &blocks, &mut guest) else { return };
+    begun.expect("captured").finish(LIMIT).expect("complete");
+    let base = StoredMachine::open(&folder.path().join("base.ram"), 0).expect("whole");
+    let base = Base::new(&base, "base.ram").expect("a base");
+    let machine = Configuration::new(MachineType::new("my-vmm-1").expect("a name"));
+    let delta = Capture::since(&base, open("delta.ram"), machine, &blocks, &CaptureOptions::new());
+    let refused = delta.expect("laid out").at_moment(&blocks, &mut guest, CopierOptions::new());
+    assert!(matches!(refused, Err(MomentError::Delta)), "{refused:?}");
+    assert_eq!(guest.resumed, 1, "it was not stopped again");
     guest.shared.more(1000);
 }

@@ -48,6 +48,7 @@
 //! | a guest that writes faster than the disk | does not converge without throttling | is copied once; it waits for the disk when [`ahead`] bytes wait to be stored |
 //! | the guest between | runs at full speed, with a dirty log | waits once for each page that it writes before the page was copied |
 //! | each page is written | once for each pass in which it was dirty | once |
+//! | a delta ([`Capture::since`]) | yes | no: refused |
 //! | needs | a dirty log that knows all writers | Linux 6.4, the privilege to serve page faults, and no writers but vCPUs and this process |
 //! | the guest afterwards | is stopped: resume it, or drop it | runs |
 //!
@@ -74,6 +75,7 @@
 //! | [`stop`] from another thread, the drop of the capture | the capture ends, the guest continues |
 //!
 //! [`Capture::at_moment`]: crate::mapped_ram::Capture::at_moment
+//! [`Capture::since`]: crate::mapped_ram::Capture::since
 //! [`Migration`]: multifd::live::Migration
 //! [`ahead`]: multifd::ram::CopierOptions::ahead
 //! [`silence`]: multifd::ram::CopierOptions::silence

@@ -87,8 +87,8 @@ impl Capture {
     /// address are not noticed: see [`Copier::prepare`] and [`CopierOptions::sole_writer`].
     ///
     /// # Errors
-    /// If this process may not serve page faults, with the remedy; if the kernel lacks something (Linux 6.4 has everything); if the blocks do
-    /// not fit; if a method of the guest fails or panics. The guest is resumed then, if it ran.
+    /// If the capture has a [base](Capture::since); if this process may not serve page faults, with the remedy; if the kernel lacks something
+    /// (Linux 6.4 has everything); if the blocks do not fit; if a method of the guest fails or panics. The guest is resumed then, if it ran.
     pub fn at_moment(
         mut self,
         blocks: &Arc<RamBlocks>,
