@@ -1,6 +1,10 @@
 //! A source whose connections break after its switch to post-copy: it returns, and nothing of its guest is lost.
 
-use std::{path::Path, thread::sleep, time::Duration};
+use std::{
+    path::Path,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use multifd_testkit::{
     certificates::write_both,
@@ -27,6 +31,17 @@ fn switch_slowly(from: &mut Vm, address: &str) -> Result<(), Error> {
     from.wait_migration("postcopy-active", PATIENCE).map(drop)
 }
 
+/// Waits until the source sends pages after its devices. Before that, QEMU 7.2 takes its guest back when the connection breaks.
+fn wait_pages(from: &mut Vm) -> Result<(), Error> {
+    let mut sent = || Ok::<_, Error>(from.query_migrate()?["ram"]["postcopy-bytes"].as_u64());
+    let (before, begun) = (sent()?, Instant::now());
+    while sent()? <= before {
+        assert!(begun.elapsed() < PATIENCE, "no page was sent");
+        sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 fn resume(from: &mut Vm, address: &str) -> Result<(), Error> {
     from.wait_migration("postcopy-paused", PATIENCE)?;
     from.execute("migrate", json!({ "uri": address, "resume": true })).map(drop)
@@ -35,8 +50,8 @@ fn resume(from: &mut Vm, address: &str) -> Result<(), Error> {
 /// The connections break some times, and the source returns each time.
 fn comes_back(from: &mut Vm, address: &str) -> Result<(), Error> {
     for pause in 0..3 {
-        // Before it has sent its devices, QEMU 7.2 takes its guest back.
-        sleep(Duration::from_millis(300 + 100 * pause));
+        wait_pages(from)?;
+        sleep(Duration::from_millis(100 * pause));
         from.execute("migrate-pause", json!({}))?;
         resume(from, address)?;
         from.wait_migration("postcopy-active", PATIENCE)?;
@@ -152,7 +167,7 @@ fn source_that_does_not_return_is_given_up() {
         let mut from = advised(qemu, &qemu.machine(), true)?;
         let (receive, address) = Program::receive(&["--pause-timeout", "1"], LOCAL, &file);
         switch_slowly(&mut from, &address)?;
-        sleep(Duration::from_millis(300));
+        wait_pages(&mut from)?;
         from.execute("migrate-pause", json!({}))?;
         from.wait_migration("postcopy-paused", PATIENCE)?;
         receive.end().assert_failed(1, &["after its switch to post-copy", "check query-status"]);
