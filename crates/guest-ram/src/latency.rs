@@ -8,13 +8,14 @@ use std::{
 /// How long something took, many times. Each time is known to within 6.25 %; from about a minute on, all count as a minute.
 #[derive(Debug)]
 pub struct Latencies {
-    /// Only counts: no other access depends on them.
+    /// Only counts, as is the sum: no other access depends on them.
     buckets: Box<[AtomicU64]>,
+    nanos: AtomicU64,
 }
 
 impl Default for Latencies {
     fn default() -> Self {
-        Self { buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect() }
+        Self { buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(), nanos: AtomicU64::new(0) }
     }
 }
 
@@ -25,6 +26,13 @@ impl Latencies {
         if let Some(bucket) = self.buckets.get(bucket(micros)) {
             bucket.fetch_add(1, Ordering::Relaxed);
         }
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.nanos.fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// The sum of the times.
+    pub fn total(&self) -> Duration {
+        Duration::from_nanos(self.nanos.load(Ordering::Relaxed))
     }
 
     /// How many times were added.
@@ -96,7 +104,7 @@ mod tests {
         let times = Latencies::default();
         assert_eq!(times.percentile(500), None);
         (1..=1000).for_each(|micros| times.add(Duration::from_micros(micros)));
-        assert_eq!(times.count(), 1000);
+        assert_eq!((times.count(), times.total()), (1000, Duration::from_micros(500_500)));
         for (per_mille, exact) in [(0, 1), (500, 500), (990, 990), (1000, 1000), (u16::MAX, 1000)] {
             let found = times.percentile(per_mille).expect("some").as_micros();
             assert!((exact..=exact + exact / 16).contains(&found), "{per_mille}: {found}");

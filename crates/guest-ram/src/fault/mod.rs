@@ -23,6 +23,7 @@ mod kernel;
 mod kind;
 mod memory;
 mod pager;
+mod panicked;
 mod userfault;
 
 pub use armed::{Armed, PlaceEnd, Placed, Protection};

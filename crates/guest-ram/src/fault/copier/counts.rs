@@ -17,7 +17,6 @@ pub(super) struct Counts {
     pub(super) stored: AtomicU64,
     pub(super) holes: AtomicU64,
     pub(super) hold_nanos: AtomicU64,
-    blocked_nanos: AtomicU64,
     latencies: Latencies,
 }
 
@@ -57,7 +56,6 @@ impl Counts {
     pub(super) fn answered(&self, after: Duration) {
         Self::add(&self.faults, 1);
         self.latencies.add(after);
-        Self::add(&self.blocked_nanos, nanos(after));
     }
 
     pub(super) fn stats(&self) -> CopierStats {
@@ -70,7 +68,7 @@ impl Counts {
             first: of(&self.first),
             stored: of(&self.stored),
             holes: of(&self.holes),
-            blocked: Duration::from_nanos(of(&self.blocked_nanos)),
+            blocked: self.latencies.total(),
             p50: self.latencies.percentile(500),
             p99: self.latencies.percentile(990),
         }

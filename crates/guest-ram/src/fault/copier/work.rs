@@ -13,7 +13,6 @@
 //! - who had the gate for writing knows that all pages claimed before are in buffers.
 
 use std::{
-    any::Any,
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, PoisonError},
@@ -21,7 +20,7 @@ use std::{
 };
 
 use super::{
-    super::{FaultEvent, FaultKind, PlaceEnd, Protection, Region},
+    super::{FaultEvent, FaultKind, PlaceEnd, Protection, Region, panicked::message},
     counts::{Counts, nanos},
     error::CopierError,
     options::CopierOptions,
@@ -378,9 +377,12 @@ impl Shared {
 
 /// The host pages of a run.
 fn host_pages(region: &Region, run: PageRun) -> impl Iterator<Item = PageRun> + use<> {
-    let (host, end, block) = (region.shape().host_page, run.first.0 + run.count, run.block);
-    let starts = (run.first.0..end).step_by(usize::try_from(host).unwrap_or(usize::MAX));
-    starts.map(move |first| PageRun { block, first: PageIndex(first), count: (end - first).min(host) })
+    let host = region.shape().host_page;
+    run.host_pages(host).map(move |first| PageRun {
+        first: PageIndex(first),
+        count: (run.end() - first).min(host),
+        ..run
+    })
 }
 
 /// The runs of noted pages. Runs that are close are one, because a call costs more than some pages.
@@ -396,11 +398,6 @@ fn close(region: &Region, noted: &PageBitmap) -> Vec<PageRun> {
         }
     }
     runs
-}
-
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
 }
 
 /// The number of bytes that are protected by one call while the guest runs.

@@ -18,7 +18,6 @@ pub(super) struct Counts {
     pub(super) gone: AtomicU64,
     pub(super) removed: AtomicU64,
     pub(super) retries: AtomicU64,
-    blocked_nanos: AtomicU64,
     pub(super) latencies: Latencies,
 }
 
@@ -63,7 +62,6 @@ impl Counts {
     /// A fault was answered after this time.
     pub(super) fn answered(&self, after: Duration) {
         self.latencies.add(after);
-        Self::add(&self.blocked_nanos, u64::try_from(after.as_nanos()).unwrap_or(u64::MAX));
     }
 
     pub(super) fn stats(&self, missing: u64, poisoned: u64) -> PagerStats {
@@ -79,7 +77,7 @@ impl Counts {
             poisoned,
             retries: of(&self.retries),
             missing,
-            blocked: Duration::from_nanos(of(&self.blocked_nanos)),
+            blocked: self.latencies.total(),
             p50: self.latencies.percentile(500),
             p99: self.latencies.percentile(990),
         }

@@ -10,14 +10,13 @@
 //! was discarded is not placed afterwards with its old contents: the thread that discards waits until the message was read.
 
 use std::{
-    any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
 use super::{
-    super::{FaultError, FaultEvent, PlaceEnd, Placed, Region},
+    super::{FaultError, FaultEvent, PlaceEnd, Placed, Region, panicked::message},
     counts::Counts,
     error::PagerError,
     load::{Answer, Dropped, LoadId, Task},
@@ -378,11 +377,6 @@ impl Shared {
         let Some(region) = self.region(run.block) else { return (0, 0) };
         (run.first.0 * region.page, (run.count * region.page).next_multiple_of(region.host_page))
     }
-}
-
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
 }
 
 /// The number of bytes that are placed while no message is read.
