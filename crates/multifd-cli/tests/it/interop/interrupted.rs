@@ -7,20 +7,15 @@ use std::{
 };
 
 use multifd_testkit::{
-    certificates::write_both,
     lacks,
     qemu::{Error, PATIENCE, Qemu, Vm},
 };
 use serde_json::json;
 
-use super::{
-    journey::with_tls,
-    switched::{ENDLESS, LOCAL, advised, assert_runs, busy, has_both, inspected, with_both},
+use super::switched::{
+    ENDLESS, LOCAL, advised, advised_over_tls, assert_runs, busy, has_both, inspected, with_both,
 };
-use crate::kit::{
-    Program, assert_left, first_difference, folder, machine, memory, multifd, path, slow, source,
-    stored_memory,
-};
+use crate::kit::{Program, assert_left, first_difference, folder, memory, multifd, path, stored_memory};
 
 /// Lets a source switch to post-copy that then needs seconds for the rest.
 fn switch_slowly(from: &mut Vm, address: &str) -> Result<(), Error> {
@@ -96,11 +91,7 @@ fn source_returns_over_tls() {
     with_both(|qemu| {
         let folder = folder();
         let file = path(&folder, "machine");
-        write_both(folder.path()).expect("certificates");
-        let mut from = source(with_tls(machine(qemu, &qemu.machine()), folder.path(), "client"))?;
-        from.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", true)])?;
-        from.set_parameters(json!({ "tls-creds": "tls0" }))?;
-        slow(&mut from)?;
+        let mut from = advised_over_tls(qemu, folder.path())?;
         let options = ["--tls-creds", folder.path().to_str().expect("text")];
         let (receive, address) = Program::receive(&options, LOCAL, &file);
         switch_slowly(&mut from, &address)?;

@@ -25,6 +25,16 @@ pub(super) fn advised(qemu: &Qemu, kind: &str, preempt: bool) -> Result<Vm, Erro
     Ok(from)
 }
 
+/// The same with `postcopy-preempt` and TLS on both connections. The certificates of both sides are in `folder`.
+pub(super) fn advised_over_tls(qemu: &Qemu, folder: &Path) -> Result<Vm, Error> {
+    write_both(folder).expect("certificates");
+    let mut from = source(with_tls(machine(qemu, &qemu.machine()), folder, "client"))?;
+    from.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", true)])?;
+    from.set_parameters(json!({ "tls-creds": "tls0" }))?;
+    slow(&mut from)?;
+    Ok(from)
+}
+
 /// Migrates a running guest that would never converge, by post-copy. Returns its memory at the stop.
 fn switch(from: &mut Vm, address: &str) -> Result<Vec<u8>, Error> {
     from.migrate(address)?;
@@ -166,11 +176,7 @@ fn guest_is_stored_by_postcopy_over_tls_on_both_connections() {
     with_both(|qemu| {
         let folder = folder();
         let file = path(&folder, "machine");
-        write_both(folder.path()).expect("certificates");
-        let mut from = source(with_tls(machine(qemu, &qemu.machine()), folder.path(), "client"))?;
-        from.set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", true)])?;
-        from.set_parameters(json!({ "tls-creds": "tls0" }))?;
-        slow(&mut from)?;
+        let mut from = advised_over_tls(qemu, folder.path())?;
         let options = ["--tls-creds", folder.path().to_str().expect("text")];
         let (receive, address) = Program::receive(&options, LOCAL, &file);
         let before = switch(&mut from, &address)?;
@@ -219,13 +225,7 @@ fn capture_of_a_guest_that_never_converges_is_bounded() {
         assert_runs(&mut from)?;
         assert_eq!(inspected(&file)["split-by-footers"], json!(true));
 
-        let to_qmp = path(&folder, "to");
-        let mut to = machine(qemu, &qemu.machine())
-            .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", to_qmp.display())])
-            .incoming()
-            .start()?;
-        Program::start(multifd(["restore"]).arg(&file).arg(&to_qmp)).done();
-        assert_runs(&mut to)?;
+        assert_restorable(qemu, &file)?;
         // A guest that converges is captured without the switch.
         let mut command = multifd(["capture", "--force", "--postcopy-after", "1h"]);
         Program::start(command.arg(&qmp).arg(&file)).done();
@@ -291,13 +291,7 @@ fn channels_together_with_the_switch_are_used_or_refused_before_anything_is_chan
             let report = capture.done().json();
             assert_eq!(report["channels"].as_array().map(Vec::len), Some(2), "{report}");
             assert_eq!(inspected(&file)["split-by-footers"], json!(true));
-            let to_qmp = path(&folder, "to");
-            let mut to = machine(qemu, &qemu.machine())
-                .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", to_qmp.display())])
-                .incoming()
-                .start()?;
-            Program::start(multifd(["restore"]).arg(&file).arg(&to_qmp)).done();
-            assert_runs(&mut to)?;
+            assert_restorable(qemu, &file)?;
             return assert_runs(&mut from);
         }
         let ended = capture.end();
@@ -305,6 +299,18 @@ fn channels_together_with_the_switch_are_used_or_refused_before_anything_is_chan
         assert!(!file.exists());
         assert_runs(&mut from)
     });
+}
+
+/// The guest of the file runs in a new QEMU.
+fn assert_restorable(qemu: &Qemu, file: &Path) -> Result<(), Error> {
+    let folder = folder();
+    let qmp = path(&folder, "to");
+    let mut to = machine(qemu, &qemu.machine())
+        .args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", qmp.display())])
+        .incoming()
+        .start()?;
+    Program::start(multifd(["restore"]).arg(file).arg(&qmp)).done();
+    assert_runs(&mut to)
 }
 
 /// The guest runs on, and finds all of its memory right.
