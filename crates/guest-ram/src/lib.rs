@@ -38,7 +38,7 @@ mod since;
 mod sync_types;
 mod walk;
 
-pub use bitmap::{PageBitmap, TakenWords, runs};
+pub use bitmap::{PageBitmap, TakenWords, joined, runs};
 pub use block::{BlockIndex, Memory, RamBlock};
 pub use blocks::{Inaccessible, RamBlocks};
 pub use digest::{Digest, DigestOfPieces, DigestStore, PageDigests};

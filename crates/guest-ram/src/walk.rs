@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::{BlockIndex, PageBitmap, PageIndex};
+use crate::{BlockIndex, PageBitmap, PageIndex, joined};
 
 /// The size of a block, in pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,7 +174,7 @@ impl Block {
         if shape.host_page == 1 {
             there.set_runs().for_each(|(first, count)| block.left.clear_run(first, count));
         } else {
-            for (first, count) in there.set_runs() {
+            for (first, count) in joined(there.set_runs()) {
                 let from = first.0.next_multiple_of(shape.host_page);
                 // The last host page of a block may be incomplete.
                 let end = match first.0 + count {
@@ -243,5 +243,19 @@ mod tests {
         assert!(walk.is_done());
         assert!(walk.host_page(BlockIndex(0), PageIndex(8)).is_none());
         assert!(walk.host_page(BlockIndex(1), PageIndex(0)).is_none());
+    }
+
+    /// Regression: a host page is larger than the pieces in which a bitmap lists its runs, and no host page counted as there.
+    #[test]
+    fn huge_pages_that_are_there_are_not_walked() {
+        let shape = Shape { pages: 3072, host_page: 512 };
+        let (first, there) = (PageBitmap::new(3072), PageBitmap::full(3072));
+        there.clear_run(PageIndex(512), 1024);
+        there.clear_run(PageIndex(2300), 1);
+        let mut walk = Walk::new(&[shape], &[first], &[there]);
+        assert_eq!(walk.left(), 1536);
+        let asked = walk.host_page(BlockIndex(0), PageIndex(768)).expect("a page");
+        assert!(walk.claim(asked) && !walk.claim(asked));
+        assert_eq!(walk.left(), 1024);
     }
 }

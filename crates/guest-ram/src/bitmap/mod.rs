@@ -310,5 +310,17 @@ pub fn runs(word: usize, mut bits: u64) -> impl Iterator<Item = (PageIndex, u64)
     })
 }
 
+/// The same runs, with adjacent ones as one: a bitmap lists a long run in pieces.
+pub fn joined(runs: impl IntoIterator<Item = (PageIndex, u64)>) -> impl Iterator<Item = (PageIndex, u64)> {
+    let mut runs = runs.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let (first, mut count) = runs.next()?;
+        while let Some((_, more)) = runs.next_if(|(next, _)| next.0 == first.0 + count) {
+            count += more;
+        }
+        Some((first, count))
+    })
+}
+
 #[cfg(test)]
 mod tests;

@@ -31,6 +31,7 @@ use super::{
 use crate::{
     BlockIndex, BlockOffset, PageBitmap, PageIndex, PageRun, RamBlocks, Walk,
     fault::pager::{ArmedMemory, Serve},
+    joined,
     sync_types::{Mutex, RwLock, yield_now},
 };
 
@@ -125,7 +126,7 @@ impl Shared {
             let touched = self.blocks.get(region.block).and_then(crate::RamBlock::touched);
             let Some(touched) = touched else { continue };
             let host = region.shape().host_page;
-            for (first, count) in touched.clear_runs() {
+            for (first, count) in joined(touched.clear_runs()) {
                 let (from, end) = (first.0.next_multiple_of(host), first.0 + count);
                 let end = if end == region.pages { end } else { end - end % host };
                 for start in (from..end).step_by(STRETCH) {

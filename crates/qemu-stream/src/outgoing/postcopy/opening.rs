@@ -5,7 +5,7 @@
 //! [SWITCHOVER_START] ─ DISCARD … ─ PING 2 ─ PACKAGED { LISTEN, devices, PING 3, RUN } ─ PING 4 ─ pages …
 //! ```
 
-use multifd::ram::{BlockName, PageBitmap, PageSize};
+use multifd::ram::{BlockName, PageBitmap, PageSize, joined};
 
 use crate::{
     error::Usage,
@@ -89,14 +89,9 @@ impl Machine {
         }
         for (entry, keep) in self.blocks.entries().iter().zip(keep) {
             let page_size = self.page_size().bytes() as u64;
-            let mut ranges: Vec<(u64, u64)> = Vec::new();
-            for (first, count) in keep.clear_runs() {
-                let (start, length) = (first.0 * page_size, count * page_size);
-                match ranges.last_mut().filter(|(before, reach)| before + reach == start) {
-                    Some((_, reach)) => *reach += length,
-                    None => ranges.push((start, length)),
-                }
-            }
+            let ranges = joined(keep.clear_runs());
+            let ranges = ranges.map(|(first, count)| (first.0 * page_size, count * page_size));
+            let ranges: Vec<(u64, u64)> = ranges.collect();
             for ranges in ranges.chunks(RANGES) {
                 let (block, ranges) = (entry.name.clone(), ranges.to_vec());
                 Section::Command(Command::PostcopyRamDiscard { block, ranges }).encode(&mut out);
