@@ -53,9 +53,9 @@ pub use error::Error;
 #[cfg(feature = "fault")]
 pub use fault::{
     Armed, Copier, CopierError, CopierOptions, CopierStats, Decision, DeviceState, FaultError, FaultEvent,
-    FaultKind, FaultsFrom, Features, LoadError, MemoryKind, Modes, PageSink, PageSource, Pager, PagerError,
-    PagerOptions, PagerStats, PlaceEnd, Placed, Prepared, Protection, Region, StoreError, Trouble,
-    TroubleKind, Userfault,
+    FaultKind, FaultsFrom, Features, Landing, LoadError, MemoryKind, Modes, PageSink, PageSource, Pager,
+    PagerError, PagerOptions, PagerStats, PlaceEnd, Placed, Prepared, Protection, Region, RequestPages,
+    StoreError, Trouble, TroubleKind, Userfault,
 };
 pub use file::{
     AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,

@@ -91,6 +91,16 @@ impl Armed {
     /// If the memory or the kernel does not allow this. Nothing is armed then.
     pub fn arm(userfault: Userfault, blocks: Arc<RamBlocks>, modes: Modes) -> Result<Self, FaultError> {
         let regions = regions(&blocks)?;
+        Self::arm_regions(userfault, blocks, regions, modes)
+    }
+
+    /// Does the same with regions that were found before.
+    pub(super) fn arm_regions(
+        userfault: Userfault,
+        blocks: Arc<RamBlocks>,
+        regions: Vec<Region>,
+        modes: Modes,
+    ) -> Result<Self, FaultError> {
         for region in &regions {
             let lacking = userfault.features().lacking(modes.need(region.kind));
             if lacking != Features::NONE {
@@ -123,7 +133,7 @@ impl Armed {
     pub fn arm_empty(userfault: Userfault, blocks: Arc<RamBlocks>) -> Result<Self, FaultError> {
         refuse_contents(&blocks)?;
         for region in regions(&blocks)? {
-            kernel::drop_zeros(&region.addresses, region.kind.is_private())
+            kernel::drop_pages(&region.addresses, region.kind.is_private())
                 .map_err(FaultError::system("drop pages of zeros"))?;
         }
         Self::arm(userfault, blocks, Modes::MISSING)

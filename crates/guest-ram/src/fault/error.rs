@@ -77,6 +77,9 @@ pub enum FaultError {
         /// The number of bytes.
         len: u64,
     },
+    /// The memory was armed before.
+    #[error("the memory was armed before, and can be armed once")]
+    ArmedBefore,
     /// The process whose memory is armed has ended.
     #[error("the process whose memory is armed has ended")]
     ProcessEnded,

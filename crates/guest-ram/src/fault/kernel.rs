@@ -128,12 +128,21 @@ pub(super) fn protect(fd: BorrowedFd<'_>, range: &Range<u64>, on: bool) -> Resul
     update::<WRITEPROTECT, _>(fd, &mut protect)
 }
 
-/// Drops pages whose contents are zero, so that they are missing. In shared memory, they are dropped from the file.
-pub(super) fn drop_zeros(range: &Range<u64>, private: bool) -> Result<(), Errno> {
+/// Drops pages, so that they are missing. In shared memory, they are dropped from the file.
+pub(super) fn drop_pages(range: &Range<u64>, private: bool) -> Result<(), Errno> {
     let advice = if private { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
     let start = std::ptr::with_exposed_provenance_mut(usize::try_from(range.start).unwrap_or(0));
     let len = usize::try_from(range.end - range.start).unwrap_or(0);
-    // SAFETY: the range is guest memory, to which no reference exists; a page that is dropped reads as zero, as before.
+    // SAFETY: the range is guest memory, to which no reference exists; a page that is dropped reads as zero.
+    unsafe { madvise(start, len, advice) }
+}
+
+/// Says whether huge pages may be made of this memory by themselves.
+pub(super) fn advise_huge(range: &Range<u64>, wanted: bool) -> Result<(), Errno> {
+    let advice = if wanted { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+    let start = std::ptr::with_exposed_provenance_mut(usize::try_from(range.start).unwrap_or(0));
+    let len = usize::try_from(range.end - range.start).unwrap_or(0);
+    // SAFETY: the range is guest memory; the advice changes no contents.
     unsafe { madvise(start, len, advice) }
 }
 

@@ -48,6 +48,14 @@ impl Region {
 /// # Errors
 /// If a block's memory cannot be armed.
 pub(super) fn regions(blocks: &RamBlocks) -> Result<Vec<Region>, FaultError> {
+    regions_and(blocks, |_| {})
+}
+
+/// The same, and `see` is called with all areas.
+pub(super) fn regions_and(
+    blocks: &RamBlocks,
+    see: impl FnOnce(&[(Range<u64>, Option<&Area>)]),
+) -> Result<Vec<Region>, FaultError> {
     let wanted: Vec<_> =
         blocks.iter().filter_map(|(index, block)| Some((index, block, mapping(block)?))).collect();
     let ranges: Vec<_> = wanted.iter().map(|(_, block, mapping)| addresses(block, mapping)).collect();
@@ -55,6 +63,7 @@ pub(super) fn regions(blocks: &RamBlocks) -> Result<Vec<Region>, FaultError> {
         what: "find out what kind of memory the blocks are in (/proc/self/smaps)",
         source,
     })?;
+    see(&ranges.iter().flat_map(|range| areas.parts(range)).collect::<Vec<_>>());
     let regions = wanted.iter().zip(&ranges).map(|((index, block, mapping), range)| {
         region(*index, block, mapping, range, &areas)
             .map_err(|why| FaultError::Unsuitable { name: block.name().clone(), why })

@@ -21,6 +21,7 @@ mod features;
 mod handover;
 mod kernel;
 mod kind;
+mod landing;
 mod memory;
 mod pager;
 mod panicked;
@@ -32,10 +33,12 @@ pub use error::{DeviceState, FaultError};
 pub use event::{FaultEvent, FaultKind};
 pub use features::{Features, Modes};
 pub use kind::MemoryKind;
+pub use landing::Landing;
 pub use memory::Region;
 #[cfg(shuttle)]
 pub use pager::model as pager_model;
 pub use pager::{
-    Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, Trouble, TroubleKind,
+    Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, RequestPages, Trouble,
+    TroubleKind,
 };
 pub use userfault::{FaultsFrom, Userfault};

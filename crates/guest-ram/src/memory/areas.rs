@@ -31,6 +31,10 @@ pub(crate) struct Area {
     pub(crate) filled: bool,
     /// The size of its pages in bytes. Only known from [`Areas::with_flags`], otherwise 0.
     pub(crate) page_size: u64,
+    /// Whether somebody has said that huge pages are wanted (`MADV_HUGEPAGE`), or not (`MADV_NOHUGEPAGE`). Only known from
+    /// [`Areas::with_flags`].
+    #[cfg_attr(not(feature = "fault"), expect(dead_code, reason = "only memory that is filled later asks"))]
+    pub(crate) huge: Option<bool>,
 }
 
 /// The areas that contain wanted addresses, in the order of addresses.
@@ -76,6 +80,8 @@ impl Areas {
             } else if let Some(flags) = text.strip_prefix("VmFlags:") {
                 if let Some(area) = areas.last_mut().filter(|_| is_kept) {
                     area.filled = flags.split_ascii_whitespace().any(|flag| FILLED.contains(&flag));
+                    let has = |wanted| flags.split_ascii_whitespace().any(|flag| flag == wanted);
+                    area.huge = if has("hg") { Some(true) } else { has("nh").then_some(false) };
                 }
             } else if let Some(area) = area(&text) {
                 if area.range.start >= last {
@@ -138,6 +144,7 @@ fn area(line: &str) -> Option<Area> {
         offset,
         file: (device(major)?, device(minor)?, inode),
         filled: false,
+        huge: None,
         page_size: 0,
     })
 }

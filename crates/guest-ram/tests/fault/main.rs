@@ -9,4 +9,5 @@ mod kit;
 mod kvm;
 mod layer;
 mod pager;
+mod push;
 mod refusals;

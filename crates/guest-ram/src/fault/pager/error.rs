@@ -34,6 +34,12 @@ pub enum PagerError {
     /// A thread cannot be started.
     #[error("cannot start a thread of the pager")]
     Thread(#[source] std::io::Error),
+    /// Pages were pushed that are not whole pages of armed memory, or pieces of too many host pages.
+    #[error("pages that were pushed cannot be placed: {why}")]
+    Pushed {
+        /// What is wrong with them.
+        why: String,
+    },
     /// Everything else is there.
     #[error(
         "{pages} pages could not be had and are poisoned, the first at offset {offset} of block {name:?}; all others are there. The guest \

@@ -34,6 +34,8 @@ pub(super) enum Stage {
     Queued,
     /// Not before this time.
     Delayed(Instant),
+    /// Somebody waits for it, and it was requested: it will be [pushed](super::Pager::push).
+    Requested,
     /// In the source, or being placed, since this time.
     Running { since: Instant, for_fault: bool },
 }

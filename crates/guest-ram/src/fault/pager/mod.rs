@@ -16,6 +16,7 @@ mod memory;
 pub mod model;
 mod options;
 mod pages;
+mod push;
 mod source;
 mod work;
 
@@ -35,11 +36,12 @@ use super::{Armed, FaultError, Features, Modes, Region};
 use counts::Counts;
 pub(super) use memory::{ArmedMemory, Serve};
 use pages::Pages;
-use work::Shared;
+use work::{Shared, Supply};
 
 pub use counts::PagerStats;
 pub use error::PagerError;
 pub use options::PagerOptions;
+pub use push::RequestPages;
 pub use source::{Decision, LoadError, PageSource, Trouble, TroubleKind};
 
 /// Serves the missing pages of armed memory until all are there.
@@ -120,6 +122,20 @@ impl Pager {
         source: Arc<dyn PageSource>,
         options: PagerOptions,
     ) -> Result<Self, PagerError> {
+        let contents = |region: &Region| {
+            let contents = source.contents(region.block);
+            contents.map_err(|source| PagerError::Contents { name: region.name.clone(), source })
+        };
+        let walk = |regions: &[Region], options: &PagerOptions| walk(regions, contents, options);
+        Self::begin(armed, walk, Supply::Loaded(source.clone()), options)
+    }
+
+    fn begin(
+        armed: Armed,
+        walk: impl FnOnce(&[Region], &PagerOptions) -> Result<Walk, PagerError>,
+        source: Supply,
+        options: PagerOptions,
+    ) -> Result<Self, PagerError> {
         let lacking = armed.features().lacking(Self::NEEDS);
         if lacking != Features::NONE {
             return Err(FaultError::Lacks { lacking, since: lacking.since() }.into());
@@ -133,7 +149,7 @@ impl Pager {
                 |name| Err(FaultError::Unsuitable { name, why: why.clone() }.into()),
             );
         }
-        let walk = walk(&regions, &*source, &options)?;
+        let walk = walk(&regions, &options)?;
         let memory = ArmedMemory::new(armed)?;
         for Region { block, addresses, .. } in &regions {
             memory.wake(*block, BlockOffset(0), addresses.end - addresses.start)?;
@@ -236,7 +252,11 @@ impl Drop for Pager {
 }
 
 /// All pages with contents, the working set first.
-fn walk(regions: &[Region], source: &dyn PageSource, options: &PagerOptions) -> Result<Walk, PagerError> {
+fn walk(
+    regions: &[Region],
+    contents: impl Fn(&Region) -> Result<Option<PageBitmap>, PagerError>,
+    options: &PagerOptions,
+) -> Result<Walk, PagerError> {
     let blocks = regions.iter().map(|region| region.block.0 + 1).max().unwrap_or(0);
     let (mut shapes, mut first, mut there) = (Vec::new(), Vec::new(), Vec::new());
     for index in 0..blocks {
@@ -244,16 +264,12 @@ fn walk(regions: &[Region], source: &dyn PageSource, options: &PagerOptions) -> 
         let region = regions.iter().find(|region| region.block.0 == index);
         let shape = region.map_or(crate::Shape { pages: 0, host_page: 1 }, Region::shape);
         let zero = PageBitmap::new(shape.pages);
-        if let Some(Region { name, block, .. }) = region {
-            let contents = source.contents(*block);
-            let contents = contents.map_err(|source| PagerError::Contents { name: name.clone(), source })?;
-            if let Some(contents) = contents {
-                zero.fill();
-                for (page, count) in contents.set_runs() {
-                    let end = (page.0 + count).min(shape.pages);
-                    if page.0 < end {
-                        zero.clear_run(page, end - page.0);
-                    }
+        if let Some(contents) = region.map(&contents).transpose()?.flatten() {
+            zero.fill();
+            for (page, count) in contents.set_runs() {
+                let end = (page.0 + count).min(shape.pages);
+                if page.0 < end {
+                    zero.clear_run(page, end - page.0);
                 }
             }
         }

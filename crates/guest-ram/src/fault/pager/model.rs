@@ -23,7 +23,7 @@ use super::{
     options::PagerOptions,
     pages::Pages,
     source::{Decision, LoadError, PageSource},
-    work::Shared,
+    work::{Shared, Supply},
 };
 use crate::{
     BlockIndex, BlockName, BlockOffset, PageBitmap, PageIndex, PageRun, Walk,
@@ -271,7 +271,7 @@ impl Model {
             PagerOptions::new().fault_threads(serving).prefetch_bytes(2 * PAGE).retry(Duration::ZERO);
         let shared = Arc::new(Shared {
             memory: Box::new(Memory(kernel.clone())),
-            source: source.clone(),
+            source: Supply::Loaded(source.clone()),
             pages: Pages::new(walk, &regions),
             regions,
             options: options.judge(|_| Decision::Wait),

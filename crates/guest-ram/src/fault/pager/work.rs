@@ -23,6 +23,7 @@ use super::{
     memory::Serve,
     options::PagerOptions,
     pages::Pages,
+    push::{Parts, RequestPages},
     source::{Decision, PageSource, Trouble, TroubleKind},
 };
 use crate::{
@@ -30,10 +31,27 @@ use crate::{
     sync_types::{RwLock, yield_now},
 };
 
+/// Where pages come from.
+pub(crate) enum Supply {
+    Loaded(Arc<dyn PageSource>),
+    /// Another side sends them by itself, and sooner if they are requested.
+    Pushed {
+        requests: Arc<dyn RequestPages>,
+        parts: Parts,
+    },
+}
+
+/// What is placed.
+#[derive(Clone, Copy)]
+pub(super) enum Contents<'a> {
+    Bytes(&'a [u8]),
+    Zero,
+}
+
 /// What the threads share.
 pub(crate) struct Shared {
     pub(crate) memory: Box<dyn Serve>,
-    pub(crate) source: Arc<dyn PageSource>,
+    pub(crate) source: Supply,
     pub(crate) regions: Vec<Region>,
     pub(crate) options: PagerOptions,
     pub(crate) pages: Pages,
@@ -177,9 +195,15 @@ impl Shared {
     /// Returns whether another thread has replaced this one.
     fn execute(&self, task: Task, buffer: &mut Vec<u8>) -> Result<bool, FaultError> {
         let Task { id, run, for_fault } = task;
+        if let Supply::Pushed { requests, .. } = &self.source {
+            // Before the request: its pages may come at once.
+            self.pages.requested(id);
+            requests.request(run);
+            return Ok(false);
+        }
         let host_page = self.region(run.block).map_or(1, |region| region.shape().host_page);
         match self.load(run, buffer) {
-            Ok(()) => self.place(task, run, buffer)?,
+            Ok(()) => self.place(task, run, Contents::Bytes(buffer))?,
             Err(kind) if run.count <= host_page => self.trouble(id, run, kind)?,
             // One of the pages is at fault, and only that one.
             Err(kind) => {
@@ -188,7 +212,7 @@ impl Shared {
                     let count = host_page.min(run.end() - first);
                     let part = PageRun { first: PageIndex(first), count, ..run };
                     match self.load(part, buffer) {
-                        Ok(()) => self.place(task, part, buffer)?,
+                        Ok(()) => self.place(task, part, Contents::Bytes(buffer))?,
                         Err(kind) => self.trouble(id, part, kind)?,
                     }
                 }
@@ -209,14 +233,15 @@ impl Shared {
             (usize::try_from(len).unwrap_or(0), usize::try_from(run.count * page).unwrap_or(0));
         buffer.resize(len, 0);
         buffer.get_mut(known..).unwrap_or_default().fill(0);
-        match catch_unwind(AssertUnwindSafe(|| self.source.load(run, buffer))) {
+        let Supply::Loaded(source) = &self.source else { return Ok(()) };
+        match catch_unwind(AssertUnwindSafe(|| source.load(run, buffer))) {
             Ok(loaded) => loaded.map_err(TroubleKind::Failed),
             Err(panic) => Err(TroubleKind::Panicked(message(&*panic))),
         }
     }
 
     /// Places the pages of a part of a load.
-    fn place(&self, task: Task, part: PageRun, bytes: &[u8]) -> Result<(), FaultError> {
+    pub(super) fn place(&self, task: Task, part: PageRun, contents: Contents<'_>) -> Result<(), FaultError> {
         let Some(region) = self.region(part.block) else { return Ok(()) };
         let unit = region.page * region.shape().host_page;
         let (start, len) = self.bytes(part);
@@ -230,11 +255,15 @@ impl Shared {
             // Small pieces, so that whoever reads a message does not wait long.
             let end = (run_start + run_len).min(at + PIECE.max(region.host_page));
             let range = |offset: u64| usize::try_from(offset - start).unwrap_or(usize::MAX);
-            let piece = bytes.get(range(at)..range(end)).unwrap_or_default();
-            let result = match dropped {
-                None => self.memory.copy(part.block, BlockOffset(at), piece),
-                Some(Dropped::Removed) => self.memory.zero(part.block, BlockOffset(at), end - at),
-                Some(Dropped::GivenUp) => Ok(Placed { bytes: end - at, end: PlaceEnd::All }),
+            let result = match (dropped, contents) {
+                (None, Contents::Bytes(bytes)) => {
+                    let piece = bytes.get(range(at)..range(end)).unwrap_or_default();
+                    self.memory.copy(part.block, BlockOffset(at), piece)
+                }
+                (None, Contents::Zero) | (Some(Dropped::Removed), _) => {
+                    self.memory.zero(part.block, BlockOffset(at), end - at)
+                }
+                (Some(Dropped::GivenUp), _) => Ok(Placed { bytes: end - at, end: PlaceEnd::All }),
             };
             drop(gate);
             let result = match result {
@@ -243,6 +272,9 @@ impl Shared {
                 // Such as memory that has run out.
                 Err(error) => {
                     let rest = PageRun { first: PageIndex(first), count: part.end() - first, ..part };
+                    if self.keeps_trying(task.id, rest, &error) {
+                        continue;
+                    }
                     return self.trouble(task.id, rest, TroubleKind::Failed(error.into()));
                 }
             };
@@ -255,6 +287,21 @@ impl Shared {
         let counter = if task.for_fault { &self.counts.loaded } else { &self.counts.prefetched };
         Counts::add(counter, placed / region.page);
         Ok(())
+    }
+
+    /// Whether pages that were pushed and cannot be placed are placed again: nobody sends them a second time. Waits before.
+    fn keeps_trying(&self, id: LoadId, run: PageRun, error: &FaultError) -> bool {
+        if matches!(self.source, Supply::Loaded(_)) || self.pages.is_ended() {
+            return false;
+        }
+        let (since, is_awaited, decided) = self.pages.history(id);
+        let kind = TroubleKind::Failed(error.to_string().into());
+        let waits = self.judge(&Trouble { run, kind, since, is_awaited, decided }) == Decision::Wait;
+        if waits {
+            Counts::add(&self.counts.retries, 1);
+            self.pages.pause(self.options.retry);
+        }
+        waits
     }
 
     /// Does what the end of a call requires. Returns how many bytes are skipped.
@@ -365,10 +412,12 @@ impl Shared {
         }
         self.pages.disarmed();
         self.memory.stop();
-        self.source.stop();
+        if let Supply::Loaded(source) = &self.source {
+            source.stop();
+        }
     }
 
-    fn region(&self, block: BlockIndex) -> Option<&Region> {
+    pub(super) fn region(&self, block: BlockIndex) -> Option<&Region> {
         self.regions.iter().find(|region| region.block == block)
     }
 
