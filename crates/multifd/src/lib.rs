@@ -79,6 +79,7 @@ mod recv;
 mod send;
 mod sendable;
 mod stats;
+mod slices;
 mod sync_types;
 pub mod wire;
 
@@ -88,6 +89,6 @@ pub use error::{Callback, Error, Fault, Result};
 pub use guest_ram as ram;
 pub use options::parameters;
 pub use options::{ChannelCount, ChannelsFrom, ReceiveOptions, SendOptions};
-pub use recv::{Arrived, MayMiss, Receiver, RecvCounters};
+pub use recv::{Arrived, MayMiss, PlaceLate, Receiver, RecvCounters};
 pub use send::{SendCounters, Sender, Synced};
 pub use stats::ChannelStats;

@@ -82,6 +82,12 @@ pub enum Status {
     PreSwitchover,
     /// The guest has stopped: the last pages and the devices are sent.
     Device,
+    /// The destination runs the guest, or is about to: the rest of RAM is sent, and requested pages first.
+    PostcopyActive,
+    /// The same, but a connection has broken: the migration waits until it is resumed.
+    PostcopyPaused,
+    /// The migration is being resumed over new connections.
+    PostcopyRecover,
     /// The destination has everything.
     Completed,
     /// An error ended it; the guest can continue on the source.
@@ -93,12 +99,15 @@ pub enum Status {
 }
 
 impl Status {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::None,
         Self::Setup,
         Self::Active,
         Self::PreSwitchover,
         Self::Device,
+        Self::PostcopyActive,
+        Self::PostcopyPaused,
+        Self::PostcopyRecover,
         Self::Completed,
         Self::Failed,
         Self::Cancelling,
@@ -113,6 +122,9 @@ impl Status {
             Self::Active => "active",
             Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelling => "cancelling",
@@ -127,15 +139,22 @@ impl Status {
 
     /// Whether `next` may follow.
     pub fn may_become(self, next: Self) -> bool {
-        use Status::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, PreSwitchover, Setup};
+        use Status::{
+            Active, Cancelled, Cancelling, Completed, Device, Failed, None, PostcopyActive, PostcopyPaused,
+            PostcopyRecover, PreSwitchover, Setup,
+        };
         match next {
             None => false,
             Setup => self == None,
             Active => self == Setup,
             PreSwitchover => self == Active,
             Device => matches!(self, Active | PreSwitchover),
-            Completed => self == Device,
-            Failed | Cancelling => matches!(self, None | Setup | Active | PreSwitchover | Device),
+            PostcopyActive => matches!(self, Device | PostcopyRecover),
+            PostcopyPaused => matches!(self, PostcopyActive | PostcopyRecover),
+            PostcopyRecover => self == PostcopyPaused,
+            Completed => matches!(self, Device | PostcopyActive),
+            // After the switch, only if the destination reports that it does not have the guest.
+            Failed | Cancelling => !self.is_final() && self != Cancelling,
             Cancelled => self == Cancelling,
         }
     }

@@ -33,7 +33,7 @@ pub(crate) struct Area {
     pub(crate) page_size: u64,
     /// Whether somebody has said that huge pages are wanted (`MADV_HUGEPAGE`), or not (`MADV_NOHUGEPAGE`). Only known from
     /// [`Areas::with_flags`].
-    #[cfg_attr(not(feature = "fault"), expect(dead_code, reason = "only memory that is filled later asks"))]
+    #[cfg_attr(not(feature = "fault"), allow(dead_code, reason = "only memory that is filled later asks"))]
     pub(crate) huge: Option<bool>,
 }
 

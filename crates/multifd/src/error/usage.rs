@@ -229,6 +229,18 @@ pub enum Usage {
     /// A call that needs something that is not set yet.
     #[error("{0} is not available yet: set it first")]
     TooEarly(&'static str),
+    /// A text that says when to switch to post-copy.
+    #[error("expected never, request, start, stall, passes:N or seconds:N, found {found:?}")]
+    PostcopyWhen {
+        /// The text.
+        found: String,
+    },
+    /// A migration cannot switch to post-copy.
+    #[error("the migration cannot switch to post-copy: {why}")]
+    NoPostcopy {
+        /// The reason.
+        why: &'static str,
+    },
     /// A migration cannot be continued, because it does not wait for that.
     #[error("the migration is {found}: it can only be continued when it is pre-switchover")]
     NotPaused {

@@ -8,7 +8,7 @@ use std::{
     fmt,
     sync::{
         Arc, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -52,6 +52,23 @@ impl Control {
         self.gate.bandwidth.get()
     }
 
+    /// Switches to post-copy as soon as the pages that are being sent have left: the guest moves to the destination, and the rest
+    /// follows.
+    ///
+    /// # Errors
+    /// [`Usage::NoPostcopy`] if the options [do not allow it](MigrateOptions::postcopy), or the migration is over or has stopped its
+    /// guest.
+    pub fn start_postcopy(&self) -> Result<()> {
+        if !self.gate.postcopy_allowed {
+            return Err(Usage::NoPostcopy { why: "its options do not allow it (MigrateOptions::postcopy)" }.into());
+        }
+        if !matches!(self.progress.status(), Status::None | Status::Setup | Status::Active) {
+            return Err(Usage::NoPostcopy { why: "its guest is stopped already, or it is over" }.into());
+        }
+        self.gate.postcopy_requested.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Waits until the migration is in state `pre-switchover` and returns `true`, or until it is over and returns
     /// `false`. For a migration that does not pause, it waits until the migration is over.
     pub fn wait_pre_switchover(&self) -> bool {
@@ -85,9 +102,15 @@ impl fmt::Debug for Control {
 pub(super) struct Gate(Arc<Inner>);
 
 impl Gate {
-    /// Creates the control of a migration with this `max-bandwidth`.
-    pub(super) fn new(max_bandwidth: Option<u64>) -> Self {
-        Self(Arc::new(Inner { bandwidth: Bandwidth::new(max_bandwidth), ..Inner::default() }))
+    /// Creates the control of a migration with these options.
+    pub(super) fn new(options: &MigrateOptions) -> Self {
+        let (bandwidth, postcopy_allowed) = (Bandwidth::new(options.max_bandwidth), options.postcopy.is_allowed());
+        Self(Arc::new(Inner { bandwidth, postcopy_allowed, ..Inner::default() }))
+    }
+
+    /// Whether somebody has requested the switch to post-copy.
+    pub(super) fn is_postcopy_requested(&self) -> bool {
+        self.0.postcopy_requested.load(Ordering::Relaxed)
     }
 
     /// The `max-bandwidth` that holds at present.
@@ -134,6 +157,9 @@ struct Inner {
     changed: Condvar,
     downtime_limit: Mutex<Option<Duration>>,
     bandwidth: Bandwidth,
+    postcopy_allowed: bool,
+    /// Orders nothing: the passes look at it from time to time.
+    postcopy_requested: AtomicBool,
 }
 
 /// A limit in bytes per second that any thread may change. Clones are the same limit. The default is no limit.

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     channel::Watch,
     error::{Error, Fault, Result, Usage},
+    options::PostcopyWhen,
     outcome::{Callback, NotConverged, Percent, Status},
     ram::{BlockIndex, DirtyLog, DirtyPages, LogMark, PageBitmap, RamBlock},
     send::{Sender, Synced},
@@ -44,6 +45,17 @@ impl Stopped {
             Self::Asked(_) => Error::OwnerUnknown(Box::new(panicked)),
         }
     }
+}
+
+/// How far a migration was driven.
+pub(super) enum Driven {
+    /// The destination has everything.
+    Completed,
+    /// The destination was sent the command to run the guest, and lacks these pages.
+    Switched {
+        lacking: Vec<PageBitmap>,
+        stopped_at: Instant,
+    },
 }
 
 /// The parts of a running migration.
@@ -81,7 +93,7 @@ impl<'a> Driver<'a> {
         Self { plan, sender, main, log, guest, pending, is_first, page, stopped, announced, synced }
     }
 
-    pub(super) fn drive(&mut self) -> Result<()> {
+    pub(super) fn drive(&mut self) -> Result<Driven> {
         let Plan { options, blocks, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         self.prepare()?;
@@ -96,14 +108,23 @@ impl<'a> Driver<'a> {
         let channels = self.sender.as_ref().map_or(0, |sender| sender.channels());
         let mut converge = Converge::new(options, blocks.page_size(), pages, channels);
         self.bitmap_sync(None)?;
-        loop {
-            let round = self.round(&mut pace)?;
+        let mut passes = 0;
+        let switches = loop {
+            if self.is_postcopy_due(passes) {
+                break true;
+            }
+            let Some(round) = self.round(&mut pace)? else { break true };
+            passes += 1;
             if let Some(limit) = gate.downtime_limit() {
                 converge.set_downtime_limit(limit);
             }
             converge.set_max_bandwidth(gate.bandwidth().get());
             let judgement = converge.judge(&round, progress.elapsed());
             self.tell(&round, &judgement);
+            let gives_up = matches!(judgement.step, Step::GiveUp(_));
+            if options.postcopy == PostcopyWhen::Stall && (gives_up || judgement.stall.is_some()) {
+                break true;
+            }
             match judgement.step {
                 Step::Pass(None) => {}
                 Step::Pass(Some(percent)) => {
@@ -115,12 +136,24 @@ impl<'a> Driver<'a> {
                     let error = NotConverged { bound, stall, expected_remaining_time };
                     return Err(Error::NotConverged(Box::new(error)));
                 }
-                Step::SwitchOver => break,
+                Step::SwitchOver => break false,
             }
-        }
+        };
         // The deadline's thread is joined: the deadline has passed by now or can no longer pass.
         drop(deadline);
-        self.switch_over(watch)
+        if switches { self.switch_early(watch) } else { self.switch_over(watch).map(|()| Driven::Completed) }
+    }
+
+    /// Whether the migration switches to post-copy now. `passes` have ended.
+    fn is_postcopy_due(&self, passes: u64) -> bool {
+        let Plan { options, gate, progress, .. } = self.plan;
+        gate.is_postcopy_requested()
+            || match options.postcopy {
+                PostcopyWhen::Never | PostcopyWhen::Request | PostcopyWhen::Stall => false,
+                PostcopyWhen::Start => true,
+                PostcopyWhen::Passes(most) => passes >= most,
+                PostcopyWhen::After(time) => progress.elapsed() >= time,
+            }
     }
 
     /// Checks everything that can be refused before a byte is sent.
@@ -174,20 +207,22 @@ impl<'a> Driver<'a> {
         Deadline::start(left, stop, late).map(Some)
     }
 
-    /// A pass, and the bitmap sync after it.
-    fn round(&mut self, pace: &mut Pace) -> Result<Round> {
+    /// A pass, and the bitmap sync after it; `None` if the pass has ended early, to switch to post-copy.
+    fn round(&mut self, pace: &mut Pace) -> Result<Option<Round>> {
         let progress = &self.plan.progress;
         let (start, before) = (self.synced, progress.sent());
-        self.pass(Pass::Live, pace)?;
+        if !self.pass(Pass::Live, pace)? {
+            return Ok(None);
+        }
         let dirty = self.bitmap_sync(Some(start))?;
         let after = progress.sent();
-        Ok(Round {
+        Ok(Some(Round {
             time: self.synced.duration_since(start),
             bytes: after.bytes - before.bytes,
             normal: after.normal - before.normal,
             zero: after.zero - before.zero,
             dirty,
-        })
+        }))
     }
 
     fn tell(&self, round: &Round, judgement: &Judgement) {
@@ -234,8 +269,8 @@ impl<'a> Driver<'a> {
         self.plan.progress.main_bytes(self.main.bytes());
     }
 
-    /// Stops the guest and hands it over. `watch` shuts main down if the migration fails.
-    fn switch_over(&mut self, watch: Option<Watch>) -> Result<()> {
+    /// Stops the guest. Returns its state before, and when it was stopped: after a pause, when that has ended.
+    fn stop_guest(&mut self) -> Result<(RunState, Instant)> {
         let Plan { options, stop, progress, gate, .. } = self.plan;
         stop.check()?;
         let mut start = Instant::now();
@@ -257,9 +292,41 @@ impl<'a> Driver<'a> {
             // The operator is responsible for the time of the pause; it does not count as downtime.
             start = Instant::now();
         }
+        Ok((state, start))
+    }
+
+    /// A limit of the time until the destination has what it must have before the guest moves.
+    fn switchover_deadline(&self) -> Result<Option<Deadline>> {
+        let Plan { options, stop, gate, .. } = self.plan;
         let limit = options.switchover_limit(gate.downtime_limit());
         let late = move || Error::SwitchoverTimeout { limit: limit.unwrap_or_default() };
-        let deadline = limit.map(|limit| Deadline::start(limit, stop, late)).transpose()?;
+        limit.map(|limit| Deadline::start(limit, stop, late)).transpose()
+    }
+
+    /// Moves the guest to the destination before its RAM is there. `watch` shuts main down if the migration fails.
+    fn switch_early(&mut self, watch: Option<Watch>) -> Result<Driven> {
+        let progress = &self.plan.progress;
+        let (state, stopped_at) = self.stop_guest()?;
+        let deadline = self.switchover_deadline()?;
+        let devices = self.save()?;
+        progress.advance(Status::Device)?;
+        self.bitmap_sync(None)?;
+        self.nothing_written()?;
+        let lacking = std::mem::take(&mut self.pending);
+        self.main.postcopy(&lacking, devices, state)?;
+        self.count_main();
+        *self.stopped = Stopped::Asked(state);
+        drop((deadline, watch));
+        tracing::debug!(pages = lacking.iter().map(PageBitmap::count).sum::<u64>(), "migrate_start_postcopy");
+        progress.advance(Status::PostcopyActive)?;
+        Ok(Driven::Switched { lacking, stopped_at })
+    }
+
+    /// Stops the guest and hands it over. `watch` shuts main down if the migration fails.
+    fn switch_over(&mut self, watch: Option<Watch>) -> Result<()> {
+        let Plan { stop, progress, .. } = self.plan;
+        let (state, start) = self.stop_guest()?;
+        let deadline = self.switchover_deadline()?;
         let devices = self.save()?;
         progress.advance(Status::Device)?;
         self.main.switchover()?;
@@ -343,12 +410,21 @@ impl<'a> Driver<'a> {
         Ok(remaining)
     }
 
-    fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<()> {
-        let Plan { options, blocks, stop, progress, .. } = self.plan;
+    /// Returns `false` if it has ended early, to switch to post-copy.
+    fn pass(&mut self, pass: Pass, pace: &mut Pace) -> Result<bool> {
+        let Plan { options, blocks, stop, progress, gate, .. } = self.plan;
         let (start, before) = (Instant::now(), progress.sent());
         let is_first = std::mem::replace(&mut self.is_first, false);
         let touched = known::before_pass(blocks, &self.pending, options.zero_page_detection, is_first)?;
         self.main.begin_pass(pass)?;
+        let ends = || {
+            let is_late = match options.postcopy {
+                PostcopyWhen::After(time) => progress.elapsed() >= time,
+                _ => false,
+            };
+            pass == Pass::Live && (is_late || gate.is_postcopy_requested())
+        };
+        let mut ended_early = false;
         let mut walk = Walk {
             sender: self.sender.as_deref_mut(),
             main: self.main,
@@ -359,16 +435,20 @@ impl<'a> Driver<'a> {
             progress,
             stop,
             page: &mut self.page,
+            ends: &ends,
         };
         for ((index, block), pending) in blocks.iter().zip(&self.pending) {
-            walk.block(index, block, pending)?;
+            ended_early = walk.block(index, block, pending)?;
+            if ended_early {
+                break;
+            }
         }
         self.main.end_pass(pass, synced(&mut self.sender)?)?;
         self.count_main();
         let after = progress.sent();
         let pages = after.normal + after.zero - before.normal - before.zero;
         progress.passed(&PassRate { bytes: after.bytes - before.bytes, pages, time: start.elapsed() });
-        Ok(())
+        Ok(!ended_early)
     }
 }
 

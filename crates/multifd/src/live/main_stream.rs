@@ -6,8 +6,8 @@ use super::{DeviceInfo, DeviceSection, RunState};
 use crate::{
     Synced,
     channel::{Stop, Wake},
-    error::{Error, Result},
-    ram::{BlockIndex, LogMark, PageIndex, RamBlocks},
+    error::{Error, Result, Usage},
+    ram::{BlockIndex, LogMark, PageBitmap, PageIndex, RamBlocks},
 };
 
 /// A pass over RAM.
@@ -92,6 +92,17 @@ pub trait Main {
     /// # Errors
     /// If the stream breaks.
     fn switchover(&mut self) -> Result<()>;
+    /// Switches to post-copy, with the guest stopped: makes the destination forget the pages in `lacking`, one bitmap for each block,
+    /// waits until it has, and sends it the devices and the command to run the guest. Called instead of
+    /// [`switchover`](Main::switchover) and everything after it. An error means that the destination cannot have received the
+    /// command. Default: refused.
+    ///
+    /// # Errors
+    /// If the stream breaks before all of it was written, the destination refuses, or post-copy is not supported.
+    fn postcopy(&mut self, lacking: &[PageBitmap], devices: Vec<DeviceSection>, guest: RunState) -> Result<()> {
+        drop((lacking, devices, guest));
+        Err(Usage::NoPostcopy { why: "its main stream does not support it" }.into())
+    }
     /// Waits until the destination is known to have all of RAM, if the stream can find that out: from then on the
     /// destination restores the guest. Until then [`switchover_timeout`](super::MigrateOptions::switchover_timeout) may
     /// end the migration with the guest here.

@@ -29,6 +29,7 @@ mod pass;
 mod plan;
 mod progress;
 mod status;
+mod switched;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -36,19 +37,19 @@ use std::{
     time::Duration,
 };
 
-pub use crate::options::{MigrateOptions, ZeroPageDetection};
+pub use crate::options::{MigrateOptions, PostcopyWhen, ZeroPageDetection};
 use caught::{caught, panicked};
 pub use control::Control;
 use control::Gate;
 pub use device_name::DeviceName;
-use driver::{Driver, Stopped};
+use driver::{Driven, Driver, Stopped};
 pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
 pub use main_stream::{Main, Pass, Verdict};
 pub use owner::{LastWord, Owner};
 use pace::Pace;
-pub(crate) use pace::Slices;
 use plan::Plan;
 pub use progress::{MigrationInfo, Progress, RamInfo};
+pub use switched::{Ended, Switched};
 
 pub use crate::outcome::{Bound, Callback, NotConverged, Percent, Remedy, Stall, Status};
 
@@ -110,7 +111,7 @@ impl Migration {
         let sent = blocks.iter().filter(|(_, block)| !block.is_ignored());
         let pages = sent.map(|(_, block)| block.pages()).sum();
         let progress = Progress::new(blocks.total(), blocks.page_size(), pages, stop.callbacks().clone());
-        let (gate, calls) = (Gate::new(options.max_bandwidth), progress.callbacks().clone());
+        let (gate, calls) = (Gate::new(&options), progress.callbacks().clone());
         let plan = Plan { options, blocks, stop, progress, gate, calls, callback_timeout };
         Ok(Self { plan, sender })
     }
@@ -171,12 +172,35 @@ impl Migration {
     /// The first error, or [`Error::Cancelled`]. [`Error::OwnerUnknown`] if nobody can know whether the destination has
     /// the guest. Only in this case **the guest stays stopped** although it may not run elsewhere, unless
     /// [`resume_if_unknown`](MigrateOptions::resume_if_unknown) is set.
+    /// [`Usage::NoPostcopy`] if the options allow post-copy, before anything is sent: that needs
+    /// [`run_postcopy`](Self::run_postcopy).
     pub fn run(
-        mut self,
+        self,
         main: &mut dyn Main,
         log: &mut dyn DirtyLog,
         guest: &mut dyn Guest,
     ) -> Result<MigrationInfo> {
+        if self.plan.options.postcopy.is_allowed() {
+            let why = "its caller does not send the pages after the switch (Migration::run_postcopy does)";
+            return Err(self.plan.stop.fail(Usage::NoPostcopy { why }.into()));
+        }
+        match self.run_postcopy(main, log, guest)? {
+            Ended::Completed(info) => Ok(*info),
+            Ended::Switched(switched) => Ok(switched.progress().info()),
+        }
+    }
+
+    /// Does the same, but may [switch to post-copy](MigrateOptions::postcopy). After that the caller sends the rest of RAM over main
+    /// and the channels. Until the destination reports that it does not have the guest, the guest must not run here.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run). The guest is here then.
+    pub fn run_postcopy(
+        mut self,
+        main: &mut dyn Main,
+        log: &mut dyn DirtyLog,
+        guest: &mut dyn Guest,
+    ) -> Result<Ended> {
         let mut sender = self.sender.take();
         let mut stopped = Stopped::No;
         let _watch = match CallbackWatch::start(&self.plan.stop, self.plan.callback_timeout) {
@@ -194,8 +218,13 @@ impl Migration {
         }));
         let driven = driven
             .unwrap_or_else(|panic| Err(stopped.after_panic(panicked(self.plan.calls.panicked(), &*panic))));
-        if let Err(error) = driven {
-            return Err(self.go_back(error, sender, stopped, log, guest));
+        let driven = match driven {
+            Ok(driven) => driven,
+            Err(error) => return Err(self.go_back(error, sender, stopped, log, guest)),
+        };
+        if let Driven::Switched { lacking, stopped_at } = driven {
+            let switched = Switched { migration: self, sender, lacking, stopped_at, stopped };
+            return Ok(Ended::Switched(Box::new(switched)));
         }
         if let Some(sender) = sender {
             // The destination runs the guest now; an error while closing the connections changes nothing.
@@ -204,7 +233,7 @@ impl Migration {
             }
         }
         self.plan.progress.advance(Status::Completed)?;
-        Ok(self.plan.progress.info())
+        Ok(Ended::Completed(Box::new(self.plan.progress.info())))
     }
 
     /// Ends a migration that has failed, with the guest here. Returns the error to report.

@@ -1,9 +1,9 @@
 //! `max-bandwidth`: the source waits after it has sent what a time slice allows.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::control::Bandwidth;
-use crate::{channel::Stop, error::Result};
+use crate::{channel::Stop, error::Result, slices::Slices};
 
 /// Limits the rate at which bytes are sent.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Pace {
     /// The slices of the present limit. A new limit begins with a new slice.
     fn slices(&mut self) -> Option<&mut Slices> {
         let rate = self.limit.get();
-        if self.slices.as_ref().map(|slices| slices.rate) != rate {
+        if self.slices.as_ref().map(Slices::rate) != rate {
             self.slices = rate.map(Slices::new);
         }
         self.slices.as_mut()
@@ -53,47 +53,10 @@ impl Pace {
     }
 }
 
-/// The number of bytes that each time slice allows. The caller passes the time.
-#[derive(Debug)]
-pub(crate) struct Slices {
-    rate: u64,
-    slice: Duration,
-    spent: u64,
-}
-
-impl Slices {
-    /// Creates slices for `rate` bytes per second.
-    pub(crate) fn new(rate: u64) -> Self {
-        Self { rate, slice: Duration::ZERO, spent: 0 }
-    }
-
-    /// Records bytes that are sent.
-    pub(crate) fn spend(&mut self, bytes: u64) {
-        self.spent = self.spent.saturating_add(bytes);
-    }
-
-    /// The time to wait, `now` after the beginning, before more may be sent; `None` if there is no wait. Must be called
-    /// again after the wait.
-    pub(crate) fn wait(&mut self, now: Duration) -> Option<Duration> {
-        let allowed = self.rate / SLICES_A_SECOND;
-        while self.spent > allowed {
-            // A source that had nothing to send may not send faster later.
-            let left = SLICE.saturating_sub(now.saturating_sub(self.slice));
-            if !left.is_zero() {
-                return Some(left);
-            }
-            self.slice = now;
-            self.spent = self.spent.saturating_sub(allowed.max(1));
-        }
-        None
-    }
-}
-
-const SLICES_A_SECOND: u64 = 20;
-const SLICE: Duration = Duration::from_millis(1000 / SLICES_A_SECOND);
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

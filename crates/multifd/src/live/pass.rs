@@ -24,12 +24,19 @@ pub(super) struct Walk<'a> {
     pub(super) stop: &'a Stop,
     /// A private copy of a page, for pages that go over main.
     pub(super) page: &'a mut [u8],
+    /// Whether the pass should end now, with the rest of the bits where they are.
+    pub(super) ends: &'a dyn Fn() -> bool,
 }
 
 impl Walk<'_> {
-    /// Takes all bits out of `pending` and sends their pages.
-    pub(super) fn block(&mut self, index: BlockIndex, block: &RamBlock, pending: &PageBitmap) -> Result<()> {
-        for (word, bits) in pending.take_words() {
+    /// Takes all bits out of `pending` and sends their pages. Returns whether the pass has to [end](Walk::ends) before.
+    pub(super) fn block(&mut self, index: BlockIndex, block: &RamBlock, pending: &PageBitmap) -> Result<bool> {
+        let mut words = pending.take_words();
+        loop {
+            if (self.ends)() {
+                return Ok(true);
+            }
+            let Some((word, bits)) = words.next() else { return Ok(false) };
             self.stop.check()?;
             let zero = bits & self.known_zero(index, block, word);
             for (first, count) in runs(word, zero) {
@@ -40,7 +47,6 @@ impl Walk<'_> {
             }
             self.progress.walked(u64::from(bits.count_ones()));
         }
-        Ok(())
     }
 
     /// The pages of a word that are known to be zero. A page in a file must not be read: its bytes are undefined. A

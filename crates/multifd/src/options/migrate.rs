@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
-use super::parameters;
+use super::{PostcopyWhen, parameters};
 use crate::{error::Usage, live::converge::CpuThrottle};
 
 /// Where zero pages are detected and how they are sent.
@@ -75,6 +75,7 @@ pub struct MigrateOptions {
     /// `None`: derived from `downtime_limit`.
     pub(crate) switchover_timeout: Option<Option<Duration>>,
     pub(crate) resume_if_unknown: bool,
+    pub(crate) postcopy: PostcopyWhen,
 }
 
 impl Default for MigrateOptions {
@@ -92,6 +93,7 @@ impl Default for MigrateOptions {
             max_total_time: None,
             switchover_timeout: None,
             resume_if_unknown: false,
+            postcopy: PostcopyWhen::Never,
         }
     }
 }
@@ -226,6 +228,13 @@ impl MigrateOptions {
     /// **Warning:** with true the guest may run on both sides at once, and both write to its disks.
     pub fn resume_if_unknown(mut self, on: bool) -> Self {
         self.resume_if_unknown = on;
+        self
+    }
+
+    /// When the migration switches to post-copy. Default [`PostcopyWhen::Never`]. Any other value needs a main stream and a caller
+    /// that can do it: see [`Migration::run_postcopy`](crate::live::Migration::run_postcopy).
+    pub fn postcopy(mut self, when: PostcopyWhen) -> Self {
+        self.postcopy = when;
         self
     }
 

@@ -5,6 +5,7 @@
 mod channels;
 mod migrate;
 pub mod parameters;
+mod postcopy;
 mod receive;
 mod send;
 #[cfg(feature = "serde")]
@@ -12,5 +13,6 @@ mod settings;
 
 pub use channels::{ChannelCount, ChannelsFrom};
 pub use migrate::{MigrateOptions, ZeroPageDetection};
+pub use postcopy::PostcopyWhen;
 pub use receive::ReceiveOptions;
 pub use send::SendOptions;

@@ -176,6 +176,7 @@ pub(crate) struct MigrateSettings {
     max_total_time: Number,
     switchover_timeout: Option<Number>,
     resume_if_unknown: bool,
+    postcopy: String,
 }
 
 impl Default for MigrateSettings {
@@ -206,6 +207,7 @@ impl From<MigrateOptions> for MigrateSettings {
                 .switchover_timeout
                 .map(|limit| Number::millis(limit.unwrap_or_default())),
             resume_if_unknown: options.resume_if_unknown,
+            postcopy: options.postcopy.to_string(),
         }
     }
 }
@@ -237,7 +239,8 @@ impl TryFrom<MigrateSettings> for MigrateOptions {
             .pause_before_switchover(settings.pause_before_switchover)
             .max_passes(Some(max_passes))
             .max_total_time(Some(max_total_time))
-            .resume_if_unknown(settings.resume_if_unknown);
+            .resume_if_unknown(settings.resume_if_unknown)
+            .postcopy(settings.postcopy.parse().map_err(|error: Usage| error.to_string())?);
         let options = match settings.switchover_timeout {
             None => options,
             Some(limit) => {

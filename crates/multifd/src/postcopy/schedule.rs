@@ -7,8 +7,8 @@ use std::{collections::VecDeque, fmt, sync::PoisonError, time::Duration};
 
 use crate::{
     channel::Wake,
-    live::Slices,
     ram::{BlockIndex, PageBitmap, PageIndex, PageRun, PageSize, Shape, Walk},
+    slices::Slices,
     sync_types::{Condvar, Instant, Mutex, MutexGuard},
 };
 

@@ -5,11 +5,15 @@
 //! migration began and no page has arrived since. *Is RAM complete?* It is if every page of every block has arrived at
 //! least once, as bytes or as zero.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, OnceLock},
+};
 
+use super::late::PlaceLate;
 use crate::{
     error::{Error, Result, Usage, Violation},
-    ram::{Access, BlockIndex, Memory, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    ram::{Access, BlockIndex, Memory, PageBitmap, PageIndex, PageRun, RamBlock, RamBlocks},
 };
 
 /// The blocks that a migration fills, and which of their pages have arrived.
@@ -20,6 +24,8 @@ use crate::{
 pub struct Arrived {
     blocks: Arc<RamBlocks>,
     pages: Vec<BlockPages>,
+    /// Where pages go from the switch to post-copy on, if the guest runs then.
+    late: OnceLock<Arc<dyn PlaceLate>>,
 }
 
 /// The state of one block. The thread that has written a page sets its bits; a reader is ordered after it by a sync point.
@@ -58,8 +64,8 @@ impl Arrived {
             let closed = closed.map(|hole| (hole.first, hole.count)).collect();
             BlockPages { arrived: PageBitmap::new(block.pages()), may_hold, closed }
         });
-        let pages = pages.collect();
-        Self { blocks, pages }
+        let (pages, late) = (pages.collect(), OnceLock::new());
+        Self { blocks, pages, late }
     }
 
     /// The blocks.
@@ -82,6 +88,20 @@ impl Arrived {
         self.pages.get(block.0).is_none_or(|pages| pages.arrived.is_empty())
     }
 
+    /// The guest uses the memory from now on: pages are no longer written in place, but given to `late`. Call it between two sync
+    /// points, when no page is on its way.
+    ///
+    /// # Errors
+    /// [`Usage::UsedTwice`] the second time.
+    pub fn place_late(&self, late: Arc<dyn PlaceLate>) -> Result<()> {
+        self.late.set(late).map_err(|_| Usage::UsedTwice.into())
+    }
+
+    /// Where pages go that must not be written in place.
+    pub(super) fn late(&self) -> Option<&dyn PlaceLate> {
+        self.late.get().map(|late| &**late)
+    }
+
     /// Writes pages that did not arrive over a channel, beginning with page `first`.
     ///
     /// # Errors
@@ -96,7 +116,10 @@ impl Arrived {
         let count = (bytes.len() / size) as u64;
         check(of, first, count)?;
         self.check_access(of, block, first, count)?;
-        of.store(first, bytes).map_err(|error| broken("write", of, first, error))?;
+        match self.late() {
+            Some(late) => late.place(PageRun { block, first, count }, bytes)?,
+            None => of.store(first, bytes).map_err(|error| broken("write", of, first, error))?,
+        }
         self.note(block, first, count);
         Ok(())
     }
@@ -225,6 +248,11 @@ impl Arrived {
         count: u64,
     ) -> Result<()> {
         let pages = self.pages(block);
+        if let Some(late) = self.late() {
+            late.zero(PageRun { block, first, count })?;
+            pages.arrived.set_run(first, count);
+            return Ok(());
+        }
         let Some(may_hold) = &pages.may_hold else {
             of.clear_run(first, count);
             pages.arrived.set_run(first, count);

@@ -6,7 +6,10 @@
 
 use std::time::Duration;
 
-use super::shared::{Guard, Shared, State};
+use super::{
+    resumed::broken,
+    shared::{Guard, Shared, State},
+};
 use crate::{
     channel::deadline,
     error::{Error, Result, Usage, Violation},
@@ -20,11 +23,9 @@ impl Shared {
     /// migration do not wait.
     ///
     /// `packets` is the number of packets up to this SYNC, and `greatest` their greatest packet number.
-    pub(super) fn reach(&self, id: ChannelId, packets: u64, greatest: u64) -> Result<()> {
+    pub(super) fn reach(&self, id: ChannelId, number: u64, packets: u64, greatest: u64) -> Result<()> {
         let mut state = self.lock();
-        let Some(place) = state.roster.channels.get_mut(usize::from(id.0)).and_then(Option::as_mut) else {
-            return Ok(());
-        };
+        let Some(place) = state.roster.place(id, number) else { return Ok(()) };
         place.reached += 1;
         (place.packets, place.greatest) = (packets, Some(greatest));
         let reached = place.reached;
@@ -35,6 +36,7 @@ impl Shared {
             && !state.life.sealed
             && !state.life.source_closed
             && !state.life.stopped
+            && !state.source.is_broken
         {
             state = if state.gate.main_waits {
                 // Main has the time limit, because it knows the missing channel.
@@ -72,6 +74,9 @@ impl Shared {
             if state.life.stopped {
                 drop(state);
                 return self.stop.check();
+            }
+            if state.source.is_broken {
+                return Err(broken());
             }
             // A channel may have been left over from an earlier source, and have ended.
             if may_grow && self.missing(&state).is_some() {
@@ -182,6 +187,9 @@ impl Shared {
                 drop(state);
                 self.stop.check()?;
                 return Err(Error::Cancelled);
+            }
+            if state.source.is_broken {
+                return Err(broken());
             }
             if let Some(error) = self.missed(&state) {
                 drop(state);

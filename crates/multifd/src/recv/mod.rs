@@ -20,6 +20,7 @@ mod decode;
 mod entry;
 mod gate;
 mod identify;
+mod late;
 #[cfg(shuttle)]
 #[expect(clippy::indexing_slicing, reason = "a model fails by a panic")]
 pub mod model;
@@ -41,6 +42,7 @@ use std::{
 };
 
 pub use arrived::{Arrived, MayMiss};
+pub use late::PlaceLate;
 use roster::Roster;
 use shared::{Shared, State, WakeState};
 

@@ -1,16 +1,16 @@
 //! Writes received pages to guest memory or to a file.
 //!
-//! Into mapped memory, pages are received in place, adjacent ones as one vector. Into a file, and with compression, they
-//! are copied through one buffer of the channel. A zero page is cleared only if it may contain anything other than zero.
+//! Into mapped memory, pages are received in place, adjacent ones as one vector. Into a file, with compression, and when the guest
+//! uses the memory already, they are copied through one buffer of the channel. A zero page is cleared only if it may contain anything other than zero.
 
 use arrayvec::ArrayVec;
 
-use super::{arrived::Arrived, decode::Listed, packet_reader::PacketReader};
+use super::{arrived::Arrived, decode::Listed, late::PlaceLate, packet_reader::PacketReader};
 use crate::{
     batch::neighbours,
     compress::{Decode, DecoderMemory},
     error::{Error, Malformed, Result},
-    ram::{AlignedBuffer, BlockOffset, MAX_PARTS, Memory, PageIndex, PartMut, RamBlock},
+    ram::{AlignedBuffer, BlockOffset, MAX_PARTS, Memory, PageIndex, PageRun, PartMut, RamBlock},
     wire::limits::{PACKET_BYTES, PAYLOAD_BYTES},
 };
 
@@ -42,7 +42,7 @@ impl Placer {
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 arrived.check_access(block, listed.block, first, count)?;
             }
-            self.normal(packets, listed, block)?;
+            self.normal(packets, listed, block, arrived.late())?;
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 arrived.note(listed.block, first, count);
             }
@@ -53,7 +53,13 @@ impl Placer {
         Ok(())
     }
 
-    fn normal(&mut self, packets: &mut PacketReader, listed: &Listed, block: &RamBlock) -> Result<()> {
+    fn normal(
+        &mut self,
+        packets: &mut PacketReader,
+        listed: &Listed,
+        block: &RamBlock,
+        late: Option<&dyn PlaceLate>,
+    ) -> Result<()> {
         let mut parts: ArrayVec<PartMut<'_>, MAX_PARTS> = ArrayVec::new();
         if self.decoder.is_none()
             && let Some(decoder) = listed.method.decoder(&self.memory)?
@@ -61,7 +67,7 @@ impl Placer {
             self.decoder = Some(decoder);
             self.payload = vec![0; PAYLOAD_BYTES as usize].into();
         }
-        if let (None, Memory::Mapped(_)) = (&self.decoder, block.memory()) {
+        if let (None, None, Memory::Mapped(_)) = (&self.decoder, late, block.memory()) {
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 parts.push(block.slice(first, count).expect("listed pages are in their block").into());
             }
@@ -94,7 +100,10 @@ impl Placer {
             let length =
                 usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(block.page_size().bytes());
             let (run, after) = rest.split_at(length);
-            block.store_direct(first, run).map_err(|error| not_stored(block, first, error))?;
+            match late {
+                Some(late) => late.place(PageRun { block: listed.block, first, count }, run)?,
+                None => block.store_direct(first, run).map_err(|error| not_stored(block, first, error))?,
+            }
             rest = after;
         }
         Ok(())

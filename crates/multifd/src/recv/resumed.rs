@@ -4,19 +4,24 @@
 //! main: … ─ switch (expect_resumed) ─ breaks ─▶ wait_resumed ◀─ identify: a main connection without header
 //! ```
 //!
+//! If a channel breaks after the switch, all other connections are shut down as well, so that both sides find the same. The channels
+//! that the source opens when it returns are new ones: everything about the earlier ones is forgotten then.
+//!
 //! The source may return before this side has read its switch, which is in a buffer: the new connection waits until then. And it may
 //! have noticed a broken network which this side has not. So when it returns, its earlier connections are shut down.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{io, mem, sync::Arc, time::Duration};
 
 use super::{
     entry::Origin,
-    shared::{Resumed, Shared, State},
+    shared::{Gate, Resumed, Shared, State},
 };
 use crate::{
     channel::{Stream, Wake, deadline},
-    error::{Error, Result, Usage},
+    error::{Error, Result, Usage, Violation},
+    outcome::Fault,
     sync_types::Instant,
+    wire::ChannelId,
 };
 
 impl Shared {
@@ -48,13 +53,51 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Whether a channel whose thread ends, with this error or without one, is only broken: the source may return. All connections
+    /// are shut down then.
+    pub(super) fn breaks_off(&self, id: ChannelId, number: u64, error: Option<&Error>) -> bool {
+        let mut state = self.lock();
+        if !state.source.may_resume || state.life.sealed || state.life.stopped {
+            return false;
+        }
+        let given_up = state.source.is_broken || state.roster.place(id, number).is_none();
+        let is_broken = match error {
+            // Channels that are not used any more may be closed.
+            None => self.arrived.get().is_some_and(|arrived| arrived.late().is_some()),
+            Some(error) => is_broken(error),
+        };
+        if !given_up && !is_broken {
+            return false;
+        }
+        drop(state);
+        if !given_up {
+            self.break_off();
+        }
+        true
+    }
+
+    /// Shuts all connections of the source down, but not those with which it has returned.
+    pub(super) fn break_off(&self) {
+        let mut state = self.lock();
+        let mut wakes = state.broken_channels();
+        if state.main.resumed.is_none() {
+            wakes.extend(state.main.wake.clone());
+            wakes.append(&mut state.source.preempt.wakes);
+        }
+        drop(state);
+        self.changed.notify_all();
+        wakes.iter().for_each(|waker| waker.wake());
+    }
+
     /// See [`Receiver::wait_resumed`](super::Receiver::wait_resumed).
     pub(super) fn wait_resumed(&self, limit: Option<Duration>) -> Result<Stream> {
         let end = limit.map(|limit| (limit, deadline(limit)));
-        let mut state = self.lock();
-        if !state.source.may_resume {
+        if !self.lock().source.may_resume {
             return Err(Usage::TooEarly("the switch to post-copy").into());
         }
+        // Main is broken, or is read no longer.
+        self.break_off();
+        let mut state = self.lock();
         loop {
             if state.life.stopped {
                 drop(state);
@@ -62,10 +105,16 @@ impl Shared {
                 return Err(Error::Cancelled);
             }
             // Its pages are those of the earlier connections.
+            let ended = state.roster.channels.iter().flatten().all(|place| place.ended);
             if !state.source.preempt.is_read
+                && ended
                 && let Some(Resumed { stream, watch, .. }) = state.main.resumed.take()
             {
                 let earlier = state.main.watch.replace(watch);
+                state.source.is_broken = false;
+                state.roster.channels.clear();
+                state.roster.lost.clear();
+                state.gate = Gate::default();
                 drop(state);
                 drop(earlier);
                 return Ok(stream);
@@ -83,6 +132,17 @@ impl Shared {
     }
 }
 
+/// The error of a connection that has broken.
+pub(super) fn broken() -> Error {
+    Error::io("wait for the channels", io::ErrorKind::ConnectionReset.into())
+}
+
+/// Whether this is an error of a connection, and not of what came over it.
+fn is_broken(error: &Error) -> bool {
+    matches!(error.fault(), Fault::Connection | Fault::Stalled)
+        || matches!(error.kind(), Error::Violation(Violation::Cut { .. }))
+}
+
 impl State {
     /// If the source has switched and returned, its earlier connections do not belong to it any more. The result shuts them down.
     #[must_use]
@@ -97,6 +157,16 @@ impl State {
         preempt.has_silent = false;
         let mut given_up = mem::take(&mut preempt.wakes);
         given_up.extend(self.main.wake.replace(resumed.wake.clone()));
+        given_up.extend(self.broken_channels());
         given_up
+    }
+
+    /// The connections are broken: what shuts down the channels, but not those of a source that has returned.
+    #[must_use]
+    fn broken_channels(&mut self) -> Vec<Arc<dyn Wake>> {
+        self.source.is_broken = true;
+        let end = self.main.resumed.as_ref().map_or(u64::MAX, |resumed| resumed.origin.number);
+        let earlier = self.roster.channels.iter().flatten().filter(|place| place.origin.number < end);
+        earlier.filter_map(|place| place.wake.clone()).collect()
     }
 }

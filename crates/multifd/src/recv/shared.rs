@@ -70,6 +70,8 @@ pub(super) struct Source {
     pub(super) numbers_are_exact: bool,
     /// It has switched to post-copy, and may return over a new main connection.
     pub(super) may_resume: bool,
+    /// One of its connections has broken since, so the others are shut down until it returns.
+    pub(super) is_broken: bool,
     pub(super) preempt: Preempt,
 }
 

@@ -18,7 +18,11 @@ use crate::{
 pub(super) fn run(id: ChannelId, number: u64, shared: &Shared, link: Box<dyn Link>) {
     tracing::debug!(channel = id.0, "multifd_recv_thread_start");
     let mut packets = 0;
-    if let Err(error) = consume(id, number, shared, link, &mut packets) {
+    let consumed = consume(id, number, shared, link, &mut packets);
+    if shared.breaks_off(id, number, consumed.as_ref().err()) {
+        let error = consumed.err().map_or_else(|| "the source has closed it".to_owned(), |error| error.to_string());
+        tracing::debug!(channel = id.0, %error, "a channel is broken, and the source may return");
+    } else if let Err(error) = consumed {
         // Pages after the end may be newer than the received ones, so this is not an ordinary end of a channel.
         // The same applies to device state that arrives here.
         let lost = matches!(
@@ -86,7 +90,7 @@ fn consume(
         greatest = greatest.max(listed.packet_num);
         shared.context.stall_timer.moved();
         if listed.sync {
-            shared.reach(id, *packets, greatest)?;
+            shared.reach(id, number, *packets, greatest)?;
         }
     }
     Ok(())

@@ -5,9 +5,12 @@
 //! sends its SYNC and reports it. A batch queued after the increment waits until the channel that takes it has sent its
 //! own SYNC, so no channel carries a newer page ahead of the sync point.
 
-use std::{collections::VecDeque, sync::PoisonError};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, PoisonError},
+};
 
-use super::zero_copy::DEPTH;
+use super::{serve::Serving, zero_copy::DEPTH};
 use crate::{
     batch::Batch,
     channel::{Stop, Wake},
@@ -22,6 +25,8 @@ pub(super) enum Job {
     Batch(Batch),
     /// Send a SYNC packet.
     Sync,
+    /// Send what this has, until it has nothing more.
+    Serve(Arc<Serving>),
     /// Nothing more follows.
     End,
 }
@@ -50,6 +55,10 @@ struct Queue {
     synced: usize,
     /// Batches were handed over since.
     unsynced: bool,
+    /// What the channels send by themselves, how often it was taken, and how often that was done.
+    serving: Option<Arc<Serving>>,
+    serves: usize,
+    served: usize,
     stopped: bool,
 }
 
@@ -79,6 +88,9 @@ impl Dispatch {
                 syncs: 0,
                 synced: 0,
                 unsynced: false,
+                serving: None,
+                serves: 0,
+                served: 0,
                 stopped: false,
             }),
             work: Condvar::new(),
@@ -140,6 +152,49 @@ impl Dispatch {
         self.lock().unsynced
     }
 
+    /// Lets the channels send what `serving` has. [`end_serve`](Self::end_serve) must follow.
+    pub(super) fn begin_serve(&self, serving: Arc<Serving>) {
+        let mut queue = self.lock();
+        (queue.serving, queue.serves, queue.served, queue.unsynced) = (Some(serving), 0, 0, true);
+        self.work.notify_all();
+    }
+
+    /// Waits until this number of channels have nothing more to send, or the migration has stopped.
+    pub(super) fn wait_served(&self, channels: usize) {
+        let mut queue = self.lock();
+        while queue.served < channels && !queue.stopped {
+            queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// All channels have served.
+    ///
+    /// # Errors
+    /// The error that stopped the migration.
+    pub(super) fn end_serve(&self, stop: &Stop) -> Result<()> {
+        self.wait_served(self.channels);
+        self.lock().serving = None;
+        stop.check()
+    }
+
+    /// An empty batch for a channel that serves, in place of `done`.
+    pub(super) fn empty(&self, done: Option<Batch>) -> Option<Batch> {
+        let mut queue = self.lock();
+        if let Some(mut batch) = done {
+            batch.clear();
+            return Some(batch);
+        }
+        queue.free.pop()
+    }
+
+    /// A channel has sent what it could, and returns its batch.
+    pub(super) fn served(&self, batch: Option<Batch>) {
+        let mut queue = self.lock();
+        queue.free.extend(batch);
+        queue.served += 1;
+        self.progress.notify_all();
+    }
+
     /// The next job of a channel. `done` is the batch that it has carried; `synced` is the number of SYNCs that it has
     /// sent.
     pub(super) fn next(&self, done: Option<Batch>, synced: u64) -> Job {
@@ -157,7 +212,15 @@ impl Dispatch {
                     queue.ready.pop_front().map(|(_, batch)| Job::Batch(batch))
                 }
                 _ if synced < queue.syncs => Some(Job::Sync),
-                _ => None,
+                _ => match &queue.serving {
+                    // A fast channel may take it twice, and then in place of one that found nothing to do.
+                    Some(serving) if queue.serves < self.channels => {
+                        let job = Job::Serve(serving.clone());
+                        queue.serves += 1;
+                        Some(job)
+                    }
+                    _ => None,
+                },
             };
             let feed = self.is_worth_a_wake(&mut queue);
             if let Some(job) = job {
@@ -273,6 +336,7 @@ mod tests {
                                 synced += 1;
                                 dispatch.synced();
                             }
+                            Job::Serve(_) => unreachable!("nothing is served"),
                             Job::End => return,
                         }
                     }
@@ -315,7 +379,7 @@ mod tests {
     fn next(dispatch: &Dispatch, done: Option<Batch>) -> Batch {
         match dispatch.next(done, 0) {
             Job::Batch(batch) => batch,
-            Job::Sync | Job::End => panic!("a batch"),
+            Job::Sync | Job::Serve(_) | Job::End => panic!("a batch"),
         }
     }
 

@@ -20,6 +20,7 @@ mod file_pages;
 #[cfg(shuttle)]
 pub mod model;
 mod packets;
+mod serve;
 mod shared;
 mod worker;
 mod zero_copy;

@@ -155,6 +155,7 @@ pub fn a_batch_from_after_the_sync_point_waits_for_its_channels_sync() {
                         synced += 1;
                         dispatch.synced();
                     }
+                    Job::Serve(_) => unreachable!("nothing is served"),
                     Job::End => return,
                 }
             }

@@ -62,6 +62,10 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
                 synced += 1;
                 dispatch.synced();
             }
+            Job::Serve(serving) => {
+                let kept = serving.work(dispatch, &mut carrier)?;
+                dispatch.served(kept);
+            }
             Job::End => {
                 carrier.end();
                 return Ok(());

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use super::{Converge, Judgement, Round, Step, ZERO_ENTRY};
 use crate::{
-    live::{MigrateOptions, Percent, pace::Slices},
+    live::{MigrateOptions, Percent},
+    slices::Slices,
     outcome::{Bound, Remedy},
     ram::PageSize,
 };

@@ -1,0 +1,88 @@
+//! A migration that has switched to post-copy: its passes are over, and what the destination lacks remains to be sent.
+
+use std::{fmt, time::Instant};
+
+use super::{Guest, Migration, MigrationInfo, Progress, driver::Stopped};
+use crate::{
+    channel::Stop,
+    error::{Error, Result},
+    outcome::Status,
+    ram::{DirtyLog, PageBitmap},
+    send::Sender,
+};
+
+/// How [`Migration::run_postcopy`] has ended without an error.
+#[derive(Debug)]
+#[must_use = "a migration that has switched is not over"]
+pub enum Ended {
+    /// The destination has the guest, and all of its RAM.
+    Completed(Box<MigrationInfo>),
+    /// The destination was sent the command to run the guest, and lacks pages.
+    Switched(Box<Switched>),
+}
+
+/// A migration that has switched to post-copy. The guest is stopped here and must not run, unless [`back`](Self::back) is called
+/// because the destination has reported that it does not have it.
+pub struct Switched {
+    pub(super) migration: Migration,
+    pub(super) sender: Option<Sender>,
+    pub(super) lacking: Vec<PageBitmap>,
+    pub(super) stopped_at: Instant,
+    pub(super) stopped: Stopped,
+}
+
+impl fmt::Debug for Switched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Switched").field("status", &self.progress().status()).finish_non_exhaustive()
+    }
+}
+
+impl Switched {
+    /// The pages that the destination lacked at the switch, one bitmap for each block.
+    pub fn lacking(&self) -> &[PageBitmap] {
+        &self.lacking
+    }
+
+    /// Takes the channels, all of which have sent their pages and a SYNC; `None` without channels, and the second time.
+    pub fn take_sender(&mut self) -> Option<Sender> {
+        self.sender.take()
+    }
+
+    /// The stop of the migration.
+    pub fn stop(&self) -> &Stop {
+        &self.migration.plan.stop
+    }
+
+    /// The numbers of the migration.
+    pub fn progress(&self) -> Progress {
+        self.migration.progress()
+    }
+
+    /// The destination has confirmed that it runs the guest. The downtime ends now.
+    pub fn started(&self) {
+        self.migration.plan.progress.downtime(self.stopped_at.elapsed());
+    }
+
+    /// Changes the state to `postcopy-active`, `postcopy-paused` or `postcopy-recover`.
+    ///
+    /// # Errors
+    /// [`Usage::IllegalTransition`](crate::error::Usage::IllegalTransition).
+    pub fn becomes(&self, status: Status) -> Result<()> {
+        self.migration.plan.progress.advance(status)
+    }
+
+    /// The destination has all of RAM.
+    ///
+    /// # Errors
+    /// [`Usage::IllegalTransition`](crate::error::Usage::IllegalTransition).
+    pub fn completed(self) -> Result<MigrationInfo> {
+        self.migration.plan.progress.advance(Status::Completed)?;
+        Ok(self.migration.plan.progress.info())
+    }
+
+    /// The destination has reported, with this error, that it does not have the guest: it continues here if it ran. The dirty bits of
+    /// all pages are put back. Returns the error to report.
+    pub fn back(self, error: Error, log: &mut dyn DirtyLog, guest: &mut dyn Guest) -> Error {
+        self.migration.go_back(error, self.sender, self.stopped, log, guest)
+    }
+}
