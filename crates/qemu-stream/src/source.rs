@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use multifd::{
     Error, Result, SendOptions, Sender,
     channel::{Connect, Context, Stop, Stream},
-    live::{Control, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
+    live::{Control, Ended, Guest, MigrateOptions, Migration, MigrationInfo, Progress},
     parameters::{CONNECT_TIMEOUT, STALL_TIMEOUT},
     ram::{DirtyLog, RamBlocks},
 };
@@ -17,7 +17,7 @@ use crate::{
     mapped_ram::StoredMachine,
     outgoing::{
         END, MainStream, Options, Outgoing, VERDICT,
-        postcopy::{PostcopyOptions, PostcopySource},
+        postcopy::{Moved, PostcopyOptions, PostcopySource, follow},
     },
 };
 
@@ -35,6 +35,7 @@ pub struct SourceOptions {
     stall_timeout: Option<Duration>,
     end_timeout: Option<Duration>,
     verdict_timeout: Duration,
+    postcopy: PostcopyOptions,
 }
 
 impl SourceOptions {
@@ -62,6 +63,7 @@ impl SourceOptions {
             stall_timeout: Some(STALL_TIMEOUT.default_time()),
             end_timeout: Some(END),
             verdict_timeout: VERDICT,
+            postcopy: PostcopyOptions::new(),
         }
     }
 
@@ -81,6 +83,13 @@ impl SourceOptions {
     /// Passes, bandwidth, downtime.
     pub fn migrate(mut self, options: MigrateOptions) -> Self {
         self.migrate = options;
+        self
+    }
+
+    /// How pages are sent after a switch to post-copy: a limit for those that nobody requests, host page sizes. Whether and when the
+    /// migration switches is in [`MigrateOptions::postcopy`]. Time limits in `options` are replaced by those set here.
+    pub fn postcopy(mut self, options: PostcopyOptions) -> Self {
+        self.postcopy = options;
         self
     }
 
@@ -122,6 +131,36 @@ impl SourceOptions {
     }
 }
 
+impl SourceOptions {
+    /// The options of the channels.
+    fn sending(&self) -> SendOptions {
+        let send = self.send.clone();
+        let send = self.channels.map_or(send.clone(), |channels| send.channels(channels));
+        send.connect_timeout(self.connect_timeout).stall_timeout(self.stall_timeout)
+    }
+
+    /// The options of the pages after a switch.
+    fn following(&self) -> PostcopyOptions {
+        let options = self.postcopy.clone();
+        let options = options.connect_timeout(self.connect_timeout).stall_timeout(self.stall_timeout);
+        options.end_timeout(self.end_timeout)
+    }
+
+    /// Refuses what excludes post-copy.
+    fn check_postcopy(&self) -> Result<()> {
+        let why = if self.captured.is_some() {
+            "the machine is in a file (PostcopySource::of_file starts it first)"
+        } else if !self.stream.has_return_path() {
+            "it needs the return path"
+        } else if self.stream.ignore_shared() {
+            "x-ignore-shared excludes it"
+        } else {
+            return Ok(());
+        };
+        Err(multifd::error::Usage::NoPostcopy { why }.into())
+    }
+}
+
 /// A machine that can be migrated: its options were checked, and nothing is connected yet.
 pub struct Source {
     migration: Migration,
@@ -144,16 +183,16 @@ impl Source {
         let migrate = options.migrate.clone();
         let channels = options.channels != Some(0);
         let migration = if channels {
-            let send = options.send.clone();
-            let send = options.channels.map_or(send.clone(), |channels| send.channels(channels));
-            let send = send.connect_timeout(options.connect_timeout).stall_timeout(options.stall_timeout);
-            Migration::new(migrate, Sender::new(send, blocks, stop.clone())?)?
+            Migration::new(migrate, Sender::new(options.sending(), blocks, stop.clone())?)?
         } else {
             options.send.check_without_channels()?;
             Migration::over_main(migrate, blocks, stop.clone())?
         };
         let migration = migration.callback_timeout(options.stall_timeout);
         options.stream.check().map_err(unsendable)?;
+        if options.migrate.may_switch() {
+            options.check_postcopy()?;
+        }
         Ok(Self { migration, options, channels })
     }
 
@@ -165,6 +204,29 @@ impl Source {
     /// The numbers of the migration, for another thread to read.
     pub fn progress(&self) -> Progress {
         self.migration.progress()
+    }
+
+    /// Connects, and moves the machine, which may [switch to post-copy](MigrateOptions::postcopy). Without an error, the guest must
+    /// not run here.
+    ///
+    /// # Errors
+    /// As [`migrate`](Self::migrate). The guest is here then.
+    pub fn run(
+        mut self,
+        connector: impl Connect + 'static,
+        log: &mut dyn DirtyLog,
+        guest: &mut dyn Guest,
+    ) -> Result<Moved> {
+        let stop = self.migration.stop().clone();
+        let prepared = self.prepare(Arc::new(connector), guest, &stop);
+        let mut main = prepared.map_err(|error| stop.fail(error))?;
+        match self.migration.run_postcopy(&mut main, log, guest)? {
+            Ended::Completed(info) => Ok(Moved::Completed(info)),
+            Ended::Switched(switched) => {
+                let (postcopy, send) = (self.options.following(), self.options.sending());
+                follow(*switched, main, postcopy, send, log, guest)
+            }
+        }
     }
 
     /// Connects, and moves the machine. See [`Migration::run`] for the owner of the guest afterwards.
@@ -191,7 +253,12 @@ impl Source {
         stop: &Stop,
     ) -> Result<MainStream<Stream>> {
         self.migration.check_guest(guest)?;
-        let stream = self.options.stream.clone().multifd(self.channels);
+        let mut stream = self.options.stream.clone().multifd(self.channels);
+        let may_switch = self.options.migrate.may_switch();
+        if may_switch {
+            let sizes = self.options.postcopy.page_sizes(stream.page_size());
+            stream = stream.advise(sizes);
+        }
         if self.options.captured.is_none() {
             let (page_size, section) = (stream.page_size().bytes(), stream.section);
             check_devices(&guest.devices(), page_size, section).map_err(unsendable)?;
@@ -209,7 +276,8 @@ impl Source {
             Some((blocks, devices)) => MainStream::of_capture(outgoing, blocks, devices, stop),
             None => MainStream::of_guest(outgoing, stop),
         };
-        Ok(main.end_timeout(self.options.end_timeout).verdict_timeout(self.options.verdict_timeout))
+        let main = main.end_timeout(self.options.end_timeout).verdict_timeout(self.options.verdict_timeout);
+        Ok(if may_switch { main.with_postcopy(self.options.postcopy.clone()) } else { main })
     }
 }
 

@@ -46,6 +46,12 @@ impl Stream {
         Ok((Self { link: receives, seen, stall_timer, timeout }, writer))
     }
 
+    /// Gives back bytes that were read: the next reads return them first.
+    pub fn unread(&mut self, mut bytes: Vec<u8>) {
+        bytes.append(&mut self.seen);
+        self.seen = bytes;
+    }
+
     /// The other end, for messages.
     pub fn peer(&self) -> String {
         self.link.peer()

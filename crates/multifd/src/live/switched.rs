@@ -1,13 +1,13 @@
 //! A migration that has switched to post-copy: its passes are over, and what the destination lacks remains to be sent.
 
-use std::{fmt, time::Instant};
+use std::{fmt, sync::Arc, time::Instant};
 
 use super::{Guest, Migration, MigrationInfo, Progress, driver::Stopped};
 use crate::{
     channel::Stop,
     error::{Error, Result},
     outcome::Status,
-    ram::{DirtyLog, PageBitmap},
+    ram::{DirtyLog, PageBitmap, RamBlocks},
     send::Sender,
 };
 
@@ -58,9 +58,15 @@ impl Switched {
         self.migration.progress()
     }
 
-    /// The destination has confirmed that it runs the guest. The downtime ends now.
-    pub fn started(&self) {
-        self.migration.plan.progress.downtime(self.stopped_at.elapsed());
+    /// The blocks of the machine.
+    pub fn blocks(&self) -> &Arc<RamBlocks> {
+        &self.migration.plan.blocks
+    }
+
+    /// To be called when the destination confirms that it runs the guest: the downtime ends then.
+    pub fn on_started(&self) -> impl FnOnce() + Send + 'static {
+        let (progress, stopped_at) = (self.progress(), self.stopped_at);
+        move || progress.downtime(stopped_at.elapsed())
     }
 
     /// Changes the state to `postcopy-active`, `postcopy-paused` or `postcopy-recover`.
@@ -83,6 +89,10 @@ impl Switched {
     /// The destination has reported, with this error, that it does not have the guest: it continues here if it ran. The dirty bits of
     /// all pages are put back. Returns the error to report.
     pub fn back(self, error: Error, log: &mut dyn DirtyLog, guest: &mut dyn Guest) -> Error {
-        self.migration.go_back(error, self.sender, self.stopped, log, guest)
+        // The stop may have failed before, because connections broke.
+        match self.migration.go_back(error.clone(), self.sender, self.stopped, log, guest) {
+            not_resumed @ Error::NotResumed { .. } => not_resumed,
+            _ => error,
+        }
     }
 }

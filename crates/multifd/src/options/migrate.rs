@@ -238,6 +238,11 @@ impl MigrateOptions {
         self
     }
 
+    /// Whether the migration may switch to post-copy.
+    pub fn may_switch(&self) -> bool {
+        self.postcopy.is_allowed()
+    }
+
     /// The time limit of the switchover, given the `downtime-limit` that was set while the migration runs, if any.
     pub(crate) fn switchover_limit(&self, downtime_limit: Option<Duration>) -> Option<Duration> {
         let fitting = downtime_limit.unwrap_or(self.downtime_limit).saturating_mul(10);

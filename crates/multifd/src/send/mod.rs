@@ -236,8 +236,9 @@ impl Sender {
         Ok(())
     }
 
-    /// All of RAM has been sent, and the last [`sync`](Self::sync) made: the destination may close the channels.
-    pub(crate) fn all_sent(&mut self) {
+    /// All of RAM has been sent, and the last [`sync`](Self::sync) made: the destination may close the channels from now on. Call it
+    /// before the end of the main stream is sent. [`finish`](Self::finish) does it as well.
+    pub fn all_sent(&mut self) {
         self.closed = None;
     }
 

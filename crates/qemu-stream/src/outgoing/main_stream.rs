@@ -9,10 +9,16 @@ use multifd::{
     Result, Synced,
     channel::{CloseWatch, Stop, Wake},
     live::{self, DeviceInfo, Main, Pass, RunState, Verdict},
-    ram::{PageIndex, RamBlocks},
+    ram::{PageBitmap, PageIndex, RamBlocks},
 };
 
-use super::{Outgoing, writer::failed};
+use super::{
+    Outgoing,
+    options::{END, VERDICT},
+    postcopy::{Machine, PostcopyOptions},
+    return_path::Peer,
+    writer::failed,
+};
 use crate::{
     connection::Connection,
     embedder::{check_devices, devices_of, list_of},
@@ -29,6 +35,10 @@ pub struct MainStream<C> {
     stop: Stop,
     /// Present while the guest runs.
     watch: Option<CloseWatch>,
+    postcopy: Option<PostcopyOptions>,
+    list: Option<BlockList>,
+    /// The machine, after the switch to post-copy.
+    switched: Option<Machine>,
 }
 
 impl<C> std::fmt::Debug for MainStream<C> {
@@ -46,7 +56,8 @@ impl<C: Connection> MainStream<C> {
     /// of the migration: it fails as soon as the destination reports a failure, or closes the connection.
     pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
         let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
-        Self { outgoing, captured: None, end_timeout, verdict_timeout, stop, watch: None }
+        let (captured, watch, postcopy, list, switched) = (None, None, None, None, None);
+        Self { outgoing, captured, end_timeout, verdict_timeout, stop, watch, postcopy, list, switched }
     }
 
     /// The stream of a captured machine, whose block list and devices are replayed.
@@ -70,6 +81,18 @@ impl<C: Connection> MainStream<C> {
     pub fn verdict_timeout(mut self, limit: Duration) -> Self {
         self.verdict_timeout = limit;
         self
+    }
+
+    /// The stream of a machine that may switch to post-copy. The options of `outgoing` announce that.
+    pub(crate) fn with_postcopy(mut self, options: PostcopyOptions) -> Self {
+        self.postcopy = Some(options);
+        self
+    }
+
+    /// The connection, what is known about the destination, and the machine, after the switch to post-copy.
+    pub(super) fn into_switched(self) -> Option<(C, Peer, Machine)> {
+        let (connection, peer) = self.outgoing.into_parts();
+        Some((connection, peer, self.switched?))
     }
 
     /// The stream that it writes to.
@@ -106,6 +129,10 @@ impl<C: Connection> Main for MainStream<C> {
     fn setup(&mut self, blocks: &RamBlocks, synced: Option<Synced<'_>>) -> Result<()> {
         let list = self.list(blocks).map_err(failed)?;
         check_list(&list, blocks, self.outgoing.options().ignore_shared()).map_err(failed)?;
+        let list = self.postcopy.as_ref().map_or(Ok(list.clone()), |options| options.list(&list)).map_err(failed)?;
+        if self.postcopy.is_some() {
+            self.list = Some(list.clone());
+        }
         self.outgoing.setup(list, synced).map_err(failed)?;
         match &self.captured {
             Some((_, devices)) => self.outgoing.early(devices).map_err(failed),
@@ -131,6 +158,28 @@ impl<C: Connection> Main for MainStream<C> {
 
     fn switchover(&mut self) -> Result<()> {
         self.outgoing.switchover().map_err(failed)
+    }
+
+    fn postcopy(
+        &mut self,
+        lacking: &[PageBitmap],
+        devices: Vec<live::DeviceSection>,
+        guest: RunState,
+    ) -> Result<()> {
+        // The watch would read the replies that are waited for.
+        self.watch = None;
+        let options = self.outgoing.options().clone();
+        let (Some(postcopy), Some(list)) = (&self.postcopy, &self.list) else {
+            let why = "SourceOptions::postcopy is not set";
+            return Err(multifd::error::Usage::NoPostcopy { why }.into());
+        };
+        let part = devices_of(devices, guest, options.page_size().bytes(), options.section).map_err(failed)?;
+        let machine = Machine::new(options.multifd(false), list.clone(), part).map_err(failed)?;
+        let keep = postcopy.kept(list, lacking);
+        let discards = machine.discards(&keep);
+        self.outgoing.postcopy(&discards, |ours| machine.switch(ours)).map_err(failed)?;
+        self.switched = Some(machine);
+        Ok(())
     }
 
     // A captured machine is asked about as well: a destination whose channels have failed never has all of RAM, and the devices
@@ -198,6 +247,3 @@ fn check_list(list: &BlockList, blocks: &RamBlocks, ignore_shared: bool) -> Resu
     }
     Ok(())
 }
-
-pub(crate) const END: Duration = Duration::from_secs(600);
-pub(crate) const VERDICT: Duration = Duration::from_secs(10);

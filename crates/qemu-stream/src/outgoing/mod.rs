@@ -32,16 +32,18 @@ use multifd::{
 
 pub use event_writer::EventWriter;
 pub use main_stream::MainStream;
-pub(crate) use main_stream::{END, VERDICT};
 pub use options::Options;
+pub(crate) use options::{END, VERDICT};
 
 use crate::{
     connection::Connection,
     error::{Error, Usage},
-    format::{BlockList, Command, DevicePart, Event, READY_PING, REASON_PING, SyncMark, SyncMode},
+    format::{
+        BlockList, Command, DevicePart, Event, POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING, SyncMark, SyncMode,
+    },
 };
 use encoder::Encoder;
-use return_path::{EndLimits, Replies};
+use return_path::{EndLimits, Peer, Replies};
 use writer::{Writer, failed};
 
 /// An outgoing pre-copy migration.
@@ -110,6 +112,12 @@ impl<C: Connection> Outgoing<C> {
             // destination may refuse the number of channels, so it must know before that a reason is understood.
             self.put(&Event::Command(&Command::Ping(REASON_PING)))?;
             self.put(&Event::Command(&Command::announce_channels(channels)))?;
+        }
+        if let Some(sizes) = self.options.advise {
+            self.put(&Event::Command(&Command::PostcopyAdvise(Some(sizes))))?;
+            if channels > 0 {
+                self.put(&Event::Command(&Command::Ping(POSTCOPY_CHANNELS_PING)))?;
+            }
         }
         self.leave(Stage::Begun)
     }
@@ -293,6 +301,29 @@ impl<C: Connection> Outgoing<C> {
             self.stage = Stage::Broken;
         }
         answered
+    }
+
+    /// Writes `discards`, which end with the PING [`DISCARDED`](postcopy), waits for its PONG, and writes the package. `package` is given
+    /// whether the destination is one of this library.
+    ///
+    /// # Errors
+    /// If the call is out of order, the destination has failed, or the connection fails: then the destination lacks a part of the
+    /// package, and does not run the guest.
+    pub(super) fn postcopy(&mut self, discards: &[u8], package: impl FnOnce(bool) -> Vec<u8>) -> Result<(), Error> {
+        self.expect("postcopy", Stage::Between)?;
+        let written = self.writer.flush().and_then(|()| self.writer.write_through(discards));
+        self.finish_write(written, Stage::Between)?;
+        let answered = self.replies.wait_for_pong(self.writer.connection(), postcopy::DISCARDED, None);
+        let undecided = answered.and_then(|()| self.replies.is_undecided(self.writer.connection()));
+        self.finish_write(undecided, Stage::Between)?;
+        let package = package(self.replies.always_speaks());
+        let written = self.writer.write_through(&package);
+        self.finish_write(written, Stage::Closed)
+    }
+
+    /// The connection, and what is known about the destination, after [`postcopy`](Self::postcopy).
+    pub(super) fn into_parts(self) -> (C, Peer) {
+        (self.writer.into_inner(), self.replies.into_peer())
     }
 
     /// Waits until the destination reports whether it has the guest, for `end` at most; `None` waits without limit, as QEMU

@@ -1,10 +1,12 @@
 //! The options of an outgoing migration.
 
+use std::time::Duration;
+
 use multifd::ram::PageSize;
 
 use crate::{
     error::Usage,
-    format::{Configuration, MachineType, SectionId, SyncMode},
+    format::{Configuration, MachineType, PageSizes, SectionId, SyncMode},
 };
 
 /// How the stream is written. The defaults follow the machine type, as in QEMU.
@@ -17,6 +19,8 @@ pub struct Options {
     pub(super) switchover_start: bool,
     pub(crate) section: SectionId,
     pub(super) footers: bool,
+    /// The page sizes to announce, for a source that may switch to post-copy.
+    pub(super) advise: Option<PageSizes>,
 }
 
 impl Options {
@@ -31,6 +35,7 @@ impl Options {
             switchover_start: machine.has_switchover_start(),
             section: SectionId(1),
             footers: machine.has_footers(),
+            advise: None,
             configuration: Some(Configuration { mapped_ram: false, ..configuration }),
         }
     }
@@ -44,6 +49,7 @@ impl Options {
             switchover_start: false,
             section: SectionId(1),
             footers: false,
+            advise: None,
         }
     }
 
@@ -51,6 +57,12 @@ impl Options {
     /// or waits without limit.
     pub fn sync_mode(mut self, mode: Option<SyncMode>) -> Self {
         self.sync_mode = mode;
+        self
+    }
+
+    /// The source may switch to post-copy, and announces these page sizes.
+    pub(crate) fn advise(mut self, sizes: PageSizes) -> Self {
+        self.advise = Some(sizes);
         self
     }
 
@@ -107,7 +119,11 @@ impl Options {
         self.configuration.as_ref().map(Configuration::page_size).unwrap_or_default()
     }
 
-    pub(super) fn ignore_shared(&self) -> bool {
+    pub(crate) fn has_return_path(&self) -> bool {
+        self.return_path
+    }
+
+    pub(crate) fn ignore_shared(&self) -> bool {
         self.configuration.as_ref().is_some_and(|configuration| configuration.ignore_shared)
     }
 
@@ -124,3 +140,8 @@ impl Options {
         }
     }
 }
+
+/// How long a destination may take to report that it has everything.
+pub(crate) const END: Duration = Duration::from_secs(600);
+/// The same for a source that was cancelled.
+pub(crate) const VERDICT: Duration = Duration::from_secs(10);

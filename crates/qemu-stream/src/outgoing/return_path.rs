@@ -20,7 +20,7 @@ use super::writer::failed;
 use crate::{
     connection::{Connection, is_late},
     error::{Error, Place, Reached, StreamKind, Unsupported, Violation},
-    format::{Message, OtherFormat, READY_PING, Reader, VERDICT_MARK},
+    format::{Message, OtherFormat, POSTCOPY_CHANNELS_MARK, READY_PING, Reader, VERDICT_MARK},
 };
 
 /// The messages of the destination.
@@ -32,6 +32,8 @@ pub(super) struct Replies {
     before: u64,
     /// The destination has announced that it never closes the connection without SHUT.
     always_speaks: bool,
+    /// It takes pages over channels after the switch to post-copy.
+    takes_channels: bool,
     /// What its replies show.
     reached: Reached,
     /// Why it will report a failure.
@@ -47,6 +49,15 @@ pub(super) struct EndLimits {
     pub(super) end: Option<Duration>,
     /// The same after the source was cancelled.
     pub(super) cancelled: Duration,
+}
+
+/// What a destination has shown before the switch to post-copy.
+#[derive(Debug, Default)]
+pub(super) struct Peer {
+    /// Bytes of the return path that were read and not evaluated.
+    pub(super) unread: Vec<u8>,
+    pub(super) always_speaks: bool,
+    pub(super) takes_channels: bool,
 }
 
 impl Replies {
@@ -94,6 +105,17 @@ impl Replies {
                 Err(error) => return Err(self.broken(error)),
             }
         }
+    }
+
+    /// Whether the destination is known to be of this library.
+    pub(super) fn always_speaks(&self) -> bool {
+        self.always_speaks
+    }
+
+    /// What is known about the destination, for the one who reads its replies from now on.
+    pub(super) fn into_peer(self) -> Peer {
+        let Self { bytes, always_speaks, takes_channels, .. } = self;
+        Peer { unread: bytes, always_speaks, takes_channels }
     }
 
     /// Waits for SHUT after everything was sent.
@@ -256,6 +278,7 @@ impl Replies {
                 self.bytes.drain(..usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len()));
                 self.before += length;
                 self.always_speaks |= message == Message::Pong(VERDICT_MARK);
+                self.takes_channels |= message == Message::Pong(POSTCOPY_CHANNELS_MARK);
                 self.reached = self.reached.max(match &message {
                     Message::Pong(READY_PING) => Reached::Ram,
                     _ => Reached::Configuration,

@@ -8,6 +8,9 @@
 //! split where a footer of a section is followed by the head of the next one, and are described by what was found there.
 //! QEMU skips the description that it reads, so a wrong split cannot change what it loads. Devices that cannot be split stay in
 //! one piece without a description.
+//!
+//! A source of this library has the description of its devices as the first section of the package, with its length, so that they
+//! need not be searched for footers. It sends that to destinations of this library only.
 
 use super::{
     DevicePart, DeviceSection, EarlyPart, EndFinder, check_distinct, description,
@@ -15,7 +18,7 @@ use super::{
 };
 use crate::{
     error::{Error, Malformed, Place, StreamKind, Violation},
-    format::{Command, Put, Reader, Section, SectionHead, encode_footer, limits},
+    format::{Command, Put, Reader, Section, SectionHead, SectionId, SectionName, encode_footer, limits},
 };
 
 /// The contents of a package.
@@ -71,8 +74,47 @@ impl Package {
 }
 
 impl DevicePart {
-    /// The part of these devices of a package. `early` came before them.
-    pub(crate) fn of_package(early: EarlyPart, devices: Vec<u8>, footers: bool, page_size: usize) -> Self {
+    /// The devices for a package, with their description before them: for a destination of this library.
+    pub(crate) fn for_package(&self) -> Vec<u8> {
+        let json = self.description().unwrap_or_default();
+        let mut out = Vec::with_capacity(json.len() + self.blob().len() + HEAD);
+        Section::Full(description_head()).encode(&mut out);
+        // A description is bounded when it is made.
+        out.put(&u32::try_from(json.len()).unwrap_or(u32::MAX).to_be_bytes());
+        out.put(json);
+        encode_footer(DESCRIPTION, &mut out);
+        out.put(self.blob());
+        out
+    }
+
+    /// The part of these devices of a package, which ends at `at`. `early` came before them.
+    ///
+    /// # Errors
+    /// If they are described and do not fit the description.
+    pub(crate) fn of_package(
+        early: EarlyPart,
+        devices: Vec<u8>,
+        footers: bool,
+        page_size: usize,
+        at: Place,
+    ) -> Result<Self, Error> {
+        let Some((json, rest)) = description_of(&devices) else {
+            return Ok(Self::split_package(early, devices, footers, page_size));
+        };
+        let mut finder = EndFinder::new(footers).early(early);
+        let mut bytes = finder.ends().to_vec();
+        bytes.put(rest);
+        Section::Eof.encode(&mut bytes);
+        Section::VmDescription(u32::try_from(json.len()).unwrap_or(u32::MAX)).encode(&mut bytes);
+        bytes.put(json);
+        let found = finder.find(&mut bytes).map_err(|what| what.at(at))?;
+        found.ok_or_else(|| {
+            let (record, place) = ("the description of a package", "before devices that it does not fit");
+            Violation::Misplaced { record, place }.at(at)
+        })
+    }
+
+    fn split_package(early: EarlyPart, devices: Vec<u8>, footers: bool, page_size: usize) -> Self {
         let from = early.ends.len();
         let found = split(&devices, from).filter(|_| footers);
         // Mostly without a copy: few machines have sections that are sent in pieces.
@@ -105,6 +147,24 @@ impl DevicePart {
         }
         part
     }
+}
+
+/// The description before these devices, if there is one, and the devices behind it.
+fn description_of(devices: &[u8]) -> Option<(&[u8], &[u8])> {
+    let mut head = Vec::new();
+    Section::Full(description_head()).encode(&mut head);
+    let rest = devices.strip_prefix(&head[..])?;
+    let (length, rest) = rest.split_first_chunk::<4>()?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+    let (json, rest) = rest.split_at_checked(length)?;
+    let mut footer = Vec::with_capacity(FOOTER);
+    encode_footer(DESCRIPTION, &mut footer);
+    Some((json, rest.strip_prefix(&footer[..])?))
+}
+
+fn description_head() -> SectionHead {
+    let name = SectionName::new("multifd/description").expect("a short name");
+    SectionHead { id: DESCRIPTION, name, instance: 0, version: 1 }
 }
 
 /// The sections in `devices`, whose bodies begin `from` bytes later; `None` if there is no way to split them.
@@ -170,6 +230,8 @@ fn encoded(command: Command) -> Vec<u8> {
     bytes
 }
 
+/// No other section has this number: sources number theirs upwards.
+const DESCRIPTION: SectionId = SectionId(u32::MAX);
 const EOF: u8 = 0x00;
 /// The bytes of a PING, with the type of a section before it.
 const PING: usize = 9;
@@ -179,7 +241,7 @@ const FOOTER: usize = 5;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{SectionId, testing::section_name};
+    use crate::format::{Device, testing::section_name};
 
     const AT: Place = Place { stream: StreamKind::Main, offset: 7 };
 
@@ -197,7 +259,7 @@ mod tests {
     }
 
     fn part(devices: &[u8]) -> DevicePart {
-        DevicePart::of_package(EarlyPart::default(), devices.to_vec(), true, 4096)
+        DevicePart::of_package(EarlyPart::default(), devices.to_vec(), true, 4096, AT).unwrap()
     }
 
     #[test]
@@ -254,6 +316,19 @@ mod tests {
         let mut again = part.as_bytes().to_vec();
         let found = EndFinder::new(true).find(&mut again).unwrap();
         assert_eq!(found, Some(part));
+    }
+
+    /// The first device contains its own footer and the head of the next section.
+    #[test]
+    fn described_devices_have_lengths() {
+        let inner = [&[0x7e, 0, 0, 0, 3][..], &device(4, "rtc", b"")].concat();
+        let devices = [("timer", &inner[..]), ("rtc", b"abc")];
+        let devices = devices.map(|(name, state)| Device { name: section_name(name), instance: 0, version: 1, state: state.to_vec() });
+        let built = DevicePart::build(&devices, 4096, SectionId(3)).unwrap();
+        assert_eq!(part(&built.for_package()), built);
+        let mut bytes = built.for_package();
+        bytes.truncate(bytes.len() - 1);
+        DevicePart::of_package(EarlyPart::default(), bytes, true, 4096, AT).unwrap_err();
     }
 
     #[test]

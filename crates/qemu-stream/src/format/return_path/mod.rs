@@ -30,6 +30,13 @@ pub(crate) const READY_PING: u32 = 0x6d66_6601;
 /// it is a PING like any other.
 pub(crate) const REASON_PING: u32 = 0x6d66_6701;
 
+/// The value of the PING by which a source of this library asks whether the destination takes pages over channels after the switch to
+/// post-copy. For a QEMU it is a PING like any other.
+pub(crate) const POSTCOPY_CHANNELS_PING: u32 = 0x6d66_6801;
+
+/// The value of the PONG, without a PING, by which a destination of this library says that it does.
+pub(crate) const POSTCOPY_CHANNELS_MARK: u32 = 0x6d66_6802;
+
 const RESUME_ACK_VALUE: u32 = 1;
 const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 

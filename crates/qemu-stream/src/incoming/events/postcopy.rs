@@ -130,7 +130,7 @@ impl Postcopy {
             Section::Eof => {
                 let devices = self.devices.take().unwrap_or_default();
                 let page_size = ram.blocks.page_size().bytes();
-                Ok(DevicePart::of_package(early, devices, ram.footers == Some(true), page_size))
+                DevicePart::of_package(early, devices, ram.footers == Some(true), page_size, at)
             }
             other => {
                 let (record, place) = (other.name(), "after the end of ram of post-copy");

@@ -25,6 +25,10 @@ pub(super) struct Contents {
     pub(super) requested: Vec<PageBitmap>,
     pub(super) counts: Arc<Counts>,
     pub(super) control: PostcopyControl,
+    /// The destination always sends SHUT, as far as it is known.
+    pub(super) always_speaks: bool,
+    /// The destination has confirmed that it runs the guest, or is taken to.
+    pub(super) is_confirmed: bool,
 }
 
 impl Contents {
@@ -40,10 +44,16 @@ impl Contents {
             return Err(Usage::Blocks("they differ from those of the machine".into()));
         }
         let machine = Machine::new(stream, options.list(list)?, devices)?;
+        Ok(Self::of_machine(machine, blocks, options))
+    }
+
+    /// The contents of a machine whose block list has the host page sizes.
+    pub(super) fn of_machine(machine: Machine, blocks: Arc<RamBlocks>, options: PostcopyOptions) -> Self {
         let none = || blocks.iter().map(|(_, block)| PageBitmap::new(block.pages())).collect();
         let (first, requested, counts) = (none(), none(), Arc::new(Counts::new()));
         let control = PostcopyControl::new(options.walk_limit);
-        Ok(Self { machine, first, requested, blocks, options, counts, control })
+        let (always_speaks, is_confirmed) = (false, true);
+        Self { machine, first, requested, blocks, options, counts, control, always_speaks, is_confirmed }
     }
 
     /// Adds pages to those that are sent before the guest starts: whole host pages.

@@ -22,6 +22,8 @@ pub enum GuestAt {
 pub struct PostcopyError {
     /// Which side has the guest.
     pub guest: GuestAt,
+    /// Whether the destination has confirmed that it runs the guest. Without it, [`GuestAt::Destination`] means that it may.
+    pub is_confirmed: bool,
     /// What has failed.
     #[source]
     pub error: Error,

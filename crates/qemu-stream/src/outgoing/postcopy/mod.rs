@@ -15,11 +15,14 @@
 mod contents;
 mod control;
 mod failure;
+mod moved;
 mod opening;
 mod options;
 mod pages;
 mod progress;
 mod replies;
+mod run;
+mod serve;
 mod session;
 
 use std::{fmt, sync::Arc};
@@ -37,9 +40,12 @@ use crate::{
 use contents::Contents;
 pub use control::PostcopyControl;
 pub use failure::{GuestAt, PostcopyError};
+pub(crate) use moved::follow;
+pub use moved::{Interrupted, Moved};
+pub(super) use opening::{DISCARDED, Machine};
 pub use options::PostcopyOptions;
 pub use progress::{PostcopyInfo, PostcopyProgress};
-use session::{Begin, run};
+use run::{Begin, run};
 
 /// A machine whose guest runs at the destination while its pages follow.
 pub struct PostcopySource(Contents);
@@ -102,7 +108,7 @@ impl PostcopySource {
     /// # Errors
     /// What has failed, and which side has the guest.
     pub fn start(&mut self, connector: &dyn Connect, stop: &Stop) -> Result<(), PostcopyError> {
-        run(&self.0, connector, stop, Begin::Start)
+        run(&self.0, stop, Begin::Start(connector))
     }
 
     /// Continues a migration whose connections have broken: connects to a destination in state `postcopy-paused` that was
@@ -113,7 +119,7 @@ impl PostcopySource {
     /// What has failed. The guest is at the destination in every case.
     pub fn resume(&mut self, connector: &dyn Connect, stop: &Stop) -> Result<(), PostcopyError> {
         self.0.counts.recovers();
-        let resumed = run(&self.0, connector, stop, Begin::Resume);
+        let resumed = run(&self.0, stop, Begin::Resume(connector, None));
         resumed.map_err(|failed| PostcopyError { guest: GuestAt::Destination, ..failed })
     }
 }

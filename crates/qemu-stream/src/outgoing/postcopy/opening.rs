@@ -18,7 +18,7 @@ use crate::{
 
 /// A machine that starts at its destination before its RAM is there.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub(in crate::outgoing) struct Machine {
     options: Options,
     blocks: BlockList,
     devices: DevicePart,
@@ -27,7 +27,7 @@ pub(super) struct Machine {
 impl Machine {
     /// # Errors
     /// If the machine has state that post-copy cannot carry, or its devices do not fit a package.
-    pub(super) fn new(options: Options, blocks: BlockList, devices: DevicePart) -> Result<Self, Usage> {
+    pub(in crate::outgoing) fn new(options: Options, blocks: BlockList, devices: DevicePart) -> Result<Self, Usage> {
         let refused = |why: String| Err(Usage::Value { what: "devices", why });
         options.check()?;
         devices.check_beside(options.section)?;
@@ -42,7 +42,7 @@ impl Machine {
             return refused("have footers and the machine type has none, or the reverse".to_owned());
         }
         let machine = Self { options, blocks, devices };
-        match u32::try_from(machine.package().len()) {
+        match u32::try_from(machine.package(true).len()) {
             Ok(_) => Ok(machine),
             Err(_) => refused(format!("{:#x} bytes do not fit a package", machine.devices.blob().len())),
         }
@@ -82,7 +82,7 @@ impl Machine {
     }
 
     /// Everything before the package: forget all pages of which `keep` has no bit.
-    pub(super) fn discards(&self, keep: &[PageBitmap]) -> Vec<u8> {
+    pub(in crate::outgoing) fn discards(&self, keep: &[PageBitmap]) -> Vec<u8> {
         let mut out = Vec::new();
         if self.options.switchover_start {
             Section::Command(Command::SwitchoverStart).encode(&mut out);
@@ -101,9 +101,10 @@ impl Machine {
         out
     }
 
-    /// The package with its command, and the PING after it. When it has arrived, the guest runs.
-    pub(super) fn switch(&self) -> Vec<u8> {
-        let package = self.package();
+    /// The package with its command, and the PING after it. When it has arrived, the guest runs. `described`: the devices have their
+    /// description before them, for a destination of this library.
+    pub(in crate::outgoing) fn switch(&self, described: bool) -> Vec<u8> {
+        let package = self.package(described);
         let mut out = Vec::with_capacity(package.len() + 64);
         // `new` has checked that it fits.
         let length = u32::try_from(package.len()).unwrap_or(u32::MAX);
@@ -113,19 +114,25 @@ impl Machine {
         out
     }
 
-    fn package(&self) -> Vec<u8> {
+    fn package(&self, described: bool) -> Vec<u8> {
         let mut out = Vec::new();
         Section::Command(Command::PostcopyListen).encode(&mut out);
-        out.put(self.devices.blob());
+        match described && self.devices.description().is_some() {
+            true => out.put(&self.devices.for_package()),
+            false => out.put(self.devices.blob()),
+        }
         Section::Command(Command::Ping(LOADED)).encode(&mut out);
         Section::Command(Command::PostcopyRun).encode(&mut out);
         out
     }
 
-    /// The end of RAM and of the stream.
-    pub(super) fn end(&self) -> Vec<u8> {
+    /// The end of RAM and of the stream. `channels`: a SYNC was sent on each of them.
+    pub(super) fn end(&self, channels: bool) -> Vec<u8> {
         let mut out = Vec::new();
         Section::End(self.options.section).encode(&mut out);
+        if channels {
+            record(Record::MultifdFlush, &mut out);
+        }
         self.section().end(&mut out);
         Section::Eof.encode(&mut out);
         out
@@ -168,15 +175,19 @@ impl RamSection {
 
 /// The record after which no more follow, in a section or on the connection for requested pages.
 pub(super) fn end_of_records(out: &mut Vec<u8>) {
+    record(Record::Eos, out);
+}
+
+fn record(record: Record, out: &mut Vec<u8>) {
     // It has no page, so no list can refuse it.
     let none = BlockList::none(PageSize::default());
-    let _ = Record::Eos.encode(&none, &mut CurrentBlock::default(), out);
+    let _ = record.encode(&none, &mut CurrentBlock::default(), out);
 }
 
 /// The PING that every source sends first.
 const FIRST: u32 = 1;
 /// The PINGs around the package: the destination has forgotten pages; it has loaded the devices; it has the package.
-pub(super) const DISCARDED: u32 = 2;
+pub(in crate::outgoing) const DISCARDED: u32 = 2;
 pub(super) const LOADED: u32 = 3;
 const PACKAGED: u32 = 4;
 /// The number of ranges in a DISCARD, as QEMU sends them.

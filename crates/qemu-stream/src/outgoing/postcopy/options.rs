@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use multifd::{
     parameters::{CONNECT_TIMEOUT, STALL_TIMEOUT},
-    ram::{BlockName, PageSize},
+    ram::{BlockName, PageBitmap, PageIndex, PageSize},
 };
 
 use crate::{
     error::Usage,
-    format::{BlockEntry, BlockList},
-    outgoing::main_stream::END,
+    format::{BlockEntry, BlockList, PageSizes},
+    outgoing::options::END,
 };
 
 /// The options of a [`PostcopySource`](super::PostcopySource). The defaults work with every destination that has capability
@@ -105,11 +105,33 @@ impl PostcopyOptions {
         (bytes / page_size.bytes() as u64).max(1)
     }
 
+    /// The page sizes to announce to the destination.
+    pub(crate) fn page_sizes(&self, page_size: PageSize) -> PageSizes {
+        let own = self.host_page_sizes.iter().map(|(_, bytes)| *bytes);
+        let host = own.fold(self.system(page_size), |all, bytes| all | bytes);
+        PageSizes { host, target: page_size.bytes() as u64 }
+    }
+
+    /// The pages that the destination keeps: all but those that are lacking, and only whole host pages.
+    pub(in crate::outgoing) fn kept(&self, list: &BlockList, lacking: &[PageBitmap]) -> Vec<PageBitmap> {
+        let kept = list.entries().iter().zip(lacking).map(|(entry, lacking)| {
+            let keep = PageBitmap::full(lacking.pages());
+            let host_page = self.host_page(entry, list.page_size());
+            for (first, count) in lacking.set_runs() {
+                let from = first.0 - first.0 % host_page;
+                let end = (first.0 + count).next_multiple_of(host_page).min(lacking.pages());
+                keep.clear_run(PageIndex(from), end - from);
+            }
+            keep
+        });
+        kept.collect()
+    }
+
     /// The list with the host page sizes.
     ///
     /// # Errors
     /// If a size is no power of two, less than a page, or that of an unknown block.
-    pub(super) fn list(&self, list: &BlockList) -> Result<BlockList, Usage> {
+    pub(in crate::outgoing) fn list(&self, list: &BlockList) -> Result<BlockList, Usage> {
         let refused = |why: String| Usage::Value { what: "host page size", why };
         let page_size = list.page_size();
         let system = self.system(page_size);

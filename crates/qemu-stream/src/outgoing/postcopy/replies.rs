@@ -29,6 +29,8 @@ use crate::{
 pub(super) struct Replies<'a> {
     list: &'a BlockList,
     counts: &'a Counts,
+    /// A destination that always sends SHUT: a connection that closes without it was closed by the network.
+    always_speaks: bool,
     /// Where requests go; set before the destination can send one.
     schedule: OnceLock<Arc<Schedule>>,
     state: Mutex<State>,
@@ -81,9 +83,9 @@ pub(super) enum Missing {
 }
 
 impl<'a> Replies<'a> {
-    pub(super) fn new(list: &'a BlockList, counts: &'a Counts) -> Self {
+    pub(super) fn new(list: &'a BlockList, counts: &'a Counts, always_speaks: bool) -> Self {
         let (schedule, state, changed) = (OnceLock::new(), Mutex::default(), Condvar::new());
-        Self { list, counts, schedule, state, changed }
+        Self { list, counts, always_speaks, schedule, state, changed }
     }
 
     /// Sends requests to this schedule from now on.
@@ -246,10 +248,15 @@ impl<'a> Replies<'a> {
         self.lock().sent = what;
     }
 
-    /// Called instead for a guest that was started over earlier connections.
-    pub(super) fn continues(&self) {
+    /// Called instead for a guest that was started over earlier connections. `loaded`: the destination has confirmed it.
+    pub(super) fn continues(&self, loaded: bool) {
         let mut state = self.lock();
-        (state.sent, state.loaded) = (Sent::Package, true);
+        (state.sent, state.loaded) = (Sent::Package, loaded);
+    }
+
+    /// Whether the destination has confirmed that it runs the guest.
+    pub(super) fn has_started(&self) -> bool {
+        self.lock().loaded
     }
 
     /// Called before the bitmaps of these blocks are asked for.
@@ -301,7 +308,7 @@ impl<'a> Replies<'a> {
     /// side has shut down, this is not known.
     pub(super) fn may_have_started(&self) -> bool {
         let state = self.lock();
-        let has_ended = state.has_failed || (state.has_closed && !state.broken);
+        let has_ended = state.has_failed || (state.has_closed && !state.broken && !self.always_speaks);
         state.sent > Sent::Nothing && (state.loaded || !has_ended)
     }
 
