@@ -59,4 +59,4 @@ pub use listen::Listener;
 pub use socket::SocketLink;
 pub use stall_timer::StallTimer;
 pub use stop::{CancelOnDrop, Stop, Wake, Watch};
-pub use stream::Stream;
+pub use stream::{SharedWriter, Stream};

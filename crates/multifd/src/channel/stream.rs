@@ -3,11 +3,11 @@
 use std::{
     fmt,
     io::{self, Read, Write},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use super::{CloseWatch, Context, Link, StallTimer, Stop, Wake, stall_timer};
+use super::{CloseWatch, Context, Link, StallTimer, Stop, Wake, link::send_all, stall_timer};
 use crate::{
     ram::{Part, PartMut},
     sync_types::Instant,
@@ -20,6 +20,29 @@ pub struct Stream {
     seen: Vec<u8>,
     stall_timer: StallTimer,
     timeout: Option<Duration>,
+    /// What sends in place of `link`, which then only receives.
+    writer: Option<SharedWriter>,
+}
+
+/// Writes to a stream from several threads: each call's bytes stay together.
+#[derive(Clone)]
+pub struct SharedWriter(Arc<Mutex<Box<dyn Link>>>);
+
+impl fmt::Debug for SharedWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SharedWriter")
+    }
+}
+
+impl SharedWriter {
+    /// Writes all of these bytes.
+    ///
+    /// # Errors
+    /// If the connection is broken.
+    pub fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut link = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        send_all(&mut **link, &mut [Part::from(bytes)])
+    }
 }
 
 impl Stream {
@@ -31,7 +54,7 @@ impl Stream {
 
     /// Creates a stream over `link`, from which `seen` was received before.
     pub(crate) fn resumed(link: Box<dyn Link>, context: &Context, seen: Vec<u8>) -> Self {
-        Self { link, seen, stall_timer: context.stall_timer.clone(), timeout: None }
+        Self { link, seen, stall_timer: context.stall_timer.clone(), timeout: None, writer: None }
     }
 
     /// Splits the stream in two, so that one thread reads from the first while another one writes to the second: see
@@ -40,10 +63,22 @@ impl Stream {
     /// # Errors
     /// [`Unsupported`](io::ErrorKind::Unsupported) if the connection cannot be split.
     pub fn split(self) -> io::Result<(Self, Self)> {
-        let Self { link, seen, stall_timer, timeout } = self;
+        let Self { link, seen, stall_timer, timeout, .. } = self;
         let (receives, sends) = link.split()?;
-        let writer = Self { link: sends, seen: Vec::new(), stall_timer: stall_timer.clone(), timeout };
-        Ok((Self { link: receives, seen, stall_timer, timeout }, writer))
+        let stall_timer_of_writer = stall_timer.clone();
+        let writer =
+            Self { link: sends, seen: Vec::new(), stall_timer: stall_timer_of_writer, timeout, writer: None };
+        Ok((Self { link: receives, seen, stall_timer, timeout, writer: None }, writer))
+    }
+
+    /// Makes a writer that other threads can use while this stream is read. The stream itself writes through it as well.
+    ///
+    /// # Errors
+    /// [`Unsupported`](io::ErrorKind::Unsupported) if the connection cannot be split.
+    pub fn share(self) -> io::Result<(Self, SharedWriter)> {
+        let (receives, sends) = self.split()?;
+        let writer = SharedWriter(Arc::new(Mutex::new(sends.link)));
+        Ok((Self { writer: Some(writer.clone()), ..receives }, writer))
     }
 
     /// Gives back bytes that were read: the next reads return them first.
@@ -153,7 +188,10 @@ impl Read for Stream {
 
 impl Write for Stream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.link.send(&[Part::from(buffer)])
+        match &self.writer {
+            Some(writer) => writer.write_all(buffer).map(|()| buffer.len()),
+            None => self.link.send(&[Part::from(buffer)]),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

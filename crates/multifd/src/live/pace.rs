@@ -34,16 +34,19 @@ impl Pace {
         self.slices.as_mut()
     }
 
-    /// Records bytes that are sent now, and waits if they exceed the limit.
+    /// Records bytes that are sent now, and waits if they exceed the limit, unless `ends`.
     ///
     /// # Errors
     /// The error that stopped the migration.
-    pub(super) fn spend(&mut self, bytes: u64, stop: &Stop) -> Result<()> {
+    pub(super) fn spend(&mut self, bytes: u64, stop: &Stop, ends: &dyn Fn() -> bool) -> Result<()> {
         let Some(slices) = self.slices() else { return Ok(()) };
         slices.spend(bytes);
         let start = self.start;
         // No wait is longer than a slice, so a limit that is changed in the meantime is noticed.
         while let Some(left) = self.slices().and_then(|slices| slices.wait(start.elapsed())) {
+            if ends() {
+                return Ok(());
+            }
             stop.pause(left)?;
             if stop.is_stopped() {
                 return stop.check();
@@ -64,7 +67,7 @@ mod tests {
         let (mut pace, stop, start) =
             (Pace::new(Bandwidth::new(Some(1_000_000))), Stop::new(), Instant::now());
         for _ in 0..300 {
-            pace.spend(1000, &stop).expect("running");
+            pace.spend(1000, &stop, &|| false).expect("running");
         }
         // 300 kB at 1 MB/s; the first and the last slice may count as whole slices.
         assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
@@ -80,7 +83,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(20));
                 limit.set(raised);
             });
-            pace.spend(1 << 40, &stop).expect("goes on");
+            pace.spend(1 << 40, &stop, &|| false).expect("goes on");
             raise.join().expect("no panic");
         }
     }
@@ -89,11 +92,11 @@ mod tests {
     fn a_limit_that_is_set_while_bytes_are_sent_holds_from_then_on() {
         let limit = Bandwidth::new(None);
         let (mut pace, stop) = (Pace::new(limit.clone()), Stop::new());
-        pace.spend(1 << 60, &stop).expect("no limit");
+        pace.spend(1 << 60, &stop, &|| false).expect("no limit");
         limit.set(Some(1_000_000));
         assert!(pace.is_limited());
         let start = Instant::now();
-        (0..300).for_each(|_| pace.spend(1000, &stop).expect("running"));
+        (0..300).for_each(|_| pace.spend(1000, &stop, &|| false).expect("running"));
         assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
         limit.set(Some(0));
         assert!(!pace.is_limited());
@@ -106,7 +109,7 @@ mod tests {
             let stop = stop.clone();
             move || stop.cancel()
         });
-        assert!(pace.spend(1 << 40, &stop).expect_err("cancelled").is_cancelled());
+        assert!(pace.spend(1 << 40, &stop, &|| false).expect_err("cancelled").is_cancelled());
         cancel.join().expect("no panic");
     }
 }

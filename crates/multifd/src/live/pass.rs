@@ -99,7 +99,7 @@ impl Walk<'_> {
                 Kind::Zero => ZERO_ENTRY,
                 Kind::Unknown => 0,
             };
-            self.pace.spend(cost * step, self.stop)?;
+            self.pace.spend(cost * step, self.stop, self.ends)?;
         }
         Ok(())
     }

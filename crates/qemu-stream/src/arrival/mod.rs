@@ -9,10 +9,14 @@
 //! After any failure before [`Pending::confirm`] has returned (an error, a panic, a drop), the source keeps the guest
 //! and is informed. After it the guest is only ours.
 
+#[cfg(feature = "fault")]
+mod early;
 mod options;
 mod pending;
 mod progress;
 
+#[cfg(feature = "fault")]
+pub use self::early::{Early, EarlyOptions, Finished, Landing, Running};
 pub use self::{
     options::ArrivalOptions,
     pending::{Confirmed, Pending},
@@ -65,6 +69,17 @@ impl Listening {
         let Self { receiver, options, state } = self;
         let main = receiver.wait_main()?;
         let peer = main.peer();
+        #[cfg(feature = "fault")]
+        let (main, early) = match options.early {
+            true => {
+                let shared = main.share().map_err(|error| receiver.stop().fail(Error::io("receive by post-copy", error)));
+                let (main, writer) = shared?;
+                let field = early::Field::new();
+                field.connected(writer);
+                (main, Some(field))
+            }
+            false => (main, None),
+        };
         let incoming = Incoming::new(main)
             .stopping(receiver.stop())
             .counted(state.counts().clone())
@@ -76,7 +91,20 @@ impl Listening {
             .postcopy(options.postcopy)
             .before_refusal(options.before_refusal)
             .suppress_vmdesc(options.suppress_vmdesc);
-        Ok(Arrival { incoming, receiver, state, peer, callback_timeout: options.stall_timeout })
+        #[cfg(feature = "fault")]
+        let incoming = match &early {
+            Some(field) => incoming.run_early(field.clone()),
+            None => incoming,
+        };
+        Ok(Arrival {
+            incoming,
+            receiver,
+            state,
+            peer,
+            callback_timeout: options.stall_timeout,
+            #[cfg(feature = "fault")]
+            early,
+        })
     }
 }
 
@@ -88,6 +116,8 @@ pub struct Arrival {
     state: LoaderState,
     peer: String,
     callback_timeout: Option<Duration>,
+    #[cfg(feature = "fault")]
+    early: Option<std::sync::Arc<early::Field>>,
 }
 
 impl std::fmt::Debug for Arrival {
@@ -139,13 +169,23 @@ impl Arrival {
     /// The first error of the source or its connection; a machine that is not
     /// [`Expected`](crate::incoming::Expected). The source was informed, and its guest continues there.
     pub fn announced(self) -> Result<Announced> {
+        #[cfg(feature = "fault")]
+        let early = self.early;
         let Self { mut incoming, receiver, state, peer, .. } = self;
         let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::TooEarly("the blocks").into());
         let mut loader = Loader::resumed(&receiver, state, make);
         let announced = incoming.announced(&mut loader).map(|(_, list)| list.clone());
         let state = loader.into_state();
         match announced {
-            Ok(list) => Ok(Announced { incoming, receiver, state, peer, list }),
+            Ok(list) => Ok(Announced {
+                incoming,
+                receiver,
+                state,
+                peer,
+                list,
+                #[cfg(feature = "fault")]
+                early,
+            }),
             Err(error) => Err(failed(incoming, &receiver, error.while_doing(RECEIVING))),
         }
     }
@@ -187,6 +227,8 @@ pub struct Announced {
     state: LoaderState,
     peer: String,
     list: BlockList,
+    #[cfg(feature = "fault")]
+    early: Option<std::sync::Arc<early::Field>>,
 }
 
 impl std::fmt::Debug for Announced {
@@ -217,15 +259,37 @@ impl Announced {
     /// The first error: of the source, of a connection, of blocks that do not match, or of incomplete RAM. The source
     /// was informed, and its guest continues there.
     pub fn load(self, blocks: RamBlocks) -> Result<Pending> {
-        let Self { mut incoming, receiver, state, .. } = self;
+        #[cfg(feature = "fault")]
+        if self.early.is_some() {
+            let why = "ArrivalOptions::run_early is on: load the machine with Announced::load_early";
+            return Err(self.refuse(Error::text(why)));
+        }
+        self.load_whole(blocks)
+    }
+
+    fn load_whole(self, blocks: RamBlocks) -> Result<Pending> {
+        #[cfg(feature = "fault")]
+        let early = self.early;
+        #[cfg_attr(not(feature = "fault"), expect(unused_mut, reason = "only a machine that runs early changes it"))]
+        let Self { mut incoming, receiver, mut state, .. } = self;
         let counts = state.counts().clone();
+        #[cfg(feature = "fault")]
+        if let Some(early) = &early {
+            state.set_early(early.clone());
+        }
         let mut made = Some(blocks);
         let make =
             |_: Option<&Configuration>, _: &BlockList| made.take().ok_or_else(|| Usage::UsedTwice.into());
         let loaded = {
             let mut loader = Loader::resumed(&receiver, state, make);
             let limit = incoming.pause_limit();
-            let again = |error| wait_resumed(&receiver, &counts, limit, error);
+            let again = |error| {
+                #[cfg(feature = "fault")]
+                if let Some(early) = &early {
+                    return early.again(error, || receiver.wait_resumed(limit));
+                }
+                wait_resumed(&receiver, &counts, limit, error)
+            };
             let read = incoming.run_resumable(&mut loader, again);
             let doing = if incoming.has_switched() { RECEIVING_STOPPED } else { RECEIVING };
             read.map_err(|error| error.while_doing(doing)).and_then(|loaded| {

@@ -20,6 +20,7 @@ pub struct ArrivalOptions {
     pub(super) suppress_vmdesc: bool,
     pub(super) send_reason: bool,
     pub(super) postcopy: bool,
+    pub(super) early: bool,
     pub(super) before_refusal: BeforeRefusal,
 }
 
@@ -37,6 +38,7 @@ impl ArrivalOptions {
             suppress_vmdesc: false,
             send_reason: true,
             postcopy: false,
+            early: false,
             before_refusal: BeforeRefusal::default(),
         }
     }
@@ -51,6 +53,15 @@ impl ArrivalOptions {
     /// good. Only its process still has it then.
     pub fn postcopy(mut self, on: bool) -> Self {
         self.postcopy = on;
+        self
+    }
+
+    /// Whether the guest runs here as soon as the source has switched to post-copy, before all of its RAM has arrived. The machine is then
+    /// loaded with [`Announced::load_early`](super::Announced::load_early). Implies [`postcopy`](Self::postcopy). Off by default.
+    #[cfg(feature = "fault")]
+    pub fn run_early(mut self, on: bool) -> Self {
+        self.early = on;
+        self.postcopy |= on;
         self
     }
 

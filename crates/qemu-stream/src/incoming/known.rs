@@ -1,6 +1,8 @@
 //! What the stream of a source has shown so far.
 
-use super::line::BeforeRefusal;
+use std::sync::Arc;
+
+use super::{early::RunEarly, line::BeforeRefusal};
 use crate::format::{BlockList, Configuration, SectionId, SyncMode};
 
 /// The progress of post-copy.
@@ -13,6 +15,14 @@ pub(super) struct Postcopy {
     /// The source has returned, and asks for what has arrived.
     pub(super) resuming: bool,
     pub(super) before_refusal: BeforeRefusal,
+    /// Runs the guest before its RAM is there.
+    pub(super) early: Option<Arc<dyn RunEarly>>,
+    /// The PINGs of the package whose PONGs are withheld.
+    pub(super) withheld: Vec<u32>,
+    /// Pages were discarded: the source is about to switch.
+    pub(super) discarded: bool,
+    /// The source is one of this library.
+    pub(super) ours: bool,
 }
 
 /// What earlier events have shown.

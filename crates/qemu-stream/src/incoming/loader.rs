@@ -21,6 +21,7 @@ use multifd::{
 use super::{
     counts::{MainCounts, MainPages},
     destination::Destination,
+    early::RunEarly,
     loaded::Loaded,
     passes::{self, Idle, Passes},
     preempt::Preempt,
@@ -81,7 +82,10 @@ pub(crate) struct LoaderState {
     preempt: Arc<Preempt>,
     /// The source has switched to post-copy.
     switched: bool,
+    /// Pages were discarded: the source is about to switch.
+    discarded: bool,
     list: Option<BlockList>,
+    early: Option<Arc<dyn RunEarly>>,
 }
 
 impl LoaderState {
@@ -100,13 +104,20 @@ impl LoaderState {
             counts: Arc::default(),
             preempt: Arc::default(),
             switched: false,
+            discarded: false,
             list: None,
+            early: None,
         }
     }
 
     pub(crate) fn left_out(mut self, left_out: LeftOut) -> Self {
         self.left_out = left_out;
         self
+    }
+
+    /// The guest runs before its RAM is there.
+    pub(crate) fn set_early(&mut self, early: Arc<dyn RunEarly>) {
+        self.early = Some(early);
     }
 
     /// Logs a hint, once, if the source seems to wait for SWITCHOVER_ACK, which was not sent.
@@ -312,7 +323,11 @@ where
         let is_plain = |entry: &&BlockEntry| !entry.name.as_bytes().contains(&b'/');
         self.state.plain_ram = list.entries().iter().filter(is_plain).map(|entry| entry.used_length).sum();
         self.state.begun = Instant::now();
-        self.receiver.set_blocks(Arc::new(blocks))
+        let blocks = Arc::new(blocks);
+        if let Some(early) = &self.state.early {
+            early.blocks(&blocks)?;
+        }
+        self.receiver.set_blocks(blocks)
     }
 
     fn section(&mut self, _last: bool) -> Result<()> {
@@ -361,11 +376,22 @@ where
     }
 
     fn discard(&mut self, block: BlockIndex, first: PageIndex, count: u64) -> Result<()> {
-        self.target()?.discard(self.block(block)?, first, count)
+        let block = self.block(block)?;
+        if let Some(early) = &self.state.early {
+            if !self.state.discarded {
+                self.state.discarded = true;
+                self.receiver.expect_resumed();
+            }
+            early.discard(block, first, count)?;
+        }
+        self.target()?.discard(block, first, count)
     }
 
     fn postcopy_run(&mut self) -> Result<()> {
         self.state.switched = true;
+        if let Some(early) = &self.state.early {
+            early.arm(self.target()?)?;
+        }
         if let Some(list) = self.state.list.take() {
             self.state.preempt.begin(list, self.state.order.clone());
         }
@@ -378,6 +404,9 @@ where
     }
 
     fn postcopy_resumed(&mut self) -> Result<()> {
+        if let Some(error) = self.state.early.as_ref().and_then(|early| early.refused()) {
+            return Err(error);
+        }
         self.state.preempt.resume();
         self.postcopy_advised()
     }
@@ -388,6 +417,9 @@ where
 
     fn end_of_ram(&mut self) -> Result<()> {
         if self.state.switched {
+            if let Some(early) = &self.state.early {
+                early.decided(self.receiver.stop())?;
+            }
             self.state.preempt.settle(self.receiver, self.target()?, PREEMPT_ENDS);
         }
         self.receiver.seal()

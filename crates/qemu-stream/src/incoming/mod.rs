@@ -15,6 +15,7 @@
 
 mod counts;
 mod destination;
+mod early;
 mod events;
 mod known;
 mod line;
@@ -30,6 +31,7 @@ pub(crate) use counts::MainCounts;
 pub use counts::MainPages;
 pub use destination::Destination;
 pub use events::Events;
+pub(crate) use early::RunEarly;
 pub(crate) use line::BeforeRefusal;
 pub use loaded::Loaded;
 pub(crate) use loader::LoaderState;

@@ -17,12 +17,13 @@
 //!
 //! A source with `postcopy-ram` on that does not switch ends as in pre-copy.
 
-use std::mem;
+use std::{mem, sync::Arc};
 
 use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 
 use super::{
     destination::{Destination, refused},
+    early::RunEarly,
     known::Postcopy,
     line::BeforeRefusal,
     precopy::Incoming,
@@ -54,6 +55,17 @@ impl<C: Connection> Incoming<C> {
         self
     }
 
+    /// The guest runs as soon as the source has switched: PONGs of the package wait for it.
+    pub(crate) fn run_early(mut self, early: Arc<dyn RunEarly>) -> Self {
+        self.set_early(early);
+        self
+    }
+
+    /// Does the same later, before anything after the block list is read.
+    pub(crate) fn set_early(&mut self, early: Arc<dyn RunEarly>) {
+        self.postcopy.early = Some(early);
+    }
+
     /// Whether the source has switched to post-copy. From then on it does not continue its guest by itself.
     pub fn has_switched(&self) -> bool {
         self.postcopy.run
@@ -66,7 +78,8 @@ impl<C: Connection> Incoming<C> {
         destination: &mut D,
     ) -> Result<(), Error> {
         let at = self.line.place();
-        let Postcopy { served, advised, listening, run, resuming, .. } = self.postcopy;
+        let Postcopy { served, advised, listening, run, resuming, .. } = &self.postcopy;
+        let (served, advised, listening, run, resuming) = (*served, *advised, *listening, *run, *resuming);
         match command {
             Command::PostcopyAdvise(Some(_)) => {
                 let misplaced = |place| Violation::Misplaced { record: "POSTCOPY_ADVISE", place }.at(at);
@@ -90,6 +103,7 @@ impl<C: Connection> Incoming<C> {
             Command::PostcopyRamDiscard { block, ranges }
                 if served && advised && self.known.ram.is_some() =>
             {
+                self.postcopy.discarded = true;
                 let (index, page_size) = self.find(block)?;
                 for (start, length) in ranges {
                     let first = PageIndex(start / page_size.bytes() as u64);
@@ -113,7 +127,11 @@ impl<C: Connection> Incoming<C> {
                 self.guest_stands = true;
                 self.line.switch(mem::take(&mut self.postcopy.before_refusal));
                 let taken = destination.postcopy_run();
-                taken.map_err(|e| refused(self.line.here(), "the switch to post-copy", e))
+                taken.map_err(|e| refused(self.line.here(), "the switch to post-copy", e))?;
+                if let Some(early) = self.postcopy.early.clone() {
+                    early.switched(self.switched()?, mem::take(&mut self.postcopy.withheld));
+                }
+                Ok(())
             }
             Command::RecvBitmap(name) if resuming => {
                 let (index, _) = self.find(name)?;
@@ -122,7 +140,11 @@ impl<C: Connection> Incoming<C> {
             }
             Command::PostcopyResume if resuming => {
                 self.postcopy.resuming = false;
-                self.line.say(&Message::ResumeAck)
+                self.line.say(&Message::ResumeAck)?;
+                if let Some(early) = &self.postcopy.early {
+                    early.continues();
+                }
+                Ok(())
             }
             other => Err(refuse::command(other, at)),
         }
@@ -130,13 +152,39 @@ impl<C: Connection> Incoming<C> {
 
     /// Whether the source can return after this error.
     pub(super) fn is_interrupted(&self, error: &Error) -> bool {
-        let broken = matches!(error, Error::Io { .. } | Error::Cut { .. } | Error::SourceGone { .. });
-        broken && self.postcopy.run && self.line.is_resumable()
+        let broken = match error {
+            Error::Io { .. } | Error::Cut { .. } | Error::SourceGone { .. } => true,
+            Error::TimedOut { .. } => self.postcopy.early.is_some(),
+            // A channel has broken.
+            Error::Destination { source, .. } => source
+                .downcast_ref::<multifd::Error>()
+                .is_some_and(|error| error.fault() == multifd::Fault::Connection),
+            _ => false,
+        };
+        broken && (self.postcopy.run && self.line.is_resumable() || self.may_have_switched())
+    }
+
+    /// Whether the source may believe that it has sent the command to run the guest, which has not arrived. It returns, and has to
+    /// learn that. Only a source of this library does.
+    fn may_have_switched(&self) -> bool {
+        let Postcopy { discarded, run, ours, early, .. } = &self.postcopy;
+        *discarded && !run && *ours && early.is_some()
     }
 
     /// Continues over the connection with which the source has returned.
-    pub(super) fn resume<D: Destination>(&mut self, connection: C, destination: &mut D) -> Result<(), Error> {
+    /// `why`: what has broken the earlier one.
+    pub(super) fn resume<D: Destination>(
+        &mut self,
+        connection: C,
+        destination: &mut D,
+        why: String,
+    ) -> Result<(), Error> {
         self.line.resume(connection);
+        if !self.postcopy.run {
+            let at = self.line.here();
+            let source = format!("the guest was never here, because the connection broke before ({why})").into();
+            return Err(Error::Destination { at, what: "the return of the source", source });
+        }
         self.postcopy.resuming = true;
         let taken = destination.postcopy_resumed();
         taken.map_err(|e| refused(self.line.here(), "the return of the source", e))

@@ -11,7 +11,7 @@
 
 use std::{mem, sync::Arc, time::Duration};
 
-use multifd::channel::Stop;
+use multifd::{channel::Stop, error::chain};
 
 use super::{
     counts::MainCounts,
@@ -24,8 +24,8 @@ use crate::{
     connection::{Connection, Judge},
     error::{Error, Place, StreamKind, Usage, Violation},
     format::{
-        BlockList, Command, Configuration, DevicePart, Event, Message, READY_PING, REASON_PING, SyncMode,
-        VERDICT_MARK,
+        BlockList, Command, Configuration, DevicePart, Event, Message, POSTCOPY_CHANNELS_MARK,
+        POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING, SyncMode, VERDICT_MARK,
     },
 };
 
@@ -212,9 +212,10 @@ impl<C: Connection> Incoming<C> {
                 Ok(Some(devices)) => return self.complete(devices),
                 Ok(None) => return Err(self.misplaced("start of ram", "after the start of ram")),
                 Err(error) if self.is_interrupted(&error) => {
+                    let text = chain(&error).to_string();
                     let connection = again(error);
                     let connection = self.noted(connection)?;
-                    let resumed = self.resume(connection, destination);
+                    let resumed = self.resume(connection, destination, text);
                     self.noted(resumed)?;
                 }
                 Err(error) => return Err(error),
@@ -376,6 +377,11 @@ impl<C: Connection> Incoming<C> {
                 Ok(())
             }
             Command::Ping(_) if !self.return_path => Err(Violation::PingWithoutReturnPath.at(at)),
+            // The guest runs when they are sent.
+            Command::Ping(value) if self.line.is_in_package() && self.postcopy.early.is_some() => {
+                self.postcopy.withheld.push(*value);
+                Ok(())
+            }
             Command::Ping(value) => {
                 match self.line.say(&Message::Pong(*value)) {
                     // The rest of what has arrived shows whether the source has switched to post-copy.
@@ -386,6 +392,9 @@ impl<C: Connection> Incoming<C> {
                     self.line.send_reason();
                 }
                 self.guest_stands |= *value == READY_PING && !before_ram;
+                if *value == POSTCOPY_CHANNELS_PING && before_ram && self.postcopy.early.is_some() {
+                    self.line.say(&Message::Pong(POSTCOPY_CHANNELS_MARK))?;
+                }
                 match command.announced_channels().filter(|_| before_ram) {
                     Some(channels) => self.announced_channels(channels, destination),
                     None => Ok(()),
@@ -427,6 +436,7 @@ impl<C: Connection> Incoming<C> {
     /// A source that announces its channels is one of this library.
     fn announced_channels<D: Destination>(&mut self, channels: u8, destination: &mut D) -> Result<(), Error> {
         tracing::debug!(channels, "the source announces its channels");
+        self.postcopy.ours = true;
         // Such a source understands this PONG: this side never closes the connection without SHUT.
         self.line.say(&Message::Pong(VERDICT_MARK))?;
         let taken = destination.channels(channels);
@@ -472,6 +482,27 @@ impl<C: Connection> Incoming<C> {
 
     pub(super) fn misplaced(&self, record: &'static str, place: &'static str) -> Error {
         Violation::Misplaced { record, place }.at(self.line.here())
+    }
+
+    /// What has been loaded at the switch to post-copy.
+    pub(super) fn switched(&self) -> Result<Loaded, Error> {
+        let devices = self.line.switched_devices()?;
+        let known = &self.known;
+        let Some((section, blocks)) = known.ram.clone() else {
+            return Err(self.misplaced("POSTCOPY_RUN", "before the start of ram"));
+        };
+        Ok(Loaded {
+            configuration: known.configuration.clone(),
+            blocks,
+            section,
+            sync_mode: known.sync_mode.unwrap_or(SyncMode::Legacy),
+            return_path: self.return_path,
+            switchover_start: known.switchover_start,
+            postcopy: true,
+            footers: known.footers,
+            devices,
+            bytes: self.line.bytes(),
+        })
     }
 
     fn complete(&mut self, devices: DevicePart) -> Result<Loaded, Error> {

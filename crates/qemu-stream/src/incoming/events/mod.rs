@@ -242,6 +242,14 @@ impl<R: Read> Events<R> {
         self.earlier + self.r.position()
     }
 
+    /// The devices of a source that has switched to post-copy.
+    ///
+    /// # Errors
+    /// If they do not fit their description.
+    pub(super) fn switched_devices(&self) -> Result<DevicePart, Error> {
+        self.postcopy.devices_now(&self.early, &self.ram, self.here())
+    }
+
     /// Whether the stream can [continue](Self::resume) over another connection.
     pub(super) fn is_resumable(&self) -> bool {
         // The last pieces of other live sections would come a second time.

@@ -113,6 +113,13 @@ impl Postcopy {
         self.devices.insert(devices)
     }
 
+    /// The devices of the package, which was read to its end.
+    pub(super) fn devices_now(&self, early: &EarlyPart, ram: &Ram, at: Place) -> Result<DevicePart, Error> {
+        let devices = self.devices.clone().unwrap_or_default();
+        let page_size = ram.blocks.page_size().bytes();
+        DevicePart::of_package(early.clone(), devices, ram.footers == Some(true), page_size, at)
+    }
+
     /// RUN was read, the last record of the package.
     pub(super) fn run(&mut self) {
         self.running = true;

@@ -1,0 +1,210 @@
+//! A machine that runs before its RAM is there: post-copy, on the destination's side.
+//!
+//! ```text
+//! Announced ─ load_early ─┬─ Landing::Complete(Pending)        the source did not switch: as in pre-copy
+//!                         └─ Landing::Early(Early) ─ confirm ─▶ Running ─ finish ─▶ Finished
+//!                            devices are here,      the guest    pages come,        all of RAM is here
+//!                            the guest is not ours  is ours      requested first
+//!
+//! multifdmain: main ─▶ pages, bitmaps, the end        ramfault_N: faults ─▶ requests ─▶ main
+//! ```
+//!
+//! Until [`Early::confirm`] has returned, the guest is the source's, and any failure gives it back. From then on it is only ours, and
+//! so is the decision about pages that do not come.
+
+mod field;
+mod options;
+mod running;
+mod state;
+
+pub use options::EarlyOptions;
+pub use running::{Finished, Running};
+
+use std::{
+    fmt,
+    sync::Arc,
+    thread::{Builder, JoinHandle},
+};
+
+use multifd::{
+    Error, Result,
+    channel::Stop,
+    live::RunState,
+    ram::{PagerStats, RamBlocks},
+};
+
+use super::{Announced, Pending};
+use crate::{format::DeviceSection, incoming::Loaded};
+pub(super) use field::Field;
+use state::Phase;
+
+/// What has arrived when a machine can run.
+#[derive(Debug)]
+#[must_use = "if it is dropped, the guest stays at the source"]
+pub enum Landing {
+    /// All of it: the source did not switch to post-copy.
+    Complete(Box<Pending>),
+    /// Everything but a part of RAM.
+    Early(Early),
+}
+
+/// Everything has arrived but a part of RAM, which follows. The source still owns the guest. When dropped, it informs the source to
+/// keep the guest.
+///
+/// Memory may be accessed: an access to a page that is missing waits until the page has come.
+#[must_use = "if it is dropped, the guest stays at the source"]
+pub struct Early {
+    field: Arc<Field>,
+    loaded: Loaded,
+    blocks: Arc<RamBlocks>,
+    stop: Stop,
+    /// Reads main; `None` after the machine was confirmed or refused.
+    thread: Option<JoinHandle<Result<Done>>>,
+}
+
+impl fmt::Debug for Early {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Early").field("blocks", &self.blocks).finish_non_exhaustive()
+    }
+}
+
+/// How the thread that reads main has ended without an error.
+pub(super) enum Done {
+    Complete(Box<Pending>),
+    Finished(Finished),
+}
+
+impl Announced {
+    /// Receives RAM and devices, like [`load`](Self::load), from a source that may switch to post-copy: then the machine runs before
+    /// its RAM is there. Needs [`ArrivalOptions::run_early`](super::ArrivalOptions::run_early). The blocks must be in memory that is not
+    /// shared with another process that accesses it.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); if the memory cannot be armed, or this process may not receive its page faults.
+    pub fn load_early(self, blocks: RamBlocks, options: EarlyOptions) -> Result<Landing> {
+        let Some(field) = self.early.clone() else {
+            let why = "load_early needs ArrivalOptions::run_early";
+            return Err(self.refuse(Error::text(why)));
+        };
+        field.set_options(options);
+        let stop = self.receiver.stop().clone();
+        let (runs, span) = (field.clone(), tracing::Span::current());
+        let thread = Builder::new().name("multifdmain".into()).spawn(move || {
+            let _ended = Ended(runs.clone());
+            span.in_scope(|| self.land(blocks, &runs))
+        });
+        let thread = thread.map_err(|error| stop.fail(Error::io("start a thread", error)))?;
+        if let Some((loaded, blocks)) = field.state.wait_switched() {
+            return Ok(Landing::Early(Early { field, loaded, blocks, stop, thread: Some(thread) }));
+        }
+        match thread.join() {
+            Ok(Ok(Done::Complete(pending))) => Ok(Landing::Complete(pending)),
+            Ok(Ok(Done::Finished(_))) => Err(Error::Cancelled),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(stop.fail(Error::text(PANICKED))),
+        }
+    }
+
+    /// Reads main to its end.
+    fn land(self, blocks: RamBlocks, field: &Field) -> Result<Done> {
+        let pending = self.load_whole(blocks)?;
+        if !pending.loaded().postcopy {
+            return Ok(Done::Complete(Box::new(pending)));
+        }
+        let blocks = pending.blocks().clone();
+        let faults = match field.finish() {
+            Ok(faults) => faults,
+            Err(error) => return Err(pending.refuse(Error::other("complete the memory of the guest", error))),
+        };
+        // The guest is ours, and complete. The source may not learn that: then it waits, and its operator asks here.
+        let channels = match pending.confirm() {
+            Ok(confirmed) => confirmed.finish(),
+            Err(error) => {
+                tracing::warn!(%error, "the source could not be informed that all of RAM has arrived");
+                Vec::new()
+            }
+        };
+        Ok(Done::Finished(Finished { blocks, faults, channels }))
+    }
+}
+
+/// Reports the end of the thread that reads main, also after a panic.
+struct Ended(Arc<Field>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.state.ended();
+    }
+}
+
+impl Early {
+    /// The machine's blocks.
+    pub fn blocks(&self) -> &Arc<RamBlocks> {
+        &self.blocks
+    }
+
+    /// What arrived besides RAM.
+    pub fn loaded(&self) -> &Loaded {
+        &self.loaded
+    }
+
+    /// The device with this name and instance: its section and its state.
+    pub fn device(&self, name: &str, instance: u32) -> Option<(&DeviceSection, &[u8])> {
+        self.loaded.device(name, instance)
+    }
+
+    /// What the faults have cost so far.
+    pub fn stats(&self) -> PagerStats {
+        self.field.stats()
+    }
+
+    /// Takes the guest over: the source is informed, and from now on the guest is ours. If the connection is broken, this waits until
+    /// the source has returned, for [`pause_timeout`](super::ArrivalOptions::pause_timeout) at most.
+    ///
+    /// # Errors
+    /// If the source has taken its guest back, or could not be informed: the guest must not run here.
+    pub fn confirm(mut self) -> Result<Running> {
+        match self.field.confirm() {
+            Ok(()) => {
+                let thread = self.thread.take();
+                let guest = self.loaded.run_state().unwrap_or(RunState::Running);
+                let (field, blocks, stop) = (self.field.clone(), self.blocks.clone(), self.stop.clone());
+                Ok(Running::new(field, blocks, stop, guest, thread))
+            }
+            Err(Phase::Refused(error)) => Err(error),
+            Err(_) => Err(self.ended()),
+        }
+    }
+
+    /// Informs the source that its guest continues there, because of `error`. If the connection is broken, this waits for the source as
+    /// [`confirm`](Self::confirm) does. Returns `error`.
+    pub fn refuse(mut self, error: Error) -> Error {
+        self.give_back(error.clone());
+        error
+    }
+
+    /// Why the thread that reads main has ended.
+    fn ended(&mut self) -> Error {
+        let error = self.thread.take().and_then(|thread| thread.join().ok()?.err());
+        error.or_else(|| self.stop.error()).unwrap_or(Error::Cancelled)
+    }
+
+    fn give_back(&mut self, error: Error) {
+        let Some(thread) = self.thread.take() else { return };
+        // A source that is away learns it when it returns; until then nothing is stopped.
+        if !self.field.refuse(error.clone()) {
+            self.stop.fail(error);
+        }
+        // A panic of the thread has failed the stop.
+        let _ = thread.join();
+        self.field.abandon();
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        self.give_back(Error::text("the destination's program has dropped the machine before it took it over"));
+    }
+}
+
+const PANICKED: &str = "the thread that reads the main stream has panicked";

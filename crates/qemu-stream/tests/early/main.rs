@@ -1,0 +1,235 @@
+//! Guests that run before their RAM is there, over the network.
+
+#![cfg(test)]
+
+mod machine;
+mod network;
+
+use std::{
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use multifd::{
+    Error, ReceiveOptions,
+    channel::Stop,
+    live::{MigrateOptions, PostcopyWhen, RunState, Status, ZeroPageDetection},
+    ram::{FaultError, FaultsFrom, Features, RamBlocks, Userfault},
+};
+use qemu_stream::{
+    arrival::{Arrival, ArrivalOptions, EarlyOptions, Finished, Landing},
+    format::{Configuration, MachineType},
+    incoming::Expected,
+    outgoing::postcopy::{Moved, PostcopyOptions},
+    source::{Source, SourceOptions},
+};
+
+use machine::{DEVICE, Machine, STATE, Shadow, memory};
+use network::Network;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn machine_type() -> MachineType {
+    MachineType::new("early-1").expect("a name")
+}
+
+/// Whether this process may receive the faults of everything.
+fn may_run() -> bool {
+    match Userfault::open(Features::POISON, FaultsFrom::Everything) {
+        Ok(_) => true,
+        Err(error @ (FaultError::NotPermitted { .. } | FaultError::Lacks { .. } | FaultError::NoUserfaultfd)) => {
+            multifd_testkit::lacks(&error.to_string());
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Waits for a machine, runs it, and returns it with all of its RAM.
+fn arrive(
+    listener: multifd::channel::Listener,
+    shadow: Shadow,
+    seed: u64,
+) -> JoinHandle<Result<(Machine, Option<Finished>), Error>> {
+    thread::spawn(move || {
+        // A source that is cut before its first byte does not come back.
+        let receive = ReceiveOptions::new().accept_timeout(Some(Duration::from_secs(2)));
+        let options = ArrivalOptions::new(Expected::Type(machine_type())).receive(receive);
+        let options = options.run_early(true).pause_timeout(Some(LIMIT));
+        let arrival = Arrival::listen(listener, options, &Stop::new())?.accept()?;
+        let landing = arrival.announced()?.load_early(memory(), EarlyOptions::new())?;
+        let early = match landing {
+            Landing::Complete(pending) => {
+                let confirmed = pending.confirm()?;
+                let mut machine = Machine::new(confirmed.blocks().clone(), shadow);
+                machine.run(seed);
+                confirmed.finish();
+                return Ok((machine, None));
+            }
+            Landing::Early(early) => early,
+        };
+        let (_, state) = early.device(DEVICE.as_str(), 0).expect("described");
+        assert_eq!(state, STATE);
+        let mut running = early.confirm()?;
+        assert_eq!(running.run_state(), RunState::Running);
+        let mut machine = Machine::new(running.blocks().clone(), shadow);
+        machine.run(seed);
+        assert!(running.wait(Some(LIMIT)), "{running:?}");
+        let finished = running.finish()?;
+        Ok((machine, Some(finished)))
+    })
+}
+
+fn source(blocks: &Arc<RamBlocks>, channels: u8, when: PostcopyWhen, stop: &Stop) -> Source {
+    // A pass takes about 80 ms.
+    let migrate = MigrateOptions::new().postcopy(when).downtime_limit(Duration::ZERO);
+    let migrate = migrate.max_bandwidth(Some(100_000_000));
+    let migrate = migrate.zero_page_detection(ZeroPageDetection::Multifd);
+    // The rest takes about 200 ms.
+    let postcopy = PostcopyOptions::new().max_postcopy_bandwidth(Some(40_000_000));
+    let options = SourceOptions::new(Configuration::new(machine_type())).channels(channels);
+    let options = options.migrate(migrate).postcopy(postcopy);
+    Source::new(blocks.clone(), options, stop).expect("options")
+}
+
+#[test]
+fn a_busy_guest_moves_before_its_ram_and_finds_every_write() {
+    if !may_run() {
+        return;
+    }
+    for channels in [0, 1, 2, 5] {
+        for when in [PostcopyWhen::Start, PostcopyWhen::Passes(1)] {
+            let what = format!("{channels} channels, {when}");
+            let shadow = Shadow::new();
+            let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
+            machine.run(1);
+            let (listener, network) = Network::listen();
+            let arriving = arrive(listener, shadow.clone(), 2);
+            let mut log = machine.writes.clone().reader().expect("the only one");
+            let moved = source(&machine.blocks, channels, when, &Stop::new()).run(network, &mut log, &mut machine);
+            let moved = moved.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            let Moved::Completed(info) = moved else { panic!("{what}: {moved:?}") };
+            assert!(info.downtime.is_some(), "{what}");
+            let (mut there, finished) = arriving.join().expect("no panic").expect("arrived");
+            let finished = finished.unwrap_or_else(|| panic!("{what}: it did not switch"));
+            assert_eq!(finished.faults.missing, 0, "{what}");
+            there.halt();
+            assert_eq!(shadow.wrong(), None, "{what}");
+            shadow.check(&there.blocks).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+            assert_eq!((machine.stops, machine.resumes), (1, 0), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_request_ends_a_pass_and_the_guest_leaves_at_once() {
+    if !may_run() {
+        return;
+    }
+    let shadow = Shadow::new();
+    let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
+    machine.run(1);
+    let (listener, network) = Network::listen();
+    let arriving = arrive(listener, shadow.clone(), 2);
+    let mut log = machine.writes.clone().reader().expect("the only one");
+    // The first pass would take hours.
+    let migrate = MigrateOptions::new().postcopy(PostcopyWhen::Request).max_bandwidth(Some(1000));
+    let options = SourceOptions::new(Configuration::new(machine_type())).migrate(migrate);
+    let source = Source::new(machine.blocks.clone(), options, &Stop::new()).expect("options");
+    let (control, progress) = (source.control(), source.progress());
+    let requests = thread::spawn(move || {
+        while progress.status() != Status::Active {
+            thread::sleep(Duration::from_millis(1));
+        }
+        control.start_postcopy().expect("allowed");
+    });
+    let moved = source.run(network, &mut log, &mut machine).expect("moved");
+    requests.join().expect("no panic");
+    assert!(matches!(moved, Moved::Completed(_)), "{moved:?}");
+    let (mut there, finished) = arriving.join().expect("no panic").expect("arrived");
+    finished.expect("it has switched");
+    there.halt();
+    assert_eq!(shadow.wrong(), None);
+    shadow.check(&there.blocks).expect("right");
+}
+
+#[test]
+fn what_is_cut_at_any_moment_is_resumed_or_was_never_gone() {
+    if !may_run() {
+        return;
+    }
+    let rounds = multifd_testkit::number("MULTIFD_EARLY_ROUNDS").unwrap_or(24);
+    let first = multifd_testkit::number("MULTIFD_EARLY_SEED").unwrap_or(1);
+    let mut tally = std::collections::BTreeMap::<&str, u64>::new();
+    for seed in first..first + rounds {
+        let outcome = round(seed).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        *tally.entry(outcome).or_default() += 1;
+    }
+    println!("{rounds} rounds from seed {first} on: {tally:?}");
+}
+
+/// A migration whose connections are cut several times.
+fn round(seed: u64) -> Result<&'static str, String> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let shadow = Shadow::new();
+    let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
+    machine.run(seed);
+    let (listener, network) = Network::listen();
+    let arriving = arrive(listener, shadow.clone(), seed + 1);
+    let mut log = machine.writes.clone().reader().expect("the only one");
+    let channels = *random.choice(&[0, 1, 2, 4]).expect("one");
+    let when = *random.choice(&[PostcopyWhen::Start, PostcopyWhen::Passes(1)]).expect("one");
+    let stop = Stop::new();
+    let cutter = thread::spawn({
+        let (network, mut random) = (network.clone(), random.fork());
+        move || {
+            for _ in 0..random.u64(1..4) {
+                thread::sleep(Duration::from_micros(random.u64(0..250_000)));
+                let which = random.bool().then(|| random.usize(..8));
+                network.cut(which);
+            }
+        }
+    });
+    let moved = source(&machine.blocks, channels, when, &stop).run(network.clone(), &mut log, &mut machine);
+    let mut interruptions = 0;
+    let moved = match moved {
+        Ok(Moved::Interrupted(mut interrupted)) => loop {
+            interruptions += 1;
+            let resumed = interrupted.resume_within(LIMIT, network.clone(), &Stop::new(), &mut log, &mut machine);
+            match resumed {
+                Ok(Moved::Interrupted(again)) if interruptions < 50 => interrupted = again,
+                resumed => break resumed,
+            }
+        },
+        moved => moved,
+    };
+    cutter.join().expect("no panic");
+    let arrived = arriving.join().expect("no panic");
+    let what = format!("{channels} channels, {when}, {interruptions} interruptions");
+    let (mut place, outcome) = match (moved, arrived) {
+        (Ok(Moved::Completed(_)), Ok((there, _))) => {
+            if machine.is_running() {
+                return Err(format!("{what}: two guests"));
+            }
+            (there, if interruptions > 0 { "resumed" } else { "not interrupted" })
+        }
+        (Err(error), Err(refused)) => {
+            if !machine.is_running() {
+                return Err(format!("{what}: no guest: {error:?}, {refused:?}"));
+            }
+            (machine, if interruptions > 0 { "back after the switch" } else { "stayed" })
+        }
+        (moved, arrived) => {
+            let arrived = arrived.map(|(_, finished)| finished);
+            return Err(format!("{what}: source {moved:?}, destination {arrived:?}"));
+        }
+    };
+    thread::sleep(Duration::from_millis(5));
+    place.halt();
+    if let Some(wrong) = shadow.wrong() {
+        return Err(format!("{what}, {outcome}: {wrong}"));
+    }
+    shadow.check(&place.blocks).map_err(|wrong| format!("{what}, {outcome}: {wrong}"))?;
+    Ok(outcome)
+}
