@@ -126,6 +126,15 @@ impl Machine {
         out
     }
 
+    /// The record of a sync point of the channels.
+    pub(super) fn sync_point(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.section().begin(&mut out);
+        record(Record::MultifdFlush, &mut out);
+        self.section().end(&mut out);
+        out
+    }
+
     /// The end of RAM and of the stream. `channels`: a SYNC was sent on each of them.
     pub(super) fn end(&self, channels: bool) -> Vec<u8> {
         let mut out = Vec::new();

@@ -46,6 +46,9 @@ impl Session<'_> {
         let counts = &self.source.counts;
         counts.follow(sender.counters());
         let answers = counts.clone();
+        // No page may arrive before the destination has read the switch, or the return, on main.
+        sender.sync()?;
+        self.write(&self.source.machine.sync_point())?;
         let served = sender
             .serve(schedule, move |time| answers.answered(time))
             .and_then(|()| sender.sync().map(drop))
