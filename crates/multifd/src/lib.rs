@@ -78,8 +78,8 @@ pub mod postcopy;
 mod recv;
 mod send;
 mod sendable;
-mod stats;
 mod slices;
+mod stats;
 mod sync_types;
 pub mod wire;
 

@@ -13,7 +13,7 @@ use crate::{BlockIndex, BlockOffset, PageIndex, RamBlocks};
 
 use super::{Armed, FaultError, FaultsFrom, Modes, Pager, Region, Userfault, kernel, memory::regions_and};
 
-/// Memory in which a guest will run before all of its pages have come. Keep it until they have.
+/// Memory in which a guest will run before all of its pages have arrived. Keep it until they have.
 ///
 /// Other processes that share the memory are not armed: they read zeros where pages are missing. Do not use such memory.
 pub struct Landing {

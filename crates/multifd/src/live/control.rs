@@ -60,7 +60,9 @@ impl Control {
     /// guest.
     pub fn start_postcopy(&self) -> Result<()> {
         if !self.gate.postcopy_allowed {
-            return Err(Usage::NoPostcopy { why: "its options do not allow it (MigrateOptions::postcopy)" }.into());
+            return Err(
+                Usage::NoPostcopy { why: "its options do not allow it (MigrateOptions::postcopy)" }.into()
+            );
         }
         if !matches!(self.progress.status(), Status::None | Status::Setup | Status::Active) {
             return Err(Usage::NoPostcopy { why: "its guest is stopped already, or it is over" }.into());
@@ -104,7 +106,8 @@ pub(super) struct Gate(Arc<Inner>);
 impl Gate {
     /// Creates the control of a migration with these options.
     pub(super) fn new(options: &MigrateOptions) -> Self {
-        let (bandwidth, postcopy_allowed) = (Bandwidth::new(options.max_bandwidth), options.postcopy.is_allowed());
+        let (bandwidth, postcopy_allowed) =
+            (Bandwidth::new(options.max_bandwidth), options.postcopy.is_allowed());
         Self(Arc::new(Inner { bandwidth, postcopy_allowed, ..Inner::default() }))
     }
 

@@ -52,10 +52,7 @@ pub(super) enum Driven {
     /// The destination has everything.
     Completed,
     /// The destination was sent the command to run the guest, and lacks these pages.
-    Switched {
-        lacking: Vec<PageBitmap>,
-        stopped_at: Instant,
-    },
+    Switched { lacking: Vec<PageBitmap>, stopped_at: Instant },
 }
 
 /// The parts of a running migration.

@@ -99,7 +99,12 @@ pub trait Main {
     ///
     /// # Errors
     /// If the stream breaks before all of it was written, the destination refuses, or post-copy is not supported.
-    fn postcopy(&mut self, lacking: &[PageBitmap], devices: Vec<DeviceSection>, guest: RunState) -> Result<()> {
+    fn postcopy(
+        &mut self,
+        lacking: &[PageBitmap],
+        devices: Vec<DeviceSection>,
+        guest: RunState,
+    ) -> Result<()> {
         drop((lacking, devices, guest));
         Err(Usage::NoPostcopy { why: "its main stream does not support it" }.into())
     }

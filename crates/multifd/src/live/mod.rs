@@ -12,6 +12,7 @@
 //! [`Main`] writes the main stream, a [`DirtyLog`] lists what the guest has written, and a [`Guest`] is stopped for the
 //! switchover.
 
+mod back;
 mod caught;
 mod control;
 pub(crate) mod converge;
@@ -38,7 +39,7 @@ use std::{
 };
 
 pub use crate::options::{MigrateOptions, PostcopyWhen, ZeroPageDetection};
-use caught::{caught, panicked};
+use caught::panicked;
 pub use control::Control;
 use control::Gate;
 pub use device_name::DeviceName;
@@ -55,9 +56,9 @@ pub use crate::outcome::{Bound, Callback, NotConverged, Percent, Remedy, Stall, 
 
 use crate::{
     channel::{CallbackWatch, Connect, Stop},
-    error::{Error, Result, Usage},
+    error::{Result, Usage},
     options::parameters::STALL_TIMEOUT,
-    ram::{DirtyLog, PageBitmap, RamBlocks},
+    ram::{DirtyLog, RamBlocks},
     send::Sender,
     sendable,
 };
@@ -117,7 +118,7 @@ impl Migration {
     }
 
     /// How long a callback of the guest or of the dirty log may run. After that the migration fails with
-    /// [`Error::CallbackHangs`], which names the callback. Default: the
+    /// [`Error::CallbackHangs`](crate::Error::CallbackHangs), which names the callback. Default: the
     /// [stall timeout](crate::SendOptions::stall_timeout) of the sender, or 120 s without channels; `None` is no limit.
     #[must_use]
     pub fn callback_timeout(mut self, limit: Option<Duration>) -> Self {
@@ -169,7 +170,7 @@ impl Migration {
     /// the guest already, the result is `Ok`.
     ///
     /// # Errors
-    /// The first error, or [`Error::Cancelled`]. [`Error::OwnerUnknown`] if nobody can know whether the destination has
+    /// The first error, or [`Error::Cancelled`](crate::Error::Cancelled). [`Error::OwnerUnknown`](crate::Error::OwnerUnknown) if nobody can know whether the destination has
     /// the guest. Only in this case **the guest stays stopped** although it may not run elsewhere, unless
     /// [`resume_if_unknown`](MigrateOptions::resume_if_unknown) is set.
     /// [`Usage::NoPostcopy`] if the options allow post-copy, before anything is sent: that needs
@@ -205,7 +206,7 @@ impl Migration {
         let mut stopped = Stopped::No;
         let _watch = match CallbackWatch::start(&self.plan.stop, self.plan.callback_timeout) {
             Ok(watch) => watch,
-            Err(error) => return Err(self.go_back(error, sender, stopped, log, guest)),
+            Err(error) => return Err(self.plan.go_back(error, sender, stopped, log, guest)),
         };
         let mut driver =
             Driver::new(&self.plan, sender.as_mut(), &mut *main, &mut *log, &mut *guest, &mut stopped);
@@ -220,10 +221,10 @@ impl Migration {
             .unwrap_or_else(|panic| Err(stopped.after_panic(panicked(self.plan.calls.panicked(), &*panic))));
         let driven = match driven {
             Ok(driven) => driven,
-            Err(error) => return Err(self.go_back(error, sender, stopped, log, guest)),
+            Err(error) => return Err(self.plan.go_back(error, sender, stopped, log, guest)),
         };
         if let Driven::Switched { lacking, stopped_at } = driven {
-            let switched = Switched { migration: self, sender, lacking, stopped_at, stopped };
+            let switched = Switched { plan: self.plan, sender, lacking, stopped_at, stopped };
             return Ok(Ended::Switched(Box::new(switched)));
         }
         if let Some(sender) = sender {
@@ -234,50 +235,5 @@ impl Migration {
         }
         self.plan.progress.advance(Status::Completed)?;
         Ok(Ended::Completed(Box::new(self.plan.progress.info())))
-    }
-
-    /// Ends a migration that has failed, with the guest here. Returns the error to report.
-    fn go_back(
-        &self,
-        error: Error,
-        sender: Option<Sender>,
-        stopped: Stopped,
-        log: &mut dyn DirtyLog,
-        guest: &mut dyn Guest,
-    ) -> Error {
-        let unknown = matches!(error, Error::OwnerUnknown(_));
-        let calls = &self.plan.calls;
-        // The first error is reported; it has shut everything down.
-        let first = self.plan.stop.fail(error.clone());
-        let mut error = if unknown { error } else { first };
-        if self.plan.progress.throttle().is_some() {
-            let freed = caught(calls, Callback::GuestThrottle, || guest.throttle(Percent::NONE));
-            if let Err(error) =
-                freed.and_then(|freed| freed.map_err(|error| Error::io("throttle the guest", error)))
-            {
-                tracing::warn!(%error, "the guest is still throttled");
-            }
-        }
-        // The guest is resumed first: the rest of the clean-up does not write to its RAM.
-        let resumes = stopped.resumes() && (!unknown || self.plan.options.resume_if_unknown);
-        if resumes && let Err(panicked) = caught(calls, Callback::GuestResume, || guest.resume()) {
-            error = Error::NotResumed { error: Box::new(error), panicked: Box::new(panicked) };
-        }
-        drop(sender);
-        for (index, block) in self.plan.blocks.iter() {
-            let full = PageBitmap::full(block.pages());
-            let put = caught(calls, Callback::DirtyLogPutBack, || log.put_back(index, &full));
-            if let Err(error) = put {
-                tracing::warn!(block = %block.name(), %error, "dirty bits are missing in the log");
-            }
-        }
-        let states: &[Status] =
-            if error.is_cancelled() { &[Status::Cancelling, Status::Cancelled] } else { &[Status::Failed] };
-        for state in states {
-            if let Err(error) = self.plan.progress.advance(*state) {
-                tracing::debug!(%error, "the status is final already");
-            }
-        }
-        error
     }
 }

@@ -30,7 +30,12 @@ pub(super) struct Walk<'a> {
 
 impl Walk<'_> {
     /// Takes all bits out of `pending` and sends their pages. Returns whether the pass has to [end](Walk::ends) before.
-    pub(super) fn block(&mut self, index: BlockIndex, block: &RamBlock, pending: &PageBitmap) -> Result<bool> {
+    pub(super) fn block(
+        &mut self,
+        index: BlockIndex,
+        block: &RamBlock,
+        pending: &PageBitmap,
+    ) -> Result<bool> {
         let mut words = pending.take_words();
         loop {
             if (self.ends)() {

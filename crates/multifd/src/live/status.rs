@@ -62,7 +62,16 @@ mod tests {
             walked(steps).expect_err("illegal");
         }
         use Status::{PostcopyActive, PostcopyPaused, PostcopyRecover};
-        let switched = [Setup, Active, Device, PostcopyActive, PostcopyPaused, PostcopyRecover, PostcopyActive, Completed];
+        let switched = [
+            Setup,
+            Active,
+            Device,
+            PostcopyActive,
+            PostcopyPaused,
+            PostcopyRecover,
+            PostcopyActive,
+            Completed,
+        ];
         assert_eq!(walked(&switched).expect("legal"), Completed);
         walked(&[Setup, Active, PostcopyActive]).expect_err("illegal");
         let refused = walked(&[Setup, Completed]).expect_err("illegal");

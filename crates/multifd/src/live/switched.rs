@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Instant};
 
-use super::{Guest, Migration, MigrationInfo, Progress, driver::Stopped};
+use super::{Guest, MigrationInfo, Progress, driver::Stopped, plan::Plan};
 use crate::{
     channel::Stop,
     error::{Error, Result},
@@ -11,7 +11,7 @@ use crate::{
     send::Sender,
 };
 
-/// How [`Migration::run_postcopy`] has ended without an error.
+/// How [`Migration::run_postcopy`](super::Migration::run_postcopy) has ended without an error.
 #[derive(Debug)]
 #[must_use = "a migration that has switched is not over"]
 pub enum Ended {
@@ -24,7 +24,7 @@ pub enum Ended {
 /// A migration that has switched to post-copy. The guest is stopped here and must not run, unless [`back`](Self::back) is called
 /// because the destination has reported that it does not have it.
 pub struct Switched {
-    pub(super) migration: Migration,
+    pub(super) plan: Plan,
     pub(super) sender: Option<Sender>,
     pub(super) lacking: Vec<PageBitmap>,
     pub(super) stopped_at: Instant,
@@ -50,17 +50,17 @@ impl Switched {
 
     /// The stop of the migration.
     pub fn stop(&self) -> &Stop {
-        &self.migration.plan.stop
+        &self.plan.stop
     }
 
     /// The numbers of the migration.
     pub fn progress(&self) -> Progress {
-        self.migration.progress()
+        self.plan.progress.clone()
     }
 
     /// The blocks of the machine.
     pub fn blocks(&self) -> &Arc<RamBlocks> {
-        &self.migration.plan.blocks
+        &self.plan.blocks
     }
 
     /// To be called when the destination confirms that it runs the guest: the downtime ends then.
@@ -74,7 +74,7 @@ impl Switched {
     /// # Errors
     /// [`Usage::IllegalTransition`](crate::error::Usage::IllegalTransition).
     pub fn becomes(&self, status: Status) -> Result<()> {
-        self.migration.plan.progress.advance(status)
+        self.plan.progress.advance(status)
     }
 
     /// The destination has all of RAM.
@@ -82,15 +82,15 @@ impl Switched {
     /// # Errors
     /// [`Usage::IllegalTransition`](crate::error::Usage::IllegalTransition).
     pub fn completed(self) -> Result<MigrationInfo> {
-        self.migration.plan.progress.advance(Status::Completed)?;
-        Ok(self.migration.plan.progress.info())
+        self.plan.progress.advance(Status::Completed)?;
+        Ok(self.plan.progress.info())
     }
 
     /// The destination has reported, with this error, that it does not have the guest: it continues here if it ran. The dirty bits of
     /// all pages are put back. Returns the error to report.
     pub fn back(self, error: Error, log: &mut dyn DirtyLog, guest: &mut dyn Guest) -> Error {
         // The stop may have failed before, because connections broke.
-        match self.migration.go_back(error.clone(), self.sender, self.stopped, log, guest) {
+        match self.plan.go_back(error.clone(), self.sender, self.stopped, log, guest) {
             not_resumed @ Error::NotResumed { .. } => not_resumed,
             _ => error,
         }

@@ -84,9 +84,13 @@ mod tests {
         ] {
             assert_eq!(when.to_string().parse(), Ok(when));
         }
-        for text in ["", "later", "passes:", "passes:-1", "seconds:x", "seconds:-1", "seconds:inf", "start:1"] {
+        for text in ["", "later", "passes:", "passes:-1", "seconds:x", "seconds:-1", "seconds:inf", "start:1"]
+        {
             let refused = text.parse::<PostcopyWhen>().expect_err("refused").to_string();
-            assert!(refused.starts_with("expected never, request, start, stall, passes:N or seconds:N"), "{refused}");
+            assert!(
+                refused.starts_with("expected never, request, start, stall, passes:N or seconds:N"),
+                "{refused}"
+            );
         }
     }
 }

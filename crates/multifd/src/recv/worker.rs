@@ -20,7 +20,8 @@ pub(super) fn run(id: ChannelId, number: u64, shared: &Shared, link: Box<dyn Lin
     let mut packets = 0;
     let consumed = consume(id, number, shared, link, &mut packets);
     if shared.breaks_off(id, number, consumed.as_ref().err()) {
-        let error = consumed.err().map_or_else(|| "the source has closed it".to_owned(), |error| error.to_string());
+        let error =
+            consumed.err().map_or_else(|| "the source has closed it".to_owned(), |error| error.to_string());
         tracing::debug!(channel = id.0, %error, "a channel is broken, and the source may return");
     } else if let Err(error) = consumed {
         // Pages after the end may be newer than the received ones, so this is not an ordinary end of a channel.

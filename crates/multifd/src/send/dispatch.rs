@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
-use super::{serve::Serving, zero_copy::DEPTH};
+use super::{serving::Serving, zero_copy::DEPTH};
 use crate::{
     batch::Batch,
     channel::{Stop, Wake},

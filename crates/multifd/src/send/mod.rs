@@ -21,6 +21,7 @@ mod file_pages;
 pub mod model;
 mod packets;
 mod serve;
+mod serving;
 mod shared;
 mod worker;
 mod zero_copy;

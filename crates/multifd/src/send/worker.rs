@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use super::{
     dispatch::{Dispatch, Job},
+    serving::Serving,
     shared::Shared,
 };
 use crate::{
-    batch::Batch,
+    batch::{Batch, Kind},
     error::{Error, Fault, Result},
+    ram::{PageIndex, PageRun},
     wire::ChannelId,
 };
 
@@ -63,7 +65,7 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
                 dispatch.synced();
             }
             Job::Serve(serving) => {
-                let kept = serving.work(dispatch, &mut carrier)?;
+                let kept = serve(&serving, dispatch, &mut carrier)?;
                 dispatch.served(kept);
             }
             Job::End => {
@@ -72,4 +74,31 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
             }
         }
     }
+}
+
+/// Sends the share of this channel. Returns a batch that is no longer needed.
+fn serve<C: Carrier>(serving: &Serving, dispatch: &Dispatch, carrier: &mut C) -> Result<Option<Batch>> {
+    let (share, mut kept) = (serving.share(), None);
+    while let Some(job) = serving.next(share) {
+        let sent = send(&job.run, dispatch, carrier, &mut kept);
+        serving.sent(job, sent.is_ok());
+        sent?;
+    }
+    Ok(kept)
+}
+
+fn send<C: Carrier>(
+    run: &PageRun,
+    dispatch: &Dispatch,
+    carrier: &mut C,
+    kept: &mut Option<Batch>,
+) -> Result<()> {
+    let (mut first, end) = (run.first.0, run.first.0 + run.count);
+    while first < end {
+        // There is one for each batch that a channel may keep, and one more.
+        let mut batch = dispatch.empty(kept.take()).expect("a channel has an empty batch");
+        first += batch.push(Kind::Unknown, run.block, PageIndex(first), end - first);
+        *kept = carrier.carry(batch)?;
+    }
+    Ok(())
 }

@@ -72,7 +72,9 @@ impl Listening {
         #[cfg(feature = "fault")]
         let (main, early) = match options.early {
             true => {
-                let shared = main.share().map_err(|error| receiver.stop().fail(Error::io("receive by post-copy", error)));
+                let shared = main
+                    .share()
+                    .map_err(|error| receiver.stop().fail(Error::io("receive by post-copy", error)));
                 let (main, writer) = shared?;
                 let field = early::Field::new();
                 field.connected(writer);
@@ -270,7 +272,10 @@ impl Announced {
     fn load_whole(self, blocks: RamBlocks) -> Result<Pending> {
         #[cfg(feature = "fault")]
         let early = self.early;
-        #[cfg_attr(not(feature = "fault"), expect(unused_mut, reason = "only a machine that runs early changes it"))]
+        #[cfg_attr(
+            not(feature = "fault"),
+            expect(unused_mut, reason = "only a machine that runs early changes it")
+        )]
         let Self { mut incoming, receiver, mut state, .. } = self;
         let counts = state.counts().clone();
         #[cfg(feature = "fault")]

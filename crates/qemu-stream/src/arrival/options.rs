@@ -20,6 +20,7 @@ pub struct ArrivalOptions {
     pub(super) suppress_vmdesc: bool,
     pub(super) send_reason: bool,
     pub(super) postcopy: bool,
+    #[cfg(feature = "fault")]
     pub(super) early: bool,
     pub(super) before_refusal: BeforeRefusal,
 }
@@ -38,6 +39,7 @@ impl ArrivalOptions {
             suppress_vmdesc: false,
             send_reason: true,
             postcopy: false,
+            #[cfg(feature = "fault")]
             early: false,
             before_refusal: BeforeRefusal::default(),
         }

@@ -116,6 +116,7 @@ impl LoaderState {
     }
 
     /// The guest runs before its RAM is there.
+    #[cfg(feature = "fault")]
     pub(crate) fn set_early(&mut self, early: Arc<dyn RunEarly>) {
         self.early = Some(early);
     }

@@ -13,6 +13,7 @@
 
 #![warn(clippy::indexing_slicing)]
 
+mod contents;
 mod counts;
 mod destination;
 mod early;
@@ -30,8 +31,9 @@ pub use crate::format::{Delta, Event, SyncMark};
 pub(crate) use counts::MainCounts;
 pub use counts::MainPages;
 pub use destination::Destination;
-pub use events::Events;
+#[cfg(feature = "fault")]
 pub(crate) use early::RunEarly;
+pub use events::Events;
 pub(crate) use line::BeforeRefusal;
 pub use loaded::Loaded;
 pub(crate) use loader::LoaderState;

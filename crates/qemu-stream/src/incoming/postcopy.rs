@@ -17,13 +17,16 @@
 //!
 //! A source with `postcopy-ram` on that does not switch ends as in pre-copy.
 
-use std::{mem, sync::Arc};
+use std::mem;
+#[cfg(feature = "fault")]
+use std::sync::Arc;
 
 use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 
+#[cfg(feature = "fault")]
+use super::early::RunEarly;
 use super::{
     destination::{Destination, refused},
-    early::RunEarly,
     known::Postcopy,
     line::BeforeRefusal,
     precopy::Incoming,
@@ -56,14 +59,10 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// The guest runs as soon as the source has switched: PONGs of the package wait for it.
+    #[cfg(feature = "fault")]
     pub(crate) fn run_early(mut self, early: Arc<dyn RunEarly>) -> Self {
-        self.set_early(early);
-        self
-    }
-
-    /// Does the same later, before anything after the block list is read.
-    pub(crate) fn set_early(&mut self, early: Arc<dyn RunEarly>) {
         self.postcopy.early = Some(early);
+        self
     }
 
     /// Whether the source has switched to post-copy. From then on it does not continue its guest by itself.
@@ -182,7 +181,8 @@ impl<C: Connection> Incoming<C> {
         self.line.resume(connection);
         if !self.postcopy.run {
             let at = self.line.here();
-            let source = format!("the guest was never here, because the connection broke before ({why})").into();
+            let source =
+                format!("the guest was never here, because the connection broke before ({why})").into();
             return Err(Error::Destination { at, what: "the return of the source", source });
         }
         self.postcopy.resuming = true;

@@ -9,7 +9,7 @@
 //!
 //! Commands of COLO are refused by name, as are commands that are out of order. Those of post-copy: `postcopy.rs`.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use multifd::{channel::Stop, error::chain};
 
@@ -50,7 +50,7 @@ pub struct Incoming<C: Connection> {
     pub(super) return_path: bool,
     /// The source has reported that its guest is stopped.
     pub(super) guest_stands: bool,
-    loaded: bool,
+    pub(super) loaded: bool,
     stop: Option<Stop>,
     sends_reason: bool,
     counts: Arc<MainCounts>,
@@ -482,49 +482,6 @@ impl<C: Connection> Incoming<C> {
 
     pub(super) fn misplaced(&self, record: &'static str, place: &'static str) -> Error {
         Violation::Misplaced { record, place }.at(self.line.here())
-    }
-
-    /// What has been loaded at the switch to post-copy.
-    pub(super) fn switched(&self) -> Result<Loaded, Error> {
-        let devices = self.line.switched_devices()?;
-        let known = &self.known;
-        let Some((section, blocks)) = known.ram.clone() else {
-            return Err(self.misplaced("POSTCOPY_RUN", "before the start of ram"));
-        };
-        Ok(Loaded {
-            configuration: known.configuration.clone(),
-            blocks,
-            section,
-            sync_mode: known.sync_mode.unwrap_or(SyncMode::Legacy),
-            return_path: self.return_path,
-            switchover_start: known.switchover_start,
-            postcopy: true,
-            footers: known.footers,
-            devices,
-            bytes: self.line.bytes(),
-        })
-    }
-
-    fn complete(&mut self, devices: DevicePart) -> Result<Loaded, Error> {
-        let known = mem::take(&mut self.known);
-        let bytes = self.line.bytes();
-        tracing::debug!(devices = devices.sections().len(), bytes, "stream is complete");
-        let Some((section, blocks)) = known.ram else {
-            return Err(self.misplaced("end of the stream", "before the start of ram"));
-        };
-        self.loaded = true;
-        Ok(Loaded {
-            configuration: known.configuration,
-            blocks,
-            section,
-            sync_mode: known.sync_mode.unwrap_or(SyncMode::Legacy),
-            return_path: self.return_path,
-            switchover_start: known.switchover_start,
-            postcopy: self.postcopy.run,
-            footers: known.footers,
-            devices,
-            bytes,
-        })
     }
 }
 

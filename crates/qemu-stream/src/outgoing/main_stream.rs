@@ -129,7 +129,8 @@ impl<C: Connection> Main for MainStream<C> {
     fn setup(&mut self, blocks: &RamBlocks, synced: Option<Synced<'_>>) -> Result<()> {
         let list = self.list(blocks).map_err(failed)?;
         check_list(&list, blocks, self.outgoing.options().ignore_shared()).map_err(failed)?;
-        let list = self.postcopy.as_ref().map_or(Ok(list.clone()), |options| options.list(&list)).map_err(failed)?;
+        let list =
+            self.postcopy.as_ref().map_or(Ok(list.clone()), |options| options.list(&list)).map_err(failed)?;
         if self.postcopy.is_some() {
             self.list = Some(list.clone());
         }
@@ -173,7 +174,8 @@ impl<C: Connection> Main for MainStream<C> {
             let why = "SourceOptions::postcopy is not set";
             return Err(multifd::error::Usage::NoPostcopy { why }.into());
         };
-        let part = devices_of(devices, guest, options.page_size().bytes(), options.section).map_err(failed)?;
+        let part =
+            devices_of(devices, guest, options.page_size().bytes(), options.section).map_err(failed)?;
         let machine = Machine::new(options.multifd(false), list.clone(), part).map_err(failed)?;
         let keep = postcopy.kept(list, lacking);
         let discards = machine.discards(&keep);

@@ -39,7 +39,8 @@ use crate::{
     connection::Connection,
     error::{Error, Usage},
     format::{
-        BlockList, Command, DevicePart, Event, POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING, SyncMark, SyncMode,
+        BlockList, Command, DevicePart, Event, POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING, SyncMark,
+        SyncMode,
     },
 };
 use encoder::Encoder;
@@ -309,7 +310,11 @@ impl<C: Connection> Outgoing<C> {
     /// # Errors
     /// If the call is out of order, the destination has failed, or the connection fails: then the destination lacks a part of the
     /// package, and does not run the guest.
-    pub(super) fn postcopy(&mut self, discards: &[u8], package: impl FnOnce(bool) -> Vec<u8>) -> Result<(), Error> {
+    pub(super) fn postcopy(
+        &mut self,
+        discards: &[u8],
+        package: impl FnOnce(bool) -> Vec<u8>,
+    ) -> Result<(), Error> {
         self.expect("postcopy", Stage::Between)?;
         let written = self.writer.flush().and_then(|()| self.writer.write_through(discards));
         self.finish_write(written, Stage::Between)?;

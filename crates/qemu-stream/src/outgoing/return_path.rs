@@ -53,7 +53,7 @@ pub(super) struct EndLimits {
 
 /// What a destination has shown before the switch to post-copy.
 #[derive(Debug, Default)]
-pub(super) struct Peer {
+pub(crate) struct Peer {
     /// Bytes of the return path that were read and not evaluated.
     pub(super) unread: Vec<u8>,
     pub(super) always_speaks: bool,

@@ -12,9 +12,7 @@ use std::{
 
 use multifd::{
     live::{DeviceInfo, DeviceName, DeviceSection, Guest, RunState},
-    ram::{
-        BlockName, DirtyBitmaps, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks,
-    },
+    ram::{BlockName, DirtyBitmaps, Mapping, Memory, PageIndex, PageSize, RamBlock, RamBlocks},
 };
 
 pub(crate) const DEVICE: DeviceName = DeviceName::from_static("clock");
@@ -53,10 +51,6 @@ impl Shadow {
         Self { versions, wrong: Arc::default(), running: Arc::default() }
     }
 
-    pub(crate) fn written(&self) -> u64 {
-        self.versions.iter().map(|version| version.load(Ordering::Relaxed)).sum()
-    }
-
     /// What was found wrong so far.
     pub(crate) fn wrong(&self) -> Option<String> {
         self.wrong.lock().expect("whole").clone()
@@ -70,8 +64,8 @@ impl Shadow {
         if bytes == contents(number, version) {
             return Ok(());
         }
-        let found = u64::from_le_bytes(bytes[..8].try_into().expect("eight"));
-        let last = u64::from_le_bytes(bytes[4088..].try_into().expect("eight"));
+        let found = u64::from_be_bytes(bytes[..8].try_into().expect("eight"));
+        let last = u64::from_be_bytes(bytes[4088..].try_into().expect("eight"));
         Err(format!(
             "page {page} of {name}: expected version {version}, found {:#x} … {:#x} ({:#x})",
             found,
@@ -89,7 +83,7 @@ impl Shadow {
 fn contents(number: u64, version: u64) -> [u8; 4096] {
     let mut bytes = [0; 4096];
     if version > 0 {
-        bytes.chunks_mut(8).for_each(|word| word.copy_from_slice(&(number << 32 | version).to_le_bytes()));
+        bytes.chunks_mut(8).for_each(|word| word.copy_from_slice(&(number << 32 | version).to_be_bytes()));
     }
     bytes
 }

@@ -38,7 +38,9 @@ fn machine_type() -> MachineType {
 fn may_run() -> bool {
     match Userfault::open(Features::POISON, FaultsFrom::Everything) {
         Ok(_) => true,
-        Err(error @ (FaultError::NotPermitted { .. } | FaultError::Lacks { .. } | FaultError::NoUserfaultfd)) => {
+        Err(
+            error @ (FaultError::NotPermitted { .. } | FaultError::Lacks { .. } | FaultError::NoUserfaultfd),
+        ) => {
             multifd_testkit::lacks(&error.to_string());
             false
         }
@@ -107,7 +109,8 @@ fn a_busy_guest_moves_before_its_ram_and_finds_every_write() {
             let (listener, network) = Network::listen();
             let arriving = arrive(listener, shadow.clone(), 2);
             let mut log = machine.writes.clone().reader().expect("the only one");
-            let moved = source(&machine.blocks, channels, when, &Stop::new()).run(network, &mut log, &mut machine);
+            let moved =
+                source(&machine.blocks, channels, when, &Stop::new()).run(network, &mut log, &mut machine);
             let moved = moved.unwrap_or_else(|error| panic!("{what}: {error:?}"));
             let Moved::Completed(info) = moved else { panic!("{what}: {moved:?}") };
             assert!(info.downtime.is_some(), "{what}");
@@ -164,6 +167,9 @@ fn what_is_cut_at_any_moment_is_resumed_or_was_never_gone() {
     let mut tally = std::collections::BTreeMap::<&str, u64>::new();
     for seed in first..first + rounds {
         let outcome = round(seed).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        if seed % 50 == 0 {
+            println!("seed {seed}: {tally:?}");
+        }
         *tally.entry(outcome).or_default() += 1;
     }
     println!("{rounds} rounds from seed {first} on: {tally:?}");
@@ -196,7 +202,8 @@ fn round(seed: u64) -> Result<&'static str, String> {
     let moved = match moved {
         Ok(Moved::Interrupted(mut interrupted)) => loop {
             interruptions += 1;
-            let resumed = interrupted.resume_within(LIMIT, network.clone(), &Stop::new(), &mut log, &mut machine);
+            let resumed =
+                interrupted.resume_within(LIMIT, network.clone(), &Stop::new(), &mut log, &mut machine);
             match resumed {
                 Ok(Moved::Interrupted(again)) if interruptions < 50 => interrupted = again,
                 resumed => break resumed,

@@ -8,6 +8,7 @@
 //!
 //! The threads and what they wait for are in `docs/develop/concurrency.md`.
 
+mod arrive;
 mod counts;
 mod error;
 mod load;
@@ -18,6 +19,7 @@ mod options;
 mod pages;
 mod push;
 mod source;
+mod supply;
 mod work;
 
 use std::{
@@ -36,13 +38,14 @@ use super::{Armed, FaultError, Features, Modes, Region};
 use counts::Counts;
 pub(super) use memory::{ArmedMemory, Serve};
 use pages::Pages;
-use work::{Shared, Supply};
+use supply::Supply;
+use work::Shared;
 
 pub use counts::PagerStats;
 pub use error::PagerError;
 pub use options::PagerOptions;
-pub use push::RequestPages;
 pub use source::{Decision, LoadError, PageSource, Trouble, TroubleKind};
+pub use supply::RequestPages;
 
 /// Serves the missing pages of armed memory until all are there.
 ///

@@ -23,7 +23,8 @@ use super::{
     options::PagerOptions,
     pages::Pages,
     source::{Decision, LoadError, PageSource},
-    work::{Shared, Supply},
+    supply::Supply,
+    work::Shared,
 };
 use crate::{
     BlockIndex, BlockName, BlockOffset, PageBitmap, PageIndex, PageRun, Walk,

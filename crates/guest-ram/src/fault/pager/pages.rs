@@ -34,10 +34,10 @@ pub(crate) struct Pages {
     alarm: Condvar,
 }
 
-struct State {
+pub(super) struct State {
     /// What is missing.
-    walk: Walk,
-    loads: BTreeMap<LoadId, Load>,
+    pub(super) walk: Walk,
+    pub(super) loads: BTreeMap<LoadId, Load>,
     next: u64,
     /// Loads that wait for a thread.
     queue: VecDeque<LoadId>,
@@ -45,7 +45,7 @@ struct State {
     poisoned: BTreeMap<usize, PageBitmap>,
     /// Threads that have not ended.
     threads: usize,
-    is_ended: bool,
+    pub(super) is_ended: bool,
     /// Whether pages were missing when it ended.
     was_incomplete: bool,
     is_disarmed: bool,
@@ -113,67 +113,6 @@ impl Pages {
             }
         }
         None
-    }
-
-    /// A load was requested, and stays so until its pages are [pushed](Self::arrives).
-    pub(crate) fn requested(&self, id: LoadId) {
-        if let Some(load) = self.lock().loads.get_mut(&id) {
-            load.stage = Stage::Requested;
-        }
-    }
-
-    /// The pages that were requested and have not come.
-    pub(crate) fn all_requested(&self) -> Vec<PageRun> {
-        let state = self.lock();
-        let requested =
-            state.loads.values().filter(|load| load.stage == Stage::Requested && !load.is_dropped());
-        requested.map(|load| load.run).collect()
-    }
-
-    /// These pages, which are whole host pages, have come. Those that are missing become a load that the caller places;
-    /// those that are there, or are being placed, are dropped from it. `None` if nothing is to be placed. The second value is since when
-    /// threads wait for some of them.
-    pub(crate) fn arrives(&self, run: PageRun) -> Option<(Task, Vec<Instant>)> {
-        let mut state = self.lock();
-        if state.is_ended {
-            return None;
-        }
-        let State { walk, loads, .. } = &mut *state;
-        let shape = walk.shape(run.block)?;
-        let (mut dropped, mut waits, mut wanted) = (BTreeMap::new(), Vec::new(), false);
-        for first in run.host_pages(shape.host_page) {
-            let count = shape.host_page.min(shape.pages.saturating_sub(first));
-            let page = PageRun { first: PageIndex(first), count, ..run };
-            if walk.claim(page) {
-                wanted = true;
-                continue;
-            }
-            let is_it = |load: &&mut Load| load.stage == Stage::Requested && load.run.contains(&page);
-            let Some(load) = loads.values_mut().find(is_it) else {
-                dropped.insert(first, Dropped::GivenUp);
-                continue;
-            };
-            match load.dropped.insert(first, Dropped::GivenUp) {
-                None => {}
-                Some(Dropped::Removed) => _ = dropped.insert(first, Dropped::Removed),
-                Some(Dropped::GivenUp) => {
-                    dropped.insert(first, Dropped::GivenUp);
-                    continue;
-                }
-            }
-            wanted = true;
-            waits.extend(load.awaited);
-        }
-        loads.retain(|_, load| load.stage != Stage::Requested || !load.is_dropped());
-        if !wanted {
-            return None;
-        }
-        let for_fault = !waits.is_empty() && run.count <= shape.host_page;
-        let id = state.begin(run, None, Stage::Running { since: Instant::now(), for_fault });
-        if let Some(load) = state.loads.get_mut(&id) {
-            load.dropped = dropped;
-        }
-        Some((Task { id, run, for_fault }, waits))
     }
 
     /// The next pages that nobody has asked for; `None` if no page is left.
@@ -495,13 +434,13 @@ impl Pages {
         true
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    fn begin(&mut self, run: PageRun, awaited: Option<Instant>, stage: Stage) -> LoadId {
+    pub(super) fn begin(&mut self, run: PageRun, awaited: Option<Instant>, stage: Stage) -> LoadId {
         let (id, now) = (LoadId(self.next), Instant::now());
         self.next += 1;
         let host_pages = run.host_pages(self.host_page(run.block)).count() as u64;

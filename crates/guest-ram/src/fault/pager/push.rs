@@ -5,41 +5,15 @@
 //!                                          its walk ─▶ push ─┘      └─ what is there already is dropped
 //! ```
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Instant,
-};
+use std::{sync::Arc, time::Instant};
 
 use super::{
-    Pager, PagerError, PagerOptions, walk,
-    work::{Contents, Shared, Supply},
+    Pager, PagerError, PagerOptions,
+    supply::{Contents, Parts, RequestPages, Supply},
+    walk,
+    work::Shared,
 };
 use crate::{PageBitmap, PageIndex, PageRun, fault::Armed};
-
-/// Requests pages from the side that sends them.
-pub trait RequestPages: Send + Sync {
-    /// A thread of the guest waits for these pages, which are one host page. Called once for each, from threads of the pager, and
-    /// again for each by [`Pager::request_again`]. It should return soon: other faults wait for it. A request that cannot be sent is
-    /// dropped.
-    fn request(&self, run: PageRun);
-}
-
-/// Host pages of which only pieces have come.
-#[derive(Default)]
-pub(crate) struct Parts(Mutex<BTreeMap<(usize, u64), Part>>);
-
-struct Part {
-    bytes: Vec<u8>,
-    has: PageBitmap,
-}
-
-/// Pages that are pushed.
-#[derive(Clone, Copy)]
-enum Pushed<'a> {
-    Bytes(&'a [u8]),
-    Zero,
-}
 
 impl Pager {
     /// Starts to serve memory whose missing pages another side sends by itself: they are [pushed](Self::push). `missing` has the
@@ -70,13 +44,13 @@ impl Pager {
     }
 
     /// Places these pages, if they are missing, and wakes the threads that wait for them. Pages that are there stay as they are, so it
-    /// does no harm if a page comes twice. Pieces of a host page are kept until all of it has come. Waits while memory has run out,
+    /// does no harm if a page comes twice. Pieces of a host page are kept until all of it has arrived. Waits while memory has run out,
     /// if the [judge](PagerOptions::judge) decides so. After the end of the pager nothing is placed.
     ///
     /// # Errors
     /// [`PagerError::Pushed`], and as the system fails.
     pub fn push(&self, run: PageRun, bytes: &[u8]) -> Result<(), PagerError> {
-        self.shared.push(run, Pushed::Bytes(bytes))
+        self.shared.push(run, Contents::Bytes(bytes))
     }
 
     /// Does the same with pages of zeros.
@@ -84,7 +58,7 @@ impl Pager {
     /// # Errors
     /// As [`push`](Self::push).
     pub fn push_zero(&self, run: PageRun) -> Result<(), PagerError> {
-        self.shared.push(run, Pushed::Zero)
+        self.shared.push(run, Contents::Zero)
     }
 
     /// Requests once more what threads wait for: the other side has returned, and knows no earlier request.
@@ -96,7 +70,7 @@ impl Pager {
 }
 
 impl Shared {
-    fn push(&self, run: PageRun, pushed: Pushed<'_>) -> Result<(), PagerError> {
+    fn push(&self, run: PageRun, pushed: Contents<'_>) -> Result<(), PagerError> {
         let refused = |why: String| Err(PagerError::Pushed { why });
         let Supply::Pushed { parts, .. } = &self.source else {
             return refused("this pager loads its pages".to_owned());
@@ -113,14 +87,14 @@ impl Shared {
                 region.name
             ));
         }
-        if let Pushed::Bytes(bytes) = pushed
+        if let Contents::Bytes(bytes) = pushed
             && bytes.len() as u64 != run.count * region.page
         {
             return refused(format!("{} bytes are not {} pages", bytes.len(), run.count));
         }
         let host_page = region.shape().host_page;
         if host_page == 1 {
-            return self.arrived(run, pushed.contents());
+            return self.arrived(run, pushed);
         }
         let mut first = run.first.0;
         while first < run.end() {
@@ -141,7 +115,7 @@ impl Shared {
             } else {
                 let whole = PageRun { first: PageIndex(host_first), count: host_end - host_first, ..run };
                 if let Some(bytes) = parts.add(whole, piece, pushed, page)? {
-                    self.padded(whole, Pushed::Bytes(&bytes), host_page, page)?;
+                    self.padded(whole, Contents::Bytes(&bytes), host_page, page)?;
                 }
             }
             first = end;
@@ -153,11 +127,11 @@ impl Shared {
     fn padded(
         &self,
         run: PageRun,
-        pushed: Pushed<'_>,
+        pushed: Contents<'_>,
         host_page: u64,
         page: usize,
     ) -> Result<(), PagerError> {
-        let Pushed::Bytes(bytes) = pushed else { return self.arrived(run, Contents::Zero) };
+        let Contents::Bytes(bytes) = pushed else { return self.arrived(run, Contents::Zero) };
         let missing = usize::try_from(run.count.next_multiple_of(host_page) - run.count).unwrap_or(0) * page;
         if missing == 0 {
             return self.arrived(run, Contents::Bytes(bytes));
@@ -177,55 +151,3 @@ impl Shared {
         Ok(())
     }
 }
-
-impl<'a> Pushed<'a> {
-    fn contents(self) -> Contents<'a> {
-        match self {
-            Self::Bytes(bytes) => Contents::Bytes(bytes),
-            Self::Zero => Contents::Zero,
-        }
-    }
-
-    fn piece(self, from: usize, len: usize) -> Self {
-        match self {
-            Self::Bytes(bytes) => Self::Bytes(bytes.get(from..from.saturating_add(len)).unwrap_or_default()),
-            Self::Zero => Self::Zero,
-        }
-    }
-}
-
-impl Parts {
-    /// Adds a piece of a host page. Returns the bytes of the host page if it is whole now.
-    fn add(
-        &self,
-        whole: PageRun,
-        piece: PageRun,
-        pushed: Pushed<'_>,
-        page: usize,
-    ) -> Result<Option<Vec<u8>>, PagerError> {
-        let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (whole.block.0, whole.first.0);
-        if !parts.contains_key(&key) && parts.len() == PARTS {
-            let why = format!("pieces of more than {PARTS} host pages have come, and none of them whole");
-            return Err(PagerError::Pushed { why });
-        }
-        let part = parts.entry(key).or_insert_with(|| Part {
-            bytes: vec![0; usize::try_from(whole.count).unwrap_or(0).saturating_mul(page)],
-            has: PageBitmap::new(whole.count),
-        });
-        let from = piece.first.0 - whole.first.0;
-        part.has.set_run(PageIndex(from), piece.count);
-        let start = usize::try_from(from).unwrap_or(0).saturating_mul(page);
-        let len = usize::try_from(piece.count).unwrap_or(0).saturating_mul(page);
-        let into = part.bytes.get_mut(start..start.saturating_add(len)).unwrap_or_default();
-        match pushed {
-            Pushed::Bytes(bytes) => into.copy_from_slice(bytes),
-            Pushed::Zero => into.fill(0),
-        }
-        let is_whole = part.has.count() == whole.count;
-        Ok(if is_whole { parts.remove(&key).map(|part| part.bytes) } else { None })
-    }
-}
-
-/// Host pages that may be incomplete at the same time: each channel sends one after the other.
-const PARTS: usize = 512;

@@ -11,7 +11,7 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, PoisonError},
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 
@@ -23,30 +23,13 @@ use super::{
     memory::Serve,
     options::PagerOptions,
     pages::Pages,
-    push::{Parts, RequestPages},
-    source::{Decision, PageSource, Trouble, TroubleKind},
+    source::{Decision, Trouble, TroubleKind},
+    supply::{Contents, Supply},
 };
 use crate::{
     BlockIndex, BlockOffset, PageIndex, PageRun,
     sync_types::{RwLock, yield_now},
 };
-
-/// Where pages come from.
-pub(crate) enum Supply {
-    Loaded(Arc<dyn PageSource>),
-    /// Another side sends them by itself, and sooner if they are requested.
-    Pushed {
-        requests: Arc<dyn RequestPages>,
-        parts: Parts,
-    },
-}
-
-/// What is placed.
-#[derive(Clone, Copy)]
-pub(super) enum Contents<'a> {
-    Bytes(&'a [u8]),
-    Zero,
-}
 
 /// What the threads share.
 pub(crate) struct Shared {

@@ -9,9 +9,9 @@ use std::time::Duration;
 use super::{Converge, Judgement, Round, Step, ZERO_ENTRY};
 use crate::{
     live::{MigrateOptions, Percent},
-    slices::Slices,
     outcome::{Bound, Remedy},
     ram::PageSize,
+    slices::Slices,
 };
 
 const PAGE: u64 = 4096;

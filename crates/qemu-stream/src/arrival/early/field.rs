@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use multifd::{
-    error::chain,
     Arrived, Error, PlaceLate, Result,
     channel::{SharedWriter, Stop, Stream},
+    error::chain,
     ram::{self, BlockIndex, PageBitmap, PageIndex, PageRun, Pager, PagerError, PagerStats, RamBlocks},
 };
 
@@ -18,7 +18,7 @@ use crate::{
     incoming::{Loaded, RunEarly},
 };
 
-/// The memory, its faults, and how far the machine has come.
+/// The memory, its faults, and how far the machine is.
 #[derive(Debug)]
 pub(in crate::arrival) struct Field {
     own: Weak<Self>,
@@ -117,12 +117,15 @@ impl RunEarly for Field {
             let missing = PageBitmap::new(block.pages());
             if !block.is_ignored() {
                 let here = arrived.received(index);
-                here.into_iter().flat_map(PageBitmap::clear_runs).for_each(|(first, count)| missing.set_run(first, count));
+                here.into_iter()
+                    .flat_map(PageBitmap::clear_runs)
+                    .for_each(|(first, count)| missing.set_run(first, count));
             }
             missing
         });
         let missing: Vec<_> = missing.collect();
-        let pager = Pager::pushed(landing.arm().map_err(unarmed)?, &missing, self.state.clone(), options.pager);
+        let pager =
+            Pager::pushed(landing.arm().map_err(unarmed)?, &missing, self.state.clone(), options.pager);
         let pager = pager.map_err(|error| Error::other("serve the page faults of the guest", error))?;
         if self.pager.set(pager).is_err() {
             return Err(Error::text("the memory was armed before"));
@@ -169,7 +172,7 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn unarmed(error: ram::FaultError) -> Error {
-    Error::other("prepare the memory for a guest that runs before its pages have come", error)
+    Error::other("prepare the memory for a guest that runs before its pages have arrived", error)
 }
 
 fn unplaced(error: PagerError) -> Error {

@@ -13,12 +13,14 @@
 //! so is the decision about pages that do not come.
 
 mod field;
+mod finished;
 mod options;
 mod running;
 mod state;
 
+pub use finished::Finished;
 pub use options::EarlyOptions;
-pub use running::{Finished, Running};
+pub use running::Running;
 
 use std::{
     fmt,
@@ -36,6 +38,7 @@ use multifd::{
 use super::{Announced, Pending};
 use crate::{format::DeviceSection, incoming::Loaded};
 pub(super) use field::Field;
+use finished::Done;
 use state::Phase;
 
 /// What has arrived when a machine can run.
@@ -45,13 +48,13 @@ pub enum Landing {
     /// All of it: the source did not switch to post-copy.
     Complete(Box<Pending>),
     /// Everything but a part of RAM.
-    Early(Early),
+    Early(Box<Early>),
 }
 
 /// Everything has arrived but a part of RAM, which follows. The source still owns the guest. When dropped, it informs the source to
 /// keep the guest.
 ///
-/// Memory may be accessed: an access to a page that is missing waits until the page has come.
+/// Memory may be accessed: an access to a page that is missing waits until the page has arrived.
 #[must_use = "if it is dropped, the guest stays at the source"]
 pub struct Early {
     field: Arc<Field>,
@@ -66,12 +69,6 @@ impl fmt::Debug for Early {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Early").field("blocks", &self.blocks).finish_non_exhaustive()
     }
-}
-
-/// How the thread that reads main has ended without an error.
-pub(super) enum Done {
-    Complete(Box<Pending>),
-    Finished(Finished),
 }
 
 impl Announced {
@@ -95,7 +92,8 @@ impl Announced {
         });
         let thread = thread.map_err(|error| stop.fail(Error::io("start a thread", error)))?;
         if let Some((loaded, blocks)) = field.state.wait_switched() {
-            return Ok(Landing::Early(Early { field, loaded, blocks, stop, thread: Some(thread) }));
+            let early = Early { field, loaded, blocks, stop, thread: Some(thread) };
+            return Ok(Landing::Early(Box::new(early)));
         }
         match thread.join() {
             Ok(Ok(Done::Complete(pending))) => Ok(Landing::Complete(pending)),
@@ -203,7 +201,9 @@ impl Early {
 
 impl Drop for Early {
     fn drop(&mut self) {
-        self.give_back(Error::text("the destination's program has dropped the machine before it took it over"));
+        self.give_back(Error::text(
+            "the destination's program has dropped the machine before it took it over",
+        ));
     }
 }
 

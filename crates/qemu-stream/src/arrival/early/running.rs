@@ -3,16 +3,19 @@
 use std::{fmt, sync::Arc, thread::JoinHandle, time::Duration};
 
 use multifd::{
-    ChannelStats, Error, Result,
+    Error, Result,
     channel::Stop,
     live::RunState,
     ram::{PagerStats, RamBlocks},
 };
 
-use super::{Done, field::Field};
+use super::{
+    field::Field,
+    finished::{Done, Finished},
+};
 
 /// The guest is ours, and its RAM follows. While this value exists, an access to a page that has not come waits. When it is dropped
-/// before all pages have come, those that are missing are poisoned: an access to one fails, and never finds zeros.
+/// before all pages have arrived, those that are missing are poisoned: an access to one fails, and never finds zeros.
 #[must_use = "if it is dropped, the guest loses the pages that have not come"]
 pub struct Running {
     field: Arc<Field>,
@@ -20,18 +23,6 @@ pub struct Running {
     stop: Stop,
     guest: RunState,
     thread: Option<JoinHandle<Result<Done>>>,
-}
-
-/// All of RAM is here.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Finished {
-    /// The machine's blocks.
-    pub blocks: Arc<RamBlocks>,
-    /// What the faults have cost.
-    pub faults: PagerStats,
-    /// The counters of the channels.
-    pub channels: Vec<ChannelStats>,
 }
 
 impl fmt::Debug for Running {
@@ -76,7 +67,7 @@ impl Running {
         self.field.state.wait_ended(limit)
     }
 
-    /// Waits until all pages have come.
+    /// Waits until all pages have arrived.
     ///
     /// # Errors
     /// Why no more pages come. The guest is ours nevertheless, and this value stays: until it is dropped, the guest's threads wait at the

@@ -1,4 +1,4 @@
-//! How far a machine that runs early has come. The thread of main, the embedder and the threads of faults meet here.
+//! How far a machine that runs early is. The thread of main, the embedder and the threads of faults meet here.
 
 use std::{
     io,
@@ -198,7 +198,9 @@ impl State {
         while !inner.ended {
             inner = match end.map(|end| end.saturating_duration_since(Instant::now())) {
                 Some(Duration::ZERO) => return false,
-                Some(left) => self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0,
+                Some(left) => {
+                    self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0
+                }
                 None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
             };
         }

@@ -149,7 +149,7 @@ impl DevicePart {
     }
 }
 
-/// The description before these devices, if there is one, and the devices behind it.
+/// The description before these devices, if there is one, and the devices after it.
 fn description_of(devices: &[u8]) -> Option<(&[u8], &[u8])> {
     let mut head = Vec::new();
     Section::Full(description_head()).encode(&mut head);
@@ -323,7 +323,12 @@ mod tests {
     fn described_devices_have_lengths() {
         let inner = [&[0x7e, 0, 0, 0, 3][..], &device(4, "rtc", b"")].concat();
         let devices = [("timer", &inner[..]), ("rtc", b"abc")];
-        let devices = devices.map(|(name, state)| Device { name: section_name(name), instance: 0, version: 1, state: state.to_vec() });
+        let devices = devices.map(|(name, state)| Device {
+            name: section_name(name),
+            instance: 0,
+            version: 1,
+            state: state.to_vec(),
+        });
         let built = DevicePart::build(&devices, 4096, SectionId(3)).unwrap();
         assert_eq!(part(&built.for_package()), built);
         let mut bytes = built.for_package();

@@ -13,14 +13,15 @@
 mod devices;
 mod postcopy;
 mod ram;
+mod resume;
 
 use std::{fmt, io::Read, mem};
 
 use crate::{
     error::{Error, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
-        Command, Configuration, CurrentBlock, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section,
-        SyncMark, SyncMode, decode_footer, decode_header, footer_follows,
+        Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, SyncMark,
+        SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
 };
@@ -227,7 +228,7 @@ impl<R: Read> Events<R> {
         }
     }
 
-    /// Where the last event begins. For an event without bytes of its own: the current place.
+    /// Where the last event begins, or the current place for an event without bytes.
     pub fn place(&self) -> Place {
         Place { stream: StreamKind::Main, offset: self.begin }
     }
@@ -240,29 +241,6 @@ impl<R: Read> Events<R> {
     /// Bytes of the stream read so far.
     pub fn bytes(&self) -> u64 {
         self.earlier + self.r.position()
-    }
-
-    /// The devices of a source that has switched to post-copy.
-    ///
-    /// # Errors
-    /// If they do not fit their description.
-    pub(super) fn switched_devices(&self) -> Result<DevicePart, Error> {
-        self.postcopy.devices_now(&self.early, &self.ram, self.here())
-    }
-
-    /// Whether the stream can [continue](Self::resume) over another connection.
-    pub(super) fn is_resumable(&self) -> bool {
-        // The last pieces of other live sections would come a second time.
-        self.postcopy.has_switched() && self.postcopy.has_devices() && self.early.ends().is_empty()
-    }
-
-    /// Continues over another connection of the same source, which sends no header and no devices again. Places are counted
-    /// from the beginning of this connection.
-    pub(super) fn resume(&mut self, connection: R) {
-        self.earlier += self.r.position();
-        self.r = Reader::new(connection, StreamKind::Main);
-        self.ram.current = CurrentBlock::default();
-        self.state = State::Between;
     }
 
     /// Whether the source may pause here without limit: between the sections of RAM, and before a footer that QEMU delays.

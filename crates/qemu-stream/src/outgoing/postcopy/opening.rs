@@ -27,7 +27,11 @@ pub(in crate::outgoing) struct Machine {
 impl Machine {
     /// # Errors
     /// If the machine has state that post-copy cannot carry, or its devices do not fit a package.
-    pub(in crate::outgoing) fn new(options: Options, blocks: BlockList, devices: DevicePart) -> Result<Self, Usage> {
+    pub(in crate::outgoing) fn new(
+        options: Options,
+        blocks: BlockList,
+        devices: DevicePart,
+    ) -> Result<Self, Usage> {
         let refused = |why: String| Err(Usage::Value { what: "devices", why });
         options.check()?;
         devices.check_beside(options.section)?;

@@ -144,7 +144,10 @@ impl Counts {
     /// This number of pages is to be sent after those that were sent already.
     pub(super) fn plan(&self, left: u64) {
         let channels = self.by_channels();
-        let sent = self.normal.load(Ordering::Relaxed) + self.zero.load(Ordering::Relaxed) + channels.normal + channels.zero;
+        let sent = self.normal.load(Ordering::Relaxed)
+            + self.zero.load(Ordering::Relaxed)
+            + channels.normal
+            + channels.zero;
         self.planned.store(sent + left, Ordering::Relaxed);
     }
 }

@@ -64,7 +64,8 @@ pub(super) fn run(source: &Contents, outer: &Stop, begin: Begin<'_>) -> Result<(
         let stop = Stop::new();
         let linked = outer.watch_failure(Arc::new(Cancels(stop.clone())));
         let stream = stop.check().and_then(|()| connect(connector, &context(&stop)));
-        let ran = stream.and_then(|stream| serve_stream(source, &stop, &replies, context(&stop), stream, serve));
+        let ran =
+            stream.and_then(|stream| serve_stream(source, &stop, &replies, context(&stop), stream, serve));
         drop(linked);
         ended(ran, &replies, outer)
     };

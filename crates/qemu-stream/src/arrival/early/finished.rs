@@ -1,0 +1,28 @@
+//! How the thread that reads main ends.
+
+use std::sync::Arc;
+
+use multifd::{
+    ChannelStats,
+    ram::{PagerStats, RamBlocks},
+};
+
+use crate::arrival::pending::Pending;
+
+/// How the thread that reads main has ended without an error.
+pub(super) enum Done {
+    Complete(Box<Pending>),
+    Finished(Finished),
+}
+
+/// All of RAM is here.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Finished {
+    /// The machine's blocks.
+    pub blocks: Arc<RamBlocks>,
+    /// What the faults have cost.
+    pub faults: PagerStats,
+    /// The counters of the channels.
+    pub channels: Vec<ChannelStats>,
+}
