@@ -221,7 +221,7 @@ impl Source {
         let prepared = self.prepare(Arc::new(connector), guest, &stop);
         let mut main = prepared.map_err(|error| stop.fail(error))?;
         match self.migration.run_postcopy(&mut main, log, guest)? {
-            Ended::Completed(info) => Ok(Moved::Completed(info)),
+            Ended::Completed(info) => Ok(Moved::Completed { info, postcopy: None }),
             Ended::Switched(switched) => {
                 let (postcopy, send) = (self.options.following(), self.options.sending());
                 follow(*switched, main, postcopy, send, log, guest)

@@ -4,7 +4,7 @@
 //! status                                         verify                    quit
 //! snapshot PATH                                  snapshot-moment PATH
 //! hand-over ADDRESS
-//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS
+//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS POSTCOPY
 //! ```
 //!
 //! A client that disconnects while a migration runs cancels it.
@@ -24,7 +24,7 @@ use multifd::{
 };
 use qemu_stream::{format::Configuration, source::SourceOptions};
 
-use crate::{Failure, local, machine::Machine, snapshot, source};
+use crate::{Failure, early, local, machine::Machine, snapshot, source};
 
 /// Serves one client after the other, until the machine has migrated or gets the command to quit.
 pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Failure> {
@@ -96,13 +96,17 @@ fn snapshot_moment(machine: &Machine, line: Option<(&str, &str)>) -> Result<Stri
 }
 
 fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {
-    let [address, channels, downtime, bandwidth, auto_converge, stall] = words else {
-        return Err("expected an address, three numbers, true or false, and a number".into());
+    let [address, channels, downtime, bandwidth, auto_converge, stall, postcopy] = words else {
+        return Err(
+            "expected an address, three numbers, true or false, a number, and when to switch to post-copy"
+                .into(),
+        );
     };
     let passes = MigrateOptions::new()
         .downtime_limit(Duration::from_millis(downtime.parse()?))
         .max_bandwidth(Some(bandwidth.parse()?))
         .auto_converge(auto_converge.parse()?)
+        .postcopy(postcopy.parse()?)
         .zero_page_detection(ZeroPageDetection::Multifd);
     let configuration = Configuration::new(Machine::machine_type()?);
     let options = SourceOptions::new(configuration)
@@ -110,8 +114,24 @@ fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<Str
         .migrate(passes)
         .stall_timeout(Some(Duration::from_millis(stall.parse()?)));
     let address: Address = address.parse()?;
-    let info = until_disconnected(client, |stop| source::migrate(machine, address, options, stop))?;
-    Ok(report(machine, &info))
+    if *postcopy == "never" {
+        let info = until_disconnected(client, |stop| source::migrate(machine, address, options, stop))?;
+        return Ok(report(machine, &info));
+    }
+    let (info, postcopy) =
+        until_disconnected(client, |stop| early::migrate(machine, address, options, stop))?;
+    let report = report(machine, &info);
+    Ok(match postcopy {
+        None => report,
+        Some(postcopy) => format!(
+            "{report} switched=1 requests={} later_pages={} later_ms={} recoveries={} over_channels={}",
+            postcopy.requests,
+            postcopy.normal + postcopy.zero,
+            postcopy.total_time.as_millis(),
+            postcopy.recoveries,
+            u8::from(postcopy.over_channels),
+        ),
+    })
 }
 
 fn hand_over(machine: &Machine, address: &str, client: &UnixStream) -> Result<String, Failure> {

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     thread,
     time::Duration,
 };
@@ -14,19 +14,25 @@ use crate::{
 };
 
 /// A process with a machine, which runs this program. It ends with the demo, on every path.
-struct Process(Child);
+struct Process(Child, BufReader<ChildStdout>);
 
 impl Process {
     /// Starts one, and waits for the line that says it is ready.
     fn start(args: &[&str]) -> Result<(Self, String), Failure> {
         let mut child = Command::new(std::env::current_exe()?).args(args).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or("the process has no output")?;
-        let process = Self(child);
+        let mut process = Self(child, BufReader::new(out));
+        let line = process.line()?;
+        Ok((process, line))
+    }
+
+    /// Its next line.
+    fn line(&mut self) -> Result<String, Failure> {
         let mut line = String::new();
-        if BufReader::new(out).read_line(&mut line)? == 0 {
+        if self.1.read_line(&mut line)? == 0 {
             return Err("the process has ended before it was ready".into());
         }
-        Ok((process, line.trim_end().to_owned()))
+        Ok(line.trim_end().to_owned())
     }
 }
 
@@ -64,10 +70,13 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         source.push("--shared");
         destination.extend(["--local", &socket]);
     } else {
+        if args.how.postcopy.is_some() {
+            destination.push("--postcopy");
+        }
         destination.push("tcp:127.0.0.1:0");
     }
     let (_source, _) = Process::start(&source)?;
-    let (_destination, line) = Process::start(&destination)?;
+    let (mut destination, line) = Process::start(&destination)?;
     let address = line.rsplit(' ').next().unwrap_or_default();
     let (before, time) = (ask(&here, "status")?, Duration::from_secs(1));
     thread::sleep(time);
@@ -103,6 +112,9 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
             of("mbps")?,
         ));
     }
+    if number(&report, "switched").is_ok() {
+        tell(&follow(&report, &mut destination)?);
+    }
     tell(&format!(
         "downtime {downtime} ms (limit {} ms); the guest was stopped for {stood} ms",
         args.how.downtime_limit
@@ -115,6 +127,33 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         (downtime <= u128::from(args.how.downtime_limit), "the downtime is above its limit"),
     ];
     held.iter().find(|(held, _)| !held).map_or(Ok(()), |(_, broken)| Err((*broken).into()))
+}
+
+/// What has happened after a switch to post-copy.
+fn follow(report: &str, destination: &mut Process) -> Result<String, Failure> {
+    let line = loop {
+        let line = destination.line()?;
+        if line.starts_with("memory is missing") {
+            return Err(line.into());
+        }
+        if line.starts_with("all memory is there") {
+            break line;
+        }
+    };
+    let of = |name| number(report, name);
+    let there = |name| number(&line, name);
+    Ok(format!(
+        "it switched to post-copy: {} pages followed in {} ms over {}, {} of them requested; \
+         the guest waited {} times, half of them for at most {} us, 99 % for at most {} us, {} ms in all",
+        of("later_pages")?,
+        of("later_ms")?,
+        if of("over_channels")? == 1 { "the channels" } else { "main" },
+        of("requests")?,
+        there("faults")?,
+        there("p50_us")?,
+        there("p99_us")?,
+        there("blocked_us")? / 1000,
+    ))
 }
 
 /// Captures a busy machine, runs a second one out of the file, and checks both.

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `source.rs` | memory, dirty logs, channels, migration |
 //! | `destination.rs` | receiving a machine |
+//! | `early.rs` | post-copy: a guest that runs before its memory is there |
 //! | `local.rs` | handing a machine over to another process of the host |
 //! | `machine.rs` | stopping a vCPU with complete state, and returning it as device sections |
 //! | `guest.rs`, `guest.s` | a guest that detects errors |
@@ -16,6 +17,7 @@ compile_error!("the guest's program is for x86-64");
 mod control;
 mod demo;
 mod destination;
+mod early;
 mod guest;
 mod local;
 mod machine;
@@ -26,7 +28,10 @@ mod source;
 use std::{io::Write, os::unix::net::UnixListener, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use multifd::channel::{Address, Listener, Stop, hand_over::HandOverListener};
+use multifd::{
+    channel::{Address, Listener, Stop, hand_over::HandOverListener},
+    live::PostcopyWhen,
+};
 use qemu_stream::{arrival::ArrivalOptions, incoming::Expected};
 
 use crate::machine::Machine;
@@ -57,6 +62,9 @@ enum Verb {
         /// Take the memory over from a process of this host, without a copy: with a unix socket
         #[arg(long)]
         local: bool,
+        /// Run the guest before its memory is there, if its source switches to post-copy
+        #[arg(long, conflicts_with = "local")]
+        postcopy: bool,
         /// Where to listen: tcp:HOST:PORT, unix:PATH
         address: Address,
     },
@@ -152,6 +160,10 @@ struct How {
     /// Throttle the guest if it writes too fast to be stopped within the downtime
     #[arg(long)]
     auto_converge: bool,
+    /// Move the guest before its memory, when no end can be predicted, or at another time: request, start, stall, passes:N, after:SECONDS.
+    /// The destination was started with --postcopy
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "stall")]
+    postcopy: Option<PostcopyWhen>,
     /// Milliseconds for which the destination may read nothing
     #[arg(long, default_value_t = 120_000)]
     stall_timeout: u64,
@@ -160,9 +172,10 @@ struct How {
 impl How {
     /// The command for the control socket.
     fn wish(&self, address: &str) -> String {
-        let Self { channels, downtime_limit, max_bandwidth, auto_converge, stall_timeout } = self;
+        let Self { channels, downtime_limit, max_bandwidth, auto_converge, postcopy, stall_timeout } = self;
+        let postcopy = postcopy.unwrap_or_default();
         format!(
-            "migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge} {stall_timeout}"
+            "migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge} {stall_timeout} {postcopy}"
         )
     }
 }
@@ -189,7 +202,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
             machine.run();
             control.serve(&machine)
         }
-        Verb::Incoming { control, local: true, address } => {
+        Verb::Incoming { control, local: true, address, .. } => {
             let control = Socket::bind(control.control)?;
             let (listener, handed) = HandOverListener::bind(&address)?;
             tell(&format!("listening at {address}"));
@@ -197,11 +210,15 @@ fn run(verb: Verb) -> Result<(), Failure> {
             let machine = local::take_over(listener, &handed, options, &Stop::new())?;
             control.serve(&machine)
         }
-        Verb::Incoming { control, local: false, address } => {
+        Verb::Incoming { control, postcopy, address, .. } => {
             let control = Socket::bind(control.control)?;
             let listener = Listener::bind(&address)?;
             tell(&format!("listening at {}", listener.local_address()));
             let options = ArrivalOptions::new(Expected::Type(Machine::machine_type()?));
+            if postcopy {
+                let arrived = early::receive(listener, options, &Stop::new())?;
+                return arrived.serve(|machine| control.serve(machine));
+            }
             let machine = destination::receive(listener, options, &Stop::new())?;
             control.serve(&machine)
         }

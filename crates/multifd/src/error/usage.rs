@@ -230,7 +230,7 @@ pub enum Usage {
     #[error("{0} is not available yet: set it first")]
     TooEarly(&'static str),
     /// A text that says when to switch to post-copy.
-    #[error("expected never, request, start, stall, passes:N or seconds:N, found {found:?}")]
+    #[error("expected never, request, start, stall, passes:N or after:SECONDS, found {found:?}")]
     PostcopyWhen {
         /// The text.
         found: String,

@@ -6,7 +6,7 @@ use crate::error::Usage;
 
 /// When a migration switches to post-copy: the guest moves to the destination, and runs there while the rest of its pages follow.
 ///
-/// As text (and with feature `serde`): `never`, `request`, `start`, `stall`, `passes:N`, `seconds:N`.
+/// As text (and with feature `serde`): `never`, `request`, `start`, `stall`, `passes:N`, `after:SECONDS`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PostcopyWhen {
@@ -41,7 +41,7 @@ impl fmt::Display for PostcopyWhen {
             Self::Start => f.write_str("start"),
             Self::Stall => f.write_str("stall"),
             Self::Passes(passes) => write!(f, "passes:{passes}"),
-            Self::After(time) => write!(f, "seconds:{}", time.as_secs_f64()),
+            Self::After(time) => write!(f, "after:{}", time.as_secs_f64()),
         }
     }
 }
@@ -58,7 +58,7 @@ impl FromStr for PostcopyWhen {
             "stall" => Self::Stall,
             _ => match text.split_once(':') {
                 Some(("passes", passes)) => Self::Passes(passes.parse().map_err(|_| refused())?),
-                Some(("seconds", seconds)) => {
+                Some(("after", seconds)) => {
                     let seconds: f64 = seconds.parse().map_err(|_| refused())?;
                     Self::After(Duration::try_from_secs_f64(seconds).map_err(|_| refused())?)
                 }
@@ -84,11 +84,10 @@ mod tests {
         ] {
             assert_eq!(when.to_string().parse(), Ok(when));
         }
-        for text in ["", "later", "passes:", "passes:-1", "seconds:x", "seconds:-1", "seconds:inf", "start:1"]
-        {
+        for text in ["", "later", "passes:", "passes:-1", "after:x", "after:-1", "after:inf", "start:1"] {
             let refused = text.parse::<PostcopyWhen>().expect_err("refused").to_string();
             assert!(
-                refused.starts_with("expected never, request, start, stall, passes:N or seconds:N"),
+                refused.starts_with("expected never, request, start, stall, passes:N or after:SECONDS"),
                 "{refused}"
             );
         }

@@ -435,7 +435,9 @@ impl<C: Connection> Outgoing<C> {
                 && matches!(source.kind(), io::ErrorKind::ConnectionRefused
                     | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe))
         };
-        written.map_err(|error| match self.options.return_path && !explained(&error) {
+        // What the destination has reported needs no other explanation.
+        let is_broken = |error: &Error| matches!(error, Error::Io { .. }) && !explained(error);
+        written.map_err(|error| match self.options.return_path && is_broken(&error) {
             true => self.replies.last_word(self.writer.connection()).unwrap_or(error),
             false => error,
         })

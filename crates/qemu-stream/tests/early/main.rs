@@ -112,8 +112,11 @@ fn a_busy_guest_moves_before_its_ram_and_finds_every_write() {
             let moved =
                 source(&machine.blocks, channels, when, &Stop::new()).run(network, &mut log, &mut machine);
             let moved = moved.unwrap_or_else(|error| panic!("{what}: {error:?}"));
-            let Moved::Completed(info) = moved else { panic!("{what}: {moved:?}") };
+            let Moved::Completed { info, postcopy } = moved else { panic!("{what}: {moved:?}") };
             assert!(info.downtime.is_some(), "{what}");
+            let postcopy = postcopy.expect("it has switched");
+            assert_eq!(postcopy.over_channels, channels > 0, "{what}");
+            assert_eq!(postcopy.remaining, Some(0), "{what}");
             let (mut there, finished) = arriving.join().expect("no panic").expect("arrived");
             let finished = finished.unwrap_or_else(|| panic!("{what}: it did not switch"));
             assert_eq!(finished.faults.missing, 0, "{what}");
@@ -149,7 +152,7 @@ fn a_request_ends_a_pass_and_the_guest_leaves_at_once() {
     });
     let moved = source.run(network, &mut log, &mut machine).expect("moved");
     requests.join().expect("no panic");
-    assert!(matches!(moved, Moved::Completed(_)), "{moved:?}");
+    assert!(matches!(moved, Moved::Completed { .. }), "{moved:?}");
     let (mut there, finished) = arriving.join().expect("no panic").expect("arrived");
     finished.expect("it has switched");
     there.halt();
@@ -215,7 +218,7 @@ fn round(seed: u64) -> Result<&'static str, String> {
     let arrived = arriving.join().expect("no panic");
     let what = format!("{channels} channels, {when}, {interruptions} interruptions");
     let (mut place, outcome) = match (moved, arrived) {
-        (Ok(Moved::Completed(_)), Ok((there, _))) => {
+        (Ok(Moved::Completed { .. }), Ok((there, _))) => {
             if machine.is_running() {
                 return Err(format!("{what}: two guests"));
             }
@@ -239,4 +242,30 @@ fn round(seed: u64) -> Result<&'static str, String> {
     }
     shadow.check(&place.blocks).map_err(|wrong| format!("{what}, {outcome}: {wrong}"))?;
     Ok(outcome)
+}
+
+#[test]
+fn a_destination_that_does_not_serve_post_copy_says_so_and_the_guest_continues() {
+    for channels in [0, 2] {
+        let shadow = Shadow::new();
+        let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
+        machine.run(1);
+        let (listener, network) = Network::listen();
+        let arriving = thread::spawn(move || {
+            let options = ArrivalOptions::new(Expected::Type(machine_type()));
+            let announced = Arrival::listen(listener, options, &Stop::new())?.accept()?.announced()?;
+            announced.load(memory()).map(drop)
+        });
+        let mut log = machine.writes.clone().reader().expect("the only one");
+        let stop = Stop::new();
+        let moved = source(&machine.blocks, channels, PostcopyWhen::Start, &stop).run(
+            network,
+            &mut log,
+            &mut machine,
+        );
+        let refused = arriving.join().expect("no panic").expect_err("refused");
+        let error = multifd::error::chain(&moved.expect_err("refused")).to_string();
+        assert!(error.contains("postcopy-ram"), "{error}\n{}", multifd::error::chain(&refused));
+        assert!(machine.is_running() && (machine.stops, machine.resumes) == (1, 1));
+    }
 }

@@ -63,6 +63,14 @@ impl Machine {
         (machine, address)
     }
 
+    /// One that waits, and runs its guest before the memory is there; and where.
+    pub(crate) fn incoming_early(folder: &TempDir, name: &str) -> (Self, String) {
+        let mut machine = Self::start(folder, name, &["incoming", "--postcopy", "tcp:127.0.0.1:0"]);
+        let line = machine.line();
+        let address = line.strip_prefix("listening at ").expect("an address").to_owned();
+        (machine, address)
+    }
+
     /// A machine out of a file.
     pub(crate) fn restored(folder: &TempDir, name: &str, file: &Path, flags: &[&str]) -> Self {
         let file = file.to_str().expect("text");

@@ -7,4 +7,6 @@ mod local;
 #[cfg(test)]
 mod migration;
 #[cfg(test)]
+mod postcopy;
+#[cfg(test)]
 mod snapshot;

@@ -22,7 +22,7 @@ use multifd::{
 };
 
 use super::{
-    PostcopyControl, PostcopyOptions, PostcopyProgress, PostcopySource,
+    PostcopyControl, PostcopyInfo, PostcopyOptions, PostcopyProgress, PostcopySource,
     contents::Contents,
     failure::{GuestAt, PostcopyError},
     run::{Begin, Switch, run},
@@ -35,7 +35,12 @@ use crate::outgoing::MainStream;
 #[must_use = "an interrupted migration has to be resumed"]
 pub enum Moved {
     /// The destination has the guest, and all of its RAM.
-    Completed(Box<MigrationInfo>),
+    Completed {
+        /// The numbers of the passes, and the downtime.
+        info: Box<MigrationInfo>,
+        /// The numbers since the switch; `None` if it did not switch.
+        postcopy: Option<PostcopyInfo>,
+    },
     /// The connections have broken after the switch. **The guest must not run here**: it runs at the destination, or waits there for
     /// a page.
     Interrupted(Box<Interrupted>),
@@ -153,7 +158,9 @@ impl Interrupted {
                 if is_recovering {
                     self.switched.becomes(Status::PostcopyActive)?;
                 }
-                self.switched.completed().map(|info| Moved::Completed(Box::new(info)))
+                let postcopy = Some(self.source.progress().info());
+                let info = self.switched.completed()?;
+                Ok(Moved::Completed { info: Box::new(info), postcopy })
             }
             Err(PostcopyError { guest: GuestAt::Source, error, .. }) if !self.is_confirmed() => {
                 Err(self.switched.back(error, log, guest))
