@@ -25,4 +25,5 @@ models! { pager:
     an_end_at_any_time_leaves_nobody_waiting_and_no_zeros 4_000,
     an_abandoned_page_stays_poisoned 4_000,
     a_failed_load_is_repeated_and_nobody_waits_forever 4_000,
+    every_fault_is_answered_however_pages_and_requests_meet 4_000,
 }

@@ -291,7 +291,7 @@ impl Announced {
             let again = |error| {
                 #[cfg(feature = "fault")]
                 if let Some(early) = &early {
-                    return early.again(error, || receiver.wait_resumed(limit));
+                    return early.again(error, limit, |limit| receiver.wait_resumed(limit));
                 }
                 wait_resumed(&receiver, &counts, limit, error)
             };

@@ -19,8 +19,8 @@ pub(super) struct Postcopy {
     pub(super) early: Option<Arc<dyn RunEarly>>,
     /// The PINGs of the package whose PONGs are withheld.
     pub(super) withheld: Vec<u32>,
-    /// Pages were discarded: the source is about to switch.
-    pub(super) discarded: bool,
+    /// The source has asked whether its pages were discarded. After the reply it switches.
+    pub(super) asked: bool,
     /// The source is one of this library.
     pub(super) ours: bool,
 }

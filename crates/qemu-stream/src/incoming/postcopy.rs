@@ -102,7 +102,6 @@ impl<C: Connection> Incoming<C> {
             Command::PostcopyRamDiscard { block, ranges }
                 if served && advised && self.known.ram.is_some() =>
             {
-                self.postcopy.discarded = true;
                 let (index, page_size) = self.find(block)?;
                 for (start, length) in ranges {
                     let first = PageIndex(start / page_size.bytes() as u64);
@@ -166,8 +165,8 @@ impl<C: Connection> Incoming<C> {
     /// Whether the source may believe that it has sent the command to run the guest, which has not arrived. It returns, and has to
     /// learn that. Only a source of this library does.
     fn may_have_switched(&self) -> bool {
-        let Postcopy { discarded, run, ours, early, .. } = &self.postcopy;
-        *discarded && !run && *ours && early.is_some()
+        let Postcopy { asked, run, ours, early, .. } = &self.postcopy;
+        *asked && !run && *ours && early.is_some()
     }
 
     /// Continues over the connection with which the source has returned.

@@ -24,8 +24,8 @@ use crate::{
     connection::{Connection, Judge},
     error::{Error, Place, StreamKind, Usage, Violation},
     format::{
-        BlockList, Command, Configuration, DevicePart, Event, Message, POSTCOPY_CHANNELS_MARK,
-        POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING, SyncMode, VERDICT_MARK,
+        BlockList, Command, Configuration, DISCARDED_PING, DevicePart, Event, Message,
+        POSTCOPY_CHANNELS_MARK, POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING, SyncMode, VERDICT_MARK,
     },
 };
 
@@ -383,6 +383,7 @@ impl<C: Connection> Incoming<C> {
                 Ok(())
             }
             Command::Ping(value) => {
+                self.postcopy.asked |= *value == DISCARDED_PING && self.postcopy.advised;
                 match self.line.say(&Message::Pong(*value)) {
                     // The rest of what has arrived shows whether the source has switched to post-copy.
                     Err(error) if self.postcopy.listening => tracing::debug!(%error, "a reply is lost"),

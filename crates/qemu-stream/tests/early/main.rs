@@ -58,7 +58,7 @@ fn arrive(
         // A source that is cut before its first byte does not come back.
         let receive = ReceiveOptions::new().accept_timeout(Some(Duration::from_secs(2)));
         let options = ArrivalOptions::new(Expected::Type(machine_type())).receive(receive);
-        let options = options.run_early(true).pause_timeout(Some(LIMIT));
+        let options = options.run_early(true).pause_timeout(Some(Duration::from_secs(5)));
         let arrival = Arrival::listen(listener, options, &Stop::new())?.accept()?;
         let landing = arrival.announced()?.load_early(memory(), EarlyOptions::new())?;
         let early = match landing {

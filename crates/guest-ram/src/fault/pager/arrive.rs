@@ -9,7 +9,7 @@ use super::{
 use crate::{PageIndex, PageRun};
 
 impl Pages {
-    /// A load was requested, and stays so until its pages are [pushed](Self::arrives).
+    /// A load is requested now, and stays so until its pages are [pushed](Self::arrives).
     pub(crate) fn requested(&self, id: LoadId) {
         if let Some(load) = self.lock().loads.get_mut(&id) {
             load.stage = Stage::Requested;
@@ -42,8 +42,8 @@ impl Pages {
                 wanted = true;
                 continue;
             }
-            let is_it = |load: &&mut Load| load.stage == Stage::Requested && load.run.contains(&page);
-            let Some(load) = loads.values_mut().find(is_it) else {
+            let waits_for_it = |load: &&mut Load| !load.is_arrival() && load.run.contains(&page);
+            let Some(load) = loads.values_mut().find(waits_for_it) else {
                 dropped.insert(first, Dropped::GivenUp);
                 continue;
             };
@@ -58,12 +58,12 @@ impl Pages {
             wanted = true;
             waits.extend(load.awaited);
         }
-        loads.retain(|_, load| load.stage != Stage::Requested || !load.is_dropped());
+        loads.retain(|_, load| load.is_arrival() || !load.is_dropped());
         if !wanted {
             return None;
         }
         let for_fault = !waits.is_empty() && run.count <= shape.host_page;
-        let id = state.begin(run, None, Stage::Running { since: Instant::now(), for_fault });
+        let id = state.begin(run, None, Stage::Running { since: Instant::now(), for_fault: false });
         if let Some(load) = state.loads.get_mut(&id) {
             load.dropped = dropped;
         }

@@ -81,6 +81,12 @@ pub(crate) struct Late {
 }
 
 impl Load {
+    /// Whether its pages were pushed, and are being placed. Until then it waits for them, in whichever stage: they can arrive before
+    /// they are requested.
+    pub(super) fn is_arrival(&self) -> bool {
+        matches!(self.stage, Stage::Running { for_fault: false, .. })
+    }
+
     /// Whether nothing of it will be placed.
     pub(super) fn is_dropped(&self) -> bool {
         self.dropped.len() as u64 >= self.host_pages

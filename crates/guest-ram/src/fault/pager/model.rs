@@ -31,6 +31,10 @@ use crate::{
     sync_types::{Condvar, Mutex, MutexGuard, RwLock},
 };
 
+mod push;
+
+pub use push::every_fault_is_answered_however_pages_and_requests_meet;
+
 const PAGES: usize = 4;
 /// The only page without contents.
 const ZERO: usize = 3;

@@ -70,6 +70,12 @@ impl Pager {
 }
 
 impl Shared {
+    /// For a model, which has no pager.
+    #[cfg(shuttle)]
+    pub(super) fn push_bytes(&self, run: PageRun, bytes: &[u8]) -> Result<(), PagerError> {
+        self.push(run, Contents::Bytes(bytes))
+    }
+
     fn push(&self, run: PageRun, pushed: Contents<'_>) -> Result<(), PagerError> {
         let refused = |why: String| Err(PagerError::Pushed { why });
         let Supply::Pushed { parts, .. } = &self.source else {

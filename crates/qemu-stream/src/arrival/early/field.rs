@@ -1,6 +1,9 @@
 //! The memory of a guest that runs early, and its faults.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    time::Duration,
+};
 
 use multifd::{
     Arrived, Error, PlaceLate, Result,
@@ -48,12 +51,24 @@ impl Field {
     pub(in crate::arrival) fn again(
         &self,
         error: StreamError,
-        wait: impl FnOnce() -> Result<Stream>,
+        limit: Option<Duration>,
+        wait: impl FnOnce(Option<Duration>) -> Result<Stream>,
     ) -> Result<Stream, StreamError> {
-        tracing::warn!("{INTERRUPTED}: {}", chain(&error));
+        let has_switched = self.pager.get().is_some();
+        let limit = match has_switched {
+            true => {
+                tracing::warn!("{INTERRUPTED}: {}", chain(&error));
+                limit
+            }
+            // It is not here. Most sources know that as well, and do not return.
+            false => {
+                tracing::warn!("{CUT}: {}", chain(&error));
+                Some(limit.map_or(ANSWERS, |limit| limit.min(ANSWERS)))
+            }
+        };
         self.state.paused();
         // Why the wait has ended is known to the stop, unless the source was too late.
-        let Ok(returned) = wait() else { return Err(error) };
+        let Ok(returned) = wait(limit) else { return Err(error) };
         let Ok((stream, writer)) = returned.share() else { return Err(error) };
         self.state.connected(writer);
         Ok(stream)
@@ -164,6 +179,10 @@ impl PlaceLate for Field {
     }
 }
 
+const CUT: &str = "the connection to the source broke when it was about to switch to post-copy; the guest is not here, and the source gets that answer \
+                   if it returns";
+/// How long a source that may take its guest to be here is waited for.
+const ANSWERS: Duration = Duration::from_secs(30);
 const INTERRUPTED: &str = "the connection to the source is broken after its switch to post-copy; the guest runs on the pages that are here, and \
                            waits for the others until the source returns";
 

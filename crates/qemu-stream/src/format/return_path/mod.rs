@@ -34,6 +34,9 @@ pub(crate) const REASON_PING: u32 = 0x6d66_6701;
 /// post-copy. For a QEMU it is a PING like any other.
 pub(crate) const POSTCOPY_CHANNELS_PING: u32 = 0x6d66_6801;
 
+/// The value of the PING after DISCARD, the same as QEMU's.
+pub(crate) const DISCARDED_PING: u32 = 2;
+
 /// The value of the PONG, without a PING, by which a destination of this library says that it does.
 pub(crate) const POSTCOPY_CHANNELS_MARK: u32 = 0x6d66_6802;
 
