@@ -10,7 +10,11 @@
 //! The source may return before this side has read its switch, which is in a buffer: the new connection waits until then. And it may
 //! have noticed a broken network which this side has not. So when it returns, its earlier connections are shut down.
 
-use std::{io, mem, sync::Arc, time::Duration};
+use std::{
+    io, mem,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use super::{
     entry::Origin,
@@ -112,6 +116,9 @@ impl Shared {
             {
                 let earlier = state.main.watch.replace(watch);
                 state.source.is_broken = false;
+                // It may return when all of RAM is here. A page that comes again is placed beside what is there.
+                state.life.sealed = false;
+                self.sealed.store(false, Ordering::SeqCst);
                 state.roster.channels.clear();
                 state.roster.lost.clear();
                 state.gate = Gate::default();

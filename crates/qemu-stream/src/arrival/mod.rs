@@ -266,10 +266,10 @@ impl Announced {
             let why = "ArrivalOptions::run_early is on: load the machine with Announced::load_early";
             return Err(self.refuse(Error::text(why)));
         }
-        self.load_whole(blocks)
+        self.load_whole(blocks).map(|(pending, _)| pending)
     }
 
-    fn load_whole(self, blocks: RamBlocks) -> Result<Pending> {
+    fn load_whole(self, blocks: RamBlocks) -> Result<(Pending, LoaderState)> {
         #[cfg(feature = "fault")]
         let early = self.early;
         #[cfg_attr(
@@ -299,13 +299,13 @@ impl Announced {
             let doing = if incoming.has_switched() { RECEIVING_STOPPED } else { RECEIVING };
             read.map_err(|error| error.while_doing(doing)).and_then(|loaded| {
                 let main_pages = loader.main_pages();
-                let blocks = loader.finish(&loaded)?;
-                Ok((loaded, blocks, main_pages))
+                let blocks = loader.complete(&loaded)?;
+                Ok((loaded, blocks, main_pages, loader.into_state()))
             })
         };
         match loaded {
-            Ok((loaded, blocks, main_pages)) => {
-                Ok(Pending { incoming, receiver, loaded, blocks, main_pages })
+            Ok((loaded, blocks, main_pages, state)) => {
+                Ok((Pending { incoming, receiver, loaded, blocks, main_pages }, state))
             }
             Err(error) => Err(failed(incoming, &receiver, error)),
         }

@@ -32,7 +32,9 @@ impl<C: Connection> Incoming<C> {
     }
 
     pub(super) fn complete(&mut self, devices: DevicePart) -> Result<Loaded, Error> {
-        let known = mem::take(&mut self.known);
+        // A source that has switched may return, and is asked about the same blocks.
+        let known =
+            if self.postcopy.early.is_some() { self.known.clone() } else { mem::take(&mut self.known) };
         let bytes = self.line.bytes();
         tracing::debug!(devices = devices.sections().len(), bytes, "stream is complete");
         let Some((section, blocks)) = known.ram else {

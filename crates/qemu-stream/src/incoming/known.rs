@@ -26,7 +26,7 @@ pub(super) struct Postcopy {
 }
 
 /// What earlier events have shown.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Known {
     pub(super) configuration: Option<Configuration>,
     pub(super) ram: Option<(SectionId, BlockList)>,

@@ -65,6 +65,7 @@ impl<C: Connection> Line<C> {
     /// The source has returned over another connection, on which it waits for SHUT again.
     pub(super) fn resume(&mut self, connection: C) {
         self.reason = None;
+        self.waited_for = true;
         self.deref_mut().resume(connection);
     }
 

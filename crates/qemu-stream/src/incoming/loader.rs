@@ -216,6 +216,10 @@ where
     /// [`Violation::NoPages`](multifd::error::Violation::NoPages) if no page has arrived; [`Usage::TooEarly`] if no blocks
     /// were announced.
     pub fn finish(self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
+        self.complete(loaded)
+    }
+
+    pub(crate) fn complete(&self, loaded: &Loaded) -> Result<Arc<RamBlocks>> {
         let arrived = self.target()?;
         arrived.check_complete(|block| match self.state.left_out {
             LeftOut::Pages => MayMiss::Pages,

@@ -19,7 +19,7 @@
 
 use std::mem;
 #[cfg(feature = "fault")]
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 
@@ -187,6 +187,30 @@ impl<C: Connection> Incoming<C> {
         self.postcopy.resuming = true;
         let taken = destination.postcopy_resumed();
         taken.map_err(|e| refused(self.line.here(), "the return of the source", e))
+    }
+
+    /// Reports that everything is here, and waits for a sign that the source has got it, for `limit` at most. Returns whether it has.
+    #[cfg(feature = "fault")]
+    pub(crate) fn part(&mut self, limit: Duration) -> bool {
+        let told = self.line.shut(0).and_then(|()| self.line.limit(Some(limit)));
+        if !self.postcopy.ours {
+            return told.is_ok();
+        }
+        told.is_ok() && self.line.get_mut().read(&mut [0; 16]).is_ok_and(|read| read > 0)
+    }
+
+    /// Serves a source that has returned although everything is here.
+    ///
+    /// # Errors
+    /// If the connection breaks again.
+    #[cfg(feature = "fault")]
+    pub(crate) fn serve_again<D: Destination>(
+        &mut self,
+        connection: C,
+        destination: &mut D,
+    ) -> Result<(), Error> {
+        self.resume(connection, destination, String::new())?;
+        self.read(destination).map(drop)
     }
 
     /// The pages of a block that have arrived, as RECV_BITMAP has them.

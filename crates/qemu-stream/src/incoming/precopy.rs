@@ -224,7 +224,7 @@ impl<C: Connection> Incoming<C> {
     }
 
     /// Executes the events up to the block list, with `None`, or up to the end of the stream, with the devices.
-    fn read<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
+    pub(super) fn read<D: Destination>(&mut self, destination: &mut D) -> Result<Option<DevicePart>, Error> {
         let read = self.read_events(destination);
         self.noted(read)
     }

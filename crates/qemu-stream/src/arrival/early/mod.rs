@@ -26,17 +26,22 @@ use std::{
     fmt,
     sync::Arc,
     thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use multifd::{
-    Error, Result,
-    channel::Stop,
+    ChannelStats, Error, Receiver, Result,
+    channel::{Stop, Stream},
+    error::Usage,
     live::RunState,
     ram::{PagerStats, RamBlocks},
 };
 
 use super::{Announced, Pending};
-use crate::{format::DeviceSection, incoming::Loaded};
+use crate::{
+    format::{BlockList, Configuration, DeviceSection},
+    incoming::{Incoming, Loaded, Loader, LoaderState},
+};
 pub(super) use field::Field;
 use finished::Done;
 use state::Phase;
@@ -105,26 +110,60 @@ impl Announced {
 
     /// Reads main to its end.
     fn land(self, blocks: RamBlocks, field: &Field) -> Result<Done> {
-        let pending = self.load_whole(blocks)?;
+        let (pending, state) = self.load_whole(blocks)?;
         if !pending.loaded().postcopy {
             return Ok(Done::Complete(Box::new(pending)));
         }
-        let blocks = pending.blocks().clone();
         let faults = match field.finish() {
             Ok(faults) => faults,
             Err(error) => return Err(pending.refuse(Error::other("complete the memory of the guest", error))),
         };
-        // The guest is ours, and complete. The source may not learn that: then it waits, and its operator asks here.
-        let channels = match pending.confirm() {
-            Ok(confirmed) => confirmed.finish(),
-            Err(error) => {
-                tracing::warn!(%error, "the source could not be informed that all of RAM has arrived");
-                Vec::new()
-            }
-        };
+        // The guest is ours, and complete, whatever happens from here on.
+        field.state.completed();
+        let Pending { incoming, receiver, blocks, .. } = pending;
+        let channels = part(incoming, receiver, state, field);
         Ok(Done::Finished(Finished { blocks, faults, channels }))
     }
 }
+
+/// Informs the source that all of RAM is here. If it may not have got that, it is waited for, because it returns.
+fn part(
+    mut incoming: Incoming<Stream>,
+    receiver: Receiver,
+    state: LoaderState,
+    field: &Field,
+) -> Vec<ChannelStats> {
+    let make = |_: Option<&Configuration>, _: &BlockList| Err(Usage::UsedTwice.into());
+    let mut loader = Loader::resumed(&receiver, state, make);
+    let begun = Instant::now();
+    while !incoming.part(PARTS) {
+        let left = RETURNS.saturating_sub(begun.elapsed());
+        let returned = receiver.wait_resumed(Some(left)).ok().and_then(|stream| stream.share().ok());
+        let Some((stream, writer)) = returned else {
+            tracing::warn!(
+                "the source may not know that all of RAM has arrived, and has not returned to ask"
+            );
+            break;
+        };
+        field.connected(writer);
+        if let Err(error) = incoming.serve_again(stream, &mut loader) {
+            tracing::debug!(%error, "the source has returned, and its connection broke again");
+        }
+    }
+    drop(loader);
+    let counters = receiver.counters();
+    let stats = receiver.finish().unwrap_or_else(|error| {
+        tracing::debug!(%error, "the channels did not end cleanly");
+        counters.stats()
+    });
+    drop(incoming);
+    stats
+}
+
+/// How long the source may take to say that it has got SHUT.
+const PARTS: Duration = Duration::from_secs(5);
+/// How long a source that may not have got it is waited for.
+const RETURNS: Duration = Duration::from_secs(10);
 
 /// Reports the end of the thread that reads main, also after a panic.
 struct Ended(Arc<Field>);

@@ -67,7 +67,8 @@ impl Running {
         self.field.state.wait_ended(limit)
     }
 
-    /// Waits until all pages have arrived.
+    /// Waits until all pages have arrived, and the source knows that. A source whose connection breaks at the very end returns to ask: it
+    /// is waited for, for 10 s at most. The guest is complete meanwhile, and [`wait`](Self::wait) does not wait for that.
     ///
     /// # Errors
     /// Why no more pages come. The guest is ours nevertheless, and this value stays: until it is dropped, the guest's threads wait at the

@@ -50,6 +50,8 @@ struct Inner {
     blocks: Option<Arc<RamBlocks>>,
     /// The thread of main has ended.
     ended: bool,
+    /// All of RAM is here.
+    complete: bool,
 }
 
 impl State {
@@ -98,6 +100,12 @@ impl State {
             // It may not have got them. If the connection breaks again, the thread of main finds it.
             let _ = writer.write_all(&bytes);
         }
+    }
+
+    /// All of RAM is here.
+    pub(super) fn completed(&self) {
+        self.lock().complete = true;
+        self.changed.notify_all();
     }
 
     pub(super) fn ended(&self) {
@@ -191,11 +199,11 @@ impl State {
         }
     }
 
-    /// Waits until the thread of main has ended, for `limit`.
+    /// Waits until all of RAM is here, or the thread of main has ended, for `limit`.
     pub(super) fn wait_ended(&self, limit: Option<Duration>) -> bool {
         let end = limit.and_then(|limit| Instant::now().checked_add(limit));
         let mut inner = self.lock();
-        while !inner.ended {
+        while !inner.ended && !inner.complete {
             inner = match end.map(|end| end.saturating_duration_since(Instant::now())) {
                 Some(Duration::ZERO) => return false,
                 Some(left) => {

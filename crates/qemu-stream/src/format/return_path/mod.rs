@@ -34,6 +34,10 @@ pub(crate) const REASON_PING: u32 = 0x6d66_6701;
 /// post-copy. For a QEMU it is a PING like any other.
 pub(crate) const POSTCOPY_CHANNELS_PING: u32 = 0x6d66_6801;
 
+/// The value of the PING by which a source of this library says that it has got SHUT after post-copy. A destination that does not get
+/// it waits for the source to return.
+pub(crate) const BYE_PING: u32 = 0x6d66_6901;
+
 /// The value of the PING after DISCARD, the same as QEMU's.
 pub(crate) const DISCARDED_PING: u32 = 2;
 

@@ -10,8 +10,8 @@ use multifd::ram::{BlockName, PageBitmap, PageSize, joined};
 use crate::{
     error::Usage,
     format::{
-        BlockList, Command, CurrentBlock, DISCARDED_PING, DevicePart, PageSizes, Put, Record, Section,
-        SectionHead, SectionId, encode_footer, encode_header,
+        BYE_PING, BlockList, Command, CurrentBlock, DISCARDED_PING, DevicePart, PageSizes, Put, Record,
+        Section, SectionHead, SectionId, encode_footer, encode_header,
     },
     outgoing::options::Options,
 };
@@ -155,6 +155,13 @@ impl Machine {
 /// The command that asks which pages of a block have arrived.
 pub(super) fn ask_for_bitmap(block: &BlockName, out: &mut Vec<u8>) {
     Section::Command(Command::RecvBitmap(block.clone())).encode(out);
+}
+
+/// What a source of this library sends when it has got SHUT.
+pub(super) fn bye() -> Vec<u8> {
+    let mut out = Vec::new();
+    Section::Command(Command::Ping(BYE_PING)).encode(&mut out);
+    out
 }
 
 /// The command that continues after a broken connection.

@@ -12,6 +12,7 @@ use multifd::{
 };
 
 use super::{
+    opening::bye,
     pages::{PageWriter, ReadPages, unread},
     replies::Sent,
     session::{Alarm, Channels, Session},
@@ -58,10 +59,20 @@ impl Session<'_> {
         sender.all_sent();
         self.replies.sends(Sent::End);
         self.write(&self.source.machine.end(true))?;
-        let shut = self.replies.shut(self.source.options.end_timeout);
-        shut.map_err(|why| self.missing(why, "SHUT"))?;
+        self.wait_for_shut()?;
         if let Err(error) = sender.finish() {
             tracing::debug!(%error, "an error after completion");
+        }
+        Ok(())
+    }
+
+    /// Waits until the destination has everything. One of this library learns that its SHUT has arrived.
+    fn wait_for_shut(&self) -> Result<(), Error> {
+        let shut = self.replies.shut(self.source.options.end_timeout);
+        shut.map_err(|why| self.missing(why, "SHUT"))?;
+        if self.source.always_speaks {
+            // Without it, the destination waits some time for nothing.
+            let _ = self.main.write(&bye());
         }
         Ok(())
     }
@@ -103,8 +114,7 @@ impl Session<'_> {
         }
         self.replies.sends(Sent::End);
         self.write(&self.source.machine.end(false))?;
-        let shut = self.replies.shut(self.source.options.end_timeout);
-        let shut = shut.map_err(|why| self.missing(why, "SHUT"));
+        let shut = self.wait_for_shut();
         // The connection for requested pages stays open until here: a destination takes its end for a broken network.
         drop(broken);
         shut
