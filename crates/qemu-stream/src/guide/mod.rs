@@ -41,7 +41,8 @@
 //!
 //! [hand_over] moves a machine to another process of the same host without copying its memory.
 //! [snapshots] saves a machine to a file instead, and restores it. With the feature `fault`, the chapter `lazy` runs a machine out of
-//! a file before its memory is there, and the chapter `moment` saves a machine as it is at one moment.
+//! a file before its memory is there, the chapter `moment` saves a machine as it is at one moment, and the chapter `early` moves a
+//! guest before its memory, when passes do not end.
 //!
 //! Then read `examples/microvm`: the same with a vCPU, a device and a control socket.
 //!
@@ -50,6 +51,7 @@
 //! | `machine.rs` | memory, stopping a vCPU with complete state, registers as device bytes |
 //! | `source.rs` | [leaving], with the logs of KVM and `vm-memory` |
 //! | `destination.rs` | [arriving] |
+//! | `early.rs` | the chapter `early` |
 //! | `local.rs` | [hand_over] |
 //! | `snapshot.rs` | [snapshots], and the chapters `lazy` and `moment` |
 //! | `control.rs`, `main.rs` | commands over a socket: migrate, cancel, query |
@@ -66,6 +68,8 @@
 //! [`Address`]: multifd::channel::Address
 
 pub mod arriving;
+#[cfg(feature = "fault")]
+pub mod early;
 pub mod failing;
 pub mod hand_over;
 #[cfg(feature = "fault")]

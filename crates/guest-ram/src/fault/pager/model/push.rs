@@ -74,7 +74,7 @@ pub fn every_fault_is_answered_however_pages_and_requests_meet() {
                 }
                 thread::yield_now();
                 let run = PageRun { block: BLOCK, first: PageIndex(page as u64), count: 1 };
-                shared.push_bytes(run, &[1; PAGE as usize]).expect("placed");
+                shared.push_bytes(run, &[1; 4096]).expect("placed");
             }
         }
     });
