@@ -5,6 +5,7 @@
 //!          verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
 //!          verbs/many      receive --dir: one machine after another, several at a time; file_name has their names
 //!          verbs/send      file ═══ channels ═══▶ QEMU
+//!          stored/         any form of a stored machine ─▶ one reader, for all verbs that read one
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/verify    file ─▶ compared with its digests
 //!          verbs/merge     a delta and its bases ─▶ one file
@@ -34,6 +35,7 @@ mod qmp;
 mod remedy;
 mod runs;
 mod service;
+mod stored;
 mod verbs;
 mod version;
 mod working_set;

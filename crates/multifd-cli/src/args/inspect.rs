@@ -15,6 +15,9 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+    /// Print the XML of the guest in a save image of libvirt
+    #[arg(long, conflicts_with_all = ["json", "extract"])]
+    pub(crate) xml: bool,
     /// Write the RAM of this block to OUT, as raw bytes; zero pages become holes
     #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
     pub(crate) extract: Option<OsString>,

@@ -93,6 +93,7 @@ use ram::{Part, Ram};
 /// ```
 pub struct Events<R> {
     r: Reader<R>,
+    kind: StreamKind,
     state: State,
     /// The offset at which the last event begins.
     begin: u64,
@@ -148,9 +149,18 @@ impl<R> fmt::Debug for Events<R> {
 impl<R: Read> Events<R> {
     /// Reads the main stream that arrives over `connection`.
     pub fn new(connection: R) -> Self {
-        let r = Reader::new(connection, StreamKind::Main);
+        Self::of(connection, StreamKind::Main)
+    }
+
+    /// Reads a main stream that was stored.
+    pub(crate) fn of_stored(stream: R) -> Self {
+        Self::of(stream, StreamKind::Stored)
+    }
+
+    fn of(connection: R, kind: StreamKind) -> Self {
         Self {
-            r,
+            r: Reader::new(connection, kind),
+            kind,
             state: State::Header,
             begin: 0,
             configuration: None,
@@ -230,7 +240,7 @@ impl<R: Read> Events<R> {
 
     /// Where the last event begins, or the current place for an event without bytes.
     pub fn place(&self) -> Place {
-        Place { stream: StreamKind::Main, offset: self.begin }
+        Place { stream: self.kind, offset: self.begin }
     }
 
     /// Where the last event ends.
