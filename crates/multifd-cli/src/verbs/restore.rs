@@ -67,7 +67,7 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     let machine = Machine::of(&mut qmp)?;
     compare(args, &machine, file)?;
     if args.postcopy.is_on() {
-        return restore_running(args, &file, qmp, stop, run);
+        return restore_running(args, file, qmp, stop, run);
     }
 
     let reading = Reading {

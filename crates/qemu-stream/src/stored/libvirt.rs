@@ -74,7 +74,8 @@ impl LibvirtImage {
     pub const MOST_XML: usize = 16 << 20;
 }
 
-#[expect(clippy::little_endian_bytes, reason = "libvirt writes its numbers in the order of the host")]
+/// A little-endian number of the head.
 fn number(head: &[u8], at: usize) -> u32 {
-    head.get(at..).and_then(|rest| rest.first_chunk()).copied().map(u32::from_le_bytes).unwrap_or_default()
+    let bytes = head.get(at..at + 4).unwrap_or_default();
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u32::from(*byte))
 }

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::kit::{
-    assert_left, first_difference, folder, machine, machine_in, memory, migrate, migrate_live, multifd, path,
-    run, runs_on, send, source, stored_memory,
+    Program, assert_left, first_difference, folder, machine, machine_in, memory, migrate, migrate_live,
+    multifd, path, run, runs_on, send, source, stored_memory,
 };
 
 /// Makes a mapped-ram file of a machine in another form.
@@ -161,15 +161,13 @@ fn what_a_stream_needs_and_is_missing_is_named() {
     let folder = folder();
     let packed = path(&folder, "packed");
     fs::write(&packed, b"\x28\xb5\x2f\xfd and no more").expect("written");
-    let ended = |set: &dyn Fn(&mut Command)| {
+    let ended = |variable: Option<(&str, &str)>| {
         let mut command = multifd(["inspect"]);
-        set(command.arg(&packed));
-        crate::kit::Program::start(&mut command).end()
+        Program::start(command.arg(&packed).envs(variable)).end()
     };
-    ended(&|_| {}).assert_failed(1, &["zstd cannot decompress it"]);
-    ended(&|command| drop(command.env("PATH", "")))
-        .assert_failed(1, &["zstd cannot be started", "install it"]);
-    ended(&|command| drop(command.env("TMPDIR", "/nowhere"))).assert_failed(1, &["/nowhere"]);
+    ended(None).assert_failed(1, &["zstd cannot decompress it"]);
+    ended(Some(("PATH", ""))).assert_failed(1, &["zstd cannot be started", "install it"]);
+    ended(Some(("TMPDIR", "/nowhere"))).assert_failed(1, &["/nowhere"]);
 }
 
 /// libvirt's format `sparse` has a mapped-ram file after its head.
