@@ -1,6 +1,7 @@
 //! `multifd inspect`: shows the contents of a mapped-ram file without its pages, or extracts one block's pages.
 
 mod chain;
+pub(in crate::verbs) mod device;
 
 use indicatif::BinaryBytes;
 use multifd::channel::Stop;
@@ -114,6 +115,9 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let file = Open::new(&stop).quiet(true).no_verify(args.no_verify).pages(pages).machine(&args.file)?;
     if let (Some(block), Some(out)) = (&args.extract, &args.out) {
         return extract::run(&args.file, &file, block, out, args.force);
+    }
+    if args.devices || args.device.is_some() {
+        return device::run(args, &file);
     }
     if args.xml {
         return xml(args, &file);

@@ -9,6 +9,7 @@ mod files;
 mod foreign;
 mod interrupted;
 mod journey;
+mod look;
 mod many;
 mod matrix;
 mod odd;
