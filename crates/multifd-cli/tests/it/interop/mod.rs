@@ -23,6 +23,7 @@ mod refused;
 mod snapshots;
 mod switched;
 mod tls;
+mod tools;
 mod transports;
 mod uuids;
 mod zero_copy;
