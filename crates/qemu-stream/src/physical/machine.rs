@@ -11,7 +11,7 @@
 
 use multifd::ram::{BlockIndex, BlockOffset};
 
-use super::map::{BadPlace, PhysicalAddress, PhysicalRange};
+use super::range::{BadPlace, PhysicalAddress, PhysicalRange};
 use crate::{
     format::{BlockEntry, MachineType, MachineVersion},
     mapped_ram::StoredMachine,

@@ -1,44 +1,15 @@
 //! Which piece of which block is at which guest-physical address.
 
-use std::fmt;
-
 use multifd::ram::{BlockIndex, BlockName, BlockOffset};
 
-use super::machine;
+use super::{
+    machine,
+    range::{BadPlace, PhysicalAddress, PhysicalRange},
+};
 use crate::{
     format::{BlockEntry, BlockList},
     mapped_ram::StoredMachine,
 };
-
-/// A guest-physical address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PhysicalAddress(pub u64);
-
-impl fmt::Display for PhysicalAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
-
-/// A piece of a block at a guest-physical address. It is never empty.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PhysicalRange {
-    /// Its first address.
-    pub start: PhysicalAddress,
-    /// Its length in bytes.
-    pub length: u64,
-    /// The block.
-    pub block: BlockIndex,
-    /// Where the piece begins in the block.
-    pub offset: BlockOffset,
-}
-
-impl PhysicalRange {
-    /// The address of its last byte.
-    pub fn last(&self) -> PhysicalAddress {
-        PhysicalAddress(self.start.0 + (self.length - 1))
-    }
-}
 
 /// A place of a block that the caller knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,58 +22,6 @@ pub struct Place {
     pub offset: BlockOffset,
     /// The length of the piece in bytes; `None`: up to the end of the block.
     pub length: Option<u64>,
-}
-
-/// Why a machine has no map of its memory.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum BadPlace {
-    /// The machine type is not known, and no block has an address.
-    #[error(
-        "the guest-physical addresses of machine type {0} are not known: give the address of each block of RAM"
-    )]
-    Machine(String),
-    /// Several blocks could be RAM, and nothing shows their order.
-    #[error(
-        "RAM is in several blocks ({0}), and nothing shows their order: give the address of each of them"
-    )]
-    Order(String),
-    /// The machine type has its RAM in a block that is not there.
-    #[error("no block is RAM of {machine}: give the address of each block of RAM")]
-    NoRam {
-        /// The machine type.
-        machine: String,
-    },
-    /// On some hosts, RAM of this size is elsewhere.
-    #[error(
-        "RAM of {0:#x} bytes may be above 1 TiB on hosts with AMD processors: give the address of each block of RAM"
-    )]
-    Huge(u64),
-    /// There is no such block.
-    #[error("no block is called {0:?}")]
-    NoSuchBlock(BlockName),
-    /// A piece is empty, leaves its block, or leaves the address space.
-    #[error(
-        "{start}: a piece of {length:#x} bytes at offset {offset} is not in block {block:?} of {used_length:#x} bytes"
-    )]
-    Outside {
-        /// The address.
-        start: PhysicalAddress,
-        /// The length of the piece.
-        length: u64,
-        /// Where the piece begins in the block.
-        offset: BlockOffset,
-        /// The block.
-        block: BlockName,
-        /// The length of the block.
-        used_length: u64,
-    },
-    /// Two pieces are at the same address.
-    #[error("{0}: two blocks are at this address")]
-    Overlap(PhysicalAddress),
-    /// A piece does not consist of whole pages.
-    #[error("{0}: a piece does not begin or end with a page")]
-    Unaligned(PhysicalAddress),
 }
 
 /// Where RAM is. Its ranges are sorted and do not overlap, and begin and end with pages.

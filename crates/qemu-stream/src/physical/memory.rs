@@ -4,7 +4,10 @@ use std::io;
 
 use multifd::ram::{PageIndex, RamBlocks};
 
-use super::map::{PhysicalAddress, PhysicalMap, PhysicalRange};
+use super::{
+    map::PhysicalMap,
+    range::{PhysicalAddress, PhysicalRange},
+};
 use crate::mapped_ram::{ReadPath, StoredMachine};
 
 /// The memory of a stored machine. Threads can read it at the same time.

@@ -14,9 +14,11 @@
 mod machine;
 mod map;
 mod memory;
+mod range;
 
-pub use map::{BadPlace, PhysicalAddress, PhysicalMap, PhysicalRange, Place};
+pub use map::{PhysicalMap, Place};
 pub use memory::PhysicalMemory;
+pub use range::{BadPlace, PhysicalAddress, PhysicalRange};
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use std::io;
 
 use multifd::ram::{BlockIndex, PageIndex, RamBlocks};
 
-use super::Pages;
+use super::pages::Pages;
 
 /// Pages that were read from a stream and are not yet in the scratch file.
 pub(super) struct Batch<'a> {

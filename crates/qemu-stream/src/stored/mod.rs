@@ -13,10 +13,12 @@
 
 mod batch;
 mod libvirt;
+mod pages;
 mod unfold;
 
 pub use libvirt::LibvirtImage;
-pub use unfold::{Pages, Unfold};
+pub use pages::Pages;
+pub use unfold::Unfold;
 
 #[cfg(test)]
 mod tests;

@@ -18,23 +18,13 @@ use multifd::{
     ram::{BlockIndex, PageBitmap, RamBlocks, with_file_size_errors},
 };
 
-use super::batch::Batch;
+use super::{batch::Batch, pages::Pages};
 use crate::{
     error::{Error, Place, StreamKind, Unsupported},
     format::{BlockList, Command, Configuration, DevicePart, Event, SectionId, SyncMode},
     incoming::Events,
     mapped_ram::{Layout, Shape, StoredMachine, Tail},
 };
-
-/// What is kept of the pages of a stream.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pages {
-    /// All of them.
-    #[default]
-    Keep,
-    /// Only which pages there are. [`StoredMachine::ram_blocks`] of such a machine fails.
-    Count,
-}
 
 /// Reads a stream that was stored one byte after the other, as QEMU writes it with `exec:cat > FILE`.
 #[derive(Debug)]
@@ -64,7 +54,7 @@ impl<R: Read> Unfold<R> {
     /// written, for example because its file system is full; if `stop` has cancelled it.
     pub fn run(self, scratch: &Arc<File>, read: &AtomicU64, stop: &Stop) -> Result<StoredMachine, Error> {
         let Self { stream, pages } = self;
-        let mut events = Events::of_stored(Counted { stream, read, stop });
+        let mut events = Events::of(Counted { stream, read, stop }, StreamKind::Stored);
         let (configuration, section, list) = begin(&mut events)?;
         let draft = Layout::of(&shape(configuration.as_ref(), section, true, &[]), &list)?;
         let at = |events: &Events<_>| events.here();

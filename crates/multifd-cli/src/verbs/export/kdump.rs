@@ -14,7 +14,7 @@ use std::io;
 use qemu_stream::physical::{PhysicalAddress, PhysicalMemory, PhysicalRange};
 
 use super::{
-    Described,
+    described::Described,
     note::{Architecture, Bytes},
     plan::{Piece, Plan, Table},
 };

@@ -8,6 +8,7 @@
 //!
 //! Each format is a [`Plan`]: the same plan is written to a file by several threads, and to a pipe from its beginning to its end.
 
+mod described;
 mod elf;
 mod kdump;
 mod note;
@@ -16,7 +17,7 @@ mod registers;
 mod vmcoreinfo;
 mod write;
 
-use std::{ops::Range, path::Path, time::Instant};
+use std::{path::Path, time::Instant};
 
 use indicatif::BinaryBytes;
 use multifd::channel::Stop;
@@ -26,6 +27,7 @@ use qemu_stream::{
 };
 
 use self::{
+    described::Described,
     note::Architecture,
     plan::{Piece, Plan},
     write::Writer,
@@ -49,7 +51,7 @@ pub(crate) fn run(args: &ExportArgs) -> Result<(), Failure> {
     interrupt::spares_large_files();
     let opened = Memory::open(&args.file, &args.physical, args.quiet, &stop)?;
     let start = Instant::now();
-    let plan = plan(args, &opened, &stop)?;
+    let plan = plan_of(args, &opened, &stop)?;
     let writer = Writer { memory: &opened.memory, plan: &plan, stop: &stop };
     let whereto = if args.out == Path::new("-") { "standard output".into() } else { shown(&args.out) };
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| -> Failure {
@@ -86,7 +88,7 @@ pub(crate) fn run(args: &ExportArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn plan<'a>(args: &ExportArgs, opened: &'a Memory, stop: &Stop) -> Result<Plan<'a>, Failure> {
+fn plan_of<'a>(args: &ExportArgs, opened: &'a Memory, stop: &Stop) -> Result<Plan<'a>, Failure> {
     let memory = &opened.memory;
     match args.format {
         FormatArg::Raw => Ok(raw(memory)),
@@ -110,32 +112,6 @@ fn architecture(machine: &Opened) -> Result<Architecture, Failure> {
         let why = format!("the processor of machine type {name:?} is not known: use the format raw or lime");
         While::new("cannot write the head of the file", why).into()
     })
-}
-
-/// What a file says besides memory.
-struct Described {
-    /// Notes of the processors, and that of the kernel.
-    notes: Vec<u8>,
-    /// Where the kernel's own description is in the notes.
-    vmcoreinfo: Option<Range<u64>>,
-    processors: u32,
-}
-
-impl Described {
-    /// The rest of the first line of VMCOREINFO that begins with `key`.
-    fn text(&self, key: &str) -> Option<String> {
-        let Range { start, end } = self.vmcoreinfo.clone()?;
-        let text = self.notes.get(usize::try_from(start).ok()?..usize::try_from(end).ok()?)?;
-        let mut lines = text.split(|byte| *byte == b'\n');
-        let value = lines.find_map(|line| line.strip_prefix(key.as_bytes()))?;
-        Some(String::from_utf8_lossy(value).into_owned())
-    }
-
-    /// The same, as a number. A negative one is that of 64 bits.
-    fn value(&self, key: &str) -> Option<u64> {
-        let text = self.text(key)?;
-        text.parse().ok().or_else(|| text.parse::<i64>().ok().map(i64::cast_unsigned))
-    }
 }
 
 /// The registers of the processors, and the kernel's own description of itself.

@@ -144,7 +144,7 @@ impl<'a> Search<'a> {
 
 /// Bytes of a piece: whole pages, and what stays in a processor's cache.
 const PIECE: usize = 4 << 20;
-/// Pieces of a round: so many that a slow one delays the others little.
+/// Pieces of a round: enough that a slow one delays the others little.
 const ROUND: usize = 256;
 /// The same, if there may be a place at every byte: their addresses need 128 MiB.
 const FEW: usize = 4;

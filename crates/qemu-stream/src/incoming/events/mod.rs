@@ -93,7 +93,6 @@ use ram::{Part, Ram};
 /// ```
 pub struct Events<R> {
     r: Reader<R>,
-    kind: StreamKind,
     state: State,
     /// The offset at which the last event begins.
     begin: u64,
@@ -152,15 +151,10 @@ impl<R: Read> Events<R> {
         Self::of(connection, StreamKind::Main)
     }
 
-    /// Reads a main stream that was stored.
-    pub(crate) fn of_stored(stream: R) -> Self {
-        Self::of(stream, StreamKind::Stored)
-    }
-
-    fn of(connection: R, kind: StreamKind) -> Self {
+    /// Reads a main stream of this kind, which errors name.
+    pub(crate) fn of(connection: R, kind: StreamKind) -> Self {
         Self {
             r: Reader::new(connection, kind),
-            kind,
             state: State::Header,
             begin: 0,
             configuration: None,
@@ -240,7 +234,7 @@ impl<R: Read> Events<R> {
 
     /// Where the last event begins, or the current place for an event without bytes.
     pub fn place(&self) -> Place {
-        Place { stream: self.kind, offset: self.begin }
+        Place { offset: self.begin, ..self.r.here() }
     }
 
     /// Where the last event ends.
