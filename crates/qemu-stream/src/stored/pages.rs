@@ -6,6 +6,7 @@ pub enum Pages {
     /// All of them.
     #[default]
     Keep,
-    /// Only which pages there are. [`StoredMachine::ram_blocks`] of such a machine fails.
+    /// Only which pages there are. [`StoredMachine::ram_blocks`](crate::mapped_ram::StoredMachine::ram_blocks) of such a machine
+    /// fails.
     Count,
 }
