@@ -4,7 +4,7 @@ use std::io::Read;
 
 use super::{Events, State};
 use crate::{
-    error::{Error, StreamKind},
+    error::Error,
     format::{CurrentBlock, DevicePart, Reader},
 };
 
