@@ -14,6 +14,7 @@ use std::{
 
 use multifd::{error::UntrustedText, ram};
 use parse_size::Config;
+use qemu_stream::mapped_ram;
 
 use crate::output::{outcome::While, outlet::shown};
 
@@ -36,6 +37,15 @@ impl Digests {
     /// `--no-verify`.
     pub(crate) fn unless(no_verify: bool) -> Self {
         if no_verify { Self::Ignore } else { Self::Compare }
+    }
+}
+
+impl From<Digests> for mapped_ram::Digests {
+    fn from(digests: Digests) -> Self {
+        match digests {
+            Digests::Compare => Self::Compare,
+            Digests::Ignore => Self::Ignore,
+        }
     }
 }
 

@@ -5,9 +5,12 @@
 //!          verbs/receive   QEMU ═══ channels ═══▶ file        capture   the file being written
 //!          verbs/many      receive --dir: one machine after another, several at a time; file_name has their names
 //!          verbs/send      file ═══ channels ═══▶ QEMU
+//!          stored/         any form of a stored machine ─▶ one reader, for all verbs that read one
 //!          verbs/inspect   file ─▶ a table, or (extract) one block's RAM
 //!          verbs/verify    file ─▶ compared with its digests
 //!          verbs/merge     a delta and its bases ─▶ one file
+//!          verbs/diff      two machines ─▶ what differs
+//!          verbs/read, find, export   guest-physical memory: a table, places of bytes, a file for other tools
 //!          verbs/ctl       commands to a run of another process, at the socket of its runs/control
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   service (systemd)   output/  progress, and the end as text or JSON
@@ -34,6 +37,7 @@ mod qmp;
 mod remedy;
 mod runs;
 mod service;
+mod stored;
 mod verbs;
 mod version;
 mod working_set;
@@ -76,6 +80,10 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Verify(args) => verbs::verify::run(&args),
         Verb::Merge(args) => verbs::merge::run(&args),
+        Verb::Diff(args) => verbs::diff::run(&args),
+        Verb::Read(args) => verbs::read::run(&args),
+        Verb::Find(args) => verbs::find::run(&args),
+        Verb::Export(args) => verbs::export::run(&args),
         Verb::Ctl(args) => ctl::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::DemoDestination(args) => demo::destination(&args),

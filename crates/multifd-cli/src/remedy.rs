@@ -8,8 +8,8 @@ use multifd::error::is_executed;
 use qemu_stream::{
     Error as StreamError,
     error::{BadBase, Malformed, Unsupported},
-    format::{Compressor, LibvirtStorage, OtherFormat},
-    mapped_ram::{self, BaseName, ChainFile, FoundFile, StoredMachine},
+    format::{LibvirtStorage, OtherFormat},
+    mapped_ram::{FoundFile, StoredMachine},
 };
 
 use crate::{
@@ -18,23 +18,12 @@ use crate::{
 };
 
 impl FileAddress {
-    /// Opens the machine at this address for reading.
+    /// Opens the mapped-ram file at this address for reading, or a delta with its bases.
     pub(crate) fn open(&self, digests: Digests) -> Result<StoredMachine, While> {
-        self.open_with(digests, |delta, base| FoundFile::beside(delta.path(), base))
-    }
-
-    /// The same; `find` opens the bases of a delta.
-    pub(crate) fn open_with(
-        &self,
-        digests: Digests,
-        find: impl FnMut(&ChainFile, &BaseName) -> io::Result<FoundFile>,
-    ) -> Result<StoredMachine, While> {
         let found = self.found().map_err(|error| self.unreadable(error))?;
-        let digests = match digests {
-            Digests::Compare => mapped_ram::Digests::Compare,
-            Digests::Ignore => mapped_ram::Digests::Ignore,
-        };
-        let opened = StoredMachine::open_with(found, digests, find);
+        let opened = StoredMachine::open_with(found, digests.into(), |delta, base| {
+            FoundFile::beside(delta.path(), base)
+        });
         opened.map_err(|error| self.unreadable(of(error, self)))
     }
 
@@ -50,7 +39,7 @@ pub(crate) const READS_DAMAGED: &str = "use another copy of it; --no-verify read
 
 /// An error of a file, and what to do about it.
 #[derive(Debug)]
-struct Remedied {
+pub(crate) struct Remedied {
     error: StreamError,
     remedy: Option<String>,
 }
@@ -73,7 +62,7 @@ fn of_base(why: &BadBase) -> Option<String> {
 }
 
 /// Adds to the error of the file at `address` the command that makes a file that can be read.
-fn of(error: StreamError, address: &FileAddress) -> Remedied {
+pub(crate) fn of(error: StreamError, address: &FileAddress) -> Remedied {
     let remedy = match &error {
         StreamError::Unsupported { what, .. } => command(what, address),
         StreamError::Malformed { what: Malformed::Damaged(_), .. } => Some(READS_DAMAGED.to_owned()),
@@ -100,55 +89,33 @@ impl Error for Remedied {
 }
 
 fn command(what: &Unsupported, address: &FileAddress) -> Option<String> {
-    let offset = address.offset();
-    Some(match what {
-        Unsupported::NeedsCapability { capability: "mapped-ram", .. } => {
-            convert(&[bytes_of(address, offset)])
+    match what {
+        Unsupported::NeedsCapability { capability: "mapped-ram", .. }
+        | Unsupported::OtherFormat(
+            OtherFormat::Compressed(_)
+            | OtherFormat::LibvirtSave {
+                storage: LibvirtStorage::Raw | LibvirtStorage::Compressed(_) | LibvirtStorage::Sparse,
+                stream_at: Some(_),
+            },
+        ) => {
+            let file = match address.offset() {
+                0 => name_of(address).to_owned(),
+                offset => format!("file:{},offset={offset}", name_of(address)),
+            };
+            Some(format!("this makes a file NEW of it: multifd merge {} NEW", quoted(&dashed(file))))
         }
-        Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, stream_at: Some(before) }) => {
-            let stream = bytes_of(address, offset + before);
-            match storage {
-                LibvirtStorage::Raw => convert(&[stream]),
-                LibvirtStorage::Compressed(by) => convert(&[stream, decompress(*by)]),
-                LibvirtStorage::Sparse => {
-                    let file = format!("file:{},offset={}", name_of(address), offset + before);
-                    format!("read its stream as it is, with {} as the file", quoted(&file))
-                }
-                _ => return None,
-            }
-        }
-        Unsupported::OtherFormat(OtherFormat::Compressed(by)) => {
-            convert(&[bytes_of(address, offset), decompress(*by)])
-        }
-        _ => return None,
-    })
-}
-
-/// The command that makes a mapped-ram file of a stream.
-fn convert(pipe: &[String]) -> String {
-    let from = format!("exec:{}", pipe.join(" | "));
-    format!("this makes a file NEW that can be read: multifd receive {} NEW", in_double_quotes(&from))
-}
-
-/// A command that writes the file from this offset on.
-fn bytes_of(address: &FileAddress, offset: u64) -> String {
-    let path = quoted(name_of(address));
-    // A path may begin like an option.
-    let path = if path.starts_with('-') { format!("./{path}") } else { path };
-    match offset {
-        0 => format!("cat {path}"),
-        // The first byte is number 1.
-        _ => format!("tail -c +{} {path}", offset + 1),
+        _ => None,
     }
+}
+
+/// A path may begin like an option.
+fn dashed(path: String) -> String {
+    if path.starts_with('-') { format!("./{path}") } else { path }
 }
 
 /// The path as it can be typed. A name that cannot be shown as it is cannot be typed either: it stays a placeholder.
 fn name_of(address: &FileAddress) -> &str {
     address.path().to_str().filter(|path| !path.contains(is_executed)).unwrap_or("FILE")
-}
-
-fn decompress(by: Compressor) -> String {
-    format!("{} -dc", by.name())
 }
 
 /// A word of a shell command.
@@ -160,20 +127,10 @@ pub(crate) fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// A word of a shell command that contains quoted words.
-fn in_double_quotes(word: &str) -> String {
-    let mut out = String::from('"');
-    for c in word.chars() {
-        if matches!(c, '"' | '\\' | '$' | '`') {
-            out.push('\\');
-        }
-        out.push(c);
-    }
-    out + "\""
-}
-
 #[cfg(test)]
 mod tests {
+    use qemu_stream::format::Compressor;
+
     use super::*;
 
     fn address(text: &str) -> FileAddress {
@@ -185,25 +142,16 @@ mod tests {
     }
 
     #[test]
-    fn command_names_the_path_the_offset_and_the_decompressor() {
+    fn command_names_the_path_and_the_offset() {
         let told = |what, file| command(&what, &address(file)).expect("a remedy");
         let stream = Unsupported::NeedsCapability { what: "a stream", capability: "mapped-ram" };
         for (what, file, end) in [
-            (stream.clone(), "vm", r#"multifd receive "exec:cat vm" NEW"#),
-            (stream.clone(), "file:-vm,offset=8", r#"multifd receive "exec:tail -c +9 ./-vm" NEW"#),
-            (of_libvirt(LibvirtStorage::Raw), "vm", r#""exec:tail -c +101 vm" NEW"#),
-            (of_libvirt(LibvirtStorage::Raw), "file:vm,offset=4096", r#""exec:tail -c +4197 vm" NEW"#),
-            (
-                of_libvirt(LibvirtStorage::Compressed(Compressor::Zstd)),
-                "vm",
-                r#""exec:tail -c +101 vm | zstd -dc" NEW"#,
-            ),
-            (of_libvirt(LibvirtStorage::Sparse), "vm", "with file:vm,offset=100 as the file"),
-            (
-                Unsupported::OtherFormat(OtherFormat::Compressed(Compressor::Gzip)),
-                "vm.gz",
-                r#""exec:cat vm.gz | gzip -dc" NEW"#,
-            ),
+            (stream.clone(), "vm", "multifd merge vm NEW"),
+            (stream.clone(), "./it's", r"multifd merge './it'\''s' NEW"),
+            (stream.clone(), "file:-vm,offset=8", "multifd merge file:-vm,offset=8 NEW"),
+            (stream, "file:-vm", "multifd merge ./-vm NEW"),
+            (of_libvirt(LibvirtStorage::Raw), "vm", "multifd merge vm NEW"),
+            (Unsupported::OtherFormat(OtherFormat::Compressed(Compressor::Gzip)), "a b", "merge 'a b' NEW"),
         ] {
             assert!(told(what.clone(), file).ends_with(end), "{}", told(what, file));
         }
@@ -216,20 +164,7 @@ mod tests {
         let stream = Unsupported::NeedsCapability { what: "a stream", capability: "mapped-ram" };
         for name in ["a\u{1b}[2J", "a\nb", "a\u{202e}b"] {
             let told = command(&stream, &address(name)).expect("a remedy");
-            assert!(told.ends_with(r#""exec:cat FILE" NEW"#), "{told}");
-        }
-    }
-
-    #[test]
-    fn shell_reads_the_path_as_it_is() {
-        for name in ["a b", "it's", "$HOME", "a\"b", "`id`", "a\\b", "a;b"] {
-            let command = in_double_quotes(&bytes_of(&address(name), 0));
-            // Once for the user's shell, once for that of exec:.
-            let output = std::process::Command::new("sh")
-                .args(["-c", &format!("printf %s {command} | sed 's/^cat/printf %s/' | sh")])
-                .output()
-                .expect("a shell");
-            assert_eq!(String::from_utf8_lossy(&output.stdout), name);
+            assert!(told.ends_with("multifd merge FILE NEW"), "{told}");
         }
     }
 }

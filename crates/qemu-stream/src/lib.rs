@@ -18,6 +18,9 @@
 //! | [`incoming`] | the main stream at a destination; calls a [`Destination`](incoming::Destination), or is read [event by event](incoming::Events) |
 //! | [`outgoing`] | the main stream at a source, call by call, or [event by event](outgoing::EventWriter) |
 //! | [`mapped_ram`] | the file that QEMU 9.0 and later save to and load from |
+//! | [`physical`] | memory by guest-physical addresses |
+//! | [`state`] | the state of devices as fields with names |
+//! | [`stored`] | machines in other forms: streams in files, save images of libvirt |
 //! | [`error`] | errors, sorted by who is at fault |
 //! | [`guide`] | how to add live migration to a virtual machine monitor |
 //!
@@ -93,8 +96,11 @@ pub mod guide;
 pub mod incoming;
 pub mod mapped_ram;
 pub mod outgoing;
+pub mod physical;
 mod refuse;
 pub mod source;
+pub mod state;
+pub mod stored;
 
 pub use connection::{Connection, Judge};
 pub use error::Error;

@@ -15,6 +15,15 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+    /// Show the state of a device as fields with names: NAME, or NAME:INSTANCE
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["xml", "extract"])]
+    pub(crate) device: Option<String>,
+    /// Show the state of all devices as fields with names
+    #[arg(long, conflicts_with_all = ["device", "xml", "extract"])]
+    pub(crate) devices: bool,
+    /// Print the XML of the guest in a save image of libvirt
+    #[arg(long, conflicts_with_all = ["json", "extract"])]
+    pub(crate) xml: bool,
     /// Write the RAM of this block to OUT, as raw bytes; zero pages become holes
     #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
     pub(crate) extract: Option<OsString>,

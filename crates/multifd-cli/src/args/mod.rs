@@ -7,8 +7,10 @@ mod compression;
 mod ctl;
 mod demo;
 mod inspect;
+mod look;
 mod many;
 mod merge;
+mod physical;
 mod postcopy;
 mod receive;
 mod restore;
@@ -24,7 +26,9 @@ pub(crate) use self::{
     ctl::{CtlArgs, CtlCommand, LimitArg},
     demo::{DemoArgs, DemoDestinationArgs},
     inspect::InspectArgs,
+    look::{DiffArgs, ExportArgs, FindArgs, FormatArg, ReadArgs},
     merge::MergeArgs,
+    physical::PhysicalArgs,
     postcopy::PostcopyArgs,
     receive::{MissingPagesArg, ReceiveArgs},
     restore::RestoreArgs,
@@ -100,6 +104,21 @@ pub(crate) enum Verb {
     /// A delta was written with --base. OUT is the file that would have been written without it: QEMU 9.0 and later load it, and
     /// it needs no base. FILEs are not changed. OUT appears when it is complete and on the disk.
     Merge(MergeArgs),
+    /// Show what differs between the machines in two files
+    ///
+    /// Machine type, blocks, pages, devices and their fields. Exit code 0: they are equal; 1: they differ; 2: it failed.
+    Diff(DiffArgs),
+    /// Show the memory of a guest in a file, by guest-physical addresses
+    Read(ReadArgs),
+    /// Find bytes or a text in the memory of a guest in a file
+    ///
+    /// Prints the guest-physical address of each place, and the first bytes there. Searches each range of RAM for itself. Exit code
+    /// 0: found; 1: not found; 2: it failed.
+    Find(FindArgs),
+    /// Write the memory of a guest in a file in a format that other tools read
+    ///
+    /// Memory is laid out by guest-physical addresses. What is zero becomes a hole of OUT.
+    Export(ExportArgs),
     /// Ask a run for its status, cancel it, or change its limits
     ///
     /// For a run of receive, send, capture or restore that was started with --control SOCKET.
@@ -122,7 +141,14 @@ impl Verb {
             Self::Send(args) => args.output.quiet,
             Self::Verify(args) => args.output.quiet,
             Self::Merge(args) => args.output.quiet,
-            Self::Inspect(_) | Self::Ctl(_) | Self::Demo(_) | Self::DemoDestination(_) => false,
+            Self::Export(args) => args.quiet,
+            Self::Diff(_)
+            | Self::Read(_)
+            | Self::Find(_)
+            | Self::Inspect(_)
+            | Self::Ctl(_)
+            | Self::Demo(_)
+            | Self::DemoDestination(_) => false,
         }
     }
 }

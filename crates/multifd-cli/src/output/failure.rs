@@ -11,6 +11,8 @@ pub(crate) enum Failure {
     Usage(Box<dyn Error + Send + Sync>),
     /// The machine is stored, but its source did not get the confirmation and may be running it: exit code 3.
     SourceNotTold(Box<dyn Error + Send + Sync>),
+    /// A comparison has found a difference, or a search nothing, and has reported it: exit code 1.
+    Different,
     /// Ctrl-C: exit code 130.
     Interrupted,
 }
@@ -25,10 +27,18 @@ impl Failure {
     /// The exit code of the process.
     pub(crate) fn code(&self) -> u8 {
         match self {
-            Self::Failed(_) => 1,
+            Self::Failed(_) | Self::Different => 1,
             Self::Usage(_) => 2,
             Self::SourceNotTold(_) => 3,
             Self::Interrupted => 130,
+        }
+    }
+
+    /// A failure of a verb whose exit codes are those of `diff` and `grep`: 2.
+    pub(crate) fn in_comparison(self) -> Self {
+        match self {
+            Self::Failed(error) => Self::Usage(error),
+            other => other,
         }
     }
 

@@ -12,6 +12,7 @@ pub(crate) fn exit_code(ended: Result<(), Failure>) -> ExitCode {
     let Err(failure) = ended else { return ExitCode::SUCCESS };
     match &failure {
         Failure::Failed(error) | Failure::Usage(error) | Failure::SourceNotTold(error) => tell(&**error),
+        Failure::Different => {}
         Failure::Interrupted => say("multifd: interrupted; the operation was cancelled"),
     }
     ExitCode::from(failure.code())

@@ -14,7 +14,6 @@ use crate::{
     about::About,
     args::MergeArgs,
     capture::warn_of_little_room,
-    file_address::Digests,
     interrupt,
     new_file::NewFile,
     output::{
@@ -25,6 +24,7 @@ use crate::{
     },
     remedy::READS_DAMAGED,
     runs::Run,
+    stored::{Open, Opened},
 };
 
 pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
@@ -38,7 +38,8 @@ pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
 }
 
 fn merge(args: &MergeArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
-    let machine = open(args)?;
+    let opened = open(args, stop)?;
+    let machine = &*opened;
     let new = NewFile::create(args.out.path(), args.out.offset(), args.force)?;
     let failed = |error: multifd::Error| {
         if error.is_cancelled() {
@@ -50,7 +51,7 @@ fn merge(args: &MergeArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     };
     let unwritten = |error: std::io::Error| While::new(format!("cannot complete {}", args.out), error);
     let file = Arc::new(new.file().try_clone().map_err(unwritten)?);
-    let total = present(&machine).map_err(|error| failed(multifd::Error::other("read a bitmap", error)))?;
+    let total = present(machine).map_err(|error| failed(multifd::Error::other("read a bitmap", error)))?;
     warn_of_little_room(&file, new.target(), total);
 
     let shown = Arc::new(Reading {
@@ -61,9 +62,8 @@ fn merge(args: &MergeArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
     });
     run.show(shown.clone());
     let display = Display::start("merge", args.output.progress(), shown.clone());
-    let merge =
-        Merge::new(&machine).threads(args.threads).direct_io(args.direct_io).offset(args.out.offset());
-    let about = about(args, &machine);
+    let merge = Merge::new(machine).threads(args.threads).direct_io(args.direct_io).offset(args.out.offset());
+    let about = about(args, machine);
     let merged = merge.run(&file, about.as_deref(), &shown.read, stop).and_then(|end| {
         file.sync_all().map_err(|error| multifd::Error::io("write the file to the disk", error))?;
         stop.check().map(|()| end)
@@ -100,10 +100,11 @@ fn merge(args: &MergeArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
 }
 
 /// Opens the last file, with the files before it as its bases.
-fn open(args: &MergeArgs) -> Result<StoredMachine, Failure> {
+fn open(args: &MergeArgs, stop: &Stop) -> Result<Opened, Failure> {
     let mut rest = args.files.iter().rev();
     let Some(newest) = rest.next() else { return Err(Failure::Usage("expected FILE... OUT".into())) };
-    let machine = newest.open_with(Digests::Compare, |delta, base| match rest.next() {
+    let open = Open::new(stop).quiet(args.output.quiet);
+    let machine = open.machine_with(newest, |delta, base| match rest.next() {
         Some(given) => given.found(),
         None => FoundFile::beside(delta.path(), base),
     })?;

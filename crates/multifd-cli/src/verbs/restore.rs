@@ -29,7 +29,6 @@ use super::{
 use crate::{
     args::RestoreArgs,
     direct_io::DirectIo,
-    file_address::Digests,
     interrupt,
     output::{
         outcome::{Failure, While},
@@ -41,6 +40,7 @@ use crate::{
         listening_at, resume, run_state,
     },
     runs::Run,
+    stored::Open,
 };
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
@@ -52,11 +52,12 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), Failure> {
 }
 
 fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
-    let file = args.file.open(Digests::unless(args.no_verify))?;
-    let guest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
+    let opened = Open::new(stop).quiet(args.output.quiet).no_verify(args.no_verify).machine(&args.file)?;
+    let file = &*opened;
+    let guest = AtRest::of(file).map_err(|error| args.file.unreadable(error))?;
     let mut qmp = Qmp::connect(&args.qmp, stop)?;
     if args.postcopy.resume {
-        return restore_running(args, &file, qmp, stop, run);
+        return restore_running(args, file, qmp, stop, run);
     }
     let state = run_state(&mut qmp)?;
     if state != "inmigrate" {
@@ -64,9 +65,9 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
         return Err(While::new(format!("cannot restore into the QEMU at {}", args.qmp), why).into());
     }
     let machine = Machine::of(&mut qmp)?;
-    compare(args, &machine, &file)?;
+    compare(args, &machine, file)?;
     if args.postcopy.is_on() {
-        return restore_running(args, &file, qmp, stop, run);
+        return restore_running(args, file, qmp, stop, run);
     }
 
     let reading = Reading {
@@ -74,9 +75,9 @@ fn restore(args: &RestoreArgs, stop: &Stop, run: &Run) -> Result<(), Failure> {
         packs: false,
         direct_io: DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file },
     };
-    let blocks = Arc::new(reading.blocks(&file)?);
-    let options = at_rest_options(args.max_bandwidth).zero_page_detection(understood(&file));
-    let options = SourceOptions::of_file(&file)
+    let blocks = Arc::new(reading.blocks(file)?);
+    let options = at_rest_options(args.max_bandwidth).zero_page_detection(understood(file));
+    let options = SourceOptions::of_file(file)
         .channels(args.multifd_channels)
         // The channels compare it with that of the destination, which is known here.
         .send(SendOptions::new().uuid(machine.uuid))

@@ -27,7 +27,7 @@ use crate::{
     args::{OutputArgs, ReturnPathArg, SendArgs, SyncModeArg},
     combinations,
     direct_io::DirectIo,
-    file_address::{Digests, FileAddress},
+    file_address::FileAddress,
     identity::Identity,
     interrupt,
     output::{
@@ -39,6 +39,7 @@ use crate::{
     },
     remedy::READS_DAMAGED,
     runs::{Adjust, Limits, Run},
+    stored::Open,
 };
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
@@ -59,24 +60,25 @@ pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
 }
 
 fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) -> Result<(), Failure> {
-    let file = args.file.open(Digests::unless(args.no_verify))?;
+    let opened = Open::new(stop).quiet(args.output.quiet).no_verify(args.no_verify).machine(&args.file)?;
+    let file = &*opened;
     if args.postcopy.is_on() {
-        return send_running(args, &file, connector, stop, run);
+        return send_running(args, file, connector, stop, run);
     }
-    let at_rest = AtRest::of(&file).map_err(|error| args.file.unreadable(error))?;
+    let at_rest = AtRest::of(file).map_err(|error| args.file.unreadable(error))?;
     let reading = Reading {
         channels: args.multifd_channels,
         // For compression or encryption, pages are read into this process.
         packs: args.compression.packs() || args.tls.encrypts(),
         direct_io: DirectIo { wanted: args.direct_io, quiet: args.output.quiet, address: &args.file },
     };
-    let blocks = Arc::new(reading.blocks(&file)?);
+    let blocks = Arc::new(reading.blocks(file)?);
     let options = at_rest_options(args.max_bandwidth)
-        .zero_page_detection(args.zero_page_detection.or(understood(&file)));
-    note_missing_uuid(args, &file);
+        .zero_page_detection(args.zero_page_detection.or(understood(file)));
+    note_missing_uuid(args, file);
     let source =
-        Source::new(blocks, source_options(args, &file).migrate(options), stop).map_err(Failure::of)?;
-    let (to, hint) = (args.address.to_string(), compare(args, &file));
+        Source::new(blocks, source_options(args, file).migrate(options), stop).map_err(Failure::of)?;
+    let (to, hint) = (args.address.to_string(), compare(args, file));
     let delivery = Delivery { verb: "send", file: &args.file, output: args.output, run, to, hint };
     let info = delivery.run(source, connector, at_rest)?;
     delivery.report(&Report::of_source(&info), "sent")

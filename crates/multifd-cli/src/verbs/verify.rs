@@ -10,13 +10,15 @@ use std::{
 
 use indicatif::{BinaryBytes, HumanCount};
 use multifd::channel::Stop;
-use qemu_stream::mapped_ram::{ChainFile, Damage, StoredMachine, Verification, Verify};
+use qemu_stream::{
+    mapped_ram::{ChainFile, Damage, StoredMachine, Verification, Verify},
+    stored::Pages,
+};
 use serde::Serialize;
 
 use super::reading::Reading;
 use crate::{
     args::VerifyArgs,
-    file_address::Digests,
     interrupt,
     output::{
         display::Display,
@@ -24,6 +26,7 @@ use crate::{
         outlet::{print_json, print_lines, say, shown},
         report::{millis, rate},
     },
+    stored::Open,
 };
 
 /// The result, as JSON.
@@ -54,7 +57,14 @@ struct Run {
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
-    let file = args.file.open(Digests::Compare)?;
+    let file = Open::new(&stop).quiet(true).pages(Pages::Count).machine(&args.file)?;
+    if !file.form().is_in_place() {
+        let why = format!(
+            "it is {}, which has no digests and no place for them; this makes a file that has them: multifd merge FILE NEW",
+            file.form()
+        );
+        return Err(While::new(format!("cannot compare {} with its digests", args.file), why).into());
+    }
     if !args.add && !file.has_digests() {
         let why = "it has none: QEMU wrote it, or an older version of this program; multifd verify --add adds digests of its \
                    present contents";

@@ -158,7 +158,7 @@ impl Error {
             Self::Destination { source, .. } => {
                 source.downcast_ref::<multifd::Error>().map_or(Fault::Caller, multifd::Error::fault)
             }
-            Self::Io { at: Place { stream: StreamKind::File, .. }, .. } => Fault::System,
+            Self::Io { at: Place { stream: StreamKind::File | StreamKind::Stored, .. }, .. } => Fault::System,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => Fault::Stalled,
             Self::Io { .. } => Fault::Connection,
         }
@@ -235,7 +235,7 @@ fn cause_of_end(stream: StreamKind) -> &'static str {
             "the source closed the connection (cancelled, or its process ended)"
         }
         StreamKind::ReturnPath => "the destination closed the connection (it failed, or its process ended)",
-        StreamKind::File => "the file is incomplete",
+        StreamKind::File | StreamKind::Stored => "the file is incomplete",
     }
 }
 
@@ -280,6 +280,8 @@ pub enum StreamKind {
     File,
     /// The connection of capability postcopy-preempt, from source to destination.
     Preempt,
+    /// A main stream that was stored.
+    Stored,
 }
 
 impl fmt::Display for StreamKind {
@@ -289,6 +291,7 @@ impl fmt::Display for StreamKind {
             Self::ReturnPath => "return path",
             Self::File => "mapped-ram file",
             Self::Preempt => "postcopy-preempt",
+            Self::Stored => "stored stream",
         })
     }
 }

@@ -15,7 +15,7 @@ use multifd::ram::{
 
 use super::{BlockPlace, ChainFile, access::direct, holes::Holes};
 use crate::{
-    error::{Error, Place, StreamKind, Unsupported},
+    error::{Error, Place, StreamKind, Unsupported, Usage},
     format::{BlockEntry, BlockList, Configuration, DevicePart, SectionId, SyncMode},
 };
 
@@ -27,6 +27,8 @@ pub(super) const MOST_FILES: usize = 64;
 pub struct StoredMachine {
     /// Newest first; never empty. All but the last are deltas.
     files: Vec<ChainFile>,
+    /// Whether its files have the bytes of its pages, and not only their bitmaps.
+    has_pages: bool,
 }
 
 /// How the pages of a block in a file are read.
@@ -55,7 +57,17 @@ impl StoredMachine {
     /// Of these files, newest first, at least one.
     pub(super) fn of(files: Vec<ChainFile>) -> Self {
         assert!(!files.is_empty(), "a machine is in at least one file");
-        Self { files }
+        Self { files, has_pages: true }
+    }
+
+    /// The machine that was written to a scratch file.
+    pub(crate) fn of_scratch(file: File, has_pages: bool) -> Result<Self, Error> {
+        Ok(Self { files: vec![ChainFile::read_damaged(file, 0, Path::new(""))?], has_pages })
+    }
+
+    /// Whether its pages can be read. Only a stream of which [the pages were counted](crate::stored::Pages::Count) has none.
+    pub fn has_pages(&self) -> bool {
+        self.has_pages
     }
 
     /// The newest file, which has everything but the pages of its bases.
@@ -179,11 +191,16 @@ impl StoredMachine {
     /// a delta, no block is [mapped](ReadPath::Mapped): what a mapping shows may differ from what was compared.
     ///
     /// # Errors
-    /// If the bitmaps cannot be read or the file cannot be mapped.
+    /// If the bitmaps cannot be read or the file cannot be mapped; if its pages were only
+    /// [counted](crate::stored::Pages::Count).
     pub fn ram_blocks(
         &self,
         mut path: impl FnMut(&BlockEntry, &BlockPlace) -> ReadPath,
     ) -> multifd::Result<RamBlocks> {
+        if !self.has_pages {
+            let (call, state) = ("reading pages", "of a stream whose pages were only counted");
+            return Err(multifd::Error::other("open the blocks", Usage::OutOfOrder { call, state }));
+        }
         let mut others: Option<Vec<_>> = None;
         let mut blocks = Vec::new();
         for ((index, entry), place) in self.blocks().iter().zip(self.newest().places()) {

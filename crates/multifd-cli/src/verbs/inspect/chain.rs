@@ -1,12 +1,10 @@
 //! The files of a machine that is in a delta and its bases.
 
-use std::os::unix::fs::MetadataExt;
-
 use indicatif::{BinaryBytes, HumanCount};
 use qemu_stream::mapped_ram::{ChainFile, StoredMachine};
 use serde::Serialize;
 
-use crate::{about::About, output::outlet::shown};
+use crate::{about::About, output::outlet::shown, stored};
 
 /// One file.
 #[derive(Serialize)]
@@ -55,8 +53,8 @@ impl Link {
 }
 
 /// The bytes that a file occupies. A file that cannot be asked has no size that could be shown.
-pub(super) fn on_disk(file: &ChainFile) -> u64 {
-    file.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512))
+fn on_disk(file: &ChainFile) -> u64 {
+    stored::on_disk(file.file())
 }
 
 /// A line for each file.

@@ -1,25 +1,40 @@
 //! `multifd inspect`: shows the contents of a mapped-ram file without its pages, or extracts one block's pages.
 
 mod chain;
+pub(in crate::verbs) mod device;
 
 use indicatif::BinaryBytes;
-use qemu_stream::{format::SyncMode, mapped_ram::StoredMachine};
+use multifd::channel::Stop;
+use qemu_stream::{
+    format::SyncMode,
+    stored::{LibvirtImage, Pages},
+};
 use serde::Serialize;
 
 use super::extract;
 use crate::{
     about::{About, restore},
     args::InspectArgs,
-    file_address::Digests,
     output::{
         outcome::Failure,
         outlet::{print_json, print_lines},
     },
+    stored::{Form, Open, Opened},
 };
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Contents {
+    /// How the machine is stored.
+    form: String,
+    /// Whether pages have places in the file.
+    #[serde(skip)]
+    in_place: bool,
+    /// Whether people want to see the form.
+    #[serde(skip)]
+    named: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    libvirt: Option<Libvirt>,
     #[serde(skip_serializing_if = "Option::is_none")]
     machine: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,6 +66,24 @@ struct Contents {
     trailing_bytes: u64,
 }
 
+/// What the head of a libvirt image says.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Libvirt {
+    version: u32,
+    was_running: bool,
+    stream_at: u64,
+    xml: String,
+}
+
+impl Libvirt {
+    fn of(form: &Form) -> Option<Self> {
+        let Form::Libvirt(image) = form else { return None };
+        let LibvirtImage { version, was_running, stream_at, xml, .. } = image.clone();
+        Some(Self { version, was_running, stream_at, xml })
+    }
+}
+
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Block {
@@ -58,7 +91,9 @@ struct Block {
     used_length: u64,
     pages: u64,
     pages_present: u64,
-    pages_offset: u64,
+    /// Where its pages are in the file, if they have places there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pages_offset: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     address: Option<u64>,
     ignored: bool,
@@ -75,9 +110,17 @@ struct Device {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let file = args.file.open(Digests::unless(args.no_verify))?;
+    let stop = Stop::new();
+    let pages = if args.extract.is_some() { Pages::Keep } else { Pages::Count };
+    let file = Open::new(&stop).quiet(true).no_verify(args.no_verify).pages(pages).machine(&args.file)?;
     if let (Some(block), Some(out)) = (&args.extract, &args.out) {
         return extract::run(&args.file, &file, block, out, args.force);
+    }
+    if args.devices || args.device.is_some() {
+        return device::run(args, &file);
+    }
+    if args.xml {
+        return xml(args, &file);
     }
     let mut contents = contents(&file).map_err(|error| args.file.unreadable(error))?;
     contents.restore = restore::commands(&args.file, &contents.about);
@@ -89,7 +132,16 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn contents(file: &StoredMachine) -> Result<Contents, qemu_stream::Error> {
+/// Prints the definition of the guest in a libvirt image, as it is.
+fn xml(args: &InspectArgs, file: &Opened) -> Result<(), Failure> {
+    let Form::Libvirt(image) = file.form() else {
+        let why = format!("it is {}, and only a save image of libvirt has an XML", file.form());
+        return Err(args.file.unreadable(why).into());
+    };
+    Ok(print_lines(&image.xml.lines().collect::<Vec<_>>())?)
+}
+
+fn contents(file: &Opened) -> Result<Contents, qemu_stream::Error> {
     let configuration = file.configuration();
     let mut blocks = Vec::new();
     let newest = file.newest();
@@ -100,7 +152,7 @@ fn contents(file: &StoredMachine) -> Result<Contents, qemu_stream::Error> {
             used_length: entry.used_length,
             pages: place.pages(),
             pages_present: present,
-            pages_offset: place.pages_offset,
+            pages_offset: file.form().is_in_place().then_some(place.pages_offset),
             address: entry.address,
             ignored: place.is_ignored(),
         });
@@ -133,7 +185,11 @@ fn contents(file: &StoredMachine) -> Result<Contents, qemu_stream::Error> {
         described: file.devices().description().is_some(),
         split_by_footers: file.devices().is_split_by_footers(),
         trailing_bytes: newest.trailing_bytes(),
-        on_disk: chain::on_disk(newest),
+        on_disk: file.on_disk(),
+        form: file.form().to_string(),
+        in_place: file.form().is_in_place(),
+        named: *file.form() != Form::MappedRam,
+        libvirt: Libvirt::of(file.form()),
         digests: file.has_digests(),
         root: file.root().map(|root| root.to_string()),
         chain: chain::of(file)?,
@@ -149,7 +205,18 @@ fn contents(file: &StoredMachine) -> Result<Contents, qemu_stream::Error> {
 impl Contents {
     fn table(&self) -> Vec<String> {
         let machine = self.machine.as_deref().unwrap_or("not in the file (machine type up to 2.3)");
-        let mut lines = vec![format!("machine    {machine}")];
+        let mut lines = Vec::new();
+        if self.named {
+            lines.push(format!("form       {}", self.form));
+        }
+        lines.push(format!("machine    {machine}"));
+        lines.extend(self.libvirt.as_ref().map(|image| {
+            let state = if image.was_running { "ran" } else { "was paused" };
+            format!(
+                "libvirt    image version {}, the guest {state}; --xml prints its definition",
+                image.version
+            )
+        }));
         lines.extend(self.uuid.iter().map(|uuid| format!("uuid       {uuid}")));
         lines.push(format!("page size  {}", BinaryBytes(self.page_size as u64)));
         lines.push(format!(
@@ -161,6 +228,9 @@ impl Contents {
         lines.push(format!("on disk    {}", BinaryBytes(self.on_disk)));
         lines.extend(self.sync_mode.map(|mode| format!("sync mode  {mode}")));
         lines.push(match self.digests {
+            false if !self.in_place => {
+                "digests    none; multifd merge FILE NEW makes a file that has them".to_owned()
+            }
             true => "digests    of every page; multifd verify compares them".to_owned(),
             false => "digests    none, so damage is not noticed; multifd verify --add adds them".to_owned(),
         });

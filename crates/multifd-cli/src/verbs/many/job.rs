@@ -178,6 +178,8 @@ impl Receives<'_> {
         let told = match failure {
             Failure::Failed(error) | Failure::Usage(error) => lines("failed (1)", &**error),
             Failure::SourceNotTold(error) => lines("failed (3)", &**error),
+            // No job compares.
+            Failure::Different => Vec::new(),
             Failure::Interrupted => vec!["failed (130): interrupted; the operation was cancelled".to_owned()],
         };
         self.say(told);

@@ -1,37 +1,39 @@
-//! Files that are not mapped-ram files: `inspect` and `send` name them and print a command, and the command works.
+//! Machines in other forms than a mapped-ram file: streams, compressed ones, images of libvirt. Every verb reads them.
 
 use std::{fs, path::Path, process::Command};
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::kit::{
-    Ended, assert_left, folder, machine, machine_in, migrate, path, run, runs_on, send, source,
+    Program, assert_left, first_difference, folder, machine, machine_in, memory, migrate, migrate_live,
+    multifd, path, run, runs_on, send, source, stored_memory,
 };
 
-/// Runs the command that the program has printed, with NEW replaced by `new`, as a user does.
-fn follow(told: &Ended, new: &Path) {
-    let (_, command) = told.stderr.split_once("that can be read: ").expect("a command");
-    let command = command.lines().next().expect("a line").replace(" NEW", &format!(" '{}'", new.display()));
-    let program = Path::new(env!("CARGO_BIN_EXE_multifd"));
-    let folder = program.parent().expect("a folder").display();
-    let search = format!("{folder}:{}", std::env::var("PATH").expect("PATH"));
-    let ended = Command::new("sh").args(["-c", &command]).env("PATH", search).output().expect("a shell");
-    assert!(ended.status.success(), "{command}: {ended:?}");
+/// Makes a mapped-ram file of a machine in another form.
+fn merge(from: &Path, new: &Path) {
+    let ended = run([Path::new("merge"), Path::new("--quiet"), from, new]);
+    assert_eq!((ended.code, &*ended.stderr), (Some(0), ""), "{}", from.display());
 }
 
-/// What both verbs say about a file.
-fn told(file: &Path, words: &[&str]) -> Ended {
-    let file = file.to_str().expect("text");
-    run(["send", file, "tcp:127.0.0.1:1"]).assert_failed(1, words);
-    let ended = run(["inspect", file]);
-    ended.assert_failed(1, words);
-    ended
+/// What `inspect` shows of a machine.
+fn inspect(file: &Path) -> Value {
+    let ended = run([Path::new("inspect"), Path::new("--json"), file]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    ended.json()
+}
+
+/// The guest in `file` runs on in another QEMU.
+fn is_sent(qemu: &Qemu, from: &multifd_testkit::qemu::Vm, file: &Path) -> Result<(), Error> {
+    let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
+    send(&["--multifd-channels", "0"], file, &mut to, "tcp:127.0.0.1:0")?;
+    runs_on(from, &mut to)
 }
 
 /// Puts libvirt's head, with an XML of an odd length, before a stream.
 fn libvirt(stream: &[u8], compression: u8) -> Vec<u8> {
-    let xml = b"<domain type='qemu'/>\0";
+    let xml = format!("{XML}\0").into_bytes();
     let mut image = vec![0; 92];
     image[..16].copy_from_slice(b"LibvirtQemudSave");
     image[16] = 2;
@@ -40,6 +42,8 @@ fn libvirt(stream: &[u8], compression: u8) -> Vec<u8> {
     image[28] = compression;
     [&image, &xml[..], stream].concat()
 }
+
+const XML: &str = "<domain type='qemu'/>";
 
 /// Compresses with a program; `None` if this machine does not have it.
 fn compressed(by: &str, folder: &TempDir, stream: &[u8]) -> Option<Vec<u8>> {
@@ -56,58 +60,119 @@ fn compressed(by: &str, folder: &TempDir, stream: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-fn restored(qemu: &Qemu) -> Result<(), Error> {
+fn every_form(qemu: &Qemu) -> Result<(), Error> {
     let folder = folder();
     let mut from = source(machine(qemu, &qemu.machine()))?;
-    // The name needs quotes in a shell.
     let classic = path(&folder, "it's a stream");
     migrate(&mut from, &format!("exec:cat > \"{}\"", classic.display()))?;
     let stream = fs::read(&classic).expect("a stream");
+    is_sent(qemu, &from, &classic)?;
+
     let new = path(&folder, "new");
-    follow(&told(&classic, &["capability mapped-ram was off when it was written"]), &new);
-
-    let mut to = machine(qemu, &qemu.machine()).incoming().start()?;
-    send(&["--multifd-channels", "0"], &new, &mut to, "tcp:127.0.0.1:0")?;
-    runs_on(&from, &mut to)?;
-
+    merge(&classic, &new);
+    assert_eq!(first_difference(&stored_memory(&new), &memory(&mut from)?), None, "page of the source");
     let whole = machine_in(&new);
-    for (number, by) in [(0, None), (1, Some("gzip")), (2, Some("bzip2")), (3, Some("xz")), (5, Some("zstd"))]
-    {
+    let shown = inspect(&classic);
+    assert_eq!(shown["form"], "a stream of QEMU");
+    assert_eq!(shown["blocks"][0]["pages-present"], inspect(&new)["blocks"][0]["pages-present"]);
+    let intact = run([Path::new("verify"), &new]);
+    assert_eq!(intact.code, Some(0), "{intact:?}");
+    run([Path::new("verify"), &classic]).assert_failed(1, &["a stream of QEMU", "multifd merge FILE NEW"]);
+
+    for (number, by) in [
+        (0, None),
+        (1, Some("gzip")),
+        (2, Some("bzip2")),
+        (3, Some("xz")),
+        (4, Some("lzop")),
+        (5, Some("zstd")),
+    ] {
         let body = match by {
             Some(by) => compressed(by, &folder, &stream),
             None => Some(stream.clone()),
         };
         let Some(body) = body else { continue };
-        let (image, new) = (path(&folder, "image"), path(&folder, &format!("new-{number}")));
+        let (image, plain, new) = (path(&folder, "image"), path(&folder, "packed"), path(&folder, "of-it"));
         fs::write(&image, libvirt(&body, number)).expect("written");
-        let words = [
-            "a save image of libvirt (virsh save)",
-            "begins after 114 bytes",
-            by.unwrap_or("not compressed"),
-        ];
-        follow(&told(&image, &words), &new);
-        assert!(machine_in(&new) == whole, "{by:?}: another guest");
-        fs::remove_file(&new).expect("removed");
+        fs::write(&plain, &body).expect("written");
+        for file in [&image, &plain] {
+            merge(file, &new);
+            assert!(machine_in(&new) == whole, "{by:?}: another guest");
+            fs::remove_file(&new).expect("removed");
+        }
+        let shown = inspect(&image);
+        assert_eq!(shown["form"], format!("a save image of libvirt, {}", by.unwrap_or("raw")));
+        assert_eq!(shown["libvirt"]["xml"], XML);
+        assert_eq!(
+            (&shown["libvirt"]["was-running"], &shown["libvirt"]["stream-at"]),
+            (&json!(true), &json!(114))
+        );
+        let xml = run([Path::new("inspect"), Path::new("--xml"), &image]);
+        assert_eq!(xml.stdout, format!("{XML}\n"));
+        // Cut anywhere, it is no machine.
+        for left in [body.len() / 2, body.len() - 1] {
+            fs::write(&image, libvirt(&body[..left], number)).expect("written");
+            run([Path::new("inspect"), &image]).assert_failed(1, &["image"]);
+        }
+        fs::write(&image, libvirt(&body, number)).expect("written");
+        is_sent(qemu, &from, &image)?;
     }
-    assert_left(&folder, &["image", "it's a stream", "new"]);
+    assert_left(&folder, &["image", "it's a stream", "new", "packed"]);
     Ok(())
 }
 
 #[test]
-fn command_for_a_stream_in_a_file_and_for_a_libvirt_image_restores_the_guest_7_2() {
+fn guest_in_a_stream_and_in_every_form_of_libvirt_runs_on_7_2() {
     let Some(qemu) = Qemu::v7_2() else { return };
-    restored(&qemu).unwrap();
+    every_form(&qemu).unwrap();
 }
 
 #[test]
-fn command_for_a_stream_in_a_file_and_for_a_libvirt_image_restores_the_guest_10_0() {
+fn guest_in_a_stream_and_in_every_form_of_libvirt_runs_on_10_0() {
     let Some(qemu) = Qemu::v10_0() else { return };
-    restored(&qemu).unwrap();
+    every_form(&qemu).unwrap();
 }
 
-/// libvirt's format `sparse` has a mapped-ram file behind its head.
+/// With xbzrle, a page that changes again is in the stream as a difference.
 #[test]
-fn sparse_libvirt_image_is_read_at_the_offset_that_is_named() {
+fn differences_of_pages_in_a_stream_are_applied() {
+    fn reads(qemu: &Qemu) -> Result<(), Error> {
+        let folder = folder();
+        let mut from = source(machine(qemu, &qemu.machine()))?;
+        from.set_capabilities(&[("xbzrle", true)])?;
+        from.set_parameters(json!({ "xbzrle-cache-size": 8 << 20 }))?;
+        let classic = path(&folder, "stream");
+        let told = migrate_live(&mut from, &format!("exec:cat > {}", classic.display()), 4)?;
+        assert!(told["xbzrle-cache"]["pages"].as_u64() > Some(0), "{told}");
+        let new = path(&folder, "new");
+        merge(&classic, &new);
+        assert_eq!(first_difference(&stored_memory(&new), &memory(&mut from)?), None, "page of the source");
+        is_sent(qemu, &from, &classic)
+    }
+    for qemu in [Qemu::v7_2(), Qemu::v10_0()] {
+        let Some(qemu) = qemu else { return };
+        reads(&qemu).unwrap();
+    }
+}
+
+/// A scratch file that cannot be written is named with its folder, and a decompressor that is missing by its name.
+#[test]
+fn what_a_stream_needs_and_is_missing_is_named() {
+    let folder = folder();
+    let packed = path(&folder, "packed");
+    fs::write(&packed, b"\x28\xb5\x2f\xfd and no more").expect("written");
+    let ended = |variable: Option<(&str, &str)>| {
+        let mut command = multifd(["inspect"]);
+        Program::start(command.arg(&packed).envs(variable)).end()
+    };
+    ended(None).assert_failed(1, &["zstd cannot decompress it"]);
+    ended(Some(("PATH", ""))).assert_failed(1, &["zstd cannot be started", "install it"]);
+    ended(Some(("TMPDIR", "/nowhere"))).assert_failed(1, &["/nowhere"]);
+}
+
+/// libvirt's format `sparse` has a mapped-ram file after its head.
+#[test]
+fn sparse_libvirt_image_is_read_in_place() {
     fn reads(qemu: &Qemu) -> Result<(), Error> {
         let folder = folder();
         let mut from = source(machine(qemu, &qemu.machine()))?;
@@ -116,12 +181,10 @@ fn sparse_libvirt_image_is_read_at_the_offset_that_is_named() {
         from.set_capabilities(&[("mapped-ram", true)])?;
         migrate(&mut from, &format!("file:{},offset=114", image.display()))?;
         // QEMU keeps what is before the offset.
-        let told = told(&image, &["a save image of libvirt (virsh save), format sparse"]);
-        let (_, address) = told.stderr.split_once("as it is, with ").expect("an address");
-        let (address, _) = address.split_once(" as the file").expect("an address");
-        let ended = run(["inspect", address]);
-        assert!(ended.code == Some(0) && ended.stdout.contains("pc.ram"), "{ended:?}");
-        Ok(())
+        let shown = inspect(&image);
+        assert_eq!(shown["form"], "a save image of libvirt, sparse");
+        assert!(shown["blocks"][0]["pages-offset"].as_u64() > Some(114), "{shown}");
+        is_sent(qemu, &from, &image)
     }
     let Some(qemu) = Qemu::v10_0() else { return };
     reads(&qemu).unwrap();
@@ -129,16 +192,14 @@ fn sparse_libvirt_image_is_read_at_the_offset_that_is_named() {
 
 /// Machine types up to 2.3 send no configuration, which would name the capability.
 #[test]
-fn stream_of_an_old_machine_type_in_a_file_is_recognised() {
+fn stream_of_an_old_machine_type_in_a_file_is_read() {
     fn reads(qemu: &Qemu) -> Result<(), Error> {
         let folder = folder();
         let mut from = source(machine(qemu, "pc-i440fx-2.3"))?;
-        let classic = path(&folder, "stream");
+        let (classic, new) = (path(&folder, "stream"), path(&folder, "new"));
         migrate(&mut from, &format!("exec:cat > {}", classic.display()))?;
-        follow(
-            &told(&classic, &["capability mapped-ram was off when it was written"]),
-            &path(&folder, "new"),
-        );
+        merge(&classic, &new);
+        assert_eq!(first_difference(&stored_memory(&new), &memory(&mut from)?), None, "page of the source");
         Ok(())
     }
     let Some(qemu) = Qemu::v7_2() else { return };

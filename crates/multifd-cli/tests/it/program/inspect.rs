@@ -41,6 +41,7 @@ fn json_is_one_object_on_one_line() {
         }],
         "devices": [{ "name": "timer", "instance-id": 0, "version": 2, "size": 24, "early": false }],
         "footers": true,
+            "form": "a mapped-ram file",
         "switchover-start": true,
         "described": true,
         "split-by-footers": false,

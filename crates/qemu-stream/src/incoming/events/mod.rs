@@ -148,9 +148,13 @@ impl<R> fmt::Debug for Events<R> {
 impl<R: Read> Events<R> {
     /// Reads the main stream that arrives over `connection`.
     pub fn new(connection: R) -> Self {
-        let r = Reader::new(connection, StreamKind::Main);
+        Self::of(connection, StreamKind::Main)
+    }
+
+    /// Reads a main stream of this kind, which errors name.
+    pub(crate) fn of(connection: R, kind: StreamKind) -> Self {
         Self {
-            r,
+            r: Reader::new(connection, kind),
             state: State::Header,
             begin: 0,
             configuration: None,
@@ -230,7 +234,7 @@ impl<R: Read> Events<R> {
 
     /// Where the last event begins, or the current place for an event without bytes.
     pub fn place(&self) -> Place {
-        Place { stream: StreamKind::Main, offset: self.begin }
+        Place { offset: self.begin, ..self.r.here() }
     }
 
     /// Where the last event ends.

@@ -4,7 +4,7 @@ use std::io::Read;
 
 use super::{Events, State};
 use crate::{
-    error::{Error, StreamKind},
+    error::Error,
     format::{CurrentBlock, DevicePart, Reader},
 };
 
@@ -27,7 +27,7 @@ impl<R: Read> Events<R> {
     /// from the beginning of this connection.
     pub(in crate::incoming) fn resume(&mut self, connection: R) {
         self.earlier += self.r.position();
-        self.r = Reader::new(connection, StreamKind::Main);
+        self.r = Reader::new(connection, self.r.here().stream);
         self.ram.current = CurrentBlock::default();
         self.state = State::Between;
     }

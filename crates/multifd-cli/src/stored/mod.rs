@@ -1,0 +1,227 @@
+//! Opens a stored machine in any form, by looking at its first bytes.
+//!
+//! ```text
+//! FILE ─┬─ mapped-ram ───────────────────────────────────────────────▶ StoredMachine
+//!       ├─ libvirt image ─ head, XML ─┬─ sparse ─────────────────────▶ StoredMachine
+//!       │                             ├─ raw ────────┐
+//!       │                             └─ compressed ─┤
+//!       ├─ stream ───────────────────────────────────┼─ unfold ─ scratch file ─▶ StoredMachine
+//!       └─ compressed stream ─ decompressor (a process) ┘
+//! ```
+//!
+//! The scratch file has no name, so nothing of it remains when the process ends. The decompressor is a child that ends before the
+//! machine is used.
+
+mod decompressor;
+mod form;
+
+use std::{
+    env,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    ops::Deref,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicU64},
+};
+
+use multifd::channel::Stop;
+use qemu_stream::{
+    Error as StreamError,
+    format::{Compressor, LibvirtStorage},
+    mapped_ram::{self, BaseName, ChainFile, FoundFile, StoredMachine},
+    stored::{Pages, Unfold},
+};
+
+use self::decompressor::Decompressor;
+pub(crate) use self::form::Form;
+use crate::{
+    file_address::{Digests, FileAddress},
+    output::{
+        outcome::{Failure, While},
+        outlet::{say, shown},
+    },
+    remedy,
+};
+
+/// A machine that was opened, and the form in which it is stored.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    machine: StoredMachine,
+    form: Form,
+    on_disk: u64,
+}
+
+/// How a machine is opened.
+#[derive(Clone, Copy)]
+pub(crate) struct Open<'a> {
+    pub(crate) digests: Digests,
+    /// What is needed of the pages.
+    pub(crate) pages: Pages,
+    /// Whether the form is not reported.
+    pub(crate) quiet: bool,
+    pub(crate) stop: &'a Stop,
+}
+
+impl Deref for Opened {
+    type Target = StoredMachine;
+
+    fn deref(&self) -> &StoredMachine {
+        &self.machine
+    }
+}
+
+impl Opened {
+    /// The form in which the machine is stored.
+    pub(crate) fn form(&self) -> &Form {
+        &self.form
+    }
+
+    /// Bytes that the file occupies on the disk, of all that is in it.
+    pub(crate) fn on_disk(&self) -> u64 {
+        self.on_disk
+    }
+}
+
+impl<'a> Open<'a> {
+    /// With all pages, which are compared with their digests.
+    pub(crate) fn new(stop: &'a Stop) -> Self {
+        Self { digests: Digests::Compare, pages: Pages::Keep, quiet: false, stop }
+    }
+
+    pub(crate) fn quiet(self, quiet: bool) -> Self {
+        Self { quiet, ..self }
+    }
+
+    pub(crate) fn no_verify(self, no_verify: bool) -> Self {
+        Self { digests: Digests::unless(no_verify), ..self }
+    }
+
+    pub(crate) fn pages(self, pages: Pages) -> Self {
+        Self { pages, ..self }
+    }
+
+    /// Opens the machine at an address.
+    ///
+    /// # Errors
+    /// If there is none, it is incomplete or damaged, or a decompressor is missing.
+    pub(crate) fn machine(self, at: &FileAddress) -> Result<Opened, Failure> {
+        self.machine_with(at, |delta, base| FoundFile::beside(delta.path(), base))
+    }
+
+    /// The same; `find` opens the bases of a delta.
+    ///
+    /// # Errors
+    /// As [`machine`](Self::machine).
+    pub(crate) fn machine_with(
+        self,
+        at: &FileAddress,
+        find: impl FnMut(&ChainFile, &BaseName) -> io::Result<FoundFile>,
+    ) -> Result<Opened, Failure> {
+        let found = at.found().map_err(|error| at.unreadable(error))?;
+        let on_disk = on_disk(&found.file);
+        let digests = mapped_ram::Digests::from(self.digests);
+        let error = match StoredMachine::open_with(found, digests, find) {
+            Ok(machine) => return Ok(Opened { machine, form: Form::MappedRam, on_disk }),
+            Err(error) => error,
+        };
+        let form = match Form::of(&error, at).map_err(|error| at.unreadable(error))? {
+            Some(form) => form,
+            None => return Err(at.unreadable(remedy::of(error, at)).into()),
+        };
+        if !self.quiet {
+            say(&format!("{at} is {form}"));
+        }
+        let machine = match &form {
+            Form::MappedRam => return Err(at.unreadable(error).into()),
+            Form::Stream => self.unfold(at, at.offset(), None)?,
+            Form::Compressed(by) => self.unfold(at, at.offset(), Some(*by))?,
+            Form::Libvirt(image) => match image.storage {
+                LibvirtStorage::Raw => self.unfold(at, image.stream_at, None)?,
+                LibvirtStorage::Compressed(by) => self.unfold(at, image.stream_at, Some(by))?,
+                LibvirtStorage::Sparse => {
+                    let found = at.found().map_err(|error| at.unreadable(error))?;
+                    let found = FoundFile { offset: image.stream_at, ..found };
+                    let opened = StoredMachine::open_with(found, digests, |delta, base| {
+                        FoundFile::beside(delta.path(), base)
+                    });
+                    opened.map_err(|error| at.unreadable(error))?
+                }
+                _ => return Err(at.unreadable(error).into()),
+            },
+        };
+        Ok(Opened { machine, form, on_disk })
+    }
+
+    /// Reads the stream that begins at `from` into a scratch file.
+    fn unfold(
+        self,
+        at: &FileAddress,
+        from: u64,
+        compressor: Option<Compressor>,
+    ) -> Result<StoredMachine, Failure> {
+        let found = at.found().map_err(|error| at.unreadable(error))?;
+        let mut file = found.file;
+        file.seek(SeekFrom::Start(from)).map_err(|error| at.unreadable(error))?;
+        match compressor {
+            None => self.read(at, file),
+            Some(by) => {
+                let mut child = Decompressor::start(by, file, scratch_file(&scratch_folder())?)
+                    .map_err(|error| at.unreadable(error))?;
+                match self.read(at, child.output()) {
+                    Ok(machine) => {
+                        child.finish().map_err(|error| at.unreadable(error))?;
+                        Ok(machine)
+                    }
+                    Err(Failure::Interrupted) => Err(Failure::Interrupted),
+                    // What the program reports explains why the stream is incomplete.
+                    Err(failure) => Err(match child.failure() {
+                        Some(reported) => at.unreadable(reported).into(),
+                        None => failure,
+                    }),
+                }
+            }
+        }
+    }
+
+    fn read(self, at: &FileAddress, stream: impl Read) -> Result<StoredMachine, Failure> {
+        let folder = scratch_folder();
+        let scratch = Arc::new(scratch_file(&folder)?);
+        let read = AtomicU64::new(0);
+        let machine = Unfold::new(stream).pages(self.pages).run(&scratch, &read, self.stop);
+        machine.map_err(|error| {
+            if self.stop.is_stopped() {
+                return Failure::Interrupted;
+            }
+            match error {
+                StreamError::Io { doing, source, .. } if doing.contains("scratch") => {
+                    let why = format!(
+                        "cannot {doing} in {}, which needs as much room as the guest has memory with data; TMPDIR names \
+                         another folder",
+                        shown(&folder)
+                    );
+                    at.unreadable(While::new(why, source)).into()
+                }
+                error => at.unreadable(error).into(),
+            }
+        })
+    }
+}
+
+/// The bytes that a file occupies. A file that cannot be asked has no size that could be shown.
+pub(crate) fn on_disk(file: &File) -> u64 {
+    file.metadata().map_or(0, |found| found.blocks().saturating_mul(512))
+}
+
+/// The folder of scratch files. Not `/tmp`, which is often memory.
+fn scratch_folder() -> PathBuf {
+    env::var_os("TMPDIR").filter(|folder| !folder.is_empty()).map_or_else(|| "/var/tmp".into(), PathBuf::from)
+}
+
+/// A file without a name, readable by nobody else.
+fn scratch_file(folder: &Path) -> Result<File, While> {
+    tempfile::tempfile_in(folder).map_err(|error| {
+        let doing = format!("cannot create a scratch file in {}; TMPDIR names another folder", shown(folder));
+        While::new(doing, error)
+    })
+}

@@ -1,0 +1,24 @@
+//! Machines that are stored in another form than a mapped-ram file.
+//!
+//! ```text
+//! stream, one byte after the other ─ Events ─▶ pages ─ batches ─▶ scratch file ─▶ StoredMachine
+//! head and XML of a libvirt image  ─▶ LibvirtImage: what it says, and where its stream begins
+//! ```
+//!
+//! A stream is read once, from its beginning to its end, and each page is written to its place in a mapped-ram file, which is
+//! then opened like any other. The input is untrusted: nothing is allocated or written beyond the bounds of
+//! [`format::limits`](crate::format::limits) and the length of the blocks that the stream announces.
+
+#![warn(clippy::indexing_slicing)]
+
+mod batch;
+mod libvirt;
+mod pages;
+mod unfold;
+
+pub use libvirt::LibvirtImage;
+pub use pages::Pages;
+pub use unfold::Unfold;
+
+#[cfg(test)]
+mod tests;
