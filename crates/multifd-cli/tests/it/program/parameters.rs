@@ -167,7 +167,7 @@ fn library_has_ranges_and_defaults_of_the_table() {
 
 #[test]
 fn every_field_that_is_a_parameter_is_in_the_table() {
-    let of_ours = ["uuid", "look-for-zero-pages", "channels-from", "resume-if-unknown"];
+    let of_ours = ["uuid", "look-for-zero-pages", "channels-from", "resume-if-unknown", "postcopy"];
     let limits = rows("## Limits");
     let parameters = parameters();
     let capabilities = [rows("## Capabilities that apply"), rows("## Switches")].concat();
