@@ -23,6 +23,7 @@ use multifd::{
         PageSize, PagerError, PagerOptions, RamBlock, RamBlocks, TroubleKind,
     },
 };
+use multifd_testkit::HugePages;
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::{Base, Capture, CaptureOptions, LazyError, MappedRamFile, Restore, StoredMachine},
@@ -157,7 +158,14 @@ fn a_guest_finds_every_page_of_memory_of_each_kind_while_it_comes() {
         let blocks = BLOCKS.iter().map(|(name, length)| Some(block(name, memfd(*length, flags)?)));
         blocks.collect::<Option<Vec<_>>>().map(|blocks| Arc::new(RamBlocks::new(blocks).expect("distinct")))
     };
-    for blocks in [Some(memory()), shared(MemfdFlags::empty())].into_iter().flatten() {
+    let reserved = HugePages::reserve((PAGES << 12) / HugePages::BYTES);
+    let huge = reserved.as_ref().and_then(|_| {
+        let ram = block("ram", memfd(PAGES << 12, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?);
+        let rom = block("rom", Mapping::anonymous(0x3000).expect("memory"));
+        Some(Arc::new(RamBlocks::new(vec![ram, rom]).expect("distinct")))
+    });
+    assert_eq!(huge.is_some(), reserved.is_some(), "huge pages that are set aside can be used");
+    for blocks in [Some(memory()), shared(MemfdFlags::empty()), huge].into_iter().flatten() {
         let machine = open(&file);
         let Some(pager) = lazy(&machine, &blocks, PagerOptions::new()) else { return };
         // It needs the file's descriptor, and not the machine.

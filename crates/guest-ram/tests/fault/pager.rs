@@ -477,6 +477,59 @@ fn killed() {
     let _ = pager.finish(None);
 }
 
+/// Random moments: before the first page, between any two steps of a load, after the last page.
+#[test]
+fn a_pager_that_is_killed_at_any_moment_never_leaves_a_wrong_page_or_a_thread_that_waits() {
+    const PAGES: u64 = 512;
+    for round in 0..20_u64 {
+        let blocks = kit::anonymous(PAGES);
+        let Some(armed) = arm(&blocks) else { return };
+        let (mut other, socket) = crate::handover::start("pager::slow");
+        armed.hand_over(&socket, LIMIT).expect("handed over");
+        let readers: Vec<_> = (0..3_u64)
+            .map(|seed| {
+                let blocks = blocks.clone();
+                thread::spawn(move || {
+                    for step in 0..PAGES {
+                        let page = (step * 7919 + seed * 131) % PAGES;
+                        assert_eq!(kit::read_page(&blocks, page), [expected(page); 4096], "page {page}");
+                    }
+                })
+            })
+            .collect();
+        // It has begun.
+        std::io::Read::read_exact(&mut &socket, &mut [0]).expect("told");
+        thread::sleep(Duration::from_micros(round * round * 100));
+        other.kill().expect("killed");
+        other.wait().expect("ended");
+        let mut left = Vec::new();
+        std::io::Read::read_to_end(&mut &socket, &mut left).expect("the monitor sees the end");
+        let pager = Pager::start(armed, Arc::new(Source::new(PAGES)), PagerOptions::new()).expect("started");
+        for reader in readers {
+            reader.join().expect("no wrong page");
+        }
+        let stats = pager.finish(Some(LIMIT)).expect("all there");
+        assert_eq!((stats.missing, stats.poisoned), (0, 0), "round {round}");
+    }
+}
+
+/// Not a separate test: the test above starts it.
+#[test]
+#[ignore = "the other process of a test"]
+fn slow() {
+    let Some(socket) = crate::handover::socket() else { return };
+    let armed = Armed::receive(&socket, LIMIT).expect("handed over");
+    let source = Source::new(512).on_load(|_, _| {
+        thread::sleep(Duration::from_micros(100));
+        Ok(())
+    });
+    let options = PagerOptions::new().prefetch_bytes(8 << 12);
+    let pager = Pager::start(armed, Arc::new(source), options).expect("started");
+    std::io::Write::write_all(&mut &socket, b"!").expect("told");
+    let _ = pager.finish(None);
+    thread::sleep(LIMIT);
+}
+
 /// The other direction: a pager of this process serves the memory of another one, which ends meanwhile.
 #[test]
 fn a_pager_ends_with_an_error_when_the_process_that_it_serves_has_ended() {

@@ -190,15 +190,36 @@ impl Protect for Memory {
 }
 
 /// Keeps the pages, and refuses those that come twice.
-#[derive(Default)]
-struct Kept(Mutex<[Option<u8>; PAGES]>);
+struct Kept {
+    state: Mutex<KeptState>,
+    changed: Condvar,
+    /// The page that cannot be stored.
+    refused: Option<usize>,
+}
+
+struct KeptState {
+    pages: [Option<u8>; PAGES],
+    /// Whether stores end.
+    is_open: bool,
+}
+
+impl Kept {
+    fn open(&self) {
+        self.state.lock().expect("whole").is_open = true;
+        self.changed.notify_all();
+    }
+}
 
 impl PageSink for Kept {
     fn store(&self, run: PageRun, bytes: &[u8]) -> Result<(), StoreError> {
         for (page, byte) in (index(run.first.0 * PAGE)..).zip(bytes) {
-            let before = self.0.lock().expect("whole")[page].replace(*byte);
-            if before.is_some() {
+            let state = self.state.lock().expect("whole");
+            let mut state = self.changed.wait_while(state, |state| !state.is_open).expect("whole");
+            if state.pages[page].replace(*byte).is_some() {
                 return Err("a page came twice".into());
+            }
+            if self.refused == Some(page) {
+                return Err("the disk is full".into());
             }
         }
         Ok(())
@@ -215,7 +236,14 @@ struct Model {
 impl Model {
     /// A copier with `serving` threads for faults, whose queue has room for `ahead` pages. Nothing is protected yet.
     fn start(serving: usize, ahead: u64) -> Self {
-        let (kernel, kept) = (Arc::new(Kernel::new()), Arc::new(Kept::default()));
+        Self::with(serving, ahead, true, None)
+    }
+
+    /// The same, with a sink that is not open, or that refuses a page.
+    fn with(serving: usize, ahead: u64, is_open: bool, refused: Option<usize>) -> Self {
+        let state = Mutex::new(KeptState { pages: [None; PAGES], is_open });
+        let kept = Arc::new(Kept { state, changed: Condvar::new(), refused });
+        let kernel = Arc::new(Kernel::new());
         let region = Region {
             block: BLOCK,
             name: BlockName::new("ram").expect("a name"),
@@ -274,7 +302,7 @@ impl Model {
         assert!(self.shared.pages.wait(None));
         self.threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
         assert!(!self.kernel.lock().is_armed);
-        let kept = *self.kept.0.lock().expect("whole");
+        let kept = self.kept.state.lock().expect("whole").pages;
         (self.shared.pages.take_error(), kept)
     }
 }
@@ -364,5 +392,35 @@ pub fn an_end_at_any_time_leaves_nobody_waiting() {
         // What was stored then is of no use: pages were writable while they were copied.
         Err(CopierError::Cancelled) => {}
         Err(error) => panic!("{error}"),
+    }
+}
+
+/// Nothing is stored until all guests have written, also where a page was discarded that was copied before.
+pub fn a_guest_never_waits_for_the_file() {
+    let mut model = Model::with(2, 1 << 20, false, None);
+    let at_hold = model.hold(Vec::new());
+    let writes = model.guest(|kernel| [0, 3, 2].into_iter().for_each(|page| kernel.write(page, 20)));
+    let discards = model.guest(|kernel| {
+        kernel.write(1, 20);
+        kernel.discard(1);
+    });
+    writes.join().expect("no panic");
+    discards.join().expect("no panic");
+    model.kept.open();
+    let (end, kept) = model.finish();
+    end.expect("complete");
+    assert_eq!(kept, at_hold.map(Some));
+}
+
+/// A page that cannot be stored is never a part of a complete copy, whichever thread stores it.
+pub fn a_page_that_is_not_stored_is_the_reason_of_the_end() {
+    let mut model = Model::with(1, 0, true, Some(2));
+    model.hold(Vec::new());
+    let guest = model.guest(|kernel| [2, 3, 1].into_iter().for_each(|page| kernel.write(page, 20)));
+    guest.join().expect("no writer waits");
+    let (end, _) = model.finish();
+    match end {
+        Err(CopierError::Store { .. }) => {}
+        other => panic!("{other:?}"),
     }
 }

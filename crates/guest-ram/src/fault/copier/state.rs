@@ -193,27 +193,18 @@ impl Pages {
         self.lock().begin()
     }
 
-    /// A store has ended. Its buffer may be used again.
+    /// A store has ended. Its buffer may be used again. The thread asks for its next job, and so finds out whether everything is stored.
     pub(super) fn stored(&self, number: u64, buffer: Option<Vec<u8>>) {
         let mut state = self.lock();
         state.stores.remove(&number);
         if state.spare.len() < SPARE {
             state.spare.extend(buffer);
         }
-        self.wake_if_complete(&state);
     }
 
-    /// All pages that a thread has claimed are stored.
+    /// All pages that a thread has claimed are stored. It asks for its next job then.
     pub(super) fn copied(&self) {
-        let mut state = self.lock();
-        state.copying -= 1;
-        self.wake_if_complete(&state);
-    }
-
-    fn wake_if_complete(&self, state: &State) {
-        if state.is_complete() {
-            self.work.notify_all();
-        }
+        self.lock().copying -= 1;
     }
 
     /// Whether a store takes longer than this.
