@@ -217,6 +217,46 @@ fn a_guest_finds_every_page_of_a_delta_and_its_base_while_it_comes() {
     assert!((0..PAGES).all(|page| word(ram, page) == word(of, page)));
 }
 
+/// Bytes that are on the disk reach the guest past the page cache, which has nothing of the file afterwards.
+#[test]
+fn a_guest_finds_every_page_past_the_page_cache() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().join("machine");
+    let file = File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
+    capture(&filled(), file.try_clone().expect("a descriptor"), None);
+    if multifd::ram::DirectFile::of(&file).is_err() {
+        return multifd_testkit::lacks("a file system with direct I/O");
+    }
+    let machine = open(&file);
+    file.sync_all().expect("on the disk");
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("dropped");
+    // The second time, the page cache has the file if the first one has left it there.
+    for round in 0..2 {
+        let before = read_from_disks();
+        let blocks = memory();
+        let options = PagerOptions::new().prefetch_bytes(64 << 10);
+        let pager = match Restore::new(&machine).direct_io(true).lazy(&blocks, options) {
+            Ok(pager) => pager,
+            Err(LazyError::Fault(error @ (FaultError::NotPermitted { .. } | FaultError::Lacks { .. }))) => {
+                return multifd_testkit::lacks(&error.to_string());
+            }
+            Err(error) => panic!("{error}"),
+        };
+        assert_all(&blocks);
+        pager.finish(LIMIT).expect("all there");
+        // Four of five pages have contents.
+        let read = read_from_disks() - before;
+        assert!(read > (PAGES << 12) / 2, "round {round}: only {read} bytes were read from the disk");
+    }
+}
+
+/// The bytes that this process has caused disks to read.
+fn read_from_disks() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").expect("counted");
+    let line = text.lines().find_map(|line| line.strip_prefix("read_bytes: "));
+    line.and_then(|number| number.parse().ok()).expect("a number")
+}
+
 #[test]
 fn two_machines_from_one_file_have_nothing_in_common() {
     let file = captured();

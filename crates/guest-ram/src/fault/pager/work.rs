@@ -27,7 +27,7 @@ use super::{
     supply::{Contents, Supply},
 };
 use crate::{
-    BlockIndex, BlockOffset, PageIndex, PageRun,
+    AlignedBuffer, BlockIndex, BlockOffset, PageIndex, PageRun,
     sync_types::{RwLock, yield_now},
 };
 
@@ -55,7 +55,7 @@ impl Shared {
 
     /// The work of a thread for faults.
     pub(crate) fn serve(&self) -> Result<(), FaultError> {
-        let mut buffer = Vec::new();
+        let mut buffer = AlignedBuffer::default();
         while !self.pages.is_ended() {
             match self.pages.queued() {
                 Some(task) if self.execute(task, &mut buffer)? => return Ok(()),
@@ -71,7 +71,7 @@ impl Shared {
 
     /// The work of a thread that prefetches.
     pub(crate) fn prefetch(&self) -> Result<(), FaultError> {
-        let mut buffer = Vec::new();
+        let mut buffer = AlignedBuffer::default();
         let page = self.regions.first().map_or(1, |region| region.page);
         while let Some(task) = self.pages.prefetch((self.options.prefetch_bytes / page).max(1)) {
             if self.execute(task, &mut buffer)? {
@@ -176,7 +176,7 @@ impl Shared {
     }
 
     /// Returns whether another thread has replaced this one.
-    fn execute(&self, task: Task, buffer: &mut Vec<u8>) -> Result<bool, FaultError> {
+    fn execute(&self, task: Task, buffer: &mut AlignedBuffer) -> Result<bool, FaultError> {
         let Task { id, run, for_fault } = task;
         if let Supply::Pushed { requests, .. } = &self.source {
             // Before the request: its pages may come at once.
@@ -209,12 +209,15 @@ impl Shared {
         Ok(is_replaced)
     }
 
-    fn load(&self, run: PageRun, buffer: &mut Vec<u8>) -> Result<(), TroubleKind> {
+    fn load(&self, run: PageRun, buffer: &mut AlignedBuffer) -> Result<(), TroubleKind> {
         let (_, len) = self.bytes(run);
         let page = self.region(run.block).map_or(1, |region| region.page);
         let (len, known) =
             (usize::try_from(len).unwrap_or(0), usize::try_from(run.count * page).unwrap_or(0));
-        buffer.resize(len, 0);
+        if buffer.len() < len {
+            *buffer = AlignedBuffer::new(len);
+        }
+        let buffer = buffer.get_mut(..len).unwrap_or_default();
         buffer.get_mut(known..).unwrap_or_default().fill(0);
         let Supply::Loaded(source) = &self.source else { return Ok(()) };
         match catch_unwind(AssertUnwindSafe(|| source.load(run, buffer))) {
