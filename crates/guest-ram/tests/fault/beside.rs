@@ -1,6 +1,13 @@
 //! Copiers beside others that write to the memory: system calls, and `vm-memory` with its log.
 
-use std::{fs::File, io::Write, sync::Arc, thread};
+use std::{
+    fs::File,
+    io::Write,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
+
+use guest_ram::{PageRun, PageSink, StoreError};
 
 use crate::{
     copier::{Kept, options, prepare, write_page},
@@ -18,6 +25,16 @@ fn file(pages: u64, first: u64) -> File {
     file
 }
 
+/// Stores nothing until the other end of the channel is gone.
+struct Waits(Arc<Kept>, Mutex<mpsc::Receiver<()>>);
+
+impl PageSink for Waits {
+    fn store(&self, run: PageRun, bytes: &[u8]) -> Result<(), StoreError> {
+        let _ = self.1.lock().expect("whole").recv();
+        self.0.store(run, bytes)
+    }
+}
+
 /// A monitor's device reads from its disk into guest memory: the system call waits for the copier as a thread does.
 #[test]
 fn system_calls_that_write_to_memory_wait_until_it_was_copied() {
@@ -30,7 +47,9 @@ fn system_calls_that_write_to_memory_wait_until_it_was_copied() {
         (0..pages).for_each(|page| write_page(blocks, page, page + 1));
         let (before, after) = (file(pages, 1 << 32), file(pages, 1 << 33));
         let kept = Arc::new(Kept::default());
-        // Slow: one thread, page by page.
+        // Nothing is stored, and nearly nothing is copied by the walk, until all system calls have returned.
+        let (release, wait) = mpsc::channel();
+        let sink = Arc::new(Waits(kept.clone(), Mutex::new(wait)));
         let options = options().threads(1).bytes(4096);
         let read_all = |file: &File| {
             thread::scope(|threads| {
@@ -46,11 +65,12 @@ fn system_calls_that_write_to_memory_wait_until_it_was_copied() {
         };
         let prepared = thread::scope(|threads| {
             threads.spawn(|| read_all(&before));
-            prepare(blocks, kept.clone(), options)
+            prepare(blocks, sink, options)
         });
         let Some(prepared) = prepared else { return };
         let copier = prepared.hold().expect("held");
         read_all(&after);
+        drop(release);
         let stats = copier.finish(Some(LIMIT)).expect("complete");
         assert!(stats.faults > 0, "{name}: {stats:?}");
         let kept = kept.pages();
@@ -122,10 +142,10 @@ fn devices_that_write_through_vm_memory_are_copied_and_logged() {
 
     /// The stamp of each page.
     #[derive(Default)]
-    struct Sums(std::sync::Mutex<std::collections::BTreeMap<(guest_ram::BlockIndex, u64), u64>>);
+    struct Sums(Mutex<std::collections::BTreeMap<(guest_ram::BlockIndex, u64), u64>>);
 
-    impl guest_ram::PageSink for Sums {
-        fn store(&self, run: guest_ram::PageRun, bytes: &[u8]) -> Result<(), guest_ram::StoreError> {
+    impl PageSink for Sums {
+        fn store(&self, run: PageRun, bytes: &[u8]) -> Result<(), StoreError> {
             for (page, bytes) in (run.first.0..).zip(bytes.chunks(4096)) {
                 let stamp: [u8; 8] = bytes[..8].try_into()?;
                 if bytes.chunks(8).any(|word| word != stamp) {

@@ -172,6 +172,25 @@ pub(crate) fn read_into(file: &File, offset: u64, blocks: &RamBlocks, page: u64)
     assert_eq!(read, 4096, "{}", io::Error::last_os_error());
 }
 
+/// The bytes of the first block that are in huge pages which the kernel has chosen itself.
+pub(crate) fn huge_bytes(blocks: &RamBlocks) -> u64 {
+    let (from, bytes) = (page_of(blocks, 0).as_ptr().addr() as u64, blocks.total());
+    let text = std::fs::read_to_string("/proc/self/smaps").expect("readable");
+    let (mut is_inside, mut found) = (false, 0);
+    for line in text.lines() {
+        let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+        if let Some((start, end)) = range
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
+            is_inside = start < from + bytes && end > from;
+        } else if is_inside && let Some(size) = line.strip_prefix("AnonHugePages:") {
+            let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok());
+            found += kib.expect("a number") << 10;
+        }
+    }
+    found
+}
+
 /// Discards pages.
 pub(crate) fn discard(blocks: &RamBlocks, first: u64, count: u64, advice: i32) {
     let slice = blocks.block(BLOCK).expect("there").slice(PageIndex(first), count).expect("there");

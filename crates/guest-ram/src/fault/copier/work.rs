@@ -29,8 +29,7 @@ use super::{
     state::{Answer, Job, Pages, Piece},
 };
 use crate::{
-    BlockIndex, BlockOffset, PageBitmap, PageIndex, PageRun,
-    joined,
+    BlockIndex, BlockOffset, PageBitmap, PageIndex, PageRun, joined,
     sync_types::{Mutex, RwLock, yield_now},
 };
 
