@@ -19,6 +19,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{getpriority_process, setpriority_process};
+
 use super::{
     super::{FaultEvent, FaultKind, PlaceEnd, Protection, Region, panicked::message},
     counts::Counts,
@@ -81,10 +83,13 @@ impl Shared {
     /// Lowers the priority of this thread, so that the guest and the threads for faults run first.
     pub(super) fn yield_to_guest(&self) {
         let nice = self.options.niceness;
+        if nice == 0 {
+            return;
+        }
         // Of this thread only.
-        if nice > 0
-            && let Err(error) = rustix::process::setpriority_process(None, nice)
-        {
+        let lowered =
+            getpriority_process(None).and_then(|now| setpriority_process(None, (now + nice).min(19)));
+        if let Err(error) = lowered {
             tracing::debug!(%error, nice, "a thread that copies keeps its priority");
         }
     }
