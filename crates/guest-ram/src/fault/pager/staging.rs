@@ -11,8 +11,6 @@ use std::{
     slice,
 };
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-
 use crate::AlignedBuffer;
 
 /// The bytes of a huge page that small pages of private memory can become.
@@ -63,15 +61,20 @@ pub(super) struct Staging {
 
 impl Staging {
     fn new() -> io::Result<Self> {
-        let rights = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a null hint lets the kernel choose a range that nothing else uses.
-        let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), 2 * HUGE, rights, MapFlags::PRIVATE) }?;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a null hint lets the kernel choose a range that nothing else uses. These calls are those of the C library, so that a
+        // sanitizer sees that an address is used again.
+        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), 2 * HUGE, rights, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
         let mapped = NonNull::new(mapped.cast::<u8>()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let before = mapped.addr().get().next_multiple_of(HUGE) - mapped.addr().get();
         // SAFETY: less than the length of a huge page is skipped, of two that are mapped.
         let start = unsafe { mapped.add(before) };
         // SAFETY: the range was mapped just now, and the advice does not change its contents. A kernel without huge pages refuses it.
-        let _ = unsafe { madvise(start.as_ptr().cast(), HUGE, Advice::LinuxHugepage) };
+        let _ = unsafe { libc::madvise(start.as_ptr().cast(), HUGE, libc::MADV_HUGEPAGE) };
         Ok(Self { mapped, start })
     }
 }
@@ -98,7 +101,7 @@ impl DerefMut for Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         // SAFETY: it was mapped by `new` with this length, and no slice of it lives longer than the value.
-        let _ = unsafe { munmap(self.mapped.as_ptr().cast(), 2 * HUGE) };
+        let _ = unsafe { libc::munmap(self.mapped.as_ptr().cast(), 2 * HUGE) };
     }
 }
 
