@@ -24,7 +24,7 @@ use qemu_stream::mapped_ram::{Restore, StoredMachine};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
-    SnapshotsArgs,
+    args::SnapshotsArgs,
     memory::{Kind, Ram, block},
     table::{Row, Table, median, quantile, time},
 };

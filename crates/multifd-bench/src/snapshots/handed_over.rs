@@ -1,4 +1,4 @@
-//! A hand-over on one host: how long the guest stands still, whatever the size of its memory.
+//! A hand-over on one host: how long the guest is stopped, at each size of its memory.
 
 use std::{
     fs::File,
@@ -27,7 +27,7 @@ use qemu_stream::{
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::{
-    SnapshotsArgs,
+    args::SnapshotsArgs,
     memory::{block, enough, fill},
     table::{Row, Table, median, time},
 };

@@ -12,7 +12,7 @@ use multifd::{
 use qemu_stream::mapped_ram::{Restore, StoredMachine};
 
 use super::{
-    SnapshotsArgs,
+    args::SnapshotsArgs,
     memory::{Kind, Ram, block, chill, enough},
     table::{Row, Table, median, time},
 };

@@ -10,6 +10,7 @@
 //!
 //! A size for which this system lacks the memory, and huge pages that it cannot provide, have a row that says so.
 
+mod args;
 mod faults;
 mod guest;
 mod handed_over;
@@ -18,47 +19,13 @@ mod memory;
 mod moment;
 mod table;
 
-use std::path::PathBuf;
-
-use clap::{Args, ValueEnum};
-
 use crate::{
     Result,
     delta::{self, DeltaArgs},
 };
+use args::Part;
+pub(crate) use args::SnapshotsArgs;
 use table::{Row, Table};
-
-#[derive(Debug, Args)]
-pub(crate) struct SnapshotsArgs {
-    /// Not used: the library is measured
-    #[arg(long, hide = true)]
-    program: Option<PathBuf>,
-    /// RAM of the guest in MiB; can be repeated. The first is used where the size makes no difference
-    #[arg(long, default_values_t = [1024, 4096, 8192])]
-    ram: Vec<u64>,
-    /// How often everything is measured; medians are shown
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
-    /// Where files in memory are written
-    #[arg(long, default_value = "/dev/shm")]
-    folder: PathBuf,
-    /// Where files on a disk are written
-    #[arg(long, default_value = "target")]
-    disk: PathBuf,
-    /// Measure only this; can be repeated
-    #[arg(long, value_enum)]
-    only: Vec<Part>,
-}
-
-/// What can be measured alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Part {
-    Moment,
-    Lazy,
-    Faults,
-    Delta,
-    HandedOver,
-}
 
 /// Measures, and prints a table.
 pub(crate) fn run(args: &SnapshotsArgs) -> Result<()> {
@@ -80,13 +47,6 @@ pub(crate) fn run(args: &SnapshotsArgs) -> Result<()> {
 }
 
 type Measure = fn(&SnapshotsArgs, &mut Table) -> Result<()>;
-
-impl SnapshotsArgs {
-    /// The size that is used where the size makes no difference, in bytes.
-    fn least(&self) -> u64 {
-        self.ram.first().copied().unwrap_or(1024) << 20
-    }
-}
 
 /// A delta of 1 % changed pages beside a whole capture.
 fn one_percent(args: &SnapshotsArgs, table: &mut Table) -> Result<()> {

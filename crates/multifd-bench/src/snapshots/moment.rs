@@ -20,7 +20,7 @@ use qemu_stream::{
 };
 
 use super::{
-    SnapshotsArgs,
+    args::SnapshotsArgs,
     guest::{Load, Writing},
     memory::{Kind, Ram, enough},
     table::{Row, Table, median, time},

@@ -58,7 +58,7 @@ impl Row {
 
 impl Table {
     pub(super) fn new() -> Self {
-        println!("| What | Setting | Found | Target | Met | |");
+        println!("| What | Setting | Found | Target | Reached | |");
         println!("| --- | --- | ---: | ---: | --- | --- |");
         Self { missed: 0, rows: 0 }
     }

@@ -131,7 +131,7 @@ impl Pages {
     }
 
     /// The first of these host pages that was not claimed yet. Its contents are lost: it is claimed for good, so that the copy never
-    /// counts as complete, whoever is faster than the error.
+    /// counts as complete, also if another thread is faster than the error.
     pub(super) fn claim_lost(&self, mut host_pages: impl Iterator<Item = PageRun>) -> Option<PageRun> {
         let mut state = self.lock();
         let walk = state.walk.as_mut()?;
