@@ -50,8 +50,10 @@ fn memory(send: impl FnOnce(UnixStream)) {
     let received = received(|path| {
         send(UnixStream::connect(path).expect("it listens"));
     });
-    // Blocks that do not fit into the machine are refused later, by name; here each is one of its own.
-    let Some(received) = received.filter(|all| all.iter().all(|one| one.length <= 8 << 20)) else { return };
+    // A machine has whole pages. Blocks that do not fit into it are refused later, by name; here each is one of its own.
+    let fits =
+        |one: &SharedMemory| one.length > 0 && one.length.is_multiple_of(4096) && one.length <= 8 << 20;
+    let Some(received) = received.filter(|all| all.iter().all(fits)) else { return };
     let Some(blocks) = blocks(&received) else { return };
     let shape = |memory: &[SharedMemory]| -> Vec<_> {
         memory.iter().map(|one| (one.block.clone(), one.offset, one.length)).collect()
