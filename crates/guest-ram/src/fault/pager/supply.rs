@@ -34,7 +34,7 @@ pub(super) enum Placing<'a> {
 /// Requests pages from the side that sends them.
 pub trait RequestPages: Send + Sync {
     /// A thread of the guest waits for these pages, which are one host page. Called once for each, from threads of the pager, and
-    /// again for each by [`Pager::request_again`]. It should return soon: other faults wait for it. A request that cannot be sent is
+    /// again for each by [`Pager::request_again`](super::Pager::request_again). It should return soon: other faults wait for it. A request that cannot be sent is
     /// dropped.
     fn request(&self, run: PageRun);
 }
