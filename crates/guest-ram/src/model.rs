@@ -5,7 +5,7 @@ use shuttle::{
     scheduler::{PctScheduler, RandomScheduler, Scheduler},
 };
 
-pub use crate::fault::pager_model as pager;
+pub use crate::fault::{copier_model as copier, pager_model as pager};
 
 /// Runs `model` `times` times under schedules drawn from a fixed seed: half of them random, half with a few badly chosen
 /// interruptions.

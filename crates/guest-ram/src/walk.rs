@@ -143,7 +143,9 @@ impl Walk {
             if let Some(first) = pages_of(block).next_set(PageIndex(self.cursor.page)) {
                 let Shape { pages, host_page } = block.shape;
                 let first = first.0 - first.0 % host_page;
-                let limit = first.saturating_add(pieces(most, host_page)).min(pages);
+                // Up to a multiple of this number, so that runs begin at one after that: the borders of huge pages.
+                let most = pieces(most, host_page);
+                let limit = (first - first % most).saturating_add(most).min(pages);
                 let mut end = first;
                 while end < limit && pages_of(block).contains(PageIndex(end)) {
                     let host_end = (end + host_page).min(pages);

@@ -58,8 +58,15 @@ pub(crate) struct DeltaArgs {
     folder: PathBuf,
 }
 
+impl DeltaArgs {
+    /// One page of a hundred is written.
+    pub(crate) fn of(memory: u64, rounds: usize, folder: PathBuf) -> Self {
+        Self { program: None, memory, written: 10, rounds, channels: 2, folder }
+    }
+}
+
 /// What is measured, in the order of the table.
-const ROWS: [&str; 7] = [
+pub(crate) const ROWS: [&str; 7] = [
     "whole, with digests",
     "whole, without digests",
     "delta, by a dirty log",
@@ -71,6 +78,12 @@ const ROWS: [&str; 7] = [
 
 /// Measures, and prints a table.
 pub(crate) fn run(args: &DeltaArgs) -> Result<()> {
+    print(args, &measure(args)?);
+    Ok(())
+}
+
+/// The medians, in the order of [`ROWS`]: times, and bytes on the disk.
+pub(crate) fn measure(args: &DeltaArgs) -> Result<Vec<(Duration, u64)>> {
     let folder = tempfile::tempdir_in(&args.folder)?;
     let path = |name: &str| folder.path().join(name);
     let blocks = memory(args.memory << 20)?;
@@ -126,18 +139,14 @@ pub(crate) fn run(args: &DeltaArgs) -> Result<()> {
             fs::remove_file(path(name))?;
         }
     }
-    print(args, &mut rows);
-    Ok(())
+    let median = |mut row: Vec<(Duration, u64)>| {
+        row.sort();
+        row.get(row.len() / 2).copied().unwrap_or_default()
+    };
+    Ok(rows.into_iter().map(median).collect())
 }
 
-fn print(args: &DeltaArgs, rows: &mut [Vec<(Duration, u64)>]) {
-    let medians: Vec<(Duration, u64)> = rows
-        .iter_mut()
-        .map(|row| {
-            row.sort();
-            row.get(row.len() / 2).copied().unwrap_or_default()
-        })
-        .collect();
+fn print(args: &DeltaArgs, medians: &[(Duration, u64)]) {
     let (whole, bytes) = medians.first().copied().unwrap_or_default();
     println!(
         "{} MiB, {} of 1000 pages written, {} channels, in {}: medians of {} rounds\n",
@@ -148,7 +157,7 @@ fn print(args: &DeltaArgs, rows: &mut [Vec<(Duration, u64)>]) {
         args.rounds
     );
     println!("| | Time | of the whole | On disk | of the whole |\n| --- | ---: | ---: | ---: | ---: |");
-    for (name, (time, size)) in ROWS.iter().zip(&medians) {
+    for (name, (time, size)) in ROWS.iter().zip(medians) {
         let share = |part: f64, all: f64| {
             if part > 0.0 { format!("{:.1} %", 100.0 * part / all.max(1e-9)) } else { "-".into() }
         };
@@ -196,7 +205,7 @@ fn on_disk(path: &Path) -> io::Result<u64> {
     Ok(fs::metadata(path)?.blocks() * 512)
 }
 
-fn capture(
+pub(crate) fn capture(
     blocks: &Arc<RamBlocks>,
     path: &Path,
     base: Option<&Base>,

@@ -16,11 +16,13 @@ mod delta;
 mod engine;
 mod error;
 mod first_instruction;
+mod free;
 mod measure;
 mod peer;
 mod report;
 mod requests;
 mod run;
+mod snapshots;
 
 use std::process::ExitCode;
 
@@ -44,6 +46,8 @@ enum Verb {
     Requests(requests::RequestsArgs),
     /// Measure captures that store only what changed
     Delta(delta::DeltaArgs),
+    /// Measure what a snapshot of a running machine costs: pauses, slow-downs, faults, deltas, a hand-over
+    Snapshots(snapshots::SnapshotsArgs),
     /// Be a source: fill RAM, then migrate once for each line of standard input
     #[command(hide = true)]
     Source(engine::SourceArgs),
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Verb::FirstInstruction(args) => first_instruction::run(&args),
         Verb::Requests(args) => requests::run(&args),
         Verb::Delta(args) => delta::run(&args),
+        Verb::Snapshots(args) => snapshots::run(&args),
         Verb::Source(args) => engine::source(&args),
         Verb::Destination(args) => engine::destination(&args),
     };

@@ -12,6 +12,7 @@ use crate::{
     Result,
     cases::{self, Case, Place, Way, Who},
     engine::IntoFile,
+    free,
     measure::{Measured, Samples},
     peer::{
         Peer, Setting,
@@ -142,10 +143,7 @@ impl Means<'_> {
 
     /// Checks that there is enough memory: both ends are on this machine.
     fn enough_memory(&self, case: &Case) -> Result<()> {
-        let text = fs::read_to_string("/proc/meminfo")?;
-        let line =
-            text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
-        let available = line.ok_or("/proc/meminfo has no MemAvailable")?.parse::<u64>()? << 10;
+        let available = free::available()?;
         let touched =
             if case.setting.contents == crate::contents::Contents::Untouched { 0 } else { case.setting.ram };
         let needed = 2 * touched + (1 << 30);

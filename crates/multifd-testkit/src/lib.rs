@@ -9,6 +9,8 @@
 //!           a source that misbehaves on demand, over real sockets
 //! child     processes that end with the run that started them, even if it is killed
 //! crowd     hosts that keep hundreds of silent connections open
+//! huge_pages
+//!           huge pages that are set aside for a test
 //! proxy     a TCP proxy that connects to its target late
 //! rough_network
 //!           two hosts, and a line between them that loses, delays and reorders packets
@@ -29,6 +31,7 @@ pub mod certificates;
 pub mod child;
 pub mod crowd;
 pub mod guest;
+mod huge_pages;
 mod in_use;
 mod number;
 pub mod pattern;
@@ -39,6 +42,7 @@ pub mod silent;
 mod skip;
 pub mod slow_file;
 
+pub use huge_pages::HugePages;
 pub use in_use::{in_use, in_use_after};
 pub use number::number;
 pub use skip::{lacks, skip};

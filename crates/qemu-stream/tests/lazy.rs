@@ -23,6 +23,7 @@ use multifd::{
         PageSize, PagerError, PagerOptions, RamBlock, RamBlocks, TroubleKind,
     },
 };
+use multifd_testkit::HugePages;
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::{Base, Capture, CaptureOptions, LazyError, MappedRamFile, Restore, StoredMachine},
@@ -157,7 +158,14 @@ fn a_guest_finds_every_page_of_memory_of_each_kind_while_it_comes() {
         let blocks = BLOCKS.iter().map(|(name, length)| Some(block(name, memfd(*length, flags)?)));
         blocks.collect::<Option<Vec<_>>>().map(|blocks| Arc::new(RamBlocks::new(blocks).expect("distinct")))
     };
-    for blocks in [Some(memory()), shared(MemfdFlags::empty())].into_iter().flatten() {
+    let reserved = HugePages::reserve((PAGES << 12) / HugePages::BYTES);
+    let huge = reserved.as_ref().and_then(|_| {
+        let ram = block("ram", memfd(PAGES << 12, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?);
+        let rom = block("rom", Mapping::anonymous(0x3000).expect("memory"));
+        Some(Arc::new(RamBlocks::new(vec![ram, rom]).expect("distinct")))
+    });
+    assert_eq!(huge.is_some(), reserved.is_some(), "huge pages that are set aside can be used");
+    for blocks in [Some(memory()), shared(MemfdFlags::empty()), huge].into_iter().flatten() {
         let machine = open(&file);
         let Some(pager) = lazy(&machine, &blocks, PagerOptions::new()) else { return };
         // It needs the file's descriptor, and not the machine.
@@ -207,6 +215,46 @@ fn a_guest_finds_every_page_of_a_delta_and_its_base_while_it_comes() {
     }
     pager.finish(LIMIT).expect("all of it");
     assert!((0..PAGES).all(|page| word(ram, page) == word(of, page)));
+}
+
+/// Bytes that are on the disk reach the guest past the page cache, which has nothing of the file afterwards.
+#[test]
+fn a_guest_finds_every_page_past_the_page_cache() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().join("machine");
+    let file = File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
+    capture(&filled(), file.try_clone().expect("a descriptor"), None);
+    if multifd::ram::DirectFile::of(&file).is_err() {
+        return multifd_testkit::lacks("a file system with direct I/O");
+    }
+    let machine = open(&file);
+    file.sync_all().expect("on the disk");
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("dropped");
+    // The second time, the page cache has the file if the first one has left it there.
+    for round in 0..2 {
+        let before = read_from_disks();
+        let blocks = memory();
+        let options = PagerOptions::new().prefetch_bytes(64 << 10);
+        let pager = match Restore::new(&machine).direct_io(true).lazy(&blocks, options) {
+            Ok(pager) => pager,
+            Err(LazyError::Fault(error @ (FaultError::NotPermitted { .. } | FaultError::Lacks { .. }))) => {
+                return multifd_testkit::lacks(&error.to_string());
+            }
+            Err(error) => panic!("{error}"),
+        };
+        assert_all(&blocks);
+        pager.finish(LIMIT).expect("all there");
+        // Four of five pages have contents.
+        let read = read_from_disks() - before;
+        assert!(read > (PAGES << 12) / 2, "round {round}: only {read} bytes were read from the disk");
+    }
+}
+
+/// The bytes that this process has caused disks to read.
+fn read_from_disks() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").expect("counted");
+    let line = text.lines().find_map(|line| line.strip_prefix("read_bytes: "));
+    line.and_then(|number| number.parse().ok()).expect("a number")
 }
 
 #[test]

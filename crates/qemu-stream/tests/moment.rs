@@ -22,6 +22,7 @@ use multifd::{
         RamBlock, RamBlocks,
     },
 };
+use multifd_testkit::HugePages;
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::{
@@ -36,9 +37,16 @@ const PAGES: u64 = 4096;
 const BLOCKS: [(&str, u64); 2] = [("ram", PAGES << 12), ("rom", 0x3000)];
 
 fn memory(shared: bool) -> Arc<RamBlocks> {
+    memory_with(if shared { Some(MemfdFlags::empty()) } else { None })
+}
+
+/// Anonymous memory, or "ram" in a memory file.
+fn memory_with(file: Option<MemfdFlags>) -> Arc<RamBlocks> {
     let block = |(name, length): &(&str, u64)| {
-        let mapping = if shared {
-            let file = File::from(memfd_create(*name, MemfdFlags::CLOEXEC).expect("a memfd"));
+        // The smaller block is no whole huge page.
+        let flags = file.map(|flags| if *length < HugePages::BYTES { MemfdFlags::empty() } else { flags });
+        let mapping = if let Some(flags) = flags {
+            let file = File::from(memfd_create(*name, flags | MemfdFlags::CLOEXEC).expect("a memfd"));
             file.set_len(*length).expect("longer");
             Mapping::of_file(&file, 0, *length, Access::ReadWrite).expect("mapped")
         } else {
@@ -245,8 +253,10 @@ fn begin(
 
 #[test]
 fn a_busy_guest_is_in_the_file_as_it_was_when_it_was_stopped() {
-    for shared in [false, true] {
-        let (blocks, file) = (memory(shared), tempfile::tempfile().expect("a file"));
+    let reserved = HugePages::reserve((PAGES << 12) / HugePages::BYTES);
+    let huge = reserved.as_ref().map(|_| Some(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB));
+    for kind in [Some(None), Some(Some(MemfdFlags::empty())), huge].into_iter().flatten() {
+        let (blocks, file) = (memory_with(kind), tempfile::tempfile().expect("a file"));
         let mut guest = Busy::start(&blocks);
         for _ in 0..3 {
             let Some(begun) = begin(&file, &blocks, &mut guest) else { return };
@@ -394,3 +404,114 @@ fn a_capture_with_a_base_is_refused_before_the_guest_is_stopped() {
     assert_eq!(guest.resumed, 1, "it was not stopped again");
     guest.shared.more(1000);
 }
+
+/// The kernel lets one of them have the memory. The guest is not stopped for the one that is refused.
+#[test]
+fn a_second_capture_of_one_guest_is_refused_by_name_and_the_first_completes() {
+    let (blocks, files) = (memory(false), [(); 2].map(|()| tempfile::tempfile().expect("a file")));
+    let mut guest = Busy::start(&blocks);
+    let Some(begun) = begin(&files[0], &blocks, &mut guest) else { return };
+    let mut first = begun.expect("captured");
+    // While it is copied, or just after that.
+    let second = begin(&files[1], &blocks, &mut guest).expect("allowed");
+    match second {
+        Err(error) => {
+            let text = multifd::error::chain(&error).to_string();
+            assert!(text.contains("another capture of one moment"), "{text}");
+            assert!(matches!(error, MomentError::Copier(CopierError::Fault(FaultError::Watched { .. }))));
+            assert_eq!(guest.resumed, 1, "the guest was stopped for it");
+            assert_eq!(files[1].metadata().expect("its length").len(), 0);
+        }
+        Ok(_) => assert_eq!(first.copier().left(), 0, "two captures have the memory"),
+    }
+    first.finish(LIMIT).expect("complete");
+    guest.shared.more(1000);
+    begin(&files[1], &blocks, &mut guest)
+        .expect("allowed")
+        .expect("captured")
+        .finish(LIMIT)
+        .expect("complete");
+}
+
+/// The process that captures is killed at random moments. Whatever is in its files then: what counts as a whole machine is one.
+#[test]
+fn a_file_of_a_capture_that_was_killed_is_never_taken_for_a_whole_machine() {
+    use std::io::BufRead;
+    let (mut whole, mut torn) = (0, 0);
+    for round in 0..12_u64 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        command.args(["--ignored", "--exact", "captures_until_it_is_killed", "--nocapture"]);
+        command.env(KILLED, folder.path()).stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().expect("started");
+        let mut lines = io::BufReader::new(child.stdout.take().expect("its output")).lines();
+        let mut announced = Vec::new();
+        let mut read = |until: &dyn Fn(&str) -> bool| {
+            for line in lines.by_ref().map_while(Result::ok) {
+                if let Some(name) = line.strip_prefix("complete ") {
+                    announced.push(name.to_owned());
+                }
+                if until(&line) {
+                    return true;
+                }
+            }
+            false
+        };
+        // At another moment of another capture each time.
+        let begins = format!("begins {}", round % 3);
+        if !read(&|line| line == begins || line == "lacks") {
+            panic!("the process that captures has ended");
+        }
+        thread::sleep(Duration::from_micros(round * 1700 % 20_000));
+        child.kill().expect("killed");
+        child.wait().expect("ended");
+        read(&|_| false);
+        let files: Vec<_> = std::fs::read_dir(folder.path()).expect("listed").collect();
+        if files.is_empty() {
+            return multifd_testkit::lacks("a process that may serve page faults");
+        }
+        for file in files {
+            let path = file.expect("there").path();
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            match MappedRamFile::open(File::open(&path).expect("opened"), 0) {
+                Ok(machine) => {
+                    let verified = Verify::new(&machine).run(&AtomicU64::new(0), &Stop::new()).expect("read");
+                    assert!(verified.damage.is_empty(), "{name}: {verified:?}");
+                    assert!(machine.devices().find("vcpu", 0).is_some(), "{name} has no devices");
+                    whole += 1;
+                }
+                Err(_) => {
+                    assert!(!announced.contains(&name), "{name} was complete");
+                    torn += 1;
+                }
+            }
+        }
+    }
+    assert!(whole > 0 && torn > 0, "{whole} whole files, and {torn} others: the moments are not random");
+}
+
+/// Not a separate test: the test above starts it.
+#[test]
+#[ignore = "the other process of a test"]
+fn captures_until_it_is_killed() {
+    let Some(folder) = std::env::var_os(KILLED).map(std::path::PathBuf::from) else { return };
+    let blocks = memory(false);
+    (0..PAGES).for_each(|page| ram(&blocks).store(PageIndex(page), &[7; 4096]).expect("stored"));
+    let mut guest = Busy::start(&blocks);
+    for number in 0.. {
+        let file = File::create_new(folder.join(number.to_string())).expect("a file");
+        drop(file);
+        let file = File::options().read(true).write(true).open(folder.join(number.to_string()));
+        let file = file.expect("a file");
+        println!("begins {number}");
+        let Some(begun) = begin(&file, &blocks, &mut guest) else {
+            std::fs::remove_file(folder.join(number.to_string())).expect("removed");
+            println!("lacks");
+            return;
+        };
+        begun.expect("captured").finish(LIMIT).expect("complete");
+        println!("complete {number}");
+    }
+}
+
+const KILLED: &str = "MULTIFD_MOMENT_KILLED";

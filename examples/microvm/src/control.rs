@@ -41,6 +41,8 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
             ["quit"] => (Ok(String::new()), false),
             // A path may contain spaces.
             ["snapshot", ..] => (snapshot(machine, line.trim_end().split_once(' ')), true),
+            // Two paths, separated by a tab.
+            ["snapshot-since", ..] => (snapshot_since(machine, line.trim_end().split_once(' ')), true),
             ["snapshot-moment", ..] => (snapshot_moment(machine, line.trim_end().split_once(' ')), true),
             ["migrate", ref rest @ ..] => match migrate(machine, rest, &client) {
                 Ok(report) => (Ok(report), false),
@@ -74,7 +76,16 @@ fn status(machine: &Machine) -> Result<String, Failure> {
 
 fn snapshot(machine: &Machine, line: Option<(&str, &str)>) -> Result<String, Failure> {
     let (_, path) = line.ok_or("expected a path")?;
-    let info = snapshot::save(machine, Path::new(path))?;
+    captured(machine, &snapshot::save(machine, Path::new(path), None)?)
+}
+
+fn snapshot_since(machine: &Machine, line: Option<(&str, &str)>) -> Result<String, Failure> {
+    let paths = line.and_then(|(_, paths)| paths.split_once('\t'));
+    let (base, path) = paths.ok_or("expected the path of the base, a tab, and a path")?;
+    captured(machine, &snapshot::save(machine, Path::new(path), Some(Path::new(base)))?)
+}
+
+fn captured(machine: &Machine, info: &MigrationInfo) -> Result<String, Failure> {
     Ok(format!("pages={} batches={}", info.ram.normal, machine.health().batches))
 }
 

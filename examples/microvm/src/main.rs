@@ -88,10 +88,13 @@ enum Verb {
         /// Capture it as it is at one moment: the guest is stopped only while its devices are saved
         #[arg(long)]
         moment: bool,
+        /// Store only what differs from the machine in this file, which is needed to restore it
+        #[arg(long, value_name = "FILE", conflicts_with = "moment")]
+        base: Option<PathBuf>,
         /// The file
         file: PathBuf,
     },
-    /// Run a machine out of a file
+    /// Run a machine out of a file, and of the files that it is based on
     Restore {
         #[command(flatten)]
         control: Control,
@@ -227,10 +230,16 @@ fn run(verb: Verb) -> Result<(), Failure> {
             tell(&control::ask(&control.control, &wish)?);
             Ok(())
         }
-        Verb::Snapshot { control, moment, file } => {
+        Verb::Snapshot { control, moment, base, file } => {
             let file = std::path::absolute(file)?;
-            let how = if moment { "snapshot-moment" } else { "snapshot" };
-            tell(&control::ask(&control.control, &format!("{how} {}", file.display()))?);
+            let request = match base {
+                Some(base) => {
+                    format!("snapshot-since {}\t{}", std::path::absolute(base)?.display(), file.display())
+                }
+                None if moment => format!("snapshot-moment {}", file.display()),
+                None => format!("snapshot {}", file.display()),
+            };
+            tell(&control::ask(&control.control, &request)?);
             Ok(())
         }
         Verb::Restore { control, lazy, file } => {

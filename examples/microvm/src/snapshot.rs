@@ -16,19 +16,40 @@ use multifd::{
 };
 use qemu_stream::{
     format::Configuration,
-    mapped_ram::{Capture, CaptureOptions, MappedRamFile, Restore},
+    mapped_ram::{Base, Capture, CaptureOptions, Restore, StoredMachine},
 };
 
 use crate::{Failure, control, machine::Machine, memory, tell};
 
-/// Captures the machine. Its guest runs meanwhile, and continues afterwards.
-pub(crate) fn save(mut machine: &Machine, path: &Path) -> Result<MigrationInfo, Failure> {
-    // 1. A file with a temporary name until it is complete.
+/// Captures the machine, or what differs from the machine in the file `base`. Its guest runs meanwhile, and continues afterwards.
+pub(crate) fn save(
+    mut machine: &Machine,
+    path: &Path,
+    base: Option<&Path>,
+) -> Result<MigrationInfo, Failure> {
+    // 1. The base is opened before the file is created, which must not be one of its files.
+    let base = match base {
+        None => None,
+        Some(base) => {
+            let stored = StoredMachine::open(base, 0)?;
+            let base = Base::new(&stored, Base::relative(path, base)?)?;
+            // The complete file replaces the one that is there.
+            if path.exists() && base.has(&File::open(path)?)? {
+                return Err(format!("{} is a file of the base", path.display()).into());
+            }
+            Some(base)
+        }
+    };
+    // A file with a temporary name until it is complete.
     let unfinished = path.with_extension("unfinished");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&unfinished)?;
     let options = CaptureOptions::new().digests(true);
     let configuration = Configuration::new(Machine::machine_type()?);
-    let mut capture = Capture::of_guest(file, configuration, &machine.blocks, &options)?;
+    let mut capture = match &base {
+        None => Capture::of_guest(file, configuration, &machine.blocks, &options)?,
+        // Without a dirty log that was kept, all memory is compared with the base.
+        Some(base) => Capture::since(base, file, configuration, &machine.blocks, &options)?,
+    };
 
     // 2. Like a migration whose channels copy.
     let mut sender = Sender::new(SendOptions::new(), machine.blocks.clone(), Stop::new())?;
@@ -75,9 +96,8 @@ pub(crate) struct Restored {
 
 /// Restores the machine, and runs its guest if it ran when it was captured. With `lazy`, its memory follows.
 pub(crate) fn restore(path: &Path, lazy: bool) -> Result<Restored, Failure> {
-    // 1. Everything but the pages is read and checked.
-    let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let file = MappedRamFile::open(file, 0)?;
+    // 1. Everything but the pages is read and checked: of the file, and of its base if it is a delta.
+    let file = StoredMachine::open(path, 0)?;
     let found = file.configuration().map(|configuration| &configuration.machine);
     if found != Some(&Machine::machine_type()?) {
         return Err(format!("{} contains a machine of another type", path.display()).into());

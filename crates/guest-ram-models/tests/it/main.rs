@@ -27,3 +27,13 @@ models! { pager:
     a_failed_load_is_repeated_and_nobody_waits_forever 4_000,
     every_fault_is_answered_however_pages_and_requests_meet 4_000,
 }
+
+models! { copier:
+    every_page_is_stored_once_as_it_was_at_the_hold 4_000,
+    a_full_queue_delays_writes_and_loses_none 4_000,
+    a_page_that_is_discarded_before_the_hold_is_protected_again 4_000,
+    a_page_that_is_discarded_after_the_hold_is_in_a_buffer_or_ends_the_copy 4_000,
+    a_guest_never_waits_for_the_file 4_000,
+    a_page_that_is_not_stored_is_the_reason_of_the_end 4_000,
+    an_end_at_any_time_leaves_nobody_waiting 4_000,
+}

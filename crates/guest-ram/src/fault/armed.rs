@@ -247,6 +247,30 @@ impl Armed {
         })
     }
 
+    /// Like [`copy`](Self::copy), for private memory of this process, but moves the pages of `bytes` instead of copying them, as far as it
+    /// comes; they read as zero then. `None` if the kernel cannot move these pages: then they may be copied.
+    pub(super) fn take(&self, block: BlockIndex, offset: BlockOffset, bytes: &mut [u8]) -> Option<Placed> {
+        let range = self.range(block, offset, bytes.len() as u64).ok()?;
+        let (done, result) = kernel::take(self.userfault.fd(), range.start, bytes);
+        let end = match result {
+            Ok(()) => return Some(Placed { bytes: bytes.len() as u64, end: PlaceEnd::All }),
+            Err(Errno::EXIST) => PlaceEnd::Exists,
+            Err(Errno::AGAIN) => PlaceEnd::Changing,
+            // A part was done: the next call says why it was not more.
+            Err(_) if done > 0 => PlaceEnd::All,
+            Err(error) => {
+                tracing::debug!(error = %io::Error::from(error), "pages are copied, because they cannot be moved");
+                return None;
+            }
+        };
+        Some(Placed { bytes: done, end })
+    }
+
+    /// Whether pages can be [taken](Self::take).
+    pub(super) fn takes(&self) -> bool {
+        self.is_own() && self.features().contains(Features::MOVE)
+    }
+
     /// Places pages of zeros, and wakes the threads that wait for them. Where the kernel has no such call, as for huge pages,
     /// zeros are copied.
     ///

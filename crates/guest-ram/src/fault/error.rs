@@ -50,7 +50,7 @@ pub enum FaultError {
     },
     /// Another `userfaultfd` has the memory.
     #[error(
-        "block {name:?}: another userfaultfd watches its memory: a dirty log of its page table, or another pager, must end first"
+        "block {name:?}: another userfaultfd watches its memory: a dirty log of its page table, another capture of one moment, or a pager must end first"
     )]
     Watched {
         /// The block.

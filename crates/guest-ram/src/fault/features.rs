@@ -29,6 +29,8 @@ impl Features {
     pub const PROTECT_UNPOPULATED: Self = Self(sys::UFFD_FEATURE_WP_UNPOPULATED as u64);
     /// Pages that nobody can access any more (Linux 6.6).
     pub const POISON: Self = Self(sys::UFFD_FEATURE_POISON as u64);
+    /// Pages of this process that are moved into private memory instead of copied (Linux 6.8).
+    pub const MOVE: Self = Self(sys::UFFD_FEATURE_MOVE as u64);
     /// Events of memory that is discarded (Linux 4.11). The thread that discards it waits until the event was read.
     pub const REMOVED: Self = Self(sys::UFFD_FEATURE_EVENT_REMOVE as u64);
 
@@ -170,7 +172,8 @@ pub(super) const OF_KINDS: Features = Features(
         | Features::MINOR_SHMEM.0
         | Features::MINOR_HUGETLB.0
         | Features::PROTECT.0
-        | Features::PROTECT_SHARED.0,
+        | Features::PROTECT_SHARED.0
+        | Features::MOVE.0,
 );
 
 /// What this library knows.
@@ -178,7 +181,7 @@ pub(super) const ALL: Features =
     Features(OF_KINDS.0 | Features::PROTECT_UNPOPULATED.0 | Features::POISON.0 | Features::REMOVED.0);
 
 /// The features that this library can use, each with its name in the kernel and the version that has it.
-const NAMES: [(Features, &str, &str); 9] = [
+const NAMES: [(Features, &str, &str); 10] = [
     (Features::MISSING_SHMEM, "MISSING_SHMEM", "4.11"),
     (Features::MISSING_HUGETLB, "MISSING_HUGETLBFS", "4.11"),
     (Features::REMOVED, "EVENT_REMOVE", "4.11"),
@@ -188,6 +191,7 @@ const NAMES: [(Features, &str, &str); 9] = [
     (Features::PROTECT_SHARED, "WP_HUGETLBFS_SHMEM", "5.19"),
     (Features::PROTECT_UNPOPULATED, "WP_UNPOPULATED", "6.4"),
     (Features::POISON, "POISON", "6.6"),
+    (Features::MOVE, "MOVE", "6.8"),
 ];
 
 #[cfg(test)]
@@ -201,7 +205,7 @@ mod tests {
         assert_eq!((some.since(), Features::MISSING_SHMEM.since()), ("6.6", "4.11"));
         assert_eq!(Features::MISSING_SHMEM.lacking(some), Features::POISON);
         let every = NAMES.iter().fold(Features::NONE, |all, (feature, ..)| all | *feature);
-        assert_eq!(every.since(), "6.6");
+        assert_eq!(every.since(), "6.8");
         assert!(every.contains(OF_KINDS));
     }
 

@@ -101,6 +101,14 @@ pub(super) fn copy(fd: BorrowedFd<'_>, to: u64, bytes: &[u8], protect: bool) -> 
     done(copy.copy, bytes.len() as u64, result)
 }
 
+/// Places these pages themselves, which are then missing where they were.
+pub(super) fn take(fd: BorrowedFd<'_>, to: u64, from: &mut [u8]) -> Done {
+    let src = from.as_mut_ptr().expose_provenance() as u64;
+    let mut taken = sys::uffdio_move { dst: to, src, len: from.len() as u64, mode: 0, move_: 0 };
+    let result = update::<MOVE, _>(fd, &mut taken);
+    done(taken.move_, from.len() as u64, result)
+}
+
 /// Places pages of zeros.
 pub(super) fn zero(fd: BorrowedFd<'_>, range: &Range<u64>) -> Done {
     let mut zero = sys::uffdio_zeropage { range: of(range), mode: 0, zeropage: 0 };
@@ -174,6 +182,7 @@ const UNREGISTER: Opcode = opcode::read::<sys::uffdio_range>(GROUP, 1);
 const WAKE: Opcode = opcode::read::<sys::uffdio_range>(GROUP, 2);
 const COPY: Opcode = opcode::read_write::<sys::uffdio_copy>(GROUP, 3);
 const ZEROPAGE: Opcode = opcode::read_write::<sys::uffdio_zeropage>(GROUP, 4);
+const MOVE: Opcode = opcode::read_write::<sys::uffdio_move>(GROUP, 5);
 const WRITEPROTECT: Opcode = opcode::read_write::<sys::uffdio_writeprotect>(GROUP, 6);
 const CONTINUE: Opcode = opcode::read_write::<sys::uffdio_continue>(GROUP, 7);
 const POISON: Opcode = opcode::read_write::<sys::uffdio_poison>(GROUP, 8);

@@ -28,6 +28,8 @@ mod panicked;
 mod userfault;
 
 pub use armed::{Armed, PlaceEnd, Placed, Protection};
+#[cfg(shuttle)]
+pub use copier::model as copier_model;
 pub use copier::{Copier, CopierError, CopierOptions, CopierStats, PageSink, Prepared, StoreError};
 pub use error::{DeviceState, FaultError};
 pub use event::{FaultEvent, FaultKind};

@@ -19,10 +19,10 @@ use crate::kit::{self, Access1, LIMIT, pattern};
 
 /// Keeps the pages, and refuses those that come twice.
 #[derive(Default)]
-struct Kept(Mutex<BTreeMap<u64, Vec<u8>>>);
+pub(crate) struct Kept(Mutex<BTreeMap<u64, Vec<u8>>>);
 
 impl Kept {
-    fn pages(&self) -> BTreeMap<u64, Vec<u8>> {
+    pub(crate) fn pages(&self) -> BTreeMap<u64, Vec<u8>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -51,12 +51,16 @@ impl<F: Fn(PageRun) -> Result<(), StoreError> + Send + Sync> PageSink for Does<F
     }
 }
 
-fn options() -> CopierOptions {
+pub(crate) fn options() -> CopierOptions {
     CopierOptions::new().sole_writer(true)
 }
 
 /// `None` if this system does not let a process serve page faults.
-fn prepare(blocks: &Arc<RamBlocks>, sink: Arc<dyn PageSink>, options: CopierOptions) -> Option<Prepared> {
+pub(crate) fn prepare(
+    blocks: &Arc<RamBlocks>,
+    sink: Arc<dyn PageSink>,
+    options: CopierOptions,
+) -> Option<Prepared> {
     match Copier::prepare(blocks, sink, options) {
         Ok(prepared) => Some(prepared),
         Err(CopierError::Fault(error @ (FaultError::NotPermitted { .. } | FaultError::Lacks { .. }))) => {
@@ -67,7 +71,7 @@ fn prepare(blocks: &Arc<RamBlocks>, sink: Arc<dyn PageSink>, options: CopierOpti
     }
 }
 
-fn write_page(blocks: &RamBlocks, page: u64, stamp: u64) {
+pub(crate) fn write_page(blocks: &RamBlocks, page: u64, stamp: u64) {
     let bytes = stamp.to_be_bytes().repeat(512);
     kit::page_of(blocks, page).copy_from(&bytes);
 }
@@ -380,4 +384,26 @@ fn memory_with_a_dirty_log_of_the_page_table_is_refused_by_name() {
     assert!(guest_ram::PagemapLog::start(blocks.clone()).is_err(), "the other way round");
     drop(prepared);
     assert!(guest_ram::PagemapLog::start(blocks).is_ok());
+}
+
+/// The kernel lets one of them have the memory.
+#[test]
+fn a_second_copier_of_the_same_memory_is_refused_by_name_and_the_first_completes() {
+    for kind in kit::kinds(4) {
+        let pages = kind.blocks.total() >> 12;
+        (0..pages).for_each(|page| write_page(&kind.blocks, page, page + 1));
+        let refused = || match Copier::prepare(&kind.blocks, Arc::new(Kept::default()), options()) {
+            Err(CopierError::Fault(FaultError::Watched { name })) => assert_eq!(name.as_bytes(), b"ram"),
+            other => panic!("{}: {other:?}", kind.name),
+        };
+        let kept = Arc::new(Kept::default());
+        let Some(prepared) = prepare(&kind.blocks, kept.clone(), options()) else { return };
+        refused();
+        let copier = prepared.hold().expect("held");
+        copier.finish(Some(LIMIT)).expect("complete");
+        assert_eq!(kept.pages().len() as u64, pages, "{}", kind.name);
+        // Memory is free for the next one then.
+        let next = prepare(&kind.blocks, Arc::new(Kept::default()), options()).expect("allowed");
+        next.hold().expect("held").finish(Some(LIMIT)).expect("complete");
+    }
 }

@@ -4,9 +4,10 @@
 #![expect(unsafe_code, reason = "system calls on guest memory")]
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    os::fd::AsRawFd,
+    sync::{Arc, mpsc},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -15,6 +16,7 @@ use guest_ram::{
     Access, Armed, BlockIndex, BlockName, FaultError, FaultEvent, FaultsFrom, Features, GuestSlice, Mapping,
     Memory, PageIndex, PageSize, RamBlock, RamBlocks, Userfault,
 };
+use multifd_testkit::HugePages;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{MemfdFlags, memfd_create},
@@ -75,38 +77,7 @@ pub(crate) fn huge(host_pages: u64) -> Option<(Arc<RamBlocks>, HugePages)> {
     Some((blocks(len, mapping), reserved))
 }
 
-pub(crate) const HUGE: u64 = 2 << 20;
-
-/// Huge pages that are set aside. The old number is restored at the drop.
-pub(crate) struct HugePages {
-    before: u64,
-    _only: MutexGuard<'static, ()>,
-}
-
-const NUMBER: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-static ONLY: Mutex<()> = Mutex::new(());
-
-impl HugePages {
-    fn reserve(pages: u64) -> Option<Self> {
-        let only = ONLY.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = || fs::read_to_string(NUMBER).ok()?.trim().parse().ok();
-        let reserved: Option<Self> = number().and_then(|before: u64| {
-            fs::write(NUMBER, (before + pages).to_string()).ok()?;
-            let reserved = Self { before, _only: only };
-            (number()? >= before + pages).then_some(reserved)
-        });
-        if reserved.is_none() {
-            multifd_testkit::lacks("huge pages of 2 MiB");
-        }
-        reserved
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(NUMBER, self.before.to_string());
-    }
-}
+pub(crate) const HUGE: u64 = HugePages::BYTES;
 
 /// Opens a `userfaultfd`; `None` if this process may not.
 pub(crate) fn open(needs: Features) -> Option<Userfault> {
@@ -190,6 +161,34 @@ pub(crate) fn peek(blocks: &RamBlocks, page: u64) -> io::Result<[u8; 64]> {
     // SAFETY: the buffer has that length; the other address belongs to this process, which the system checks.
     let read = unsafe { libc::process_vm_readv(id, &raw const local, 1, &raw const remote, 1, 0) };
     if read == 64 { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Fills a page with bytes of a file, by a system call that writes to the memory.
+pub(crate) fn read_into(file: &File, offset: u64, blocks: &RamBlocks, page: u64) {
+    let slice = page_of(blocks, page);
+    let offset = i64::try_from(offset).expect("small");
+    // SAFETY: the page belongs to guest memory, to which no reference exists.
+    let read = unsafe { libc::pread(file.as_raw_fd(), slice.as_ptr().cast(), 4096, offset) };
+    assert_eq!(read, 4096, "{}", io::Error::last_os_error());
+}
+
+/// The bytes of the first block that are in huge pages which the kernel has chosen itself.
+pub(crate) fn huge_bytes(blocks: &RamBlocks) -> u64 {
+    let (from, bytes) = (page_of(blocks, 0).as_ptr().addr() as u64, blocks.total());
+    let text = std::fs::read_to_string("/proc/self/smaps").expect("readable");
+    let (mut is_inside, mut found) = (false, 0);
+    for line in text.lines() {
+        let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+        if let Some((start, end)) = range
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
+            is_inside = start < from + bytes && end > from;
+        } else if is_inside && let Some(size) = line.strip_prefix("AnonHugePages:") {
+            let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok());
+            found += kib.expect("a number") << 10;
+        }
+    }
+    found
 }
 
 /// Discards pages.

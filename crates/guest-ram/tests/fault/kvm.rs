@@ -11,12 +11,15 @@ use std::{
     thread,
 };
 
-use guest_ram::{Armed, Mapping, Pager, PagerOptions, RamBlocks};
+use guest_ram::{
+    Armed, DirtyLog, DirtyPages, KvmDirtyLog, Mapping, PageBitmap, Pager, PagerOptions, RamBlocks,
+};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::{
-    kit::{self, LIMIT},
+    copier::{Kept, options, prepare, write_page},
+    kit::{self, BLOCK, LIMIT},
     pager::{Source, expected},
 };
 
@@ -59,7 +62,12 @@ fn vcpu(vm: &VmFd, id: u64) -> VcpuFd {
 
 /// Runs the program over half of the pages. Returns the sum; `None` if the vCPU could not access a page.
 fn run(mut vcpu: VcpuFd, half: u64) -> Option<u64> {
-    let (pages, rsi) = (PAGES / 2, u64::from(u32::from_be_bytes([WRITTEN; 4])));
+    write(&mut vcpu, half, WRITTEN)
+}
+
+/// Like [`run`], with the byte that is written.
+fn write(vcpu: &mut VcpuFd, half: u64, byte: u8) -> Option<u64> {
+    let (pages, rsi) = (PAGES / 2, u64::from(u32::from_be_bytes([byte; 4])));
     let rdi = (half * pages) << 12;
     let regs = kvm_regs { rip: CODE, rflags: 2, rdi, rsi, rdx: pages, ..Default::default() };
     vcpu.set_regs(&regs).expect("registers");
@@ -91,6 +99,19 @@ fn note_bus_errors() {
     assert_ne!(unsafe { libc::signal(libc::SIGBUS, handler) }, libc::SIG_ERR);
 }
 
+fn slot(
+    slot: u32,
+    guest_phys_addr: u64,
+    memory_size: u64,
+    userspace_addr: u64,
+) -> kvm_userspace_memory_region {
+    kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr }
+}
+
+fn ram_slot(address: u64) -> kvm_userspace_memory_region {
+    slot(0, 0, PAGES << 12, address)
+}
+
 fn machine(blocks: &RamBlocks) -> Option<(VmFd, Vec<VcpuFd>, Mapping)> {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
@@ -105,11 +126,7 @@ fn machine(blocks: &RamBlocks) -> Option<(VmFd, Vec<VcpuFd>, Mapping)> {
     code.slice(0, PROGRAM.len()).expect("inside").copy_from(&PROGRAM);
     let ram = kit::page_of(blocks, 0).as_ptr().addr() as u64;
     let program = code.slice(0, 1).expect("inside").as_ptr().addr() as u64;
-    for (slot, guest_phys_addr, memory_size, userspace_addr) in
-        [(0, 0, PAGES << 12, ram), (1, CODE, 4096, program)]
-    {
-        let region =
-            kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
+    for region in [ram_slot(ram), slot(1, CODE, 4096, program)] {
         // SAFETY: blocks and code are mapped that long, and outlive the machine.
         unsafe { vm.set_user_memory_region(region) }.expect("a slot");
     }
@@ -158,4 +175,56 @@ fn a_vcpu_that_needs_a_poisoned_page_leaves_the_guest_with_an_error() {
         runs.collect::<Vec<_>>().into_iter().map(|run| run.join().expect("no panic")).collect();
     assert_eq!(sums.iter().map(Option::is_some).collect::<Vec<_>>(), [false, true]);
     assert!(pager.finish(Some(LIMIT)).is_err());
+}
+
+/// The kernel's log and the copier protect the same pages. The log finds every write, and the copy has no byte of the time after the hold.
+#[test]
+fn vcpus_are_copied_as_they_were_at_the_hold_while_the_kernel_logs_their_writes() {
+    let blocks = kit::anonymous(PAGES);
+    (0..PAGES).for_each(|page| write_page(&blocks, page, page + 1));
+    let Some((vm, vcpus, _code)) = machine(&blocks) else { return };
+    let region = ram_slot(kit::page_of(&blocks, 0).as_ptr().addr() as u64);
+    // SAFETY: this is the slot of the machine's memory, which nobody else sets.
+    let mut log = unsafe { KvmDirtyLog::start(&vm, vec![region], &blocks) }.expect("a log");
+    let vcpus: Vec<_> = vcpus.into_iter().map(std::sync::Mutex::new).collect();
+    let run_all = |byte| {
+        thread::scope(|threads| {
+            for (half, vcpu) in (0..).zip(&vcpus) {
+                threads.spawn(move || write(&mut vcpu.lock().expect("whole"), half, byte).expect("no error"));
+            }
+        });
+    };
+    let logged = PageBitmap::new(PAGES);
+    let mut found = |when: &str| {
+        log.take(BLOCK, &mut DirtyPages::new(&logged)).expect("taken");
+        let missed = (0..PAGES).find(|page| !logged.contains(guest_ram::PageIndex(*page)));
+        assert_eq!(missed, None, "{when}: the log has missed a write");
+        (0..PAGES).for_each(|page| {
+            logged.clear(guest_ram::PageIndex(page));
+        });
+    };
+    let kept = Arc::new(Kept::default());
+    let options = options().threads(1).bytes(16 << 12);
+    let prepared = thread::scope(|threads| {
+        // They write while everything is being protected.
+        threads.spawn(|| run_all(1));
+        prepare(&blocks, kept.clone(), options)
+    });
+    let Some(prepared) = prepared else { return };
+    run_all(2);
+    found("before the hold");
+    let copier = prepared.hold().expect("held");
+    run_all(3);
+    run_all(4);
+    let stats = copier.finish(Some(LIMIT)).expect("complete");
+    found("after the hold");
+    let kept = kept.pages();
+    assert_eq!(kept.len() as u64, PAGES, "{stats:?}");
+    for page in 0..PAGES {
+        let mut bytes: Vec<u8> = (page + 1).to_be_bytes().repeat(512);
+        bytes[4..8].fill(2);
+        assert_eq!(kept[&page], bytes, "page {page} is not as it was at the hold");
+        bytes[4..8].fill(4);
+        assert_eq!(kit::read_page(&blocks, page)[..], bytes, "page {page} has lost a write");
+    }
 }

@@ -2,6 +2,7 @@
 
 #![cfg(all(test, feature = "fault"))]
 
+mod beside;
 mod copier;
 mod handover;
 mod kit;

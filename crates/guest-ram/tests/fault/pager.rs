@@ -23,6 +23,8 @@ type OnLoad = Box<dyn Fn(PageRun, u32) -> Result<(), LoadError> + Send + Sync>;
 /// Pages with the bytes of their [pattern]; every fifth one is zero.
 pub(crate) struct Source {
     pages: u64,
+    /// Whether every page has contents.
+    is_full: bool,
     /// How often each page was loaded.
     loads: Mutex<HashMap<u64, u32>>,
     on_load: OnLoad,
@@ -32,7 +34,7 @@ pub(crate) struct Source {
 impl Source {
     pub(crate) fn new(pages: u64) -> Self {
         let (on_load, on_stop): (OnLoad, _) = (Box::new(|_, _| Ok(())), Box::new(|| {}));
-        Self { pages, loads: Mutex::default(), on_load, on_stop }
+        Self { pages, is_full: false, loads: Mutex::default(), on_load, on_stop }
     }
 
     /// Called before pages are loaded, with how often the first of them was.
@@ -60,7 +62,9 @@ pub(crate) fn expected(page: u64) -> u8 {
 impl PageSource for Source {
     fn contents(&self, _: BlockIndex) -> Result<Option<PageBitmap>, LoadError> {
         let contents = PageBitmap::new(self.pages);
-        (0..self.pages).filter(|page| !is_zero(*page)).for_each(|page| contents.set_run(PageIndex(page), 1));
+        (0..self.pages)
+            .filter(|page| self.is_full || !is_zero(*page))
+            .for_each(|page| contents.set_run(PageIndex(page), 1));
         Ok(Some(contents))
     }
 
@@ -72,7 +76,7 @@ impl PageSource for Source {
         };
         (self.on_load)(run, times)?;
         for (page, bytes) in (run.first.0..).zip(into.chunks_mut(4096)) {
-            bytes.fill(expected(page));
+            bytes.fill(if self.is_full { pattern(page) } else { expected(page) });
         }
         Ok(())
     }
@@ -137,6 +141,50 @@ fn every_page_comes_once_while_threads_read_memory_of_each_kind() {
     }
 }
 
+/// Private memory of which no page is zero: the kernel moves huge pages into it, where no page is there yet.
+#[test]
+fn huge_pages_are_moved_into_private_memory_and_none_over_what_is_there() {
+    const PAGES: u64 = 16 << 9;
+    for is_busy in [false, true] {
+        let (blocks, mut source) = (kit::anonymous(PAGES), Source::new(PAGES));
+        source.is_full = true;
+        let Some(armed) = arm(&blocks) else { return };
+        let can_move = armed.features().contains(Features::MOVE);
+        let pager = Pager::start(armed, Arc::new(source), PagerOptions::new()).expect("started");
+        let guests: Vec<_> = (0..if is_busy { 3_u64 } else { 0 })
+            .map(|number| {
+                let blocks = blocks.clone();
+                thread::spawn(move || {
+                    // Each page has one guest. It writes to some, and discards others.
+                    for page in (0..PAGES / 3).map(|step| step * 7919 % (PAGES / 3) * 3 + number) {
+                        match page % 8 {
+                            0 => kit::page_of(&blocks, page).copy_from(&[251; 4096]),
+                            1 => kit::discard(&blocks, page, 1, libc::MADV_DONTNEED),
+                            2 => assert_eq!(kit::read_page(&blocks, page), [pattern(page); 4096]),
+                            _ => {}
+                        }
+                    }
+                })
+            })
+            .collect();
+        guests.into_iter().for_each(|guest| guest.join().expect("no wrong page"));
+        let stats = pager.finish(Some(LIMIT)).expect("all there");
+        for page in 0..PAGES {
+            let bytes = kit::read_page(&blocks, page);
+            let right = match page % 8 {
+                0 if is_busy && page < PAGES / 3 * 3 => [251; 4096],
+                1 if is_busy && page < PAGES / 3 * 3 => [0; 4096],
+                _ => [pattern(page); 4096],
+            };
+            assert!(bytes == right, "page {page}: {} instead of {}, {stats:?}", bytes[0], right[0]);
+        }
+        let huge = kit::huge_bytes(&blocks);
+        if !is_busy && can_move && huge < PAGES << 11 {
+            multifd_testkit::lacks("transparent huge pages, or memory for them");
+        }
+    }
+}
+
 #[test]
 fn many_threads_that_need_one_page_cause_one_load() {
     let source = Source::new(4).on_load(|_, _| {
@@ -178,7 +226,11 @@ fn the_working_set_comes_first_and_then_what_follows_the_last_fault() {
     });
     let set =
         [(20, 1), (50, 2)].map(|(first, count)| PageRun { block: BLOCK, first: PageIndex(first), count });
-    let options = PagerOptions::new().fault_threads(1).prefetch_bytes(4096).working_set(set.to_vec());
+    let options = PagerOptions::new()
+        .fault_threads(1)
+        .prefetch_threads(1)
+        .prefetch_bytes(4096)
+        .working_set(set.to_vec());
     let Some((blocks, _, pager)) = pager(64, source, options) else { return };
     assert_eq!(order.recv_timeout(LIMIT).expect("a load"), 20);
     assert_eq!(kit::reader(&blocks, 40).result(), [pattern(40); 4096]);
@@ -475,6 +527,59 @@ fn killed() {
     let pager =
         Pager::start(armed, Arc::new(source), PagerOptions::new().prefetch_threads(0)).expect("started");
     let _ = pager.finish(None);
+}
+
+/// Random moments: before the first page, between any two steps of a load, after the last page.
+#[test]
+fn a_pager_that_is_killed_at_any_moment_never_leaves_a_wrong_page_or_a_thread_that_waits() {
+    const PAGES: u64 = 512;
+    for round in 0..20_u64 {
+        let blocks = kit::anonymous(PAGES);
+        let Some(armed) = arm(&blocks) else { return };
+        let (mut other, socket) = crate::handover::start("pager::slow");
+        armed.hand_over(&socket, LIMIT).expect("handed over");
+        let readers: Vec<_> = (0..3_u64)
+            .map(|seed| {
+                let blocks = blocks.clone();
+                thread::spawn(move || {
+                    for step in 0..PAGES {
+                        let page = (step * 7919 + seed * 131) % PAGES;
+                        assert_eq!(kit::read_page(&blocks, page), [expected(page); 4096], "page {page}");
+                    }
+                })
+            })
+            .collect();
+        // It has begun.
+        std::io::Read::read_exact(&mut &socket, &mut [0]).expect("told");
+        thread::sleep(Duration::from_micros(round * round * 100));
+        other.kill().expect("killed");
+        other.wait().expect("ended");
+        let mut left = Vec::new();
+        std::io::Read::read_to_end(&mut &socket, &mut left).expect("the monitor sees the end");
+        let pager = Pager::start(armed, Arc::new(Source::new(PAGES)), PagerOptions::new()).expect("started");
+        for reader in readers {
+            reader.join().expect("no wrong page");
+        }
+        let stats = pager.finish(Some(LIMIT)).expect("all there");
+        assert_eq!((stats.missing, stats.poisoned), (0, 0), "round {round}");
+    }
+}
+
+/// Not a separate test: the test above starts it.
+#[test]
+#[ignore = "the other process of a test"]
+fn slow() {
+    let Some(socket) = crate::handover::socket() else { return };
+    let armed = Armed::receive(&socket, LIMIT).expect("handed over");
+    let source = Source::new(512).on_load(|_, _| {
+        thread::sleep(Duration::from_micros(100));
+        Ok(())
+    });
+    let options = PagerOptions::new().prefetch_bytes(8 << 12);
+    let pager = Pager::start(armed, Arc::new(source), options).expect("started");
+    std::io::Write::write_all(&mut &socket, b"!").expect("told");
+    let _ = pager.finish(None);
+    thread::sleep(LIMIT);
 }
 
 /// The other direction: a pager of this process serves the memory of another one, which ends meanwhile.

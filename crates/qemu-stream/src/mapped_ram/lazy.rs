@@ -6,7 +6,8 @@
 //!       └── devices    └── each page is compared with its digest before it is placed
 //! ```
 //!
-//! The pages are read through the page cache, which is all that several restores from one file have in common.
+//! The pages are read through the page cache, unless the restore bypasses it. This cache is all that several restores from one file have
+//! in common.
 
 use std::{fmt, sync::Arc};
 
@@ -15,7 +16,7 @@ use multifd::ram::{
     Pager, PagerError, PagerOptions, RamBlock, RamBlocks, Userfault,
 };
 
-use super::{ReadPath, Restore};
+use super::Restore;
 
 /// Why a machine cannot be restored lazily. Its guest must not run.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +44,9 @@ pub enum LazyError {
 impl Restore<'_> {
     /// Restores into `blocks` while the guest runs: the guest may be started at once, out of the file's
     /// [devices](super::StoredMachine::devices). Each page is loaded when it is first accessed, or before that. Keep the
-    /// [`Pager`] until [`Pager::finish`] has returned: it waits until everything is there. The options of this restore are not
-    /// used; pages are read through the page cache.
+    /// [`Pager`] until [`Pager::finish`] has returned: it waits until everything is there. Of the options of this restore,
+    /// [`direct_io`](Self::direct_io) is used: a page that the guest waits for is then read from the disk each time, also if the page cache
+    /// has it. The number of threads is that of the [`PagerOptions`].
     ///
     /// The blocks are mapped ones with the file's [names and lengths](super::StoredMachine::blocks), in any order, and their memory is
     /// zero: newly mapped, private, of a memory file, or of huge pages. Blocks that were left out of the file are
@@ -82,7 +84,7 @@ impl fmt::Debug for FileSource {
 
 impl FileSource {
     fn new(restore: &Restore<'_>, blocks: &RamBlocks) -> Result<Self, LazyError> {
-        let file = restore.machine.ram_blocks(|_, _| ReadPath::Cached)?;
+        let file = restore.blocks()?;
         let order = blocks.iter().map(|(_, block)| {
             let refused = |why: &str| LazyError::Block { name: block.name().clone(), why: why.to_owned() };
             let index = file.find(block.name().as_bytes());

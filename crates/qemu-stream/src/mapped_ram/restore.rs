@@ -64,11 +64,14 @@ impl<'a> Restore<'a> {
         loaded.map_err(|error| stop.fail(error))
     }
 
-    fn load(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
+    /// The machine's blocks in its files, and how they are read.
+    pub(super) fn blocks(&self) -> Result<RamBlocks> {
         let direct = if self.direct_io { direct(self.machine.newest().file()) } else { None };
-        let source =
-            self.machine.ram_blocks(|_, _| direct.clone().map_or(ReadPath::Cached, ReadPath::Direct))?;
-        let source = Arc::new(source);
+        self.machine.ram_blocks(|_, _| direct.clone().map_or(ReadPath::Cached, ReadPath::Direct))
+    }
+
+    fn load(&self, blocks: &Arc<RamBlocks>, stop: &Stop) -> Result<Vec<ChannelStats>> {
+        let source = Arc::new(self.blocks()?);
         // Before there is a sender, whose drop would cancel everything and hide the reason.
         let touched = blocks.touched();
         blocks.refuse_inaccessible(&blocks.inaccessible(Access::ReadWrite), |index, page| {

@@ -85,6 +85,13 @@ impl Machine {
         program().arg("snapshot").arg(file).arg("--control").arg(&self.control).output().expect("asked")
     }
 
+    /// Captures what differs from a file.
+    pub(crate) fn snapshot_since(&self, base: &Path, file: &Path) -> Output {
+        let mut command = program();
+        command.args(["snapshot", "--base"]).arg(base).arg(file).arg("--control").arg(&self.control);
+        command.output().expect("asked")
+    }
+
     /// Captures it to a file as it is at one moment.
     pub(crate) fn snapshot_moment(&self, file: &Path) -> Output {
         let mut command = program();

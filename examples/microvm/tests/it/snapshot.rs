@@ -30,6 +30,42 @@ fn a_captured_guest_runs_on_here_and_out_of_the_file_before_its_memory_is_there(
 }
 
 #[test]
+fn a_guest_runs_out_of_a_chain_of_captures_and_not_without_one_of_its_files() {
+    let Some(folder) = folder() else { return };
+    let files = ["a base.ram", "a delta.ram", "second.ram"].map(|name| folder.path().join(name));
+    let machine = Machine::run_at(&folder, "captured", "1MB");
+    // What is captured at one moment is a base as well.
+    let captured = machine.snapshot_moment(&files[0]);
+    let said = String::from_utf8_lossy(&captured.stderr);
+    if said.contains("may not handle page faults") || said.contains("lacks the userfaultfd features") {
+        return multifd_testkit::lacks(&said);
+    }
+    assert!(captured.status.success(), "{captured:?}");
+    for (base, delta) in [(0, 1), (1, 2)] {
+        let captured = machine.snapshot_since(&files[base], &files[delta]);
+        assert!(captured.status.success(), "{captured:?}");
+        use std::os::unix::fs::MetadataExt;
+        let size = |file: &std::path::Path| std::fs::metadata(file).expect("there").blocks();
+        assert!(size(&files[delta]) < size(&files[0]) / 2, "the delta has pages that did not change");
+    }
+    // A delta on itself would destroy its base.
+    assert!(!machine.snapshot_since(&files[2], &files[2]).status.success());
+    machine.assert_well();
+    machine.kill();
+    for flags in [&[][..], &["--lazy"]] {
+        let restored = Machine::restored(&folder, &format!("restored {flags:?}"), &files[2], flags);
+        restored.assert_well();
+        restored.kill();
+    }
+    std::fs::rename(&files[0], folder.path().join("elsewhere")).expect("renamed");
+    let refused =
+        program().arg("restore").arg(&files[2]).arg("--control").arg(folder.path().join("x")).output();
+    let refused = refused.expect("run");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("a base.ram"), "{said}");
+}
+
+#[test]
 fn a_guest_that_is_restored_lazily_may_move_before_its_memory_is_there() {
     let Some(folder) = folder() else { return };
     let file = folder.path().join("machine.ram");

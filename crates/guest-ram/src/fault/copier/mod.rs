@@ -10,7 +10,11 @@
 
 mod counts;
 mod error;
+mod memory;
+#[cfg(shuttle)]
+pub mod model;
 mod options;
+mod protect;
 mod read;
 mod sink;
 mod state;
@@ -27,6 +31,7 @@ use crate::{PageBitmap, RamBlocks, Shape, Walk, sync_types::RwLock};
 
 use super::{Armed, FaultsFrom, Features, Modes, Region, Userfault, pager::ArmedMemory};
 use counts::Counts;
+use memory::OwnMemory;
 use state::Pages;
 use work::Shared;
 
@@ -76,6 +81,7 @@ impl Prepared {
         for number in 0..copier.shared.options.threads {
             let is_first = number == 0;
             copier.start(&format!("ramcopy_{number}"), move |shared| {
+                shared.yield_to_guest();
                 if is_first {
                     shared.skip_holes();
                 }
@@ -121,12 +127,12 @@ impl Copier {
             return Err(CopierError::Shared { name: shared.name.clone() });
         }
         let shared = Shared {
-            memory: ArmedMemory::new(armed)?,
-            blocks: blocks.clone(),
+            memory: Box::new(OwnMemory { armed: ArmedMemory::new(armed)?, blocks: blocks.clone() }),
             noted: regions.iter().map(|region| PageBitmap::new(region.pages)).collect(),
             regions,
             sink,
             options,
+            at_once: AT_ONCE,
             gate: RwLock::new(()),
             pages: Pages::default(),
             faults: Default::default(),
@@ -229,3 +235,6 @@ fn walk(regions: &[Region]) -> Walk {
     let none: Vec<_> = shapes.iter().map(|shape| PageBitmap::new(shape.pages)).collect();
     Walk::new(&shapes, &none, &none)
 }
+
+/// The number of bytes that are copied while writers wait: some ten microseconds.
+const AT_ONCE: u64 = 64 << 10;

@@ -8,6 +8,7 @@ use std::time::Duration;
 pub struct CopierOptions {
     pub(super) fault_threads: usize,
     pub(super) threads: usize,
+    pub(super) niceness: i32,
     pub(super) bytes: u64,
     pub(super) ahead: u64,
     pub(super) silence: Duration,
@@ -20,6 +21,7 @@ impl Default for CopierOptions {
         Self {
             fault_threads: 1,
             threads: 2,
+            niceness: 10,
             bytes: 256 << 10,
             ahead: 64 << 20,
             silence: Duration::from_secs(10),
@@ -44,6 +46,13 @@ impl CopierOptions {
     /// The number of threads that copy and store, at least 1. Default 2.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
+        self
+    }
+
+    /// By how much the threads that copy and store are nicer than others (`nice`), 0 to 19. Default 10: on a host without idle processors,
+    /// the guest runs first, and the copy takes longer.
+    pub fn niceness(mut self, niceness: u8) -> Self {
+        self.niceness = i32::from(niceness.min(19));
         self
     }
 

@@ -20,8 +20,12 @@ use crate::{
 #[derive(Default)]
 pub(super) struct Pages {
     state: Mutex<State>,
-    /// Any change of the state that a thread may wait for.
-    changed: Condvar,
+    /// For threads that copy: there is something to do, or everything is stored. A writer is served faster if nobody else wakes.
+    work: Condvar,
+    /// For threads for faults: there is room in the queue.
+    room: Condvar,
+    /// For all others: everything has ended, the memory is disarmed, a thread has ended.
+    over: Condvar,
 }
 
 #[derive(Default)]
@@ -32,10 +36,12 @@ struct State {
     is_ready: bool,
     /// Whether the walk has nothing more.
     is_claimed: bool,
-    /// Claims whose pages are not in a buffer yet, or were not queued or stored.
+    /// Threads with claims whose pages are not in a buffer yet, or were not queued or stored.
     copying: usize,
     queue: VecDeque<Piece>,
     queued: u64,
+    /// Buffers of pages that were stored, for the next ones.
+    spare: Vec<Vec<u8>>,
     /// Since when each store runs.
     stores: BTreeMap<u64, Instant>,
     next: u64,
@@ -82,13 +88,12 @@ impl Pages {
     /// From now on, pages are copied.
     pub(super) fn hold(&self, walk: Walk) {
         self.lock().walk = Some(walk);
-        self.changed.notify_all();
     }
 
     /// The walk may begin.
     pub(super) fn ready(&self) {
         self.lock().is_ready = true;
-        self.changed.notify_all();
+        self.work.notify_all();
     }
 
     /// Somebody wants to write to this host page.
@@ -107,12 +112,12 @@ impl Pages {
         }
     }
 
-    /// Claims the next pages.
-    pub(super) fn claim(&self, most: u64) -> Option<PageRun> {
+    /// Claims the next pages. A thread that has claimed some calls [`copied`](Self::copied) when they are stored.
+    pub(super) fn claim(&self, most: u64, is_first: bool) -> Option<PageRun> {
         let mut state = self.lock();
         let run = state.walk.as_mut()?.next_any(most);
         match run {
-            Some(_) => state.copying += 1,
+            Some(_) => state.copying += usize::from(is_first),
             None => state.is_claimed = true,
         }
         run
@@ -125,16 +130,24 @@ impl Pages {
         host_pages.filter(|run| walk.claim(*run)).map(|run| run.count).sum()
     }
 
-    /// The first of these host pages that was not claimed yet. It is claimed, because its contents are lost.
+    /// The first of these host pages that was not claimed yet. Its contents are lost: it is claimed for good, so that the copy never
+    /// counts as complete, also if another thread is faster than the error.
     pub(super) fn claim_lost(&self, mut host_pages: impl Iterator<Item = PageRun>) -> Option<PageRun> {
         let mut state = self.lock();
         let walk = state.walk.as_mut()?;
-        host_pages.find(|run| walk.claim(*run))
+        let lost = host_pages.find(|run| walk.claim(*run))?;
+        state.copying += 1;
+        Some(lost)
     }
 
     /// Whether pages are held.
     pub(super) fn is_held(&self) -> bool {
         self.lock().walk.is_some()
+    }
+
+    /// A buffer, with any contents.
+    pub(super) fn buffer(&self) -> Vec<u8> {
+        self.lock().spare.pop().unwrap_or_default()
     }
 
     /// Puts pages that were copied into the queue. Waits while more than `ahead` bytes are in it.
@@ -144,14 +157,14 @@ impl Pages {
             !state.is_ended && !state.queue.is_empty() && state.queued.saturating_add(len) > ahead
         };
         let state = self.lock();
-        let mut state = self.changed.wait_while(state, full).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.room.wait_while(state, full).unwrap_or_else(PoisonError::into_inner);
         state.copying -= 1;
         if !state.is_ended {
             state.queued += len;
             state.queue.push_back(piece);
         }
         drop(state);
-        self.changed.notify_all();
+        self.work.notify_one();
     }
 
     /// The next job of a thread that copies. Waits for one.
@@ -161,28 +174,37 @@ impl Pages {
             !state.is_ended && state.queue.is_empty() && !is_walking && !state.is_complete()
         };
         let state = self.lock();
-        let mut state = self.changed.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.work.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner);
         if state.is_ended {
             return Job::Ended;
         }
         if let Some(piece) = state.queue.pop_front() {
             state.queued -= piece.bytes.len() as u64;
-            return Job::Store(state.begin(), piece);
+            let number = state.begin();
+            drop(state);
+            self.room.notify_all();
+            return Job::Store(number, piece);
         }
         if state.is_complete() { Job::Complete } else { Job::Walk }
     }
 
     /// Pages that were copied are being stored. Returns the number of the store.
     pub(super) fn store(&self) -> u64 {
-        let mut state = self.lock();
-        state.copying -= 1;
-        state.begin()
+        self.lock().begin()
     }
 
-    /// A store has ended.
-    pub(super) fn stored(&self, number: u64) {
-        self.lock().stores.remove(&number);
-        self.changed.notify_all();
+    /// A store has ended. Its buffer may be used again. The thread asks for its next job, and so finds out whether everything is stored.
+    pub(super) fn stored(&self, number: u64, buffer: Option<Vec<u8>>) {
+        let mut state = self.lock();
+        state.stores.remove(&number);
+        if state.spare.len() < SPARE {
+            state.spare.extend(buffer);
+        }
+    }
+
+    /// All pages that a thread has claimed are stored. It asks for its next job then.
+    pub(super) fn copied(&self) {
+        self.lock().copying -= 1;
     }
 
     /// Whether a store takes longer than this.
@@ -192,7 +214,7 @@ impl Pages {
 
     /// Waits for a time. Returns whether everything has ended.
     pub(super) fn pause(&self, time: Duration) -> bool {
-        let state = self.changed.wait_timeout_while(self.lock(), time, |state| !state.is_ended);
+        let state = self.over.wait_timeout_while(self.lock(), time, |state| !state.is_ended);
         state.unwrap_or_else(PoisonError::into_inner).0.is_ended
     }
 
@@ -209,7 +231,9 @@ impl Pages {
         state.error = error;
         state.queue.clear();
         drop(state);
-        self.changed.notify_all();
+        self.work.notify_all();
+        self.room.notify_all();
+        self.over.notify_all();
         true
     }
 
@@ -219,7 +243,7 @@ impl Pages {
 
     pub(super) fn disarmed(&self) {
         self.lock().is_disarmed = true;
-        self.changed.notify_all();
+        self.over.notify_all();
     }
 
     /// Waits until it has ended and the memory is writable. Returns whether it has.
@@ -228,11 +252,11 @@ impl Pages {
         let state = self.lock();
         match limit {
             None => {
-                drop(self.changed.wait_while(state, is_running));
+                drop(self.over.wait_while(state, is_running));
                 true
             }
             Some(limit) => {
-                let state = self.changed.wait_timeout_while(state, limit, is_running);
+                let state = self.over.wait_timeout_while(state, limit, is_running);
                 state.unwrap_or_else(PoisonError::into_inner).0.is_disarmed
             }
         }
@@ -263,12 +287,12 @@ impl Pages {
 
     pub(super) fn thread_ends(&self) {
         self.lock().threads -= 1;
-        self.changed.notify_all();
+        self.over.notify_all();
     }
 
     /// Waits until all threads have ended. Returns whether they have.
     pub(super) fn wait_for_threads(&self, limit: Duration) -> bool {
-        let state = self.changed.wait_timeout_while(self.lock(), limit, |state| state.threads > 0);
+        let state = self.over.wait_timeout_while(self.lock(), limit, |state| state.threads > 0);
         state.unwrap_or_else(PoisonError::into_inner).0.threads == 0
     }
 }
@@ -285,3 +309,6 @@ impl State {
         self.is_claimed && self.copying == 0 && self.queue.is_empty() && self.stores.is_empty()
     }
 }
+
+/// The number of buffers that are kept.
+const SPARE: usize = 4;

@@ -19,31 +19,32 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{getpriority_process, setpriority_process};
+
 use super::{
     super::{FaultEvent, FaultKind, PlaceEnd, Protection, Region, panicked::message},
-    counts::{Counts, nanos},
+    counts::Counts,
     error::CopierError,
+    memory::Protect,
     options::CopierOptions,
-    read::read,
     sink::PageSink,
     state::{Answer, Job, Pages, Piece},
 };
 use crate::{
-    BlockIndex, BlockOffset, PageBitmap, PageIndex, PageRun, RamBlocks, Walk,
-    fault::pager::{ArmedMemory, Serve},
-    joined,
+    BlockIndex, BlockOffset, PageBitmap, PageIndex, PageRun, joined,
     sync_types::{Mutex, RwLock, yield_now},
 };
 
 /// What the threads share.
 pub(super) struct Shared {
-    pub(super) memory: ArmedMemory,
-    pub(super) blocks: Arc<RamBlocks>,
+    pub(super) memory: Box<dyn Protect>,
     pub(super) regions: Vec<Region>,
     /// For each region: pages that may allow writes. Whole host pages. Changed under the gate.
     pub(super) noted: Vec<PageBitmap>,
     pub(super) sink: Arc<dyn PageSink>,
     pub(super) options: CopierOptions,
+    /// The number of bytes that are copied while writers wait for the gate.
+    pub(super) at_once: u64,
     pub(super) gate: RwLock<()>,
     pub(super) pages: Pages,
     /// Writes that were reported and not served yet, each with the moment at which it was read.
@@ -70,11 +71,27 @@ impl Shared {
                 Some((block, offset, since)) => self.write(block, offset, since)?,
                 None => {
                     self.memory.wait()?;
-                    self.read()?;
+                    let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+                    // This thread serves what it has read: nobody else has to be woken.
+                    self.read_held()?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Lowers the priority of this thread, so that the guest and the threads for faults run first.
+    pub(super) fn yield_to_guest(&self) {
+        let nice = self.options.niceness;
+        if nice == 0 {
+            return;
+        }
+        // Of this thread only.
+        let lowered =
+            getpriority_process(None).and_then(|now| setpriority_process(None, (now + nice).min(19)));
+        if let Err(error) = lowered {
+            tracing::debug!(%error, nice, "a thread that copies keeps its priority");
+        }
     }
 
     /// The work of a thread that copies and stores.
@@ -90,21 +107,49 @@ impl Shared {
                     return Ok(());
                 }
                 Job::Store(number, piece) => {
-                    self.store(number, piece.run, &piece.bytes)?;
+                    self.store(piece.run, &piece.bytes)?;
+                    self.pages.stored(number, Some(piece.bytes));
                 }
                 Job::Walk => {
-                    let run = {
-                        let _gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-                        let Some(run) = self.pages.claim(most) else { continue };
-                        self.load(run, &mut buffer)?;
-                        run
-                    };
-                    self.allow(run)?;
-                    let number = self.pages.store();
-                    self.store(number, run, &buffer)?;
+                    let runs = self.claim(most, (self.at_once / page).max(1), &mut buffer)?;
+                    if runs.is_empty() {
+                        continue;
+                    }
+                    runs.iter().try_for_each(|run| self.allow(*run))?;
+                    let mut rest = &buffer[..];
+                    for run in &runs {
+                        let number = self.pages.store();
+                        let (bytes, after) = rest.split_at(self.memory.len(*run).min(rest.len()));
+                        self.store(*run, bytes)?;
+                        self.pages.stored(number, None);
+                        rest = after;
+                    }
+                    self.pages.copied();
                 }
             }
         }
+    }
+
+    /// Claims pages, `most` of them in parts of `part`, and copies them to the buffer. The gate is released after each part, so that a
+    /// writer waits for one part only.
+    fn claim(&self, most: u64, part: u64, buffer: &mut Vec<u8>) -> Result<Vec<PageRun>, CopierError> {
+        let mut runs: Vec<PageRun> = Vec::new();
+        let (mut pages, mut len) = (0, 0);
+        while pages < most {
+            let _gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let Some(run) = self.pages.claim(part.min(most - pages), runs.is_empty()) else { break };
+            let after = len + self.memory.len(run);
+            if buffer.len() < after {
+                buffer.resize(after, 0);
+            }
+            self.memory.load(run, buffer.get_mut(len..after).unwrap_or_default())?;
+            (pages, len) = (pages + run.count, after);
+            match runs.last_mut() {
+                Some(last) if last.block == run.block && last.end() == run.first.0 => last.count += run.count,
+                _ => runs.push(run),
+            }
+        }
+        Ok(runs)
     }
 
     /// The work of the thread that watches: it ends the copier if a store takes too long.
@@ -123,8 +168,7 @@ impl Shared {
     /// Pages are copied after that.
     pub(super) fn skip_holes(&self) {
         for region in self.regions.iter().filter(|region| !region.kind.is_private()) {
-            let touched = self.blocks.get(region.block).and_then(crate::RamBlock::touched);
-            let Some(touched) = touched else { continue };
+            let Some(touched) = self.memory.touched(region.block) else { continue };
             let host = region.shape().host_page;
             for (first, count) in joined(touched.clear_runs()) {
                 let (from, end) = (first.0.next_multiple_of(host), first.0 + count);
@@ -160,14 +204,16 @@ impl Shared {
                     if self.protect(run, Protection::Writable)? == PlaceEnd::Changing {
                         drop(gate);
                         self.read()?;
+                        yield_now();
                         continue;
                     }
                     Counts::add(&self.counts.noted, 1);
                     return Ok(());
                 }
                 Answer::Copy => {
-                    let mut bytes = Vec::new();
-                    self.load(run, &mut bytes)?;
+                    let mut bytes = self.pages.buffer();
+                    bytes.resize(self.memory.len(run), 0);
+                    self.memory.load(run, &mut bytes)?;
                     drop(gate);
                     self.allow(run)?;
                     self.counts.answered(since.elapsed());
@@ -187,108 +233,7 @@ impl Shared {
         }
     }
 
-    /// Protects everything while the guest runs, then again what was written meanwhile.
-    pub(super) fn protect_all(&self) -> Result<(), CopierError> {
-        for region in &self.regions {
-            let host = region.shape().host_page;
-            let step = (PIECE / region.page).next_multiple_of(host);
-            for first in (0..region.pages).step_by(usize::try_from(step).unwrap_or(usize::MAX)) {
-                let count = (region.pages - first).min(step);
-                let run = PageRun { block: region.block, first: PageIndex(first), count };
-                while self.protect(run, Protection::Protected)? == PlaceEnd::Changing {
-                    self.read()?;
-                    yield_now();
-                }
-            }
-        }
-        for _ in 0..ROUNDS {
-            self.protect_noted()?;
-        }
-        Ok(())
-    }
-
-    /// Protects again what was noted, run by run. Writes wait only for one run.
-    fn protect_noted(&self) -> Result<(), CopierError> {
-        for (region, noted) in self.regions.iter().zip(&self.noted) {
-            for run in close(region, noted) {
-                let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-                self.protect_run(region, noted, run)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Protects a run, whose pages are no longer noted then. The gate is held for writing.
-    fn protect_run(&self, region: &Region, noted: &PageBitmap, run: PageRun) -> Result<(), CopierError> {
-        while self.protect(run, Protection::Protected)? == PlaceEnd::Changing {
-            self.read_held()?;
-            yield_now();
-        }
-        noted.clear_run(run.first, run.count.min(region.pages - run.first.0));
-        Ok(())
-    }
-
-    /// Protects what was noted. From now on a write waits until its page was copied. The guest is stopped.
-    pub(super) fn hold(&self, walk: Walk) -> Result<(), CopierError> {
-        let begun = Instant::now();
-        let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        // Memory that is discarded in the meantime is noted again.
-        loop {
-            let mut is_done = true;
-            for (region, noted) in self.regions.iter().zip(&self.noted) {
-                for run in close(region, noted) {
-                    is_done = false;
-                    Counts::add(&self.counts.held, run.count);
-                    self.protect_run(region, noted, run)?;
-                }
-            }
-            if is_done {
-                break;
-            }
-        }
-        self.pages.hold(walk);
-        Counts::add(&self.counts.hold_nanos, nanos(begun.elapsed()));
-        Ok(())
-    }
-
-    /// Allows writes to pages that are in a buffer.
-    fn allow(&self, run: PageRun) -> Result<(), CopierError> {
-        while self.protect(run, Protection::Writable)? == PlaceEnd::Changing {
-            self.read()?;
-            yield_now();
-        }
-        Ok(())
-    }
-
-    fn protect(&self, run: PageRun, protection: Protection) -> Result<PlaceEnd, CopierError> {
-        let Some(region) = self.region(run.block) else { return Ok(PlaceEnd::All) };
-        let offset = BlockOffset(run.first.0 * region.page);
-        let len = (run.count * region.page).next_multiple_of(region.host_page);
-        let end = self.memory.armed.protect(run.block, offset, len, protection)?.end;
-        if end != PlaceEnd::All && self.pages.is_ended() {
-            // It is disarmed.
-            return Ok(PlaceEnd::All);
-        }
-        match end {
-            PlaceEnd::Gone => Err(CopierError::Replaced { name: region.name.clone(), offset }),
-            end => Ok(end),
-        }
-    }
-
-    /// Fills `buffer` with pages that are held.
-    fn load(&self, run: PageRun, buffer: &mut Vec<u8>) -> Result<(), CopierError> {
-        let block = self.blocks.block(run.block);
-        let block = block.map_err(|error| CopierError::Panicked(error.to_string()))?;
-        let Some(memory) = block.slice(run.first, run.count) else { return Ok(()) };
-        buffer.resize(memory.len(), 0);
-        read(&memory, buffer).map_err(|source| CopierError::Unreadable {
-            name: block.name().clone(),
-            offset: block.offset_of(run.first).unwrap_or_default(),
-            source,
-        })
-    }
-
-    fn store(&self, number: u64, run: PageRun, bytes: &[u8]) -> Result<(), CopierError> {
+    fn store(&self, run: PageRun, bytes: &[u8]) -> Result<(), CopierError> {
         let Some(region) = self.region(run.block) else { return Ok(()) };
         self.sink.store(run, bytes).map_err(|source| CopierError::Store {
             name: region.name.clone(),
@@ -296,34 +241,35 @@ impl Shared {
             source,
         })?;
         Counts::add(&self.counts.stored, run.count);
-        self.pages.stored(number);
         Ok(())
     }
 
     /// Reads one message, if there is one. A write that is reported goes to `faults`.
-    fn read(&self) -> Result<(), CopierError> {
+    pub(super) fn read(&self) -> Result<(), CopierError> {
         let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        self.read_held()
+        if self.read_held()? {
+            // It is not a thread for faults that has read it.
+            self.memory.notify();
+        }
+        Ok(())
     }
 
-    /// Like [`read`](Self::read). The gate is held for writing.
-    fn read_held(&self) -> Result<(), CopierError> {
-        let mut events = Vec::new();
-        self.memory.armed.read_some(1, &mut events)?;
+    /// Like [`read`](Self::read), and notifies nobody. Returns whether a write was reported. The gate is held for writing.
+    pub(super) fn read_held(&self) -> Result<bool, CopierError> {
+        let (mut events, mut is_reported) = (Vec::new(), false);
+        self.memory.read(&mut events)?;
         for event in events {
             match event {
                 FaultEvent::Fault { block, offset, kind: FaultKind::Protected, .. } => {
                     let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
                     faults.push_back((block, offset, Instant::now()));
-                    drop(faults);
-                    // It may not be a thread for faults that has read it.
-                    self.memory.notify();
+                    is_reported = true;
                 }
                 FaultEvent::Fault { .. } => {}
                 FaultEvent::Removed { block, offset, len } => self.removed(block, offset, len)?,
             }
         }
-        Ok(())
+        Ok(is_reported)
     }
 
     /// Memory was discarded.
@@ -371,7 +317,7 @@ impl Shared {
         self.memory.stop();
     }
 
-    fn region(&self, block: BlockIndex) -> Option<&Region> {
+    pub(super) fn region(&self, block: BlockIndex) -> Option<&Region> {
         self.regions.iter().find(|region| region.block == block)
     }
 }
@@ -386,26 +332,5 @@ fn host_pages(region: &Region, run: PageRun) -> impl Iterator<Item = PageRun> + 
     })
 }
 
-/// The runs of noted pages. Runs that are close are one, because a call costs more than some pages.
-fn close(region: &Region, noted: &PageBitmap) -> Vec<PageRun> {
-    let gap = GAP * region.shape().host_page;
-    let mut runs: Vec<PageRun> = Vec::new();
-    for (first, count) in noted.set_runs() {
-        match runs.last_mut() {
-            Some(last) if first.0 - (last.first.0 + last.count) <= gap => {
-                last.count = first.0 + count - last.first.0;
-            }
-            _ => runs.push(PageRun { block: region.block, first, count }),
-        }
-    }
-    runs
-}
-
-/// The number of bytes that are protected by one call while the guest runs.
-const PIECE: u64 = 64 << 20;
-/// Host pages between two noted ones that are protected with them.
-const GAP: u64 = 16;
-/// How often written pages are protected again while the guest runs.
-const ROUNDS: usize = 2;
 /// Pages that are claimed under one lock.
 const STRETCH: usize = 1 << 18;

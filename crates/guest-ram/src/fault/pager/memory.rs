@@ -17,6 +17,14 @@ pub(crate) trait Serve: Send + Sync {
     /// Reads one message, if there is one.
     fn read(&self, events: &mut Vec<FaultEvent>) -> Result<(), FaultError>;
     fn copy(&self, block: BlockIndex, offset: BlockOffset, bytes: &[u8]) -> Result<Placed, FaultError>;
+    /// Like [`copy`](Self::copy), for private memory. It may move the pages of `bytes` instead, which are zero then.
+    fn take(&self, block: BlockIndex, offset: BlockOffset, bytes: &mut [u8]) -> Result<Placed, FaultError> {
+        self.copy(block, offset, bytes)
+    }
+    /// Whether pages are moved.
+    fn takes(&self) -> bool {
+        false
+    }
     fn zero(&self, block: BlockIndex, offset: BlockOffset, len: u64) -> Result<Placed, FaultError>;
     fn poison(&self, block: BlockIndex, offset: BlockOffset, len: u64) -> Result<Placed, FaultError>;
     fn wake(&self, block: BlockIndex, offset: BlockOffset, len: u64) -> Result<(), FaultError>;
@@ -56,6 +64,17 @@ impl Serve for ArmedMemory {
 
     fn copy(&self, block: BlockIndex, offset: BlockOffset, bytes: &[u8]) -> Result<Placed, FaultError> {
         self.armed.copy(block, offset, bytes, Protection::Writable)
+    }
+
+    fn take(&self, block: BlockIndex, offset: BlockOffset, bytes: &mut [u8]) -> Result<Placed, FaultError> {
+        match self.armed.take(block, offset, bytes) {
+            Some(placed) => Ok(placed),
+            None => self.copy(block, offset, bytes),
+        }
+    }
+
+    fn takes(&self) -> bool {
+        self.armed.takes()
     }
 
     fn zero(&self, block: BlockIndex, offset: BlockOffset, len: u64) -> Result<Placed, FaultError> {

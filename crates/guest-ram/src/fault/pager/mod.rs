@@ -19,6 +19,7 @@ mod options;
 mod pages;
 mod push;
 mod source;
+mod staging;
 mod supply;
 mod work;
 

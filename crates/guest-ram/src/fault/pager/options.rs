@@ -13,7 +13,7 @@ pub(super) type Judge = Box<dyn Fn(&Trouble) -> Decision + Send + Sync>;
 pub struct PagerOptions {
     pub(super) fault_threads: usize,
     pub(super) prefetch_threads: usize,
-    pub(super) prefetch_bytes: u64,
+    pub(super) prefetch_bytes: Option<u64>,
     pub(super) working_set: Vec<PageRun>,
     pub(super) silence: Duration,
     pub(super) retry: Duration,
@@ -25,8 +25,8 @@ impl Default for PagerOptions {
     fn default() -> Self {
         Self {
             fault_threads: 2,
-            prefetch_threads: 1,
-            prefetch_bytes: 256 << 10,
+            prefetch_threads: 2,
+            prefetch_bytes: None,
             working_set: Vec::new(),
             silence: Duration::from_secs(10),
             retry: Duration::from_millis(200),
@@ -47,7 +47,7 @@ impl fmt::Debug for PagerOptions {
 }
 
 impl PagerOptions {
-    /// Two threads for faults, one that prefetches.
+    /// Two threads for faults, two that prefetch.
     pub fn new() -> Self {
         Self::default()
     }
@@ -59,16 +59,17 @@ impl PagerOptions {
         self
     }
 
-    /// The number of threads that load pages before they are needed. Default 1. With 0, only pages that the guest accesses come.
+    /// The number of threads that load pages before they are needed. Default 2. With 0, only pages that the guest accesses come.
     pub fn prefetch_threads(mut self, threads: usize) -> Self {
         self.prefetch_threads = threads;
         self
     }
 
-    /// How much is prefetched at once, in bytes: at least a host page. Default 256 KiB. A fault on a page that is being prefetched
-    /// waits for all of them.
+    /// How much is prefetched at once, in bytes: at least a host page. A fault on a page that is being prefetched waits for all of them.
+    /// Default: 2 MiB in private memory, if the kernel can move pages into it (Linux 6.8). Huge pages are then moved as a whole, which costs
+    /// a third of the time of small ones. Otherwise 256 KiB.
     pub fn prefetch_bytes(mut self, bytes: u64) -> Self {
-        self.prefetch_bytes = bytes;
+        self.prefetch_bytes = Some(bytes);
         self
     }
 

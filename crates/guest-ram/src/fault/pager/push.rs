@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{
     Pager, PagerError, PagerOptions,
-    supply::{Contents, Parts, RequestPages, Supply},
+    supply::{Contents, Parts, Placing, RequestPages, Supply},
     walk,
     work::Shared,
 };
@@ -149,7 +149,7 @@ impl Shared {
 
     fn arrived(&self, run: PageRun, contents: Contents<'_>) -> Result<(), PagerError> {
         let Some((task, waits)) = self.pages.arrives(run) else { return Ok(()) };
-        self.place(task, run, contents)?;
+        self.place(task, run, Placing::Lent(contents))?;
         let (waited, _) = self.pages.ended(task.id);
         let now = Instant::now();
         let waits = waits.into_iter().map(|since| now.saturating_duration_since(since));

@@ -16,7 +16,7 @@ pub trait PageSource: Send + Sync {
     /// If this is not known.
     fn contents(&self, block: BlockIndex) -> Result<Option<PageBitmap>, LoadError>;
 
-    /// Fills `into` with the bytes of these pages, which are whole host pages; the bytes after the last page of a block stay as they
+    /// Fills `into`, which begins at a page boundary, with the bytes of these pages, which are whole host pages; the bytes after the last page of a block stay as they
     /// are. It may wait as long as it must, until [`stop`](Self::stop).
     ///
     /// # Errors

@@ -25,6 +25,12 @@ pub(super) enum Contents<'a> {
     Zero,
 }
 
+/// What is placed, and whether its pages may be taken away.
+pub(super) enum Placing<'a> {
+    Own(&'a mut [u8]),
+    Lent(Contents<'a>),
+}
+
 /// Requests pages from the side that sends them.
 pub trait RequestPages: Send + Sync {
     /// A thread of the guest waits for these pages, which are one host page. Called once for each, from threads of the pager, and

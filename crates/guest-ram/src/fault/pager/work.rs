@@ -16,7 +16,7 @@ use std::{
 };
 
 use super::{
-    super::{FaultError, FaultEvent, PlaceEnd, Placed, Region, panicked::message},
+    super::{FaultError, FaultEvent, MemoryKind, PlaceEnd, Placed, Region, panicked::message},
     counts::Counts,
     error::PagerError,
     load::{Answer, Dropped, LoadId, Task},
@@ -24,7 +24,8 @@ use super::{
     options::PagerOptions,
     pages::Pages,
     source::{Decision, Trouble, TroubleKind},
-    supply::{Contents, Supply},
+    staging::{HUGE, LoadBuffer},
+    supply::{Contents, Placing, Supply},
 };
 use crate::{
     BlockIndex, BlockOffset, PageIndex, PageRun,
@@ -55,7 +56,7 @@ impl Shared {
 
     /// The work of a thread for faults.
     pub(crate) fn serve(&self) -> Result<(), FaultError> {
-        let mut buffer = Vec::new();
+        let mut buffer = LoadBuffer::aligned();
         while !self.pages.is_ended() {
             match self.pages.queued() {
                 Some(task) if self.execute(task, &mut buffer)? => return Ok(()),
@@ -71,9 +72,12 @@ impl Shared {
 
     /// The work of a thread that prefetches.
     pub(crate) fn prefetch(&self) -> Result<(), FaultError> {
-        let mut buffer = Vec::new();
+        let is_private = |region: &Region| region.kind == MemoryKind::Anonymous;
+        let moves = self.memory.takes() && self.regions.iter().any(is_private);
+        let mut buffer = if moves { LoadBuffer::staged() } else { LoadBuffer::aligned() };
         let page = self.regions.first().map_or(1, |region| region.page);
-        while let Some(task) = self.pages.prefetch((self.options.prefetch_bytes / page).max(1)) {
+        let bytes = self.options.prefetch_bytes.unwrap_or(if moves { HUGE as u64 } else { PREFETCH });
+        while let Some(task) = self.pages.prefetch((bytes / page).max(1)) {
             if self.execute(task, &mut buffer)? {
                 break;
             }
@@ -176,7 +180,7 @@ impl Shared {
     }
 
     /// Returns whether another thread has replaced this one.
-    fn execute(&self, task: Task, buffer: &mut Vec<u8>) -> Result<bool, FaultError> {
+    fn execute(&self, task: Task, buffer: &mut LoadBuffer) -> Result<bool, FaultError> {
         let Task { id, run, for_fault } = task;
         if let Supply::Pushed { requests, .. } = &self.source {
             // Before the request: its pages may come at once.
@@ -186,7 +190,7 @@ impl Shared {
         }
         let host_page = self.region(run.block).map_or(1, |region| region.shape().host_page);
         match self.load(run, buffer) {
-            Ok(()) => self.place(task, run, Contents::Bytes(buffer))?,
+            Ok(bytes) => self.place(task, run, Placing::Own(bytes))?,
             Err(kind) if run.count <= host_page => self.trouble(id, run, kind)?,
             // One of the pages is at fault, and only that one.
             Err(kind) => {
@@ -195,7 +199,7 @@ impl Shared {
                     let count = host_page.min(run.end() - first);
                     let part = PageRun { first: PageIndex(first), count, ..run };
                     match self.load(part, buffer) {
-                        Ok(()) => self.place(task, part, Contents::Bytes(buffer))?,
+                        Ok(bytes) => self.place(task, part, Placing::Own(bytes))?,
                         Err(kind) => self.trouble(id, part, kind)?,
                     }
                 }
@@ -209,22 +213,22 @@ impl Shared {
         Ok(is_replaced)
     }
 
-    fn load(&self, run: PageRun, buffer: &mut Vec<u8>) -> Result<(), TroubleKind> {
+    fn load<'a>(&self, run: PageRun, buffer: &'a mut LoadBuffer) -> Result<&'a mut [u8], TroubleKind> {
         let (_, len) = self.bytes(run);
         let page = self.region(run.block).map_or(1, |region| region.page);
         let (len, known) =
             (usize::try_from(len).unwrap_or(0), usize::try_from(run.count * page).unwrap_or(0));
-        buffer.resize(len, 0);
+        let buffer = buffer.bytes(len);
         buffer.get_mut(known..).unwrap_or_default().fill(0);
-        let Supply::Loaded(source) = &self.source else { return Ok(()) };
+        let Supply::Loaded(source) = &self.source else { return Ok(buffer) };
         match catch_unwind(AssertUnwindSafe(|| source.load(run, buffer))) {
-            Ok(loaded) => loaded.map_err(TroubleKind::Failed),
+            Ok(loaded) => loaded.map(|()| buffer).map_err(TroubleKind::Failed),
             Err(panic) => Err(TroubleKind::Panicked(message(&*panic))),
         }
     }
 
     /// Places the pages of a part of a load.
-    pub(super) fn place(&self, task: Task, part: PageRun, contents: Contents<'_>) -> Result<(), FaultError> {
+    pub(super) fn place(&self, task: Task, part: PageRun, mut what: Placing<'_>) -> Result<(), FaultError> {
         let Some(region) = self.region(part.block) else { return Ok(()) };
         let unit = region.page * region.shape().host_page;
         let (start, len) = self.bytes(part);
@@ -235,16 +239,32 @@ impl Shared {
             let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
             let Some((run, dropped)) = self.pages.first_wanted(task.id, rest) else { return Ok(()) };
             let (run_start, run_len) = self.bytes(run);
-            // Small pieces, so that whoever reads a message does not wait long.
-            let end = (run_start + run_len).min(at + PIECE.max(region.host_page));
             let range = |offset: u64| usize::try_from(offset - start).unwrap_or(usize::MAX);
-            let result = match (dropped, contents) {
-                (None, Contents::Bytes(bytes)) => {
-                    let piece = bytes.get(range(at)..range(end)).unwrap_or_default();
-                    self.memory.copy(part.block, BlockOffset(at), piece)
+            let most = range(run_start + run_len);
+            let is_huge = match &what {
+                Placing::Own(bytes) if dropped.is_none() => {
+                    self.is_huge(region, at, bytes.get(range(at)..most).unwrap_or_default())
                 }
-                (None, Contents::Zero) | (Some(Dropped::Removed), _) => {
-                    self.memory.zero(part.block, BlockOffset(at), end - at)
+                _ => false,
+            };
+            // Small pieces, so that whoever reads a message does not wait long. A huge page is moved faster than these are copied.
+            let piece = if is_huge { HUGE as u64 } else { PIECE.max(region.host_page) };
+            let end = (run_start + run_len).min(at + piece);
+            let (block, offset) = (part.block, BlockOffset(at));
+            let result = match (dropped, &mut what) {
+                (None, Placing::Own(bytes)) => {
+                    let piece = bytes.get_mut(range(at)..range(end)).unwrap_or_default();
+                    match is_huge {
+                        true => self.memory.take(block, offset, piece),
+                        false => self.memory.copy(block, offset, piece),
+                    }
+                }
+                (None, Placing::Lent(Contents::Bytes(bytes))) => {
+                    let piece = bytes.get(range(at)..range(end)).unwrap_or_default();
+                    self.memory.copy(block, offset, piece)
+                }
+                (None, Placing::Lent(Contents::Zero)) | (Some(Dropped::Removed), _) => {
+                    self.memory.zero(block, offset, end - at)
                 }
                 (Some(Dropped::GivenUp), _) => Ok(Placed { bytes: end - at, end: PlaceEnd::All }),
             };
@@ -285,6 +305,15 @@ impl Shared {
             self.pages.pause(self.options.retry);
         }
         waits
+    }
+
+    /// Whether the bytes, and the place at this offset, begin with a whole huge page that can be moved.
+    fn is_huge(&self, region: &Region, at: u64, bytes: &[u8]) -> bool {
+        region.kind == MemoryKind::Anonymous
+            && bytes.len() >= HUGE
+            && bytes.as_ptr().addr().is_multiple_of(HUGE)
+            && (region.addresses.start + at).is_multiple_of(HUGE as u64)
+            && self.memory.takes()
     }
 
     /// Does what the end of a call requires. Returns how many bytes are skipped.
@@ -413,3 +442,5 @@ impl Shared {
 
 /// The number of bytes that are placed while no message is read.
 const PIECE: u64 = 64 << 10;
+/// The number of bytes that are prefetched at once, if their pages are copied.
+const PREFETCH: u64 = 256 << 10;

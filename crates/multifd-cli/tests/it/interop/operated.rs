@@ -18,7 +18,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    kit::{ALL_CHECKED, Ended, Program, assert_left, folder, machine, multifd, path, run, source},
+    kit::{
+        ALL_CHECKED, Ended, Program, assert_left, first_difference, folder, machine, memory, multifd, path,
+        run, source,
+    },
     metrics::read_metrics,
 };
 
@@ -208,6 +211,42 @@ fn guest_is_captured_continues_and_its_file_is_restored() {
             drop(to);
             fs::remove_file(to_qmp).unwrap();
         }
+        Ok(())
+    });
+}
+
+/// A chain of three files, through QMP. Without its base, the destination is not touched.
+#[test]
+fn guest_is_restored_out_of_a_chain_of_captures() {
+    with_both(|qemu| {
+        let (folder, qmp, mut from) = guest(qemu)?;
+        let files = ["base", "first", "second"].map(|name| path(&folder, name));
+        capture(&[], &qmp, &files[0]).done();
+        for (base, delta) in [(0, 1), (1, 2)] {
+            assert_runs(&mut from)?;
+            let base = ["--base", files[base].to_str().unwrap()];
+            // The last one leaves the guest as it is in the file.
+            let options = [&base[..], if delta == 2 { &["--leave-paused"] } else { &[] }].concat();
+            capture(&options, &qmp, &files[delta]).done();
+        }
+        let before = memory(&mut from)?;
+        for channels in ["4", "0"] {
+            let to_qmp = path(&folder, "to");
+            let mut to = controlled(machine(qemu, &qemu.machine()), &to_qmp).incoming().start()?;
+            let ended = restore(&["--paused", "--multifd-channels", channels], &files[2], &to_qmp);
+            assert_eq!(ended.code, Some(0), "{ended:?}");
+            assert_eq!(to.run_state()?, "paused");
+            assert_eq!(first_difference(&before, &memory(&mut to)?), None, "page, source and destination");
+            to.cont()?;
+            assert_runs(&mut to)?;
+            drop(to);
+            fs::remove_file(to_qmp).unwrap();
+        }
+        fs::rename(&files[0], path(&folder, "elsewhere")).unwrap();
+        let to_qmp = path(&folder, "to");
+        let mut to = controlled(machine(qemu, &qemu.machine()), &to_qmp).incoming().start()?;
+        restore(&[], &files[2], &to_qmp).assert_failed(1, &["base"]);
+        assert_eq!(to.run_state()?, "inmigrate");
         Ok(())
     });
 }

@@ -1,0 +1,145 @@
+//! Captures of one moment: how long the guest is stopped, and how much slower it is while it is copied.
+//!
+//! ```text
+//! guest runs ── prepare ── [ pause ] ── copied while it runs ── guest runs
+//!      └── pages written in a second: before, and while it is copied
+//! ```
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    sync::Arc,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use multifd::ram::{CopierOptions, RamBlocks};
+use qemu_stream::{
+    format::{Configuration, MachineType},
+    mapped_ram::{Capture, CaptureOptions, MomentCapture},
+};
+
+use super::{
+    args::SnapshotsArgs,
+    guest::{Load, Writing},
+    memory::{Kind, Ram, enough},
+    table::{Row, Table, median, time},
+};
+use crate::{Result, free};
+
+const LOADS: [Load; 5] = [Load::Idle, Load::Rate(50), Load::Rate(200), Load::Rate(800), Load::Within(64)];
+
+pub(super) fn measure(args: &SnapshotsArgs, table: &mut Table) -> Result<()> {
+    let folder = tempfile::tempdir_in(&args.folder)?;
+    let path = folder.path().join("machine");
+    for kind in Kind::ALL {
+        for bytes in args.ram.iter().map(|ram| ram << 20) {
+            let size = format!("{} MiB, {}", bytes >> 20, kind.name());
+            // The file of an early end, or of the least size.
+            let ram = enough(bytes + args.least()).and_then(|()| {
+                free::warm(if kind != Kind::Huge { bytes + args.least() } else { args.least() })?;
+                Ram::filled(kind, bytes)
+            });
+            let ram = match ram {
+                Ok(ram) => ram,
+                Err(error) => {
+                    table.add(Row::new("pause", &size).without(&error.to_string()));
+                    continue;
+                }
+            };
+            for load in LOADS {
+                pause(args, table, &ram, &path, (&size, load))?;
+            }
+            if bytes == args.least() {
+                for load in LOADS.into_iter().filter(|load| *load != Load::Idle) {
+                    slow_down(args, table, &ram, &path, (&size, load))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Captures that are ended as soon as the guest runs again.
+fn pause(
+    args: &SnapshotsArgs,
+    table: &mut Table,
+    ram: &Ram,
+    path: &Path,
+    (size, load): (&str, Load),
+) -> Result<()> {
+    let (mut pauses, mut prepared, mut held) = (Vec::new(), Vec::new(), Vec::new());
+    let mut guest = Writing::start(&ram.blocks, load)?;
+    for _ in 0..args.rounds {
+        sleep(SETTLE);
+        let begun = Instant::now();
+        let capture = begin(&ram.blocks, path, &mut guest)?;
+        prepared.push(begun.elapsed().saturating_sub(capture.pause()));
+        pauses.push(capture.pause());
+        held.push(capture.copier().stats().held);
+    }
+    fs::remove_file(path)?;
+    let most = pauses.iter().max().copied().unwrap_or_default();
+    let note = format!(
+        "longest {}; {} pages were protected again; {} of preparation while the guest runs",
+        time(most),
+        median(held),
+        time(median(prepared))
+    );
+    let row = Row::new("pause", &format!("{size}, guest {load}"));
+    let found = median(pauses);
+    let row = if load == Load::Idle { row.at_most(found, IDLE) } else { row.time(found) };
+    table.add(row.note(note));
+    Ok(())
+}
+
+/// Whole captures.
+fn slow_down(
+    args: &SnapshotsArgs,
+    table: &mut Table,
+    ram: &Ram,
+    path: &Path,
+    (size, load): (&str, Load),
+) -> Result<()> {
+    let (mut slower, mut times, mut p99, mut first) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut guest = Writing::start(&ram.blocks, load)?;
+    let mut before = 0.0;
+    for _ in 0..args.rounds {
+        sleep(SETTLE);
+        let (begun, written) = (Instant::now(), guest.written());
+        sleep(Duration::from_millis(500));
+        before = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        let mut capture = begin(&ram.blocks, path, &mut guest)?;
+        let (begun, written) = (Instant::now(), guest.written());
+        let stats = capture.finish(None)?;
+        let during = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        times.push(begun.elapsed());
+        first.push(stats.first);
+        p99.push(stats.p99.unwrap_or_default());
+        // In tenths of a per mille, because a median needs an order.
+        #[expect(clippy::cast_possible_truncation, reason = "a few thousands")]
+        slower.push(((1.0 - during / before) * 1e4) as i64);
+        fs::remove_file(path)?;
+    }
+    let note = format!(
+        "{:.0} MB/s before; {} of copying; {} pages were copied for the guest, 99 % of them within {}",
+        before * 4096.0 / 1e6,
+        time(median(times)),
+        median(first),
+        time(median(p99)),
+    );
+    let row = Row::new("slow-down while it is copied", &format!("{size}, guest {load}"));
+    table.add(row.percent(median(slower) as f64 / 1e4, 20.0).note(note));
+    Ok(())
+}
+
+fn begin(blocks: &Arc<RamBlocks>, path: &Path, guest: &mut Writing) -> Result<MomentCapture> {
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+    let configuration = Configuration::new(MachineType::new("multifd-bench")?);
+    let capture = Capture::of_guest(file, configuration, blocks, &CaptureOptions::new())?;
+    Ok(capture.at_moment(blocks, guest, CopierOptions::new().sole_writer(true))?)
+}
+
+/// The longest pause that is wanted, of a guest that does not write.
+const IDLE: Duration = Duration::from_millis(3);
+const SETTLE: Duration = Duration::from_millis(200);
