@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use multifd::{
     ChannelCount, Method, ReceiveOptions, SendOptions,
-    live::{MigrateOptions, ZeroPageDetection},
+    live::{MigrateOptions, PostcopyWhen, ZeroPageDetection},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
@@ -40,6 +40,11 @@ fn options_read_back_as_written() {
                 .stall_timeout(None),
         );
     }
+    for when in
+        [PostcopyWhen::Stall, PostcopyWhen::Passes(3), PostcopyWhen::After(Duration::from_millis(1500))]
+    {
+        assert_reads_back(&MigrateOptions::new().postcopy(when));
+    }
     for detection in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
         let options = MigrateOptions::new().zero_page_detection(detection).look_for_zero_pages(false);
         let options = options.max_bandwidth(Some(u64::MAX)).avail_switchover_bandwidth(Some(1));
@@ -70,6 +75,7 @@ fn options_have_the_names_of_the_parameters() {
         "auto-converge": false, "cpu-throttle-initial": 20, "cpu-throttle-increment": 10, "max-cpu-throttle": 99,
         "cpu-throttle-tailslow": false, "throttle-trigger-threshold": 50, "pause-before-switchover": false,
         "max-passes": 0, "max-total-time": 0, "switchover-timeout": null, "resume-if-unknown": false,
+        "postcopy": "never",
     });
     assert_eq!(migrate, expected);
 }

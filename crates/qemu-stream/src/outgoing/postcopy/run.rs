@@ -64,8 +64,17 @@ pub(super) fn run(source: &Contents, outer: &Stop, begin: Begin<'_>) -> Result<(
         let stop = Stop::new();
         let linked = outer.watch_failure(Arc::new(Cancels(stop.clone())));
         let stream = stop.check().and_then(|()| connect(connector, &context(&stop)));
-        let ran =
-            stream.and_then(|stream| serve_stream(source, &stop, &replies, context(&stop), stream, serve));
+        let ran = stream.and_then(|stream| {
+            serve_stream(
+                source,
+                &stop,
+                &replies,
+                context(&stop),
+                stream,
+                |_| (),
+                |session, ()| serve(session),
+            )
+        });
         drop(linked);
         ended(ran, &replies, outer)
     };
@@ -80,8 +89,10 @@ pub(super) fn run(source: &Contents, outer: &Stop, begin: Begin<'_>) -> Result<(
             let replies = Replies::new(source.machine.blocks(), &source.counts, peer.always_speaks);
             replies.sends(Sent::Package);
             // The stop of the passes, which their channels have as well.
-            let serve = |session: &Session<'_>| session.switched(&kept, channels);
-            let ran = serve_stream(source, outer, &replies, context(outer), main, serve);
+            let prepare = |session: &Session<'_>| session.schedule(&kept);
+            let serve =
+                |session: &Session<'_>, schedule: Arc<Schedule>| session.switched(&schedule, channels);
+            let ran = serve_stream(source, outer, &replies, context(outer), main, prepare, serve);
             ended(ran, &replies, outer)
         }
     }
@@ -95,14 +106,15 @@ fn ended(ran: Result<(), Error>, replies: &Replies<'_>, outer: &Stop) -> Result<
     })
 }
 
-/// Starts the thread for replies, and does the rest of a session.
-fn serve_stream(
+/// Starts the thread for replies, and does the rest of a session. `prepare` comes before the first reply is read.
+fn serve_stream<T>(
     source: &Contents,
     stop: &Stop,
     replies: &Replies<'_>,
     context: Context,
     stream: Stream,
-    serve: impl FnOnce(&Session<'_>) -> Result<(), Error>,
+    prepare: impl FnOnce(&Session<'_>) -> T,
+    serve: impl FnOnce(&Session<'_>, T) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let waker = stream.waker();
     let broken = stop.watch_failure(waker.clone());
@@ -111,6 +123,7 @@ fn serve_stream(
     let (closes, unreadable) = (OnceLock::new(), Mutex::new(None));
     let stop = stop.clone();
     let session = Session { source, context, stop, replies, main: &main, closes, unreadable };
+    let prepared = prepare(&session);
     let served = thread::scope(|scope| {
         let reads = Builder::new().name("multifdreplies".into());
         let reads = reads.spawn_scoped(scope, || {
@@ -120,7 +133,7 @@ fn serve_stream(
         // Otherwise the end of this scope would wait for a thread that nobody wakes.
         let _alarm = Alarm(&session.stop);
         let reads = reads.map_err(|error| Error::io("start a thread", error))?;
-        let served = serve(&session);
+        let served = serve(&session, prepared);
         let served = served.map_err(|error| session.explained(error));
         // The thread ends with the connection.
         waker.wake();
@@ -164,10 +177,9 @@ impl Session<'_> {
     }
 
     /// Sends the pages that the destination has not kept. The package was written.
-    fn switched(&self, kept: &[PageBitmap], channels: Option<Sender>) -> Result<(), Error> {
-        let schedule = self.schedule(kept);
+    fn switched(&self, schedule: &Arc<Schedule>, channels: Option<Sender>) -> Result<(), Error> {
         tracing::debug!(over_channels = channels.is_some(), "post-copy");
-        self.serve(&schedule, channels.map_or(Carry::Main(None), Carry::Channels))
+        self.serve(schedule, channels.map_or(Carry::Main(None), Carry::Channels))
     }
 
     /// Sends the pages that the destination lacks.
