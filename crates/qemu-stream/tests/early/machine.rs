@@ -51,6 +51,13 @@ impl Shadow {
         Self { versions, wrong: Arc::default(), running: Arc::default() }
     }
 
+    /// Waits until the guest has written this number of times.
+    pub(crate) fn wait_written(&self, times: u64) {
+        while self.versions.iter().map(|version| version.load(Ordering::Relaxed)).sum::<u64>() < times {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// What was found wrong so far.
     pub(crate) fn wrong(&self) -> Option<String> {
         self.wrong.lock().expect("whole").clone()

@@ -84,9 +84,9 @@ fn arrive(
 }
 
 fn source(blocks: &Arc<RamBlocks>, channels: u8, when: PostcopyWhen, stop: &Stop) -> Source {
-    // A pass takes about 80 ms.
+    // A pass takes at least 100 ms.
     let migrate = MigrateOptions::new().postcopy(when).downtime_limit(Duration::ZERO);
-    let migrate = migrate.max_bandwidth(Some(100_000_000));
+    let migrate = migrate.max_bandwidth(Some(20_000_000));
     let migrate = migrate.zero_page_detection(ZeroPageDetection::Multifd);
     // The rest takes about 200 ms.
     let postcopy = PostcopyOptions::new().max_postcopy_bandwidth(Some(40_000_000));
@@ -107,6 +107,7 @@ fn a_busy_guest_moves_before_its_ram_and_finds_every_write() {
             let shadow = Shadow::new();
             let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
             machine.run(1);
+            shadow.wait_written(2000);
             let (listener, network) = Network::listen();
             let arriving = arrive(listener, shadow.clone(), 2);
             let mut log = machine.writes.clone().reader().expect("the only one");
