@@ -99,8 +99,10 @@ impl Shared {
         if !self.lock().source.may_resume {
             return Err(Usage::TooEarly("the switch to post-copy").into());
         }
-        // Main is broken, or is read no longer.
-        self.break_off();
+        // Main is broken, or is read no longer. After a stop it stays open, because the source is still informed over it.
+        if !self.stop.is_stopped() {
+            self.break_off();
+        }
         let mut state = self.lock();
         loop {
             if state.life.stopped {
