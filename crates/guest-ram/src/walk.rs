@@ -208,8 +208,9 @@ impl Block {
 }
 
 impl Shape {
-    /// The whole host pages that contain these pages: the first page, and their number.
-    fn whole(self, first: u64, count: u64) -> (u64, u64) {
+    /// The whole host pages that contain these pages: the first page, and their number. The last host page of a block may be shorter.
+    #[must_use]
+    pub fn whole(self, first: u64, count: u64) -> (u64, u64) {
         let from = first - first % self.host_page;
         let end = (first + count).next_multiple_of(self.host_page).min(self.pages);
         (from, end - from)

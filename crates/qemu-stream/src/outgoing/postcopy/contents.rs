@@ -60,9 +60,8 @@ impl Contents {
     pub(super) fn send_first(&self, block: BlockIndex, pages: &PageBitmap) {
         let Some((into, shape)) = self.first.get(block.0).zip(self.shape(block)) else { return };
         for (first, count) in pages.set_runs().filter(|(first, _)| first.0 < shape.pages) {
-            let from = first.0 - first.0 % shape.host_page;
-            let end = (first.0 + count).next_multiple_of(shape.host_page).min(shape.pages);
-            into.set_run(PageIndex(from), end - from);
+            let (first, count) = shape.whole(first.0, count);
+            into.set_run(PageIndex(first), count);
         }
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use multifd::{
     parameters::{CONNECT_TIMEOUT, STALL_TIMEOUT},
+    postcopy::Shape,
     ram::{BlockName, PageBitmap, PageIndex, PageSize},
 };
 
@@ -117,10 +118,10 @@ impl PostcopyOptions {
         let kept = list.entries().iter().zip(lacking).map(|(entry, lacking)| {
             let keep = PageBitmap::full(lacking.pages());
             let host_page = self.host_page(entry, list.page_size());
+            let shape = Shape { pages: lacking.pages(), host_page };
             for (first, count) in lacking.set_runs() {
-                let from = first.0 - first.0 % host_page;
-                let end = (first.0 + count).next_multiple_of(host_page).min(lacking.pages());
-                keep.clear_run(PageIndex(from), end - from);
+                let (first, count) = shape.whole(first.0, count);
+                keep.clear_run(PageIndex(first), count);
             }
             keep
         });

@@ -259,19 +259,7 @@ impl Model {
     /// A pager with `serving` threads for faults, and one that prefetches pairs of pages.
     fn start(serving: usize, source: Source) -> Self {
         let (kernel, source) = (Arc::new(Kernel::new()), Arc::new(source));
-        let region = Region {
-            block: BLOCK,
-            name: BlockName::new("ram").expect("a name"),
-            addresses: 0..PAGES as u64 * PAGE,
-            host_page: PAGE,
-            kind: MemoryKind::Anonymous,
-            page: PAGE,
-            pages: PAGES as u64,
-        };
-        let (first, there) = (PageBitmap::new(PAGES as u64), PageBitmap::new(PAGES as u64));
-        there.set_run(PageIndex(ZERO as u64), 1);
-        let walk = Walk::new(&[region.shape()], &[first], &[there]);
-        let regions = vec![region];
+        let (walk, regions) = memory();
         let options =
             PagerOptions::new().fault_threads(serving).prefetch_bytes(2 * PAGE).retry(Duration::ZERO);
         let shared = Arc::new(Shared {
@@ -313,6 +301,24 @@ impl Model {
         assert_eq!(self.shared.pages.take_error().map(|error| error.to_string()), None);
         self.kernel.lock().pages
     }
+}
+
+/// The memory of a model: its walk, and its one region.
+fn memory() -> (Walk, Vec<Region>) {
+    let region = Region {
+        block: BLOCK,
+        name: BlockName::new("ram").expect("a name"),
+        addresses: 0..PAGES as u64 * PAGE,
+        host_page: PAGE,
+        kind: MemoryKind::Anonymous,
+        page: PAGE,
+        pages: PAGES as u64,
+    };
+    let (first, there) = (PageBitmap::new(PAGES as u64), PageBitmap::new(PAGES as u64));
+    there.set_run(PageIndex(ZERO as u64), 1);
+    let walk = Walk::new(&[region.shape()], &[first], &[there]);
+    let regions = vec![region];
+    (walk, regions)
 }
 
 fn contents(page: usize) -> Page {

@@ -6,17 +6,16 @@ use shuttle::thread;
 
 use super::{
     super::{
-        super::{MemoryKind, Region},
         counts::Counts,
         options::PagerOptions,
         pages::Pages,
         supply::{RequestPages, Supply},
         work::Shared,
     },
-    BLOCK, Kernel, Memory, PAGE, PAGES, Page, contents,
+    BLOCK, Kernel, Memory, PAGES, Page, contents, memory,
 };
 use crate::{
-    BlockName, PageBitmap, PageIndex, PageRun, Walk,
+    PageIndex, PageRun,
     sync_types::{Mutex, RwLock},
 };
 
@@ -34,19 +33,7 @@ impl RequestPages for Requests {
 /// guest accesses all pages meanwhile.
 pub fn every_fault_is_answered_however_pages_and_requests_meet() {
     let (kernel, requests) = (Arc::new(Kernel::new()), Arc::new(Requests::default()));
-    let region = Region {
-        block: BLOCK,
-        name: BlockName::new("ram").expect("a name"),
-        addresses: 0..PAGES as u64 * PAGE,
-        host_page: PAGE,
-        kind: MemoryKind::Anonymous,
-        page: PAGE,
-        pages: PAGES as u64,
-    };
-    let (first, there) = (PageBitmap::new(PAGES as u64), PageBitmap::new(PAGES as u64));
-    there.set_run(PageIndex(super::ZERO as u64), 1);
-    let walk = Walk::new(&[region.shape()], &[first], &[there]);
-    let regions = vec![region];
+    let (walk, regions) = memory();
     let shared = Arc::new(Shared {
         memory: Box::new(Memory(kernel.clone())),
         source: Supply::Pushed { requests: requests.clone(), parts: Default::default() },
