@@ -8,7 +8,7 @@ mod network;
 use std::{
     sync::Arc,
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use multifd::{
@@ -58,7 +58,7 @@ fn arrive(
         // A source that is cut before its first byte does not come back.
         let receive = ReceiveOptions::new().accept_timeout(Some(Duration::from_secs(2)));
         let options = ArrivalOptions::new(Expected::Type(machine_type())).receive(receive);
-        let options = options.run_early(true).pause_timeout(Some(Duration::from_secs(5)));
+        let options = options.run_early(true).pause_timeout(Some(Duration::from_secs(20)));
         let arrival = Arrival::listen(listener, options, &Stop::new())?.accept()?;
         let landing = arrival.announced()?.load_early(memory(), EarlyOptions::new())?;
         let early = match landing {
@@ -203,14 +203,21 @@ fn round(seed: u64) -> Result<&'static str, String> {
         }
     });
     let moved = source(&machine.blocks, channels, when, &stop).run(network.clone(), &mut log, &mut machine);
-    let mut interruptions = 0;
+    let (mut interruptions, begun) = (0, Instant::now());
     let moved = match moved {
         Ok(Moved::Interrupted(mut interrupted)) => loop {
             interruptions += 1;
-            let resumed =
-                interrupted.resume_within(LIMIT, network.clone(), &Stop::new(), &mut log, &mut machine);
+            let resumed = interrupted.resume_within(
+                LIMIT.saturating_sub(begun.elapsed()),
+                network.clone(),
+                &Stop::new(),
+                &mut log,
+                &mut machine,
+            );
             match resumed {
-                Ok(Moved::Interrupted(again)) if interruptions < 50 => interrupted = again,
+                Ok(Moved::Interrupted(again)) if interruptions < 50 && begun.elapsed() < LIMIT => {
+                    interrupted = again;
+                }
                 resumed => break resumed,
             }
         },
