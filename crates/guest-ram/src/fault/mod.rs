@@ -25,6 +25,7 @@ mod landing;
 mod memory;
 mod pager;
 mod panicked;
+mod turn;
 mod userfault;
 
 pub use armed::{Armed, PlaceEnd, Placed, Protection};

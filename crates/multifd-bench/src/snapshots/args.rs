@@ -21,6 +21,9 @@ pub(crate) struct SnapshotsArgs {
     /// Where files on a disk are written
     #[arg(long, default_value = "target")]
     pub(super) disk: PathBuf,
+    /// How many threads copy, where that makes a difference; by default as many as the library takes
+    #[arg(long)]
+    pub(super) threads: Option<usize>,
     /// Measure only this; can be repeated
     #[arg(long, value_enum)]
     pub(super) only: Vec<Part>,

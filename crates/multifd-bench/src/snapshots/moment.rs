@@ -73,7 +73,7 @@ fn pause(
     for _ in 0..args.rounds {
         sleep(SETTLE);
         let begun = Instant::now();
-        let capture = begin(&ram.blocks, path, &mut guest)?;
+        let capture = begin(args, &ram.blocks, path, &mut guest)?;
         prepared.push(begun.elapsed().saturating_sub(capture.pause()));
         pauses.push(capture.pause());
         held.push(capture.copier().stats().held);
@@ -109,7 +109,7 @@ fn slow_down(
         let (begun, written) = (Instant::now(), guest.written());
         sleep(Duration::from_millis(500));
         before = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
-        let mut capture = begin(&ram.blocks, path, &mut guest)?;
+        let mut capture = begin(args, &ram.blocks, path, &mut guest)?;
         let (begun, written) = (Instant::now(), guest.written());
         let stats = capture.finish(None)?;
         let during = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
@@ -133,11 +133,20 @@ fn slow_down(
     Ok(())
 }
 
-fn begin(blocks: &Arc<RamBlocks>, path: &Path, guest: &mut Writing) -> Result<MomentCapture> {
+fn begin(
+    args: &SnapshotsArgs,
+    blocks: &Arc<RamBlocks>,
+    path: &Path,
+    guest: &mut Writing,
+) -> Result<MomentCapture> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
     let configuration = Configuration::new(MachineType::new("multifd-bench")?);
     let capture = Capture::of_guest(file, configuration, blocks, &CaptureOptions::new())?;
-    Ok(capture.at_moment(blocks, guest, CopierOptions::new().sole_writer(true))?)
+    let mut options = CopierOptions::new().sole_writer(true);
+    if let Some(threads) = args.threads {
+        options = options.threads(threads);
+    }
+    Ok(capture.at_moment(blocks, guest, options)?)
 }
 
 /// The longest pause that is wanted, of a guest that does not write.

@@ -29,7 +29,7 @@ use std::{
 
 use crate::{PageBitmap, RamBlocks, Shape, Walk, sync_types::RwLock};
 
-use super::{Armed, FaultsFrom, Features, Modes, Region, Userfault, pager::ArmedMemory};
+use super::{Armed, FaultsFrom, Features, Modes, Region, Userfault, pager::ArmedMemory, turn};
 use counts::Counts;
 use memory::OwnMemory;
 use state::Pages;
@@ -81,7 +81,7 @@ impl Prepared {
         for number in 0..copier.shared.options.threads {
             let is_first = number == 0;
             copier.start(&format!("ramcopy_{number}"), move |shared| {
-                shared.yield_to_guest();
+                turn::lower(shared.options.niceness);
                 if is_first {
                     shared.skip_holes();
                 }
@@ -140,7 +140,10 @@ impl Copier {
         };
         let copier = Self { shared: Arc::new(shared), threads: Mutex::default() };
         for number in 0..copier.shared.options.fault_threads {
-            copier.start(&format!("ramcopyfault_{number}"), Shared::serve)?;
+            copier.start(&format!("ramcopyfault_{number}"), |shared| {
+                turn::serve_soon();
+                shared.serve()
+            })?;
         }
         copier.start("ramcopywatch", Shared::watch)?;
         match copier.shared.protect_all() {

@@ -1,6 +1,6 @@
 //! The options of a copier.
 
-use std::time::Duration;
+use std::{num::NonZero, thread, time::Duration};
 
 /// How a [`Copier`](super::Copier) works.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ impl Default for CopierOptions {
     fn default() -> Self {
         Self {
             fault_threads: 1,
-            threads: 2,
+            threads: default_threads(),
             niceness: 10,
             bytes: 256 << 10,
             ahead: 64 << 20,
@@ -31,8 +31,13 @@ impl Default for CopierOptions {
     }
 }
 
+fn default_threads() -> usize {
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    (processors / 2).clamp(1, 2)
+}
+
 impl CopierOptions {
-    /// One thread for faults, two that copy and store.
+    /// One thread for faults, one or two that copy and store.
     pub fn new() -> Self {
         Self::default()
     }
@@ -43,7 +48,8 @@ impl CopierOptions {
         self
     }
 
-    /// The number of threads that copy and store, at least 1. Default 2.
+    /// The number of threads that copy and store, at least 1. Default 2, or 1 on a host with fewer than four processors: others are
+    /// for the guest, and for its faults.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
         self

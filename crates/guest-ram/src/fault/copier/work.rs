@@ -19,8 +19,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{getpriority_process, setpriority_process};
-
 use super::{
     super::{FaultEvent, FaultKind, PlaceEnd, Protection, Region, panicked::message},
     counts::Counts,
@@ -78,20 +76,6 @@ impl Shared {
             }
         }
         Ok(())
-    }
-
-    /// Lowers the priority of this thread, so that the guest and the threads for faults run first.
-    pub(super) fn yield_to_guest(&self) {
-        let nice = self.options.niceness;
-        if nice == 0 {
-            return;
-        }
-        // Of this thread only.
-        let lowered =
-            getpriority_process(None).and_then(|now| setpriority_process(None, (now + nice).min(19)));
-        if let Err(error) = lowered {
-            tracing::debug!(%error, nice, "a thread that copies keeps its priority");
-        }
     }
 
     /// The work of a thread that copies and stores.

@@ -35,7 +35,7 @@ use std::{
 
 use crate::{BlockOffset, PageBitmap, PageIndex, PageRun, Walk, sync_types::RwLock};
 
-use super::{Armed, FaultError, Features, Modes, Region};
+use super::{Armed, FaultError, Features, Modes, Region, turn};
 use counts::Counts;
 pub(super) use memory::{ArmedMemory, Serve};
 use pages::Pages;
@@ -96,7 +96,7 @@ impl Threads {
             return;
         }
         let started = match for_fault {
-            true => self.start(shared, &format!("ramfault_r{number}"), Shared::serve),
+            true => self.start(shared, &format!("ramfault_r{number}"), serve),
             false => self.start(shared, &format!("ramprefetch_r{number}"), Shared::prefetch),
         };
         if let Err(error) = started {
@@ -175,7 +175,7 @@ impl Pager {
     fn start_threads(&self) -> Result<(), PagerError> {
         let PagerOptions { fault_threads, prefetch_threads, .. } = self.shared.options;
         for number in 0..fault_threads {
-            self.threads.start(&self.shared, &format!("ramfault_{number}"), Shared::serve)?;
+            self.threads.start(&self.shared, &format!("ramfault_{number}"), serve)?;
         }
         for number in 0..prefetch_threads {
             self.threads.start(&self.shared, &format!("ramprefetch_{number}"), Shared::prefetch)?;
@@ -253,6 +253,12 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// The work of a thread for faults.
+fn serve(shared: &Shared) -> Result<(), FaultError> {
+    turn::serve_soon();
+    shared.serve()
 }
 
 /// All pages with contents, the working set first.
