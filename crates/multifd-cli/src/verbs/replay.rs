@@ -107,7 +107,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
             let mut way =
                 Way { recording: &recording, number, shared: &shared, fast: args.fast, start, waker };
             let replies = way.clone_for_replies();
-            let name = format!("replay_{}", number.number());
+            let name = format!("play_{}", number.number());
             let sender = thread::Builder::new().name(format!("{name}_there"));
             threads.push(sender.spawn_scoped(scope, move || way.send(to))?);
             let expected = connection.destination.bytes;

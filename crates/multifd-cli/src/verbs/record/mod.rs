@@ -1,8 +1,8 @@
 //! `multifd record`: passes a migration on between two QEMUs, and writes what passes to a file.
 //!
 //! ```text
-//! source ══▶ record_N_there ══▶ destination       full buffers ─▶ record_writer ─▶ OUT
-//! source ◀══ record_N_back  ◀══ destination       empty buffers ◀─     (store.rs)
+//! source ══▶ rec_N_there ══▶ destination       full buffers ─▶ record_writer ─▶ OUT
+//! source ◀══ rec_N_back  ◀══ destination       empty buffers ◀─     (store.rs)
 //!              (pass.rs)
 //! ```
 //!
@@ -205,7 +205,7 @@ impl Recorder<'_> {
             let pass =
                 Pass { from, to, side, number, store: self.store.clone(), wakers: wakers.clone(), life };
             let thread = std::thread::Builder::new()
-                .name(format!("record_{}_{name}", number.number()))
+                .name(format!("rec_{}_{name}", number.number()))
                 .spawn(move || pass.run())
                 .inspect_err(|_| wakers.iter().for_each(|waker| waker.wake()))?;
             self.threads.push(thread);
