@@ -4,7 +4,7 @@
 use std::io::Read;
 
 use multifd_fuzz::shown;
-use qemu_stream::recording::{Recording, Side, Timeline};
+use qemu_stream::recording::{OneWay, Recording, Side, Timeline};
 
 multifd_fuzz::target!(|bytes: &[u8]| {
     let Some(recording) = shown(Recording::open(bytes)) else { return };
@@ -13,7 +13,7 @@ multifd_fuzz::target!(|bytes: &[u8]| {
     for connection in &found.connections {
         for side in [Side::Source, Side::Destination] {
             let mut all = Vec::new();
-            let mut way = recording.one_way(connection.number, side);
+            let mut way = OneWay::new(&recording, connection.number, side);
             way.read_to_end(&mut all).expect("all records were read before");
             sum += all.len();
         }

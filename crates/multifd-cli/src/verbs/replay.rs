@@ -16,7 +16,7 @@ use multifd::{
     channel::{Connect, Context, Link, Stop, Wake},
     ram::{Part, PartMut},
 };
-use qemu_stream::recording::{Bytes, ConnectionNumber, Ending, Recording, Side, Timeline};
+use qemu_stream::recording::{Bytes, ConnectionNumber, Ending, OneWay, Recording, Side, Timeline};
 
 use crate::{
     args::ReplayArgs,
@@ -158,7 +158,7 @@ impl<'a> Way<'a> {
     /// Sends what the source has sent.
     fn send(&mut self, mut to: Box<dyn Link>) -> io::Result<()> {
         let _watch = self.shared.stop.watch_failure(self.waker.clone());
-        let mut way = self.recording.one_way(self.number, Side::Source);
+        let mut way = OneWay::new(self.recording, self.number, Side::Source);
         let mut buffer = vec![0; BUFFER];
         while let Some(head) = way.next_record().map_err(io::Error::other)? {
             self.wait_until(head.at)?;

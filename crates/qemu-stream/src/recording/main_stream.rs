@@ -2,7 +2,7 @@
 
 use multifd::ram::PageSize;
 
-use super::{Bytes, ConnectionNumber, Downtime, Moment, Recording, Side, Step};
+use super::{Bytes, ConnectionNumber, Downtime, Moment, OneWay, Recording, Side, Step};
 use crate::{
     error::StreamKind,
     format::{Command, Event, Message, Reader},
@@ -28,7 +28,7 @@ impl MainStream {
     }
 
     fn source<B: Bytes>(&mut self, recording: &Recording<B>, connection: ConnectionNumber) {
-        let mut events = Events::new(recording.one_way(connection, Side::Source));
+        let mut events = Events::new(OneWay::new(recording, connection, Side::Source));
         let mut in_devices = false;
         loop {
             let step = match events.next() {
@@ -61,7 +61,7 @@ impl MainStream {
     }
 
     fn destination<B: Bytes>(&mut self, recording: &Recording<B>, connection: ConnectionNumber) {
-        let way = recording.one_way(connection, Side::Destination);
+        let way = OneWay::new(recording, connection, Side::Destination);
         let mut reader = Reader::new(way, StreamKind::ReturnPath);
         loop {
             let step = match Message::decode(&mut reader) {

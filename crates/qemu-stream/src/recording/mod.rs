@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! file ─▶ Recording ─┬─ records ─▶ heads, in the order of the file
-//!                    ├─ one_way ─▶ the bytes of one direction of one connection, as a Read
+//!                    ├─ OneWay ─▶ the bytes of one direction of one connection, as a Read
 //!                    └─ Timeline: connections, packets, passes, messages, downtime
 //! ```
 //!

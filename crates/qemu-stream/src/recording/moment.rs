@@ -69,7 +69,7 @@ impl fmt::Display for Step {
             Self::Configuration(None) => f.write_str("header"),
             Self::Command(text) => f.write_str(text),
             Self::Blocks { count, bytes } => write!(f, "{count} RAM blocks, {bytes} bytes"),
-            Self::Pass { last: false } => f.write_str("pass"),
+            Self::Pass { last: false } => f.write_str("section of RAM (PART)"),
             Self::Pass { last: true } => f.write_str("last pass"),
             Self::SyncPoint => f.write_str("sync point"),
             Self::EndOfRam => f.write_str("end of RAM"),

@@ -25,7 +25,8 @@ pub struct OneWay<'a, B> {
 }
 
 impl<'a, B: Bytes> OneWay<'a, B> {
-    pub(super) fn new(recording: &'a Recording<B>, connection: ConnectionNumber, side: Side) -> Self {
+    /// The bytes that `side` has sent over `connection`, from the first one on.
+    pub fn new(recording: &'a Recording<B>, connection: ConnectionNumber, side: Side) -> Self {
         let (records, arrived) = (recording.records(), VecDeque::new());
         Self { records, connection, side, at: 0, left: 0, position: 0, arrived, last: None }
     }

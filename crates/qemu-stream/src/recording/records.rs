@@ -2,7 +2,7 @@
 
 use std::{io, time::SystemTime};
 
-use super::{Bytes, ConnectionNumber, FileHead, OneWay, RecordHead, Side};
+use super::{Bytes, FileHead, RecordHead};
 use crate::error::{Error, Place, StreamKind};
 
 /// A recording that was opened.
@@ -59,11 +59,6 @@ impl<B: Bytes> Recording<B> {
     /// All records.
     pub fn records(&self) -> Records<'_, B> {
         Records { recording: self, position: FileHead::LEN as u64 }
-    }
-
-    /// The bytes that `side` has sent over `connection`.
-    pub fn one_way(&self, connection: ConnectionNumber, side: Side) -> OneWay<'_, B> {
-        OneWay::new(self, connection, side)
     }
 
     /// The body of a record as text; unprintable bytes are escaped by the caller.

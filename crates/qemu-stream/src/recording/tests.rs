@@ -41,13 +41,13 @@ fn each_direction_is_read_with_its_times() {
     let recording = Recording::open(&*file).expect("a recording");
     assert_eq!(recording.started(), SystemTime::UNIX_EPOCH + Duration::from_secs(7));
     let number = ConnectionNumber::new(0).expect("small");
-    let mut way = recording.one_way(number, Side::Source);
+    let mut way = OneWay::new(&recording, number, Side::Source);
     let mut text = String::new();
     way.read_to_string(&mut text).expect("read");
     assert_eq!(text, "hello");
     assert_eq!([way.arrived(1), way.arrived(2)], [Duration::from_millis(10), Duration::from_millis(20)]);
     let mut text = String::new();
-    recording.one_way(number, Side::Destination).read_to_string(&mut text).expect("read");
+    OneWay::new(&recording, number, Side::Destination).read_to_string(&mut text).expect("read");
     assert_eq!(text, "yes");
 }
 

@@ -8,8 +8,8 @@ use multifd::{
 };
 
 use super::{
-    Bytes, ChannelLine, ConnectionNumber, Downtime, Moment, Record, RecordKind, Recording, Side, channel,
-    main_stream::MainStream,
+    Bytes, ChannelLine, ConnectionNumber, Downtime, Moment, OneWay, Record, RecordKind, Recording, Side,
+    channel, main_stream::MainStream,
 };
 use crate::error::Error;
 
@@ -29,9 +29,9 @@ pub struct Timeline {
     pub omitted: u64,
     /// Requests for pages (post-copy).
     pub requests: u64,
-    /// The parts of the downtime, if the migration has come so far.
+    /// The parts of the downtime, if the stream contains them.
     pub downtime: Option<Downtime>,
-    /// The time that one bar of [`Flow::bars`] stands for.
+    /// The time of one bar of [`Flow::bars`].
     pub bar: Duration,
 }
 
@@ -120,7 +120,7 @@ impl Timeline {
         let page_size = main.page_size.unwrap_or(PageSize::KIB_4);
         for connection in &mut found.connections {
             if let ConnectionKind::Channel(_) = connection.kind {
-                let way = recording.one_way(connection.number, Side::Source);
+                let way = OneWay::new(recording, connection.number, Side::Source);
                 connection.channel = Some(ChannelLine::read(way, page_size));
             }
         }
@@ -219,7 +219,7 @@ impl Flow {
 
 /// What a connection is, by the first bytes of the source.
 fn kind<B: Bytes>(recording: &Recording<B>, number: ConnectionNumber) -> Result<ConnectionKind, Error> {
-    let mut way = recording.one_way(number, Side::Source);
+    let mut way = OneWay::new(recording, number, Side::Source);
     let mut first = Vec::new();
     let mut piece = [0; INITIAL_LEN];
     while first.len() < INITIAL_LEN {

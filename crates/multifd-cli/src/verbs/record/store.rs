@@ -27,7 +27,7 @@ pub(super) struct Store {
     state: Mutex<State>,
     /// A buffer is full, or the store is closed. The writer waits for it.
     full: Condvar,
-    /// A buffer is empty, the recording was given up, or the writer has ended. Connections and `finish` wait for it.
+    /// A buffer is empty, the recording has ended, or the writer has ended. Connections and `finish` wait for it.
     moved: Condvar,
     start: Instant,
 }
@@ -204,7 +204,7 @@ impl Store {
         state.totals.clone()
     }
 
-    /// Writes buffers until the store is closed and empty, or the recording is given up.
+    /// Writes buffers until the store is closed and empty, or the recording has ended.
     fn write(&self, mut file: File) {
         let failed = |error: io::Error| {
             let why = format!("cannot write the recording: {error}");

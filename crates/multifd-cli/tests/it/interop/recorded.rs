@@ -203,3 +203,45 @@ fn migration_continues_when_the_disk_of_the_recorder_is_full() {
     let Some(qemu) = Qemu::v10_0() else { return };
     continues(&qemu).unwrap();
 }
+
+/// The goal is 0.8 on two processors. It is not asserted, because other processes can take the processors. Run it with
+/// `cargo test --release -p multifd-cli --test it -- --ignored --nocapture throughput_through_the_recorder`.
+#[test]
+#[ignore = "slow: it measures, and needs 3 GiB of memory"]
+fn throughput_through_the_recorder() {
+    fn mbps(qemu: &Qemu, recorded: bool) -> Result<f64, Error> {
+        let folder = folder();
+        let builder = || qemu.vm().memory(1 << 30).paused();
+        let (mut from, mut to) = (builder().start()?, builder().incoming().start()?);
+        for vm in [&mut from, &mut to] {
+            vm.set_multifd_channels(2)?;
+        }
+        // Pages that the guest has never touched are read and sent like others.
+        from.set_parameters(json!({ "zero-page-detection": "none" }))?;
+        let target = to.migrate_incoming(LOCAL)?;
+        let recorder = recorded.then(|| record(LOCAL, &target, &path(&folder, "recording")));
+        fast(&mut from)?;
+        from.migrate(recorder.as_ref().map_or(&target, |(_, address)| address))?;
+        let told = from.wait_migration("completed", PATIENCE)?;
+        if let Some((recorder, _)) = recorder {
+            recorder.done();
+        }
+        let (bytes, time) = (told["ram"]["transferred"].as_f64(), told["total-time"].as_f64());
+        Ok(bytes.unwrap_or_default() * 8.0 / 1e3 / time.unwrap_or(1.0))
+    }
+    let Some(qemu) = Qemu::v10_0() else { return };
+    let mut all = [Vec::new(), Vec::new()];
+    for _ in 0..5 {
+        for (results, recorded) in all.iter_mut().zip([false, true]) {
+            results.push(mbps(&qemu, recorded).unwrap());
+        }
+    }
+    let [direct, recorded] = all.map(|mut results| {
+        results.sort_by(f64::total_cmp);
+        results[results.len() / 2]
+    });
+    println!(
+        "direct {direct:.0} Mbit/s, through the recorder {recorded:.0} Mbit/s, ratio {:.2}",
+        recorded / direct
+    );
+}

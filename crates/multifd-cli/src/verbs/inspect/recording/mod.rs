@@ -1,15 +1,15 @@
 //! `multifd inspect` of a recording: the time line, as text, as JSON, or as a picture.
 
+mod names;
 mod svg;
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, path::Path};
 
 use indicatif::{BinaryBytes, HumanCount};
-use qemu_stream::recording::{
-    ChannelLine, Connection, ConnectionKind, Ending, FileHead, Flow, Recording, Side, Timeline,
-};
+use qemu_stream::recording::{ChannelLine, Connection, Ending, FileHead, Flow, Recording, Side, Timeline};
 use serde_json::{Value, json};
 
+use self::names::{ms, name};
 use super::super::replay::Within;
 use crate::{
     args::InspectArgs,
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Whether the file is a recording. Errors are reported by whoever opens it.
+/// Whether the file is a recording. Errors are reported when it is opened.
 pub(super) fn is_one(args: &InspectArgs) -> bool {
     let mut head = [0; FileHead::LEN];
     let read = open_regular(args.file.path())
@@ -58,20 +58,6 @@ fn picture(found: &Timeline, out: &Path, force: bool) -> Result<(), Failure> {
     std::io::Write::write_all(&mut file, svg::draw(found).as_bytes()).map_err(failed)?;
     say(&format!("wrote {}", shown(out)));
     Ok(())
-}
-
-/// The name of a connection.
-fn name(connection: &Connection) -> String {
-    match connection.kind {
-        ConnectionKind::Main => "main".to_owned(),
-        ConnectionKind::Channel(id) => format!("channel {id}"),
-        ConnectionKind::Tls => format!("TLS {}", connection.number.number()),
-        _ => format!("other {}", connection.number.number()),
-    }
-}
-
-fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 fn side(side: Side) -> &'static str {

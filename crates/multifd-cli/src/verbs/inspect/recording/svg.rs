@@ -5,7 +5,7 @@ use std::fmt::Write;
 use indicatif::BinaryBytes;
 use qemu_stream::recording::{Side, Step, Timeline};
 
-use super::{ms, name};
+use super::names::{ms, name};
 
 /// Draws it. All numbers are ours, and names of connections have no signs of XML.
 pub(super) fn draw(found: &Timeline) -> String {
