@@ -205,7 +205,7 @@ fn migration_continues_when_the_disk_of_the_recorder_is_full() {
 }
 
 /// The goal is 0.8 on two processors. It is not asserted, because other processes can take the processors. Run it with
-/// `cargo test --release -p multifd-cli --test it -- --ignored --nocapture throughput_through_the_recorder`.
+/// `cargo test -p multifd-cli --test it -- --ignored --nocapture throughput_through_the_recorder`.
 #[test]
 #[ignore = "slow: it measures, and needs 3 GiB of memory"]
 fn throughput_through_the_recorder() {
