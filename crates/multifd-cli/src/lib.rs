@@ -11,6 +11,7 @@
 //!          verbs/merge     a delta and its bases ─▶ one file
 //!          verbs/diff      two machines ─▶ what differs
 //!          verbs/read, find, export   guest-physical memory: a table, places of bytes, a file for other tools
+//!          verbs/record    QEMU ◀══ all connections ══▶ QEMU, and a file; verbs/replay   such a file ═══ connections ═══▶ QEMU
 //!          verbs/ctl       commands to a run of another process, at the socket of its runs/control
 //!          verbs/demo      this process ═══ channels ═══▶ a second one
 //!                            └── interrupt (Ctrl-C)   service (systemd)   output/  progress, and the end as text or JSON
@@ -84,6 +85,8 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Read(args) => verbs::read::run(&args),
         Verb::Find(args) => verbs::find::run(&args),
         Verb::Export(args) => verbs::export::run(&args),
+        Verb::Record(args) => verbs::record::run(&args),
+        Verb::Replay(args) => verbs::replay::run(&args),
         Verb::Ctl(args) => ctl::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::DemoDestination(args) => demo::destination(&args),

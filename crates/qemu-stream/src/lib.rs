@@ -19,6 +19,7 @@
 //! | [`outgoing`] | the main stream at a source, call by call, or [event by event](outgoing::EventWriter) |
 //! | [`mapped_ram`] | the file that QEMU 9.0 and later save to and load from |
 //! | [`physical`] | memory by guest-physical addresses |
+//! | [`recording`] | migrations that were recorded between source and destination |
 //! | [`state`] | the state of devices as fields with names |
 //! | [`stored`] | machines in other forms: streams in files, save images of libvirt |
 //! | [`error`] | errors, sorted by who is at fault |
@@ -97,6 +98,7 @@ pub mod incoming;
 pub mod mapped_ram;
 pub mod outgoing;
 pub mod physical;
+pub mod recording;
 mod refuse;
 pub mod source;
 pub mod state;

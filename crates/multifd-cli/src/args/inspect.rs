@@ -27,8 +27,11 @@ pub(crate) struct InspectArgs {
     /// Write the RAM of this block to OUT, as raw bytes; zero pages become holes
     #[arg(long, value_name = "BLOCK", requires = "out", conflicts_with = "json")]
     pub(crate) extract: Option<OsString>,
-    /// Replace OUT if it exists. WARNING: the old data is lost
-    #[arg(long, requires = "extract")]
+    /// Draw the throughput and the waits of each connection of a recording, into this file
+    #[arg(long, value_name = "SVG", conflicts_with_all = ["json", "device", "devices", "xml", "extract"])]
+    pub(crate) svg: Option<PathBuf>,
+    /// Replace OUT or SVG if it exists. WARNING: the old data is lost
+    #[arg(long)]
     pub(crate) force: bool,
     /// Read FILE although it is damaged: do not compare it with its digests
     #[arg(long)]

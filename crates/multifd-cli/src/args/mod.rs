@@ -13,6 +13,7 @@ mod merge;
 mod physical;
 mod postcopy;
 mod receive;
+mod record;
 mod restore;
 mod run;
 mod send;
@@ -31,6 +32,7 @@ pub(crate) use self::{
     physical::PhysicalArgs,
     postcopy::PostcopyArgs,
     receive::{MissingPagesArg, ReceiveArgs},
+    record::{RecordArgs, ReplayArgs},
     restore::RestoreArgs,
     run::RunArgs,
     send::{ReturnPathArg, SendArgs, SyncModeArg},
@@ -119,6 +121,23 @@ pub(crate) enum Verb {
     ///
     /// Memory is laid out by guest-physical addresses. What is zero becomes a hole of OUT.
     Export(ExportArgs),
+    /// Record a migration between two QEMUs while it runs
+    ///
+    /// Listens at LISTEN, connects each connection to TARGET, and passes everything on unchanged, in both directions. OUT gets the
+    /// bytes and their times. `multifd inspect OUT` shows the time line, `multifd replay OUT ADDRESS` plays the source.
+    ///
+    /// The run ends when all connections are closed. If OUT cannot be written any more, the recording ends and the migration
+    /// continues; exit code 1. The first Ctrl-C does the same; exit code 130.
+    ///
+    /// WARNING: a second Ctrl-C closes the connections. The migration fails or, in post-copy, pauses.
+    Record(RecordArgs),
+    /// Play the source of a recorded migration to a waiting destination
+    ///
+    /// The destination can be a QEMU with the options of the recorded one, or `multifd receive`, which makes a file of the machine.
+    /// Bytes are sent as they were; what the destination replies is read and not compared.
+    ///
+    /// WARNING: the destination runs the guest as it was recorded. Its disks must be copies.
+    Replay(ReplayArgs),
     /// Ask a run for its status, cancel it, or change its limits
     ///
     /// For a run of receive, send, capture or restore that was started with --control SOCKET.
@@ -142,6 +161,8 @@ impl Verb {
             Self::Verify(args) => args.output.quiet,
             Self::Merge(args) => args.output.quiet,
             Self::Export(args) => args.quiet,
+            Self::Record(args) => args.quiet,
+            Self::Replay(args) => args.quiet,
             Self::Diff(_)
             | Self::Read(_)
             | Self::Find(_)

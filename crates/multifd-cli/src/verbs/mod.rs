@@ -16,6 +16,8 @@ mod postcopy;
 pub(crate) mod read;
 mod reading;
 pub(crate) mod receive;
+pub(crate) mod record;
+pub(crate) mod replay;
 pub(crate) mod restore;
 pub(crate) mod send;
 mod tls;

@@ -158,7 +158,10 @@ impl Error {
             Self::Destination { source, .. } => {
                 source.downcast_ref::<multifd::Error>().map_or(Fault::Caller, multifd::Error::fault)
             }
-            Self::Io { at: Place { stream: StreamKind::File | StreamKind::Stored, .. }, .. } => Fault::System,
+            Self::Io {
+                at: Place { stream: StreamKind::File | StreamKind::Stored | StreamKind::Recording, .. },
+                ..
+            } => Fault::System,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => Fault::Stalled,
             Self::Io { .. } => Fault::Connection,
         }
@@ -235,7 +238,7 @@ fn cause_of_end(stream: StreamKind) -> &'static str {
             "the source closed the connection (cancelled, or its process ended)"
         }
         StreamKind::ReturnPath => "the destination closed the connection (it failed, or its process ended)",
-        StreamKind::File | StreamKind::Stored => "the file is incomplete",
+        StreamKind::File | StreamKind::Stored | StreamKind::Recording => "the file is incomplete",
     }
 }
 
@@ -282,6 +285,8 @@ pub enum StreamKind {
     Preempt,
     /// A main stream that was stored.
     Stored,
+    /// A recording of a migration.
+    Recording,
 }
 
 impl fmt::Display for StreamKind {
@@ -292,6 +297,7 @@ impl fmt::Display for StreamKind {
             Self::File => "mapped-ram file",
             Self::Preempt => "postcopy-preempt",
             Self::Stored => "stored stream",
+            Self::Recording => "recording",
         })
     }
 }

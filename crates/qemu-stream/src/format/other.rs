@@ -33,6 +33,8 @@ pub enum OtherFormat {
     Compressed(Compressor),
     /// The first bytes of a TLS session.
     Tls,
+    /// A recording of a migration, by `multifd record`.
+    Recording,
 }
 
 /// How libvirt has stored the stream in a save image.
@@ -90,6 +92,7 @@ impl OtherFormat {
             (b"\xfd7zXZ\0", Self::Compressed(Compressor::Xz)),
             (b"\x89LZO\0", Self::Compressed(Compressor::Lzop)),
             (b"\x28\xb5\x2f\xfd", Self::Compressed(Compressor::Zstd)),
+            (b"\x93MFDREC\n", Self::Recording),
             (b"\x16\x03", Self::Tls),
             (b"\x15\x03", Self::Tls),
         ];
@@ -144,6 +147,10 @@ impl fmt::Display for OtherFormat {
             Self::LibvirtPartial => {
                 f.write_str("an incomplete save image of libvirt: virsh save did not finish")
             }
+            Self::Recording => f.write_str(
+                "a recording of a migration, which is no stored machine: multifd inspect shows it; to make a file of the machine, run \
+                 multifd receive ADDRESS NEW, and multifd replay --fast with the same ADDRESS",
+            ),
             Self::MemoryDump => f.write_str(
                 "a memory dump (ELF or kdump) without device state, from which no guest can be restored: save the guest with \
                  virsh save, or with virsh dump without --memory-only",

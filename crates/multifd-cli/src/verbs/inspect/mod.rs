@@ -2,6 +2,7 @@
 
 mod chain;
 pub(in crate::verbs) mod device;
+mod recording;
 
 use indicatif::BinaryBytes;
 use multifd::channel::Stop;
@@ -110,6 +111,15 @@ struct Device {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
+    if recording::is_one(args) {
+        return recording::run(args);
+    }
+    if args.svg.is_some() {
+        return Err(args.file.unreadable("--svg needs a recording, which multifd record has written").into());
+    }
+    if args.force && args.extract.is_none() {
+        return Err(Failure::Usage("--force needs --extract or --svg".into()));
+    }
     let stop = Stop::new();
     let pages = if args.extract.is_some() { Pages::Keep } else { Pages::Count };
     let file = Open::new(&stop).quiet(true).no_verify(args.no_verify).pages(pages).machine(&args.file)?;

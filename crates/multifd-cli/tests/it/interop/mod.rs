@@ -19,6 +19,7 @@ mod parameters;
 mod peers;
 mod postcopy;
 mod postcopy_soak;
+mod recorded;
 mod refused;
 mod snapshots;
 mod switched;

@@ -23,6 +23,7 @@ mod postcopy;
 mod progress;
 mod proxied;
 mod receive;
+mod recorded;
 mod reserved;
 mod security;
 mod send;
