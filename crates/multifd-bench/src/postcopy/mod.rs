@@ -12,6 +12,7 @@ mod line;
 mod machine;
 mod ours;
 mod qemu;
+mod sample;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -19,6 +20,7 @@ use clap::Args;
 
 use crate::Result;
 use ours::Passes;
+use sample::Sample;
 
 #[derive(Debug, Args)]
 pub(crate) struct PostcopyArgs {
@@ -37,20 +39,6 @@ pub(crate) struct PostcopyArgs {
     /// This process is in a network namespace with the line
     #[arg(long, hide = true)]
     inside: bool,
-}
-
-/// One migration.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sample {
-    /// Faults that were waited for, or requests.
-    faults: u64,
-    p50: Duration,
-    p99: Duration,
-    /// The time that the guest has waited, together.
-    blocked: Duration,
-    downtime: Duration,
-    total: Duration,
-    bytes: u64,
 }
 
 /// Measures, and prints a table.

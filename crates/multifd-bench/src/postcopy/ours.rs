@@ -18,8 +18,8 @@ use qemu_stream::{
 };
 
 use super::{
-    Sample,
     machine::{DEVICE, Machine, blocks},
+    sample::Sample,
 };
 use crate::Result;
 

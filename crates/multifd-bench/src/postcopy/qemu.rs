@@ -9,7 +9,7 @@ use multifd_testkit::{
 };
 use serde_json::{Value, json};
 
-use super::Sample;
+use super::sample::Sample;
 use crate::{Result, requests::Relay};
 
 /// Moves a guest that rewrites this many MiB.

@@ -1,6 +1,6 @@
 //! Kinds of channels and of memory: huge pages at the destination, TLS over all connections, compression.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{fs::File, path::Path, rc::Rc, sync::Arc};
 
 use multifd::{
     SendOptions,
@@ -23,7 +23,7 @@ use crate::{
 pub(crate) struct Kind {
     tls: Option<(ClientCredentials, ServerCredentials)>,
     method: Option<&'static str>,
-    huge: Option<Arc<HugePages>>,
+    huge: Option<Rc<HugePages>>,
 }
 
 impl Kind {
@@ -45,7 +45,7 @@ impl Kind {
     /// Block `ram` is in huge pages at the destination. `None` if this system does not provide them.
     pub(crate) fn huge(self) -> Option<Self> {
         let pages = (BLOCKS[0].1 << 12) / HugePages::BYTES;
-        let huge = Some(Arc::new(HugePages::reserve(pages)?));
+        let huge = Some(Rc::new(HugePages::reserve(pages)?));
         Some(Self { huge, ..self })
     }
 
