@@ -37,7 +37,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
 }
 
 /// The benchmarks with a table of their own: of guests that run before their RAM is there, and of deltas.
-const OTHERS: [&str; 4] = ["first-instruction", "requests", "delta", "snapshots"];
+const OTHERS: [&str; 5] = ["first-instruction", "requests", "postcopy", "delta", "snapshots"];
 
 /// Measures the parts; `args` are passed to criterion.
 ///

@@ -155,6 +155,8 @@ const USAGE: &str = "usage: cargo xtask <task>
                   measure how soon a guest runs that is restored out of a file, and how soon all of its RAM is there
   bench requests [--rounds N] [--background MIB]
                   measure how long a destination of post-copy waits for a page, from QEMU and from a file
+  bench postcopy [--rounds N] [--rate RATE] [--memory MIB]
+                  measure how long a guest waits that moves before its memory, over a line with this limit, beside QEMU
   bench delta [--rounds N] [--memory MIB] [--folder FOLDER]
                   measure captures that store only what changed
   bench snapshots [--rounds N] [--ram MIB]... [--only PART]...

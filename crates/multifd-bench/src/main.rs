@@ -19,6 +19,7 @@ mod first_instruction;
 mod free;
 mod measure;
 mod peer;
+mod postcopy;
 mod report;
 mod requests;
 mod run;
@@ -44,6 +45,8 @@ enum Verb {
     FirstInstruction(first_instruction::FirstInstructionArgs),
     /// Measure how long a destination of post-copy waits for a page
     Requests(requests::RequestsArgs),
+    /// Measure how long a guest waits that moves before its memory, over a line with a limit, beside QEMU
+    Postcopy(postcopy::PostcopyArgs),
     /// Measure captures that store only what changed
     Delta(delta::DeltaArgs),
     /// Measure what a snapshot of a running machine costs: pauses, slow-downs, faults, deltas, a hand-over
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::run(&args),
         Verb::FirstInstruction(args) => first_instruction::run(&args),
         Verb::Requests(args) => requests::run(&args),
+        Verb::Postcopy(args) => postcopy::run(&args),
         Verb::Delta(args) => delta::run(&args),
         Verb::Snapshots(args) => snapshots::run(&args),
         Verb::Source(args) => engine::source(&args),

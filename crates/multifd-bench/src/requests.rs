@@ -10,6 +10,7 @@ use std::{
     collections::HashMap,
     io::{self, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
+    os::unix::net::UnixStream,
     path::PathBuf,
     process::{Command, Stdio},
     sync::{
@@ -130,35 +131,38 @@ fn from_file(
 /// A page: the name of its block, and its number.
 type Page = (Vec<u8>, u64);
 
-/// A connection with somebody in the middle.
-struct Relay {
-    address: String,
+/// Connections with somebody in the middle.
+pub(crate) struct Relay {
+    pub(crate) address: String,
     thread: JoinHandle<Result<()>>,
 }
 
 impl Relay {
     fn start(destination: &str, times: &Arc<Latencies>) -> Result<Self> {
+        Self::between(destination, times, false)
+    }
+
+    /// Listens, and forwards what comes to `destination`. With `preempt`, a second connection carries requested pages.
+    pub(crate) fn between(destination: &str, times: &Arc<Latencies>, preempt: bool) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = format!("tcp:{}", listener.local_addr()?);
-        let to = destination.trim_start_matches("tcp:").to_owned();
+        let to = destination.to_owned();
         let times = times.clone();
         let thread = spawn(move || {
-            let (from, _) = listener.accept()?;
-            let to = TcpStream::connect(to)?;
-            from.set_nodelay(true)?;
-            to.set_nodelay(true)?;
-            let ((forward, pages), (back, requests)) = (channel(), channel());
-            let (near, far) = (from.try_clone()?, to.try_clone()?);
-            let passes = [spawn(move || pass(near, far, &forward)), spawn(move || pass(to, from, &back))];
+            let (requests, pages) = joined(&listener, &to)?;
             let requests = spawn(move || requests_in(Chunks::of(requests)));
             let pages = spawn(move || pages_in(Chunks::of(pages)));
-            passes.into_iter().try_for_each(ended)?;
-            let (requests, pages) = (ended(requests)?, ended(pages)?);
+            // It begins with the switch, when main is read already.
+            let more = if preempt { Some(joined(&listener, &to)?.1) } else { None };
+            let urgent = more.map(|chunks| spawn(move || urgent_in(Chunks::of(chunks))));
+            let (requests, mut pages) = (ended(requests)?, ended(pages)?);
+            for (page, came) in urgent.map(ended).transpose()?.into_iter().flatten() {
+                pages.entry(page).or_default().push(came);
+            }
             for (page, asked) in requests {
                 // A page that passed before its request was not waited for at the source.
-                if let Some(came) = pages.get(&page).filter(|came| **came >= asked) {
-                    times.add(*came - asked);
-                }
+                let came = pages.get(&page).into_iter().flatten().filter(|came| **came >= asked).min();
+                came.into_iter().for_each(|came| times.add(*came - asked));
             }
             Ok(())
         });
@@ -166,8 +170,51 @@ impl Relay {
     }
 
     /// Waits for the end of both directions.
-    fn end(self) -> Result<()> {
+    pub(crate) fn end(self) -> Result<()> {
         ended(self.thread)
+    }
+}
+
+/// Accepts a connection and forwards it. Returns what passes back, and what passes forward.
+fn joined(listener: &TcpListener, to: &str) -> Result<(Receiver<Chunk>, Receiver<Chunk>)> {
+    let (near, _) = listener.accept()?;
+    near.set_nodelay(true)?;
+    let far: Box<dyn End> = match to.split_once(':') {
+        Some(("unix", path)) => Box::new(UnixStream::connect(path)?),
+        _ => {
+            let far = TcpStream::connect(to.trim_start_matches("tcp:"))?;
+            far.set_nodelay(true)?;
+            Box::new(far)
+        }
+    };
+    let ((forward, pages), (back, requests)) = (channel(), channel());
+    let (from, into): (Box<dyn End>, _) = (Box::new(near.try_clone()?), far.another()?);
+    spawn(move || pass(from, into, &forward));
+    spawn(move || pass(far, Box::new(near), &back));
+    Ok((requests, pages))
+}
+
+/// An end of a connection.
+trait End: Read + Write + Send {
+    fn another(&self) -> io::Result<Box<dyn End>>;
+    fn ends(&self);
+}
+
+impl End for TcpStream {
+    fn another(&self) -> io::Result<Box<dyn End>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+    fn ends(&self) {
+        let _ = self.shutdown(Shutdown::Write);
+    }
+}
+
+impl End for UnixStream {
+    fn another(&self) -> io::Result<Box<dyn End>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+    fn ends(&self) {
+        let _ = self.shutdown(Shutdown::Write);
     }
 }
 
@@ -178,17 +225,16 @@ fn ended<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
 /// Bytes, and when they passed.
 type Chunk = (Instant, Vec<u8>);
 
-/// Forwards bytes as they come, and a copy of them to somebody who reads them later.
-fn pass(mut from: TcpStream, mut to: TcpStream, copies: &Sender<Chunk>) -> Result<()> {
+/// Forwards bytes as they come, and a copy of them, with the time at which they came, to somebody who reads them later.
+fn pass(mut from: Box<dyn End>, mut to: Box<dyn End>, copies: &Sender<Chunk>) {
     let mut buffer = vec![0; 256 << 10];
     loop {
         let read = from.read(&mut buffer).unwrap_or(0);
-        if read == 0 {
-            let _ = to.shutdown(Shutdown::Write);
-            return Ok(());
+        let came = Instant::now();
+        if read == 0 || to.write_all(&buffer[..read]).is_err() {
+            return to.ends();
         }
-        to.write_all(&buffer[..read])?;
-        let _ = copies.send((Instant::now(), buffer[..read].to_vec()));
+        let _ = copies.send((came, buffer[..read].to_vec()));
     }
 }
 
@@ -233,10 +279,10 @@ fn requests_in(chunks: Chunks) -> Result<HashMap<Page, Instant>> {
     Ok(requests)
 }
 
-/// The pages, and when each passed last.
-fn pages_in(chunks: Chunks) -> Result<HashMap<Page, Instant>> {
+/// The pages, and when each passed.
+fn pages_in(chunks: Chunks) -> Result<HashMap<Page, Vec<Instant>>> {
     let mut events = Events::new(chunks);
-    let (mut list, mut pages) = (None::<BlockList>, HashMap::new());
+    let (mut list, mut pages) = (None::<BlockList>, HashMap::<_, Vec<_>>::new());
     loop {
         let (block, page) = match events.next()? {
             Event::Blocks { blocks, .. } => {
@@ -250,8 +296,36 @@ fn pages_in(chunks: Chunks) -> Result<HashMap<Page, Instant>> {
         let when = events.get_ref().when;
         let name =
             list.as_ref().and_then(|list| list.entry(block)).map(|entry| entry.name.as_bytes().to_vec());
-        pages.insert((name.unwrap_or_default(), page.0), when);
+        pages.entry((name.unwrap_or_default(), page.0)).or_default().push(when);
     }
 }
+
+/// The pages of a connection for requested pages: records without sections. It ends at any time.
+fn urgent_in(mut chunks: Chunks) -> Result<Vec<(Page, Instant)>> {
+    let (mut block, mut pages) = (Vec::new(), Vec::new());
+    let mut head = [0; 8];
+    while chunks.read_exact(&mut head).is_ok() {
+        let head = u64::from_be_bytes(head);
+        let (offset, flags) = (head & !(PAGE - 1), head & (PAGE - 1));
+        if flags & RECORD == 0 {
+            continue;
+        }
+        if flags & CONTINUE == 0 {
+            let mut length = [0];
+            chunks.read_exact(&mut length)?;
+            block = vec![0; usize::from(length[0])];
+            chunks.read_exact(&mut block)?;
+        }
+        let mut contents = vec![0; if flags & ZERO == 0 { 4096 } else { 1 }];
+        chunks.read_exact(&mut contents)?;
+        pages.push(((block.clone(), offset / PAGE), chunks.when));
+    }
+    Ok(pages)
+}
+
+/// The flags of a record: a page that is zero, any page, and the block of the record before.
+const ZERO: u64 = 0x02;
+const RECORD: u64 = 0x0a;
+const CONTINUE: u64 = 0x20;
 
 const PAGE: u64 = 4096;

@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod kind;
 mod machine;
 mod network;
 
@@ -13,7 +14,7 @@ use std::{
 
 use multifd::{
     Error, ReceiveOptions,
-    channel::Stop,
+    channel::{Listen, Stop},
     live::{MigrateOptions, PostcopyWhen, RunState, Status, ZeroPageDetection},
     ram::{FaultError, FaultsFrom, Features, RamBlocks, Userfault},
 };
@@ -25,6 +26,7 @@ use qemu_stream::{
     source::{Source, SourceOptions},
 };
 
+use kind::Kind;
 use machine::{DEVICE, Machine, STATE, Shadow, memory};
 use network::Network;
 
@@ -50,9 +52,19 @@ fn may_run() -> bool {
 
 /// Waits for a machine, runs it, and returns it with all of its RAM.
 fn arrive(
-    listener: multifd::channel::Listener,
+    listener: impl Listen + 'static,
     shadow: Shadow,
     seed: u64,
+) -> JoinHandle<Result<(Machine, Option<Finished>), Error>> {
+    arrive_in(listener, shadow, seed, memory)
+}
+
+/// The same in other memory.
+fn arrive_in(
+    listener: impl Listen + 'static,
+    shadow: Shadow,
+    seed: u64,
+    memory: impl FnOnce() -> RamBlocks + Send + 'static,
 ) -> JoinHandle<Result<(Machine, Option<Finished>), Error>> {
     thread::spawn(move || {
         // A source that is cut before its first byte does not come back.
@@ -84,6 +96,10 @@ fn arrive(
 }
 
 fn source(blocks: &Arc<RamBlocks>, channels: u8, when: PostcopyWhen, stop: &Stop) -> Source {
+    source_of(&Kind::default(), blocks, channels, when, stop)
+}
+
+fn source_of(kind: &Kind, blocks: &Arc<RamBlocks>, channels: u8, when: PostcopyWhen, stop: &Stop) -> Source {
     // A pass takes at least 100 ms.
     let migrate = MigrateOptions::new().postcopy(when).downtime_limit(Duration::ZERO);
     let migrate = migrate.max_bandwidth(Some(20_000_000));
@@ -91,7 +107,7 @@ fn source(blocks: &Arc<RamBlocks>, channels: u8, when: PostcopyWhen, stop: &Stop
     // The rest takes about 200 ms.
     let postcopy = PostcopyOptions::new().max_postcopy_bandwidth(Some(40_000_000));
     let options = SourceOptions::new(Configuration::new(machine_type())).channels(channels);
-    let options = options.migrate(migrate).postcopy(postcopy);
+    let options = kind.source(options.migrate(migrate), postcopy, channels);
     Source::new(blocks.clone(), options, stop).expect("options")
 }
 
@@ -171,7 +187,7 @@ fn what_is_cut_at_any_moment_is_resumed_or_was_never_gone() {
     let first = multifd_testkit::number("MULTIFD_EARLY_SEED").unwrap_or(1);
     let mut tally = std::collections::BTreeMap::<&str, u64>::new();
     for seed in first..first + rounds {
-        let outcome = round(seed).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        let outcome = round(seed, &Kind::default()).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
         if seed % 50 == 0 {
             println!("seed {seed}: {tally:?}");
         }
@@ -180,14 +196,71 @@ fn what_is_cut_at_any_moment_is_resumed_or_was_never_gone() {
     println!("{rounds} rounds from seed {first} on: {tally:?}");
 }
 
+#[test]
+fn huge_pages_tls_and_compression_arrive_whole_and_survive_cuts() {
+    if !may_run() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let plain = Kind::default();
+    let huge = plain.clone().huge();
+    let kinds = [
+        ("TLS", Some(plain.clone().tls(folder.path()))),
+        ("zlib", Some(plain.clone().compressed("zlib"))),
+        ("zstd", Some(plain.clone().compressed("zstd"))),
+        ("TLS and zstd", Some(plain.clone().tls(folder.path()).compressed("zstd"))),
+        ("huge pages", huge.clone()),
+        ("huge pages, TLS and zlib", huge.map(|kind| kind.tls(folder.path()).compressed("zlib"))),
+    ];
+    let rounds = multifd_testkit::number("MULTIFD_EARLY_KINDS").unwrap_or(3);
+    for (name, kind) in kinds {
+        let Some(kind) = kind else { continue };
+        for channels in [1, 4] {
+            whole(&kind, channels).unwrap_or_else(|wrong| panic!("{name}, {channels} channels: {wrong}"));
+        }
+        for seed in 1..=rounds {
+            let outcome = round(seed, &kind).unwrap_or_else(|wrong| panic!("{name}, seed {seed}: {wrong}"));
+            println!("{name}, seed {seed}: {outcome}");
+        }
+    }
+}
+
+/// A migration that nobody cuts.
+fn whole(kind: &Kind, channels: u8) -> Result<(), String> {
+    let shadow = Shadow::new();
+    let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
+    machine.run(1);
+    shadow.wait_written(2000);
+    let (listener, network) = Network::listen();
+    let arriving = arrive_in(kind.listener(listener), shadow.clone(), 2, kind.memory());
+    let mut log = machine.writes.clone().reader().expect("the only one");
+    let source = source_of(kind, &machine.blocks, channels, PostcopyWhen::Start, &Stop::new());
+    let moved = source.run(kind.connector(&network), &mut log, &mut machine);
+    let arrived = arriving.join().expect("no panic");
+    let (Moved::Completed { postcopy: Some(postcopy), .. }, (mut there, finished)) = (match (moved, arrived) {
+        (Ok(moved), Ok(arrived)) => (moved, arrived),
+        (moved, arrived) => {
+            return Err(format!("source {moved:?}, destination {:?}", arrived.map(|(_, finished)| finished)));
+        }
+    }) else {
+        return Err("it did not switch".to_owned());
+    };
+    assert!(postcopy.over_channels && postcopy.remaining == Some(0), "{postcopy:?}");
+    assert_eq!(finished.map(|finished| finished.faults.missing), Some(0));
+    there.halt();
+    shadow.wrong().map_or(Ok(()), Err)?;
+    shadow.check(&there.blocks)
+}
+
 /// A migration whose connections are cut several times.
-fn round(seed: u64) -> Result<&'static str, String> {
+fn round(seed: u64, kind: &Kind) -> Result<&'static str, String> {
     let mut random = fastrand::Rng::with_seed(seed);
     let shadow = Shadow::new();
     let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
     machine.run(seed);
     let (listener, network) = Network::listen();
-    let arriving = arrive(listener, shadow.clone(), seed + 1);
+    let connector = kind.connector(&network);
+    let arriving = arrive_in(kind.listener(listener), shadow.clone(), seed + 1, kind.memory());
     let mut log = machine.writes.clone().reader().expect("the only one");
     let channels = *random.choice(&[0, 1, 2, 4]).expect("one");
     let when = *random.choice(&[PostcopyWhen::Start, PostcopyWhen::Passes(1)]).expect("one");
@@ -202,14 +275,15 @@ fn round(seed: u64) -> Result<&'static str, String> {
             }
         }
     });
-    let moved = source(&machine.blocks, channels, when, &stop).run(network.clone(), &mut log, &mut machine);
+    let source = source_of(kind, &machine.blocks, channels, when, &stop);
+    let moved = source.run(connector.clone(), &mut log, &mut machine);
     let (mut interruptions, begun) = (0, Instant::now());
     let moved = match moved {
         Ok(Moved::Interrupted(mut interrupted)) => loop {
             interruptions += 1;
             let resumed = interrupted.resume_within(
                 LIMIT.saturating_sub(begun.elapsed()),
-                network.clone(),
+                connector.clone(),
                 &Stop::new(),
                 &mut log,
                 &mut machine,

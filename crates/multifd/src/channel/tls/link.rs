@@ -6,6 +6,7 @@
 
 use std::{
     io::{self, BufRead, IoSlice, Write},
+    ops::{Deref, DerefMut},
     sync::Arc,
     time::Duration,
 };
@@ -286,11 +287,34 @@ impl Link for TlsLink {
 }
 
 /// A destination's end. When it is dropped, the source is sent the closing alert.
-pub(super) struct ServerLink(pub(super) TlsLink);
+pub(super) struct ServerLink {
+    /// `None` only while it is split or dropped.
+    link: Option<TlsLink>,
+}
+
+impl ServerLink {
+    pub(super) fn new(link: TlsLink) -> Self {
+        Self { link: Some(link) }
+    }
+}
+
+impl Deref for ServerLink {
+    type Target = TlsLink;
+
+    fn deref(&self) -> &TlsLink {
+        self.link.as_ref().expect("only a split takes it, and consumes this")
+    }
+}
+
+impl DerefMut for ServerLink {
+    fn deref_mut(&mut self) -> &mut TlsLink {
+        self.link.as_mut().expect("only a split takes it, and consumes this")
+    }
+}
 
 impl Drop for ServerLink {
     fn drop(&mut self) {
-        let link = &mut self.0;
+        let Some(link) = &mut self.link else { return };
         if std::mem::take(&mut link.open) {
             link.session.send_close_notify();
             // A destination sends little, and there is room for it.
@@ -301,59 +325,68 @@ impl Drop for ServerLink {
 
 impl Link for ServerLink {
     fn send(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        self.0.send(parts)
+        (**self).send(parts)
     }
 
     fn recv(&mut self, parts: &mut [PartMut<'_>]) -> io::Result<usize> {
-        self.0.recv(parts)
+        (**self).recv(parts)
     }
 
     fn set_recv_timeout(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        self.0.set_recv_timeout(limit)
+        (**self).set_recv_timeout(limit)
     }
 
     fn is_readable(&mut self) -> io::Result<bool> {
-        self.0.is_readable()
+        (**self).is_readable()
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        self.0.waker()
+        (**self).waker()
     }
 
     fn send_waker(&self) -> Arc<dyn Wake> {
-        self.0.send_waker()
+        (**self).send_waker()
     }
 
     fn recv_waker(&self) -> Arc<dyn Wake> {
-        self.0.recv_waker()
+        (**self).recv_waker()
     }
 
     fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
-        self.0.peer_signal()
+        (**self).peer_signal()
     }
 
     fn peer(&self) -> String {
-        self.0.peer()
+        (**self).peer()
     }
 
     fn host(&self) -> Option<Host> {
-        self.0.host()
+        (**self).host()
     }
 
     fn close_send(&mut self) -> io::Result<()> {
-        self.0.close_send()
+        (**self).close_send()
     }
 
     fn send_more(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
-        self.0.send_more(parts)
+        (**self).send_more(parts)
     }
 
     fn zero_copy(&mut self) -> Option<&mut dyn crate::channel::ZeroCopy> {
-        self.0.zero_copy()
+        (**self).zero_copy()
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        self.0.finish()
+        (**self).finish()
+    }
+
+    /// Something was received before, so the handshake is done. The closing alert is sent when the sending half is dropped.
+    fn split(mut self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
+        let link = self.link.take().ok_or(io::ErrorKind::NotConnected)?;
+        let TlsLink { link, session, keys, received, failed, open, .. } = link;
+        let (receiving, mut sending) = split(session, keys, (received, failed), PLAIN, link.split()?);
+        sending.alert_at_end(open);
+        Ok((Box::new(receiving), Box::new(sending)))
     }
 }
 

@@ -88,7 +88,7 @@ impl TlsListener {
     }
 
     fn session(&self, link: Box<dyn Link>) -> io::Result<Box<dyn Link>> {
-        Ok(Box::new(ServerLink(TlsLink::server(link, &self.credentials)?)))
+        Ok(Box::new(ServerLink::new(TlsLink::server(link, &self.credentials)?)))
     }
 }
 

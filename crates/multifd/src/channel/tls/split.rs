@@ -32,6 +32,16 @@ pub(super) struct Sending {
     keys: Keys,
     plain: Box<[u8]>,
     sealed: Vec<u8>,
+    /// Whether the closing alert is sent at the end, as a destination does.
+    alerts: bool,
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if self.alerts {
+            let _ = self.alert();
+        }
+    }
 }
 
 /// The direction in which bytes are received.
@@ -53,7 +63,7 @@ pub(super) fn split(
     let session = Arc::new(Mutex::new(session));
     let receiving = Receiving { link: receives, session: session.clone(), received, failed };
     let plain = vec![0; plain].into();
-    (receiving, Sending { link: sends, session, keys, plain, sealed: Vec::new() })
+    (receiving, Sending { link: sends, session, keys, plain, sealed: Vec::new(), alerts: false })
 }
 
 fn lock(session: &Session) -> MutexGuard<'_, Connection> {
@@ -61,6 +71,21 @@ fn lock(session: &Session) -> MutexGuard<'_, Connection> {
 }
 
 impl Sending {
+    /// Sends the closing alert when this is dropped.
+    pub(super) fn alert_at_end(&mut self, on: bool) {
+        self.alerts = on;
+    }
+
+    fn alert(&mut self) -> io::Result<()> {
+        let mut session = lock(&self.session);
+        session.send_close_notify();
+        while session.wants_write() {
+            session.write_tls(&mut self.sealed)?;
+        }
+        drop(session);
+        self.flush()
+    }
+
     /// Sends what the session has made, without its lock.
     fn flush(&mut self) -> io::Result<()> {
         let sent = send_all(&mut *self.link, &mut [Part::from(&self.sealed[..])]);
@@ -127,13 +152,8 @@ impl Link for Sending {
     }
 
     fn close_send(&mut self) -> io::Result<()> {
-        let mut session = lock(&self.session);
-        session.send_close_notify();
-        while session.wants_write() {
-            session.write_tls(&mut self.sealed)?;
-        }
-        drop(session);
-        self.flush()?;
+        self.alerts = false;
+        self.alert()?;
         self.link.close_send()
     }
 
