@@ -268,6 +268,10 @@ impl Source {
         let context = context.stall_timeout(self.options.stall_timeout);
         let link = connector.connect(&context);
         let link = link.map_err(|error| Error::io(format!("connect to {target}"), error))?;
+        if may_switch && !link.can_split() {
+            let why = "its connection cannot send and receive at the same time: use tcp or a unix socket, or never switch";
+            return Err(multifd::error::Usage::NoPostcopy { why }.into());
+        }
         let outgoing = Outgoing::new(Stream::new(link, &context), stream).map_err(unsendable)?;
         if self.channels {
             self.migration.set_up(connector)?;

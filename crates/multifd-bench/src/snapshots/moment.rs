@@ -7,13 +7,14 @@
 
 use std::{
     fs::{self, File},
+    io::Write,
     path::Path,
     sync::Arc,
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use multifd::ram::{CopierOptions, RamBlocks};
+use multifd::ram::{CopierOptions, PageIndex, RamBlocks};
 use qemu_stream::{
     format::{Configuration, MachineType},
     mapped_ram::{Capture, CaptureOptions, MomentCapture},
@@ -22,7 +23,7 @@ use qemu_stream::{
 use super::{
     args::SnapshotsArgs,
     guest::{Load, Writing},
-    memory::{Kind, Ram, enough},
+    memory::{Kind, Ram, block, enough},
     table::{Row, Table, median, time},
 };
 use crate::{Result, free};
@@ -53,6 +54,7 @@ pub(super) fn measure(args: &SnapshotsArgs, table: &mut Table) -> Result<()> {
             if bytes == args.least() {
                 for load in LOADS.into_iter().filter(|load| *load != Load::Idle) {
                     slow_down(args, table, &ram, &path, (&size, load))?;
+                    beside_a_copy(args, table, &ram, &path, (&size, load))?;
                 }
             }
         }
@@ -133,6 +135,49 @@ fn slow_down(
     Ok(())
 }
 
+/// What the same guest loses to a thread that only copies its memory to a file, without protection: to another use of the processors,
+/// of their caches and of the memory. No capture can cost less.
+fn beside_a_copy(
+    args: &SnapshotsArgs,
+    table: &mut Table,
+    ram: &Ram,
+    path: &Path,
+    (size, load): (&str, Load),
+) -> Result<()> {
+    let (mut slower, mut times) = (Vec::new(), Vec::new());
+    let guest = Writing::start(&ram.blocks, load)?;
+    for _ in 0..args.rounds {
+        sleep(SETTLE);
+        let (begun, written) = (Instant::now(), guest.written());
+        sleep(Duration::from_millis(500));
+        let before = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        let mut file = File::create(path)?;
+        let (begun, written) = (Instant::now(), guest.written());
+        copy(&ram.blocks, &mut file)?;
+        let during = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        times.push(begun.elapsed());
+        #[expect(clippy::cast_possible_truncation, reason = "a few thousands")]
+        slower.push(((1.0 - during / before) * 1e4) as i64);
+        fs::remove_file(path)?;
+    }
+    let row = Row::new("slow-down beside a plain copy", &format!("{size}, guest {load}"));
+    let note = format!("{} of copying, by one thread, without protection", time(median(times)));
+    table.add(row.share(median(slower) as f64 / 1e4).note(note));
+    Ok(())
+}
+
+fn copy(blocks: &RamBlocks, file: &mut File) -> Result<()> {
+    let block = block(blocks);
+    let (mut bytes, page) = (vec![0; PIECE], blocks.page_size().bytes());
+    for first in (0..block.pages()).step_by(PIECE / page) {
+        for (number, page) in (first..).zip(bytes.chunks_exact_mut(page)) {
+            block.load(PageIndex(number), page)?;
+        }
+        file.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
 fn begin(
     args: &SnapshotsArgs,
     blocks: &Arc<RamBlocks>,
@@ -151,4 +196,6 @@ fn begin(
 
 /// The longest pause that is wanted, of a guest that does not write.
 const IDLE: Duration = Duration::from_millis(3);
+/// As much as the library copies at once.
+const PIECE: usize = 256 << 10;
 const SETTLE: Duration = Duration::from_millis(200);

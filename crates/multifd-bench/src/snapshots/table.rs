@@ -40,10 +40,15 @@ impl Row {
         Self { found: format!("{found:.2}×"), target, is_met, ..self }
     }
 
+    /// A share of 1, without a target.
+    pub(super) fn share(self, found: f64) -> Self {
+        Self { found: format!("{:.1} %", found * 100.0), ..self }
+    }
+
     /// A share of 1, and the most percent that are wanted.
     pub(super) fn percent(self, found: f64, most: f64) -> Self {
         let (target, is_met) = (format!("≤ {most} %"), Some(found * 100.0 <= most));
-        Self { found: format!("{:.1} %", found * 100.0), target, is_met, ..self }
+        Self { target, is_met, ..self.share(found) }
     }
 
     /// What was not measured.

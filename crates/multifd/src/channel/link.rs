@@ -88,6 +88,11 @@ pub trait Link: Send {
     /// If it is known that the other end has failed: a command has ended with an exit status other than 0.
     fn finish(&mut self) -> io::Result<()>;
 
+    /// Whether [`split`](Link::split) can succeed. A migration that may need it asks before it sends anything.
+    fn can_split(&self) -> bool {
+        false
+    }
+
     /// Splits the link in two, so that one thread receives from the first while another one sends to the second. The
     /// wakers of both act on the connection. Only sockets and TLS sessions over them can be split.
     ///

@@ -262,6 +262,10 @@ impl Link for SocketLink {
         Ok(())
     }
 
+    fn can_split(&self) -> bool {
+        true
+    }
+
     fn split(self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
         let receiver = Self {
             socket: self.socket.clone(),

@@ -14,7 +14,7 @@ use std::{
 
 use multifd::{
     Error, ReceiveOptions,
-    channel::{Listen, Stop},
+    channel::{Address, Listen, Stop},
     live::{MigrateOptions, PostcopyWhen, RunState, Status, ZeroPageDetection},
     ram::{FaultError, FaultsFrom, Features, RamBlocks, Userfault},
 };
@@ -109,6 +109,17 @@ fn source_of(kind: &Kind, blocks: &Arc<RamBlocks>, channels: u8, when: PostcopyW
     let options = SourceOptions::new(Configuration::new(machine_type())).channels(channels);
     let options = kind.source(options.migrate(migrate), postcopy, channels);
     Source::new(blocks.clone(), options, stop).expect("options")
+}
+
+/// It would be found only when the guest is stopped for the switch.
+#[test]
+fn a_connection_that_cannot_be_used_in_both_directions_is_refused_at_once() {
+    let mut machine = Machine::new(Arc::new(memory()), Shadow::new());
+    let mut log = machine.writes.clone().reader().expect("the only one");
+    let address: Address = "exec:cat > /dev/null".parse().expect("an address");
+    let source = source(&machine.blocks, 0, PostcopyWhen::Request, &Stop::new());
+    let refused = source.run(address, &mut log, &mut machine).expect_err("it cannot switch");
+    assert!(refused.to_string().contains("use tcp or a unix socket"), "{refused}");
 }
 
 #[test]

@@ -278,6 +278,10 @@ impl Link for TlsLink {
         self.link.finish()
     }
 
+    fn can_split(&self) -> bool {
+        self.link.can_split()
+    }
+
     /// The handshake must be done, as that of a source is.
     fn split(self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
         let Self { link, session, keys, received, failed, .. } = *self;
@@ -378,6 +382,10 @@ impl Link for ServerLink {
 
     fn finish(&mut self) -> io::Result<()> {
         (**self).finish()
+    }
+
+    fn can_split(&self) -> bool {
+        (**self).can_split()
     }
 
     /// Something was received before, so the handshake is done. The closing alert is sent when the sending half is dropped.
