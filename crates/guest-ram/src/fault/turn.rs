@@ -9,7 +9,7 @@
 
 #![expect(unsafe_code, reason = "system calls without a wrapper")]
 
-use std::{io, time::Duration};
+use std::io;
 
 use rustix::process::{getpriority_process, setpriority_process};
 
@@ -27,7 +27,7 @@ pub(super) fn lower(niceness: i32) {
     serve_soon();
 }
 
-/// A thread that keeps what it has works all the same.
+/// A thread that cannot be changed works as well, only later.
 fn note(what: &str, changed: io::Result<()>) {
     if let Err(error) = changed {
         tracing::debug!(%error, what, "a thread keeps the scheduling that it has");
@@ -36,8 +36,10 @@ fn note(what: &str, changed: io::Result<()>) {
 
 /// Sets the slice of this thread, if it has the usual policy: with others, the field means something else.
 fn set_slice() -> io::Result<()> {
+    #[expect(clippy::cast_possible_truncation, reason = "48 bytes")]
+    let size = size_of::<libc::sched_attr>() as u32;
     let mut attributes = libc::sched_attr {
-        size: size_of::<libc::sched_attr>() as u32,
+        size,
         sched_policy: 0,
         sched_flags: 0,
         sched_nice: 0,
@@ -47,14 +49,14 @@ fn set_slice() -> io::Result<()> {
         sched_period: 0,
     };
     // SAFETY: The kernel writes at most `size` bytes, and the structure has them.
-    let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, attributes.size, 0) };
+    let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
     if got != 0 {
         return Err(io::Error::last_os_error());
     }
-    if attributes.sched_policy != libc::SCHED_OTHER as u32 {
+    if attributes.sched_policy != USUAL {
         return Ok(());
     }
-    attributes.sched_runtime = SLICE.as_nanos() as u64;
+    attributes.sched_runtime = SLICE_NANOS;
     // SAFETY: The kernel reads as many bytes as the first field says, and the structure has them.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } {
         0 => Ok(()),
@@ -62,8 +64,10 @@ fn set_slice() -> io::Result<()> {
     }
 }
 
+/// `SCHED_OTHER`.
+const USUAL: u32 = 0;
 /// The shortest that Linux knows.
-const SLICE: Duration = Duration::from_micros(100);
+const SLICE_NANOS: u64 = 100_000;
 
 #[cfg(test)]
 mod tests {
