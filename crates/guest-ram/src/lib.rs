@@ -55,7 +55,7 @@ pub use fault::{
     Armed, Copier, CopierError, CopierOptions, CopierStats, Decision, DeviceState, FaultError, FaultEvent,
     FaultKind, FaultsFrom, Features, Landing, LoadError, MemoryKind, Modes, PageSink, PageSource, Pager,
     PagerError, PagerOptions, PagerStats, PlaceEnd, Placed, Prepared, Protection, Region, RequestPages,
-    StoreError, Trouble, TroubleKind, Userfault,
+    StoreError, ThreadWaits, Trouble, TroubleKind, Userfault,
 };
 pub use file::{
     AlignedBuffer, DirectFile, Transfer, TransferError, file_size_limit, hold_in_this_thread, kind_of_file,

@@ -1,11 +1,12 @@
 //! Post-copy: a guest that runs at its destination before its memory is there.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{fs, sync::Arc, thread, time::Duration};
 
 use multifd::{
     Error, Result,
     channel::{Address, Listener, Stop},
     live::{Guest, MigrationInfo, RunState},
+    ram::ThreadWaits,
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, EarlyOptions, Landing, Running},
@@ -96,13 +97,14 @@ impl Arrived {
                     Ok(finished) => {
                         let faults = finished.faults;
                         tell(&format!(
-                            "all memory is there: faults={} loaded={} pushed={} blocked_us={} p50_us={} p99_us={}",
+                            "all memory is there: faults={} loaded={} pushed={} blocked_us={} p50_us={} p99_us={}{}",
                             faults.faults,
                             faults.loaded,
                             faults.prefetched,
                             faults.blocked.as_micros(),
                             faults.p50.unwrap_or_default().as_micros(),
                             faults.p99.unwrap_or_default().as_micros(),
+                            finished.threads.iter().map(of_thread).collect::<String>(),
                         ));
                     }
                     Err(error) => {
@@ -121,3 +123,17 @@ impl Arrived {
 /// How long the source tries to return.
 const RETURNS: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How long a thread has waited, with its name if it still runs.
+fn of_thread(waits: &ThreadWaits) -> String {
+    let name = fs::read_to_string(format!("/proc/self/task/{}/comm", waits.thread)).unwrap_or_default();
+    format!(
+        " | {} ({}): waits={} blocked_us={} p50_us={} p99_us={}",
+        name.trim_end(),
+        waits.thread,
+        waits.waits,
+        waits.blocked.as_micros(),
+        waits.p50.unwrap_or_default().as_micros(),
+        waits.p99.unwrap_or_default().as_micros(),
+    )
+}

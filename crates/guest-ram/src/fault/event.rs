@@ -23,6 +23,8 @@ pub enum FaultEvent {
         kind: FaultKind,
         /// Whether it is about to write.
         write: bool,
+        /// The thread's number (`gettid`) in its own namespace, if the kernel [names](super::Features::THREAD) it.
+        thread: Option<u32>,
     },
     /// Memory was discarded: `MADV_DONTNEED`, `MADV_FREE` or `MADV_REMOVE`.
     Removed {
@@ -67,7 +69,7 @@ impl Message {
 
     /// Adds what the message says about these regions. Memory outside of them is not armed by this library.
     pub(super) fn read(&self, regions: &[Region], events: &mut Vec<FaultEvent>) {
-        let [first, second, _] = self.argument;
+        let [first, second, third] = self.argument;
         match u32::from(self.event) {
             sys::UFFD_EVENT_PAGEFAULT => {
                 let at = |region: &&Region| region.addresses.contains(&second);
@@ -90,6 +92,7 @@ impl Message {
                         FaultKind::Missing
                     },
                     write: first & u64::from(sys::UFFD_PAGEFAULT_FLAG_WRITE) != 0,
+                    thread: thread_of(third),
                 });
             }
             sys::UFFD_EVENT_REMOVE => {
@@ -106,6 +109,12 @@ impl Message {
             event => tracing::warn!(event, "an event of userfaultfd that was not asked for"),
         }
     }
+}
+
+/// The thread of a page fault. The kernel fills the first four bytes; no thread has the number 0.
+fn thread_of(argument: u64) -> Option<u32> {
+    let [a, b, c, d, ..] = argument.to_ne_bytes();
+    Some(u32::from_ne_bytes([a, b, c, d])).filter(|thread| *thread != 0)
 }
 
 /// How many messages are read at once.
@@ -146,6 +155,7 @@ mod tests {
             offset: BlockOffset(offset),
             kind,
             write,
+            thread: None,
         };
         let removed =
             |block| FaultEvent::Removed { block: BlockIndex(block), offset: BlockOffset(0), len: 4 << 20 };
@@ -156,5 +166,7 @@ mod tests {
             removed(2),
         ];
         assert_eq!(events, expected);
+        let thread = u64::from_ne_bytes([7, 0, 0, 0, 1, 1, 1, 1]);
+        assert_eq!((thread_of(thread), thread_of(0)), (Some(u32::from_ne_bytes([7, 0, 0, 0])), None));
     }
 }

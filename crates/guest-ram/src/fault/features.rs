@@ -34,6 +34,9 @@ impl Features {
     /// Events of memory that is discarded (Linux 4.11). The thread that discards it waits until the event was read.
     pub const REMOVED: Self = Self(sys::UFFD_FEATURE_EVENT_REMOVE as u64);
 
+    /// Faults name the thread that waits (Linux 4.14).
+    pub const THREAD: Self = Self(sys::UFFD_FEATURE_THREAD_ID as u64);
+
     /// Whether all of `other` are among these.
     pub fn contains(self, other: Self) -> bool {
         other.0 & !self.0 == 0
@@ -165,7 +168,7 @@ impl BitOr for Modes {
     }
 }
 
-/// What depends on the kind of memory, and is used where the kernel has it.
+/// What depends on the kind of memory, or only makes numbers better, and is used where the kernel has it.
 pub(super) const OF_KINDS: Features = Features(
     Features::MISSING_SHMEM.0
         | Features::MISSING_HUGETLB.0
@@ -173,7 +176,8 @@ pub(super) const OF_KINDS: Features = Features(
         | Features::MINOR_HUGETLB.0
         | Features::PROTECT.0
         | Features::PROTECT_SHARED.0
-        | Features::MOVE.0,
+        | Features::MOVE.0
+        | Features::THREAD.0,
 );
 
 /// What this library knows.
@@ -181,10 +185,11 @@ pub(super) const ALL: Features =
     Features(OF_KINDS.0 | Features::PROTECT_UNPOPULATED.0 | Features::POISON.0 | Features::REMOVED.0);
 
 /// The features that this library can use, each with its name in the kernel and the version that has it.
-const NAMES: [(Features, &str, &str); 10] = [
+const NAMES: [(Features, &str, &str); 11] = [
     (Features::MISSING_SHMEM, "MISSING_SHMEM", "4.11"),
     (Features::MISSING_HUGETLB, "MISSING_HUGETLBFS", "4.11"),
     (Features::REMOVED, "EVENT_REMOVE", "4.11"),
+    (Features::THREAD, "THREAD_ID", "4.14"),
     (Features::PROTECT, "PAGEFAULT_FLAG_WP", "5.7"),
     (Features::MINOR_HUGETLB, "MINOR_HUGETLBFS", "5.13"),
     (Features::MINOR_SHMEM, "MINOR_SHMEM", "5.14"),

@@ -41,7 +41,7 @@ pub use memory::Region;
 #[cfg(shuttle)]
 pub use pager::model as pager_model;
 pub use pager::{
-    Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, RequestPages, Trouble,
-    TroubleKind,
+    Decision, LoadError, PageSource, Pager, PagerError, PagerOptions, PagerStats, RequestPages, ThreadWaits,
+    Trouble, TroubleKind,
 };
 pub use userfault::{FaultsFrom, Userfault};

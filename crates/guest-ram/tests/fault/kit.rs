@@ -106,6 +106,13 @@ pub(crate) fn events(armed: &Armed) -> Vec<FaultEvent> {
         readable(armed);
         armed.read_events(&mut events).expect("read");
     }
+    for event in &mut events {
+        if let FaultEvent::Fault { thread, .. } = event {
+            // Its number differs in each run.
+            let named = thread.take();
+            assert_eq!(named.is_some(), armed.features().contains(Features::THREAD), "{event:?}");
+        }
+    }
     events
 }
 

@@ -11,7 +11,7 @@ use rustix::fs::MemfdFlags;
 use crate::kit::{self, Access1, BLOCK, pattern};
 
 fn fault(offset: u64, kind: FaultKind, write: bool) -> FaultEvent {
-    FaultEvent::Fault { block: BLOCK, offset: BlockOffset(offset), kind, write }
+    FaultEvent::Fault { block: BLOCK, offset: BlockOffset(offset), kind, write, thread: None }
 }
 
 fn all(bytes: u64) -> Placed {

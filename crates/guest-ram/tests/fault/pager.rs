@@ -210,6 +210,32 @@ fn many_threads_that_need_one_page_cause_one_load() {
 }
 
 #[test]
+fn waits_are_counted_for_each_thread() {
+    let source = Source::new(16).on_load(|_, _| {
+        thread::sleep(Duration::from_millis(10));
+        Ok(())
+    });
+    let Some((blocks, _, pager)) = pager(16, source, PagerOptions::new().prefetch_threads(0)) else { return };
+    let reads = |pages: &'static [u64]| {
+        let blocks = blocks.clone();
+        thread::spawn(move || {
+            pages.iter().for_each(|page| assert_eq!(kit::read_page(&blocks, *page), [pattern(*page); 4096]));
+            u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).expect("a number")
+        })
+    };
+    let threads = [reads(&[1, 2]), reads(&[5, 6, 7])].map(|thread| thread.join().expect("no wrong byte"));
+    pager.stop();
+    let found = pager.threads();
+    assert_eq!(found.len(), 2, "{found:?}");
+    for (thread, waits) in threads.into_iter().zip([2, 3]) {
+        let of = found.iter().find(|of| of.thread == thread).expect("named");
+        assert_eq!(of.waits, waits, "{found:?}");
+        assert!(of.blocked >= Duration::from_millis(8 * waits) && of.p50.is_some(), "{found:?}");
+    }
+    assert_eq!(found.iter().map(|of| of.blocked).sum::<Duration>(), pager.stats().blocked);
+}
+
+#[test]
 fn the_working_set_comes_first_and_then_what_follows_the_last_fault() {
     let (sender, order) = mpsc::channel();
     let (gate, opened) = (Arc::new((Mutex::new(false), Condvar::new())), Arc::new(AtomicBool::new(false)));

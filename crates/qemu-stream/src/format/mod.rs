@@ -51,8 +51,8 @@ pub use reader::Reader;
 pub use record::{CurrentBlock, Record};
 pub use return_path::Message;
 pub(crate) use return_path::{
-    BYE_PING, DISCARDED_PING, POSTCOPY_CHANNELS_MARK, POSTCOPY_CHANNELS_PING, READY_PING, REASON_PING,
-    VERDICT_MARK,
+    BYE_PING, DISCARDED_PING, LOADED_PING, POSTCOPY_CHANNELS_MARK, POSTCOPY_CHANNELS_PING, READY_PING,
+    REASON_PING, VERDICT_MARK,
 };
 pub use section::{Section, SectionHead, decode_footer, encode_footer, footer_follows};
 pub use section_id::SectionId;

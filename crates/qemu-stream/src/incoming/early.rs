@@ -29,6 +29,8 @@ pub(crate) trait RunEarly: Debug + Send + Sync {
     fn continues(&self);
     /// Waits until it is decided that the guest runs here: RAM is complete.
     fn decided(&self, stop: &Stop) -> Result<()>;
+    /// The source is about to learn that this side has failed: if the guest was not confirmed before, it must not be from here on.
+    fn fails(&self);
     /// Why the guest will not run here, if that was decided.
     fn refused(&self) -> Option<multifd::Error>;
 }

@@ -17,9 +17,9 @@
 //!
 //! A source with `postcopy-ram` on that does not switch ends as in pre-copy.
 
-use std::mem;
 #[cfg(feature = "fault")]
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
+use std::{mem, sync::Arc};
 
 use multifd::ram::{BlockIndex, BlockName, PageIndex, PageSize};
 
@@ -34,7 +34,7 @@ use super::{
 use crate::{
     connection::Connection,
     error::{Error, Violation},
-    format::{Command, Message},
+    format::{Command, LOADED_PING, Message},
     refuse,
 };
 
@@ -120,10 +120,18 @@ impl<C: Connection> Incoming<C> {
                 self.postcopy.listening = true;
                 Ok(())
             }
+            // Its PONG is how the source learns who has the guest: without it, both sides could.
+            Command::PostcopyRun
+                if self.postcopy.early.is_some() && !self.postcopy.withheld.contains(&LOADED_PING) =>
+            {
+                let place = "without a PING 3 before it";
+                Err(Violation::Misplaced { record: "POSTCOPY_RUN", place }.at(at))
+            }
             Command::PostcopyRun if served && listening && !run => {
                 self.postcopy.run = true;
                 self.guest_stands = true;
-                self.line.switch(mem::take(&mut self.postcopy.before_refusal));
+                let before_refusal = self.take_before_refusal();
+                self.line.switch(before_refusal);
                 let taken = destination.postcopy_run();
                 taken.map_err(|e| refused(self.line.here(), "the switch to post-copy", e))?;
                 if let Some(early) = self.postcopy.early.clone() {
@@ -145,6 +153,20 @@ impl<C: Connection> Incoming<C> {
                 Ok(())
             }
             other => Err(refuse::command(other, at)),
+        }
+    }
+
+    /// What is done before the source learns of a failure.
+    fn take_before_refusal(&mut self) -> BeforeRefusal {
+        let before = mem::take(&mut self.postcopy.before_refusal);
+        match self.postcopy.early.clone() {
+            None => before,
+            Some(early) => BeforeRefusal(Some(Arc::new(move || {
+                early.fails();
+                if let BeforeRefusal(Some(before)) = &before {
+                    before();
+                }
+            }))),
         }
     }
 

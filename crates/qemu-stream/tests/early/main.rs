@@ -5,6 +5,7 @@
 mod kind;
 mod machine;
 mod network;
+mod tampered;
 
 use std::{
     sync::Arc,

@@ -74,7 +74,8 @@ impl Kernel {
         let mut state = self.lock();
         while state.is_armed && state.is_protected[page] {
             let offset = BlockOffset(page as u64 * PAGE);
-            let fault = FaultEvent::Fault { block: BLOCK, offset, kind: FaultKind::Protected, write: true };
+            let kind = FaultKind::Protected;
+            let fault = FaultEvent::Fault { block: BLOCK, offset, kind, write: true, thread: None };
             state.messages.push_back((fault, 0));
             self.changed.notify_all();
             let woken = state.woken[page];

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Instant};
 
 use super::{
-    load::{Dropped, Load, LoadId, Stage, Task},
+    load::{Dropped, Load, LoadId, Stage, Task, Waits},
     pages::{Pages, State},
 };
 use crate::{PageIndex, PageRun};
@@ -25,16 +25,16 @@ impl Pages {
     }
 
     /// These pages, which are whole host pages, have arrived. Those that are missing become a load that the caller places;
-    /// those that are there, or are being placed, are dropped from it. `None` if nothing is to be placed. The second value is since when
-    /// threads wait for some of them.
-    pub(crate) fn arrives(&self, run: PageRun) -> Option<(Task, Vec<Instant>)> {
+    /// those that are there, or are being placed, are dropped from it. `None` if nothing is to be placed. The second value are the
+    /// threads that wait for some of them.
+    pub(super) fn arrives(&self, run: PageRun) -> Option<(Task, Waits)> {
         let mut state = self.lock();
         if state.is_ended {
             return None;
         }
         let State { walk, loads, .. } = &mut *state;
         let shape = walk.shape(run.block)?;
-        let (mut dropped, mut waits, mut wanted) = (BTreeMap::new(), Vec::new(), false);
+        let (mut dropped, mut waits, mut wanted) = (BTreeMap::new(), Waits::default(), false);
         for first in run.host_pages(shape.host_page) {
             let count = shape.host_page.min(shape.pages.saturating_sub(first));
             let page = PageRun { first: PageIndex(first), count, ..run };
@@ -56,14 +56,15 @@ impl Pages {
                 }
             }
             wanted = true;
-            waits.extend(load.awaited);
+            waits.extend(&load.awaited);
         }
         loads.retain(|_, load| load.is_arrival() || !load.is_dropped());
         if !wanted {
             return None;
         }
         let for_fault = !waits.is_empty() && run.count <= shape.host_page;
-        let id = state.begin(run, None, Stage::Running { since: Instant::now(), for_fault: false });
+        let stage = Stage::Running { since: Instant::now(), for_fault: false };
+        let id = state.begin(run, Waits::default(), stage);
         if let Some(load) = state.loads.get_mut(&id) {
             load.dropped = dropped;
         }

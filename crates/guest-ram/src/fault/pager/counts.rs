@@ -1,10 +1,15 @@
 //! What a pager has done, in numbers.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
+use super::load::Waits;
 use crate::Latencies;
 
 /// The counters, which threads add to without a lock. No other access depends on them.
@@ -19,6 +24,8 @@ pub(super) struct Counts {
     pub(super) removed: AtomicU64,
     pub(super) retries: AtomicU64,
     pub(super) latencies: Latencies,
+    /// Of each thread that the kernel has named.
+    threads: Mutex<BTreeMap<u32, Latencies>>,
 }
 
 /// What a pager has done so far. Pages are those of the machine, not of the host.
@@ -54,14 +61,52 @@ pub struct PagerStats {
     pub p99: Option<Duration>,
 }
 
+/// How long one thread of the guest has waited for pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ThreadWaits {
+    /// The thread's number (`gettid`), in the namespace of its process.
+    pub thread: u32,
+    /// The number of waits.
+    pub waits: u64,
+    /// The sum of the waits.
+    pub blocked: Duration,
+    /// The median of a wait.
+    pub p50: Option<Duration>,
+    /// The time that 99 % of the waits did not exceed.
+    pub p99: Option<Duration>,
+}
+
 impl Counts {
     pub(super) fn add(counter: &AtomicU64, number: u64) {
         counter.fetch_add(number, Ordering::Relaxed);
     }
 
-    /// A fault was answered after this time.
-    pub(super) fn answered(&self, after: Duration) {
-        self.latencies.add(after);
+    /// Threads wait no longer.
+    pub(super) fn answered(&self, waits: Waits) {
+        if waits.is_empty() {
+            return;
+        }
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for (thread, waited) in waits.end() {
+            self.latencies.add(waited);
+            let Some(thread) = thread else { continue };
+            if threads.len() < THREADS || threads.contains_key(&thread) {
+                threads.entry(thread).or_default().add(waited);
+            }
+        }
+    }
+
+    pub(super) fn threads(&self) -> Vec<ThreadWaits> {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |(thread, latencies): (&u32, &Latencies)| ThreadWaits {
+            thread: *thread,
+            waits: latencies.count(),
+            blocked: latencies.total(),
+            p50: latencies.percentile(500),
+            p99: latencies.percentile(990),
+        };
+        threads.iter().map(of).collect()
     }
 
     pub(super) fn stats(&self, missing: u64, poisoned: u64) -> PagerStats {
@@ -83,3 +128,6 @@ impl Counts {
         }
     }
 }
+
+/// Threads that are counted one by one. A guest has some, and its monitor can start others without end.
+const THREADS: usize = 1024;

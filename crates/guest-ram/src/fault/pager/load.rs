@@ -10,12 +10,40 @@ use crate::PageRun;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct LoadId(pub(super) u64);
 
+/// Which threads of the guest wait, and since when.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Waits(Vec<(Option<u32>, Instant)>);
+
+impl Waits {
+    /// A thread waits. A thread that was noted before, and has only tried again, still waits since then; so do all threads whose
+    /// number is not known.
+    pub(super) fn add(&mut self, thread: Option<u32>, since: Instant) {
+        if self.0.iter().all(|(noted, _)| *noted != thread) {
+            self.0.push((thread, since));
+        }
+    }
+
+    pub(super) fn extend(&mut self, others: &Self) {
+        others.0.iter().for_each(|(thread, since)| self.add(*thread, *since));
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What they have waited until now.
+    pub(super) fn end(self) -> impl Iterator<Item = (Option<u32>, Duration)> {
+        let now = Instant::now();
+        self.0.into_iter().map(move |(thread, since)| (thread, now.saturating_duration_since(since)))
+    }
+}
+
 /// Pages on their way.
 pub(super) struct Load {
     pub(super) run: PageRun,
     pub(super) since: Instant,
-    /// Since when a thread of the guest is known to wait.
-    pub(super) awaited: Option<Instant>,
+    /// The threads of the guest that are known to wait.
+    pub(super) awaited: Waits,
     /// The number of host pages.
     pub(super) host_pages: u64,
     /// When the judge was last asked.

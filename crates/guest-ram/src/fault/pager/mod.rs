@@ -42,7 +42,7 @@ use pages::Pages;
 use supply::Supply;
 use work::Shared;
 
-pub use counts::PagerStats;
+pub use counts::{PagerStats, ThreadWaits};
 pub use error::PagerError;
 pub use options::PagerOptions;
 pub use source::{Decision, LoadError, PageSource, Trouble, TroubleKind};
@@ -189,6 +189,11 @@ impl Pager {
     /// What it has done so far.
     pub fn stats(&self) -> PagerStats {
         self.shared.counts.stats(self.missing(), self.shared.pages.poisoned().0)
+    }
+
+    /// How long each thread of the guest has waited, as far as the kernel has named it; the first 1024 of them.
+    pub fn threads(&self) -> Vec<ThreadWaits> {
+        self.shared.counts.threads()
     }
 
     /// The number of pages that are still missing; those without contents do not count. 0 after an early end.

@@ -19,7 +19,7 @@ use std::{
 use super::{
     super::Region,
     error::PagerError,
-    load::{Answer, Dropped, Late, Load, LoadId, Stage, Task},
+    load::{Answer, Dropped, Late, Load, LoadId, Stage, Task, Waits},
 };
 use crate::{
     BlockIndex, PageBitmap, PageIndex, PageRun, Walk,
@@ -73,7 +73,7 @@ impl Pages {
     }
 
     /// A thread waits for this page.
-    pub(crate) fn fault(&self, block: BlockIndex, page: PageIndex) -> Answer {
+    pub(crate) fn fault(&self, block: BlockIndex, page: PageIndex, thread: Option<u32>) -> Answer {
         let mut state = self.lock();
         if state.is_ended {
             return Answer::Ended;
@@ -85,7 +85,9 @@ impl Pages {
         let now = Instant::now();
         if state.walk.claim(run) {
             state.walk.continue_after(run);
-            let id = state.begin(run, Some(now), Stage::Queued);
+            let mut waits = Waits::default();
+            waits.add(thread, now);
+            let id = state.begin(run, waits, Stage::Queued);
             state.queue.push_back(id);
             return Answer::Load(id);
         }
@@ -95,7 +97,7 @@ impl Pages {
             .find(|load| load.run.contains(&run) && !load.dropped.contains_key(&run.first.0));
         match load {
             Some(load) => {
-                load.awaited.get_or_insert(now);
+                load.awaited.add(thread, now);
                 Answer::Underway
             }
             None => Answer::Zero(run),
@@ -122,7 +124,8 @@ impl Pages {
             return None;
         }
         let run = state.walk.next_first(most).or_else(|| state.walk.next_any(most))?;
-        let id = state.begin(run, None, Stage::Running { since: Instant::now(), for_fault: false });
+        let id =
+            state.begin(run, Waits::default(), Stage::Running { since: Instant::now(), for_fault: false });
         Some(Task { id, run, for_fault: false })
     }
 
@@ -141,13 +144,12 @@ impl Pages {
         Some((PageRun { count: end - part.first.0, ..part }, how))
     }
 
-    /// A load has ended. Returns how long a thread has waited for it, if one did, and whether another thread has replaced the one
-    /// that executed it.
-    pub(crate) fn ended(&self, id: LoadId) -> (Option<Duration>, bool) {
+    /// A load has ended. Returns who has waited for it, and whether another thread has replaced the one that executed it.
+    pub(super) fn ended(&self, id: LoadId) -> (Waits, bool) {
         let mut state = self.lock();
         let load = state.loads.remove(&id);
         self.changed.notify_all();
-        load.map_or((None, false), |load| (load.awaited.map(|awaited| awaited.elapsed()), load.is_replaced))
+        load.map_or_else(Default::default, |load| (load.awaited, load.is_replaced))
     }
 
     /// A load was abandoned, and its thread may never return. Returns whether it was for a fault; `None` if no thread executes it.
@@ -164,7 +166,7 @@ impl Pages {
         let state = self.lock();
         let load = state.loads.get(&id);
         load.map_or((Duration::ZERO, false, 0), |load| {
-            (load.since.elapsed(), load.awaited.is_some(), load.decided)
+            (load.since.elapsed(), !load.awaited.is_empty(), load.decided)
         })
     }
 
@@ -172,7 +174,7 @@ impl Pages {
     pub(crate) fn retry(&self, id: LoadId, part: PageRun, after: Duration) {
         let mut state = self.lock();
         let Some(load) = state.loads.get(&id).filter(|_| !state.is_ended) else { return };
-        let (since, awaited, decided) = (load.since, load.awaited, load.decided + 1);
+        let (since, awaited, decided) = (load.since, load.awaited.clone(), load.decided + 1);
         let dropped: BTreeMap<_, _> =
             load.dropped.range(part.first.0..part.end()).map(|(first, how)| (*first, *how)).collect();
         let again = state.begin(part, awaited, Stage::Delayed(Instant::now() + after));
@@ -219,7 +221,7 @@ impl Pages {
                 id: *id,
                 run: load.run,
                 since: load.since.elapsed(),
-                is_awaited: load.awaited.is_some(),
+                is_awaited: !load.awaited.is_empty(),
                 decided: load.decided - 1,
             }
         });
@@ -440,7 +442,7 @@ impl Pages {
 }
 
 impl State {
-    pub(super) fn begin(&mut self, run: PageRun, awaited: Option<Instant>, stage: Stage) -> LoadId {
+    pub(super) fn begin(&mut self, run: PageRun, awaited: Waits, stage: Stage) -> LoadId {
         let (id, now) = (LoadId(self.next), Instant::now());
         self.next += 1;
         let host_pages = run.host_pages(self.host_page(run.block)).count() as u64;

@@ -5,7 +5,7 @@
 //!                                          its walk ─▶ push ─┘      └─ what is there already is dropped
 //! ```
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use super::{
     Pager, PagerError, PagerOptions,
@@ -150,10 +150,9 @@ impl Shared {
     fn arrived(&self, run: PageRun, contents: Contents<'_>) -> Result<(), PagerError> {
         let Some((task, waits)) = self.pages.arrives(run) else { return Ok(()) };
         self.place(task, run, Placing::Lent(contents))?;
-        let (waited, _) = self.pages.ended(task.id);
-        let now = Instant::now();
-        let waits = waits.into_iter().map(|since| now.saturating_duration_since(since));
-        waits.chain(waited).for_each(|waited| self.counts.answered(waited));
+        let (mut all, _) = self.pages.ended(task.id);
+        all.extend(&waits);
+        self.counts.answered(all);
         Ok(())
     }
 }

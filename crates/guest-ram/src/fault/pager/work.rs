@@ -19,7 +19,7 @@ use super::{
     super::{FaultError, FaultEvent, MemoryKind, PlaceEnd, Placed, Region, panicked::message},
     counts::Counts,
     error::PagerError,
-    load::{Answer, Dropped, LoadId, Task},
+    load::{Answer, Dropped, LoadId, Task, Waits},
     memory::Serve,
     options::PagerOptions,
     pages::Pages,
@@ -131,16 +131,17 @@ impl Shared {
             }
         }
         for event in &events {
-            let FaultEvent::Fault { block, offset, .. } = *event else { continue };
+            let FaultEvent::Fault { block, offset, thread, .. } = *event else { continue };
             let Some(region) = self.region(block) else { continue };
             Counts::add(&self.counts.faults, 1);
-            match self.pages.fault(block, PageIndex(offset.0 / region.page)) {
+            match self.pages.fault(block, PageIndex(offset.0 / region.page), thread) {
                 Answer::Load(_) | Answer::Underway | Answer::Ended => {}
                 Answer::Zero(run) => {
-                    let read = Instant::now();
+                    let mut waits = Waits::default();
+                    waits.add(thread, Instant::now());
                     self.zero(run)?;
                     Counts::add(&self.counts.zero, 1);
-                    self.counts.answered(read.elapsed());
+                    self.counts.answered(waits);
                 }
                 Answer::Poisoned(run) => {
                     let (offset, len) = self.bytes(run);
@@ -205,10 +206,8 @@ impl Shared {
                 }
             }
         }
-        let (waited, is_replaced) = self.pages.ended(id);
-        if let Some(waited) = waited {
-            self.counts.answered(waited);
-        }
+        let (waits, is_replaced) = self.pages.ended(id);
+        self.counts.answered(waits);
         tracing::trace!(?run, for_fault, "pages are there");
         Ok(is_replaced)
     }

@@ -9,7 +9,10 @@ use multifd::{
     Arrived, Error, PlaceLate, Result,
     channel::{SharedWriter, Stop, Stream},
     error::chain,
-    ram::{self, BlockIndex, PageBitmap, PageIndex, PageRun, Pager, PagerError, PagerStats, RamBlocks},
+    ram::{
+        self, BlockIndex, PageBitmap, PageIndex, PageRun, Pager, PagerError, PagerStats, RamBlocks,
+        ThreadWaits,
+    },
 };
 
 use super::{
@@ -90,6 +93,10 @@ impl Field {
         self.pager.get().map(Pager::stats).unwrap_or_default()
     }
 
+    pub(super) fn threads(&self) -> Vec<ThreadWaits> {
+        self.pager.get().map(Pager::threads).unwrap_or_default()
+    }
+
     /// Waits until every page is there, and disarms the memory.
     pub(super) fn finish(&self) -> Result<PagerStats, PagerError> {
         let stats = self.pager.get().map_or_else(|| Ok(PagerStats::default()), |pager| pager.finish(None));
@@ -162,6 +169,10 @@ impl RunEarly for Field {
 
     fn decided(&self, stop: &Stop) -> Result<()> {
         self.state.wait_decided(stop)
+    }
+
+    fn fails(&self) {
+        self.state.fails();
     }
 
     fn refused(&self) -> Option<Error> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use multifd::{
     ChannelStats,
-    ram::{PagerStats, RamBlocks},
+    ram::{PagerStats, RamBlocks, ThreadWaits},
 };
 
 use crate::arrival::pending::Pending;
@@ -23,6 +23,8 @@ pub struct Finished {
     pub blocks: Arc<RamBlocks>,
     /// What the faults have cost.
     pub faults: PagerStats,
+    /// How long each thread of the guest has waited, as far as the kernel has named it.
+    pub threads: Vec<ThreadWaits>,
     /// The counters of the channels.
     pub channels: Vec<ChannelStats>,
 }

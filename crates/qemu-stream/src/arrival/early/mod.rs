@@ -122,7 +122,7 @@ impl Announced {
         field.state.completed();
         let Pending { incoming, receiver, blocks, .. } = pending;
         let channels = part(incoming, receiver, state, field);
-        Ok(Done::Finished(Finished { blocks, faults, channels }))
+        Ok(Done::Finished(Finished { blocks, faults, threads: field.threads(), channels }))
     }
 }
 

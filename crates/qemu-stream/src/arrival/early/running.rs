@@ -6,7 +6,7 @@ use multifd::{
     Error, Result,
     channel::Stop,
     live::RunState,
-    ram::{PagerStats, RamBlocks},
+    ram::{PagerStats, RamBlocks, ThreadWaits},
 };
 
 use super::{
@@ -55,6 +55,11 @@ impl Running {
     /// The pages that are missing, and how long threads of the guest have waited for those that came.
     pub fn stats(&self) -> PagerStats {
         self.field.stats()
+    }
+
+    /// How long each thread of the guest has waited so far, as far as the kernel names it.
+    pub fn threads(&self) -> Vec<ThreadWaits> {
+        self.field.threads()
     }
 
     /// Whether the connection is broken, and the source is waited for.

@@ -26,6 +26,8 @@ pub(super) enum Phase {
     Confirmed,
     /// The guest stays at the source.
     Refused(Error),
+    /// The guest stays at the source, because the thread of main has failed before the embedder decided.
+    Failed,
 }
 
 /// The state, and the source that pages are requested from.
@@ -43,6 +45,8 @@ struct Inner {
     loaded: Option<Loaded>,
     /// The source takes it from these PONGs that the guest runs here.
     pongs: Vec<u32>,
+    /// The source is being informed that the guest is ours.
+    confirming: bool,
     /// `None` while the connection is broken.
     writer: Option<SharedWriter>,
     /// The source answers requests.
@@ -139,15 +143,18 @@ impl State {
             match &inner.phase {
                 Phase::Confirmed => return Ok(()),
                 Phase::Refused(error) => return Err(Phase::Refused(error.clone())),
+                Phase::Failed => return Err(Phase::Failed),
                 Phase::Loading | Phase::Switched if inner.ended => return Err(Phase::Loading),
                 Phase::Loading | Phase::Switched => {}
             }
             // After a return, the source first asks what has arrived.
             if let Some(writer) = inner.writer.clone().filter(|_| inner.answers) {
                 let bytes = pongs(&inner.pongs);
+                inner.confirming = true;
                 drop(inner);
                 let written = writer.write_all(&bytes);
                 inner = self.lock();
+                inner.confirming = false;
                 if written.is_ok() {
                     inner.phase = Phase::Confirmed;
                     drop(inner);
@@ -160,6 +167,18 @@ impl State {
             }
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// The thread of main is about to send that this side has failed. If the guest is not ours yet, it never will be: the source takes it
+    /// back. A confirmation that is being sent comes before; its write has the limits of the connection.
+    pub(super) fn fails(&self) {
+        let inner = self.changed.wait_while(self.lock(), |inner| inner.confirming);
+        let mut inner = inner.unwrap_or_else(PoisonError::into_inner);
+        if matches!(inner.phase, Phase::Loading | Phase::Switched) {
+            inner.phase = Phase::Failed;
+        }
+        drop(inner);
+        self.changed.notify_all();
     }
 
     /// The guest stays at the source. Returns whether the source is away, and learns it when it returns.
@@ -189,6 +208,7 @@ impl State {
             match &inner.phase {
                 Phase::Confirmed => return Ok(()),
                 Phase::Refused(error) => return Err(error.clone()),
+                Phase::Failed => return Err(Error::Cancelled),
                 Phase::Loading | Phase::Switched => stop.check()?,
             }
             if inner.writer.is_none() {
@@ -253,3 +273,22 @@ impl RequestPages for State {
 
 /// How often a wait looks for a stop that does not wake it.
 const TICK: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Regression: a failure between the switch and the confirmation was sent to the source, which took its guest back, and then the
+    /// machine was confirmed as well.
+    #[test]
+    fn a_machine_whose_source_learns_of_a_failure_cannot_be_confirmed() {
+        let state = State::default();
+        state.lock().phase = Phase::Switched;
+        state.fails();
+        assert!(matches!(state.confirm(), Err(Phase::Failed)));
+        let ours = State::default();
+        ours.lock().phase = Phase::Confirmed;
+        ours.fails();
+        assert!(ours.confirm().is_ok());
+    }
+}

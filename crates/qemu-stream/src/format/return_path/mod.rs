@@ -41,6 +41,9 @@ pub(crate) const BYE_PING: u32 = 0x6d66_6901;
 /// The value of the PING after DISCARD, the same as QEMU's.
 pub(crate) const DISCARDED_PING: u32 = 2;
 
+/// The value of the PING before the command to run the guest, the same as QEMU's. Its PONG says that the destination has the guest.
+pub(crate) const LOADED_PING: u32 = 3;
+
 /// The value of the PONG, without a PING, by which a destination of this library says that it does.
 pub(crate) const POSTCOPY_CHANNELS_MARK: u32 = 0x6d66_6802;
 

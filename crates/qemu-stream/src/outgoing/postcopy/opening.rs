@@ -10,8 +10,8 @@ use multifd::ram::{BlockName, PageBitmap, PageSize, joined};
 use crate::{
     error::Usage,
     format::{
-        BYE_PING, BlockList, Command, CurrentBlock, DISCARDED_PING, DevicePart, PageSizes, Put, Record,
-        Section, SectionHead, SectionId, encode_footer, encode_header,
+        BYE_PING, BlockList, Command, CurrentBlock, DISCARDED_PING, DevicePart, LOADED_PING, PageSizes, Put,
+        Record, Section, SectionHead, SectionId, encode_footer, encode_header,
     },
     outgoing::options::Options,
 };
@@ -208,7 +208,7 @@ fn record(record: Record, out: &mut Vec<u8>) {
 const FIRST: u32 = 1;
 /// The PINGs around the package: the destination has forgotten pages; it has loaded the devices; it has the package.
 pub(in crate::outgoing) const DISCARDED: u32 = DISCARDED_PING;
-pub(super) const LOADED: u32 = 3;
+pub(super) const LOADED: u32 = LOADED_PING;
 const PACKAGED: u32 = 4;
 /// The number of ranges in a DISCARD, as QEMU sends them.
 const RANGES: usize = 12;

@@ -102,7 +102,8 @@ impl Kernel {
                 continue;
             }
             let offset = BlockOffset(page as u64 * PAGE);
-            let fault = FaultEvent::Fault { block: BLOCK, offset, kind: FaultKind::Missing, write: false };
+            let kind = FaultKind::Missing;
+            let fault = FaultEvent::Fault { block: BLOCK, offset, kind, write: false, thread: None };
             state.messages.push_back((fault, 0));
             self.changed.notify_all();
             let woken = state.woken[page];
