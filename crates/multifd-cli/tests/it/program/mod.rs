@@ -9,6 +9,7 @@ mod crowd;
 mod demo;
 mod direct_io;
 mod disks;
+mod dissected;
 mod escapes;
 mod extract;
 mod files;

@@ -4,12 +4,13 @@ use std::{
     fs,
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use rustix::process::Signal;
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::kit::{Program, captured, feed, folder, multifd, path, run, stored_memory};
 
@@ -37,6 +38,19 @@ fn read(stream: &mut TcpStream, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     stream.read_exact(&mut bytes).expect("read");
     bytes
+}
+
+/// A machine in a file, sent over two channels through the recorder. Returns the recording, and the bytes of RAM.
+pub(super) fn recording_of_two_channels(folder: &TempDir) -> (PathBuf, u64) {
+    let bytes = 2 << 20;
+    let file = captured(folder, bytes);
+    let (out, received) = (path(folder, "recording"), path(folder, "received"));
+    let (receive, address) = Program::receive(&["--quiet"], LOCAL, &received);
+    let recorder = record(&["--json"], &address, &out);
+    feed(&["--multifd-channels", "2"], &file, &recorder.listening()).done();
+    receive.done();
+    recorder.done();
+    (out, bytes)
 }
 
 #[test]
