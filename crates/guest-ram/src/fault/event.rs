@@ -113,8 +113,8 @@ impl Message {
 
 /// The thread of a page fault. The kernel fills the first four bytes; no thread has the number 0.
 fn thread_of(argument: u64) -> Option<u32> {
-    let [a, b, c, d, ..] = argument.to_ne_bytes();
-    Some(u32::from_ne_bytes([a, b, c, d])).filter(|thread| *thread != 0)
+    let (thread, _) = u32::read_from_prefix(argument.as_bytes()).ok()?;
+    Some(thread).filter(|thread| *thread != 0)
 }
 
 /// How many messages are read at once.
@@ -166,7 +166,8 @@ mod tests {
             removed(2),
         ];
         assert_eq!(events, expected);
-        let thread = u64::from_ne_bytes([7, 0, 0, 0, 1, 1, 1, 1]);
-        assert_eq!((thread_of(thread), thread_of(0)), (Some(u32::from_ne_bytes([7, 0, 0, 0])), None));
+        let mut argument = u64::MAX;
+        argument.as_mut_bytes()[..4].copy_from_slice(7_u32.as_bytes());
+        assert_eq!((thread_of(argument), thread_of(0)), (Some(7), None));
     }
 }

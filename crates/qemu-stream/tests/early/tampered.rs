@@ -144,7 +144,7 @@ fn whatever_a_peer_says_both_sides_end_and_no_guest_runs_twice() {
     if !may_run() {
         return;
     }
-    let rounds = multifd_testkit::number("MULTIFD_EARLY_CHANGES").unwrap_or(40);
+    let rounds = multifd_testkit::number("MULTIFD_EARLY_CHANGES").unwrap_or(24);
     let first = multifd_testkit::number("MULTIFD_EARLY_SEED").unwrap_or(1);
     let mut tally = BTreeMap::<&str, u64>::new();
     for seed in first..first + rounds {

@@ -78,9 +78,9 @@ fn capture(recording: &Path, out: &Path) {
     let bytes = fs::read(recording).expect("the file");
     let recording = Recording::open(File::open(recording).expect("the file")).expect("a recording");
     let mut pcap = Vec::new();
-    // Of native integers: microseconds, version 2.4, Ethernet.
-    for word in [0xa1b2_c3d4, 4 << 16 | 2, 0, 0, 1 << 18, 1] {
-        pcap.extend(u32::to_ne_bytes(word));
+    // Big-endian: microseconds, version 2.4, Ethernet.
+    for word in [0xa1b2_c3d4, 2 << 16 | 4, 0, 0, 1 << 18, 1] {
+        pcap.extend(u32::to_be_bytes(word));
     }
     let mut sent = BTreeMap::<(u16, bool), u32>::new();
     let mut records = recording.records();
@@ -112,7 +112,7 @@ fn capture(recording: &Path, out: &Path) {
             let length = u32::try_from(frame.len()).expect("small");
             let seconds = u32::try_from(at.as_secs()).expect("short");
             for word in [seconds, at.subsec_micros(), length, length] {
-                pcap.extend(u32::to_ne_bytes(word));
+                pcap.extend(u32::to_be_bytes(word));
             }
             pcap.extend(frame);
         }
