@@ -97,7 +97,8 @@ pub(crate) fn run(args: &FirstInstructionArgs) -> Result<()> {
     Ok(())
 }
 
-fn median<T: Ord + Copy + Default>(mut values: Vec<T>) -> T {
+/// The middle one; the upper of two.
+pub(crate) fn median<T: Ord + Copy + Default>(mut values: Vec<T>) -> T {
     values.sort_unstable();
     values.get(values.len() / 2).copied().unwrap_or_default()
 }

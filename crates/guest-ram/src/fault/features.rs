@@ -33,7 +33,6 @@ impl Features {
     pub const MOVE: Self = Self(sys::UFFD_FEATURE_MOVE as u64);
     /// Events of memory that is discarded (Linux 4.11). The thread that discards it waits until the event was read.
     pub const REMOVED: Self = Self(sys::UFFD_FEATURE_EVENT_REMOVE as u64);
-
     /// Faults name the thread that waits (Linux 4.14).
     pub const THREAD: Self = Self(sys::UFFD_FEATURE_THREAD_ID as u64);
 
@@ -169,7 +168,7 @@ impl BitOr for Modes {
 }
 
 /// What depends on the kind of memory, or only makes numbers better, and is used where the kernel has it.
-pub(super) const OF_KINDS: Features = Features(
+pub(super) const OPTIONAL: Features = Features(
     Features::MISSING_SHMEM.0
         | Features::MISSING_HUGETLB.0
         | Features::MINOR_SHMEM.0
@@ -182,7 +181,7 @@ pub(super) const OF_KINDS: Features = Features(
 
 /// What this library knows.
 pub(super) const ALL: Features =
-    Features(OF_KINDS.0 | Features::PROTECT_UNPOPULATED.0 | Features::POISON.0 | Features::REMOVED.0);
+    Features(OPTIONAL.0 | Features::PROTECT_UNPOPULATED.0 | Features::POISON.0 | Features::REMOVED.0);
 
 /// The features that this library can use, each with its name in the kernel and the version that has it.
 const NAMES: [(Features, &str, &str); 11] = [
@@ -211,7 +210,7 @@ mod tests {
         assert_eq!(Features::MISSING_SHMEM.lacking(some), Features::POISON);
         let every = NAMES.iter().fold(Features::NONE, |all, (feature, ..)| all | *feature);
         assert_eq!(every.since(), "6.8");
-        assert!(every.contains(OF_KINDS));
+        assert!(every.contains(OPTIONAL));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 
 use rustix::io::Errno;
 
-use super::{DeviceState, FaultError, Features, features::OF_KINDS, kernel};
+use super::{DeviceState, FaultError, Features, features::OPTIONAL, kernel};
 
 /// Whose faults are delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ impl Userfault {
             return Err(FaultError::Lacks { lacking, since: lacking.since() });
         }
         let fd = open(from)?;
-        let features = needs | has.common(OF_KINDS);
+        let features = needs | has.common(OPTIONAL);
         kernel::handshake(fd.as_fd(), features.bits())
             .map_err(FaultError::system("agree on features of userfaultfd"))?;
         Ok(Self { fd, features })

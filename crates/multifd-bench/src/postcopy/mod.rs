@@ -18,7 +18,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
 
-use crate::Result;
+use crate::{Result, first_instruction::median};
 use ours::Passes;
 use sample::Sample;
 
@@ -80,19 +80,11 @@ pub(crate) fn run(args: &PostcopyArgs) -> Result<()> {
 
 /// The medians of what was measured.
 fn columns(samples: &[Sample]) -> String {
-    let number = |of: fn(&Sample) -> u64| {
-        let mut values: Vec<_> = samples.iter().map(of).collect();
-        values.sort_unstable();
-        values.get(values.len() / 2).copied().unwrap_or_default()
-    };
-    let time = |of: fn(&Sample) -> Duration| {
-        let mut values: Vec<_> = samples.iter().map(of).collect();
-        values.sort_unstable();
-        match values.get(values.len() / 2).copied().unwrap_or_default() {
-            Duration::ZERO => "–".to_owned(),
-            time if time < Duration::from_millis(10) => format!("{} µs", time.as_micros()),
-            time => format!("{} ms", time.as_millis()),
-        }
+    let number = |of: fn(&Sample) -> u64| median(samples.iter().map(of).collect());
+    let time = |of: fn(&Sample) -> Duration| match median(samples.iter().map(of).collect()) {
+        Duration::ZERO => "–".to_owned(),
+        time if time < Duration::from_millis(10) => format!("{} µs", time.as_micros()),
+        time => format!("{} ms", time.as_millis()),
     };
     [
         number(|sample| sample.faults).to_string(),

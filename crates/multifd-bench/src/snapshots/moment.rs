@@ -108,19 +108,15 @@ fn slow_down(
     let mut before = 0.0;
     for _ in 0..args.rounds {
         sleep(SETTLE);
-        let (begun, written) = (Instant::now(), guest.written());
-        sleep(Duration::from_millis(500));
-        before = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        before = pace(&guest, || sleep(BEFORE)).1;
         let mut capture = begin(args, &ram.blocks, path, &mut guest)?;
-        let (begun, written) = (Instant::now(), guest.written());
-        let stats = capture.finish(None)?;
-        let during = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        let begun = Instant::now();
+        let (stats, during) = pace(&guest, || capture.finish(None));
+        let stats = stats?;
         times.push(begun.elapsed());
         first.push(stats.first);
         p99.push(stats.p99.unwrap_or_default());
-        // In tenths of a per mille, because a median needs an order.
-        #[expect(clippy::cast_possible_truncation, reason = "a few thousands")]
-        slower.push(((1.0 - during / before) * 1e4) as i64);
+        slower.push(lost(before, during));
         fs::remove_file(path)?;
     }
     let note = format!(
@@ -148,22 +144,32 @@ fn beside_a_copy(
     let guest = Writing::start(&ram.blocks, load)?;
     for _ in 0..args.rounds {
         sleep(SETTLE);
-        let (begun, written) = (Instant::now(), guest.written());
-        sleep(Duration::from_millis(500));
-        let before = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        let before = pace(&guest, || sleep(BEFORE)).1;
         let mut file = File::create(path)?;
-        let (begun, written) = (Instant::now(), guest.written());
-        copy(&ram.blocks, &mut file)?;
-        let during = (guest.written() - written) as f64 / begun.elapsed().as_secs_f64();
+        let begun = Instant::now();
+        let (copied, during) = pace(&guest, || copy(&ram.blocks, &mut file));
+        copied?;
         times.push(begun.elapsed());
-        #[expect(clippy::cast_possible_truncation, reason = "a few thousands")]
-        slower.push(((1.0 - during / before) * 1e4) as i64);
+        slower.push(lost(before, during));
         fs::remove_file(path)?;
     }
     let row = Row::new("slow-down beside a plain copy", &format!("{size}, guest {load}"));
     let note = format!("{} of copying, by one thread, without protection", time(median(times)));
     table.add(row.share(median(slower) as f64 / 1e4).note(note));
     Ok(())
+}
+
+/// Does something, and how many pages the guest has written in a second meanwhile.
+fn pace<T>(guest: &Writing, meanwhile: impl FnOnce() -> T) -> (T, f64) {
+    let (begun, written) = (Instant::now(), guest.written());
+    let done = meanwhile();
+    (done, (guest.written() - written) as f64 / begun.elapsed().as_secs_f64())
+}
+
+/// What a guest has lost, in tenths of a per mille, because a median needs an order.
+#[expect(clippy::cast_possible_truncation, reason = "a few thousands")]
+fn lost(before: f64, during: f64) -> i64 {
+    ((1.0 - during / before) * 1e4) as i64
 }
 
 fn copy(blocks: &RamBlocks, file: &mut File) -> Result<()> {
@@ -198,4 +204,6 @@ fn begin(
 const IDLE: Duration = Duration::from_millis(3);
 /// As much as the library copies at once.
 const PIECE: usize = 256 << 10;
+/// How long a guest is measured before a capture.
+const BEFORE: Duration = Duration::from_millis(500);
 const SETTLE: Duration = Duration::from_millis(200);

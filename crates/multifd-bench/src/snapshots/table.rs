@@ -1,5 +1,6 @@
 //! The table: a row is printed as soon as it is measured.
 
+pub(super) use crate::first_instruction::median;
 use std::time::Duration;
 
 pub(super) struct Table {
@@ -102,10 +103,6 @@ pub(super) fn quantile<T: Ord + Copy + Default>(mut values: Vec<T>, part: f64) -
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
     let index = (last as f64 * part).round() as usize;
     values.get(index).copied().unwrap_or_default()
-}
-
-pub(super) fn median<T: Ord + Copy + Default>(values: Vec<T>) -> T {
-    quantile(values, 0.5)
 }
 
 #[cfg(test)]

@@ -14,10 +14,15 @@ use std::{
 use indicatif::BinaryBytes;
 use multifd::{
     channel::{Connect, Context, Link, Stop, Wake},
-    ram::{Part, PartMut},
+    ram::PartMut,
 };
-use qemu_stream::recording::{Bytes, ConnectionNumber, Ending, OneWay, Recording, Side, Timeline};
+use qemu_stream::{
+    error::StreamKind,
+    format::{Message, Reader},
+    recording::{Bytes, ConnectionNumber, Ending, OneWay, Recording, Side, Timeline},
+};
 
+use super::record::send_all;
 use crate::{
     args::ReplayArgs,
     file_address::open_regular,
@@ -167,11 +172,7 @@ impl<'a> Way<'a> {
                 if count == 0 {
                     return Err(io::Error::other("the recording has become shorter"));
                 }
-                let mut bytes = buffer.get(..count).unwrap_or_default();
-                while !bytes.is_empty() {
-                    let sent = to.send(&[Part::from(bytes)])?;
-                    bytes = bytes.get(sent..).unwrap_or_default();
-                }
+                send_all(&mut *to, buffer.get(..count).unwrap_or_default())?;
                 self.shared.lock().sent += count as u64;
             }
         }
@@ -229,11 +230,11 @@ impl<'a> Way<'a> {
         };
         let mut state = self.shared.lock();
         state.awaited -= left;
-        // SHUT: type 1, length 4, and a value other than 0.
-        if let Some([0, 1, 0, 4, code @ ..]) = tail.first_chunk::<SHUT>()
-            && *code != [0; 4]
+        // Nothing follows SHUT.
+        if let Ok(Some(Message::Shut(code))) =
+            Message::decode(&mut Reader::new(&tail[..], StreamKind::ReturnPath))
+            && code != 0
         {
-            let code = u32::from_be_bytes(*code);
             state.error.get_or_insert(format!("it reported failure (code {code}); its log has the reason"));
         }
         drop(state);

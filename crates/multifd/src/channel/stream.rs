@@ -57,11 +57,6 @@ impl Stream {
         Self { link, seen, stall_timer: context.stall_timer.clone(), timeout: None, writer: None }
     }
 
-    /// Whether [`split`](Self::split) can succeed: see [`Link::can_split`].
-    pub fn can_split(&self) -> bool {
-        self.link.can_split()
-    }
-
     /// Splits the stream in two, so that one thread reads from the first while another one writes to the second: see
     /// [`Link::split`].
     ///

@@ -15,6 +15,11 @@ pub(crate) struct LoadId(pub(super) u64);
 pub(super) struct Waits(Vec<(Option<u32>, Instant)>);
 
 impl Waits {
+    /// One thread waits.
+    pub(super) fn of(thread: Option<u32>, since: Instant) -> Self {
+        Self(vec![(thread, since)])
+    }
+
     /// A thread waits. A thread that was noted before, and has only tried again, still waits since then; so do all threads whose
     /// number is not known.
     pub(super) fn add(&mut self, thread: Option<u32>, since: Instant) {

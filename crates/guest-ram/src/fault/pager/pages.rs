@@ -85,9 +85,7 @@ impl Pages {
         let now = Instant::now();
         if state.walk.claim(run) {
             state.walk.continue_after(run);
-            let mut waits = Waits::default();
-            waits.add(thread, now);
-            let id = state.begin(run, waits, Stage::Queued);
+            let id = state.begin(run, Waits::of(thread, now), Stage::Queued);
             state.queue.push_back(id);
             return Answer::Load(id);
         }

@@ -137,8 +137,7 @@ impl Shared {
             match self.pages.fault(block, PageIndex(offset.0 / region.page), thread) {
                 Answer::Load(_) | Answer::Underway | Answer::Ended => {}
                 Answer::Zero(run) => {
-                    let mut waits = Waits::default();
-                    waits.add(thread, Instant::now());
+                    let waits = Waits::of(thread, Instant::now());
                     self.zero(run)?;
                     Counts::add(&self.counts.zero, 1);
                     self.counts.answered(waits);

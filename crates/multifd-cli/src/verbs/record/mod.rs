@@ -28,6 +28,7 @@ use multifd::channel::{Connect, Context, Link, Listen, Listener, Stop};
 use qemu_stream::recording::{ConnectionNumber, FileHead, RecordKind, Side};
 use serde::Serialize;
 
+pub(super) use self::pass::send_all;
 use self::{live::Live, pass::Pass, store::Store};
 use crate::{
     args::RecordArgs,

@@ -70,7 +70,8 @@ impl Pass {
     }
 }
 
-fn send_all(link: &mut dyn Link, mut bytes: &[u8]) -> io::Result<()> {
+/// Sends all bytes.
+pub(in crate::verbs) fn send_all(link: &mut dyn Link, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let sent = link.send(&[Part::from(bytes)])?;
         if sent == 0 {
