@@ -172,6 +172,22 @@ impl Program {
         }
     }
 
+    /// Waits until it has had `least` KiB resident, or has ended.
+    ///
+    /// A program that is about to end may be gone before it is looked at, so a test does this before it sends the last
+    /// bytes.
+    pub(crate) fn await_resident(&mut self, least: u64) {
+        let start = Instant::now();
+        while let Some(resident) = self.resident() {
+            self.peak = self.peak.max(resident);
+            if resident >= least {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{resident} KiB resident, expected {least}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// The most memory that it had resident until now, in KiB; `None` if it has ended.
     fn resident(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;

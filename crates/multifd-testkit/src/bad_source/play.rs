@@ -11,7 +11,7 @@ use std::{
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::{Act, On, Script};
+use super::{Act, On, Script, Step};
 
 /// Where a destination listens.
 #[derive(Clone, Debug)]
@@ -50,10 +50,21 @@ impl Script {
     /// If the connection to the destination fails, or the destination hangs.
     pub fn play(&self, target: &Target) -> io::Result<Heard> {
         let mut heard = Heard::default();
-        for step in &self.steps {
-            let done = match (&step.act, heard.connections.get_mut(&step.on)) {
+        heard.play(&self.steps, target)?;
+        Ok(heard)
+    }
+}
+
+impl Heard {
+    /// Plays more steps, on the connections that are open.
+    ///
+    /// # Errors
+    /// As [`Script::play`].
+    pub fn play(&mut self, steps: &[Step], target: &Target) -> io::Result<()> {
+        for step in steps {
+            let done = match (&step.act, self.connections.get_mut(&step.on)) {
                 (Act::Connect, _) => Connection::open(target, step.on).map(|connection| {
-                    heard.connections.insert(step.on, connection);
+                    self.connections.insert(step.on, connection);
                 }),
                 (_, None) => Err(io::ErrorKind::NotConnected.into()),
                 (Act::Send(bytes), Some(connection)) => connection.stream().write_all(bytes),
@@ -63,22 +74,20 @@ impl Script {
                 (Act::Close, Some(connection)) => connection.close(),
                 (Act::Reset, Some(connection)) => {
                     connection.lingers_not()?;
-                    heard.connections.remove(&step.on);
+                    self.connections.remove(&step.on);
                     Ok(())
                 }
-                (Act::Hear(word), Some(connection)) => connection.hear(word, &mut heard.said),
+                (Act::Hear(word), Some(connection)) => connection.hear(word, &mut self.said),
             };
             match done {
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(error),
-                Err(_) => heard.refused = heard.refused.or(Some((step.on, step.name))),
+                Err(_) => self.refused = self.refused.or(Some((step.on, step.name))),
                 Ok(()) => {}
             }
         }
-        Ok(heard)
+        Ok(())
     }
-}
 
-impl Heard {
     /// Waits until the destination has closed main, and returns everything it has sent there.
     ///
     /// # Errors

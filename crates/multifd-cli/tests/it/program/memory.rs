@@ -9,7 +9,7 @@ use std::{
 };
 
 use multifd::ram::{BlockName, PageSize};
-use multifd_testkit::bad_source::{Act, HEAD, On, PAGE, Script, Shape, Target, packet};
+use multifd_testkit::bad_source::{Act, HEAD, Heard, On, PAGE, Script, Shape, Target, packet};
 use qemu_stream::{
     format::{BlockEntry, BlockList, Configuration, DevicePart, MachineType, SectionId},
     mapped_ram::{Layout, Tail},
@@ -101,7 +101,8 @@ fn source_that_announces_15_tib_and_sends_a_zero_page_costs_neither_memory_nor_d
     }
     fs::remove_file(path(&folder, "sparse")).unwrap();
     let file = path(&folder, "machine");
-    let (receive, address) = Program::receive(&["--missing-pages", "zero", "--quiet"], LOCAL, &file);
+    let (mut receive, address) = Program::receive(&["--missing-pages", "zero", "--quiet"], LOCAL, &file);
+    receive.await_resident(1);
     let mut main = std::net::TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
     std::io::Write::write_all(&mut main, &announces_terabytes()).unwrap();
     main.shutdown(std::net::Shutdown::Write).unwrap();
@@ -132,10 +133,11 @@ fn compressed(log: u8, packets: usize) -> Vec<u8> {
     all
 }
 
-/// What `receive` says to a source of `channels` channels that fill their windows.
-fn filled_windows(options: &[&str], channels: u8, log: u8) -> crate::kit::Ended {
+/// What `receive` says to a source of `channels` channels that fill their windows. The source ends only when that has
+/// taken `least` KiB of memory, or has failed.
+fn filled_windows(options: &[&str], channels: u8, log: u8, least: u64) -> crate::kit::Ended {
     let folder = folder();
-    let (receive, address) = Program::receive(options, LOCAL, &path(&folder, "machine"));
+    let (mut receive, address) = Program::receive(options, LOCAL, &path(&folder, "machine"));
     let mut script = Script::whole(Shape { channels, return_path: false, round: true });
     let packets = (1 << log) / (16 * PAGE) + 8;
     for id in 0..channels {
@@ -145,7 +147,11 @@ fn filled_windows(options: &[&str], channels: u8, log: u8) -> crate::kit::Ended 
     let again = compressed(log, 2)[HEAD + 10..].to_vec();
     let script = script.replace(On::Channel(0), "pages", 1, Act::Send(again));
     let target = Target::Tcp(address.strip_prefix("tcp:").unwrap().parse().unwrap());
-    let heard = script.play(&target).unwrap();
+    let last = script.find(On::Main, "end", 0);
+    let mut heard = Heard::default();
+    heard.play(&script.steps[..last], &target).unwrap();
+    receive.await_resident(least);
+    heard.play(&script.steps[last..], &target).unwrap();
     let ended = receive.end_within(Duration::from_secs(60));
     drop(heard);
     if ended.code != Some(0) {
@@ -157,7 +163,7 @@ fn filled_windows(options: &[&str], channels: u8, log: u8) -> crate::kit::Ended 
 /// Eight channels with windows of 128 MiB once took a gigabyte.
 #[test]
 fn windows_of_all_channels_together_stay_within_the_limit() {
-    let ended = filled_windows(&["--quiet", "--decompression-memory", "64M"], 8, 25);
+    let ended = filled_windows(&["--quiet", "--decompression-memory", "64M"], 8, 25, 1);
     let told = [
         "decompression of all channels needs 96 MiB (32 MiB for this channel), but decompression-memory is 64 MiB on this side",
         "decrease multifd-zstd-level or multifd-channels at the source",
@@ -168,7 +174,7 @@ fn windows_of_all_channels_together_stay_within_the_limit() {
 
 #[test]
 fn window_that_no_level_asks_for_is_refused() {
-    let ended = filled_windows(&["--quiet"], 1, 26);
+    let ended = filled_windows(&["--quiet"], 1, 26, 1);
     ended.assert_failed(
         1,
         &["zstd frame needs a window of 64 MiB, expected at most 32 MiB", "multifd-zstd-level to 20 or less"],
@@ -179,9 +185,9 @@ fn window_that_no_level_asks_for_is_refused() {
 #[test]
 fn windows_up_to_the_limit_are_taken() {
     for limit in ["64M", "0"] {
-        let ended = filled_windows(&["--quiet", "--decompression-memory", limit], 2, 25);
+        // It shows that the windows are filled, so that the test of the limit tests something.
+        let ended = filled_windows(&["--quiet", "--decompression-memory", limit], 2, 25, 64 << 10);
         assert_eq!(ended.code, Some(0), "{limit}: {ended:?}");
-        // It shows that the windows were filled, so that the test of the limit tests something.
         assert!(ended.peak >= 64 << 10, "{} KiB resident", ended.peak);
     }
 }
