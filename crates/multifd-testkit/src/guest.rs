@@ -25,6 +25,7 @@ pub struct Guest {
     seed: u32,
     burst: u32,
     pause: u32,
+    stride: u32,
 }
 
 impl Default for Guest {
@@ -44,6 +45,7 @@ impl Guest {
             seed: 0x6d66_6400,
             burst: 0,
             pause: 0,
+            stride: 1,
         }
     }
 
@@ -91,6 +93,14 @@ impl Guest {
         self
     }
 
+    /// Sets how far apart the pages are that it rewrites one after another: 1, in order. The working set must not be a multiple
+    /// of a divisor of it, or it misses pages.
+    #[must_use]
+    pub fn stride(mut self, pages: u32) -> Self {
+        self.stride = pages;
+        self
+    }
+
     /// The least RAM it needs, in bytes: its pages, and space at the top for the firmware's tables.
     pub fn least_memory(&self) -> u64 {
         WORKING_SET + (u64::from(self.working_set) + u64::from(self.filled)) * PAGE + FIRMWARE
@@ -128,6 +138,7 @@ impl Guest {
             self.seed,
             self.burst,
             self.pause,
+            self.stride,
         ];
         for (place, value) in image[PARAMETERS..].chunks_exact_mut(4).zip(parameters) {
             // Lowest byte first, as the guest's processor reads it.

@@ -1,4 +1,4 @@
-//! A machine whose thread rewrites its pages in order, and checks each before it does.
+//! A machine whose thread rewrites its pages in some order, and checks each before it does.
 
 use std::{
     io,
@@ -26,11 +26,22 @@ pub(super) fn blocks(memory: u64) -> Result<RamBlocks> {
     Ok(RamBlocks::new(vec![RamBlock::new(name, bytes, PageSize::KIB_4, memory)?])?)
 }
 
+/// What a guest rewrites.
+#[derive(Clone, Copy)]
+pub(super) struct Rewrites {
+    /// In MiB.
+    pub(super) memory: u64,
+    /// How many pages are between one and the next; 1 is in order.
+    pub(super) stride: u64,
+}
+
 pub(super) struct Machine {
     pub(super) blocks: Arc<RamBlocks>,
     pub(super) writes: DirtyBitmaps,
     /// How many pages it rewrites.
     pages: u64,
+    /// How far apart they are.
+    stride: u64,
     /// How many pages it has written so far.
     written: Arc<AtomicU64>,
     halt: Arc<AtomicBool>,
@@ -38,14 +49,15 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    pub(super) fn new(blocks: Arc<RamBlocks>, memory: u64, written: u64) -> Self {
+    pub(super) fn new(blocks: Arc<RamBlocks>, Rewrites { memory, stride }: Rewrites, written: u64) -> Self {
         let (writes, written) = (DirtyBitmaps::new(&blocks), Arc::new(AtomicU64::new(written)));
-        Self { blocks, writes, pages: memory << 8, written, halt: Arc::default(), thread: None }
+        let pages = memory << 8;
+        Self { blocks, writes, pages, stride, written, halt: Arc::default(), thread: None }
     }
 
     pub(super) fn run(&mut self) -> io::Result<()> {
         let (blocks, writes) = (self.blocks.clone(), self.writes.clone());
-        let (pages, written) = (self.pages, self.written.clone());
+        let (pages, stride, written) = (self.pages, self.stride, self.written.clone());
         self.halt = Arc::default();
         let halt = self.halt.clone();
         let runs = Builder::new().name("vcpu_0".into()).spawn(move || {
@@ -54,7 +66,7 @@ impl Machine {
             let mut bytes = [0; 4096];
             while !halt.load(Ordering::Relaxed) {
                 let at = written.load(Ordering::Relaxed);
-                let page = PageIndex(at % pages);
+                let page = PageIndex(at % pages * stride % pages);
                 block.load(page, &mut bytes)?;
                 let expected = if at < pages { 0 } else { at - pages + 1 };
                 if bytes[..8] != expected.to_be_bytes() || bytes[4088..] != expected.to_be_bytes() {

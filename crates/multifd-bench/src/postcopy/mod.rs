@@ -6,7 +6,7 @@
 //!    └── us ═════ lo ═══ us                         the pager notes when a fault is read, and when its page is placed
 //! ```
 //!
-//! Both guests have one thread that rewrites its pages in order, as fast as it can.
+//! Both guests have one thread that rewrites its pages as fast as it can, in order or with a stride.
 
 mod line;
 mod machine;
@@ -19,6 +19,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::Args;
 
 use crate::{Result, first_instruction::median};
+use machine::Rewrites;
 use ours::Passes;
 use sample::Sample;
 
@@ -36,6 +37,9 @@ pub(crate) struct PostcopyArgs {
     /// What the guest rewrites, in MiB
     #[arg(long, default_value_t = 64)]
     memory: u64,
+    /// How many pages are between one that the guest rewrites and the next: 1 is in order
+    #[arg(long, default_value_t = 1)]
+    stride: u64,
     /// This process is in a network namespace with the line
     #[arg(long, hide = true)]
     inside: bool,
@@ -57,19 +61,20 @@ pub(crate) fn run(args: &PostcopyArgs) -> Result<()> {
             None => rows.push((label, vec![sample])),
         }
     };
+    let rewrites = Rewrites { memory: args.memory, stride: args.stride };
     for _ in 0..args.rounds {
         for preempt in [false, true] {
             let with = if preempt { "with preempt" } else { "one connection" };
-            add(format!("QEMU 10.0, {with}"), qemu::measure(args.memory, preempt)?);
+            add(format!("QEMU 10.0, {with}"), qemu::measure(rewrites, preempt)?);
         }
         let mut longest = Duration::ZERO;
         for channels in [1, 2, 4, 8] {
-            let sample = ours::measure(args.memory, channels, Passes::First)?;
+            let sample = ours::measure(rewrites, channels, Passes::First)?;
             longest = longest.max(sample.total);
             add(format!("us, {channels} channels"), sample);
         }
-        add("us, 4 channels, two passes first".to_owned(), ours::measure(args.memory, 4, Passes::Two)?);
-        let cancelled = ours::measure(args.memory, 4, Passes::Endless(4 * longest))?;
+        add("us, 4 channels, two passes first".to_owned(), ours::measure(rewrites, 4, Passes::Two)?);
+        let cancelled = ours::measure(rewrites, 4, Passes::Endless(4 * longest))?;
         add("us, 4 channels, pre-copy, cancelled".to_owned(), cancelled);
     }
     for (label, samples) in rows {

@@ -18,7 +18,7 @@ use qemu_stream::{
 };
 
 use super::{
-    machine::{DEVICE, Machine, blocks},
+    machine::{DEVICE, Machine, Rewrites, blocks},
     sample::Sample,
 };
 use crate::Result;
@@ -33,16 +33,16 @@ pub(super) enum Passes {
     Endless(Duration),
 }
 
-/// Moves a guest that rewrites this many MiB.
-pub(super) fn measure(memory: u64, channels: u8, passes: Passes) -> Result<Sample> {
-    let mut machine = Machine::new(blocks(memory)?.into(), memory, 0);
+/// Moves a guest.
+pub(super) fn measure(rewrites: Rewrites, channels: u8, passes: Passes) -> Result<Sample> {
+    let mut machine = Machine::new(blocks(rewrites.memory)?.into(), rewrites, 0);
     machine.run()?;
-    while machine.written() < 2 * (memory << 8) {
+    while machine.written() < 2 * (rewrites.memory << 8) {
         thread::sleep(Duration::from_millis(5));
     }
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
     let address = listener.local_address().clone();
-    let arrives = thread::spawn(move || arrive(listener, memory));
+    let arrives = thread::spawn(move || arrive(listener, rewrites));
     let left = leave(&mut machine, &address, channels, passes);
     let arrived = arrives.join().map_err(|_| "the destination panicked")?;
     if matches!(passes, Passes::Endless(_)) {
@@ -101,22 +101,22 @@ fn leave(machine: &mut Machine, address: &Address, channels: u8, passes: Passes)
     Ok(Sample { total, bytes, downtime: info.downtime.unwrap_or_default(), ..Sample::default() })
 }
 
-fn arrive(listener: Listener, memory: u64) -> Result<Finished> {
+fn arrive(listener: Listener, rewrites: Rewrites) -> Result<Finished> {
     let options = ArrivalOptions::new(Expected::Type(MachineType::new("multifd-bench")?)).run_early(true);
     let announced = Arrival::listen(listener, options, &Stop::new())?.accept()?.announced()?;
-    let Landing::Early(early) = announced.load_early(blocks(memory)?, EarlyOptions::new())? else {
+    let Landing::Early(early) = announced.load_early(blocks(rewrites.memory)?, EarlyOptions::new())? else {
         return Err("it did not switch".into());
     };
     let (_, state) = early.device(DEVICE.as_str(), 0).ok_or("expected a vCPU")?;
     let written = u64::from_be_bytes(state.try_into()?);
-    let mut machine = Machine::new(early.blocks().clone(), memory, written);
+    let mut machine = Machine::new(early.blocks().clone(), rewrites, written);
     let mut running = early.confirm()?;
     machine.run()?;
     running.wait(None);
     let finished = running.finish()?;
     // All of it was checked once more.
     let at = machine.written();
-    while machine.written() < at + (memory << 8) {
+    while machine.written() < at + (rewrites.memory << 8) {
         thread::sleep(Duration::from_millis(5));
         if machine.is_ended() {
             break;

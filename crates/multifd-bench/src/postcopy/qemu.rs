@@ -9,13 +9,17 @@ use multifd_testkit::{
 };
 use serde_json::{Value, json};
 
-use super::sample::Sample;
+use super::{machine::Rewrites, sample::Sample};
 use crate::{Result, requests::Relay};
 
-/// Moves a guest that rewrites this many MiB.
-pub(super) fn measure(memory: u64, preempt: bool) -> Result<Sample> {
+/// Moves a guest.
+pub(super) fn measure(Rewrites { memory, stride }: Rewrites, preempt: bool) -> Result<Sample> {
     let qemu = Qemu::v10_0().ok_or("this benchmark needs QEMU 10.0")?;
-    let guest = Guest::new().working_set(u32::try_from(memory << 8)?).filled(64).filled_checked(0);
+    let guest = Guest::new()
+        .working_set(u32::try_from(memory << 8)?)
+        .filled(64)
+        .filled_checked(0)
+        .stride(u32::try_from(stride)?);
     let vm = || qemu.vm().memory((memory + 64) << 20).guest(&guest);
     let mut source = vm().start()?;
     source.wait_round(2, PATIENCE)?;

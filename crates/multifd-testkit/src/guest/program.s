@@ -47,7 +47,8 @@ multifd_testkit_guest_start:
         .set    .Lg_seed, .Lg_base + 56
         .set    .Lg_burst, .Lg_base + 60
         .set    .Lg_pause, .Lg_base + 64
-        .skip   36
+        .set    .Lg_stride, .Lg_base + 68
+        .skip   40
 
 .Lg_entry:
         cli
@@ -95,7 +96,11 @@ multifd_testkit_guest_start:
 .Lg_page:
         cmpl    .Lg_set_pages, %ebx
         jae     .Lg_filled
-        movl    %ebx, %edi
+# The page at the position in this round, times the stride.
+        movl    %ebx, %eax
+        mull    .Lg_stride
+        divl    .Lg_set_pages
+        movl    %edx, %edi
         shll    $12, %edi
         addl    .Lg_set_start, %edi
         movl    .Lg_round, %edx
