@@ -9,15 +9,12 @@
 //! The system retransmits repeatedly and doubles the interval each time, up to two minutes. After a network failure of
 //! one minute, it would notice the recovery only long after the host counts as lost. So the interval is bounded, if the
 //! system supports it (Linux 6.15 and later).
-//!
-//! UNSAFETY: one system call fills a structure of plain numbers, whose size is passed to it.
-#![expect(unsafe_code, reason = "the safe crates do not know TCP_INFO")]
 
-use std::{fmt, io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use socket2::{Socket, TcpKeepalive};
 
-use super::{TcpOptions, socket_option::set_option};
+use super::{TcpOptions, socket_option::set_option, tcp_info::TcpInfo};
 
 /// How a TCP connection is watched.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +46,7 @@ impl Watched {
     /// # Errors
     /// [`io::ErrorKind::TimedOut`] if the host has not answered for the time set.
     pub(super) fn check(self, socket: &Socket) -> io::Result<()> {
-        let Some(answers) = Answers::of(socket)? else { return Ok(()) };
+        let Some(answers) = TcpInfo::of(socket)? else { return Ok(()) };
         if answers.unanswered >= UNANSWERED && answers.silent >= self.limit {
             return Err(io::Error::new(io::ErrorKind::TimedOut, Gone { silent: answers.silent }));
         }
@@ -103,39 +100,4 @@ fn keepalive(limit: Duration) -> TcpKeepalive {
         .with_time((limit / 3).max(second))
         .with_interval((limit / QUESTIONS).max(second))
         .with_retries(6)
-}
-
-/// The system's counters of the peer.
-struct Answers {
-    /// How often the same data or probes of a closed window were sent again since the peer's last answer.
-    unanswered: u8,
-    /// The time since the peer's last answer.
-    silent: Duration,
-}
-
-impl Answers {
-    /// Reads the counters; `None` if the system does not provide them.
-    fn of(socket: &Socket) -> io::Result<Option<Self>> {
-        let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
-        let Ok(mut length) = libc::socklen_t::try_from(size_of::<libc::tcp_info>()) else { return Ok(None) };
-        // SAFETY: `info` has `length` bytes to be written, and is not used otherwise during the call.
-        let result = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                info.as_mut_ptr().cast(),
-                &raw mut length,
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: every byte was zero before the call, and any bytes are numbers.
-        let info = unsafe { info.assume_init() };
-        Ok(Some(Self {
-            unanswered: info.tcpi_retransmits.max(info.tcpi_probes),
-            silent: Duration::from_millis(info.tcpi_last_ack_recv.into()),
-        }))
-    }
 }

@@ -75,6 +75,16 @@ pub trait Link: Send {
         self.send(parts)
     }
 
+    /// Limits how many bytes wait in this connection, sent and not acknowledged by the peer; `None` ends the limit, as does
+    /// one above 256 KiB. About as many wait: what a single call has sent is not split. A link that cannot do it ignores it;
+    /// TCP does it (Linux 5.14, or with both ends on this machine).
+    fn limit_backlog(&mut self, _limit: Option<u64>) {}
+
+    /// The shortest round trip of this connection in the last minutes. `None` if the link does not know it; TCP does.
+    fn round_trip(&self) -> Option<Duration> {
+        None
+    }
+
     /// The interface for `zero-copy-send`, which sends pages directly from memory. `None` if this connection does not
     /// support it; only TCP does.
     fn zero_copy(&mut self) -> Option<&mut dyn ZeroCopy> {

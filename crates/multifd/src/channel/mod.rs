@@ -11,6 +11,7 @@
 
 mod address;
 mod alive;
+mod backlog;
 mod callback_watch;
 mod callbacks;
 mod check;
@@ -38,6 +39,7 @@ mod socket_option;
 mod stall_timer;
 mod stop;
 mod stream;
+mod tcp_info;
 #[cfg(feature = "tls")]
 pub mod tls;
 mod unix_socket;

@@ -23,11 +23,13 @@ use socket2::{Domain, SockAddr, Socket};
 use super::{
     Context, Host, Link, PeerSignal, StallTimer, TcpOptions, Wake, ZeroCopy,
     alive::Watched,
+    backlog::Backlog,
     completions::Completions,
     notice::Notice,
     shut::{Shut, ShutRecv, ShutSend},
     socket_option::set_option,
     stall_timer,
+    tcp_info::TcpInfo,
 };
 use crate::{
     error::UntrustedText,
@@ -46,6 +48,7 @@ pub struct SocketLink {
     /// The completions of zero-copy sends.
     completions: Completions,
     stall_timer: StallTimer,
+    backlog: Backlog,
     tcp: bool,
     /// Whether it is a TCP connection that a source has opened; the source sends more than it receives.
     incoming: bool,
@@ -89,9 +92,9 @@ impl SocketLink {
             local = is_local(&socket)?;
             watched = Watched::set_up(&socket, options)?;
         }
-        if local {
-            let share = LOCAL_BUFFERS / usize::from(context.channels.get());
-            socket.set_send_buffer_size(share.max(LOCAL_BUFFER))?;
+        let buffer = local.then(|| (LOCAL_BUFFERS / usize::from(context.channels.get())).max(LOCAL_BUFFER));
+        if let Some(bytes) = buffer {
+            socket.set_send_buffer_size(bytes)?;
         }
         let link = Self {
             socket: Arc::new(socket),
@@ -101,6 +104,7 @@ impl SocketLink {
             recv_timeout: false,
             completions: Completions::default(),
             stall_timer: context.stall_timer.clone(),
+            backlog: Backlog::new(buffer),
             tcp,
             incoming: false,
             local,
@@ -197,6 +201,16 @@ impl Link for SocketLink {
 
     fn send_more(&mut self, parts: &[Part<'_>]) -> io::Result<usize> {
         self.send_with(parts, libc::MSG_MORE)
+    }
+
+    fn limit_backlog(&mut self, limit: Option<u64>) {
+        if self.tcp {
+            self.backlog.limit(&self.socket, limit);
+        }
+    }
+
+    fn round_trip(&self) -> Option<Duration> {
+        self.tcp.then(|| TcpInfo::of(&self.socket).ok().flatten()).flatten()?.round_trip
     }
 
     fn zero_copy(&mut self) -> Option<&mut dyn ZeroCopy> {

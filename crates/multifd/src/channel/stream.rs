@@ -121,6 +121,16 @@ impl Stream {
         })
     }
 
+    /// Limits how many written bytes wait in the connection: see [`Link::limit_backlog`].
+    pub fn limit_backlog(&mut self, limit: Option<u64>) {
+        self.link.limit_backlog(limit);
+    }
+
+    /// The shortest round trip of the last minutes: see [`Link::round_trip`].
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.link.round_trip()
+    }
+
     /// Sets how long a read waits for the first byte; `None` is no limit.
     ///
     /// # Errors

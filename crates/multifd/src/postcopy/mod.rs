@@ -13,7 +13,9 @@
 
 #[cfg(shuttle)]
 pub mod model;
+mod pace;
 mod schedule;
 
 pub use crate::ram::{Latencies, PageRun, Shape};
+pub use pace::Cost;
 pub use schedule::{Job, Lane, RefusedRequest, Schedule};

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Lane, Schedule};
+use super::{Cost, Lane, Schedule};
 use crate::{
     ram::{BlockIndex, PageBitmap, PageIndex, PageRun, PageSize, Shape},
     sync_types::{
@@ -25,7 +25,7 @@ fn worker(schedule: &Arc<Schedule>, lane: Lane, sent: &Sent) -> Thread<()> {
             for page in job.run.first.0..job.run.first.0 + job.run.count {
                 sent.lock().expect("whole")[usize::try_from(page).expect("small")] += 1;
             }
-            schedule.sent(job);
+            schedule.sent(job, Cost::default());
         }
     })
 }
@@ -41,17 +41,17 @@ fn page(page: u64) -> PageRun {
     PageRun { block: BlockIndex(0), first: PageIndex(page), count: 1 }
 }
 
-/// Requests come over their own connection. Each page is sent once, and when the schedule is drained after the
+/// Requests come over their own connection, and hold one of the two threads of the walk. Each page is sent once, and when the schedule is drained after the
 /// walk, everything that was requested before was sent.
 pub fn each_page_is_sent_once_and_a_drained_schedule_has_sent_all() {
     let (schedule, sent) = (schedule(&[0, 1, 3, 4]), Sent::default());
-    let walk = worker(&schedule, Lane::Walk, &sent);
+    let walk = [(); 2].map(|()| worker(&schedule, Lane::Walk, &sent));
     let requests = [(); 2].map(|()| worker(&schedule, Lane::Requests, &sent));
     let asks = thread::spawn({
         let schedule = schedule.clone();
         move || [4, 5, 0, 4].map(|at| schedule.request(page(at)).expect("in the block"))
     });
-    walk.join().expect("no panic");
+    walk.into_iter().for_each(|worker| worker.join().expect("no panic"));
     asks.join().expect("no panic");
     assert!(schedule.drained());
     assert_eq!(*sent.lock().expect("whole"), [1; PAGES]);

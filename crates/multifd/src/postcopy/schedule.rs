@@ -5,6 +5,7 @@
 
 use std::{collections::VecDeque, fmt, sync::PoisonError, time::Duration};
 
+use super::pace::{Cost, Pace};
 use crate::{
     channel::Wake,
     ram::{BlockIndex, PageBitmap, PageIndex, PageRun, PageSize, Shape, Walk},
@@ -30,6 +31,9 @@ pub struct Job {
     pub run: PageRun,
     /// When they were requested; `None` if nobody waits for them.
     pub requested: Option<Instant>,
+    /// How many bytes may wait in the connection that carries the walk; `None` if it does not matter. See
+    /// [`Link::limit_backlog`](crate::channel::Link::limit_backlog).
+    pub backlog: Option<u64>,
 }
 
 /// Why a request is refused.
@@ -80,6 +84,11 @@ struct State {
     walk: Walk,
     /// Threads that send what they have claimed.
     busy: usize,
+    /// Those of them that send a part of the walk.
+    walking: usize,
+    /// Threads that wait until fewer do.
+    held: usize,
+    pace: Pace,
     /// When the destination has last requested something, whether it was on its way or not.
     last: Option<Instant>,
     /// The bandwidth of the walk, if it is limited.
@@ -114,7 +123,17 @@ impl Schedule {
             asked: shapes.iter().map(|shape| PageBitmap::new(shape.pages)).collect(),
             page_bytes: page_size.bytes() as u64,
             start: Instant::now(),
-            state: Mutex::new(State { requests, walk, busy: 0, last: None, slices: None, closed: false }),
+            state: Mutex::new(State {
+                requests,
+                walk,
+                busy: 0,
+                walking: 0,
+                held: 0,
+                pace: Pace::new(Instant::now()),
+                last: None,
+                slices: None,
+                closed: false,
+            }),
             requested: Condvar::new(),
             changed: Condvar::new(),
         }
@@ -176,8 +195,9 @@ impl Schedule {
     }
 
     /// Waits for what a thread of this `lane` sends next: at most `most` pages, or one host page; after the first part of the
-    /// walk, eight times as many. While requests come, jobs of the walk are short: what a guest needs next is often in one that
-    /// is being sent, and it waits for all of it. `None` if it has nothing more to do: for [`Lane::Requests`] after [`close`](Self::close), for the others when everything was claimed.
+    /// walk, eight times as many. While requests come, jobs of the walk are short, because what a guest needs next is often in
+    /// one that is being sent; and only as many are sent at once as the line needs, because a requested page waits for what is
+    /// before it there. `None` if it has nothing more to do: for [`Lane::Requests`] after [`close`](Self::close), for the others when everything was claimed.
     pub fn next(&self, lane: Lane, most: u64) -> Option<Job> {
         let mut state = self.lock();
         loop {
@@ -194,28 +214,44 @@ impl Schedule {
             if lane != Lane::Requests {
                 let now = self.start.elapsed();
                 limit = state.slices.as_mut().and_then(|slices| slices.wait(now));
+                let awaited = state.is_awaited().then(|| state.pace.limit());
+                // A guest that stops to wait is not noticed otherwise.
+                let held = awaited.filter(|limit| state.walking >= limit.threads).map(|_| LATELY);
+                limit = limit.or(held);
                 // Without pages, there is nothing to wait for.
                 if limit.is_none() || state.walk.is_done() {
-                    let most = if state.is_awaited() { most.min(SHORT) } else { most };
+                    let most = if awaited.is_some() { most.min(SHORT) } else { most };
                     let (run, page) = match state.walk.next_first(most) {
                         Some(run) => (run, self.page_bytes),
                         None => (state.walk.next_any(most * REST)?, ZERO_BYTES),
                     };
                     state.busy += 1;
+                    state.walking += 1;
                     let bytes = run.count * page;
                     state.slices.iter_mut().for_each(|slices| slices.spend(bytes));
-                    return Some(Job { run, requested: None });
+                    let backlog = awaited.map(|limit| limit.backlog);
+                    return Some(Job { run, requested: None, backlog });
                 }
             }
             let condition = if lane == Lane::Walk { &self.changed } else { &self.requested };
+            let held = usize::from(limit.is_some());
+            state.held += held;
             state = wait(condition, state, limit);
+            state.held -= held;
         }
     }
 
-    /// A thread has sent its job.
-    pub fn sent(&self, _: Job) {
+    /// A thread has sent its job, or could not.
+    pub fn sent(&self, job: Job, cost: Cost) {
         let mut state = self.lock();
         state.busy -= 1;
+        state.pace.sent(job.run.count * self.page_bytes, cost, Instant::now());
+        if job.requested.is_none() {
+            state.walking -= 1;
+            if state.held > 0 {
+                self.notify();
+            }
+        }
         if state.busy == 0 && state.requests.is_empty() {
             self.changed.notify_all();
         }
@@ -264,7 +300,7 @@ impl Schedule {
             self.requested.notify_one();
         }
         run.count = piece;
-        Some(Job { run, requested: Some(since) })
+        Some(Job { run, requested: Some(since), backlog: None })
     }
 
     fn notify(&self) {
@@ -338,7 +374,7 @@ mod tests {
     fn all(schedule: &Schedule, lane: Lane, most: u64) -> Vec<(usize, u64, u64)> {
         let next = || {
             let job = schedule.next(lane, most)?;
-            schedule.sent(job);
+            schedule.sent(job, Cost::default());
             Some((job.run.block.0, job.run.first.0, job.run.count))
         };
         std::iter::from_fn(next).collect()
@@ -351,7 +387,7 @@ mod tests {
         assert_eq!(schedule.request(run(0, 4, 1)), Ok(true));
         let requested = schedule.next(Lane::Both, 2).expect("requested");
         assert_eq!((requested.run, requested.requested.is_some()), (run(0, 4, 1), true));
-        schedule.sent(requested);
+        schedule.sent(requested, Cost::default());
         // From the fault on: the rest of its block, the other block, and the beginning.
         let expected = [(0, 5, 1), (0, 9, 1), (1, 1, 1), (0, 0, 1), (0, 2, 1)];
         let found = all(&schedule, Lane::Both, 2);
@@ -366,13 +402,37 @@ mod tests {
     fn jobs_of_the_walk_are_short_while_requests_come() {
         let pages = (0..256).collect::<Vec<_>>();
         let schedule = schedule(&[(256, 1)], &[&pages], &[&[]]);
-        let walk = |schedule: &Schedule| schedule.next(Lane::Walk, 128).map(|job| job.run);
-        assert_eq!(walk(&schedule), Some(run(0, 0, 128)));
+        let walk = |schedule: &Schedule| {
+            let job = schedule.next(Lane::Walk, 128).expect("pages are left");
+            schedule.sent(job, Cost::default());
+            (job.run, job.backlog.is_some())
+        };
+        assert_eq!(walk(&schedule), (run(0, 0, 128), false));
         // It is on its way, and the guest waits for it.
         assert_eq!(schedule.request(run(0, 127, 1)), Ok(false));
-        assert_eq!(walk(&schedule), Some(run(0, 128, SHORT)));
+        assert_eq!(walk(&schedule), (run(0, 128, SHORT), true));
         schedule.lock().last = Instant::now().checked_sub(LATELY);
-        assert_eq!(walk(&schedule), Some(run(0, 144, 112)));
+        assert_eq!(walk(&schedule), (run(0, 144, 112), false));
+    }
+
+    #[test]
+    fn the_walk_has_one_thread_while_requests_come_until_the_line_needs_more() {
+        let pages = (0..256).collect::<Vec<_>>();
+        let schedule = Arc::new(schedule(&[(256, 1)], &[&pages], &[&[]]));
+        assert_eq!(schedule.request(run(0, 200, 1)), Ok(true));
+        let first = schedule.next(Lane::Walk, 128).expect("pages are left");
+        let second = thread::spawn({
+            let schedule = schedule.clone();
+            move || schedule.next(Lane::Walk, 128)
+        });
+        while schedule.lock().held == 0 {
+            // The guest still waits.
+            schedule.lock().last = Some(Instant::now());
+            thread::yield_now();
+        }
+        assert!(!second.is_finished());
+        schedule.sent(first, Cost::default());
+        assert_eq!(second.join().expect("no panic").expect("pages are left").run.count, SHORT);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! guest memory. Pages that were not checked yet are checked for zeros here, so that this work is spread over the
 //! channels.
 
-use std::{io, sync::atomic::Ordering};
+use std::{io, mem, sync::atomic::Ordering, time::Duration};
 
 use arrayvec::ArrayVec;
 use rustix::io::Errno;
@@ -24,8 +24,10 @@ use crate::{
     compress::{Encode, PacketPages},
     error::{Error, Result, Usage},
     options::SendOptions,
+    postcopy::Cost,
     ram::{MAX_PARTS, PageIndex, PageSize, Part, RamBlock},
     stats::ChannelCounters,
+    sync_types::Instant,
     wire::{ChannelId, HeadBuffer, Initial},
 };
 
@@ -42,6 +44,8 @@ pub(super) struct Packets<'a> {
     zero_copy: Option<InFlight<'a>>,
     options: &'a SendOptions,
     stall_timer: StallTimer,
+    /// How long packets were prepared since `cost` was called.
+    prepared: Duration,
     /// The descriptor that is watched, if the link has one.
     _signal: Option<PeerSignal>,
     _watch: Watch,
@@ -89,6 +93,7 @@ impl<'a> Packets<'a> {
             zero_copy: options.zero_copy_send.then(|| InFlight::new(locked)),
             options,
             stall_timer: context.stall_timer,
+            prepared: Duration::ZERO,
         };
         let initial = Initial { uuid: options.uuid, id }.encode();
         send_all(&mut *packets.link, &mut [Part::from(&initial[..])])
@@ -99,6 +104,7 @@ impl<'a> Packets<'a> {
     }
 
     fn pages(&mut self, batch: &mut Batch) -> Result<()> {
+        let begun = Instant::now();
         let block = self.shared.blocks.block(batch.block)?;
         batch.part(|page| block.is_zero(page));
         let packet_num = self.shared.packet_num.fetch_add(1, Ordering::Relaxed);
@@ -129,6 +135,7 @@ impl<'a> Packets<'a> {
         let method = self.options.method.flags();
         let head = self.head.pages(method, packet_num, block.name(), normal, zero, length);
         let bytes = head.len() + payload_len;
+        self.prepared += begun.elapsed();
         let sent = {
             let mut parts: ArrayVec<Part<'_>, MAX_PARTS> = ArrayVec::new();
             match (&mut self.zero_copy, payload) {
@@ -193,6 +200,14 @@ impl Carrier for Packets<'_> {
         sent.map_err(|error| self.broken(format_args!("send SYNC packet {packet_num}"), error))?;
         self.counters.add_packet(0, 0, bytes);
         Ok(())
+    }
+
+    fn limit_backlog(&mut self, limit: Option<u64>) {
+        self.link.limit_backlog(limit);
+    }
+
+    fn cost(&mut self) -> Cost {
+        Cost { prepared: mem::take(&mut self.prepared), round_trip: self.link.round_trip() }
     }
 
     fn end(mut self) {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    postcopy::{Job, Lane, Schedule},
+    postcopy::{Cost, Job, Lane, Schedule},
     sync_types::{AtomicBool, Instant},
 };
 
@@ -53,8 +53,8 @@ impl Serving {
     }
 
     /// The pages of a job were written, or could not be.
-    pub(super) fn sent(&self, job: Job, written: bool) {
-        self.schedule.sent(job);
+    pub(super) fn sent(&self, job: Job, cost: Cost, written: bool) {
+        self.schedule.sent(job, cost);
         if let Some(since) = job.requested.filter(|_| written) {
             (self.answered)(Instant::now().saturating_duration_since(since));
         }

@@ -13,6 +13,7 @@ use super::{
 use crate::{
     batch::{Batch, Kind},
     error::{Error, Fault, Result},
+    postcopy::Cost,
     ram::{PageIndex, PageRun},
     wire::ChannelId,
 };
@@ -24,6 +25,14 @@ pub(super) trait Carrier {
 
     /// A sync point: all pages so far were sent, and later pages cannot overtake them.
     fn sync(&mut self) -> Result<()>;
+
+    /// Limits what waits in the connection, if there is one: see [`Link::limit_backlog`](crate::channel::Link::limit_backlog).
+    fn limit_backlog(&mut self, _limit: Option<u64>) {}
+
+    /// What was carried since the last call has cost, besides the line.
+    fn cost(&mut self) -> Cost {
+        Cost::default()
+    }
 
     /// Called when the migration is over, successful or not.
     fn end(self);
@@ -80,10 +89,14 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
 fn serve<C: Carrier>(serving: &Serving, dispatch: &Dispatch, carrier: &mut C) -> Result<Option<Batch>> {
     let (share, mut kept) = (serving.share(), None);
     while let Some(job) = serving.next(share) {
+        if job.requested.is_none() {
+            carrier.limit_backlog(job.backlog);
+        }
         let sent = send(&job.run, dispatch, carrier, &mut kept);
-        serving.sent(job, sent.is_ok());
+        serving.sent(job, carrier.cost(), sent.is_ok());
         sent?;
     }
+    carrier.limit_backlog(None);
     Ok(kept)
 }
 

@@ -231,6 +231,14 @@ impl Link for HandedLink {
         self.link.peer_signal()
     }
 
+    fn limit_backlog(&mut self, limit: Option<u64>) {
+        self.link.limit_backlog(limit);
+    }
+
+    fn round_trip(&self) -> Option<Duration> {
+        self.link.round_trip()
+    }
+
     fn peer(&self) -> String {
         self.link.peer()
     }

@@ -257,6 +257,14 @@ impl Link for TlsLink {
         Ok(self.link.peer_signal()?.map(|signal| PeerSignal { plain: false, ..signal }))
     }
 
+    fn limit_backlog(&mut self, limit: Option<u64>) {
+        self.link.limit_backlog(limit);
+    }
+
+    fn round_trip(&self) -> Option<Duration> {
+        self.link.round_trip()
+    }
+
     fn peer(&self) -> String {
         self.link.peer()
     }
@@ -358,6 +366,14 @@ impl Link for ServerLink {
 
     fn peer_signal(&self) -> io::Result<Option<PeerSignal>> {
         (**self).peer_signal()
+    }
+
+    fn limit_backlog(&mut self, limit: Option<u64>) {
+        (**self).limit_backlog(limit);
+    }
+
+    fn round_trip(&self) -> Option<Duration> {
+        (**self).round_trip()
     }
 
     fn peer(&self) -> String {

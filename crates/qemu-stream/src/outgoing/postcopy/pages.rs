@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use multifd::{
@@ -155,6 +156,13 @@ impl<'a> PageWriter<'a> {
     /// The waker that shuts the connection down.
     pub(super) fn waker(&self) -> Arc<dyn Wake> {
         self.out.lock().unwrap_or_else(PoisonError::into_inner).stream.waker()
+    }
+
+    /// Limits what waits in the connection. Returns its shortest round trip.
+    pub(super) fn limit_backlog(&self, limit: Option<u64>) -> Option<Duration> {
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        out.stream.limit_backlog(limit);
+        out.stream.round_trip()
     }
 
     /// Writes other bytes of the stream.

@@ -8,7 +8,7 @@ use std::{
 
 use multifd::{
     Error, Sender,
-    postcopy::{Lane, PageRun, Schedule},
+    postcopy::{Cost, Job, Lane, Schedule},
 };
 
 use super::{
@@ -145,8 +145,9 @@ impl Session<'_> {
     fn work(&self, lane: Lane, schedule: &Schedule, writer: &PageWriter<'_>) -> Result<(), Error> {
         let mut read = ReadPages::default();
         while let Some(job) = schedule.next(lane, MOST) {
-            let sent = self.send(job.run, &mut read, writer);
-            schedule.sent(job);
+            let mut cost = Cost::default();
+            let sent = self.send(&job, &mut read, writer, &mut cost);
+            schedule.sent(job, cost);
             sent?;
             if let Some(since) = job.requested {
                 self.source.counts.answered(Instant::now().saturating_duration_since(since));
@@ -155,13 +156,24 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn send(&self, run: PageRun, read: &mut ReadPages, writer: &PageWriter<'_>) -> Result<(), Error> {
-        let block = self.source.blocks.block(run.block).map_err(Error::from)?;
-        if let Some((bad, pages)) = read.read(block, run) {
+    fn send(
+        &self,
+        job: &Job,
+        read: &mut ReadPages,
+        writer: &PageWriter<'_>,
+        cost: &mut Cost,
+    ) -> Result<(), Error> {
+        let begun = Instant::now();
+        let block = self.source.blocks.block(job.run.block).map_err(Error::from)?;
+        if let Some((bad, pages)) = read.read(block, job.run) {
             self.note_unreadable(bad, pages);
         }
-        let whole = self.source.shape(run.block).is_some_and(|shape| shape.host_page > 1);
-        let written = writer.send(run, read, whole);
+        cost.prepared = begun.elapsed();
+        if job.requested.is_none() {
+            cost.round_trip = writer.limit_backlog(job.backlog);
+        }
+        let whole = self.source.shape(job.run.block).is_some_and(|shape| shape.host_page > 1);
+        let written = writer.send(job.run, read, whole);
         let written = written.map_err(|error| self.write_failed(writer, error))?;
         self.source.counts.wrote(written);
         Ok(())
