@@ -87,7 +87,8 @@ impl SourceOptions {
     }
 
     /// How pages are sent after a switch to post-copy: a limit for those that nobody requests, host page sizes. Whether and when the
-    /// migration switches is in [`MigrateOptions::postcopy`]. Time limits in `options` are replaced by those set here.
+    /// migration switches is in [`MigrateOptions::postcopy`]. Time limits in `options` are replaced by those set here;
+    /// [`preempt`](PostcopyOptions::preempt) is refused.
     pub fn postcopy(mut self, options: PostcopyOptions) -> Self {
         self.postcopy = options;
         self
@@ -154,6 +155,8 @@ impl SourceOptions {
             "it needs the return path"
         } else if self.stream.ignore_shared() {
             "x-ignore-shared excludes it"
+        } else if self.postcopy.has_preempt() {
+            "postcopy-preempt is for a machine in a file; over channels, one of them has only requested pages"
         } else {
             return Ok(());
         };
@@ -315,4 +318,39 @@ fn stream_of(file: &StoredMachine) -> Options {
 
 fn unsendable(error: crate::error::Usage) -> Error {
     Error::other("this machine cannot be sent", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use multifd::{
+        live::PostcopyWhen,
+        ram::{BlockName, Mapping, Memory, PageSize, RamBlock},
+    };
+
+    use super::*;
+    use crate::format::{Configuration, MachineType};
+
+    #[test]
+    fn what_excludes_postcopy_is_refused_before_anything_is_connected() {
+        let options = || {
+            let configuration = Configuration::new(MachineType::new("none").expect("a name"));
+            let migrate = MigrateOptions::new().postcopy(PostcopyWhen::Start);
+            SourceOptions::new(configuration).migrate(migrate)
+        };
+        let refused = |options: SourceOptions| {
+            let memory = Memory::Mapped(Mapping::anonymous(4096).expect("memory"));
+            let name = BlockName::new("ram").expect("a name");
+            let block = RamBlock::new(name, 4096, PageSize::KIB_4, memory).expect("a block");
+            let blocks = RamBlocks::new(vec![block]).expect("blocks").into();
+            Source::new(blocks, options, &Stop::new()).err().map(|error| error.to_string())
+        };
+        assert_eq!(refused(options()), None);
+        for (options, why) in [
+            (options().unconfirmed(), "it needs the return path"),
+            (options().postcopy(PostcopyOptions::new().preempt(true)), "for a machine in a file"),
+        ] {
+            let refused = refused(options).expect("refused");
+            assert!(refused.contains(why), "{refused}");
+        }
+    }
 }

@@ -55,6 +55,10 @@ impl PostcopyOptions {
         self
     }
 
+    pub(crate) fn has_preempt(&self) -> bool {
+        self.preempt
+    }
+
     /// Limits pages that nobody requests to this number of bytes in a second (`max-postcopy-bandwidth`). Requests have no
     /// limit. Default `None`: no limit, and so is 0. [`PostcopyControl`](super::PostcopyControl) changes it later.
     pub fn max_postcopy_bandwidth(mut self, bytes: Option<u64>) -> Self {
