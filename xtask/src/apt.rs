@@ -132,6 +132,25 @@ impl Package {
     pub(crate) fn unpack(&self, root: &Path) -> Result<(), Failure> {
         run(Command::new("dpkg-deb").arg("--extract").arg(&self.path).arg(root))
     }
+
+    /// The command that writes the package's files as a tar archive to its standard output.
+    pub(crate) fn contents(&self) -> Command {
+        let mut command = Command::new("dpkg-deb");
+        command.arg("--fsys-tarfile").arg(&self.path).stdin(Stdio::null());
+        command
+    }
+
+    /// The first package that it depends on.
+    ///
+    /// # Errors
+    ///
+    /// When there is no `dpkg-deb`, or it depends on nothing.
+    pub(crate) fn depends_on(&self) -> Result<String, Failure> {
+        let mut field = Command::new("dpkg-deb");
+        let listing = output(field.arg("--field").arg(&self.path).arg("Depends"))?;
+        let first = listing.split([' ', ',', '|', '\n']).next().filter(|name| !name.is_empty());
+        Ok(first.ok_or_else(|| format!("{} depends on nothing", self.name))?.to_owned())
+    }
 }
 
 /// The mirror from which the system's apt downloads Debian.

@@ -4,7 +4,7 @@
 //! check   format, lints, documentation, directions of dependencies, licences, cargo deny, advisories, file lengths,
 //!         plain words
 //! test    fetches the QEMUs the interop tests talk to, then runs the tests; with --all the slow ones too
-//! qemu    only fetches the QEMUs
+//! qemu    only fetches the QEMUs and a kernel for their guests
 //! fuzz    runs the fuzz targets for a while
 //! soak    endless migrations, most of them with faults; with --lives, lives of machines
 //! bench   measures the engine against QEMU and iperf3
@@ -32,6 +32,7 @@ mod deny;
 mod deps;
 mod dist;
 mod fuzz;
+mod kernel;
 mod length;
 mod licences;
 mod modules;
@@ -60,7 +61,10 @@ fn main() -> ExitCode {
     let rest: Vec<String> = args.collect();
     let outcome = match (task.as_deref(), rest.as_slice()) {
         (Some("check"), []) => check::run(),
-        (Some("qemu"), []) => qemu::run(),
+        (Some("qemu"), []) => qemu::run().and_then(|()| {
+            println!("kernel {}", kernel::Kernel::locate()?.image.display());
+            Ok(())
+        }),
         (Some("api"), []) => api::run_task(false),
         (Some("api"), [bless]) if bless == "--bless" => api::run_task(true),
         (Some("publish-check"), []) => step::step("packages", || publish::check(true)),
@@ -139,7 +143,7 @@ const USAGE: &str = "usage: cargo xtask <task>
   publish-check   package the libraries, and build each from its package
   test [--all] [-- ARGS]
                   fetch the QEMUs, then run the tests; --all also runs those marked slow; ARGS are passed to `cargo test`
-  qemu            fetch the QEMUs for the interop tests into target/qemu
+  qemu            fetch the QEMUs for the interop tests into target/qemu, and a kernel of Linux into target/kernel
   fuzz [--seconds N] [TARGET]...
                   run all fuzz targets, or the named ones, for N seconds each (default 60)
   soak [--minutes N] [--seed S] [--migrations N]

@@ -1,8 +1,8 @@
 //! `cargo xtask test`: runs the tests, including those with real QEMUs.
 //!
-//! It fetches the QEMUs, passes their paths to the tests, runs `cargo test` and sums up the counts of its binaries. A
+//! It fetches the QEMUs and a kernel, passes their paths to the tests, runs `cargo test` and sums up the counts of its binaries. A
 //! test that lacks its QEMU writes its name and the reason to a file that this task provides; these tests are listed at
-//! the end. In CI a missing QEMU is a failure.
+//! the end. In CI a missing QEMU or kernel is a failure.
 //!
 //! A slow test is marked `#[ignore = "slow: …"]` and runs only with `--all`: soaks, and those cells of the interop
 //! tables whose differences from the quick run are covered by other cells.
@@ -15,6 +15,7 @@ use std::io::{BufRead, BufReader, Write, stdout};
 use std::process::Stdio;
 
 use crate::Failure;
+use crate::kernel::Kernel;
 use crate::qemu;
 use crate::step::{cargo, step};
 
@@ -43,6 +44,10 @@ pub(crate) fn run(slow: bool, args: &[String]) -> Result<(), Failure> {
             }
             Err(reason) => missing.push(format!("no QEMU {}: {reason}", release.series)),
         }
+    }
+    match Kernel::locate() {
+        Ok(kernel) => kernel.pass_to(&mut command),
+        Err(reason) => missing.push(format!("no kernel of Linux: {reason}")),
     }
     if crate::in_ci() && !missing.is_empty() {
         return Err(format!("in CI no interop test may be skipped: {}", missing.join("; ")).into());

@@ -40,9 +40,9 @@ pub(super) fn plan<'a>(
     head.u16(0);
     head.u16(0);
     head.u16(0);
-    segment(&mut head, NOTE, notes_at, 0, notes.len() as u64, 0);
+    segment(&mut head, NOTE, notes_at, 0, notes.len() as u64);
     for range in ranges {
-        segment(&mut head, LOAD, position, range.start.0, range.length, PAGE);
+        segment(&mut head, LOAD, position, range.start.0, range.length);
         position += range.length;
     }
     let mut plan = Plan::default();
@@ -53,8 +53,9 @@ pub(super) fn plan<'a>(
     Ok(plan)
 }
 
-/// An entry of the table of segments. The virtual address is the physical one, as in QEMU's own dumps.
-fn segment(head: &mut Bytes, kind: u32, position: u64, address: u64, length: u64, alignment: u64) {
+/// An entry of the table of segments. The virtual address is the physical one and the alignment 0, as in QEMU's own dumps: `crash`
+/// takes a file with another alignment for one of netdump, and ends without a message.
+fn segment(head: &mut Bytes, kind: u32, position: u64, address: u64, length: u64) {
     head.u32(kind);
     head.u32(0);
     head.u64(position);
@@ -62,7 +63,7 @@ fn segment(head: &mut Bytes, kind: u32, position: u64, address: u64, length: u64
     head.u64(address);
     head.u64(length);
     head.u64(length);
-    head.u64(alignment);
+    head.u64(0);
 }
 
 const CLASS_64: u8 = 2;

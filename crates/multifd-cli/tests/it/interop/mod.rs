@@ -9,6 +9,7 @@ mod files;
 mod foreign;
 mod interrupted;
 mod journey;
+mod linux;
 mod look;
 mod many;
 mod matrix;

@@ -1,19 +1,14 @@
 //! Exported files in the tools that they are for. Each tool is skipped if it is not installed.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::{fs, path::Path, process::Command};
 
-use multifd_testkit::qemu::{Error, Qemu, Vm};
+use multifd_testkit::qemu::{Error, Qemu};
 
 use super::look::{Dumped, dumped, look, read};
-use crate::kit::{folder, machine, migrate, path};
+use crate::kit::{machine, path};
 
 /// Runs a tool; `None`, and listed as skipped, if it is not installed.
-fn tool(program: &str, words: &[&str], file: &Path) -> Option<String> {
+pub(super) fn tool(program: &str, words: &[&str], file: &Path) -> Option<String> {
     match Command::new(program).args(words).arg(file).output() {
         Ok(output) => {
             let text = [output.stdout, output.stderr].concat();
@@ -26,7 +21,7 @@ fn tool(program: &str, words: &[&str], file: &Path) -> Option<String> {
     }
 }
 
-fn export(format: &str, stream: &Path, out: &Path) {
+pub(super) fn export(format: &str, stream: &Path, out: &Path) {
     let ended = look("export", &["--quiet", "--format", format, stream.to_str().expect("text")], out);
     assert_eq!((ended.code, &*ended.stderr), (Some(0), ""), "{ended:?}");
 }
@@ -52,89 +47,6 @@ fn exported_core_file_opens_in_readelf_and_gdb() {
     }
     let Some(qemu) = Qemu::v10_0() else { return };
     opens(&qemu).unwrap();
-}
-
-/// A kernel of Linux for x86; `None`, and listed as skipped, without one.
-fn kernel() -> Option<PathBuf> {
-    let given = env::var_os("MULTIFD_KERNEL").map(PathBuf::from);
-    let found = given.or_else(|| {
-        let mut entries = fs::read_dir("/boot").ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-        entries
-            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
-    });
-    if found.is_none() {
-        multifd_testkit::lacks("no kernel of Linux: neither MULTIFD_KERNEL nor /boot/vmlinuz-*");
-    }
-    found
-}
-
-/// Waits until the kernel has found that it has no disk to start from.
-fn wait_panic(vm: &Vm, console: &Path) -> String {
-    for _ in 0..600 {
-        let text = fs::read_to_string(console).unwrap_or_default();
-        if text.contains("end Kernel panic") {
-            return text;
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    panic!("the kernel did not end: {}", vm.stderr());
-}
-
-/// A guest with Linux: the kernel and its release are found where it has put them.
-#[test]
-fn linux_is_found_by_volatility_and_drgn() {
-    fn is_found(qemu: &Qemu, kernel: &Path) -> Result<(), Error> {
-        let folder = folder();
-        let console = path(&folder, "console");
-        let mut vm = qemu
-            .vm()
-            .machine(&qemu.machine())
-            .memory(512 << 20)
-            .args(["-cpu", "max", "-append", "console=ttyS1 panic=0"])
-            .args(["-kernel".as_ref(), kernel.as_os_str()])
-            .args(["-serial".to_owned(), format!("file:{}", console.display())])
-            .start()?;
-        let text = wait_panic(&vm, &console);
-        let (_, release) = text.split_once("Linux version ").expect("a banner");
-        let release = release.split_whitespace().next().expect("a release");
-        vm.stop()?;
-        let stream = path(&folder, "stream");
-        migrate(&mut vm, &format!("exec:cat > {}", stream.display()))?;
-
-        let banner = format!("Linux version {release}");
-        let found = look("find", &["--json", "--text", &banner], &stream);
-        let places = found.json()["addresses"].as_array().map(Vec::len);
-        assert!(places > Some(0), "{found:?}");
-        for format in ["elf", "lime", "kdump"] {
-            let out = path(&folder, format);
-            export(format, &stream, &out);
-            // Its options come before the name of a plugin.
-            let words = ["-q", "-f", out.to_str().expect("text")];
-            if format != "kdump"
-                && let Some(text) = tool("vol", &words, Path::new("banners.Banners"))
-            {
-                assert!(text.contains(&banner), "{format}: {text}");
-            }
-            if format != "lime" && has_drgn() {
-                let script = "import drgn, sys; p = drgn.Program(); p.set_core_dump(sys.argv[1]); \
-                              print(p.flags, p['UTS_RELEASE'].string_().decode())";
-                let text = tool("python3", &["-c", script], &out).expect("python3");
-                assert!(text.contains("IS_LINUX_KERNEL") && text.contains(release), "{format}: {text}");
-            }
-        }
-        Ok(())
-    }
-    let (Some(qemu), Some(kernel)) = (Qemu::v10_0(), kernel()) else { return };
-    is_found(&qemu, &kernel).unwrap();
-}
-
-fn has_drgn() -> bool {
-    let imported = Command::new("python3").args(["-c", "import drgn"]).output();
-    let has = imported.is_ok_and(|output| output.status.success());
-    if !has {
-        multifd_testkit::lacks("drgn is not installed for python3");
-    }
-    has
 }
 
 /// What a libvirt without a service needs to run a guest as this user.
