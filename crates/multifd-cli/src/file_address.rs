@@ -1,4 +1,5 @@
-//! The address of a file with a machine on the command line: a path, or in QEMU's form `file:PATH[,offset=N]`.
+//! The address of a file with a machine on the command line: a path, or in QEMU's form `file:PATH[,offset=N]`; for a
+//! snapshot in a disk image, `file:PATH,snapshot=NAME`.
 //!
 //! A path that is not valid for a file is refused here, as wrong usage. The file system is queried when the file is
 //! opened for reading, or by [`NewFile`](crate::new_file::NewFile) for writing.
@@ -12,17 +13,21 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use multifd::{error::UntrustedText, ram};
+use multifd::{
+    error::{UntrustedText, is_executed},
+    ram,
+};
 use parse_size::Config;
 use qemu_stream::mapped_ram;
 
 use crate::output::{outcome::While, outlet::shown};
 
-/// The place of a machine: a file, and the position in it at which its stream begins.
+/// The place of a machine: a file, and the position in it at which its stream begins, or the name of a snapshot in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FileAddress {
     path: PathBuf,
     offset: u64,
+    snapshot: Option<String>,
 }
 
 /// Whether a file is compared with the digests in it.
@@ -50,7 +55,7 @@ impl From<Digests> for mapped_ram::Digests {
 }
 
 impl FileAddress {
-    /// Parses `PATH` or `file:PATH[,offset=N]`. A path that begins with `file:`, or like an address, is written `./file:…`.
+    /// Parses `PATH`, `file:PATH[,offset=N]` or `file:PATH,snapshot=NAME`. A path that begins with `file:`, or like an address, is written `./file:…`.
     pub(crate) fn parse(text: OsString) -> Result<Self, String> {
         if let Some(kind) = kind_of_address(&text.to_string_lossy()) {
             return Err(format!(
@@ -59,7 +64,11 @@ impl FileAddress {
             ));
         }
         let Some(rest) = text.as_bytes().strip_prefix(b"file:") else {
-            return Ok(Self { path: file_path(text)?, offset: 0 });
+            return Ok(Self::of(file_path(text)?));
+        };
+        let (rest, snapshot) = match rest.windows(SNAPSHOT.len()).position(|window| window == SNAPSHOT) {
+            Some(at) => (&rest[..at], Some(name(&rest[at + SNAPSHOT.len()..])?)),
+            None => (rest, None),
         };
         let mut windows = rest.windows(OFFSET.len());
         let (path, offset) = match windows.position(|window| window == OFFSET) {
@@ -75,12 +84,21 @@ impl FileAddress {
                  file:"
             ));
         }
-        Ok(Self { path: file_path(OsString::from_vec(path.to_owned()))?, offset })
+        Ok(Self { path: file_path(OsString::from_vec(path.to_owned()))?, offset, snapshot })
+    }
+
+    /// The same for a file that is written, or has no snapshots.
+    pub(crate) fn parse_plain(text: OsString) -> Result<Self, String> {
+        let parsed = Self::parse(text)?;
+        match parsed.snapshot {
+            None => Ok(parsed),
+            Some(_) => Err("snapshot=NAME names a machine in a disk image, which is only read".into()),
+        }
     }
 
     /// A whole file at a path that this program has made.
     pub(crate) fn of(path: PathBuf) -> Self {
-        Self { path, offset: 0 }
+        Self { path, offset: 0, snapshot: None }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -90,6 +108,23 @@ impl FileAddress {
     /// The position at which the stream begins, in bytes.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// The name or the id of the snapshot that is meant.
+    pub(crate) fn snapshot(&self) -> Option<&str> {
+        self.snapshot.as_deref()
+    }
+
+    /// How it is typed with this path: a name that cannot be shown as it is stays a placeholder.
+    pub(crate) fn typed(&self, path: &str) -> String {
+        match (&self.snapshot, self.offset) {
+            (None, 0) => path.to_owned(),
+            (None, offset) => format!("file:{path},offset={offset:#x}"),
+            (Some(name), _) => {
+                let name = if name.contains(is_executed) { "NAME" } else { name };
+                format!("file:{path},snapshot={name}")
+            }
+        }
     }
 
     /// The error of a machine that cannot be read.
@@ -103,6 +138,9 @@ impl fmt::Display for FileAddress {
         f.write_str(&shown(&self.path))?;
         if self.offset > 0 {
             write!(f, " at offset {:#x}", self.offset)?;
+        }
+        if let Some(name) = &self.snapshot {
+            write!(f, ", snapshot {:?}", UntrustedText::from_bytes(name.as_bytes()))?;
         }
         Ok(())
     }
@@ -143,11 +181,20 @@ fn option_behind(path: &[u8]) -> Option<UntrustedText> {
     let option = path.get(at + 1..)?;
     let name = option.split(|byte| *byte == b'=').next().unwrap_or_default();
     let is_name = !name.is_empty() && name.iter().all(|byte| byte.is_ascii_alphabetic() || *byte == b'-');
-    let looks = is_name && (option.contains(&b'=') || name == b"offset");
+    let looks = is_name && (option.contains(&b'=') || name == b"offset" || name == b"snapshot");
     looks.then(|| UntrustedText::from_bytes(option))
 }
 
+/// The name of a snapshot.
+fn name(text: &[u8]) -> Result<String, String> {
+    match std::str::from_utf8(text) {
+        Ok(name) if !name.is_empty() => Ok(name.to_owned()),
+        _ => Err(format!("expected the name of a snapshot, found {:?}", UntrustedText::from_bytes(text))),
+    }
+}
+
 const OFFSET: &[u8] = b",offset=";
+const SNAPSHOT: &[u8] = b",snapshot=";
 /// The greatest position in a file.
 const LAST: u64 = i64::MAX as u64;
 
@@ -202,6 +249,24 @@ mod tests {
         ] {
             assert_eq!(parse(text), Ok((path.to_owned(), offset)), "{text}");
         }
+    }
+
+    #[test]
+    fn name_of_a_snapshot_is_everything_after_its_option_and_only_read() {
+        for (text, path, name) in [
+            ("file:a.qcow2,snapshot=one", "a.qcow2", "one"),
+            ("file:/a,b,snapshot=one, two,offset=3", "/a,b", "one, two,offset=3"),
+            ("file:a,snapshot=x,snapshot=y", "a", "x,snapshot=y"),
+        ] {
+            let parsed = FileAddress::parse(text.into()).expect(text);
+            assert_eq!((parsed.path.to_str(), parsed.snapshot()), (Some(path), Some(name)), "{text}");
+            assert_eq!(parsed.typed(path), text);
+            assert!(FileAddress::parse_plain(text.into()).expect_err(text).contains("only read"));
+        }
+        for text in ["file:a,snapshot=", "file:a,snapshot", "file:,snapshot=one"] {
+            FileAddress::parse(text.into()).expect_err(text);
+        }
+        assert_eq!(FileAddress::parse("a,snapshot=one".into()).expect("a path").snapshot(), None);
     }
 
     /// Regression: the option became a part of the path, and the machine was written to a file of that name.

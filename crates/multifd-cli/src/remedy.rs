@@ -98,10 +98,7 @@ fn command(what: &Unsupported, address: &FileAddress) -> Option<String> {
                 stream_at: Some(_),
             },
         ) => {
-            let file = match address.offset() {
-                0 => name_of(address).to_owned(),
-                offset => format!("file:{},offset={offset}", name_of(address)),
-            };
+            let file = address.typed(name_of(address));
             Some(format!("this makes a file NEW of it: multifd merge {} NEW", quoted(&dashed(file))))
         }
         _ => None,
@@ -148,7 +145,7 @@ mod tests {
         for (what, file, end) in [
             (stream.clone(), "vm", "multifd merge vm NEW"),
             (stream.clone(), "./it's", r"multifd merge './it'\''s' NEW"),
-            (stream.clone(), "file:-vm,offset=8", "multifd merge file:-vm,offset=8 NEW"),
+            (stream.clone(), "file:-vm,offset=8", "multifd merge file:-vm,offset=0x8 NEW"),
             (stream, "file:-vm", "multifd merge ./-vm NEW"),
             (of_libvirt(LibvirtStorage::Raw), "vm", "multifd merge vm NEW"),
             (Unsupported::OtherFormat(OtherFormat::Compressed(Compressor::Gzip)), "a b", "merge 'a b' NEW"),

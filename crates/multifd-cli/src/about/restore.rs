@@ -22,10 +22,7 @@ pub(crate) fn commands(file: &FileAddress, about: &About) -> Vec<String> {
     }
     let path = absolute(file.path()).unwrap_or_else(|_| file.path().to_owned());
     let path = path.to_str().unwrap_or("FILE");
-    let file = match file.offset() {
-        0 => path.to_owned(),
-        offset => format!("file:{path},offset={offset:#x}"),
-    };
+    let file = file.typed(path);
     vec![format!("{} &", line.join(" ")), format!("multifd restore {} {}", quoted(&file), quoted(&socket))]
 }
 

@@ -12,7 +12,7 @@ use multifd::{
 use super::{
     run::RunArgs,
     shared::{
-        OutputArgs, default_seconds, file_address, label, limit, listen_address, milliseconds, number,
+        OutputArgs, default_seconds, label, limit, listen_address, milliseconds, number, plain_file_address,
         qmp_address, rate, seconds,
     },
 };
@@ -77,7 +77,7 @@ pub(crate) struct CaptureArgs {
     pub(crate) force: bool,
     /// Write a delta: only the pages that differ from those in BASE, which is a whole file or a delta: a path, or
     /// file:PATH,offset=N. FILE then needs BASE, unchanged, at the same place as seen from FILE
-    #[arg(long, value_name = "BASE", value_parser = file_address())]
+    #[arg(long, value_name = "BASE", value_parser = plain_file_address())]
     pub(crate) base: Option<FileAddress>,
     /// Text to store in FILE, shown by multifd inspect
     #[arg(long, value_name = "TEXT", value_parser = label)]
@@ -90,7 +90,7 @@ pub(crate) struct CaptureArgs {
     #[arg(value_parser = qmp_address)]
     pub(crate) qmp: QmpAddress,
     /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
-    #[arg(value_parser = file_address())]
+    #[arg(value_parser = plain_file_address())]
     pub(crate) file: FileAddress,
 }
 

@@ -36,7 +36,7 @@ pub(crate) struct InspectArgs {
     /// Read FILE although it is damaged: do not compare it with its digests
     #[arg(long)]
     pub(crate) no_verify: bool,
-    /// File to read: a path, or file:PATH,offset=N
+    /// File to read: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
     /// File for the RAM of BLOCK, readable by its owner only; - = standard output

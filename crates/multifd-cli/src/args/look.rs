@@ -27,7 +27,7 @@ pub(crate) struct ReadArgs {
     pub(crate) raw: bool,
     #[command(flatten)]
     pub(crate) physical: PhysicalArgs,
-    /// File to read: a path, or file:PATH,offset=N
+    /// File to read: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
 }
@@ -52,7 +52,7 @@ pub(crate) struct FindArgs {
     pub(crate) threads: Option<NonZero<u8>>,
     #[command(flatten)]
     pub(crate) physical: PhysicalArgs,
-    /// File to read: a path, or file:PATH,offset=N
+    /// File to read: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
 }
@@ -91,7 +91,7 @@ pub(crate) struct ExportArgs {
     pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) physical: PhysicalArgs,
-    /// File to read: a path, or file:PATH,offset=N
+    /// File to read: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
     /// File for the memory, readable by its owner only; - = standard output
@@ -113,10 +113,10 @@ pub(crate) struct DiffArgs {
     /// Read files although they are damaged: do not compare them with their digests
     #[arg(long)]
     pub(crate) no_verify: bool,
-    /// One file: a path, or file:PATH,offset=N
+    /// One file: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) a: FileAddress,
-    /// The other file: a path, or file:PATH,offset=N
+    /// The other file: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) b: FileAddress,
 }

@@ -6,7 +6,7 @@ use clap::Args as ClapArgs;
 
 use super::{
     run::RunArgs,
-    shared::{OutputArgs, file_address, label, threads},
+    shared::{OutputArgs, file_address, label, plain_file_address, threads},
 };
 use crate::file_address::FileAddress;
 
@@ -34,6 +34,6 @@ pub(crate) struct MergeArgs {
     #[arg(value_name = "FILE", value_parser = file_address(), required = true, num_args = 1..)]
     pub(crate) files: Vec<FileAddress>,
     /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
-    #[arg(value_parser = file_address(), required = true)]
+    #[arg(value_parser = plain_file_address(), required = true)]
     pub(crate) out: FileAddress,
 }

@@ -12,7 +12,7 @@ use multifd::{
 use super::{
     many::ManyArgs,
     run::RunArgs,
-    shared::{OutputArgs, default_seconds, file_address, label, limit, number, seconds, size},
+    shared::{OutputArgs, default_seconds, label, limit, number, plain_file_address, seconds, size},
 };
 use crate::{file_address::FileAddress, listen_address::ListenAddress};
 
@@ -66,7 +66,7 @@ pub(crate) struct ReceiveArgs {
     pub(crate) force: bool,
     /// Write a delta: only the pages that differ from those in BASE, which is a whole file or a delta: a path, or
     /// file:PATH,offset=N. FILE then needs BASE, unchanged, at the same place as seen from FILE
-    #[arg(long, value_name = "BASE", value_parser = file_address())]
+    #[arg(long, value_name = "BASE", value_parser = plain_file_address())]
     pub(crate) base: Option<FileAddress>,
     /// Text to store in FILE, shown by multifd inspect
     #[arg(long, value_name = "TEXT", value_parser = label)]
@@ -83,7 +83,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(value_parser = ListenAddress::parse)]
     pub(crate) listen: ListenAddress,
     /// File to write: a path, or file:PATH,offset=N to keep the first N bytes and write after them
-    #[arg(value_parser = file_address(), required_unless_present = "dir")]
+    #[arg(value_parser = plain_file_address(), required_unless_present = "dir")]
     pub(crate) file: Option<FileAddress>,
 }
 

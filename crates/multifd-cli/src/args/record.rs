@@ -8,7 +8,7 @@ use clap::{
 };
 use multifd::channel::Address;
 
-use super::shared::{destination_address, file_address, listen_address};
+use super::shared::{destination_address, listen_address, plain_file_address};
 use crate::file_address::{FileAddress, file_path};
 
 #[derive(Debug, ClapArgs)]
@@ -42,7 +42,7 @@ pub(crate) struct ReplayArgs {
     #[arg(long, short)]
     pub(crate) quiet: bool,
     /// File with the recording: a path, or file:PATH,offset=N
-    #[arg(value_parser = file_address())]
+    #[arg(value_parser = plain_file_address())]
     pub(crate) file: FileAddress,
     /// Address of the destination: tcp:HOST:PORT, unix:PATH or vsock:CID:PORT
     #[arg(value_parser = destination_address)]

@@ -48,7 +48,7 @@ pub(crate) struct RestoreArgs {
     pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// File to restore: a path, or file:PATH,offset=N
+    /// File to restore: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
     /// QMP socket of a QEMU that was started with -incoming defer: unix:PATH, a path, or tcp:HOST:PORT

@@ -75,7 +75,7 @@ pub(crate) struct SendArgs {
     pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// File to send: a path, or file:PATH,offset=N
+    /// File to send: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
     /// Address of the destination: tcp:HOST:PORT[,OPTION...] as for receive, unix:PATH, vsock:CID:PORT, fd:N, or

@@ -214,6 +214,11 @@ pub(super) fn file_address() -> impl TypedValueParser<Value = FileAddress> {
     OsStringValueParser::new().try_map(FileAddress::parse)
 }
 
+/// The same for a file that is written, or has no snapshots.
+pub(super) fn plain_file_address() -> impl TypedValueParser<Value = FileAddress> {
+    OsStringValueParser::new().try_map(FileAddress::parse_plain)
+}
+
 /// Parses bytes with binary units as in QEMU: 1K is 1024.
 pub(super) fn size(text: &str) -> Result<u64, String> {
     bytes(text).ok_or_else(|| format!("expected a size in bytes, or {SIZE_UNITS}, found {text:?}"))

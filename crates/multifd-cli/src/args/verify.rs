@@ -20,7 +20,7 @@ pub(crate) struct VerifyArgs {
     pub(crate) direct_io: bool,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
-    /// File to verify: a path, or file:PATH,offset=N
+    /// File to verify: a path, file:PATH,offset=N, or file:PATH,snapshot=NAME (in a disk image)
     #[arg(value_parser = file_address())]
     pub(crate) file: FileAddress,
 }

@@ -6,9 +6,10 @@ use qemu_stream::{
     Error,
     error::Unsupported,
     format::{Compressor, LibvirtStorage, OtherFormat},
-    stored::LibvirtImage,
+    stored::{LibvirtImage, Snapshot},
 };
 
+use super::snapshot;
 use crate::file_address::FileAddress;
 
 /// The form in which a machine is stored.
@@ -22,6 +23,10 @@ pub(crate) enum Form {
     Compressed(Compressor),
     /// A save image of libvirt.
     Libvirt(LibvirtImage),
+    /// A snapshot in a qcow2 image.
+    Snapshot(Snapshot),
+    /// The recording of a migration.
+    Recording,
 }
 
 impl Form {
@@ -29,7 +34,7 @@ impl Form {
     /// in an unknown way.
     ///
     /// # Errors
-    /// If the head of a libvirt image cannot be read.
+    /// If the head of a libvirt image cannot be read, or it is not clear which snapshot of a qcow2 image is meant.
     pub(super) fn of(error: &Error, at: &FileAddress) -> io::Result<Option<Self>> {
         let Error::Unsupported { what, .. } = error else { return Ok(None) };
         Ok(match what {
@@ -38,6 +43,8 @@ impl Form {
             Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, .. }) if is_known(*storage) => {
                 LibvirtImage::read(&at.found()?.file, at.offset())?.map(Self::Libvirt)
             }
+            Unsupported::OtherFormat(OtherFormat::DiskImage) => Some(Self::Snapshot(snapshot::chosen(at)?)),
+            Unsupported::OtherFormat(OtherFormat::Recording) => Some(Self::Recording),
             _ => None,
         })
     }
@@ -47,7 +54,7 @@ impl Form {
         match self {
             Self::MappedRam => true,
             Self::Libvirt(image) => image.storage == LibvirtStorage::Sparse,
-            Self::Stream | Self::Compressed(_) => false,
+            Self::Stream | Self::Compressed(_) | Self::Snapshot(_) | Self::Recording => false,
         }
     }
 }
@@ -70,6 +77,8 @@ impl fmt::Display for Form {
                 };
                 write!(f, "a save image of libvirt, {how}")
             }
+            Self::Snapshot(snapshot) => write!(f, "a snapshot in a qcow2 image, {}", snapshot.name),
+            Self::Recording => f.write_str("a recording of a migration"),
         }
     }
 }

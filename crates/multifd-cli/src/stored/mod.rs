@@ -6,7 +6,8 @@
 //!       │                             ├─ raw ────────┐
 //!       │                             └─ compressed ─┤
 //!       ├─ stream ───────────────────────────────────┼─ unfold ─ scratch file ─▶ StoredMachine
-//!       └─ compressed stream ─ decompressor (a process) ┘
+//!       ├─ compressed stream ─ decompressor (a process) ┤
+//!       └─ qcow2 image ─ snapshot ──────────────────────┘
 //! ```
 //!
 //! The scratch file has no name, so nothing of it remains when the process ends. The decompressor is a child that ends before the
@@ -14,6 +15,8 @@
 
 mod decompressor;
 mod form;
+mod snapshot;
+mod within;
 
 use std::{
     env,
@@ -34,7 +37,7 @@ use qemu_stream::{
 };
 
 use self::decompressor::Decompressor;
-pub(crate) use self::form::Form;
+pub(crate) use self::{form::Form, within::Within};
 use crate::{
     file_address::{Digests, FileAddress},
     output::{
@@ -122,13 +125,17 @@ impl<'a> Open<'a> {
         let on_disk = on_disk(&found.file);
         let digests = mapped_ram::Digests::from(self.digests);
         let error = match StoredMachine::open_with(found, digests, find) {
-            Ok(machine) => return Ok(Opened { machine, form: Form::MappedRam, on_disk }),
+            Ok(machine) => {
+                check_snapshot(at, &Form::MappedRam)?;
+                return Ok(Opened { machine, form: Form::MappedRam, on_disk });
+            }
             Err(error) => error,
         };
         let form = match Form::of(&error, at).map_err(|error| at.unreadable(error))? {
             Some(form) => form,
             None => return Err(at.unreadable(remedy::of(error, at)).into()),
         };
+        check_snapshot(at, &form)?;
         if !self.quiet {
             say(&format!("{at} is {form}"));
         }
@@ -136,6 +143,11 @@ impl<'a> Open<'a> {
             Form::MappedRam => return Err(at.unreadable(error).into()),
             Form::Stream => self.unfold(at, at.offset(), None)?,
             Form::Compressed(by) => self.unfold(at, at.offset(), Some(*by))?,
+            Form::Snapshot(snapshot) => {
+                let image = snapshot::open(at).map_err(|error| at.unreadable(error))?;
+                self.read(at, image.state(snapshot))?
+            }
+            Form::Recording => return Err(at.unreadable(error).into()),
             Form::Libvirt(image) => match image.storage {
                 LibvirtStorage::Raw => self.unfold(at, image.stream_at, None)?,
                 LibvirtStorage::Compressed(by) => self.unfold(at, image.stream_at, Some(by))?,
@@ -205,6 +217,15 @@ impl<'a> Open<'a> {
                 error => at.unreadable(error).into(),
             }
         })
+    }
+}
+
+/// Refuses the name of a snapshot for what has none.
+fn check_snapshot(at: &FileAddress, form: &Form) -> Result<(), Failure> {
+    match form {
+        Form::Snapshot(_) => Ok(()),
+        _ if at.snapshot().is_none() => Ok(()),
+        _ => Err(at.unreadable(format!("it is {form}, which has no snapshots")).into()),
     }
 }
 

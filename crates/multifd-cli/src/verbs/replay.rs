@@ -4,7 +4,6 @@
 //! their order. With `--fast`, a connection is closed only when the destination has replied as much as in the recording.
 
 use std::{
-    fs::File,
     io::{self, Read},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -19,41 +18,19 @@ use multifd::{
 use qemu_stream::{
     error::StreamKind,
     format::{Message, Reader},
-    recording::{Bytes, ConnectionNumber, Ending, OneWay, Recording, Side, Timeline},
+    recording::{ConnectionNumber, Ending, OneWay, Recording, Side, Timeline},
 };
 
 use super::record::send_all;
 use crate::{
     args::ReplayArgs,
-    file_address::open_regular,
     interrupt,
     output::{
         outcome::{Failure, While},
         outlet::say,
     },
+    stored::Within,
 };
-
-/// A recording in a file, from an offset on.
-pub(crate) struct Within {
-    file: File,
-    offset: u64,
-}
-
-impl Within {
-    pub(crate) fn open(at: &crate::file_address::FileAddress) -> io::Result<Self> {
-        Ok(Self { file: open_regular(at.path())?, offset: at.offset() })
-    }
-}
-
-impl Bytes for Within {
-    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        Bytes::read_at(&self.file, into, self.offset.saturating_add(offset))
-    }
-
-    fn length(&self) -> io::Result<u64> {
-        Ok(Bytes::length(&self.file)?.saturating_sub(self.offset))
-    }
-}
 
 /// What all connections share.
 struct Shared {

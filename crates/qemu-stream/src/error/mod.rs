@@ -159,7 +159,12 @@ impl Error {
                 source.downcast_ref::<multifd::Error>().map_or(Fault::Caller, multifd::Error::fault)
             }
             Self::Io {
-                at: Place { stream: StreamKind::File | StreamKind::Stored | StreamKind::Recording, .. },
+                at:
+                    Place {
+                        stream:
+                            StreamKind::File | StreamKind::Stored | StreamKind::Recording | StreamKind::DiskImage,
+                        ..
+                    },
                 ..
             } => Fault::System,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => Fault::Stalled,
@@ -238,7 +243,9 @@ fn cause_of_end(stream: StreamKind) -> &'static str {
             "the source closed the connection (cancelled, or its process ended)"
         }
         StreamKind::ReturnPath => "the destination closed the connection (it failed, or its process ended)",
-        StreamKind::File | StreamKind::Stored | StreamKind::Recording => "the file is incomplete",
+        StreamKind::File | StreamKind::Stored | StreamKind::Recording | StreamKind::DiskImage => {
+            "the file is incomplete"
+        }
     }
 }
 
@@ -287,6 +294,8 @@ pub enum StreamKind {
     Stored,
     /// A recording of a migration.
     Recording,
+    /// A qcow2 image.
+    DiskImage,
 }
 
 impl fmt::Display for StreamKind {
@@ -298,6 +307,7 @@ impl fmt::Display for StreamKind {
             Self::Preempt => "postcopy-preempt",
             Self::Stored => "stored stream",
             Self::Recording => "recording",
+            Self::DiskImage => "disk image",
         })
     }
 }

@@ -88,6 +88,12 @@ pub enum Unsupported {
         /// The capability that should have been on.
         capability: &'static str,
     },
+    /// A disk image whose snapshots are read by QEMU alone.
+    #[error("{0}, whose snapshots QEMU alone reads: start it with -loadvm NAME -S, and capture the machine")]
+    DiskImage(&'static str),
+    /// A recording that cannot be received again.
+    #[error("{0}, from which no machine can be read: multifd inspect shows what passed")]
+    Recording(&'static str),
     /// A mapped-ram header of a later version.
     #[error("block \"{block}\": mapped-ram header version {found}, expected at most 1")]
     MappedRamVersion {

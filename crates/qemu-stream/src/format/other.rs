@@ -156,7 +156,7 @@ impl fmt::Display for OtherFormat {
                  virsh save, or with virsh dump without --memory-only",
             ),
             Self::DiskImage => f.write_str(
-                "a qcow2 disk image: a snapshot inside it is restored by QEMU alone (loadvm, or option -loadvm)",
+                "a qcow2 disk image: file:IMAGE,snapshot=NAME names a machine in it that savevm has saved",
             ),
             Self::Compressed(by) => write!(f, "compressed with {}: decompress it first", by.name()),
             Self::Tls => f.write_str("TLS, which this side does not expect here"),

@@ -3,6 +3,7 @@
 //! ```text
 //! stream, one byte after the other ─ Events ─▶ pages ─ batches ─▶ scratch file ─▶ StoredMachine
 //! head and XML of a libvirt image  ─▶ LibvirtImage: what it says, and where its stream begins
+//! head of a qcow2 image ─▶ DiskImage: its snapshots ─▶ VmState: the stream of one of them
 //! ```
 //!
 //! A stream is read once, from its beginning to its end, and each page is written to its place in a mapped-ram file, which is
@@ -12,13 +13,17 @@
 #![warn(clippy::indexing_slicing)]
 
 mod batch;
+mod disk_image;
 mod libvirt;
 mod pages;
 mod unfold;
+mod vm_state;
 
+pub use disk_image::{DiskImage, Snapshot};
 pub use libvirt::LibvirtImage;
 pub use pages::Pages;
 pub use unfold::Unfold;
+pub use vm_state::VmState;
 
 #[cfg(test)]
 mod tests;

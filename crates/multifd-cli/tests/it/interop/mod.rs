@@ -5,6 +5,7 @@ mod chains;
 mod compression;
 mod differing;
 mod direct_io;
+mod disk_images;
 mod files;
 mod foreign;
 mod interrupted;

@@ -10,7 +10,6 @@ use qemu_stream::recording::{ChannelLine, Connection, Ending, FileHead, Flow, Re
 use serde_json::{Value, json};
 
 use self::names::{ms, name};
-use super::super::replay::Within;
 use crate::{
     args::InspectArgs,
     file_address::open_regular,
@@ -18,6 +17,7 @@ use crate::{
         outcome::{Failure, While},
         outlet::{print_json, print_lines, say, shown},
     },
+    stored::Within,
 };
 
 /// Whether the file is a recording. Errors are reported when it is opened.
