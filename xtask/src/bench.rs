@@ -36,8 +36,9 @@ pub(crate) fn run(args: &[String]) -> Result<(), Failure> {
     step("measure", || run_command(&mut bench))
 }
 
-/// The benchmarks with a table of their own: of guests that run before their RAM is there, and of deltas.
-const OTHERS: [&str; 5] = ["first-instruction", "requests", "postcopy", "delta", "snapshots"];
+/// The benchmarks with a table of their own: of guests that run before their RAM is there, of deltas, of looking
+/// into stored guests.
+const OTHERS: [&str; 6] = ["first-instruction", "requests", "postcopy", "delta", "snapshots", "look"];
 
 /// Measures the parts; `args` are passed to criterion.
 ///

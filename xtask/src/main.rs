@@ -165,6 +165,8 @@ const USAGE: &str = "usage: cargo xtask <task>
                   measure captures that store only what changed
   bench snapshots [--rounds N] [--ram MIB]... [--only PART]...
                   measure what a snapshot of a running machine costs, with the targets
+  bench look [--rounds N] [--memory MIB] [--folder FOLDER]
+                  measure exporting and searching the memory of a stored guest, beside dd and volatility3
   bench --micro [NAME]
                   measure single parts of the engine
   sanitize [TOOL]...

@@ -17,6 +17,7 @@ mod engine;
 mod error;
 mod first_instruction;
 mod free;
+mod look;
 mod measure;
 mod peer;
 mod postcopy;
@@ -51,6 +52,8 @@ enum Verb {
     Delta(delta::DeltaArgs),
     /// Measure what a snapshot of a running machine costs: pauses, slow-downs, faults, deltas, a hand-over
     Snapshots(snapshots::SnapshotsArgs),
+    /// Measure exporting and searching the memory of a stored guest, beside dd and volatility3
+    Look(look::LookArgs),
     /// Be a source: fill RAM, then migrate once for each line of standard input
     #[command(hide = true)]
     Source(engine::SourceArgs),
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Verb::Postcopy(args) => postcopy::run(&args),
         Verb::Delta(args) => delta::run(&args),
         Verb::Snapshots(args) => snapshots::run(&args),
+        Verb::Look(args) => look::run(&args),
         Verb::Source(args) => engine::source(&args),
         Verb::Destination(args) => engine::destination(&args),
     };
