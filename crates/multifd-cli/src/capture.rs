@@ -13,7 +13,7 @@ use multifd::{
     wire::VmUuid,
 };
 use qemu_stream::{
-    format::{BlockIndex, BlockList, Configuration, SectionId},
+    format::{BlockList, Configuration, SectionId},
     incoming::Loaded,
     mapped_ram::{Base, Layout, Shape, StoredMachine, Tail},
 };
@@ -91,16 +91,17 @@ impl Capture {
         self,
         loaded: &Loaded,
         arrived: &Arrived,
-        channels: &Channels,
+        uuid: Option<VmUuid>,
         about: About,
         stop: &Stop,
     ) -> Result<Complete, While> {
         let failed =
             |error: Cause| While::new(format!("cannot complete {}", shown(self.new.target())), error);
         let blocks = arrived.blocks();
-        let ignored = ignored(loaded.configuration.as_ref(), arrived);
+        let arranged = Layout::of_arrived(loaded, arrived, uuid, self.offset);
+        let (laid, ignored) = arranged.map_err(|error| failed(error.into()))?;
         let about = about.complete();
-        self.write(loaded, blocks, &ignored, channels, &about).map_err(|error| failed(error.into()))?;
+        self.write(loaded, blocks, &laid, &about).map_err(|error| failed(error.into()))?;
         self.file.sync_all().map_err(|error| failed(error.into()))?;
         // This may take so long that a channel appears whose pages are missing.
         stop.check().map_err(|error| failed(error.into()))?;
@@ -115,33 +116,7 @@ impl Capture {
         Ok(Complete { ignored: names.collect(), differing })
     }
 
-    fn write(
-        &self,
-        loaded: &Loaded,
-        blocks: &RamBlocks,
-        ignored: &[BlockIndex],
-        channels: &Channels,
-        about: &str,
-    ) -> Result<u64> {
-        let plain = loaded.configuration.as_ref();
-        let shape = Shape {
-            section: loaded.section,
-            footers: loaded.footers,
-            ignored,
-            sync_mode: channels.any.then_some(loaded.sync_mode),
-            ..self.shape(plain)
-        };
-        let mut laid = layout(&shape, &loaded.blocks)?;
-        // The channels send the machine's UUID. The file can store it, if its pages stay in place.
-        if let (Some(plain), Some(uuid)) = (plain, channels.uuid.filter(|uuid| !uuid.is_nil()))
-            && plain.uuid.is_none()
-        {
-            let named = Configuration { uuid: Some(uuid), ..plain.clone() };
-            let with_uuid = layout(&Shape { configuration: Some(&named), ..shape.clone() }, &loaded.blocks)?;
-            if places(&with_uuid) == places(&laid) {
-                laid = with_uuid;
-            }
-        }
+    fn write(&self, loaded: &Loaded, blocks: &RamBlocks, laid: &Layout, about: &str) -> Result<u64> {
         let tail = Tail {
             switchover_start: loaded.switchover_start,
             devices: &loaded.devices,
@@ -196,29 +171,6 @@ pub(crate) fn warn_of_little_room(file: &File, target: &Path, ram: u64) {
     }
 }
 
-/// What the channels have reported besides pages.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Channels {
-    /// Whether there were channels: without them, the sync mode is unknown.
-    pub(crate) any: bool,
-    /// The machine's UUID.
-    pub(crate) uuid: Option<VmUuid>,
-}
-
-/// The shared blocks. With x-ignore-shared, the only sign of a shared block is that none of its pages has arrived.
-fn ignored(configuration: Option<&Configuration>, arrived: &Arrived) -> Vec<BlockIndex> {
-    if !configuration.is_some_and(|configuration| configuration.ignore_shared) {
-        return Vec::new();
-    }
-    let blocks = arrived.blocks().iter();
-    let untouched = blocks.filter(|(index, block)| block.pages() > 0 && arrived.is_untouched(*index));
-    untouched.map(|(index, _)| index).collect()
-}
-
 fn layout(shape: &Shape<'_>, list: &BlockList) -> Result<Layout> {
     Layout::of(shape, list).map_err(|error| Error::other("cannot compute the layout of the file", error))
-}
-
-fn places(layout: &Layout) -> Vec<u64> {
-    layout.places().iter().map(|place| place.pages_offset).chain([layout.tail_offset()]).collect()
 }

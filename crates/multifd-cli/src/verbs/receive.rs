@@ -28,7 +28,7 @@ use super::{
 use crate::{
     about::About,
     args::{MissingPagesArg, OutputArgs, ProgressArg, ReceiveArgs},
-    capture::{Capture, Channels, Complete},
+    capture::{Capture, Complete},
     combinations,
     direct_io::DirectIo,
     file_address::FileAddress,
@@ -302,14 +302,13 @@ impl<'a> Reception<'a> {
         // Relaxed: it orders nothing.
         shown.completing.store(true, Ordering::Relaxed);
         let kept = stop.check().and_then(|()| pending.check_source()).and_then(|()| {
-            let channels = Channels { any: !pending.channels().is_empty(), uuid: pending.uuid() };
+            let uuid = pending.uuid();
             let about = (self.about)(peer);
-            let kept = capture.complete(pending.loaded(), pending.arrived(), &channels, about, stop);
+            let kept = capture.complete(pending.loaded(), pending.arrived(), uuid, about, stop);
             let announced =
                 pending.loaded().configuration.as_ref().and_then(|configuration| configuration.uuid);
-            let named = kept.and_then(|complete| {
-                (self.before_confirmation)(channels.uuid.or(announced)).map(|()| complete)
-            });
+            let named =
+                kept.and_then(|complete| (self.before_confirmation)(uuid.or(announced)).map(|()| complete));
             named.map_err(|error| {
                 Error::other("all data was received, but the file cannot be completed", error)
             })

@@ -46,6 +46,7 @@
 
 mod access;
 mod appendix;
+mod arrived;
 mod base;
 mod capture;
 mod chain;
