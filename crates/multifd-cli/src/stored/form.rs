@@ -49,6 +49,15 @@ impl Form {
         })
     }
 
+    /// The program that has compressed it.
+    pub(crate) fn compressor(&self) -> Option<Compressor> {
+        match self {
+            Self::Compressed(by) => Some(*by),
+            Self::Libvirt(LibvirtImage { storage: LibvirtStorage::Compressed(by), .. }) => Some(*by),
+            _ => None,
+        }
+    }
+
     /// Whether pages are in the file itself, so that digests can be added to it.
     pub(crate) fn is_in_place(&self) -> bool {
         match self {

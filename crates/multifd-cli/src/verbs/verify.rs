@@ -26,7 +26,7 @@ use crate::{
         outlet::{print_json, print_lines, say, shown},
         report::{millis, rate},
     },
-    stored::Open,
+    stored::{Form, Open, Opened},
 };
 
 /// The result, as JSON.
@@ -34,9 +34,13 @@ use crate::{
 #[serde(rename_all = "kebab-case")]
 struct Outcome {
     status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    form: Option<String>,
     total_time: u64,
     page_size: u64,
     pages: u64,
+    /// Whether the pages were compared with digests.
+    compared: bool,
     damaged_pages: u64,
     files: usize,
     damage: Vec<Run>,
@@ -59,13 +63,9 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     interrupt::cancels(&stop)?;
     let file = Open::new(&stop).quiet(true).pages(Pages::Count).machine(&args.file)?;
     if !file.form().is_in_place() {
-        let why = format!(
-            "it is {}, which has no digests and no place for them; this makes a file that has them: multifd merge FILE NEW",
-            file.form()
-        );
-        return Err(While::new(format!("cannot compare {} with its digests", args.file), why).into());
+        return foreign(args, &file);
     }
-    if !args.add && !file.has_digests() {
+    if !args.add && !file.has_digests() && *file.form() == Form::MappedRam {
         let why = "it has none: QEMU wrote it, or an older version of this program; multifd verify --add adds digests of its \
                    present contents";
         return Err(While::new(format!("cannot compare {} with its digests", args.file), why).into());
@@ -93,6 +93,54 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         }
         Some(found) => report(args, &file, &found, start),
     }
+}
+
+/// Reports what was found in a form that has no digests and no place for them. It was read to its end when it was opened, because
+/// only that shows whether it is complete.
+fn foreign(args: &VerifyArgs, file: &Opened) -> Result<(), Failure> {
+    if args.add {
+        let why = format!(
+            "it is {}, which has no place for digests; this makes a file that has them: multifd merge FILE NEW",
+            file.form()
+        );
+        return Err(While::new(format!("cannot add digests to {}", args.file), why).into());
+    }
+    let page_size = file.blocks().page_size().bytes() as u64;
+    let pages = present(file).map_err(|error| args.file.unreadable(error))? / page_size;
+    if args.output.json {
+        print_json(&Outcome {
+            status: COMPLETE,
+            form: Some(file.form().to_string()),
+            total_time: 0,
+            page_size,
+            pages,
+            compared: false,
+            damaged_pages: 0,
+            files: 1,
+            damage: Vec::new(),
+        })?;
+    } else if !args.output.quiet {
+        let devices = file.devices().sections().len() + file.devices().live().len();
+        say(&format!(
+            "{} is complete: {}, {} pages with data ({}), {devices} devices",
+            args.file,
+            file.form(),
+            HumanCount(pages),
+            BinaryBytes(pages * page_size),
+        ));
+        if let Some(by) = file.form().compressor() {
+            say(&format!("{} has compared it with the checksums that it has", by.name()));
+        }
+        not_compared(file.form(), "multifd merge FILE NEW makes a file that has them");
+    }
+    Ok(())
+}
+
+/// What could not be checked.
+fn not_compared(form: &Form, remedy: &str) {
+    say(&format!(
+        "not compared: {form} has no digests, so a page that has changed since it was written is not noticed; {remedy}"
+    ));
 }
 
 /// The number of bytes of pages in all files.
@@ -127,12 +175,7 @@ fn writable(file: &File) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-fn report(
-    args: &VerifyArgs,
-    file: &StoredMachine,
-    found: &Verification,
-    start: Instant,
-) -> Result<(), Failure> {
+fn report(args: &VerifyArgs, file: &Opened, found: &Verification, start: Instant) -> Result<(), Failure> {
     let page_size = file.blocks().page_size().bytes() as u64;
     let time = start.elapsed();
     // The only file is known.
@@ -150,10 +193,16 @@ fn report(
             why: run.why.clone(),
         });
         print_json(&Outcome {
-            status: if found.damaged_pages == 0 { "intact" } else { "damaged" },
+            status: match found.damaged_pages {
+                0 if found.compared => "intact",
+                0 => COMPLETE,
+                _ => "damaged",
+            },
+            form: (*file.form() != Form::MappedRam).then(|| file.form().to_string()),
             total_time: millis(time),
             page_size,
             pages: found.pages,
+            compared: found.compared,
             damaged_pages: found.damaged_pages,
             files: file.files().len(),
             damage: damage.collect(),
@@ -190,13 +239,20 @@ fn report(
             files => format!(" with its bases, {files} files"),
         };
         say(&format!(
-            "{}{bases} is intact: {} pages ({}) in {:.1} s, {}/s",
+            "{}{bases} is {}: {} pages ({}) in {:.1} s, {}/s",
             args.file,
+            if found.compared { "intact" } else { COMPLETE },
             HumanCount(found.pages),
             BinaryBytes(bytes),
             time.as_secs_f64(),
             BinaryBytes(rate(bytes, time))
         ));
+        if !found.compared {
+            not_compared(file.form(), "multifd verify --add adds digests of what it contains now");
+        }
     }
     Ok(())
 }
+
+/// Nothing is missing, and nothing could be compared.
+const COMPLETE: &str = "complete";

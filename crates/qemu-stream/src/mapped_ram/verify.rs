@@ -58,6 +58,8 @@ pub struct Damage {
 pub struct Verification {
     /// The number of pages that were read. Pages that are zero are not in the file.
     pub pages: u64,
+    /// Whether all of them were compared with digests. Pages of a file that has none can only be read.
+    pub compared: bool,
     /// The number of pages that cannot be trusted.
     pub damaged_pages: u64,
     /// The first [`MOST_DAMAGE`](Self::MOST_DAMAGE) runs of pages that cannot be trusted, in the order of the file.
@@ -87,20 +89,20 @@ impl<'a> Verify<'a> {
         self
     }
 
-    /// Compares all pages with their digests. `read` counts the bytes of pages that were read. Damage is no error.
+    /// Compares all pages with their digests; of a file without, it only reads them. `read` counts the bytes of pages that were read. Damage is no error.
     ///
     /// # Errors
-    /// If a file has [no digests](ChainFile::has_digests), or `stop` has cancelled it.
+    /// If `stop` has cancelled it.
     pub fn run(&self, read: &AtomicU64, stop: &Stop) -> Result<Verification> {
-        let mut all = Verification::default();
+        let mut all = Verification { compared: true, ..Verification::default() };
         for (number, file) in self.machine.files().iter().enumerate() {
             let places = (0..file.places().len()).map(BlockIndex);
             let digests: Option<Vec<_>> = places.map(|index| file.digests_of(index)).collect();
-            let digests = digests.ok_or_else(|| Error::other("verify the file", "it has no digests"))?;
+            all.compared &= digests.is_some();
             let found = Mutex::new((0, Vec::new()));
             let blocks = self.blocks(file)?;
             all.pages += each_piece(&blocks, self.threads, (read, stop), |index, block, first, bytes| {
-                let Some(digests) = digests.get(index.0) else { return Ok(()) };
+                let digests = digests.as_ref().and_then(|digests| digests.get(index.0));
                 let bad = differences(block, digests, first, bytes);
                 if !bad.is_empty() {
                     let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
@@ -195,7 +197,7 @@ fn damage(
 /// The pages of a piece that cannot be trusted, and why.
 fn differences(
     block: &RamBlock,
-    digests: &PageDigests,
+    digests: Option<&PageDigests>,
     first: PageIndex,
     bytes: io::Result<&[u8]>,
 ) -> Vec<(PageIndex, String)> {
@@ -203,6 +205,7 @@ fn differences(
         Ok(bytes) => bytes,
         Err(error) => return vec![(first, error.to_string())],
     };
+    let Some(digests) = digests else { return Vec::new() };
     let page = block.page_size().bytes();
     let mut bad = Vec::new();
     for (at, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks_exact(page)) {

@@ -55,7 +55,11 @@ impl<'a> Batch<'a> {
         self.flush()?;
         let Some(of) = self.blocks.get(block) else { return Ok(()) };
         match self.pages {
-            Pages::Count => of.note_written(page, 1),
+            // What it changes is not known, but whether it is a change of a page.
+            Pages::Count => {
+                change(&mut vec![0; of.page_size().bytes()])?;
+                of.note_written(page, 1);
+            }
             Pages::Keep => {
                 let mut bytes = vec![0; of.page_size().bytes()];
                 of.load(page, &mut bytes)?;

@@ -77,7 +77,18 @@ fn every_form(qemu: &Qemu) -> Result<(), Error> {
     assert_eq!(shown["blocks"][0]["pages-present"], inspect(&new)["blocks"][0]["pages-present"]);
     let intact = run([Path::new("verify"), &new]);
     assert_eq!(intact.code, Some(0), "{intact:?}");
-    run([Path::new("verify"), &classic]).assert_failed(1, &["a stream of QEMU", "multifd merge FILE NEW"]);
+    let verify = |words: &[&str], file: &Path| {
+        let words = words.iter().map(Path::new);
+        run([Path::new("verify")].into_iter().chain(words).chain([file]))
+    };
+    let found = verify(&[], &classic);
+    assert_eq!((found.code, &*found.stdout), (Some(0), ""), "{found:?}");
+    for text in ["is complete: a stream of QEMU, ", "not compared: ", "multifd merge FILE NEW"] {
+        assert!(found.stderr.contains(text), "{text}: {found:?}");
+    }
+    let json = verify(&["--json"], &classic).json();
+    assert_eq!((&json["status"], &json["compared"]), (&json!("complete"), &json!(false)), "{json}");
+    verify(&["--add"], &classic).assert_failed(1, &["cannot add digests", "multifd merge FILE NEW"]);
 
     for (number, by) in [
         (0, None),
@@ -107,12 +118,16 @@ fn every_form(qemu: &Qemu) -> Result<(), Error> {
             (&shown["libvirt"]["was-running"], &shown["libvirt"]["stream-at"]),
             (&json!(true), &json!(114))
         );
+        let found = verify(&[], &image);
+        assert!(found.code == Some(0) && found.stderr.contains("is complete: a save image"), "{found:?}");
+        assert_eq!(found.stderr.contains("has compared it with the checksums"), by.is_some(), "{found:?}");
         let xml = run([Path::new("inspect"), Path::new("--xml"), &image]);
         assert_eq!(xml.stdout, format!("{XML}\n"));
         // Cut anywhere, it is no machine.
         for left in [body.len() / 2, body.len() - 1] {
             fs::write(&image, libvirt(&body[..left], number)).expect("written");
             run([Path::new("inspect"), &image]).assert_failed(1, &["image"]);
+            verify(&[], &image).assert_failed(1, &["cannot read", "image"]);
         }
         fs::write(&image, libvirt(&body, number)).expect("written");
         is_sent(qemu, &from, &image)?;
