@@ -13,7 +13,6 @@
 
 use multifd::error::UntrustedText;
 
-use super::VmState;
 use crate::{
     error::{Error, Malformed, Place, StreamKind, Unsupported},
     recording::Bytes,
@@ -22,8 +21,8 @@ use crate::{
 /// A qcow2 image that was opened.
 #[derive(Debug)]
 pub struct DiskImage<B> {
-    file: B,
-    geometry: Geometry,
+    pub(super) file: B,
+    pub(super) geometry: Geometry,
     snapshots: Vec<Snapshot>,
 }
 
@@ -128,11 +127,6 @@ impl<B: Bytes> DiskImage<B> {
     pub fn snapshots(&self) -> &[Snapshot] {
         &self.snapshots
     }
-
-    /// The stream with which QEMU has saved the machine of one of its snapshots.
-    pub fn state(&self, of: &Snapshot) -> VmState<'_, B> {
-        VmState::new(&self.file, self.geometry, of)
-    }
 }
 
 /// Reads the snapshot at `at`; returns its length in the list, too.
@@ -164,7 +158,7 @@ fn snapshot<B: Bytes>(file: &B, at: u64, size: u64, geometry: Geometry) -> Resul
     Ok((snapshot, (SNAPSHOT as u64 + length as u64).next_multiple_of(8)))
 }
 
-/// A big-endian number of at most 8 bytes; 0 where there are none.
+/// A big-endian number of at most 8 bytes; 0 if the bytes are not there.
 pub(super) fn number(bytes: &[u8], at: usize, length: usize) -> u64 {
     let field = bytes.get(at..at + length).unwrap_or_default();
     field.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
@@ -355,6 +349,40 @@ mod tests {
         let text = with(1024 + 64 + 40, 64 * 512 + 1, 8).expect_err("too long");
         assert!(text.contains("state of a machine, in entries: expected at most 0x2, found 0x2"), "{text}");
         assert_eq!(with(1024 + 64 + 40, 64 * 512, 8).expect("the whole table").len(), 64 * 512);
+    }
+
+    /// An image whose list never ends: every snapshot has the longest names.
+    #[derive(Debug)]
+    struct Endless;
+
+    impl Bytes for Endless {
+        fn read_at(&self, into: &mut [u8], offset: u64) -> std::io::Result<usize> {
+            let head = image();
+            let length = (SNAPSHOT as u64 + 2 * 0xffff).next_multiple_of(8);
+            for (at, byte) in (offset..).zip(into.iter_mut()) {
+                let in_head = usize::try_from(at).ok().filter(|at| *at < HEAD).and_then(|at| head.get(at));
+                *byte = match (at.wrapping_sub(1024) % length, in_head) {
+                    (_, Some(byte)) => *byte,
+                    (12..16, None) => 0xff,
+                    _ => 0,
+                };
+                // 65,536 of them.
+                if (60..64).contains(&at) {
+                    *byte = u8::from(at == 61);
+                }
+            }
+            Ok(into.len())
+        }
+
+        fn length(&self) -> std::io::Result<u64> {
+            Ok(u64::MAX)
+        }
+    }
+
+    #[test]
+    fn list_that_is_too_long_is_refused() {
+        let text = DiskImage::open(Endless).expect_err("too long").to_string();
+        assert!(text.contains("list of snapshots: expected at most 0x4000000"), "{text}");
     }
 
     #[test]

@@ -8,10 +8,7 @@
 
 use std::io::{self, Read};
 
-use super::{
-    Snapshot,
-    disk_image::{Geometry, Table, number, place, whole},
-};
+use super::disk_image::{DiskImage, Geometry, Snapshot, Table, number, place, whole};
 use crate::{
     error::{Error, Malformed, Unsupported},
     recording::Bytes,
@@ -29,11 +26,15 @@ pub struct VmState<'a, B> {
     current: Option<(u64, Vec<u8>)>,
 }
 
-impl<'a, B: Bytes> VmState<'a, B> {
-    pub(super) fn new(file: &'a B, geometry: Geometry, of: &Snapshot) -> Self {
-        Self { file, geometry, table: of.table, length: of.state, position: 0, current: None }
+impl<B: Bytes> DiskImage<B> {
+    /// The stream with which QEMU has saved the machine of one of its snapshots.
+    pub fn state(&self, of: &Snapshot) -> VmState<'_, B> {
+        let Self { file, geometry, .. } = self;
+        VmState { file, geometry: *geometry, table: of.table, length: of.state, position: 0, current: None }
     }
+}
 
+impl<B: Bytes> VmState<'_, B> {
     /// Reads some bytes; 0 at the end.
     fn some(&mut self, into: &mut [u8]) -> Result<usize, Error> {
         let (span, cluster) = (self.geometry.span(), self.geometry.cluster);
