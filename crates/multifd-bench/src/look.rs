@@ -81,12 +81,12 @@ pub(crate) fn run(args: &LookArgs) -> Result<()> {
 fn fill(path: &Path, length: u64) -> io::Result<()> {
     let mut out = io::BufWriter::with_capacity(1 << 20, fs::File::create(path)?);
     let mut word = 1_u64;
-    for page in 0..length / PAGE {
+    for page in 0..length / PAGE.len() as u64 {
         if page % 256 < 64 {
-            out.write_all(&[0; PAGE as usize])?;
+            out.write_all(&PAGE)?;
             continue;
         }
-        for _ in 0..PAGE / 8 {
+        for _ in 0..PAGE.len() / 8 {
             word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             out.write_all(&word.to_be_bytes())?;
         }
@@ -220,7 +220,8 @@ fn print(args: &LookArgs, rows: &[Row]) {
     }
 }
 
-const PAGE: u64 = 4096;
+/// A page of zeros.
+const PAGE: [u8; 4096] = [0; 4096];
 /// A text that is not in the memory.
 const ABSENT: &str = "this text is not in the memory of any guest";
 /// The rows of the table. The first half is about export.

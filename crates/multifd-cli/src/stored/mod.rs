@@ -7,7 +7,8 @@
 //!       │                             └─ compressed ─┤
 //!       ├─ stream ───────────────────────────────────┼─ unfold ─ scratch file ─▶ StoredMachine
 //!       ├─ compressed stream ─ decompressor (a process) ┤
-//!       └─ qcow2 image ─ snapshot ──────────────────────┘
+//!       ├─ qcow2 image ─ snapshot ──────────────────────┘
+//!       └─ recording ─ received again ─ scratch file ───────────────▶ StoredMachine
 //! ```
 //!
 //! The scratch file has no name, so nothing of it remains when the process ends. The decompressor is a child that ends before the
@@ -33,7 +34,8 @@ use qemu_stream::{
     Error as StreamError,
     format::{Compressor, LibvirtStorage},
     mapped_ram::{self, BaseName, ChainFile, FoundFile, StoredMachine},
-    stored::{Pages, Unfold},
+    recording::Recording,
+    stored::{Pages, Receive, Unfold},
 };
 
 use self::decompressor::Decompressor;
@@ -147,7 +149,7 @@ impl<'a> Open<'a> {
                 let image = snapshot::open(at).map_err(|error| at.unreadable(error))?;
                 self.read(at, image.state(snapshot))?
             }
-            Form::Recording => return Err(at.unreadable(error).into()),
+            Form::Recording => self.receive(at)?,
             Form::Libvirt(image) => match image.storage {
                 LibvirtStorage::Raw => self.unfold(at, image.stream_at, None)?,
                 LibvirtStorage::Compressed(by) => self.unfold(at, image.stream_at, Some(by))?,
@@ -194,6 +196,18 @@ impl<'a> Open<'a> {
                 }
             }
         }
+    }
+
+    /// Receives the migration of a recording again.
+    fn receive(self, at: &FileAddress) -> Result<StoredMachine, Failure> {
+        let file = Within::open(at).map_err(|error| at.unreadable(error))?;
+        let recording = Recording::open(file).map_err(|error| at.unreadable(error))?;
+        let scratch = Arc::new(scratch_file(&scratch_folder())?);
+        let received = Receive::new(recording).run(&scratch, &Arc::default(), self.stop);
+        received.map_err(|error| match self.stop.is_stopped() {
+            true => Failure::Interrupted,
+            false => at.unreadable(error).into(),
+        })
     }
 
     fn read(self, at: &FileAddress, stream: impl Read) -> Result<StoredMachine, Failure> {

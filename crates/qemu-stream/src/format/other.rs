@@ -147,10 +147,9 @@ impl fmt::Display for OtherFormat {
             Self::LibvirtPartial => {
                 f.write_str("an incomplete save image of libvirt: virsh save did not finish")
             }
-            Self::Recording => f.write_str(
-                "a recording of a migration, which is no stored machine: multifd inspect shows it; to make a file of the machine, run \
-                 multifd receive ADDRESS NEW, and multifd replay --fast with the same ADDRESS",
-            ),
+            Self::Recording => {
+                f.write_str("a recording of a migration: multifd merge FILE NEW makes a file of the machine in it")
+            }
             Self::MemoryDump => f.write_str(
                 "a memory dump (ELF or kdump) without device state, from which no guest can be restored: save the guest with \
                  virsh save, or with virsh dump without --memory-only",

@@ -92,7 +92,12 @@ impl<B: Bytes> Recording<B> {
     }
 }
 
-impl<B: Bytes> Records<'_, B> {
+impl<'a, B: Bytes> Records<'a, B> {
+    /// The records from a [`position`](Self::position) on.
+    pub(super) fn resume(recording: &'a Recording<B>, position: u64) -> Self {
+        Self { recording, position }
+    }
+
     /// The next record; `None` where the file ends, or ends within a record.
     ///
     /// # Errors
@@ -119,10 +124,6 @@ impl<B: Bytes> Records<'_, B> {
     /// incomplete record.
     pub fn position(&self) -> u64 {
         self.position
-    }
-
-    pub(super) fn recording(&self) -> &Recording<B> {
-        self.recording
     }
 }
 

@@ -1,7 +1,12 @@
 use std::{
     io::Read,
+    sync::{Arc, atomic::AtomicU64},
+    thread,
     time::{Duration, SystemTime},
 };
+
+use multifd::channel::{Context, Link, Listen, Stop};
+use multifd::ram::PartMut;
 
 use super::*;
 use crate::error::Error;
@@ -87,4 +92,84 @@ fn every_bound_of_a_head_is_checked() {
     let mut wrong = FileHead { started: SystemTime::UNIX_EPOCH }.encode();
     wrong[11] = 2;
     FileHead::decode(&wrong).expect_err("a later version");
+}
+
+/// A recording of connections, each of which has sent these bytes in two pieces.
+fn of_connections(all: &[&'static [u8]]) -> Recording<&'static [u8]> {
+    let mut file = FileHead { started: SystemTime::UNIX_EPOCH }.encode().to_vec();
+    for (number, bytes) in (0..).zip(all) {
+        let connection = ConnectionNumber::new(number).expect("small");
+        let (one, two) = bytes.split_at(bytes.len() / 2);
+        let opened = head(RecordKind::Opened, Side::Source, 0, 1);
+        file.extend_from_slice(&RecordHead { connection, ..opened }.encode());
+        for piece in [one, two] {
+            let length = u32::try_from(piece.len()).expect("short");
+            let data = head(RecordKind::Data, Side::Source, length, 1);
+            file.extend_from_slice(&RecordHead { connection, ..data }.encode());
+            file.extend_from_slice(piece);
+        }
+    }
+    Recording::open(&*file.leak()).expect("a recording")
+}
+
+fn played(all: &[&'static [u8]]) -> Result<Played<&'static [u8]>, Error> {
+    Played::new(Arc::new(of_connections(all)), Arc::new(AtomicU64::new(0)))
+}
+
+fn all_of(link: &mut dyn Link) -> Vec<u8> {
+    let mut all = Vec::new();
+    loop {
+        let mut bytes = [0; 7];
+        let (one, two) = bytes.split_at_mut(2);
+        match link.recv(&mut [PartMut::from(one), PartMut::from(two)]).expect("bytes") {
+            0 => return all,
+            count => all.extend_from_slice(&bytes[..count]),
+        }
+    }
+}
+
+#[test]
+fn connections_are_accepted_in_their_order_and_carry_what_the_source_has_sent() {
+    let context = Context::new(&Stop::new());
+    let mut played = played(&[b"other", b"QEVM and so on", b"", b"third"]).expect("a listener");
+    for expected in ["other", "QEVM and so on", "third"] {
+        let mut link = played.accept(&context).expect("no error").expect("a connection");
+        assert_eq!(all_of(&mut *link), expected.as_bytes());
+        assert_eq!(link.recv(&mut [PartMut::from(&mut [0; 4][..])]).expect("the end"), 0);
+    }
+    assert!(played.accept_waiting(&context).expect("no error").is_none());
+}
+
+#[test]
+fn listener_waits_after_its_last_connection_until_it_is_woken() {
+    let context = Context::new(&Stop::new());
+    let mut played = played(&[b"QEVM"]).expect("a listener");
+    drop(played.accept(&context).expect("no error").expect("a connection"));
+    let waker = played.waker();
+    let waiting =
+        thread::spawn(move || played.accept(&Context::new(&Stop::new())).map(|link| link.is_none()));
+    waker.wake();
+    assert!(waiting.join().expect("no panic").expect("no error"), "the wait has ended");
+}
+
+#[test]
+fn link_that_is_shut_down_is_at_its_end() {
+    let context = Context::new(&Stop::new());
+    let mut played = played(&[b"QEVM and so on"]).expect("a listener");
+    let mut link = played.accept(&context).expect("no error").expect("a connection");
+    link.waker().wake();
+    assert_eq!(all_of(&mut *link), b"");
+}
+
+#[test]
+fn recording_that_has_no_machine_is_refused_by_name() {
+    for (connections, why) in [
+        (&[&b"QEVM"[..], b"\x16\x03\x01 and so on"][..], "TLS"),
+        (&[b"other"], "without a main connection"),
+        (&[], "without a main connection"),
+        (&[b"QEVM", b"QEVM"], "of several migrations"),
+    ] {
+        let refused = played(connections).expect_err(why).to_string();
+        assert!(refused.contains(why) && refused.contains("multifd inspect shows what passed"), "{refused}");
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! stream, one byte after the other ─ Events ─▶ pages ─ batches ─▶ scratch file ─▶ StoredMachine
+//! recording ─ Played ─ Arrival ─▶ pages ─▶ scratch file ─▶ StoredMachine
 //! head and XML of a libvirt image  ─▶ LibvirtImage: what it says, and where its stream begins
 //! head of a qcow2 image ─▶ DiskImage: its snapshots ─▶ VmState: the stream of one of them
 //! ```
@@ -16,12 +17,14 @@ mod batch;
 mod disk_image;
 mod libvirt;
 mod pages;
+mod receive;
 mod unfold;
 mod vm_state;
 
 pub use disk_image::{DiskImage, Snapshot};
 pub use libvirt::LibvirtImage;
 pub use pages::Pages;
+pub use receive::Receive;
 pub use unfold::Unfold;
 pub use vm_state::VmState;
 

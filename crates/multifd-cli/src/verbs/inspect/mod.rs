@@ -111,7 +111,9 @@ struct Device {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    if recording::is_one(args) {
+    // What passed is shown of a recording, unless something of the machine is asked for.
+    let of_the_machine = args.devices || args.device.is_some() || args.xml || args.extract.is_some();
+    if !of_the_machine && recording::is_one(args) {
         return recording::run(args);
     }
     if args.svg.is_some() {

@@ -1,14 +1,18 @@
 //! Migrations between two QEMUs through `multifd record`, and their recordings.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::kit::{
     Program, fast, first_difference, folder, machine, memory, migrate_live, multifd, path, run, runs_on,
-    slow, source, stored_memory,
+    send, slow, source, stored_memory,
 };
 
 const LOCAL: &str = "tcp:127.0.0.1:0";
@@ -74,6 +78,17 @@ fn moves(qemu: &Qemu, machine_type: &str, method: &str, channels: u8) -> Result<
     receive.done();
     assert_eq!(first_difference(&before, &stored_memory(&file)), None, "page, source and replay");
 
+    let merged = is_a_machine(&folder, &out);
+    assert_eq!(first_difference(&before, &stored_memory(&merged)), None, "page, source and recording");
+    let cpu = run(["inspect".as_ref(), "--device".as_ref(), "cpu:0".as_ref(), out.as_os_str()]);
+    assert!(cpu.stdout.contains("env.regs"), "{cpu:?}");
+    let equal = run([Path::new("diff"), &out, &file]);
+    assert_eq!(equal.code, Some(0), "{equal:?}");
+    let mut sent = machine(qemu, machine_type).incoming().start()?;
+    sent.set_multifd_channels(channels)?;
+    send(&["--multifd-channels", &channels.to_string()], &out, &mut sent, LOCAL)?;
+    runs_on(&from, &mut sent)?;
+
     let mut again = machine(qemu, machine_type).incoming().start()?;
     again.set_multifd_channels(channels)?;
     again.set_parameters(json!({ "multifd-compression": method }))?;
@@ -81,6 +96,19 @@ fn moves(qemu: &Qemu, machine_type: &str, method: &str, channels: u8) -> Result<
     run_replay(&[], &out, &address);
     again.wait_migration("completed", PATIENCE)?;
     runs_on(&from, &mut again)
+}
+
+/// The verbs that read machines read a recording. Returns a file of its machine.
+fn is_a_machine(folder: &TempDir, out: &Path) -> PathBuf {
+    let verified = run(["verify".as_ref(), out.as_os_str()]);
+    assert_eq!(verified.code, Some(0), "{verified:?}");
+    for text in ["recording is complete: a recording of a migration", "not compared: ", "merge FILE NEW"] {
+        assert!(verified.stderr.contains(text), "{text}: {verified:?}");
+    }
+    let merged = path(folder, "merged");
+    let ended = run([Path::new("merge"), Path::new("--quiet"), out, &merged]);
+    assert_eq!((ended.code, &*ended.stderr), (Some(0), ""), "{ended:?}");
+    merged
 }
 
 fn run_replay(options: &[&str], out: &Path, address: &str) {
@@ -129,6 +157,8 @@ fn switches(qemu: &Qemu) -> Result<(), Error> {
     let steps = steps(&found);
     assert!(steps.contains(&"POSTCOPY_RUN") && steps.contains(&"SHUT 0"), "{steps:?}");
     assert!(found["downtime"].is_null() && !found.to_string().contains("cannot be parsed"), "{found}");
+    let merged = is_a_machine(&folder, &out);
+    assert_eq!(first_difference(&memory(&mut from)?, &stored_memory(&merged)), None, "page of the source");
     Ok(())
 }
 
@@ -169,6 +199,10 @@ fn guest_stays_at_its_source_when_the_recorder_is_killed() {
         let found = inspected(&out);
         assert!(found["ending"].as_str().expect("text").contains("killed"), "{found}");
         assert_eq!(found["connections"].as_array().map(Vec::len), Some(3), "{found}");
+        // There is no machine in it.
+        let start = Instant::now();
+        run(["verify".as_ref(), out.as_os_str()]).assert_failed(1, &["cannot read", "recording", "closed"]);
+        assert!(start.elapsed() < PATIENCE, "nothing is waited for");
         Ok(())
     }
     let Some(qemus) = Qemu::both() else { return };

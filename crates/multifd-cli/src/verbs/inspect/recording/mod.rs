@@ -29,11 +29,6 @@ pub(super) fn is_one(args: &InspectArgs) -> bool {
 }
 
 pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    if args.devices || args.device.is_some() || args.xml || args.extract.is_some() {
-        let why = "it is the recording of a migration, not a machine: to make a file of the machine, run \
-                   multifd receive ADDRESS NEW, and multifd replay --fast with the same ADDRESS";
-        return Err(args.file.unreadable(why).into());
-    }
     let unreadable = |error| args.file.unreadable(error);
     let file = Within::open(&args.file).map_err(|error| args.file.unreadable(error))?;
     let recording = Recording::open(file).map_err(unreadable)?;
