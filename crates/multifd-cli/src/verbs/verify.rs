@@ -61,9 +61,10 @@ struct Run {
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let stop = Stop::new();
     interrupt::cancels(&stop)?;
+    let opened = Instant::now();
     let file = Open::new(&stop).quiet(true).pages(Pages::Count).machine(&args.file)?;
     if !file.form().is_in_place() {
-        return foreign(args, &file);
+        return foreign(args, &file, opened);
     }
     if !args.add && !file.has_digests() && *file.form() == Form::MappedRam {
         let why = "it has none: QEMU wrote it, or an older version of this program; multifd verify --add adds digests of its \
@@ -97,7 +98,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
 
 /// Reports what was found in a form that has no digests and no place for them. It was read to its end when it was opened, because
 /// only that shows whether it is complete.
-fn foreign(args: &VerifyArgs, file: &Opened) -> Result<(), Failure> {
+fn foreign(args: &VerifyArgs, file: &Opened, start: Instant) -> Result<(), Failure> {
     if args.add {
         let why = format!(
             "it is {}, which has no place for digests; this makes a file that has them: multifd merge FILE NEW",
@@ -111,7 +112,7 @@ fn foreign(args: &VerifyArgs, file: &Opened) -> Result<(), Failure> {
         print_json(&Outcome {
             status: COMPLETE,
             form: Some(file.form().to_string()),
-            total_time: 0,
+            total_time: millis(start.elapsed()),
             page_size,
             pages,
             compared: false,
