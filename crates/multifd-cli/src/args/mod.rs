@@ -98,8 +98,9 @@ pub(crate) enum Verb {
     /// Compare a file with the digests in it, and name what is damaged
     ///
     /// `multifd receive` and `multifd capture` store a digest of every page. Prints every place that differs, with block and
-    /// offset. The bases of a delta are compared, too. Exit code 0: FILE is intact; 1: it is damaged, has no digests, or a base
-    /// cannot be read.
+    /// offset. The bases of a delta are compared, too. A machine in another form (a stream, an image
+    /// of libvirt or a disk, a recording) is read to its end, which shows that it is complete; its pages cannot be compared. Exit code
+    /// 0: FILE is intact or complete; 1: it is damaged, is a mapped-ram file without digests, or a base cannot be read.
     Verify(VerifyArgs),
     /// Make a whole file of a delta and its bases
     ///
