@@ -91,6 +91,7 @@ impl Listening {
             .switchover_ack(options.switchover_ack)
             .send_reason(options.send_reason)
             .postcopy(options.postcopy)
+            .channels_may_break(options.channels_may_break)
             .before_refusal(options.before_refusal)
             .suppress_vmdesc(options.suppress_vmdesc);
         #[cfg(feature = "fault")]

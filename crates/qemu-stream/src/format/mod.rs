@@ -25,6 +25,7 @@ mod put;
 mod reader;
 mod record;
 mod return_path;
+mod rounds;
 pub(crate) mod run_state;
 mod section;
 mod section_id;
@@ -54,6 +55,7 @@ pub(crate) use return_path::{
     BYE_PING, DISCARDED_PING, LOADED_PING, POSTCOPY_CHANNELS_MARK, POSTCOPY_CHANNELS_PING, READY_PING,
     REASON_PING, VERDICT_MARK,
 };
+pub(crate) use rounds::{ROUND_MARK, ROUND_PING, as_lost_channel, lost_channel};
 pub use section::{Section, SectionHead, decode_footer, encode_footer, footer_follows};
 pub use section_id::SectionId;
 

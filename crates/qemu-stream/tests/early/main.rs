@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod broken;
 mod kind;
 mod machine;
 mod network;
