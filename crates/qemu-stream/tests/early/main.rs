@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod broken;
+mod hostile;
 mod kind;
 mod machine;
 mod network;
