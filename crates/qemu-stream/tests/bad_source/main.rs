@@ -24,6 +24,7 @@ use qemu_stream::{
     incoming::{Expected, Incoming, Loader, Outcome},
 };
 
+mod lost;
 mod rows;
 
 use On::Main;

@@ -3,10 +3,10 @@
 use multifd::ChannelCount;
 use multifd_testkit::bad_source::{Act, HEAD, On, PAGE, Script, Shape, packet, sync};
 
-use super::Row;
+use super::{Row, lost};
 use On::{Channel, Main, Stranger};
 
-fn whole() -> Script {
+pub(super) fn whole() -> Script {
     Script::whole(Shape::default())
 }
 
@@ -20,23 +20,12 @@ fn arrived() -> [(On, Act); 2] {
     [(Main, Act::Send(ping)), (Main, Act::Hear(vec![0, 2, 0, 4, 0, 0, 0, 0x63]))]
 }
 
-/// The source asks about lost channels, and reads the reply.
-fn asks() -> [(On, Act); 2] {
-    let reply = b"\0\x02\0\x04mfj\x02\0\x02\0\x04mfj\x01".to_vec();
-    [(Main, Act::Send(b"\x08\0\x02\0\x04mfj\x01".to_vec())), (Main, Act::Hear(reply))]
-}
-
-/// The source names this channel as lost.
-fn names(id: u8) -> (On, Act) {
-    (Main, Act::Send([&b"\x08\0\x02\0\x04mfk"[..], &[id]].concat()))
-}
-
 fn deaf() -> Script {
     Script::whole(Shape { return_path: false, ..Shape::default() })
 }
 
 pub(super) fn rows() -> Vec<Row> {
-    [harmless(), connections(), patched(), cut(), out_of_step(), lost()].into_iter().flatten().collect()
+    [harmless(), connections(), patched(), cut(), out_of_step(), lost::rows()].into_iter().flatten().collect()
 }
 
 /// Cases without a fault, or with a fault of the network.
@@ -58,7 +47,7 @@ fn harmless() -> Vec<Row> {
     row("a SYNC that holds a page", with_page);
     row("a stale next_packet_size in a SYNC", whole().patch(Channel(1), "sync", 1, 20, &[0, 5, 0, 0]));
     row("an unknown block in a SYNC", whole().patch(Channel(1), "sync", 1, 64, b"stale"));
-    row("a question about lost channels", whole().before(Main, "part", 0, asks()));
+    row("a question about lost channels", whole().before(Main, "part", 0, lost::asks()));
     row("packet numbers that repeat", whole().patch(Channel(1), "pages", 0, 24, &[0; 8]));
     let open = |n| (Stranger(n), Act::Connect);
     row("half-open connections", whole().before(Main, "header", 0, (0..20).map(open)));
@@ -75,7 +64,7 @@ fn harmless() -> Vec<Row> {
     rows
 }
 
-fn faults(rows: Vec<(&'static str, Script, &'static str, &'static [&'static str])>) -> Vec<Row> {
+pub(super) fn faults(rows: Vec<(&'static str, Script, &'static str, &'static [&'static str])>) -> Vec<Row> {
     let row = |(name, script, kind, texts)| Row {
         name,
         script,
@@ -731,67 +720,6 @@ fn out_of_step() -> Vec<Row> {
             more,
             "Malformed",
             &["main stream: offset 0x194: device part: ends after 0xe3 bytes without a description"],
-        ),
-    ])
-}
-
-/// Channels that are named as lost.
-fn lost() -> Vec<Row> {
-    let named = |script: Script, place, ids: &[u8]| {
-        script.before(Main, place, 0, ids.iter().map(|id| names(*id)).collect::<Vec<_>>())
-    };
-    let asked = |ids: &[u8]| {
-        let steps = asks().into_iter().chain(ids.iter().map(|id| names(*id)));
-        whole().before(Main, "part", 0, steps.collect::<Vec<_>>())
-    };
-    faults(vec![
-        (
-            "a question about lost channels before ram",
-            whole().before(Main, "start", 0, asks()),
-            "Violation",
-            &[
-                "main stream: offset 0x26: a question about lost channels is not allowed before the start of ram",
-            ],
-        ),
-        (
-            "a lost channel before ram",
-            named(whole(), "start", &[0]),
-            "Violation",
-            &[
-                "main stream: offset 0x26: a question about lost channels is not allowed before the start of ram",
-            ],
-        ),
-        (
-            "a lost channel that nobody has asked about",
-            named(whole(), "part", &[1]),
-            "Violation",
-            &["cannot continue without channel 1: the source reported it as broken before it asked"],
-        ),
-        (
-            "a lost channel that is none",
-            asked(&[200]),
-            "Violation",
-            &[
-                "cannot continue without channel 200: the source reported it as broken, but there is no such channel",
-            ],
-        ),
-        (
-            "a channel that is lost twice",
-            asked(&[1, 1]),
-            "Violation",
-            &["cannot continue without channel 1: the source reported it as broken twice"],
-        ),
-        (
-            "all channels are lost",
-            asked(&[1, 0]),
-            "Violation",
-            &["cannot continue without channel 0: the source reported it as broken, and it is the last one"],
-        ),
-        (
-            "a lost channel whose pages are not sent again",
-            asked(&[1]),
-            "Violation",
-            &["cannot continue without channel 1: pages followed after its connection broke"],
         ),
     ])
 }
