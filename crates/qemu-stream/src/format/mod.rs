@@ -38,10 +38,10 @@ pub use blocks::{BlockEntry, BlockList};
 pub use command::{Command, PageSizes};
 pub use configuration::{Configuration, decode_header, encode_header};
 pub(crate) use configuration::{DELTA_VERSION, decode_header_of_file};
-pub(crate) use device_part::Package;
 pub use device_part::{
     Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, LiveSection, Misfit,
 };
+pub(crate) use device_part::{Package, devices_of_package};
 pub use event::{Delta, Event, SyncMark};
 pub use machine::{InvalidMachineType, MachineType, MachineVersion};
 pub use multifd::ram::BlockIndex;

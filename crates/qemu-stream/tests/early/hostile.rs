@@ -19,7 +19,7 @@ use qemu_stream::{
         BlockEntry, BlockList, Command, Configuration, Message, PageSizes, Reader, Section, SectionHead,
         SectionId, SectionName, encode_footer,
     },
-    incoming::{Event, Expected},
+    incoming::{Event, Events, Expected},
     outgoing::EventWriter,
 };
 
@@ -303,6 +303,29 @@ fn arrive(listener: Listener) -> (At, Result<(), Error>) {
         Ok(Landing::Complete(_)) => panic!("nothing has arrived"),
         Err(error) => (At::Load, Err(error)),
     }
+}
+
+/// Regression: a program that forwards the events of a stream failed at its end, if the devices of its package were described.
+#[test]
+fn a_described_package_is_written_as_it_was_read() {
+    let json = r#"{"page_size":4096,"devices":[{"name":"clock","instance_id":0,"vmsd_name":"clock","version":1,"fields":[{"name":"a","type":"buffer","size":5}]}]}"#;
+    let mut end = Vec::new();
+    Section::End(RAM).encode(&mut end);
+    end.extend(0x10_u64.to_be_bytes());
+    encode_footer(RAM, &mut end);
+    end.push(0);
+    let stream = [begin(), package(&described(json, 0, &clock())), end].concat();
+    let (mut events, mut copy) = (Events::new(&stream[..]), EventWriter::new(Vec::new()));
+    loop {
+        let event = events.next().expect("a whole stream");
+        copy.write(&event).expect("what was read");
+        if let Event::End(part) = event {
+            assert_eq!(part.sections().len(), 1);
+            break;
+        }
+    }
+    copy.flush().expect("into memory");
+    assert_eq!(copy.into_inner(), stream);
 }
 
 /// Plays the source, which sends `after` when the guest runs there; what the destination replies until it closes.
