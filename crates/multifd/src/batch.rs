@@ -107,6 +107,11 @@ impl Batch {
         &self.zero
     }
 
+    /// All pages, in no particular order.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = PageIndex> + '_ {
+        self.normal.iter().chain(&self.zero).chain(&self.unknown).copied()
+    }
+
     /// Removes all pages and keeps the memory.
     pub(crate) fn clear(&mut self) {
         self.normal.clear();

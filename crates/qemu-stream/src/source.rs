@@ -100,6 +100,16 @@ impl SourceOptions {
         self
     }
 
+    /// Whether the migration continues without a channel whose connection breaks before the guest moves, if the destination has
+    /// [it](crate::arrival::ArrivalOptions::channels_may_break) on, too. What the channel has carried since the last sync point is sent
+    /// again over the others. The last channel and main may not break. Each pass then waits for a reply of the destination. It needs a
+    /// return path and sync mode [round](SyncMode::Round): without them, and with any other destination, a channel that breaks ends the
+    /// migration. Off by default. [`MigrationInfo::lost_channels`] has the channels that are lost.
+    pub fn channels_may_break(mut self, on: bool) -> Self {
+        self.stream = self.stream.channels_may_break(on);
+        self
+    }
+
     /// Migrates without a return path: see [`Options::unconfirmed`].
     pub fn unconfirmed(mut self) -> Self {
         self.stream = self.stream.unconfirmed();

@@ -36,6 +36,7 @@ models! { dispatch:
     a_batch_from_after_the_sync_point_waits_for_its_channels_sync 4_000,
     a_channel_that_breaks_ends_every_wait_of_the_others 4_000,
     a_connect_that_fails_ends_the_wait_for_the_channels 4_000,
+    what_a_lost_channel_was_given_is_sent_again_after_the_sync_point 4_000,
 }
 
 models! { switchover:
@@ -50,6 +51,8 @@ models! { switchover:
 models! { recv:
     an_older_page_is_never_placed_over_a_newer_one 4_000,
     a_channel_that_has_ended_fails_the_sync_that_waits_for_it 4_000,
+    a_channel_that_breaks_is_lost_and_its_pages_come_before_the_sync_point 4_000,
+    a_channel_that_the_source_has_lost_is_shut_down_before_the_sync_point 4_000,
     main_counts_every_channel_that_was_connected_before_its_first_record 4_000,
     a_cancel_ends_acceptor_greetings_main_and_channels 4_000,
     a_source_that_dies_before_main_leaves_its_places_free 4_000,
@@ -80,5 +83,6 @@ models! { loopback:
 models! { postcopy:
     each_page_is_sent_once_and_a_drained_schedule_has_sent_all 20_000,
     requests_on_the_connection_of_the_walk_are_sent_once 20_000,
+    a_request_outlives_a_break_and_the_walk_after_it_ends 20_000,
     closing_ends_every_wait 20_000,
 }

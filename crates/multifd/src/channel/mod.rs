@@ -50,7 +50,7 @@ pub use callback_watch::CallbackWatch;
 pub use callbacks::Callbacks;
 pub(crate) use clock::deadline;
 pub use close_watch::{CloseWatch, PeerSignal};
-pub(crate) use closed_channels::{ClosedChannels, WatchedChannels};
+pub(crate) use closed_channels::{ClosedChannels, WatchedChannel, WatchedChannels};
 pub use context::Context;
 pub(crate) use descriptors::are_none_left;
 pub use exit_status::ExitStatusUnknown;

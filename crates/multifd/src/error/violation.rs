@@ -162,6 +162,14 @@ pub enum Violation {
         /// The number of sync points that the channel has reached.
         found: u64,
     },
+    /// A channel whose connection is broken cannot be left out.
+    #[error("cannot continue without channel {id}: {why}")]
+    LostChannel {
+        /// The channel's id.
+        id: ChannelId,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// Pages arrived after the last sync point.
     #[error("packet with {pages} pages after the last sync point")]
     PagesAfterEnd {

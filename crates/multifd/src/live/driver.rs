@@ -11,6 +11,7 @@ use super::{
     known,
     pass::Walk,
     progress::PassRate,
+    rounds,
 };
 use crate::{
     channel::Watch,
@@ -256,6 +257,7 @@ impl<'a> Driver<'a> {
             sender.wait_connected()?;
         }
         self.main.setup(blocks, synced(&mut self.sender)?)?;
+        rounds::agree(self.main, self.sender.as_deref_mut(), &self.pending)?;
         self.count_main();
         progress.set_up();
         Ok(())
@@ -327,8 +329,14 @@ impl<'a> Driver<'a> {
         let devices = self.save()?;
         progress.advance(Status::Device)?;
         self.main.switchover()?;
-        self.bitmap_sync(None)?;
-        self.pass(Pass::Final, &mut Pace::new(Bandwidth::default()))?;
+        loop {
+            self.bitmap_sync(None)?;
+            self.pass(Pass::Final, &mut Pace::new(Bandwidth::default()))?;
+            // Pages of channels that were lost in this pass.
+            if self.pending.iter().all(PageBitmap::is_empty) {
+                break;
+            }
+        }
         self.nothing_written()?;
         if let Some(mark) = self.call(Callback::DirtyLogTake, |driver| driver.log.mark()) {
             self.main.marked(mark);
@@ -441,6 +449,7 @@ impl<'a> Driver<'a> {
             }
         }
         self.main.end_pass(pass, synced(&mut self.sender)?)?;
+        rounds::settle(self.main, self.sender.as_deref_mut(), &self.pending, progress)?;
         self.count_main();
         let after = progress.sent();
         let pages = after.normal + after.zero - before.normal - before.zero;

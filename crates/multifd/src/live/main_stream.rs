@@ -8,6 +8,7 @@ use crate::{
     channel::{Stop, Wake},
     error::{Error, Result, Usage},
     ram::{BlockIndex, LogMark, PageBitmap, PageIndex, RamBlocks},
+    wire::ChannelId,
 };
 
 /// A pass over RAM.
@@ -17,6 +18,19 @@ pub enum Pass {
     Live,
     /// The guest has stopped; no page remains afterwards.
     Final,
+}
+
+/// What the destination has of the round that has ended: see [`Main::round`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Round {
+    /// It was not asked, or does not continue without a broken channel.
+    NotAgreed,
+    /// It has everything, except what these channels have carried since its reply before: their connections are broken, and it
+    /// continues without them. It has passed the sync point, and receives nothing more from them.
+    Confirmed {
+        /// All channels that are lost so far.
+        lost: Vec<ChannelId>,
+    },
 }
 
 /// How a migration ended at the other side, after everything was sent.
@@ -87,6 +101,15 @@ pub trait Main {
     /// # Errors
     /// If the stream breaks.
     fn end_pass(&mut self, pass: Pass, synced: Option<Synced<'_>>) -> Result<()>;
+    /// Asks what the destination has of the round that has ended, and waits for its reply. Called after [`setup`](Main::setup) and
+    /// after each [`end_pass`](Main::end_pass), if there are channels. The reply after `setup` decides whether the migration continues
+    /// without a channel that breaks: if it is [`Round::Confirmed`], all later ones must be. Default: [`Round::NotAgreed`].
+    ///
+    /// # Errors
+    /// If the stream breaks, or the destination has failed.
+    fn round(&mut self) -> Result<Round> {
+        Ok(Round::NotAgreed)
+    }
     /// Called when the guest has stopped.
     ///
     /// # Errors

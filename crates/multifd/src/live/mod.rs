@@ -29,6 +29,7 @@ mod pace;
 mod pass;
 mod plan;
 mod progress;
+mod rounds;
 mod status;
 mod switched;
 
@@ -45,7 +46,7 @@ use control::Gate;
 pub use device_name::DeviceName;
 use driver::{Driven, Driver, Stopped};
 pub use guest::{DeviceInfo, DeviceSection, Guest, RunState};
-pub use main_stream::{Main, Pass, Verdict};
+pub use main_stream::{Main, Pass, Round, Verdict};
 pub use owner::{LastWord, Owner};
 use pace::Pace;
 use plan::Plan;

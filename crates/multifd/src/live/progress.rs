@@ -17,6 +17,7 @@ use crate::{
     ram::PageSize,
     send::{SendCounters, Sender},
     stats::ChannelStats,
+    wire::ChannelId,
 };
 
 /// A snapshot of a migration: what `query-migrate` shows at the source.
@@ -48,6 +49,8 @@ pub struct MigrationInfo {
     pub guest_was: Option<RunState>,
     /// The counters of each channel.
     pub channels: Vec<ChannelStats>,
+    /// The channels whose connection is broken, and without which the migration continues: see [`Round`](super::Round).
+    pub lost_channels: Vec<ChannelId>,
 }
 
 /// The `ram` part of [`MigrationInfo`]. Lengths are in bytes.
@@ -136,6 +139,7 @@ struct Passes {
     mbps: f64,
     /// Bytes on main when the guest was stopped.
     precopy_bytes: Option<u64>,
+    lost_channels: Vec<ChannelId>,
 }
 
 /// Pages and bytes on all connections.
@@ -228,6 +232,7 @@ impl Progress {
             },
             guest_was: passes.guest_was,
             channels,
+            lost_channels: passes.lost_channels,
         }
     }
 
@@ -339,6 +344,11 @@ impl Progress {
     pub(super) fn guest_stops(&self) {
         let bytes = self.0.main_bytes.load(Ordering::Relaxed);
         self.passes(|passes| passes.precopy_bytes = Some(bytes));
+    }
+
+    /// All channels that are lost so far.
+    pub(super) fn lost(&self, channels: Vec<ChannelId>) {
+        self.passes(|passes| passes.lost_channels = channels);
     }
 
     pub(super) fn guest_was(&self, state: RunState) {

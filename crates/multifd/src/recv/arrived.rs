@@ -229,9 +229,18 @@ impl Arrived {
 
     /// Records that pages were written, beginning with page `first`.
     pub(super) fn note(&self, block: BlockIndex, first: PageIndex, count: u64) {
-        let pages = self.pages(block);
-        pages.arrived.set_run(first, count);
-        if let Some(may_hold) = &pages.may_hold {
+        self.may_hold(block, first, count);
+        self.placed(block, first, count);
+    }
+
+    /// Records that pages were written that [may hold](Self::may_hold) something already.
+    pub(super) fn placed(&self, block: BlockIndex, first: PageIndex, count: u64) {
+        self.pages(block).arrived.set_run(first, count);
+    }
+
+    /// Records that bytes are about to be received in the memory of pages, beginning with page `first`.
+    pub(super) fn may_hold(&self, block: BlockIndex, first: PageIndex, count: u64) {
+        if let Some(may_hold) = &self.pages(block).may_hold {
             may_hold.set_run(first, count);
         }
     }

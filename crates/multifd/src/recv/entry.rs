@@ -61,11 +61,29 @@ pub(super) struct Entry {
     pub(super) ended: bool,
     /// It has ended without a packet.
     pub(super) void: bool,
+    /// The connection is broken, and the migration continues without it.
+    pub(super) lost: Option<Loss>,
+}
+
+/// Who knows of a lost channel.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Loss {
+    /// The source has named it.
+    pub(super) named: bool,
+    /// A reply has named it.
+    pub(super) reported: bool,
 }
 
 impl Entry {
     pub(super) fn new(origin: Origin, wake: Arc<dyn Wake>) -> Self {
-        Self { origin, wake: Some(wake), reached: 0, packets: 0, greatest: None, ended: false, void: false }
+        let (reached, packets, greatest) = (0, 0, None);
+        let (ended, void, lost) = (false, false, None);
+        Self { origin, wake: Some(wake), reached, packets, greatest, ended, void, lost }
+    }
+
+    /// Whether main waits for its SYNC at this point.
+    pub(super) fn is_awaited(&self, point: u64) -> bool {
+        self.lost.is_none() && !self.ended && self.reached < point
     }
 
     /// Whether no packet arrived before the connection ended.

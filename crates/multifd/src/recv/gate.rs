@@ -37,6 +37,7 @@ impl Shared {
             && !state.life.source_closed
             && !state.life.stopped
             && !state.source.is_broken
+            && !state.roster.is_lost(id)
         {
             state = if state.gate.main_waits {
                 // Main has the time limit, because it knows the missing channel.
@@ -47,8 +48,11 @@ impl Shared {
                 })?
             };
         }
+        let is_lost = state.roster.is_lost(id);
         drop(state);
-        self.stop.check()
+        self.stop.check()?;
+        // What it has after its SYNC must not be read before main has passed the point.
+        if is_lost { Err(broken()) } else { Ok(()) }
     }
 
     /// Main has reached its next sync point: it waits until every channel has received its SYNC.
@@ -86,6 +90,11 @@ impl Shared {
             let mut missing = None;
             for (id, place) in (0..=u8::MAX).map(ChannelId).zip(&state.roster.channels) {
                 let Some(place) = place else { continue };
+                if place.lost.is_some() {
+                    // Its thread may still write what it has received.
+                    missing = missing.or(Some(id).filter(|_| !place.ended));
+                    continue;
+                }
                 if place.reached >= point {
                     continue;
                 }
@@ -109,6 +118,10 @@ impl Shared {
                 drop(state);
                 return Err(self.stop.fail(error));
             };
+            if state.may_lose_silent(point) {
+                state = self.wait_or_lose(state, point, begun);
+                continue;
+            }
             state = self.wait_moving(state, begun, |stalled| {
                 let what = format!("no SYNC packet has arrived for sync point {point}");
                 stalled.pending(what).on_channel(missing)

@@ -21,6 +21,7 @@ mod entry;
 mod gate;
 mod identify;
 mod late;
+mod lost;
 #[cfg(shuttle)]
 #[expect(clippy::indexing_slicing, reason = "a model fails by a panic")]
 pub mod model;
@@ -54,7 +55,7 @@ use crate::{
     ram::{self, Memory, PageSize, RamBlocks},
     stats::{ChannelCounters, ChannelStats},
     sync_types::{AtomicBool, Builder, Condvar, Mutex, OnceLock},
-    wire::{VmUuid, limits},
+    wire::{ChannelId, VmUuid, limits},
 };
 
 /// Receives pages over N channels: the data plane of one incoming migration.
@@ -250,6 +251,22 @@ impl Receiver {
     /// [`expect_resumed`](Self::expect_resumed).
     pub fn wait_resumed(&self, limit: Option<Duration>) -> Result<Stream> {
         self.shared.wait_resumed(limit)
+    }
+
+    /// The source asks which channels are lost, at a sync point that was [passed](Self::sync): the reply must name the result. From now
+    /// on, until the [switch to post-copy](Self::expect_resumed), a channel whose connection breaks is lost and no error, unless it is
+    /// the last one: sync points do not wait for it, and the source sends its pages again.
+    pub fn round(&self) -> Vec<ChannelId> {
+        self.shared.round()
+    }
+
+    /// Reports that the source has lost a channel. Its connection is shut down, and the next sync point does not wait for its SYNC.
+    ///
+    /// # Errors
+    /// [`Violation::LostChannel`](crate::error::Violation::LostChannel) if the source has not [asked](Self::round) before, there is no
+    /// such channel, it was reported before, or it is the last one.
+    pub fn lose(&self, channel: ChannelId) -> Result<()> {
+        self.shared.lose(channel)
     }
 
     /// Sets the blocks that the source has announced. Pages are only written to these.

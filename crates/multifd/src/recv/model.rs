@@ -137,6 +137,53 @@ pub fn a_channel_that_has_ended_fails_the_sync_that_waits_for_it() {
     drop(first);
 }
 
+/// A channel breaks with an older page and without its SYNC, after the source has asked for the first time. Nothing of it is placed
+/// after the sync point.
+pub fn a_channel_that_breaks_is_lost_and_its_pages_come_before_the_sync_point() {
+    loses(|_, second| {
+        let closing = thread::spawn(move || drop(second));
+        move || {
+            closing.join().expect("no panic");
+            None
+        }
+    });
+}
+
+/// The same, but only the source knows that the channel is broken.
+pub fn a_channel_that_the_source_has_lost_is_shut_down_before_the_sync_point() {
+    loses(|receiver, second| {
+        receiver.lose(ChannelId(1)).expect("it is not the last one");
+        move || Some(second)
+    });
+}
+
+fn loses<E: FnOnce() -> Option<Channel>>(how: impl FnOnce(&Receiver, Channel) -> E) {
+    let blocks = one_block();
+    let receiver = receiver(ChannelCount::Exact(2));
+    let [(mut first, a), (mut second, b)] = [0, 1].map(Channel::new);
+    first.sync();
+    second.sync();
+    receiver.add(a);
+    receiver.add(b);
+    receiver.set_blocks(blocks.clone()).expect("first time");
+    receiver.sync().expect("both channels come");
+    assert_eq!(receiver.round(), []);
+    second.page(1);
+    first.sync();
+    first.page(2);
+    first.sync();
+    let end = how(&receiver, second);
+    receiver.sync().expect("it does not wait for the lost one");
+    assert_eq!(receiver.round(), [ChannelId(1)]);
+    receiver.sync().expect("the other one comes");
+    assert_eq!(content(&blocks), 2, "an old page was placed over a newer one");
+    assert_eq!(receiver.round(), [ChannelId(1)]);
+    receiver.seal().expect("nothing is sent any more");
+    drop(first);
+    receiver.finish().expect("a good end");
+    drop(end());
+}
+
 /// A source whose number of channels is unknown: main's first record arrives after the connections.
 fn connecting_source(connector: memory::MemoryConnector) -> thread::JoinHandle<Option<Vec<Channel>>> {
     thread::spawn(move || {

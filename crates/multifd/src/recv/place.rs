@@ -41,10 +41,12 @@ impl Placer {
         if !listed.normal.is_empty() {
             for (first, count) in neighbours(listed.normal.iter().copied()) {
                 arrived.check_access(block, listed.block, first, count)?;
+                // If the connection breaks within the bytes, a zero page may follow over another one.
+                arrived.may_hold(listed.block, first, count);
             }
             self.normal(packets, listed, block, arrived.late())?;
             for (first, count) in neighbours(listed.normal.iter().copied()) {
-                arrived.note(listed.block, first, count);
+                arrived.placed(listed.block, first, count);
             }
         }
         for (first, count) in neighbours(listed.zero.iter().copied()) {

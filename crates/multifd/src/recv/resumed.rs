@@ -41,8 +41,13 @@ impl Shared {
         let mut state = self.lock();
         state.source.may_resume = true;
         let given_up = state.give_up_earlier();
+        // The source does not know of it, and sends pages over it.
+        let is_broken = state.unreported().is_some() && !state.source.is_broken && !state.life.sealed;
         drop(state);
         given_up.iter().for_each(|waker| waker.wake());
+        if is_broken {
+            self.break_off();
+        }
     }
 
     /// The source has returned. The newest connection counts: it has given the others up.
@@ -118,6 +123,7 @@ impl Shared {
             {
                 let earlier = state.main.watch.replace(watch);
                 state.source.is_broken = false;
+                state.source.tolerant = false;
                 // It may return when all of RAM is here. A page that comes again is placed beside what is there.
                 state.life.sealed = false;
                 self.sealed.store(false, Ordering::SeqCst);
@@ -147,7 +153,7 @@ pub(super) fn broken() -> Error {
 }
 
 /// Whether this is an error of a connection, and not of what came over it.
-fn is_broken(error: &Error) -> bool {
+pub(super) fn is_broken(error: &Error) -> bool {
     matches!(error.fault(), Fault::Connection | Fault::Stalled)
         || matches!(error.kind(), Error::Violation(Violation::Cut { .. }))
 }

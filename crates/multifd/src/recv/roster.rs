@@ -58,6 +58,10 @@ impl Roster {
     /// have no gaps, and that all channels have received their SYNC for `point`.
     pub(super) fn missing_packets(&self, point: u64) -> Option<Error> {
         let places = || self.channels.iter().flatten();
+        // What a lost channel has not delivered is not known.
+        if places().any(|place| place.lost.is_some()) {
+            return None;
+        }
         let greatest = places().filter_map(|place| place.greatest).max()?;
         // Additional SYNCs at the end arrive after the last point.
         let found = places().map(|place| place.packets).sum::<u64>();
@@ -86,6 +90,12 @@ impl Roster {
     pub(super) fn place(&mut self, id: ChannelId, number: u64) -> Option<&mut Entry> {
         let place = self.channels.get_mut(usize::from(id.0))?.as_mut()?;
         Some(place).filter(|place| place.origin.number == number)
+    }
+
+    /// Whether the migration continues without this channel.
+    pub(super) fn is_lost(&self, id: ChannelId) -> bool {
+        let place = self.channels.get(usize::from(id.0)).and_then(Option::as_ref);
+        place.is_some_and(|place| place.lost.is_some())
     }
 
     /// A connection was dropped that may have been a channel.

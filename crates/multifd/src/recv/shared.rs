@@ -72,6 +72,10 @@ pub(super) struct Source {
     pub(super) may_resume: bool,
     /// One of its connections has broken since, so the others are shut down until it returns.
     pub(super) is_broken: bool,
+    /// It asks at each sync point which channels are lost, and sends their pages again.
+    pub(super) tolerant: bool,
+    /// The pages on all channels up to its last question.
+    pub(super) confirmed: u64,
     pub(super) preempt: Preempt,
 }
 
@@ -167,6 +171,7 @@ impl Shared {
     /// write, or the seal sees the channel's mark.
     pub(super) fn seal(&self) -> Result<()> {
         self.stop.check()?;
+        self.check_confirmed()?;
         self.sealed.store(true, Ordering::SeqCst);
         self.lock().life.sealed = true;
         self.changed.notify_all();

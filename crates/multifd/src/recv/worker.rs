@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::{decode::Listed, packet_reader::PacketReader, place::Placer, shared::Shared, walk::Walk};
 use crate::{
     channel::Link,
-    error::{Error, Result, Unsupported, Violation},
+    error::{Error, Result, Unsupported, Violation, chain},
     sync_types::AtomicBool,
     wire::{COMMON_LEN, ChannelId, INITIAL_LEN, head_len},
 };
@@ -19,9 +19,11 @@ pub(super) fn run(id: ChannelId, number: u64, shared: &Shared, link: Box<dyn Lin
     tracing::debug!(channel = id.0, "multifd_recv_thread_start");
     let mut packets = 0;
     let consumed = consume(id, number, shared, link, &mut packets);
-    if shared.breaks_off(id, number, consumed.as_ref().err()) {
-        let error =
-            consumed.err().map_or_else(|| "the source has closed it".to_owned(), |error| error.to_string());
+    if shared.is_lost(id, number, consumed.as_ref().err()) {
+        let error = ended(consumed);
+        tracing::warn!(channel = id.0, %error, "a channel is broken; the migration continues without it");
+    } else if shared.breaks_off(id, number, consumed.as_ref().err()) {
+        let error = ended(consumed);
         tracing::debug!(channel = id.0, %error, "a channel is broken, and the source may return");
     } else if let Err(error) = consumed {
         // Pages after the end may be newer than the received ones, so this is not an ordinary end of a channel.
@@ -42,6 +44,11 @@ pub(super) fn run(id: ChannelId, number: u64, shared: &Shared, link: Box<dyn Lin
     }
     shared.ended(id, number, packets);
     tracing::debug!(channel = id.0, "multifd_recv_thread_end");
+}
+
+/// Why a channel has ended.
+fn ended(consumed: Result<()>) -> String {
+    consumed.err().map_or_else(|| "the source has closed it".to_owned(), |error| chain(&error).to_string())
 }
 
 fn consume(

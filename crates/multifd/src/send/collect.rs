@@ -7,11 +7,12 @@ use crate::{
     batch::Kind,
     error::{Result, Usage},
     ram::{BlockIndex, PageIndex},
+    wire::ChannelId,
 };
 
 /// Proof that one SYNC was sent on every channel, after all pages queued so far. [`Sender::sync`] returns it, and the
 /// record of a sync point on main [needs it](crate::live::Main::end_pass) before it leaves. A destination waits at that
-/// record until the SYNC of each channel has arrived.
+/// record until the SYNC of each channel has arrived, except of those that it knows to be [lost](Self::lost).
 ///
 /// ```compile_fail,E0499
 /// # use multifd::{Sender, ram::{BlockIndex, PageIndex}};
@@ -25,6 +26,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Synced<'a> {
     channels: u8,
+    lost: Vec<ChannelId>,
     sender: PhantomData<&'a mut Sender>,
 }
 
@@ -34,12 +36,18 @@ impl Synced<'_> {
     /// **Warning:** nothing checks it. If main's record leaves before `channels` SYNCs have left, the destination waits
     /// for them, 120 s by default, and then fails.
     pub fn asserted(channels: u8) -> Self {
-        Self { channels, sender: PhantomData }
+        Self { channels, lost: Vec::new(), sender: PhantomData }
     }
 
-    /// The number of channels.
+    /// The number of channels, including those that are lost.
     pub fn channels(&self) -> u8 {
         self.channels
+    }
+
+    /// The channels whose connection is broken, on which no SYNC was sent. The destination must know of them before main's record
+    /// leaves. Always empty, unless the destination has [agreed](crate::live::Round) to continue without them.
+    pub fn lost(&self) -> &[ChannelId] {
+        &self.lost
     }
 }
 
@@ -122,9 +130,9 @@ impl Sender {
             self.hand_over()?;
         }
         let shared = self.shared()?;
-        shared.dispatch.sync(&shared.stop)?;
+        let lost = shared.dispatch.sync(&shared.stop)?;
         tracing::debug!("multifd_send_sync_main");
-        Ok(Synced { channels: self.options.channels, sender: PhantomData })
+        Ok(Synced { channels: self.options.channels, lost, sender: PhantomData })
     }
 
     fn hand_over(&mut self) -> Result<()> {

@@ -4,6 +4,8 @@
 //! next batch. A channel sync is a number, which the collector increments. A channel that finds no batch from before
 //! sends its SYNC and reports it. A batch queued after the increment waits until the channel that takes it has sent its
 //! own SYNC, so no channel carries a newer page ahead of the sync point.
+//!
+//! A channel can be [lost](Dispatch::lose): it gets no more work, and no sync point waits for it.
 
 use std::{
     collections::VecDeque,
@@ -17,6 +19,7 @@ use crate::{
     error::{Error, Result},
     ram::PageSize,
     sync_types::{Condvar, Mutex, MutexGuard},
+    wire::ChannelId,
 };
 
 /// The next job of a channel.
@@ -29,6 +32,8 @@ pub(super) enum Job {
     Serve(Arc<Serving>),
     /// Nothing more follows.
     End,
+    /// This channel is lost: its connection is not used any more.
+    Lost,
 }
 
 pub(super) struct Dispatch {
@@ -38,6 +43,15 @@ pub(super) struct Dispatch {
     /// The collector waits here for an empty batch, for all SYNCs, and for all channels to connect.
     progress: Condvar,
     channels: usize,
+}
+
+/// The progress of a channel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Point {
+    /// It has sent this number of SYNCs.
+    Synced(u64),
+    /// Its connection is broken.
+    Lost,
 }
 
 struct Queue {
@@ -51,8 +65,10 @@ struct Queue {
     connected: usize,
     /// The number of requested sync points.
     syncs: u64,
-    /// The number of channels that have sent the last requested SYNC.
-    synced: usize,
+    /// What each channel has sent.
+    points: Box<[Point]>,
+    /// The migration continues without a channel that breaks.
+    tolerant: bool,
     /// Batches were handed over since.
     unsynced: bool,
     /// What the channels send by themselves, how often it was taken, and how often that was done.
@@ -86,7 +102,8 @@ impl Dispatch {
                 starved: false,
                 connected: 0,
                 syncs: 0,
-                synced: 0,
+                points: vec![Point::Synced(0); channels].into(),
+                tolerant: false,
                 unsynced: false,
                 serving: None,
                 serves: 0,
@@ -130,21 +147,54 @@ impl Dispatch {
         }
     }
 
-    /// The channel sync: waits until everything queued so far, and then one SYNC on every channel, was sent.
+    /// The channel sync: waits until everything queued so far, and then one SYNC on every channel, was sent. Returns the channels
+    /// that are lost: what was queued may have been sent on them.
     ///
     /// # Errors
     /// The error that stopped the migration.
-    pub(super) fn sync(&self, stop: &Stop) -> Result<()> {
+    pub(super) fn sync(&self, stop: &Stop) -> Result<Vec<ChannelId>> {
         let mut queue = self.lock();
         queue.syncs += 1;
-        queue.synced = 0;
         queue.unsynced = false;
         self.work.notify_all();
-        while queue.synced < self.channels && !queue.stopped {
+        while !queue.is_synced() && !queue.stopped {
             queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
+        let lost = queue.lost().collect();
         drop(queue);
-        stop.check()
+        stop.check().map(|()| lost)
+    }
+
+    /// From now on a channel can be lost.
+    pub(super) fn tolerate(&self) {
+        self.lock().tolerant = true;
+    }
+
+    /// A channel is broken: it gets no more work. Returns `false` if the migration cannot continue without it: channels must not be
+    /// lost, or it is the last one.
+    pub(super) fn lose(&self, id: ChannelId) -> bool {
+        let mut queue = self.lock();
+        let is_last = queue.living() == 1 && !queue.lost().any(|lost| lost == id);
+        if !queue.tolerant || is_last {
+            return false;
+        }
+        if let Some(point) = queue.points.get_mut(usize::from(id.0)) {
+            *point = Point::Lost;
+        }
+        drop(queue);
+        self.work.notify_all();
+        self.progress.notify_all();
+        true
+    }
+
+    /// The channels that are lost.
+    pub(super) fn lost(&self) -> Vec<ChannelId> {
+        self.lock().lost().collect()
+    }
+
+    /// The number of channels that are not lost.
+    pub(super) fn living(&self) -> usize {
+        self.lock().living()
     }
 
     /// Whether pages were handed over after the last SYNC.
@@ -152,10 +202,12 @@ impl Dispatch {
         self.lock().unsynced
     }
 
-    /// Lets the channels send what `serving` has. [`end_serve`](Self::end_serve) must follow.
+    /// Lets the channels send what `serving` has. No channel can be lost from then on. [`end_serve`](Self::end_serve) must follow.
     pub(super) fn begin_serve(&self, serving: Arc<Serving>) {
         let mut queue = self.lock();
         (queue.serving, queue.serves, queue.served, queue.unsynced) = (Some(serving), 0, 0, true);
+        // A break pauses both sides from here on.
+        queue.tolerant = false;
         self.work.notify_all();
     }
 
@@ -172,7 +224,7 @@ impl Dispatch {
     /// # Errors
     /// The error that stopped the migration.
     pub(super) fn end_serve(&self, stop: &Stop) -> Result<()> {
-        self.wait_served(self.channels);
+        self.wait_served(self.living());
         self.lock().serving = None;
         stop.check()
     }
@@ -195,9 +247,8 @@ impl Dispatch {
         self.progress.notify_all();
     }
 
-    /// The next job of a channel. `done` is the batch that it has carried; `synced` is the number of SYNCs that it has
-    /// sent.
-    pub(super) fn next(&self, done: Option<Batch>, synced: u64) -> Job {
+    /// The next job of a channel. `done` is the batch that it has carried.
+    pub(super) fn next(&self, id: ChannelId, done: Option<Batch>) -> Job {
         let mut queue = self.lock();
         if let Some(mut batch) = done {
             batch.clear();
@@ -207,6 +258,9 @@ impl Dispatch {
             if queue.stopped {
                 return Job::End;
             }
+            let Some(Point::Synced(synced)) = queue.points.get(usize::from(id.0)).copied() else {
+                return Job::Lost;
+            };
             let job = match queue.ready.front() {
                 Some((epoch, _)) if *epoch <= synced => {
                     queue.ready.pop_front().map(|(_, batch)| Job::Batch(batch))
@@ -214,7 +268,7 @@ impl Dispatch {
                 _ if synced < queue.syncs => Some(Job::Sync),
                 _ => match &queue.serving {
                     // A fast channel may take it twice, and then in place of one that found nothing to do.
-                    Some(serving) if queue.serves < self.channels => {
+                    Some(serving) if queue.serves < queue.living() => {
                         let job = Job::Serve(serving.clone());
                         queue.serves += 1;
                         Some(job)
@@ -251,10 +305,12 @@ impl Dispatch {
     }
 
     /// Records that a channel has sent its SYNC.
-    pub(super) fn synced(&self) {
+    pub(super) fn synced(&self, id: ChannelId) {
         let mut queue = self.lock();
-        queue.synced += 1;
-        if queue.synced == self.channels {
+        if let Some(Point::Synced(synced)) = queue.points.get_mut(usize::from(id.0)) {
+            *synced += 1;
+        }
+        if queue.is_synced() {
             self.progress.notify_all();
         }
     }
@@ -283,6 +339,22 @@ impl Dispatch {
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    /// Whether every channel that is not lost has sent the last requested SYNC.
+    fn is_synced(&self) -> bool {
+        self.points.iter().all(|point| *point == Point::Lost || *point == Point::Synced(self.syncs))
+    }
+
+    fn lost(&self) -> impl Iterator<Item = ChannelId> {
+        let ids = (0..=u8::MAX).map(ChannelId).zip(&self.points);
+        ids.filter(|(_, point)| **point == Point::Lost).map(|(id, _)| id)
+    }
+
+    fn living(&self) -> usize {
+        self.points.len() - self.lost().count()
     }
 }
 
@@ -323,20 +395,21 @@ mod tests {
         let (dispatch, stop) = (Dispatch::new(CHANNELS, PAGE, false), Stop::new());
         let carried = Mutex::new(Vec::new());
         scope(|threads| {
-            for _ in 0..CHANNELS {
-                threads.spawn(|| {
+            for id in (0..CHANNELS).map(ChannelId) {
+                let (dispatch, carried) = (&dispatch, &carried);
+                threads.spawn(move || {
                     let (mut done, mut synced) = (None, 0);
                     loop {
-                        match dispatch.next(done.take(), synced) {
+                        match dispatch.next(id, done.take()) {
                             Job::Batch(batch) => {
                                 carried.lock().expect("whole").push((synced, batch.normal()[0].0));
                                 done = Some(batch);
                             }
                             Job::Sync => {
                                 synced += 1;
-                                dispatch.synced();
+                                dispatch.synced(id);
                             }
-                            Job::Serve(_) => unreachable!("nothing is served"),
+                            Job::Serve(_) | Job::Lost => unreachable!("nothing is served or lost"),
                             Job::End => return,
                         }
                     }
@@ -377,9 +450,9 @@ mod tests {
     }
 
     fn next(dispatch: &Dispatch, done: Option<Batch>) -> Batch {
-        match dispatch.next(done, 0) {
+        match dispatch.next(ChannelId(0), done) {
             Job::Batch(batch) => batch,
-            Job::Sync | Job::Serve(_) | Job::End => panic!("a batch"),
+            Job::Sync | Job::Serve(_) | Job::End | Job::Lost => panic!("a batch"),
         }
     }
 
@@ -390,7 +463,7 @@ mod tests {
         let collectors = [0, 1, 2].map(|wait| {
             let (dispatch, stop) = (dispatch.clone(), stop.clone());
             spawn(move || match wait {
-                0 => dispatch.sync(&stop),
+                0 => dispatch.sync(&stop).map(drop),
                 1 => dispatch.wait_connected(&stop),
                 _ => {
                     let mut hand = Batch::new(PAGE);
@@ -407,6 +480,6 @@ mod tests {
             let error = collector.join().expect("no panic").expect_err("stopped");
             assert_eq!(error.to_string(), "a channel broke");
         }
-        assert!(matches!(dispatch.next(None, 0), Job::End));
+        assert!(matches!(dispatch.next(ChannelId(0), None), Job::End));
     }
 }

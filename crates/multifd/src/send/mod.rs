@@ -17,6 +17,8 @@ mod collect;
 mod copies;
 mod dispatch;
 mod file_pages;
+mod given;
+mod lost;
 #[cfg(shuttle)]
 pub mod model;
 mod packets;
@@ -46,7 +48,7 @@ use crate::{
     ram::RamBlocks,
     sendable,
     stats::{ChannelCounters, ChannelStats},
-    sync_types::{Builder, JoinHandle},
+    sync_types::{Builder, JoinHandle, OnceLock},
     wire::ChannelId,
 };
 
@@ -168,6 +170,7 @@ impl Sender {
             blocks: self.blocks.clone(),
             stop: self.stop.clone(),
             dispatch,
+            given: OnceLock::new(),
             packet_num: AtomicU64::new(0),
             counters: std::iter::repeat_with(ChannelCounters::default).take(channels.into()).collect(),
         });

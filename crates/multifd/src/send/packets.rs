@@ -19,7 +19,8 @@ use super::{
 use crate::{
     batch::Batch,
     channel::{
-        Connect, Link, PeerSignal, StallTimer, Watch, WatchedChannels, is_of_a_host, send_all, send_all_more,
+        Connect, Link, PeerSignal, StallTimer, Watch, WatchedChannel, WatchedChannels, is_of_a_host,
+        send_all, send_all_more,
     },
     compress::{Encode, PacketPages},
     error::{Error, Result, Usage},
@@ -48,6 +49,7 @@ pub(super) struct Packets<'a> {
     prepared: Duration,
     /// The descriptor that is watched, if the link has one.
     _signal: Option<PeerSignal>,
+    _watched: Option<WatchedChannel>,
     _watch: Watch,
 }
 
@@ -77,12 +79,16 @@ impl<'a> Packets<'a> {
         }
         let watching = |error| Error::io(format!("watch the connection to {target}"), error);
         let signal = link.peer_signal().map_err(watching)?;
-        if let (Some(watched), Some(signal)) = (watched, &signal) {
-            watched.add(id, &link.peer(), &signal.descriptor).map_err(watching)?;
-        }
+        let watched = match (watched, &signal) {
+            (Some(watched), Some(signal)) => {
+                Some(watched.add(id, &link.peer(), link.waker(), &signal.descriptor).map_err(watching)?)
+            }
+            _ => None,
+        };
         let mut packets = Self {
             id,
             _signal: signal,
+            _watched: watched,
             shared,
             counters: &shared.counters[usize::from(id.0)],
             _watch: shared.stop.watch_failure(link.waker()),

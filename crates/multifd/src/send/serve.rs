@@ -31,9 +31,10 @@ impl Sender {
         if !self.hand.is_empty() {
             return Err(Usage::Unsynced.into());
         }
-        let channels = self.options.channels;
-        let serving = Arc::new(Serving::new(schedule.clone(), channels, answered));
-        let (shared, all) = (self.shared()?, usize::from(channels));
+        let shared = self.shared()?;
+        // A channel that is lost before this is not among them, and from here on none may be lost.
+        let all = shared.dispatch.living();
+        let serving = Arc::new(Serving::new(schedule.clone(), all, answered));
         shared.dispatch.begin_serve(serving);
         shared.dispatch.wait_served((all - 1).max(1));
         let all_sent = schedule.drained();

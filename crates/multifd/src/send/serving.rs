@@ -15,7 +15,7 @@ pub(super) struct Serving {
     schedule: Arc<Schedule>,
     /// Called with the time between a request and the end of its write.
     answered: Box<dyn Fn(Duration) + Send + Sync>,
-    channels: u8,
+    channels: usize,
     /// A channel has taken the requests.
     taken: AtomicBool,
 }
@@ -31,7 +31,7 @@ pub(super) struct Share {
 impl Serving {
     pub(super) fn new(
         schedule: Arc<Schedule>,
-        channels: u8,
+        channels: usize,
         answered: impl Fn(Duration) + Send + Sync + 'static,
     ) -> Self {
         Self { schedule, answered: Box::new(answered), channels, taken: AtomicBool::new(false) }

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, atomic::AtomicU64};
 
-use super::dispatch::Dispatch;
-use crate::{channel::Stop, ram::RamBlocks, stats::ChannelCounters};
+use super::{dispatch::Dispatch, given::Given};
+use crate::{channel::Stop, ram::RamBlocks, stats::ChannelCounters, sync_types::OnceLock};
 
 /// The state that the channels' threads share with the collector.
 pub(super) struct Shared {
@@ -12,6 +12,8 @@ pub(super) struct Shared {
     /// Locked within; see `docs/develop/concurrency.md`.
     pub(super) stop: Stop,
     pub(super) dispatch: Dispatch,
+    /// What each channel was given since the last reply of the destination; set if a channel may break.
+    pub(super) given: OnceLock<Given>,
     /// The next packet number; each channel takes one when it fills a head.
     pub(super) packet_num: AtomicU64,
     /// The counters; each is written only by its channel.

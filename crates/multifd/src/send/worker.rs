@@ -1,20 +1,23 @@
-//! A channel's thread: it takes batch after batch, waits at sync points, and ends with the migration.
+//! A channel's thread: it takes batch after batch, waits at sync points, and ends with the migration, or when its connection
+//! breaks.
 //!
 //! Its carrier handles a batch: [`packets`](super::packets) sends it over a connection, [`copies`](super::copies)
 //! copies it into other blocks.
 
-use std::time::Duration;
+use std::{io::ErrorKind, time::Duration};
 
 use super::{
     dispatch::{Dispatch, Job},
+    given::Given,
     serving::Serving,
     shared::Shared,
 };
 use crate::{
     batch::{Batch, Kind},
-    error::{Error, Fault, Result},
+    error::{Error, Fault, Result, chain},
     postcopy::Cost,
     ram::{PageIndex, PageRun},
+    sync_types::OnceLock,
     wire::ChannelId,
 };
 
@@ -38,12 +41,20 @@ pub(super) trait Carrier {
     fn end(self);
 }
 
-/// Runs a channel whose carrier is made by `start`. An error ends the whole migration.
+/// Runs a channel whose carrier is made by `start`. An error ends the whole migration, unless that
+/// [continues](Dispatch::lose) without this channel.
 pub(super) fn run<C: Carrier>(id: ChannelId, shared: &Shared, start: impl FnOnce() -> Result<C>) {
     let _alarm = shared.stop.alarm("a channel's thread");
-    if let Err(error) = start().and_then(|carrier| work(&shared.dispatch, carrier)) {
+    let given = Recorder { id, given: &shared.given };
+    if let Err(error) = start().and_then(|carrier| work(id, &shared.dispatch, &given, carrier)) {
         tracing::debug!(channel = id.0, %error, "multifd_send_error");
-        match error.fault() {
+        let fault = error.fault();
+        if fault == Fault::Connection && !is_refusal(&error) && shared.dispatch.lose(id) {
+            let error = chain(&error);
+            tracing::warn!(channel = id.0, %error, "a channel is broken; the migration continues without it");
+            return;
+        }
+        match fault {
             // A TLS session explains why the peer has closed it, and then main knows no more.
             Fault::Connection if !is_explained(&error) => {
                 shared.stop.fail_as_consequence(error.on_channel(id), GRACE)
@@ -58,20 +69,46 @@ fn is_explained(error: &Error) -> bool {
     matches!(error.kind(), Error::Io { source, .. } if source.get_ref().is_some())
 }
 
+/// Whether the destination has refused this connection, which is more than a network that fails.
+fn is_refusal(error: &Error) -> bool {
+    matches!(error.kind(), Error::Io { source, .. } if source.kind() == ErrorKind::ConnectionRefused)
+}
+
 /// The time in which main can report why the destination fails, before the closed channel becomes the error.
 pub(super) const GRACE: Duration = Duration::from_millis(500);
 
+/// Records what a channel is given, before it is sent.
+pub(super) struct Recorder<'a> {
+    pub(super) id: ChannelId,
+    pub(super) given: &'a OnceLock<Given>,
+}
+
+impl Recorder<'_> {
+    fn record(&self, batch: &Batch) {
+        if let Some(given) = self.given.get() {
+            given.record(self.id, batch);
+        }
+    }
+}
+
 /// Carries out the jobs of `dispatch` for a connected channel, until the end.
-pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()> {
+pub(super) fn work<C: Carrier>(
+    id: ChannelId,
+    dispatch: &Dispatch,
+    recorder: &Recorder<'_>,
+    mut carrier: C,
+) -> Result<()> {
     dispatch.connected();
-    let (mut done, mut synced) = (None, 0);
+    let mut done = None;
     loop {
-        match dispatch.next(done.take(), synced) {
-            Job::Batch(batch) => done = carrier.carry(batch)?,
+        match dispatch.next(id, done.take()) {
+            Job::Batch(batch) => {
+                recorder.record(&batch);
+                done = carrier.carry(batch)?;
+            }
             Job::Sync => {
                 carrier.sync()?;
-                synced += 1;
-                dispatch.synced();
+                dispatch.synced(id);
             }
             Job::Serve(serving) => {
                 let kept = serve(&serving, dispatch, &mut carrier)?;
@@ -81,6 +118,7 @@ pub(super) fn work<C: Carrier>(dispatch: &Dispatch, mut carrier: C) -> Result<()
                 carrier.end();
                 return Ok(());
             }
+            Job::Lost => return Ok(()),
         }
     }
 }

@@ -15,8 +15,8 @@ use std::{
 };
 
 use multifd::channel::{
-    Address, Connect, Context, Stop, Stream, Wake,
-    tls::{ClientCredentials, TlsConnector},
+    Address, Connect, Context, Listen, Listener, Stop, Stream, Wake,
+    tls::{ClientCredentials, ServerCredentials, TlsConnector, TlsListener},
 };
 use multifd_testkit::certificates::write_both;
 use rustls::{
@@ -379,4 +379,22 @@ fn a_half_does_only_its_own_direction() {
     assert_eq!(error.to_string(), "this half of a connection only receives");
     let error = far.read(&mut [0]).expect_err("it sends");
     assert_eq!(error.to_string(), "this half of a connection only sends");
+}
+
+/// Its handshake is done with the first bytes that are received, and neither half could do it alone.
+#[test]
+fn a_destination_cannot_be_split_before_its_handshake_is_done() {
+    let folder = tempfile::tempdir().expect("a folder");
+    write_both(folder.path()).expect("certificates");
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
+    let address = listener.local_address().to_string();
+    let _source = TcpStream::connect(address.trim_start_matches("tcp:")).expect("connected");
+    let server = ServerCredentials::load(folder.path(), Vec::new()).expect("credentials");
+    let mut listener = TlsListener::new(Box::new(listener), server);
+    let context = Context::new(&Stop::new());
+    let link = listener.accept(&context).expect("accepted").expect("a connection");
+    assert!(link.can_split());
+    let error = link.split().err().expect("refused");
+    assert_eq!(error.kind(), io::ErrorKind::NotConnected);
+    assert!(error.to_string().contains("before its handshake is done"), "{error}");
 }

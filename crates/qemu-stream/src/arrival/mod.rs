@@ -91,6 +91,7 @@ impl Listening {
             .switchover_ack(options.switchover_ack)
             .send_reason(options.send_reason)
             .postcopy(options.postcopy)
+            .channels_may_break(options.channels_may_break)
             .before_refusal(options.before_refusal)
             .suppress_vmdesc(options.suppress_vmdesc);
         #[cfg(feature = "fault")]
@@ -296,7 +297,11 @@ impl Announced {
                 wait_resumed(&receiver, &counts, limit, error)
             };
             let read = incoming.run_resumable(&mut loader, again);
-            let doing = if incoming.has_switched() { RECEIVING_STOPPED } else { RECEIVING };
+            #[cfg(feature = "fault")]
+            let switched = if early.is_some() { RECEIVING_REST } else { RECEIVING_STOPPED };
+            #[cfg(not(feature = "fault"))]
+            let switched = RECEIVING_STOPPED;
+            let doing = if incoming.has_switched() { switched } else { RECEIVING };
             read.map_err(|error| error.while_doing(doing)).and_then(|loaded| {
                 let main_pages = loader.main_pages();
                 let blocks = loader.complete(&loaded)?;
@@ -349,5 +354,7 @@ fn failed(mut incoming: Incoming<Stream>, receiver: &Receiver, error: Error) -> 
 const INTERRUPTED: &str = "the connection to the source is broken after its switch to post-copy; its guest is stopped there and is not \
                            lost: waiting for that QEMU to resume the migration to this address (migrate -r)";
 const RECEIVING: &str = "cannot receive the guest";
+#[cfg(feature = "fault")]
+const RECEIVING_REST: &str = "cannot receive the rest of the guest after its switch to post-copy";
 const RECEIVING_STOPPED: &str = "cannot receive the rest of the guest after its switch to post-copy (the guest may stay stopped at the source: \
                                  check query-status there, and do not end that process)";

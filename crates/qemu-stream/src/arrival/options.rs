@@ -20,6 +20,7 @@ pub struct ArrivalOptions {
     pub(super) suppress_vmdesc: bool,
     pub(super) send_reason: bool,
     pub(super) postcopy: bool,
+    pub(super) channels_may_break: bool,
     #[cfg(feature = "fault")]
     pub(super) early: bool,
     pub(super) before_refusal: BeforeRefusal,
@@ -39,6 +40,7 @@ impl ArrivalOptions {
             suppress_vmdesc: false,
             send_reason: true,
             postcopy: false,
+            channels_may_break: false,
             #[cfg(feature = "fault")]
             early: false,
             before_refusal: BeforeRefusal::default(),
@@ -55,6 +57,14 @@ impl ArrivalOptions {
     /// good. Only its process still has it then.
     pub fn postcopy(mut self, on: bool) -> Self {
         self.postcopy = on;
+        self
+    }
+
+    /// Whether the migration continues without a channel whose connection breaks before the guest moves, if the source has
+    /// [it](crate::source::SourceOptions::channels_may_break) on, too. The source sends the pages of such a channel again. The last
+    /// channel and main may not break. Off by default.
+    pub fn channels_may_break(mut self, on: bool) -> Self {
+        self.channels_may_break = on;
         self
     }
 

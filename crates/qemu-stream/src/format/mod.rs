@@ -25,6 +25,7 @@ mod put;
 mod reader;
 mod record;
 mod return_path;
+mod rounds;
 pub(crate) mod run_state;
 mod section;
 mod section_id;
@@ -37,10 +38,10 @@ pub use blocks::{BlockEntry, BlockList};
 pub use command::{Command, PageSizes};
 pub use configuration::{Configuration, decode_header, encode_header};
 pub(crate) use configuration::{DELTA_VERSION, decode_header_of_file};
-pub(crate) use device_part::Package;
 pub use device_part::{
     Description, Device, DevicePart, DeviceSection, EarlyPart, EndFinder, LiveSection, Misfit,
 };
+pub(crate) use device_part::{Package, devices_of_package};
 pub use event::{Delta, Event, SyncMark};
 pub use machine::{InvalidMachineType, MachineType, MachineVersion};
 pub use multifd::ram::BlockIndex;
@@ -54,6 +55,7 @@ pub(crate) use return_path::{
     BYE_PING, DISCARDED_PING, LOADED_PING, POSTCOPY_CHANNELS_MARK, POSTCOPY_CHANNELS_PING, READY_PING,
     REASON_PING, VERDICT_MARK,
 };
+pub(crate) use rounds::{ROUND_MARK, ROUND_PING, as_lost_channel, lost_channel};
 pub use section::{Section, SectionHead, decode_footer, encode_footer, footer_follows};
 pub use section_id::SectionId;
 

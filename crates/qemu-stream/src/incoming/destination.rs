@@ -4,7 +4,10 @@
 //! and the sync point of the channels. All others have a default, and later ones will have one, so a new event breaks no
 //! implementor. A program that wants every event uses [`Events`](super::Events).
 
-use multifd::ram::{BlockIndex, PageBitmap, PageIndex};
+use multifd::{
+    ram::{BlockIndex, PageBitmap, PageIndex},
+    wire::ChannelId,
+};
 
 use crate::{
     error::{Error, Place},
@@ -128,6 +131,26 @@ pub trait Destination {
     /// # Errors
     /// If the migration should end.
     fn postcopy_resumed(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// The source asks, after a sync point, which channels are lost: all that are, in order. It sends what they have carried since the
+    /// question before again. From now on a channel whose connection breaks is lost, and no failure. Only called if [that is
+    /// on](super::Incoming::channels_may_break). By default none is lost, which is right if each channel that breaks is a failure.
+    ///
+    /// # Errors
+    /// If the migration should end.
+    fn round(&mut self) -> Result<Vec<ChannelId>, Self::Error> {
+        Ok(Vec::new())
+    }
+
+    /// The source has lost a channel: the next sync point must not wait for its SYNC, but until nothing more is written from it. Called
+    /// under the same condition. By default nothing is done, which is right if each channel that breaks is a failure.
+    ///
+    /// # Errors
+    /// If there is no such channel, or the migration cannot continue without it.
+    fn lose(&mut self, channel: ChannelId) -> Result<(), Self::Error> {
+        let _ = channel;
         Ok(())
     }
 

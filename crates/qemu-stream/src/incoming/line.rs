@@ -97,7 +97,7 @@ impl<C: Connection> Line<C> {
     }
 
     /// Sends these messages in one write.
-    fn say_all(&mut self, messages: &[Message]) -> Result<(), Error> {
+    pub(super) fn say_all(&mut self, messages: &[Message]) -> Result<(), Error> {
         let mut bytes = Vec::new();
         for message in messages {
             tracing::debug!(?message, "return path");

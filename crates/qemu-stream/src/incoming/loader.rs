@@ -16,6 +16,7 @@ use multifd::{
     Arrived, Error, MayMiss, Receiver, Result,
     error::Usage,
     ram::{self, PageBitmap, PageIndex, RamBlock, RamBlocks},
+    wire::ChannelId,
 };
 
 use super::{
@@ -414,6 +415,15 @@ where
         }
         self.state.preempt.resume();
         self.postcopy_advised()
+    }
+
+    fn round(&mut self) -> Result<Vec<ChannelId>> {
+        Ok(self.receiver.round())
+    }
+
+    fn lose(&mut self, channel: ChannelId) -> Result<()> {
+        self.state.passes.split();
+        self.receiver.lose(channel)
     }
 
     fn is_within_pass(&self) -> bool {

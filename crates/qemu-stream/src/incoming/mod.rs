@@ -26,6 +26,7 @@ mod passes;
 mod postcopy;
 mod precopy;
 mod preempt;
+mod rounds;
 
 pub use crate::format::{Delta, Event, SyncMark};
 pub(crate) use counts::MainCounts;

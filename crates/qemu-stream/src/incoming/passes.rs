@@ -18,6 +18,8 @@ pub(crate) struct Passes {
     /// Each section is a pass.
     one_section_each: bool,
     sections: u64,
+    /// The next section belongs to the same pass.
+    is_split: bool,
     /// How often the pages on main began again.
     wraps: u64,
     last: Option<(BlockIndex, PageIndex)>,
@@ -34,7 +36,12 @@ impl Passes {
     }
 
     pub(super) fn section(&mut self) {
-        self.sections += 1;
+        self.sections += u64::from(!std::mem::take(&mut self.is_split));
+    }
+
+    /// A lost channel is named: the sync point of the pass is in a section of its own.
+    pub(super) fn split(&mut self) {
+        self.is_split = true;
     }
 
     /// A page arrived over main.

@@ -55,6 +55,7 @@ pub struct Incoming<C: Connection> {
     sends_reason: bool,
     counts: Arc<MainCounts>,
     pub(super) postcopy: Postcopy,
+    pub(super) channels_may_break: bool,
     pub(super) known: Known,
 }
 
@@ -74,6 +75,7 @@ impl<C: Connection> Incoming<C> {
             sends_reason: true,
             counts: Arc::default(),
             postcopy: Postcopy::default(),
+            channels_may_break: false,
             known: Known::default(),
         }
     }
@@ -382,6 +384,7 @@ impl<C: Connection> Incoming<C> {
                 self.postcopy.withheld.push(*value);
                 Ok(())
             }
+            Command::Ping(value) if self.round_ping(*value, destination)? => Ok(()),
             Command::Ping(value) => {
                 self.postcopy.asked |= *value == DISCARDED_PING && self.postcopy.advised;
                 match self.line.say(&Message::Pong(*value)) {

@@ -9,7 +9,7 @@ use crate::{
     error::Usage,
     format::{
         BlockIndex, BlockList, Command, CurrentBlock, DevicePart, Event, Put, Record, Section, SectionHead,
-        SectionId, SyncMark, encode_footer, encode_header,
+        SectionId, SyncMark, devices_of_package, encode_footer, encode_header,
     },
 };
 
@@ -36,7 +36,7 @@ pub(super) struct Encoder {
 struct Package {
     /// Bytes that are still to be written.
     left: usize,
-    /// Bytes of devices.
+    /// Bytes of devices, without their description.
     devices: usize,
 }
 
@@ -69,7 +69,7 @@ impl Encoder {
             Event::Devices(bytes) if self.is_in_package() => {
                 self.take_from_package(bytes.len(), false)?;
                 if let Some(package) = &mut self.package {
-                    package.devices += bytes.len();
+                    package.devices += devices_of_package(bytes).len();
                 }
                 out.put(bytes);
             }

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use multifd::{
     Result, Synced,
     channel::{CloseWatch, Stop, Wake},
-    live::{self, DeviceInfo, Main, Pass, RunState, Verdict},
+    live::{self, DeviceInfo, Main, Pass, Round, RunState, Verdict},
     ram::{PageBitmap, PageIndex, RamBlocks},
 };
 
@@ -157,6 +157,17 @@ impl<C: Connection> Main for MainStream<C> {
         self.outgoing.end_part(synced).map_err(failed)
     }
 
+    fn round(&mut self) -> Result<Round> {
+        if !self.outgoing.options().channels_may_break {
+            return Ok(Round::NotAgreed);
+        }
+        // The watch would read the reply that is waited for.
+        self.watch = None;
+        let lost = self.outgoing.round().map_err(failed)?;
+        self.watch = self.outgoing.watch(&self.stop);
+        Ok(lost.map_or(Round::NotAgreed, |lost| Round::Confirmed { lost }))
+    }
+
     fn switchover(&mut self) -> Result<()> {
         self.outgoing.switchover().map_err(failed)
     }
@@ -195,7 +206,9 @@ impl<C: Connection> Main for MainStream<C> {
     }
 
     fn end_ram(&mut self, synced: Option<Synced<'_>>) -> Result<()> {
-        self.outgoing.begin_end().and_then(|()| self.outgoing.end_part(synced)).map_err(failed)
+        let outgoing = &mut self.outgoing;
+        let named = outgoing.name_lost(synced.as_ref());
+        named.and_then(|()| outgoing.begin_end()).and_then(|()| outgoing.end_part(synced)).map_err(failed)
     }
 
     fn devices(&mut self, devices: Vec<live::DeviceSection>, guest: RunState) -> Result<()> {

@@ -19,6 +19,7 @@ mod main_stream;
 mod options;
 pub mod postcopy;
 mod return_path;
+mod rounds;
 mod writer;
 
 use std::{io, time::Duration};
@@ -28,6 +29,7 @@ use multifd::{
     channel::{CloseWatch, Stop},
     live::Verdict,
     ram::{BlockIndex, PageIndex},
+    wire::ChannelId,
 };
 
 pub use event_writer::EventWriter;
@@ -44,7 +46,7 @@ use crate::{
     },
 };
 use encoder::Encoder;
-use return_path::{EndLimits, Peer, Replies};
+use return_path::{Agreement, EndLimits, Peer, Replies};
 use writer::{Writer, failed};
 
 /// An outgoing pre-copy migration.
@@ -61,6 +63,9 @@ pub struct Outgoing<C> {
     stage: Stage,
     early: bool,
     replies: Replies,
+    agreement: Agreement,
+    /// Channels that the destination knows to be lost.
+    known_lost: Vec<ChannelId>,
 }
 
 /// The progress of the stream.
@@ -85,7 +90,9 @@ impl<C: Connection> Outgoing<C> {
         options.check()?;
         let (encoder, stage) = (Encoder::new(), Stage::New);
         let (writer, replies) = (Writer::new(connection), Replies::default());
-        Ok(Self { writer, options, encoder, channels: 0, stage, early: false, replies })
+        let (agreement, known_lost) = (Agreement::default(), Vec::new());
+        let (channels, early) = (0, false);
+        Ok(Self { writer, options, encoder, channels, stage, early, replies, agreement, known_lost })
     }
 
     /// Writes header and configuration, opens the return path, and announces the number of channels there: 0 if multifd is
@@ -236,6 +243,7 @@ impl<C: Connection> Outgoing<C> {
             Stage::InEnd => Stage::RamDone,
             _ => return Err(self.out_of_order("end_part")),
         };
+        self.name_lost(synced.as_ref())?;
         self.check_synced(synced)?;
         self.end_body(next)
     }

@@ -21,6 +21,7 @@ pub struct Options {
     pub(super) footers: bool,
     /// The page sizes to announce, for a source that may switch to post-copy.
     pub(super) advise: Option<PageSizes>,
+    pub(super) channels_may_break: bool,
 }
 
 impl Options {
@@ -36,6 +37,7 @@ impl Options {
             section: SectionId(1),
             footers: machine.has_footers(),
             advise: None,
+            channels_may_break: false,
             configuration: Some(Configuration { mapped_ram: false, ..configuration }),
         }
     }
@@ -50,6 +52,7 @@ impl Options {
             section: SectionId(1),
             footers: false,
             advise: None,
+            channels_may_break: false,
         }
     }
 
@@ -57,6 +60,13 @@ impl Options {
     /// or waits without limit.
     pub fn sync_mode(mut self, mode: Option<SyncMode>) -> Self {
         self.sync_mode = mode;
+        self
+    }
+
+    /// Whether the migration continues without a channel that breaks, if the destination agrees: see
+    /// [`SourceOptions::channels_may_break`](crate::source::SourceOptions::channels_may_break). Off by default.
+    pub fn channels_may_break(mut self, on: bool) -> Self {
+        self.channels_may_break = on;
         self
     }
 

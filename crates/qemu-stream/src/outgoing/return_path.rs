@@ -5,6 +5,7 @@
 //! true is an error, even a success.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Cursor, Read},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -14,13 +15,17 @@ use multifd::{
     channel::Stop,
     error::UntrustedText,
     live::{LastWord, Owner, Verdict},
+    wire::ChannelId,
 };
 
 use super::writer::failed;
 use crate::{
     connection::{Connection, is_late},
     error::{Error, Place, Reached, StreamKind, Unsupported, Violation},
-    format::{Message, OtherFormat, POSTCOPY_CHANNELS_MARK, READY_PING, Reader, VERDICT_MARK},
+    format::{
+        Message, OtherFormat, POSTCOPY_CHANNELS_MARK, READY_PING, ROUND_MARK, Reader, VERDICT_MARK,
+        as_lost_channel,
+    },
 };
 
 /// The messages of the destination.
@@ -34,12 +39,28 @@ pub(super) struct Replies {
     always_speaks: bool,
     /// It takes pages over channels after the switch to post-copy.
     takes_channels: bool,
+    /// It continues without a channel that breaks.
+    tolerates: bool,
+    /// The channels that it has named as lost.
+    lost: BTreeSet<ChannelId>,
     /// What its replies show.
     reached: Reached,
     /// Why it will report a failure.
     reason: Option<UntrustedText>,
     /// What was read after a failed write. It is missing in the connection then, where the [judge](Replies::judge) looks.
     last_read: Arc<Mutex<Vec<u8>>>,
+}
+
+/// Whether the destination continues without a channel that breaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Agreement {
+    /// It was not asked.
+    #[default]
+    Unasked,
+    /// It does not.
+    Refused,
+    /// It does.
+    Agreed,
 }
 
 /// The time limits for the end of a migration.
@@ -110,6 +131,11 @@ impl Replies {
     /// Whether the destination is known to be of this library.
     pub(super) fn always_speaks(&self) -> bool {
         self.always_speaks
+    }
+
+    /// Whether the destination continues without a channel that breaks, and the channels that it has named as lost, in order.
+    pub(super) fn lost_channels(&self) -> (bool, Vec<ChannelId>) {
+        (self.tolerates, self.lost.iter().copied().collect())
     }
 
     /// What is known about the destination, for the one who reads its replies from now on.
@@ -279,6 +305,10 @@ impl Replies {
                 self.before += length;
                 self.always_speaks |= message == Message::Pong(VERDICT_MARK);
                 self.takes_channels |= message == Message::Pong(POSTCOPY_CHANNELS_MARK);
+                if let Message::Pong(value) = message {
+                    self.tolerates |= value == ROUND_MARK;
+                    self.lost.extend(as_lost_channel(value));
+                }
                 self.reached = self.reached.max(match &message {
                     Message::Pong(READY_PING) => Reached::Ram,
                     _ => Reached::Configuration,

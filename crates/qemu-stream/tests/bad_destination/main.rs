@@ -76,6 +76,8 @@ struct Row {
     ram: u64,
     return_path: bool,
     channels: u8,
+    /// Whether the source continues without a channel that breaks, if the destination agrees.
+    may_break: bool,
     /// How long the source waits for SHUT.
     end: Duration,
     /// How it ends: successfully, or with an error of this kind and these words.
@@ -97,6 +99,8 @@ enum Kind {
     Broken,
     TakesNothing,
     Refused,
+    /// A lost channel that cannot be left out.
+    Lost,
     /// The guest was stopped for too long.
     NotReady,
     /// The owner of the guest is unknown: it stays stopped.
@@ -117,6 +121,7 @@ impl Kind {
         };
         match error.kind() {
             Error::Io { source, .. } => of_io(source),
+            Error::Violation(multifd::error::Violation::LostChannel { .. }) => Some(Self::Lost),
             Error::Stalled { .. } => Some(Self::TakesNothing),
             Error::SwitchoverTimeout { .. } => Some(Self::NotReady),
             Error::OwnerUnknown(error) => match Self::of(error)? {
@@ -180,6 +185,7 @@ fn send(row: &Row, destination: &BadDestination, stop: &Stop) -> Ended {
         let main = Stream::new(link, &context);
         let machine = MachineType::new("pc-q35-10.0").expect("a name");
         let stream = Options::new(Configuration::new(machine));
+        let stream = stream.channels_may_break(row.may_break);
         let stream = if row.return_path { stream } else { stream.unconfirmed() };
         let outgoing = Outgoing::new(main, stream).expect("options");
         let mut main = MainStream::of_guest(outgoing, stop).end_timeout(Some(row.end)).verdict_timeout(LIMIT);
@@ -250,6 +256,7 @@ fn cancelled_at_any_time(before: (usize, usize)) -> (usize, Duration) {
                 ram: RAM,
                 return_path: true,
                 channels: 16,
+                may_break: false,
                 end: LIMIT,
                 ends: None,
             };

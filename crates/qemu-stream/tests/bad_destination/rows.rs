@@ -20,6 +20,7 @@ pub(crate) fn rows() -> Vec<Row> {
         ram: RAM,
         return_path: true,
         channels: 2,
+        may_break: false,
         end: LIMIT,
         ends,
     };
@@ -37,7 +38,10 @@ pub(crate) fn rows() -> Vec<Row> {
     let deaf = |row: Row| Row { return_path: false, ..row };
     let patient = |row: Row| Row { end: SOON, ..small(row) };
     let four = |row: Row| Row { channels: 4, ..row };
+    let asks = |row: Row| Row { may_break: true, ..row };
     let well = None;
+    let (agrees, replies) = (*b"\0\x02\0\x04mfj\x02", *b"\0\x02\0\x04mfj\x01");
+    let loses = |id: u8| [&b"\0\x02\0\x04mfk"[..], &[id]].concat();
     let pong = [0, 2, 0, 4, 0, 0, 0, 1];
     // Of a megabyte over two channels, main is about 300 bytes in all; the devices begin after 150.
     vec![
@@ -175,6 +179,36 @@ pub(crate) fn rows() -> Vec<Row> {
             "main closed in the device part",
             main(Reads::Bytes(200), Then::Close),
             is(Kind::NoShut, &["without SHUT", "its own log"]),
+        )),
+        asks(row(
+            "a lost channel that is none",
+            early(&[&agrees[..], &loses(7), &replies].concat(), Then::Hold),
+            is(
+                Kind::Lost,
+                &[
+                    "cannot continue without channel 7: the destination reported it as broken, but there is no such",
+                ],
+            ),
+        )),
+        asks(row(
+            "all channels are lost",
+            early(&[&agrees[..], &loses(0), &loses(1), &replies].concat(), Then::Hold),
+            is(Kind::Broken, &["channel 1: use the channels"]),
+        )),
+        asks(row(
+            "SHUT 1 in place of the lost channels",
+            early(&[&agrees[..], &[0, 1, 0, 4, 0, 0, 0, 1]].concat(), Then::Hold),
+            is(Kind::Failed(1), &["the destination reported failure (SHUT 1)"]),
+        )),
+        asks(row(
+            "SHUT 0 after the lost channels",
+            early(&[&agrees[..], &loses(0), &replies, &SHUT_0].concat(), Then::Hold),
+            is(Kind::Early, &["return path: offset 0x18: ", "reported success (SHUT 0) before"]),
+        )),
+        asks(row(
+            "half a reply about lost channels, then closed",
+            early(&[&agrees[..], &loses(0)[..5]].concat(), Then::Close),
+            is(Kind::NoShut, &["without SHUT"]),
         )),
         row(
             "channels refused",

@@ -24,6 +24,7 @@ use qemu_stream::{
     incoming::{Expected, Incoming, Loader, Outcome},
 };
 
+mod lost;
 mod rows;
 
 use On::Main;
@@ -103,7 +104,8 @@ fn take_in(mut receiver: Receiver, stop: &Stop) -> (Result<(), Error>, Option<Ar
         Ok(main) => main,
         Err(error) => return (Err(error), None),
     };
-    let mut incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(STALL));
+    let incoming = Incoming::new(main).silence(LIMIT).stall_timeout(Some(STALL));
+    let mut incoming = incoming.channels_may_break(true);
     let mut loader = Loader::new(&receiver, Expected::AnyMachine, |_, list| guarded(list));
     let loaded = incoming.run(&mut loader);
     let blocks = receiver.arrived().map(|arrived| arrived.blocks().clone());

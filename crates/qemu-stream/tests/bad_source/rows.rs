@@ -3,10 +3,10 @@
 use multifd::ChannelCount;
 use multifd_testkit::bad_source::{Act, HEAD, On, PAGE, Script, Shape, packet, sync};
 
-use super::Row;
+use super::{Row, lost};
 use On::{Channel, Main, Stranger};
 
-fn whole() -> Script {
+pub(super) fn whole() -> Script {
     Script::whole(Shape::default())
 }
 
@@ -25,7 +25,7 @@ fn deaf() -> Script {
 }
 
 pub(super) fn rows() -> Vec<Row> {
-    [harmless(), connections(), patched(), cut(), out_of_step()].into_iter().flatten().collect()
+    [harmless(), connections(), patched(), cut(), out_of_step(), lost::rows()].into_iter().flatten().collect()
 }
 
 /// Cases without a fault, or with a fault of the network.
@@ -47,6 +47,7 @@ fn harmless() -> Vec<Row> {
     row("a SYNC that holds a page", with_page);
     row("a stale next_packet_size in a SYNC", whole().patch(Channel(1), "sync", 1, 20, &[0, 5, 0, 0]));
     row("an unknown block in a SYNC", whole().patch(Channel(1), "sync", 1, 64, b"stale"));
+    row("a question about lost channels", whole().before(Main, "part", 0, lost::asks()));
     row("packet numbers that repeat", whole().patch(Channel(1), "pages", 0, 24, &[0; 8]));
     let open = |n| (Stranger(n), Act::Connect);
     row("half-open connections", whole().before(Main, "header", 0, (0..20).map(open)));
@@ -63,7 +64,7 @@ fn harmless() -> Vec<Row> {
     rows
 }
 
-fn faults(rows: Vec<(&'static str, Script, &'static str, &'static [&'static str])>) -> Vec<Row> {
+pub(super) fn faults(rows: Vec<(&'static str, Script, &'static str, &'static [&'static str])>) -> Vec<Row> {
     let row = |(name, script, kind, texts)| Row {
         name,
         script,

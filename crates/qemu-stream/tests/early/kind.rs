@@ -57,7 +57,10 @@ impl Kind {
     }
 
     pub(crate) fn connector(&self, network: &Network) -> Arc<dyn Connect> {
-        let network = Arc::new(network.clone());
+        self.over(Arc::new(network.clone()))
+    }
+
+    pub(crate) fn over(&self, network: Arc<dyn Connect>) -> Arc<dyn Connect> {
         match &self.tls {
             Some((client, _)) => Arc::new(TlsConnector::new(network, client.clone())),
             None => network,

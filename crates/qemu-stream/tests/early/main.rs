@@ -2,6 +2,8 @@
 
 #![cfg(test)]
 
+mod broken;
+mod hostile;
 mod kind;
 mod machine;
 mod network;

@@ -17,7 +17,7 @@ use rustls::{ClientConnection, Connection, ServerConnection};
 use super::{
     ClientCredentials, ServerCredentials,
     session::{Keys, RECORD, Received, Refused, copy_out, explained, session_closed},
-    split::split,
+    split::{Receiving, Sending, split},
 };
 use crate::{
     channel::{Host, Link, PeerSignal, Wake, deadline},
@@ -44,6 +44,19 @@ pub(super) struct TlsLink {
 }
 
 impl TlsLink {
+    /// The two directions.
+    ///
+    /// # Errors
+    /// If the handshake is not done: neither direction could complete it alone.
+    fn halves(self) -> io::Result<(Receiving, Sending)> {
+        if self.session.is_handshaking() {
+            let why = "a TLS connection cannot be split before its handshake is done";
+            return Err(io::Error::new(io::ErrorKind::NotConnected, why));
+        }
+        let Self { link, session, keys, received, failed, .. } = self;
+        Ok(split(session, keys, (received, failed), PLAIN, link.split()?))
+    }
+
     /// Creates a source's end; the handshake is still to be done.
     pub(super) fn client(link: Box<dyn Link>, credentials: &ClientCredentials) -> io::Result<Self> {
         let session = ClientConnection::new(credentials.config.clone(), credentials.name.clone());
@@ -290,10 +303,9 @@ impl Link for TlsLink {
         self.link.can_split()
     }
 
-    /// The handshake must be done, as that of a source is.
+    /// The handshake of a source is done when it has connected.
     fn split(self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
-        let Self { link, session, keys, received, failed, .. } = *self;
-        let (receiving, sending) = split(session, keys, (received, failed), PLAIN, link.split()?);
+        let (receiving, sending) = self.halves()?;
         Ok((Box::new(receiving), Box::new(sending)))
     }
 }
@@ -404,11 +416,11 @@ impl Link for ServerLink {
         (**self).can_split()
     }
 
-    /// Something was received before, so the handshake is done. The closing alert is sent when the sending half is dropped.
+    /// The handshake of a destination is done when something was received. The closing alert is sent when the sending half is dropped.
     fn split(mut self: Box<Self>) -> io::Result<(Box<dyn Link>, Box<dyn Link>)> {
         let link = self.link.take().ok_or(io::ErrorKind::NotConnected)?;
-        let TlsLink { link, session, keys, received, failed, open, .. } = link;
-        let (receiving, mut sending) = split(session, keys, (received, failed), PLAIN, link.split()?);
+        let open = link.open;
+        let (receiving, mut sending) = link.halves()?;
         sending.alert_at_end(open);
         Ok((Box::new(receiving), Box::new(sending)))
     }

@@ -28,7 +28,7 @@ pub use early::EarlyPart;
 pub use end::EndFinder;
 pub use live::LiveSection;
 pub use misfit::Misfit;
-pub(crate) use package::Package;
+pub(crate) use package::{Package, devices_of_package};
 
 use super::{Put, Section, SectionHead, SectionId, SectionName, encode_footer, limits, run_state};
 use crate::error::{Usage, Violation};

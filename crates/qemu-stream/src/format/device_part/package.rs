@@ -149,6 +149,11 @@ impl DevicePart {
     }
 }
 
+/// The sections of a package, without the description before them.
+pub(crate) fn devices_of_package(sections: &[u8]) -> &[u8] {
+    description_of(sections).map_or(sections, |(_, devices)| devices)
+}
+
 /// The description before these devices, if there is one, and the devices after it.
 fn description_of(devices: &[u8]) -> Option<(&[u8], &[u8])> {
     let mut head = Vec::new();
