@@ -82,7 +82,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let found = if args.add {
         add(args, &file, &verify, &read, &stop).map(|()| None)
     } else {
-        verify.run(&read, &stop).map_err(Failure::of).map(Some)
+        verify.read(&read, &stop).map_err(Failure::of).map(Some)
     };
     drop(display);
     match found? {

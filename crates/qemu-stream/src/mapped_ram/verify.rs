@@ -89,11 +89,22 @@ impl<'a> Verify<'a> {
         self
     }
 
-    /// Compares all pages with their digests; of a file without, it only reads them. `read` counts the bytes of pages that were read. Damage is no error.
+    /// Compares all pages with their digests. `read` counts the bytes of pages that were read. Damage is no error.
+    ///
+    /// # Errors
+    /// If a file has [no digests](ChainFile::has_digests), or `stop` has cancelled it.
+    pub fn run(&self, read: &AtomicU64, stop: &Stop) -> Result<Verification> {
+        match self.machine.files().iter().all(ChainFile::has_digests) {
+            true => self.read(read, stop),
+            false => Err(Error::other("verify the file", "it has no digests")),
+        }
+    }
+
+    /// Does the same, but of a file without digests it only reads all pages: [`Verification::compared`] is `false` then.
     ///
     /// # Errors
     /// If `stop` has cancelled it.
-    pub fn run(&self, read: &AtomicU64, stop: &Stop) -> Result<Verification> {
+    pub fn read(&self, read: &AtomicU64, stop: &Stop) -> Result<Verification> {
         let mut all = Verification { compared: true, ..Verification::default() };
         for (number, file) in self.machine.files().iter().enumerate() {
             let places = (0..file.places().len()).map(BlockIndex);
