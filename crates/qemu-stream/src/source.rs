@@ -294,6 +294,7 @@ impl Source {
             None => MainStream::of_guest(outgoing, stop),
         };
         let main = main.end_timeout(self.options.end_timeout).verdict_timeout(self.options.verdict_timeout);
+        let main = main.reply_timeout(self.options.stall_timeout);
         Ok(if may_switch { main.with_postcopy(self.options.postcopy.clone()) } else { main })
     }
 }
@@ -332,13 +333,61 @@ fn unsendable(error: crate::error::Usage) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::{io, net::TcpListener, thread};
+
     use multifd::{
-        live::PostcopyWhen,
-        ram::{BlockName, Mapping, Memory, PageSize, RamBlock},
+        channel::Address,
+        live::{DeviceInfo, DeviceSection, PostcopyWhen, RunState},
+        ram::{BlockName, Mapping, Memory, NeverDirty, PageSize, RamBlock},
     };
 
     use super::*;
     use crate::format::{Configuration, MachineType};
+
+    struct Idle;
+
+    impl Guest for Idle {
+        fn devices(&self) -> Vec<DeviceInfo> {
+            Vec::new()
+        }
+        fn run_state(&mut self) -> RunState {
+            RunState::Paused
+        }
+        fn stop(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn save(&mut self) -> io::Result<Vec<DeviceSection>> {
+            Ok(Vec::new())
+        }
+        fn resume(&mut self) {}
+    }
+
+    /// It takes everything, and never replies.
+    #[test]
+    fn destination_that_does_not_reply_between_passes_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("listening");
+        let address: Address =
+            format!("tcp:{}", listener.local_addr().expect("an address")).parse().expect("valid");
+        let takes = thread::spawn(move || {
+            let all: Vec<_> = (0..3).map(|_| listener.accept().expect("a connection").0).collect();
+            let reads =
+                all.into_iter().map(|mut from| thread::spawn(move || io::copy(&mut from, &mut io::sink())));
+            reads.collect::<Vec<_>>().into_iter().for_each(|read| drop(read.join().expect("no panic")));
+        });
+        let options = SourceOptions::new(Configuration::new(MachineType::new("none").expect("a name")))
+            .channels(2)
+            .channels_may_break(true)
+            .sync_mode(SyncMode::Round)
+            .stall_timeout(Some(Duration::from_millis(300)));
+        let memory = Memory::Mapped(Mapping::anonymous(4096).expect("memory"));
+        let block = RamBlock::new(BlockName::new("ram").expect("a name"), 4096, PageSize::KIB_4, memory);
+        let blocks = Arc::new(RamBlocks::new(vec![block.expect("a block")]).expect("blocks"));
+        let source = Source::new(blocks, options, &Stop::new()).expect("options that fit");
+        let error = source.migrate(address, &mut NeverDirty, &mut Idle).expect_err("no reply");
+        let error = multifd::error::chain(&error).to_string();
+        assert!(error.contains("a message"), "{error}");
+        takes.join().expect("no panic");
+    }
 
     #[test]
     fn what_excludes_postcopy_is_refused_before_anything_is_connected() {

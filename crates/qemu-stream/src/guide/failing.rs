@@ -38,6 +38,20 @@
 //! check. With [`resume_if_unknown`](multifd::live::MigrateOptions::resume_if_unknown) the guest is resumed instead.
 //! **Warning:** it may then run twice. The page *Who owns the guest* (`docs/use/owners.md`) lists every case.
 //!
+//! # When one channel breaks
+//!
+//! By default the connection of any channel that breaks ends the migration, as in QEMU. With
+//! [`SourceOptions::channels_may_break`](crate::source::SourceOptions::channels_may_break) and
+//! [`ArrivalOptions::channels_may_break`](crate::arrival::ArrivalOptions::channels_may_break), which both sides need, the others continue:
+//!
+//! | What breaks | What happens |
+//! | --- | --- |
+//! | one of several channels, before the guest moves | its pages since the last sync point are sent again; [`lost_channels`](multifd::live::MigrationInfo::lost_channels) names it |
+//! | the main connection; the last channel; any channel before RAM begins | the migration fails, and the guest is at the source |
+//! | any connection after a switch to post-copy | both sides pause: see the chapter `early` |
+//!
+//! Each pass then ends with a question to the destination: one round trip more.
+//!
 //! # Example
 //!
 //! The first destination cannot restore the device. The second attempt is cancelled. The third one succeeds, and the guest

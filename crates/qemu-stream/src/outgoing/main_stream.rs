@@ -9,6 +9,7 @@ use multifd::{
     Result, Synced,
     channel::{CloseWatch, Stop, Wake},
     live::{self, DeviceInfo, Main, Pass, Round, RunState, Verdict},
+    parameters::STALL_TIMEOUT,
     ram::{PageBitmap, PageIndex, RamBlocks},
 };
 
@@ -32,6 +33,8 @@ pub struct MainStream<C> {
     captured: Option<(BlockList, DevicePart)>,
     end_timeout: Option<Duration>,
     verdict_timeout: Duration,
+    /// How long the destination may not reply between passes and at the switch.
+    reply_timeout: Option<Duration>,
     stop: Stop,
     /// Present while the guest runs.
     watch: Option<CloseWatch>,
@@ -57,7 +60,19 @@ impl<C: Connection> MainStream<C> {
     pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
         let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
         let (captured, watch, postcopy, list, switched) = (None, None, None, None, None);
-        Self { outgoing, captured, end_timeout, verdict_timeout, stop, watch, postcopy, list, switched }
+        let reply_timeout = Some(STALL_TIMEOUT.default_time());
+        Self {
+            outgoing,
+            captured,
+            end_timeout,
+            verdict_timeout,
+            reply_timeout,
+            stop,
+            watch,
+            postcopy,
+            list,
+            switched,
+        }
     }
 
     /// The stream of a captured machine, whose block list and devices are replayed.
@@ -80,6 +95,13 @@ impl<C: Connection> MainStream<C> {
     #[must_use]
     pub fn verdict_timeout(mut self, limit: Duration) -> Self {
         self.verdict_timeout = limit;
+        self
+    }
+
+    /// How long the destination may take to reply to a question between passes, or at the switch to post-copy. Default 120 s; `None`
+    /// is no limit.
+    pub(crate) fn reply_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.reply_timeout = limit;
         self
     }
 
@@ -163,7 +185,7 @@ impl<C: Connection> Main for MainStream<C> {
         }
         // The watch would read the reply that is waited for.
         self.watch = None;
-        let lost = self.outgoing.round().map_err(failed)?;
+        let lost = self.outgoing.round(self.reply_timeout).map_err(failed)?;
         self.watch = self.outgoing.watch(&self.stop);
         Ok(lost.map_or(Round::NotAgreed, |lost| Round::Confirmed { lost }))
     }
@@ -190,7 +212,7 @@ impl<C: Connection> Main for MainStream<C> {
         let machine = Machine::new(options.multifd(false), list.clone(), part).map_err(failed)?;
         let keep = postcopy.kept(list, lacking);
         let discards = machine.discards(&keep);
-        self.outgoing.postcopy(&discards, |ours| machine.switch(ours)).map_err(failed)?;
+        self.outgoing.postcopy(&discards, self.reply_timeout, |ours| machine.switch(ours)).map_err(failed)?;
         self.switched = Some(machine);
         Ok(())
     }

@@ -312,7 +312,7 @@ impl<C: Connection> Outgoing<C> {
         answered
     }
 
-    /// Writes `discards`, which end with the PING [`DISCARDED`](postcopy), waits for its PONG, and writes the package. `package` is given
+    /// Writes `discards`, which end with the PING [`DISCARDED`](postcopy), waits for its PONG, `limit` at most, and writes the package. `package` is given
     /// whether the destination is one of this library.
     ///
     /// # Errors
@@ -321,12 +321,13 @@ impl<C: Connection> Outgoing<C> {
     pub(super) fn postcopy(
         &mut self,
         discards: &[u8],
+        limit: Option<Duration>,
         package: impl FnOnce(bool) -> Vec<u8>,
     ) -> Result<(), Error> {
         self.expect("postcopy", Stage::Between)?;
         let written = self.writer.flush().and_then(|()| self.writer.write_through(discards));
         self.finish_write(written, Stage::Between)?;
-        let answered = self.replies.wait_for_pong(self.writer.connection(), postcopy::DISCARDED, None);
+        let answered = self.replies.wait_for_pong(self.writer.connection(), postcopy::DISCARDED, limit);
         let undecided = answered.and_then(|()| self.replies.is_undecided(self.writer.connection()));
         self.finish_write(undecided, Stage::Between)?;
         let package = package(self.replies.always_speaks());

@@ -6,6 +6,8 @@
 //! pages ─ EOS ─ PING lost k ─ PART { FLUSH ─ EOS } ─ PING round ──▶   if channel k broke at this side
 //! ```
 
+use std::time::Duration;
+
 use multifd::{Synced, wire::ChannelId};
 
 use super::{Outgoing, Stage, return_path::Agreement};
@@ -16,10 +18,10 @@ use crate::{
 };
 
 impl<C: Connection> Outgoing<C> {
-    /// Asks which channels are lost, and waits for the reply: all that are lost so far, in order. `None` if the destination does not
+    /// Asks which channels are lost, and waits for the reply, `limit` at most: all that are lost so far, in order. `None` if the destination does not
     /// continue without them, or was not asked: the options do not allow it, there is no return path, or the sync mode is legacy, which
     /// allows no message between the pages of a pass and its sync point. Only the first question finds that out.
-    pub(super) fn round(&mut self) -> Result<Option<Vec<ChannelId>>, Error> {
+    pub(super) fn round(&mut self, limit: Option<Duration>) -> Result<Option<Vec<ChannelId>>, Error> {
         let options = &self.options;
         let may_ask = options.channels_may_break
             && options.return_path
@@ -31,7 +33,7 @@ impl<C: Connection> Outgoing<C> {
         self.expect("round", Stage::Between)?;
         self.put(&Event::Command(&Command::Ping(ROUND_PING)))?;
         self.leave(Stage::Between)?;
-        let replied = self.replies.wait_for_pong(self.writer.connection(), ROUND_PING, None);
+        let replied = self.replies.wait_for_pong(self.writer.connection(), ROUND_PING, limit);
         // What has arrived after the reply is not seen by the watch of the connection.
         let replied = replied.and_then(|()| self.replies.is_undecided(self.writer.connection()));
         self.finish_write(replied, Stage::Between)?;

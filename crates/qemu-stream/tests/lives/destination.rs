@@ -89,7 +89,7 @@ impl Destination {
             .stall_timeout(Some(STALL));
         let machine = if refusal == Some(Refusal::WrongMachine) { "another" } else { hop.machine };
         let expected = Expected::Type(MachineType::new(machine).expect("a name"));
-        let options = ArrivalOptions::new(expected).receive(receive);
+        let options = ArrivalOptions::new(expected).receive(receive).channels_may_break(hop.may_break);
         let stop = self.moments.destination.clone();
         let arrival = Arrival::listen(listener, options, &stop)?.accept()?;
         self.seen.found.store(true, Ordering::SeqCst);

@@ -102,6 +102,7 @@ impl Life {
             .channels(hop.channels)
             .send(SendOptions::new().method(hop.method))
             .migrate(migrate)
+            .channels_may_break(hop.may_break)
             .stall_timeout(Some(STALL))
             .end_timeout(Some(Duration::from_millis(hop.end_timeout)))
             .verdict_timeout(Duration::from_millis(hop.verdict_timeout));

@@ -74,6 +74,8 @@ pub(crate) struct Hop {
     /// Only if its destination cannot have the guest.
     pub(crate) resumes_if_unknown: bool,
     pub(crate) trouble: Trouble,
+    /// Whether both sides continue without a channel that breaks.
+    pub(crate) may_break: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,6 +196,7 @@ fn hop(random: &mut Rng) -> Hop {
         end_timeout: if impatient { random.u64(1..10) } else { PATIENT },
         verdict_timeout: if random.u8(..4) == 0 { random.u64(1..20) } else { 10_000 },
         trouble,
+        may_break: random.bool(),
     }
 }
 

@@ -188,6 +188,7 @@ fn send(
         .channels(plan.channels)
         .send(SendOptions::new().method(plan.method))
         .migrate(options)
+        .channels_may_break(plan.may_break)
         .connect_timeout(limits.connect)
         .stall_timeout(Some(limits.stall))
         .end_timeout(Some(2 * limits.stall));
@@ -216,6 +217,7 @@ fn receive(
         .drain_timeout(Duration::from_millis(500));
     let options = ArrivalOptions::new(Expected::AnyMachine)
         .receive(options)
+        .channels_may_break(plan.may_break)
         .stall_timeout(Some(limits.stall))
         .silence(limits.stall);
     let failed = |error| DestinationEnd { result: Err(error), blocks: None, device: None };

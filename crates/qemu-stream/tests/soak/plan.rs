@@ -30,6 +30,8 @@ pub(crate) struct Plan {
     pub(crate) downtime_limit: Duration,
     pub(crate) guest: Load,
     pub(crate) fault: Fault,
+    /// Whether both sides continue without a channel that breaks.
+    pub(crate) may_break: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,6 +163,7 @@ impl Plan {
                 budget: power_of_two(&mut random, 6..15),
             },
             fault,
+            may_break: random.bool(),
         }
     }
 
