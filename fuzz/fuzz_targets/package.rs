@@ -11,7 +11,7 @@ use qemu_stream::{
     incoming::{Event, Events},
     outgoing::EventWriter,
 };
-use switch::{RAM, before, device, package};
+use switch::{before, device, package, stream::RAM};
 
 multifd_fuzz::target!(|bytes: &[u8]| {
     let Some((options, rest)) = bytes.split_first() else { return };

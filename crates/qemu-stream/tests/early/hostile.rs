@@ -11,14 +11,10 @@ use multifd::{
     Error, ReceiveOptions,
     channel::{Listener, Stop},
     error::chain,
-    ram::{BlockName, PageSize},
 };
 use qemu_stream::{
     arrival::{Arrival, ArrivalOptions, EarlyOptions, Landing},
-    format::{
-        BlockEntry, BlockList, Command, Configuration, Message, PageSizes, Reader, Section, SectionHead,
-        SectionId, SectionName, encode_footer,
-    },
+    format::{Command, Message, PageSizes, Reader, Section, encode_footer},
     incoming::{Event, Events, Expected},
     outgoing::EventWriter,
 };
@@ -27,57 +23,16 @@ use crate::{
     LIMIT,
     machine::{BLOCKS, memory},
     machine_type, may_run,
+    switch::{RAM, command, device, discard, name, package, packaged},
 };
 
 /// The row whose source closes its connection: others wait for the destination.
 const CUT: &str = "a package that is cut";
-const RAM: SectionId = SectionId(1);
 /// How long the source may be silent, so that waits are short.
 const SHORT: Duration = Duration::from_millis(500);
 
-fn name(name: &str) -> BlockName {
-    BlockName::new(name).expect("a name")
-}
-
-fn command(command: Command) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    Section::Command(command).encode(&mut bytes);
-    bytes
-}
-
-fn discard(block: &str, ranges: &[(u64, u64)]) -> Vec<u8> {
-    command(Command::PostcopyRamDiscard { block: name(block), ranges: ranges.to_vec() })
-}
-
-/// Everything up to the switch.
 fn begin() -> Vec<u8> {
-    let configuration = Configuration::new(machine_type());
-    let entries = BLOCKS.map(|(block, pages)| BlockEntry::new(name(block), pages << 12));
-    let blocks = BlockList::new(entries.to_vec(), PageSize::KIB_4).expect("a list");
-    let sizes = PageSizes { host: 0x1000, target: 0x1000 };
-    let mut writer = EventWriter::new(Vec::new());
-    for event in [
-        Event::Configuration(Some(&configuration)),
-        Event::Command(&Command::OpenReturnPath),
-        Event::Command(&Command::Ping(1)),
-        Event::Command(&Command::PostcopyAdvise(Some(sizes))),
-        Event::Blocks { section: RAM, blocks: &blocks },
-        Event::Eos,
-        Event::SectionEnd { footer: true },
-    ] {
-        writer.write(&event).expect("in order");
-    }
-    writer.flush().expect("into memory");
-    writer.into_inner()
-}
-
-fn device(id: u32, name: &str, body: &[u8]) -> Vec<u8> {
-    let (id, name) = (SectionId(id), SectionName::new(name).expect("a name"));
-    let mut bytes = Vec::new();
-    Section::Full(SectionHead { id, name, instance: 0, version: 1 }).encode(&mut bytes);
-    bytes.extend(body);
-    encode_footer(id, &mut bytes);
-    bytes
+    crate::switch::begin(machine_type(), &BLOCKS)
 }
 
 /// Devices with this description of them, which says that it has so much `more` bytes than it has.
@@ -85,16 +40,6 @@ fn described(json: &str, more: u32, devices: &[u8]) -> Vec<u8> {
     let length = u32::try_from(json.len()).expect("small") + more;
     let body = [&length.to_be_bytes()[..], json.as_bytes()].concat();
     [device(u32::MAX, "multifd/description", &body), devices.to_vec()].concat()
-}
-
-fn packaged(contents: &[&[u8]]) -> Vec<u8> {
-    let contents = contents.concat();
-    [command(Command::Packaged(u32::try_from(contents.len()).expect("small"))), contents].concat()
-}
-
-fn package(devices: &[u8]) -> Vec<u8> {
-    let (listen, run) = (command(Command::PostcopyListen), command(Command::PostcopyRun));
-    packaged(&[&listen, devices, &command(Command::Ping(3)), &run])
 }
 
 fn clock() -> Vec<u8> {

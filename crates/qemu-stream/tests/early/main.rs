@@ -7,6 +7,7 @@ mod hostile;
 mod kind;
 mod machine;
 mod network;
+mod switch;
 mod tampered;
 
 use std::{
