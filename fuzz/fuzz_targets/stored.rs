@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, atomic::AtomicU64},
 };
 
-use multifd::channel::Stop;
+use multifd::{channel::Stop, ram::runs};
 use multifd_fuzz::shown;
 use qemu_stream::{
     mapped_ram::{ReadPath, StoredMachine},
@@ -59,6 +59,25 @@ fn look(machine: &StoredMachine) {
     }
 }
 
+/// Compares the first pages that are present.
+fn same(copied: &StoredMachine, left: &StoredMachine) {
+    look(left);
+    let [copied, left] = [copied, left].map(|machine| machine.ram_blocks(|_, _| ReadPath::Cached).expect("blocks"));
+    for ((_, copied), (_, left)) in copied.iter().zip(left.iter()) {
+        let present: Vec<_> = copied.present_words().take(ELEMENTS).collect();
+        assert_eq!(present, left.present_words().take(ELEMENTS).collect::<Vec<_>>());
+        let words = present.iter().enumerate();
+        for (page, _) in words.flat_map(|(word, bits)| runs(word, *bits)).take(ELEMENTS) {
+            let [copied, left] = [copied, left].map(|block| {
+                let mut bytes = vec![0; block.page_size().bytes()];
+                block.load(page, &mut bytes).expect("read");
+                bytes
+            });
+            assert!(copied == left);
+        }
+    }
+}
+
 multifd_fuzz::target!(|bytes: &[u8]| {
     let file = multifd_fuzz::file();
     if file.write_all_at(bytes, 0).is_ok()
@@ -77,6 +96,10 @@ multifd_fuzz::target!(|bytes: &[u8]| {
             assert_eq!(shown(machine.ram_blocks(|_, _| ReadPath::Cached)).is_some(), pages == Pages::Keep);
             if pages == Pages::Keep {
                 look(&machine);
+                let scratch = Arc::new(multifd_fuzz::file());
+                let left = Unfold::in_file(Arc::new(file.try_clone().expect("open")), 0).expect("a file");
+                let left = shown(left.run(&scratch, &AtomicU64::new(0), &Stop::new()));
+                same(&machine, &left.expect("it was a machine when it was copied"));
             }
         }
     }

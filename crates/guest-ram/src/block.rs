@@ -236,7 +236,7 @@ impl RamBlock {
             }
             Memory::MappedRam(places) => {
                 let places = places.of(page).unwrap_or(places);
-                places.read(buffer, start, false)?;
+                places.read(buffer, page, self.page_size, false)?;
                 self.compare(places, page, buffer)
             }
         }
@@ -261,8 +261,7 @@ impl RamBlock {
             let (piece, after) = rest.split_at_mut(length.min(rest.len()));
             rest = after;
             if let Some(of) = of {
-                let start = self.page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
-                of.read(piece, start, true)?;
+                of.read(piece, first, self.page_size, true)?;
                 self.compare(of, first, piece)?;
             }
             for (page, bytes) in (first.0..).map(PageIndex).zip(piece.chunks_mut(page_size)) {
@@ -437,10 +436,11 @@ impl RamBlock {
     }
 
     /// The location of the block's bytes: 0 for this process's memory or an identifier of the file, then start and end.
-    /// `None` if the block has no bytes.
+    /// `None` if the block has no bytes, or they are in no order.
     pub(crate) fn range(&self) -> Option<(usize, u64, u64)> {
         let (within, start) = match &self.memory {
             Memory::Mapped(mapping) => (0, mapping.slice(0, 0)?.as_ptr().addr() as u64),
+            Memory::MappedRam(places) if places.is_scattered() => return None,
             Memory::MappedRam(places) => (Arc::as_ptr(&places.file).addr(), places.offset),
         };
         (self.used_length > 0).then(|| (within, start, start.saturating_add(self.used_length)))

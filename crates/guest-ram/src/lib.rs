@@ -33,6 +33,7 @@ pub mod model;
 mod name;
 mod page;
 mod places;
+mod positions;
 mod since;
 #[cfg(feature = "fault")]
 mod sync_types;
@@ -69,5 +70,6 @@ pub use memory::{block_of, blocks_of};
 pub use name::BlockName;
 pub use page::{BlockOffset, PageIndex, PageSize};
 pub use places::Places;
+pub use positions::PagePositions;
 pub use since::{BasePages, Unwritten};
 pub use walk::{PageRun, Shape, Walk};

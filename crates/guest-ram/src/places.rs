@@ -5,7 +5,7 @@ use std::{error, fmt, fs::File, io, iter, os::unix::fs::FileExt, ptr, sync::Arc}
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::{
-    Access, DirectFile, Mapping, PageBitmap, PageDigests, PageIndex, PageSize,
+    Access, DirectFile, Mapping, PageBitmap, PageDigests, PageIndex, PagePositions, PageSize,
     file::{explained, size_limit},
     since::{BasePages, Since, Unwritten},
 };
@@ -35,6 +35,8 @@ pub struct Places {
     layers: Vec<Places>,
     /// What the file is compared with while it is written, if it has only pages that differ.
     pub(crate) since: Option<Since>,
+    /// Where each page is, if they are in any order: `offset` means nothing then.
+    positions: Option<Arc<PagePositions>>,
 }
 
 /// A run of pages that are all in one file, or all in none.
@@ -58,7 +60,15 @@ impl Places {
             name: None,
             layers: Vec::new(),
             since: None,
+            positions: None,
         }
+    }
+
+    /// The places of a block of `pages` pages in a file that has them in any order, as a stream has. They can be read and not be
+    /// written, through the page cache.
+    pub fn scattered(file: Arc<File>, pages: u64, positions: Arc<PagePositions>) -> Self {
+        let present = positions.present(pages);
+        Self { positions: Some(positions), ..Self::new(file, 0, present) }
     }
 
     /// Joins the places of the same block in several files, newest first: a page is where the first of them has it, and zero
@@ -110,8 +120,11 @@ impl Places {
     /// system calls access it, so a file that is truncated in the meantime causes an error and no signal.
     ///
     /// # Errors
-    /// As [`Mapping::of_file`].
+    /// As [`Mapping::of_file`]; if its pages are [in any order](Self::scattered).
     pub fn map(mut self, len: u64) -> io::Result<Self> {
+        if self.is_scattered() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "pages in a stream have no order"));
+        }
         self.mapped = Some(Mapping::of_file(&self.file, self.offset, len, Access::Read)?);
         Ok(self)
     }
@@ -137,16 +150,25 @@ impl Places {
     /// Which of the layers has `page`, and the position of the page in its file. Without layers the number is 0. `None` if no
     /// file has it.
     pub(crate) fn position(&self, page: PageIndex, start: u64) -> Option<(usize, u64)> {
+        let at = |places: &Self| match &places.positions {
+            Some(positions) => positions.get(page),
+            None => Some(places.offset + start),
+        };
         if self.layers.is_empty() {
-            return self.present.contains(page).then_some((0, self.offset + start));
+            return self.present.contains(page).then(|| Some((0, at(self)?)))?;
         }
         let number = self.layers.iter().position(|layer| layer.present.contains(page))?;
-        Some((number, self.layers.get(number)?.offset + start))
+        Some((number, at(self.layers.get(number)?)?))
     }
 
     /// Whether pages can be written.
     pub(crate) fn is_writable(&self) -> bool {
-        self.layers.is_empty()
+        self.layers.is_empty() && !self.is_scattered()
+    }
+
+    /// Whether its pages are in any order, so that a run of them cannot be read as one piece.
+    pub(crate) fn is_scattered(&self) -> bool {
+        self.positions.is_some()
     }
 
     /// Writes whole pages from `first` on, or those of them that differ from the base, if there is one.
@@ -158,7 +180,7 @@ impl Places {
         channel: bool,
     ) -> io::Result<()> {
         if !self.is_writable() {
-            let why = "pages that are in several files can only be read";
+            let why = "pages in several files, or in a stream, can only be read";
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         let Some(since) = &self.since else { return self.put(first, bytes, page_size, channel) };
@@ -252,12 +274,19 @@ impl Places {
         })
     }
 
-    /// Reads the bytes that begin at `start` of the block.
-    pub(crate) fn read(&self, buffer: &mut [u8], start: u64, channel: bool) -> io::Result<()> {
-        let at = self.offset + start;
-        let read = match &self.direct {
-            Some(direct) if channel => direct.read_exact_at(&self.file, buffer, at),
-            _ => self.file.read_exact_at(buffer, at),
+    /// Reads pages from `first` on. What `buffer` has for a page that is not present is of no meaning.
+    pub(crate) fn read(
+        &self,
+        buffer: &mut [u8],
+        first: PageIndex,
+        page_size: PageSize,
+        channel: bool,
+    ) -> io::Result<()> {
+        let at = self.offset + page_size.offset_of(first).map_or(u64::MAX, |offset| offset.0);
+        let read = match (&self.positions, &self.direct) {
+            (Some(positions), _) => positions.read(&self.file, first, page_size, buffer),
+            (None, Some(direct)) if channel => direct.read_exact_at(&self.file, buffer, at),
+            (None, _) => self.file.read_exact_at(buffer, at),
         };
         read.map_err(|error| self.explain(error))
     }

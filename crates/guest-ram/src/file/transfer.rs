@@ -54,7 +54,7 @@ impl Transfer {
         }
         let (start, huge) = match (source.memory(), target.memory()) {
             (Memory::Mapped(_), Memory::MappedRam(places)) if !places.is_writable() => {
-                return Err("the target is in several files".into());
+                return Err("the target is in several files, or in a stream".into());
             }
             (Memory::Mapped(_), Memory::MappedRam(Places { file, offset, .. })) => {
                 (*offset, HugeFile::of(file, *offset, target.used_length()))
@@ -126,6 +126,9 @@ impl Transfer {
             (Memory::MappedRam(places), Memory::Mapped(_)) => {
                 for Run { of, first, count } in places.runs(first, count) {
                     match of {
+                        Some(places) if places.is_scattered() => {
+                            from_stream(source, places, target, first, count)?;
+                        }
                         Some(places) => from_file(source, places, target, first, count)?,
                         None => target.clear_run(first, count),
                     }
@@ -155,6 +158,27 @@ fn differing(
         target.store_direct(at, bytes).map_err(TransferError::Write)?;
         at = PageIndex(at.0 + (bytes.len() / source.page_size().bytes()) as u64);
         slice = slice.after(piece.len());
+    }
+    Ok(())
+}
+
+/// Copies pages that are in a stream, through a buffer.
+fn from_stream(
+    source: &RamBlock,
+    places: &Places,
+    target: &RamBlock,
+    first: PageIndex,
+    count: u64,
+) -> Result<(), TransferError> {
+    let mut slice = target.slice(first, count).expect("pages of the block");
+    let (mut buffer, mut at) = (AlignedBuffer::new(PIECE.min(slice.len())), first);
+    while slice.len() > 0 {
+        let bytes = buffer.get_mut(..PIECE.min(slice.len())).expect("a piece fits the buffer");
+        bytes.fill(0);
+        places.read(bytes, at, source.page_size(), true).map_err(TransferError::Read)?;
+        slice.up_to(bytes.len()).copy_from(bytes);
+        at = PageIndex(at.0 + (bytes.len() / source.page_size().bytes()) as u64);
+        slice = slice.after(bytes.len());
     }
     Ok(())
 }

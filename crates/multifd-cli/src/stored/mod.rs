@@ -147,7 +147,7 @@ impl<'a> Open<'a> {
             Form::Compressed(by) => self.unfold(at, at.offset(), Some(*by))?,
             Form::Snapshot(snapshot) => {
                 let image = snapshot::open(at).map_err(|error| at.unreadable(error))?;
-                self.read(at, image.state(snapshot))?
+                self.read(at, Unfold::new(image.state(snapshot)))?
             }
             Form::Recording => self.receive(at)?,
             Form::Libvirt(image) => match image.storage {
@@ -176,13 +176,16 @@ impl<'a> Open<'a> {
     ) -> Result<StoredMachine, Failure> {
         let found = at.found().map_err(|error| at.unreadable(error))?;
         let mut file = found.file;
-        file.seek(SeekFrom::Start(from)).map_err(|error| at.unreadable(error))?;
         match compressor {
-            None => self.read(at, file),
+            None => {
+                let stream = Unfold::in_file(Arc::new(file), from).map_err(|error| at.unreadable(error))?;
+                self.read(at, stream)
+            }
             Some(by) => {
+                file.seek(SeekFrom::Start(from)).map_err(|error| at.unreadable(error))?;
                 let mut child = Decompressor::start(by, file, scratch_file(&scratch_folder())?)
                     .map_err(|error| at.unreadable(error))?;
-                match self.read(at, child.output()) {
+                match self.read(at, Unfold::new(child.output())) {
                     Ok(machine) => {
                         child.finish().map_err(|error| at.unreadable(error))?;
                         Ok(machine)
@@ -210,11 +213,11 @@ impl<'a> Open<'a> {
         })
     }
 
-    fn read(self, at: &FileAddress, stream: impl Read) -> Result<StoredMachine, Failure> {
+    fn read<R: Read>(self, at: &FileAddress, stream: Unfold<R>) -> Result<StoredMachine, Failure> {
         let folder = scratch_folder();
         let scratch = Arc::new(scratch_file(&folder)?);
         let read = AtomicU64::new(0);
-        let machine = Unfold::new(stream).pages(self.pages).run(&scratch, &read, self.stop);
+        let machine = stream.pages(self.pages).run(&scratch, &read, self.stop);
         machine.map_err(|error| {
             if self.stop.is_stopped() {
                 return Failure::Interrupted;

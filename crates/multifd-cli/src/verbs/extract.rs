@@ -56,8 +56,8 @@ pub(crate) fn run(
     let stop = Stop::new();
     let page_size = place.page_size.bytes() as u64;
     let blocks = file.ram_blocks(|_, _| ReadPath::Cached).map_err(|error| address.unreadable(error))?;
-    // What is in several files is read page by page, too.
-    let is_compared = file.has_digests() || file.files().len() > 1;
+    // What is in several files, or in a stream, is read page by page, too.
+    let is_compared = file.has_digests() || !file.is_one_file();
     let compared = blocks.get(index).filter(|_| is_compared);
     let block = Block { file: newest.file(), at: place.pages_offset, compared, stop: &stop };
     if out == Path::new("-") {

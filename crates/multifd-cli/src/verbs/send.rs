@@ -14,7 +14,7 @@ use multifd::{
 };
 use qemu_stream::{
     format::SyncMode,
-    mapped_ram::{ReadPath, StoredMachine},
+    mapped_ram::{ChainFile, ReadPath, StoredMachine},
     outgoing::postcopy::PostcopySource,
     source::{Source, SourceOptions},
 };
@@ -352,8 +352,8 @@ pub(super) struct AtRest {
 
 impl AtRest {
     pub(super) fn of(file: &StoredMachine) -> io::Result<Self> {
-        let files = file.files().iter().map(|file| {
-            let file = file.file().try_clone()?;
+        let files = file.files().iter().map(ChainFile::file).chain(file.stream()).map(|file| {
+            let file = file.try_clone()?;
             let identity = Identity::of(&file.metadata()?);
             Ok((file, identity))
         });

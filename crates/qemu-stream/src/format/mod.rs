@@ -49,6 +49,7 @@ pub use name::SectionName;
 pub use other::{Compressor, LibvirtStorage, OtherFormat};
 pub(crate) use put::Put;
 pub use reader::Reader;
+pub(crate) use reader::Skip;
 pub use record::{CurrentBlock, Record};
 pub use return_path::Message;
 pub(crate) use return_path::{

@@ -23,7 +23,13 @@ pub struct Reader<R> {
     position: u64,
     /// The position of the field that was read last.
     field: u64,
+    /// How many bytes are read at once.
+    ahead: usize,
+    skip: Option<Skip<R>>,
 }
+
+/// Jumps over bytes of an input with random access. Returns how many there were.
+pub(crate) type Skip<R> = fn(&mut R, u64) -> io::Result<u64>;
 
 impl<R: Read> Reader<R> {
     /// The default size of the buffer: one call reads many small records, or a batch of pages.
@@ -37,7 +43,34 @@ impl<R: Read> Reader<R> {
     /// Creates a reader with a buffer of `capacity` bytes, at least 512.
     pub fn with_capacity(inner: R, stream: StreamKind, capacity: usize) -> Self {
         let buffer = vec![0; capacity.max(512)].into_boxed_slice();
-        Self { inner, stream, buffer, start: 0, end: 0, position: 0, field: 0 }
+        Self { inner, stream, buffer, start: 0, end: 0, position: 0, field: 0, ahead: usize::MAX, skip: None }
+    }
+
+    /// Makes [`skip`](Self::skip) jump, and reads little ahead, because most of it would be jumped over.
+    pub(crate) fn jumping(&mut self, skip: Skip<R>) {
+        (self.skip, self.ahead) = (Some(skip), LITTLE);
+    }
+
+    /// Whether [`skip`](Self::skip) jumps.
+    pub(crate) fn jumps(&self) -> bool {
+        self.skip.is_some()
+    }
+
+    /// Takes `count` bytes that nobody needs, of an input that [jumps](Self::jumping). `what` names them if the stream is cut.
+    ///
+    /// # Errors
+    /// If the stream ends before, or the input does not jump.
+    pub(crate) fn skip(&mut self, count: u64, what: &'static str) -> Result<(), Error> {
+        self.field = self.position;
+        let buffered = usize::try_from(count).unwrap_or(usize::MAX).min(self.end - self.start);
+        self.consume(buffered);
+        let rest = count - buffered as u64;
+        let Some(skip) = self.skip.filter(|_| rest > 0) else {
+            return if rest == 0 { Ok(()) } else { Err(self.cut(what)) };
+        };
+        let skipped = skip(&mut self.inner, rest).map_err(|error| self.io(error, what))?;
+        self.position += skipped;
+        if skipped == rest { Ok(()) } else { Err(self.cut(what)) }
     }
 
     /// The number of bytes taken from the stream so far.
@@ -264,7 +297,8 @@ impl<R: Read> Reader<R> {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let free = self.buffer.get_mut(self.end..).unwrap_or_default();
+        let limit = self.end.saturating_add(self.ahead).min(self.buffer.len());
+        let free = self.buffer.get_mut(self.end..limit).unwrap_or_default();
         let count = retry(|| self.inner.read(free)).map_err(|e| self.io(e, "more"))?;
         self.end += count;
         Ok(count)
@@ -282,6 +316,9 @@ impl<R: Read> Reader<R> {
         }
     }
 }
+
+/// Bytes that are read ahead of an input that jumps: the heads of some pages that are zero, or one of a page that is jumped over.
+const LITTLE: usize = 128;
 
 fn retry(mut read: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {

@@ -13,7 +13,7 @@ use multifd::ram::{
     BlockIndex, Digest, DirectFile, Memory, PageBitmap, PageIndex, Places, RamBlock, RamBlocks, runs,
 };
 
-use super::{BlockPlace, ChainFile, access::direct, holes::Holes};
+use super::{BlockPlace, ChainFile, Scattered, access::direct, holes::Holes};
 use crate::{
     error::{Error, Place, StreamKind, Unsupported, Usage},
     format::{BlockEntry, BlockList, Configuration, DevicePart, SectionId, SyncMode},
@@ -29,6 +29,8 @@ pub struct StoredMachine {
     files: Vec<ChainFile>,
     /// Whether its files have the bytes of its pages, and not only their bitmaps.
     has_pages: bool,
+    /// Pages that are in no place of its file.
+    scattered: Option<Scattered>,
 }
 
 /// How the pages of a block in a file are read.
@@ -57,12 +59,22 @@ impl StoredMachine {
     /// Of these files, newest first, at least one.
     pub(super) fn of(files: Vec<ChainFile>) -> Self {
         assert!(!files.is_empty(), "a machine is in at least one file");
-        Self { files, has_pages: true }
+        Self { files, has_pages: true, scattered: None }
     }
 
     /// The machine that was written to a scratch file.
     pub(crate) fn of_scratch(file: File, has_pages: bool) -> Result<Self, Error> {
-        Ok(Self { files: vec![ChainFile::read_damaged(file, 0, Path::new(""))?], has_pages })
+        Ok(Self { has_pages, ..Self::of(vec![ChainFile::read_damaged(file, 0, Path::new(""))?]) })
+    }
+
+    /// The same, with these pages besides those of its file. None of them is in both.
+    pub(crate) fn with(self, scattered: Scattered) -> Self {
+        Self { scattered: Some(scattered), ..self }
+    }
+
+    /// The stream in which pages are that were [left there](crate::stored::Unfold::in_file).
+    pub fn stream(&self) -> Option<&File> {
+        self.scattered.as_ref().map(Scattered::file)
     }
 
     /// Whether its pages can be read. Only a stream of which [the pages were counted](crate::stored::Pages::Count) has none.
@@ -138,12 +150,15 @@ impl StoredMachine {
     /// # Errors
     /// If there is no such block or the system cannot read.
     pub fn bitmap(&self, block: BlockIndex) -> Result<PageBitmap, Error> {
-        if let [file] = &*self.files {
+        if let ([file], None) = (&*self.files, &self.scattered) {
             return file.bitmap(block);
         }
         let present = PageBitmap::new(self.newest().place(block).map_or(0, BlockPlace::pages));
         for layer in self.layers(block)? {
             layer.pages.set_words().for_each(|(word, bits)| present.merge_at(word, [bits]));
+        }
+        if let Some(others) = self.scattered.as_ref().and_then(|of| of.present(block, present.pages())) {
+            others.set_words().for_each(|(word, bits)| present.merge_at(word, [bits]));
         }
         Ok(present)
     }
@@ -187,8 +202,9 @@ impl StoredMachine {
 
     /// Creates the blocks in the files with the pages that are present, to be sent or copied. `path` returns for each
     /// how its pages are read; the place is that in the newest file. Blocks that were left out are
-    /// [ignored](RamBlock::ignored). If there are digests, a page that differs from its digest cannot be read. Then, and for
-    /// a delta, no block is [mapped](ReadPath::Mapped): what a mapping shows may differ from what was compared.
+    /// [ignored](RamBlock::ignored). If there are digests, a page that differs from its digest cannot be read. Then, for a delta,
+    /// and for a [stream](Self::stream), no block is [mapped](ReadPath::Mapped): what a mapping shows may differ from what was
+    /// compared, and a stream has no places. A stream is not read with [direct I/O](ReadPath::Direct) either.
     ///
     /// # Errors
     /// If the bitmaps cannot be read or the file cannot be mapped; if its pages were only
@@ -210,8 +226,7 @@ impl StoredMachine {
             for Layer { file, block, pages } in layers {
                 let Some(place) = file.place(block) else { continue };
                 let digests = file.digests_of(block).map(Arc::new);
-                let is_mapped =
-                    matches!(path, ReadPath::Mapped) && digests.is_none() && self.files.len() == 1;
+                let is_mapped = matches!(path, ReadPath::Mapped) && digests.is_none() && self.is_one_file();
                 let of_file = Places::new(file.shared_file().clone(), place.pages_offset, pages);
                 let of_file = of_file.with_digests(digests);
                 let of_file = match &*self.files {
@@ -229,6 +244,7 @@ impl StoredMachine {
                     ReadPath::Mapped | ReadPath::Cached => of_file,
                 });
             }
+            places.extend(self.scattered.as_ref().and_then(|of| of.places(index, place.pages())));
             let none = || {
                 Places::new(
                     self.newest().shared_file().clone(),
@@ -242,6 +258,11 @@ impl StoredMachine {
             blocks.push(if place.is_ignored() { block.ignored() } else { block });
         }
         Ok(RamBlocks::new(blocks)?)
+    }
+
+    /// Whether each page is at its place in the newest file.
+    pub fn is_one_file(&self) -> bool {
+        self.files.len() == 1 && self.scattered.is_none()
     }
 
     /// Direct I/O for a base; each is opened once.

@@ -63,6 +63,7 @@ mod moment;
 mod note;
 mod pieces;
 mod restore;
+mod scattered;
 mod verify;
 
 use multifd::ram::{PageIndex, PageSize};
@@ -80,6 +81,7 @@ pub use merge::Merge;
 #[cfg(feature = "fault")]
 pub use moment::{MomentCapture, MomentError};
 pub use restore::Restore;
+pub(crate) use scattered::Scattered;
 pub use verify::{Damage, Verification, Verify};
 
 /// QEMU's alignment for the pages of a block, so that they can be written unbuffered.

@@ -165,6 +165,10 @@ impl<'a> Verify<'a> {
     }
 
     fn blocks(&self, file: &ChainFile) -> Result<RamBlocks> {
+        if self.machine.stream().is_some() {
+            // The scratch file has only a part of them.
+            return self.machine.ram_blocks(|_, _| ReadPath::Cached);
+        }
         let direct = if self.direct_io { direct(file.file()) } else { None };
         file.own_blocks(&direct.map_or(ReadPath::Cached, ReadPath::Direct))
     }

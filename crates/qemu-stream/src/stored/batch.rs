@@ -1,8 +1,9 @@
-//! Collects neighbouring pages of one block, and writes them to their places with one call.
+//! Collects neighbouring pages of one block, and writes them to their places with one call; or records where they are, if they can
+//! be read again.
 
-use std::io;
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use multifd::ram::{BlockIndex, PageIndex, RamBlocks};
+use multifd::ram::{BlockIndex, PageIndex, PagePositions, RamBlocks};
 
 use super::pages::Pages;
 
@@ -14,12 +15,52 @@ pub(super) struct Batch<'a> {
     block: BlockIndex,
     first: PageIndex,
     count: u64,
+    found: Option<Found>,
+}
+
+/// Pages that stay where they are.
+struct Found {
+    file: Arc<File>,
+    /// For each block.
+    positions: Vec<PagePositions>,
 }
 
 impl<'a> Batch<'a> {
     pub(super) fn new(blocks: &'a RamBlocks, pages: Pages) -> Self {
         let bytes = Vec::with_capacity(if pages == Pages::Keep { BATCH } else { 0 });
-        Self { blocks, pages, bytes, block: BlockIndex(0), first: PageIndex(0), count: 0 }
+        Self { blocks, pages, bytes, block: BlockIndex(0), first: PageIndex(0), count: 0, found: None }
+    }
+
+    /// Records where pages are in `file`, and collects none.
+    pub(super) fn staying_in(mut self, file: Arc<File>) -> Self {
+        let positions = self.blocks.iter().map(|_| PagePositions::new()).collect();
+        self.found = Some(Found { file, positions });
+        self
+    }
+
+    /// Adds a page that begins at `position` of the file in which pages stay.
+    pub(super) fn page_at(&mut self, block: BlockIndex, page: PageIndex, position: u64) {
+        let Some(of) = self.blocks.get(block) else { return };
+        match self.found.as_mut().and_then(|found| found.positions.get_mut(block.0)) {
+            Some(positions) => {
+                // What an earlier change of it has left in the scratch file.
+                if of.is_present(page) {
+                    of.clear(page);
+                }
+                positions.set(page, position);
+            }
+            None => of.note_written(page, 1),
+        }
+    }
+
+    /// Where the pages of each block are in the file in which they stay.
+    pub(super) fn into_positions(self) -> Vec<PagePositions> {
+        self.found.map(|found| found.positions).unwrap_or_default()
+    }
+
+    /// The blocks of the scratch file.
+    pub(super) fn blocks(&self) -> &'a RamBlocks {
+        self.blocks
     }
 
     /// Adds a page. Pages that are not its neighbours are written first.
@@ -42,6 +83,9 @@ impl<'a> Batch<'a> {
         if let Some(block) = self.blocks.get(block) {
             block.clear(page);
         }
+        if let Some(positions) = self.found.as_mut().and_then(|found| found.positions.get_mut(block.0)) {
+            positions.clear(page);
+        }
         Ok(())
     }
 
@@ -62,7 +106,18 @@ impl<'a> Batch<'a> {
             }
             Pages::Keep => {
                 let mut bytes = vec![0; of.page_size().bytes()];
-                of.load(page, &mut bytes)?;
+                let found = self.found.as_mut().and_then(|found| {
+                    let positions = found.positions.get_mut(block.0)?;
+                    Some((&found.file, positions.get(page)?, positions))
+                });
+                match found {
+                    Some((file, position, positions)) => {
+                        file.read_exact_at(&mut bytes, position)?;
+                        // It is in the scratch file from here on.
+                        positions.clear(page);
+                    }
+                    None => of.load(page, &mut bytes)?,
+                }
                 change(&mut bytes)?;
                 of.store(page, &bytes)?;
             }

@@ -13,8 +13,9 @@ use multifd::{
 use super::*;
 use crate::{
     Error,
+    error::{Place, StreamKind},
     format::{
-        BlockEntry, BlockList, Configuration, Device, DevicePart, Event, LibvirtStorage, MachineType,
+        BlockEntry, BlockList, Configuration, Delta, Device, DevicePart, Event, LibvirtStorage, MachineType,
         SectionId, SyncMark, SyncMode, testing::section_name,
     },
     mapped_ram::{ReadPath, StoredMachine},
@@ -57,7 +58,50 @@ fn stream(mode: SyncMode) -> Vec<u8> {
 
 fn unfold(stream: &[u8], pages: Pages) -> Result<StoredMachine, Error> {
     let scratch = Arc::new(tempfile::tempfile().expect("a scratch file"));
-    Unfold::new(stream).pages(pages).run(&scratch, &AtomicU64::new(0), &Stop::new())
+    let copied = Unfold::new(stream).pages(pages).run(&scratch, &AtomicU64::new(0), &Stop::new());
+    let left = left_in_file(stream, pages);
+    match (&copied, &left) {
+        (Ok(copied), Ok(left)) => assert_same(copied, left),
+        (Err(copied), Err(left)) => assert_eq!(copied.to_string(), left.to_string()),
+        (copied, left) => panic!("one of the two ways refused it: {copied:?}, {left:?}"),
+    }
+    copied
+}
+
+/// The same, of a stream that stays in a file, behind something else.
+fn left_in_file(stream: &[u8], pages: Pages) -> Result<StoredMachine, Error> {
+    let (scratch, file) = [(); 2].map(|()| Arc::new(tempfile::tempfile().expect("a file"))).into();
+    file.write_all_at(stream, BEFORE).expect("written");
+    let read = AtomicU64::new(0);
+    let left = Unfold::in_file(file, BEFORE).expect("a file").pages(pages).run(&scratch, &read, &Stop::new());
+    if left.is_ok() {
+        assert_eq!(read.into_inner(), stream.len() as u64);
+    }
+    left
+}
+
+/// Bytes before the stream in its file.
+const BEFORE: u64 = 1001;
+
+fn assert_same(copied: &StoredMachine, left: &StoredMachine) {
+    assert_eq!(copied.blocks().entries(), left.blocks().entries());
+    let bits = |machine: &StoredMachine| {
+        machine.bitmap(BlockIndex(0)).expect("a bitmap").words().collect::<Vec<_>>()
+    };
+    assert_eq!(bits(copied), bits(left));
+    assert_eq!((copied.is_one_file(), left.is_one_file()), (true, !left.has_pages()));
+    if !copied.has_pages() {
+        return;
+    }
+    let blocks = [copied, left].map(|machine| machine.ram_blocks(|_, _| ReadPath::Mapped).expect("blocks"));
+    for page in (0..PAGES).map(PageIndex) {
+        let [copied, left] = blocks.each_ref().map(|blocks| {
+            let mut bytes = vec![9; 4096];
+            blocks.get(BlockIndex(0)).expect("a block").load(page, &mut bytes).expect("read");
+            bytes
+        });
+        assert!(copied == left, "page {page:?}");
+    }
 }
 
 #[test]
@@ -76,6 +120,74 @@ fn last_contents_of_each_page_are_at_its_place() {
     }
     assert_eq!(machine.devices().sections().len(), 1);
     assert_eq!(machine.sync_mode(), None, "a stream without channels shows none");
+}
+
+/// Changes of pages that are in the stream, of changed ones, and pages and zeros that replace changed ones.
+#[test]
+fn changes_of_pages_are_applied_to_what_was_sent_before() {
+    let configuration = Configuration::new(MachineType::new("pc-q35-8.0").expect("a name"));
+    let ram = BlockEntry::new(BlockName::new("pc.ram").expect("a name"), PAGES * 4096);
+    let blocks = BlockList::new(vec![ram], PageSize::KIB_4).expect("a list");
+    let devices = DevicePart::build(&[], 4096, SectionId(2)).expect("devices");
+    let at = Place { stream: StreamKind::Stored, offset: 0 };
+    let page = |page, bytes| Event::Page { block: BlockIndex(0), page: PageIndex(page), bytes };
+    let zero = |page| Event::ZeroPage { block: BlockIndex(0), page: PageIndex(page) };
+    // So many bytes that stay, then so many that change.
+    let change = |page, bytes| Event::Xbzrle {
+        block: BlockIndex(0),
+        page: PageIndex(page),
+        delta: Delta::new(bytes, at),
+    };
+    let end = [Event::SyncPoint(SyncMark::Eos), Event::Eos, Event::SectionEnd { footer: true }];
+    let mut events = vec![
+        Event::Configuration(Some(&configuration)),
+        Event::Blocks { section: SectionId(1), blocks: &blocks },
+        Event::SyncMode(SyncMode::Legacy),
+    ];
+    events.extend(end.clone());
+    events.push(Event::Pass { last: true });
+    events.extend([page(0, &[1; 4096]), page(1, &[2; 4096]), page(2, &[3; 4096]), page(3, &[4; 4096])]);
+    events.extend([
+        change(0, &[1, 2, 7, 8]),
+        change(1, &[1, 1, 7]),
+        change(2, &[1, 1, 7]),
+        change(3, &[1, 1, 7]),
+    ]);
+    events.extend([
+        change(0, &[2, 1, 9]),
+        page(1, &[5; 4096]),
+        zero(2),
+        page(3, &[6; 4096]),
+        change(3, &[0, 1, 8]),
+    ]);
+    events.extend(end);
+    events.extend([Event::EndOfRam, Event::End(Box::new(devices))]);
+    let mut writer = EventWriter::new(Vec::new());
+    events.iter().for_each(|event| writer.write(event).expect("written"));
+    let stream = writer.into_inner();
+    let machine = unfold(&stream, Pages::Keep).expect("a machine");
+    let blocks = machine.ram_blocks(|_, _| ReadPath::Cached).expect("blocks");
+    let starts = [0, 1, 2, 3].map(|page| {
+        let mut bytes = [9; 4096];
+        blocks.get(BlockIndex(0)).expect("a block").load(PageIndex(page), &mut bytes).expect("read");
+        assert!(bytes.iter().skip(4).all(|byte| *byte == bytes[4095]));
+        [bytes[0], bytes[1], bytes[2], bytes[3]]
+    });
+    assert_eq!(starts, [[1, 7, 9, 1], [5; 4], [0; 4], [8, 6, 6, 6]]);
+}
+
+#[test]
+fn stream_that_shrinks_while_its_machine_is_used_is_an_error() {
+    let whole = stream(SyncMode::Legacy);
+    let (scratch, file) = [(); 2].map(|()| Arc::new(tempfile::tempfile().expect("a file"))).into();
+    file.write_all_at(&whole, 0).expect("written");
+    let machine = Unfold::in_file(file.clone(), 0).expect("a file");
+    let machine = machine.run(&scratch, &AtomicU64::new(0), &Stop::new()).expect("a machine");
+    file.set_len(4096).expect("cut");
+    let blocks = machine.ram_blocks(|_, _| ReadPath::Cached).expect("blocks");
+    let error =
+        blocks.get(BlockIndex(0)).expect("a block").load_direct(PageIndex(0), PAGES, &mut [0; 4 * 4096]);
+    assert_eq!(error.expect_err("cut").kind(), io::ErrorKind::UnexpectedEof);
 }
 
 #[test]

@@ -1,29 +1,32 @@
-//! Makes a mapped-ram file of a stream.
+//! Makes a machine of a stream.
 //!
 //! ```text
 //! Configuration ─ Blocks ─▶ layout, scratch file as a hole ─ Page, ZeroPage, Xbzrle ─▶ places ─ End ─▶ head, bitmaps, devices
+//!                                                             └─ in a file: positions; only what XBZRLE changes is copied
 //! ```
 
 use std::{
     fs::File,
     io::{self, Read},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use multifd::{
     channel::Stop,
-    ram::{BlockIndex, PageBitmap, RamBlocks, with_file_size_errors},
+    ram::{BlockIndex, PageBitmap, with_file_size_errors},
 };
 
-use super::{batch::Batch, pages::Pages};
+use super::{
+    ahead::InFile,
+    batch::Batch,
+    input::{Counted, Home},
+    pages::Pages,
+};
 use crate::{
     error::{Error, Place, StreamKind, Unsupported},
     format::{BlockList, Command, Configuration, DevicePart, Event, SectionId, SyncMode},
     incoming::Events,
-    mapped_ram::{Layout, Shape, StoredMachine, Tail},
+    mapped_ram::{Layout, Scattered, Shape, StoredMachine, Tail},
 };
 
 /// Reads a stream that was stored one byte after the other, as QEMU writes it with `exec:cat > FILE`.
@@ -32,12 +35,26 @@ use crate::{
 pub struct Unfold<R> {
     stream: R,
     pages: Pages,
+    home: Option<Home<R>>,
+}
+
+impl Unfold<InFile> {
+    /// Of the stream that begins at `begin` of `file`, which has to allow reads at any position. Two threads read it ahead, and end
+    /// when [`run`](Self::run) does. Its pages are not copied but read from the file when they are needed, so it must not be
+    /// changed as long as the machine is used.
+    ///
+    /// # Errors
+    /// If the length of the file cannot be queried, or the system starts no thread.
+    pub fn in_file(file: Arc<File>, begin: u64) -> io::Result<Self> {
+        let stream = InFile::new(&file, begin)?;
+        Ok(Self { home: Some(Home { file, begin, skip: InFile::skip }), ..Self::new(stream) })
+    }
 }
 
 impl<R: Read> Unfold<R> {
     /// Of this stream, which begins with QEMU's magic, and all of its pages.
     pub fn new(stream: R) -> Self {
-        Self { stream, pages: Pages::Keep }
+        Self { stream, pages: Pages::Keep, home: None }
     }
 
     /// What is kept of its pages. Default: all.
@@ -47,14 +64,18 @@ impl<R: Read> Unfold<R> {
     }
 
     /// Writes the machine as a mapped-ram file to `scratch`, an empty file that is open for reading and writing, and opens it
-    /// there. `read` counts the bytes of the stream. A page that the stream does not have is zero.
+    /// there; pages of a stream [in a file](Self::in_file) stay there. `read` counts the bytes of the stream. A page that the stream does not have is zero.
     ///
     /// # Errors
     /// If the stream is malformed, incomplete, or has its pages on other connections (multifd); if the scratch file cannot be
     /// written, for example because its file system is full; if `stop` has cancelled it.
     pub fn run(self, scratch: &Arc<File>, read: &AtomicU64, stop: &Stop) -> Result<StoredMachine, Error> {
-        let Self { stream, pages } = self;
-        let mut events = Events::of(Counted { stream, read, stop }, StreamKind::Stored);
+        let Self { stream, pages, home } = self;
+        let skip = home.as_ref().map(|home| home.skip);
+        let mut events = Events::of(Counted { stream, read, stop, skip }, StreamKind::Stored);
+        if home.is_some() {
+            events = events.without_contents(Counted::jump());
+        }
         let (configuration, section, list) = begin(&mut events)?;
         let draft = Layout::of(&shape(configuration.as_ref(), section, true, &[]), &list)?;
         let at = |events: &Events<_>| events.here();
@@ -65,7 +86,13 @@ impl<R: Read> Unfold<R> {
             what: "its blocks",
             source: error.into(),
         })?;
-        let found = ram(&mut events, &blocks, pages)?;
+        let mut batch = Batch::new(&blocks, pages);
+        if let Some(home) = home.as_ref().filter(|_| pages == Pages::Keep) {
+            batch = batch.staying_in(home.file.clone());
+        }
+        let begin = home.as_ref().map(|home| home.begin);
+        let found = ram(&mut events, &mut batch, begin)?;
+        let positions = batch.into_positions();
         let ignored: Vec<BlockIndex> = if configuration.as_ref().is_some_and(|of| of.ignore_shared) {
             found.without_pages(&list)
         } else {
@@ -83,7 +110,11 @@ impl<R: Read> Unfold<R> {
         let file = scratch
             .try_clone()
             .map_err(|source| io_error(at(&events), "open the scratch file again", source))?;
-        StoredMachine::of_scratch(file, pages == Pages::Keep)
+        let machine = StoredMachine::of_scratch(file, pages == Pages::Keep)?;
+        Ok(match home {
+            Some(Home { file, .. }) if pages == Pages::Keep => machine.with(Scattered::new(file, positions)),
+            _ => machine,
+        })
     }
 }
 
@@ -115,11 +146,10 @@ fn begin<R: Read>(events: &mut Events<R>) -> Result<(Option<Configuration>, Sect
     }
 }
 
-/// Reads everything after the block list.
-fn ram<R: Read>(events: &mut Events<R>, blocks: &RamBlocks, pages: Pages) -> Result<Found, Error> {
-    let mut batch = Batch::new(blocks, pages);
+/// Reads everything after the block list. `begin` is where the stream begins in the file in which its pages stay.
+fn ram<R: Read>(events: &mut Events<R>, batch: &mut Batch<'_>, begin: Option<u64>) -> Result<Found, Error> {
     let (mut with_data, mut switchover_start) = (false, false);
-    let arrived = PageBitmap::new(blocks.len() as u64);
+    let arrived = PageBitmap::new(batch.blocks().len() as u64);
     loop {
         let at = events.here();
         let written = |result: io::Result<()>| result.map_err(|source| io_error(at, WRITE, source));
@@ -131,7 +161,13 @@ fn ram<R: Read>(events: &mut Events<R>, blocks: &RamBlocks, pages: Pages) -> Res
             Event::Page { block, page, bytes } => {
                 with_data = true;
                 arrived.set(number(block));
-                written(batch.page(block, page, bytes))?;
+                match begin {
+                    Some(begin) => {
+                        let length = batch.blocks().get(block).map_or(0, |block| block.page_size().bytes());
+                        batch.page_at(block, page, begin + events.here().offset - length as u64);
+                    }
+                    None => written(batch.page(block, page, bytes))?,
+                }
             }
             Event::ZeroPage { block, page } => {
                 arrived.set(number(block));
@@ -201,25 +237,6 @@ fn shape<'a>(
 /// An error of the scratch file. `at` is how far the stream was read.
 fn io_error(at: Place, doing: &'static str, source: io::Error) -> Error {
     Error::Io { at: Place { stream: StreamKind::File, ..at }, doing, source }
-}
-
-/// A stream whose bytes are counted, and that ends with an error when the command is cancelled.
-struct Counted<'a, R> {
-    stream: R,
-    read: &'a AtomicU64,
-    stop: &'a Stop,
-}
-
-impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if self.stop.is_stopped() {
-            return Err(io::Error::other("it was cancelled"));
-        }
-        let count = self.stream.read(into)?;
-        // Relaxed: it is only displayed.
-        self.read.fetch_add(count as u64, Ordering::Relaxed);
-        Ok(count)
-    }
 }
 
 const WRITE: &str = "write the scratch file";

@@ -1,7 +1,7 @@
 //! Searches guest-physical memory with several threads.
 //!
 //! ```text
-//! round: N threads ─ next piece of 4 MiB ─ read, with as much of what follows as the pattern may reach ─▶ places in it
+//! round: N threads ─ next piece of 512 KiB ─ read, with as much of what follows as the pattern may reach ─▶ places in it
 //!        all have ended ─▶ places in order ─▶ the caller's closure ─▶ next round
 //! ```
 //!
@@ -143,10 +143,10 @@ impl<'a> Search<'a> {
 }
 
 /// Bytes of a piece: whole pages, and what stays in a processor's cache.
-const PIECE: usize = 4 << 20;
+const PIECE: usize = 512 << 10;
 /// Pieces of a round: enough that a slow one delays the others little.
-const ROUND: usize = 256;
+const ROUND: usize = 2048;
 /// The same, if there may be a place at every byte: their addresses need 128 MiB.
-const FEW: usize = 4;
+const FEW: usize = 32;
 /// Bytes of a pattern that is unlikely to be everywhere.
 const SHORT: usize = 4;

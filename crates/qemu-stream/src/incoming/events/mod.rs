@@ -20,7 +20,7 @@ use std::{fmt, io::Read, mem};
 use crate::{
     error::{Error, Place, StreamKind, Unsupported, Usage, Violation},
     format::{
-        Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, SyncMark,
+        Command, Configuration, Delta, DevicePart, EarlyPart, Event, Reader, Record, Section, Skip, SyncMark,
         SyncMode, decode_footer, decode_header, footer_follows,
     },
     refuse,
@@ -168,6 +168,12 @@ impl<R: Read> Events<R> {
             earlier: 0,
             passes: false,
         }
+    }
+
+    /// Jumps over the contents of pages, in an input with random access: their events have no bytes, and end where the page ends.
+    pub(crate) fn without_contents(mut self, skip: Skip<R>) -> Self {
+        self.r.jumping(skip);
+        self
     }
 
     /// Expects no description of the devices: see [`Incoming::suppress_vmdesc`](super::Incoming::suppress_vmdesc). Default off.
@@ -367,6 +373,11 @@ impl<R: Read> Events<R> {
                 Err(Violation::Misplaced { record, place }.at(self.r.place()))
             }
             Record::Zero(block, page) => Ok(Event::ZeroPage { block, page }),
+            Record::Page(block, page) if self.r.jumps() => {
+                let skipped = self.r.skip(blocks.page_size().bytes() as u64, "a page");
+                skipped.inspect_err(|_| self.state = State::Broken)?;
+                Ok(Event::Page { block, page, bytes: &[] })
+            }
             Record::Page(block, page) => {
                 let bytes = self.r.lend(blocks.page_size().bytes(), "a page");
                 let bytes = bytes.inspect_err(|_| self.state = State::Broken)?;
