@@ -146,18 +146,21 @@ fn first_interrupt_ends_the_recording_and_not_the_migration() {
     let folder = folder();
     let out = path(&folder, "recording");
     let (recorder, mut source, mut destination) = pair(&out);
-    source.write_all(b"one").expect("sent");
-    assert_eq!(read(&mut destination, 3), b"one");
+    // Bytes are recorded after they were passed on, and before the next ones are: those of the second may be missing.
+    for bytes in [b"one", b"two"] {
+        source.write_all(bytes).expect("sent");
+        assert_eq!(read(&mut destination, 3), bytes);
+    }
     recorder.signal(Signal::INT);
     assert!(recorder.next_line().contains("the migration continues over 1 connections"));
-    source.write_all(b"two").expect("sent");
-    assert_eq!(read(&mut destination, 3), b"two");
+    source.write_all(b"three").expect("sent");
+    assert_eq!(read(&mut destination, 5), b"three");
     drop(source);
     drop(destination);
     assert_eq!(recorder.end().code, Some(130));
     let ended = run(["inspect".as_ref(), out.as_os_str()]);
     assert!(ended.stdout.contains("before the migration: it was interrupted"), "{ended:?}");
-    assert!(ended.stdout.contains(" 3 B "), "{ended:?}");
+    assert!([" 3 B ", " 6 B "].iter().any(|bytes| ended.stdout.contains(bytes)), "{ended:?}");
 }
 
 #[test]
