@@ -62,7 +62,8 @@ fn look(machine: &StoredMachine) {
 /// Compares the first pages that are present.
 fn same(copied: &StoredMachine, left: &StoredMachine) {
     look(left);
-    let [copied, left] = [copied, left].map(|machine| machine.ram_blocks(|_, _| ReadPath::Cached).expect("blocks"));
+    let [copied, left] =
+        [copied, left].map(|machine| machine.ram_blocks(|_, _| ReadPath::Cached).expect("blocks"));
     for ((_, copied), (_, left)) in copied.iter().zip(left.iter()) {
         let present: Vec<_> = copied.present_words().take(ELEMENTS).collect();
         assert_eq!(present, left.present_words().take(ELEMENTS).collect::<Vec<_>>());
