@@ -46,31 +46,29 @@ impl<R: Read> Reader<R> {
         Self { inner, stream, buffer, start: 0, end: 0, position: 0, field: 0, ahead: usize::MAX, skip: None }
     }
 
-    /// Makes [`skip`](Self::skip) jump, and reads little ahead, because most of it would be jumped over.
+    /// Makes [`lend_or_skip`](Self::lend_or_skip) jump, and reads little ahead, because most of it would be jumped over.
     pub(crate) fn jumping(&mut self, skip: Skip<R>) {
         (self.skip, self.ahead) = (Some(skip), LITTLE);
     }
 
-    /// Whether [`skip`](Self::skip) jumps.
-    pub(crate) fn jumps(&self) -> bool {
-        self.skip.is_some()
-    }
-
-    /// Takes `count` bytes that nobody needs, of an input that [jumps](Self::jumping). `what` names them if the stream is cut.
+    /// Lends `count` bytes, or takes them and lends none if the input [jumps](Self::jumping). `what` names them if the stream is cut.
     ///
     /// # Errors
-    /// If the stream ends before, or the input does not jump.
-    pub(crate) fn skip(&mut self, count: u64, what: &'static str) -> Result<(), Error> {
+    /// As [`lend`](Self::lend).
+    pub(crate) fn lend_or_skip(&mut self, count: usize, what: &'static str) -> Result<&[u8], Error> {
+        let Some(skip) = self.skip else { return self.lend(count, what) };
         self.field = self.position;
-        let buffered = usize::try_from(count).unwrap_or(usize::MAX).min(self.end - self.start);
+        let buffered = count.min(self.end - self.start);
         self.consume(buffered);
-        let rest = count - buffered as u64;
-        let Some(skip) = self.skip.filter(|_| rest > 0) else {
-            return if rest == 0 { Ok(()) } else { Err(self.cut(what)) };
-        };
-        let skipped = skip(&mut self.inner, rest).map_err(|error| self.io(error, what))?;
-        self.position += skipped;
-        if skipped == rest { Ok(()) } else { Err(self.cut(what)) }
+        let rest = (count - buffered) as u64;
+        if rest > 0 {
+            let skipped = skip(&mut self.inner, rest).map_err(|error| self.io(error, what))?;
+            self.position += skipped;
+            if skipped < rest {
+                return Err(self.cut(what));
+            }
+        }
+        Ok(&[])
     }
 
     /// The number of bytes taken from the stream so far.

@@ -30,7 +30,7 @@ pub struct InFile {
     at: usize,
 }
 
-/// A thread that reads every so many pieces.
+/// A thread that reads every second piece, or every one if it is alone.
 struct Ahead {
     full: Receiver<io::Result<Vec<u8>>>,
     empty: Sender<Vec<u8>>,
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn every_byte_comes_once_and_in_order() {
         for length in [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 5 * PIECE, 5 * PIECE + 9] {
-            let bytes: Vec<u8> = (0..length).map(|at| (at % 251).to_le_bytes()[0]).collect();
+            let bytes: Vec<u8> = (0..=250).cycle().take(length).collect();
             let file = Arc::new(tempfile::tempfile().expect("a file"));
             file.write_all_at(&bytes, 77).expect("written");
             for (read, jump) in [(128, 0), (8, 4096), (PIECE * 2, 1), (3, PIECE + 5)] {

@@ -132,7 +132,7 @@ fn changes_of_pages_are_applied_to_what_was_sent_before() {
     let at = Place { stream: StreamKind::Stored, offset: 0 };
     let page = |page, bytes| Event::Page { block: BlockIndex(0), page: PageIndex(page), bytes };
     let zero = |page| Event::ZeroPage { block: BlockIndex(0), page: PageIndex(page) };
-    // So many bytes that stay, then so many that change.
+    // Each pair: the number of bytes that stay, then the number of those that change, and these.
     let change = |page, bytes| Event::Xbzrle {
         block: BlockIndex(0),
         page: PageIndex(page),

@@ -373,13 +373,8 @@ impl<R: Read> Events<R> {
                 Err(Violation::Misplaced { record, place }.at(self.r.place()))
             }
             Record::Zero(block, page) => Ok(Event::ZeroPage { block, page }),
-            Record::Page(block, page) if self.r.jumps() => {
-                let skipped = self.r.skip(blocks.page_size().bytes() as u64, "a page");
-                skipped.inspect_err(|_| self.state = State::Broken)?;
-                Ok(Event::Page { block, page, bytes: &[] })
-            }
             Record::Page(block, page) => {
-                let bytes = self.r.lend(blocks.page_size().bytes(), "a page");
+                let bytes = self.r.lend_or_skip(blocks.page_size().bytes(), "a page");
                 let bytes = bytes.inspect_err(|_| self.state = State::Broken)?;
                 Ok(Event::Page { block, page, bytes })
             }
