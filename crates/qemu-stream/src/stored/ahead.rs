@@ -154,8 +154,8 @@ fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(done)
 }
 
-/// Bytes that one call reads.
-const PIECE: usize = 256 << 10;
+/// Bytes that one call reads. With fewer, the threads wake each other too often.
+const PIECE: usize = 1 << 20;
 /// More do not read faster from the page cache of two processors; a disk that needs more serves them one after the other.
 const THREADS: usize = 2;
 /// Of each thread: one is read into while the other is used.
