@@ -167,6 +167,9 @@ struct How {
     /// The destination was started with --postcopy
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "stall")]
     postcopy: Option<PostcopyWhen>,
+    /// Fail if the guest cannot be stopped after this number of passes; 0 is no limit
+    #[arg(long, default_value_t = 0, value_name = "PASSES")]
+    max_passes: u64,
     /// Milliseconds for which the destination may read nothing
     #[arg(long, default_value_t = 120_000)]
     stall_timeout: u64,
@@ -175,10 +178,19 @@ struct How {
 impl How {
     /// The command for the control socket.
     fn wish(&self, address: &str) -> String {
-        let Self { channels, downtime_limit, max_bandwidth, auto_converge, postcopy, stall_timeout } = self;
+        let Self {
+            channels,
+            downtime_limit,
+            max_bandwidth,
+            auto_converge,
+            postcopy,
+            max_passes,
+            stall_timeout,
+        } = self;
         let postcopy = postcopy.unwrap_or_default();
         format!(
-            "migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge} {stall_timeout} {postcopy}"
+            "migrate {address} channels={channels} downtime_ms={downtime_limit} bandwidth={max_bandwidth} \
+             auto_converge={auto_converge} postcopy={postcopy} max_passes={max_passes} stall_ms={stall_timeout}"
         )
     }
 }

@@ -9,4 +9,6 @@ mod migration;
 #[cfg(test)]
 mod postcopy;
 #[cfg(test)]
+mod shaped;
+#[cfg(test)]
 mod snapshot;
