@@ -119,6 +119,7 @@ fn migrate(machine: &Machine, address: &str, line: &str, client: &UnixStream) ->
     let options = SourceOptions::new(configuration)
         .channels(value(line, "channels")?)
         .migrate(passes)
+        .channels_may_break(value(line, "channels_may_break")?)
         .stall_timeout(Some(Duration::from_millis(value(line, "stall_ms")?)));
     let address: Address = address.parse()?;
     if when == PostcopyWhen::Never {
@@ -164,8 +165,10 @@ fn until_disconnected<T>(client: &UnixStream, work: impl FnOnce(&Stop) -> T) -> 
 
 fn report(machine: &Machine, info: &MigrationInfo) -> String {
     let (ram, health) = (&info.ram, machine.health());
+    let lost: Vec<_> = info.lost_channels.iter().map(ToString::to_string).collect();
+    let lost = if lost.is_empty() { String::new() } else { format!(" lost_channels={}", lost.join(",")) };
     format!(
-        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} throttled={} batches={} stopped_at={}",
+        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} throttled={} batches={} stopped_at={}{lost}",
         // The bits are taken before the first pass as well.
         ram.dirty_sync_count.saturating_sub(1),
         info.downtime.unwrap_or_default().as_millis(),
@@ -199,7 +202,7 @@ pub(crate) fn number(answer: &str, name: &str) -> Result<u128, Failure> {
 }
 
 /// The value after a name in a line.
-fn value<T: FromStr<Err: Into<Failure>>>(line: &str, name: &str) -> Result<T, Failure> {
+pub(crate) fn value<T: FromStr<Err: Into<Failure>>>(line: &str, name: &str) -> Result<T, Failure> {
     let value = line.split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     value.ok_or_else(|| format!("no {name} in {line:?}"))?.parse().map_err(Into::into)
 }

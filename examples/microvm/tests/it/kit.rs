@@ -58,7 +58,13 @@ impl Machine {
 
     /// One that waits, and where.
     pub(crate) fn incoming(folder: &TempDir, name: &str) -> (Self, String) {
-        let mut machine = Self::start(folder, name, &["incoming", "tcp:127.0.0.1:0"]);
+        Self::incoming_with(folder, name, &[])
+    }
+
+    /// One that waits, with `flags`, and where.
+    pub(crate) fn incoming_with(folder: &TempDir, name: &str, flags: &[&str]) -> (Self, String) {
+        let args: Vec<_> = ["incoming"].iter().chain(flags).chain(&["tcp:127.0.0.1:0"]).copied().collect();
+        let mut machine = Self::start(folder, name, &args);
         let line = machine.line();
         let address = line.strip_prefix("listening at ").expect("an address").to_owned();
         (machine, address)
@@ -66,10 +72,7 @@ impl Machine {
 
     /// One that waits, and runs its guest before the memory is there; and where.
     pub(crate) fn incoming_early(folder: &TempDir, name: &str) -> (Self, String) {
-        let mut machine = Self::start(folder, name, &["incoming", "--postcopy", "tcp:127.0.0.1:0"]);
-        let line = machine.line();
-        let address = line.strip_prefix("listening at ").expect("an address").to_owned();
-        (machine, address)
+        Self::incoming_with(folder, name, &["--postcopy"])
     }
 
     /// A machine out of a file.

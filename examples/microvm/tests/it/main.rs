@@ -1,6 +1,8 @@
 //! Real virtual machines of `/dev/kvm`, moved between processes.
 
 #[cfg(test)]
+mod broken;
+#[cfg(test)]
 mod kit;
 #[cfg(test)]
 mod local;
