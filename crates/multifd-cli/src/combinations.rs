@@ -48,7 +48,7 @@ fn same_place(one: &Path, other: &Path) -> bool {
     one == other || place(one).is_some_and(|one| place(other) == Some(one))
 }
 
-/// Refuses `channels-may-break` of `send` where no channel may break, whatever the destination is.
+/// Refuses `channels-may-break` of `send` where no channel may break, with any destination.
 pub(crate) fn of_channels_that_may_break(args: &SendArgs) -> Result<(), Failure> {
     let without = [
         (

@@ -260,16 +260,10 @@ fn cause_of_end(stream: StreamKind) -> &'static str {
 
 /// What to check if the peer of a connection is silent.
 fn what_to_check(stream: StreamKind) -> String {
-    match stream {
-        StreamKind::ReturnPath => {
-            format!(
-                "{STALLED_DESTINATION}; make sure that the guest does not run there before it runs anywhere else"
-            )
-        }
-        _ => {
-            "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there".to_owned()
-        }
+    if stream != StreamKind::ReturnPath {
+        return "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there".into();
     }
+    format!("{STALLED_DESTINATION}; make sure that the guest does not run there before it runs anywhere else")
 }
 
 const STALLED_DESTINATION: &str = "the destination makes no progress, or waits for something that this side does not send: more channels \
