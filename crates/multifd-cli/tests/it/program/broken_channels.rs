@@ -52,6 +52,8 @@ fn connection_that_breaks_ends_the_migration_unless_both_sides_agree() {
         [(2, &[][..], &[][..]), (2, &[FLAG], &[]), (2, &[], &[FLAG]), (0, &[FLAG], &[FLAG])]
     {
         let (sent, received) = through(number, there, here, &from, &file);
+        let not_agreed = "the destination has not agreed to continue without a channel that breaks";
+        assert_eq!(sent.stderr.contains(not_agreed), here != there && !here.is_empty(), "{sent:?}");
         sent.assert_failed(1, &["the file is unchanged"]);
         received.assert_failed(1, &["the migration from"]);
         assert_left(&folder, &["captured"]);
