@@ -87,7 +87,7 @@ fn images_of_a_real_virsh_save_are_read() {
             let emulator = qemu.program().display();
             let xml = format!(
                 "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>saved</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><os><type arch='x86_64' \
-                 machine='{}'>hvm</type></os><devices><emulator>{emulator}</emulator></devices><qemu:commandline><qemu:arg \
+                 machine='{}'>hvm</type></os><features><acpi/></features><devices><emulator>{emulator}</emulator></devices><qemu:commandline><qemu:arg \
                  value='-device'/><qemu:arg value='loader,addr=0x200000,data=0x0123456789abcdef,data-len=8'/></qemu:commandline></domain>",
                 qemu.machine()
             );
