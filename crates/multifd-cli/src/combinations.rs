@@ -12,7 +12,7 @@ use multifd::{
 };
 
 use crate::{
-    args::{DemoArgs, ReceiveArgs, SendArgs},
+    args::{DemoArgs, ReceiveArgs, ReturnPathArg, SendArgs},
     output::outcome::{Failure, While},
 };
 
@@ -46,6 +46,22 @@ fn same_place(one: &Path, other: &Path) -> bool {
         Some(folder.canonicalize().ok()?.join(path.file_name()?))
     };
     one == other || place(one).is_some_and(|one| place(other) == Some(one))
+}
+
+/// Refuses `channels-may-break` of `send` where no channel may break, with any destination.
+pub(crate) fn of_channels_that_may_break(args: &SendArgs) -> Result<(), Failure> {
+    let without = [
+        (
+            args.postcopy.is_on(),
+            "with --postcopy-ram: --retry and --resume continue after a broken connection",
+        ),
+        (args.multifd_channels < 2, "with less than two channels"),
+        (args.return_path == ReturnPathArg::Off, "with --return-path off, because the destination is asked"),
+    ];
+    match without.into_iter().find(|(given, _)| args.channels_may_break && *given) {
+        None => Ok(()),
+        Some((_, why)) => Err(Failure::Usage(format!("--channels-may-break has no effect {why}").into())),
+    }
 }
 
 /// Refuses what `send` does not support.

@@ -11,9 +11,9 @@
 //! crowd     hosts that keep hundreds of silent connections open
 //! huge_pages
 //!           huge pages that are set aside for a test
-//! proxy     a TCP proxy that connects to its target late
+//! proxy     a TCP proxy that connects to its target late, or breaks a connection
 //! rough_network
-//!           two hosts, and a line between them that loses, delays and reorders packets
+//!           two hosts, and a line between them that loses, delays and reorders packets; or one with a limited line
 //! in_use    the threads and descriptors of a process, to be compared before and after
 //! slow_file a file on a file system that takes its time for each read
 //! silent    a destination that accepts connections and reads nothing

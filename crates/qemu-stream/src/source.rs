@@ -385,7 +385,10 @@ mod tests {
         let source = Source::new(blocks, options, &Stop::new()).expect("options that fit");
         let error = source.migrate(address, &mut NeverDirty, &mut Idle).expect_err("no reply");
         let error = multifd::error::chain(&error).to_string();
-        assert!(error.contains("a message"), "{error}");
+        assert!(
+            error.contains("the reply to a question") && error.contains("the guest stays at the source"),
+            "{error}"
+        );
         takes.join().expect("no panic");
     }
 

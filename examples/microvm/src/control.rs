@@ -3,8 +3,7 @@
 //! ```text
 //! status                                         verify                    quit
 //! snapshot PATH                                  snapshot-moment PATH
-//! hand-over ADDRESS
-//! migrate ADDRESS CHANNELS DOWNTIME_MS BYTES_A_SECOND AUTO_CONVERGE STALL_MS POSTCOPY
+//! migrate ADDRESS OPTION=VALUE …                 hand-over ADDRESS
 //! ```
 //!
 //! A client that disconnects while a migration runs cancels it.
@@ -14,13 +13,14 @@ use std::{
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     path::Path,
+    str::FromStr,
     thread,
     time::Duration,
 };
 
 use multifd::{
     channel::{Address, Stop},
-    live::{MigrateOptions, MigrationInfo, ZeroPageDetection},
+    live::{MigrateOptions, MigrationInfo, PostcopyWhen, ZeroPageDetection},
 };
 use qemu_stream::{format::Configuration, source::SourceOptions};
 
@@ -44,7 +44,7 @@ pub(crate) fn serve(machine: &Machine, listener: &UnixListener) -> Result<(), Fa
             // Two paths, separated by a tab.
             ["snapshot-since", ..] => (snapshot_since(machine, line.trim_end().split_once(' ')), true),
             ["snapshot-moment", ..] => (snapshot_moment(machine, line.trim_end().split_once(' ')), true),
-            ["migrate", ref rest @ ..] => match migrate(machine, rest, &client) {
+            ["migrate", address, ..] => match migrate(machine, address, &line, &client) {
                 Ok(report) => (Ok(report), false),
                 Err(error) => (Err(error), true),
             },
@@ -106,26 +106,23 @@ fn snapshot_moment(machine: &Machine, line: Option<(&str, &str)>) -> Result<Stri
     ))
 }
 
-fn migrate(machine: &Machine, words: &[&str], client: &UnixStream) -> Result<String, Failure> {
-    let [address, channels, downtime, bandwidth, auto_converge, stall, postcopy] = words else {
-        return Err(
-            "expected an address, three numbers, true or false, a number, and when to switch to post-copy"
-                .into(),
-        );
-    };
+fn migrate(machine: &Machine, address: &str, line: &str, client: &UnixStream) -> Result<String, Failure> {
+    let when = value(line, "postcopy")?;
     let passes = MigrateOptions::new()
-        .downtime_limit(Duration::from_millis(downtime.parse()?))
-        .max_bandwidth(Some(bandwidth.parse()?))
-        .auto_converge(auto_converge.parse()?)
-        .postcopy(postcopy.parse()?)
+        .downtime_limit(Duration::from_millis(value(line, "downtime_ms")?))
+        .max_bandwidth(Some(value(line, "bandwidth")?))
+        .auto_converge(value(line, "auto_converge")?)
+        .max_passes(Some(value(line, "max_passes")?))
+        .postcopy(when)
         .zero_page_detection(ZeroPageDetection::Multifd);
     let configuration = Configuration::new(Machine::machine_type()?);
     let options = SourceOptions::new(configuration)
-        .channels(channels.parse()?)
+        .channels(value(line, "channels")?)
         .migrate(passes)
-        .stall_timeout(Some(Duration::from_millis(stall.parse()?)));
+        .channels_may_break(value(line, "channels_may_break")?)
+        .stall_timeout(Some(Duration::from_millis(value(line, "stall_ms")?)));
     let address: Address = address.parse()?;
-    if *postcopy == "never" {
+    if when == PostcopyWhen::Never {
         let info = until_disconnected(client, |stop| source::migrate(machine, address, options, stop))?;
         return Ok(report(machine, &info));
     }
@@ -168,8 +165,10 @@ fn until_disconnected<T>(client: &UnixStream, work: impl FnOnce(&Stop) -> T) -> 
 
 fn report(machine: &Machine, info: &MigrationInfo) -> String {
     let (ram, health) = (&info.ram, machine.health());
+    let lost: Vec<_> = info.lost_channels.iter().map(ToString::to_string).collect();
+    let lost = if lost.is_empty() { String::new() } else { format!(" lost_channels={}", lost.join(",")) };
     format!(
-        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} throttled={} batches={} stopped_at={}",
+        "passes={} downtime_ms={} total_ms={} transferred={} pages={} zero={} mbps={:.0} throttled={} batches={} stopped_at={}{lost}",
         // The bits are taken before the first pass as well.
         ram.dirty_sync_count.saturating_sub(1),
         info.downtime.unwrap_or_default().as_millis(),
@@ -199,8 +198,13 @@ pub(crate) fn ask(socket: &Path, line: &str) -> Result<String, Failure> {
 
 /// The number after a name in an answer.
 pub(crate) fn number(answer: &str, name: &str) -> Result<u128, Failure> {
-    let value = answer.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    Ok(value.ok_or_else(|| format!("no {name} in {answer:?}"))?.parse()?)
+    value(answer, name)
+}
+
+/// The value after a name in a line.
+pub(crate) fn value<T: FromStr<Err: Into<Failure>>>(line: &str, name: &str) -> Result<T, Failure> {
+    let value = line.split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    value.ok_or_else(|| format!("no {name} in {line:?}"))?.parse().map_err(Into::into)
 }
 
 /// An error and its causes, in one line.

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     DemoArgs, Failure,
-    control::{ask, number},
+    control::{ask, number, value},
     tell,
 };
 
@@ -73,6 +73,9 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
         if args.how.postcopy.is_some() {
             destination.push("--postcopy");
         }
+        if args.how.channels_may_break {
+            destination.push("--channels-may-break");
+        }
         destination.push("tcp:127.0.0.1:0");
     }
     let (_source, _) = Process::start(&source)?;
@@ -111,6 +114,9 @@ fn between(args: &DemoArgs, folder: &std::path::Path) -> Result<(), Failure> {
             of("zero")?,
             of("mbps")?,
         ));
+    }
+    if let Ok(lost) = value::<String>(&report, "lost_channels") {
+        tell(&format!("without the channels whose connections broke: {lost}"));
     }
     if number(&report, "switched").is_ok() {
         tell(&follow(&report, &mut destination)?);

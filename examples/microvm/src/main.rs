@@ -65,6 +65,9 @@ enum Verb {
         /// Run the guest before its memory is there, if its source switches to post-copy
         #[arg(long, conflicts_with = "local")]
         postcopy: bool,
+        /// Continue without a channel whose connection breaks before the guest moves, if the source has this on, too
+        #[arg(long, conflicts_with = "local")]
+        channels_may_break: bool,
         /// Where to listen: tcp:HOST:PORT, unix:PATH
         address: Address,
     },
@@ -167,6 +170,13 @@ struct How {
     /// The destination was started with --postcopy
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "stall")]
     postcopy: Option<PostcopyWhen>,
+    /// Fail if the guest cannot be stopped after this number of passes; 0 is no limit
+    #[arg(long, default_value_t = 0, value_name = "PASSES")]
+    max_passes: u64,
+    /// Continue without a channel whose connection breaks before the guest moves. The destination was started with
+    /// --channels-may-break, too
+    #[arg(long)]
+    channels_may_break: bool,
     /// Milliseconds for which the destination may read nothing
     #[arg(long, default_value_t = 120_000)]
     stall_timeout: u64,
@@ -175,10 +185,21 @@ struct How {
 impl How {
     /// The command for the control socket.
     fn wish(&self, address: &str) -> String {
-        let Self { channels, downtime_limit, max_bandwidth, auto_converge, postcopy, stall_timeout } = self;
+        let Self {
+            channels,
+            downtime_limit,
+            max_bandwidth,
+            auto_converge,
+            postcopy,
+            max_passes,
+            channels_may_break,
+            stall_timeout,
+        } = self;
         let postcopy = postcopy.unwrap_or_default();
         format!(
-            "migrate {address} {channels} {downtime_limit} {max_bandwidth} {auto_converge} {stall_timeout} {postcopy}"
+            "migrate {address} channels={channels} downtime_ms={downtime_limit} bandwidth={max_bandwidth} \
+             auto_converge={auto_converge} postcopy={postcopy} max_passes={max_passes} \
+             channels_may_break={channels_may_break} stall_ms={stall_timeout}"
         )
     }
 }
@@ -213,11 +234,12 @@ fn run(verb: Verb) -> Result<(), Failure> {
             let machine = local::take_over(listener, &handed, options, &Stop::new())?;
             control.serve(&machine)
         }
-        Verb::Incoming { control, postcopy, address, .. } => {
+        Verb::Incoming { control, postcopy, channels_may_break, address, .. } => {
             let control = Socket::bind(control.control)?;
             let listener = Listener::bind(&address)?;
             tell(&format!("listening at {}", listener.local_address()));
             let options = ArrivalOptions::new(Expected::Type(Machine::machine_type()?));
+            let options = options.channels_may_break(channels_may_break);
             if postcopy {
                 let arrived = early::receive(listener, options, &Stop::new())?;
                 return arrived.serve(|machine| control.serve(machine));

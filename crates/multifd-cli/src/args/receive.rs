@@ -32,6 +32,9 @@ pub(crate) struct ReceiveArgs {
     /// limit
     #[arg(long, value_name = "SIZE", default_value_t = DECOMPRESSION_MEMORY.default, value_parser = size)]
     decompression_memory: u64,
+    /// Continue without a channel whose connection breaks, over the others, if the source is multifd send with this flag
+    #[arg(long)]
+    pub(crate) channels_may_break: bool,
     #[command(flatten)]
     pub(crate) tls: ReceiveTlsArgs,
     /// Send SWITCHOVER_ACK; required if the source has capability switchover-ack on

@@ -49,6 +49,9 @@ pub(crate) struct SendArgs {
     /// Time limit for the final confirmation of the destination, in seconds or with a unit (500ms, 2m); 0 = no limit
     #[arg(long, value_name = "TIME", default_value = "600", value_parser = seconds)]
     end_timeout: Duration,
+    /// Continue without a channel whose connection breaks, over the others; the destination is multifd receive with this flag
+    #[arg(long)]
+    pub(crate) channels_may_break: bool,
     #[command(flatten)]
     pub(crate) tls: SendTlsArgs,
     /// UUID of the machine; must equal the UUID of the destination (default: the UUID in FILE)

@@ -39,6 +39,9 @@ pub(crate) struct Report {
     pub(crate) refused: Option<u64>,
     pub(crate) ram: Ram,
     pub(crate) channels: Vec<Channel>,
+    /// Channels whose connections broke, without which the migration continued; at a source.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) lost_channels: Vec<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) postcopy: Option<Postcopy>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -150,6 +153,7 @@ impl Report {
                 postcopy_requests: None,
             },
             channels: info.channels.iter().map(Channel::from).collect(),
+            lost_channels: info.lost_channels.iter().map(|id| id.0).collect(),
             ..Self::default()
         }
     }
@@ -237,6 +241,11 @@ impl Report {
                 "zero-copy-send: the kernel copied pages anyway, before {missed} channel syncs"
             ));
         }
+        lines.extend(self.lost_channels.iter().map(|id| {
+            format!(
+                "channel {id} was lost, because its connection broke: the others have sent its pages again"
+            )
+        }));
         let sum: u64 = self.channels.iter().map(|channel| channel.bytes).sum();
         lines.extend(self.channels.iter().map(|channel| {
             let share = channel.bytes as f64 * 100.0 / sum.max(1) as f64;

@@ -9,7 +9,7 @@ use qemu_stream::{
     stored::{LibvirtImage, Snapshot},
 };
 
-use super::snapshot;
+use super::snapshot::ChosenSnapshot;
 use crate::file_address::FileAddress;
 
 /// The form in which a machine is stored.
@@ -30,25 +30,6 @@ pub(crate) enum Form {
 }
 
 impl Form {
-    /// The form of a file that cannot be opened as a mapped-ram file. `None` if it is none that is known, or its stream is stored
-    /// in an unknown way.
-    ///
-    /// # Errors
-    /// If the head of a libvirt image cannot be read, or it is not clear which snapshot of a qcow2 image is meant.
-    pub(super) fn of(error: &Error, at: &FileAddress) -> io::Result<Option<Self>> {
-        let Error::Unsupported { what, .. } = error else { return Ok(None) };
-        Ok(match what {
-            Unsupported::NeedsCapability { capability: "mapped-ram", .. } => Some(Self::Stream),
-            Unsupported::OtherFormat(OtherFormat::Compressed(by)) => Some(Self::Compressed(*by)),
-            Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, .. }) if is_known(*storage) => {
-                LibvirtImage::read(&at.found()?.file, at.offset())?.map(Self::Libvirt)
-            }
-            Unsupported::OtherFormat(OtherFormat::DiskImage) => Some(Self::Snapshot(snapshot::chosen(at)?)),
-            Unsupported::OtherFormat(OtherFormat::Recording) => Some(Self::Recording),
-            _ => None,
-        })
-    }
-
     /// The program that has compressed it.
     pub(crate) fn compressor(&self) -> Option<Compressor> {
         match self {
@@ -64,6 +45,49 @@ impl Form {
             Self::MappedRam => true,
             Self::Libvirt(image) => image.storage == LibvirtStorage::Sparse,
             Self::Stream | Self::Compressed(_) | Self::Snapshot(_) | Self::Recording => false,
+        }
+    }
+}
+
+/// What was found at an address that holds no mapped-ram file. What had to be opened to find that out stays open.
+#[derive(Debug)]
+pub(super) enum Found {
+    Stream,
+    Compressed(Compressor),
+    Libvirt(LibvirtImage),
+    Snapshot(ChosenSnapshot),
+    Recording,
+}
+
+impl Found {
+    /// What is in a file that cannot be opened as a mapped-ram file. `None` if it is none that is known, or its stream is stored
+    /// in an unknown way.
+    ///
+    /// # Errors
+    /// If the head of a libvirt image cannot be read, or it is not clear which snapshot of a qcow2 image is meant.
+    pub(super) fn of(error: &Error, at: &FileAddress) -> io::Result<Option<Self>> {
+        let Error::Unsupported { what, .. } = error else { return Ok(None) };
+        Ok(match what {
+            Unsupported::NeedsCapability { capability: "mapped-ram", .. } => Some(Self::Stream),
+            Unsupported::OtherFormat(OtherFormat::Compressed(by)) => Some(Self::Compressed(*by)),
+            Unsupported::OtherFormat(OtherFormat::LibvirtSave { storage, .. }) if is_known(*storage) => {
+                LibvirtImage::read(&at.found()?.file, at.offset())?.map(Self::Libvirt)
+            }
+            Unsupported::OtherFormat(OtherFormat::DiskImage) => {
+                Some(Self::Snapshot(ChosenSnapshot::open(at)?))
+            }
+            Unsupported::OtherFormat(OtherFormat::Recording) => Some(Self::Recording),
+            _ => None,
+        })
+    }
+
+    pub(super) fn form(&self) -> Form {
+        match self {
+            Self::Stream => Form::Stream,
+            Self::Compressed(by) => Form::Compressed(*by),
+            Self::Libvirt(image) => Form::Libvirt(image.clone()),
+            Self::Snapshot(chosen) => Form::Snapshot(chosen.snapshot().clone()),
+            Self::Recording => Form::Recording,
         }
     }
 }

@@ -38,7 +38,7 @@ use qemu_stream::{
     stored::{Pages, Receive, Unfold},
 };
 
-use self::decompressor::Decompressor;
+use self::{decompressor::Decompressor, form::Found};
 pub(crate) use self::{form::Form, within::Within};
 use crate::{
     file_address::{Digests, FileAddress},
@@ -133,24 +133,21 @@ impl<'a> Open<'a> {
             }
             Err(error) => error,
         };
-        let form = match Form::of(&error, at).map_err(|error| at.unreadable(error))? {
-            Some(form) => form,
+        let found = match Found::of(&error, at).map_err(|error| at.unreadable(error))? {
+            Some(found) => found,
             None => return Err(at.unreadable(remedy::of(error, at)).into()),
         };
+        let form = found.form();
         check_snapshot(at, &form)?;
         if !self.quiet {
             say(&format!("{at} is {form}"));
         }
-        let machine = match &form {
-            Form::MappedRam => return Err(at.unreadable(error).into()),
-            Form::Stream => self.unfold(at, at.offset(), None)?,
-            Form::Compressed(by) => self.unfold(at, at.offset(), Some(*by))?,
-            Form::Snapshot(snapshot) => {
-                let image = snapshot::open(at).map_err(|error| at.unreadable(error))?;
-                self.read(at, Unfold::new(image.state(snapshot)))?
-            }
-            Form::Recording => self.receive(at)?,
-            Form::Libvirt(image) => match image.storage {
+        let machine = match found {
+            Found::Stream => self.unfold(at, at.offset(), None)?,
+            Found::Compressed(by) => self.unfold(at, at.offset(), Some(by))?,
+            Found::Snapshot(chosen) => self.read(at, Unfold::new(chosen.state()))?,
+            Found::Recording => self.receive(at)?,
+            Found::Libvirt(image) => match image.storage {
                 LibvirtStorage::Raw => self.unfold(at, image.stream_at, None)?,
                 LibvirtStorage::Compressed(by) => self.unfold(at, image.stream_at, Some(by))?,
                 LibvirtStorage::Sparse => {

@@ -1,16 +1,43 @@
-//! Chooses a snapshot in a qcow2 image: the one that the address names, or the only one with a machine.
+//! Chooses a snapshot in a qcow2 image: the one that the address names, or the only one with a machine. The image stays open, so that
+//! the machine is read from the file in which it was found.
 
 use std::{fmt::Write as _, io};
 
-use qemu_stream::stored::{DiskImage, Snapshot};
+use qemu_stream::stored::{DiskImage, Snapshot, VmState};
 
 use super::Within;
 use crate::file_address::FileAddress;
 
-/// The snapshot that is meant.
-pub(super) fn chosen(at: &FileAddress) -> io::Result<Snapshot> {
-    let image = open(at)?;
-    let all = image.snapshots();
+/// An image, and the snapshot in it that is meant.
+#[derive(Debug)]
+pub(super) struct ChosenSnapshot {
+    image: DiskImage<Within>,
+    snapshot: Snapshot,
+}
+
+impl ChosenSnapshot {
+    /// Opens the image.
+    pub(super) fn open(at: &FileAddress) -> io::Result<Self> {
+        let image = DiskImage::open(Within::open(at)?).map_err(|error| match error {
+            // The cause would be hidden otherwise.
+            qemu_stream::Error::Io { source, .. } => source,
+            error => io::Error::new(io::ErrorKind::InvalidData, error),
+        })?;
+        let snapshot = choose(image.snapshots(), at)?;
+        Ok(Self { image, snapshot })
+    }
+
+    pub(super) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The stream with which QEMU has saved its machine.
+    pub(super) fn state(&self) -> VmState<'_, Within> {
+        self.image.state(&self.snapshot)
+    }
+}
+
+fn choose(all: &[Snapshot], at: &FileAddress) -> io::Result<Snapshot> {
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     let Some(wanted) = at.snapshot() else {
         let mut with_machine = all.iter().filter(|snapshot| snapshot.state > 0);
@@ -38,15 +65,6 @@ pub(super) fn chosen(at: &FileAddress) -> io::Result<Snapshot> {
         )),
         None => refused(format!("it has no snapshot {wanted:?}; it has:{}", names(all))),
     }
-}
-
-/// Opens the image.
-pub(super) fn open(at: &FileAddress) -> io::Result<DiskImage<Within>> {
-    DiskImage::open(Within::open(at)?).map_err(|error| match error {
-        // The cause would be hidden otherwise.
-        qemu_stream::Error::Io { source, .. } => source,
-        error => io::Error::new(io::ErrorKind::InvalidData, error),
-    })
 }
 
 fn names(all: &[Snapshot]) -> String {

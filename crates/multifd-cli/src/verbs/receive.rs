@@ -120,6 +120,7 @@ pub(super) fn options(args: &ReceiveArgs) -> ArrivalOptions {
         .max_refused(Some(args.max_refused));
     ArrivalOptions::new(Expected::AnyMachine)
         .receive(receive)
+        .channels_may_break(args.channels_may_break)
         .left_out(match args.missing_pages {
             // With x-ignore-shared, the file omits the blocks of which no page has arrived.
             MissingPagesArg::Refuse => LeftOut::SharedBlocks,

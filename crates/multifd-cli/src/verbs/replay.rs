@@ -18,7 +18,7 @@ use multifd::{
 use qemu_stream::{
     error::StreamKind,
     format::{Message, Reader},
-    recording::{ConnectionNumber, Ending, OneWay, Recording, Side, Timeline},
+    recording::{ConnectionKind, ConnectionNumber, Ending, OneWay, Recording, Side, Timeline},
 };
 
 use super::record::send_all;
@@ -58,6 +58,9 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
     let found = Timeline::of(&recording).map_err(unreadable)?;
     if found.connections.is_empty() {
         return Err(args.file.unreadable("it has no connections").into());
+    }
+    if found.connections.iter().any(|connection| connection.kind == ConnectionKind::Tls) {
+        return Err(While::new(format!("cannot replay {}", args.file), ENCRYPTED).into());
     }
     if found.ending != Ending::Complete && !args.quiet {
         say(
@@ -227,6 +230,8 @@ impl Shared {
     }
 }
 
+const ENCRYPTED: &str = "it is the recording of an encrypted migration (TLS), and a destination accepts the bytes of a TLS session only \
+                         once: multifd inspect shows what passed; to replay a migration, record it without TLS";
 /// The length of SHUT.
 const SHUT: usize = 8;
 const BUFFER: usize = 256 << 10;

@@ -13,9 +13,9 @@ use multifd::{
     wire::VmUuid,
 };
 use qemu_stream::{
-    format::SyncMode,
+    format::{Configuration, SyncMode},
     mapped_ram::{ChainFile, ReadPath, StoredMachine},
-    outgoing::postcopy::PostcopySource,
+    outgoing::{Options, postcopy::PostcopySource},
     source::{Source, SourceOptions},
 };
 
@@ -44,6 +44,7 @@ use crate::{
 
 pub(crate) fn run(args: &SendArgs) -> Result<(), Failure> {
     combinations::of_send(args).map_err(|refused| Failure::Usage(refused.into()))?;
+    combinations::of_channels_that_may_break(args)?;
     if args.postcopy.is_on() && args.address.is_single() {
         let why = format!(
             "post-copy needs the replies of the destination, and {} has none: use tcp, unix or vsock",
@@ -76,6 +77,9 @@ fn send(args: &SendArgs, connector: Arc<dyn Connect>, stop: &Stop, run: &Run) ->
     let options = at_rest_options(args.max_bandwidth)
         .zero_page_detection(args.zero_page_detection.or(understood(file)));
     note_missing_uuid(args, file);
+    if args.channels_may_break && sync_mode(args, file) != Some(SyncMode::Round) {
+        return Err(Failure::Usage(format!("{} cannot be sent so: {NEEDS_ROUND}", args.file).into()));
+    }
     let source =
         Source::new(blocks, source_options(args, file).migrate(options), stop).map_err(Failure::of)?;
     let (to, hint) = (args.address.to_string(), compare(args, file));
@@ -329,6 +333,7 @@ fn source_options(args: &SendArgs, file: &StoredMachine) -> SourceOptions {
         args.compression.apply(SendOptions::new().uuid(uuid(args, file))).zero_copy_send(args.zero_copy_send);
     let options = SourceOptions::of_file(file)
         .channels(args.multifd_channels)
+        .channels_may_break(args.channels_may_break)
         .send(send)
         .connect_timeout(args.connect_timeout())
         .stall_timeout(args.stall_timeout())
@@ -344,6 +349,19 @@ fn source_options(args: &SendArgs, file: &StoredMachine) -> SourceOptions {
         ReturnPathArg::On | ReturnPathArg::Auto => options,
     }
 }
+
+/// Where the sync points are in the stream.
+fn sync_mode(args: &SendArgs, file: &StoredMachine) -> Option<SyncMode> {
+    let of_type = |known: &Configuration| Options::new(known.clone()).chosen_sync_mode();
+    match args.sync_mode {
+        SyncModeArg::Legacy => Some(SyncMode::Legacy),
+        SyncModeArg::Round => Some(SyncMode::Round),
+        SyncModeArg::Auto => file.sync_mode().or_else(|| file.configuration().and_then(of_type)),
+    }
+}
+
+const NEEDS_ROUND: &str = "with --channels-may-break, the destination is asked for lost channels between two passes, which the sync mode \
+                           of this machine (legacy, machine types up to 8.0) does not allow: send it without this flag";
 
 /// A guest in a file, or in several. It does not run, unless another process writes to a file.
 pub(super) struct AtRest {

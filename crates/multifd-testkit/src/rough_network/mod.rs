@@ -97,21 +97,27 @@ pub struct Host {
 impl Host {
     /// A host, and the descriptor of its device.
     fn new(address: Ipv4Addr) -> io::Result<(Self, File)> {
-        // The thread has the namespace until it ends, then only the descriptor has.
-        let made = thread::spawn(move || {
-            // SAFETY: descriptors stay shared with the other threads; only the network is the thread's own.
-            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
-            let namespace = File::open("/proc/thread-self/ns/net")?;
+        let (namespace, device) = namespace(move || {
             let device = tun::create(DEVICE)?;
             // There is only one line, and only IPv4 is used.
-            ip(&format!("addr add {address}/24 dev {DEVICE}"))?;
-            ip(&format!("link set {DEVICE} mtu {MTU} up"))?;
-            ip("link set lo up")?;
-            Ok((namespace, device))
-        });
-        let made: io::Result<(File, File)> = made.join().map_err(|_| io::Error::other("a panic"))?;
-        let (namespace, device) = made?;
+            run("ip", &format!("addr add {address}/24 dev {DEVICE}"))?;
+            run("ip", &format!("link set {DEVICE} mtu {MTU} up"))?;
+            run("ip", "link set lo up")?;
+            Ok(device)
+        })?;
         Ok((Self { namespace, address }, device))
+    }
+
+    /// A single host, whose loopback device is a line: the kernel (`tbf`) limits it to `rate`, as `tc` reads it, both directions
+    /// together. `None` if this machine does not support it; the running test is then listed as skipped.
+    pub fn shaped(rate: &str) -> Option<Self> {
+        let limit = format!("qdisc add dev lo root tbf rate {rate} burst {BURST} limit {QUEUE}");
+        let shaped = namespace(move || {
+            run("ip", &format!("link set lo mtu {SHAPED_MTU} up"))?;
+            run("tc", &limit)
+        });
+        let host = shaped.map(|(namespace, ())| Self { namespace, address: Ipv4Addr::LOCALHOST });
+        host.map_err(|error| lacks(&format!("no line with a limit: {error}"))).ok()
     }
 
     /// Its address.
@@ -143,14 +149,29 @@ impl Host {
     }
 }
 
-fn ip(arguments: &str) -> io::Result<()> {
-    let output = Command::new("ip").args(arguments.split(' ')).output();
-    let output = output.map_err(|error| io::Error::new(error.kind(), format!("ip: {error}")))?;
+/// Creates a network namespace, with what `set_up` makes in it.
+fn namespace<T: Send + 'static>(
+    set_up: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<(File, T)> {
+    // The thread has the namespace until it ends, then only the descriptor has.
+    let made = thread::spawn(move || {
+        // SAFETY: descriptors stay shared with the other threads; only the network is the thread's own.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+        let namespace = File::open("/proc/thread-self/ns/net")?;
+        Ok((namespace, set_up()?))
+    });
+    made.join().map_err(|_| io::Error::other("a panic"))?
+}
+
+/// Runs a program of iproute2.
+fn run(program: &str, arguments: &str) -> io::Result<()> {
+    let output = Command::new(program).args(arguments.split(' ')).output();
+    let output = output.map_err(|error| io::Error::new(error.kind(), format!("{program}: {error}")))?;
     if output.status.success() {
         return Ok(());
     }
     let told = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(format!("ip {arguments}: {}", told.trim())))
+    Err(io::Error::other(format!("{program} {arguments}: {}", told.trim())))
 }
 
 const NEAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -158,3 +179,8 @@ const FAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const DEVICE: &str = "rough";
 /// The MTU of an Ethernet.
 const MTU: usize = 1500;
+/// Packets of the loopback device that fit into a burst.
+const SHAPED_MTU: usize = 9000;
+const BURST: &str = "128k";
+/// Bytes that wait for the line: a router's queue of some milliseconds.
+const QUEUE: &str = "512k";

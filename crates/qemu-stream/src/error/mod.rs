@@ -107,6 +107,15 @@ pub enum Error {
         /// What was expected there.
         expected: &'static str,
     },
+    /// The destination did not reply in time to a question, which is asked before the guest can move.
+    #[error(
+        "{at}: nothing arrived in time where the reply to a question was expected; the guest stays at the source: {}",
+        STALLED_DESTINATION
+    )]
+    NoReply {
+        /// How far the replies were read.
+        at: Place,
+    },
     /// The base of a delta cannot be used.
     #[error("the base {base:?} of {of:?} cannot be used")]
     Base {
@@ -153,7 +162,7 @@ impl Error {
             Self::Cut { .. } | Self::NoShut { .. } | Self::CutBeforeShut { .. } | Self::SourceGone { .. } => {
                 Fault::Connection
             }
-            Self::TimedOut { .. } => Fault::Stalled,
+            Self::TimedOut { .. } | Self::NoReply { .. } => Fault::Stalled,
             Self::Usage(_) => Fault::Caller,
             Self::Destination { source, .. } => {
                 source.downcast_ref::<multifd::Error>().map_or(Fault::Caller, multifd::Error::fault)
@@ -250,18 +259,15 @@ fn cause_of_end(stream: StreamKind) -> &'static str {
 }
 
 /// What to check if the peer of a connection is silent.
-fn what_to_check(stream: StreamKind) -> &'static str {
-    match stream {
-        StreamKind::ReturnPath => {
-            "the destination makes no progress, or waits for something that this side does not send: more channels \
-             (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round); make sure \
-             that the guest does not run there before it runs anywhere else"
-        }
-        _ => {
-            "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there"
-        }
+fn what_to_check(stream: StreamKind) -> String {
+    if stream != StreamKind::ReturnPath {
+        return "the source or its network is stalled, and the guest is still at the source: check query-migrate and the log there".into();
     }
+    format!("{STALLED_DESTINATION}; make sure that the guest does not run there before it runs anywhere else")
 }
+
+const STALLED_DESTINATION: &str = "the destination makes no progress, or waits for something that this side does not send: more channels \
+                                   (multifd-channels), or the other sync mode (machine types up to 8.0 use legacy, later ones round)";
 
 /// A stream and an offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -115,7 +115,7 @@ impl Replies {
             if let Some(end) = end {
                 let left = end.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    return Err(Error::TimedOut { at: self.place(), expected: "a message" });
+                    return Err(Error::NoReply { at: self.place() });
                 }
                 connection.set_read_timeout(Some(left)).map_err(|source| self.broken(source))?;
             }

@@ -39,6 +39,9 @@ impl<C: Connection> Outgoing<C> {
         self.finish_write(replied, Stage::Between)?;
         let (agreed, lost) = self.replies.lost_channels();
         self.agreement = if agreed { Agreement::Agreed } else { Agreement::Refused };
+        if !agreed {
+            tracing::warn!("{NOT_AGREED}");
+        }
         self.known_lost.clone_from(&lost);
         Ok(agreed.then_some(lost))
     }
@@ -68,3 +71,6 @@ impl<C: Connection> Outgoing<C> {
         self.leave(self.stage)
     }
 }
+
+const NOT_AGREED: &str = "the destination has not agreed to continue without a channel that breaks (channels-may-break is off there, or it \
+                          is another program): such a channel ends the migration";

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use multifd_testkit::rough_network::Host;
 use tempfile::TempDir;
 
 /// A folder for control sockets; `None` if there is no KVM.
@@ -57,7 +58,13 @@ impl Machine {
 
     /// One that waits, and where.
     pub(crate) fn incoming(folder: &TempDir, name: &str) -> (Self, String) {
-        let mut machine = Self::start(folder, name, &["incoming", "tcp:127.0.0.1:0"]);
+        Self::incoming_with(folder, name, &[])
+    }
+
+    /// One that waits, with `flags`, and where.
+    pub(crate) fn incoming_with(folder: &TempDir, name: &str, flags: &[&str]) -> (Self, String) {
+        let args: Vec<_> = ["incoming"].iter().chain(flags).chain(&["tcp:127.0.0.1:0"]).copied().collect();
+        let mut machine = Self::start(folder, name, &args);
         let line = machine.line();
         let address = line.strip_prefix("listening at ").expect("an address").to_owned();
         (machine, address)
@@ -65,10 +72,7 @@ impl Machine {
 
     /// One that waits, and runs its guest before the memory is there; and where.
     pub(crate) fn incoming_early(folder: &TempDir, name: &str) -> (Self, String) {
-        let mut machine = Self::start(folder, name, &["incoming", "--postcopy", "tcp:127.0.0.1:0"]);
-        let line = machine.line();
-        let address = line.strip_prefix("listening at ").expect("an address").to_owned();
-        (machine, address)
+        Self::incoming_with(folder, name, &["--postcopy"])
     }
 
     /// A machine out of a file.
@@ -99,9 +103,29 @@ impl Machine {
         command.output().expect("asked")
     }
 
+    /// A guest of 64 MiB that rewrites `rate` bytes per second, on a host.
+    pub(crate) fn run_on(host: &Host, folder: &TempDir, name: &str, rate: &str) -> Self {
+        let args = ["run", "--size", "64MiB", "--rate", rate];
+        let mut machine = Self::start_by(program_on(host), folder, name, &args);
+        assert!(machine.line().starts_with("running"));
+        machine
+    }
+
+    /// One that waits on a host, and runs its guest before the memory is there; and where.
+    pub(crate) fn incoming_early_on(host: &Host, folder: &TempDir, name: &str) -> (Self, String) {
+        let args = ["incoming", "--postcopy", "tcp:127.0.0.1:0"];
+        let mut machine = Self::start_by(program_on(host), folder, name, &args);
+        let line = machine.line();
+        let address = line.strip_prefix("listening at ").expect("an address").to_owned();
+        (machine, address)
+    }
+
     fn start(folder: &TempDir, name: &str, args: &[&str]) -> Self {
+        Self::start_by(program(), folder, name, args)
+    }
+
+    fn start_by(mut command: Command, folder: &TempDir, name: &str, args: &[&str]) -> Self {
         let control = folder.path().join(name);
-        let mut command = program();
         let mut child = command
             .args(args)
             .arg("--control")
@@ -194,6 +218,13 @@ pub(crate) fn number(output: &Output, name: &str) -> u64 {
 pub(crate) fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
     command.stdin(Stdio::null());
+    command
+}
+
+fn program_on(host: &Host) -> Command {
+    let [first, rest @ ..] = host.launcher();
+    let mut command = Command::new(first);
+    command.args(rest).arg(env!("CARGO_BIN_EXE_microvm")).stdin(Stdio::null());
     command
 }
 

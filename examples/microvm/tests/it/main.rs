@@ -1,6 +1,8 @@
 //! Real virtual machines of `/dev/kvm`, moved between processes.
 
 #[cfg(test)]
+mod broken;
+#[cfg(test)]
 mod kit;
 #[cfg(test)]
 mod local;
@@ -8,5 +10,7 @@ mod local;
 mod migration;
 #[cfg(test)]
 mod postcopy;
+#[cfg(test)]
+mod shaped;
 #[cfg(test)]
 mod snapshot;

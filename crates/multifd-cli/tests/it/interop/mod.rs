@@ -22,6 +22,7 @@ mod peers;
 mod postcopy;
 mod postcopy_soak;
 mod recorded;
+mod recorded_again;
 mod refused;
 mod snapshots;
 mod switched;

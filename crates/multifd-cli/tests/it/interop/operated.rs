@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// A machine with a QMP socket for the program.
-fn controlled(builder: VmBuilder, qmp: &Path) -> VmBuilder {
+pub(super) fn controlled(builder: VmBuilder, qmp: &Path) -> VmBuilder {
     builder.args(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", qmp.display())])
 }
 

@@ -18,19 +18,19 @@ use crate::kit::{
 const LOCAL: &str = "tcp:127.0.0.1:0";
 
 /// `multifd record`, and the address at which it listens.
-fn record(listen: &str, target: &str, out: &Path) -> (Program, String) {
+pub(super) fn record(listen: &str, target: &str, out: &Path) -> (Program, String) {
     let program = Program::start(multifd(["record", "--json"]).args([listen, target]).arg(out));
     let address = program.listening();
     (program, address)
 }
 
-fn inspected(out: &Path) -> Value {
+pub(super) fn inspected(out: &Path) -> Value {
     let ended = run(["inspect".as_ref(), "--json".as_ref(), out.as_os_str()]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     ended.json()
 }
 
-fn steps(found: &Value) -> Vec<&str> {
+pub(super) fn steps(found: &Value) -> Vec<&str> {
     found["moments"]
         .as_array()
         .expect("moments")

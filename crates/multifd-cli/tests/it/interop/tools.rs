@@ -1,6 +1,10 @@
 //! Exported files in the tools that they are for. Each tool is skipped if it is not installed.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    env, fs, io,
+    path::Path,
+    process::{Command, Output},
+};
 
 use multifd_testkit::qemu::{Error, Qemu};
 
@@ -60,22 +64,34 @@ seccomp_sandbox = 0
 stdio_handler = "file"
 "#;
 
+/// Runs `virsh`: the installed one, or that of `$MULTIFD_LIBVIRT`. Packages are unpacked in that folder, which is laid over `/usr` for
+/// this process alone.
+fn virsh(arguments: &[&str]) -> io::Result<Output> {
+    let Some(unpacked) = env::var_os("MULTIFD_LIBVIRT") else {
+        return Command::new("virsh").args(arguments).output();
+    };
+    let script = "mount -t overlay overlay -o \"lowerdir=$0/usr:/usr\" /usr && exec virsh \"$@\"";
+    Command::new("unshare").args(["--mount", "sh", "-c", script]).arg(unpacked).args(arguments).output()
+}
+
 /// Images that libvirt has made, in each format that it has: memory, devices and definition are those of the guest.
 #[test]
 fn images_of_a_real_virsh_save_are_read() {
-    fn are_read(qemu: &Qemu) -> Result<(), Error> {
+    fn are_read(qemus: [&Qemu; 2]) -> Result<(), Error> {
         // The paths of its sockets are short.
         let root = tempfile::Builder::new().prefix("lv").tempdir_in("/tmp").expect("a folder");
         let domain = path(&root, "domain.xml");
-        let emulator = qemu.program().display();
-        let xml = format!(
-            "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>saved</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><os><type arch='x86_64' \
-             machine='{}'>hvm</type></os><devices><emulator>{emulator}</emulator></devices><qemu:commandline><qemu:arg \
-             value='-device'/><qemu:arg value='loader,addr=0x200000,data=0x0123456789abcdef,data-len=8'/></qemu:commandline></domain>",
-            qemu.machine()
-        );
-        fs::write(&domain, xml).expect("written");
         for format in ["raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse"] {
+            // Only the newer one has mapped-ram.
+            let qemu = qemus[usize::from(format == "sparse")];
+            let emulator = qemu.program().display();
+            let xml = format!(
+                "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>saved</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><os><type arch='x86_64' \
+                 machine='{}'>hvm</type></os><features><acpi/></features><devices><emulator>{emulator}</emulator></devices><qemu:commandline><qemu:arg \
+                 value='-device'/><qemu:arg value='loader,addr=0x200000,data=0x0123456789abcdef,data-len=8'/></qemu:commandline></domain>",
+                qemu.machine()
+            );
+            fs::write(&domain, xml).expect("written");
             fs::create_dir_all(root.path().join("etc")).expect("a folder");
             let settings = format!("{LIBVIRT}save_image_format = \"{format}\"\n");
             fs::write(root.path().join("etc/qemu.conf"), settings).expect("written");
@@ -87,13 +103,12 @@ fn images_of_a_real_virsh_save_are_read() {
                 image.display()
             );
             let connection = format!("qemu:///embed?root={}", root.path().display());
-            let ended = Command::new("virsh").args(["-c", &connection, &commands]).output();
-            let Ok(ended) = ended else {
+            let Ok(ended) = virsh(&["-c", &connection, &commands]) else {
                 multifd_testkit::lacks("virsh is not installed");
                 return Ok(());
             };
             let text = String::from_utf8_lossy(&[ended.stdout, ended.stderr].concat()).into_owned();
-            let _ = Command::new("virsh").args(["-c", &connection, "destroy saved"]).output();
+            let _ = virsh(&["-c", &connection, "destroy saved"]);
             if text.contains("Invalid save image format") {
                 multifd_testkit::lacks(&format!("this libvirt has no format {format}"));
                 continue;
@@ -115,6 +130,6 @@ fn images_of_a_real_virsh_save_are_read() {
         }
         Ok(())
     }
-    let Some(qemu) = Qemu::v7_2() else { return };
-    are_read(&qemu).unwrap();
+    let Some([old, new]) = Qemu::both() else { return };
+    are_read([&old, &new]).unwrap();
 }

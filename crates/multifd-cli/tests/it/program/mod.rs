@@ -1,6 +1,7 @@
 //! Tests of the command line: results on standard output, messages on standard error, exit codes, no incomplete files
 //! left.
 
+mod broken_channels;
 mod broken_off;
 mod chains;
 mod containers;

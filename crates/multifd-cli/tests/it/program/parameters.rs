@@ -81,6 +81,7 @@ fn every_flag_with_a_parameters_name_is_in_the_table() {
         "size",
         "dirty-rate",
         "channels-from",
+        "channels-may-break",
         "missing-pages",
         "progress",
         "listen",
