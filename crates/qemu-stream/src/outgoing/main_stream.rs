@@ -16,7 +16,7 @@ use multifd::{
 use super::{
     Outgoing,
     options::{END, VERDICT},
-    postcopy::{Machine, PostcopyOptions},
+    postcopy::{Machine, PostcopyOptions, Requests},
     return_path::Peer,
     writer::failed,
 };
@@ -39,6 +39,8 @@ pub struct MainStream<C> {
     /// Present while the guest runs.
     watch: Option<CloseWatch>,
     postcopy: Option<PostcopyOptions>,
+    /// The connection for requested pages, if there is one.
+    requests: Option<Requests>,
     list: Option<BlockList>,
     /// The machine, after the switch to post-copy.
     switched: Option<Machine>,
@@ -60,6 +62,7 @@ impl<C: Connection> MainStream<C> {
     pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
         let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
         let (captured, watch, postcopy, list, switched) = (None, None, None, None, None);
+        let requests = None;
         let reply_timeout = Some(STALL_TIMEOUT.default_time());
         Self {
             outgoing,
@@ -70,6 +73,7 @@ impl<C: Connection> MainStream<C> {
             stop,
             watch,
             postcopy,
+            requests,
             list,
             switched,
         }
@@ -106,15 +110,15 @@ impl<C: Connection> MainStream<C> {
     }
 
     /// The stream of a machine that may switch to post-copy. The options of `outgoing` announce that.
-    pub(crate) fn with_postcopy(mut self, options: PostcopyOptions) -> Self {
-        self.postcopy = Some(options);
+    pub(crate) fn with_postcopy(mut self, options: PostcopyOptions, requests: Option<Requests>) -> Self {
+        (self.postcopy, self.requests) = (Some(options), requests);
         self
     }
 
     /// The connection, what is known about the destination, and the machine, after the switch to post-copy.
-    pub(super) fn into_switched(self) -> Option<(C, Peer, Machine)> {
+    pub(super) fn into_switched(self) -> Option<(C, Peer, Machine, Option<Requests>)> {
         let (connection, peer) = self.outgoing.into_parts();
-        Some((connection, peer, self.switched?))
+        Some((connection, peer, self.switched?, self.requests))
     }
 
     /// The stream that it writes to.
@@ -141,6 +145,8 @@ impl<C: Connection> Main for MainStream<C> {
 
     fn begin(&mut self, channels: u8) -> Result<()> {
         self.outgoing.begin(channels).map_err(failed)?;
+        // Not earlier: a destination knows main by its first bytes.
+        self.requests.as_mut().map_or(Ok(()), Requests::connect)?;
         self.watch = self.outgoing.watch(&self.stop);
         Ok(())
     }
@@ -212,7 +218,10 @@ impl<C: Connection> Main for MainStream<C> {
         let machine = Machine::new(options.multifd(false), list.clone(), part).map_err(failed)?;
         let keep = postcopy.kept(list, lacking);
         let discards = machine.discards(&keep);
-        self.outgoing.postcopy(&discards, self.reply_timeout, |ours| machine.switch(ours)).map_err(failed)?;
+        let ours = self.outgoing.discard(&discards, self.reply_timeout).map_err(failed)?;
+        // The last moment at which the guest can stay.
+        self.requests.as_mut().map_or(Ok(()), Requests::check)?;
+        self.outgoing.package(&machine.switch(ours)).map_err(failed)?;
         self.switched = Some(machine);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Sends the pages of a session: over main and the connection for requested pages, or over channels.
 
 use std::{
+    fmt,
     sync::{Arc, PoisonError},
     thread::{self, Builder, Scope, ScopedJoinHandle},
     time::Instant,
@@ -24,6 +25,16 @@ pub(super) enum Carry<'a> {
     Main(Option<PageWriter<'a>>),
     /// Channels; one of them carries only requested pages.
     Channels(Sender),
+}
+
+impl fmt::Debug for Carry<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Main(None) => "main",
+            Self::Main(Some(_)) => "main and preempt",
+            Self::Channels(_) => "channels",
+        })
+    }
 }
 
 impl Session<'_> {
