@@ -7,6 +7,7 @@ mod hostile;
 mod kind;
 mod machine;
 mod network;
+mod qemu;
 mod switch;
 mod tampered;
 
