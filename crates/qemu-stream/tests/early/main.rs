@@ -5,6 +5,7 @@
 mod broken;
 mod hostile;
 mod kind;
+mod lost;
 mod machine;
 mod network;
 mod qemu;

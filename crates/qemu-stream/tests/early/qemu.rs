@@ -88,8 +88,18 @@ fn copy(mut from: &TcpStream, mut to: &TcpStream, bytes: &AtomicU64) {
         bytes.fetch_add(got as u64, Ordering::SeqCst);
         Ok(got > 0)
     };
-    while copied().unwrap_or(false) {}
+    let ended = loop {
+        match copied() {
+            Ok(true) => {}
+            Ok(false) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
     let _ = to.shutdown(Shutdown::Write);
+    // As the system does it: what is sent to a side that is gone is answered by a reset.
+    if ended.is_err() {
+        let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+    }
 }
 
 /// Waits for a machine, takes it over, and reads all of its memory in an order that is not that of the source.
