@@ -20,7 +20,7 @@ use multifd_testkit::{
     qemu::{Error, PATIENCE, Qemu, Vm},
 };
 use qemu_stream::{
-    arrival::{Arrival, ArrivalOptions, EarlyOptions, Finished, Landing},
+    arrival::{Arrival, ArrivalOptions, EarlyOptions, Finished, Landing, Running},
     incoming::Expected,
 };
 use serde_json::json;
@@ -102,8 +102,8 @@ fn copy(mut from: &TcpStream, mut to: &TcpStream, bytes: &AtomicU64) {
     }
 }
 
-/// Waits for a machine, takes it over, and reads all of its memory in an order that is not that of the source.
-fn land(listener: Listener) -> multifd::Result<(Arc<RamBlocks>, Finished)> {
+/// Waits for a machine, and takes it over.
+fn confirmed(listener: Listener) -> multifd::Result<Running> {
     let options = ArrivalOptions::new(Expected::AnyMachine).run_early(true);
     let options = options.pause_timeout(Some(LIMIT));
     let announced = Arrival::listen(listener, options, &Stop::new())?.accept()?.announced()?;
@@ -117,7 +117,12 @@ fn land(listener: Listener) -> multifd::Result<(Arc<RamBlocks>, Finished)> {
         Landing::Early(early) => early,
         Landing::Complete(_) => panic!("the source did not switch"),
     };
-    let mut running = early.confirm()?;
+    early.confirm()
+}
+
+/// Takes a machine over, and reads all of its memory in an order that is not that of the source.
+fn land(listener: Listener) -> multifd::Result<(Arc<RamBlocks>, Finished)> {
+    let mut running = confirmed(listener)?;
     let blocks = running.blocks().clone();
     let reads = (1..=2).map(|seed| {
         let blocks = blocks.clone();
@@ -224,4 +229,24 @@ fn requested_pages_of_a_stock_qemu_come_over_their_own_connection() {
 fn stock_qemu_returns_after_any_of_its_connections_has_broken() {
     with_both(|qemu| moves(qemu, false, &[0]));
     with_both(|qemu| moves(qemu, true, &[1, 0, 1]));
+}
+
+/// Regression: it was told that its destination had failed. QEMU 10.0 then takes its guest back, which has run at the destination.
+#[test]
+fn stock_qemu_does_not_take_a_guest_back_that_has_run_at_its_destination() {
+    with_both(|qemu| {
+        for preempt in [false, true] {
+            let mut from = busy(qemu, preempt)?;
+            let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().expect("an address")).expect("bound");
+            let address = listener.local_address().to_string();
+            let taken = thread::spawn(move || confirmed(listener).map(drop));
+            from.migrate(&address)?;
+            from.wait_passes(2, PATIENCE)?;
+            from.execute("migrate-start-postcopy", json!({}))?;
+            taken.join().expect("no panic").expect("taken over");
+            from.wait_migration("postcopy-paused", PATIENCE)?;
+            assert_ne!(from.run_state()?, "running");
+        }
+        Ok(())
+    });
 }
