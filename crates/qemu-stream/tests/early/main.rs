@@ -4,6 +4,7 @@
 
 mod broken;
 mod hostile;
+mod hostile_resumed;
 mod kind;
 mod lost;
 mod machine;

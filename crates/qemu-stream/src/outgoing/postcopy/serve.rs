@@ -55,6 +55,15 @@ impl Session<'_> {
 
     /// Sends the pages over the channels.
     fn serve_channels(&self, schedule: &Arc<Schedule>, mut sender: Sender) -> Result<(), Error> {
+        // Before the sender is dropped, which cancels.
+        self.serve_over(schedule, &mut sender).map_err(|error| self.explained(error))?;
+        if let Err(error) = sender.finish() {
+            tracing::debug!(%error, "an error after completion");
+        }
+        Ok(())
+    }
+
+    fn serve_over(&self, schedule: &Arc<Schedule>, sender: &mut Sender) -> Result<(), Error> {
         let counts = &self.source.counts;
         counts.follow(sender.counters());
         let answers = counts.clone();
@@ -70,11 +79,7 @@ impl Session<'_> {
         sender.all_sent();
         self.replies.sends(Sent::End);
         self.write(&self.source.machine.end(true))?;
-        self.wait_for_shut()?;
-        if let Err(error) = sender.finish() {
-            tracing::debug!(%error, "an error after completion");
-        }
-        Ok(())
+        self.wait_for_shut()
     }
 
     /// Waits until the destination has everything. One of this library learns that its SHUT has arrived.
