@@ -300,7 +300,7 @@ impl Shared {
     }
 
     /// The connection for requested pages has broken. If the guest runs here, some of them may be lost, and the source does not know that:
-    /// everything is broken off, so that it returns and is told what is missing.
+    /// everything is shut down, so that it returns and learns what is missing.
     fn loses_requested(&self) {
         let state = self.lock();
         let matters = state.source.may_resume && !state.life.sealed && !state.life.stopped;
