@@ -17,7 +17,7 @@ use crate::{
     mapped_ram::StoredMachine,
     outgoing::{
         END, MainStream, Options, Outgoing, VERDICT,
-        postcopy::{Moved, PostcopyOptions, PostcopySource, follow},
+        postcopy::{Moved, PostcopyOptions, PostcopySource, Requests, follow},
     },
 };
 
@@ -86,9 +86,10 @@ impl SourceOptions {
         self
     }
 
-    /// How pages are sent after a switch to post-copy: a limit for those that nobody requests, host page sizes. Whether and when the
-    /// migration switches is in [`MigrateOptions::postcopy`]. Time limits in `options` are replaced by those set here;
-    /// [`preempt`](PostcopyOptions::preempt) is refused.
+    /// How pages are sent after a switch to post-copy: a limit for those that nobody requests, host page sizes, a connection for those
+    /// that are requested. Whether and when the migration switches is in [`MigrateOptions::postcopy`]: without it, `options` have no
+    /// effect. Time limits in `options` are replaced by those set here. [`preempt`](PostcopyOptions::preempt) is refused with
+    /// [channels](Self::channels).
     pub fn postcopy(mut self, options: PostcopyOptions) -> Self {
         self.postcopy = options;
         self
@@ -165,8 +166,8 @@ impl SourceOptions {
             "it needs the return path"
         } else if self.stream.ignore_shared() {
             "x-ignore-shared excludes it"
-        } else if self.postcopy.has_preempt() {
-            "postcopy-preempt is for a machine in a file; over channels, one of them has only requested pages"
+        } else if self.postcopy.has_preempt() && self.channels != Some(0) {
+            "postcopy-preempt needs multifd off (SourceOptions::channels(0)); over channels, one of them has only requested pages"
         } else {
             return Ok(());
         };
@@ -276,6 +277,7 @@ impl Source {
             let (page_size, section) = (stream.page_size().bytes(), stream.section);
             check_devices(&guest.devices(), page_size, section).map_err(unsendable)?;
         }
+        let requests = if may_switch { self.requests(&connector, stop)? } else { None };
         let target = connector.target();
         let context = Context::new(stop).connect_timeout(self.options.connect_timeout);
         let context = context.stall_timeout(self.options.stall_timeout);
@@ -295,7 +297,20 @@ impl Source {
         };
         let main = main.end_timeout(self.options.end_timeout).verdict_timeout(self.options.verdict_timeout);
         let main = main.reply_timeout(self.options.stall_timeout);
-        Ok(if may_switch { main.with_postcopy(self.options.postcopy.clone()) } else { main })
+        Ok(if may_switch { main.with_postcopy(self.options.postcopy.clone(), requests) } else { main })
+    }
+
+    /// The connection for requested pages, which is made when main has begun.
+    fn requests(&self, connector: &Arc<dyn Connect>, stop: &Stop) -> Result<Option<Requests>> {
+        let postcopy = self.options.following();
+        if !postcopy.has_preempt() {
+            return Ok(None);
+        }
+        if connector.is_single() {
+            let why = "postcopy-preempt needs a second connection, and this address has only one";
+            return Err(multifd::error::Usage::NoPostcopy { why }.into());
+        }
+        Ok(Some(Requests::Unconnected(connector.clone(), postcopy.context(stop))))
     }
 }
 
@@ -407,9 +422,11 @@ mod tests {
             Source::new(blocks, options, &Stop::new()).err().map(|error| error.to_string())
         };
         assert_eq!(refused(options()), None);
+        assert_eq!(refused(options().channels(0).postcopy(PostcopyOptions::new().preempt(true))), None);
         for (options, why) in [
             (options().unconfirmed(), "it needs the return path"),
-            (options().postcopy(PostcopyOptions::new().preempt(true)), "for a machine in a file"),
+            (options().postcopy(PostcopyOptions::new().preempt(true)), "needs multifd off"),
+            (options().channels(2).postcopy(PostcopyOptions::new().preempt(true)), "needs multifd off"),
         ] {
             let refused = refused(options).expect("refused");
             assert!(refused.contains(why), "{refused}");

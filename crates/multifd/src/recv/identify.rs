@@ -290,12 +290,24 @@ impl Shared {
             Ok(()) => tracing::debug!(peer, "the connection of postcopy-preempt has ended"),
             Err(error) if self.stop.is_stopped() || self.survives(&error) => {
                 tracing::debug!(peer, %error, "the connection of postcopy-preempt has ended");
+                self.loses_requested();
             }
             Err(error) => drop(self.stop.fail(error.at(format_args!("connection from {peer}")))),
         }
         // After the stop, so that main never finds neither.
         self.lock().source.preempt.is_read = false;
         self.changed.notify_all();
+    }
+
+    /// The connection for requested pages has broken. If the guest runs here, some of them may be lost, and the source does not know that:
+    /// everything is shut down, so that it returns and learns what is missing.
+    fn loses_requested(&self) {
+        let state = self.lock();
+        let matters = state.source.may_resume && !state.life.sealed && !state.life.stopped;
+        drop(state);
+        if matters && self.arrived.get().is_some_and(|arrived| arrived.late().is_some()) {
+            self.break_off();
+        }
     }
 
     /// Whether the source can return after this error.

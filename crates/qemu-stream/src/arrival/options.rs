@@ -81,7 +81,10 @@ impl ArrivalOptions {
     /// the source cancels the migration there: QEMU 7.2 then gives its guest back, and refuses to do so once it is informed. By
     /// default nothing is called.
     pub fn before_postcopy_refusal(mut self, call: impl Fn() + Send + Sync + 'static) -> Self {
-        self.before_refusal = BeforeRefusal(Some(Arc::new(call)));
+        self.before_refusal = BeforeRefusal(Some(Arc::new(move || {
+            call();
+            true
+        })));
         self
     }
 

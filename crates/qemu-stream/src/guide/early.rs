@@ -63,7 +63,9 @@
 //!   guest continues.
 //!
 //! With a destination of this library, pages go over the channels, and one of several channels carries nothing but requested
-//! pages. With any other one they go over the main connection, as QEMU sends them. [`PostcopyInfo`] says which.
+//! pages. With any other one they go over the main connection, as QEMU sends them. [`PostcopyInfo`] says which. Without channels,
+//! [`PostcopyOptions::preempt`] gives requested pages a connection of their own, as QEMU's capability `postcopy-preempt` does, which a
+//! QEMU as the destination needs for it.
 //!
 //! [`MigrateOptions`]: multifd::live::MigrateOptions
 //! [`MigrateOptions::postcopy`]: multifd::live::MigrateOptions::postcopy
@@ -71,6 +73,7 @@
 //! [`Control::start_postcopy`]: multifd::live::Control::start_postcopy
 //! [`Source::run`]: crate::source::Source::run
 //! [`Interrupted`]: crate::outgoing::postcopy::Interrupted
+//! [`PostcopyOptions::preempt`]: crate::outgoing::postcopy::PostcopyOptions::preempt
 //! [`PostcopyInfo`]: crate::outgoing::postcopy::PostcopyInfo
 //! [`Early::confirm`]: crate::arrival::Early::confirm
 //! [`Early::refuse`]: crate::arrival::Early::refuse

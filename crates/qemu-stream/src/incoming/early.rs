@@ -30,7 +30,8 @@ pub(crate) trait RunEarly: Debug + Send + Sync {
     /// Waits until it is decided that the guest runs here: RAM is complete.
     fn decided(&self, stop: &Stop) -> Result<()>;
     /// The source is about to learn that this side has failed: if the guest was not confirmed before, it must not be from here on.
-    fn fails(&self);
+    /// Returns whether the guest is the source's.
+    fn fails(&self) -> bool;
     /// Why the guest will not run here, if that was decided.
     fn refused(&self) -> Option<multifd::Error>;
 }

@@ -36,9 +36,10 @@ pub(super) struct Line<C: Connection> {
     switched: Option<BeforeRefusal>,
 }
 
-/// What a caller does before the source learns of a failure.
+/// What a caller does before the source learns of a failure. `false`: the guest runs here, and the source must not learn of it, because it
+/// would take its guest back.
 #[derive(Clone, Default)]
-pub(crate) struct BeforeRefusal(pub(crate) Option<Arc<dyn Fn() + Send + Sync>>);
+pub(crate) struct BeforeRefusal(pub(crate) Option<Arc<dyn Fn() -> bool + Send + Sync>>);
 
 impl fmt::Debug for BeforeRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -109,8 +110,8 @@ impl<C: Connection> Line<C> {
         written.map_err(|source| Error::Io { at, doing: "write", source })
     }
 
-    /// Sends SHUT, once, and only if the source waits for it. The reason of a failure is before it: a source reads nothing
-    /// after SHUT.
+    /// Sends SHUT, once, and only if the source waits for it and a failure [may be sent](BeforeRefusal). The reason of a failure is
+    /// before it: a source reads nothing after SHUT.
     pub(super) fn shut(&mut self, code: u32) -> Result<(), Error> {
         self.watch = None;
         if !std::mem::take(&mut self.waited_for) {
@@ -118,8 +119,10 @@ impl<C: Connection> Line<C> {
         }
         let shut = Message::Shut(code);
         let switched = self.switched.take().filter(|_| code != 0);
-        if let Some(BeforeRefusal(Some(before))) = &switched {
-            before();
+        if let Some(BeforeRefusal(Some(before))) = &switched
+            && !before()
+        {
+            return Ok(());
         }
         match self.reason.take().filter(|_| code != 0 && self.asks_why) {
             Some(reason) => self.say_all(&[Message::Reason(reason.into()), shut]),

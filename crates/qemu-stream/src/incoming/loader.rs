@@ -398,10 +398,11 @@ where
         if let Some(early) = &self.state.early {
             early.arm(self.target()?)?;
         }
-        if let Some(list) = self.state.list.take() {
-            self.state.preempt.begin(list, self.state.order.clone());
-        }
+        // Before the connection of preempt is read, which may have broken.
         self.receiver.expect_resumed();
+        if let Some(list) = self.state.list.take() {
+            self.state.preempt.begin(list, self.state.order.clone(), self.state.early.is_some());
+        }
         Ok(())
     }
 
@@ -435,7 +436,7 @@ where
             if let Some(early) = &self.state.early {
                 early.decided(self.receiver.stop())?;
             }
-            self.state.preempt.settle(self.receiver, self.target()?, PREEMPT_ENDS);
+            self.state.preempt.settle(self.receiver, self.target()?, PREEMPT_ENDS)?;
         }
         self.receiver.seal()
     }

@@ -159,13 +159,14 @@ impl<C: Connection> Incoming<C> {
     /// What is done before the source learns of a failure.
     fn take_before_refusal(&mut self) -> BeforeRefusal {
         let before = mem::take(&mut self.postcopy.before_refusal);
+        // A source of this library keeps its guest stopped, and shows the reason.
+        let ours = self.postcopy.ours;
         match self.postcopy.early.clone() {
             None => before,
             Some(early) => BeforeRefusal(Some(Arc::new(move || {
-                early.fails();
-                if let BeforeRefusal(Some(before)) = &before {
-                    before();
-                }
+                let is_theirs = early.fails();
+                let tells = if let BeforeRefusal(Some(before)) = &before { before() } else { true };
+                tells && (is_theirs || ours)
             }))),
         }
     }

@@ -3,7 +3,10 @@
 //! A [`MainStream`] turns the calls of a [`Migration`](multifd::live::Migration) into those of an [`Outgoing`]. The devices
 //! come from the guest, or unchanged from a captured machine.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use multifd::{
     Result, Synced,
@@ -16,7 +19,7 @@ use multifd::{
 use super::{
     Outgoing,
     options::{END, VERDICT},
-    postcopy::{Machine, PostcopyOptions},
+    postcopy::{Machine, PostcopyOptions, Requests},
     return_path::Peer,
     writer::failed,
 };
@@ -39,6 +42,8 @@ pub struct MainStream<C> {
     /// Present while the guest runs.
     watch: Option<CloseWatch>,
     postcopy: Option<PostcopyOptions>,
+    /// The connection for requested pages, if there is one. Never locked: the mutex only keeps this type `Sync`.
+    requests: Option<Mutex<Requests>>,
     list: Option<BlockList>,
     /// The machine, after the switch to post-copy.
     switched: Option<Machine>,
@@ -60,6 +65,7 @@ impl<C: Connection> MainStream<C> {
     pub fn of_guest(outgoing: Outgoing<C>, stop: &Stop) -> Self {
         let (end_timeout, verdict_timeout, stop) = (Some(END), VERDICT, stop.clone());
         let (captured, watch, postcopy, list, switched) = (None, None, None, None, None);
+        let requests = None;
         let reply_timeout = Some(STALL_TIMEOUT.default_time());
         Self {
             outgoing,
@@ -70,6 +76,7 @@ impl<C: Connection> MainStream<C> {
             stop,
             watch,
             postcopy,
+            requests,
             list,
             switched,
         }
@@ -106,15 +113,20 @@ impl<C: Connection> MainStream<C> {
     }
 
     /// The stream of a machine that may switch to post-copy. The options of `outgoing` announce that.
-    pub(crate) fn with_postcopy(mut self, options: PostcopyOptions) -> Self {
-        self.postcopy = Some(options);
+    pub(crate) fn with_postcopy(mut self, options: PostcopyOptions, requests: Option<Requests>) -> Self {
+        (self.postcopy, self.requests) = (Some(options), requests.map(Mutex::new));
         self
     }
 
     /// The connection, what is known about the destination, and the machine, after the switch to post-copy.
-    pub(super) fn into_switched(self) -> Option<(C, Peer, Machine)> {
+    pub(super) fn into_switched(self) -> Option<(C, Peer, Machine, Option<Requests>)> {
         let (connection, peer) = self.outgoing.into_parts();
-        Some((connection, peer, self.switched?))
+        let requests = self.requests.and_then(|requests| requests.into_inner().ok());
+        Some((connection, peer, self.switched?, requests))
+    }
+
+    fn requests(&mut self) -> Option<&mut Requests> {
+        self.requests.as_mut().and_then(|requests| requests.get_mut().ok())
     }
 
     /// The stream that it writes to.
@@ -141,6 +153,8 @@ impl<C: Connection> Main for MainStream<C> {
 
     fn begin(&mut self, channels: u8) -> Result<()> {
         self.outgoing.begin(channels).map_err(failed)?;
+        // Not earlier: a destination knows main by its first bytes.
+        self.requests().map_or(Ok(()), Requests::connect)?;
         self.watch = self.outgoing.watch(&self.stop);
         Ok(())
     }
@@ -212,7 +226,10 @@ impl<C: Connection> Main for MainStream<C> {
         let machine = Machine::new(options.multifd(false), list.clone(), part).map_err(failed)?;
         let keep = postcopy.kept(list, lacking);
         let discards = machine.discards(&keep);
-        self.outgoing.postcopy(&discards, self.reply_timeout, |ours| machine.switch(ours)).map_err(failed)?;
+        let ours = self.outgoing.discard(&discards, self.reply_timeout).map_err(failed)?;
+        // The last moment at which the guest can stay.
+        self.requests().map_or(Ok(()), Requests::check)?;
+        self.outgoing.package(&machine.switch(ours)).map_err(failed)?;
         self.switched = Some(machine);
         Ok(())
     }

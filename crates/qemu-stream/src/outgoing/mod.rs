@@ -312,30 +312,33 @@ impl<C: Connection> Outgoing<C> {
         answered
     }
 
-    /// Writes `discards`, which end with the PING [`DISCARDED`](postcopy), waits for its PONG, `limit` at most, and writes the package. `package` is given
-    /// whether the destination is one of this library.
+    /// Writes `discards`, which end with the PING [`DISCARDED`](postcopy), and waits for its PONG, `limit` at most. Returns whether the
+    /// destination is one of this library. The guest can still stay.
     ///
     /// # Errors
-    /// If the call is out of order, the destination has failed, or the connection fails: then the destination lacks a part of the
-    /// package, and does not run the guest.
-    pub(super) fn postcopy(
-        &mut self,
-        discards: &[u8],
-        limit: Option<Duration>,
-        package: impl FnOnce(bool) -> Vec<u8>,
-    ) -> Result<(), Error> {
-        self.expect("postcopy", Stage::Between)?;
+    /// If the call is out of order, the destination has failed, or the connection fails.
+    pub(super) fn discard(&mut self, discards: &[u8], limit: Option<Duration>) -> Result<bool, Error> {
+        self.expect("discard", Stage::Between)?;
         let written = self.writer.flush().and_then(|()| self.writer.write_through(discards));
         self.finish_write(written, Stage::Between)?;
         let answered = self.replies.wait_for_pong(self.writer.connection(), postcopy::DISCARDED, limit);
         let undecided = answered.and_then(|()| self.replies.is_undecided(self.writer.connection()));
         self.finish_write(undecided, Stage::Between)?;
-        let package = package(self.replies.always_speaks());
-        let written = self.writer.write_through(&package);
+        Ok(self.replies.always_speaks())
+    }
+
+    /// Writes the package that moves the guest, after [`discard`](Self::discard).
+    ///
+    /// # Errors
+    /// If the call is out of order, or the connection fails: then the destination lacks a part of the package, and does not run the
+    /// guest.
+    pub(super) fn package(&mut self, package: &[u8]) -> Result<(), Error> {
+        self.expect("package", Stage::Between)?;
+        let written = self.writer.write_through(package);
         self.finish_write(written, Stage::Closed)
     }
 
-    /// The connection, and what is known about the destination, after [`postcopy`](Self::postcopy).
+    /// The connection, and what is known about the destination, after [`package`](Self::package).
     pub(super) fn into_parts(self) -> (C, Peer) {
         (self.writer.into_inner(), self.replies.into_peer())
     }

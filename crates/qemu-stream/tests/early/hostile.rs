@@ -31,7 +31,7 @@ const CUT: &str = "a package that is cut";
 /// How long the source may be silent, so that waits are short.
 const SHORT: Duration = Duration::from_millis(500);
 
-fn begin() -> Vec<u8> {
+pub(crate) fn begin() -> Vec<u8> {
     crate::switch::begin(machine_type(), &BLOCKS)
 }
 
@@ -42,12 +42,12 @@ fn described(json: &str, more: u32, devices: &[u8]) -> Vec<u8> {
     [device(u32::MAX, "multifd/description", &body), devices.to_vec()].concat()
 }
 
-fn clock() -> Vec<u8> {
+pub(crate) fn clock() -> Vec<u8> {
     device(5, "clock", b"state")
 }
 
 /// A section with this record of RAM.
-fn part(record: &[u8]) -> Vec<u8> {
+pub(crate) fn part(record: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     Section::Part(RAM).encode(&mut bytes);
     bytes.extend(record);
@@ -57,7 +57,7 @@ fn part(record: &[u8]) -> Vec<u8> {
 }
 
 /// A zero page of a block.
-fn zero(block: &str, offset: u64) -> Vec<u8> {
+pub(crate) fn zero(block: &str, offset: u64) -> Vec<u8> {
     let length = u8::try_from(block.len()).expect("short");
     [&(offset | 2).to_be_bytes()[..], &[length], block.as_bytes(), &[0]].concat()
 }

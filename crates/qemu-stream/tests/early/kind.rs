@@ -1,6 +1,6 @@
 //! Kinds of channels and of memory: huge pages at the destination, TLS over all connections, compression.
 
-use std::{fs::File, path::Path, rc::Rc, sync::Arc};
+use std::{fmt, fs::File, path::Path, rc::Rc, sync::Arc};
 
 use multifd::{
     SendOptions,
@@ -24,6 +24,14 @@ pub(crate) struct Kind {
     tls: Option<(ClientCredentials, ServerCredentials)>,
     method: Option<&'static str>,
     huge: Option<Rc<HugePages>>,
+    preempt: bool,
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tls, method, huge, preempt } = self;
+        write!(f, "tls {}, {method:?}, huge {}, preempt {preempt}", tls.is_some(), huge.is_some())
+    }
 }
 
 impl Kind {
@@ -40,6 +48,11 @@ impl Kind {
 
     pub(crate) fn compressed(self, method: &'static str) -> Self {
         Self { method: Some(method), ..self }
+    }
+
+    /// Requested pages have a connection of their own, if there are no channels.
+    pub(crate) fn preempt(self, on: bool) -> Self {
+        Self { preempt: on, ..self }
     }
 
     /// Block `ram` is in huge pages at the destination. `None` if this system does not provide them.
@@ -76,7 +89,7 @@ impl Kind {
         if self.huge.is_some() {
             postcopy = postcopy.block_page_size(BlockName::new("ram").expect("a name"), HugePages::BYTES);
         }
-        let options = options.postcopy(postcopy);
+        let options = options.postcopy(postcopy.preempt(self.preempt && channels == 0));
         match self.method.filter(|_| channels > 0) {
             Some(method) => {
                 options.send(SendOptions::new().method(method.parse().expect("built in"))).channels(channels)

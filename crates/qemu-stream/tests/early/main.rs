@@ -4,9 +4,12 @@
 
 mod broken;
 mod hostile;
+mod hostile_resumed;
 mod kind;
+mod lost;
 mod machine;
 mod network;
+mod qemu;
 mod switch;
 mod tampered;
 
@@ -131,10 +134,11 @@ fn a_busy_guest_moves_before_its_ram_and_finds_every_write() {
     if !may_run() {
         return;
     }
-    for channels in [0, 1, 2, 5] {
+    let (plain, preempt) = (Kind::default(), Kind::default().preempt(true));
+    for (kind, channels) in [(&plain, 0), (&preempt, 0), (&plain, 1), (&plain, 2), (&plain, 5)] {
         // Within the first pass, so that passes cannot end before.
         for when in [PostcopyWhen::Start, PostcopyWhen::After(Duration::from_millis(20))] {
-            let what = format!("{channels} channels, {when}");
+            let what = format!("{channels} channels of {kind:?}, {when}");
             let shadow = Shadow::new();
             let mut machine = Machine::new(Arc::new(memory()), shadow.clone());
             machine.run(1);
@@ -142,8 +146,8 @@ fn a_busy_guest_moves_before_its_ram_and_finds_every_write() {
             let (listener, network) = Network::listen();
             let arriving = arrive(listener, shadow.clone(), 2);
             let mut log = machine.writes.clone().reader().expect("the only one");
-            let moved =
-                source(&machine.blocks, channels, when, &Stop::new()).run(network, &mut log, &mut machine);
+            let source = source_of(kind, &machine.blocks, channels, when, &Stop::new());
+            let moved = source.run(network, &mut log, &mut machine);
             let moved = moved.unwrap_or_else(|error| panic!("{what}: {error:?}"));
             let Moved::Completed { info, postcopy } = moved else { panic!("{what}: {moved:?}") };
             assert!(info.downtime.is_some(), "{what}");
@@ -230,8 +234,9 @@ fn huge_pages_tls_and_compression_arrive_whole_and_survive_cuts() {
     let rounds = multifd_testkit::number("MULTIFD_EARLY_KINDS").unwrap_or(3);
     for (name, kind) in kinds {
         let Some(kind) = kind else { continue };
-        for channels in [1, 4] {
-            whole(&kind, channels).unwrap_or_else(|wrong| panic!("{name}, {channels} channels: {wrong}"));
+        let preempt = kind.clone().preempt(true);
+        for (kind, channels) in [(&kind, 1), (&kind, 4), (&kind, 0), (&preempt, 0)] {
+            whole(kind, channels).unwrap_or_else(|wrong| panic!("{name}, {channels} channels: {wrong}"));
         }
         for seed in 1..=rounds {
             let outcome = round(seed, &kind).unwrap_or_else(|wrong| panic!("{name}, seed {seed}: {wrong}"));
@@ -260,7 +265,7 @@ fn whole(kind: &Kind, channels: u8) -> Result<(), String> {
     }) else {
         return Err("it did not switch".to_owned());
     };
-    assert!(postcopy.over_channels && postcopy.remaining == Some(0), "{postcopy:?}");
+    assert_eq!((postcopy.over_channels, postcopy.remaining), (channels > 0, Some(0)), "{postcopy:?}");
     assert_eq!(finished.map(|finished| finished.faults.missing), Some(0));
     there.halt();
     shadow.wrong().map_or(Ok(()), Err)?;
@@ -279,6 +284,7 @@ fn round(seed: u64, kind: &Kind) -> Result<&'static str, String> {
     let mut log = machine.writes.clone().reader().expect("the only one");
     let channels = *random.choice(&[0, 1, 2, 4]).expect("one");
     let when = *random.choice(&[PostcopyWhen::Start, PostcopyWhen::Passes(1)]).expect("one");
+    let kind = &kind.clone().preempt(random.bool());
     let stop = Stop::new();
     let cutter = thread::spawn({
         let (network, mut random) = (network.clone(), random.fork());
@@ -314,7 +320,7 @@ fn round(seed: u64, kind: &Kind) -> Result<&'static str, String> {
     };
     cutter.join().expect("no panic");
     let arrived = arriving.join().expect("no panic");
-    let what = format!("{channels} channels, {when}, {interruptions} interruptions");
+    let what = format!("{channels} channels of {kind:?}, {when}, {interruptions} interruptions");
     let (mut place, outcome) = match (moved, arrived) {
         (Ok(Moved::Completed { .. }), Ok((there, _))) => {
             if machine.is_running() {

@@ -347,7 +347,7 @@ fn loaded(main: &[u8], preempt: impl FnOnce(&mut Stream) + Send + 'static) -> mu
             (source, other)
         });
         let loaded = incoming.run(&mut loader).map_err(|error| {
-            let text = error.to_string();
+            let text = multifd::error::chain(&error).to_string();
             receiver.stop().error().unwrap_or_else(|| multifd::Error::other("main", text))
         })?;
         let blocks = loader.finish(&loaded)?;

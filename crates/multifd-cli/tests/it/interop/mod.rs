@@ -14,6 +14,7 @@ mod linux;
 mod look;
 mod many;
 mod matrix;
+mod moved_first;
 mod odd;
 mod operated;
 mod owners;

@@ -63,7 +63,7 @@ pub(super) fn assert_checks_all(vm: &mut Vm) -> Result<(), Error> {
     Ok(())
 }
 
-fn with_all(test: impl Fn(&Qemu, bool) -> Result<(), Error>) {
+pub(super) fn with_all(test: impl Fn(&Qemu, bool) -> Result<(), Error>) {
     for qemu in [Qemu::v7_2(), Qemu::v10_0()].into_iter().flatten() {
         for preempt in [false, true] {
             test(&qemu, preempt)

@@ -171,8 +171,8 @@ impl RunEarly for Field {
         self.state.wait_decided(stop)
     }
 
-    fn fails(&self) {
-        self.state.fails();
+    fn fails(&self) -> bool {
+        self.state.fails()
     }
 
     fn refused(&self) -> Option<Error> {

@@ -170,15 +170,18 @@ impl State {
     }
 
     /// The thread of main is about to send that this side has failed. If the guest is not ours yet, it never will be: the source takes it
-    /// back. A confirmation that is being sent comes before; its write has the limits of the connection.
-    pub(super) fn fails(&self) {
+    /// back. A confirmation that is being sent comes before; its write has the limits of the connection. Returns whether the guest is the
+    /// source's.
+    pub(super) fn fails(&self) -> bool {
         let inner = self.changed.wait_while(self.lock(), |inner| inner.confirming);
         let mut inner = inner.unwrap_or_else(PoisonError::into_inner);
         if matches!(inner.phase, Phase::Loading | Phase::Switched) {
             inner.phase = Phase::Failed;
         }
+        let is_confirmed = matches!(inner.phase, Phase::Confirmed);
         drop(inner);
         self.changed.notify_all();
+        !is_confirmed
     }
 
     /// The guest stays at the source. Returns whether the source is away, and learns it when it returns.
@@ -284,11 +287,11 @@ mod tests {
     fn a_machine_whose_source_learns_of_a_failure_cannot_be_confirmed() {
         let state = State::default();
         state.lock().phase = Phase::Switched;
-        state.fails();
+        assert!(state.fails());
         assert!(matches!(state.confirm(), Err(Phase::Failed)));
         let ours = State::default();
         ours.lock().phase = Phase::Confirmed;
-        ours.fails();
+        assert!(!ours.fails());
         assert!(ours.confirm().is_ok());
     }
 }

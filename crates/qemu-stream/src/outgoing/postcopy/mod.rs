@@ -21,6 +21,7 @@ mod options;
 mod pages;
 mod progress;
 mod replies;
+mod requests;
 mod run;
 mod serve;
 mod session;
@@ -45,6 +46,7 @@ pub use moved::{Interrupted, Moved};
 pub(super) use opening::{DISCARDED, Machine};
 pub use options::PostcopyOptions;
 pub use progress::{PostcopyInfo, PostcopyProgress};
+pub(crate) use requests::Requests;
 use run::{Begin, run};
 
 /// A machine whose guest runs at the destination while its pages follow.

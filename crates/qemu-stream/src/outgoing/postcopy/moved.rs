@@ -25,7 +25,8 @@ use super::{
     PostcopyControl, PostcopyInfo, PostcopyOptions, PostcopyProgress, PostcopySource,
     contents::Contents,
     failure::{GuestAt, PostcopyError},
-    run::{Begin, Switch, run},
+    requests::Requests,
+    run::{Begin, Carriers, Switch, run},
     session::Channels,
 };
 use crate::outgoing::MainStream;
@@ -186,7 +187,7 @@ pub(crate) fn follow(
     guest: &mut dyn Guest,
 ) -> Result<Moved> {
     let stop = switched.stop().clone();
-    let Some((main, peer, machine)) = main.into_switched() else {
+    let Some((main, peer, machine, requests)) = main.into_switched() else {
         let error = Error::text("the main stream has not switched to post-copy");
         return Err(switched.back(error, log, guest));
     };
@@ -201,14 +202,17 @@ pub(crate) fn follow(
     if !over_channels && sender.is_some() {
         tracing::info!("the destination takes the rest of RAM over main, and not over channels");
     }
-    let (channels, idle) = if over_channels { (sender, None) } else { (None, sender) };
+    let (carriers, idle) = match sender {
+        Some(sender) if over_channels => (Carriers::Channels(sender), None),
+        idle => (Carriers::Main(requests.and_then(Requests::into_stream)), idle),
+    };
     let interrupted = Interrupted {
         source: PostcopySource(contents),
         switched,
         channels: over_channels.then_some(send),
         error: Error::Cancelled,
     };
-    let switch = Box::new(Switch { main, peer, kept, channels });
+    let switch = Box::new(Switch { main, peer, kept, carriers });
     let ran = run(&interrupted.source.0, &stop, Begin::Switched(switch));
     // They carry nothing after the switch.
     drop(idle);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use multifd::{
+    channel::{Context, Stop},
     parameters::{CONNECT_TIMEOUT, STALL_TIMEOUT},
     postcopy::Shape,
     ram::{BlockName, PageBitmap, PageIndex, PageSize},
@@ -49,7 +50,8 @@ impl PostcopyOptions {
     }
 
     /// Whether requested pages have a connection of their own (capability `postcopy-preempt`, which must be on at the
-    /// destination: QEMU 7.2 and later). They do not wait behind other pages then. Default off.
+    /// destination: QEMU 7.2 and later). They do not wait behind other pages then. Default off. For a guest that has run here it
+    /// needs [multifd off](crate::source::SourceOptions::channels): of several channels, one has only requested pages anyway.
     pub fn preempt(mut self, on: bool) -> Self {
         self.preempt = on;
         self
@@ -57,6 +59,13 @@ impl PostcopyOptions {
 
     pub(crate) fn has_preempt(&self) -> bool {
         self.preempt
+    }
+
+    /// What the connections of post-copy are made with.
+    pub(crate) fn context(&self, stop: &Stop) -> Context {
+        let context = Context::new(stop).connect_timeout(self.connect_timeout);
+        // Small buffers: a request waits behind what is in them.
+        context.stall_timeout(self.stall_timeout).channels(u8::MAX)
     }
 
     /// Limits pages that nobody requests to this number of bytes in a second (`max-postcopy-bandwidth`). Requests have no

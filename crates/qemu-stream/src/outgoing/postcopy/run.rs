@@ -25,6 +25,7 @@ use super::{
     opening::{ask_for_bitmap, resume},
     pages::{PageWriter, ReadPages, unread},
     replies::{Replies, Sent},
+    requests::connect,
     serve::Carry,
     session::{Alarm, Channels, Session},
 };
@@ -46,19 +47,20 @@ pub(super) struct Switch {
     pub(super) peer: Peer,
     /// The pages that the destination has kept.
     pub(super) kept: Vec<PageBitmap>,
-    /// The channels, if the rest of RAM goes over them.
-    pub(super) channels: Option<Sender>,
+    pub(super) carriers: Carriers,
+}
+
+/// What carries the pages after the passes.
+pub(super) enum Carriers {
+    /// Main, and a connection for requested pages if there is one.
+    Main(Option<Stream>),
+    /// Channels.
+    Channels(Sender),
 }
 
 /// Serves the destination until its SHUT.
 pub(super) fn run(source: &Contents, outer: &Stop, begin: Begin<'_>) -> Result<(), PostcopyError> {
-    let context = |stop: &Stop| {
-        Context::new(stop)
-            .connect_timeout(source.options.connect_timeout)
-            .stall_timeout(source.options.stall_timeout)
-            // Small buffers: a request waits behind what is in them.
-            .channels(u8::MAX)
-    };
+    let context = |stop: &Stop| source.options.context(stop);
     let connected = |connector: &dyn Connect, serve: &dyn Fn(&Session<'_>) -> Result<(), Error>| {
         let replies = Replies::new(source.machine.blocks(), &source.counts, source.always_speaks);
         let stop = Stop::new();
@@ -84,14 +86,14 @@ pub(super) fn run(source: &Contents, outer: &Stop, begin: Begin<'_>) -> Result<(
             connected(connector, &|session| session.resume(connector, channels.clone()))
         }
         Begin::Switched(switch) => {
-            let Switch { mut main, peer, kept, channels } = *switch;
+            let Switch { mut main, peer, kept, carriers } = *switch;
             main.unread(peer.unread);
             let replies = Replies::new(source.machine.blocks(), &source.counts, peer.always_speaks);
             replies.sends(Sent::Package);
             // The stop of the passes, which their channels have as well.
             let prepare = |session: &Session<'_>| session.schedule(&kept);
             let serve =
-                |session: &Session<'_>, schedule: Arc<Schedule>| session.switched(&schedule, channels);
+                |session: &Session<'_>, schedule: Arc<Schedule>| session.switched(&schedule, carriers);
             let ran = serve_stream(source, outer, &replies, context(outer), main, prepare, serve);
             ended(ran, &replies, outer)
         }
@@ -177,9 +179,13 @@ impl Session<'_> {
     }
 
     /// Sends the pages that the destination has not kept. The package was written.
-    fn switched(&self, schedule: &Arc<Schedule>, channels: Option<Sender>) -> Result<(), Error> {
-        tracing::debug!(over_channels = channels.is_some(), "post-copy");
-        self.serve(schedule, channels.map_or(Carry::Main(None), Carry::Channels))
+    fn switched(&self, schedule: &Arc<Schedule>, carriers: Carriers) -> Result<(), Error> {
+        let carry = match carriers {
+            Carriers::Main(requests) => Carry::Main(requests.map(|stream| self.of_requests(stream))),
+            Carriers::Channels(sender) => Carry::Channels(sender),
+        };
+        tracing::debug!(?carry, "post-copy");
+        self.serve(schedule, carry)
     }
 
     /// Sends the pages that the destination lacks.
@@ -258,7 +264,11 @@ impl Session<'_> {
             return Ok(None);
         }
         let stream = connect(connector, &self.context)?;
-        Ok(Some(PageWriter::of_requests(stream, self.source.machine.blocks())))
+        Ok(Some(self.of_requests(stream)))
+    }
+
+    fn of_requests(&self, stream: Stream) -> PageWriter<'_> {
+        PageWriter::of_requests(stream, self.source.machine.blocks())
     }
 }
 
@@ -269,12 +279,6 @@ impl Wake for Cancels {
     fn wake(&self) {
         self.0.cancel();
     }
-}
-
-fn connect(connector: &dyn Connect, context: &Context) -> Result<Stream, Error> {
-    let link = connector.connect(context);
-    let link = link.map_err(|error| Error::io(format!("connect to {}", connector.target()), error))?;
-    Ok(Stream::new(link, context))
 }
 
 /// Bytes that every socket accepts without a reader, and that identify main.

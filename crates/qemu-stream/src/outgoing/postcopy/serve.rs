@@ -1,6 +1,7 @@
 //! Sends the pages of a session: over main and the connection for requested pages, or over channels.
 
 use std::{
+    fmt,
     sync::{Arc, PoisonError},
     thread::{self, Builder, Scope, ScopedJoinHandle},
     time::Instant,
@@ -26,6 +27,16 @@ pub(super) enum Carry<'a> {
     Channels(Sender),
 }
 
+impl fmt::Debug for Carry<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Main(None) => "main",
+            Self::Main(Some(_)) => "main and preempt",
+            Self::Channels(_) => "channels",
+        })
+    }
+}
+
 impl Session<'_> {
     /// Sends all pages, and waits for SHUT.
     pub(super) fn serve(&self, schedule: &Arc<Schedule>, carry: Carry<'_>) -> Result<(), Error> {
@@ -44,6 +55,15 @@ impl Session<'_> {
 
     /// Sends the pages over the channels.
     fn serve_channels(&self, schedule: &Arc<Schedule>, mut sender: Sender) -> Result<(), Error> {
+        // Before the sender is dropped, which cancels.
+        self.serve_over(schedule, &mut sender).map_err(|error| self.explained(error))?;
+        if let Err(error) = sender.finish() {
+            tracing::debug!(%error, "an error after completion");
+        }
+        Ok(())
+    }
+
+    fn serve_over(&self, schedule: &Arc<Schedule>, sender: &mut Sender) -> Result<(), Error> {
         let counts = &self.source.counts;
         counts.follow(sender.counters());
         let answers = counts.clone();
@@ -59,11 +79,7 @@ impl Session<'_> {
         sender.all_sent();
         self.replies.sends(Sent::End);
         self.write(&self.source.machine.end(true))?;
-        self.wait_for_shut()?;
-        if let Err(error) = sender.finish() {
-            tracing::debug!(%error, "an error after completion");
-        }
-        Ok(())
+        self.wait_for_shut()
     }
 
     /// Waits until the destination has everything. One of this library learns that its SHUT has arrived.
