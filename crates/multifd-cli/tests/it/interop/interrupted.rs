@@ -111,7 +111,7 @@ fn capture_continues_after_broken_connections() {
         let mut command = multifd(["capture", "--json", "--postcopy-after", "1"]);
         let capture = Program::start(command.args(ENDLESS).arg(&qmp).arg(&file));
         from.wait_passes(1, PATIENCE)?;
-        from.set_parameters(json!({ "max-postcopy-bandwidth": 1_000_000 }))?;
+        from.set_parameters(json!({ "max-postcopy-bandwidth": 250_000 }))?;
         for _ in 0..2 {
             from.wait_migration("postcopy-active", PATIENCE)?;
             // Before it has sent its devices, QEMU 7.2 takes its guest back.
