@@ -22,7 +22,7 @@ use std::{
 };
 
 /// A stream in a file from which its pages can be read later.
-pub struct InFile {
+pub(super) struct InFile {
     threads: Vec<Ahead>,
     /// The number of the piece that is read from now.
     number: usize,

@@ -1,6 +1,7 @@
 //! A stream that is read from its beginning to its end, and where its pages stay.
 
 use std::{
+    fmt,
     fs::File,
     io::{self, Read},
     sync::{
@@ -11,35 +12,50 @@ use std::{
 
 use multifd::channel::Stop;
 
-use crate::format::Skip;
+use super::ahead::InFile;
+
+/// What is read. It is not generic: what reads a stream would be in a program once for each kind otherwise.
+pub(super) enum Input<'a> {
+    /// One byte after the other.
+    InOrder(&'a mut dyn Read),
+    /// A stream in a file, in which its pages stay.
+    InFile(InFile, Home),
+}
+
+impl fmt::Debug for Input<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InOrder(_) => f.write_str("InOrder"),
+            Self::InFile(ahead, home) => f.debug_tuple("InFile").field(ahead).field(home).finish(),
+        }
+    }
+}
 
 /// The file in which a stream is, and where the stream begins in it.
-#[derive(Debug)]
-pub(super) struct Home<R> {
+#[derive(Clone, Debug)]
+pub(super) struct Home {
     pub(super) file: Arc<File>,
     pub(super) begin: u64,
-    pub(super) skip: fn(&mut R, u64) -> io::Result<u64>,
 }
 
 /// A stream whose bytes are counted, and that ends with an error when the command is cancelled.
-pub(super) struct Counted<'a, R> {
-    pub(super) stream: R,
+pub(super) struct Counted<'a> {
+    pub(super) input: Input<'a>,
     pub(super) read: &'a AtomicU64,
     pub(super) stop: &'a Stop,
-    /// Jumps over bytes, if the stream can.
-    pub(super) skip: Option<fn(&mut R, u64) -> io::Result<u64>>,
 }
 
-impl<R> Counted<'_, R> {
-    /// How its reader jumps.
-    pub(super) fn jump() -> Skip<Self> {
-        |counted, count| {
-            counted.check()?;
-            let skipped = counted.skip.map_or(Ok(0), |skip| skip(&mut counted.stream, count))?;
-            // Relaxed: it is only displayed.
-            counted.read.fetch_add(skipped, Ordering::Relaxed);
-            Ok(skipped)
-        }
+impl Counted<'_> {
+    /// Jumps over bytes, and returns how many there were. What is not in a file has none that could be jumped over.
+    pub(super) fn skip(&mut self, count: u64) -> io::Result<u64> {
+        self.check()?;
+        let skipped = match &mut self.input {
+            Input::InOrder(_) => 0,
+            Input::InFile(ahead, _) => ahead.skip(count)?,
+        };
+        // Relaxed: it is only displayed.
+        self.read.fetch_add(skipped, Ordering::Relaxed);
+        Ok(skipped)
     }
 
     fn check(&self) -> io::Result<()> {
@@ -47,10 +63,13 @@ impl<R> Counted<'_, R> {
     }
 }
 
-impl<R: Read> Read for Counted<'_, R> {
+impl Read for Counted<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.check()?;
-        let count = self.stream.read(into)?;
+        let count = match &mut self.input {
+            Input::InOrder(stream) => stream.read(into),
+            Input::InFile(ahead, _) => ahead.read(into),
+        }?;
         // Relaxed: it is only displayed.
         self.read.fetch_add(count as u64, Ordering::Relaxed);
         Ok(count)

@@ -25,7 +25,6 @@ mod receive;
 mod unfold;
 mod vm_state;
 
-pub use ahead::InFile;
 pub use disk_image::{DiskImage, Snapshot};
 pub use libvirt::LibvirtImage;
 pub use pages::Pages;

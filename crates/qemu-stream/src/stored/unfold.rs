@@ -19,7 +19,7 @@ use multifd::{
 use super::{
     ahead::InFile,
     batch::Batch,
-    input::{Counted, Home},
+    input::{Counted, Home, Input},
     pages::Pages,
 };
 use crate::{
@@ -33,12 +33,17 @@ use crate::{
 #[derive(Debug)]
 #[must_use]
 pub struct Unfold<R> {
-    stream: R,
+    stream: Stream<R>,
     pages: Pages,
-    home: Option<Home<R>>,
 }
 
-impl Unfold<InFile> {
+#[derive(Debug)]
+enum Stream<R> {
+    InOrder(R),
+    InFile(InFile, Home),
+}
+
+impl Unfold<io::Empty> {
     /// Of the stream that begins at `begin` of `file`, which has to allow reads at any position. Two threads read it ahead, and end
     /// when [`run`](Self::run) does. Its pages are not copied but read from the file when they are needed, so it must not be
     /// changed as long as the machine is used.
@@ -46,15 +51,15 @@ impl Unfold<InFile> {
     /// # Errors
     /// If the length of the file cannot be queried, or the system starts no thread.
     pub fn in_file(file: Arc<File>, begin: u64) -> io::Result<Self> {
-        let stream = InFile::new(&file, begin)?;
-        Ok(Self { home: Some(Home { file, begin, skip: InFile::skip }), ..Self::new(stream) })
+        let ahead = InFile::new(&file, begin)?;
+        Ok(Self { stream: Stream::InFile(ahead, Home { file, begin }), pages: Pages::Keep })
     }
 }
 
 impl<R: Read> Unfold<R> {
     /// Of this stream, which begins with QEMU's magic, and all of its pages.
     pub fn new(stream: R) -> Self {
-        Self { stream, pages: Pages::Keep, home: None }
+        Self { stream: Stream::InOrder(stream), pages: Pages::Keep }
     }
 
     /// What is kept of its pages. Default: all.
@@ -64,58 +69,67 @@ impl<R: Read> Unfold<R> {
     }
 
     /// Writes the machine as a mapped-ram file to `scratch`, an empty file that is open for reading and writing, and opens it
-    /// there; pages of a stream [in a file](Self::in_file) stay there. `read` counts the bytes of the stream. A page that the stream does not have is zero.
+    /// there; pages of a stream [in a file](Unfold::in_file) stay there. `read` counts the bytes of the stream. A page that the
+    /// stream does not have is zero.
     ///
     /// # Errors
     /// If the stream is malformed, incomplete, or has its pages on other connections (multifd); if the scratch file cannot be
     /// written, for example because its file system is full; if `stop` has cancelled it.
     pub fn run(self, scratch: &Arc<File>, read: &AtomicU64, stop: &Stop) -> Result<StoredMachine, Error> {
-        let Self { stream, pages, home } = self;
-        let skip = home.as_ref().map(|home| home.skip);
-        let mut events = Events::of(Counted { stream, read, stop, skip }, StreamKind::Stored);
-        if home.is_some() {
-            events = events.without_contents(Counted::jump());
+        let Self { stream, pages } = self;
+        match stream {
+            Stream::InOrder(mut stream) => {
+                unfold(Counted { input: Input::InOrder(&mut stream), read, stop }, pages, scratch)
+            }
+            Stream::InFile(ahead, home) => {
+                unfold(Counted { input: Input::InFile(ahead, home), read, stop }, pages, scratch)
+            }
         }
-        let (configuration, section, list) = begin(&mut events)?;
-        let draft = Layout::of(&shape(configuration.as_ref(), section, true, &[]), &list)?;
-        let at = |events: &Events<_>| events.here();
-        with_file_size_errors(|| scratch.set_len(0).and_then(|()| scratch.set_len(draft.tail_offset())))
-            .map_err(|source| io_error(at(&events), "extend the scratch file", source))?;
-        let blocks = draft.ram_blocks(scratch, None).map_err(|error| Error::Destination {
-            at: at(&events),
-            what: "its blocks",
-            source: error.into(),
-        })?;
-        let mut batch = Batch::new(&blocks, pages);
-        if let Some(home) = home.as_ref().filter(|_| pages == Pages::Keep) {
-            batch = batch.staying_in(home.file.clone());
-        }
-        let begin = home.as_ref().map(|home| home.begin);
-        let found = ram(&mut events, &mut batch, begin)?;
-        let positions = batch.into_positions();
-        let ignored: Vec<BlockIndex> = if configuration.as_ref().is_some_and(|of| of.ignore_shared) {
-            found.without_pages(&list)
-        } else {
-            Vec::new()
-        };
-        let footers = found.devices.has_footers();
-        let shape = shape(configuration.as_ref(), section, footers, &ignored);
-        let tail = Tail {
-            switchover_start: found.switchover_start,
-            devices: &found.devices,
-            about: None,
-            base: None,
-        };
-        Layout::of(&shape, &list)?.write_around(scratch, &blocks, &tail)?;
-        let file = scratch
-            .try_clone()
-            .map_err(|source| io_error(at(&events), "open the scratch file again", source))?;
-        let machine = StoredMachine::of_scratch(file, pages == Pages::Keep)?;
-        Ok(match home {
-            Some(Home { file, .. }) if pages == Pages::Keep => machine.with(Scattered::new(file, positions)),
-            _ => machine,
-        })
     }
+}
+
+fn unfold(stream: Counted<'_>, pages: Pages, scratch: &Arc<File>) -> Result<StoredMachine, Error> {
+    let home = match &stream.input {
+        Input::InOrder(_) => None,
+        Input::InFile(_, home) => Some(home.clone()),
+    };
+    let mut events = Events::of(stream, StreamKind::Stored);
+    if home.is_some() {
+        events = events.without_contents(Counted::skip);
+    }
+    let (configuration, section, list) = begin(&mut events)?;
+    let draft = Layout::of(&shape(configuration.as_ref(), section, true, &[]), &list)?;
+    let at = |events: &Events<_>| events.here();
+    with_file_size_errors(|| scratch.set_len(0).and_then(|()| scratch.set_len(draft.tail_offset())))
+        .map_err(|source| io_error(at(&events), "extend the scratch file", source))?;
+    let blocks = draft.ram_blocks(scratch, None).map_err(|error| Error::Destination {
+        at: at(&events),
+        what: "its blocks",
+        source: error.into(),
+    })?;
+    let mut batch = Batch::new(&blocks, pages);
+    if let Some(home) = home.as_ref().filter(|_| pages == Pages::Keep) {
+        batch = batch.staying_in(home.file.clone());
+    }
+    let found = ram(&mut events, &mut batch, home.as_ref().map(|home| home.begin))?;
+    let positions = batch.into_positions();
+    let ignored: Vec<BlockIndex> = if configuration.as_ref().is_some_and(|of| of.ignore_shared) {
+        found.without_pages(&list)
+    } else {
+        Vec::new()
+    };
+    let footers = found.devices.has_footers();
+    let shape = shape(configuration.as_ref(), section, footers, &ignored);
+    let tail =
+        Tail { switchover_start: found.switchover_start, devices: &found.devices, about: None, base: None };
+    Layout::of(&shape, &list)?.write_around(scratch, &blocks, &tail)?;
+    let file =
+        scratch.try_clone().map_err(|source| io_error(at(&events), "open the scratch file again", source))?;
+    let machine = StoredMachine::of_scratch(file, pages == Pages::Keep)?;
+    Ok(match home {
+        Some(home) if pages == Pages::Keep => machine.with(Scattered::new(home.file, positions)),
+        _ => machine,
+    })
 }
 
 /// The parts of a stream besides its pages.
@@ -134,7 +148,7 @@ impl Found {
 }
 
 /// Reads up to the block list.
-fn begin<R: Read>(events: &mut Events<R>) -> Result<(Option<Configuration>, SectionId, BlockList), Error> {
+fn begin(events: &mut Events<Counted<'_>>) -> Result<(Option<Configuration>, SectionId, BlockList), Error> {
     let mut configuration = None;
     loop {
         let event = events.next()?;
@@ -147,7 +161,7 @@ fn begin<R: Read>(events: &mut Events<R>) -> Result<(Option<Configuration>, Sect
 }
 
 /// Reads everything after the block list. `begin` is where the stream begins in the file in which its pages stay.
-fn ram<R: Read>(events: &mut Events<R>, batch: &mut Batch<'_>, begin: Option<u64>) -> Result<Found, Error> {
+fn ram(events: &mut Events<Counted<'_>>, batch: &mut Batch<'_>, begin: Option<u64>) -> Result<Found, Error> {
     let (mut with_data, mut switchover_start) = (false, false);
     let arrived = PageBitmap::new(batch.blocks().len() as u64);
     loop {
