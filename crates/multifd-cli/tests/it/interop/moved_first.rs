@@ -24,7 +24,7 @@ use multifd::{
     live::{DeviceInfo, DeviceName, DeviceSection, Guest, MigrateOptions, PostcopyWhen, RunState, Status},
     ram::{BlockIndex, DirtyBitmaps, Mapping, Memory, PageIndex, RamBlock, RamBlocks},
 };
-use multifd_testkit::qemu::{Error, PATIENCE};
+use multifd_testkit::qemu::{Error, PATIENCE, Qemu};
 use qemu_stream::{
     format::Configuration,
     mapped_ram::{MappedRamFile, Restore},
@@ -88,7 +88,7 @@ impl StandIn {
     fn source(&self, preempt: bool, when: PostcopyWhen) -> Source {
         // A pass takes about a second, and the rest as well.
         let migrate = MigrateOptions::new().postcopy(when).max_bandwidth(Some(20_000_000));
-        let postcopy = PostcopyOptions::new().preempt(preempt).max_postcopy_bandwidth(Some(10_000_000));
+        let postcopy = PostcopyOptions::new().preempt(preempt).max_postcopy_bandwidth(Some(5_000_000));
         let options = SourceOptions::new(self.configuration.clone()).channels(0);
         let options = options.migrate(migrate).postcopy(postcopy);
         Source::new(self.blocks.clone(), options, &Stop::new()).expect("options")
@@ -225,19 +225,29 @@ fn leave(guest: &mut StandIn, source: Source, relay: &Relay) -> Result<Moved> {
     source.run(relay.clone(), &mut log, guest)
 }
 
+/// Moves a machine over connections that hold, and checks all of it at its destination.
+fn arrives(
+    qemu: &Qemu,
+    preempt: bool,
+    when: PostcopyWhen,
+) -> std::result::Result<(StandIn, Moved, Relay), Error> {
+    let (_folder, file, _from) = captured(qemu)?;
+    let (mut to, address) = waiting(qemu, preempt)?;
+    let mut guest = StandIn::load(&file);
+    let relay = Relay::new(&address, Cut::Never);
+    let source = guest.source(preempt, when);
+    let moved = leave(&mut guest, source, &relay);
+    let moved = moved.unwrap_or_else(|error| panic!("{}, {}", chain(&error), to.stderr()));
+    to.wait_migration("completed", PATIENCE)?;
+    assert_checks_all(&mut to)?;
+    Ok((guest, moved, relay))
+}
+
 #[test]
 fn guest_moves_before_its_ram_and_its_requests_have_a_connection() {
     with_all(|qemu, preempt| {
-        let (_folder, file, _from) = captured(qemu)?;
-        let (mut to, address) = waiting(qemu, preempt)?;
-        let mut guest = StandIn::load(&file);
-        let relay = Relay::new(&address, Cut::Never);
-        let source = guest.source(preempt, WITHIN_A_PASS);
-        let moved = leave(&mut guest, source, &relay);
-        let moved = moved.unwrap_or_else(|error| panic!("{}, {}", chain(&error), to.stderr()));
+        let (guest, moved, relay) = arrives(qemu, preempt, WITHIN_A_PASS)?;
         let Moved::Completed { postcopy: Some(postcopy), .. } = moved else { panic!("{moved:?}") };
-        to.wait_migration("completed", PATIENCE)?;
-        assert_checks_all(&mut to)?;
         let (connections, over_preempt) = relay.found();
         println!("QEMU {}, preempt {preempt}: {postcopy:?}, {over_preempt} bytes", qemu.series());
         assert_eq!((postcopy.over_channels, postcopy.remaining, guest.resumes), (false, Some(0), 0));
@@ -254,16 +264,8 @@ fn guest_moves_before_its_ram_and_its_requests_have_a_connection() {
 #[test]
 fn guest_that_converges_leaves_the_connection_for_requests_idle() {
     with_all(|qemu, preempt| {
-        let (_folder, file, _from) = captured(qemu)?;
-        let (mut to, address) = waiting(qemu, preempt)?;
-        let mut guest = StandIn::load(&file);
-        let relay = Relay::new(&address, Cut::Never);
-        let source = guest.source(preempt, PostcopyWhen::Request);
-        let moved = leave(&mut guest, source, &relay);
-        let moved = moved.unwrap_or_else(|error| panic!("{}, {}", chain(&error), to.stderr()));
+        let (_, moved, relay) = arrives(qemu, preempt, PostcopyWhen::Request)?;
         assert!(matches!(moved, Moved::Completed { postcopy: None, .. }), "{moved:?}");
-        to.wait_migration("completed", PATIENCE)?;
-        assert_checks_all(&mut to)?;
         assert_eq!(relay.found(), (1 + usize::from(preempt), 0));
         Ok(())
     });
@@ -278,7 +280,7 @@ fn guest_whose_connections_break_is_completed_over_new_ones() {
             let (mut to, address) = waiting(qemu, preempt)?;
             let mut guest = StandIn::load(&file);
             let source = guest.source(preempt, WITHIN_A_PASS);
-            let relay = Relay::new(&address, Cut::After(64 << 10, which));
+            let relay = Relay::new(&address, Cut::After(32 << 10, which));
             let mut log = guest.writes.reader().expect("the only one");
             let progress = source.progress();
             let moved = source.run(relay.clone(), &mut log, &mut guest);
