@@ -1,6 +1,6 @@
 //! The places of a block's pages in a file, or in several files.
 
-use std::{error, fmt, fs::File, io, iter, os::unix::fs::FileExt, ptr, sync::Arc};
+use std::{error, fmt, fs::File, io, iter, os::unix::fs::FileExt, ptr, slice, sync::Arc};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -150,15 +150,13 @@ impl Places {
     /// Which of the layers has `page`, and the position of the page in its file. Without layers the number is 0. `None` if no
     /// file has it.
     pub(crate) fn position(&self, page: PageIndex, start: u64) -> Option<(usize, u64)> {
-        let at = |places: &Self| match &places.positions {
-            Some(positions) => positions.get(page),
-            None => Some(places.offset + start),
+        let all = if self.layers.is_empty() { slice::from_ref(self) } else { &*self.layers };
+        let (number, of) = all.iter().enumerate().find(|(_, places)| places.present.contains(page))?;
+        let at = match &of.positions {
+            Some(positions) => positions.get(page)?,
+            None => of.offset + start,
         };
-        if self.layers.is_empty() {
-            return self.present.contains(page).then(|| Some((0, at(self)?)))?;
-        }
-        let number = self.layers.iter().position(|layer| layer.present.contains(page))?;
-        Some((number, at(self.layers.get(number)?)?))
+        Some((number, at))
     }
 
     /// Whether pages can be written.

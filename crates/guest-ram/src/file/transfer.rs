@@ -127,7 +127,7 @@ impl Transfer {
                 for Run { of, first, count } in places.runs(first, count) {
                     match of {
                         Some(places) if places.is_scattered() => {
-                            from_stream(source, places, target, first, count)?;
+                            from_stream(source, target, first, count)?;
                         }
                         Some(places) => from_file(source, places, target, first, count)?,
                         None => target.clear_run(first, count),
@@ -149,36 +149,42 @@ fn differing(
     first: PageIndex,
     count: u64,
 ) -> Result<(), TransferError> {
-    let mut slice = source.slice(first, count).expect("pages of the block");
-    let (mut buffer, mut at) = (AlignedBuffer::new(PIECE.min(slice.len())), first);
-    while slice.len() > 0 {
-        let piece = slice.up_to(PIECE.min(slice.len()));
-        let bytes = buffer.get_mut(..piece.len()).expect("a piece fits the buffer");
+    by_pieces(source, first, count, |at, piece, bytes| {
         piece.copy_to(bytes);
-        target.store_direct(at, bytes).map_err(TransferError::Write)?;
-        at = PageIndex(at.0 + (bytes.len() / source.page_size().bytes()) as u64);
-        slice = slice.after(piece.len());
-    }
-    Ok(())
+        target.store_direct(at, bytes).map_err(TransferError::Write)
+    })
 }
 
 /// Copies pages that are in a stream, through a buffer.
 fn from_stream(
     source: &RamBlock,
-    places: &Places,
     target: &RamBlock,
     first: PageIndex,
     count: u64,
 ) -> Result<(), TransferError> {
-    let mut slice = target.slice(first, count).expect("pages of the block");
+    by_pieces(target, first, count, |at, piece, bytes| {
+        let pages = (bytes.len() / source.page_size().bytes()) as u64;
+        source.load_direct(at, pages, bytes).map_err(TransferError::Read)?;
+        piece.copy_from(bytes);
+        Ok(())
+    })
+}
+
+/// Calls `each` with the first page of each piece of a run in memory, the piece, and a buffer of its length.
+fn by_pieces(
+    memory: &RamBlock,
+    first: PageIndex,
+    count: u64,
+    mut each: impl FnMut(PageIndex, GuestSlice<'_>, &mut [u8]) -> Result<(), TransferError>,
+) -> Result<(), TransferError> {
+    let mut slice = memory.slice(first, count).expect("pages of the block");
     let (mut buffer, mut at) = (AlignedBuffer::new(PIECE.min(slice.len())), first);
     while slice.len() > 0 {
-        let bytes = buffer.get_mut(..PIECE.min(slice.len())).expect("a piece fits the buffer");
-        bytes.fill(0);
-        places.read(bytes, at, source.page_size(), true).map_err(TransferError::Read)?;
-        slice.up_to(bytes.len()).copy_from(bytes);
-        at = PageIndex(at.0 + (bytes.len() / source.page_size().bytes()) as u64);
-        slice = slice.after(bytes.len());
+        let piece = slice.up_to(PIECE.min(slice.len()));
+        let bytes = buffer.get_mut(..piece.len()).expect("a piece fits the buffer");
+        each(at, piece, bytes)?;
+        at = PageIndex(at.0 + (piece.len() / memory.page_size().bytes()) as u64);
+        slice = slice.after(piece.len());
     }
     Ok(())
 }

@@ -18,9 +18,9 @@ use crate::{
 };
 
 impl<C: Connection> Outgoing<C> {
-    /// Asks which channels are lost, and waits for the reply, `limit` at most: all that are lost so far, in order. `None` if the destination does not
-    /// continue without them, or was not asked: the options do not allow it, there is no return path, or the sync mode is legacy, which
-    /// allows no message between the pages of a pass and its sync point. Only the first question finds that out.
+    /// Asks which channels are lost, and waits for the reply, `limit` at most: all that are lost so far, in order. `None` if the
+    /// destination does not continue without them, or was not asked: the options do not allow it, there is no return path, or the sync
+    /// mode is legacy, which allows no message between the pages of a pass and its sync point. Only the first question finds that out.
     pub(super) fn round(&mut self, limit: Option<Duration>) -> Result<Option<Vec<ChannelId>>, Error> {
         let options = &self.options;
         let may_ask = options.channels_may_break

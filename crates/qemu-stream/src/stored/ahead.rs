@@ -13,13 +13,14 @@ use std::{
     fmt,
     fs::File,
     io::{self, Read},
-    os::unix::fs::FileExt,
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
     thread,
 };
+
+use crate::recording::Bytes;
 
 /// A stream in a file from which its pages can be read later.
 pub(super) struct InFile {
@@ -144,11 +145,9 @@ impl Ahead {
 fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut done = 0;
     while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, at.saturating_add(done as u64)) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match Bytes::read_at(file, rest, at.saturating_add(done as u64))? {
+            0 => break,
+            count => done += count,
         }
     }
     Ok(done)
@@ -163,6 +162,8 @@ const BUFFERS: usize = 2;
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     /// Lengths around whole pieces, read and jumped over in steps that meet their borders in different ways.

@@ -41,7 +41,7 @@ impl<'a> Batch<'a> {
     /// Adds a page that begins at `position` of the file in which pages stay.
     pub(super) fn page_at(&mut self, block: BlockIndex, page: PageIndex, position: u64) {
         let Some(of) = self.blocks.get(block) else { return };
-        match self.found.as_mut().and_then(|found| found.positions.get_mut(block.0)) {
+        match self.positions(block) {
             Some(positions) => {
                 // What an earlier change of it has left in the scratch file.
                 if of.is_present(page) {
@@ -56,6 +56,11 @@ impl<'a> Batch<'a> {
     /// Where the pages of each block are in the file in which they stay.
     pub(super) fn into_positions(self) -> Vec<PagePositions> {
         self.found.map(|found| found.positions).unwrap_or_default()
+    }
+
+    /// Where the pages of a block are, if they stay.
+    fn positions(&mut self, block: BlockIndex) -> Option<&mut PagePositions> {
+        self.found.as_mut()?.positions.get_mut(block.0)
     }
 
     /// The blocks of the scratch file.
@@ -83,7 +88,7 @@ impl<'a> Batch<'a> {
         if let Some(block) = self.blocks.get(block) {
             block.clear(page);
         }
-        if let Some(positions) = self.found.as_mut().and_then(|found| found.positions.get_mut(block.0)) {
+        if let Some(positions) = self.positions(block) {
             positions.clear(page);
         }
         Ok(())

@@ -1,7 +1,6 @@
 //! A stream that is read from its beginning to its end, and where its pages stay.
 
 use std::{
-    fmt,
     fs::File,
     io::{self, Read},
     sync::{
@@ -19,20 +18,11 @@ pub(super) enum Input<'a> {
     /// One byte after the other.
     InOrder(&'a mut dyn Read),
     /// A stream in a file, in which its pages stay.
-    InFile(InFile, Home),
-}
-
-impl fmt::Debug for Input<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::InOrder(_) => f.write_str("InOrder"),
-            Self::InFile(ahead, home) => f.debug_tuple("InFile").field(ahead).field(home).finish(),
-        }
-    }
+    InFile(InFile),
 }
 
 /// The file in which a stream is, and where the stream begins in it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Home {
     pub(super) file: Arc<File>,
     pub(super) begin: u64,
@@ -51,7 +41,7 @@ impl Counted<'_> {
         self.check()?;
         let skipped = match &mut self.input {
             Input::InOrder(_) => 0,
-            Input::InFile(ahead, _) => ahead.skip(count)?,
+            Input::InFile(ahead) => ahead.skip(count)?,
         };
         // Relaxed: it is only displayed.
         self.read.fetch_add(skipped, Ordering::Relaxed);
@@ -68,7 +58,7 @@ impl Read for Counted<'_> {
         self.check()?;
         let count = match &mut self.input {
             Input::InOrder(stream) => stream.read(into),
-            Input::InFile(ahead, _) => ahead.read(into),
+            Input::InFile(ahead) => ahead.read(into),
         }?;
         // Relaxed: it is only displayed.
         self.read.fetch_add(count as u64, Ordering::Relaxed);

@@ -79,20 +79,22 @@ impl<R: Read> Unfold<R> {
         let Self { stream, pages } = self;
         match stream {
             Stream::InOrder(mut stream) => {
-                unfold(Counted { input: Input::InOrder(&mut stream), read, stop }, pages, scratch)
+                unfold(Counted { input: Input::InOrder(&mut stream), read, stop }, None, pages, scratch)
             }
             Stream::InFile(ahead, home) => {
-                unfold(Counted { input: Input::InFile(ahead, home), read, stop }, pages, scratch)
+                unfold(Counted { input: Input::InFile(ahead), read, stop }, Some(home), pages, scratch)
             }
         }
     }
 }
 
-fn unfold(stream: Counted<'_>, pages: Pages, scratch: &Arc<File>) -> Result<StoredMachine, Error> {
-    let home = match &stream.input {
-        Input::InOrder(_) => None,
-        Input::InFile(_, home) => Some(home.clone()),
-    };
+/// Reads all of a stream. `home` is where its pages stay.
+fn unfold(
+    stream: Counted<'_>,
+    home: Option<Home>,
+    pages: Pages,
+    scratch: &Arc<File>,
+) -> Result<StoredMachine, Error> {
     let mut events = Events::of(stream, StreamKind::Stored);
     if home.is_some() {
         events = events.without_contents(Counted::skip);
